@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.config import DataConfig
-from data_pipeline.progress import Report, silent
-from data_pipeline.samples.samples import SampleReader, SampleSettings
-from data_pipeline.store.manifest import Part, Split
-from data_pipeline.store.shards import DamagedError
-from data_pipeline.store.store import TokenStore, check_part_files
-from data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.samples.samples import SampleReader, SampleSettings
+from amfm.data_pipeline.store.manifest import Part, Split
+from amfm.data_pipeline.store.shards import DamagedError
+from amfm.data_pipeline.store.store import TokenStore, check_part_files
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 
 READ_TOKENS = 4 * 2**20
 

@@ -17,7 +17,7 @@ import re
 
 import torch
 
-from kernels.first_use import can_be_checked, find_faults
+from amfm.kernels.first_use import can_be_checked, find_faults
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -73,8 +73,8 @@ def resolve_for_run(requested: str, device: torch.device, dtype: torch.dtype) ->
 def resolve_backend(requested: str, device: torch.device, operation: str | None = None) -> str:
     """Turn the backend that was asked for into the one that runs on `device`: "triton", "torch" or "reference".
 
-    "auto" is "triton" on CUDA and "torch" elsewhere, logged once with its reason. operation: the name in `kernels.proof` of
-    the operation that asks; its kernels are checked at their first use on a card (`kernels.first_use`).
+    "auto" is "triton" on CUDA and "torch" elsewhere, logged once with its reason. operation: the name in `amfm.kernels.proof` of
+    the operation that asks; its kernels are checked at their first use on a card (`amfm.kernels.first_use`).
 
     Raises ValueError for an unknown name, when Triton was asked for and cannot run here (no CUDA device and no
     interpreter, Triton not installed, or a Triton version known to miscompile for this card), and for an operation whose
@@ -161,7 +161,7 @@ def _refuse_operation(operation: str, device: torch.device) -> str | None:
         _LOG.warning("kernels run because %s=1, though %s", ALLOW_VARIABLE, said)
         return None
     return (
-        f"{said}. Use kernels.backend=torch, or another release of torch with its Triton; `python -m kernels.acceptance "
+        f"{said}. Use kernels.backend=torch, or another release of torch with its Triton; `python -m amfm.kernels.acceptance "
         f"--op {operation}` tells more, and {ALLOW_VARIABLE}=1 runs them all the same. {REQUIREMENTS}"
     )
 

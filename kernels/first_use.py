@@ -27,13 +27,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from kernels.user_cache import user_folder, write_whole
+from amfm.kernels.user_cache import user_folder, write_whole
 
 _LOG = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
 # Compiling the slowest operation's kernels takes a minute.
 _SECONDS = 900
-DEFAULT_CASES = "kernels.proof.trials.operations"
+DEFAULT_CASES = "amfm.kernels.proof.trials.operations"
 # Set to 1 in processes that check kernels: they ask for no check themselves.
 CHECKING_VARIABLE = "AMFM_CHECKING"
 
@@ -81,10 +81,16 @@ def check_now(operation: str, device: str, cases: str = DEFAULT_CASES) -> list[s
     interpreted = device == "cpu"
     environment = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0", CHECKING_VARIABLE: "1"}
     settings = {"do": "check", "operation": operation, "kinds": ["first"], "device": device, "cases": cases}
-    command = [sys.executable, "-m", "kernels.acceptance.child", json.dumps(settings)]
+    command = [sys.executable, "-m", "amfm.kernels.acceptance.child", json.dumps(settings)]
     try:
         child = subprocess.run(
-            command, cwd=_FOLDER.parent, env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False
+            command,
+            cwd=_FOLDER.parents[1],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return [f"did not end within {_SECONDS} s"]

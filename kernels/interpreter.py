@@ -14,9 +14,9 @@ import torch
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.backend import INTERPRETED
+from amfm.kernels.backend import INTERPRETED
 
-# Not empty inside `kernels.proof.emulation.emulate_rounding`, where the interpreter multiplies bfloat16.
+# Not empty inside `amfm.kernels.proof.emulation.emulate_rounding`, where the interpreter multiplies bfloat16.
 EMULATIONS: list[None] = []
 _DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

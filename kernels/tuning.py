@@ -24,8 +24,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from kernels.backend import INTERPRETED, triton_version
-from kernels.user_cache import user_folder, write_whole
+from amfm.kernels.backend import INTERPRETED, triton_version
+from amfm.kernels.user_cache import user_folder, write_whole
 
 Config = Mapping[str, int]
 # Tables that come with the package, and where this user's own are kept; an own entry goes first.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launch.console import print_rows
+from amfm.launch.console import print_rows
 
 
 def choose_device(name: str) -> str:
@@ -72,7 +72,7 @@ HelpAllOption = Annotated[
 
 def print_fields() -> None:
     """Print every setting with type, default and meaning, from the schema."""
-    from pretrain.config.fields import describe_fields
+    from amfm.pretrain.config.fields import describe_fields
 
     rows = [
         (row.key, row.type, "required" if row.default is None else row.default, row.meaning)

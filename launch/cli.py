@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from launch.commands import (
+from amfm.launch.commands import (
     config,
     convert,
     data,
@@ -33,11 +33,11 @@ from launch.commands import (
     train,
     watch,
 )
-from launch.commands.bench import verbs as bench
-from launch.console import UNUSED_LIBRARIES, print_json, say
-from pretrain.config.errors import ConfigError
-from pretrain.failures import describe, exit_code, is_bug, launches_in_words
-from pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
+from amfm.launch.commands.bench import verbs as bench
+from amfm.launch.console import UNUSED_LIBRARIES, print_json, say
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.failures import describe, exit_code, is_bug, launches_in_words
+from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
 
 DISTRIBUTION = "amfm-pretrain"
 # Wrong options and arguments. Typer exports no name for this class: it has click inside in later releases, beside it before.
@@ -84,7 +84,7 @@ def options(
 
 
 def main() -> None:
-    """Entry point of `amfm` and of `python -m launch`."""
+    """Entry point of `amfm` and of `python -m amfm.launch`."""
     sys.exit(run(sys.argv[1:]))
 
 

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
-from data_pipeline.progress import format_seconds
+from amfm.data_pipeline.progress import format_seconds
 
 # How a warning of megatron-core begins, at each import, about libraries that we don't use.
 UNUSED_LIBRARIES = "Transformer Engine and Apex are not installed"

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.foreign_files import read_object, take
-from data_pipeline.progress import Report, silent
+from amfm.data_pipeline.foreign_files import read_object, take
+from amfm.data_pipeline.progress import Report, silent
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def inspect_path(path: str | Path, *, quick: bool = False, report: Report = sile
     `quick`: of a token store only sizes, indices and document ends. Raises FileNotFoundError if it does not exist,
     ValueError if it is nothing that amfm writes, or for `quick` of anything but a store.
     """
-    from data_pipeline.store.object_store import is_url
+    from amfm.data_pipeline.store.object_store import is_url
 
     if is_url(str(path)):
         return inspect_store(str(path), quick=quick, report=report)
@@ -80,9 +80,9 @@ def inspect_store(path: str, *, quick: bool = False, report: Report = silent) ->
 
     Verifies manifest, tokenizer, sizes, document ends and, unless `quick`, every chunk and digest.
     """
-    from data_pipeline.store.shards import DamagedError
-    from data_pipeline.store.store import TokenStore
-    from data_pipeline.verify import verify_store
+    from amfm.data_pipeline.store.shards import DamagedError
+    from amfm.data_pipeline.store.store import TokenStore
+    from amfm.data_pipeline.verify import verify_store
 
     problems = verify_store(path, full=not quick, report=report)
     try:
@@ -112,7 +112,7 @@ def inspect_store(path: str, *, quick: bool = False, report: Report = silent) ->
 
 def inspect_checkpoint(folder: Path, report: Report = silent) -> Inspection:
     """Inspect a checkpoint: its manifest, the SHA-256 of every file, and every tensor for NaN."""
-    from pretrain.checkpoint.inspect import inspect_checkpoint as inspect
+    from amfm.pretrain.checkpoint.inspect import inspect_checkpoint as inspect
 
     found = inspect(folder, report)
     facts = {name: value for name, value in found.items() if name not in ("kind", "path", "ok", "problems")}
@@ -124,8 +124,8 @@ def mark_checkpoint(folder: Path, keep: bool) -> None:
 
     Raises ValueError where it does not verify: a mark must not protect what cannot be loaded.
     """
-    from pretrain.checkpoint.commit import mark, release
-    from pretrain.checkpoint.files import verify_checkpoint
+    from amfm.pretrain.checkpoint.commit import mark, release
+    from amfm.pretrain.checkpoint.files import verify_checkpoint
 
     manifest, problems = verify_checkpoint(folder)
     if manifest is None or (keep and problems):
@@ -135,11 +135,11 @@ def mark_checkpoint(folder: Path, keep: bool) -> None:
 
 def inspect_run(folder: Path, report: Report = silent) -> Inspection:
     """Inspect a run directory: verify every checkpoint, and find how far the metrics reach."""
-    from pretrain.checkpoint.files import verify_checkpoint
-    from pretrain.checkpoint.names import list_checkpoints
-    from pretrain.config.file import flatten, load_config
-    from pretrain.report.data import read_json_lines
-    from pretrain.stages import total_steps
+    from amfm.pretrain.checkpoint.files import verify_checkpoint
+    from amfm.pretrain.checkpoint.names import list_checkpoints
+    from amfm.pretrain.config.file import flatten, load_config
+    from amfm.pretrain.report.data import read_json_lines
+    from amfm.pretrain.stages import total_steps
 
     problems, steps = [], []
     for checkpoint in list_checkpoints(folder / "checkpoints"):
@@ -161,8 +161,8 @@ def inspect_run(folder: Path, report: Report = silent) -> Inspection:
 
 def inspect_weights(folder: Path, report: Report = silent) -> Inspection:
     """Inspect imported weights: the SHA-256 of every file, and every tensor against the configuration."""
-    from pretrain.config.file import flatten
-    from pretrain.inference.weights import read_weights
+    from amfm.pretrain.config.file import flatten
+    from amfm.pretrain.inference.weights import read_weights
 
     facts: dict[str, Any] = {}
     try:
@@ -186,7 +186,7 @@ def inspect_export(folder: Path, report: Report = silent) -> Inspection:
 
     These files carry no checksums, so values are tested for NaN and infinity, and digests are made for comparison.
     """
-    from pretrain.tensor_files import TensorFile, tensor_bytes
+    from amfm.pretrain.tensor_files import TensorFile, tensor_bytes
 
     config = read_object(folder / "config.json")
     problems, tensors, parameters, num_bytes = [], {}, 0, 0
@@ -238,8 +238,8 @@ def compare_index(index: Path, tensors: dict[str, str]) -> Iterator[str]:
 
 def compare_checkpoints(first: Path, second: Path) -> dict[str, Any]:
     """Differences of two checkpoints that verify: numbers, settings, state, layout."""
-    from pretrain.checkpoint.files import read_manifest
-    from pretrain.checkpoint.inspect import compare_checkpoints as compare
+    from amfm.pretrain.checkpoint.files import read_manifest
+    from amfm.pretrain.checkpoint.inspect import compare_checkpoints as compare
 
     return compare((first, second), [read_manifest(folder) for folder in (first, second)])
 

@@ -1,7 +1,7 @@
 """Command lines of ranks and of every other amfm process, started apart from the working directory.
 
-`python -m launch` looks into the working directory first, and would run a user's `launch.py` or `model/` in the place
-of ours, on every rank. `-P` turns that off (PYTHONPATH and installed packages, editable ones too, stay). Where our
+`python -m amfm.launch` looks into the working directory first, and would run a user's `amfm.py` or `amfm/`, a clone of this
+repository say, in the place of ours, on every rank. `-P` turns that off (PYTHONPATH and installed packages, editable ones too, stay). Where our
 packages were themselves found through the working directory alone, a source tree without installation, PYTHONPATH names
 it.
 """
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).parents[2].resolve()
 
 
 def isolated_python() -> list[str]:
@@ -23,7 +23,7 @@ def isolated_python() -> list[str]:
 
 def rank_command(arguments: Sequence[str]) -> list[str]:
     """Command line of a process that runs an `amfm` command line."""
-    return [*isolated_python(), "-m", "launch", *arguments]
+    return [*isolated_python(), "-m", "amfm.launch", *arguments]
 
 
 def source_variables() -> dict[str, str]:

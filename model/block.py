@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.build import build_mixer
-from model.config.schema import ModelConfig
-from model.mixers.interface import BlockState, MixerOutput
-from model.packing import PackMeta
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.layers import RMSNorm
-from model.routed_updates import RoutedUpdates, projections_of
+from amfm.model.build import build_mixer
+from amfm.model.config.schema import ModelConfig
+from amfm.model.mixers.interface import BlockState, MixerOutput
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.layers import RMSNorm
+from amfm.model.routed_updates import RoutedUpdates, projections_of
 
 
 class Block(nn.Module):

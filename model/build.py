@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from model.config.mixer_registry import find_spec
-from model.config.pattern import mixer_name
-from model.config.schema import ModelConfig
-from model.feed_forward import FeedForwardMixer
-from model.mixers.attention import AttentionMixer
-from model.mixers.interface import BuildContext
-from model.mixers.mamba2 import Mamba2Mixer
-from model.moe.block import MoeMixer
-from model.parallel.groups import ProcessGroupCollection
+from amfm.model.config.mixer_registry import find_spec
+from amfm.model.config.pattern import mixer_name
+from amfm.model.config.schema import ModelConfig
+from amfm.model.feed_forward import FeedForwardMixer
+from amfm.model.mixers.attention import AttentionMixer
+from amfm.model.mixers.interface import BuildContext
+from amfm.model.mixers.mamba2 import Mamba2Mixer
+from amfm.model.moe.block import MoeMixer
+from amfm.model.parallel.groups import ProcessGroupCollection
 
 # Blocks with a section of their own in the configuration.
 CORE_MIXERS: dict[str, type[nn.Module]] = {

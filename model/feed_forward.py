@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kernels.swiglu.op import squared_relu, swiglu
-from model.config.schema import Activation, GuideConfig, ModelConfig
-from model.config.structure import DENSE, Structure
-from model.mixers.interface import BlockState, MixerOutput
-from model.packing import PackMeta
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.layers import ColumnLinear, RowLinear
-from model.parallel.regions import leave_tensor_region, project_stream
-from model.structured import StructuredDown, StructuredUp
+from amfm.kernels.swiglu.op import squared_relu, swiglu
+from amfm.model.config.schema import Activation, GuideConfig, ModelConfig
+from amfm.model.config.structure import DENSE, Structure
+from amfm.model.mixers.interface import BlockState, MixerOutput
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.layers import ColumnLinear, RowLinear
+from amfm.model.parallel.regions import leave_tensor_region, project_stream
+from amfm.model.structured import StructuredDown, StructuredUp
 
 
 def up_segments(hidden_size: int, activation: Activation) -> tuple[int, ...]:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
-from model.config.pattern import SECTIONS, block_kind
-from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
-from model.config.structure import DENSE, Structure
+from amfm.model.config.pattern import SECTIONS, block_kind
+from amfm.model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
+from amfm.model.config.structure import DENSE, Structure
 
 _T = TypeVar("_T")
 
@@ -201,7 +201,7 @@ def _routed_updates(config: ModelConfig, letter: str) -> int:
     """Parameters of a block's router and low-rank updates, which all tokens are multiplied by."""
     if config.lora_mixer is None:
         return 0
-    from model.routed_updates import update_shapes
+    from amfm.model.routed_updates import update_shapes
 
     return sum(math.prod(shape) for shape in update_shapes(config, letter).values())
 
@@ -211,9 +211,9 @@ def _registered(config: ModelConfig, letter: str, sequence_length: int) -> tuple
     """(parameters, forward operations a token) of a registered mixer, counted on one that is built."""
     import torch
 
-    from model.build import build_mixer
-    from model.mixers.interface import SequenceMixer
-    from model.parallel.groups import single_rank_groups
+    from amfm.model.build import build_mixer
+    from amfm.model.mixers.interface import SequenceMixer
+    from amfm.model.parallel.groups import single_rank_groups
 
     with torch.device("meta"):
         mixer = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")

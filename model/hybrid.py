@@ -25,24 +25,24 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import resolve_backend
-from kernels.linear_cross_entropy.op import CrossEntropy
-from model.block import Block, Blocks, Stream, multiply, pass_through
-from model.config.checks import check_model
-from model.config.mup import logits_multiplier
-from model.config.schema import ModelConfig, RopeConfig
-from model.init import initialize_parameters, named_seed
-from model.loss import head_choices, head_cross_entropy, head_logits
-from model.mixers.attention import AttentionMixer
-from model.mixers.interface import DecodeState, SequenceMixer
-from model.mixers.mamba2 import Mamba2Mixer
-from model.moe.block import MoeMixer
-from model.mtp import Ahead, MtpDepth
-from model.packing import PackMeta
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.layers import ColumnLinear, RMSNorm, VocabEmbedding
-from model.parallel.regions import enter_tensor_region
-from model.pipeline_split import Piece, whole_piece
+from amfm.kernels.backend import resolve_backend
+from amfm.kernels.linear_cross_entropy.op import CrossEntropy
+from amfm.model.block import Block, Blocks, Stream, multiply, pass_through
+from amfm.model.config.checks import check_model
+from amfm.model.config.mup import logits_multiplier
+from amfm.model.config.schema import ModelConfig, RopeConfig
+from amfm.model.init import initialize_parameters, named_seed
+from amfm.model.loss import head_choices, head_cross_entropy, head_logits
+from amfm.model.mixers.attention import AttentionMixer
+from amfm.model.mixers.interface import DecodeState, SequenceMixer
+from amfm.model.mixers.mamba2 import Mamba2Mixer
+from amfm.model.moe.block import MoeMixer
+from amfm.model.mtp import Ahead, MtpDepth
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.layers import ColumnLinear, RMSNorm, VocabEmbedding
+from amfm.model.parallel.regions import enter_tensor_region
+from amfm.model.pipeline_split import Piece, whole_piece
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from model.config.mup import width_scales
-from model.config.schema import Mamba2Config, ModelConfig
-from model.mixers.initial_values import first_decay_rates, first_time_steps
-from model.mixers.interface import SequenceMixer
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.shards import Shard, parameter_shards
-from model.structured import StructuredLinear
+from amfm.model.config.mup import width_scales
+from amfm.model.config.schema import Mamba2Config, ModelConfig
+from amfm.model.mixers.initial_values import first_decay_rates, first_time_steps
+from amfm.model.mixers.interface import SequenceMixer
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.shards import Shard, parameter_shards
+from amfm.model.structured import StructuredLinear
 
 PIECE_VALUES = (
     2**24

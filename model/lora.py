@@ -12,11 +12,11 @@ from functools import partial
 
 from torch import Tensor
 
-from model.hybrid import HybridModel
-from model.init import initialize_parameters
-from model.on_demand import OnDemand, computed, on_demand
-from model.parallel.low_rank import LowRankUpdate
-from model.routed_updates import PROJECTIONS, projections_of
+from amfm.model.hybrid import HybridModel
+from amfm.model.init import initialize_parameters
+from amfm.model.on_demand import OnDemand, computed, on_demand
+from amfm.model.parallel.low_rank import LowRankUpdate
+from amfm.model.routed_updates import PROJECTIONS, projections_of
 
 __all__ = ["PROJECTIONS", "add_lora", "merge_lora"]
 

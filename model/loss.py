@@ -14,9 +14,9 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from kernels.linear.op import linear
-from kernels.linear_cross_entropy.op import CrossEntropy, linear_cross_entropy, linear_statistics
-from model.parallel.groups import ProcessGroupCollection
+from amfm.kernels.linear.op import linear
+from amfm.kernels.linear_cross_entropy.op import CrossEntropy, linear_cross_entropy, linear_statistics
+from amfm.model.parallel.groups import ProcessGroupCollection
 
 IGNORE_INDEX = -100
 LOGITS_SLICE = 1 << 26  # logits that `head_choices` holds at a time

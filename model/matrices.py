@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.shards import Axis, Shard, ShardSpec, parameter_shards
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.shards import Axis, Shard, ShardSpec, parameter_shards
 
 # Parts of a model whose matrices map the stream between blocks; embedding and head read or write one row a token.
 INSIDE = ("blocks", "mtp")

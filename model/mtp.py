@@ -22,13 +22,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.block import Block, Blocks, Stream, pass_through
-from model.config.schema import ModelConfig
-from model.loss import IGNORE_INDEX
-from model.packing import PackMeta
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.layers import RMSNorm, RowLinear
-from model.parallel.regions import enter_tensor_region, leave_tensor_region
+from amfm.model.block import Block, Blocks, Stream, pass_through
+from amfm.model.config.schema import ModelConfig
+from amfm.model.loss import IGNORE_INDEX
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.layers import RMSNorm, RowLinear
+from amfm.model.parallel.regions import enter_tensor_region, leave_tensor_region
 
 
 @dataclass(frozen=True)

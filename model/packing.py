@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.attention.varlen import DocumentEnds
-from kernels.documents import first_tokens
-from model.segments import Segments
+from amfm.kernels.attention.varlen import DocumentEnds
+from amfm.kernels.documents import first_tokens
+from amfm.model.segments import Segments
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from model.config.schema import ModelConfig
-from model.flops import block_flops, depth_flops, head_flops
+from amfm.model.config.schema import ModelConfig
+from amfm.model.flops import block_flops, depth_flops, head_flops
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.linear.op import linear_float32
-from kernels.moe.losses import balance_loss
-from kernels.moe.op import route
-from model.build import build_mixer
-from model.config.lora_mixer import LoraMixerConfig
-from model.config.schema import ModelConfig
-from model.parallel.groups import ProcessGroupCollection, single_rank_groups
-from model.parallel.layers import ColumnLinear, Linear, RowLinear
-from model.parallel.low_rank import LowRankUpdate
-from model.parallel.regions import gather_stream, sum_gradients
+from amfm.kernels.linear.op import linear_float32
+from amfm.kernels.moe.losses import balance_loss
+from amfm.kernels.moe.op import route
+from amfm.model.build import build_mixer
+from amfm.model.config.lora_mixer import LoraMixerConfig
+from amfm.model.config.schema import ModelConfig
+from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
+from amfm.model.parallel.layers import ColumnLinear, Linear, RowLinear
+from amfm.model.parallel.low_rank import LowRankUpdate
+from amfm.model.parallel.regions import gather_stream, sum_gradients
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 # Ends of the names of what this adds to a model.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from model.hybrid import HybridModel
+from amfm.model.hybrid import HybridModel
 
 
 @runtime_checkable

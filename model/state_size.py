@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
 
 
 def state_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype = torch.float32) -> int:

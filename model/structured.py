@@ -32,14 +32,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kernels.gemm_precision import gemm_dtype
-from kernels.linear.op import linear
-from model.config.schema import GuideConfig
-from model.config.structure import Structure
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.layers import stream_shard
-from model.parallel.regions import enter_tensor_region, leave_tensor_region, project_stream
-from model.parallel.shards import Shard, ShardSpec, divide
+from amfm.kernels.gemm_precision import gemm_dtype
+from amfm.kernels.linear.op import linear
+from amfm.model.config.schema import GuideConfig
+from amfm.model.config.structure import Structure
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.layers import stream_shard
+from amfm.model.parallel.regions import enter_tensor_region, leave_tensor_region, project_stream
+from amfm.model.parallel.shards import Shard, ShardSpec, divide
 
 
 class StructuredLinear(nn.Module):

@@ -3,7 +3,7 @@
 While a command starts, what its user can correct (a setting, a path) ends with 2 and everything else of the machine with
 3. Once a run is under way nothing is the settings' fault any more: whatever the machine refuses ends with 3, so that a
 supervisor starts again from the newest checkpoint. A bug (AssertionError, TypeError, ...) is neither and keeps its
-traceback. Messages of the system carry the path they are about (`data_pipeline.naming.named`).
+traceback. Messages of the system carry the path they are about (`amfm.data_pipeline.naming.named`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pretrain.launcher_protocol import BAD_INPUT, RUN_FAILED
+from amfm.pretrain.launcher_protocol import BAD_INPUT, RUN_FAILED
 
 # What a path in the settings can be wrong about; the rest of the system's errors are the machine's state.
 CORRECTABLE = {
@@ -72,7 +72,7 @@ def launches_in_words() -> Iterator[None]:
         # Triton's errors are no RuntimeErrors. It need not be installed, and then nothing of it is raised.
         if not any(base.__module__.partition(".")[0] == "triton" for base in type(error).__mro__):
             raise
-        from kernels.launch_failure import describe_launch_failure
+        from amfm.kernels.launch_failure import describe_launch_failure
 
         words = describe_launch_failure(error)
         if words is None:

@@ -6,10 +6,10 @@ language, say) is learnt faster later (Chen et al. 2023, arXiv 2307.01163). A fu
 
 from __future__ import annotations
 
-from model.init import initial_values, named_seed
-from pretrain.checkpoint.masters import MasterView
-from pretrain.checkpoint.save import ranks_of
-from pretrain.run import Run
+from amfm.model.init import initial_values, named_seed
+from amfm.pretrain.checkpoint.masters import MasterView
+from amfm.pretrain.checkpoint.save import ranks_of
+from amfm.pretrain.run import Run
 
 EMBEDDING = "embedding.weight"
 

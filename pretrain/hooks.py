@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from pretrain.checkpoint.masters import MasterView
-from pretrain.checkpoint.save import ranks_of
-from pretrain.config.hook_registry import hook_specs
-from pretrain.config.schema import RunConfig
-from pretrain.run import Run
+from amfm.pretrain.checkpoint.masters import MasterView
+from amfm.pretrain.checkpoint.save import ranks_of
+from amfm.pretrain.config.hook_registry import hook_specs
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.run import Run
 
 
 class TrainHook(Protocol):

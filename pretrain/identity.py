@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch.distributed
 
-from pretrain.config.fields import flatten_settings
-from pretrain.config.schema import RunConfig
+from amfm.pretrain.config.fields import flatten_settings
+from amfm.pretrain.config.schema import RunConfig
 
 LIBRARIES = ("amfm-pretrain", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")
 OWN_PACKAGES = ("launch", "pretrain", "model", "kernels", "data_pipeline")

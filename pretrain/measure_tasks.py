@@ -17,15 +17,15 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.tokenizer.tokenizer import load_tokenizer
-from model.hybrid import ModelOutput
-from pretrain.checks.tasks import SETTING
-from pretrain.config.schema import EvaluateConfig, ParallelConfig, RunConfig
-from pretrain.parallel import Parallel
-from pretrain.rank_group import RankGroup
-from pretrain.run import Run
-from pretrain.tasks.scoring import Job, Scorer, Share
-from pretrain.tasks.suite import TaskChoice, TaskError, TaskSuite, open_suite, require_lm_eval
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.model.hybrid import ModelOutput
+from amfm.pretrain.checks.tasks import SETTING
+from amfm.pretrain.config.schema import EvaluateConfig, ParallelConfig, RunConfig
+from amfm.pretrain.parallel import Parallel
+from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.run import Run
+from amfm.pretrain.tasks.scoring import Job, Scorer, Share
+from amfm.pretrain.tasks.suite import TaskChoice, TaskError, TaskSuite, open_suite, require_lm_eval
 
 
 @dataclass(frozen=True)

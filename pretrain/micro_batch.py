@@ -13,12 +13,12 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import Batch
-from model.config.schema import ModelConfig
-from model.hybrid import ModelOutput
-from model.mtp import Ahead
-from model.packing import PackMeta
-from pretrain.parallel import Parallel
+from amfm.data_pipeline.batch import Batch
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import ModelOutput
+from amfm.model.mtp import Ahead
+from amfm.model.packing import PackMeta
+from amfm.pretrain.parallel import Parallel
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from data_pipeline.config import DataConfig
-from data_pipeline.loader.loader import PretrainLoader
-from data_pipeline.tokenizer.tokenizer import load_tokenizer
-from pretrain.config.schema import RunConfig
-from pretrain.parallel import Parallel
-from pretrain.stages import RunStage
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.loader.loader import PretrainLoader
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.parallel import Parallel
+from amfm.pretrain.stages import RunStage
 
 
 def open_loader(

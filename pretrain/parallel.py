@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from model.parallel.groups import AXES, ProcessGroupCollection
-from pretrain.config.schema import ParallelConfig
-from pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID
-from pretrain.rank_group import RankGroup
+from amfm.model.parallel.groups import AXES, ProcessGroupCollection
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID
+from amfm.pretrain.rank_group import RankGroup
 
 DATA_PARALLEL = ParallelConfig()
 
@@ -209,7 +209,7 @@ def initialize_parallel(
 ) -> Parallel:
     """Join the other ranks, build the groups of a layout with Megatron-core, and set threads. Every rank must call this.
 
-    The layout must have passed `pretrain.checks.parallel.layout_problems`. A later call in the same process (tests) replaces the
+    The layout must have passed `amfm.pretrain.checks.parallel.layout_problems`. A later call in the same process (tests) replaces the
     groups of the one before, which works no more, unless the layout is the same.
     """
     rank, world_size, local_rank, local_world_size = start_process_group(timeout_seconds)

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import pipelining
 
-from kernels.split_backward import Later, compute_now, split_backward
-from model.block import Stream
-from model.hybrid import HybridModel, ModelOutput
-from model.pipeline_split import Piece
-from pretrain.config.schema import ParallelConfig
-from pretrain.micro_batch import MicroBatch
-from pretrain.parallel import Parallel
+from amfm.kernels.split_backward import Later, compute_now, split_backward
+from amfm.model.block import Stream
+from amfm.model.hybrid import HybridModel, ModelOutput
+from amfm.model.pipeline_split import Piece
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.micro_batch import MicroBatch
+from amfm.pretrain.parallel import Parallel
 
 Share = Callable[[ModelOutput], Tensor | None]
 

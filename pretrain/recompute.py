@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from model.config.pattern import parse_letters
-from pretrain.config.errors import Problem
-from pretrain.config.schema import RunConfig
+from amfm.model.config.pattern import parse_letters
+from amfm.pretrain.config.errors import Problem
+from amfm.pretrain.config.schema import RunConfig
 
 
 def recomputed_letters(config: RunConfig) -> frozenset[str]:

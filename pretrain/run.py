@@ -6,25 +6,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
-from data_pipeline.loader.loader import PretrainLoader
-from model.hybrid import HybridModel
-from pretrain.checkpoint.background import BackgroundSaver
-from pretrain.config.schema import ParallelConfig, RunConfig
-from pretrain.engine.engine import ZeroEngine
-from pretrain.monitor.corruption import StateWatch
-from pretrain.monitor.display import Display
-from pretrain.monitor.environment import Peak
-from pretrain.monitor.heartbeat import Heartbeat
-from pretrain.monitor.metrics import RunLog
-from pretrain.monitor.ownership import Ownership
-from pretrain.monitor.profile import StepProfiler
-from pretrain.monitor.signals import SignalWatch
-from pretrain.monitor.stragglers import StepTimes
-from pretrain.parallel import Parallel
-from pretrain.pipeline import Pipeline
-from pretrain.recompute import recomputed_letters
-from pretrain.stages import RunStage, in_layout, stage_of
-from pretrain.tasks.suite import TaskSuite
+from amfm.data_pipeline.loader.loader import PretrainLoader
+from amfm.model.hybrid import HybridModel
+from amfm.pretrain.checkpoint.background import BackgroundSaver
+from amfm.pretrain.config.schema import ParallelConfig, RunConfig
+from amfm.pretrain.engine.engine import ZeroEngine
+from amfm.pretrain.monitor.corruption import StateWatch
+from amfm.pretrain.monitor.display import Display
+from amfm.pretrain.monitor.environment import Peak
+from amfm.pretrain.monitor.heartbeat import Heartbeat
+from amfm.pretrain.monitor.metrics import RunLog
+from amfm.pretrain.monitor.ownership import Ownership
+from amfm.pretrain.monitor.profile import StepProfiler
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.monitor.stragglers import StepTimes
+from amfm.pretrain.parallel import Parallel
+from amfm.pretrain.pipeline import Pipeline
+from amfm.pretrain.recompute import recomputed_letters
+from amfm.pretrain.stages import RunStage, in_layout, stage_of
+from amfm.pretrain.tasks.suite import TaskSuite
 
 
 @dataclass

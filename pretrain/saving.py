@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from data_pipeline.progress import Report, silent
-from pretrain.checkpoint.background import Saved
-from pretrain.checkpoint.load import LoadedCheckpoint, load_newest
-from pretrain.checkpoint.names import checkpoint_name
-from pretrain.checkpoint.remote import SentCopy
-from pretrain.checkpoint.replicas.recover import recover
-from pretrain.checkpoint.replicas.write import SavedReplica
-from pretrain.monitor.ownership import read_owner
-from pretrain.run import Progress, Run
-from pretrain.stages import is_guided
+from amfm.data_pipeline.progress import Report, silent
+from amfm.pretrain.checkpoint.background import Saved
+from amfm.pretrain.checkpoint.load import LoadedCheckpoint, load_newest
+from amfm.pretrain.checkpoint.names import checkpoint_name
+from amfm.pretrain.checkpoint.remote import SentCopy
+from amfm.pretrain.checkpoint.replicas.recover import recover
+from amfm.pretrain.checkpoint.replicas.write import SavedReplica
+from amfm.pretrain.monitor.ownership import read_owner
+from amfm.pretrain.run import Progress, Run
+from amfm.pretrain.stages import is_guided
 
 
 def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:

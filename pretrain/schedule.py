@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pretrain.config.schema import ScheduleConfig
+from amfm.pretrain.config.schema import ScheduleConfig
 
 
 def learning_rate(step: int, config: ScheduleConfig, *, peak: float, total_steps: int) -> float:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_pipeline.store.manifest import Split
-from data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.store.manifest import Split
+from amfm.data_pipeline.store.store import TokenStore
 
 IGNORED = -100  # label of a token that is not predicted
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from data_pipeline.config import DataConfig, PhaseConfig
-from model.config.schema import ModelConfig, RopeConfig
-from pretrain.config.schema import BatchRampConfig, ParallelConfig, RunConfig, ScheduleConfig, StageConfig
-from pretrain.schedule import learning_rate
+from amfm.data_pipeline.config import DataConfig, PhaseConfig
+from amfm.model.config.schema import ModelConfig, RopeConfig
+from amfm.pretrain.config.schema import BatchRampConfig, ParallelConfig, RunConfig, ScheduleConfig, StageConfig
+from amfm.pretrain.schedule import learning_rate
 
 
 @dataclass(frozen=True)

@@ -16,46 +16,46 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.files import write_file_atomically
-from data_pipeline.lines import read_lines
-from data_pipeline.memory import keep_freed_memory
-from data_pipeline.progress import Report, silent
-from data_pipeline.store.store import TokenStore
-from data_pipeline.synthetic.rows import NO_TOKENIZER
-from kernels.backend import resolve_for_run
-from model.flops import count_parameters, flops_per_token
-from model.hybrid import HybridModel
-from model.pipeline_split import cut_pieces, pieces_of_rank
-from pretrain.checkpoint.background import BackgroundSaver
-from pretrain.checkpoint.commit import make_checkpoints_folder
-from pretrain.checkpoint.load import LoadedCheckpoint
-from pretrain.checkpoint.names import list_checkpoints, newest_saved_step
-from pretrain.checkpoint.remote import RemoteCheckpoints
-from pretrain.checkpoint.replicas.memory import NodeMemory
-from pretrain.checks.check_run import check_run
-from pretrain.checks.mixers import check_kernels
-from pretrain.config.file import resolved_yaml, without_secrets
-from pretrain.config.schema import RunConfig
-from pretrain.convert.prepare import prepare_stage
-from pretrain.engine.engine import ZeroEngine, build_engine
-from pretrain.identity import describe_start, require_same_on_all_ranks
-from pretrain.inference.weights import load_initial_weights
-from pretrain.launcher_protocol import RESTART_CAUSE, TORCHRUN_RESTARTS
-from pretrain.measure_tasks import open_tasks
-from pretrain.monitor.corruption import StateWatch
-from pretrain.monitor.display import Display
-from pretrain.monitor.environment import find_peak, record_environment
-from pretrain.monitor.experts import describe_unbalanced
-from pretrain.monitor.heartbeat import Heartbeat, clear_beats
-from pretrain.monitor.metrics import RunLog, check_plot_services
-from pretrain.monitor.node_board import NodeBoard
-from pretrain.monitor.ownership import Ownership, lock_directory
-from pretrain.monitor.panel import plural
-from pretrain.monitor.profile import StepProfiler
-from pretrain.monitor.signals import SignalWatch
-from pretrain.monitor.stragglers import StepTimes, clock_of
-from pretrain.open_data import check_tokenizer, check_vocabulary, open_loader, open_validations
-from pretrain.parallel import (
+from amfm.data_pipeline.files import write_file_atomically
+from amfm.data_pipeline.lines import read_lines
+from amfm.data_pipeline.memory import keep_freed_memory
+from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
+from amfm.kernels.backend import resolve_for_run
+from amfm.model.flops import count_parameters, flops_per_token
+from amfm.model.hybrid import HybridModel
+from amfm.model.pipeline_split import cut_pieces, pieces_of_rank
+from amfm.pretrain.checkpoint.background import BackgroundSaver
+from amfm.pretrain.checkpoint.commit import make_checkpoints_folder
+from amfm.pretrain.checkpoint.load import LoadedCheckpoint
+from amfm.pretrain.checkpoint.names import list_checkpoints, newest_saved_step
+from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
+from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.checks.mixers import check_kernels
+from amfm.pretrain.config.file import resolved_yaml, without_secrets
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.convert.prepare import prepare_stage
+from amfm.pretrain.engine.engine import ZeroEngine, build_engine
+from amfm.pretrain.identity import describe_start, require_same_on_all_ranks
+from amfm.pretrain.inference.weights import load_initial_weights
+from amfm.pretrain.launcher_protocol import RESTART_CAUSE, TORCHRUN_RESTARTS
+from amfm.pretrain.measure_tasks import open_tasks
+from amfm.pretrain.monitor.corruption import StateWatch
+from amfm.pretrain.monitor.display import Display
+from amfm.pretrain.monitor.environment import find_peak, record_environment
+from amfm.pretrain.monitor.experts import describe_unbalanced
+from amfm.pretrain.monitor.heartbeat import Heartbeat, clear_beats
+from amfm.pretrain.monitor.metrics import RunLog, check_plot_services
+from amfm.pretrain.monitor.node_board import NodeBoard
+from amfm.pretrain.monitor.ownership import Ownership, lock_directory
+from amfm.pretrain.monitor.panel import plural
+from amfm.pretrain.monitor.profile import StepProfiler
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.monitor.stragglers import StepTimes, clock_of
+from amfm.pretrain.open_data import check_tokenizer, check_vocabulary, open_loader, open_validations
+from amfm.pretrain.parallel import (
     Parallel,
     describe_environment,
     initialize_parallel,
@@ -64,12 +64,12 @@ from pretrain.parallel import (
     set_determinism,
     start_process_group,
 )
-from pretrain.pipeline import Pipeline
-from pretrain.rank_group import RankGroup
-from pretrain.recompute import recomputed_letters
-from pretrain.run import Run, identities_of
-from pretrain.saving import resume
-from pretrain.stages import (
+from amfm.pretrain.pipeline import Pipeline
+from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.recompute import recomputed_letters
+from amfm.pretrain.run import Run, identities_of
+from amfm.pretrain.saving import resume
+from amfm.pretrain.stages import (
     RunStage,
     data_of_stages,
     in_layout,
@@ -212,8 +212,8 @@ def share_tiles(config: RunConfig, parallel: Parallel) -> None:
     """Let all ranks launch Triton kernels with the same tuned tiles, where they run on CUDA. Every rank must call this."""
     if parallel.device.type != "cuda" or choose_backend(config, parallel) != "triton":
         return
-    from kernels.tuning import load_table
-    from pretrain.tiles import agree_on_tiles
+    from amfm.kernels.tuning import load_table
+    from amfm.pretrain.tiles import agree_on_tiles
 
     agree_on_tiles(load_table(parallel.device))
 

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import Batch
-from model.config.schema import ModelConfig
-from model.hybrid import ModelOutput
-from model.loss import IGNORE_INDEX
-from model.scheduled import set_step
-from pretrain.micro_batch import LossShare, MicroBatch, MicroBatches, look_ahead, send
-from pretrain.monitor.anomalies import StepAnomaly, describe_skip, judge_loss, remember_loss
-from pretrain.parallel import Parallel
-from pretrain.run import Run
-from pretrain.step_sums import RankNews, empty_sums
+from amfm.data_pipeline.batch import Batch
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import ModelOutput
+from amfm.model.loss import IGNORE_INDEX
+from amfm.model.scheduled import set_step
+from amfm.pretrain.micro_batch import LossShare, MicroBatch, MicroBatches, look_ahead, send
+from amfm.pretrain.monitor.anomalies import StepAnomaly, describe_skip, judge_loss, remember_loss
+from amfm.pretrain.parallel import Parallel
+from amfm.pretrain.run import Run
+from amfm.pretrain.step_sums import RankNews, empty_sums
 
 
 @dataclass(frozen=True)

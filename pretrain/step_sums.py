@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model.config.pattern import mixer_name
-from model.config.schema import ModelConfig
-from model.hybrid import ModelOutput
-from model.moe.balance import auxiliary_names
-from model.routed_updates import BALANCE
-from pretrain.monitor.signals import WATCHED
-from pretrain.parallel import Parallel
+from amfm.model.config.pattern import mixer_name
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import ModelOutput
+from amfm.model.moe.balance import auxiliary_names
+from amfm.model.routed_updates import BALANCE
+from amfm.pretrain.monitor.signals import WATCHED
+from amfm.pretrain.parallel import Parallel
 
 
 @dataclass(frozen=True)

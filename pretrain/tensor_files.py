@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_pipeline.naming import named
-from model.on_demand import OnDemand, Shape, Source
+from amfm.data_pipeline.naming import named
+from amfm.model.on_demand import OnDemand, Shape, Source
 
 # Names of the safetensors format for the dtypes that a model or a random state may hold, and that others write.
 DTYPE_NAMES = {

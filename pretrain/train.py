@@ -22,27 +22,27 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from data_pipeline.loader.loader import SourceUse
-from data_pipeline.progress import Waiting
-from model.flops import flops_per_token
-from model.scheduled import set_step
-from pretrain.checks.ranks import describe_parallel
-from pretrain.config.schema import RunConfig
-from pretrain.failures import describe, is_bug, while_running
-from pretrain.forgetting import forget_if_due
-from pretrain.hooks import build_hooks, call_hooks
-from pretrain.launcher_protocol import DONE, INTERRUPTED, NEXT_LAYOUT, RUN_FAILED
-from pretrain.measure_tasks import measure_tasks
-from pretrain.monitor.anomalies import StepAnomaly, too_many_skips
-from pretrain.monitor.environment import read_peak_memory
-from pretrain.monitor.experts import EXPERT_STEPS, find_collapsed
-from pretrain.monitor.heartbeat import describe_lost
-from pretrain.monitor.signals import SignalWatch, signal_name
-from pretrain.monitor.stragglers import STRAGGLER_STEPS
-from pretrain.parallel import is_first_rank
-from pretrain.pruning.prune import number_pruned, prune, prune_if_due
-from pretrain.run import Run, apply_stage
-from pretrain.saving import (
+from amfm.data_pipeline.loader.loader import SourceUse
+from amfm.data_pipeline.progress import Waiting
+from amfm.model.flops import flops_per_token
+from amfm.model.scheduled import set_step
+from amfm.pretrain.checks.ranks import describe_parallel
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.failures import describe, is_bug, while_running
+from amfm.pretrain.forgetting import forget_if_due
+from amfm.pretrain.hooks import build_hooks, call_hooks
+from amfm.pretrain.launcher_protocol import DONE, INTERRUPTED, NEXT_LAYOUT, RUN_FAILED
+from amfm.pretrain.measure_tasks import measure_tasks
+from amfm.pretrain.monitor.anomalies import StepAnomaly, too_many_skips
+from amfm.pretrain.monitor.environment import read_peak_memory
+from amfm.pretrain.monitor.experts import EXPERT_STEPS, find_collapsed
+from amfm.pretrain.monitor.heartbeat import describe_lost
+from amfm.pretrain.monitor.signals import SignalWatch, signal_name
+from amfm.pretrain.monitor.stragglers import STRAGGLER_STEPS
+from amfm.pretrain.parallel import is_first_rank
+from amfm.pretrain.pruning.prune import number_pruned, prune, prune_if_due
+from amfm.pretrain.run import Run, apply_stage
+from amfm.pretrain.saving import (
     finish_copies,
     finish_saving,
     replicate_if_due,
@@ -50,10 +50,10 @@ from pretrain.saving import (
     save,
     send_missing_copy,
 )
-from pretrain.stages import is_guided, stage_of
-from pretrain.start import close_run, start_run
-from pretrain.step import StepResult, train_step
-from pretrain.validate import Validation, validate
+from amfm.pretrain.stages import is_guided, stage_of
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.step import StepResult, train_step
+from amfm.pretrain.validate import Validation, validate
 
 
 def train(config: RunConfig) -> int:

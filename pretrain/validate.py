@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from data_pipeline.store.store import TokenStore
-from pretrain.accuracy import Accuracy, count_correct, measure_accuracy
-from pretrain.micro_batch import move_batch
-from pretrain.parallel import Parallel
-from pretrain.run import Run
-from pretrain.source_losses import SourceLoss, bits_per_byte, losses_of, sum_by_source
-from pretrain.step import count_valid_tokens, forward_only
-from pretrain.step_sums import empty_sums
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.pretrain.accuracy import Accuracy, count_correct, measure_accuracy
+from amfm.pretrain.micro_batch import move_batch
+from amfm.pretrain.parallel import Parallel
+from amfm.pretrain.run import Run
+from amfm.pretrain.source_losses import SourceLoss, bits_per_byte, losses_of, sum_by_source
+from amfm.pretrain.step import count_valid_tokens, forward_only
+from amfm.pretrain.step_sums import empty_sums
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from launch.cli import app
-from pretrain.config.fields import describe_fields
+from amfm.launch.cli import app
+from amfm.pretrain.config.fields import describe_fields
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(

@@ -12,7 +12,7 @@ if [ ! -e "$folder/.installed" ]; then
   touch "$folder/.installed"
 fi
 run=$folder/run; rm -rf "$run"
-export PYTHONPATH=$PWD
+export PYTHONPATH=$PWD/src:$PWD
 "$folder/bin/python" -c '
 import importlib.metadata as found, platform
 names = ("torch", "triton", "numpy", "megatron-core", "deepspeed")
@@ -20,6 +20,6 @@ print("Python", platform.python_version(), *(f"{name} {found.version(name)}" for
 failed=0
 TRITON_INTERPRET=1 "$folder/bin/python" -m pytest -p no:cacheprovider tests/kernels/interpreter || failed=1
 "$folder/bin/python" -m pytest -p no:cacheprovider -m "slow or not slow" --timeout 900 tests/kernels/proof/cases || failed=1
-"$folder/bin/python" -m launch train configs/probes/mqar.yaml run.dir="$run" train.steps=20 train.validate_every_steps=null \
+"$folder/bin/python" -m amfm.launch train configs/probes/mqar.yaml run.dir="$run" train.steps=20 train.validate_every_steps=null \
   train.log_every_steps=10 || failed=1
 exit $failed

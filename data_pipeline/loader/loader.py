@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 
-from data_pipeline.batch import Batch
-from data_pipeline.config import DataConfig
-from data_pipeline.loader.reader_process import ReadingProcess
-from data_pipeline.samples.buffers import BufferPool
-from data_pipeline.samples.packing import Row, assemble_rows
-from data_pipeline.samples.samples import CorruptSample, SampleReader, SampleSettings, phases_of
-from data_pipeline.store.manifest import Part, Split
-from data_pipeline.store.store import TokenStore
-from data_pipeline.synthetic.rows import SyntheticReader, SyntheticSettings
+from amfm.data_pipeline.batch import Batch
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.loader.reader_process import ReadingProcess
+from amfm.data_pipeline.samples.buffers import BufferPool
+from amfm.data_pipeline.samples.packing import Row, assemble_rows
+from amfm.data_pipeline.samples.samples import CorruptSample, SampleReader, SampleSettings, phases_of
+from amfm.data_pipeline.store.manifest import Part, Split
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.synthetic.rows import SyntheticReader, SyntheticSettings
 
 STATE_VERSION = 2
 READ_AHEAD_BATCHES = 2

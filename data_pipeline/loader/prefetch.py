@@ -11,7 +11,7 @@ import threading
 
 import numpy as np
 
-from data_pipeline.samples.samples import SampleReader
+from amfm.data_pipeline.samples.samples import SampleReader
 
 AHEAD_ROWS = 2048  # of this process: minutes of training, and more blocks than a window has
 

@@ -16,23 +16,25 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
-from data_pipeline.loader.prefetch import FetchAhead
-from data_pipeline.samples.packing import Row
-from data_pipeline.samples.samples import CorruptSample, SampleReader, SampleSettings
-from data_pipeline.store.shards import DamagedError
-from data_pipeline.synthetic.rows import SyntheticReader, SyntheticSettings
+from amfm.data_pipeline.loader.prefetch import FetchAhead
+from amfm.data_pipeline.samples.packing import Row
+from amfm.data_pipeline.samples.samples import CorruptSample, SampleReader, SampleSettings
+from amfm.data_pipeline.store.shards import DamagedError
+from amfm.data_pipeline.synthetic.rows import SyntheticReader, SyntheticSettings
 
 PIPE_BYTES = 2**20
 # What reaches the whole group from the terminal or the scheduler; the trainer decides, and still needs rows to save.
 _OF_THE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from data_pipeline.loader.reader_process import serve; serve()"
+_START = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from amfm.data_pipeline.loader.reader_process import serve; serve()"
+)
 
 
 class ReadingProcess:
     """The trainer's end of one reading process; requests are answered in order."""
 
     def __init__(self, settings: SampleSettings | SyntheticSettings) -> None:
-        root = str(Path(__file__).resolve().parent.parent.parent)
+        root = str(Path(__file__).parents[3])
         # Inherited blocked: a signal during the imports of the new process waits until `serve` ignores it.
         former = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_GROUP)
         try:

@@ -25,10 +25,10 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pydantic_core
 
-from data_pipeline.prepare.filters import Filter
-from data_pipeline.prepare.sources import InputFile
-from data_pipeline.store.megatron_files import read_megatron_documents, read_megatron_index
-from data_pipeline.store.object_store import is_url
+from amfm.data_pipeline.prepare.filters import Filter
+from amfm.data_pipeline.prepare.sources import InputFile
+from amfm.data_pipeline.store.megatron_files import read_megatron_documents, read_megatron_index
+from amfm.data_pipeline.store.object_store import is_url
 
 COUNTED_BYTES = 2**30  # as far into a file lines are counted, to say where a record is
 

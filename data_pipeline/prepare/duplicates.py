@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from data_pipeline.deletion import delete
-from data_pipeline.files import make_folders, write_file_atomically
-from data_pipeline.prepare.plan import Unit
+from amfm.data_pipeline.deletion import delete
+from amfm.data_pipeline.files import make_folders, write_file_atomically
+from amfm.data_pipeline.prepare.plan import Unit
 
 # A document: its hash as two numbers and its place among the documents of the unit. Files are sorted by the hash.
 HASHED = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<u4")])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from data_pipeline.config import FilterConfig
+from amfm.data_pipeline.config import FilterConfig
 
 Filter = Callable[[str], str | None]
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import write_file_atomically
-from data_pipeline.foreign_files import read_object
-from data_pipeline.store.http_files import HttpError, ask, origin
+from amfm.data_pipeline.files import write_file_atomically
+from amfm.data_pipeline.foreign_files import read_object
+from amfm.data_pipeline.store.http_files import HttpError, ask, origin
 
 PREFIX = "hub:"
 HUB_REVISIONS = "hub_revisions.json"

@@ -13,12 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.lines import LineFile, read_lines
-from data_pipeline.prepare.plan import Unit
-from data_pipeline.prepare.unit import UnitReport
-from data_pipeline.store.manifest import SPLITS, Part
-from data_pipeline.store.shards import DamagedError
-from data_pipeline.store.store import check_part_files
+from amfm.data_pipeline.lines import LineFile, read_lines
+from amfm.data_pipeline.prepare.plan import Unit
+from amfm.data_pipeline.prepare.unit import UnitReport
+from amfm.data_pipeline.store.manifest import SPLITS, Part
+from amfm.data_pipeline.store.shards import DamagedError
+from amfm.data_pipeline.store.store import check_part_files
 
 JOURNAL = "journal.jsonl"
 

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
-from data_pipeline.config import DataConfig, FilterConfig, SourceConfig
-from data_pipeline.prepare.documents import Segment, cut_segments
-from data_pipeline.prepare.sources import InputFile, list_files
-from data_pipeline.samples.permutation import derive_key, permute
-from data_pipeline.store.manifest import Layout
+from amfm.data_pipeline.config import DataConfig, FilterConfig, SourceConfig
+from amfm.data_pipeline.prepare.documents import Segment, cut_segments
+from amfm.data_pipeline.prepare.sources import InputFile, list_files
+from amfm.data_pipeline.samples.permutation import derive_key, permute
+from amfm.data_pipeline.store.manifest import Layout
 
 SEGMENTS_PER_PART = 32  # a part mixes ranges from this many places, so that neighbours in a row differ
 MIN_SEGMENT_BYTES = 2**16  # smaller reads cost more than they mix

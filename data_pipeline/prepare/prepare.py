@@ -15,21 +15,21 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.deletion import try_to_delete
-from data_pipeline.files import UNFINISHED, make_folders
-from data_pipeline.locks import take_lock
-from data_pipeline.prepare.documents import Segment
-from data_pipeline.prepare.duplicates import mark_duplicates, units_to_hash
-from data_pipeline.prepare.hub import pin_revisions, read_pins, write_pins
-from data_pipeline.prepare.journal import Journal
-from data_pipeline.prepare.plan import Unit, UnitSettings, make_units, part_bytes_of, plan_source
-from data_pipeline.prepare.ray_actors import run_on_ray
-from data_pipeline.prepare.rejects import describe_first_reject
-from data_pipeline.prepare.settle_tokenizer import keep_tokenizer, settle_tokenizer
-from data_pipeline.prepare.token_limit import take_tokens
-from data_pipeline.prepare.unit import UnitFailure, UnitReport
-from data_pipeline.store.manifest import (
+from amfm.data_pipeline.config import DataConfig, SourceConfig
+from amfm.data_pipeline.deletion import try_to_delete
+from amfm.data_pipeline.files import UNFINISHED, make_folders
+from amfm.data_pipeline.locks import take_lock
+from amfm.data_pipeline.prepare.documents import Segment
+from amfm.data_pipeline.prepare.duplicates import mark_duplicates, units_to_hash
+from amfm.data_pipeline.prepare.hub import pin_revisions, read_pins, write_pins
+from amfm.data_pipeline.prepare.journal import Journal
+from amfm.data_pipeline.prepare.plan import Unit, UnitSettings, make_units, part_bytes_of, plan_source
+from amfm.data_pipeline.prepare.ray_actors import run_on_ray
+from amfm.data_pipeline.prepare.rejects import describe_first_reject
+from amfm.data_pipeline.prepare.settle_tokenizer import keep_tokenizer, settle_tokenizer
+from amfm.data_pipeline.prepare.token_limit import take_tokens
+from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport
+from amfm.data_pipeline.store.manifest import (
     PART_NAME,
     SPLITS,
     Layout,
@@ -38,8 +38,8 @@ from data_pipeline.store.manifest import (
     TokenizerRecord,
     write_manifest,
 )
-from data_pipeline.store.object_store import is_url
-from data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.data_pipeline.store.object_store import is_url
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 
 LOCK = ".lock"
 

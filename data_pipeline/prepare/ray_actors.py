@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import DataConfig
-from data_pipeline.memory import keep_freed_memory
-from data_pipeline.prepare.plan import Unit
-from data_pipeline.prepare.ray_token import ask_for_token
-from data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
-from data_pipeline.store.part_writer import import_zarr
-from data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.memory import keep_freed_memory
+from amfm.data_pipeline.prepare.plan import Unit
+from amfm.data_pipeline.prepare.ray_token import ask_for_token
+from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
+from amfm.data_pipeline.store.part_writer import import_zarr
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 
 ATTEMPTS = 3  # of a unit whose actor dies: enough for lost nodes, few enough to notice a text that kills the process
 MAX_FAILED_STARTS = 20  # in a row: more than the cores of a node that is lost while its actors start
@@ -102,7 +102,7 @@ def start_ray(address: str | None, **options: Any) -> None:
         options["include_dashboard"] = False
     else:
         _must_answer(address)
-    package_root = str(Path(__file__).resolve().parent.parent.parent)
+    package_root = str(Path(__file__).parents[3])
     job = ray.job_config.JobConfig(code_search_path=[package_root])
     try:
         # Without an address Ray itself would join a cluster that runs here.

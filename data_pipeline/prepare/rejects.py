@@ -10,10 +10,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.files import write_file_atomically
-from data_pipeline.lines import read_lines
-from data_pipeline.prepare.documents import Reject, Segment
-from data_pipeline.prepare.plan import Unit
+from amfm.data_pipeline.files import write_file_atomically
+from amfm.data_pipeline.lines import read_lines
+from amfm.data_pipeline.prepare.documents import Reject, Segment
+from amfm.data_pipeline.prepare.plan import Unit
 
 
 def rejects_path(store: Path, unit: Unit) -> Path:

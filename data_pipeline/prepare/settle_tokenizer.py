@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import DataConfig
-from data_pipeline.files import write_file_atomically
-from data_pipeline.foreign_files import read_object
-from data_pipeline.prepare.documents import Segment
-from data_pipeline.prepare.training_text import require_training_text, training_texts
-from data_pipeline.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, read_tokenizer_file, train_tokenizer
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.files import write_file_atomically
+from amfm.data_pipeline.foreign_files import read_object
+from amfm.data_pipeline.prepare.documents import Segment
+from amfm.data_pipeline.prepare.training_text import require_training_text, training_texts
+from amfm.data_pipeline.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, read_tokenizer_file, train_tokenizer
 
 TOKENIZER_SETTINGS = "tokenizer_settings.json"
 

@@ -20,10 +20,10 @@ from typing import IO, Any, Literal
 
 import pyarrow
 
-from data_pipeline.config import SourceConfig
-from data_pipeline.prepare.hub import headers_for, is_hub, list_hub, pin_revisions
-from data_pipeline.store.http_files import HttpError, HttpFile, is_http
-from data_pipeline.store.object_store import RemoteFolder, is_url, split_url
+from amfm.data_pipeline.config import SourceConfig
+from amfm.data_pipeline.prepare.hub import headers_for, is_hub, list_hub, pin_revisions
+from amfm.data_pipeline.store.http_files import HttpError, HttpFile, is_http
+from amfm.data_pipeline.store.object_store import RemoteFolder, is_url, split_url
 
 Kind = Literal["text", "jsonl", "parquet", "arrow", "megatron"]
 Compression = Literal["none", "gz", "zst"]

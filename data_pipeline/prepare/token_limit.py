@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-from data_pipeline.prepare.plan import BYTES_A_TOKEN, Unit
-from data_pipeline.prepare.unit import UnitReport
+from amfm.data_pipeline.prepare.plan import BYTES_A_TOKEN, Unit
+from amfm.data_pipeline.prepare.unit import UnitReport
 
 FIRST_SHARE = 0.5  # of the first guess, so that a language of few tokens a byte wastes no work
 

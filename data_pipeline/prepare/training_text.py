@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.prepare.documents import Document, Reject, Segment, SegmentReader, TokenDocument
-from data_pipeline.prepare.filters import make_filter
-from data_pipeline.prepare.rejects import place_of
+from amfm.data_pipeline.config import DataConfig, SourceConfig
+from amfm.data_pipeline.prepare.documents import Document, Reject, Segment, SegmentReader, TokenDocument
+from amfm.data_pipeline.prepare.filters import make_filter
+from amfm.data_pipeline.prepare.rejects import place_of
 
 
 def require_training_text(config: DataConfig, plans: Mapping[str, Sequence[Segment]]) -> None:

@@ -19,15 +19,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.prepare.documents import Document, Reject, SegmentReader, TokenDocument
-from data_pipeline.prepare.duplicates import hash_text, load_skips, write_hashes
-from data_pipeline.prepare.filters import make_filter
-from data_pipeline.prepare.plan import Unit
-from data_pipeline.prepare.rejects import write_rejects
-from data_pipeline.samples.permutation import derive_key, permute
-from data_pipeline.store.manifest import SPLITS, Part, Split
-from data_pipeline.store.part_writer import write_part
-from data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.data_pipeline.prepare.documents import Document, Reject, SegmentReader, TokenDocument
+from amfm.data_pipeline.prepare.duplicates import hash_text, load_skips, write_hashes
+from amfm.data_pipeline.prepare.filters import make_filter
+from amfm.data_pipeline.prepare.plan import Unit
+from amfm.data_pipeline.prepare.rejects import write_rejects
+from amfm.data_pipeline.samples.permutation import derive_key, permute
+from amfm.data_pipeline.store.manifest import SPLITS, Part, Split
+from amfm.data_pipeline.store.part_writer import write_part
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 
 BATCH_DOCUMENTS = 512
 BATCH_CHARACTERS = 2_000_000

@@ -14,10 +14,10 @@ from collections import OrderedDict
 import numpy as np
 from blake3 import blake3
 
-from data_pipeline.files import write_file_atomically
-from data_pipeline.samples.packing import Bins, fit_documents
-from data_pipeline.store.manifest import Part, Split
-from data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.files import write_file_atomically
+from amfm.data_pipeline.samples.packing import Bins, fit_documents
+from amfm.data_pipeline.store.manifest import Part, Split
+from amfm.data_pipeline.store.store import TokenStore
 
 MAX_LOADED = 64
 DIGEST_BYTES = 16  # BLAKE3 of the content, at the end of each file

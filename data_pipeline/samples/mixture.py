@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.samples.permutation import Indices, derive_key, permute
+from amfm.data_pipeline.samples.permutation import Indices, derive_key, permute
 
 MIN_BLOCK_SAMPLES = 4096
 

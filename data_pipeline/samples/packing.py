@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.samples.buffers import BufferPool
+from amfm.data_pipeline.samples.buffers import BufferPool
 
 IGNORED_LABEL = -100
 

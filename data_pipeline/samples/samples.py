@@ -21,17 +21,23 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.samples.bins import BinIndex
-from data_pipeline.samples.mixture import Mixture
-from data_pipeline.samples.packing import Row, count_windows, starts_in_window
-from data_pipeline.samples.permutation import BLOCK_WINDOWS, BLOCKS_PER_SHUFFLE, derive_key, permute, permute_in_blocks
-from data_pipeline.store.manifest import Part, Split
-from data_pipeline.store.node_cache import CacheSettings
-from data_pipeline.store.shards import DamagedError
-from data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.samples.bins import BinIndex
+from amfm.data_pipeline.samples.mixture import Mixture
+from amfm.data_pipeline.samples.packing import Row, count_windows, starts_in_window
+from amfm.data_pipeline.samples.permutation import (
+    BLOCK_WINDOWS,
+    BLOCKS_PER_SHUFFLE,
+    derive_key,
+    permute,
+    permute_in_blocks,
+)
+from amfm.data_pipeline.store.manifest import Part, Split
+from amfm.data_pipeline.store.node_cache import CacheSettings
+from amfm.data_pipeline.store.shards import DamagedError
+from amfm.data_pipeline.store.store import TokenStore
 
 if TYPE_CHECKING:
-    from data_pipeline.config import DataConfig  # pydantic takes longer to import than everything here
+    from amfm.data_pipeline.config import DataConfig  # pydantic takes longer to import than everything here
 
 Int64 = npt.NDArray[np.int64]
 

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.files import write_file_atomically
-from data_pipeline.store.shards import Compression, DamagedError
+from amfm.data_pipeline.files import write_file_atomically
+from amfm.data_pipeline.store.shards import Compression, DamagedError
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.progress import Report, silent
-from data_pipeline.store.manifest import Split
-from data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.store.manifest import Split
+from amfm.data_pipeline.store.store import TokenStore
 
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPE_BY_CODE = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}

@@ -23,10 +23,10 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from data_pipeline.files import write_file_atomically
-from data_pipeline.locks import take_lock
-from data_pipeline.store.object_store import RemoteFolder
-from data_pipeline.store.shards import DamagedError
+from amfm.data_pipeline.files import write_file_atomically
+from amfm.data_pipeline.locks import take_lock
+from amfm.data_pipeline.store.object_store import RemoteFolder
+from amfm.data_pipeline.store.shards import DamagedError
 
 DIGEST_BYTES = 16
 MAX_OPEN_BLOCKS = 128

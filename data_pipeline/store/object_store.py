@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.naming import named
-from data_pipeline.store.range_stream import RangeStream
+from amfm.data_pipeline.naming import named
+from amfm.data_pipeline.store.range_stream import RangeStream
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 PART_BYTES = 16 * 2**20  # a larger object is sent in parts of this size, so many at a time

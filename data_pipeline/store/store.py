@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.files import digest_files, digest_folder
-from data_pipeline.foreign_files import inside, parse_object, read_bounded, understood
-from data_pipeline.store.manifest import (
+from amfm.data_pipeline.files import digest_files, digest_folder
+from amfm.data_pipeline.foreign_files import inside, parse_object, read_bounded, understood
+from amfm.data_pipeline.store.manifest import (
     DOCUMENT_CHUNK,
     FORMAT_VERSION,
     MANIFEST,
@@ -36,9 +36,9 @@ from data_pipeline.store.manifest import (
     identify_store,
     shard_length,
 )
-from data_pipeline.store.node_cache import CachedFiles, CacheSettings, keep_small_files
-from data_pipeline.store.object_store import RemoteFolder, is_url
-from data_pipeline.store.shards import DamagedError, ShardedArray
+from amfm.data_pipeline.store.node_cache import CachedFiles, CacheSettings, keep_small_files
+from amfm.data_pipeline.store.object_store import RemoteFolder, is_url
+from amfm.data_pipeline.store.shards import DamagedError, ShardedArray
 
 MAX_OPEN_PARTS = 256  # some 50 MB of indexes and document ends; a part that is not open costs several rows
 DEFAULT_CACHE = CacheSettings(folder="~/.cache/amfm", max_bytes=64 * 10**9, block_bytes=4 * 2**20)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from data_pipeline.synthetic.copying import SelectiveCopying
-from data_pipeline.synthetic.groups import WordProblem
-from data_pipeline.synthetic.recall import AssociativeRecall
-from data_pipeline.synthetic.task import SyntheticTask
+from amfm.data_pipeline.synthetic.copying import SelectiveCopying
+from amfm.data_pipeline.synthetic.groups import WordProblem
+from amfm.data_pipeline.synthetic.recall import AssociativeRecall
+from amfm.data_pipeline.synthetic.task import SyntheticTask
 
 if TYPE_CHECKING:
-    from data_pipeline.config import SyntheticConfig  # pydantic takes longer to import than everything here
+    from amfm.data_pipeline.config import SyntheticConfig  # pydantic takes longer to import than everything here
 
 # Which settings of `data.probe` each task reads, beside its name.
 SETTINGS: dict[str, tuple[str, ...]] = {

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.synthetic.draws import Draws
-from data_pipeline.synthetic.task import NOISE, SyntheticRow, empty_row
+from amfm.data_pipeline.synthetic.draws import Draws
+from amfm.data_pipeline.synthetic.task import NOISE, SyntheticRow, empty_row
 
 COPY = NOISE + 1  # the token that stands where a copied token is to be predicted
 

@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from data_pipeline.synthetic.draws import Draws
-from data_pipeline.synthetic.task import SyntheticRow
+from amfm.data_pipeline.synthetic.draws import Draws
+from amfm.data_pipeline.synthetic.task import SyntheticRow
 
 GroupName = Literal["parity", "s3", "s4", "a5", "s5"]
 

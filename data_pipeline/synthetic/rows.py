@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.samples.mixture import Mixture
-from data_pipeline.samples.packing import Row
-from data_pipeline.samples.permutation import derive_key
-from data_pipeline.samples.samples import CorruptSample, EpochSpan, PhaseSettings
-from data_pipeline.store.manifest import Split
-from data_pipeline.synthetic.build import build_task
-from data_pipeline.synthetic.draws import Draws, Int64
-from data_pipeline.synthetic.task import NOISE, SyntheticRow, SyntheticTask
+from amfm.data_pipeline.samples.mixture import Mixture
+from amfm.data_pipeline.samples.packing import Row
+from amfm.data_pipeline.samples.permutation import derive_key
+from amfm.data_pipeline.samples.samples import CorruptSample, EpochSpan, PhaseSettings
+from amfm.data_pipeline.store.manifest import Split
+from amfm.data_pipeline.synthetic.build import build_task
+from amfm.data_pipeline.synthetic.draws import Draws, Int64
+from amfm.data_pipeline.synthetic.task import NOISE, SyntheticRow, SyntheticTask
 
 if TYPE_CHECKING:
-    from data_pipeline.config import SyntheticConfig  # pydantic takes longer to import than everything here
+    from amfm.data_pipeline.config import SyntheticConfig  # pydantic takes longer to import than everything here
 
 NO_TOKENIZER = "none"  # in the place of a tokenizer's identity
 GENERATOR_VERSION = 1  # of what a sample number gives: another one refuses to resume

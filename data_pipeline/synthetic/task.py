@@ -6,8 +6,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from data_pipeline.samples.packing import IGNORED_LABEL
-from data_pipeline.synthetic.draws import Draws, Int64
+from amfm.data_pipeline.samples.packing import IGNORED_LABEL
+from amfm.data_pipeline.synthetic.draws import Draws, Int64
 
 NOISE = 0  # the token of places that hold nothing
 

@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from data_pipeline.tokenizer.huggingface import parse_tokenizer
+from amfm.data_pipeline.tokenizer.huggingface import parse_tokenizer
 
 
 def convert_tiktoken(path: Path, *, pattern: str, special_tokens: Mapping[str, int]) -> bytes:

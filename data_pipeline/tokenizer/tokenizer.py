@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
-from data_pipeline.config import TokenizerConfig
-from data_pipeline.store.manifest import MANIFEST
-from data_pipeline.store.object_store import is_url
-from data_pipeline.store.store import TokenStore
-from data_pipeline.tokenizer.huggingface import HuggingFaceTokenizer, read_tokenizer_json
+from amfm.data_pipeline.config import TokenizerConfig
+from amfm.data_pipeline.store.manifest import MANIFEST
+from amfm.data_pipeline.store.object_store import is_url
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.huggingface import HuggingFaceTokenizer, read_tokenizer_json
 
 Ids = npt.NDArray[np.int32]
 Offsets = npt.NDArray[np.int64]
@@ -230,7 +230,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePi
     ValueError when the text is too small for the vocabulary.
     """
     # Needs protobuf: reading tokenizers doesn't, so a run on a prepared store goes without.
-    from data_pipeline.tokenizer.sentencepiece_model import round_scores
+    from amfm.data_pipeline.tokenizer.sentencepiece_model import round_scores
 
     model = io.BytesIO()
     try:

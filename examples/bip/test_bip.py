@@ -8,12 +8,12 @@ import pytest
 import torch
 from amfm_bip.bip import BipMasks
 
-from model.config.schema import FeedForwardConfig, ModelConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
-from pretrain.inference.weights import Weights
-from pretrain.pruning.shrink import logit_difference, shrink_weights
+from amfm.model.config.schema import FeedForwardConfig, ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.inference.weights import Weights
+from amfm.pretrain.pruning.shrink import logit_difference, shrink_weights
 
 CONFIG = ModelConfig(
     pattern="--", vocab_size=16, hidden_size=8, feed_forward=FeedForwardConfig(hidden_size=6, activation="swiglu")

@@ -17,12 +17,12 @@ from amfm_envelope.hook import EnvelopeHook, proximal_step, shrink_factors
 from amfm_envelope.spec import SPEC, EnvelopeOptions
 from torch import Tensor
 
-from data_pipeline.config import DataConfig
-from pretrain.config.schema import RunConfig
-from pretrain.hooks import call_hooks
-from pretrain.monitor.signals import SignalWatch
-from pretrain.start import close_run, start_run
-from pretrain.step import train_step
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.hooks import call_hooks
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.step import train_step
 from tests.pretrain.tiny_run import MODEL, read_events, tiny_config, tiny_data
 
 OPTIONS = EnvelopeOptions(keep=0.5, strength=2.0, start_step=1, end_step=3)
@@ -83,7 +83,7 @@ def run_amfm(*arguments: str, packages: Path) -> str:
     root = Path(__file__).parents[2]
     paths = os.pathsep.join(map(str, (packages, root / "examples" / "envelope", root)))
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "launch", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "amfm.launch", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -6,10 +6,10 @@ import pytest
 import torch
 from amfm_flora.flora import TuckerUpdate, add_flora, check_ranks, merge_flora
 
-from model.config.schema import FeedForwardConfig, ModelConfig, MoeConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
+from amfm.model.config.schema import FeedForwardConfig, ModelConfig, MoeConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
 
 
 def make_model(pattern: str = "EE") -> HybridModel:

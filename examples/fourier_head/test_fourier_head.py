@@ -9,8 +9,8 @@ import torch
 from amfm_fourier_head.head import FLOOR, FourierHead, FourierModel
 from torch import Tensor, nn
 
-from model.config.schema import AttentionConfig, ModelConfig
-from model.packing import PackMeta
+from amfm.model.config.schema import AttentionConfig, ModelConfig
+from amfm.model.packing import PackMeta
 
 BINS, N = 24, 5
 

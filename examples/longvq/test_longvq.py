@@ -13,10 +13,10 @@ from amfm_longvq.spec import SPEC, LongVqOptions
 from torch import Tensor
 from torch.nn import functional
 
-from model.config.schema import MixersConfig
-from model.mixers.interface import BuildContext
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
+from amfm.model.config.schema import MixersConfig
+from amfm.model.mixers.interface import BuildContext
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
 
 H, K, V = 3, 4, 5
 

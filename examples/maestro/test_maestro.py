@@ -8,11 +8,11 @@ from amfm_maestro.maestro import LeadingComponents, add_maestro, cut_ranks, low_
 from torch import nn
 from torch.nn.utils import parametrize
 
-from model.config.schema import FeedForwardConfig, ModelConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
-from model.scheduled import set_step
+from amfm.model.config.schema import FeedForwardConfig, ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.scheduled import set_step
 
 TOKENS, META = torch.arange(12)[None] % 16, PackMeta.one_document_a_row(1, 12)
 

@@ -13,10 +13,10 @@ from amfm_relative_attention.mixer import RelativeAttentionMixer
 from amfm_relative_attention.spec import SPEC, RelativeAttentionOptions
 from torch import Tensor
 
-from model.config.schema import MixersConfig
-from model.mixers.interface import BuildContext
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
+from amfm.model.config.schema import MixersConfig
+from amfm.model.mixers.interface import BuildContext
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
 
 H, K, W = 2, 6, 5
 

@@ -11,10 +11,10 @@ import torch
 from amfm_s4d.mixer import S4DMixer
 from amfm_s4d.spec import SPEC, S4DOptions
 
-from model.config.schema import MixersConfig
-from model.mixers.interface import BuildContext
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
+from amfm.model.config.schema import MixersConfig
+from amfm.model.mixers.interface import BuildContext
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
 
 OPTIONS = S4DOptions(num_heads=3, head_dim=8, value_head_dim=4, chunk_size=8)
 

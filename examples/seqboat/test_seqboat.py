@@ -11,10 +11,10 @@ from amfm_seqboat.mixer import SeqBoatMixer
 from amfm_seqboat.spec import SPEC, SeqBoatOptions
 from torch import Tensor
 
-from model.config.schema import MixersConfig
-from model.mixers.interface import BuildContext
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
+from amfm.model.config.schema import MixersConfig
+from amfm.model.mixers.interface import BuildContext
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
 
 H, K, WINDOW, D = 2, 4, 3, 10
 

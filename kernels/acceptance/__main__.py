@@ -1,4 +1,4 @@
-"""`python -m kernels.acceptance`: prove the kernels on the card of this machine, then time them.
+"""`python -m amfm.kernels.acceptance`: prove the kernels on the card of this machine, then time them.
 
 It needs torch, triton and numpy alone. Four stages, each for one operation after the other: `compile` every kernel in a pool of
 processes, `check` every output and gradient against float64 (twice, for equal bits; once under torch.compile), `sanitize` under
@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kernels.acceptance import report as shown
-from kernels.acceptance.process import Finished, run_child
-from kernels.acceptance.report import STAGES, Report
-from kernels.first_use import DEFAULT_CASES
-from kernels.machine import find_obstacle
-from kernels.proof.trials.trial import KINDS
+from amfm.kernels.acceptance import report as shown
+from amfm.kernels.acceptance.process import Finished, run_child
+from amfm.kernels.acceptance.report import STAGES, Report
+from amfm.kernels.first_use import DEFAULT_CASES
+from amfm.kernels.machine import find_obstacle
+from amfm.kernels.proof.trials.trial import KINDS
 
 BAD_MACHINE, FAULTY = 2, 3
 # Without a card the kernels are compiled for Hopper.
@@ -62,7 +62,7 @@ def main(words: list[str]) -> int:
 
 def read_arguments(words: list[str]) -> argparse.Namespace:
     """The command's arguments; exits with 2 for wrong ones."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.acceptance", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m amfm.kernels.acceptance", description=__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu: a rehearsal in Triton's interpreter")
     parser.add_argument("--stages", default=",".join(STAGES), help=f"some of {','.join(STAGES)}")
     parser.add_argument("--op", action="append", help="only this operation; may be given again")
@@ -98,7 +98,7 @@ def _operations(given: argparse.Namespace) -> list[str]:
 
 def _compile(given: argparse.Namespace, machine: dict[str, Any], operations: list[str], report: Report) -> None:
     """Compile all kernels of these operations for the card."""
-    from kernels.acceptance.compiling import compile_all
+    from amfm.kernels.acceptance.compiling import compile_all
 
     architecture = machine["capability"] or DEFAULT_ARCHITECTURE
     for row in compile_all(given.cases, architecture, operations, given.jobs, given.seconds):

@@ -1,4 +1,4 @@
-"""One operation in a process of its own: `python -m kernels.acceptance.child SETTINGS`, SETTINGS being JSON.
+"""One operation in a process of its own: `python -m amfm.kernels.acceptance.child SETTINGS`, SETTINGS being JSON.
 
 Writes a line of JSON before and after each step, so that what had been found stands when it crashes and the step is known.
 Settings: `do` (describe, check, run, time, tune), `operation`, `device`; of `check` and `run` the `kinds` of trials, of `time`
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from kernels.acceptance.machine import describe_machine
-from kernels.proof.check import check_trial
-from kernels.proof.trials.trial import evaluate
+from amfm.kernels.acceptance.machine import describe_machine
+from amfm.kernels.proof.check import check_trial
+from amfm.kernels.proof.trials.trial import evaluate
 
 Answer = Callable[[dict[str, Any]], None]
 
@@ -65,10 +65,10 @@ def _run(settings: dict[str, Any], device: torch.device, answer: Answer) -> None
 
 def _measure(settings: dict[str, Any], device: torch.device, answer: Answer) -> None:
     """Time the operation's problems for a card beside PyTorch and installed packages, or choose its kernels' tiles."""
-    from kernels.acceptance.choose_tiles import choose_tiles
-    from kernels.acceptance.timing import time_problem
-    from kernels.proof.cases.case import CardSizes
-    from kernels.proof.timing import measure_milliseconds
+    from amfm.kernels.acceptance.choose_tiles import choose_tiles
+    from amfm.kernels.acceptance.timing import time_problem
+    from amfm.kernels.proof.cases.case import CardSizes
+    from amfm.kernels.proof.timing import measure_milliseconds
 
     problems = importlib.import_module(settings["cases"]).OPERATIONS[settings["operation"]].on_card
     sizes = CardSizes(**settings.get("sizes", {}))

@@ -53,7 +53,7 @@ def compile_all(
 
 def _compile(cases: str, architecture: int, work: tuple[str, int]) -> tuple[tuple[str, int], dict[str, Any]]:
     """Compile one launch of an operation, in a process of the pool."""
-    from kernels.proof.ahead_of_time import compile_ahead
+    from amfm.kernels.proof.ahead_of_time import compile_ahead
 
     operation, place = work
     launch = [*importlib.import_module(cases).OPERATIONS[operation].launches()][place]

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernels.first_use import CHECKING_VARIABLE
+from amfm.kernels.first_use import CHECKING_VARIABLE
 
-_ROOT = Path(__file__).parents[2]
-_CHILD = "kernels.acceptance.child"
+_ROOT = Path(__file__).parents[3]
+_CHILD = "amfm.kernels.acceptance.child"
 # What of a child's standard error is repeated.
 _LAST_CHARACTERS = 800
 

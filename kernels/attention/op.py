@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.attention.reference import attention_reference, window_sums_reference
-from kernels.attention.torch_impl import attention_torch
-from kernels.attention.varlen import DocumentEnds, attention_varlen, refuse_varlen
-from kernels.attention.window_torch import WindowSums, window_attention_torch, window_sums_torch
-from kernels.backend import resolve_backend
-from kernels.shapes import check_documents, check_float, check_shape
+from amfm.kernels.attention.reference import attention_reference, window_sums_reference
+from amfm.kernels.attention.torch_impl import attention_torch
+from amfm.kernels.attention.varlen import DocumentEnds, attention_varlen, refuse_varlen
+from amfm.kernels.attention.window_torch import WindowSums, window_attention_torch, window_sums_torch
+from amfm.kernels.backend import resolve_backend
+from amfm.kernels.shapes import check_documents, check_float, check_shape
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def attention(
         return attention_varlen(q_BTHK, k_BSJK, v_BSJK, document_ends, scale, window)
     backend = resolve_backend(backend, q_BTHK.device, "attention")
     if backend == "triton":
-        from kernels.attention.triton_impl import attention_triton
+        from amfm.kernels.attention.triton_impl import attention_triton
 
         return attention_triton(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, scale, window)
     if backend == "reference":

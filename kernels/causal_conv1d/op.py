@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import resolve_backend
-from kernels.causal_conv1d.reference import convolve_by_steps
-from kernels.causal_conv1d.torch_impl import convolve
-from kernels.shapes import check_documents, check_float, check_shape, drop_single_document
+from amfm.kernels.backend import resolve_backend
+from amfm.kernels.causal_conv1d.reference import convolve_by_steps
+from amfm.kernels.causal_conv1d.torch_impl import convolve
+from amfm.kernels.shapes import check_documents, check_float, check_shape, drop_single_document
 
 WIDTHS = (2, 3, 4)
 
@@ -93,7 +93,7 @@ def _find_convolution(backend: str) -> Callable[[Tensor, Tensor, Tensor | None, 
     """The implementation for a resolved backend; Triton is imported only where it is used."""
     if backend == "torch":
         return convolve
-    from kernels.causal_conv1d.triton_impl import convolve_triton
+    from amfm.kernels.causal_conv1d.triton_impl import convolve_triton
 
     return convolve_triton
 

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import resolve_backend
-from kernels.decay_scan.reference import mamba2_by_steps, scan_by_steps
-from kernels.decay_scan.torch_impl import chunked_scan
-from kernels.decay_scan.vector.torch_impl import chunked_vector_scan
-from kernels.shapes import check_float, check_row, check_shape, drop_single_document
+from amfm.kernels.backend import resolve_backend
+from amfm.kernels.decay_scan.reference import mamba2_by_steps, scan_by_steps
+from amfm.kernels.decay_scan.torch_impl import chunked_scan
+from amfm.kernels.decay_scan.vector.torch_impl import chunked_vector_scan
+from amfm.kernels.shapes import check_float, check_row, check_shape, drop_single_document
 
 
 class ScanOutput(NamedTuple):
@@ -225,7 +225,7 @@ def _find_scan(backend: str, keep_states: bool) -> Callable[..., tuple[Tensor, T
     """The scan with one gate a head, for a resolved backend; Triton is imported only where it is used."""
     if backend == "torch":
         return chunked_scan
-    from kernels.decay_scan.triton_impl import scan_triton
+    from amfm.kernels.decay_scan.triton_impl import scan_triton
 
     return functools.partial(scan_triton, keep_states=keep_states)
 
@@ -234,7 +234,7 @@ def _find_vector_scan(backend: str, keep_states: bool) -> Callable[..., tuple[Te
     """The scan with a gate of each key channel, for a resolved backend."""
     if backend == "torch":
         return chunked_vector_scan
-    from kernels.decay_scan.vector.triton_impl import scan_vector_triton
+    from amfm.kernels.decay_scan.vector.triton_impl import scan_vector_triton
 
     return functools.partial(scan_vector_triton, keep_states=keep_states)
 

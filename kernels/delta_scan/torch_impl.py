@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.channel_gates import cut_gates
-from kernels.delta_scan.inverse import invert_unit_lower
-from kernels.delta_scan.terms import Terms
-from kernels.delta_scan.vector.terms import ScoreSums, VectorTerms
+from amfm.kernels.channel_gates import cut_gates
+from amfm.kernels.delta_scan.inverse import invert_unit_lower
+from amfm.kernels.delta_scan.terms import Terms
+from amfm.kernels.delta_scan.vector.terms import ScoreSums, VectorTerms
 
 # Matrices [Q, Q N] of a piece for each thread: enough that a call costs little beside its work, few enough to stay in the cache.
 _MATRICES = 64

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.delta_scan.triton_forward import (
+from amfm.kernels.delta_scan.triton_forward import (
     chunk_gates,
     chunk_tokens,
     load_steps,

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import resolve_backend
-from kernels.diag_scan.reference import diag_by_steps
-from kernels.diag_scan.torch_impl import chunked_diag_scan
-from kernels.shapes import check_float, check_row, check_shape, drop_single_document
+from amfm.kernels.backend import resolve_backend
+from amfm.kernels.diag_scan.reference import diag_by_steps
+from amfm.kernels.diag_scan.torch_impl import chunked_diag_scan
+from amfm.kernels.shapes import check_float, check_row, check_shape, drop_single_document
 
 
 class DiagScanOutput(NamedTuple):
@@ -137,7 +137,7 @@ def _find_scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """The scan of a resolved backend; Triton is imported only where it is used."""
     if backend == "torch":
         return chunked_diag_scan
-    from kernels.diag_scan.triton_impl import diag_scan_triton
+    from amfm.kernels.diag_scan.triton_impl import diag_scan_triton
 
     return diag_scan_triton
 

@@ -1,7 +1,7 @@
 """y = x W^T for every projection of the model, in the dtype in which this machine multiplies fast.
 
 Why not torch's linear alone: on a CPU without bfloat16 instructions its products of bfloat16 are emulated and
-ten times slower than float32 (`kernels.gemm_precision`). Widening both operands costs a copy and rounds less.
+ten times slower than float32 (`amfm.kernels.gemm_precision`). Widening both operands costs a copy and rounds less.
 Weights are named [O, I] as PyTorch stores them.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.gemm_precision import gemm_dtype
-from kernels.split_backward import compute_later, is_split
+from amfm.kernels.gemm_precision import gemm_dtype
+from amfm.kernels.split_backward import compute_later, is_split
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import resolve_backend
-from kernels.linear_cross_entropy.reference import linear_cross_entropy_reference, linear_statistics_reference
-from kernels.linear_cross_entropy.torch_impl import linear_cross_entropy_torch, linear_statistics_torch
-from kernels.shapes import check_float, check_shape
+from amfm.kernels.backend import resolve_backend
+from amfm.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference, linear_statistics_reference
+from amfm.kernels.linear_cross_entropy.torch_impl import linear_cross_entropy_torch, linear_statistics_torch
+from amfm.kernels.shapes import check_float, check_shape
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def linear_cross_entropy(
     _check_labels(labels_R, weight_VD.shape[0], ignore_index)
     backend = resolve_backend(backend, hidden_RD.device, "linear_cross_entropy")
     if backend == "triton":
-        from kernels.linear_cross_entropy.triton_impl import linear_cross_entropy_triton as implementation
+        from amfm.kernels.linear_cross_entropy.triton_impl import linear_cross_entropy_triton as implementation
     else:
         implementation = linear_cross_entropy_torch if backend == "torch" else linear_cross_entropy_reference
     total, token_nll_R = implementation(
@@ -84,7 +84,7 @@ def linear_statistics(
     _check(hidden_RD, weight_VD, labels_R)
     backend = resolve_backend(backend, hidden_RD.device, "linear_cross_entropy")
     if backend == "triton":
-        from kernels.linear_cross_entropy.triton_impl import linear_statistics_triton
+        from amfm.kernels.linear_cross_entropy.triton_impl import linear_statistics_triton
 
         return linear_statistics_triton(hidden_RD, weight_VD, labels_R, first_row)
     implementation = linear_statistics_torch if backend == "torch" else linear_statistics_reference

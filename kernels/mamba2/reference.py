@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.causal_conv1d.reference import convolve_by_steps
-from kernels.decay_scan.reference import mamba2_by_steps
-from kernels.mamba2.sizes import MixerSizes
-from kernels.norm.reference import normalize_gated
+from amfm.kernels.causal_conv1d.reference import convolve_by_steps
+from amfm.kernels.decay_scan.reference import mamba2_by_steps
+from amfm.kernels.mamba2.sizes import MixerSizes
+from amfm.kernels.norm.reference import normalize_gated
 
 
 def mix_by_steps(

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.backend import resolve_backend
-from kernels.moe.grouping import count_experts, group_by_expert
+from amfm.kernels.backend import resolve_backend
+from amfm.kernels.moe.grouping import count_experts, group_by_expert
 
 ROUNDS = 4  # of drawing seats; a choice without one after them is lost
 LARGEST = 2**63 - 1
@@ -30,7 +30,7 @@ def drop_overflow(expert_ids_RK: Tensor, num_experts: int, capacity: int, *, bac
     An expert takes choices in the order of tokens, so what becomes of a token depends on none that comes after it.
     """
     if resolve_backend(backend, expert_ids_RK.device, "moe") == "triton":
-        from kernels.moe.counting_sort import limit_pairs
+        from amfm.kernels.moe.counting_sort import limit_pairs
 
         return limit_pairs(expert_ids_RK, num_experts, capacity)
     groups = group_by_expert(expert_ids_RK, num_experts)

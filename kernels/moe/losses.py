@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.moe.grouping import count_experts
+from amfm.kernels.moe.grouping import count_experts
 
 
 def balance_loss(scores_RE: Tensor, counts_E: Tensor, top_k: int) -> Tensor:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.backend import resolve_backend
-from kernels.moe.grouping import Grouping, count_experts, group_by_expert
-from kernels.moe.reference import expert_feed_forward_reference, grouped_feed_forward_reference, route_reference
-from kernels.moe.rows.torch_impl import invert, reorder_rows
-from kernels.moe.torch_impl import expert_feed_forward_torch, grouped_feed_forward_torch, route_torch
-from kernels.shapes import check_float, check_shape
+from amfm.kernels.backend import resolve_backend
+from amfm.kernels.moe.grouping import Grouping, count_experts, group_by_expert
+from amfm.kernels.moe.reference import expert_feed_forward_reference, grouped_feed_forward_reference, route_reference
+from amfm.kernels.moe.rows.torch_impl import invert, reorder_rows
+from amfm.kernels.moe.torch_impl import expert_feed_forward_torch, grouped_feed_forward_torch, route_torch
+from amfm.kernels.shapes import check_float, check_shape
 
 __all__ = ["Grouping", "Routing", "expert_feed_forward", "group_by_expert", "grouped_feed_forward", "route"]
 
@@ -81,7 +81,7 @@ def route(
         "group_top_k": group_top_k,
     }
     if backend == "triton":
-        from kernels.moe.triton_router import route_triton
+        from amfm.kernels.moe.triton_router import route_triton
 
         return Routing(*route_triton(logits_RE, expert_bias_E, **settings))
     implementation = route_torch if backend == "torch" else route_reference
@@ -101,7 +101,7 @@ def grouped_feed_forward(
 ) -> Tensor:
     """Feed-forward of rows that lie sorted by expert: down_e(activation(up_e(x))).
 
-    Rows in another order come with `sources_R`, the row at each sorted place (`kernels.moe.rows.op.sort_rows`); results keep
+    Rows in another order come with `sources_R`, the row at each sorted place (`amfm.kernels.moe.rows.op.sort_rows`); results keep
     their order. Triton reads and writes them where they lie.
 
     Shapes: x [R, D]; counts [E] integers that add up to R; up [E, F, D] with F = 2 * hidden for "swiglu" (gate rows
@@ -125,7 +125,7 @@ def grouped_feed_forward(
         return grouped_feed_forward_reference(x_RD, counts_E, up_EFD, down_EDF, activation=activation)
     offsets_E = counts_E.cumsum(0).to(torch.int32)
     if backend == "triton":
-        from kernels.moe.triton_experts import grouped_feed_forward_triton
+        from amfm.kernels.moe.triton_experts import grouped_feed_forward_triton
 
         return grouped_feed_forward_triton(x_RD, sources_R, offsets_E, up_EFD, down_EDF, activation)
     return grouped_feed_forward_torch(x_RD, offsets_E, up_EFD, down_EDF, activation)
@@ -159,8 +159,8 @@ def expert_feed_forward(
     num_experts = up_EFD.shape[0]
     num_sorted, rows = (num_experts, expert_ids_RK.numel()) if count is None else (num_experts + 1, count)
     if backend == "triton":
-        from kernels.moe.counting_sort import sort_pairs
-        from kernels.moe.triton_experts import expert_feed_forward_triton
+        from amfm.kernels.moe.counting_sort import sort_pairs
+        from amfm.kernels.moe.triton_experts import expert_feed_forward_triton
 
         pairs = sort_pairs(expert_ids_RK, num_sorted)
         return expert_feed_forward_triton(x_RD, weights_RK, pairs, rows, up_EFD, down_EDF, activation)

@@ -70,7 +70,7 @@ def expert_feed_forward_reference(
 ) -> Tensor:
     """Sum over each token's chosen experts of weight times feed-forward, expert by expert.
 
-    Shapes as in `kernels.moe.op.expert_feed_forward`; every expert is run, with no rows where none chose it.
+    Shapes as in `amfm.kernels.moe.op.expert_feed_forward`; every expert is run, with no rows where none chose it.
     """
     y_RD = torch.zeros_like(x_RD)
     for expert in range(up_EFD.shape[0]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.moe.torch_loop import activate, activation_backward, open_activation
+from amfm.kernels.moe.torch_loop import activate, activation_backward, open_activation
 
 # Rows of operands must begin at multiples of so many bytes.
 ALIGNMENT_BYTES = 16

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.gemm_precision import gemm_dtype
-from kernels.moe.torch_grouped import (
+from amfm.kernels.gemm_precision import gemm_dtype
+from amfm.kernels.moe.torch_grouped import (
     grouped_backward,
     grouped_forward,
     grouped_input_gradients,
     grouped_weight_gradients,
     takes_grouped,
 )
-from kernels.moe.torch_loop import loop_backward, loop_forward, loop_weight_gradients, sum_by_token
-from kernels.split_backward import compute_later, is_split
+from amfm.kernels.moe.torch_loop import loop_backward, loop_forward, loop_weight_gradients, sum_by_token
+from amfm.kernels.split_backward import compute_later, is_split
 
 
 def choose_experts(appeal_RE: Tensor, top_k: int, num_groups: int, group_top_k: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.moe.grouping import sort_stably
+from amfm.kernels.moe.grouping import sort_stably
 
 STEADY_ROWS = 4  # from here on a row of a product does not depend on how many others there are
 

@@ -19,20 +19,20 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.backend import INTERPRETED
-from kernels.interpreter import dot_dtype
-from kernels.moe.counting_sort import SortedPairs, list_tiles
-from kernels.moe.persistent import launch_persistent, takes_descriptors
-from kernels.moe.triton_kernels import (
+from amfm.kernels.backend import INTERPRETED
+from amfm.kernels.interpreter import dot_dtype
+from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles
+from amfm.kernels.moe.persistent import launch_persistent, takes_descriptors
+from amfm.kernels.moe.triton_kernels import (
     down_backward_kernel,
     grouped_outer_kernel,
     grouped_product_kernel,
     sum_choices_kernel,
     up_kernel,
 )
-from kernels.partial_sums import sum_first
-from kernels.split_backward import compute_later, is_split
-from kernels.tuning import Config, config_for
+from amfm.kernels.partial_sums import sum_first
+from amfm.kernels.split_backward import compute_later, is_split
+from amfm.kernels.tuning import Config, config_for
 
 # The fixed warps and stages of a product; others are candidates (`_config`).
 OPTIONS = {"num_warps": 8, "num_stages": 3}

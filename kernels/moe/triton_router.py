@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import INTERPRETED
-from kernels.interpreter import dot_dtype
+from amfm.kernels.backend import INTERPRETED
+from amfm.kernels.interpreter import dot_dtype
 
 
 @triton.jit

@@ -12,10 +12,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from kernels.backend import resolve_backend
-from kernels.norm.reference import normalize, normalize_gated
-from kernels.norm.torch_impl import gated_rms_norm_torch, rms_norm_torch
-from kernels.shapes import check_float, check_shape
+from amfm.kernels.backend import resolve_backend
+from amfm.kernels.norm.reference import normalize, normalize_gated
+from amfm.kernels.norm.torch_impl import gated_rms_norm_torch, rms_norm_torch
+from amfm.kernels.shapes import check_float, check_shape
 
 
 @overload
@@ -44,7 +44,7 @@ def rms_norm(
         check_float("residual", residual, x)
     backend = resolve_backend(backend, x.device, "norm")
     if backend == "triton":
-        from kernels.norm.triton_impl import rms_norm_triton
+        from amfm.kernels.norm.triton_impl import rms_norm_triton
 
         y, h = rms_norm_triton(x, weight, epsilon, residual)
         return y if residual is None else (y, h)
@@ -79,7 +79,7 @@ def gated_rms_norm(
         wide = torch.float64 if y.dtype == torch.float64 else torch.float32
         return normalize_gated(y.to(wide), z.to(wide), weight.to(wide), epsilon, num_groups).to(y.dtype)
     if backend == "triton":
-        from kernels.norm.triton_impl import gated_rms_norm_triton
+        from amfm.kernels.norm.triton_impl import gated_rms_norm_triton
 
         return gated_rms_norm_triton(y, z, weight, epsilon, num_groups)
     return gated_rms_norm_torch(y, z, weight, epsilon, num_groups)

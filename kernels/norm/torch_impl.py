@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.norm.reference import normalize, normalize_gated
+from amfm.kernels.norm.reference import normalize, normalize_gated
 
 # Values of one intermediate tensor in a block, for each thread: 1 MiB of float32.
 _BLOCK_VALUES = 262144

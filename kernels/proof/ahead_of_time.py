@@ -18,8 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.backend import INTERPRETED
-from kernels.proof.transposed_products import find_transposed_products
+from amfm.kernels.backend import INTERPRETED
+from amfm.kernels.proof.transposed_products import find_transposed_products
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Registers a thread that one program may take before ptxas spills: 65536 shared by its threads, at most 255.
@@ -30,7 +30,7 @@ LARGEST_REGISTERS = 255
 class CompiledKernel:
     """What a kernel takes on a card: registers and spilled bytes a thread, bytes of shared memory a program.
 
-    transposed_products: products that take the transpose of another's result (`kernels.proof.transposed_products`).
+    transposed_products: products that take the transpose of another's result (`amfm.kernels.proof.transposed_products`).
     widest_load_bytes: what one load instruction fetches at most, 16 where rows are known to be aligned.
     """
 

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import triton.language as tl
 from triton.runtime import interpreter
 
-from kernels.backend import INTERPRETED
-from kernels.interpreter import EMULATIONS
+from amfm.kernels.backend import INTERPRETED
+from amfm.kernels.interpreter import EMULATIONS
 
 _TF32_BITS = np.uint32(0xFFFFE000)
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.backend import resolve_backend
-from kernels.rope.frequencies import rope_frequencies
-from kernels.rope.reference import norm_rope_reference
-from kernels.rope.torch_impl import angles_of, norm_rope_torch
-from kernels.shapes import check_float, check_shape
+from amfm.kernels.backend import resolve_backend
+from amfm.kernels.rope.frequencies import rope_frequencies
+from amfm.kernels.rope.reference import norm_rope_reference
+from amfm.kernels.rope.torch_impl import angles_of, norm_rope_torch
+from amfm.kernels.shapes import check_float, check_shape
 
 __all__ = ["qk_norm_rope", "rope_frequencies"]
 
@@ -52,7 +52,7 @@ def qk_norm_rope(
         dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
         cosine, sine = angles_of(positions_BT, inverse_frequencies, attention_factor, dtype)
     if backend == "triton":
-        from kernels.rope.triton_impl import norm_rope_triton as norm_rope
+        from amfm.kernels.rope.triton_impl import norm_rope_triton as norm_rope
     else:
         norm_rope = norm_rope_torch
     return (

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.backend import resolve_backend
-from kernels.shapes import check_float
-from kernels.swiglu.reference import squared_relu_reference, swiglu_reference
-from kernels.swiglu.torch_impl import squared_relu_torch, swiglu_torch
+from amfm.kernels.backend import resolve_backend
+from amfm.kernels.shapes import check_float
+from amfm.kernels.swiglu.reference import squared_relu_reference, swiglu_reference
+from amfm.kernels.swiglu.torch_impl import squared_relu_torch, swiglu_torch
 
 
 def swiglu(gate_up: Tensor, *, backend: str = "torch") -> Tensor:
@@ -27,7 +27,7 @@ def swiglu(gate_up: Tensor, *, backend: str = "torch") -> Tensor:
         raise ValueError(f"gate_up must have an even last dim (gate, then up); got {list(gate_up.shape)}")
     backend = resolve_backend(backend, gate_up.device, "swiglu")
     if backend == "triton":
-        from kernels.swiglu.triton_impl import swiglu_triton
+        from amfm.kernels.swiglu.triton_impl import swiglu_triton
 
         return swiglu_triton(gate_up)
     return swiglu_torch(gate_up) if backend == "torch" else swiglu_reference(gate_up)
@@ -42,7 +42,7 @@ def squared_relu(x: Tensor, *, backend: str = "torch") -> Tensor:
     check_float("x", x)
     backend = resolve_backend(backend, x.device, "swiglu")
     if backend == "triton":
-        from kernels.swiglu.triton_impl import squared_relu_triton
+        from amfm.kernels.swiglu.triton_impl import squared_relu_triton
 
         return squared_relu_triton(x)
     return squared_relu_torch(x) if backend == "torch" else squared_relu_reference(x)

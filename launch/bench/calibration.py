@@ -24,21 +24,21 @@ from typing import Any
 
 import torch
 
-from kernels.linear.op import linear
-from launch.bench.communication import DEFAULTS
-from launch.bench.efficiencies import fit_efficiencies
-from launch.bench.hardware import multiplies_bf16, processor_name
-from launch.bench.step import OPTIMIZER, ROWS, TOKENS, granite_shape
-from launch.plan.hardware import GIB, HARDWARE, Hardware
-from launch.plan.layout import Layout
-from launch.plan.memory import storage_of
-from launch.plan.time import estimate_step
-from model.config.schema import FeedForwardConfig, ModelConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from pretrain.config.schema import RunConfig
-from pretrain.engine.engine import Precision, build_engine
-from pretrain.parallel import Parallel, initialize_parallel
+from amfm.kernels.linear.op import linear
+from amfm.launch.bench.communication import DEFAULTS
+from amfm.launch.bench.efficiencies import fit_efficiencies
+from amfm.launch.bench.hardware import multiplies_bf16, processor_name
+from amfm.launch.bench.step import OPTIMIZER, ROWS, TOKENS, granite_shape
+from amfm.launch.plan.hardware import GIB, HARDWARE, Hardware
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.memory import storage_of
+from amfm.launch.plan.time import estimate_step
+from amfm.model.config.schema import FeedForwardConfig, ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.engine.engine import Precision, build_engine
+from amfm.pretrain.parallel import Parallel, initialize_parallel
 
 FITTED = ("product_efficiency", "grouped_efficiency", "attention_efficiency", "memory_efficiency")
 KINDS = ("-", "E", "M", "*")

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kernels.user_cache import write_whole
-from launch.rank_command import isolated_python, rank_command, source_variables
+from amfm.kernels.user_cache import write_whole
+from amfm.launch.rank_command import isolated_python, rank_command, source_variables
 
 # The second configuration has no data of its own here, so it reads the first one's tokens: its vocabulary is cut to theirs.
 ON_SHAKESPEARE = (
@@ -169,7 +169,7 @@ def profile(job: Job) -> dict[str, Any]:
     path, own = list(job.configs.values())[-1]
     directory = job.folder / "profile"
     words = [path, f"run.dir={directory}", *own, *QUIET, *_one_rank(job), "train.steps=6", *_short_schedule(6)]
-    command = [*isolated_python(), "-m", "launch.bench.card_profile", *words]
+    command = [*isolated_python(), "-m", "amfm.launch.bench.card_profile", *words]
     return {"kernels": json.loads(run_child(command, hides_card=job.device == "cpu")), "faults": []}
 
 

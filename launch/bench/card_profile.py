@@ -1,4 +1,4 @@
-"""Trains a few steps under PyTorch's profiler: `python -m launch.bench.card_profile CONFIG.yaml SETTING=VALUE ...`.
+"""Trains a few steps under PyTorch's profiler: `python -m amfm.launch.bench.card_profile CONFIG.yaml SETTING=VALUE ...`.
 
 Prints the operations that took longest on the device, as JSON: `name`, `calls`, `milliseconds` on the device, or on the CPU
 where there is none.
@@ -20,8 +20,8 @@ SHOWN = 40
 
 def profile_run(path: str, overrides: list[str]) -> list[dict[str, Any]]:
     """Train the configuration and return its longest operations, the longest first. Raises RuntimeError where it fails."""
-    from pretrain.checks.check_run import load_checked
-    from pretrain.train import train
+    from amfm.pretrain.checks.check_run import load_checked
+    from amfm.pretrain.train import train
 
     config = load_checked(path, overrides, world_size=1)
     has_card = torch.cuda.is_available()

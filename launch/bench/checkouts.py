@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parents[2]
+HERE = Path(__file__).resolve().parents[2]
 
 
 def bench_checkouts(
@@ -51,9 +51,11 @@ def bench_checkouts(
 
 def _time_steps(folder: Path, rounds: int, num_threads: int | None) -> dict[str, Any]:
     """What `amfm bench step --json` of a checkout prints, run by this Python with its packages."""
-    command = [sys.executable, "-m", "launch", "bench", "step", "--rounds", str(rounds), "--json"]
+    named = (folder / "src" / "amfm").is_dir()  # older ones have `launch` itself as a package
+    root, module = (folder / "src", "amfm.launch") if named else (folder, "launch")
+    command = [sys.executable, "-m", module, "bench", "step", "--rounds", str(rounds), "--json"]
     command += [] if num_threads is None else ["--threads", str(num_threads)]
-    environment = os.environ | {"PYTHONPATH": str(folder)}
+    environment = os.environ | {"PYTHONPATH": str(root)}
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"`amfm bench step` failed in {folder}: {run.stderr.strip()[-2000:]}")

@@ -23,18 +23,18 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_saver
 
-from launch.bench.hardware import describe_hardware
-from launch.bench.step import OPTIMIZER, granite_shape
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from pretrain.checkpoint.background import BackgroundSaver
-from pretrain.checkpoint.fragments import collect_fragments
-from pretrain.checkpoint.replicas.memory import NodeMemory
-from pretrain.checkpoint.save import save_checkpoint
-from pretrain.config.schema import RunConfig, TrainConfig
-from pretrain.engine.engine import ZeroEngine, build_engine
-from pretrain.engine.parts import list_parts
-from pretrain.parallel import initialize_parallel
+from amfm.launch.bench.hardware import describe_hardware
+from amfm.launch.bench.step import OPTIMIZER, granite_shape
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.pretrain.checkpoint.background import BackgroundSaver
+from amfm.pretrain.checkpoint.fragments import collect_fragments
+from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
+from amfm.pretrain.checkpoint.save import save_checkpoint
+from amfm.pretrain.config.schema import RunConfig, TrainConfig
+from amfm.pretrain.engine.engine import ZeroEngine, build_engine
+from amfm.pretrain.engine.parts import list_parts
+from amfm.pretrain.parallel import initialize_parallel
 
 ROWS, TOKENS = 1, 512
 STEPS_ALONE = 3

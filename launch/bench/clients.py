@@ -21,9 +21,9 @@ from typing import Any
 
 import yaml
 
-from pretrain.export.clients.check import CLIENTS, ClientReport, check_export
-from pretrain.export.readers import ClientName
-from pretrain.tasks.suite import flatten_results
+from amfm.pretrain.export.clients.check import CLIENTS, ClientReport, check_export
+from amfm.pretrain.export.readers import ClientName
+from amfm.pretrain.tasks.suite import flatten_results
 
 EXPERTS = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 64, "shared_expert_hidden_size": 64}
 SWIGLU_EXPERTS = EXPERTS | {"activation": "swiglu", "router": "softmax"}
@@ -182,14 +182,14 @@ def measure_tasks(folder: Path, run: str, export: str, readers: str) -> Iterator
 
 def run_amfm(folder: Path, *arguments: str) -> str:
     """Run one of our commands in the folder and return what it printed."""
-    return run_command(folder, [sys.executable, "-m", "launch", *arguments], ours=True)
+    return run_command(folder, [sys.executable, "-m", "amfm.launch", *arguments], ours=True)
 
 
 def run_command(folder: Path, command: Sequence[str], *, ours: bool = False) -> str:
     """Run a command in the folder, offline for data sets; raises RuntimeError with the end of its output."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    if ours:  # `-m launch` is found from any folder, installed or not
-        environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+    if ours:  # `-m amfm.launch` is found from any folder, installed or not
+        environment["PYTHONPATH"] = str(Path(__file__).parents[3])
     else:
         environment.pop("PYTHONPATH", None)
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

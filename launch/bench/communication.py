@@ -16,21 +16,21 @@ from typing import Any
 import torch
 import yaml
 
-from data_pipeline.batch import Batch
-from launch.bench.count_collectives import CommunicationCounter, Traffic, sum_traffic
-from launch.plan.context_traffic import compare_context
-from launch.plan.layout import Layout
-from launch.plan.traffic import check_exact, expected_bytes
-from model.hybrid import ModelOutput
-from pretrain.checks.check_run import load_checked
-from pretrain.config.schema import RunConfig
-from pretrain.engine.engine import ZeroEngine, build_engine
-from pretrain.micro_batch import LossShare, move_batch
-from pretrain.parallel import Parallel, initialize_parallel, set_determinism
-from pretrain.pipeline import Pipeline
-from pretrain.start import build_model, build_pipeline
-from pretrain.step import count_valid_tokens
-from pretrain.step_sums import empty_sums
+from amfm.data_pipeline.batch import Batch
+from amfm.launch.bench.count_collectives import CommunicationCounter, Traffic, sum_traffic
+from amfm.launch.plan.context_traffic import compare_context
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.traffic import check_exact, expected_bytes
+from amfm.model.hybrid import ModelOutput
+from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.engine.engine import ZeroEngine, build_engine
+from amfm.pretrain.micro_batch import LossShare, move_batch
+from amfm.pretrain.parallel import Parallel, initialize_parallel, set_determinism
+from amfm.pretrain.pipeline import Pipeline
+from amfm.pretrain.start import build_model, build_pipeline
+from amfm.pretrain.step import count_valid_tokens
+from amfm.pretrain.step_sums import empty_sums
 
 # Every core kind of block, small enough for a moment on a laptop, and with sizes that up to eight ranks divide.
 DEFAULTS: dict[str, Any] = {
@@ -166,7 +166,7 @@ def build_for_steps(config: RunConfig, parallel: Parallel) -> tuple[ZeroEngine, 
 
 
 def take_step(config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipeline: Pipeline | None) -> None:
-    """Take one training step without a run around it, sending what `pretrain.step.train_step` sends.
+    """Take one training step without a run around it, sending what `amfm.pretrain.step.train_step` sends.
 
     Every rank must call this.
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.parallel.groups import AXES, ProcessGroupCollection
+from amfm.model.parallel.groups import AXES, ProcessGroupCollection
 
 # What torch.distributed's operators are called here, and which argument holds what a rank hands in.
 COLLECTIVES = {

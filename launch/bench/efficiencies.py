@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from launch.plan.hardware import Hardware
+from amfm.launch.plan.hardware import Hardware
 
 LEAST = 1e-3  # of an efficiency
 SWEEPS, HALVINGS = 12, 24  # over all efficiencies, and of the range of one

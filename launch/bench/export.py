@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.config import TokenizerConfig
-from data_pipeline.tokenizer.tokenizer import train_tokenizer
-from launch.bench.hardware import describe_hardware
-from launch.rank_command import rank_command, source_variables
-from model.config.checks import check_model
-from model.config.schema import ModelConfig
-from model.flops import count_parameters
-from model.huggingface.weights import weight_shapes
-from model.on_demand import OnDemand, Shape, Source
-from pretrain.inference.weights import Weights, write_weights
+from amfm.data_pipeline.config import TokenizerConfig
+from amfm.data_pipeline.tokenizer.tokenizer import train_tokenizer
+from amfm.launch.bench.hardware import describe_hardware
+from amfm.launch.rank_command import rank_command, source_variables
+from amfm.model.config.checks import check_model
+from amfm.model.config.schema import ModelConfig
+from amfm.model.flops import count_parameters
+from amfm.model.huggingface.weights import weight_shapes
+from amfm.model.on_demand import OnDemand, Shape, Source
+from amfm.pretrain.inference.weights import Weights, write_weights
 
 # As many numbers as are drawn; tensors repeat them.
 DRAWN = 1 << 20

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 
-from data_pipeline.memory import OWN_SETTINGS
+from amfm.data_pipeline.memory import OWN_SETTINGS
 
 RETURNED, KEPT = "returned", "kept"
 CARD = "card"  # on a card the C library has no part

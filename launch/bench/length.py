@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 import torch
 
-from launch.bench.hardware import processor_name
-from model.config.mixer_options import MixerOptions
-from model.config.mixer_registry import describe_symbol, find_spec, mixer_specs
-from model.config.pattern import BLOCK_NAMES, MIXER_LETTERS, block_kind
-from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from pretrain.parallel import initialize_parallel
+from amfm.launch.bench.hardware import processor_name
+from amfm.model.config.mixer_options import MixerOptions
+from amfm.model.config.mixer_registry import describe_symbol, find_spec, mixer_specs
+from amfm.model.config.pattern import BLOCK_NAMES, MIXER_LETTERS, block_kind
+from amfm.model.config.schema import AttentionConfig, Mamba2Config, ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.pretrain.parallel import initialize_parallel
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 # How far a rate may be off that of the shortest rows and still count as flat.

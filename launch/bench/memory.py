@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from launch.bench.communication import begin_ranks, build_for_steps, take_step
-from launch.bench.hardware import processor_name
-from launch.plan.layout import Layout
-from launch.plan.memory import estimate_memory, storage_of
-from launch.rank_command import rank_command
-from pretrain.config.schema import RunConfig
-from pretrain.parallel import Parallel
+from amfm.launch.bench.communication import begin_ranks, build_for_steps, take_step
+from amfm.launch.bench.hardware import processor_name
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.memory import estimate_memory, storage_of
+from amfm.launch.rank_command import rank_command
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.parallel import Parallel
 
 STEPS = 2  # the first allocates moments, the second has them during its passes
 STATUS, PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from launch.bench.hardware import describe_hardware
-from launch.bench.length import choose_mixers, length_config
-from model.config.mixer_registry import describe_symbol
-from model.config.schema import ModelConfig, read_saved_model
-from model.flops import count_parameters
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from pretrain.config.file import load_located
-from pretrain.inference.weights import DESCRIPTION
-from pretrain.parallel import initialize_parallel
+from amfm.launch.bench.hardware import describe_hardware
+from amfm.launch.bench.length import choose_mixers, length_config
+from amfm.model.config.mixer_registry import describe_symbol
+from amfm.model.config.schema import ModelConfig, read_saved_model
+from amfm.model.flops import count_parameters
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.pretrain.config.file import load_located
+from amfm.pretrain.inference.weights import DESCRIPTION
+from amfm.pretrain.parallel import initialize_parallel
 
 Seconds = tuple[float, float]  # of the processor, of the wall
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from launch.bench.communication import begin_ranks, build_for_steps, load_small, take_step
-from pretrain.config.schema import RunConfig
-from pretrain.pipeline import Pipeline
+from amfm.launch.bench.communication import begin_ranks, build_for_steps, load_small, take_step
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.pipeline import Pipeline
 
 SCHEDULES = ("1f1b", "zero_bubble")
 # Large enough that products take most of the time, small enough for some seconds a step on a laptop.

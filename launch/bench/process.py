@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from launch.cluster.orphans import ending_with_us
-from launch.console import UNUSED_LIBRARIES
+from amfm.launch.cluster.orphans import ending_with_us
+from amfm.launch.console import UNUSED_LIBRARIES
 
 
 class Child:

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from launch.bench.freed_memory import CARD, KEPT, RETURNED, choose_treatments
-from launch.bench.hardware import describe_hardware
-from launch.bench.process import Child
-from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
-from pretrain.config.schema import OptimizerConfig
+from amfm.launch.bench.freed_memory import CARD, KEPT, RETURNED, choose_treatments
+from amfm.launch.bench.hardware import describe_hardware
+from amfm.launch.bench.process import Child
+from amfm.model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
+from amfm.pretrain.config.schema import OptimizerConfig
 
 ROWS, TOKENS = 4, 512
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4)
@@ -89,7 +89,7 @@ def bench_step(
         children = {}
         for each in treatments:
             asked = settings | {"threads": num_threads, "keep_freed_memory": each == KEPT}
-            children[each] = stack.enter_context(Child("launch.bench.step_child", json.dumps(asked)))
+            children[each] = stack.enter_context(Child("amfm.launch.bench.step_child", json.dumps(asked)))
             threads = children[each].receive()["threads"]
         for name in names:
             report(f"warming up {name}")

@@ -1,6 +1,6 @@
 """One process of `amfm bench step`: builds its variants, then times a step of each for every line on standard input.
 
-Called as `python -m launch.bench.step_child SETTINGS`, SETTINGS being JSON. Answers: its threads, the first loss of each
+Called as `python -m amfm.launch.bench.step_child SETTINGS`, SETTINGS being JSON. Answers: its threads, the first loss of each
 variant once that is warm, then the seconds of each in a round.
 """
 
@@ -19,19 +19,19 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from data_pipeline.memory import keep_freed_memory
-from launch.bench.hardware import multiplies_bf16
-from launch.bench.process import open_answers
-from launch.bench.step import OPTIMIZER
-from model.config.schema import ModelConfig
-from model.huggingface.config import TokenIds, huggingface_config
-from model.huggingface.weights import weight_map
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from pretrain.config.schema import OptimizerConfig
-from pretrain.engine.engine import Precision, build_engine
-from pretrain.engine.optimizer import build_optimizer
-from pretrain.parallel import Parallel, initialize_parallel
+from amfm.data_pipeline.memory import keep_freed_memory
+from amfm.launch.bench.hardware import multiplies_bf16
+from amfm.launch.bench.process import open_answers
+from amfm.launch.bench.step import OPTIMIZER
+from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.config import TokenIds, huggingface_config
+from amfm.model.huggingface.weights import weight_map
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.pretrain.config.schema import OptimizerConfig
+from amfm.pretrain.engine.engine import Precision, build_engine
+from amfm.pretrain.engine.optimizer import build_optimizer
+from amfm.pretrain.parallel import Parallel, initialize_parallel
 
 
 def serve(settings: dict[str, Any]) -> None:

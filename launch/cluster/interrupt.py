@@ -6,10 +6,10 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from launch.cluster.local import FORWARDED, forward_signals
-from launch.cluster.supervise import Outcome
-from launch.console import say
-from pretrain.launcher_protocol import INTERRUPTED
+from amfm.launch.cluster.local import FORWARDED, forward_signals
+from amfm.launch.cluster.supervise import Outcome
+from amfm.launch.console import say
+from amfm.pretrain.launcher_protocol import INTERRUPTED
 
 
 class Interrupt:

@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO
 
-from launch.cluster.forked import ForkedRank, can_fork
-from launch.heavy_imports import heavy_imports
-from launch.rank_command import rank_command, source_variables
-from pretrain.checkpoint.names import newest_saved_step
-from pretrain.checks.ranks import ranks_of_stage
-from pretrain.config.schema import RunConfig
-from pretrain.launcher_protocol import DONE, GOES_ON, INTERRUPTED, LAUNCHER_PID, NEXT_LAYOUT, RUN_FAILED
-from pretrain.stages import resolve_stages, stage_of
+from amfm.launch.cluster.forked import ForkedRank, can_fork
+from amfm.launch.heavy_imports import heavy_imports
+from amfm.launch.rank_command import rank_command, source_variables
+from amfm.pretrain.checkpoint.names import newest_saved_step
+from amfm.pretrain.checks.ranks import ranks_of_stage
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.launcher_protocol import DONE, GOES_ON, INTERRUPTED, LAUNCHER_PID, NEXT_LAYOUT, RUN_FAILED
+from amfm.pretrain.stages import resolve_stages, stage_of
 
 RankProcess = subprocess.Popen[bytes] | ForkedRank
 GRACE_SECONDS = 30.0  # what the other ranks get to end by themselves after one failed
@@ -66,12 +66,12 @@ def run_train(arguments: Sequence[str], num_ranks: int, variables: Mapping[str, 
     if not can_fork():
         return run_command(rank_command(arguments), num_ranks, variables)
     with heavy_imports():
-        importlib.import_module("pretrain.train")  # what ranks need is here once, before they are copied
+        importlib.import_module("amfm.pretrain.train")  # what ranks need is here once, before they are copied
     if not can_fork():  # an import has started a thread
         return run_command(rank_command(arguments), num_ranks, variables)
 
     def run() -> int:
-        code: int = importlib.import_module("launch.cli").run(
+        code: int = importlib.import_module("amfm.launch.cli").run(
             arguments
         )  # the command line imports launchers, not the reverse
         return code

@@ -21,12 +21,12 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from data_pipeline.prepare.ray_actors import start_ray
-from launch.cluster.interrupt import forward_to_ranks
-from launch.cluster.rank_logs import Follower, last_words, rank_log
-from launch.cluster.supervise import Attempt, Outcome
-from launch.rank_command import rank_command, source_variables
-from pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
+from amfm.data_pipeline.prepare.ray_actors import start_ray
+from amfm.launch.cluster.interrupt import forward_to_ranks
+from amfm.launch.cluster.rank_logs import Follower, last_words, rank_log
+from amfm.launch.cluster.supervise import Attempt, Outcome
+from amfm.launch.rank_command import rank_command, source_variables
+from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 30.0

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from launch.cluster.lines import (
+from amfm.launch.cluster.lines import (
     check_variables,
     plain,
     sbatch_directive,
@@ -29,12 +29,12 @@ from launch.cluster.lines import (
     shell_line,
     with_variables,
 )
-from launch.cluster.orphans import ending_with_us
-from launch.cluster.rank_logs import Follower, first_message, rank_log
-from launch.cluster.supervise import Attempt, Outcome
-from launch.rank_command import rank_command, source_variables
-from pretrain.config.schema import RunConfig
-from pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, RESTART_CAUSE, RUN_FAILED
+from amfm.launch.cluster.orphans import ending_with_us
+from amfm.launch.cluster.rank_logs import Follower, first_message, rank_log
+from amfm.launch.cluster.supervise import Attempt, Outcome
+from amfm.launch.rank_command import rank_command, source_variables
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, RESTART_CAUSE, RUN_FAILED
 
 FIRST_PORT, NUM_PORTS = 20_000, 12_000
 POLL_SECONDS = 0.5

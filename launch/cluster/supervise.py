@@ -18,13 +18,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from launch.console import say
-from pretrain.checkpoint.names import newest_saved_step
-from pretrain.checks.check_run import check_run
-from pretrain.config.errors import ConfigError
-from pretrain.config.schema import RunConfig
-from pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
-from pretrain.stages import RunStage, fresh_starts, resolve_stages, stage_of
+from amfm.launch.console import say
+from amfm.pretrain.checkpoint.names import newest_saved_step
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
+from amfm.pretrain.stages import RunStage, fresh_starts, resolve_stages, stage_of
 
 POLL_SECONDS = 1.0
 STUCK_ATTEMPTS = 2  # failures without a newer checkpoint between them: a third would fail like them

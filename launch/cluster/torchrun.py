@@ -23,13 +23,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.cluster.interrupt import forward_to_ranks
-from launch.cluster.lines import check_host, remote_command, shell_line, with_variables
-from launch.cluster.local import forward_signals
-from launch.cluster.orphans import ending_with_us
-from launch.cluster.supervise import Attempt, Outcome
-from launch.rank_command import source_variables
-from pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
+from amfm.launch.cluster.interrupt import forward_to_ranks
+from amfm.launch.cluster.lines import check_host, remote_command, shell_line, with_variables
+from amfm.launch.cluster.local import forward_signals
+from amfm.launch.cluster.orphans import ending_with_us
+from amfm.launch.cluster.supervise import Attempt, Outcome
+from amfm.launch.rank_command import source_variables
+from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
 
 GRACE_SECONDS = 10.0  # for the other hosts to end by themselves after one failed
 TORCHRUN_STOP_SECONDS = 45.0  # torchrun gives its ranks 30 s after a signal, then kills them
@@ -68,7 +68,7 @@ class NodeCommand:
             f"--master-port={self.port}",
             f"--max-restarts={max_restarts}",
             # As a program: torchrun's own way to start Python would look into the working directory.
-            *("--no-python", self.python, "-P", "-m", "launch"),
+            *("--no-python", self.python, "-P", "-m", "amfm.launch"),
             *self.arguments,
         ]
 

@@ -6,24 +6,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.progress import Waiting
-from launch.console import print_json, print_pairs
+from amfm.data_pipeline.progress import Waiting
+from amfm.launch.console import print_json, print_pairs
 
 if TYPE_CHECKING:
-    from pretrain.export.clients.check import ClientReport
-    from pretrain.export.readers import ClientName
+    from amfm.pretrain.export.clients.check import ClientReport
+    from amfm.pretrain.export.readers import ClientName
 
 
 def check_installed(client: ClientName, python: str) -> None:
     """Refuse, before any work, a program that is not installed there. Raises ValueError."""
-    from pretrain.export.clients.check import check_installed
+    from amfm.pretrain.export.clients.check import check_installed
 
     check_installed(client, python)
 
 
 def check_client(export: Path, client: ClientName, python: str | None) -> ClientReport:
     """Run a program on an export."""
-    from pretrain.export.clients.check import check_export
+    from amfm.pretrain.export.clients.check import check_export
 
     return check_export(export, client, python=python)
 
@@ -68,7 +68,7 @@ def require_equal(report: ClientReport | None) -> None:
 
 def export_gguf(export: Path, out: Path, python: str | None, *, as_json: bool) -> None:
     """Convert an export to a file of llama.cpp and print what it is."""
-    from pretrain.export.clients.gguf_file import write_gguf
+    from amfm.pretrain.export.clients.gguf_file import write_gguf
 
     num_bytes = write_gguf(export, out, python)
     if as_json:

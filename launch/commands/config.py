@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from launch.arguments import HelpAllOption, JsonOption, OverridesArgument, print_fields
-from launch.console import print_json, print_rows
+from amfm.launch.arguments import HelpAllOption, JsonOption, OverridesArgument, print_fields
+from amfm.launch.console import print_json, print_rows
 
 
 def config(
@@ -32,8 +32,8 @@ def config(
         return
     if path is None:
         raise ValueError("no CONFIG.yaml given; name a file, or ask for --schema, --fields or --reference")
-    from pretrain.checks.check_run import load_checked
-    from pretrain.config.file import diff_configs, load_config, resolved_yaml
+    from amfm.pretrain.checks.check_run import load_checked
+    from amfm.pretrain.config.file import diff_configs, load_config, resolved_yaml
 
     resolved = load_checked(path, overrides or [], world_size=ranks)
     if diff is not None:
@@ -52,8 +52,8 @@ def config(
 
 def print_about_schema(*, schema: bool, reference: bool, as_json: bool) -> None:
     """Print the schema itself: as JSON schema, as reference page or as a list of fields."""
-    from pretrain.config.fields import describe_fields, reference_page
-    from pretrain.config.file import config_schema
+    from amfm.pretrain.config.fields import describe_fields, reference_page
+    from amfm.pretrain.config.file import config_schema
 
     if schema:
         print_json(config_schema())

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data_pipeline.progress import Waiting
-from launch.arguments import ConfigArgument, JsonOption, OverridesArgument
-from launch.console import print_json, print_pairs, print_rows, say
-from pretrain.launcher_protocol import DONE
+from amfm.data_pipeline.progress import Waiting
+from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument
+from amfm.launch.console import print_json, print_pairs, print_rows, say
+from amfm.pretrain.launcher_protocol import DONE
 
 if TYPE_CHECKING:
-    from pretrain.convert.measure import ConversionReport
-    from pretrain.convert.stages import ConversionStage
+    from amfm.pretrain.convert.measure import ConversionReport
+    from amfm.pretrain.convert.stages import ConversionStage
 
 
 def convert(
@@ -29,11 +29,11 @@ def convert(
     """
     with Waiting("amfm convert") as waiting:
         waiting("loading PyTorch and DeepSpeed")
-        from pretrain.config.errors import ConfigError
-        from pretrain.config.file import load_located
-        from pretrain.convert.rules import check_conversion
-        from pretrain.convert.stages import conversion_stages
-        from pretrain.convert.weights import write_start
+        from amfm.pretrain.config.errors import ConfigError
+        from amfm.pretrain.config.file import load_located
+        from amfm.pretrain.convert.rules import check_conversion
+        from amfm.pretrain.convert.stages import conversion_stages
+        from amfm.pretrain.convert.weights import write_start
 
         located = load_located(path, overrides or [])
         try:
@@ -52,8 +52,8 @@ def convert(
             say(f"amfm convert: stopped in convert-{stage.name}; the same command goes on")
             raise typer.Exit(DONE)
     with Waiting("amfm convert") as waiting:
-        from pretrain.convert.measure import measure_conversion
-        from pretrain.convert.report import write_result
+        from amfm.pretrain.convert.measure import measure_conversion
+        from amfm.pretrain.convert.report import write_result
 
         found, tuned = measure_conversion(config, {stage.name: stage for stage in stages}, start, waiting)
         waiting("writing the result")
@@ -63,9 +63,9 @@ def convert(
 
 def run_stage(stage: ConversionStage, place: str, nproc: int) -> int:
     """Run a stage that is not finished as ranks on this machine; returns the exit code."""
-    from launch.cluster.local import run_layouts
-    from pretrain.config.file import resolved_yaml
-    from pretrain.convert.weights import complete_stage
+    from amfm.launch.cluster.local import run_layouts
+    from amfm.pretrain.config.file import resolved_yaml
+    from amfm.pretrain.convert.weights import complete_stage
 
     if not stage.is_finished():
         say(f"amfm convert: {place}, convert-{stage.name}: {stage.config.train.steps} steps in {stage.run_dir}")
@@ -82,7 +82,7 @@ def print_conversion(found: ConversionReport, *, as_json: bool) -> None:
     if as_json:
         print_json({"result": str(found.result), **found.to_json()})
         return
-    from pretrain.convert.measure import TEACHER
+    from amfm.pretrain.convert.measure import TEACHER
 
     teacher = found.losses[TEACHER]
     rows = [(name, f"{loss:.4f}", f"{loss - teacher:+.4f}") for name, loss in found.losses.items()]

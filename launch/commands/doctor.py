@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.console import print_json, print_rows, say
-from pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, print_rows, say
+from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED
 
 if TYPE_CHECKING:
-    from launch.doctor.machine import Finding
+    from amfm.launch.doctor.machine import Finding
 
 
 def doctor(
@@ -35,7 +35,7 @@ def doctor(
     if shared is not None or nproc > 1:
         given = f"--nproc {nproc}" if shared is None else f"--shared {shared}"
         raise ValueError(f"{given} belongs to --cluster; add --cluster, or leave it out")
-    from launch.doctor.machine import examine_machine
+    from amfm.launch.doctor.machine import examine_machine
 
     if print_findings("This machine", examine_machine(), as_json=as_json):
         raise typer.Exit(BAD_INPUT)
@@ -47,7 +47,7 @@ def doctor_cluster(shared: Path | None, nproc: int, *, as_json: bool) -> int:
     Raises ValueError where this process is no rank and starts none, RuntimeError where a package is missing.
     """
     if nproc > 1:
-        from launch.cluster.local import run_local
+        from amfm.launch.cluster.local import run_local
 
         folder = [] if shared is None else ["--shared", str(shared)]
         return run_local(["doctor", "--cluster", *folder, *(["--json"] if as_json else [])], nproc)
@@ -56,14 +56,14 @@ def doctor_cluster(shared: Path | None, nproc: int, *, as_json: bool) -> int:
             "--cluster compares ranks, and this is none; add --nproc 2, start it with torchrun or srun, or "
             "amfm launch CONFIG.yaml --on ... --doctor"
         )
-    from launch.doctor.machine import examine_packages
+    from amfm.launch.doctor.machine import examine_packages
 
     # The measurements import torch: name what is missing, and the host, instead of failing in an import.
     missing = [item for item in examine_packages() if item.status == "fail"]
     if missing:
         texts = ", ".join(f"{item.name} is {item.found} ({item.remedy})" for item in missing)
         raise RuntimeError(f"rank {os.environ['RANK']} on {socket.gethostname()} cannot join: {texts}")
-    from launch.doctor.cluster import examine_cluster, leave_cluster
+    from amfm.launch.doctor.cluster import examine_cluster, leave_cluster
 
     findings = examine_cluster(shared, report=say)
     leave_cluster()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from data_pipeline.progress import Waiting
-from launch.arguments import CheckpointArgument, JsonOption, choose_device
-from launch.commands.synthetic import TaskChoice, evaluate_on_synthetic
-from launch.commands.tasks import (
+from amfm.data_pipeline.progress import Waiting
+from amfm.launch.arguments import CheckpointArgument, JsonOption, choose_device
+from amfm.launch.commands.synthetic import TaskChoice, evaluate_on_synthetic
+from amfm.launch.commands.tasks import (
     IncludePathOption,
     LimitOption,
     NumFewshotOption,
@@ -21,11 +21,11 @@ from launch.commands.tasks import (
     evaluate_on_tasks,
     read_choice,
 )
-from launch.console import print_json, print_pairs, show_progress
+from amfm.launch.console import print_json, print_pairs, show_progress
 
 if TYPE_CHECKING:
-    from pretrain.inference.evaluate import Evaluation
-    from pretrain.source_losses import SourceLoss
+    from amfm.pretrain.inference.evaluate import Evaluation
+    from amfm.pretrain.source_losses import SourceLoss
 
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute; auto: cuda if there is one, else cpu.")
@@ -90,7 +90,7 @@ def evaluate(
             as_json=as_json,
         )
         return
-    from pretrain.inference.evaluate import evaluate_checkpoint
+    from amfm.pretrain.inference.evaluate import evaluate_checkpoint
 
     with Waiting("amfm evaluate") as waiting, show_progress("evaluate", every_seconds=5.0) as show:
 
@@ -175,8 +175,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text, carrying the recurrent state: a token costs the same however long the text is."""
-    from pretrain.inference.generate import Sampling
-    from pretrain.inference.generate import generate as generate_text
+    from amfm.pretrain.inference.generate import Sampling
+    from amfm.pretrain.inference.generate import generate as generate_text
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     with Waiting("amfm generate") as waiting:

@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from data_pipeline.progress import Waiting
-from launch.arguments import CheckpointArgument, JsonOption
-from launch.commands.client import check_client, check_installed, export_gguf, print_check, require_equal, show_check
-from launch.console import print_json, print_pairs
+from amfm.data_pipeline.progress import Waiting
+from amfm.launch.arguments import CheckpointArgument, JsonOption
+from amfm.launch.commands.client import (
+    check_client,
+    check_installed,
+    export_gguf,
+    print_check,
+    require_equal,
+    show_check,
+)
+from amfm.launch.console import print_json, print_pairs
 
 if TYPE_CHECKING:
-    from pretrain.export.readers import ClientName
+    from amfm.pretrain.export.readers import ClientName
 
 CheckOption = Annotated[
     Literal["llama.cpp", "mlx-lm", "vllm", "lm-eval", "peft"] | None,
@@ -66,7 +73,7 @@ def export(
 
     With --check another program reads the export, or an export that exists, and is compared with transformers.
     """
-    from pretrain.export.export import export_checkpoint
+    from amfm.pretrain.export.export import export_checkpoint
 
     python = None if client_python is None else str(client_python.absolute())
     writes_for_transformers = target is not None or not verify
@@ -144,7 +151,7 @@ def check_export_options(
 
 def export_for_deepspeed(checkpoint: Path, out: Path, *, as_json: bool) -> None:
     """Write a universal checkpoint, which DeepSpeed loads with `load_universal`, and print what it is."""
-    from pretrain.export.universal import export_universal
+    from amfm.pretrain.export.universal import export_universal
 
     with Waiting("amfm export") as waiting:
         report = export_universal(checkpoint, out, waiting)
@@ -162,9 +169,9 @@ def export_for_deepspeed(checkpoint: Path, out: Path, *, as_json: bool) -> None:
 
 def export_tokens(store_path: Path, out: Path, *, as_json: bool) -> None:
     """Write OUT/SOURCE-SPLIT.bin and .idx, Megatron's format, for each source and split of a token store."""
-    from data_pipeline.store.manifest import SPLITS
-    from data_pipeline.store.megatron_files import export_megatron
-    from data_pipeline.store.store import TokenStore
+    from amfm.data_pipeline.store.manifest import SPLITS
+    from amfm.data_pipeline.store.megatron_files import export_megatron
+    from amfm.data_pipeline.store.store import TokenStore
 
     store = TokenStore.open(store_path)
     with Waiting("amfm export") as waiting:
@@ -203,7 +210,7 @@ def import_(
         return
     if pattern is not None or special:
         raise ValueError(f"--pattern and --special are for a .tiktoken file, and {source} is none; leave them out")
-    from pretrain.export.import_huggingface import import_huggingface
+    from amfm.pretrain.export.import_huggingface import import_huggingface
 
     with Waiting("amfm import") as waiting:
         report = import_huggingface(source, out, waiting)
@@ -232,7 +239,7 @@ def import_(
 
 def import_tokenizer(source: Path, out: Path, pattern: str | None, special: list[str], *, as_json: bool) -> None:
     """Convert a .tiktoken file to a tokenizer.json and print what came of it."""
-    from data_pipeline.tokenizer.tiktoken import convert_tiktoken
+    from amfm.data_pipeline.tokenizer.tiktoken import convert_tiktoken
 
     if pattern is None:
         raise ValueError(f"{source} doesn't hold the pattern that cuts texts into pieces; give it with --pattern")

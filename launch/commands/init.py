@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.console import print_json, print_pairs, say
-from launch.init.shapes import SIZES, STYLES
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, print_pairs, say
+from amfm.launch.init.shapes import SIZES, STYLES
 
 if TYPE_CHECKING:
-    from launch.init.write import Written
+    from amfm.launch.init.write import Written
 
 QUESTIONS = {
     "size": "Size of the model ({})",
@@ -46,8 +46,8 @@ def init(
     for name, choices in CHOICES.items():
         if answers[name] not in choices:
             raise ValueError(f"--{name} {answers[name]} must be one of {', '.join(choices)}")
-    from launch.init.machine import find_machine
-    from launch.init.write import Answers, next_commands, write_config
+    from amfm.launch.init.machine import find_machine
+    from amfm.launch.init.write import Answers, next_commands, write_config
 
     asked = Answers(folder, answers["size"], answers["style"], answers["data"], find_machine(answers["hardware"]))
     written = write_config(asked)
@@ -71,7 +71,7 @@ def ask(name: str) -> str:
 
 def describe(written: Written) -> dict[str, Any]:
     """What was written, for the table and for JSON."""
-    from model.flops import count_parameters
+    from amfm.model.flops import count_parameters
 
     choice = written.choice
     counts = count_parameters(choice.config.model)

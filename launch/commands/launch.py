@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from launch.arguments import ConfigArgument, JsonOption, OverridesArgument
-from launch.commands.train import summarize
-from launch.console import print_json, say
-from launch.rank_command import rank_command
-from pretrain.launcher_protocol import DONE
+from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument
+from amfm.launch.commands.train import summarize
+from amfm.launch.console import print_json, say
+from amfm.launch.rank_command import rank_command
+from amfm.pretrain.launcher_protocol import DONE
 
 if TYPE_CHECKING:
-    from launch.cluster.ray import RayCluster
-    from launch.cluster.slurm import Allocation
-    from launch.cluster.torchrun import RemoteHosts
-    from pretrain.config.schema import RunConfig
+    from amfm.launch.cluster.ray import RayCluster
+    from amfm.launch.cluster.slurm import Allocation
+    from amfm.launch.cluster.torchrun import RemoteHosts
+    from amfm.pretrain.config.schema import RunConfig
 
 DEFAULT_PORT = 29500
 PLANNED_GPU = "h100"  # a dry run may happen on a machine without the cluster's cards
@@ -69,7 +69,7 @@ def launch(
     as_json: JsonOption = False,
 ) -> None:
     """Start a run on many nodes and keep it alive: restarts from the newest checkpoint, on fewer nodes if it must."""
-    from pretrain.checks.check_run import check_run, load_checked
+    from amfm.pretrain.checks.check_run import check_run, load_checked
 
     ranks = nproc_per_node or count_gpus() or 1
     # A torchrun that each node starts by itself goes on by itself, with the ranks that it has.
@@ -122,9 +122,9 @@ def show_commands(commands: list[list[str]], before: str = "") -> Shown:
 
 def describe_misfit(config: RunConfig, path: Path, ranks: int) -> str | None:
     """Describe how the run, by the plan, needs more memory than an accelerator has; None where it fits."""
-    from launch.plan.estimate import Assumptions
-    from launch.plan.hardware import load_hardware
-    from launch.plan.plan import advise, make_plan
+    from amfm.launch.plan.estimate import Assumptions
+    from amfm.launch.plan.hardware import load_hardware
+    from amfm.launch.plan.plan import advise, make_plan
 
     if config.parallel.offload_optimizer:
         return None  # not modelled
@@ -178,7 +178,7 @@ def run_attempts(
     config: RunConfig, work: Work, cluster: RemoteHosts | Allocation | RayCluster, nodes: int, ranks: int
 ) -> int:
     """Run once where there is no checkpoint to resume (the doctor), else under supervision; returns the exit code."""
-    from launch.cluster.supervise import start_once, supervise
+    from amfm.launch.cluster.supervise import start_once, supervise
 
     if work.max_restarts is None:
         return start_once(cluster.start, nodes)
@@ -201,10 +201,10 @@ def launch_torchrun(
 
     What is one part of several, torchrun itself restarts. Returns the exit code, or what a dry run shows. Raises ValueError for a bad port and for too few hosts.
     """
-    from launch.cluster.lines import check_variables, with_variables
-    from launch.cluster.supervise import Attempt
-    from launch.cluster.torchrun import HERE, NodeCommand, RemoteHosts, read_hosts, run_here
-    from pretrain.stages import fresh_starts
+    from amfm.launch.cluster.lines import check_variables, with_variables
+    from amfm.launch.cluster.supervise import Attempt
+    from amfm.launch.cluster.torchrun import HERE, NodeCommand, RemoteHosts, read_hosts, run_here
+    from amfm.pretrain.stages import fresh_starts
 
     environment = check_variables(config.launch.environment, "launch.environment")
     host, _, port = (master or "").partition(":")
@@ -250,8 +250,8 @@ def launch_slurm(
 
     Returns the exit code of the run, or what a dry run or a submission shows.
     """
-    from launch.cluster.slurm import Allocation, is_inside_allocation, submit, write_script
-    from pretrain.report.data import read_run
+    from amfm.launch.cluster.slurm import Allocation, is_inside_allocation, submit, write_script
+    from amfm.pretrain.report.data import read_run
 
     again = ["launch", str(path), *overrides, "--on", "slurm", "--nodes", str(nodes), "--nproc-per-node", str(ranks)]
     again += ["--doctor"] if work.max_restarts is None else []
@@ -280,7 +280,7 @@ def launch_ray(
     config: RunConfig, work: Work, nodes: int, ranks: int, address: str | None, *, dry_run: bool
 ) -> int | Shown:
     """Run ranks as actors of a Ray cluster, under supervision. Returns the exit code, or what a dry run shows."""
-    from launch.cluster.lines import check_variables, with_variables
+    from amfm.launch.cluster.lines import check_variables, with_variables
 
     environment = check_variables(config.launch.environment, "launch.environment")
     gpus = count_gpus() > 0
@@ -290,11 +290,11 @@ def launch_ray(
             f"{{'{'GPU' if gpus else 'CPU'}': {ranks}}} on {nodes} nodes (STRICT_SPREAD), one actor a rank, each runs:"
         )
         return show_commands([with_variables(environment, rank_command(work.arguments))], what)
-    from data_pipeline.prepare.ray_token import ask_for_token
+    from amfm.data_pipeline.prepare.ray_token import ask_for_token
 
     if address is None:
         ask_for_token()
-    from launch.cluster.ray import RayCluster
+    from amfm.launch.cluster.ray import RayCluster
 
     cluster = RayCluster(
         work.arguments,

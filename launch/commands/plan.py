@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch.arguments import ConfigArgument, JsonOption, OverridesArgument, check_picture
-from launch.commands.trace import print_seconds, print_trace
-from launch.console import print_json, print_pairs, print_rows, say, show_progress
+from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument, check_picture
+from amfm.launch.commands.trace import print_seconds, print_trace
+from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
 
 if TYPE_CHECKING:
-    from launch.plan.estimate import Assumptions, Estimate
-    from launch.plan.hardware import Hardware
-    from launch.plan.plan import Plan
-    from launch.plan.time import StepTime
-    from launch.simulate.timeline import Timeline
-    from launch.simulate.trace import TracedRank
-    from pretrain.config.schema import RunConfig
+    from amfm.launch.plan.estimate import Assumptions, Estimate
+    from amfm.launch.plan.hardware import Hardware
+    from amfm.launch.plan.plan import Plan
+    from amfm.launch.plan.time import StepTime
+    from amfm.launch.simulate.timeline import Timeline
+    from amfm.launch.simulate.trace import TracedRank
+    from amfm.pretrain.config.schema import RunConfig
 
 SHOWN_LAYOUTS = 8
 LONGEST_SHOWN = 3
@@ -72,10 +72,10 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a run needs before anything is rented: parameters, FLOPs, memory, time, and the layouts that fit."""
-    from launch.plan.estimate import Assumptions
-    from launch.plan.hardware import load_hardware
-    from launch.plan.plan import make_plan, plan_as_dict
-    from pretrain.checks.check_run import load_checked
+    from amfm.launch.plan.estimate import Assumptions
+    from amfm.launch.plan.hardware import load_hardware
+    from amfm.launch.plan.plan import make_plan, plan_as_dict
+    from amfm.pretrain.checks.check_run import load_checked
 
     hardware = load_hardware(gpu)
     check_trace_options(trace, search, rank, stage, timeline)
@@ -108,7 +108,7 @@ def lay_out_steps(
     traced: list[TracedRank], hardware: Hardware, assumptions: Assumptions, path: Path
 ) -> list[tuple[Timeline, StepTime]]:
     """Write the timeline of traced ranks; returns each rank's with the step that the plan has for it."""
-    from launch.simulate.timeline import lay_out, planned_step, write_timeline
+    from amfm.launch.simulate.timeline import lay_out, planned_step, write_timeline
 
     lines = lay_out(traced, hardware)
     write_timeline(lines, path)
@@ -118,8 +118,8 @@ def lay_out_steps(
 
 def traced_as_dict(traced: list[TracedRank], steps: list[tuple[Timeline, StepTime]]) -> dict[str, Any]:
     """Traced ranks as JSON values, with the seconds of their step by part where there is a timeline; empty without ranks."""
-    from launch.simulate.timeline import compare_seconds
-    from launch.simulate.trace import trace_as_dict
+    from amfm.launch.simulate.timeline import compare_seconds
+    from amfm.launch.simulate.trace import trace_as_dict
 
     seconds = {line.entry.rank: {"seconds": compare_seconds(line, planned)} for line, planned in steps}
     found = [trace_as_dict(entry) | seconds.get(entry.rank, {}) for entry in traced]
@@ -128,8 +128,8 @@ def traced_as_dict(traced: list[TracedRank], steps: list[tuple[Timeline, StepTim
 
 def draw(made: Plan, traced: list[TracedRank], assumptions: Assumptions, path: Path) -> None:
     """Draw the memory of traced ranks, or the plan where none were traced."""
-    from launch.plan.picture import draw_plan
-    from launch.simulate.picture import draw_trace
+    from amfm.launch.plan.picture import draw_plan
+    from amfm.launch.simulate.picture import draw_trace
 
     if traced:
         draw_trace(traced, path)
@@ -164,8 +164,8 @@ def check_write_options(write: bool, search: bool, overrides: list[str] | None) 
 
 def write_winner(made: Plan, path: Path) -> None:
     """Write each stage's layout into the configuration file. Raises ValueError where none fits a stage."""
-    from launch.plan.plan import advise
-    from launch.plan.write_layout import write_layout
+    from amfm.launch.plan.plan import advise
+    from amfm.launch.plan.write_layout import write_layout
 
     chosen = [entry.chosen for entry in made.stages if entry.chosen is not None]
     if len(chosen) < len(made.stages):
@@ -182,7 +182,7 @@ def trace_ranks(
     config: RunConfig, gpus: int, hardware: Hardware, rank: int | None, stage: str | None, *, events: bool
 ) -> list[TracedRank]:
     """Trace ranks on the simulated cluster under a progress bar."""
-    from launch.simulate.trace import trace_run
+    from amfm.launch.simulate.trace import trace_run
 
     with show_progress("trace") as report:
         return trace_run(config, gpus, hardware, only_rank=rank, stage_name=stage, report=report, events=events)
@@ -190,8 +190,8 @@ def trace_ranks(
 
 def print_plan(made: Plan, title: str) -> None:
     """Print the plan as tables: model, memory, step, stages, layouts; advice goes to standard error."""
-    from launch.plan.hardware import GIB
-    from launch.plan.plan import SECONDS_A_DAY, advise
+    from amfm.launch.plan.hardware import GIB
+    from amfm.launch.plan.plan import SECONDS_A_DAY, advise
 
     counts, own = made.counts, made.own
     kinds = [kind for kind, total in counts.total_by_kind.items() if total]
@@ -231,7 +231,7 @@ def print_plan(made: Plan, title: str) -> None:
 
 def print_replicas(made: Plan) -> None:
     """Print what replicas in the memory of the nodes cost and save; nothing where the run writes none."""
-    from launch.plan.hardware import GIB
+    from amfm.launch.plan.hardware import GIB
 
     cost = made.replicas
     if cost is None:
@@ -259,7 +259,7 @@ def describe_step(item: Estimate) -> list[tuple[str, str]]:
 
 def print_layouts(made: Plan) -> None:
     """Print the fastest layouts that fit, then the nearest misses with the reason; what all share is said once."""
-    from launch.plan.hardware import GIB
+    from amfm.launch.plan.hardware import GIB
 
     shown = [*made.layouts[:SHOWN_LAYOUTS], *made.near_misses]
     words = [describe_layout(item).split() for item in shown]
@@ -294,8 +294,8 @@ def describe_longest(item: Estimate) -> str:
 
 def print_stages(made: Plan) -> None:
     """Print tokens, steps, memory and time of each training stage."""
-    from launch.plan.hardware import GIB
-    from launch.plan.plan import SECONDS_A_DAY
+    from amfm.launch.plan.hardware import GIB
+    from amfm.launch.plan.plan import SECONDS_A_DAY
 
     rows = [
         (
@@ -316,8 +316,8 @@ def print_stages(made: Plan) -> None:
 
 def print_chosen(made: Plan) -> None:
     """Print the layout that a search chose for each training stage; nothing without a search."""
-    from launch.plan.hardware import GIB
-    from launch.plan.plan import SECONDS_A_DAY
+    from amfm.launch.plan.hardware import GIB
+    from amfm.launch.plan.plan import SECONDS_A_DAY
 
     rows = [
         (

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.console import print_json, print_pairs, print_rows
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, print_pairs, print_rows
 
 if TYPE_CHECKING:
-    from launch.profile.show import Profile
+    from amfm.launch.profile.show import Profile
 
 
 def profile(
@@ -22,7 +22,7 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """Say where a traced step's time went, by kind of work, kind of block and operation."""
-    from launch.profile.show import profile_run
+    from amfm.launch.profile.show import profile_run
 
     found = profile_run(run_dir, step, rank)
     if as_json:
@@ -33,7 +33,7 @@ def profile(
 
 def print_profile(found: Profile) -> None:
     """Print three tables and where to open the files."""
-    from launch.profile.show import PASSES, describe_peak
+    from amfm.launch.profile.show import PASSES, describe_peak
 
     untraced = found.untraced_milliseconds
     beside = "" if untraced is None else f"; steps without a trace: {untraced:,.1f} ms, the median"

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from launch.arguments import JsonOption, choose_device
-from launch.commands.evaluate import BackendOption, DeviceOption
-from launch.console import print_json, say
+from amfm.launch.arguments import JsonOption, choose_device
+from amfm.launch.commands.evaluate import BackendOption, DeviceOption
+from amfm.launch.console import print_json, say
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 GIB = 2**30
@@ -37,8 +37,8 @@ def serve(
     Until Ctrl-C. Conversations go on from the state they left: a turn costs its own tokens. Chat needs a model whose
     folder has a chat template.
     """
-    from launch.serve.served_model import load_model
-    from launch.serve.server import ModelServer
+    from amfm.launch.serve.served_model import load_model
+    from amfm.launch.serve.server import ModelServer
 
     # The port first: it is known at once whether it is free, and loading takes time.
     with ModelServer(host, port) as server:

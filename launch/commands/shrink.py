@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from data_pipeline.progress import Waiting
-from launch.arguments import CheckpointArgument, JsonOption
-from launch.console import print_json, print_pairs
+from amfm.data_pipeline.progress import Waiting
+from amfm.launch.arguments import CheckpointArgument, JsonOption
+from amfm.launch.console import print_json, print_pairs
 
 
 def shrink(
@@ -24,7 +24,7 @@ def shrink(
 
     OUT is a weights folder: for export, generation, evaluation, or run.initial_weights of a run that trains on.
     """
-    from pretrain.pruning.write import shrink_checkpoint
+    from amfm.pretrain.pruning.write import shrink_checkpoint
 
     with Waiting("amfm shrink") as waiting:
         report = shrink_checkpoint(checkpoint, out, waiting)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch.arguments import JsonOption, OverridesArgument
-from launch.console import print_json, print_rows, say
-from pretrain.launcher_protocol import DONE, RUN_FAILED
+from amfm.launch.arguments import JsonOption, OverridesArgument
+from amfm.launch.console import print_json, print_rows, say
+from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
 
 if TYPE_CHECKING:
-    from launch.study.grid import Cell
-    from launch.study.run import CellEnd, Room
-    from launch.study.study import RunsConfig, SettingsStudyConfig, Study, StudyConfig
+    from amfm.launch.study.grid import Cell
+    from amfm.launch.study.run import CellEnd, Room
+    from amfm.launch.study.study import RunsConfig, SettingsStudyConfig, Study, StudyConfig
 
 StudyArgument = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The file of the study (docs/studies.md).")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the cells and what is done; train nothing.")]
@@ -38,11 +38,11 @@ def mixers(
     as_json: JsonOption = False,
 ) -> None:
     """Train every cell of a grid of mixer x share of attention that is not done yet, and write table and plots."""
-    from data_pipeline.prepare.ray_token import ask_for_token
+    from amfm.data_pipeline.prepare.ray_token import ask_for_token
 
     ask_for_token()
-    from launch.study.grid import expand_grid
-    from launch.study.study import load_study
+    from amfm.launch.study.grid import expand_grid
+    from amfm.launch.study.study import load_study
 
     plan = load_study(path, overrides or [])
     cells = expand_grid(plan)
@@ -61,11 +61,11 @@ def settings(
     as_json: JsonOption = False,
 ) -> None:
     """Train a model in several ways, each a label with overrides (optimizers and rates, say), and write one table."""
-    from data_pipeline.prepare.ray_token import ask_for_token
+    from amfm.data_pipeline.prepare.ray_token import ask_for_token
 
     ask_for_token()
-    from launch.study.settings import expand_settings
-    from launch.study.study import load_settings_study
+    from amfm.launch.study.settings import expand_settings
+    from amfm.launch.study.study import load_settings_study
 
     plan = load_settings_study(path, overrides or [])
     cells = expand_settings(plan)
@@ -81,8 +81,8 @@ def run_study(
     """Run what is missing, `write` the results given the runs at once, show them, and exit as the runs ended."""
     import torch
 
-    from launch.study.run import find_room
-    from launch.study.table import read_result
+    from amfm.launch.study.run import find_room
+    from amfm.launch.study.table import read_result
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     room = find_room(plan.config.threads_per_run, plan.config.runs_at_once, gpus)
@@ -108,10 +108,10 @@ def run_missing(
     Returns how failed cells ended, by name, and False where a signal cut the study short. Raises ValueError before
     anything starts when a task's text isn't prepared.
     """
-    from data_pipeline.store.store import TokenStore
-    from launch.study.run import run_cells
-    from launch.study.show import StudyDisplay
-    from launch.study.table import read_result
+    from amfm.data_pipeline.store.store import TokenStore
+    from amfm.launch.study.run import run_cells
+    from amfm.launch.study.show import StudyDisplay
+    from amfm.launch.study.table import read_result
 
     for data in {
         cell.config.data.store: cell.config.data for cell in missing if cell.config.data.probe is None
@@ -139,8 +139,8 @@ def write_results(plan: Study[StudyConfig], cells: Sequence[Cell], slots: int) -
 
     Each file replaces the last one in a rename, so a reader never sees half of one.
     """
-    from launch.study.plots import draw_study
-    from launch.study.table import make_rows, measure_of, read_result, study_json, study_markdown
+    from amfm.launch.study.plots import draw_study
+    from amfm.launch.study.table import make_rows, measure_of, read_result, study_json, study_markdown
 
     folder, tokens = Path(plan.config.dir), plan.config.state_tokens
     results = [result for cell in cells if (result := read_result(cell)) is not None]
@@ -159,8 +159,8 @@ def write_results(plan: Study[StudyConfig], cells: Sequence[Cell], slots: int) -
 
 def write_settings_results(plan: Study[SettingsStudyConfig], cells: Sequence[Cell], slots: int) -> dict[str, Any]:
     """Write study.json and study.md of the finished runs; returns what study.json holds."""
-    from launch.study.settings import settings_json, settings_markdown
-    from launch.study.table import read_result
+    from amfm.launch.study.settings import settings_json, settings_markdown
+    from amfm.launch.study.table import read_result
 
     results = [result for cell in cells if (result := read_result(cell)) is not None]
     summary = settings_json(cells, results, slots)
@@ -183,9 +183,9 @@ def replace_files(folder: Path, texts: Mapping[str, str]) -> None:
 
 def print_cells(cells: Sequence[Cell], state_tokens: int, *, as_json: bool) -> None:
     """The grid before it runs."""
-    from launch.study.table import count_state, read_result, show_ratio
-    from model.flops import count_parameters
-    from pretrain.stages import total_steps
+    from amfm.launch.study.table import count_state, read_result, show_ratio
+    from amfm.model.flops import count_parameters
+    from amfm.pretrain.stages import total_steps
 
     rows = [
         {
@@ -204,9 +204,9 @@ def print_cells(cells: Sequence[Cell], state_tokens: int, *, as_json: bool) -> N
 
 def print_settings(plan: Study[SettingsStudyConfig], cells: Sequence[Cell], *, as_json: bool) -> None:
     """The cells of a study of settings before they run, each with what is its own."""
-    from launch.study.table import read_result
-    from model.flops import count_parameters
-    from pretrain.stages import total_steps
+    from amfm.launch.study.table import read_result
+    from amfm.model.flops import count_parameters
+    from amfm.pretrain.stages import total_steps
 
     overrides = {setting.label: " ".join(setting.overrides) for setting in plan.config.settings}
     rows = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from launch.console import print_json, print_pairs, show_progress
+from amfm.launch.console import print_json, print_pairs, show_progress
 
 if TYPE_CHECKING:
-    from data_pipeline.config import DataConfig
+    from amfm.data_pipeline.config import DataConfig
 
 # As data.probe.task of a configuration, whose import would slow every verb's help down.
 TaskChoice = Literal["mqar", "overwriting", "selective_copying", "parity", "s3", "s4", "a5", "s5"]
@@ -26,7 +26,7 @@ def evaluate_on_synthetic(
     as_json: bool,
 ) -> None:
     """Measure and print the accuracy of a checkpoint on a synthetic task."""
-    from pretrain.inference.evaluate_synthetic import DEFAULT_ROWS, evaluate_synthetic
+    from amfm.pretrain.inference.evaluate_synthetic import DEFAULT_ROWS, evaluate_synthetic
 
     with show_progress("evaluate", every_seconds=5.0) as show:
         found = evaluate_synthetic(
@@ -70,7 +70,7 @@ def evaluate_on_synthetic(
 
 def show_synthetic_row(data: DataConfig, sample: int, *, sequence_length: int, seed: int, as_json: bool) -> None:
     """Print the training row of a global sample, which the configuration alone determines."""
-    from data_pipeline.loader.loader import PretrainLoader
+    from amfm.data_pipeline.loader.loader import PretrainLoader
 
     loader = PretrainLoader(data, sequence_length=sequence_length, micro_batch_size=1, seed=seed)
     ((row,), _) = loader.reader.read_block(sample, 1, 1)

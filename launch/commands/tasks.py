@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data_pipeline.progress import Waiting
-from launch.arguments import JsonOption
-from launch.console import print_json, print_pairs
+from amfm.data_pipeline.progress import Waiting
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, print_pairs
 
 if TYPE_CHECKING:
-    from pretrain.tasks.suite import TaskChoice
+    from amfm.pretrain.tasks.suite import TaskChoice
 
 TasksOption = Annotated[
     str | None, typer.Option(metavar="NAME,...", help="Measure these tasks of lm-eval instead (docs/evaluation.md).")
@@ -37,7 +37,7 @@ def tasks(
     as_json: JsonOption = False,
 ) -> None:
     """Make three small lm-eval tasks out of a store's held-out text: choose, write and weigh what follows."""
-    from pretrain.tasks.make_tasks import make_tasks
+    from amfm.pretrain.tasks.make_tasks import make_tasks
 
     names = make_tasks(store, out, name=name, num_documents=documents)
     if as_json:
@@ -49,7 +49,7 @@ def tasks(
 
 def read_choice(names: str, include_path: Path | None, limit: int | None, num_fewshot: int | None) -> TaskChoice:
     """Turn the options of a command line into a choice of tasks; `names` are separated by commas."""
-    from pretrain.tasks.suite import TaskChoice
+    from amfm.pretrain.tasks.suite import TaskChoice
 
     listed = tuple(name.strip() for name in names.split(",") if name.strip())
     if not listed:
@@ -59,7 +59,7 @@ def read_choice(names: str, include_path: Path | None, limit: int | None, num_fe
 
 def evaluate_on_tasks(checkpoint: Path, choice: TaskChoice, *, device: str, backend: str, as_json: bool) -> None:
     """Measure a checkpoint on tasks and print the values."""
-    from pretrain.tasks.evaluate import evaluate_tasks
+    from amfm.pretrain.tasks.evaluate import evaluate_tasks
 
     with Waiting("amfm evaluate") as waiting:
         waiting("measuring tasks")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from launch.console import print_pairs, print_rows, say
+from amfm.launch.console import print_pairs, print_rows, say
 
 if TYPE_CHECKING:
-    from launch.plan.time import StepTime
-    from launch.simulate.timeline import Timeline
-    from launch.simulate.trace import TracedRank
+    from amfm.launch.plan.time import StepTime
+    from amfm.launch.simulate.timeline import Timeline
+    from amfm.launch.simulate.trace import TracedRank
 
 SHOWN_LINES = 12
 
@@ -31,7 +31,7 @@ def print_trace(entry: TracedRank) -> None:
 
 def print_memory(entry: TracedRank, place: str) -> None:
     """Print planned parts, traced phases, and the lines that hold the most at the peak."""
-    from launch.plan.hardware import GIB
+    from amfm.launch.plan.hardware import GIB
 
     traced, predicted = entry.traced, entry.predicted
     pairs = [
@@ -57,7 +57,7 @@ def print_memory(entry: TracedRank, place: str) -> None:
 
 def print_flops(entry: TracedRank, place: str) -> None:
     """Print FLOPs by kind of block, planned as MFU counts them and traced."""
-    from launch.simulate.trace import predicted_flops, traced_flops
+    from amfm.launch.simulate.trace import predicted_flops, traced_flops
 
     planned, traced = predicted_flops(entry), traced_flops(entry)
     rows = []
@@ -70,7 +70,7 @@ def print_flops(entry: TracedRank, place: str) -> None:
 
 def print_bytes(entry: TracedRank, place: str) -> None:
     """Print bytes handed to collectives, by axis and collective; the planned ones are a mean over its pipeline stage."""
-    from launch.simulate.trace import predicted_bytes, traced_bytes
+    from amfm.launch.simulate.trace import predicted_bytes, traced_bytes
 
     planned, traced = predicted_bytes(entry), traced_bytes(entry)
     if isinstance(planned, str):
@@ -87,7 +87,7 @@ def print_bytes(entry: TracedRank, place: str) -> None:
 
 def print_launches(entry: TracedRank, place: str) -> None:
     """Print kernel launches by kind of block, in a step and in each pass through a block."""
-    from launch.simulate.trace import kind_of, launches_a_block
+    from amfm.launch.simulate.trace import kind_of, launches_a_block
 
     launches = entry.traced["launches"]
     each = {which: launches_a_block(entry.traced, which) for which in ("forward", "backward")}
@@ -105,7 +105,7 @@ def print_launches(entry: TracedRank, place: str) -> None:
 
 def print_seconds(line: Timeline, planned: StepTime) -> None:
     """Print the seconds of the traced micro-batches by part: as planned, and as the timeline has them."""
-    from launch.simulate.timeline import compare_seconds
+    from amfm.launch.simulate.timeline import compare_seconds
 
     entry = line.entry
     found = compare_seconds(line, planned)

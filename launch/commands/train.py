@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from data_pipeline.progress import Waiting
-from launch.arguments import ConfigArgument, HelpAllOption, JsonOption, OverridesArgument, check_picture
-from launch.console import print_json, print_pairs
-from launch.heavy_imports import heavy_imports
-from pretrain.launcher_protocol import GOES_ON
+from amfm.data_pipeline.progress import Waiting
+from amfm.launch.arguments import ConfigArgument, HelpAllOption, JsonOption, OverridesArgument, check_picture
+from amfm.launch.console import print_json, print_pairs
+from amfm.launch.heavy_imports import heavy_imports
+from amfm.pretrain.launcher_protocol import GOES_ON
 
 
 def train(
@@ -30,8 +30,8 @@ def train(
     is_rank = nproc == 1 and "RANK" in os.environ
     with Waiting("amfm train", speaks=is_first) as waiting, heavy_imports():
         waiting("loading PyTorch and DeepSpeed")
-        from pretrain.checks.check_run import load_checked
-        from pretrain.stages import fresh_starts
+        from amfm.pretrain.checks.check_run import load_checked
+        from amfm.pretrain.stages import fresh_starts
 
         numbers = [int(os.environ["WORLD_SIZE"])] if is_rank else range(nproc, 0, -1)
         config = load_checked(
@@ -39,14 +39,14 @@ def train(
         )
         starts_ranks = nproc > 1 or (not is_rank and bool(fresh_starts(config)))
         if not starts_ranks:
-            from pretrain.train import train as train_run
+            from amfm.pretrain.train import train as train_run
     if starts_ranks:
-        from launch.cluster.local import run_layouts
+        from amfm.launch.cluster.local import run_layouts
 
         code = run_layouts(config, ["train", str(path), *(overrides or []), *(["--force"] if force else [])], nproc)
     else:
-        from launch.plan.card_fit import check_fits, this_card
-        from pretrain.checkpoint.names import newest_saved_step
+        from amfm.launch.plan.card_fit import check_fits, this_card
+        from amfm.pretrain.checkpoint.names import newest_saved_step
 
         card = None if force else this_card()
         if card is not None:
@@ -59,7 +59,7 @@ def train(
 
 def summarize(run_dir: str) -> dict[str, Any]:
     """Progress of a run as JSON values."""
-    from pretrain.report.data import read_run
+    from amfm.pretrain.report.data import read_run
 
     record = read_run(run_dir)
     return {
@@ -97,12 +97,12 @@ def report(
         check_picture(picture)
     if out is not None:
         check_page(out)
-    from pretrain.report.report import write_report
+    from amfm.pretrain.report.report import write_report
 
     page = write_report(run_dirs, out)
     if picture is not None:
-        from pretrain.report.data import read_run
-        from pretrain.report.picture import draw_picture
+        from amfm.pretrain.report.data import read_run
+        from amfm.pretrain.report.picture import draw_picture
 
         draw_picture([read_run(folder) for folder in run_dirs], picture)
     if as_json:

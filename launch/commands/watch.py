@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.console import print_json, say
-from pretrain.launcher_protocol import DONE, INTERRUPTED, RUN_FAILED
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, say
+from amfm.pretrain.launcher_protocol import DONE, INTERRUPTED, RUN_FAILED
 
 if TYPE_CHECKING:
-    from pretrain.monitor.follow import FollowedRun
+    from amfm.pretrain.monitor.follow import FollowedRun
 
 LOOK_SECONDS = 1.0
 
@@ -30,7 +30,7 @@ def watch(
     Only reads. Ends with the run: exit code 0 when it finished or was stopped, 3 when it failed or is gone. With --json
     prints what is now, once.
     """
-    from pretrain.monitor.follow import FollowedRun
+    from amfm.pretrain.monitor.follow import FollowedRun
 
     run = FollowedRun(run_dir)
     if as_json:
@@ -49,8 +49,8 @@ def show_live(run: FollowedRun, *, stays: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from pretrain.monitor.follow import follow
-    from pretrain.monitor.live import LivePanel
+    from amfm.pretrain.monitor.follow import follow
+    from amfm.pretrain.monitor.live import LivePanel
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     live = LivePanel(console, run.panel.draw) if console.is_terminal else None

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from launch.doctor.compare import compare_reports, examine_all_reduce, examine_clocks, examine_links
-from launch.doctor.links import gather, measure_all_reduce, measure_links, measure_skews
-from launch.doctor.machine import Finding
-from launch.doctor.rank import RankReport, describe_rank
-from launch.doctor.storage import WAIT_SECONDS, examine_storage, run_storage_test
-from pretrain.parallel import start_process_group
+from amfm.launch.doctor.compare import compare_reports, examine_all_reduce, examine_clocks, examine_links
+from amfm.launch.doctor.links import gather, measure_all_reduce, measure_links, measure_skews
+from amfm.launch.doctor.machine import Finding
+from amfm.launch.doctor.rank import RankReport, describe_rank
+from amfm.launch.doctor.storage import WAIT_SECONDS, examine_storage, run_storage_test
+from amfm.pretrain.parallel import start_process_group
 
 TIMEOUT_SECONDS = 300.0  # the ranks of a large cluster import from shared storage at the same time
 

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from launch.doctor.links import Link, Skew, group_by_host
-from launch.doctor.machine import MIN_FREE_GIB, Finding
-from launch.doctor.rank import RankReport
+from amfm.launch.doctor.links import Link, Skew, group_by_host
+from amfm.launch.doctor.machine import MIN_FREE_GIB, Finding
+from amfm.launch.doctor.rank import RankReport
 
 SLOW_LINK = 0.5  # of the median of its kind
 MAX_SKEW_SECONDS = 1.0

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.mounts import file_system_of, read_mounts
-from launch.doctor.machine import (
+from amfm.data_pipeline.mounts import file_system_of, read_mounts
+from amfm.launch.doctor.machine import (
     GIB,
     Finding,
     describe_card,
@@ -26,7 +26,7 @@ from launch.doctor.machine import (
     installed_version,
     usable_cores,
 )
-from pretrain.identity import ROOT, digest_code
+from amfm.pretrain.identity import ROOT, digest_code
 
 COMPARED_PACKAGES = ("torch", "deepspeed", "megatron-core", "triton")
 NETWORK_FILE_SYSTEMS = {

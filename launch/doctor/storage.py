@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from launch.doctor.compare import name_ranks
-from launch.doctor.links import gather
-from launch.doctor.machine import MIN_FREE_GIB, Finding
-from launch.doctor.rank import free_gib
+from amfm.launch.doctor.compare import name_ranks
+from amfm.launch.doctor.links import gather
+from amfm.launch.doctor.machine import MIN_FREE_GIB, Finding
+from amfm.launch.doctor.rank import free_gib
 
 WAIT_SECONDS = 10.0  # for a file to become visible
 POLL_SECONDS = 0.05

@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from launch.plan.estimate import Assumptions, Estimate, estimate
-from launch.plan.hardware import GIB, HARDWARE, Hardware, load_hardware
-from launch.plan.layout import Layout
-from launch.plan.search import all_layouts, neighbour_layouts, powers_of_two, with_layout
-from pretrain.config.schema import RunConfig
+from amfm.launch.plan.estimate import Assumptions, Estimate, estimate
+from amfm.launch.plan.hardware import GIB, HARDWARE, Hardware, load_hardware
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.search import all_layouts, neighbour_layouts, powers_of_two, with_layout
+from amfm.pretrain.config.schema import RunConfig
 
 RECOMPUTE = ("none", "full")
 MOST_RANKS = 64

@@ -16,13 +16,13 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.config import SourceConfig
-from data_pipeline.prepare.hub import is_hub, parse_hub
-from data_pipeline.prepare.sources import list_files
-from data_pipeline.store.object_store import is_url
-from launch.init.machine import Choice, Machine, find_layout, larger_machines
-from launch.init.shapes import EXPORTS, STYLES, Size, model_section, size_of
-from pretrain.checks.check_run import load_checked
+from amfm.data_pipeline.config import SourceConfig
+from amfm.data_pipeline.prepare.hub import is_hub, parse_hub
+from amfm.data_pipeline.prepare.sources import list_files
+from amfm.data_pipeline.store.object_store import is_url
+from amfm.launch.init.machine import Choice, Machine, find_layout, larger_machines
+from amfm.launch.init.shapes import EXPORTS, STYLES, Size, model_section, size_of
+from amfm.pretrain.checks.check_run import load_checked
 
 FILE_NAME = "run.yaml"
 # Pieces that a tokenizer trained on so little text should have; SentencePiece refuses more than it can find.

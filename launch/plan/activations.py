@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from launch.plan.registered import COUNTED_TOKENS, is_registered, registered_block
-from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
-from model.config.structure import DENSE, Structure
+from amfm.launch.plan.registered import COUNTED_TOKENS, is_registered, registered_block
+from amfm.model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
+from amfm.model.config.structure import DENSE, Structure
 
 FLOAT32_BYTES, INT32_BYTES = 4, 4
 # Slices of the head's logits, in elements, and their least rows (kernels/linear_cross_entropy).

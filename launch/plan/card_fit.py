@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import torch
 
-from launch.plan.estimate import Assumptions, explain_misfit, memory_of
-from launch.plan.hardware import GIB, HARDWARE, Hardware
-from launch.plan.layout import Layout
-from launch.plan.ranking import rank_layouts
-from launch.plan.search import all_layouts, neighbour_layouts
-from pretrain.checks.ranks import ranks_of_stage
-from pretrain.checks.stages import run_of_stage
-from pretrain.config.schema import RunConfig
-from pretrain.stages import resolve_stages, stage_of
+from amfm.launch.plan.estimate import Assumptions, explain_misfit, memory_of
+from amfm.launch.plan.hardware import GIB, HARDWARE, Hardware
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.ranking import rank_layouts
+from amfm.launch.plan.search import all_layouts, neighbour_layouts
+from amfm.pretrain.checks.ranks import ranks_of_stage
+from amfm.pretrain.checks.stages import run_of_stage
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.stages import resolve_stages, stage_of
 
 ALONE = Assumptions(margin=0.0)
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from launch.plan.exchanges import Exchange, pass_exchanges
-from launch.plan.hardware import Hardware
-from launch.plan.layout import Layout, StageShare
-from pretrain.config.schema import RunConfig
+from amfm.launch.plan.exchanges import Exchange, pass_exchanges
+from amfm.launch.plan.hardware import Hardware
+from amfm.launch.plan.layout import Layout, StageShare
+from amfm.pretrain.config.schema import RunConfig
 
 # Axes of process groups under the names of the plan's parts.
 PARTS = {"tp": "tensor", "ep": "expert", "expt_tp": "expert", "cp": "context", "pp": "pipeline"}

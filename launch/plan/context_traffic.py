@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config.schema import Mamba2Config
-from pretrain.config.schema import RunConfig
+from amfm.model.config.schema import Mamba2Config
+from amfm.pretrain.config.schema import RunConfig
 
 STATE_BYTES = 4
 SEGMENTS = 2  # of a row on each context rank

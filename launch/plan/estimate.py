@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launch.plan.hardware import GIB, Hardware
-from launch.plan.layout import Layout
-from launch.plan.memory import Memory, estimate_memory, storage_of
-from launch.plan.time import StepTime, estimate_step
-from model.flops import flops_per_token
-from pretrain.config.schema import RunConfig
+from amfm.launch.plan.hardware import GIB, Hardware
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.memory import Memory, estimate_memory, storage_of
+from amfm.launch.plan.time import StepTime, estimate_step
+from amfm.model.flops import flops_per_token
+from amfm.pretrain.config.schema import RunConfig
 
 
 @dataclass(frozen=True)

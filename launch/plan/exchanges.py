@@ -19,15 +19,15 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.moe.capacity import expert_capacity
-from launch.plan.activations import up_rows
-from launch.plan.context_traffic import exchanged_windows, handed_states, segment_states
-from launch.plan.layout import Layout, StageShare
-from launch.plan.registered import is_registered, registered_block
-from model.config.schema import ModelConfig, MoeConfig
-from model.config.structure import Structure
-from model.moe.capacity import slots_for
-from pretrain.config.schema import RunConfig
+from amfm.kernels.moe.capacity import expert_capacity
+from amfm.launch.plan.activations import up_rows
+from amfm.launch.plan.context_traffic import exchanged_windows, handed_states, segment_states
+from amfm.launch.plan.layout import Layout, StageShare
+from amfm.launch.plan.registered import is_registered, registered_block
+from amfm.model.config.schema import ModelConfig, MoeConfig
+from amfm.model.config.structure import Structure
+from amfm.model.moe.capacity import slots_for
+from amfm.pretrain.config.schema import RunConfig
 
 FLOAT32, INT64 = 4, 8
 DEEPSPEED_BUCKET_ELEMENTS = 200_000_000  # gradients of one reduction of DeepSpeed's own (pretrain/engine/engine.py)

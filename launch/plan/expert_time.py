@@ -9,14 +9,14 @@ sends in order, computing waits where it needs what has not arrived.
 
 from __future__ import annotations
 
-from launch.plan.activations import FLOAT32_BYTES, Storage
-from launch.plan.communication import exchange_seconds
-from launch.plan.exchanges import expected_ranks, expert_traffic, static_slots
-from launch.plan.hardware import Hardware
-from launch.plan.layout import Layout, StageShare
-from launch.plan.roofline import Roofline, add_factored, add_feed_forward
-from model.config.schema import MoeConfig
-from pretrain.config.schema import RunConfig
+from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
+from amfm.launch.plan.communication import exchange_seconds
+from amfm.launch.plan.exchanges import expected_ranks, expert_traffic, static_slots
+from amfm.launch.plan.hardware import Hardware
+from amfm.launch.plan.layout import Layout, StageShare
+from amfm.launch.plan.roofline import Roofline, add_factored, add_feed_forward
+from amfm.model.config.schema import MoeConfig
+from amfm.pretrain.config.schema import RunConfig
 
 
 def add_moe(line: Roofline, config: RunConfig, layout: Layout, storage: Storage, imbalance: float) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pretrain.config.file import read_schema
+from amfm.pretrain.config.file import read_schema
 
 GIB = 2**30
 

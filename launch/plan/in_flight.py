@@ -13,7 +13,7 @@ from functools import lru_cache
 from operator import ge
 from typing import NamedTuple
 
-from launch.plan.layout import Layout
+from amfm.launch.plan.layout import Layout
 
 ROUNDS = 3  # of as many micro-batches as stages: passes repeat after the first
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from launch.plan.activations import up_rows
-from launch.plan.matrices import NO_MATRICES, MatrixShare, count_matrices
-from model.config.schema import ModelConfig
-from model.flops import block_parameters
-from model.pipeline_split import cut_pieces, pieces_of_rank
-from pretrain.config.schema import MuonConfig, RunConfig
-from pretrain.recompute import recomputed_letters
+from amfm.launch.plan.activations import up_rows
+from amfm.launch.plan.matrices import NO_MATRICES, MatrixShare, count_matrices
+from amfm.model.config.schema import ModelConfig
+from amfm.model.flops import block_parameters
+from amfm.model.pipeline_split import cut_pieces, pieces_of_rank
+from amfm.pretrain.config.schema import MuonConfig, RunConfig
+from amfm.pretrain.recompute import recomputed_letters
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from launch.plan.hardware import Hardware
-from launch.plan.layout import Layout
-from launch.plan.memory import Memory
-from pretrain.config.errors import Problem
-from pretrain.config.schema import RunConfig
+from amfm.launch.plan.hardware import Hardware
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.memory import Memory
+from amfm.pretrain.config.errors import Problem
+from amfm.pretrain.config.schema import RunConfig
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.matrices import list_matrices
-from model.parallel.groups import single_rank_groups
-from pretrain.config.schema import MuonConfig
-from pretrain.engine.muon.newton_schulz import cost
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.matrices import list_matrices
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.config.schema import MuonConfig
+from amfm.pretrain.engine.muon.newton_schulz import cost
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from launch.plan.activations import (
+from amfm.launch.plan.activations import (
     FLOAT32_BYTES,
     BlockBytes,
     Split,
@@ -29,13 +29,13 @@ from launch.plan.activations import (
     stream_bytes,
     weight_gradient_bytes,
 )
-from launch.plan.exchanges import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS, expected_ranks, static_slots
-from launch.plan.in_flight import moments_of
-from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
-from model.config.schema import ModelConfig
-from pretrain.config.schema import RunConfig
-from pretrain.engine.bf16_adamw import CHUNK_BYTES, CHUNK_ELEMENTS
-from pretrain.engine.muon.newton_schulz import BATCH_ELEMENTS
+from amfm.launch.plan.exchanges import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS, expected_ranks, static_slots
+from amfm.launch.plan.in_flight import moments_of
+from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
+from amfm.model.config.schema import ModelConfig
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.engine.bf16_adamw import CHUNK_BYTES, CHUNK_ELEMENTS
+from amfm.pretrain.engine.muon.newton_schulz import BATCH_ELEMENTS
 
 STAGE0_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own all-reduce
 PREFETCH_ELEMENTS = 50_000_000  # that it gathers ahead

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launch.plan.estimate import Assumptions, Estimate, estimate
-from launch.plan.hardware import GIB
-from launch.plan.plan import Plan
-from launch.plan.search import ZERO_STAGES, is_allowed, with_layout
-from launch.plan.timetable import Kind, make_timetable
-from pretrain.checks.stages import run_of_stage
+from amfm.launch.plan.estimate import Assumptions, Estimate, estimate
+from amfm.launch.plan.hardware import GIB
+from amfm.launch.plan.plan import Plan
+from amfm.launch.plan.search import ZERO_STAGES, is_allowed, with_layout
+from amfm.launch.plan.timetable import Kind, make_timetable
+from amfm.pretrain.checks.stages import run_of_stage
 
 FASTEST_SHOWN = 3
 MICRO_BATCHES_A_RANK = 3  # of a long step the timetable shows the beginning alone

@@ -15,19 +15,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launch.plan.estimate import Assumptions, Estimate, estimate, estimate_as_dict
-from launch.plan.hardware import GIB, Hardware
-from launch.plan.layout import Layout, held_by_stages
-from launch.plan.left_out import LeftOut, Tally, untried
-from launch.plan.memory import bucketed_bytes, persistent_bytes, storage_of
-from launch.plan.ranking import Found, at_stage, choose_layouts, rank_layouts
-from launch.plan.replicas import ReplicaCost, estimate_replicas
-from launch.plan.search import LARGEST_CONTEXT, all_layouts, is_allowed, neighbour_layouts, with_layout
-from model.flops import Counts, count_parameters, flops_per_token
-from pretrain.checks.ranks import ranks_of_stage
-from pretrain.checks.stages import run_of_stage
-from pretrain.config.schema import RunConfig
-from pretrain.stages import RunStage, resolve_stages
+from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, estimate_as_dict
+from amfm.launch.plan.hardware import GIB, Hardware
+from amfm.launch.plan.layout import Layout, held_by_stages
+from amfm.launch.plan.left_out import LeftOut, Tally, untried
+from amfm.launch.plan.memory import bucketed_bytes, persistent_bytes, storage_of
+from amfm.launch.plan.ranking import Found, at_stage, choose_layouts, rank_layouts
+from amfm.launch.plan.replicas import ReplicaCost, estimate_replicas
+from amfm.launch.plan.search import LARGEST_CONTEXT, all_layouts, is_allowed, neighbour_layouts, with_layout
+from amfm.model.flops import Counts, count_parameters, flops_per_token
+from amfm.pretrain.checks.ranks import ranks_of_stage
+from amfm.pretrain.checks.stages import run_of_stage
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.stages import RunStage, resolve_stages
 
 SECONDS_A_DAY = 86_400
 SHOWN_LAYOUTS = 8

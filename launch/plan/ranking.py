@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from launch.plan.estimate import Assumptions, Estimate, estimate, explain_misfit, memory_of
-from launch.plan.hardware import GIB, Hardware
-from launch.plan.layout import Layout
-from launch.plan.left_out import LeftOut, Tally
-from launch.plan.memory import Memory
-from launch.plan.search import is_allowed, recomputed, with_layout
-from pretrain.checks.stages import declaring_stage
-from pretrain.config.schema import RunConfig
-from pretrain.recompute import recomputed_letters
-from pretrain.stages import RunStage
+from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, explain_misfit, memory_of
+from amfm.launch.plan.hardware import GIB, Hardware
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.left_out import LeftOut, Tally
+from amfm.launch.plan.memory import Memory
+from amfm.launch.plan.search import is_allowed, recomputed, with_layout
+from amfm.pretrain.checks.stages import declaring_stage
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.recompute import recomputed_letters
+from amfm.pretrain.stages import RunStage
 
 NEAR_MISSES = 3
 KEPT_PARTS = ("weights", "masters", "moments", "gradients")  # that no recomputation spares

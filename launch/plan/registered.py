@@ -22,13 +22,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorExc
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.build import build_mixer
-from model.config.mixer_options import LinearOptions
-from model.config.pattern import mixer_name
-from model.config.schema import ModelConfig
-from model.mixers.interface import SequenceMixer
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
+from amfm.model.build import build_mixer
+from amfm.model.config.mixer_options import LinearOptions
+from amfm.model.config.pattern import mixer_name
+from amfm.model.config.schema import ModelConfig
+from amfm.model.mixers.interface import SequenceMixer
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
 
 # Tokens of the row whose pass is counted: several chunks and windows of the usual sizes.
 COUNTED_TOKENS = 2048

@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launch.plan.activations import FLOAT32_BYTES
-from launch.plan.estimate import Estimate
-from launch.plan.hardware import Hardware
-from launch.plan.layout import held_by_stages
-from pretrain.checkpoint.replicas.memory import GENERATIONS
-from pretrain.config.schema import RunConfig
+from amfm.launch.plan.activations import FLOAT32_BYTES
+from amfm.launch.plan.estimate import Estimate
+from amfm.launch.plan.hardware import Hardware
+from amfm.launch.plan.layout import held_by_stages
+from amfm.pretrain.checkpoint.replicas.memory import GENERATIONS
+from amfm.pretrain.config.schema import RunConfig
 
 HASHED_BYTES_PER_SECOND = 0.35e9  # SHA-256, a look for NaN and the write into memory, on one core of an AMD EPYC
 SOCKET_BYTES_PER_SECOND = 1.0e9  # of gloo between two ranks, where the network has more

@@ -6,11 +6,11 @@ An operation takes the longer of its arithmetic at a stated part of the peak and
 
 from __future__ import annotations
 
-from launch.plan.activations import FLOAT32_BYTES, up_rows
-from launch.plan.hardware import Hardware
-from launch.plan.layout import Layout
-from model.config.schema import ModelConfig
-from model.config.structure import Structure
+from amfm.launch.plan.activations import FLOAT32_BYTES, up_rows
+from amfm.launch.plan.hardware import Hardware
+from amfm.launch.plan.layout import Layout
+from amfm.model.config.schema import ModelConfig
+from amfm.model.config.structure import Structure
 
 
 class Roofline:

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, product
 
-from launch.plan.layout import Layout
-from launch.plan.left_out import Tally
-from model.flops import block_flops
-from pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
-from pretrain.checks.ranks import batch_problems
-from pretrain.config.errors import Problem
-from pretrain.config.schema import ParallelConfig, RunConfig
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.left_out import Tally
+from amfm.model.flops import block_flops
+from amfm.pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
+from amfm.pretrain.checks.ranks import batch_problems
+from amfm.pretrain.config.errors import Problem
+from amfm.pretrain.config.schema import ParallelConfig, RunConfig
 
 ZERO_STAGES = (0, 1, 2, 3)
 MICRO_BATCH_SIZES = (1, 2, 4, 8)

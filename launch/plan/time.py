@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from launch.plan.activations import FLOAT32_BYTES, Storage
-from launch.plan.communication import (
+from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
+from amfm.launch.plan.communication import (
     all_to_all_seconds,
     axis_place,
     exchange_seconds,
@@ -21,16 +21,16 @@ from launch.plan.communication import (
     ring_seconds,
     total_seconds,
 )
-from launch.plan.exchanges import reduction_exchanges
-from launch.plan.expert_time import add_moe, expert_exchange_seconds
-from launch.plan.hardware import Hardware
-from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
-from launch.plan.registered import is_registered, registered_block
-from launch.plan.roofline import Roofline, add_factored, add_feed_forward
-from model.config.pattern import block_kind
-from model.config.schema import ModelConfig
-from pretrain.config.schema import RunConfig
-from pretrain.engine.bf16_adamw import STEP_BYTES
+from amfm.launch.plan.exchanges import reduction_exchanges
+from amfm.launch.plan.expert_time import add_moe, expert_exchange_seconds
+from amfm.launch.plan.hardware import Hardware
+from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
+from amfm.launch.plan.registered import is_registered, registered_block
+from amfm.launch.plan.roofline import Roofline, add_factored, add_feed_forward
+from amfm.model.config.pattern import block_kind
+from amfm.model.config.schema import ModelConfig
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.engine.bf16_adamw import STEP_BYTES
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from launch.plan.layout import Layout
+from amfm.launch.plan.layout import Layout
 
 Kind = Literal["forward", "backward", "weights"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from launch.plan.exchanges import (
+from amfm.launch.plan.exchanges import (
     BUCKET_ELEMENTS,
     FLOAT32,
     INT64,
@@ -24,16 +24,16 @@ from launch.plan.exchanges import (
     reduction_exchanges,
     static_slots,
 )
-from launch.plan.layout import Layout, held_by_stages
-from model.config.pattern import mixer_name
-from model.hybrid import HybridModel
-from model.moe.balance import auxiliary_names
-from model.parallel.groups import AXES, ProcessGroupCollection
-from model.parallel.shards import parameter_shards
-from model.pipeline_split import cut_pieces, pieces_of_rank
-from pretrain.config.schema import RunConfig
-from pretrain.engine.optimizer import group_parameters
-from pretrain.monitor.signals import WATCHED
+from amfm.launch.plan.layout import Layout, held_by_stages
+from amfm.model.config.pattern import mixer_name
+from amfm.model.hybrid import HybridModel
+from amfm.model.moe.balance import auxiliary_names
+from amfm.model.parallel.groups import AXES, ProcessGroupCollection
+from amfm.model.parallel.shards import parameter_shards
+from amfm.model.pipeline_split import cut_pieces, pieces_of_rank
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.engine.optimizer import group_parameters
+from amfm.pretrain.monitor.signals import WATCHED
 
 Key = tuple[str, str, str]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from launch.plan.estimate import Estimate
-from pretrain.checks.check_run import load_checked
+from amfm.launch.plan.estimate import Estimate
+from amfm.pretrain.checks.check_run import load_checked
 
 Edit = tuple[int, int, str]  # of the text: from, to, instead
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.progress import format_bytes
-from launch.profile.trace import StepTrace, read_trace
-from model.config.mixer_registry import describe_symbol
-from pretrain.report.data import read_run
+from amfm.data_pipeline.progress import format_bytes
+from amfm.launch.profile.trace import StepTrace, read_trace
+from amfm.model.config.mixer_registry import describe_symbol
+from amfm.pretrain.report.data import read_run
 
 FOLDER = re.compile(r"step-(\d+)")
 FILE = re.compile(r"rank-(\d+)\.json\.gz")

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.foreign_files import take, understood
-from pretrain.monitor.profile import PREFIX
+from amfm.data_pipeline.foreign_files import take, understood
+from amfm.pretrain.monitor.profile import PREFIX
 
 BACKWARD = "autograd::engine::evaluate_function: "
 COMMUNICATION = ("c10d::", "gloo:", "nccl:", "record_param_comms", "ncclDevKernel", "ncclKernel")

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.serve.requests import RefusedError, Request
-from launch.serve.served_model import ServedModel
+from amfm.launch.serve.requests import RefusedError, Request
+from amfm.launch.serve.served_model import ServedModel
 
 
 @dataclass

@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pretrain.inference.generate import Sampling
+from amfm.pretrain.inference.generate import Sampling
 
 Kind = Literal["completion", "chat"]
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import tokenizers
 
-from data_pipeline.foreign_files import read_object
-from data_pipeline.tokenizer.tokenizer import Tokenizer
-from launch.serve.chat import ChatTemplate, read_template
-from pretrain.inference.generate import Sampling, stream_text
-from pretrain.inference.kept_states import SharedModel
-from pretrain.inference.weights import DESCRIPTION, Weights, read_weights
+from amfm.data_pipeline.foreign_files import read_object
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.launch.serve.chat import ChatTemplate, read_template
+from amfm.pretrain.inference.generate import Sampling, stream_text
+from amfm.pretrain.inference.kept_states import SharedModel
+from amfm.pretrain.inference.weights import DESCRIPTION, Weights, read_weights
 
 
 class ServedModel:
@@ -75,7 +75,7 @@ def load_model(path: Path, *, device: str, backend: str, max_state_bytes: int) -
 
 def read_export(path: Path) -> Weights:
     """Read a transformers folder."""
-    from pretrain.export.import_huggingface import read_huggingface
+    from amfm.pretrain.export.import_huggingface import read_huggingface
 
     return read_huggingface(path)[0]
 

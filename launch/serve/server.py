@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from launch.serve.answers import begin_answer
-from launch.serve.requests import Kind, RefusedError, parse_request
-from launch.serve.served_model import ServedModel
+from amfm.launch.serve.answers import begin_answer
+from amfm.launch.serve.requests import Kind, RefusedError, parse_request
+from amfm.launch.serve.served_model import ServedModel
 
 MAX_BODY_BYTES = 4 << 20
 IDLE_SECONDS = 300

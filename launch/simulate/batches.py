@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from data_pipeline.batch import Batch
-from pretrain.config.schema import RunConfig
+from amfm.data_pipeline.batch import Batch
+from amfm.pretrain.config.schema import RunConfig
 
 DOCUMENTS = 3  # a row
 

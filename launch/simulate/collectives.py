@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from launch.bench.count_collectives import group_of
-from launch.simulate.values import KnownValues, leaves, real_tensors
+from amfm.launch.bench.count_collectives import group_of
+from amfm.launch.simulate.values import KnownValues, leaves, real_tensors
 
 
 def fill_received(operator: str, args: Sequence[Any], values: KnownValues) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.distributed import get_process_group_ranks
 
-from launch.bench.count_collectives import COLLECTIVES, group_of
-from launch.simulate.values import leaves
+from amfm.launch.bench.count_collectives import COLLECTIVES, group_of
+from amfm.launch.simulate.values import leaves
 
 # Operations that read only the rows that they give back.
 LOOK_UPS = ("embedding", "index", "index_select", "gather", "take", "slice")

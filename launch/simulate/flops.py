@@ -10,10 +10,10 @@ from typing import Any
 
 from torch.utils.flop_counter import flop_registry
 
-from kernels.attention.op import attention_flops
-from kernels.decay_scan.op import scan_flops
-from kernels.delta_scan.op import delta_flops
-from kernels.diag_scan.op import diag_flops
+from amfm.kernels.attention.op import attention_flops
+from amfm.kernels.decay_scan.op import scan_flops
+from amfm.kernels.delta_scan.op import delta_flops
+from amfm.kernels.diag_scan.op import diag_flops
 
 Named = dict[str, Any]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensor
 
-from launch.simulate.place import current_line
+from amfm.launch.simulate.place import current_line
 
 # PyTorch's allocator gives multiples of this (c10/cuda/CUDACachingAllocator: kMinBlockSize).
 ALLOCATION_UNIT = 512

@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import FakeWork
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from launch.simulate.card import SimulatedCard, always
+from amfm.launch.simulate.card import SimulatedCard, always
 
 
 @dataclass(frozen=True)

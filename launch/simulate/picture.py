@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.plan.hardware import GIB
-from launch.simulate.trace import TracedRank
+from amfm.launch.plan.hardware import GIB
+from amfm.launch.simulate.trace import TracedRank
 
 COLOURS = {"forward": "C0", "backward": "C1", "reduction": "C2", "optimizer": "C3"}
 

@@ -4,7 +4,7 @@ How it works: a fake process group gives the process its rank among any number; 
 storage; the tracer above it sees every operation. Model, engine and step are the real code of `pretrain`, so that what
 is traced is what a card would run. Two steps, because the optimizer allocates its moments in the first.
 
-Called as `python -m launch.simulate.rank`; SETTINGS, JSON on its first line of input, says which rank of which run. It
+Called as `python -m amfm.launch.simulate.rank`; SETTINGS, JSON on its first line of input, says which rank of which run. It
 answers in lines of JSON: `progress`, then `result` or `refused`. A process of its own, because it replaces parts of
 torch.
 """
@@ -27,13 +27,13 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from launch.bench.process import open_answers
-from launch.simulate import patches
-from launch.simulate.batches import simulated_batches
-from launch.simulate.card import SimulatedCard
-from launch.simulate.tracer import DeviceWords, Tracer
-from pretrain.config.schema import RunConfig
-from pretrain.monitor.profile import StepProfiler
+from amfm.launch.bench.process import open_answers
+from amfm.launch.simulate import patches
+from amfm.launch.simulate.batches import simulated_batches
+from amfm.launch.simulate.card import SimulatedCard
+from amfm.launch.simulate.tracer import DeviceWords, Tracer
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.monitor.profile import StepProfiler
 
 STEPS = 2  # the first allocates moments, the second has them during its passes
 PHASES = {"data": "forward", "forward": "forward", "reduce": "reduction", "optimizer": "optimizer"}
@@ -69,7 +69,7 @@ def trace_rank(config: RunConfig, settings: dict[str, Any], report: Callable[[st
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(min(node, ranks)))
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-    from pretrain.parallel import initialize_parallel, set_determinism
+    from amfm.pretrain.parallel import initialize_parallel, set_determinism
 
     parallel = initialize_parallel(config.parallel, timeout_seconds=600, num_threads=1)
     patches.install_deepspeed(card.index)
@@ -91,8 +91,8 @@ def planned_traffic(config: RunConfig, ranks: int, rank: int, context_rank: int)
 
     Windows of convolutions go to neighbours, of which the context ranks at both ends have one: theirs is no mean. Must run after process groups exist: without them Megatron-core's layers take every group for one rank.
     """
-    from launch.plan.layout import Layout
-    from launch.plan.traffic import check_countable, stage_bytes
+    from amfm.launch.plan.layout import Layout
+    from amfm.launch.plan.traffic import check_countable, stage_bytes
 
     layout = Layout.of(config, ranks)
     try:
@@ -115,7 +115,7 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
 
     All numbers are of the second step, but for the peaks of building and of checkpoint staging.
     """
-    from pretrain.step import train_step
+    from amfm.pretrain.step import train_step
 
     run = build_run(config, parallel, tracer, report)
     build_peaks = dict(tracer.memory.peaks)
@@ -166,10 +166,10 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
 
 def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable[[str], None]) -> Any:
     """A `Run` as `start_run` builds it, with simulated batches and without files."""
-    from pretrain.engine.engine import build_engine
-    from pretrain.run import Run
-    from pretrain.stages import resolve_stages
-    from pretrain.start import build_model, build_pipeline
+    from amfm.pretrain.engine.engine import build_engine
+    from amfm.pretrain.run import Run
+    from amfm.pretrain.stages import resolve_stages
+    from amfm.pretrain.start import build_model, build_pipeline
 
     model = build_model(config, parallel)
     for _, block in model.all_blocks():
@@ -222,8 +222,8 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
 
 def stage_checkpoint(run: Any) -> None:
     """Copy to the host the fragments that this rank would write to a checkpoint."""
-    from pretrain.checkpoint.fragments import collect_fragments
-    from pretrain.engine.parts import list_parts
+    from amfm.pretrain.checkpoint.fragments import collect_fragments
+    from amfm.pretrain.engine.parts import list_parts
 
     tensors: dict[str, Any] = {}
     for fragment in collect_fragments(run.engine.deepspeed, list_parts(run.engine.deepspeed)):

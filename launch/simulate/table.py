@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.plan.communication import PARTS
-from launch.plan.hardware import HARDWARE
-from launch.plan.traffic import depends_on_router
-from launch.simulate.trace import TracedRank, predicted_bytes, trace_run, traced_bytes
-from pretrain.checks.check_run import load_checked
+from amfm.launch.plan.communication import PARTS
+from amfm.launch.plan.hardware import HARDWARE
+from amfm.launch.plan.traffic import depends_on_router
+from amfm.launch.simulate.trace import TracedRank, predicted_bytes, trace_run, traced_bytes
+from amfm.pretrain.checks.check_run import load_checked
 
 PRESET = "ladder_1b_a300m"
 EXPECTED_WITHIN = 0.01  # of expected bytes: a simulated router's choices are draws

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.plan.communication import PARTS, collective_seconds
-from launch.plan.estimate import Assumptions
-from launch.plan.hardware import Hardware
-from launch.plan.memory import storage_of
-from launch.plan.time import StepTime, estimate_step
-from launch.simulate.place import OUTSIDE
-from launch.simulate.trace import TracedRank, kind_of, pipeline_stage
+from amfm.launch.plan.communication import PARTS, collective_seconds
+from amfm.launch.plan.estimate import Assumptions
+from amfm.launch.plan.hardware import Hardware
+from amfm.launch.plan.memory import storage_of
+from amfm.launch.plan.time import StepTime, estimate_step
+from amfm.launch.simulate.place import OUTSIDE
+from amfm.launch.simulate.trace import TracedRank, kind_of, pipeline_stage
 
 SHARING_AXES = ("dp_cp", "expt_dp")  # of gradients and of ZeRO's weights
 COMPUTE, HOST = "compute", "waits of the host"

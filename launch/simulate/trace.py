@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
-from launch.bench.process import Child
-from launch.plan.hardware import Hardware
-from launch.plan.layout import Layout, held_by_stages
-from launch.plan.memory import Memory, estimate_stage, storage_of
-from model.config.pattern import block_kind
-from model.flops import block_flops, depth_projection_flops, head_flops
-from pretrain.checks.parallel import micro_batch_problems
-from pretrain.checks.ranks import ranks_of_stage
-from pretrain.checks.stages import run_of_stage
-from pretrain.config.schema import RunConfig
-from pretrain.recompute import recomputed_letters
-from pretrain.stages import resolve_stages
+from amfm.launch.bench.process import Child
+from amfm.launch.plan.hardware import Hardware
+from amfm.launch.plan.layout import Layout, held_by_stages
+from amfm.launch.plan.memory import Memory, estimate_stage, storage_of
+from amfm.model.config.pattern import block_kind
+from amfm.model.flops import block_flops, depth_projection_flops, head_flops
+from amfm.pretrain.checks.parallel import micro_batch_problems
+from amfm.pretrain.checks.ranks import ranks_of_stage
+from amfm.pretrain.checks.stages import run_of_stage
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.recompute import recomputed_letters
+from amfm.pretrain.stages import resolve_stages
 
 Report = Callable[[int, int, str], None]
 TORCH_RELEASES = ("2.13", "2.15")  # for whose private parts launch/simulate/patches.py is written
@@ -169,7 +169,7 @@ def run_child(settings: dict[str, Any], report: Callable[[int, str], None]) -> d
     """Trace one rank in a process of its own. Raises ValueError with what that refuses."""
     rank = settings["rank"]
     report(0, f"rank {rank}: imports")
-    with Child("launch.simulate.rank", quiet=True) as child:
+    with Child("amfm.launch.simulate.rank", quiet=True) as child:
         child.start(json.dumps(settings))
         done = 0
         while True:

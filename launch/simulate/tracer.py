@@ -22,16 +22,16 @@ from torch.distributed._tools.fake_collectives import CollectiveOp
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launch.bench.count_collectives import CommunicationCounter
-from launch.plan.registered import lacks_fake
-from launch.simulate.bodies import BodyRunner
-from launch.simulate.collectives import fill_received
-from launch.simulate.events import EventLog
-from launch.simulate.flops import count_flops
-from launch.simulate.memory import MemoryMeter
-from launch.simulate.place import BlockTracker, current_line
-from launch.simulate.values import KnownValues, leaves, real_tensors
-from model.parallel.groups import ProcessGroupCollection
+from amfm.launch.bench.count_collectives import CommunicationCounter
+from amfm.launch.plan.registered import lacks_fake
+from amfm.launch.simulate.bodies import BodyRunner
+from amfm.launch.simulate.collectives import fill_received
+from amfm.launch.simulate.events import EventLog
+from amfm.launch.simulate.flops import count_flops
+from amfm.launch.simulate.memory import MemoryMeter
+from amfm.launch.simulate.place import BlockTracker, current_line
+from amfm.launch.simulate.values import KnownValues, leaves, real_tensors
+from amfm.model.parallel.groups import ProcessGroupCollection
 
 aten = torch.ops.aten
 # Functions whose question to the device is answered with no: "is anything wrong?"

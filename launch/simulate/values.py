@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from kernels.moe.capacity import drop_overflow
-from launch.simulate.routing import spread_choices
+from amfm.kernels.moe.capacity import drop_overflow
+from amfm.launch.simulate.routing import spread_choices
 
 # Larger ones are data that nothing on the host reads.
 MOST_NUMBERS = 1 << 22

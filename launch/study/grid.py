@@ -12,12 +12,12 @@ import json
 import re
 from dataclasses import dataclass
 
-from launch.study.study import MixerConfig, RunsConfig, RunTask, Study, StudyConfig, TaskConfig
-from model.config.mixer_registry import describe_symbol, find_spec
-from model.config.pattern import mixer_name, parse_pattern
-from pretrain.checks.check_run import load_checked
-from pretrain.config.errors import ConfigError, Problem
-from pretrain.config.schema import RunConfig
+from amfm.launch.study.study import MixerConfig, RunsConfig, RunTask, Study, StudyConfig, TaskConfig
+from amfm.model.config.mixer_registry import describe_symbol, find_spec
+from amfm.model.config.pattern import mixer_name, parse_pattern
+from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.config.errors import ConfigError, Problem
+from amfm.pretrain.config.schema import RunConfig
 
 ATTENTION = "*"
 CHANNEL_MIXERS = ("-", "E")

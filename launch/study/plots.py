@@ -15,9 +15,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from launch.study.grid import ONLY_ATTENTION
-from launch.study.table import ACCURACY, Measure, Row, show_ratio
-from pretrain.report.numbers import short
+from amfm.launch.study.grid import ONLY_ATTENTION
+from amfm.launch.study.table import ACCURACY, Measure, Row, show_ratio
+from amfm.pretrain.report.numbers import short
 
 # Told apart by people who don't see all colours (Wong 2011, Nature Methods 8, 441), and by marker.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")

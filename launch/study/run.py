@@ -18,14 +18,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from data_pipeline.prepare.ray_actors import start_ray
-from launch.cluster.local import forward_signals
-from launch.cluster.rank_logs import last_words
-from launch.cluster.ray import RankHost, first_line
-from launch.rank_command import rank_command
-from launch.study.grid import Cell
-from pretrain.config.file import resolved_yaml, without_secrets
-from pretrain.launcher_protocol import DONE, RUN_FAILED
+from amfm.data_pipeline.prepare.ray_actors import start_ray
+from amfm.launch.cluster.local import forward_signals
+from amfm.launch.cluster.rank_logs import last_words
+from amfm.launch.cluster.ray import RankHost, first_line
+from amfm.launch.rank_command import rank_command
+from amfm.launch.study.grid import Cell
+from amfm.pretrain.config.file import resolved_yaml, without_secrets
+from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
 
 POLL_SECONDS = 0.5
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: nothing but paths and exit codes goes through it

@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launch.study.grid import Cell
-from launch.study.run import CellEnd
-from launch.study.table import CellResult, measure_of
-from pretrain.monitor.live import LivePanel
-from pretrain.monitor.panel import format_duration
-from pretrain.stages import total_steps
+from amfm.launch.study.grid import Cell
+from amfm.launch.study.run import CellEnd
+from amfm.launch.study.table import CellResult, measure_of
+from amfm.pretrain.monitor.live import LivePanel
+from amfm.pretrain.monitor.panel import format_duration
+from amfm.pretrain.stages import total_steps
 
 State = Literal["running", "failed", "waiting", "stopped", "done"]
 ORDER: tuple[State, ...] = ("running", "failed", "waiting", "stopped", "done")

@@ -15,9 +15,9 @@ from typing import Generic, TypeVar
 
 from pydantic import Field
 
-from model.config.section import Section
-from pretrain.config.errors import Origin
-from pretrain.config.file import read_schema
+from amfm.model.config.section import Section
+from amfm.pretrain.config.errors import Origin
+from amfm.pretrain.config.file import read_schema
 
 
 class RunTask(Section):

@@ -12,12 +12,12 @@ from __future__ import annotations
 from functools import lru_cache
 from operator import attrgetter
 
-from model.config.mixer_options import LinearOptions
-from model.config.mixer_registry import describe_symbol, find_spec, mixer_specs
-from model.config.mup import check_mup
-from model.config.pattern import SECTIONS, mixer_name
-from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
-from model.config.structure import DENSE
+from amfm.model.config.mixer_options import LinearOptions
+from amfm.model.config.mixer_registry import describe_symbol, find_spec, mixer_specs
+from amfm.model.config.mup import check_mup
+from amfm.model.config.pattern import SECTIONS, mixer_name
+from amfm.model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
+from amfm.model.config.structure import DENSE
 
 
 @lru_cache(maxsize=256)

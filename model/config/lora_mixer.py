@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from model.config.section import Section
+from amfm.model.config.section import Section
 
 Projection = Literal["q", "k", "v", "o"]
 

@@ -8,8 +8,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from kernels.limits import DECAY_LIMITS, DELTA_LIMITS, DIAG_LIMITS, VECTOR_DELTA_LIMITS, VECTOR_GATE_LIMITS, ScanLimits
-from model.config.section import Section
+from amfm.kernels.limits import (
+    DECAY_LIMITS,
+    DELTA_LIMITS,
+    DIAG_LIMITS,
+    VECTOR_DELTA_LIMITS,
+    VECTOR_GATE_LIMITS,
+    ScanLimits,
+)
+from amfm.model.config.section import Section
 
 OutputGate = Literal["none", "element", "head"]
 

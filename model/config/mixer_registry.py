@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-from model.config import mixer_options as own
-from model.config.mixer_options import MixerOptions
-from model.config.pattern import BLOCK_NAMES, MIXER_LETTERS, SECTIONS
-from model.config.plugins import describe_entry, installed_specs
-from model.config.window_linear import WindowLinearOptions
+from amfm.model.config import mixer_options as own
+from amfm.model.config.mixer_options import MixerOptions
+from amfm.model.config.pattern import BLOCK_NAMES, MIXER_LETTERS, SECTIONS
+from amfm.model.config.plugins import describe_entry, installed_specs
+from amfm.model.config.window_linear import WindowLinearOptions
 
 ENTRY_POINTS = "amfm.mixers"
 _LETTERS = {name: letter for letter, name in MIXER_LETTERS.items()}
@@ -42,41 +42,41 @@ class MixerSpec:
         return _LETTERS.get(self.name, f"{{{self.name}}}")
 
     def load(self) -> type[Any]:
-        """Import the class: a `model.mixers.interface.SequenceMixer`."""
+        """Import the class: an `amfm.model.mixers.interface.SequenceMixer`."""
         module, _, name = self.mixer.partition(":")
         found: type[Any] = getattr(importlib.import_module(module), name)
         return found
 
 
 BUILT_IN = (
-    MixerSpec("deltanet", "model.mixers.delta:DeltaNetMixer", own.DeltaNetOptions),
-    MixerSpec("gated_deltanet", "model.mixers.delta:GatedDeltaNetMixer", own.GatedDeltaNetOptions),
-    MixerSpec("deltaproduct", "model.mixers.delta:DeltaProductMixer", own.DeltaProductOptions),
-    MixerSpec("gla", "model.mixers.vector_gates:GlaMixer", own.GlaOptions),
-    MixerSpec("hgrn2", "model.mixers.vector_gates:Hgrn2Mixer", own.Hgrn2Options),
-    MixerSpec("kda", "model.mixers.kda:KdaMixer", own.KdaOptions),
-    MixerSpec("hedgehog", "model.mixers.feature_maps:HedgehogMixer", own.HedgehogOptions),
-    MixerSpec("lightning", "model.mixers.retention:LightningMixer", own.LightningOptions),
+    MixerSpec("deltanet", "amfm.model.mixers.delta:DeltaNetMixer", own.DeltaNetOptions),
+    MixerSpec("gated_deltanet", "amfm.model.mixers.delta:GatedDeltaNetMixer", own.GatedDeltaNetOptions),
+    MixerSpec("deltaproduct", "amfm.model.mixers.delta:DeltaProductMixer", own.DeltaProductOptions),
+    MixerSpec("gla", "amfm.model.mixers.vector_gates:GlaMixer", own.GlaOptions),
+    MixerSpec("hgrn2", "amfm.model.mixers.vector_gates:Hgrn2Mixer", own.Hgrn2Options),
+    MixerSpec("kda", "amfm.model.mixers.kda:KdaMixer", own.KdaOptions),
+    MixerSpec("hedgehog", "amfm.model.mixers.feature_maps:HedgehogMixer", own.HedgehogOptions),
+    MixerSpec("lightning", "amfm.model.mixers.retention:LightningMixer", own.LightningOptions),
     MixerSpec(
         "lightnet",
-        "model.mixers.lightnet:LightNetMixer",
+        "amfm.model.mixers.lightnet:LightNetMixer",
         own.LightNetOptions,
         refuses={"context": "its running softmax does not pass between ranks yet"},
     ),
-    MixerSpec("mala", "model.mixers.mala:MalaMixer", own.MalaOptions),
-    MixerSpec("mamba1", "model.mixers.mamba1:Mamba1Mixer", own.Mamba1Options),
+    MixerSpec("mala", "amfm.model.mixers.mala:MalaMixer", own.MalaOptions),
+    MixerSpec("mamba1", "amfm.model.mixers.mamba1:Mamba1Mixer", own.Mamba1Options),
     MixerSpec(
         "mom",
-        "model.mixers.mom:MomMixer",
+        "amfm.model.mixers.mom:MomMixer",
         own.MomOptions,
         refuses={"context": "its memories do not pass between ranks yet"},
     ),
-    MixerSpec("plstm", "model.mixers.plstm:PlstmMixer", own.PlstmOptions),
-    MixerSpec("retnet", "model.mixers.retention:RetentionMixer", own.RetentionOptions),
-    MixerSpec("transnormer", "model.mixers.feature_maps:TransNormerMixer", own.TransNormerOptions),
-    MixerSpec("mla", "model.mixers.mla:MlaMixer", own.MlaOptions),
-    MixerSpec("window", "model.mixers.window:WindowMixer", own.WindowOptions),
-    MixerSpec("window_linear", "model.mixers.window_linear:WindowLinearMixer", WindowLinearOptions),
+    MixerSpec("plstm", "amfm.model.mixers.plstm:PlstmMixer", own.PlstmOptions),
+    MixerSpec("retnet", "amfm.model.mixers.retention:RetentionMixer", own.RetentionOptions),
+    MixerSpec("transnormer", "amfm.model.mixers.feature_maps:TransNormerMixer", own.TransNormerOptions),
+    MixerSpec("mla", "amfm.model.mixers.mla:MlaMixer", own.MlaOptions),
+    MixerSpec("window", "amfm.model.mixers.window:WindowMixer", own.WindowOptions),
+    MixerSpec("window_linear", "amfm.model.mixers.window_linear:WindowLinearMixer", WindowLinearOptions),
 )
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config.schema import ModelConfig
+from amfm.model.config.schema import ModelConfig
 
 # Kinds of block whose activations change alike at widths 64 to 512 (tests/pretrain/engine/test_mup.py).
 CHECKED_LETTERS = ("*", "-", "E", "M", "G", "K")

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 
-from model.config.pattern import MIXER_NAME
-from model.config.section import Section
+from amfm.model.config.pattern import MIXER_NAME
+from amfm.model.config.section import Section
 
 
 class Spec(Protocol):

@@ -6,14 +6,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, create_model
 
-from model.config.lora_mixer import LoraMixerConfig
-from model.config.mixer_options import OutputGate
-from model.config.mixer_registry import ENTRY_POINTS, MixerSpec, mixer_specs
-from model.config.pattern import Pattern, parse_pattern
-from model.config.plugins import PluginSections, list_packages, read_saved_sections
-from model.config.rope import Llama3Stretch
-from model.config.section import Section
-from model.config.structure import DENSE, LinearKind, Structure
+from amfm.model.config.lora_mixer import LoraMixerConfig
+from amfm.model.config.mixer_options import OutputGate
+from amfm.model.config.mixer_registry import ENTRY_POINTS, MixerSpec, mixer_specs
+from amfm.model.config.pattern import Pattern, parse_pattern
+from amfm.model.config.plugins import PluginSections, list_packages, read_saved_sections
+from amfm.model.config.rope import Llama3Stretch
+from amfm.model.config.section import Section
+from amfm.model.config.structure import DENSE, LinearKind, Structure
 
 Activation = Literal["swiglu", "squared_relu"]
 

@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from kernels.limits import DECAY_LIMITS, VECTOR_GATE_LIMITS, ScanLimits
-from model.config.mixer_options import OutputGate, SharedKeyOptions
-from model.config.rope import Llama3Stretch
+from amfm.kernels.limits import DECAY_LIMITS, VECTOR_GATE_LIMITS, ScanLimits
+from amfm.model.config.mixer_options import OutputGate, SharedKeyOptions
+from amfm.model.config.rope import Llama3Stretch
 
 Features = Literal["hedgehog", "softmax"]
 DecayGate = Literal["none", "key", "learned"]

@@ -10,27 +10,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model.config.mup import without_mup
-from model.config.pattern import SECTIONS
-from model.config.schema import (
+from amfm.model.config.mup import without_mup
+from amfm.model.config.pattern import SECTIONS
+from amfm.model.config.schema import (
     AttentionConfig,
     FeedForwardConfig,
     Mamba2Config,
     ModelConfig,
     MoeConfig,
 )
-from model.huggingface.dense import model_config_from_dense
-from model.huggingface.depths import depth_fields, depth_pattern
-from model.huggingface.fields import LAYER_NAMES, letters_of, require_fields
-from model.huggingface.granitemoehybrid import granite_fields, model_config_from_granite
-from model.huggingface.latent_attention import LATENT_TARGETS, latent_fields, model_config_from_latent
-from model.huggingface.qwen3_next import (
+from amfm.model.huggingface.dense import model_config_from_dense
+from amfm.model.huggingface.depths import depth_fields, depth_pattern
+from amfm.model.huggingface.fields import LAYER_NAMES, letters_of, require_fields
+from amfm.model.huggingface.granitemoehybrid import granite_fields, model_config_from_granite
+from amfm.model.huggingface.latent_attention import LATENT_TARGETS, latent_fields, model_config_from_latent
+from amfm.model.huggingface.qwen3_next import (
     QWEN3_5_MOE_TYPE,
     model_config_from_qwen3_next,
     qwen3_5_moe_fields,
     qwen3_next_fields,
 )
-from model.huggingface.targets import Source, Target, registered_mixers
+from amfm.model.huggingface.targets import Source, Target, registered_mixers
 
 OWN_MODEL_TYPE = "amfm"
 TARGET_OF_TYPE: dict[str, Target] = {

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig
-from model.huggingface.entries import WeightEntry, WeightMap
-from model.huggingface.fields import require_fields, rope_from_parameters
-from model.huggingface.qwen3_next_weights import GatedEntry
+from amfm.model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig
+from amfm.model.huggingface.entries import WeightEntry, WeightMap
+from amfm.model.huggingface.fields import require_fields, rope_from_parameters
+from amfm.model.huggingface.qwen3_next_weights import GatedEntry
 
 DenseClass = Literal["llama", "qwen3"]
 

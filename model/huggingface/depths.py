@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model.config.schema import ModelConfig
-from model.huggingface.entries import WeightEntry
-from model.huggingface.fields import LAYER_NAMES, letters_of
+from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.entries import WeightEntry
+from amfm.model.huggingface.fields import LAYER_NAMES, letters_of
 
 QWEN3_NEXT_DEPTH = ("*", "E")
 MOST_DEPTHS = 64

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.on_demand import OnDemand, Shape, Source, cut_rows, on_demand
+from amfm.model.on_demand import OnDemand, Shape, Source, cut_rows, on_demand
 
 Form = Literal["same", "conv", "experts", "copy"]
 Rows = tuple[int, int] | None  # start and stop in the first dimension; None: all

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from model.config.rope import Llama3Stretch
-from model.config.schema import AttentionConfig, ModelConfig, MoeConfig, RopeConfig
+from amfm.model.config.rope import Llama3Stretch
+from amfm.model.config.schema import AttentionConfig, ModelConfig, MoeConfig, RopeConfig
 
 # transformers multiplies experts with torch's grouped product, whose rows must be whole 16 bytes, in bf16 too.
 EXPERT_SIZE_MULTIPLE = 8

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from model.config.schema import (
+from amfm.model.config.schema import (
     AttentionConfig,
     FeedForwardConfig,
     Mamba2Config,
@@ -18,7 +18,7 @@ from model.config.schema import (
     MultipliersConfig,
     RopeConfig,
 )
-from model.huggingface.fields import (
+from amfm.model.huggingface.fields import (
     LAYER_NAMES,
     flat_rope_fields,
     letters_of,

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from model.config.mixer_options import KdaOptions, MlaOptions
-from model.config.schema import FeedForwardConfig, ModelConfig, MoeConfig
-from model.huggingface.fields import require_fields, unfit_expert_sizes, unfit_multipliers
+from amfm.model.config.mixer_options import KdaOptions, MlaOptions
+from amfm.model.config.schema import FeedForwardConfig, ModelConfig, MoeConfig
+from amfm.model.huggingface.fields import require_fields, unfit_expert_sizes, unfit_multipliers
 
 LATENT_TARGETS = ("kimi_linear", "deepseek_v3")
 LAYER_TYPES = {"K": "linear_attention", "+": "full_attention"}

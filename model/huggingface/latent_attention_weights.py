@@ -14,11 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from model.config.schema import ModelConfig
-from model.huggingface.entries import Form, Piece, WeightEntry, WeightMap
-from model.huggingface.latent_attention import kda_options, mla_options
-from model.huggingface.qwen3_next_weights import GatedEntry, RowsEntry
-from model.on_demand import Shape, cut_rows
+from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.entries import Form, Piece, WeightEntry, WeightMap
+from amfm.model.huggingface.latent_attention import kda_options, mla_options
+from amfm.model.huggingface.qwen3_next_weights import GatedEntry, RowsEntry
+from amfm.model.on_demand import Shape, cut_rows
 
 
 @dataclass(frozen=True)

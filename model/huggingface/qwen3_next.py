@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from model.config.mixer_options import GatedDeltaNetOptions
-from model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig, MoeConfig
-from model.huggingface.depths import depth_pattern
-from model.huggingface.fields import (
+from amfm.model.config.mixer_options import GatedDeltaNetOptions
+from amfm.model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig, MoeConfig
+from amfm.model.huggingface.depths import depth_pattern
+from amfm.model.huggingface.fields import (
     flat_rope_fields,
     require_fields,
     rope_from_parameters,

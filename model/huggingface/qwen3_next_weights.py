@@ -16,11 +16,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from model.config.schema import ModelConfig
-from model.huggingface.depths import qwen3_next_depth
-from model.huggingface.entries import Form, Piece, WeightEntry, WeightMap
-from model.huggingface.qwen3_next import delta_options
-from model.on_demand import Shape, cut_rows
+from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.depths import qwen3_next_depth
+from amfm.model.huggingface.entries import Form, Piece, WeightEntry, WeightMap
+from amfm.model.huggingface.qwen3_next import delta_options
+from amfm.model.on_demand import Shape, cut_rows
 
 
 @dataclass(frozen=True)

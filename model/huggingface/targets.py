@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from model.config.mixer_registry import BUILT_IN
-from model.config.mup import without_mup
-from model.config.pattern import mixer_name
-from model.config.schema import ModelConfig
-from model.huggingface.dense import DenseClass
-from model.huggingface.depths import explain_left_out
-from model.huggingface.fields import unfit_expert_sizes, unfit_gates, unfit_multipliers
-from model.huggingface.latent_attention import LATENT_TARGETS, unfit_for_latent
-from model.huggingface.qwen3_next import unfit_for_qwen3_5_moe, unfit_for_qwen3_next
+from amfm.model.config.mixer_registry import BUILT_IN
+from amfm.model.config.mup import without_mup
+from amfm.model.config.pattern import mixer_name
+from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.dense import DenseClass
+from amfm.model.huggingface.depths import explain_left_out
+from amfm.model.huggingface.fields import unfit_expert_sizes, unfit_gates, unfit_multipliers
+from amfm.model.huggingface.latent_attention import LATENT_TARGETS, unfit_for_latent
+from amfm.model.huggingface.qwen3_next import unfit_for_qwen3_5_moe, unfit_for_qwen3_next
 
 Target = Literal["nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "kimi_linear", "deepseek_v3", "own"]
 # Classes that are read: those, and teachers of conversions (dense.py).

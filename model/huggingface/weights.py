@@ -12,18 +12,18 @@ from functools import partial
 
 import torch
 
-from model.build import build_mixer
-from model.config.schema import ModelConfig
-from model.config.structure import Structure
-from model.huggingface.dense import dense_map
-from model.huggingface.depths import nemotron_h_depths
-from model.huggingface.entries import Form, WeightEntry, WeightMap
-from model.huggingface.latent_attention import LATENT_TARGETS
-from model.huggingface.latent_attention_weights import latent_map
-from model.huggingface.qwen3_next_weights import qwen3_next_map
-from model.huggingface.targets import Source
-from model.parallel.groups import single_rank_groups
-from model.routed_updates import update_shapes
+from amfm.model.build import build_mixer
+from amfm.model.config.schema import ModelConfig
+from amfm.model.config.structure import Structure
+from amfm.model.huggingface.dense import dense_map
+from amfm.model.huggingface.depths import nemotron_h_depths
+from amfm.model.huggingface.entries import Form, WeightEntry, WeightMap
+from amfm.model.huggingface.latent_attention import LATENT_TARGETS
+from amfm.model.huggingface.latent_attention_weights import latent_map
+from amfm.model.huggingface.qwen3_next_weights import qwen3_next_map
+from amfm.model.huggingface.targets import Source
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.routed_updates import update_shapes
 
 
 def weight_map(config: ModelConfig, target: Source) -> WeightMap:

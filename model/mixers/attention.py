@@ -11,21 +11,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.attention.op import attention, fastest_backend
-from kernels.attention.varlen import DocumentEnds
-from kernels.rope.frequencies import Llama3Numbers
-from kernels.rope.op import qk_norm_rope, rope_frequencies
-from model.config.rope import Llama3Stretch
-from model.config.schema import AttentionConfig, ModelConfig
-from model.mixers.interface import AttentionCache, BlockState, MixerOutput
-from model.mixers.output_gate import gate_heads, gate_projection
-from model.packing import PackMeta
-from model.parallel.context import gather_rows
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.layers import ColumnLinear, Float32Buffers, RowLinear, project_layers
-from model.parallel.regions import leave_tensor_region
-from model.parallel.shards import Shard, divide, divide_units
-from model.segments import Segments
+from amfm.kernels.attention.op import attention, fastest_backend
+from amfm.kernels.attention.varlen import DocumentEnds
+from amfm.kernels.rope.frequencies import Llama3Numbers
+from amfm.kernels.rope.op import qk_norm_rope, rope_frequencies
+from amfm.model.config.rope import Llama3Stretch
+from amfm.model.config.schema import AttentionConfig, ModelConfig
+from amfm.model.mixers.interface import AttentionCache, BlockState, MixerOutput
+from amfm.model.mixers.output_gate import gate_heads, gate_projection
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.context import gather_rows
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.layers import ColumnLinear, Float32Buffers, RowLinear, project_layers
+from amfm.model.parallel.regions import leave_tensor_region
+from amfm.model.parallel.shards import Shard, divide, divide_units
+from amfm.model.segments import Segments
 
 
 class AttentionMixer(Float32Buffers):

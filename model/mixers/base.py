@@ -21,16 +21,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernels.causal_conv1d.op import causal_conv1d
-from model.config.mixer_options import LinearOptions
-from model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
-from model.mixers.recurrence import Recurrence, ScanRows, ScanSettings, add_initial_state
-from model.packing import PackMeta
-from model.parallel.context import receive_states, receive_windows
-from model.parallel.layers import ColumnLinear, RowLinear
-from model.parallel.regions import leave_tensor_region, project_stream
-from model.parallel.shards import Shard, ShardSpec, divide
-from model.segments import Segments
+from amfm.kernels.causal_conv1d.op import causal_conv1d
+from amfm.model.config.mixer_options import LinearOptions
+from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
+from amfm.model.mixers.recurrence import Recurrence, ScanRows, ScanSettings, add_initial_state
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.context import receive_states, receive_windows
+from amfm.model.parallel.layers import ColumnLinear, RowLinear
+from amfm.model.parallel.regions import leave_tensor_region, project_stream
+from amfm.model.parallel.shards import Shard, ShardSpec, divide
+from amfm.model.segments import Segments
 
 
 class Part(NamedTuple):

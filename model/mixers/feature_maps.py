@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.rope.frequencies import rope_frequencies
-from kernels.rope.op import qk_norm_rope
-from model.config.mixer_options import FeatureMapOptions, HeadOptions
-from model.mixers.base import LinearMixer, Part
-from model.mixers.head_norm import GatedHeadNorm
-from model.mixers.interface import BuildContext
-from model.mixers.recurrence import DecayRecurrence, Recurrence, ScanRows
-from model.packing import PackMeta
-from model.parallel.shards import Shard, ShardSpec
+from amfm.kernels.rope.frequencies import rope_frequencies
+from amfm.kernels.rope.op import qk_norm_rope
+from amfm.model.config.mixer_options import FeatureMapOptions, HeadOptions
+from amfm.model.mixers.base import LinearMixer, Part
+from amfm.model.mixers.head_norm import GatedHeadNorm
+from amfm.model.mixers.interface import BuildContext
+from amfm.model.mixers.recurrence import DecayRecurrence, Recurrence, ScanRows
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.shards import Shard, ShardSpec
 
 
 class FeatureMapMixer(LinearMixer):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.norm.op import rms_norm
-from model.mixers.interface import BuildContext
-from model.parallel.shards import Shard
+from amfm.kernels.norm.op import rms_norm
+from amfm.model.mixers.interface import BuildContext
+from amfm.model.parallel.shards import Shard
 
 
 class GatedHeadNorm(nn.Module):

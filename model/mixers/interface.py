@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from model.config.section import Section
-from model.packing import PackMeta
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.layers import Float32Buffers
+from amfm.model.config.section import Section
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.layers import Float32Buffers
 
 
 @dataclass(frozen=True)

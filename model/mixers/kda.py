@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.linear.op import linear
-from model.config.mixer_options import KdaOptions
-from model.mixers.base import LinearMixer, Part
-from model.mixers.delta import unit_length
-from model.mixers.head_norm import GatedHeadNorm
-from model.mixers.initial_values import first_decay_rates, first_time_steps
-from model.mixers.interface import BuildContext
-from model.mixers.recurrence import DeltaRecurrence, ScanRows
-from model.packing import PackMeta
-from model.parallel.shards import Shard, ShardSpec
+from amfm.kernels.linear.op import linear
+from amfm.model.config.mixer_options import KdaOptions
+from amfm.model.mixers.base import LinearMixer, Part
+from amfm.model.mixers.delta import unit_length
+from amfm.model.mixers.head_norm import GatedHeadNorm
+from amfm.model.mixers.initial_values import first_decay_rates, first_time_steps
+from amfm.model.mixers.interface import BuildContext
+from amfm.model.mixers.recurrence import DeltaRecurrence, ScanRows
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.shards import Shard, ShardSpec
 
 
 class KdaMixer(LinearMixer):

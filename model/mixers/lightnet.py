@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.linear.op import linear
-from model.config.mixer_options import LightNetOptions
-from model.mixers.base import LinearMixer, Part
-from model.mixers.head_norm import GatedHeadNorm
-from model.mixers.interface import BuildContext, MixerState
-from model.mixers.recurrence import DecayRecurrence, ScanRows
-from model.packing import PackMeta
-from model.parallel.shards import Shard, ShardSpec
+from amfm.kernels.linear.op import linear
+from amfm.model.config.mixer_options import LightNetOptions
+from amfm.model.mixers.base import LinearMixer, Part
+from amfm.model.mixers.head_norm import GatedHeadNorm
+from amfm.model.mixers.interface import BuildContext, MixerState
+from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.shards import Shard, ShardSpec
 
 # Tokens over which a running softmax is summed by doubling, before blocks are joined.
 BLOCK_TOKENS = 64

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.config.mixer_options import FeatureMapOptions
-from model.mixers.feature_maps import FeatureMapMixer, no_decay
-from model.mixers.head_norm import GatedHeadNorm
-from model.mixers.interface import BuildContext
-from model.mixers.recurrence import DecayRecurrence, OpenScan, ScanRows, ScanSettings
-from model.packing import PackMeta
+from amfm.model.config.mixer_options import FeatureMapOptions
+from amfm.model.mixers.feature_maps import FeatureMapMixer, no_decay
+from amfm.model.mixers.head_norm import GatedHeadNorm
+from amfm.model.mixers.interface import BuildContext
+from amfm.model.mixers.recurrence import DecayRecurrence, OpenScan, ScanRows, ScanSettings
+from amfm.model.packing import PackMeta
 
 
 class MalaMixer(FeatureMapMixer):

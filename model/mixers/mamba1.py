@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.diag_scan.carry import read_carried_state
-from kernels.diag_scan.op import diag_scan, diag_step
-from kernels.linear.op import linear
-from model.config.mixer_options import Mamba1Options
-from model.mixers.base import LinearMixer, Part
-from model.mixers.initial_values import first_time_steps
-from model.mixers.interface import BuildContext
-from model.mixers.recurrence import OpenScan, Recurrence, ScanRows, ScanSettings
-from model.packing import PackMeta
-from model.parallel.layers import RowLinear
-from model.parallel.regions import sum_parts
-from model.parallel.shards import Shard, ShardSpec
+from amfm.kernels.diag_scan.carry import read_carried_state
+from amfm.kernels.diag_scan.op import diag_scan, diag_step
+from amfm.kernels.linear.op import linear
+from amfm.model.config.mixer_options import Mamba1Options
+from amfm.model.mixers.base import LinearMixer, Part
+from amfm.model.mixers.initial_values import first_time_steps
+from amfm.model.mixers.interface import BuildContext
+from amfm.model.mixers.recurrence import OpenScan, Recurrence, ScanRows, ScanSettings
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.layers import RowLinear
+from amfm.model.parallel.regions import sum_parts
+from amfm.model.parallel.shards import Shard, ShardSpec
 
 
 class Mamba1Mixer(LinearMixer):

@@ -18,20 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
-from kernels.decay_scan.carry import add_carried_state
-from kernels.decay_scan.op import ScanOutput, mamba2_scan, mamba2_step
-from kernels.mamba2.op import MixerSizes, mamba2_mix
-from kernels.norm.op import gated_rms_norm
-from model.config.schema import Mamba2Config, ModelConfig
-from model.mixers.interface import BlockState, MambaState, MixerOutput
-from model.packing import PackMeta
-from model.parallel.context import receive_states, receive_windows
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.layers import ColumnLinear, RowLinear
-from model.parallel.regions import leave_tensor_region, project_stream, sum_parts
-from model.parallel.shards import Shard, ShardSpec, divide, divide_units
-from model.segments import Segments
+from amfm.kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
+from amfm.kernels.decay_scan.carry import add_carried_state
+from amfm.kernels.decay_scan.op import ScanOutput, mamba2_scan, mamba2_step
+from amfm.kernels.mamba2.op import MixerSizes, mamba2_mix
+from amfm.kernels.norm.op import gated_rms_norm
+from amfm.model.config.schema import Mamba2Config, ModelConfig
+from amfm.model.mixers.interface import BlockState, MambaState, MixerOutput
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.context import receive_states, receive_windows
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.layers import ColumnLinear, RowLinear
+from amfm.model.parallel.regions import leave_tensor_region, project_stream, sum_parts
+from amfm.model.parallel.shards import Shard, ShardSpec, divide, divide_units
+from amfm.model.segments import Segments
 
 
 class Mamba2Mixer(nn.Module):

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.attention.op import attention, fastest_backend
-from kernels.attention.varlen import DocumentEnds
-from kernels.linear.op import linear
-from kernels.rope.frequencies import rope_frequencies
-from kernels.rope.op import qk_norm_rope
-from model.config.mixer_options import MlaOptions
-from model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
-from model.mixers.output_gate import gate_heads, gate_projection
-from model.packing import PackMeta
-from model.parallel.context import gather_rows
-from model.parallel.layers import ColumnLinear, Linear, RMSNorm, RowLinear
-from model.parallel.regions import enter_tensor_region, leave_tensor_region, project_stream
-from model.parallel.shards import divide
-from model.segments import Segments
+from amfm.kernels.attention.op import attention, fastest_backend
+from amfm.kernels.attention.varlen import DocumentEnds
+from amfm.kernels.linear.op import linear
+from amfm.kernels.rope.frequencies import rope_frequencies
+from amfm.kernels.rope.op import qk_norm_rope
+from amfm.model.config.mixer_options import MlaOptions
+from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
+from amfm.model.mixers.output_gate import gate_heads, gate_projection
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.context import gather_rows
+from amfm.model.parallel.layers import ColumnLinear, Linear, RMSNorm, RowLinear
+from amfm.model.parallel.regions import enter_tensor_region, leave_tensor_region, project_stream
+from amfm.model.parallel.shards import divide
+from amfm.model.segments import Segments
 
 
 class MlaMixer(SequenceMixer):

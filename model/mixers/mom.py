@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from kernels.moe.grouping import count_experts
-from kernels.moe.losses import balance_loss
-from model.config.mixer_options import MomOptions
-from model.config.mixer_registry import find_spec
-from model.mixers.base import LinearMixer
-from model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
-from model.packing import PackMeta
-from model.parallel.regions import leave_tensor_region
-from model.parallel.shards import Shard
+from amfm.kernels.moe.grouping import count_experts
+from amfm.kernels.moe.losses import balance_loss
+from amfm.model.config.mixer_options import MomOptions
+from amfm.model.config.mixer_registry import find_spec
+from amfm.model.mixers.base import LinearMixer
+from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.regions import leave_tensor_region
+from amfm.model.parallel.shards import Shard
 
 
 class MemoryRows(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.mixers.recurrence import DecayRecurrence, OpenScan, ScanRows, ScanSettings
+from amfm.model.mixers.recurrence import DecayRecurrence, OpenScan, ScanRows, ScanSettings
 
 
 class Rows(NamedTuple):

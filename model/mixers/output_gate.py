@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.config.mixer_options import OutputGate
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.layers import ColumnLinear
+from amfm.model.config.mixer_options import OutputGate
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.layers import ColumnLinear
 
 
 def gate_projection(

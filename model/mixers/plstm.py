@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.config.mixer_options import HeadOptions
-from model.mixers.base import LinearMixer, Part
-from model.mixers.head_norm import GatedHeadNorm
-from model.mixers.interface import BuildContext
-from model.mixers.recurrence import DecayRecurrence, ScanRows
-from model.packing import PackMeta
-from model.parallel.shards import Shard, ShardSpec
+from amfm.model.config.mixer_options import HeadOptions
+from amfm.model.mixers.base import LinearMixer, Part
+from amfm.model.mixers.head_norm import GatedHeadNorm
+from amfm.model.mixers.interface import BuildContext
+from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.shards import Shard, ShardSpec
 
 
 class PlstmMixer(LinearMixer):

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.decay_scan.carry import decay_read
-from kernels.decay_scan.op import decay_scan, decay_step
-from kernels.delta_scan.op import delta_scan, delta_step
+from amfm.kernels.decay_scan.carry import decay_read
+from amfm.kernels.decay_scan.op import decay_scan, decay_step
+from amfm.kernels.delta_scan.op import delta_scan, delta_step
 
 
 class ScanRows(NamedTuple):

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.linear.op import linear
-from model.config.mixer_options import GlaOptions, Hgrn2Options
-from model.mixers.base import LinearMixer, Part
-from model.mixers.head_norm import GatedHeadNorm
-from model.mixers.interface import BuildContext
-from model.mixers.recurrence import DecayRecurrence, ScanRows
-from model.packing import PackMeta
-from model.parallel.shards import Shard, ShardSpec
+from amfm.kernels.linear.op import linear
+from amfm.model.config.mixer_options import GlaOptions, Hgrn2Options
+from amfm.model.mixers.base import LinearMixer, Part
+from amfm.model.mixers.head_norm import GatedHeadNorm
+from amfm.model.mixers.interface import BuildContext
+from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.shards import Shard, ShardSpec
 
 # A gate is divided by it, so that it starts near 1 (Yang et al. 2023, section 4.4).
 GLA_GATE_DIVISOR = 16.0

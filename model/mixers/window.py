@@ -10,19 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.attention.op import attention
-from kernels.rope.frequencies import rope_frequencies
-from kernels.rope.op import qk_norm_rope
-from model.config.mixer_options import WindowOptions
-from model.mixers.attention import HeadNorm
-from model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
-from model.mixers.output_gate import gate_heads, gate_projection
-from model.packing import PackMeta
-from model.parallel.context import receive_windows
-from model.parallel.layers import ColumnLinear, RowLinear
-from model.parallel.regions import leave_tensor_region, project_stream
-from model.parallel.shards import divide, divide_units
-from model.segments import Segments
+from amfm.kernels.attention.op import attention
+from amfm.kernels.rope.frequencies import rope_frequencies
+from amfm.kernels.rope.op import qk_norm_rope
+from amfm.model.config.mixer_options import WindowOptions
+from amfm.model.mixers.attention import HeadNorm
+from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
+from amfm.model.mixers.output_gate import gate_heads, gate_projection
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.context import receive_windows
+from amfm.model.parallel.layers import ColumnLinear, RowLinear
+from amfm.model.parallel.regions import leave_tensor_region, project_stream
+from amfm.model.parallel.shards import divide, divide_units
+from amfm.model.segments import Segments
 
 
 class WindowMixer(SequenceMixer):

@@ -24,22 +24,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.attention.op import window_sums
-from kernels.attention.window_torch import WindowSums
-from kernels.rope.frequencies import rope_frequencies
-from kernels.rope.op import qk_norm_rope
-from model.config.window_linear import WindowLinearOptions
-from model.mixers.attention import HeadNorm, attend, llama3_numbers
-from model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
-from model.mixers.older_tokens import Past, Rows, SharedReads, delay_rows
-from model.mixers.output_gate import gate_heads, gate_projection
-from model.mixers.recurrence import ScanRows, ScanSettings, add_initial_state
-from model.packing import PackMeta
-from model.parallel.context import receive_states, receive_windows
-from model.parallel.layers import ColumnLinear, RowLinear, project_layers
-from model.parallel.regions import leave_tensor_region, sum_values
-from model.parallel.shards import Shard, ShardSpec, divide, divide_units
-from model.segments import Segments
+from amfm.kernels.attention.op import window_sums
+from amfm.kernels.attention.window_torch import WindowSums
+from amfm.kernels.rope.frequencies import rope_frequencies
+from amfm.kernels.rope.op import qk_norm_rope
+from amfm.model.config.window_linear import WindowLinearOptions
+from amfm.model.mixers.attention import HeadNorm, attend, llama3_numbers
+from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
+from amfm.model.mixers.older_tokens import Past, Rows, SharedReads, delay_rows
+from amfm.model.mixers.output_gate import gate_heads, gate_projection
+from amfm.model.mixers.recurrence import ScanRows, ScanSettings, add_initial_state
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.context import receive_states, receive_windows
+from amfm.model.parallel.layers import ColumnLinear, RowLinear, project_layers
+from amfm.model.parallel.regions import leave_tensor_region, sum_values
+from amfm.model.parallel.shards import Shard, ShardSpec, divide, divide_units
+from amfm.model.segments import Segments
 
 # sigmoid of it is 0.1: the window's first weight beside features that sum to one.
 FIRST_WINDOW_WEIGHT = math.log(0.1 / 0.9)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
-from kernels.moe.op import Routing
-from model.config.schema import MoeConfig
-from model.parallel.groups import ProcessGroupCollection
+from amfm.kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
+from amfm.kernels.moe.op import Routing
+from amfm.model.config.schema import MoeConfig
+from amfm.model.parallel.groups import ProcessGroupCollection
 
 
 def auxiliary_names(moe: MoeConfig) -> list[str]:

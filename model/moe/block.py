@@ -25,19 +25,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kernels.linear.op import linear_float32
-from kernels.moe.op import expert_feed_forward, route
-from model.config.schema import ModelConfig, MoeConfig
-from model.feed_forward import FeedForward, up_segments
-from model.mixers.interface import BlockState, MixerOutput
-from model.moe.balance import auxiliary_losses
-from model.moe.capacity import Choices, limit_choices
-from model.moe.dispatch import dispatch_feed_forward
-from model.moe.transfer import HeldExperts
-from model.packing import PackMeta
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.layers import Float32Buffers, Linear
-from model.parallel.regions import (
+from amfm.kernels.linear.op import linear_float32
+from amfm.kernels.moe.op import expert_feed_forward, route
+from amfm.model.config.schema import ModelConfig, MoeConfig
+from amfm.model.feed_forward import FeedForward, up_segments
+from amfm.model.mixers.interface import BlockState, MixerOutput
+from amfm.model.moe.balance import auxiliary_losses
+from amfm.model.moe.capacity import Choices, limit_choices
+from amfm.model.moe.dispatch import dispatch_feed_forward
+from amfm.model.moe.transfer import HeldExperts
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.layers import Float32Buffers, Linear
+from amfm.model.parallel.regions import (
     enter_tensor_region,
     gather_stream,
     gather_tokens,
@@ -46,7 +46,7 @@ from model.parallel.regions import (
     slice_tokens,
     sum_gradients,
 )
-from model.parallel.shards import Shard, ShardSpec, divide
+from amfm.model.parallel.shards import Shard, ShardSpec, divide
 
 # Bias of an expert that is pruned: no score reaches the others, and no update moves it within float32.
 PRUNED_BIAS = -1e9

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.moe.grouping import count_experts
-from kernels.moe.op import expert_feed_forward
-from kernels.moe.rows.op import SortedChoices, add_choices, choose_ranks, gather_choices, sort_choices
-from model.moe.transfer import HeldExperts, RowTransfer, exchange_counts, sum_over_width_ranks
+from amfm.kernels.moe.grouping import count_experts
+from amfm.kernels.moe.op import expert_feed_forward
+from amfm.kernels.moe.rows.op import SortedChoices, add_choices, choose_ranks, gather_choices, sort_choices
+from amfm.model.moe.transfer import HeldExperts, RowTransfer, exchange_counts, sum_over_width_ranks
 
 
 class RowsByRank:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.moe.op import grouped_feed_forward
-from kernels.moe.rows.op import combine_choices, gather_choices, put_in_slots, sort_choices, sort_rows
-from model.moe.transfer import HeldExperts, RowTransfer, exchange_counts, sum_over_width_ranks
+from amfm.kernels.moe.op import grouped_feed_forward
+from amfm.kernels.moe.rows.op import combine_choices, gather_choices, put_in_slots, sort_choices, sort_rows
+from amfm.model.moe.transfer import HeldExperts, RowTransfer, exchange_counts, sum_over_width_ranks
 
 
 class RowsBySlot:

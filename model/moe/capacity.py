@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.moe.capacity import drop_overflow, expert_capacity, recycle_overflow
-from kernels.moe.op import Routing
-from model.config.schema import MoeConfig
-from model.packing import PackMeta
-from model.parallel.context import gather_rows
-from model.parallel.groups import ProcessGroupCollection
+from amfm.kernels.moe.capacity import drop_overflow, expert_capacity, recycle_overflow
+from amfm.kernels.moe.op import Routing
+from amfm.model.config.schema import MoeConfig
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.context import gather_rows
+from amfm.model.parallel.groups import ProcessGroupCollection
 
 LARGEST_PADDING = 2.0  # rows sent over rows chosen, up to which slots of one size cost less than to wait for counts
 

@@ -22,9 +22,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from model.moe.by_rank import RowsByRank
-from model.moe.by_slot import RowsBySlot
-from model.moe.transfer import HeldExperts
+from amfm.model.moe.by_rank import RowsByRank
+from amfm.model.moe.by_slot import RowsBySlot
+from amfm.model.moe.transfer import HeldExperts
 
 Half = TypeVar("Half")
 Whole = TypeVar("Whole")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.groups import ProcessGroupCollection
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch.distributed
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.parallel.groups import ProcessGroupCollection
-from model.segments import Segments
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.segments import Segments
 
 
 @torch.compiler.disable

@@ -15,12 +15,12 @@ from megatron.core.tensor_parallel import layers as megatron_layers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.linear.op import linear
-from kernels.norm.op import rms_norm
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.low_rank import LowRankUpdate
-from model.parallel.regions import project_stream
-from model.parallel.shards import REPLICATED, Shard, ShardSpec, divide
+from amfm.kernels.linear.op import linear
+from amfm.kernels.norm.op import rms_norm
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.low_rank import LowRankUpdate
+from amfm.model.parallel.regions import project_stream
+from amfm.model.parallel.shards import REPLICATED, Shard, ShardSpec, divide
 
 
 def _megatron_settings() -> ModelParallelConfig:

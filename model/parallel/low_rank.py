@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from kernels.linear.op import linear
-from model.parallel.shards import Shard, ShardSpec
+from amfm.kernels.linear.op import linear
+from amfm.model.parallel.shards import Shard, ShardSpec
 
 
 class LowRankUpdate(nn.Module):

@@ -15,8 +15,8 @@ import torch
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
-from kernels.linear.op import linear, linear_gradients
-from model.parallel.groups import ProcessGroupCollection
+from amfm.kernels.linear.op import linear, linear_gradients
+from amfm.model.parallel.groups import ProcessGroupCollection
 
 
 def enter_tensor_region(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.groups import ProcessGroupCollection
 
 Axis = Literal["tp", "expt_tp", "ep", "embd"]
 

@@ -21,17 +21,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.checkpoint.commit import SavedCheckpoint
-from pretrain.checkpoint.engine_layout import EngineLayout
-from pretrain.checkpoint.files import measure_tensors
-from pretrain.checkpoint.remote import RemoteCheckpoints, SentCopy, step_of
-from pretrain.checkpoint.replicas.memory import NodeMemory
-from pretrain.checkpoint.replicas.write import SavedReplica, write_replica
-from pretrain.checkpoint.save import Snapshot, ranks_of, take_snapshot, write_snapshot
-from pretrain.checkpoint.writers import assign_writers
-from pretrain.config.schema import RunConfig
-from pretrain.engine.engine import ZeroEngine
-from pretrain.rank_group import RankGroup
+from amfm.pretrain.checkpoint.commit import SavedCheckpoint
+from amfm.pretrain.checkpoint.engine_layout import EngineLayout
+from amfm.pretrain.checkpoint.files import measure_tensors
+from amfm.pretrain.checkpoint.remote import RemoteCheckpoints, SentCopy, step_of
+from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
+from amfm.pretrain.checkpoint.replicas.write import SavedReplica, write_replica
+from amfm.pretrain.checkpoint.save import Snapshot, ranks_of, take_snapshot, write_snapshot
+from amfm.pretrain.checkpoint.writers import assign_writers
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.engine.engine import ZeroEngine
+from amfm.pretrain.rank_group import RankGroup
 
 Saved = SavedCheckpoint | SavedReplica | SentCopy
 

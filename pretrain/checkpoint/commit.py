@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.deletion import try_to_delete
-from data_pipeline.files import make_folders, sync
-from data_pipeline.naming import named
-from pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, encode_manifest, read_manifest, replace_text
-from pretrain.checkpoint.names import CHECKPOINT_NAME, checkpoint_name, list_checkpoints
+from amfm.data_pipeline.deletion import try_to_delete
+from amfm.data_pipeline.files import make_folders, sync
+from amfm.data_pipeline.naming import named
+from amfm.pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, encode_manifest, read_manifest, replace_text
+from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, checkpoint_name, list_checkpoints
 
 LATEST_NAME = "latest"
 # Numbered where one of the name can't be deleted.

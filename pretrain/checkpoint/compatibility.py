@@ -17,10 +17,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pretrain.config.fields import flatten_settings
-from pretrain.config.saved import read_saved_config
-from pretrain.config.schema import RunConfig
-from pretrain.stages import resolve_stages, total_steps
+from amfm.pretrain.config.fields import flatten_settings
+from amfm.pretrain.config.saved import read_saved_config
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.stages import resolve_stages, total_steps
 
 # Settings that a resumed run may change: where it runs, how it is spread, what it reports and when it saves. A name
 # ending in ".*" allows a whole section. docs/checkpoints.md says why for each; everything else is refused.

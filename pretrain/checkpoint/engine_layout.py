@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model.parallel.shards import parameter_shards
-from pretrain.checkpoint.fragments import Fragment, base_optimizer, name_groups
-from pretrain.checkpoint.placement import Placement, locate_rank, place_shard
-from pretrain.engine.engine import ZeroEngine
-from pretrain.engine.moments import FROZEN
-from pretrain.engine.parts import Part, list_parts, list_ranks, parameter_shape
+from amfm.model.parallel.shards import parameter_shards
+from amfm.pretrain.checkpoint.fragments import Fragment, base_optimizer, name_groups
+from amfm.pretrain.checkpoint.placement import Placement, locate_rank, place_shard
+from amfm.pretrain.engine.engine import ZeroEngine
+from amfm.pretrain.engine.moments import FROZEN
+from amfm.pretrain.engine.parts import Part, list_parts, list_ranks, parameter_shape
 
 
 @dataclass(frozen=True)

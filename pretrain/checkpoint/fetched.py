@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_pipeline.deletion import try_to_delete
-from data_pipeline.files import sync
-from data_pipeline.naming import named
-from pretrain.checkpoint.commit import LATEST_NAME, TEMPORARY_NAME, RankFailure
-from pretrain.checkpoint.files import replace_text
-from pretrain.rank_group import RankGroup
+from amfm.data_pipeline.deletion import try_to_delete
+from amfm.data_pipeline.files import sync
+from amfm.data_pipeline.naming import named
+from amfm.pretrain.checkpoint.commit import LATEST_NAME, TEMPORARY_NAME, RankFailure
+from amfm.pretrain.checkpoint.files import replace_text
+from amfm.pretrain.rank_group import RankGroup
 
 FETCH_BYTES = 1 << 24
 

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.files import sync
-from data_pipeline.foreign_files import inside, parse_object, read_bounded, take, understood
-from data_pipeline.naming import named
-from data_pipeline.progress import Report, silent
-from model.on_demand import BLOCK_NUMEL
-from pretrain.tensor_files import TensorFile, encode_header, tensor_bytes
+from amfm.data_pipeline.files import sync
+from amfm.data_pipeline.foreign_files import inside, parse_object, read_bounded, take, understood
+from amfm.data_pipeline.naming import named
+from amfm.data_pipeline.progress import Report, silent
+from amfm.model.on_demand import BLOCK_NUMEL
+from amfm.pretrain.tensor_files import TensorFile, encode_header, tensor_bytes
 
 FORMAT = "amfm-checkpoint"
 FORMAT_VERSION = 2

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.engine.moments import moments_of
-from pretrain.engine.parts import Part
-from pretrain.parallel import set_deepspeed_accelerator
+from amfm.pretrain.engine.moments import moments_of
+from amfm.pretrain.engine.parts import Part
+from amfm.pretrain.parallel import set_deepspeed_accelerator
 
 set_deepspeed_accelerator()
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from data_pipeline.progress import Report, silent
-from model.on_demand import OnDemand, source_of
-from pretrain.checkpoint.commit import is_marked
-from pretrain.checkpoint.compatibility import compare_settings
-from pretrain.checkpoint.files import MANIFEST_NAME, find_foreign_files, verify_checkpoint
-from pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
-from pretrain.checkpoint.reader import RangeReader, kinds_of
+from amfm.data_pipeline.progress import Report, silent
+from amfm.model.on_demand import OnDemand, source_of
+from amfm.pretrain.checkpoint.commit import is_marked
+from amfm.pretrain.checkpoint.compatibility import compare_settings
+from amfm.pretrain.checkpoint.files import MANIFEST_NAME, find_foreign_files, verify_checkpoint
+from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
+from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
 
 logger = logging.getLogger(__name__)
 

@@ -14,30 +14,30 @@ from typing import Any
 
 import torch
 
-from data_pipeline.progress import Report, silent
-from pretrain.checkpoint.commit import RankFailure, examine_latest
-from pretrain.checkpoint.compatibility import check_resumable
-from pretrain.checkpoint.engine_layout import EngineLayout
-from pretrain.checkpoint.files import (
+from amfm.data_pipeline.progress import Report, silent
+from amfm.pretrain.checkpoint.commit import RankFailure, examine_latest
+from amfm.pretrain.checkpoint.compatibility import check_resumable
+from amfm.pretrain.checkpoint.engine_layout import EngineLayout
+from amfm.pretrain.checkpoint.files import (
     find_foreign_files,
     rank_file_name,
     read_manifest,
     verify_file,
 )
-from pretrain.checkpoint.fragments import (
+from amfm.pretrain.checkpoint.fragments import (
     create_state,
     refresh_working_weights,
     restore_group_settings,
 )
-from pretrain.checkpoint.names import list_checkpoints
-from pretrain.checkpoint.random_state import restore_random_state
-from pretrain.checkpoint.reader import RangeReader
-from pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of
-from pretrain.config.schema import RunConfig
-from pretrain.engine.moments import FROZEN
-from pretrain.identity import collect_versions
-from pretrain.rank_group import RankGroup
-from pretrain.tensor_files import open_tensors
+from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.random_state import restore_random_state
+from amfm.pretrain.checkpoint.reader import RangeReader
+from amfm.pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.engine.moments import FROZEN
+from amfm.pretrain.identity import collect_versions
+from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.tensor_files import open_tensors
 
 GUIDE = ".guide_weight"  # end of the names of parameters that a run leaves behind
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint.files import FileEntry, rank_file_name
-from pretrain.checkpoint.placement import check_cover
-from pretrain.checkpoint.reader import check_tiling, read_shards
+from amfm.pretrain.checkpoint.files import FileEntry, rank_file_name
+from amfm.pretrain.checkpoint.placement import check_cover
+from amfm.pretrain.checkpoint.reader import check_tiling, read_shards
 
 
 @dataclass(frozen=True)

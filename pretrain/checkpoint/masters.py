@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.parallel.shards import parameter_shards
-from pretrain.checkpoint.engine_layout import EngineLayout
-from pretrain.checkpoint.fragments import Fragment, collect_fragments, refresh_working_weights
-from pretrain.checkpoint.writers import WriterAssignment
+from amfm.model.parallel.shards import parameter_shards
+from amfm.pretrain.checkpoint.engine_layout import EngineLayout
+from amfm.pretrain.checkpoint.fragments import Fragment, collect_fragments, refresh_working_weights
+from amfm.pretrain.checkpoint.writers import WriterAssignment
 
 CHUNK_ELEMENTS = 1 << 20  # of a range whose places are computed at once
 

@@ -17,8 +17,8 @@ from itertools import pairwise, product
 import numpy
 import torch
 
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.shards import Shard
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.shards import Shard
 
 Interval = tuple[int, int]
 LAYOUT_AXES = ("tp", "cp", "ep", "expt_tp", "pp", "dp")

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.on_demand import BLOCK_NUMEL, Source
-from pretrain.checkpoint.placement import Placement, find_blocks, place_whole, placement_from_json
-from pretrain.engine.moments import moments_of
-from pretrain.tensor_files import TensorFile
+from amfm.model.on_demand import BLOCK_NUMEL, Source
+from amfm.pretrain.checkpoint.placement import Placement, find_blocks, place_whole, placement_from_json
+from amfm.pretrain.engine.moments import moments_of
+from amfm.pretrain.tensor_files import TensorFile
 
 # A checkpoint has a file a rank, and a process may open a thousand.
 MAX_OPEN_FILES = 64

@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import make_folders, sync
-from data_pipeline.naming import named
-from data_pipeline.store.object_store import RemoteFolder
-from pretrain.checkpoint.commit import RankFailure, is_marked, make_temporary, remove_temporary
-from pretrain.checkpoint.fetched import copy_verified, settle
-from pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, read_manifest
-from pretrain.checkpoint.names import list_checkpoints
-from pretrain.rank_group import RankGroup
+from amfm.data_pipeline.files import make_folders, sync
+from amfm.data_pipeline.naming import named
+from amfm.data_pipeline.store.object_store import RemoteFolder
+from amfm.pretrain.checkpoint.commit import RankFailure, is_marked, make_temporary, remove_temporary
+from amfm.pretrain.checkpoint.fetched import copy_verified, settle
+from amfm.pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, read_manifest
+from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.rank_group import RankGroup
 
 # What we write below the URL; nothing else there is looked at or removed.
 OBJECT_NAME = re.compile(r"(step-\d{8,})/(manifest\.json|keep|rank-\d{5}\.safetensors)")

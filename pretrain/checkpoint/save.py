@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.deletion import try_to_delete
-from data_pipeline.files import make_folders, sync
-from pretrain.checkpoint.commit import (
+from amfm.data_pipeline.deletion import try_to_delete
+from amfm.data_pipeline.files import make_folders, sync
+from amfm.pretrain.checkpoint.commit import (
     TEMPORARY_NAME,
     RankFailure,
     SavedCheckpoint,
@@ -42,25 +42,25 @@ from pretrain.checkpoint.commit import (
     prune,
     remove_temporary,
 )
-from pretrain.checkpoint.compatibility import digest_config
-from pretrain.checkpoint.engine_layout import EngineLayout
-from pretrain.checkpoint.files import (
+from amfm.pretrain.checkpoint.compatibility import digest_config
+from amfm.pretrain.checkpoint.engine_layout import EngineLayout
+from amfm.pretrain.checkpoint.files import (
     measure_tensors,
     rank_file_name,
     write_tensors,
 )
-from pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
-from pretrain.checkpoint.manifest import RankReport, complete_manifest, describe_tensor
-from pretrain.checkpoint.names import checkpoint_name
-from pretrain.checkpoint.placement import list_axes
-from pretrain.checkpoint.random_state import collect_random_state
-from pretrain.checkpoint.remote import RemoteCheckpoints
-from pretrain.checkpoint.writers import WriterAssignment, assign_writers
-from pretrain.config.saved import packages_used
-from pretrain.config.schema import RunConfig
-from pretrain.engine.engine import ZeroEngine
-from pretrain.identity import collect_versions
-from pretrain.rank_group import RankGroup
+from amfm.pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
+from amfm.pretrain.checkpoint.manifest import RankReport, complete_manifest, describe_tensor
+from amfm.pretrain.checkpoint.names import checkpoint_name
+from amfm.pretrain.checkpoint.placement import list_axes
+from amfm.pretrain.checkpoint.random_state import collect_random_state
+from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
+from amfm.pretrain.checkpoint.writers import WriterAssignment, assign_writers
+from amfm.pretrain.config.saved import packages_used
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.engine.engine import ZeroEngine
+from amfm.pretrain.identity import collect_versions
+from amfm.pretrain.rank_group import RankGroup
 
 # Room for the manifest, directories and the `latest` file, beyond the tensors.
 SPARE_BYTES = 1 << 20

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pretrain.checkpoint.engine_layout import EngineLayout
-from pretrain.rank_group import RankGroup
+from amfm.pretrain.checkpoint.engine_layout import EngineLayout
+from amfm.pretrain.rank_group import RankGroup
 
 
 @dataclass(frozen=True)

@@ -15,32 +15,32 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_pipeline.config import CacheConfig
-from data_pipeline.store.object_store import SCHEMES, is_url
-from model.config.checks import check_model
-from model.huggingface.qwen3_next import unfit_tokenizer
-from model.huggingface.targets import explain_unfit
-from pretrain.checkpoint.names import newest_saved_step
-from pretrain.checks.conversion import conversion_problems, routed_problems
-from pretrain.checks.mixers import kernel_problems
-from pretrain.checks.optimizer import optimizer_problems
-from pretrain.checks.parallel import layout_problems, pipeline_problems
-from pretrain.checks.pruning import editing_problems, hook_problems
-from pretrain.checks.ranks import rank_problems, ranks_of_stage, with_nearest
-from pretrain.checks.stages import (
+from amfm.data_pipeline.config import CacheConfig
+from amfm.data_pipeline.store.object_store import SCHEMES, is_url
+from amfm.model.config.checks import check_model
+from amfm.model.huggingface.qwen3_next import unfit_tokenizer
+from amfm.model.huggingface.targets import explain_unfit
+from amfm.pretrain.checkpoint.names import newest_saved_step
+from amfm.pretrain.checks.conversion import conversion_problems, routed_problems
+from amfm.pretrain.checks.mixers import kernel_problems
+from amfm.pretrain.checks.optimizer import optimizer_problems
+from amfm.pretrain.checks.parallel import layout_problems, pipeline_problems
+from amfm.pretrain.checks.pruning import editing_problems, hook_problems
+from amfm.pretrain.checks.ranks import rank_problems, ranks_of_stage, with_nearest
+from amfm.pretrain.checks.stages import (
     declaration_problems,
     ramp_problems,
     relocate,
     run_of_stage,
     total_problems,
 )
-from pretrain.checks.synthetic import synthetic_length_problems, synthetic_problems
-from pretrain.checks.tasks import task_layout_problems, task_problems
-from pretrain.config.errors import ConfigError, Problem
-from pretrain.config.file import load_located
-from pretrain.config.schema import RunConfig
-from pretrain.recompute import recompute_problems
-from pretrain.stages import RunStage, resolve_stages, stage_of, step_of_sample
+from amfm.pretrain.checks.synthetic import synthetic_length_problems, synthetic_problems
+from amfm.pretrain.checks.tasks import task_layout_problems, task_problems
+from amfm.pretrain.config.errors import ConfigError, Problem
+from amfm.pretrain.config.file import load_located
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.recompute import recompute_problems
+from amfm.pretrain.stages import RunStage, resolve_stages, stage_of, step_of_sample
 
 _MODEL_KEY = re.compile(r"model(\.[a-z_0-9]+)+")
 

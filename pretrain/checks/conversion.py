@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pretrain.config.errors import Problem
-from pretrain.config.hook_registry import hook_specs
-from pretrain.config.schema import RunConfig
+from amfm.pretrain.config.errors import Problem
+from amfm.pretrain.config.hook_registry import hook_specs
+from amfm.pretrain.config.schema import RunConfig
 
 
 def routed_problems(config: RunConfig) -> Iterator[Problem]:

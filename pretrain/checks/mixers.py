@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels.limits import DECAY_LIMITS, ScanLimits
-from model.config.mixer_options import MixerOptions
-from model.config.mixer_registry import MixerSpec, mixer_specs
-from model.config.pattern import mixer_name
-from pretrain.config.errors import ConfigError, Problem
-from pretrain.config.schema import RunConfig
+from amfm.kernels.limits import DECAY_LIMITS, ScanLimits
+from amfm.model.config.mixer_options import MixerOptions
+from amfm.model.config.mixer_registry import MixerSpec, mixer_specs
+from amfm.model.config.pattern import mixer_name
+from amfm.pretrain.config.errors import ConfigError, Problem
+from amfm.pretrain.config.schema import RunConfig
 
 
 def mixers_in_use(config: RunConfig) -> Iterator[tuple[MixerSpec, MixerOptions]]:

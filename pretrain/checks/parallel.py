@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from model.pipeline_split import cut_pieces
-from pretrain.checks.mixers import longest_lookback, mixers_in_use, refusal_problems
-from pretrain.config.errors import Problem
-from pretrain.config.schema import ParallelConfig, RunConfig
+from amfm.model.pipeline_split import cut_pieces
+from amfm.pretrain.checks.mixers import longest_lookback, mixers_in_use, refusal_problems
+from amfm.pretrain.config.errors import Problem
+from amfm.pretrain.config.schema import ParallelConfig, RunConfig
 
 
 def layout_problems(config: RunConfig) -> Iterator[Problem]:

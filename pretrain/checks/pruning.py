@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from model.config.schema import ModelConfig
-from model.config.structure import DENSE
-from pretrain.checks.parallel import pattern_letters
-from pretrain.config.errors import Problem
-from pretrain.config.hook_registry import hook_specs
-from pretrain.config.pruning import PruneConfig
-from pretrain.config.schema import RunConfig
+from amfm.model.config.schema import ModelConfig
+from amfm.model.config.structure import DENSE
+from amfm.pretrain.checks.parallel import pattern_letters
+from amfm.pretrain.config.errors import Problem
+from amfm.pretrain.config.hook_registry import hook_specs
+from amfm.pretrain.config.pruning import PruneConfig
+from amfm.pretrain.config.schema import RunConfig
 
 
 def editing_problems(config: RunConfig, steps: int) -> Iterator[Problem]:

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice, product
 
-from pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
-from pretrain.checks.stages import declaring_stage, ramp_share_problems, run_of_stage
-from pretrain.config.errors import Problem
-from pretrain.config.schema import ParallelConfig, RunConfig
-from pretrain.recompute import recompute_problems
-from pretrain.stages import RunStage
+from amfm.pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
+from amfm.pretrain.checks.stages import declaring_stage, ramp_share_problems, run_of_stage
+from amfm.pretrain.config.errors import Problem
+from amfm.pretrain.config.schema import ParallelConfig, RunConfig
+from amfm.pretrain.recompute import recompute_problems
+from amfm.pretrain.stages import RunStage
 
 TRIED_LAYOUTS = 3000
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pretrain.config.errors import Problem
-from pretrain.config.schema import RunConfig, StageConfig
-from pretrain.stages import RunStage, model_of_stage
+from amfm.pretrain.config.errors import Problem
+from amfm.pretrain.config.schema import RunConfig, StageConfig
+from amfm.pretrain.stages import RunStage, model_of_stage
 
 # What a stage without a value of its own takes from outside of the stages, and not from the stage before.
 NOT_INHERITED = ("learning_rate", "schedule", "weights")

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from data_pipeline.config import DataConfig
-from data_pipeline.synthetic.build import build_task
-from pretrain.config.errors import Problem
-from pretrain.config.schema import RunConfig
-from pretrain.stages import RunStage
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.synthetic.build import build_task
+from amfm.pretrain.config.errors import Problem
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.stages import RunStage
 
 # Settings of `data` that only a store of text reads; each must keep its default beside data.probe.
 ABOUT_TEXT = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pretrain.config.errors import Problem
-from pretrain.config.schema import EvaluateConfig, RunConfig
+from amfm.pretrain.config.errors import Problem
+from amfm.pretrain.config.schema import EvaluateConfig, RunConfig
 
 SETTING = "evaluate.tasks"
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from model.config.lora_mixer import LoraMixerConfig, Projection
-from model.config.section import Section
+from amfm.model.config.lora_mixer import LoraMixerConfig, Projection
+from amfm.model.config.section import Section
 
 StageName = Literal["transfer", "tune", "tune-window", "tune-teacher"]
 

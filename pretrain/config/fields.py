@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pretrain.config.schema import RunConfig
+from amfm.pretrain.config.schema import RunConfig
 
 ITEM = "*"  # stands for the position in a list of sections: data.sources.*.weight
 

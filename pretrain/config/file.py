@@ -23,11 +23,11 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from model.config.plugins import PluginSections
-from pretrain.config.errors import ConfigError, Origin, Problem
-from pretrain.config.fields import describe_fields, section_at, section_of
-from pretrain.config.schema import RunConfig
-from pretrain.config.yaml_tree import Entry, TreeReader, merge, read_tree
+from amfm.model.config.plugins import PluginSections
+from amfm.pretrain.config.errors import ConfigError, Origin, Problem
+from amfm.pretrain.config.fields import describe_fields, section_at, section_of
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.config.yaml_tree import Entry, TreeReader, merge, read_tree
 
 S = TypeVar("S", bound=BaseModel)
 Schema = type[BaseModel]

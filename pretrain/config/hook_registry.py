@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from model.config.plugins import describe_entry, installed_specs
-from model.config.section import Section
+from amfm.model.config.plugins import describe_entry, installed_specs
+from amfm.model.config.section import Section
 
 ENTRY_POINTS = "amfm.hooks"
 
@@ -32,7 +32,7 @@ class HookOptions(Section):
 class HookSpec:
     """A registered hook as configurations see it, without importing it.
 
-    name: lower case. hook: `package.module:Class`, a `pretrain.hooks.TrainHook`. options: its section, whose class docstring and
+    name: lower case. hook: `package.module:Class`, an `amfm.pretrain.hooks.TrainHook`. options: its section, whose class docstring and
     field descriptions become the documentation.
     """
 

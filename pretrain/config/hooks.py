@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field, create_model
 
-from model.config.plugins import PluginSections, list_packages
-from pretrain.config.hook_registry import ENTRY_POINTS, HookSpec, hook_specs
+from amfm.model.config.plugins import PluginSections, list_packages
+from amfm.pretrain.config.hook_registry import ENTRY_POINTS, HookSpec, hook_specs
 
 
 class HooksConfig(PluginSections):

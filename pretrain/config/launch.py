@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from model.config.section import Section
+from amfm.model.config.section import Section
 
 
 class SlurmConfig(Section):

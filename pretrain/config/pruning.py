@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from pydantic import Field
 
-from model.config.section import Section
+from amfm.model.config.section import Section
 
 PrunedGroups = Literal["channels", "experts", "heads"]
 PRUNED_GROUPS: tuple[PrunedGroups, ...] = get_args(PrunedGroups)

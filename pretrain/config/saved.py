@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from model.config.plugins import read_saved_sections
-from model.config.schema import read_saved_model
-from pretrain.config.hooks import RegisteredHooks
-from pretrain.config.schema import RunConfig
+from amfm.model.config.plugins import read_saved_sections
+from amfm.model.config.schema import read_saved_model
+from amfm.pretrain.config.hooks import RegisteredHooks
+from amfm.pretrain.config.schema import RunConfig
 
 
 def packages_used(config: RunConfig) -> dict[str, str]:

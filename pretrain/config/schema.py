@@ -11,13 +11,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from data_pipeline.config import DataConfig
-from model.config.schema import ModelConfig, RopeConfig
-from model.config.section import Section
-from pretrain.config.convert import ConvertConfig
-from pretrain.config.hooks import RegisteredHooks
-from pretrain.config.launch import LaunchConfig
-from pretrain.config.pruning import ForgetConfig, PruneConfig
+from amfm.data_pipeline.config import DataConfig
+from amfm.model.config.schema import ModelConfig, RopeConfig
+from amfm.model.config.section import Section
+from amfm.pretrain.config.convert import ConvertConfig
+from amfm.pretrain.config.hooks import RegisteredHooks
+from amfm.pretrain.config.launch import LaunchConfig
+from amfm.pretrain.config.pruning import ForgetConfig, PruneConfig
 
 
 class RunSection(Section):

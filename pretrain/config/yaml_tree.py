@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from data_pipeline.foreign_files import read_bounded
-from pretrain.config.errors import ConfigError, Origin, Problem
+from amfm.data_pipeline.foreign_files import read_bounded
+from amfm.pretrain.config.errors import ConfigError, Origin, Problem
 
 Scalar = str | int | float | bool | None
 

@@ -14,16 +14,16 @@ from typing import Any, Literal
 
 import torch
 
-from data_pipeline.progress import Report, silent
-from data_pipeline.store.store import TokenStore
-from model.hybrid import HybridModel
-from model.mixers.window_linear import WindowLinearMixer
-from pretrain.config.convert import StageName
-from pretrain.config.schema import RunConfig
-from pretrain.convert.stages import WINDOW_LINEAR, ConversionStage, conversion_of, converted_blocks, folder_of
-from pretrain.convert.weights import StartReport, stage_weights
-from pretrain.inference.evaluate import measure_store
-from pretrain.inference.weights import Weights, read_weights
+from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.model.hybrid import HybridModel
+from amfm.model.mixers.window_linear import WindowLinearMixer
+from amfm.pretrain.config.convert import StageName
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.convert.stages import WINDOW_LINEAR, ConversionStage, conversion_of, converted_blocks, folder_of
+from amfm.pretrain.convert.weights import StartReport, stage_weights
+from amfm.pretrain.inference.evaluate import measure_store
+from amfm.pretrain.inference.weights import Weights, read_weights
 
 # A difference below this is no difference, in nats a token.
 UNUSED_NATS = 0.005

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from model.hybrid import HybridModel
-from model.lora import PROJECTIONS, add_lora
-from model.mixers.window_linear import WindowLinearMixer
-from model.routed_updates import ENDS
-from pretrain.config.convert import ConvertConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.lora import PROJECTIONS, add_lora
+from amfm.model.mixers.window_linear import WindowLinearMixer
+from amfm.model.routed_updates import ENDS
+from amfm.pretrain.config.convert import ConvertConfig
 
 
 def prepare_stage(model: HybridModel, convert: ConvertConfig) -> None:

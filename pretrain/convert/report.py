@@ -12,13 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from pretrain.convert.measure import AT_ONCE, TEACHER, TRANSFERRED, TUNED, ConversionReport
-from pretrain.convert.stages import ConversionStage
-from pretrain.convert.weights import write_folder
-from pretrain.inference.weights import Weights
-from pretrain.report.colours import LIGHT
-from pretrain.report.data import read_run
-from pretrain.report.draw import style
+from amfm.pretrain.convert.measure import AT_ONCE, TEACHER, TRANSFERRED, TUNED, ConversionReport
+from amfm.pretrain.convert.stages import ConversionStage
+from amfm.pretrain.convert.weights import write_folder
+from amfm.pretrain.inference.weights import Weights
+from amfm.pretrain.report.colours import LIGHT
+from amfm.pretrain.report.data import read_run
+from amfm.pretrain.report.draw import style
 
 JSON_NAME, PICTURE_NAME = "conversion.json", "conversion.svg"
 STAGE_NAMES = {

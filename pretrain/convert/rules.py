@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from model.config.mixer_registry import describe_symbol, mixer_specs
-from model.config.rope import Llama3Stretch
-from model.config.schema import AttentionConfig
-from model.config.window_linear import WindowLinearOptions
-from pretrain.checks.check_run import check_run
-from pretrain.config.errors import ConfigError, Problem
-from pretrain.config.schema import RunConfig
-from pretrain.convert.stages import WINDOW_LINEAR, conversion_of, conversion_stages, converted_blocks
+from amfm.model.config.mixer_registry import describe_symbol, mixer_specs
+from amfm.model.config.rope import Llama3Stretch
+from amfm.model.config.schema import AttentionConfig
+from amfm.model.config.window_linear import WindowLinearOptions
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.config.errors import ConfigError, Problem
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.convert.stages import WINDOW_LINEAR, conversion_of, conversion_stages, converted_blocks
 
 
 def check_conversion(config: RunConfig, world_size: int | None = None) -> None:

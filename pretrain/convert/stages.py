@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from model.config.mixer_registry import find_spec
-from model.config.schema import ModelConfig
-from pretrain.checkpoint.names import newest_saved_step
-from pretrain.config.convert import ConvertConfig, StageName
-from pretrain.config.schema import RunConfig
+from amfm.model.config.mixer_registry import find_spec
+from amfm.model.config.schema import ModelConfig
+from amfm.pretrain.checkpoint.names import newest_saved_step
+from amfm.pretrain.config.convert import ConvertConfig, StageName
+from amfm.pretrain.config.schema import RunConfig
 
 WINDOW_LINEAR = "window_linear"
 

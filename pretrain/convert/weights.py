@@ -12,17 +12,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data_pipeline.progress import Report, silent
-from data_pipeline.store.store import TokenStore
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.lora import merge_lora
-from model.mixers.base import LinearMixer
-from model.parallel.groups import single_rank_groups
-from pretrain.checkpoint.files import read_manifest
-from pretrain.checkpoint.inspect import find_checkpoint, read_full_state
-from pretrain.config.schema import RunConfig
-from pretrain.convert.stages import (
+from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.lora import merge_lora
+from amfm.model.mixers.base import LinearMixer
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.checkpoint.files import read_manifest
+from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.convert.stages import (
     WINDOW_LINEAR,
     ConversionStage,
     conversion_of,
@@ -30,10 +30,16 @@ from pretrain.convert.stages import (
     converted_model,
     folder_of,
 )
-from pretrain.engine.moments import FROZEN
-from pretrain.export.files import begin_export, put_in_place, sync_files
-from pretrain.export.import_huggingface import MODEL_SECTION, describe_model
-from pretrain.inference.weights import Weights, function_settings, read_weights, require_same_function, write_weights
+from amfm.pretrain.engine.moments import FROZEN
+from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
+from amfm.pretrain.export.import_huggingface import MODEL_SECTION, describe_model
+from amfm.pretrain.inference.weights import (
+    Weights,
+    function_settings,
+    read_weights,
+    require_same_function,
+    write_weights,
+)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.engine.parts import Part
+from amfm.pretrain.engine.parts import Part
 
 CHUNK_ELEMENTS = 1 << 20  # stepped in float32 at a time
 CHUNK_BYTES = 64  # that a number takes meanwhile: five float32, four int64 or their halves

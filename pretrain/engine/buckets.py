@@ -28,9 +28,9 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from pretrain.engine.gradients import GradientFault
-from pretrain.engine.optimizer import part_of
-from pretrain.parallel import set_deepspeed_accelerator
+from amfm.pretrain.engine.gradients import GradientFault
+from amfm.pretrain.engine.optimizer import part_of
+from amfm.pretrain.parallel import set_deepspeed_accelerator
 
 set_deepspeed_accelerator()
 

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import torch.distributed
 from torch import nn
 
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.shards import parameter_shards
-from pretrain.parallel import set_deepspeed_accelerator
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.shards import parameter_shards
+from amfm.pretrain.parallel import set_deepspeed_accelerator
 
 set_deepspeed_accelerator()
 

@@ -46,15 +46,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from model.matrices import list_matrices
-from model.parallel.groups import ProcessGroupCollection
-from pretrain.config.schema import OptimizerConfig
-from pretrain.engine.bf16_adamw import Bf16AdamW
-from pretrain.engine.buckets import GradientBuckets
-from pretrain.engine.deepspeed_experts import register_experts_with_deepspeed
-from pretrain.engine.deepspeed_zero3 import DataclassOutputHooks, is_not_about_types
-from pretrain.engine.grad_norm import GlobalNorm
-from pretrain.engine.gradients import (
+from amfm.model.matrices import list_matrices
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.pretrain.config.schema import OptimizerConfig
+from amfm.pretrain.engine.bf16_adamw import Bf16AdamW
+from amfm.pretrain.engine.buckets import GradientBuckets
+from amfm.pretrain.engine.deepspeed_experts import register_experts_with_deepspeed
+from amfm.pretrain.engine.deepspeed_zero3 import DataclassOutputHooks, is_not_about_types
+from amfm.pretrain.engine.grad_norm import GlobalNorm
+from amfm.pretrain.engine.gradients import (
     Float32Accumulator,
     GradientFault,
     PartialGradient,
@@ -64,10 +64,10 @@ from pretrain.engine.gradients import (
     poison_gradients,
     sum_partial_gradients,
 )
-from pretrain.engine.muon.optimizer import Muon
-from pretrain.engine.optimizer import build_optimizer
-from pretrain.engine.parts import list_parts
-from pretrain.parallel import Parallel, set_deepspeed_accelerator
+from amfm.pretrain.engine.muon.optimizer import Muon
+from amfm.pretrain.engine.optimizer import build_optimizer
+from amfm.pretrain.engine.parts import list_parts
+from amfm.pretrain.parallel import Parallel, set_deepspeed_accelerator
 
 set_deepspeed_accelerator()
 

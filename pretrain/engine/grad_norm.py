@@ -15,9 +15,9 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.shards import Shard, parameter_shards
-from pretrain.parallel import Parallel, set_deepspeed_accelerator
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.shards import Shard, parameter_shards
+from amfm.pretrain.parallel import Parallel, set_deepspeed_accelerator
 
 set_deepspeed_accelerator()
 

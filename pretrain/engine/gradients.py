@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.shards import Axis, ShardSpec, parameter_shards
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.shards import Axis, ShardSpec, parameter_shards
 
 
 class Float32Accumulator:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.config.mup import WidthScales, width_scales
-from model.hybrid import HybridModel
-from model.matrices import MatrixStack
-from pretrain.config.schema import OptimizerConfig
-from pretrain.engine.bf16_adamw import Bf16AdamW
-from pretrain.engine.moments import MUON
-from pretrain.engine.muon.optimizer import Muon
+from amfm.model.config.mup import WidthScales, width_scales
+from amfm.model.hybrid import HybridModel
+from amfm.model.matrices import MatrixStack
+from amfm.pretrain.config.schema import OptimizerConfig
+from amfm.pretrain.engine.bf16_adamw import Bf16AdamW
+from amfm.pretrain.engine.moments import MUON
+from amfm.pretrain.engine.muon.optimizer import Muon
 
 NO_SCALES = WidthScales()
 NEVER_DECAY = ("bias", "A_log", "D")  # end of the name, after a dot or _; vectors never decay whatever their name

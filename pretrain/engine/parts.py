@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.parallel.shards import parameter_shards
-from pretrain.parallel import set_deepspeed_accelerator
+from amfm.model.parallel.shards import parameter_shards
+from amfm.pretrain.parallel import set_deepspeed_accelerator
 
 set_deepspeed_accelerator()
 

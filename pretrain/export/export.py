@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import pretrain.export.verify
-from data_pipeline.progress import Report, silent
-from data_pipeline.store.store import TokenStore
-from data_pipeline.tokenizer.tokenizer import Tokenizer
-from model.huggingface.qwen3_next import unfit_tokenizer
-from model.huggingface.targets import TARGETS, Target, choose_target, explain_unfit, left_out_depths
-from model.packing import PackMeta
-from pretrain.export.files import (
+import amfm.pretrain.export.verify
+from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.model.huggingface.qwen3_next import unfit_tokenizer
+from amfm.model.huggingface.targets import TARGETS, Target, choose_target, explain_unfit, left_out_depths
+from amfm.model.packing import PackMeta
+from amfm.pretrain.export.files import (
     CLASS_NAMES,
     MAX_SHARD_BYTES,
     ExportPlan,
@@ -42,10 +42,10 @@ from pretrain.export.files import (
     sync_files,
     write_export,
 )
-from pretrain.inference.merge import multiply_out
-from pretrain.inference.streamed_model import stream_model
-from pretrain.inference.weights import Weights, read_weights
-from pretrain.tensor_files import write_tensors
+from amfm.pretrain.inference.merge import multiply_out
+from amfm.pretrain.inference.streamed_model import stream_model
+from amfm.pretrain.inference.weights import Weights, read_weights
+from amfm.pretrain.tensor_files import write_tensors
 
 # Two float32 implementations that add in another order; real text, logits of order 10.
 LOGIT_TOLERANCE = 1e-4
@@ -239,7 +239,7 @@ def run_proof(
         write_tensors(Path(scratch, "reference.safetensors"), reference)
         Path(scratch, "job.json").write_text(json.dumps(job), encoding="utf-8")
         # -P: our folders must not stand in for modules that transformers looks for.
-        command = [sys.executable, "-P", str(pretrain.export.verify.__file__), scratch]
+        command = [sys.executable, "-P", str(amfm.pretrain.export.verify.__file__), scratch]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
         if done.returncode:
             return {"crash": find_error(done.stderr) or f"exit code {done.returncode}"}

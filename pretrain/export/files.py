@@ -23,21 +23,21 @@ from typing import Any
 
 import torch
 
-import pretrain.export.modeling_template
-from data_pipeline.deletion import delete, try_to_delete
-from data_pipeline.files import sync
-from data_pipeline.naming import named
-from model.config.mixer_registry import describe_symbol
-from model.config.schema import ModelConfig
-from model.flops import count_parameters
-from model.huggingface.config import TokenIds, huggingface_config
-from model.huggingface.targets import NATIVE_TARGETS, Target, explain_unfit
-from model.huggingface.weights import weight_map
-from model.on_demand import Shape, on_demand
-from pretrain.export.readers import known_refusals
-from pretrain.export.tokenizer import write_tokenizer
-from pretrain.inference.weights import Weights
-from pretrain.tensor_files import TensorWriter
+import amfm.pretrain.export.modeling_template
+from amfm.data_pipeline.deletion import delete, try_to_delete
+from amfm.data_pipeline.files import sync
+from amfm.data_pipeline.naming import named
+from amfm.model.config.mixer_registry import describe_symbol
+from amfm.model.config.schema import ModelConfig
+from amfm.model.flops import count_parameters
+from amfm.model.huggingface.config import TokenIds, huggingface_config
+from amfm.model.huggingface.targets import NATIVE_TARGETS, Target, explain_unfit
+from amfm.model.huggingface.weights import weight_map
+from amfm.model.on_demand import Shape, on_demand
+from amfm.pretrain.export.readers import known_refusals
+from amfm.pretrain.export.tokenizer import write_tokenizer
+from amfm.pretrain.inference.weights import Weights
+from amfm.pretrain.tensor_files import TensorWriter
 
 OUR_DESCRIPTION = "amfm_model.json"
 # Name of a temporary folder: `delete` refuses any other.
@@ -116,7 +116,7 @@ def write_export(plan: ExportPlan, folder: Path) -> None:
         {"origin": plan.weights.origin, "target": plan.target, "model": plan.weights.model.model_dump(mode="json")},
     )
     if plan.target == "own":
-        template = Path(pretrain.export.modeling_template.__file__).parent
+        template = Path(amfm.pretrain.export.modeling_template.__file__).parent
         for name in TEMPLATE_FILES:
             (folder / name).write_text((template / name).read_text(encoding="utf-8"), encoding="utf-8")
     (folder / "README.md").write_text(model_card(plan), encoding="utf-8")

@@ -16,13 +16,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from data_pipeline.foreign_files import inside, read_object, take, understood
-from data_pipeline.naming import named
-from data_pipeline.progress import Report, silent
-from data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file
-from model.config.checks import check_model
-from model.config.schema import ModelConfig
-from model.huggingface.config import (
+from amfm.data_pipeline.foreign_files import inside, read_object, take, understood
+from amfm.data_pipeline.naming import named
+from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file
+from amfm.model.config.checks import check_model
+from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.config import (
     OWN_MODEL_TYPE,
     SOURCE_OF_TYPE,
     TARGET_OF_TYPE,
@@ -30,15 +30,15 @@ from model.huggingface.config import (
     huggingface_config,
     model_config_from_huggingface,
 )
-from model.huggingface.latent_attention import is_prediction_layer
-from model.huggingface.targets import Source, Target
-from model.huggingface.weights import weight_map
-from model.on_demand import OnDemand
-from pretrain.export.export import check_free
-from pretrain.export.files import OUR_DESCRIPTION, begin_export, put_in_place, sync_files
-from pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON
-from pretrain.inference.weights import DEPTH_PREFIX, Weights, check_shapes, write_weights
-from pretrain.tensor_files import TensorFile
+from amfm.model.huggingface.latent_attention import is_prediction_layer
+from amfm.model.huggingface.targets import Source, Target
+from amfm.model.huggingface.weights import weight_map
+from amfm.model.on_demand import OnDemand
+from amfm.pretrain.export.export import check_free
+from amfm.pretrain.export.files import OUR_DESCRIPTION, begin_export, put_in_place, sync_files
+from amfm.pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON
+from amfm.pretrain.inference.weights import DEPTH_PREFIX, Weights, check_shapes, write_weights
+from amfm.pretrain.tensor_files import TensorFile
 
 MODEL_SECTION = "model.yaml"
 INDEX = "model.safetensors.index.json"

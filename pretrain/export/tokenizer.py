@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.tokenizer.sentencepiece_model import (
+from amfm.data_pipeline.tokenizer.sentencepiece_model import (
     BPE,
     CONTROL,
     NORMAL,
@@ -21,7 +21,7 @@ from data_pipeline.tokenizer.sentencepiece_model import (
     ModelProto,
     read_sentencepiece_model,
 )
-from data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 
 MODEL_FILE = "tokenizer.model"
 ORIGINAL_JSON = "amfm_tokenizer.json"

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from data_pipeline.progress import Report, silent
-from pretrain.checkpoint.inspect import find_checkpoint, read_buffers, require_sound
-from pretrain.checkpoint.reader import RangeReader
-from pretrain.engine.moments import FROZEN, MUON
-from pretrain.export.export import check_free
-from pretrain.export.files import begin_export, put_in_place, sync_files
+from amfm.data_pipeline.progress import Report, silent
+from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_buffers, require_sound
+from amfm.pretrain.checkpoint.reader import RangeReader
+from amfm.pretrain.engine.moments import FROZEN, MUON
+from amfm.pretrain.export.export import check_free
+from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
 
 # Our kinds by DeepSpeed's names.
 STATES = {"fp32": "weight", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.progress import Report, silent
-from data_pipeline.store.manifest import SPLITS, Part, Split
-from data_pipeline.store.store import TokenStore
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from pretrain.inference.weights import read_weights
-from pretrain.source_losses import SourceLoss, bits_per_byte, losses_of
+from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.store.manifest import SPLITS, Part, Split
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.pretrain.inference.weights import read_weights
+from amfm.pretrain.source_losses import SourceLoss, bits_per_byte, losses_of
 
 IGNORED = -100
 DEFAULT_SEQUENCE_LENGTH = 1024

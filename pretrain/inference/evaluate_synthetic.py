@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.config import DataConfig, SyntheticConfig, TaskName
-from data_pipeline.loader.loader import PretrainLoader
-from data_pipeline.synthetic.build import SETTINGS, build_task
-from model.packing import PackMeta
-from pretrain.accuracy import Accuracy, count_correct, measure_accuracy
-from pretrain.config.file import change_section
-from pretrain.inference.weights import Weights, read_weights
+from amfm.data_pipeline.config import DataConfig, SyntheticConfig, TaskName
+from amfm.data_pipeline.loader.loader import PretrainLoader
+from amfm.data_pipeline.synthetic.build import SETTINGS, build_task
+from amfm.model.packing import PackMeta
+from amfm.pretrain.accuracy import Accuracy, count_correct, measure_accuracy
+from amfm.pretrain.config.file import change_section
+from amfm.pretrain.inference.weights import Weights, read_weights
 
 DEFAULT_LENGTH = 256
 DEFAULT_ROWS = 256

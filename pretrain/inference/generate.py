@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_pipeline.progress import Report, silent
-from data_pipeline.tokenizer.tokenizer import Tokenizer
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from pretrain.inference.weights import read_weights
+from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.pretrain.inference.weights import read_weights
 
 # A character has at most four bytes, so never more byte pieces have to wait for one.
 MAX_PENDING = 4

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.hybrid import HybridModel
-from model.mixers.interface import DecodeState
-from model.packing import PackMeta
-from pretrain.inference.generate import Sampling, choose_token
+from amfm.model.hybrid import HybridModel
+from amfm.model.mixers.interface import DecodeState
+from amfm.model.packing import PackMeta
+from amfm.pretrain.inference.generate import Sampling, choose_token
 
 PROMPT_PIECE = 256  # tokens of a prompt in one pass: other requests get a turn between two, and logits stay small
 TAIL_TOKENS = 8

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config.schema import ModelConfig
-from model.config.structure import DENSE, Structure
-from model.on_demand import OnDemand, computed, on_demand
-from model.structured import dense_matrix
+from amfm.model.config.schema import ModelConfig
+from amfm.model.config.structure import DENSE, Structure
+from amfm.model.on_demand import OnDemand, computed, on_demand
+from amfm.model.structured import dense_matrix
 
 
 def multiply_out(model: ModelConfig, state: Mapping[str, Tensor], alpha: float = 0.0) -> tuple[ModelConfig, OnDemand]:

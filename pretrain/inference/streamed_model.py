@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from model.hybrid import HybridModel
-from model.mixers.attention import AttentionMixer
-from model.mixers.interface import SequenceMixer
-from model.moe.block import MoeMixer
-from model.on_demand import OnDemand, on_demand
-from model.parallel.groups import single_rank_groups
-from pretrain.inference.weights import Weights, fill
+from amfm.model.hybrid import HybridModel
+from amfm.model.mixers.attention import AttentionMixer
+from amfm.model.mixers.interface import SequenceMixer
+from amfm.model.moe.block import MoeMixer
+from amfm.model.on_demand import OnDemand, on_demand
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.inference.weights import Weights, fill
 
 
 def stream_model(weights: Weights) -> HybridModel:

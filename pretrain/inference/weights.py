@@ -23,32 +23,32 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from data_pipeline.foreign_files import inside, read_object, take
-from data_pipeline.progress import Report, silent
-from data_pipeline.synthetic.rows import NO_TOKENIZER
-from data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
-from model.config.checks import check_model
-from model.config.mixer_registry import mixer_specs
-from model.config.pattern import SECTIONS
-from model.config.schema import ModelConfig, read_saved_model
-from model.huggingface.targets import registered_mixers
-from model.huggingface.weights import weight_shapes
-from model.hybrid import HybridModel
-from model.lora import merge_lora
-from model.on_demand import OnDemand, cut_rows, on_demand
-from model.parallel.groups import single_rank_groups
-from model.parallel.shards import REPLICATED, parameter_shards
-from model.routed_updates import ENDS
-from pretrain.checkpoint.files import MANIFEST_NAME, read_manifest
-from pretrain.checkpoint.inspect import find_checkpoint, read_full_state
-from pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
-from pretrain.checkpoint.placement import place_shard, whole_dim
-from pretrain.config.convert import ConvertConfig
-from pretrain.config.saved import read_saved_config
-from pretrain.config.schema import RunConfig
-from pretrain.inference.merge import multiply_out
-from pretrain.stages import last_stage, model_of_stage, resolve_stages
-from pretrain.tensor_files import TensorFile, TensorWriter
+from amfm.data_pipeline.foreign_files import inside, read_object, take
+from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
+from amfm.model.config.checks import check_model
+from amfm.model.config.mixer_registry import mixer_specs
+from amfm.model.config.pattern import SECTIONS
+from amfm.model.config.schema import ModelConfig, read_saved_model
+from amfm.model.huggingface.targets import registered_mixers
+from amfm.model.huggingface.weights import weight_shapes
+from amfm.model.hybrid import HybridModel
+from amfm.model.lora import merge_lora
+from amfm.model.on_demand import OnDemand, cut_rows, on_demand
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.parallel.shards import REPLICATED, parameter_shards
+from amfm.model.routed_updates import ENDS
+from amfm.pretrain.checkpoint.files import MANIFEST_NAME, read_manifest
+from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
+from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
+from amfm.pretrain.checkpoint.placement import place_shard, whole_dim
+from amfm.pretrain.config.convert import ConvertConfig
+from amfm.pretrain.config.saved import read_saved_config
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.inference.merge import multiply_out
+from amfm.pretrain.stages import last_stage, model_of_stage, resolve_stages
+from amfm.pretrain.tensor_files import TensorFile, TensorWriter
 
 WEIGHTS_FORMAT = "amfm-weights"
 WEIGHTS_VERSION = 1

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from data_pipeline.batch import Batch
-from pretrain.config.schema import HealthConfig
-from pretrain.engine.gradients import GradientFault
-from pretrain.parallel import Parallel
+from amfm.data_pipeline.batch import Batch
+from amfm.pretrain.config.schema import HealthConfig
+from amfm.pretrain.engine.gradients import GradientFault
+from amfm.pretrain.parallel import Parallel
 
 
 def describe_skip(

@@ -26,10 +26,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.engine_layout import EngineLayout
-from pretrain.checkpoint.fragments import collect_fragments
-from pretrain.engine.parts import name_parameters
-from pretrain.parallel import Parallel
+from amfm.pretrain.checkpoint.engine_layout import EngineLayout
+from amfm.pretrain.checkpoint.fragments import collect_fragments
+from amfm.pretrain.engine.parts import name_parameters
+from amfm.pretrain.parallel import Parallel
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNK_ELEMENTS = 1 << 22

@@ -14,9 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from pretrain.config.schema import RunConfig
-from pretrain.monitor.live import LivePanel
-from pretrain.monitor.panel import RunState
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.monitor.live import LivePanel
+from amfm.pretrain.monitor.panel import RunState
 
 
 class Display:

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from pretrain.monitor.panel import plural
-from pretrain.parallel import Parallel, describe_environment
+from amfm.pretrain.monitor.panel import plural
+from amfm.pretrain.parallel import Parallel, describe_environment
 
 LIBRARIES = (
     "torch",

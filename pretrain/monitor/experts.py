@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from model.config.schema import ModelConfig
+from amfm.model.config.schema import ModelConfig
 
 EXPERT_STEPS = 20
 # Of the way from even loads (0) to one set of top_k experts that takes every token (1).

@@ -16,13 +16,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.lines import parse_line
-from data_pipeline.naming import named
-from pretrain.config.file import load_config
-from pretrain.config.schema import RunConfig
-from pretrain.monitor.heartbeat import Beat, describe_lost, read_beats
-from pretrain.monitor.panel import RunState, plural
-from pretrain.stages import total_steps
+from amfm.data_pipeline.lines import parse_line
+from amfm.data_pipeline.naming import named
+from amfm.pretrain.config.file import load_config
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.monitor.heartbeat import Beat, describe_lost, read_beats
+from amfm.pretrain.monitor.panel import RunState, plural
+from amfm.pretrain.stages import total_steps
 
 State = Literal["waiting", "running", "finished", "stopped", "failed", "lost"]
 MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "heartbeats", "lock")

@@ -24,8 +24,8 @@ from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
-from data_pipeline.lines import parse_line
-from pretrain.monitor.node_board import NodeBoard
+from amfm.data_pipeline.lines import parse_line
+from amfm.pretrain.monitor.node_board import NodeBoard
 
 # In the order in which a step passes them: who is in an earlier one than the others is waited for.
 PHASES = ("start", "data", "forward", "reduce", "optimizer", "validate", "tasks", "save")

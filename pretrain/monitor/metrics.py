@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import sync
-from data_pipeline.lines import LineFile, read_lines
-from data_pipeline.naming import named
-from pretrain.config.schema import RunConfig
+from amfm.data_pipeline.files import sync
+from amfm.data_pipeline.lines import LineFile, read_lines
+from amfm.data_pipeline.naming import named
+from amfm.pretrain.config.schema import RunConfig
 
 Metrics = dict[str, Any]
 

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from data_pipeline.files import write_file_atomically
-from data_pipeline.lines import parse_line
-from data_pipeline.locks import take_lock
-from data_pipeline.naming import named
-from pretrain.monitor.heartbeat import WRITE_SECONDS, read_beats
+from amfm.data_pipeline.files import write_file_atomically
+from amfm.data_pipeline.lines import parse_line
+from amfm.data_pipeline.locks import take_lock
+from amfm.data_pipeline.naming import named
+from amfm.pretrain.monitor.heartbeat import WRITE_SECONDS, read_beats
 
 OWNER_NAME = "owner.json"
 MAX_OWNER_BYTES = 4096

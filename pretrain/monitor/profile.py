@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from data_pipeline.naming import named
-from model.hybrid import HybridModel
-from pretrain.config.schema import ProfileConfig
-from pretrain.monitor.heartbeat import Heartbeat
+from amfm.data_pipeline.naming import named
+from amfm.model.hybrid import HybridModel
+from amfm.pretrain.config.schema import ProfileConfig
+from amfm.pretrain.monitor.heartbeat import Heartbeat
 
 PREFIX = "amfm "  # of every range of ours in a trace
 MEMORY_ENTRIES = 200_000  # allocations that a memory snapshot keeps

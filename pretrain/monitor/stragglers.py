@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pretrain.parallel import Parallel
+from amfm.pretrain.parallel import Parallel
 
 STRAGGLER_STEPS = 20
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from model.config.schema import ModelConfig
-from pretrain.checkpoint.masters import Grouping
-from pretrain.config.pruning import PrunedGroups
-from pretrain.inference.merge import mixer_places
+from amfm.model.config.schema import ModelConfig
+from amfm.pretrain.checkpoint.masters import Grouping
+from amfm.pretrain.config.pruning import PrunedGroups
+from amfm.pretrain.inference.merge import mixer_places
 
 
 @dataclass(frozen=True)

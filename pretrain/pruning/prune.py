@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import torch
 
-from model.moe.block import PRUNED_BIAS, MoeMixer
-from pretrain.checkpoint.masters import MasterView
-from pretrain.checkpoint.save import ranks_of
-from pretrain.config.pruning import PruneConfig
-from pretrain.pruning.groups import GroupPlan, plan_groups
-from pretrain.run import Run
+from amfm.model.moe.block import PRUNED_BIAS, MoeMixer
+from amfm.pretrain.checkpoint.masters import MasterView
+from amfm.pretrain.checkpoint.save import ranks_of
+from amfm.pretrain.config.pruning import PruneConfig
+from amfm.pretrain.pruning.groups import GroupPlan, plan_groups
+from amfm.pretrain.run import Run
 
 
 def pruned_share(section: PruneConfig, step: int) -> float:

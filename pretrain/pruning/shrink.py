@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from model.config.checks import check_model
-from model.config.schema import ModelConfig
-from model.moe.block import PRUNED_BIAS
-from model.packing import PackMeta
-from pretrain.config.pruning import PRUNED_GROUPS, PrunedGroups
-from pretrain.inference.merge import factored_places
-from pretrain.inference.weights import Weights, check_shapes
-from pretrain.pruning.groups import GroupPlan, Unit, plan_groups
+from amfm.model.config.checks import check_model
+from amfm.model.config.schema import ModelConfig
+from amfm.model.moe.block import PRUNED_BIAS
+from amfm.model.packing import PackMeta
+from amfm.pretrain.config.pruning import PRUNED_GROUPS, PrunedGroups
+from amfm.pretrain.inference.merge import factored_places
+from amfm.pretrain.inference.weights import Weights, check_shapes
+from amfm.pretrain.pruning.groups import GroupPlan, Unit, plan_groups
 
 LOGIT_TOLERANCE = 1e-5
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.progress import Report, silent
-from model.config.schema import ModelConfig
-from model.flops import count_parameters
-from pretrain.export.export import check_free, proof_text
-from pretrain.export.import_huggingface import write_model
-from pretrain.inference.weights import read_weights
-from pretrain.pruning.shrink import LOGIT_TOLERANCE, logit_difference, shrink_weights
+from amfm.data_pipeline.progress import Report, silent
+from amfm.model.config.schema import ModelConfig
+from amfm.model.flops import count_parameters
+from amfm.pretrain.export.export import check_free, proof_text
+from amfm.pretrain.export.import_huggingface import write_model
+from amfm.pretrain.inference.weights import read_weights
+from amfm.pretrain.pruning.shrink import LOGIT_TOLERANCE, logit_difference, shrink_weights
 
 
 @dataclass(frozen=True)

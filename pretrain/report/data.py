@@ -14,11 +14,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from data_pipeline.foreign_files import read_object
-from data_pipeline.lines import read_lines
-from pretrain.config.file import load_config
-from pretrain.config.schema import RunConfig
-from pretrain.stages import RunStage, resolve_stages
+from amfm.data_pipeline.foreign_files import read_object
+from amfm.data_pipeline.lines import read_lines
+from amfm.pretrain.config.file import load_config
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.stages import RunStage, resolve_stages
 
 Metrics = dict[str, Any]
 

@@ -16,10 +16,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from pretrain.report.colours import THEMED, Colours
-from pretrain.report.numbers import short
-from pretrain.report.plots import Curve, HeatMap, Plot
-from pretrain.report.thin import keep_extremes
+from amfm.pretrain.report.colours import THEMED, Colours
+from amfm.pretrain.report.numbers import short
+from amfm.pretrain.report.plots import Curve, HeatMap, Plot
+from amfm.pretrain.report.thin import keep_extremes
 
 MAX_POINTS = 800
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from model.flops import count_parameters
-from pretrain.config.file import diff_configs
-from pretrain.report.data import RunRecord
-from pretrain.report.draw import DASHES
-from pretrain.report.numbers import count, plain
-from pretrain.report.page import Table
-from pretrain.report.plots import Curve, Plot
-from pretrain.report.thin import smooth
+from amfm.model.flops import count_parameters
+from amfm.pretrain.config.file import diff_configs
+from amfm.pretrain.report.data import RunRecord
+from amfm.pretrain.report.draw import DASHES
+from amfm.pretrain.report.numbers import count, plain
+from amfm.pretrain.report.page import Table
+from amfm.pretrain.report.plots import Curve, Plot
+from amfm.pretrain.report.thin import smooth
 
 NUM_COLOURS = 6
 MAX_RUNS = NUM_COLOURS * len(DASHES)

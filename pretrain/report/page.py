@@ -17,10 +17,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pretrain.report.colours import DARK, LIGHT
-from pretrain.report.draw import draw_svg
-from pretrain.report.numbers import plain
-from pretrain.report.plots import Plot
+from amfm.pretrain.report.colours import DARK, LIGHT
+from amfm.pretrain.report.draw import draw_svg
+from amfm.pretrain.report.numbers import plain
+from amfm.pretrain.report.plots import Plot
 
 # A long run logs thousands of checkpoints; older events stay in events.jsonl.
 MAX_EVENTS = 200

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from pretrain.report.data import RunRecord, is_number
-from pretrain.report.plots import Curve, HeatMap, Plot
-from pretrain.report.thin import keep_extremes
+from amfm.pretrain.report.data import RunRecord, is_number
+from amfm.pretrain.report.plots import Curve, HeatMap, Plot
+from amfm.pretrain.report.thin import keep_extremes
 
 MAX_POINTS = 16_000
 MIN_POINTS = 400

@@ -13,13 +13,13 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from model.flops import count_parameters
-from pretrain.report.colours import LIGHT
-from pretrain.report.data import RunRecord
-from pretrain.report.draw import draw_plot, style
-from pretrain.report.numbers import short
-from pretrain.report.overlay import overlay_plots
-from pretrain.report.plots import make_plots
+from amfm.model.flops import count_parameters
+from amfm.pretrain.report.colours import LIGHT
+from amfm.pretrain.report.data import RunRecord
+from amfm.pretrain.report.draw import draw_plot, style
+from amfm.pretrain.report.numbers import short
+from amfm.pretrain.report.overlay import overlay_plots
+from amfm.pretrain.report.plots import make_plots
 
 MAX_PANELS = 4
 LEFT_OUT = ("rate", "mfu")  # the schedule is known, and MFU follows throughput

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.report.data import RunRecord
-from pretrain.report.thin import mean_of_spans, smooth
+from amfm.pretrain.report.data import RunRecord
+from amfm.pretrain.report.thin import mean_of_spans, smooth
 
 MAX_COLUMNS = 240
 MIN_SMOOTHED = 20

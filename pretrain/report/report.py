@@ -11,14 +11,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.naming import named
-from model.config.mixer_registry import describe_symbol
-from model.flops import count_parameters, flops_per_token
-from pretrain.config.file import resolved_yaml
-from pretrain.report.data import RunRecord, read_run
-from pretrain.report.numbers import count, duration, perplexity
-from pretrain.report.overlay import MAX_RUNS, compare_configs, overlay_plots, render_runs
-from pretrain.report.page import (
+from amfm.data_pipeline.naming import named
+from amfm.model.config.mixer_registry import describe_symbol
+from amfm.model.flops import count_parameters, flops_per_token
+from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.report.data import RunRecord, read_run
+from amfm.pretrain.report.numbers import count, duration, perplexity
+from amfm.pretrain.report.overlay import MAX_RUNS, compare_configs, overlay_plots, render_runs
+from amfm.pretrain.report.page import (
     Card,
     Table,
     flatten,
@@ -33,9 +33,9 @@ from pretrain.report.page import (
     render_table,
     render_text,
 )
-from pretrain.report.page_data import describe_page
-from pretrain.report.plots import make_plots
-from pretrain.report.tasks import describe_tasks, tasks_plot
+from amfm.pretrain.report.page_data import describe_page
+from amfm.pretrain.report.plots import make_plots
+from amfm.pretrain.report.tasks import describe_tasks, tasks_plot
 
 
 def write_report(run_dirs: Sequence[str | Path], out: Path | None = None) -> Path:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pretrain.report.data import RunRecord
-from pretrain.report.page import Table
-from pretrain.report.plots import Curve, Plot
+from amfm.pretrain.report.data import RunRecord
+from amfm.pretrain.report.page import Table
+from amfm.pretrain.report.plots import Curve, Plot
 
 # Metrics between 0 and 1, of which more is better; others (perplexities, bits) have scales of their own.
 SHARES = ("acc", "acc_norm", "exact_match", "f1", "mc1", "mc2", "prompt_level_strict_acc")

@@ -13,8 +13,8 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from data_pipeline.tokenizer.tokenizer import Tokenizer
-from pretrain.tasks.scoring import GreedyJob, Job, LikelihoodJob
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.pretrain.tasks.scoring import GreedyJob, Job, LikelihoodJob
 
 # lm-eval's own default, for a task that does not say how many tokens it generates at most.
 DEFAULT_NEW_TOKENS = 256

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from pretrain.inference.weights import read_weights
-from pretrain.tasks.scoring import Scorer, Share
-from pretrain.tasks.suite import TaskChoice, open_suite
+from amfm.pretrain.inference.weights import read_weights
+from amfm.pretrain.tasks.scoring import Scorer, Share
+from amfm.pretrain.tasks.suite import TaskChoice, open_suite
 
 # Tokens a row for an import, of which no length of training is known; an export of it says the same.
 DEFAULT_LENGTH = 4096

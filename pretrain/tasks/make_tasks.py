@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.store.store import TokenStore
-from data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 
 CONTEXT_WORDS = 48
 CHOICE_WORDS = 6

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.tokenizer.tokenizer import Tokenizer
-from model.hybrid import ModelOutput
-from model.mixers.interface import DecodeState
-from model.packing import PackMeta
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.model.hybrid import ModelOutput
+from amfm.model.mixers.interface import DecodeState
+from amfm.model.packing import PackMeta
 
 # Tokens of the shortest padded row.
 SHORTEST_ROW = 32

@@ -22,10 +22,10 @@ from typing import Any
 import numpy
 import torch
 
-from data_pipeline.tokenizer.tokenizer import Tokenizer
-from pretrain.checkpoint.random_state import collect_random_state, restore_random_state
-from pretrain.failures import describe
-from pretrain.tasks.scoring import Job
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.pretrain.checkpoint.random_state import collect_random_state, restore_random_state
+from amfm.pretrain.failures import describe
+from amfm.pretrain.tasks.scoring import Job
 
 # Seeds of lm-eval's command: Python; numpy, torch and few-shot examples.
 PYTHON_SEED, OTHER_SEED = 0, 1234
@@ -87,7 +87,7 @@ class TaskSuite:
         """
         from lm_eval.evaluator import evaluate
 
-        from pretrain.tasks.adapter import ModelAdapter
+        from amfm.pretrain.tasks.adapter import ModelAdapter
 
         self.load()
         assert self.loaded is not None, "loaded above"

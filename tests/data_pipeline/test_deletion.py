@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.deletion import delete, try_to_delete
+from amfm.data_pipeline.deletion import delete, try_to_delete
 
 OWN = re.compile(r"step-\d+\.tmp")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.memory import OWN_SETTINGS, keep_freed_memory
+from amfm.data_pipeline.memory import OWN_SETTINGS, keep_freed_memory
 
 COUNT_FAULTS = """
 import resource, sys
-from data_pipeline.memory import keep_freed_memory
+from amfm.data_pipeline.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for turn in range(6):

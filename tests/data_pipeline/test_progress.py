@@ -2,7 +2,7 @@
 
 import time
 
-from data_pipeline.progress import Waiting, format_bytes, format_seconds
+from amfm.data_pipeline.progress import Waiting, format_bytes, format_seconds
 
 
 def test_short_work_says_nothing_and_long_work_what_it_does_and_how_long_it_takes(capsys):

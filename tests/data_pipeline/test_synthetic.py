@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.config import DataConfig, PhaseConfig, SyntheticConfig
-from data_pipeline.loader.loader import PretrainLoader, row_settings
-from data_pipeline.samples.packing import IGNORED_LABEL
-from data_pipeline.synthetic.build import SETTINGS, build_task
-from data_pipeline.synthetic.groups import group_elements
-from data_pipeline.synthetic.rows import SyntheticReader
+from amfm.data_pipeline.config import DataConfig, PhaseConfig, SyntheticConfig
+from amfm.data_pipeline.loader.loader import PretrainLoader, row_settings
+from amfm.data_pipeline.samples.packing import IGNORED_LABEL
+from amfm.data_pipeline.synthetic.build import SETTINGS, build_task
+from amfm.data_pipeline.synthetic.groups import group_elements
+from amfm.data_pipeline.synthetic.rows import SyntheticReader
 
 SMALL = {
     "mqar": SyntheticConfig(task="mqar", num_pairs=3, num_keys=5, num_values=4),

@@ -3,12 +3,12 @@ import shutil
 import numpy as np
 import pytest
 
-from data_pipeline.loader.loader import PretrainLoader
-from data_pipeline.store.manifest import DOCUMENT_CHUNK
-from data_pipeline.store.shards import encode_shard
-from data_pipeline.store.store import TokenStore
-from data_pipeline.tokenizer.tokenizer import load_tokenizer
-from data_pipeline.verify import sample_text, verify_store
+from amfm.data_pipeline.loader.loader import PretrainLoader
+from amfm.data_pipeline.store.manifest import DOCUMENT_CHUNK
+from amfm.data_pipeline.store.shards import encode_shard
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.data_pipeline.verify import sample_text, verify_store
 from tests.helpers.tiny_store import make_tiny_store
 
 

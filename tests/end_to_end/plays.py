@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_pipeline.prepare.corpus import fetch_corpus
-from model.hybrid import HybridModel, ModelOutput
-from model.packing import PackMeta
-from model.scheduled import set_step
+from amfm.data_pipeline.prepare.corpus import fetch_corpus
+from amfm.model.hybrid import HybridModel, ModelOutput
+from amfm.model.packing import PackMeta
+from amfm.model.scheduled import set_step
 
 ROWS, TOKENS, WARMUP = 16, 64, 20
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig
-from model.hybrid import HybridModel
-from model.mixers.window_linear import WindowLinearMixer
-from model.parallel.groups import single_rank_groups
-from pretrain.config.convert import ConvertConfig, StageName, TransferConfig, TuneConfig
-from pretrain.convert.prepare import prepare_stage
+from amfm.model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.mixers.window_linear import WindowLinearMixer
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.config.convert import ConvertConfig, StageName, TransferConfig, TuneConfig
+from amfm.pretrain.convert.prepare import prepare_stage
 from tests.end_to_end.plays import held_out_loss, train
 
 HEADS = {"num_heads": 3, "num_kv_heads": 3, "head_dim": 32, "positions": "rope"}

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.samples.samples import PhaseSettings
-from data_pipeline.store.manifest import Split
-from data_pipeline.synthetic.rows import SyntheticSettings
-from model.hybrid import HybridModel
-from model.init import initial_values, named_seed
-from model.packing import PackMeta
-from pretrain.config.file import load_config
-from pretrain.config.schema import RunConfig
-from pretrain.inference.weights import read_weights
-from pretrain.train import train
+from amfm.data_pipeline.samples.samples import PhaseSettings
+from amfm.data_pipeline.store.manifest import Split
+from amfm.data_pipeline.synthetic.rows import SyntheticSettings
+from amfm.model.hybrid import HybridModel
+from amfm.model.init import initial_values, named_seed
+from amfm.model.packing import PackMeta
+from amfm.pretrain.config.file import load_config
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.inference.weights import read_weights
+from amfm.pretrain.train import train
 
 CONFIG = Path(__file__).parents[2] / "configs" / "probes" / "mqar.yaml"
 STEPS, EVERY, LENGTH, ROWS = 480, 60, 12, 32

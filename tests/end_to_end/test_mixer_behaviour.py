@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "probes"
 
 def run_amfm(*arguments: str, packages: Path) -> str:
     """What a verb prints, with what is installed in `packages`; one thread, so that a seed gives the same weights everywhere."""
-    command = [sys.executable, "-W", "ignore", "-m", "launch", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "amfm.launch", *arguments]
     paths = {"PYTHONPATH": f"{packages}{os.pathsep}{CONFIGS.parents[1]}"}
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | paths
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.loss import IGNORE_INDEX
-from model.mtp import Ahead
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.loss import IGNORE_INDEX
+from amfm.model.mtp import Ahead
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
 
 ROOT = Path(__file__).parents[2]
 STEPS, ROWS, TOKENS, RATE = 200, 16, 64, 4e-3

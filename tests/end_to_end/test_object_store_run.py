@@ -18,7 +18,7 @@ def test_a_run_on_a_store_behind_a_url_is_the_run_on_its_folder(tmp_path, monkey
     data = tiny_data(tmp_path / "data")
 
     def amfm(*arguments):
-        command = [sys.executable, "-m", "launch", *map(str, arguments)]
+        command = [sys.executable, "-m", "amfm.launch", *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout

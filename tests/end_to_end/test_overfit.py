@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.monitor.signals import SignalWatch
-from pretrain.start import close_run, start_run
-from pretrain.step import train_step
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.step import train_step
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
+from amfm.data_pipeline.config import DataConfig
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import Trained, tiny_config, tiny_data, train_and_collect
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from model.config.schema import AttentionConfig, FeedForwardConfig, GuideConfig, ModelConfig
-from model.hybrid import HybridModel
-from model.parallel.groups import single_rank_groups
+from amfm.model.config.schema import AttentionConfig, FeedForwardConfig, GuideConfig, ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.parallel.groups import single_rank_groups
 from tests.end_to_end.plays import held_out_loss, train
 
 STEPS, PEAK = 220, 4e-3

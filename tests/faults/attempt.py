@@ -12,9 +12,9 @@ from typing import Any
 
 import torch.distributed
 
-from data_pipeline.config import DataConfig
-from pretrain.failures import describe, exit_code
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.failures import describe, exit_code
+from amfm.pretrain.train import train
 from tests.pretrain.tiny_run import tiny_config
 
 PATIENCE_SECONDS = 60.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_pipeline.config import DataConfig
+from amfm.data_pipeline.config import DataConfig
 from tests.pretrain.tiny_run import tiny_data
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.bench.soak.disk import build_library as build
-from launch.bench.soak.disk import fault, fault_variables
+from amfm.launch.bench.soak.disk import build_library as build
+from amfm.launch.bench.soak.disk import fault, fault_variables
 
 __all__ = ["ROOT", "build_library", "fault", "with_faults", "with_record"]
 

@@ -21,18 +21,18 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.foreign_files import read_object
-from data_pipeline.prepare.journal import Journal
-from data_pipeline.store.store import TokenStore
-from data_pipeline.tokenizer.tokenizer import read_tokenizer_file
-from data_pipeline.verify import verify_store
-from pretrain.checkpoint.files import encode_manifest, read_manifest, verify_checkpoint
-from pretrain.config.file import load_config
-from pretrain.inference.weights import read_weights
-from pretrain.monitor.heartbeat import read_beats
-from pretrain.monitor.metrics import keep_until
-from pretrain.report.data import read_json_lines
-from pretrain.tensor_files import TensorFile
+from amfm.data_pipeline.foreign_files import read_object
+from amfm.data_pipeline.prepare.journal import Journal
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.tokenizer import read_tokenizer_file
+from amfm.data_pipeline.verify import verify_store
+from amfm.pretrain.checkpoint.files import encode_manifest, read_manifest, verify_checkpoint
+from amfm.pretrain.config.file import load_config
+from amfm.pretrain.inference.weights import read_weights
+from amfm.pretrain.monitor.heartbeat import read_beats
+from amfm.pretrain.monitor.metrics import keep_until
+from amfm.pretrain.report.data import read_json_lines
+from amfm.pretrain.tensor_files import TensorFile
 
 # Of the processor's time: other programs may hold up a reader that is quick. One that waits for something takes longer yet.
 MAX_SECONDS = 5.0
@@ -147,7 +147,7 @@ class Readers:
         return self.place / "weights" / "weights.json", lambda: read_weights(self.place / "weights")
 
     def imported_config(self) -> tuple[Path, Callable[[], Any]]:
-        from pretrain.export.import_huggingface import import_huggingface
+        from amfm.pretrain.export.import_huggingface import import_huggingface
 
         def read() -> None:
             shutil.rmtree(self.place / "imported", ignore_errors=True)

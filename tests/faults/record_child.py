@@ -14,12 +14,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from data_pipeline.config import DataConfig
-from data_pipeline.prepare.prepare import prepare
-from data_pipeline.store.node_cache import BlockCache, CacheSettings
-from pretrain.launcher_protocol import DONE, NEXT_LAYOUT
-from pretrain.monitor.metrics import RunLog
-from pretrain.parallel import initialize_parallel
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.store.node_cache import BlockCache, CacheSettings
+from amfm.pretrain.launcher_protocol import DONE, NEXT_LAYOUT
+from amfm.pretrain.monitor.metrics import RunLog
+from amfm.pretrain.parallel import initialize_parallel
 from tests.faults.staged import BOUNDARY, run_to_the_end, staged_config
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 from tests.pretrain.checkpoint.toys import make_engine, run_steps, save

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_pipeline.config import DataConfig
-from pretrain.config.schema import RunConfig
-from pretrain.launcher_protocol import NEXT_LAYOUT
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.launcher_protocol import NEXT_LAYOUT
+from amfm.pretrain.train import train
 from tests.pretrain.tiny_run import tiny_config
 
 BOUNDARY = 3  # steps of the first stage

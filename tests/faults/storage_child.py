@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from data_pipeline.config import DataConfig
+from amfm.data_pipeline.config import DataConfig
 from tests.faults.attempt import Attempt
 
 if __name__ == "__main__":

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DataConfig
-from data_pipeline.lines import read_lines
-from data_pipeline.prepare.prepare import prepare
-from data_pipeline.store.node_cache import BlockCache, CacheSettings
-from data_pipeline.store.store import TokenStore
-from data_pipeline.verify import verify_store
-from pretrain.checkpoint.files import verify_checkpoint
-from pretrain.checkpoint.names import list_checkpoints, newest_saved_step
-from pretrain.launcher_protocol import DONE, NEXT_LAYOUT
-from pretrain.monitor.metrics import keep_until
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.lines import read_lines
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.store.node_cache import BlockCache, CacheSettings
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.verify import verify_store
+from amfm.pretrain.checkpoint.files import verify_checkpoint
+from amfm.pretrain.checkpoint.names import list_checkpoints, newest_saved_step
+from amfm.pretrain.launcher_protocol import DONE, NEXT_LAYOUT
+from amfm.pretrain.monitor.metrics import keep_until
 from tests.faults.crash_states import CrashState, Operation, crash_states, read_record
 from tests.faults.disk import with_record
 from tests.faults.staged import BOUNDARY, run_to_the_end, staged_config

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.config import DataConfig
-from data_pipeline.store.part_writer import write_part
-from data_pipeline.store.store import TokenStore
-from pretrain.checkpoint.files import read_manifest
-from pretrain.config.schema import RunConfig
-from pretrain.saving import join_damages
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.store.part_writer import write_part
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.pretrain.checkpoint.files import read_manifest
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.saving import join_damages
+from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import read_metrics, tiny_config
 

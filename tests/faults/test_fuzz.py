@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from pretrain.config.file import resolved_yaml
-from pretrain.export.export import export_checkpoint
-from pretrain.train import train
+from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.export.export import export_checkpoint
+from amfm.pretrain.train import train
 from tests.faults.disk import ROOT
 from tests.pretrain.export.exported_models import weights_folder
 from tests.pretrain.tiny_run import tiny_config, tiny_data

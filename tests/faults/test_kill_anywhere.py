@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config import DataConfig
-from pretrain.checkpoint.inspect import diff_checkpoints
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.checkpoint.inspect import diff_checkpoints
 from tests.faults.attempt import Attempt
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import read_events, tiny_data

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch.multiprocessing
 
-from pretrain.engine.engine import ZeroEngine
-from pretrain.parallel import initialize_parallel
+from amfm.pretrain.engine.engine import ZeroEngine
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import digest_state, load, make_engine, run_steps, save
 

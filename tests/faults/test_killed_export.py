@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DataConfig
-from pretrain.export.export import export_checkpoint
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.export.export import export_checkpoint
+from amfm.pretrain.train import train
 from tests.faults.disk import fault, with_faults
 from tests.pretrain.tiny_run import tiny_config
 
@@ -20,7 +20,7 @@ KILLS = 14  # disk.c knows 16 rules
 EXPORT = """
 import os, sys
 from pathlib import Path
-from pretrain.export.export import export_checkpoint
+from amfm.pretrain.export.export import export_checkpoint
 place = Path(sys.argv[1])
 for number in range(int(sys.argv[2])):
     switch, out = place / f"{number}.on", place / f"out{number}"

@@ -15,8 +15,8 @@ import psutil
 import pytest
 import yaml
 
-from data_pipeline.config import DataConfig
-from launch.rank_command import rank_command, source_variables
+from amfm.data_pipeline.config import DataConfig
+from amfm.launch.rank_command import rank_command, source_variables
 from tests.helpers.spawn import run_ranks
 from tests.helpers.srun import NODES, write_programs
 from tests.parallel.test_stage_layouts import run_layouts, staged_config

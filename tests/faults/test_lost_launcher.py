@@ -15,14 +15,14 @@ import pytest
 RANK = """
 import os, sys, time
 from pathlib import Path
-from pretrain.parallel import die_with_launcher
+from amfm.pretrain.parallel import die_with_launcher
 die_with_launcher()
 Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
 time.sleep(120)
 """
 LAUNCHER = """
 import sys
-from launch.cluster.local import run_command
+from amfm.launch.cluster.local import run_command
 run_command([sys.executable, "-W", "ignore", "-c", sys.argv[1], sys.argv[2]], 2)
 """
 

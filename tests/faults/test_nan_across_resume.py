@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from data_pipeline.config import DataConfig
-from data_pipeline.loader.loader import PretrainLoader
-from model.hybrid import HybridModel
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.loader.loader import PretrainLoader
+from amfm.model.hybrid import HybridModel
+from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
 

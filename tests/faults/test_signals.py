@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_pipeline.config import DataConfig
-from pretrain.checkpoint.inspect import inspect_checkpoint
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.checkpoint.inspect import inspect_checkpoint
+from amfm.pretrain.train import train
 from tests.faults.disk import fault, with_faults
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
 

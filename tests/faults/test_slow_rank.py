@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from torch.nn.modules.module import register_module_forward_hook
 
-from data_pipeline.config import DataConfig
-from model.hybrid import HybridModel
-from pretrain.monitor.stragglers import STRAGGLER_STEPS
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig
+from amfm.model.hybrid import HybridModel
+from amfm.pretrain.monitor.stragglers import STRAGGLER_STEPS
+from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import read_events, tiny_config
 

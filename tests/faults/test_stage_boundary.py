@@ -14,8 +14,8 @@ import psutil
 import pytest
 import yaml
 
-from launch.rank_command import rank_command, source_variables
-from pretrain.launcher_protocol import RUN_FAILED
+from amfm.launch.rank_command import rank_command, source_variables
+from amfm.pretrain.launcher_protocol import RUN_FAILED
 from tests.parallel.test_stage_layouts import STEPS, staged_config
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.launcher_protocol import RUN_FAILED
+from amfm.pretrain.launcher_protocol import RUN_FAILED
 from tests.faults.disk import fault, with_faults
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data
 

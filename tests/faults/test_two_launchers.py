@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from pretrain.launcher_protocol import RUN_FAILED
-from pretrain.monitor.heartbeat import HUNG, Beat
-from pretrain.monitor.ownership import Ownership, require_silence
+from amfm.pretrain.launcher_protocol import RUN_FAILED
+from amfm.pretrain.monitor.heartbeat import HUNG, Beat
+from amfm.pretrain.monitor.ownership import Ownership, require_silence
 from tests.faults.disk import fault, with_faults
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data
 
@@ -27,8 +27,8 @@ SETTINGS = {"train__steps": STEPS, "train__checkpoint_every_steps": 4, "launch__
 FENCED = (
     "import sys, time\n"
     "from pathlib import Path\n"
-    "from pretrain.monitor.heartbeat import Heartbeat\n"
-    "from pretrain.monitor.ownership import Ownership\n"
+    "from amfm.pretrain.monitor.heartbeat import Heartbeat\n"
+    "from amfm.pretrain.monitor.ownership import Ownership\n"
     "heartbeat = Heartbeat(Path(sys.argv[1]), rank=0, timeout_seconds=0.8)\n"
     "heartbeat.fence = Ownership.take(Path(sys.argv[1])).check\n"
     "heartbeat.start()\n"

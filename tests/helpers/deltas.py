@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.delta_scan.op import DeltaScanOutput, delta_scan
+from amfm.kernels.delta_scan.op import DeltaScanOutput, delta_scan
 
 
 @dataclass(frozen=True)

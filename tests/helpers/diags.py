@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.diag_scan.op import diag_scan
+from amfm.kernels.diag_scan.op import diag_scan
 from tests.helpers.scans import ScanCase, make_documents
 
 NAMES = ("x", "dt", "A_log", "B", "C", "D", "dt_bias")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.documents import first_tokens
-from kernels.mamba2.op import MixerSizes, mamba2_mix
+from amfm.kernels.documents import first_tokens
+from amfm.kernels.mamba2.op import MixerSizes, mamba2_mix
 from tests.helpers.scans import ScanCase, make_documents
 
 NAMES = ("projected", "conv_weight", "conv_bias", "A_log", "D", "dt_bias", "norm_weight", "out_weight")

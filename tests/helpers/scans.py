@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.decay_scan.op import decay_scan, mamba2_scan
+from amfm.kernels.decay_scan.op import decay_scan, mamba2_scan
 
 # Gradients that are one number a head.
 SUMS = ("d_A_log", "d_dt_bias")

@@ -6,8 +6,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from model.parallel.groups import ProcessGroupCollection
-from model.parallel.shards import Shard
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.shards import Shard
 
 
 def join_parts(part: Tensor, shard: Shard, groups: ProcessGroupCollection, *, alike: bool = True) -> Tensor:

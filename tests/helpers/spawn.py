@@ -15,7 +15,7 @@ import torch.distributed
 import torch.multiprocessing
 
 # Imported once, by the process from which all ranks are forked, before it has threads: a rank then starts in a moment.
-PRELOADED = ["pretrain.train", "tests.helpers.frozen"]
+PRELOADED = ["amfm.pretrain.train", "tests.helpers.frozen"]
 
 
 def _run_rank(rank: int, num_ranks: int, port: int, folder: str, function: Callable[..., Any], arguments: Any) -> None:
@@ -37,7 +37,7 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, num_ranks: int = 2)
     """Call `function(*arguments)` in `num_ranks` fresh processes that find each other as torchrun's ranks do.
 
     The function must be importable (module level) and its arguments and results picklable. It starts the process group
-    itself, as training does (`pretrain.parallel.initialize_parallel`). Returns the results in rank order; raises the
+    itself, as training does (`amfm.pretrain.parallel.initialize_parallel`). Returns the results in rank order; raises the
     first rank's error. Whatever ends the wait, the test's own time limit too, ends the ranks: how long they may take is
     the test's to say, since where nothing is compiled yet and other programs run it is minutes.
     """

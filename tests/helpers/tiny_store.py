@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
-from data_pipeline.prepare.plan import Unit
-from data_pipeline.prepare.prepare import prepare
-from data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
-from data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from amfm.data_pipeline.prepare.plan import Unit
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 NUM_WORDS = 199  # prime, so that the successor rule below visits all words

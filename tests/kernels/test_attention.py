@@ -7,9 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.attention import varlen
-from kernels.attention.op import _log_choice, attention, fastest_backend, window_sums
-from kernels.attention.varlen import DocumentEnds, refuse_varlen
+from amfm.kernels.attention import varlen
+from amfm.kernels.attention.op import _log_choice, attention, fastest_backend, window_sums
+from amfm.kernels.attention.varlen import DocumentEnds, refuse_varlen
 from tests.helpers.determinism import without_determinism
 
 # Softmax-weighted sums of at most a hundred values.
@@ -159,7 +159,7 @@ def fake_query(device, tokens, dtype=torch.bfloat16, head_dim=64):
 
 def test_models_leave_rows_without_boundaries_on_cuda_to_pytorch_and_say_so(caplog):
     _log_choice.cache_clear()
-    with caplog.at_level("INFO", logger="kernels.attention.op"):
+    with caplog.at_level("INFO", logger="amfm.kernels.attention.op"):
         for _ in range(2):
             for tokens in (64, 1):
                 query = fake_query("cuda", tokens)
@@ -176,7 +176,7 @@ def test_documents_on_cuda_go_to_variable_length_attention_where_it_serves(caplo
     ends = DocumentEnds(torch.tensor([0, 10, 64], dtype=torch.int32), 54)
     settings = {"has_documents": True, "keys": 64, "document_ends": ends}
     _log_choice.cache_clear()
-    with caplog.at_level("INFO", logger="kernels.attention.op"):
+    with caplog.at_level("INFO", logger="amfm.kernels.attention.op"):
         for query, chosen in (
             (fake_query("cuda", 64), "varlen"),
             (fake_query("cuda", 64, dtype=torch.float32), "triton"),

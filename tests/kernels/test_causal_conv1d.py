@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
-from kernels.causal_conv1d.torch_impl import _backward, _forward, convolve
+from amfm.kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
+from amfm.kernels.causal_conv1d.torch_impl import _backward, _forward, convolve
 from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.decay_scan.carry import add_carried_state, decay_read
-from kernels.decay_scan.op import decay_scan, mamba2_scan
+from amfm.kernels.decay_scan.carry import add_carried_state, decay_read
+from amfm.kernels.decay_scan.op import decay_scan, mamba2_scan
 from tests.helpers.numbers import assert_all_near, relative_rms
 from tests.helpers.scans import ScanCase, make_inputs, tolerance_of
 

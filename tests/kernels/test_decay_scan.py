@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.decay_scan.op import decay_scan, mamba2_scan, mamba2_step
-from kernels.decay_scan.torch_impl import chunked_scan, compose_scan
+from amfm.kernels.decay_scan.op import decay_scan, mamba2_scan, mamba2_step
+from amfm.kernels.decay_scan.torch_impl import chunked_scan, compose_scan
 from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
 from tests.helpers.scans import SUMS, ScanCase, ScanInputs, make_inputs, run_scan, tolerance_of
 

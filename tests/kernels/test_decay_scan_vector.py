@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.decay_scan.op import decay_scan, decay_step
-from kernels.decay_scan.vector.torch_impl import chunked_vector_scan, compose_vector_scan, cut_gates
+from amfm.kernels.decay_scan.op import decay_scan, decay_step
+from amfm.kernels.decay_scan.vector.torch_impl import chunked_vector_scan, compose_vector_scan, cut_gates
 from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
 from tests.helpers.scans import ScanCase, make_inputs, run_scan
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.channel_gates import cut_gates
-from kernels.delta_scan.op import delta_scan, delta_step
-from kernels.delta_scan.torch_impl import compose_delta
+from amfm.kernels.channel_gates import cut_gates
+from amfm.kernels.delta_scan.op import delta_scan, delta_step
+from amfm.kernels.delta_scan.torch_impl import compose_delta
 from tests.helpers.deltas import DeltaCase, call_delta, make_delta_inputs, run_delta
 from tests.helpers.numbers import assert_bitwise, assert_near
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kernels.backend import INTERPRETED
-from kernels.first_use import digest_source, look_up
+from amfm.kernels.backend import INTERPRETED
+from amfm.kernels.first_use import digest_source, look_up
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the check starts an interpreter of its own")
 

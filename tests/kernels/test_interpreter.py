@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.backend import INTERPRETED
+from amfm.kernels.backend import INTERPRETED
 
 FOLDER = Path(__file__).parent / "interpreter"
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ Interpreted = Callable[[str, str], tuple[int, str]]
 SERVER = """
 import gc, json, os, sys
 import pytest, torch
-import kernels.proof.races
+import amfm.kernels.proof.races
 
 gc.freeze()
 for line in sys.stdin:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.linear_cross_entropy import torch_impl
-from kernels.linear_cross_entropy.op import linear_cross_entropy, linear_statistics
+from amfm.kernels.linear_cross_entropy import torch_impl
+from amfm.kernels.linear_cross_entropy.op import linear_cross_entropy, linear_statistics
 from tests.helpers.registration import assert_registered
 
 # Sums of up to a thousand terms in another order.

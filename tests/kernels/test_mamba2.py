@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.mamba2.op import mamba2_mix
+from amfm.kernels.mamba2.op import mamba2_mix
 from tests.helpers.mixers import NAMES, MixerCase, make_leaves, run_mixer
 from tests.helpers.numbers import assert_near
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.moe.capacity import drop_overflow, expert_capacity, mix_bits, recycle_overflow
+from amfm.kernels.moe.capacity import drop_overflow, expert_capacity, mix_bits, recycle_overflow
 
 NUM_EXPERTS, TOP_K = 8, 3
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.norm.op import gated_rms_norm, rms_norm
+from amfm.kernels.norm.op import gated_rms_norm, rms_norm
 from tests.helpers.numbers import assert_all_near, assert_near
 
 FLOAT64 = 1e-13  # means over at most some hundred values, in another order

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.swiglu.op import squared_relu, swiglu
+from amfm.kernels.swiglu.op import squared_relu, swiglu
 
 # One rounding an operation, a handful of operations.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6}

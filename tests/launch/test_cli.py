@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from launch.cli import app, describe, exit_code, run
+from amfm.launch.cli import app, describe, exit_code, run
 from tests.helpers.json_output import one_object
 from tests.pretrain.config.files import BASE
 
@@ -90,7 +90,7 @@ def test_errors_are_json_under_json(base, capsys):
 
 
 def test_help_answers_in_a_second_without_heavy_packages():
-    code = "import sys, launch.cli; sys.exit(bool({'torch', 'ray', 'zarr', 'transformers', 'deepspeed'} & set(sys.modules)))"
+    code = "import sys, amfm.launch.cli; sys.exit(bool({'torch', 'ray', 'zarr', 'transformers', 'deepspeed'} & set(sys.modules)))"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -100,7 +100,7 @@ def test_help_answers_in_a_second_without_heavy_packages():
 
 def test_module_and_command_are_one(base):
     done = subprocess.run(
-        [sys.executable, "-m", "launch", "config", str(base), "train.stepz=1"],
+        [sys.executable, "-m", "amfm.launch", "config", str(base), "train.stepz=1"],
         capture_output=True,
         text=True,
         check=False,
@@ -139,7 +139,7 @@ def test_a_run_that_failed_says_how_to_go_on(monkeypatch, base, capsys):
     def failing(*arguments: object, **options: object) -> None:
         raise RuntimeError("rank 1 died")
 
-    monkeypatch.setattr("pretrain.checks.check_run.load_checked", failing)
+    monkeypatch.setattr("amfm.pretrain.checks.check_run.load_checked", failing)
     assert run(["train", str(base)]) == 3
     assert capsys.readouterr().err.splitlines() == [
         "amfm: rank 1 died",
@@ -151,7 +151,7 @@ def test_memory_that_is_used_up_is_the_machines_state(monkeypatch, base, capsys)
     def broken(*arguments: object, **options: object) -> None:
         raise MemoryError("malloc of size 369367187904 failed")
 
-    monkeypatch.setattr("pretrain.checks.check_run.load_checked", broken)
+    monkeypatch.setattr("amfm.pretrain.checks.check_run.load_checked", broken)
     assert run(["config", str(base)]) == 3
     assert "this host's memory is used up (malloc of size 369367187904 failed)" in capsys.readouterr().err
 
@@ -161,7 +161,7 @@ def test_an_interrupted_preparation_says_how_to_go_on(flags, monkeypatch, base, 
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_pipeline.prepare.prepare.prepare", interrupted)
+    monkeypatch.setattr("amfm.data_pipeline.prepare.prepare.prepare", interrupted)
     assert run(["prepare", str(base), *flags]) == 130
     assert "amfm: prepare interrupted; the same command does what is missing" in capsys.readouterr().err
 
@@ -171,7 +171,7 @@ def test_a_bug_keeps_its_traceback(kind, monkeypatch, base):
     def broken(*arguments: object, **options: object) -> None:
         raise kind("bug")
 
-    monkeypatch.setattr("pretrain.checks.check_run.load_checked", broken)
+    monkeypatch.setattr("amfm.pretrain.checks.check_run.load_checked", broken)
     with pytest.raises(kind, match="bug"):
         run(["config", str(base)])
 
@@ -191,7 +191,7 @@ class Interrupt:
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would start with it ignored
 sys.meta_path.insert(0, Interrupt)
-runpy.run_module("launch", run_name="__main__")
+runpy.run_module("amfm.launch", run_name="__main__")
 """
 
 

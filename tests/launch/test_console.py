@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from launch.console import BAR_WIDTH, show_progress
+from amfm.launch.console import BAR_WIDTH, show_progress
 
 REMARK = "1,234,567 tokens, 1,234 documents/s, 12.3 MB/s, 1,234,567 tokens/s"
 

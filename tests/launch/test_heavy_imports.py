@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from launch.heavy_imports import heavy_imports
+from amfm.launch.heavy_imports import heavy_imports
 
 
 @pytest.mark.parametrize("is_on", [True, False])

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.cli import run
-from pretrain.engine.engine import ZeroEngine
-from pretrain.parallel import initialize_parallel
+from amfm.launch.cli import run
+from amfm.pretrain.engine.engine import ZeroEngine
+from amfm.pretrain.parallel import initialize_parallel
 from tests.pretrain.checkpoint.toys import make_engine, save
 
 

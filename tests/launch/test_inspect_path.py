@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from launch.cli import run
+from amfm.launch.cli import run
 from tests.helpers.json_output import one_object
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.report.test_report import line, make_run

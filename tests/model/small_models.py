@@ -2,10 +2,17 @@
 
 import torch
 
-from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.groups import SingleRankGroup, single_rank_groups
+from amfm.model.config.schema import (
+    AttentionConfig,
+    FeedForwardConfig,
+    Mamba2Config,
+    ModelConfig,
+    MoeConfig,
+    RopeConfig,
+)
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import SingleRankGroup, single_rank_groups
 
 MAMBA = Mamba2Config(num_heads=6, head_dim=4, state_size=5, num_groups=2, chunk_size=8)
 ATTENTION = AttentionConfig(

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from model.packing import PackMeta
+from amfm.model.packing import PackMeta
 from tests.model.small_models import MAMBA, MOE, loss_of, packed_batch, small_config, small_model
 
 BATCHES = [((7, 1, 12, 3), (23,)), ((23,), (23,)), ((5, 18), (10, 13))]

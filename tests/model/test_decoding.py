@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.packing import PackMeta
+from amfm.model.packing import PackMeta
 from tests.model.small_models import packed_batch, small_config, small_model
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from model.config.schema import (
+from amfm.model.config.schema import (
     AttentionConfig,
     FeedForwardConfig,
     Mamba2Config,
@@ -10,9 +10,9 @@ from model.config.schema import (
     MoeConfig,
     MtpConfig,
 )
-from model.flops import count_parameters, flops_per_token
-from model.hybrid import HybridModel
-from model.parallel.groups import single_rank_groups
+from amfm.model.flops import count_parameters, flops_per_token
+from amfm.model.hybrid import HybridModel
+from amfm.model.parallel.groups import single_rank_groups
 from tests.model.small_models import MAMBA, MOE, small_config
 
 NO_POSITIONS = AttentionConfig(num_heads=3, num_kv_heads=3, head_dim=6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.config.schema import (
+from amfm.model.config.schema import (
     AttentionConfig,
     FeedForwardConfig,
     Mamba2Config,
@@ -12,9 +12,9 @@ from model.config.schema import (
     MultipliersConfig,
     RopeConfig,
 )
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
 from tests.model.reference_model import reference_forward
 from tests.model.small_models import MOE, StandInGroup, loss_of, meta_of, packed_batch, small_config, small_model
 

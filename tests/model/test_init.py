@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
-from model.hybrid import HybridModel
-from model.init import fill_part, initial_values
-from model.parallel.groups import single_rank_groups
-from model.parallel.shards import Shard, ShardSpec, parameter_shards
+from amfm.model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.init import fill_part, initial_values
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.parallel.shards import Shard, ShardSpec, parameter_shards
 
 WIDE = ModelConfig(
     pattern="M*E-",
@@ -103,7 +103,9 @@ def filled_part(name, shape, shard, rank, ranks):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_matrices_of_many_pieces_are_the_same_on_any_ranks_that_share_them(monkeypatch, ranks):
-    monkeypatch.setattr("model.init.PIECE_VALUES", 700)  # ten rows of the stream or so, and no divisor of any shard
+    monkeypatch.setattr(
+        "amfm.model.init.PIECE_VALUES", 700
+    )  # ten rows of the stream or so, and no divisor of any shard
     whole = HybridModel(WIDE, single_rank_groups(), seed=3)
     for name, parameter, shard in parameter_shards(whole):
         if shard.per_expert:
@@ -116,7 +118,7 @@ def test_matrices_of_many_pieces_are_the_same_on_any_ranks_that_share_them(monke
 
 
 def test_pieces_of_a_matrix_differ_and_have_its_deviation(monkeypatch):
-    monkeypatch.setattr("model.init.PIECE_VALUES", 64 * 50)
+    monkeypatch.setattr("amfm.model.init.PIECE_VALUES", 64 * 50)
     pieces = values(WIDE)["embedding.weight"].split(50)
     assert len({piece.sum().item() for piece in pieces}) == 10
     assert all(piece.std().item() == pytest.approx(0.02, rel=0.1) for piece in pieces)
@@ -136,7 +138,7 @@ class NormalDraws(TorchDispatchMode):
 
 
 def test_a_rank_draws_only_the_pieces_that_it_holds(monkeypatch):
-    monkeypatch.setattr("model.init.PIECE_VALUES", 64 * 50)
+    monkeypatch.setattr("amfm.model.init.PIECE_VALUES", 64 * 50)
     shard = Shard((ShardSpec(0, "tp", (404,)),))
     with NormalDraws() as draws:
         filled_part("embedding.weight", (404, 64), shard, rank=3, ranks=4)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.hybrid import HybridModel
-from model.lora import add_lora, merge_lora
-from model.parallel.groups import single_rank_groups
-from model.parallel.shards import parameter_shards
-from pretrain.config.schema import ParallelConfig
-from pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
-from pretrain.parallel import initialize_parallel
+from amfm.model.hybrid import HybridModel
+from amfm.model.lora import add_lora, merge_lora
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.parallel.shards import parameter_shards
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.numbers import assert_near
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.matrices import MatrixCut, MatrixStack, is_matrix, list_matrices, split_parameter
-from model.parallel.groups import ProcessGroupCollection, single_rank_groups
-from model.parallel.shards import Shard, ShardSpec, parameter_shards
-from pretrain.config.file import load_config
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.matrices import MatrixCut, MatrixStack, is_matrix, list_matrices, split_parameter
+from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
+from amfm.model.parallel.shards import Shard, ShardSpec, parameter_shards
+from amfm.pretrain.config.file import load_config
 from tests.model.mixers.samples import mixer_config, sample_names
 from tests.parallel.layouts import VARIANTS
 

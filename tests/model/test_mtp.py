@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model.config.checks import check_model
-from model.config.schema import MtpConfig
-from model.hybrid import HybridModel
-from model.mtp import Ahead
-from model.parallel.groups import single_rank_groups
-from model.pipeline_split import cut_pieces
+from amfm.model.config.checks import check_model
+from amfm.model.config.schema import MtpConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.mtp import Ahead
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.pipeline_split import cut_pieces
 from tests.helpers.numbers import assert_near
 from tests.model.small_models import MOE, meta_of, packed_batch, small_config, small_model
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.packing import PackMeta
+from amfm.model.packing import PackMeta
 
 partitions = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model.flops import flops_per_token
-from model.hybrid import HybridModel
-from model.parallel.groups import single_rank_groups
-from model.pipeline_split import Piece, balanced_edges, cut_pieces, piece_costs, pieces_of_rank
-from pretrain.config.schema import ParallelConfig
-from pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
-from pretrain.parallel import initialize_parallel
+from amfm.model.flops import flops_per_token
+from amfm.model.hybrid import HybridModel
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.pipeline_split import Piece, balanced_edges, cut_pieces, piece_costs, pieces_of_rank
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.numbers import assert_near, relative_rms
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import MOE, loss_of, meta_of, packed_batch, small_config, small_model

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from launch.plan.activations import Storage, block_bytes, recomputed_bytes
-from model.config.schema import MoeConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
+from amfm.launch.plan.activations import Storage, block_bytes, recomputed_bytes
+from amfm.model.config.schema import MoeConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
 from tests.model.small_models import loss_of, meta_of, packed_batch, small_config
 
 CONFIG = small_config(

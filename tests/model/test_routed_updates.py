@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.config.lora_mixer import LoraMixerConfig
-from model.flops import count_parameters
-from model.huggingface.targets import choose_target
-from model.huggingface.weights import weight_shapes
-from model.hybrid import HybridModel
-from model.parallel.groups import single_rank_groups
-from model.parallel.layers import ColumnLinear, RowLinear
-from model.parallel.shards import parameter_shards
-from model.routed_updates import RoutedUpdates
-from pretrain.config.schema import ParallelConfig
-from pretrain.parallel import initialize_parallel
+from amfm.model.config.lora_mixer import LoraMixerConfig
+from amfm.model.flops import count_parameters
+from amfm.model.huggingface.targets import choose_target
+from amfm.model.huggingface.weights import weight_shapes
+from amfm.model.hybrid import HybridModel
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.parallel.layers import ColumnLinear, RowLinear
+from amfm.model.parallel.shards import parameter_shards
+from amfm.model.routed_updates import RoutedUpdates
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.numbers import assert_near
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import cut_batch, small_config, small_model

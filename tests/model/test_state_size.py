@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
-from model.state_size import count_bytes, state_bytes
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.state_size import count_bytes, state_bytes
 from tests.model.small_models import small_config
 
 MIXERS = {

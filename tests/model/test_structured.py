@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.config.checks import check_model
-from model.config.schema import FeedForwardConfig, GuideConfig, MoeConfig
-from model.config.structure import Structure
-from model.feed_forward import FeedForward
-from model.flops import count_parameters, flops_per_token
-from model.huggingface.weights import weight_shapes
-from model.hybrid import HybridModel
-from model.parallel.groups import single_rank_groups
-from model.scheduled import set_step
-from model.structured import dense_matrix, dense_singular_values
+from amfm.model.config.checks import check_model
+from amfm.model.config.schema import FeedForwardConfig, GuideConfig, MoeConfig
+from amfm.model.config.structure import Structure
+from amfm.model.feed_forward import FeedForward
+from amfm.model.flops import count_parameters, flops_per_token
+from amfm.model.huggingface.weights import weight_shapes
+from amfm.model.hybrid import HybridModel
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.scheduled import set_step
+from amfm.model.structured import dense_matrix, dense_singular_values
 from tests.model.small_models import small_config
 
 KINDS = {

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.backend import INTERPRETED
-from model.packing import PackMeta
+from amfm.kernels.backend import INTERPRETED
+from amfm.model.packing import PackMeta
 from tests.model.small_models import ATTENTION, MAMBA, MOE, loss_of, packed_batch, small_config, small_model
 
 ROOT = Path(__file__).parents[2]

@@ -17,13 +17,13 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from data_pipeline.config import DataConfig
-from model.parallel.shards import parameter_shards
-from pretrain.config.schema import RunConfig
-from pretrain.monitor.signals import SignalWatch
-from pretrain.run import Run
-from pretrain.start import close_run, start_run
-from pretrain.step import train_step
+from amfm.data_pipeline.config import DataConfig
+from amfm.model.parallel.shards import parameter_shards
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.run import Run
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.step import train_step
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import tiny_config, tiny_data

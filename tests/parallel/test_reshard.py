@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config import DataConfig
-from pretrain.checkpoint.inspect import diff_checkpoints
-from pretrain.checkpoint.save import save_checkpoint
-from pretrain.monitor.signals import SignalWatch
-from pretrain.start import close_run, start_run
-from pretrain.train import run_steps
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.checkpoint.inspect import diff_checkpoints
+from amfm.pretrain.checkpoint.save import save_checkpoint
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks
 from tests.parallel.layouts import Layout, layout_config
 from tests.pretrain.tiny_run import read_events, read_metrics

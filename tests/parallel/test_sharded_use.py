@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from model.hybrid import HybridModel
-from pretrain.checkpoint.inspect import inspect_checkpoint
-from pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
-from pretrain.inference.evaluate import evaluate_checkpoint
-from pretrain.inference.generate import Sampling, generate
-from pretrain.inference.weights import read_weights
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig
+from amfm.model.hybrid import HybridModel
+from amfm.pretrain.checkpoint.inspect import inspect_checkpoint
+from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
+from amfm.pretrain.inference.evaluate import evaluate_checkpoint
+from amfm.pretrain.inference.generate import Sampling, generate
+from amfm.pretrain.inference.weights import read_weights
+from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import tiny_config
 

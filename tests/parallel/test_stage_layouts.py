@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config import DataConfig
-from pretrain.config.schema import RunConfig
-from pretrain.launcher_protocol import DONE, NEXT_LAYOUT
-from pretrain.monitor.signals import SignalWatch
-from pretrain.start import close_run, start_run
-from pretrain.step import train_step
-from pretrain.train import run_steps
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.launcher_protocol import DONE, NEXT_LAYOUT
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.step import train_step
+from amfm.pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks
 from tests.parallel.layouts import VARIANTS, Layout, layout_config
 from tests.pretrain.tiny_run import read_events, read_metrics

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DataConfig
+from amfm.data_pipeline.config import DataConfig
 from tests.pretrain.config.files import BASE
 from tests.pretrain.tiny_run import tiny_data
 

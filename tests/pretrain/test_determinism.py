@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pretrain.parallel import set_determinism
+from amfm.pretrain.parallel import set_determinism
 
 
 @pytest.fixture(autouse=True)

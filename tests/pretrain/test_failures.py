@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from pretrain.failures import describe, exit_code, while_running
+from amfm.pretrain.failures import describe, exit_code, while_running
 
 
 @pytest.mark.parametrize("name", ["ESTALE", "EIO", "ETIMEDOUT", "ENOTCONN", "ENOSPC", "EDQUOT", "EHOSTDOWN"])

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from model.packing import PackMeta
-from pretrain.config.schema import RunConfig
-from pretrain.inference.weights import read_weights
-from pretrain.launcher_protocol import DONE, NEXT_LAYOUT
-from pretrain.monitor.signals import SignalWatch
-from pretrain.start import close_run, start_run
-from pretrain.train import run_steps, train
+from amfm.data_pipeline.config import DataConfig
+from amfm.model.packing import PackMeta
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.inference.weights import read_weights
+from amfm.pretrain.launcher_protocol import DONE, NEXT_LAYOUT
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.train import run_steps, train
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import MODEL, collect_weights, read_events, read_metrics, tiny_config
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config import DataConfig
-from pretrain.identity import OWN_PACKAGES, ROOT, collect_versions, describe_difference, digest_code
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.identity import OWN_PACKAGES, ROOT, collect_versions, describe_difference, digest_code
 from tests.faults.attempt import Attempt
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import tiny_data

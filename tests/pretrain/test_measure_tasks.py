@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config import DataConfig
-from pretrain.measure_tasks import measure_tasks
-from pretrain.monitor.signals import SignalWatch
-from pretrain.start import close_run, start_run
-from pretrain.tasks.evaluate import evaluate_tasks
-from pretrain.tasks.suite import TaskChoice
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.measure_tasks import measure_tasks
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.tasks.evaluate import evaluate_tasks
+from amfm.pretrain.tasks.suite import TaskChoice
+from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tasks.task_files import CHOICE, WEIGH, WRITE, write_task
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
@@ -123,7 +123,7 @@ def test_generation_is_refused_where_ranks_share_the_tokens_of_a_row(
 
 
 def test_tasks_of_a_run_stand_in_its_report(data: DataConfig, folder: Path, tmp_path: Path) -> None:
-    from pretrain.report.report import write_report
+    from amfm.pretrain.report.report import write_report
 
     assert train(tiny_config(data, tmp_path / "run")) == 0
     path = tmp_path / "run" / "metrics.jsonl"

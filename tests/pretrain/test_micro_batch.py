@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.batch import Batch
-from data_pipeline.samples.packing import Row, assemble_rows
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
-from pretrain.micro_batch import MicroBatch, MicroBatches
-from pretrain.parallel import initialize_parallel
+from amfm.data_pipeline.batch import Batch
+from amfm.data_pipeline.samples.packing import Row, assemble_rows
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.micro_batch import MicroBatch, MicroBatches
+from amfm.pretrain.parallel import initialize_parallel
 from tests.model.small_models import small_config
 
 LENGTH = 24

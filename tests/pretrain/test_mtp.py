@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.parallel.groups import single_rank_groups
-from pretrain.checks.check_run import check_run
-from pretrain.config.errors import ConfigError
-from pretrain.inference.weights import load_initial_weights, read_weights, write_weights
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.inference.weights import load_initial_weights, read_weights, write_weights
+from amfm.pretrain.train import train
 from tests.pretrain.export.exported_models import random_weights
 from tests.pretrain.test_micro_batch import make_batch
 from tests.pretrain.tiny_run import MODEL, read_events, read_metrics, tiny_config, train_and_collect
@@ -99,7 +99,7 @@ def test_the_log_says_that_depths_begin_at_random(data: DataConfig, tmp_path: Pa
 
 
 def test_context_ranks_cut_what_was_shifted_on_whole_rows() -> None:
-    from pretrain.micro_batch import MicroBatch, look_ahead
+    from amfm.pretrain.micro_batch import MicroBatch, look_ahead
 
     batch = make_batch([[0, 5, 13], [0]])
     whole = look_ahead(batch, 2)

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed
 
-from launch.rank_command import isolated_python
-from pretrain.config.schema import ParallelConfig
-from pretrain.parallel import initialize_parallel
+from amfm.launch.rank_command import isolated_python
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 
 SIMULATED = """
@@ -21,8 +21,8 @@ import json, sys
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron.core import parallel_state
-from pretrain.config.schema import ParallelConfig
-from pretrain.parallel import initialize_parallel
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.parallel import initialize_parallel
 ranks, section = int(sys.argv[1]), json.loads(sys.argv[2])
 dist.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
 made, own = [], dist.new_group

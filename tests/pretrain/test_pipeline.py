@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from pretrain.config.schema import RunConfig
-from pretrain.monitor.signals import SignalWatch
-from pretrain.start import close_run, start_run
-from pretrain.step import StepResult, train_step
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.step import StepResult, train_step
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import Trained, collect_weights, tiny_config, train_and_collect
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from pretrain.checkpoint.names import list_checkpoints
-from pretrain.monitor.signals import SignalWatch
-from pretrain.run import Run
-from pretrain.start import close_run, start_run
-from pretrain.step import StepResult, train_step
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.run import Run
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.step import StepResult, train_step
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import Trained, collect_weights, read_events, tiny_config, train_and_collect
 
@@ -174,7 +174,7 @@ def test_a_hung_rank_is_noticed_after_the_configured_time(data: DataConfig, tmp_
 
 def stop_hopeless_run(data: DataConfig, folder: str) -> tuple[int, list[Any]]:
     """Weights of infinity make every gradient NaN."""
-    from pretrain.train import run_steps
+    from amfm.pretrain.train import run_steps
 
     config = tiny_config(data, Path(folder), train__max_skipped_steps=2, train__steps=9)
     with SignalWatch() as signals:

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from pretrain.config.schema import ScheduleConfig
-from pretrain.schedule import learning_rate
+from amfm.pretrain.config.schema import ScheduleConfig
+from amfm.pretrain.schedule import learning_rate
 
 PEAK, STEPS = 2.0, 100
 

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from pretrain.checks.check_run import check_run
-from pretrain.config.errors import ConfigError
-from pretrain.config.schema import RunConfig
-from pretrain.inference.weights import read_weights
-from pretrain.monitor.signals import SignalWatch
-from pretrain.run import apply_stage
-from pretrain.saving import restore_newest_weights
-from pretrain.stages import (
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.inference.weights import read_weights
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.run import apply_stage
+from amfm.pretrain.saving import restore_newest_weights
+from amfm.pretrain.stages import (
     data_of_stages,
     model_of_stage,
     resolve_stages,
@@ -24,9 +24,9 @@ from pretrain.stages import (
     step_of_sample,
     total_steps,
 )
-from pretrain.start import close_run, start_run
-from pretrain.step import train_step
-from pretrain.train import run_steps
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.step import train_step
+from amfm.pretrain.train import run_steps
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.tiny_run import MODEL, Trained, read_events, tiny_config, train_and_collect
 

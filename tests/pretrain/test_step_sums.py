@@ -7,10 +7,10 @@ import signal
 import pytest
 import torch
 
-from model.config.schema import ModelConfig
-from pretrain.config.schema import ParallelConfig
-from pretrain.parallel import initialize_parallel
-from pretrain.step_sums import RankNews, StepReport, empty_sums
+from amfm.model.config.schema import ModelConfig
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.parallel import initialize_parallel
+from amfm.pretrain.step_sums import RankNews, StepReport, empty_sums
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import MODEL
 

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig, SyntheticConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
-from pretrain.accuracy import count_correct, measure_accuracy
-from pretrain.config.schema import RunConfig
-from pretrain.inference.evaluate_synthetic import evaluate_synthetic
-from pretrain.inference.weights import load_initial_weights, read_weights
-from pretrain.monitor.signals import SignalWatch
-from pretrain.run import Run
-from pretrain.start import close_run, start_run
-from pretrain.train import train
-from pretrain.validate import Validation, validate
+from amfm.data_pipeline.config import DataConfig, SyntheticConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.accuracy import count_correct, measure_accuracy
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.inference.evaluate_synthetic import evaluate_synthetic
+from amfm.pretrain.inference.weights import load_initial_weights, read_weights
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.run import Run
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.train import train
+from amfm.pretrain.validate import Validation, validate
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.export.exported_models import weights_folder
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config, train_and_collect

@@ -16,14 +16,14 @@ import pytest
 import torch
 import yaml
 
-from data_pipeline.config import DataConfig, PhaseConfig, TokenizerConfig
-from data_pipeline.prepare.prepare import prepare
-from pretrain.monitor.ownership import lock_directory
-from pretrain.monitor.signals import SignalWatch
-from pretrain.start import close_run, start_run
-from pretrain.step import train_step
-from pretrain.train import run_steps, train
-from pretrain.validate import Validation, validate
+from amfm.data_pipeline.config import DataConfig, PhaseConfig, TokenizerConfig
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.pretrain.monitor.ownership import lock_directory
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.step import train_step
+from amfm.pretrain.train import run_steps, train
+from amfm.pretrain.validate import Validation, validate
 from tests.helpers.full_disk import largest_file
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
@@ -239,7 +239,7 @@ def test_a_signal_saves_at_the_next_boundary_and_the_run_goes_on(
     config = tiny_config(data, tmp_path / "run", train__steps=100_000)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     program = (
-        "import sys; from pretrain.config.schema import RunConfig; from pretrain.train import train\n"
+        "import sys; from amfm.pretrain.config.schema import RunConfig; from amfm.pretrain.train import train\n"
         "sys.exit(train(RunConfig.model_validate_json(open(sys.argv[1]).read())))"
     )
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "config.json")])

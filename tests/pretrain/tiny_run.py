@@ -11,12 +11,12 @@ from typing import Any
 import deepspeed
 import torch
 
-from data_pipeline.config import DataConfig
-from pretrain.config.schema import RunConfig
-from pretrain.monitor.signals import SignalWatch
-from pretrain.run import Run
-from pretrain.start import close_run, start_run
-from pretrain.train import run_steps
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.run import Run
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.train import run_steps
 from tests.helpers.tiny_store import make_tiny_store
 
 MODEL: dict[str, Any] = {

@@ -19,7 +19,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """An `amfm` of this checkout on the path, whatever is installed."""
     shim = tmp_path / "bin" / "amfm"
     shim.parent.mkdir()
-    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m launch "$@"\n')
+    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m amfm.launch "$@"\n')
     shim.chmod(0o755)
     path = os.pathsep.join([str(shim.parent), os.environ["PATH"]])
     return {

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from model.hybrid import HybridModel
-from pretrain.config.pruning import PrunedGroups
-from pretrain.pruning.groups import GroupPlan, plan_groups
-from pretrain.pruning.prune import choose_groups
+from amfm.model.hybrid import HybridModel
+from amfm.pretrain.config.pruning import PrunedGroups
+from amfm.pretrain.pruning.groups import GroupPlan, plan_groups
+from amfm.pretrain.pruning.prune import choose_groups
 
 # From a model that computes with masked weights to the loss of a batch: `lambda call: call(tokens, meta, labels).loss.total`.
 Loss = Callable[[Callable[..., object]], Tensor]

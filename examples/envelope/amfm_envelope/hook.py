@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amfm.pretrain.checkpoint.masters import MasterView
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.pruning.groups import plan_groups
+from amfm.pretrain.pruning.prune import choose_groups
 from amfm_envelope.spec import EnvelopeOptions
-from pretrain.checkpoint.masters import MasterView
-from pretrain.config.schema import RunConfig
-from pretrain.pruning.groups import plan_groups
-from pretrain.pruning.prune import choose_groups
 
 HALVINGS = 80  # of an interval of float64 numbers
 

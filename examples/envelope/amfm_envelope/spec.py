@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from pretrain.config.hook_registry import HookOptions, HookSpec
-from pretrain.config.pruning import PruneConfig, PrunedGroups
+from amfm.pretrain.config.hook_registry import HookOptions, HookSpec
+from amfm.pretrain.config.pruning import PruneConfig, PrunedGroups
 
 if TYPE_CHECKING:
-    from pretrain.config.schema import RunConfig
+    from amfm.pretrain.config.schema import RunConfig
 
 
 class EnvelopeOptions(HookOptions):
@@ -47,7 +47,7 @@ class EnvelopeOptions(HookOptions):
                 "use prune for experts",
             )
         # Imported late: checks read this section.
-        from pretrain.checks.pruning import group_problems
+        from amfm.pretrain.checks.pruning import group_problems
 
         as_prune = PruneConfig(groups=self.groups, keep=self.keep, start_step=1, every_steps=1, end_step=2)
         for problem in group_problems(config, as_prune):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from model.hybrid import HybridModel
-from model.moe.block import Experts
+from amfm.model.hybrid import HybridModel
+from amfm.model.moe.block import Experts
 
 STACKS = ("up", "down")
 

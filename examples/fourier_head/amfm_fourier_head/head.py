@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.linear_cross_entropy.op import CrossEntropy
-from model.block import Stream
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel, ModelOutput
-from model.loss import IGNORE_INDEX
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
+from amfm.kernels.linear_cross_entropy.op import CrossEntropy
+from amfm.model.block import Stream
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel, ModelOutput
+from amfm.model.loss import IGNORE_INDEX
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
 
 FLOOR = 1e-6  # added to the density, so that no label is impossible
 

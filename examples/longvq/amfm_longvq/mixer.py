@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from amfm.model.mixers.base import LinearMixer, Part
+from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput
+from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.regions import sum_values
+from amfm.model.parallel.shards import Shard, ShardSpec
 from amfm_longvq.spec import LongVqOptions
-from model.mixers.base import LinearMixer, Part
-from model.mixers.interface import BlockState, BuildContext, MixerOutput
-from model.mixers.recurrence import DecayRecurrence, ScanRows
-from model.packing import PackMeta
-from model.parallel.regions import sum_values
-from model.parallel.shards import Shard, ShardSpec
 
 
 class LongVqMixer(LinearMixer):

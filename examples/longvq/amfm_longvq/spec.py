@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from kernels.limits import DECAY_LIMITS
-from model.config.mixer_options import HeadOptions
-from model.config.mixer_registry import MixerSpec
+from amfm.kernels.limits import DECAY_LIMITS
+from amfm.model.config.mixer_options import HeadOptions
+from amfm.model.config.mixer_registry import MixerSpec
 
 
 class LongVqOptions(HeadOptions):

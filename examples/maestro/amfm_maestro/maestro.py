@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from model.config.checks import check_model
-from model.hybrid import HybridModel
-from model.structured import StructuredLinear
+from amfm.model.config.checks import check_model
+from amfm.model.hybrid import HybridModel
+from amfm.model.structured import StructuredLinear
 
 
 class LeadingComponents(nn.Module):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.layers import ColumnLinear, RowLinear
+from amfm.model.parallel.regions import leave_tensor_region, project_stream
+from amfm.model.parallel.shards import Shard, ShardSpec, divide
 from amfm_relative_attention.spec import RelativeAttentionOptions
-from model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
-from model.packing import PackMeta
-from model.parallel.layers import ColumnLinear, RowLinear
-from model.parallel.regions import leave_tensor_region, project_stream
-from model.parallel.shards import Shard, ShardSpec, divide
 
 MAX_TOKENS = 4096  # scores of all pairs are kept for the backward pass
 

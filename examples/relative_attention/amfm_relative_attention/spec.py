@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from model.config.mixer_options import MixerOptions
-from model.config.mixer_registry import MixerSpec
+from amfm.model.config.mixer_options import MixerOptions
+from amfm.model.config.mixer_registry import MixerSpec
 
 
 class RelativeAttentionOptions(MixerOptions):

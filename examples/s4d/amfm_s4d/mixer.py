@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from amfm.model.mixers.base import LinearMixer, Part
+from amfm.model.mixers.interface import BuildContext
+from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.shards import Shard, ShardSpec
 from amfm_s4d.spec import S4DOptions
-from model.mixers.base import LinearMixer, Part
-from model.mixers.interface import BuildContext
-from model.mixers.recurrence import DecayRecurrence, ScanRows
-from model.packing import PackMeta
-from model.parallel.shards import Shard, ShardSpec
 
 DT_MIN, DT_MAX = 1e-3, 1e-1
 REAL_PART = 0.5

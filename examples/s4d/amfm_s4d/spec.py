@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels.limits import DECAY_LIMITS
-from model.config.mixer_options import HeadOptions
-from model.config.mixer_registry import MixerSpec
+from amfm.kernels.limits import DECAY_LIMITS
+from amfm.model.config.mixer_options import HeadOptions
+from amfm.model.config.mixer_registry import MixerSpec
 
 
 class S4DOptions(HeadOptions):

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from amfm.kernels.attention.op import attention
+from amfm.kernels.diag_scan.op import diag_scan
+from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.layers import Linear
 from amfm_seqboat.spec import SeqBoatOptions
-from kernels.attention.op import attention
-from kernels.diag_scan.op import diag_scan
-from model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
-from model.packing import PackMeta
-from model.parallel.layers import Linear
 
 ONE_STEP = math.log(math.e - 1)  # softplus of it is 1
 SLOWEST, FASTEST = 0.01, 1.0  # rates of the first averages: half is forgotten in 69 tokens to one

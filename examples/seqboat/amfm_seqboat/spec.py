@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from kernels.limits import DIAG_LIMITS, ScanLimits
-from model.config.mixer_options import MixerOptions
-from model.config.mixer_registry import MixerSpec
+from amfm.kernels.limits import DIAG_LIMITS, ScanLimits
+from amfm.model.config.mixer_options import MixerOptions
+from amfm.model.config.mixer_registry import MixerSpec
 
 
 class SeqBoatOptions(MixerOptions):

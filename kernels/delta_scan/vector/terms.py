@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.channel_gates import (
+from amfm.kernels.channel_gates import (
     blocks_below,
     compose_scores,
     dot_rows,
@@ -23,8 +23,8 @@ from kernels.channel_gates import (
     spread_rows,
     walk_levels,
 )
-from kernels.chunks import Chunks
-from kernels.delta_scan.terms import ChunkedRows, steps_of_heads
+from amfm.kernels.chunks import Chunks
+from amfm.kernels.delta_scan.terms import ChunkedRows, steps_of_heads
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The Triton delta rule with a gate of each key channel as an operation that autograd, torch.compile and meta tensors know.
 
-How: as `kernels.delta_scan.triton_impl`, with one step a token, a key head for each head, and one more launch
+How: as `amfm.kernels.delta_scan.triton_impl`, with one step a token, a key head for each head, and one more launch
 in backward, for pairs of tokens; the last kernel takes K in parts. Only inputs are saved.
 """
 
@@ -12,18 +12,18 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.delta_scan.vector.triton_backward import (
+from amfm.kernels.delta_scan.vector.triton_backward import (
     vector_gradients_kernel,
     vector_pairs_kernel,
     vector_walk_back_kernel,
 )
-from kernels.delta_scan.vector.triton_forward import vector_prepare_kernel, vector_walk_kernel
-from kernels.documents import first_tokens
-from kernels.interpreter import dot_dtype
-from kernels.limits import VECTOR_DELTA_LIMITS
-from kernels.scan_launch import ScanLaunch
-from kernels.strides import outer_strides, pack, pack_inner
-from kernels.tuning import Config
+from amfm.kernels.delta_scan.vector.triton_forward import vector_prepare_kernel, vector_walk_kernel
+from amfm.kernels.documents import first_tokens
+from amfm.kernels.interpreter import dot_dtype
+from amfm.kernels.limits import VECTOR_DELTA_LIMITS
+from amfm.kernels.scan_launch import ScanLaunch
+from amfm.kernels.strides import outer_strides, pack, pack_inner
+from amfm.kernels.tuning import Config
 
 # Candidates of each kernel, the fixed one first. PART: key channels that a program takes, or takes at a time.
 PREPARE = tuple({"PART": part, "num_warps": warps, "num_stages": 1} for part, warps in ((32, 8), (32, 4), (64, 8)))

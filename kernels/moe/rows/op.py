@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import resolve_backend
-from kernels.moe.grouping import group_by_expert
-from kernels.moe.rows.torch_impl import add_rows, combine_rows, gather_rows
-from kernels.shapes import check_shape
+from amfm.kernels.backend import resolve_backend
+from amfm.kernels.moe.grouping import group_by_expert
+from amfm.kernels.moe.rows.torch_impl import add_rows, combine_rows, gather_rows
+from amfm.kernels.shapes import check_shape
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def sort_choices(expert_ids_RK: Tensor, num_experts: int, *, backend: str = "tor
     """Sort choices by expert id in [0, num_experts), ties in their first order. No host synchronisation."""
     backend = resolve_backend(backend, expert_ids_RK.device, "moe")
     if backend == "triton":
-        from kernels.moe.counting_sort import sort_pairs
+        from amfm.kernels.moe.counting_sort import sort_pairs
 
         pairs = sort_pairs(expert_ids_RK, num_experts)
         return SortedChoices(pairs.counts_E, None, pairs.places)
@@ -91,7 +91,7 @@ def gather_choices(x_RD: Tensor, choices: SortedChoices, count: int, top_k: int)
         assert choices.order is not None, "choices are sorted for one of the backends"
         return gather_rows(x_RD, choices.order[:count], top_k)
     check_shape("places", choices.places, (x_RD.shape[0] * top_k,), x_RD)
-    from kernels.moe.rows.triton_impl import spread_rows_triton
+    from amfm.kernels.moe.rows.triton_impl import spread_rows_triton
 
     return spread_rows_triton(x_RD, choices.places, count, top_k, choices.has_gaps)
 
@@ -102,7 +102,7 @@ def combine_choices(rows_SD: Tensor, choices: SortedChoices, weights_RK: Tensor)
         assert choices.order is not None, "choices are sorted for one of the backends"
         return combine_rows(rows_SD, choices.order[: rows_SD.shape[0]], weights_RK)
     check_shape("places", choices.places, (weights_RK.numel(),), rows_SD)
-    from kernels.moe.rows.triton_impl import combine_rows_triton
+    from amfm.kernels.moe.rows.triton_impl import combine_rows_triton
 
     return combine_rows_triton(rows_SD, choices.places, weights_RK, choices.has_gaps)
 
@@ -113,7 +113,7 @@ def add_choices(rows_SD: Tensor, choices: SortedChoices, tokens: int, top_k: int
         assert choices.order is not None, "choices are sorted for one of the backends"
         return add_rows(rows_SD, choices.order[: rows_SD.shape[0]], tokens, top_k)
     check_shape("places", choices.places, (tokens * top_k,), rows_SD)
-    from kernels.moe.rows.triton_impl import add_rows_triton
+    from amfm.kernels.moe.rows.triton_impl import add_rows_triton
 
     return add_rows_triton(rows_SD, choices.places, tokens, top_k)
 
@@ -121,7 +121,7 @@ def add_choices(rows_SD: Tensor, choices: SortedChoices, tokens: int, top_k: int
 def sort_rows(expert_S: Tensor, num_experts: int, *, backend: str = "torch") -> Tensor:
     """Row at each sorted place of rows with these expert ids [S], for `grouped_feed_forward`: what its backend takes."""
     if resolve_backend(backend, expert_S.device, "moe") == "triton":
-        from kernels.moe.counting_sort import sort_pairs
+        from amfm.kernels.moe.counting_sort import sort_pairs
 
         return sort_pairs(expert_S[:, None], num_experts).pairs
     return expert_S.argsort(stable=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels.attention.op import attention, attention_bytes, attention_flops
-from kernels.proof.cases.case import (
+from amfm.kernels.attention.op import attention, attention_bytes, attention_flops
+from amfm.kernels.proof.cases.case import (
     CardSizes,
     CountedProblem,
     Inputs,
@@ -54,7 +54,7 @@ def launches() -> Iterator[KernelLaunch]:
     """
     import triton.language as tl
 
-    from kernels.attention import triton_impl, triton_kernels
+    from amfm.kernels.attention import triton_impl, triton_kernels
 
     types = dict.fromkeys(("q", "k", "v", "y", "d_y", "d_q", "d_k", "d_v"), "*bf16")
     types |= {"log_sums": "*fp32", "deltas": "*fp32", "first_keys": "*i32", "document_ends": "*i32"}

@@ -111,7 +111,7 @@ class CountedProblem:
 
 @dataclass(frozen=True)
 class KernelLaunch:
-    """One kernel as production launches it: arguments of `kernels.proof.ahead_of_time.compile_ahead`, and a name."""
+    """One kernel as production launches it: arguments of `amfm.kernels.proof.ahead_of_time.compile_ahead`, and a name."""
 
     name: str
     kernel: Any

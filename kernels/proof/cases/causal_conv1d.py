@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from kernels.causal_conv1d.op import causal_conv1d, convolution_bytes, convolution_flops
-from kernels.proof.cases.case import (
+from amfm.kernels.causal_conv1d.op import causal_conv1d, convolution_bytes, convolution_flops
+from amfm.kernels.proof.cases.case import (
     CardSizes,
     Compute,
     CountedProblem,
@@ -72,14 +72,14 @@ def launches() -> Iterator[KernelLaunch]:
 
     Inputs are bfloat16; taps, bias and their partial sums are float32.
     """
-    from kernels.causal_conv1d import triton_impl as convolution
-    from kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
+    from amfm.kernels.causal_conv1d import triton_impl as convolution
+    from amfm.kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
 
     types = dict.fromkeys(("x", "y", "d_y", "d_x"), "*bf16") | dict.fromkeys(("weight", "bias", "partial"), "*fp32")
     types |= {"ids": "*i32"} | dict.fromkeys(("T", "C"), "i32:16")
     types |= dict.fromkeys(("stride_b", "stride_t", "stride_dx"), "i32")
     types |= dict.fromkeys(("blocks_per_strip", "strips"), "i32")
-    # Strides of a projection with 24 heads are multiples of 8 and not of 16 (`kernels.strides`).
+    # Strides of a projection with 24 heads are multiples of 8 and not of 16 (`amfm.kernels.strides`).
     flags = {"W": WIDTH, "BIAS": True, "DOCUMENTS": True, "UNIT": 8}
     for name, kernel, config in (
         ("forward", convolution_forward_kernel, convolution.FORWARD[0]),

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from kernels.decay_scan.op import decay_scan, mamba2_scan, scan_bytes, scan_flops
-from kernels.proof.cases.case import (
+from amfm.kernels.decay_scan.op import decay_scan, mamba2_scan, scan_bytes, scan_flops
+from amfm.kernels.proof.cases.case import (
     CardSizes,
     Compute,
     CountedProblem,
@@ -137,7 +137,7 @@ def _segmented_problem(tokens: int, heads: int, chunk: int, segments: int) -> Co
     def run(
         x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, backend: str
     ) -> Tensor:
-        from kernels.decay_scan.triton_impl import scan_triton
+        from amfm.kernels.decay_scan.triton_impl import scan_triton
 
         assert backend == "triton", "segments are a matter of the Triton kernel"
         del A_log, bias
@@ -161,10 +161,10 @@ def launches() -> Iterator[KernelLaunch]:
     """
     import triton.language as tl
 
-    from kernels import segment_states
-    from kernels.decay_scan import launch as scan
-    from kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
-    from kernels.decay_scan.triton_forward import chunk_state_kernel
+    from amfm.kernels import segment_states
+    from amfm.kernels.decay_scan import launch as scan
+    from amfm.kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
+    from amfm.kernels.decay_scan.triton_forward import chunk_state_kernel
 
     types = dict.fromkeys(("q", "k", "v", "y", "d_y", "d_v", "d_q", "d_k", "entering", "leaving"), "*bf16")
     floats = ("g", "scale", "skip", "final", "decay", "initial", "d_final", "d_initial", "d_g", "d_scale", "d_heads")

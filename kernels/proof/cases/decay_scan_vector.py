@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from kernels.decay_scan.op import decay_scan, scan_flops, vector_scan_bytes
-from kernels.proof.cases.case import (
+from amfm.kernels.decay_scan.op import decay_scan, scan_flops, vector_scan_bytes
+from amfm.kernels.proof.cases.case import (
     CardSizes,
     Compute,
     CountedProblem,
@@ -74,13 +74,13 @@ def launches() -> Iterator[KernelLaunch]:
     """
     import triton.language as tl
 
-    from kernels.decay_scan.vector import triton_impl as vector
-    from kernels.decay_scan.vector.triton_backward import (
+    from amfm.kernels.decay_scan.vector import triton_impl as vector
+    from amfm.kernels.decay_scan.vector.triton_backward import (
         score_gradients_kernel,
         vector_gradients_kernel,
         vector_walk_back_kernel,
     )
-    from kernels.decay_scan.vector.triton_forward import prepare_kernel, vector_walk_kernel
+    from amfm.kernels.decay_scan.vector.triton_forward import prepare_kernel, vector_walk_kernel
 
     inputs = ("q", "k", "v", "o", "d_o", "d_q", "d_k", "d_v")
     scratch = ("q_start", "k_end", "scores", "d_scores", "entering", "leaving")

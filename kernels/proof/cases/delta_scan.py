@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.delta_scan.op import delta_bytes, delta_flops, delta_scan
-from kernels.limits import DELTA_LIMITS, VECTOR_DELTA_LIMITS
-from kernels.proof.cases.case import (
+from amfm.kernels.delta_scan.op import delta_bytes, delta_flops, delta_scan
+from amfm.kernels.limits import DELTA_LIMITS, VECTOR_DELTA_LIMITS
+from amfm.kernels.proof.cases.case import (
     CardSizes,
     Compute,
     CountedProblem,
@@ -28,7 +28,7 @@ from kernels.proof.cases.case import (
     find_package,
     kernel_launch,
 )
-from kernels.tuning import Config
+from amfm.kernels.tuning import Config
 
 CHUNK_SIZE, STATE_SIZE = 64, 128
 
@@ -88,9 +88,9 @@ def launches() -> Iterator[KernelLaunch]:
     """Every kernel with gates and documents, for one and two steps a token."""
     import triton.language as tl
 
-    from kernels.delta_scan import triton_impl as delta
-    from kernels.delta_scan.triton_backward import gradients_kernel, walk_back_kernel
-    from kernels.delta_scan.triton_forward import chunk_state_kernel, prepare_kernel
+    from amfm.kernels.delta_scan import triton_impl as delta
+    from amfm.kernels.delta_scan.triton_backward import gradients_kernel, walk_back_kernel
+    from amfm.kernels.delta_scan.triton_forward import chunk_state_kernel, prepare_kernel
 
     types = _types()
     gates, whole = {"GATE": True, "DOCUMENTS": True}, {"BLOCK_K": STATE_SIZE}
@@ -130,9 +130,9 @@ def _channel_launches(types: dict[str, str]) -> Iterator[KernelLaunch]:
     """Every kernel of gates of key channels."""
     import triton.language as tl
 
-    from kernels.delta_scan.vector import triton_backward as backward
-    from kernels.delta_scan.vector import triton_impl as vector
-    from kernels.delta_scan.vector.triton_forward import vector_prepare_kernel, vector_walk_kernel
+    from amfm.kernels.delta_scan.vector import triton_backward as backward
+    from amfm.kernels.delta_scan.vector import triton_impl as vector
+    from amfm.kernels.delta_scan.vector.triton_forward import vector_prepare_kernel, vector_walk_kernel
 
     chunk = VECTOR_DELTA_LIMITS.chunk_sizes[-1]
     common = {"Q": chunk, "DOT": tl.bfloat16}

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.diag_scan.op import diag_bytes, diag_flops, diag_scan
-from kernels.proof.cases.case import (
+from amfm.kernels.diag_scan.op import diag_bytes, diag_flops, diag_scan
+from amfm.kernels.proof.cases.case import (
     CardSizes,
     Compute,
     CountedProblem,
@@ -81,8 +81,8 @@ def launches() -> Iterator[KernelLaunch]:
 
     Steps after softplus, states and their gradients are float32.
     """
-    from kernels.diag_scan import triton_impl as diag
-    from kernels.diag_scan.triton_kernels import diag_backward_kernel, diag_forward_kernel
+    from amfm.kernels.diag_scan import triton_impl as diag
+    from amfm.kernels.diag_scan.triton_kernels import diag_backward_kernel, diag_forward_kernel
 
     types = dict.fromkeys(("x", "B", "C", "y", "d_y", "d_x"), "*bf16") | {"firsts": "*i32", "chunks": "i32"}
     floats = ("dt", "A", "D", "initial", "entering", "final", "d_final", "room")

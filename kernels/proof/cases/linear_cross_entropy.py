@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.linear_cross_entropy.op import cross_entropy_bytes, cross_entropy_flops, linear_cross_entropy
-from kernels.proof.cases.case import (
+from amfm.kernels.linear_cross_entropy.op import cross_entropy_bytes, cross_entropy_flops, linear_cross_entropy
+from amfm.kernels.proof.cases.case import (
     NOTHING,
     CardSizes,
     Compute,
@@ -77,8 +77,8 @@ def launches() -> Iterator[KernelLaunch]:
     """
     import triton.language as tl
 
-    from kernels.linear_cross_entropy import triton_impl as loss
-    from kernels.linear_cross_entropy import triton_kernels
+    from amfm.kernels.linear_cross_entropy import triton_impl as loss
+    from amfm.kernels.linear_cross_entropy import triton_kernels
 
     types = dict.fromkeys(("hidden", "weight", "d_logits"), "*bf16") | {"labels": "*i64"}
     floats = ("peaks", "sums", "targets", "logits", "logits_out", "log_sums", "d_log_sums", "d_targets")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from kernels.decay_scan.op import scan_flops
-from kernels.mamba2.op import MixerSizes, mamba2_mix, mixer_bytes
-from kernels.proof.cases.case import (
+from amfm.kernels.decay_scan.op import scan_flops
+from amfm.kernels.mamba2.op import MixerSizes, mamba2_mix, mixer_bytes
+from amfm.kernels.proof.cases.case import (
     EPSILON,
     CardSizes,
     Compute,
@@ -23,7 +23,7 @@ from kernels.proof.cases.case import (
     find_package,
     kernel_launch,
 )
-from kernels.proof.cases.decay_scan import HEAD_DIM, STATE_SIZE
+from amfm.kernels.proof.cases.decay_scan import HEAD_DIM, STATE_SIZE
 
 WIDTH = 4
 
@@ -109,10 +109,10 @@ def launches() -> Iterator[KernelLaunch]:
     """What the parts do not compile: walks and gradients of the scan with raw gates, and sums of parts."""
     import triton.language as tl
 
-    from kernels.decay_scan import launch as scan
-    from kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
-    from kernels.decay_scan.triton_forward import chunk_state_kernel
-    from kernels.partial_sums import sum_parts_kernel
+    from amfm.kernels.decay_scan import launch as scan
+    from amfm.kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
+    from amfm.kernels.decay_scan.triton_forward import chunk_state_kernel
+    from amfm.kernels.partial_sums import sum_parts_kernel
 
     halves = (
         "q", "k", "v", "y", "d_y", "d_v", "d_q", "d_k", "entering", "leaving", "g", "d_g", "A_log", "bias", "skip",

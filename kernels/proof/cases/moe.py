@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.linear.op import linear
-from kernels.moe.op import expert_feed_forward, feed_forward_bytes, feed_forward_flops, grouped_feed_forward, route
-from kernels.moe.rows.op import (
+from amfm.kernels.linear.op import linear
+from amfm.kernels.moe.op import expert_feed_forward, feed_forward_bytes, feed_forward_flops, grouped_feed_forward, route
+from amfm.kernels.moe.rows.op import (
     add_choices,
     choose_ranks,
     combine_choices,
@@ -18,7 +18,7 @@ from kernels.moe.rows.op import (
     sort_choices,
     sort_rows,
 )
-from kernels.proof.cases.case import (
+from amfm.kernels.proof.cases.case import (
     CardSizes,
     CountedProblem,
     Goal,
@@ -172,10 +172,10 @@ def launches() -> Iterator[KernelLaunch]:
     """Every kernel of the experts, for few and many rows an expert."""
     import triton.language as tl
 
-    from kernels.moe import persistent
-    from kernels.moe import triton_experts as experts
-    from kernels.moe import triton_kernels as kernels
-    from kernels.moe.rows import triton_impl as copies
+    from amfm.kernels.moe import persistent
+    from amfm.kernels.moe import triton_experts as experts
+    from amfm.kernels.moe import triton_kernels as kernels
+    from amfm.kernels.moe.rows import triton_impl as copies
 
     inputs = ("x", "weight", "up", "down", "hidden", "d_y", "left", "right", "rows_SD")
     types = dict.fromkeys((*inputs, "y", "active", "d_hidden", "result"), "*bf16")
@@ -221,7 +221,7 @@ def launches() -> Iterator[KernelLaunch]:
 
 def _sort_launches() -> Iterator[KernelLaunch]:
     """The counting sort and the list of tiles, for 128 experts."""
-    from kernels.moe import counting_sort as sort
+    from amfm.kernels.moe import counting_sort as sort
 
     types = dict.fromkeys(("counts", "sorted_pairs", "tokens", "places", "offsets", "tiles"), "*i32")
     types |= dict.fromkeys(("ids", "totals", "kept"), "*i64")

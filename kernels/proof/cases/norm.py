@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.norm.op import gated_rms_norm, norm_bytes, norm_flops, rms_norm
-from kernels.proof.cases.case import (
+from amfm.kernels.norm.op import gated_rms_norm, norm_bytes, norm_flops, rms_norm
+from amfm.kernels.proof.cases.case import (
     EPSILON,
     CardSizes,
     Compute,
@@ -113,14 +113,14 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 def launches() -> Iterator[KernelLaunch]:
     """Both kernels at the widths of presets."""
-    from kernels.norm.triton_impl import TILE_VALUES, WARP_VALUES
-    from kernels.norm.triton_kernels import norm_backward_kernel, norm_forward_kernel
+    from amfm.kernels.norm.triton_impl import TILE_VALUES, WARP_VALUES
+    from amfm.kernels.norm.triton_kernels import norm_backward_kernel, norm_forward_kernel
 
     names = ("x", "other", "z", "out", "h", "d_out", "d_h", "d_x", "d_z", "weight")
     types = dict.fromkeys(names, "*bf16") | {"reciprocal": "*fp32", "partial": "*fp32", "epsilon": "fp32"}
     types |= dict.fromkeys(("rows", "size", "stride_x"), "i32:16")
     types |= dict.fromkeys(("stride_other", "stride_z", "stride_dz"), "i32")
-    # Strides of a projection are multiples of its heads at worst: 8 and not 16 with 24 of them (`kernels.strides`).
+    # Strides of a projection are multiples of its heads at worst: 8 and not 16 with 24 of them (`amfm.kernels.strides`).
     for label, block, gated, unit in (
         ("norm with residual, up to 4096 wide", 4096, False, 16),
         ("norm with residual, up to 8192 wide", 8192, False, 16),

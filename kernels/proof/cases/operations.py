@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from kernels.proof.cases import (
+from amfm.kernels.proof.cases import (
     attention,
     causal_conv1d,
     decay_scan,
@@ -24,7 +24,7 @@ from kernels.proof.cases import (
     router,
     swiglu,
 )
-from kernels.proof.cases.case import CardSizes, HostSizes, Inputs, KernelLaunch, OperationCase, Problem
+from amfm.kernels.proof.cases.case import CardSizes, HostSizes, Inputs, KernelLaunch, OperationCase, Problem
 
 OPERATIONS: dict[str, OperationCase] = {
     case.name: case

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.proof.cases.case import (
+from amfm.kernels.proof.cases.case import (
     CountedProblem,
     Inputs,
     KernelLaunch,
@@ -17,7 +17,7 @@ from kernels.proof.cases.case import (
     bfloat16_inputs,
     kernel_launch,
 )
-from kernels.rope.op import qk_norm_rope, qk_norm_rope_bytes, qk_norm_rope_flops, rope_frequencies
+from amfm.kernels.rope.op import qk_norm_rope, qk_norm_rope_bytes, qk_norm_rope_flops, rope_frequencies
 
 VALUE_BYTES = 2
 
@@ -56,7 +56,7 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 def launches() -> Iterator[KernelLaunch]:
     """Both kernels, for heads of 128, and for those of 256 of which 64 channels rotate (Qwen3-Next)."""
-    from kernels.rope import triton_impl as rope
+    from amfm.kernels.rope import triton_impl as rope
 
     types = dict.fromkeys(("x", "y", "d_y", "d_x", "weight"), "*bf16")
     types |= dict.fromkeys(("cosine", "sine", "d_weight"), "*fp32")

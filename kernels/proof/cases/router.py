@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.moe.op import route, route_bytes
-from kernels.proof.cases.case import (
+from amfm.kernels.moe.op import route, route_bytes
+from amfm.kernels.proof.cases.case import (
     NOTHING,
     CountedProblem,
     Inputs,
@@ -50,7 +50,7 @@ def launches() -> Iterator[KernelLaunch]:
     """Both kernels as Granite routes (softmax) and as DeepSeek-V3 does (sigmoid with bias, in groups)."""
     import triton
 
-    from kernels.moe import triton_router as router
+    from amfm.kernels.moe import triton_router as router
 
     floats = ("logits", "bias", "scores", "weights", "d_weights", "d_scores", "d_logits")
     types = dict.fromkeys(floats, "*fp32") | {"expert_ids": "*i64", "counts": "*i32", "scaling": "fp32"}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from kernels.proof.cases.case import (
+from amfm.kernels.proof.cases.case import (
     CardSizes,
     Compute,
     CountedProblem,
@@ -20,7 +20,7 @@ from kernels.proof.cases.case import (
     formula_goals,
     kernel_launch,
 )
-from kernels.swiglu.op import squared_relu, squared_relu_bytes, swiglu, swiglu_bytes, swiglu_flops
+from amfm.kernels.swiglu.op import squared_relu, squared_relu_bytes, swiglu, swiglu_bytes, swiglu_flops
 
 VALUE_BYTES = 2
 
@@ -80,7 +80,7 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 def launches() -> Iterator[KernelLaunch]:
     """All four kernels."""
-    from kernels.swiglu import triton_impl as activations
+    from amfm.kernels.swiglu import triton_impl as activations
 
     types = dict.fromkeys(("gate_up", "x", "y", "d_y", "d_x", "d_gate_up"), "*bf16")
     types |= dict.fromkeys(("rows", "columns"), "i32:16")

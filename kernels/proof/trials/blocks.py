@@ -8,17 +8,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.attention.op import attention, fastest_backend
-from kernels.attention.varlen import DocumentEnds
-from kernels.causal_conv1d.op import causal_conv1d
-from kernels.linear_cross_entropy.op import linear_cross_entropy, linear_statistics
-from kernels.moe.op import expert_feed_forward, grouped_feed_forward, route
-from kernels.moe.rows.op import combine_choices, gather_choices, put_in_slots, sort_choices, sort_rows
-from kernels.norm.op import gated_rms_norm, rms_norm
-from kernels.proof.cases.case import EPSILON, Inputs
-from kernels.proof.trials.trial import Sized, Trial, documents, slices
-from kernels.rope.op import qk_norm_rope, rope_frequencies
-from kernels.swiglu.op import squared_relu, swiglu
+from amfm.kernels.attention.op import attention, fastest_backend
+from amfm.kernels.attention.varlen import DocumentEnds
+from amfm.kernels.causal_conv1d.op import causal_conv1d
+from amfm.kernels.linear_cross_entropy.op import linear_cross_entropy, linear_statistics
+from amfm.kernels.moe.op import expert_feed_forward, grouped_feed_forward, route
+from amfm.kernels.moe.rows.op import combine_choices, gather_choices, put_in_slots, sort_choices, sort_rows
+from amfm.kernels.norm.op import gated_rms_norm, rms_norm
+from amfm.kernels.proof.cases.case import EPSILON, Inputs
+from amfm.kernels.proof.trials.trial import Sized, Trial, documents, slices
+from amfm.kernels.rope.op import qk_norm_rope, rope_frequencies
+from amfm.kernels.swiglu.op import squared_relu, swiglu
 
 
 def attention_trial(

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.documents import first_tokens
-from kernels.mamba2.op import MixerSizes, mamba2_mix
-from kernels.proof.cases.case import EPSILON, Inputs
-from kernels.proof.trials.trial import Sized, Trial, documents
+from amfm.kernels.documents import first_tokens
+from amfm.kernels.mamba2.op import MixerSizes, mamba2_mix
+from amfm.kernels.proof.cases.case import EPSILON, Inputs
+from amfm.kernels.proof.trials.trial import Sized, Trial, documents
 
 SUMS = {"A_log": "dt", "dt_bias": "dt"}
 

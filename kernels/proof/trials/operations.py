@@ -1,12 +1,12 @@
-"""The trials of every operation, by its name in `kernels.proof.cases.operations`."""
+"""The trials of every operation, by its name in `amfm.kernels.proof.cases.operations`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from kernels.proof.cases.operations import OPERATIONS
-from kernels.proof.trials import blocks, mixers, scans
-from kernels.proof.trials.trial import Kind, Sized, trials_of_problems
+from amfm.kernels.proof.cases.operations import OPERATIONS
+from amfm.kernels.proof.trials import blocks, mixers, scans
+from amfm.kernels.proof.trials.trial import Kind, Sized, trials_of_problems
 
 TRIALS: dict[str, Callable[[], Iterator[Sized]]] = {
     "decay_scan": scans.decay_scan_trials,

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.decay_scan.op import decay_scan, mamba2_scan
-from kernels.diag_scan.op import diag_scan
-from kernels.proof.cases.case import Inputs
-from kernels.proof.trials.trial import Sized, Trial, documents, slices
+from amfm.kernels.decay_scan.op import decay_scan, mamba2_scan
+from amfm.kernels.diag_scan.op import diag_scan
+from amfm.kernels.proof.cases.case import Inputs
+from amfm.kernels.proof.trials.trial import Sized, Trial, documents, slices
 
 SUMS = {"A_log": "dt", "dt_bias": "dt"}
 
@@ -173,7 +173,7 @@ def diag_scan_trials() -> Iterator[Sized]:
 
 def delta_scan_trials() -> Iterator[Sized]:
     """Gated DeltaNet, DeltaProduct and Kimi Delta Attention."""
-    from kernels.delta_scan.op import delta_scan
+    from amfm.kernels.delta_scan.op import delta_scan
 
     def delta_trial(
         inputs: Inputs, tokens: int, key_heads: int, heads: int, *, steps: int = 1, key: int = 128, value: int = 128,

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.proof.cases.case import CardSizes, Inputs, Problem
+from amfm.kernels.proof.cases.case import CardSizes, Inputs, Problem
 
 Kind = Literal["first", "small", "long"]
 KINDS: tuple[Kind, ...] = ("first", "small", "long")

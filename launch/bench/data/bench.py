@@ -22,18 +22,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.config import SourceConfig
-from data_pipeline.files import write_file_atomically
-from data_pipeline.prepare.documents import Document, SegmentReader
-from data_pipeline.prepare.plan import plan_source
-from data_pipeline.prepare.python_sources import collect_python_sources
-from data_pipeline.store.store import TokenStore
-from data_pipeline.tokenizer.tokenizer import train_tokenizer
-from launch.bench.data.cold import measure_cold_reads
-from launch.bench.data.files import PRESETS, BenchData, export_for_megatron, make_huge_store, recode_store
-from launch.bench.data.prepare import measure_preparation
-from launch.bench.data.readers import Reader, megatron_readers, memmap_reader, our_reader, streaming_reader, zarr_reader
-from launch.bench.hardware import processor_name
+from amfm.data_pipeline.config import SourceConfig
+from amfm.data_pipeline.files import write_file_atomically
+from amfm.data_pipeline.prepare.documents import Document, SegmentReader
+from amfm.data_pipeline.prepare.plan import plan_source
+from amfm.data_pipeline.prepare.python_sources import collect_python_sources
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.tokenizer import train_tokenizer
+from amfm.launch.bench.data.cold import measure_cold_reads
+from amfm.launch.bench.data.files import PRESETS, BenchData, export_for_megatron, make_huge_store, recode_store
+from amfm.launch.bench.data.prepare import measure_preparation
+from amfm.launch.bench.data.readers import (
+    Reader,
+    megatron_readers,
+    memmap_reader,
+    our_reader,
+    streaming_reader,
+    zarr_reader,
+)
+from amfm.launch.bench.hardware import processor_name
 
 YARDSTICK = "megatron_gpt_dataset"
 SLOW_READERS = {"zarr_python": 8}  # this many times fewer samples: a round of them takes as long as all others together
@@ -165,7 +172,7 @@ def measure_first_batch(settings: BenchData, store: TokenStore) -> dict[str, Any
     records = make_huge_store(store, folder, settings.huge_tokens)
     config = settings.data_config("huge").model_dump(mode="json")
     arguments = {"data": config, "sequence_length": settings.sequence_length, "batch": settings.batch}
-    command = [sys.executable, "-m", "launch.bench.data.child", "first", json.dumps(arguments)]
+    command = [sys.executable, "-m", "amfm.launch.bench.data.child", "first", json.dumps(arguments)]
     for _ in range(2):
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:

@@ -1,6 +1,6 @@
 """What `amfm bench data` measures in a process of its own: the first batch of a store, and a tokenizer alone.
 
-Called as `python -m launch.bench.data.child first SETTINGS` or `... tokenize SETTINGS`, SETTINGS being JSON; prints
+Called as `python -m amfm.launch.bench.data.child first SETTINGS` or `... tokenize SETTINGS`, SETTINGS being JSON; prints
 JSON objects, a line each.
 """
 
@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # part of the bare process, as in training
 
-from launch.bench.process import open_answers
+from amfm.launch.bench.process import open_answers
 
 if TYPE_CHECKING:
-    from data_pipeline.config import DataConfig
+    from amfm.data_pipeline.config import DataConfig
 
 MAX_CHARACTERS = 100_000_000  # of text held in memory
 
 
 def first_batch(settings: dict[str, Any]) -> dict[str, float]:
     """Seconds from a store's path to the first batch, and memory beyond that of the process after its imports."""
-    from data_pipeline.config import DataConfig
-    from data_pipeline.loader.loader import PretrainLoader
+    from amfm.data_pipeline.config import DataConfig
+    from amfm.data_pipeline.loader.loader import PretrainLoader
 
     config = DataConfig.model_validate(settings["data"])
     before, started, cpu = _resident_bytes("VmRSS"), time.perf_counter(), time.process_time()
@@ -57,9 +57,9 @@ def tokenize(settings: dict[str, Any], answer: Callable[[object], None]) -> None
     """
     from sentencepiece import SentencePieceProcessor
 
-    from data_pipeline.config import DataConfig
-    from data_pipeline.memory import keep_freed_memory
-    from launch.bench.data.prepare import CALLS
+    from amfm.data_pipeline.config import DataConfig
+    from amfm.data_pipeline.memory import keep_freed_memory
+    from amfm.launch.bench.data.prepare import CALLS
 
     keep_freed_memory()
     config = DataConfig.model_validate(settings["data"])
@@ -81,9 +81,9 @@ def tokenize(settings: dict[str, Any], answer: Callable[[object], None]) -> None
 
 def _read_batches(config: DataConfig, share: int, shares: int) -> Iterator[list[str]]:
     """Every `shares`-th segment of the plan, at most MAX_CHARACTERS of text."""
-    from data_pipeline.prepare.documents import Document, SegmentReader
-    from data_pipeline.prepare.plan import plan_source
-    from data_pipeline.prepare.unit import BATCH_CHARACTERS, BATCH_DOCUMENTS
+    from amfm.data_pipeline.prepare.documents import Document, SegmentReader
+    from amfm.data_pipeline.prepare.plan import plan_source
+    from amfm.data_pipeline.prepare.unit import BATCH_CHARACTERS, BATCH_DOCUMENTS
 
     (source,) = config.sources
     batch: list[str] = []

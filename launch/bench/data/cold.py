@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.store.store import TokenStore
-from launch.bench.data.files import SOURCE, BenchData
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.launch.bench.data.files import SOURCE, BenchData
 
 QUIET_SECONDS = 0.02  # before a read: what the system reads ahead for the one before must not delay it
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
-from data_pipeline.samples.packing import count_windows
-from data_pipeline.store.manifest import write_manifest
-from data_pipeline.store.megatron_files import export_megatron
-from data_pipeline.store.part_writer import write_part
-from data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from amfm.data_pipeline.samples.packing import count_windows
+from amfm.data_pipeline.store.manifest import write_manifest
+from amfm.data_pipeline.store.megatron_files import export_megatron
+from amfm.data_pipeline.store.part_writer import write_part
+from amfm.data_pipeline.store.store import TokenStore
 
 SOURCE = "text"
 PRESETS = ("fast", "balanced", "small")

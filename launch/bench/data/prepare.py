@@ -19,14 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.config import DataConfig
-from data_pipeline.prepare.plan import Unit
-from data_pipeline.prepare.prepare import prepare
-from data_pipeline.prepare.ray_actors import run_on_ray, running_ray
-from data_pipeline.prepare.unit import UnitFailure, UnitReport
-from data_pipeline.tokenizer.tokenizer import Tokenizer
-from launch.bench.data.files import BenchData
-from launch.bench.process import Child
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.prepare.plan import Unit
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.prepare.ray_actors import run_on_ray, running_ray
+from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.launch.bench.data.files import BenchData
+from amfm.launch.bench.process import Child
 
 ACTOR = "ray::PartWriter"
 CALM_SECONDS = 30.0
@@ -157,7 +157,8 @@ def _tokenizers_alone(settings: BenchData) -> Iterator[Callable[[], list[_Alone]
     shares = [{"data": config, "share": share, "shares": settings.actors} for share in range(settings.actors)]
     with ExitStack() as stack:
         children = [
-            stack.enter_context(Child("launch.bench.data.child", "tokenize", json.dumps(share))) for share in shares
+            stack.enter_context(Child("amfm.launch.bench.data.child", "tokenize", json.dumps(share)))
+            for share in shares
         ]
         for child in children:
             child.receive()  # its text is in memory

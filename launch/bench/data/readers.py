@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data_pipeline.loader.loader import PretrainLoader
-from data_pipeline.samples.samples import SampleReader
-from data_pipeline.store.store import TokenStore
-from launch.bench.data.files import SOURCE, BenchData, bytes_below, megatron_cache, windows
+from amfm.data_pipeline.loader.loader import PretrainLoader
+from amfm.data_pipeline.samples.samples import SampleReader
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.launch.bench.data.files import SOURCE, BenchData, bytes_below, megatron_cache, windows
 
 Tokens = npt.NDArray[np.generic]
 Sample = Mapping[str, torch.Tensor]

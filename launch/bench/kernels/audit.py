@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from kernels.acceptance.timing import BYTES_A_SECOND, FLOPS_A_SECOND
-from kernels.proof.cases.case import NOTHING, CountedProblem, Goal, Minimum
-from kernels.proof.cases.operations import OPERATIONS, check_names
+from amfm.kernels.acceptance.timing import BYTES_A_SECOND, FLOPS_A_SECOND
+from amfm.kernels.proof.cases.case import NOTHING, CountedProblem, Goal, Minimum
+from amfm.kernels.proof.cases.operations import OPERATIONS, check_names
 
 
 def audit_kernels(names: list[str] | None = None) -> dict[str, Any]:
@@ -34,8 +34,8 @@ def audit_kernels(names: list[str] | None = None) -> dict[str, Any]:
     """
     check_names(names, OPERATIONS)
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "launch.bench.kernels.audit", *(names or ())]
-    root = Path(__file__).parents[3]
+    command = [sys.executable, "-m", "amfm.launch.bench.kernels.audit", *(names or ())]
+    root = Path(__file__).parents[4]
     child = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     if child.returncode:
         raise RuntimeError(f"counting in Triton's interpreter failed: {child.stderr.strip()[-2000:]}")
@@ -48,7 +48,7 @@ def audit_kernels(names: list[str] | None = None) -> dict[str, Any]:
 
 def count_problem(counted: CountedProblem) -> list[dict[str, Any]]:
     """A row for each pass of one problem. Needs a process that interprets Triton."""
-    from kernels.proof.counting import count_launches
+    from amfm.kernels.proof.counting import count_launches
 
     problem = counted.problem
     with count_launches() as launches:

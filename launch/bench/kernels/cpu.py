@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from kernels.proof.cases.operations import ON_HOST, check_names
-from launch.bench.freed_memory import KEPT, RETURNED, choose_treatments
-from launch.bench.hardware import describe_hardware
-from launch.bench.kernels.cpu_rounds import DTYPES, FUSED, can_be_compiled
-from launch.bench.process import Child
+from amfm.kernels.proof.cases.operations import ON_HOST, check_names
+from amfm.launch.bench.freed_memory import KEPT, RETURNED, choose_treatments
+from amfm.launch.bench.hardware import describe_hardware
+from amfm.launch.bench.kernels.cpu_rounds import DTYPES, FUSED, can_be_compiled
+from amfm.launch.bench.process import Child
 
 PASSES = ("forward", "backward", "both")
 
@@ -85,7 +85,7 @@ def _bench_operation(
 def _start(op: str, memory: str, rounds: int) -> Child:
     """Start a process that times one operation under one treatment of memory."""
     settings = {"op": op, "rounds": rounds, "threads": torch.get_num_threads(), "keep_freed_memory": memory == KEPT}
-    return Child("launch.bench.kernels.cpu_rounds", json.dumps(settings))
+    return Child("amfm.launch.bench.kernels.cpu_rounds", json.dumps(settings))
 
 
 def _medians(rounds: list[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launch.bench.freed_memory import KEPT, RETURNED
+from amfm.launch.bench.freed_memory import KEPT, RETURNED
 
 # Times as long as ours, both passes, by dtype.
 GOALS = {

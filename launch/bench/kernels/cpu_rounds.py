@@ -1,6 +1,6 @@
 """One operation on this machine's CPU: its variants compared with ours, then timed in turns, forward and backward.
 
-Called by `amfm bench kernels` as `python -m launch.bench.kernels.cpu_rounds SETTINGS`, SETTINGS being JSON: a process for
+Called by `amfm bench kernels` as `python -m amfm.launch.bench.kernels.cpu_rounds SETTINGS`, SETTINGS being JSON: a process for
 each way to treat freed memory, because the C library takes that setting once. Answers, one for each line on standard
 input: shape and differences of the variants in one dtype, the seconds of each of its rounds, then the next dtype.
 """
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.memory import keep_freed_memory
-from launch.bench.kernels.case import TimedCase, host_case
-from launch.bench.process import open_answers
-from launch.doctor.machine import examine_compiler
+from amfm.data_pipeline.memory import keep_freed_memory
+from amfm.launch.bench.kernels.case import TimedCase, host_case
+from amfm.launch.bench.process import open_answers
+from amfm.launch.doctor.machine import examine_compiler
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 # Largest relative RMS difference between variants, outputs and gradients: rounding in another order; bfloat16 keeps

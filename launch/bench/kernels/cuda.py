@@ -1,6 +1,6 @@
 """Kernel benchmark on a CUDA card: our Triton kernels, PyTorch, and the public packages that are installed.
 
-How it works: each operation runs in a process of its own (`kernels.acceptance`), where every variant is judged against float32
+How it works: each operation runs in a process of its own (`amfm.kernels.acceptance`), where every variant is judged against float32
 by its worst tensor, then timed. An operation that crashes is a fault and takes no other along.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kernels.acceptance.process import Finished, run_child
-from kernels.first_use import DEFAULT_CASES
-from kernels.proof.cases.operations import ON_CARD, OPERATIONS, check_names
-from launch.bench.hardware import describe_hardware
+from amfm.kernels.acceptance.process import Finished, run_child
+from amfm.kernels.first_use import DEFAULT_CASES
+from amfm.kernels.proof.cases.operations import ON_CARD, OPERATIONS, check_names
+from amfm.launch.bench.hardware import describe_hardware
 
 # One operation's process: the slowest kernels compile for a minute, and tuning compiles each several times.
 TIMING_SECONDS, TUNING_SECONDS = 600.0, 3600.0

@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.bench.efficiencies import fit_efficiencies
-from launch.bench.published.runs import PUBLISHED, PublishedRun
-from launch.plan.estimate import Assumptions, Estimate, estimate
-from launch.plan.exchanges import expected_ranks
-from launch.plan.hardware import HARDWARE, Hardware
-from launch.plan.layout import Layout
-from model.config.schema import ModelConfig, MoeConfig, MtpConfig
-from model.flops import flops_per_token
-from pretrain.checks.check_run import load_checked
-from pretrain.config.schema import RunConfig
+from amfm.launch.bench.efficiencies import fit_efficiencies
+from amfm.launch.bench.published.runs import PUBLISHED, PublishedRun
+from amfm.launch.plan.estimate import Assumptions, Estimate, estimate
+from amfm.launch.plan.exchanges import expected_ranks
+from amfm.launch.plan.hardware import HARDWARE, Hardware
+from amfm.launch.plan.layout import Layout
+from amfm.model.config.schema import ModelConfig, MoeConfig, MtpConfig
+from amfm.model.flops import flops_per_token
+from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.config.schema import RunConfig
 
 NATURAL_IMBALANCE = 1.2
 FITTED = (

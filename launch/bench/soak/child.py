@@ -1,4 +1,4 @@
-"""A start of the run with ranks that can be hurt from inside: `python -m launch.bench.soak.child FOLDER RANKS CONFIG`.
+"""A start of the run with ranks that can be hurt from inside: `python -m amfm.launch.bench.soak.child FOLDER RANKS CONFIG`.
 
 The process that is called so is the launcher of `amfm train --nproc`, and starts itself again as each rank. A rank is
 `amfm train` with two hooks of torch's. A file `NaN-RANK` in FOLDER makes one output of a module NaN, after as many others as
@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.rank_command import isolated_python
+from amfm.launch.rank_command import isolated_python
 
 
 def start_ranks(arguments: list[str]) -> int:
     """Be the launcher, and return one exit code for all ranks."""
-    from launch.cluster.local import run_command
+    from amfm.launch.cluster.local import run_command
 
     return run_command([*isolated_python(), "-m", __spec__.name, *arguments], int(arguments[1]))
 
@@ -54,7 +54,7 @@ def be_rank(folder: Path, config: str) -> None:
     register_optimizer_step_post_hook(remember)
     register_module_forward_hook(obey)
     sys.argv = ["amfm", "train", config]
-    runpy.run_module("launch", run_name="__main__", alter_sys=True)
+    runpy.run_module("amfm.launch", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

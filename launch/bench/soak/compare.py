@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.bench.soak.settings import STEPS
-from launch.bench.soak.start import read_log
-from pretrain.checkpoint.inspect import diff_checkpoints
-from pretrain.checkpoint.names import checkpoint_name
+from amfm.launch.bench.soak.settings import STEPS
+from amfm.launch.bench.soak.start import read_log
+from amfm.pretrain.checkpoint.inspect import diff_checkpoints
+from amfm.pretrain.checkpoint.names import checkpoint_name
 
 COMPARED = ("loss", "grad_norm", "lr", "tokens", "auxiliary", "data", "skipped")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from launch.bench.soak.faults import LOCAL_KINDS, RAY_KINDS
-from launch.bench.soak.settings import STEPS
-from launch.bench.soak.soak import Round
-from launch.study.plots import COLOURS
+from amfm.launch.bench.soak.faults import LOCAL_KINDS, RAY_KINDS
+from amfm.launch.bench.soak.settings import STEPS
+from amfm.launch.bench.soak.soak import Round
+from amfm.launch.study.plots import COLOURS
 
 MARKERS = "osv^DPX*<>hp"
 STYLE = {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
-from data_pipeline.prepare.plan import Unit
-from data_pipeline.prepare.prepare import prepare
-from data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
-from data_pipeline.tokenizer.tokenizer import Tokenizer
-from launch.bench.soak.faults import LOCAL_KINDS, RAY_KINDS, Kind
-from pretrain.config.file import resolved_yaml
-from pretrain.config.schema import RunConfig
+from amfm.data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from amfm.data_pipeline.prepare.plan import Unit
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.launch.bench.soak.faults import LOCAL_KINDS, RAY_KINDS, Kind
+from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.config.schema import RunConfig
 
 STEPS = 60
 HEARTBEAT_SECONDS = 45.0  # a machine that does other work too must not look hung

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.config import DataConfig
-from launch.bench.soak.compare import compare, is_finished
-from launch.bench.soak.faults import FAILED, Fault, draw_faults
-from launch.bench.soak.settings import LAYOUTS, STEPS, Layout, make_store, write_config
-from launch.bench.soak.start import Start, read_place, read_starts, wait_for, wait_for_end
-from launch.bench.soak.strike import damage_newest, strike
-from pretrain.launcher_protocol import DONE
+from amfm.data_pipeline.config import DataConfig
+from amfm.launch.bench.soak.compare import compare, is_finished
+from amfm.launch.bench.soak.faults import FAILED, Fault, draw_faults
+from amfm.launch.bench.soak.settings import LAYOUTS, STEPS, Layout, make_store, write_config
+from amfm.launch.bench.soak.start import Start, read_place, read_starts, wait_for, wait_for_end
+from amfm.launch.bench.soak.strike import damage_newest, strike
+from amfm.pretrain.launcher_protocol import DONE
 
 STUCK_SECONDS = 900.0  # a start on a machine that does other work too
 

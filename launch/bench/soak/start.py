@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.lines import read_lines
-from launch.bench.soak.disk import fault, fault_variables
-from launch.bench.soak.processes import Process, descendants, find_ranks, send, wait_until_gone
-from launch.bench.soak.settings import Layout
-from launch.rank_command import isolated_python, rank_command, source_variables
+from amfm.data_pipeline.lines import read_lines
+from amfm.launch.bench.soak.disk import fault, fault_variables
+from amfm.launch.bench.soak.processes import Process, descendants, find_ranks, send, wait_until_gone
+from amfm.launch.bench.soak.settings import Layout
+from amfm.launch.rank_command import isolated_python, rank_command, source_variables
 
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 1.0
@@ -51,7 +51,7 @@ class Start:
             variables["RAY_worker_niceness"] = "0"
         else:
             arguments = [str(folder), str(layout.num_ranks), str(config)]
-            command = [*isolated_python(), "-m", "launch.bench.soak.child", *arguments]
+            command = [*isolated_python(), "-m", "amfm.launch.bench.soak.child", *arguments]
             variables |= fault_variables(list_rules(run_dir, folder))
         with (run_dir.parent / f"{run_dir.name}-start-{number:03d}.log").open("wb") as log:
             process = subprocess.Popen(

@@ -6,11 +6,11 @@ import signal
 import time
 from pathlib import Path
 
-from launch.bench.soak.faults import Fault
-from launch.bench.soak.processes import name_of, send
-from launch.bench.soak.start import Start
-from pretrain.checkpoint.inspect import inspect_checkpoint
-from pretrain.checkpoint.names import list_checkpoints
+from amfm.launch.bench.soak.faults import Fault
+from amfm.launch.bench.soak.processes import name_of, send
+from amfm.launch.bench.soak.start import Start
+from amfm.pretrain.checkpoint.inspect import inspect_checkpoint
+from amfm.pretrain.checkpoint.names import list_checkpoints
 
 PAUSE_SECONDS = 2.0
 SLOW_SECONDS = 4.0

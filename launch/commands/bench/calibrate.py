@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.console import print_json, print_rows, say
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, print_rows, say
 
 
 def calibrate(
@@ -24,8 +24,8 @@ def calibrate(
     """
     if path.suffix not in (".yaml", ".yml") or not path.parent.is_dir():
         raise ValueError(f"{path} must end in .yaml and lie in a folder that exists; use hardware.yaml")
-    from launch.bench.calibration import calibrate as measure
-    from launch.bench.calibration import write_hardware
+    from amfm.launch.bench.calibration import calibrate as measure
+    from amfm.launch.bench.calibration import write_hardware
 
     hardware, checks = measure(rounds=rounds, num_threads=threads, report=say)
     write_hardware(hardware, checks, path)

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.console import print_json, print_rows, say
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, print_rows, say
 
 
 def card(
@@ -27,7 +27,7 @@ def card(
     """Train tiny_cpu and ladder_150m on a card: losses beside a CPU's, resume to the bit, memory, speed, profile."""
     import torch
 
-    from launch.bench.card import Job, check_stages, run_stages
+    from amfm.launch.bench.card import Job, check_stages, run_stages
 
     names = check_stages(stage)
     if device not in ("cuda", "cpu"):

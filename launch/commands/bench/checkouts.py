@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.console import print_json, print_rows, say
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, print_rows, say
 
 
 def checkouts(
@@ -23,7 +23,7 @@ def checkouts(
 
     Both run with this Python and its packages.
     """
-    from launch.bench.checkouts import bench_checkouts
+    from amfm.launch.bench.checkouts import bench_checkouts
 
     result = bench_checkouts(other, pairs=pairs, rounds=rounds, num_threads=threads, report=say)
     if as_json:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.console import print_json, print_rows, say
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, print_rows, say
 
 
 def checkpoint(
@@ -19,7 +19,7 @@ def checkpoint(
     as_json: JsonOption = False,
 ) -> None:
     """Time saving 234 MB of state: waiting for the disk, beside training, and torch's own checkpoints."""
-    from launch.bench.checkpoint import bench_checkpoint
+    from amfm.launch.bench.checkpoint import bench_checkpoint
 
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

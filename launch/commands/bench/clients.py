@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.console import print_json, say
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, say
 
 
 def clients(
@@ -23,10 +23,10 @@ def clients(
     as_json: JsonOption = False,
 ) -> None:
     """Train a small model of each native class, export it, and compare what other programs make of it with transformers."""
-    from launch.bench.clients import Environments, bench_clients, to_markdown
-    from launch.bench.hardware import processor_name
-    from pretrain.export.clients.check import CLIENTS, check_installed
-    from pretrain.parallel import count_cores
+    from amfm.launch.bench.clients import Environments, bench_clients, to_markdown
+    from amfm.launch.bench.hardware import processor_name
+    from amfm.pretrain.export.clients.check import CLIENTS, check_installed
+    from amfm.pretrain.parallel import count_cores
 
     # Not resolved: an environment's interpreter is a link, and what it finds depends on where the link lies.
     environments = Environments(str(readers.absolute()), str(vllm.absolute()))

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.arguments import JsonOption, OverridesArgument
-from launch.console import print_json, print_rows, say
+from amfm.launch.arguments import JsonOption, OverridesArgument
+from amfm.launch.console import print_json, print_rows, say
 
 
 def communication(
@@ -21,7 +21,7 @@ def communication(
 
     Bytes of a small model's step by axis and collective. Fails where the two differ.
     """
-    from launch.bench.communication import bench_comm, load_layout
+    from amfm.launch.bench.communication import bench_comm, load_layout
 
     given = overrides or []
     world_size = nproc if nproc > 1 else int(os.environ.get("WORLD_SIZE", "1"))
@@ -29,7 +29,7 @@ def communication(
         raise ValueError("this counts what ranks send each other, and there is one; add --nproc 2, say")
     config = load_layout(given, world_size)
     if nproc > 1:
-        from launch.cluster.local import run_local
+        from amfm.launch.cluster.local import run_local
 
         raise typer.Exit(run_local(["bench", "communication", *(["--json"] if as_json else []), *given], nproc))
     result = bench_comm(config)

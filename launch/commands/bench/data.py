@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.console import print_json, print_pairs, print_rows, say
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, print_pairs, print_rows, say
 
 
 def data(
@@ -33,8 +33,8 @@ def data(
     as_json: JsonOption = False,
 ) -> None:
     """Read samples beside megatron-core, MosaicML streaming, a memmap and zarr-python; prepare beside the tokenizer."""
-    from launch.bench.data.bench import bench_data, collect_text
-    from launch.bench.data.files import BenchData
+    from amfm.launch.bench.data.bench import bench_data, collect_text
+    from amfm.launch.bench.data.files import BenchData
 
     sources = tuple(text) if text else collect_text(work, megabytes)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.console import print_json, print_rows, say
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, print_rows, say
 
 
 def export(
@@ -24,8 +24,8 @@ def export(
 
     The disk needs twice the larger model in float32.
     """
-    from launch.bench.export import bench_export
-    from launch.bench.models import read_model
+    from amfm.launch.bench.export import bench_export
+    from amfm.launch.bench.models import read_model
 
     numbers = [int(text) if text.isdecimal() else 0 for text in times.split(",")]
     if not all(numbers):

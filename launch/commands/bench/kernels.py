@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.bench.freed_memory import title_of
-from launch.console import print_json, print_rows, say
+from amfm.launch.arguments import JsonOption
+from amfm.launch.bench.freed_memory import title_of
+from amfm.launch.console import print_json, print_rows, say
 
 
 def kernels(
@@ -40,7 +40,7 @@ def kernels(
             raise ValueError("--compile-table writes the table of all kernels; leave out --op")
         result = _write_compile_table(compile_table)
     elif audit:
-        from launch.bench.kernels.audit import audit_kernels
+        from amfm.launch.bench.kernels.audit import audit_kernels
 
         say("counting in Triton's interpreter, up to ten minutes")
         result = audit_kernels(op)
@@ -63,7 +63,7 @@ def kernels(
 
 
 def _write_compile_table(document: Path) -> dict[str, Any]:
-    from launch.bench.kernels.compile import check_document, compile_kernels, table_of, write_table
+    from amfm.launch.bench.kernels.compile import check_document, compile_kernels, table_of, write_table
 
     check_document(document)
     result = compile_kernels(report=say)
@@ -77,7 +77,7 @@ def _tune_kernels(names: list[str] | None) -> dict[str, Any]:
 
     if not torch.cuda.is_available():
         raise ValueError("--tune times kernels on a CUDA card; this machine has none")
-    from launch.bench.kernels.cuda import tune_cuda
+    from amfm.launch.bench.kernels.cuda import tune_cuda
 
     return tune_cuda(names, report=say)
 
@@ -86,11 +86,11 @@ def _time_kernels(names: list[str] | None, rounds: int, threads: int | None) -> 
     import torch
 
     if torch.cuda.is_available():
-        from launch.bench.kernels.cuda import bench_cuda
+        from amfm.launch.bench.kernels.cuda import bench_cuda
 
         return bench_cuda(names, report=say)
-    from launch.bench.kernels.cpu import bench_cpu
-    from launch.bench.kernels.cpu_goals import compare_with_goals
+    from amfm.launch.bench.kernels.cpu import bench_cpu
+    from amfm.launch.bench.kernels.cpu_goals import compare_with_goals
 
     result = bench_cpu(names, rounds=rounds, num_threads=threads, report=say)
     return result | {"goals": compare_with_goals(result["rows"])}

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.console import print_json, print_rows, say
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, print_rows, say
 
 ROUNDS = 3
 
@@ -28,7 +28,7 @@ def length(
 
     One thread where none is asked for, so that CPU time means something.
     """
-    from launch.bench.length import bench_lengths, choose_lengths, choose_mixers
+    from amfm.launch.bench.length import bench_lengths, choose_lengths, choose_mixers
 
     symbols, chosen = choose_mixers(mixers), choose_lengths(lengths)
     result = bench_lengths(symbols, chosen, rounds=rounds or ROUNDS, num_threads=threads or 1, report=say)

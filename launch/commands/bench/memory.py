@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.arguments import JsonOption, OverridesArgument
-from launch.console import print_json, print_rows, say
-from launch.rank_command import rank_command
+from amfm.launch.arguments import JsonOption, OverridesArgument
+from amfm.launch.console import print_json, print_rows, say
+from amfm.launch.rank_command import rank_command
 
 
 def memory(
@@ -33,21 +33,21 @@ def memory(
             "give either CONFIG.yaml, for one layout, or --table configs, for those of docs/benchmarks/planning.md"
         )
     if table is not None:
-        from launch.bench.memory import measure_cases
+        from amfm.launch.bench.memory import measure_cases
 
         _print(measure_cases(table, report=say), as_json=as_json)
         return
-    from pretrain.checks.check_run import load_checked
+    from amfm.pretrain.checks.check_run import load_checked
 
     assert path is not None, "one of both was given"
     config = load_checked(path, overrides or [], world_size=int(os.environ.get("WORLD_SIZE", str(nproc))))
     if "RANK" not in os.environ:
-        from launch.bench.memory import WITHOUT_CACHES
-        from launch.cluster.local import run_command
+        from amfm.launch.bench.memory import WITHOUT_CACHES
+        from amfm.launch.cluster.local import run_command
 
         command = rank_command(["bench", "memory", str(path), *(overrides or [])])
         raise typer.Exit(run_command([*command, *(["--json"] if as_json else [])], nproc, WITHOUT_CACHES))
-    from launch.bench.memory import bench_memory
+    from amfm.launch.bench.memory import bench_memory
 
     result = bench_memory(config)
     if os.environ["RANK"] == "0":

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.console import print_json, print_rows, say
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, print_rows, say
 
 
 def models(
@@ -31,7 +31,7 @@ def models(
 
     One thread where none is asked for, so that CPU time means something.
     """
-    from launch.bench.models import bench_models, mixer_models, read_model
+    from amfm.launch.bench.models import bench_models, mixer_models, read_model
 
     if paths and mixers is not None:
         raise ValueError(f"--mixers names what is compared, and so does {paths[0]}; leave out one of them")

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from launch.arguments import JsonOption, OverridesArgument
-from launch.console import print_json, print_rows, say
+from amfm.launch.arguments import JsonOption, OverridesArgument
+from amfm.launch.console import print_json, print_rows, say
 
 
 def pipeline(
@@ -23,7 +23,7 @@ def pipeline(
 
     KEY=VALUE changes the model or the batch.
     """
-    from launch.bench.pipeline import bench_pipeline, load_stages
+    from amfm.launch.bench.pipeline import bench_pipeline, load_stages
 
     given = overrides or []
     stages = int(os.environ.get("WORLD_SIZE", nproc))
@@ -31,7 +31,7 @@ def pipeline(
         raise ValueError("--nproc 1: a pipeline has two stages at least; use --nproc 2")
     config = load_stages(given, stages)
     if "WORLD_SIZE" not in os.environ:
-        from launch.cluster.local import run_local
+        from amfm.launch.cluster.local import run_local
 
         flags = ["--rounds", str(rounds), *(["--json"] if as_json else [])]
         raise typer.Exit(run_local(["bench", "pipeline", *flags, *given], nproc))

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.console import print_json, print_pairs, print_rows, say
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, print_pairs, print_rows, say
 
 if TYPE_CHECKING:
-    from launch.plan.hardware import Hardware
+    from amfm.launch.plan.hardware import Hardware
 
 LARGE_ERROR = 0.2  # of which the table names the cause
 
@@ -41,7 +41,7 @@ def plan(
         return
     if only:
         raise ValueError("--only has no effect without --traced; add it, or leave it out")
-    from launch.bench.published.planning import anchor_as_dict, fit_halves, load_anchors
+    from amfm.launch.bench.published.planning import anchor_as_dict, fit_halves, load_anchors
 
     anchors = load_anchors(presets)
     rows = [anchor_as_dict(anchor) for anchor in anchors]
@@ -61,7 +61,7 @@ def plan(
 
 def _trace(presets: Path, fit: bool, only: list[str], *, as_json: bool) -> None:
     """Trace the layouts of a table, or those that are named, and print planned beside traced memory and bytes."""
-    from launch.simulate.table import CASES, trace_cases
+    from amfm.launch.simulate.table import CASES, trace_cases
 
     if fit:
         raise ValueError("--fit fits efficiencies to published speeds, and --traced has no times; give one of them")

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch.arguments import JsonOption, check_picture
-from launch.console import print_json, print_rows, say
+from amfm.launch.arguments import JsonOption, check_picture
+from amfm.launch.console import print_json, print_rows, say
 
 if TYPE_CHECKING:
-    from launch.bench.soak.soak import Round, Strike
+    from amfm.launch.bench.soak.soak import Round, Strike
 
 MINUTES = 3.0
 
@@ -45,10 +45,10 @@ def soak(
     Ends with 3 when a round's losses differ, or a start does not end as its fault says. Needs Linux, a C compiler, two cores.
     """
     check_options(minutes, seed, only_round, folder, picture)
-    from launch.bench.hardware import processor_name
-    from launch.bench.soak.disk import build_library
-    from launch.bench.soak.soak import Soak
-    from launch.cluster.local import forward_signals
+    from amfm.launch.bench.hardware import processor_name
+    from amfm.launch.bench.soak.disk import build_library
+    from amfm.launch.bench.soak.soak import Soak
+    from amfm.launch.cluster.local import forward_signals
 
     build_library()
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
@@ -68,7 +68,7 @@ def soak(
     else:
         print_soak(work.rounds, result)
     if picture is not None:
-        from launch.bench.soak.picture import draw_soak
+        from amfm.launch.bench.soak.picture import draw_soak
 
         draw_soak(work.rounds, f"Soak, seed {seed}: {result['verdict']}", picture)
     if failure:
@@ -107,7 +107,7 @@ def describe_difference(rounds: list[Round]) -> str:
 
 def summarize(rounds: list[Round], seed: int, failure: str) -> dict[str, Any]:
     """Sum up rounds as JSON values."""
-    from pretrain.monitor.panel import plural
+    from amfm.pretrain.monitor.panel import plural
 
     strikes = [struck for found in rounds for struck in found.strikes]
     counts = Counter(struck.kind for struck in strikes)

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from launch.arguments import JsonOption
-from launch.bench.freed_memory import title_of
-from launch.commands.bench.calibrate import calibrate
-from launch.commands.bench.communication import communication
-from launch.commands.bench.length import length
-from launch.console import print_json, print_rows, say
+from amfm.launch.arguments import JsonOption
+from amfm.launch.bench.freed_memory import title_of
+from amfm.launch.commands.bench.calibrate import calibrate
+from amfm.launch.commands.bench.communication import communication
+from amfm.launch.commands.bench.length import length
+from amfm.launch.console import print_json, print_rows, say
 
 PLAIN = ("ours_fp32", "ours_bf16")
 COMPILED = ("ours_fp32_compiled", "ours_bf16_compiled")
@@ -82,7 +82,7 @@ def step(
     if muon:
         compare_optimizers(model, micro_batches or MUON_PASSES, rounds or STEP_ROUNDS, threads, as_json=as_json)
         return
-    from launch.bench.step import bench_step
+    from amfm.launch.bench.step import bench_step
 
     names = [*(PEER if peer == "transformers" else ()), "bare_loop", *PLAIN, *(COMPILED if compiled else ())]
     result = bench_step(names, rounds=rounds or STEP_ROUNDS, num_threads=threads, report=say)
@@ -96,8 +96,8 @@ def compare_optimizers(
     model: Path | None, micro_batches: int, rounds: int, threads: int | None, *, as_json: bool
 ) -> None:
     """Time our step with AdamW and with Muon, on the benchmark's own model or another, and print the ratio."""
-    from launch.bench.models import read_model
-    from launch.bench.step import ROWS, TOKENS, Shape, bench_optimizers
+    from amfm.launch.bench.models import read_model
+    from amfm.launch.bench.step import ROWS, TOKENS, Shape, bench_optimizers
 
     result = bench_optimizers(
         rounds=rounds,

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import typer
 
-from launch.commands.bench.calibrate import calibrate
-from launch.commands.bench.card import card
-from launch.commands.bench.checkouts import checkouts
-from launch.commands.bench.checkpoint import checkpoint
-from launch.commands.bench.clients import clients
-from launch.commands.bench.communication import communication
-from launch.commands.bench.data import data
-from launch.commands.bench.export import export
-from launch.commands.bench.kernels import kernels
-from launch.commands.bench.length import length
-from launch.commands.bench.memory import memory
-from launch.commands.bench.models import models
-from launch.commands.bench.pipeline import pipeline
-from launch.commands.bench.published import plan
-from launch.commands.bench.soak import soak
-from launch.commands.bench.step import step
+from amfm.launch.commands.bench.calibrate import calibrate
+from amfm.launch.commands.bench.card import card
+from amfm.launch.commands.bench.checkouts import checkouts
+from amfm.launch.commands.bench.checkpoint import checkpoint
+from amfm.launch.commands.bench.clients import clients
+from amfm.launch.commands.bench.communication import communication
+from amfm.launch.commands.bench.data import data
+from amfm.launch.commands.bench.export import export
+from amfm.launch.commands.bench.kernels import kernels
+from amfm.launch.commands.bench.length import length
+from amfm.launch.commands.bench.memory import memory
+from amfm.launch.commands.bench.models import models
+from amfm.launch.commands.bench.pipeline import pipeline
+from amfm.launch.commands.bench.published import plan
+from amfm.launch.commands.bench.soak import soak
+from amfm.launch.commands.bench.step import step
 
 VERBS = (
     (step, "amfm bench step --peer transformers --compiled --json"),

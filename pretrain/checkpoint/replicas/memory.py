@@ -17,14 +17,14 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.deletion import try_to_delete
-from data_pipeline.mounts import file_system_of, read_mounts
-from data_pipeline.store.node_cache import own_folder
-from pretrain.checkpoint.commit import RankFailure
-from pretrain.checkpoint.files import read_manifest
-from pretrain.checkpoint.names import list_checkpoints
-from pretrain.checkpoint.replicas.nodes import Nodes
-from pretrain.rank_group import RankGroup
+from amfm.data_pipeline.deletion import try_to_delete
+from amfm.data_pipeline.mounts import file_system_of, read_mounts
+from amfm.data_pipeline.store.node_cache import own_folder
+from amfm.pretrain.checkpoint.commit import RankFailure
+from amfm.pretrain.checkpoint.files import read_manifest
+from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.replicas.nodes import Nodes
+from amfm.pretrain.rank_group import RankGroup
 
 OWN_NAME = re.compile(r"amfm-[0-9a-f]{12}-[0-9a-f]{32}")
 GENERATIONS = 2  # the old one goes when the new one stands on all nodes

@@ -12,14 +12,14 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from data_pipeline.files import make_folders
-from pretrain.checkpoint.commit import RankFailure, make_temporary, remove_temporary
-from pretrain.checkpoint.fetched import copy_verified, settle
-from pretrain.checkpoint.files import MANIFEST_NAME, rank_file_name, read_manifest, replace_text
-from pretrain.checkpoint.names import checkpoint_name, newest_saved_step
-from pretrain.checkpoint.replicas.memory import Generation, NodeMemory
-from pretrain.checkpoint.replicas.nodes import find_holders, share_out
-from pretrain.rank_group import RankGroup
+from amfm.data_pipeline.files import make_folders
+from amfm.pretrain.checkpoint.commit import RankFailure, make_temporary, remove_temporary
+from amfm.pretrain.checkpoint.fetched import copy_verified, settle
+from amfm.pretrain.checkpoint.files import MANIFEST_NAME, rank_file_name, read_manifest, replace_text
+from amfm.pretrain.checkpoint.names import checkpoint_name, newest_saved_step
+from amfm.pretrain.checkpoint.replicas.memory import Generation, NodeMemory
+from amfm.pretrain.checkpoint.replicas.nodes import find_holders, share_out
+from amfm.pretrain.rank_group import RankGroup
 
 
 def recover(memory: NodeMemory, run_dir: Path, read_token: Callable[[], object], ranks: RankGroup) -> None:

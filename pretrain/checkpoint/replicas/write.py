@@ -21,16 +21,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_pipeline.deletion import try_to_delete
-from data_pipeline.store.node_cache import own_folder
-from pretrain.checkpoint.commit import TEMPORARY_NAME, RankFailure, commit, discard, remove_temporary
-from pretrain.checkpoint.files import rank_file_name, write_tensors
-from pretrain.checkpoint.manifest import complete_manifest
-from pretrain.checkpoint.names import checkpoint_name, list_checkpoints
-from pretrain.checkpoint.replicas.memory import NodeMemory
-from pretrain.checkpoint.save import Snapshot
-from pretrain.rank_group import RankGroup
-from pretrain.tensor_files import tensor_bytes
+from amfm.data_pipeline.deletion import try_to_delete
+from amfm.data_pipeline.store.node_cache import own_folder
+from amfm.pretrain.checkpoint.commit import TEMPORARY_NAME, RankFailure, commit, discard, remove_temporary
+from amfm.pretrain.checkpoint.files import rank_file_name, write_tensors
+from amfm.pretrain.checkpoint.manifest import complete_manifest
+from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints
+from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
+from amfm.pretrain.checkpoint.save import Snapshot
+from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.tensor_files import tensor_bytes
 
 BLOCK_BYTES = 1 << 24  # sent at a time
 

@@ -19,9 +19,9 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from model.matrices import MatrixStack
-from pretrain.engine.muon.newton_schulz import cost
-from pretrain.engine.parts import Part, Span
+from amfm.model.matrices import MatrixStack
+from amfm.pretrain.engine.muon.newton_schulz import cost
+from amfm.pretrain.engine.parts import Part, Span
 
 
 @dataclass(frozen=True)

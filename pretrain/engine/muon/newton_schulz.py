@@ -18,7 +18,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from model.matrices import MatrixCut
+from amfm.model.matrices import MatrixCut
 
 # a, b, c of a round: steep at 0, so that small singular values come up in five rounds.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.matrices import MatrixStack
-from model.parallel.groups import ProcessGroupCollection
-from pretrain.config.schema import MuonConfig
-from pretrain.engine.moments import MUON
-from pretrain.engine.muon.exchange import MatrixExchange, join
-from pretrain.engine.muon.newton_schulz import BATCH_ELEMENTS, orthogonalize
-from pretrain.engine.parts import Part
+from amfm.model.matrices import MatrixStack
+from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.pretrain.config.schema import MuonConfig
+from amfm.pretrain.engine.moments import MUON
+from amfm.pretrain.engine.muon.exchange import MatrixExchange, join
+from amfm.pretrain.engine.muon.newton_schulz import BATCH_ELEMENTS, orthogonalize
+from amfm.pretrain.engine.parts import Part
 
 
 class Muon(torch.optim.AdamW):

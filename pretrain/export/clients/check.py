@@ -5,7 +5,7 @@ interpreter where it is installed, on a script beside this file that imports not
 given those before it, and continued greedily. Texts are tokenized too: a program that cuts them into other tokens
 answers questions that nobody asked, however right its arithmetic is.
 
-A refusal that is known (`pretrain.export.readers`) is told as one, with the program's own words.
+A refusal that is known (`amfm.pretrain.export.readers`) is told as one, with the program's own words.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.foreign_files import read_object
-from model.config.schema import ModelConfig, read_saved_model
-from pretrain.export.files import OUR_DESCRIPTION
-from pretrain.export.readers import ClientName, known_refusals
-from pretrain.export.tokenizer import MODEL_FILE
+from amfm.data_pipeline.foreign_files import read_object
+from amfm.model.config.schema import ModelConfig, read_saved_model
+from amfm.pretrain.export.files import OUR_DESCRIPTION
+from amfm.pretrain.export.readers import ClientName, known_refusals
+from amfm.pretrain.export.tokenizer import MODEL_FILE
 
 SCRIPTS = Path(__file__).parent
 NUM_SCORED = 64

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data_pipeline.files import sync
-from pretrain.export.clients.check import SCRIPTS, check_installed, last_error, read_export
+from amfm.data_pipeline.files import sync
+from amfm.pretrain.export.clients.check import SCRIPTS, check_installed, last_error, read_export
 
 
 def write_gguf(export: str | Path, out: str | Path, python: str | None = None) -> int:

@@ -1,6 +1,6 @@
 """A loader of small rows, and what comes out of one."""
 
-from data_pipeline.loader.loader import PretrainLoader
+from amfm.data_pipeline.loader.loader import PretrainLoader
 
 LENGTH = 32
 

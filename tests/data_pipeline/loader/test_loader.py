@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.config import PhaseConfig
-from data_pipeline.store.shards import DamagedError
-from data_pipeline.store.store import TokenStore
-from data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.data_pipeline.config import PhaseConfig
+from amfm.data_pipeline.store.shards import DamagedError
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from tests.data_pipeline.loader.loading import LENGTH, load, stream
 from tests.helpers.tiny_store import make_tiny_store
 
@@ -146,8 +146,8 @@ def test_a_state_of_another_dataset_or_tokenizer_is_refused_naming_both(config, 
 
 def test_adding_a_source_changes_no_other_sources_order(config, tmp_path):
     """The new source is prepared into the same store and drawn in a later phase; the state still loads."""
-    from data_pipeline.config import SourceConfig
-    from data_pipeline.prepare.prepare import prepare
+    from amfm.data_pipeline.config import SourceConfig
+    from amfm.data_pipeline.prepare.prepare import prepare
     from tests.helpers.tiny_store import run_in_process, write_jsonl
 
     shutil.copytree(config.store, tmp_path / "store")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data_pipeline.config import PhaseConfig
+from amfm.data_pipeline.config import PhaseConfig
 from tests.data_pipeline.loader.loading import LENGTH, load, stream
 
 LONGER = (PhaseConfig(start_sample=24, sequence_length=80), PhaseConfig(start_sample=48, weights={"source1": 1.0}))

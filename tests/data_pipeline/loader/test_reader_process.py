@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from data_pipeline.loader.reader_process import ReadingProcess, load_message
+from amfm.data_pipeline.loader.reader_process import ReadingProcess, load_message
 from tests.data_pipeline.loader.loading import load, stream
 
 

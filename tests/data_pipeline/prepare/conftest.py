@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_pipeline.config import DataConfig
+from amfm.data_pipeline.config import DataConfig
 from tests.helpers.tiny_store import make_tiny_store
 
 

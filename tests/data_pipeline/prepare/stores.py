@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data_pipeline.prepare.prepare import LOCK, prepare
+from amfm.data_pipeline.prepare.prepare import LOCK, prepare
 from tests.helpers.tiny_store import run_in_process
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -61,8 +61,8 @@ def is_descendant(pid, ancestor):
 KILLED_DRIVER = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from data_pipeline.config import DataConfig
-from data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.prepare.prepare import prepare
 from tests.helpers.tiny_store import run_in_process
 prepare(DataConfig.model_validate_json(sys.argv[2]), runner=run_in_process, progress=lambda p: print(p.stage, flush=True))
 """

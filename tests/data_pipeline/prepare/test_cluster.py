@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from data_pipeline.config import FilterConfig
-from data_pipeline.prepare.plan import UnitSettings, make_units, plan_source
-from data_pipeline.prepare.prepare import prepare
-from data_pipeline.prepare.ray_actors import run_on_ray
-from data_pipeline.store.manifest import Layout
-from data_pipeline.tokenizer.tokenizer import SentencePieceTokenizer
+from amfm.data_pipeline.config import FilterConfig
+from amfm.data_pipeline.prepare.plan import UnitSettings, make_units, plan_source
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.prepare.ray_actors import run_on_ray
+from amfm.data_pipeline.store.manifest import Layout
+from amfm.data_pipeline.tokenizer.tokenizer import SentencePieceTokenizer
 from tests.data_pipeline.prepare.stores import ROOT, actor_pids, contents, elsewhere, is_descendant
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.slow
 DRIVER = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from data_pipeline.config import DataConfig
-from data_pipeline.prepare.prepare import prepare
-from data_pipeline.prepare.plan import UnitSettings, make_units, plan_source
-from data_pipeline.prepare.ray_actors import run_on_ray
-from data_pipeline.store.manifest import Layout
-from data_pipeline.tokenizer.tokenizer import SentencePieceTokenizer
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.prepare.plan import UnitSettings, make_units, plan_source
+from amfm.data_pipeline.prepare.ray_actors import run_on_ray
+from amfm.data_pipeline.store.manifest import Layout
+from amfm.data_pipeline.tokenizer.tokenizer import SentencePieceTokenizer
 config = DataConfig.model_validate_json(sys.argv[2])
 prepare(config, address=sys.argv[3], progress=lambda now: print(now.stage, now.units_done, flush=True))
 """
@@ -100,7 +100,7 @@ def test_a_killed_driver_and_killed_actors_lose_and_duplicate_nothing(reference,
 
 def test_a_cluster_without_cores_is_one_message(reference, tmp_path, monkeypatch):
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20})
-    monkeypatch.setattr("data_pipeline.prepare.ray_actors.NO_CORE_SECONDS", 2)
+    monkeypatch.setattr("amfm.data_pipeline.prepare.ray_actors.NO_CORE_SECONDS", 2)
     began = time.monotonic()
     try:
         with pytest.raises(RuntimeError, match=r"Ray gave no core within 2 seconds: \d+ parts wait, .* `ray status`"):
@@ -114,7 +114,7 @@ def test_a_cluster_without_cores_is_one_message(reference, tmp_path, monkeypatch
 def test_actors_that_cannot_start_are_one_message(reference, cluster, tmp_path, monkeypatch):
     """As on a node without the tokenizer's library: the actor fails when its arguments are unpacked."""
     made, _ = cluster
-    monkeypatch.setattr("data_pipeline.prepare.ray_actors.MAX_FAILED_STARTS", 3)
+    monkeypatch.setattr("amfm.data_pipeline.prepare.ray_actors.MAX_FAILED_STARTS", 3)
     tokenizer = SentencePieceTokenizer.__new__(SentencePieceTokenizer)
     tokenizer._model = b"not a model"
     settings = UnitSettings("text", FilterConfig(), 0.0, 0, 1000, Layout("uint16", 512, "fast"), "", 400, 2)

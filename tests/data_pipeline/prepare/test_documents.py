@@ -6,9 +6,9 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from data_pipeline.config import SourceConfig
-from data_pipeline.prepare.documents import Document, Reject, Segment, SegmentReader, cut_segments
-from data_pipeline.prepare.sources import list_files
+from amfm.data_pipeline.config import SourceConfig
+from amfm.data_pipeline.prepare.documents import Document, Reject, Segment, SegmentReader, cut_segments
+from amfm.data_pipeline.prepare.sources import list_files
 
 
 def source_of(*paths, **settings):

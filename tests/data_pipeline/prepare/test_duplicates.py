@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.config import FilterConfig
-from data_pipeline.prepare.prepare import prepare
-from data_pipeline.store.store import TokenStore
-from data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.data_pipeline.config import FilterConfig
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from tests.data_pipeline.prepare.stores import KILLED_DRIVER, ROOT, contents, elsewhere
 from tests.helpers.full_disk import largest_file, limit_files
 from tests.helpers.tiny_store import make_tiny_store, run_in_process

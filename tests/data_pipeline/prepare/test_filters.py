@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DataConfig, FilterConfig, PrepareConfig, SourceConfig, TokenizerConfig
-from data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.config import DataConfig, FilterConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from amfm.data_pipeline.store.store import TokenStore
 from tests.data_pipeline.prepare.stores import in_process
 from tests.helpers.tiny_store import make_tiny_store, write_jsonl
 

@@ -12,11 +12,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
-from data_pipeline.prepare.hub import parse_hub
-from data_pipeline.prepare.plan import plan_source
-from data_pipeline.prepare.sources import list_files
-from data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from amfm.data_pipeline.prepare.hub import parse_hub
+from amfm.data_pipeline.prepare.plan import plan_source
+from amfm.data_pipeline.prepare.sources import list_files
+from amfm.data_pipeline.store.store import TokenStore
 from tests.data_pipeline.prepare.stores import contents, in_process
 from tests.helpers.hub import Hub, hub_server
 from tests.helpers.tiny_store import make_text, write_jsonl

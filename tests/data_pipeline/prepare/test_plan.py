@@ -1,10 +1,10 @@
 """Units of work: how a text is cut."""
 
-from data_pipeline.config import FilterConfig, SourceConfig
-from data_pipeline.prepare.documents import Segment
-from data_pipeline.prepare.plan import UnitSettings, make_units
-from data_pipeline.prepare.sources import list_files
-from data_pipeline.store.manifest import Layout
+from amfm.data_pipeline.config import FilterConfig, SourceConfig
+from amfm.data_pipeline.prepare.documents import Segment
+from amfm.data_pipeline.prepare.plan import UnitSettings, make_units
+from amfm.data_pipeline.prepare.sources import list_files
+from amfm.data_pipeline.store.manifest import Layout
 from tests.helpers.tiny_store import write_jsonl
 
 

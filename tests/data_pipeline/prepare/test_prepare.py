@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
-from data_pipeline.prepare.journal import Journal
-from data_pipeline.prepare.prepare import prepare
-from data_pipeline.store.store import TokenStore
-from data_pipeline.tokenizer.tokenizer import load_tokenizer
-from data_pipeline.verify import verify_store
+from amfm.data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from amfm.data_pipeline.prepare.journal import Journal
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.data_pipeline.verify import verify_store
 from tests.data_pipeline.prepare.stores import KILLED_DRIVER, ROOT, contents, elsewhere, in_process, moments
 from tests.helpers.full_disk import largest_file, limit_files
 from tests.helpers.tiny_store import make_tiny_store, run_in_process, write_jsonl
@@ -42,7 +42,9 @@ def test_a_driver_killed_at_any_moment_loses_and_duplicates_nothing(reference, t
 
 def test_second_preparation_writes_nothing_and_starts_no_ray(reference, monkeypatch):
     before = moments(reference.store)
-    monkeypatch.setattr("data_pipeline.prepare.prepare.run_on_ray", lambda *_, **__: pytest.fail("Ray was started"))
+    monkeypatch.setattr(
+        "amfm.data_pipeline.prepare.prepare.run_on_ray", lambda *_, **__: pytest.fail("Ray was started")
+    )
     report = prepare(reference)
     assert report.units_written == 0 and report.tokens["source0"]["train"] > 0
     assert moments(reference.store) == before

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.prepare.prepare import prepare
-from data_pipeline.prepare.ray_actors import start_ray
-from data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.prepare.ray_actors import start_ray
+from amfm.data_pipeline.store.store import TokenStore
 from tests.data_pipeline.prepare.stores import actor_pids, contents, elsewhere, is_descendant
 
 # In a process of its own: a session's Ray would be used instead of one that is started.
 DRIVER = """
 import psutil, ray
-from data_pipeline.prepare.ray_actors import PartWriter, running_ray
+from amfm.data_pipeline.prepare.ray_actors import PartWriter, running_ray
 with running_ray(None, 1):
     writer = ray.remote(num_cpus=1)(PartWriter).remote(".", None)
     assert ray.get(writer.is_alive.remote())
@@ -78,7 +78,7 @@ def test_killed_actors_lose_and_duplicate_nothing(reference, ray_session, tmp_pa
 
 WITH_TOKEN = """
 import os, subprocess, sys
-from data_pipeline.prepare.ray_actors import running_ray
+from amfm.data_pipeline.prepare.ray_actors import running_ray
 with running_ray(None, 1):
     import ray
     address = ray.get_runtime_context().gcs_address

@@ -2,8 +2,8 @@
 
 import pytest
 
-from data_pipeline.config import SourceConfig
-from data_pipeline.prepare import sources
+from amfm.data_pipeline.config import SourceConfig
+from amfm.data_pipeline.prepare import sources
 
 
 def files_of(path) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.loader.loader import row_settings
+from amfm.data_pipeline.loader.loader import row_settings
 from tests.helpers.tiny_store import make_tiny_store
 
 

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_pipeline.samples.mixture import Mixture, make_quotas
+from amfm.data_pipeline.samples.mixture import Mixture, make_quotas
 
 
 def draws_of(mixture, count, first=0):

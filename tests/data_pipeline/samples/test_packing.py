@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data_pipeline.samples.packing import Row, assemble_rows, count_windows, fit_documents, starts_in_window
+from amfm.data_pipeline.samples.packing import Row, assemble_rows, count_windows, fit_documents, starts_in_window
 
 
 def row_of(tokens, starts, num_valid=None):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data_pipeline.samples.permutation import BlockLayout, derive_key, permute, permute_in_blocks
+from amfm.data_pipeline.samples.permutation import BlockLayout, derive_key, permute, permute_in_blocks
 
 SIZES = (1, 2, 3, 4, 5, 7, 16, 63, 64, 65, 1000, 4097, 65536, 70001)
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_pipeline.config import SourceConfig
-from data_pipeline.prepare.documents import Document, SegmentReader, cut_segments
-from data_pipeline.prepare.sources import list_files
-from data_pipeline.store.http_files import Answer, HttpError, HttpFile, ask
+from amfm.data_pipeline.config import SourceConfig
+from amfm.data_pipeline.prepare.documents import Document, SegmentReader, cut_segments
+from amfm.data_pipeline.prepare.sources import list_files
+from amfm.data_pipeline.store.http_files import Answer, HttpError, HttpFile, ask
 from tests.helpers.hub import Hub, hub_server
 from tests.helpers.tiny_store import write_jsonl
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from data_pipeline.store.manifest import Layout, Part, shard_length
+from amfm.data_pipeline.store.manifest import Layout, Part, shard_length
 
 
 def test_vocabulary_decides_the_dtype_and_too_large_is_refused():

@@ -3,17 +3,17 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
-from data_pipeline.prepare.prepare import prepare
-from data_pipeline.store.megatron_files import (
+from amfm.data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.store.megatron_files import (
     HEADER,
     MAGIC,
     export_megatron,
     read_megatron_documents,
     read_megatron_index,
 )
-from data_pipeline.store.store import TokenStore
-from data_pipeline.verify import verify_store
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.verify import verify_store
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.store.node_cache import own_folder
+from amfm.data_pipeline.store.node_cache import own_folder
 
 
 def test_a_folder_of_the_cache_is_made_for_its_user_alone(tmp_path: Path) -> None:

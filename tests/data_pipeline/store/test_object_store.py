@@ -16,17 +16,17 @@ import pyarrow.parquet
 import pytest
 from obstore.store import from_url
 
-from data_pipeline.config import CacheConfig, SourceConfig
-from data_pipeline.loader.loader import PretrainLoader
-from data_pipeline.prepare.documents import Document, SegmentReader, cut_segments
-from data_pipeline.prepare.prepare import prepare
-from data_pipeline.prepare.sources import list_files
-from data_pipeline.store.node_cache import CacheSettings
-from data_pipeline.store.object_store import RemoteFolder
-from data_pipeline.store.shards import DamagedError
-from data_pipeline.store.store import TokenStore
-from data_pipeline.tokenizer.tokenizer import load_tokenizer
-from data_pipeline.verify import verify_store
+from amfm.data_pipeline.config import CacheConfig, SourceConfig
+from amfm.data_pipeline.loader.loader import PretrainLoader
+from amfm.data_pipeline.prepare.documents import Document, SegmentReader, cut_segments
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.prepare.sources import list_files
+from amfm.data_pipeline.store.node_cache import CacheSettings
+from amfm.data_pipeline.store.object_store import RemoteFolder
+from amfm.data_pipeline.store.shards import DamagedError
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.data_pipeline.verify import verify_store
 from tests.helpers.s3 import BUCKET, s3_server, upload
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import zarr
 
-from data_pipeline.store.manifest import Layout
-from data_pipeline.store.part_writer import write_part
-from data_pipeline.store.shards import DamagedError, ShardedArray, encode_shard
-from data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.store.manifest import Layout
+from amfm.data_pipeline.store.part_writer import write_part
+from amfm.data_pipeline.store.shards import DamagedError, ShardedArray, encode_shard
+from amfm.data_pipeline.store.store import TokenStore
 from tests.helpers.tiny_store import make_tiny_store
 
 
@@ -46,7 +46,7 @@ def test_zarr_python_reads_every_array_identically(prepared):
 @pytest.mark.parametrize("preset", ["fast", "balanced", "small"])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 2500])
 def test_our_shards_are_what_zarr_python_reads_at_odd_lengths(tmp_path, preset, length, monkeypatch):
-    monkeypatch.setattr("data_pipeline.store.part_writer.MAX_SHARD_TOKENS", 1024)  # several shards
+    monkeypatch.setattr("amfm.data_pipeline.store.part_writer.MAX_SHARD_TOKENS", 1024)  # several shards
     layout = Layout("uint32", 64, preset)
     tokens = np.random.default_rng(length).integers(0, 2**32, size=length, dtype=np.uint32)
     ends = np.array([length], np.uint64)

@@ -5,8 +5,8 @@ import pytest
 import tiktoken
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_pipeline.tokenizer.tiktoken import convert_tiktoken
-from data_pipeline.tokenizer.tokenizer import read_tokenizer_file
+from amfm.data_pipeline.tokenizer.tiktoken import convert_tiktoken
+from amfm.data_pipeline.tokenizer.tokenizer import read_tokenizer_file
 from tests.helpers.tiny_store import make_text
 
 PATTERN = (

@@ -5,10 +5,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data_pipeline.config import TokenizerConfig
-from data_pipeline.prepare.prepare import prepare
-from data_pipeline.store.store import TokenStore
-from data_pipeline.tokenizer.tokenizer import load_tokenizer, read_tokenizer_file, train_tokenizer
+from amfm.data_pipeline.config import TokenizerConfig
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer, read_tokenizer_file, train_tokenizer
 from tests.helpers.tiny_store import make_text, make_tiny_store, run_in_process
 
 HARD_TEXTS = [

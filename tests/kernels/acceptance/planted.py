@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.proof.cases.case import Inputs, KernelLaunch, OperationCase
-from kernels.proof.trials.trial import Kind, Sized, Trial
+from amfm.kernels.proof.cases.case import Inputs, KernelLaunch, OperationCase
+from amfm.kernels.proof.trials.trial import Kind, Sized, Trial
 
 
 @triton.jit

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from kernels.acceptance.__main__ import main
-from kernels.acceptance.process import run_child
-from kernels.acceptance.report import Report
-from kernels.backend import INTERPRETED
+from amfm.kernels.acceptance.__main__ import main
+from amfm.kernels.acceptance.process import run_child
+from amfm.kernels.acceptance.report import Report
+from amfm.kernels.backend import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the command starts interpreters of its own")
 

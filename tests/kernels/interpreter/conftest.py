@@ -17,8 +17,8 @@ import torch
 from triton import language
 from triton.runtime import interpreter
 
-from kernels.backend import INTERPRETED
-from kernels.interpreter import replace_methods
+from amfm.kernels.backend import INTERPRETED
+from amfm.kernels.interpreter import replace_methods
 from tests.helpers.made_on import MadeOn
 
 ON_CARD = not INTERPRETED and torch.cuda.is_available()
@@ -87,7 +87,7 @@ def no_races() -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    from kernels.proof.races import find_races
+    from amfm.kernels.proof.races import find_races
 
     with find_races() as races:
         yield

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.attention import triton_impl
-from kernels.attention.triton_impl import document_bounds
+from amfm.kernels.attention import triton_impl
+from amfm.kernels.attention.triton_impl import document_bounds
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.helpers.registration import assert_registered
 from tests.kernels.test_attention import make_documents, make_inputs, run

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.causal_conv1d import triton_impl
-from kernels.causal_conv1d.op import causal_conv1d
+from amfm.kernels.causal_conv1d import triton_impl
+from amfm.kernels.causal_conv1d.op import causal_conv1d
 from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.causal_conv1d.op import causal_conv1d, convolution_bytes
-from kernels.decay_scan.op import mamba2_scan
-from kernels.linear_cross_entropy.op import linear_cross_entropy
-from kernels.proof.counting import count_launches
-from kernels.swiglu.op import swiglu, swiglu_bytes
-from launch.bench.kernels.audit import count_named
+from amfm.kernels.causal_conv1d.op import causal_conv1d, convolution_bytes
+from amfm.kernels.decay_scan.op import mamba2_scan
+from amfm.kernels.linear_cross_entropy.op import linear_cross_entropy
+from amfm.kernels.proof.counting import count_launches
+from amfm.kernels.swiglu.op import swiglu, swiglu_bytes
+from amfm.launch.bench.kernels.audit import count_named
 
 
 def test_elementwise_kernel_moves_each_byte_once() -> None:

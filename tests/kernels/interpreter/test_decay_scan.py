@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.decay_scan import triton_impl
-from kernels.decay_scan.op import decay_scan
-from kernels.decay_scan.triton_impl import scan_triton
-from kernels.decay_scan.vector import triton_impl as vector_triton
-from kernels.decay_scan.vector.triton_impl import scan_vector_triton
+from amfm.kernels.decay_scan import triton_impl
+from amfm.kernels.decay_scan.op import decay_scan
+from amfm.kernels.decay_scan.triton_impl import scan_triton
+from amfm.kernels.decay_scan.vector import triton_impl as vector_triton
+from amfm.kernels.decay_scan.vector.triton_impl import scan_vector_triton
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
 from tests.helpers.scans import ScanCase, make_inputs, run_scan, tolerance_of

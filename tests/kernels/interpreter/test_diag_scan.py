@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.diag_scan import triton_impl
+from amfm.kernels.diag_scan import triton_impl
 from tests.helpers.diags import DiagCase, call, make, run
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.linear_cross_entropy import triton_impl
-from kernels.linear_cross_entropy.op import linear_cross_entropy, linear_statistics
+from amfm.kernels.linear_cross_entropy import triton_impl
+from amfm.kernels.linear_cross_entropy.op import linear_cross_entropy, linear_statistics
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.helpers.registration import assert_registered
 from tests.kernels.test_linear_cross_entropy import make_inputs

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.decay_scan import launch as scan_launch
-from kernels.mamba2 import triton_impl
+from amfm.kernels.decay_scan import launch as scan_launch
+from amfm.kernels.mamba2 import triton_impl
 from tests.helpers.mixers import NAMES, MixerCase, make_leaves, run_mixer
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered

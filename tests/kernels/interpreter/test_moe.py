@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from kernels.backend import triton_version
-from kernels.moe import counting_sort, triton_experts, triton_router
-from kernels.moe.capacity import drop_overflow, recycle_overflow
-from kernels.moe.counting_sort import sort_pairs
-from kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
-from kernels.moe.persistent import launch_persistent, takes_descriptors
-from kernels.moe.rows import triton_impl as rows_triton
-from kernels.moe.rows.op import (
+from amfm.kernels.backend import triton_version
+from amfm.kernels.moe import counting_sort, triton_experts, triton_router
+from amfm.kernels.moe.capacity import drop_overflow, recycle_overflow
+from amfm.kernels.moe.counting_sort import sort_pairs
+from amfm.kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
+from amfm.kernels.moe.persistent import launch_persistent, takes_descriptors
+from amfm.kernels.moe.rows import triton_impl as rows_triton
+from amfm.kernels.moe.rows.op import (
     add_choices,
     combine_choices,
     gather_choices,
@@ -19,7 +19,7 @@ from kernels.moe.rows.op import (
     sort_choices,
     sort_rows,
 )
-from kernels.proof.counting import count_launches
+from amfm.kernels.proof.counting import count_launches
 from tests.helpers.interpreted_products import multiply_term_by_term
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.helpers.registration import assert_registered

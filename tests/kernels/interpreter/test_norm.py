@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.norm import triton_impl
-from kernels.norm.op import gated_rms_norm, rms_norm
+from amfm.kernels.norm import triton_impl
+from amfm.kernels.norm.op import gated_rms_norm, rms_norm
 from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
 

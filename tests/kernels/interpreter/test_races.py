@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.proof.counting import count_launches
-from kernels.proof.races import Race, find_races
-from kernels.swiglu.op import swiglu
+from amfm.kernels.proof.counting import count_launches
+from amfm.kernels.proof.races import Race, find_races
+from amfm.kernels.swiglu.op import swiglu
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels.rope import triton_impl
-from kernels.rope.op import qk_norm_rope
-from kernels.rope.triton_impl import BLOCK_HEADS, TILE_VALUES, tile_of
+from amfm.kernels.rope import triton_impl
+from amfm.kernels.rope.op import qk_norm_rope
+from amfm.kernels.rope.triton_impl import BLOCK_HEADS, TILE_VALUES, tile_of
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.helpers.registration import assert_registered
 from tests.kernels.test_rope import run

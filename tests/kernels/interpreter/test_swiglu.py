@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.swiglu import triton_impl
-from kernels.swiglu.op import squared_relu, swiglu
+from amfm.kernels.swiglu import triton_impl
+from amfm.kernels.swiglu.op import squared_relu, swiglu
 from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
 

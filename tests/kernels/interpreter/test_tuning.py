@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
-from kernels.tuning import Environment, Table, config_for, tune
+from amfm.kernels import tuning
+from amfm.kernels.tuning import Environment, Table, config_for, tune
 
 HOPPER = Environment("NVIDIA H100 80GB HBM3", "3.9.0", "13.4.59")
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def test_a_table_comes_back_from_disk_for_its_card_and_compilers_alone(tmp_path:
 
 def test_real_kernels_can_be_tuned() -> None:
     """The scan with its gradients: each of its kernels has candidates, and all of them hold."""
-    from kernels.decay_scan.op import decay_scan
+    from amfm.kernels.decay_scan.op import decay_scan
 
     torch.manual_seed(0)
     leaves = [torch.randn(1, 17, 1, 16, requires_grad=True) for _ in range(3)]

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kernels.proof.cases.case import Inputs
-from kernels.proof.check import check_trial
-from kernels.proof.trials.trial import Sized, Trial
+from amfm.kernels.proof.cases.case import Inputs
+from amfm.kernels.proof.check import check_trial
+from amfm.kernels.proof.trials.trial import Sized, Trial
 
 
 def sized(failing: str) -> Sized:

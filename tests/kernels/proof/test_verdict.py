@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.proof.verdict import FACTOR, FLOORS, judge
+from amfm.kernels.proof.verdict import FACTOR, FLOORS, judge
 
 EXACT = {"y": torch.linspace(1, 2, 100, dtype=torch.float64), "d_x": torch.linspace(-1, 1, 100, dtype=torch.float64)}
 NEAR = {name: value.bfloat16() for name, value in EXACT.items()}

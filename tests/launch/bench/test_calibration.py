@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.bench.calibration import Check, fit, planned_seconds, run_config, write_hardware
-from launch.bench.step import granite_shape
-from launch.cli import run
-from launch.plan.hardware import HARDWARE, load_hardware
-from model.config.schema import FeedForwardConfig
+from amfm.launch.bench.calibration import Check, fit, planned_seconds, run_config, write_hardware
+from amfm.launch.bench.step import granite_shape
+from amfm.launch.cli import run
+from amfm.launch.plan.hardware import HARDWARE, load_hardware
+from amfm.model.config.schema import FeedForwardConfig
 
 ROOT = Path(__file__).parents[3]
 KNOWN = {
@@ -83,7 +83,7 @@ def test_wrong_input_is_refused_before_anything_is_timed(arguments, message, cap
 @pytest.mark.slow
 def test_a_calibrated_plan_knows_the_step_that_was_measured(tmp_path):
     path = tmp_path / "own.yaml"
-    command = [sys.executable, "-m", "launch", "bench", "step", "--calibration", str(path)]
+    command = [sys.executable, "-m", "amfm.launch", "bench", "step", "--calibration", str(path)]
     done = subprocess.run(
         [*command, "--rounds", "3", "--threads", "1", "--json"],
         capture_output=True,

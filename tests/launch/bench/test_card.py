@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.bench.card import LIMITS, Job, judge_losses, run_stages
-from launch.cli import run
-from launch.commands.bench.card import print_job
+from amfm.launch.bench.card import LIMITS, Job, judge_losses, run_stages
+from amfm.launch.cli import run
+from amfm.launch.commands.bench.card import print_job
 
 CPU = [4.0, 3.5, 3.0]
 

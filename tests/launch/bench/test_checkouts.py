@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from launch.bench import checkouts
-from launch.cli import run
-from launch.commands.bench.checkouts import print_checkouts
+from amfm.launch.bench import checkouts
+from amfm.launch.cli import run
+from amfm.launch.commands.bench.checkouts import print_checkouts
 
 HARDWARE = {"processor": "one", "threads": 1}
 
 
 def make_checkout(folder: Path, seconds: float, loss: float, *, exit_code: int = 0) -> Path:
-    """A folder whose `python -m launch bench step` answers as ours does, with these figures."""
+    """A folder whose `python -m amfm.launch bench step` answers as ours does, with these figures."""
     (folder / "launch").mkdir(parents=True)
     variant = {"first_loss": loss, "as_trained": {"seconds": seconds}, "memory": {}}
     answer = {"hardware": HARDWARE, "variants": {"ours_fp32": variant}}

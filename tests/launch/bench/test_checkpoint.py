@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from launch.cli import run
+from amfm.launch.cli import run
 
 
 @pytest.mark.slow

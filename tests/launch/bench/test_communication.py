@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from launch.bench.communication import bench_comm, load_layout, load_small
-from launch.cli import run
-from launch.plan.exchanges import expert_traffic, pass_exchanges
-from launch.plan.layout import Layout, held_by_stages
-from pretrain.config.schema import RunConfig
+from amfm.launch.bench.communication import bench_comm, load_layout, load_small
+from amfm.launch.cli import run
+from amfm.launch.plan.exchanges import expert_traffic, pass_exchanges
+from amfm.launch.plan.layout import Layout, held_by_stages
+from amfm.pretrain.config.schema import RunConfig
 from tests.helpers.spawn import run_ranks
 
 FACTORED = (
@@ -126,7 +126,18 @@ def test_tokens_travel_to_experts_at_the_latent_width() -> None:
 
 @pytest.mark.slow
 def test_the_verb_starts_ranks_and_prints_one_object() -> None:
-    command = [sys.executable, "-m", "launch", "bench", "step", "--comm", "--nproc", "2", "--json", "parallel.expert=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "amfm.launch",
+        "bench",
+        "step",
+        "--comm",
+        "--nproc",
+        "2",
+        "--json",
+        "parallel.expert=2",
+    ]
     command.append("model.moe.num_experts=2")
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
     result = json.loads(done.stdout)

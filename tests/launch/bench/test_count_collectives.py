@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from launch.bench.count_collectives import CommunicationCounter, Traffic, sum_traffic
-from pretrain.config.schema import ParallelConfig
-from pretrain.parallel import initialize_parallel
+from amfm.launch.bench.count_collectives import CommunicationCounter, Traffic, sum_traffic
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.prepare.prepare import prepare
-from data_pipeline.store.store import TokenStore
-from launch.bench.data import bench as bench_data
-from launch.bench.data.files import BenchData, export_for_megatron, recode_store, windows
-from launch.bench.data.readers import megatron_readers, memmap_reader, our_reader, zarr_reader
-from launch.cli import run
-from launch.commands.bench.data import print_data_tables
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.launch.bench.data import bench as bench_data
+from amfm.launch.bench.data.files import BenchData, export_for_megatron, recode_store, windows
+from amfm.launch.bench.data.readers import megatron_readers, memmap_reader, our_reader, zarr_reader
+from amfm.launch.cli import run
+from amfm.launch.commands.bench.data import print_data_tables
 from tests.helpers.tiny_store import run_in_process, write_jsonl
 
 ROW = {"reader", "preset", "microseconds_per_sample", "bytes_per_token", "wall_microseconds_per_sample"}

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.bench.export import bench_export, deepen, random_weights
-from launch.cli import run
-from model.config.schema import ModelConfig
-from model.on_demand import on_demand
+from amfm.launch.bench.export import bench_export, deepen, random_weights
+from amfm.launch.cli import run
+from amfm.model.config.schema import ModelConfig
+from amfm.model.on_demand import on_demand
 from tests.pretrain.tiny_run import MODEL
 
 

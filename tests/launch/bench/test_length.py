@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from launch.bench.length import choose_mixers, length_config, steadier_clock, summarize
-from launch.cli import run
-from model.config.mixer_registry import mixer_specs
-from model.config.pattern import parse_pattern
+from amfm.launch.bench.length import choose_mixers, length_config, steadier_clock, summarize
+from amfm.launch.cli import run
+from amfm.model.config.mixer_registry import mixer_specs
+from amfm.model.config.pattern import parse_pattern
 
 
 def steps(*cpu_seconds: float, waiting: float = 1.0) -> list[dict[str, float]]:

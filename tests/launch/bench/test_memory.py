@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.bench.memory import CASES, ROWS
-from launch.cli import run
-from pretrain.checks.check_run import load_checked
+from amfm.launch.bench.memory import CASES, ROWS
+from amfm.launch.cli import run
+from amfm.pretrain.checks.check_run import load_checked
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"
@@ -34,7 +34,7 @@ def test_every_case_obeys_the_rules_of_a_run():
 def test_predicted_memory_is_within_a_tenth_of_real_steps(ranks, overrides):
     # Around the tensors lie pages of the allocator and buffers of gloo; docs/benchmarks/planning.md has the whole table.
     settings = [*ROWS, f"train.global_batch_size={4 * ranks}", "train.precision=float32", *overrides]
-    command = [sys.executable, "-m", "launch", "bench", "memory", str(CONFIGS / "ladder_20m.yaml"), *settings]
+    command = [sys.executable, "-m", "amfm.launch", "bench", "memory", str(CONFIGS / "ladder_20m.yaml"), *settings]
     done = subprocess.run(
         [*command, "--nproc", str(ranks), "--json"], capture_output=True, text=True, cwd=ROOT, check=True
     )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.bench.models import compare, mixer_models
-from launch.cli import run
+from amfm.launch.bench.models import compare, mixer_models
+from amfm.launch.cli import run
 
 
 def test_each_step_is_held_against_the_first_model_of_its_own_round() -> None:

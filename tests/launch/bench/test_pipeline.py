@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from launch.bench.pipeline import SCHEDULES, load_stages
-from launch.cli import run
+from amfm.launch.bench.pipeline import SCHEDULES, load_stages
+from amfm.launch.cli import run
 
 
 @pytest.mark.slow
 def test_two_schedules_take_turns_and_their_ratio_is_of_neighbours() -> None:
     sizes = ["model.pattern=M*E-", "train.sequence_length=32"]
-    command = [sys.executable, "-m", "launch", "bench", "pipeline", "--rounds", "2", "--json", *sizes]
+    command = [sys.executable, "-m", "amfm.launch", "bench", "pipeline", "--rounds", "2", "--json", *sizes]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=300).stdout)
     whole, cut = (found["seconds"][schedule] for schedule in SCHEDULES)
     assert len(whole) == len(cut) == 2 and found["stages"] == 2 and found["micro_batches"] == 8

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PARENT = """
-from launch.bench.process import Child
+from amfm.launch.bench.process import Child
 with Child("timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)") as child:
     print(child._process.pid, flush=True)
     child.receive()

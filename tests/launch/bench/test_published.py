@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.bench.published.planning import anchor_as_dict, fit_anchors, load_anchor, load_anchors, sent_rows
-from launch.bench.published.runs import PUBLISHED
-from launch.cli import run
-from launch.commands.bench.published import LARGE_ERROR
-from launch.plan.hardware import HARDWARE
-from model.flops import count_parameters
-from pretrain.checks.check_run import load_checked
+from amfm.launch.bench.published.planning import anchor_as_dict, fit_anchors, load_anchor, load_anchors, sent_rows
+from amfm.launch.bench.published.runs import PUBLISHED
+from amfm.launch.cli import run
+from amfm.launch.commands.bench.published import LARGE_ERROR
+from amfm.launch.plan.hardware import HARDWARE
+from amfm.model.flops import count_parameters
+from amfm.pretrain.checks.check_run import load_checked
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"

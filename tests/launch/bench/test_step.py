@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from launch.bench.freed_memory import KEPT, RETURNED
-from launch.bench.process import Child
-from launch.bench.step import Shape, _as_trained, _check_losses, _summarize, bench_optimizers, bench_step
-from launch.cli import run
-from launch.commands.bench.step import print_step_table
+from amfm.launch.bench.freed_memory import KEPT, RETURNED
+from amfm.launch.bench.process import Child
+from amfm.launch.bench.step import Shape, _as_trained, _check_losses, _summarize, bench_optimizers, bench_step
+from amfm.launch.cli import run
+from amfm.launch.commands.bench.step import print_step_table
 from tests.model.huggingface.cases import GRANITE
 
 SMALL = Shape(rows=1, tokens=48, model=GRANITE)
@@ -105,8 +105,10 @@ def test_layouts_without_comm_are_refused(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_process_that_ended_is_an_error_of_whoever_asks_it() -> None:
-    with Child("launch.no_such_module") as child:
-        with pytest.raises(RuntimeError, match=r"python -m launch\.no_such_module ended early; its message is above"):
+    with Child("amfm.launch.no_such_module") as child:
+        with pytest.raises(
+            RuntimeError, match=r"python -m amfm.launch\.no_such_module ended early; its message is above"
+        ):
             child.receive()
         with pytest.raises(RuntimeError, match="ended early"):
             child.start()

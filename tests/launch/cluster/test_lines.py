@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster.lines import check_host, remote_command, sbatch_directive, sbatch_extra, shell_line, with_variables
-from launch.cluster.slurm import write_script
-from launch.cluster.torchrun import NodeCommand, read_hosts
+from amfm.launch.cluster.lines import (
+    check_host,
+    remote_command,
+    sbatch_directive,
+    sbatch_extra,
+    shell_line,
+    with_variables,
+)
+from amfm.launch.cluster.slurm import write_script
+from amfm.launch.cluster.torchrun import NodeCommand, read_hosts
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.tiny_run import tiny_config
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster.local import join_codes, run_command
+from amfm.launch.cluster.local import join_codes, run_command
 
 
 def python(code: str) -> list[str]:
@@ -50,7 +50,7 @@ def test_a_killed_rank_is_named(capfd: pytest.CaptureFixture[str]) -> None:
 
 WAITING = (
     "import os, pathlib, signal, sys, time\n"
-    "from pretrain.monitor.signals import SignalWatch\n"
+    "from amfm.pretrain.monitor.signals import SignalWatch\n"
     "with SignalWatch() as watch:\n"
     "    pathlib.Path(sys.argv[1], 'ready' + os.environ['RANK']).touch()\n"
     "    end = time.monotonic() + 30\n"
@@ -62,8 +62,8 @@ WAITING = (
 
 FORKED = """
 import os, pathlib, signal, sys, time
-from launch.cluster.forked import can_fork
-from launch.cluster.local import run_forked
+from amfm.launch.cluster.forked import can_fork
+from amfm.launch.cluster.local import run_forked
 assert can_fork()
 folder, code = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 
@@ -102,7 +102,7 @@ def test_forked_ranks_are_told_apart_and_end_as_processes_of_their_own_do(
 def test_signals_reach_every_rank(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WAITING, str(tmp_path)]
     launcher = subprocess.Popen(
-        python(f"import sys; from launch.cluster.local import run_command; sys.exit(run_command({command!r}, 2))")
+        python(f"import sys; from amfm.launch.cluster.local import run_command; sys.exit(run_command({command!r}, 2))")
     )
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < deadline:

@@ -11,7 +11,7 @@ import psutil
 
 LAUNCHER = (
     "import subprocess\n"
-    "from launch.cluster.orphans import ending_with_us\n"
+    "from amfm.launch.cluster.orphans import ending_with_us\n"
     "child = subprocess.Popen(ending_with_us(['sh', '-c', 'echo ready $$; exec sleep 60']))\n"
     "child.wait()\n"
 )

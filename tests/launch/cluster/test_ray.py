@@ -18,10 +18,10 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from launch.cluster.ray import RayCluster
-from launch.cluster.supervise import Attempt
-from pretrain.config.file import resolved_yaml
-from pretrain.config.schema import RunConfig
+from amfm.launch.cluster.ray import RayCluster
+from amfm.launch.cluster.supervise import Attempt
+from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.config.schema import RunConfig
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 STEPS = 300
@@ -71,7 +71,7 @@ def wait_for_step(run_dir: Path, step: int) -> None:
 
 
 def rank_processes(config_path: Path) -> list[psutil.Process]:
-    wanted = ["-m", "launch", "train", str(config_path)]
+    wanted = ["-m", "amfm.launch", "train", str(config_path)]
     return [process for process in psutil.process_iter(["cmdline"]) if (process.info["cmdline"] or [])[2:6] == wanted]
 
 
@@ -82,7 +82,7 @@ def test_a_run_survives_a_lost_worker_and_a_lost_node_with_the_losses_of_an_undi
 ) -> None:
     config = write_config(tmp_path, "disturbed")
     path, run_dir = tmp_path / "disturbed.yaml", Path(config.run.dir)
-    command = [sys.executable, "-m", "launch", "launch", str(path), "--on", "ray", "--nodes", "3"]
+    command = [sys.executable, "-m", "amfm.launch", "launch", str(path), "--on", "ray", "--nodes", "3"]
     launcher = subprocess.Popen([*command, "--address", cluster.address], stderr=subprocess.PIPE, text=True)
     wait_for_step(run_dir, 25)
     rank_processes(path)[1].kill()
@@ -105,7 +105,7 @@ def test_a_run_survives_a_lost_worker_and_a_lost_node_with_the_losses_of_an_undi
     assert "going on with 2 of 3 nodes" in errors
 
     calm = write_config(tmp_path, "calm")
-    subprocess.run([sys.executable, "-m", "launch", "train", str(tmp_path / "calm.yaml")], check=True)
+    subprocess.run([sys.executable, "-m", "amfm.launch", "train", str(tmp_path / "calm.yaml")], check=True)
     losses = {line["step"]: line["loss"] for line in read_lines(run_dir / "metrics.jsonl")}
     undisturbed = {line["step"]: line["loss"] for line in read_lines(Path(calm.run.dir) / "metrics.jsonl")}
     assert losses.keys() == undisturbed.keys() == set(range(1, STEPS + 1))

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import run
-from launch.cluster.slurm import Allocation, write_script
-from launch.cluster.supervise import Attempt, Outcome
-from pretrain.config.file import resolved_yaml
-from pretrain.config.schema import RunConfig
-from pretrain.report.data import read_run
+from amfm.launch.cli import run
+from amfm.launch.cluster.slurm import Allocation, write_script
+from amfm.launch.cluster.supervise import Attempt, Outcome
+from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.report.data import read_run
 from tests.helpers.json_output import one_object
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
@@ -107,8 +107,8 @@ def test_the_script_asks_for_what_the_configuration_says(tmp_path: Path) -> None
         "--cpu-bind=rank_ldom"
     )
     assert f"--output={tmp_path}/run/logs/attempt-0/rank-%t.log --open-mode=append" in srun
-    assert srun.endswith(f"rank {sys.executable} -P -m launch train 'a b.yaml'")
-    assert lines[-1] == f"exec {sys.executable} -P -m launch launch 'a b.yaml' --on slurm"
+    assert srun.endswith(f"rank {sys.executable} -P -m amfm.launch train 'a b.yaml'")
+    assert lines[-1] == f"exec {sys.executable} -P -m amfm.launch launch 'a b.yaml' --on slurm"
 
 
 def test_the_script_is_what_a_dry_run_prints(
@@ -180,7 +180,7 @@ def test_each_rank_has_a_log_and_the_failed_rank_names_the_cause(
     assert "INFO" in shown and "amfm: lost" in shown and "of the job before" not in shown
     words = (tmp_path / "words").read_text()
     assert f"--container-image=image.sqsh --container-workdir={os.getcwd()} --container-mounts=/a:/a" in words
-    assert words.endswith("rank python3 -P -m launch train\n")
+    assert words.endswith("rank python3 -P -m amfm.launch train\n")
 
 
 @pytest.mark.parametrize(("name", "value"), [("A B", "x"), ("NCCL", "a\nb")])
@@ -256,7 +256,7 @@ def ask(*command: str) -> str:
 def test_a_job_saves_before_its_time_limit_is_queued_again_and_finishes(
     cluster: None, config: RunConfig, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "launch", "launch", str(tmp_path / "run.yaml"), "--on", "slurm"]
+    command = [sys.executable, "-m", "amfm.launch", "launch", str(tmp_path / "run.yaml"), "--on", "slurm"]
     command += ["--nodes", "2", "--nproc-per-node", "1"]
     script = tmp_path / "script.sbatch"
     script.write_text(subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True).stdout)
@@ -290,7 +290,7 @@ def test_a_job_saves_before_its_time_limit_is_queued_again_and_finishes(
 def test_the_doctor_runs_once_as_a_job_and_its_findings_are_in_the_log(
     cluster: None, config: RunConfig, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "launch", "launch", str(tmp_path / "run.yaml"), "--on", "slurm"]
+    command = [sys.executable, "-m", "amfm.launch", "launch", str(tmp_path / "run.yaml"), "--on", "slurm"]
     command += ["--nodes", "2", "--nproc-per-node", "1", "--doctor"]
     job = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
     log = tmp_path / f"run/logs/slurm-{job}.log"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster.supervise import Attempt, Outcome, fitting_nodes, supervise
-from pretrain.config.schema import RunConfig
+from amfm.launch.cluster.supervise import Attempt, Outcome, fitting_nodes, supervise
+from amfm.pretrain.config.schema import RunConfig
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 

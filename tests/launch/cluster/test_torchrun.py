@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.cli import run
-from launch.cluster.torchrun import NodeCommand, read_hosts
-from pretrain.config.file import resolved_yaml
-from pretrain.config.schema import RunConfig
-from pretrain.start import find_restart_cause
+from amfm.launch.cli import run
+from amfm.launch.cluster.torchrun import NodeCommand, read_hosts
+from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.start import find_restart_cause
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 
@@ -47,7 +47,7 @@ def test_each_node_has_its_own_command(tmp_path: Path, capsys: pytest.CaptureFix
     shown = json.loads(capsys.readouterr().out)
     assert (shown["launcher"], shown["nodes"], len(shown["commands"])) == ("torchrun", 3, 3)
     assert shown["commands"][0].startswith(f"env NCCL_DEBUG=INFO {sys.executable} -P")
-    assert lines[1][-8:] == ["--no-python", sys.executable, "-P", "-m", "launch", "train", path, "train.seed=3"]
+    assert lines[1][-8:] == ["--no-python", sys.executable, "-P", "-m", "amfm.launch", "train", path, "train.seed=3"]
 
 
 def test_a_line_for_a_host_goes_to_the_directory_sets_up_and_says_why_it_starts_again() -> None:
@@ -106,13 +106,13 @@ def start_on_two_hosts(tmp_path: Path) -> subprocess.Popen[str]:
     shell.chmod(0o755)
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost\n127.0.0.1\n")
-    command = [sys.executable, "-m", "launch", "launch", str(tmp_path / "run.yaml"), "--on", "torchrun"]
+    command = [sys.executable, "-m", "amfm.launch", "launch", str(tmp_path / "run.yaml"), "--on", "torchrun"]
     options = ["--nodes", "2", "--nproc-per-node", "1", "--hosts", str(hosts), "--remote-shell", str(shell)]
     return subprocess.Popen([*command, *options, "--master", "localhost:29641"], stderr=subprocess.PIPE, text=True)
 
 
 def find_ranks(tmp_path: Path) -> list[psutil.Process]:
-    wanted = ["-m", "launch", "train", str(tmp_path / "run.yaml")]
+    wanted = ["-m", "amfm.launch", "train", str(tmp_path / "run.yaml")]
     found = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-4:] == wanted]
     return [process for process in found if "torch.distributed.run" not in process.info["cmdline"]]
 
@@ -167,7 +167,7 @@ def test_a_signal_to_the_launcher_saves_on_every_host(tmp_path: Path, number: si
 @pytest.mark.timeout(400)
 def test_a_lost_rank_of_one_node_is_named_as_the_cause_and_the_end_is_json(tmp_path: Path) -> None:
     write_config(tmp_path, train__steps=60)
-    command = [sys.executable, "-m", "launch", "launch", str(tmp_path / "run.yaml"), "--on", "torchrun", "--json"]
+    command = [sys.executable, "-m", "amfm.launch", "launch", str(tmp_path / "run.yaml"), "--on", "torchrun", "--json"]
     options = ["--nproc-per-node", "2", "--master", "localhost:29642"]
     launcher = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_step(tmp_path, 15)

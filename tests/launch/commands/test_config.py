@@ -1,6 +1,6 @@
 """`amfm config`: the resolved file, its problems with file and line, differences, the schema."""
 
-from launch.cli import run
+from amfm.launch.cli import run
 from tests.helpers.json_output import one_object
 from tests.pretrain.config.files import BASE
 

@@ -3,12 +3,12 @@
 import json
 from dataclasses import replace
 
-from data_pipeline.loader.loader import PretrainLoader
-from data_pipeline.prepare.prepare import Progress
-from data_pipeline.tokenizer.tokenizer import load_tokenizer
-from launch.cli import run
-from launch.commands.data import describe_progress
-from pretrain.config.file import load_config
+from amfm.data_pipeline.loader.loader import PretrainLoader
+from amfm.data_pipeline.prepare.prepare import Progress
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.launch.cli import run
+from amfm.launch.commands.data import describe_progress
+from amfm.pretrain.config.file import load_config
 from tests.helpers.json_output import one_object
 from tests.helpers.tiny_store import make_tiny_store
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from launch.cli import run
+from amfm.launch.cli import run
 
 
 @pytest.mark.parametrize(

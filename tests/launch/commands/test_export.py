@@ -2,10 +2,10 @@
 
 import base64
 
-from data_pipeline.store.megatron_files import read_megatron_index
-from data_pipeline.store.store import TokenStore
-from data_pipeline.tokenizer.tokenizer import read_tokenizer_file
-from launch.cli import run
+from amfm.data_pipeline.store.megatron_files import read_megatron_index
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.tokenizer import read_tokenizer_file
+from amfm.launch.cli import run
 from tests.helpers.json_output import one_object
 from tests.helpers.tiny_store import make_tiny_store
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import run
+from amfm.launch.cli import run
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 

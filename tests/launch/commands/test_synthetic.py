@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.cli import run
+from amfm.launch.cli import run
 from tests.pretrain.test_synthetic_runs import synthetic_config
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from pretrain.train import train
+    from amfm.pretrain.train import train
 
     folder = tmp_path_factory.mktemp("task")
     assert train(synthetic_config(folder, train__steps=2, schedule__warmup_steps=1)) == 0

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launch.cli import run
+from amfm.launch.cli import run
 from tests.helpers.json_output import one_object
 from tests.pretrain.report.test_report import line, make_run
 

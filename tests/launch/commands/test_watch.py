@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from launch.cli import run as amfm
+from amfm.launch.cli import run as amfm
 from tests.pretrain.monitor.test_display import metrics_of
 from tests.pretrain.monitor.test_follow import append, beat, event
 from tests.pretrain.monitor.test_follow import run as started_run

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import run
-from launch.doctor.cluster import examine_cluster, leave_cluster
-from launch.doctor.compare import compare_reports, examine_clocks, examine_links
-from launch.doctor.links import Link, Skew, estimate_skew, measure_skews, plan_links
-from launch.doctor.machine import Finding
-from launch.doctor.rank import CacheFolder, RankReport, describe_rank, examine_cache
-from launch.doctor.storage import StorageTest, examine_storage
-from pretrain.config.file import resolved_yaml
+from amfm.launch.cli import run
+from amfm.launch.doctor.cluster import examine_cluster, leave_cluster
+from amfm.launch.doctor.compare import compare_reports, examine_clocks, examine_links
+from amfm.launch.doctor.links import Link, Skew, estimate_skew, measure_skews, plan_links
+from amfm.launch.doctor.machine import Finding
+from amfm.launch.doctor.rank import CacheFolder, RankReport, describe_rank, examine_cache
+from amfm.launch.doctor.storage import StorageTest, examine_storage
+from amfm.pretrain.config.file import resolved_yaml
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
@@ -32,7 +32,7 @@ def by_name(findings: list[Finding]) -> dict[str, Finding]:
 def examine_as_rank(folders: list[Path], wait_seconds: float) -> tuple[list[Finding], list[str], Skew]:
     from torch.distributed import get_rank
 
-    from pretrain.parallel import start_process_group
+    from amfm.pretrain.parallel import start_process_group
 
     start_process_group(60.0)
     words: list[str] = []
@@ -226,9 +226,9 @@ def test_launchers_start_the_doctor_where_the_run_would_be(
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     if launcher == "slurm":
         # The batch script calls the launcher again, which then is inside the allocation.
-        assert lines[-1] == ["exec", sys.executable, "-P", "-m", "launch", *arguments]
+        assert lines[-1] == ["exec", sys.executable, "-P", "-m", "amfm.launch", *arguments]
         return
-    doctor = ["-m", "launch", "doctor", "--cluster", "--shared", str(tmp_path / "run")]
+    doctor = ["-m", "amfm.launch", "doctor", "--cluster", "--shared", str(tmp_path / "run")]
     assert lines[-1][-6:] == doctor
     if launcher == "torchrun":
         assert [line[-6:] for line in lines] == [doctor, doctor]

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from launch.cli import run
-from launch.doctor import machine as doctor
+from amfm.launch.cli import run
+from amfm.launch.doctor import machine as doctor
 
 
 def test_this_machine_is_described_as_one_object(capsys):

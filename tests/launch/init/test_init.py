@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import run
-from launch.init.machine import find_machine
-from launch.init.shapes import EXPORTS, SIZES, STYLES, model_section
-from launch.plan.estimate import Assumptions
-from launch.plan.plan import make_plan
-from model.config.checks import check_model
-from model.config.schema import ModelConfig
-from model.flops import count_parameters
-from pretrain.checks.check_run import load_checked
-from pretrain.config.file import load_config
+from amfm.launch.cli import run
+from amfm.launch.init.machine import find_machine
+from amfm.launch.init.shapes import EXPORTS, SIZES, STYLES, model_section
+from amfm.launch.plan.estimate import Assumptions
+from amfm.launch.plan.plan import make_plan
+from amfm.model.config.checks import check_model
+from amfm.model.config.schema import ModelConfig
+from amfm.model.flops import count_parameters
+from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.config.file import load_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PRESETS = {
@@ -147,7 +147,7 @@ def test_without_a_terminal_it_says_what_is_missing(tmp_path: Path, capsys: pyte
 
 @pytest.mark.slow
 def test_at_a_terminal_it_asks(tmp_path: Path, text: Path) -> None:
-    command = [sys.executable, "-m", "launch", "init", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "amfm.launch", "init", str(tmp_path / "run")]
     main, other = pty.openpty()
     with subprocess.Popen(command, stdin=other, stdout=subprocess.PIPE, stderr=other, text=True) as process:
         os.write(main, f"150m\n\n{text}\n1xh100\n".encode())

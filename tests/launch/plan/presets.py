@@ -4,10 +4,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.plan.estimate import Assumptions
-from launch.plan.hardware import HARDWARE
-from launch.plan.plan import make_plan
-from pretrain.checks.check_run import load_checked
+from amfm.launch.plan.estimate import Assumptions
+from amfm.launch.plan.hardware import HARDWARE
+from amfm.launch.plan.plan import make_plan
+from amfm.pretrain.checks.check_run import load_checked
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"

@@ -4,8 +4,8 @@ from itertools import combinations
 
 import pytest
 
-from launch.plan.exchanges import expected_ranks, has_certain_ranks
-from model.config.schema import MoeConfig
+from amfm.launch.plan.exchanges import expected_ranks, has_certain_ranks
+from amfm.model.config.schema import MoeConfig
 
 
 def moe_of(experts, top_k, groups=1, best=1):

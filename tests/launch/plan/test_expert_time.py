@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from launch.plan.expert_time import computed_around, expert_exchange_seconds, waiting_seconds
-from launch.plan.layout import Layout, held_by_stages
-from launch.plan.memory import storage_of
-from launch.plan.time import block_seconds, estimate_step
+from amfm.launch.plan.expert_time import computed_around, expert_exchange_seconds, waiting_seconds
+from amfm.launch.plan.layout import Layout, held_by_stages
+from amfm.launch.plan.memory import storage_of
+from amfm.launch.plan.time import block_seconds, estimate_step
 from tests.launch.plan.presets import H100, preset
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.plan.hardware import load_hardware
+from amfm.launch.plan.hardware import load_hardware
 
 
 def test_hardware_can_come_from_a_file(tmp_path):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from launch.plan.layout import Layout, held_by_stages
-from model.config.schema import MtpConfig
-from model.flops import count_parameters
-from pretrain.config.schema import ParallelConfig
+from amfm.launch.plan.layout import Layout, held_by_stages
+from amfm.model.config.schema import MtpConfig
+from amfm.model.flops import count_parameters
+from amfm.pretrain.config.schema import ParallelConfig
 from tests.launch.plan.presets import preset
 
 LAYOUTS = [

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from launch.plan.activations import Split, block_bytes, head_bytes, weight_gradient_bytes
-from launch.plan.exchanges import expected_ranks
-from launch.plan.in_flight import moments_of
-from launch.plan.layout import Layout, held_by_stages
-from launch.plan.memory import (
+from amfm.launch.plan.activations import Split, block_bytes, head_bytes, weight_gradient_bytes
+from amfm.launch.plan.exchanges import expected_ranks
+from amfm.launch.plan.in_flight import moments_of
+from amfm.launch.plan.layout import Layout, held_by_stages
+from amfm.launch.plan.memory import (
     bucket_sizes,
     bucketed_bytes,
     building_bytes,
@@ -23,9 +23,9 @@ from launch.plan.memory import (
     storage_of,
     waiting_gradients,
 )
-from launch.plan.time import estimate_step
-from model.flops import count_parameters
-from pretrain.recompute import recomputed_letters
+from amfm.launch.plan.time import estimate_step
+from amfm.model.flops import count_parameters
+from amfm.pretrain.recompute import recomputed_letters
 from tests.launch.plan.presets import H100, preset
 
 

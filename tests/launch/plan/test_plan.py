@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from launch.cli import run
-from launch.plan.hardware import GIB
-from launch.plan.plan import advise, plan_as_dict
-from launch.simulate.trace import chosen_ranks, predicted_memory, traced_config
-from model.flops import count_parameters
+from amfm.launch.cli import run
+from amfm.launch.plan.hardware import GIB
+from amfm.launch.plan.plan import advise, plan_as_dict
+from amfm.launch.simulate.trace import chosen_ranks, predicted_memory, traced_config
+from amfm.model.flops import count_parameters
 from tests.launch.plan.presets import CONFIGS, H100, PRESETS, ZERO_ALONE, headers, plan_of, preset, preset_gpus
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from launch.plan.registered import COUNTED_TOKENS, id_of, registered_block
-from model.config.mixer_registry import mixer_specs
-from model.packing import PackMeta
+from amfm.launch.plan.registered import COUNTED_TOKENS, id_of, registered_block
+from amfm.model.config.mixer_registry import mixer_specs
+from amfm.model.packing import PackMeta
 from tests.model.mixers.samples import mixer_config
 from tests.model.small_models import small_model
 

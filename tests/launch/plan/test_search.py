@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from launch.cli import run
-from pretrain.config.file import load_config
-from pretrain.config.schema import ParallelConfig
-from pretrain.stages import resolve_stages
+from amfm.launch.cli import run
+from amfm.pretrain.config.file import load_config
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.stages import resolve_stages
 from tests.launch.plan.presets import CONFIGS, preset
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from launch.plan.layout import Layout
-from launch.plan.memory import storage_of
-from launch.plan.time import estimate_step, left_after_pieces
-from model.flops import flops_per_token
-from pretrain.recompute import recomputed_letters
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.memory import storage_of
+from amfm.launch.plan.time import estimate_step, left_after_pieces
+from amfm.model.flops import flops_per_token
+from amfm.pretrain.recompute import recomputed_letters
 from tests.launch.plan.presets import H100, PRESETS, preset
 
 

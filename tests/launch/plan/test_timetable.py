@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from launch.plan.layout import Layout
-from launch.plan.timetable import make_timetable
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.timetable import make_timetable
 
 
 def layout(ranks: int, schedule: str, pieces: int = 1) -> Layout:

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from launch.cli import run
-from launch.plan.write_layout import edited
-from pretrain.config.file import load_config
+from amfm.launch.cli import run
+from amfm.launch.plan.write_layout import edited
+from amfm.pretrain.config.file import load_config
 from tests.launch.plan.presets import CONFIGS
 
 PARALLEL = {"tensor": 2, "sequence_parallel": True, "zero_stage": 1}

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DataConfig
-from launch.serve.served_model import load_model
-from launch.serve.server import ModelServer
-from pretrain.export.export import export_checkpoint
+from amfm.data_pipeline.config import DataConfig
+from amfm.launch.serve.served_model import load_model
+from amfm.launch.serve.server import ModelServer
+from amfm.pretrain.export.export import export_checkpoint
 from tests.pretrain.conftest import data
 from tests.pretrain.export.exported_models import weights_folder
 

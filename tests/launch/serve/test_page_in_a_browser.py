@@ -5,7 +5,7 @@ import re
 import subprocess
 from html import unescape
 
-from launch.serve.server import ModelServer
+from amfm.launch.serve.server import ModelServer
 from tests.launch.serve.conftest import serving
 from tests.pretrain.report.test_page_in_a_browser import BROWSER, FLAGS, needs_browser
 

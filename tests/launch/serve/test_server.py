@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from launch.cli import run
-from launch.serve.server import ModelServer
-from pretrain.inference.generate import Sampling, generate
+from amfm.launch.cli import run
+from amfm.launch.serve.server import ModelServer
+from amfm.pretrain.inference.generate import Sampling, generate
 from tests.launch.serve.conftest import TEMPLATE
 
 JSON = {"Content-Type": "application/json"}

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from kernels.moe.capacity import expert_capacity
-from model.moe.capacity import slots_for
-from pretrain.config.schema import RunConfig
+from amfm.kernels.moe.capacity import expert_capacity
+from amfm.model.moe.capacity import slots_for
+from amfm.pretrain.config.schema import RunConfig
 
 LIST = Path(__file__).with_name("host_waits.txt")
 

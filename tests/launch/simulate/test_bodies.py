@@ -14,25 +14,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from kernels.attention import triton_impl as attention
-from kernels.causal_conv1d import torch_impl as convolution_torch
-from kernels.causal_conv1d import triton_impl as convolution
-from kernels.decay_scan import triton_impl as decay
-from kernels.decay_scan.vector import triton_impl as decay_vector
-from kernels.delta_scan import triton_impl as delta
-from kernels.delta_scan.vector import triton_impl as delta_vector
-from kernels.diag_scan import torch_impl as diag_torch
-from kernels.diag_scan import triton_impl as diag
-from kernels.linear_cross_entropy import torch_impl as loss_torch
-from kernels.linear_cross_entropy import triton_impl as loss
-from kernels.mamba2 import triton_impl as mamba2
-from kernels.moe import counting_sort, triton_experts, triton_router
-from kernels.moe import torch_impl as experts_torch
-from kernels.moe.rows import triton_impl as rows_triton
-from kernels.norm import triton_impl as norm
-from kernels.rope import triton_impl as rope
-from kernels.swiglu import triton_impl as swiglu
-from launch.simulate.bodies import BodyRunner
+from amfm.kernels.attention import triton_impl as attention
+from amfm.kernels.causal_conv1d import torch_impl as convolution_torch
+from amfm.kernels.causal_conv1d import triton_impl as convolution
+from amfm.kernels.decay_scan import triton_impl as decay
+from amfm.kernels.decay_scan.vector import triton_impl as decay_vector
+from amfm.kernels.delta_scan import triton_impl as delta
+from amfm.kernels.delta_scan.vector import triton_impl as delta_vector
+from amfm.kernels.diag_scan import torch_impl as diag_torch
+from amfm.kernels.diag_scan import triton_impl as diag
+from amfm.kernels.linear_cross_entropy import torch_impl as loss_torch
+from amfm.kernels.linear_cross_entropy import triton_impl as loss
+from amfm.kernels.mamba2 import triton_impl as mamba2
+from amfm.kernels.moe import counting_sort, triton_experts, triton_router
+from amfm.kernels.moe import torch_impl as experts_torch
+from amfm.kernels.moe.rows import triton_impl as rows_triton
+from amfm.kernels.norm import triton_impl as norm
+from amfm.kernels.rope import triton_impl as rope
+from amfm.kernels.swiglu import triton_impl as swiglu
+from amfm.launch.simulate.bodies import BodyRunner
 
 ROOT = Path(__file__).parents[3]
 ROOMS = ("kernels", "model", "pretrain", "data_pipeline", "launch")
@@ -165,8 +165,8 @@ def registered():
     for room in ROOMS:
         for path in (ROOT / room).rglob("*.py"):
             if "library.custom_op(" in path.read_text(encoding="utf-8"):
-                importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    return {name for name, made in list(OPDEFS.items()) if made._init_fn.__module__.partition(".")[0] in ROOMS}
+                importlib.import_module(".".join(("amfm", *path.relative_to(ROOT).with_suffix("").parts)))
+    return {name for name, made in list(OPDEFS.items()) if made._init_fn.__module__.partition(".")[0] == "amfm"}
 
 
 def test_fake_functions_of_all_operations_say_what_the_bodies_give(monkeypatch):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from launch.plan.hardware import GIB, HARDWARE
-from launch.simulate.trace import trace_run
+from amfm.launch.plan.hardware import GIB, HARDWARE
+from amfm.launch.simulate.trace import trace_run
 from tests.launch.plan.presets import PRESETS, headers, preset, preset_gpus
 from tests.launch.simulate.allowed_waits import expected_waits, unnumbered
 

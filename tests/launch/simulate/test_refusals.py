@@ -10,16 +10,16 @@ import torch
 import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from launch.bench.communication import DEFAULTS
-from launch.cli import run
-from launch.plan.registered import lacks_fake
-from launch.simulate import trace
-from launch.simulate.tracer import Tracer
+from amfm.launch.bench.communication import DEFAULTS
+from amfm.launch.cli import run
+from amfm.launch.plan.registered import lacks_fake
+from amfm.launch.simulate import trace
+from amfm.launch.simulate.tracer import Tracer
 
 ROOT = Path(__file__).parents[3]
 SPEC = """
-from model.config.mixer_options import HeadOptions
-from model.config.mixer_registry import MixerSpec
+from amfm.model.config.mixer_options import HeadOptions
+from amfm.model.config.mixer_registry import MixerSpec
 
 
 class BlindOptions(HeadOptions):
@@ -31,7 +31,7 @@ SPEC = MixerSpec("blind", "blind_mixer:BlindMixer", BlindOptions)
 MIXER = """
 import torch
 
-from model.mixers.retention import LightningMixer
+from amfm.model.mixers.retention import LightningMixer
 
 
 @torch.library.custom_op("blind::double", mutates_args=())
@@ -81,7 +81,7 @@ def test_a_mixer_whose_operation_has_no_fake_function_ends_the_command(backend, 
     settings = DEFAULTS | {"model": model, "kernels": {"backend": backend}}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    command = [sys.executable, "-W", "ignore", "-m", "launch", "plan", str(path), "--gpus", "1", "--trace"]
+    command = [sys.executable, "-W", "ignore", "-m", "amfm.launch", "plan", str(path), "--gpus", "1", "--trace"]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2, done.stderr

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from launch.plan.exchanges import expected_ranks
-from launch.simulate.routing import spread_choices
+from amfm.launch.plan.exchanges import expected_ranks
+from amfm.launch.simulate.routing import spread_choices
 from tests.launch.plan.test_exchanges import moe_of
 
 

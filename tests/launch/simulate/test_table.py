@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import run
-from launch.simulate.table import CASES, PRESET, SETTINGS, compare_bytes, trace_case
-from pretrain.checks.check_run import load_checked
+from amfm.launch.cli import run
+from amfm.launch.simulate.table import CASES, PRESET, SETTINGS, compare_bytes, trace_case
+from amfm.pretrain.checks.check_run import load_checked
 from tests.launch.simulate.allowed_waits import expected_waits, sections_of, unnumbered, waits_by_section
 
 CONFIGS = Path(__file__).parents[3] / "configs"

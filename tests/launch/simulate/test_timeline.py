@@ -5,12 +5,12 @@ import math
 
 import pytest
 
-from launch.plan.estimate import Assumptions
-from launch.plan.hardware import Hardware
-from launch.plan.layout import Layout
-from launch.plan.memory import Memory
-from launch.simulate.timeline import compare_seconds, lay_out, planned_step, write_timeline
-from launch.simulate.trace import TracedRank
+from amfm.launch.plan.estimate import Assumptions
+from amfm.launch.plan.hardware import Hardware
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.memory import Memory
+from amfm.launch.simulate.timeline import compare_seconds, lay_out, planned_step, write_timeline
+from amfm.launch.simulate.trace import TracedRank
 from tests.launch.plan.presets import preset
 
 NANOSECOND = 1e-3  # in the microseconds of the format

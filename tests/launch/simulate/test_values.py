@@ -3,8 +3,8 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from launch.simulate.tracer import Tracer
-from launch.simulate.values import KnownValues
+from amfm.launch.simulate.tracer import Tracer
+from amfm.launch.simulate.values import KnownValues
 
 
 def document_ids():

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from launch.cli import run
-from launch.study.grid import expand_grid
-from launch.study.study import MixerConfig, Study, StudyConfig, TaskConfig, load_study
-from model.flops import count_parameters
-from pretrain.config.errors import ConfigError
-from pretrain.config.file import resolved_yaml
+from amfm.launch.cli import run
+from amfm.launch.study.grid import expand_grid
+from amfm.launch.study.study import MixerConfig, Study, StudyConfig, TaskConfig, load_study
+from amfm.model.flops import count_parameters
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.file import resolved_yaml
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.tiny_run import tiny_config
 

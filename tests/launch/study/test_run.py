@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from pretrain.config.file import resolved_yaml
-from pretrain.monitor.ownership import lock_directory
+from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.monitor.ownership import lock_directory
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
 
@@ -34,7 +34,7 @@ def write_study(folder: Path, **train: Any) -> list[str]:
         f"dir: {folder}/study\ntasks: [{{name: text, config: text.yaml}}]\nmixers: [{{mixer: M}}]\n"
         "ratios: [none, 1:1]\nnum_mixers: 2\nruns_at_once: 1\n"
     )
-    return [sys.executable, "-m", "launch", "study", "mixers", str(folder / "study.yaml"), "--json"]
+    return [sys.executable, "-m", "amfm.launch", "study", "mixers", str(folder / "study.yaml"), "--json"]
 
 
 def call(command: list[str]) -> tuple[int, dict[str, Any], str]:

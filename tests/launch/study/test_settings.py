@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from launch.cli import run
-from launch.study.settings import expand_settings
-from launch.study.study import RunTask, SettingConfig, SettingsStudyConfig, Study
-from pretrain.config.errors import ConfigError
-from pretrain.config.file import diff_configs
+from amfm.launch.cli import run
+from amfm.launch.study.settings import expand_settings
+from amfm.launch.study.study import RunTask, SettingConfig, SettingsStudyConfig, Study
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.file import diff_configs
 from tests.launch.study.small_study import finish, write_small_study
 
 MUON = SettingConfig(label="muon", overrides=("optimizer.kind=muon", "optimizer.learning_rate=4e-3"))

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.study.grid import Cell, expand_grid
-from launch.study.run import CellEnd
-from launch.study.show import StudyDisplay, last_metrics
-from launch.study.study import load_study
-from launch.study.table import read_result
+from amfm.launch.study.grid import Cell, expand_grid
+from amfm.launch.study.run import CellEnd
+from amfm.launch.study.show import StudyDisplay, last_metrics
+from amfm.launch.study.study import load_study
+from amfm.launch.study.table import read_result
 from tests.launch.study.small_study import finish, write_small_study
 from tests.pretrain.report.test_report import line
 

@@ -8,13 +8,13 @@ from statistics import mean, median
 
 import pytest
 
-from launch.cli import run
-from launch.study.grid import Cell, expand_grid
-from launch.study.study import load_study
-from launch.study.table import make_rows, read_result, study_markdown
-from model.flops import count_parameters
-from model.state_size import state_bytes
-from pretrain.config.file import load_config
+from amfm.launch.cli import run
+from amfm.launch.study.grid import Cell, expand_grid
+from amfm.launch.study.study import load_study
+from amfm.launch.study.table import make_rows, read_result, study_markdown
+from amfm.model.flops import count_parameters
+from amfm.model.state_size import state_bytes
+from amfm.pretrain.config.file import load_config
 from tests.launch.study.small_study import finish, write_small_study
 
 

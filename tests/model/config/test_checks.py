@@ -2,8 +2,15 @@
 
 import pytest
 
-from model.config.checks import check_model
-from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
+from amfm.model.config.checks import check_model
+from amfm.model.config.schema import (
+    AttentionConfig,
+    FeedForwardConfig,
+    Mamba2Config,
+    ModelConfig,
+    MoeConfig,
+    RopeConfig,
+)
 
 MAMBA = {"num_heads": 6, "head_dim": 4, "state_size": 5, "num_groups": 2}
 ATTENTION = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 8}

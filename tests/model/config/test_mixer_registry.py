@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from model.config.checks import check_model
-from model.config.mixer_registry import BUILT_IN
-from model.config.pattern import parse_pattern
+from amfm.model.config.checks import check_model
+from amfm.model.config.mixer_registry import BUILT_IN
+from amfm.model.config.pattern import parse_pattern
 from tests.model.mixers.samples import sample_options
 from tests.model.small_models import small_config
 
 PLUGIN = '''
 from pydantic import Field
 
-from model.config.mixer_options import HeadOptions
-from model.config.mixer_registry import MixerSpec
+from amfm.model.config.mixer_options import HeadOptions
+from amfm.model.config.mixer_registry import MixerSpec
 
 
 class HalvingOptions(HeadOptions):
@@ -34,9 +34,9 @@ SPEC = MixerSpec("halving", "halving_mixer:HalvingMixer", HalvingOptions)
 MIXER = """
 import math
 
-from model.mixers.base import LinearMixer
-from model.mixers.feature_maps import no_decay, query_key_value
-from model.mixers.recurrence import DecayRecurrence, ScanRows
+from amfm.model.mixers.base import LinearMixer
+from amfm.model.mixers.feature_maps import no_decay, query_key_value
+from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows
 
 
 class HalvingMixer(LinearMixer):
@@ -54,16 +54,16 @@ class HalvingMixer(LinearMixer):
 """
 USE = """
 import torch
-from model.config.schema import ModelConfig
-from model.parallel.groups import single_rank_groups
-from model.hybrid import HybridModel
-from model.packing import PackMeta
+from amfm.model.config.schema import ModelConfig
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
 
 tree = {"pattern": "{halving}", "vocab_size": 8, "hidden_size": 8, "mixers": {"halving": {"num_heads": 2, "head_dim": 4}}}
 model = HybridModel(ModelConfig.model_validate(tree), single_rank_groups())
 print(model(torch.arange(8)[None], PackMeta.one_document_a_row(1, 8)).logits_BTV.shape)
 
-from pretrain.config.fields import describe_fields
+from amfm.pretrain.config.fields import describe_fields
 
 print([row.key for row in describe_fields()])
 """
@@ -103,7 +103,7 @@ def test_a_package_registers_its_mixer_by_entry_point(tmp_path):
     ],
 )
 def test_a_broken_package_is_named(entry_points, message, tmp_path):
-    found = run_python("import model.config.schema", install(tmp_path, entry_points))
+    found = run_python("import amfm.model.config.schema", install(tmp_path, entry_points))
     assert found.returncode != 0
     assert message in found.stderr and "of halving (group amfm.mixers)" in found.stderr
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from model.config.checks import check_model
-from model.config.mup import WidthScales, logits_multiplier, width_scales, without_mup
-from model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig, MoeConfig, MupConfig
-from model.huggingface.targets import choose_target, explain_unfit
+from amfm.model.config.checks import check_model
+from amfm.model.config.mup import WidthScales, logits_multiplier, width_scales, without_mup
+from amfm.model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig, MoeConfig, MupConfig
+from amfm.model.huggingface.targets import choose_target, explain_unfit
 
 
 def config(pattern: str = "*E-", **changes: object) -> ModelConfig:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.config.pattern import BLOCK_NAMES, HUNYUAN_LETTERS, MAX_BLOCKS, Pattern, parse_pattern
+from amfm.model.config.pattern import BLOCK_NAMES, HUNYUAN_LETTERS, MAX_BLOCKS, Pattern, parse_pattern
 
 SPELLINGS = {letter: [letter] for letter in BLOCK_NAMES}
 for hunyuan, megatron in HUNYUAN_LETTERS.items():

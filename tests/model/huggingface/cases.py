@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from model.config.schema import (
+from amfm.model.config.schema import (
     AttentionConfig,
     FeedForwardConfig,
     Mamba2Config,
@@ -13,8 +13,8 @@ from model.config.schema import (
     MultipliersConfig,
     RopeConfig,
 )
-from model.hybrid import HybridModel
-from model.parallel.groups import single_rank_groups
+from amfm.model.hybrid import HybridModel
+from amfm.model.parallel.groups import single_rank_groups
 
 VOCABULARY = 61
 

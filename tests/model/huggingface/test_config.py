@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from model.config.schema import AttentionConfig, ModelConfig, MultipliersConfig
-from model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
-from model.huggingface.targets import Target
-from model.huggingface.weights import weight_map
+from amfm.model.config.schema import AttentionConfig, ModelConfig, MultipliersConfig
+from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
+from amfm.model.huggingface.targets import Target
+from amfm.model.huggingface.weights import weight_map
 from tests.model.huggingface.cases import (
     GRANITE,
     NEMOTRON_H,

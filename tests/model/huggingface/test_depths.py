@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.config.schema import ModelConfig, MtpConfig
-from model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
-from model.huggingface.depths import depth_pattern
-from model.huggingface.targets import Target, left_out_depths
-from model.huggingface.weights import weight_map, weight_shapes
-from model.packing import PackMeta
+from amfm.model.config.schema import ModelConfig, MtpConfig
+from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
+from amfm.model.huggingface.depths import depth_pattern
+from amfm.model.huggingface.targets import Target, left_out_depths
+from amfm.model.huggingface.weights import weight_map, weight_shapes
+from amfm.model.packing import PackMeta
 from tests.model.huggingface.cases import (
     VOCABULARY,
     build_ours,

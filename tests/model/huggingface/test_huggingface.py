@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config.schema import ModelConfig
-from model.huggingface.config import TokenIds, huggingface_config
-from model.huggingface.targets import choose_target, explain_unfit
-from model.huggingface.weights import weight_map
-from model.hybrid import HybridModel
-from model.packing import PackMeta
+from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.config import TokenIds, huggingface_config
+from amfm.model.huggingface.targets import choose_target, explain_unfit
+from amfm.model.huggingface.weights import weight_map
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
 from tests.model.huggingface.cases import NEMOTRON_H, TARGETED, VOCABULARY, build_ours
 
 # Both sides compute in float32 and add in another order; the largest number of a tensor sets its scale.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, MultipliersConfig, RopeConfig
-from model.huggingface.targets import choose_target, explain_unfit
+from amfm.model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, MultipliersConfig, RopeConfig
+from amfm.model.huggingface.targets import choose_target, explain_unfit
 from tests.model.huggingface.cases import (
     GRANITE,
     KDA,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.config.schema import ModelConfig
-from model.huggingface.weights import weight_map, weight_shapes
-from model.on_demand import on_demand
+from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.weights import weight_map, weight_shapes
+from amfm.model.on_demand import on_demand
 from tests.model.huggingface.cases import NEMOTRON_H, TARGETED, build_ours, nemotron_h_config
 
 
@@ -15,7 +15,7 @@ from tests.model.huggingface.cases import NEMOTRON_H, TARGETED, build_ours, nemo
 def test_streamed_pieces_put_together_are_the_whole_conversion(
     monkeypatch: pytest.MonkeyPatch, target: str, config: ModelConfig
 ) -> None:
-    monkeypatch.setattr("model.on_demand.BLOCK_NUMEL", 96)  # a few rows
+    monkeypatch.setattr("amfm.model.on_demand.BLOCK_NUMEL", 96)  # a few rows
     ours = on_demand(build_ours(config).state_dict())
     mapping = weight_map(config, target)
     expected = mapping.to_theirs(ours)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from model.config.mixer_options import LinearOptions
-from model.config.mixer_registry import mixer_specs
-from model.config.schema import ModelConfig
+from amfm.model.config.mixer_options import LinearOptions
+from amfm.model.config.mixer_registry import mixer_specs
+from amfm.model.config.schema import ModelConfig
 from tests.model.small_models import small_config
 
 # What a sample takes of these where the mixer's options have the field.

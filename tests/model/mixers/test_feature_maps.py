@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.rope.reference import norm_rope_reference
-from model.mixers.feature_maps import FeatureMapMixer
-from model.packing import PackMeta
+from amfm.kernels.rope.reference import norm_rope_reference
+from amfm.model.mixers.feature_maps import FeatureMapMixer
+from amfm.model.packing import PackMeta
 from tests.helpers.numbers import assert_near
 from tests.model.mixers.samples import ROTARY_FORMS, sample_options
 from tests.model.small_models import meta_of, packed_batch, small_config, small_model

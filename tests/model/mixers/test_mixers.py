@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config.mixer_registry import mixer_specs
-from model.flops import count_parameters, flops_per_token
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
-from model.parallel.shards import parameter_shards
-from model.state_size import state_bytes
-from pretrain.config.schema import ParallelConfig
-from pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
-from pretrain.parallel import initialize_parallel
+from amfm.model.config.mixer_registry import mixer_specs
+from amfm.model.flops import count_parameters, flops_per_token
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.parallel.shards import parameter_shards
+from amfm.model.state_size import state_bytes
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks

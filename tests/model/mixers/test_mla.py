@@ -7,8 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.attention.varlen import DocumentEnds, _refuse_own_release
-from model.mixers.mla import MlaMixer
+from amfm.kernels.attention.varlen import DocumentEnds, _refuse_own_release
+from amfm.model.mixers.mla import MlaMixer
 from tests.helpers.determinism import without_determinism
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from model.mixers.mom import sort_by_memory, take_tokens
-from model.packing import PackMeta
+from amfm.model.mixers.mom import sort_by_memory, take_tokens
+from amfm.model.packing import PackMeta
 from tests.helpers.numbers import assert_bitwise, assert_near
 
 # The same few numbers added in another order.

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.mixers.base import LinearMixer
-from model.packing import PackMeta
+from amfm.model.mixers.base import LinearMixer
+from amfm.model.packing import PackMeta
 from tests.helpers.numbers import assert_near
 from tests.model.small_models import small_config, small_model
 

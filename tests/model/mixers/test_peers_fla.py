@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.mixers.recurrence import OpenScan, Recurrence, ScanRows, ScanSettings
-from model.packing import PackMeta
+from amfm.model.mixers.recurrence import OpenScan, Recurrence, ScanRows, ScanSettings
+from amfm.model.packing import PackMeta
 from tests.helpers.numbers import assert_near
 from tests.model.mixers.samples import mixer_config, sample_options
 from tests.model.mixers.test_peers import (

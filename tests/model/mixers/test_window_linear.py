@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.rope.reference import norm_rope_reference
-from model.config.checks import check_model
-from model.config.rope import Llama3Stretch
-from model.config.schema import AttentionConfig, ModelConfig, RopeConfig
-from model.hybrid import HybridModel
-from model.mixers.older_tokens import window_sum
-from model.mixers.window_linear import WindowLinearMixer
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
-from model.parallel.shards import parameter_shards
-from pretrain.config.schema import ParallelConfig
-from pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
-from pretrain.parallel import initialize_parallel
+from amfm.kernels.rope.reference import norm_rope_reference
+from amfm.model.config.checks import check_model
+from amfm.model.config.rope import Llama3Stretch
+from amfm.model.config.schema import AttentionConfig, ModelConfig, RopeConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.mixers.older_tokens import window_sum
+from amfm.model.mixers.window_linear import WindowLinearMixer
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.parallel.shards import parameter_shards
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.numbers import assert_near
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks

@@ -4,11 +4,11 @@ it, what choices then weigh, and when it holds."""
 import pytest
 import torch
 
-from kernels.moe.op import route
-from model.config.schema import MoeConfig
-from model.hybrid import HybridModel
-from model.moe.capacity import limit_choices
-from model.parallel.groups import single_rank_groups
+from amfm.kernels.moe.op import route
+from amfm.model.config.schema import MoeConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.moe.capacity import limit_choices
+from amfm.model.parallel.groups import single_rank_groups
 from tests.model.small_models import StandInGroup, meta_of, packed_batch, small_config, small_model
 
 SKEWED = MoeConfig(num_experts=4, top_k=1, expert_hidden_size=4, expert_bias=True, bias_update_rate=0.01)

@@ -9,20 +9,20 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.linear.op import linear_float32
-from kernels.moe.capacity import expert_capacity
-from kernels.moe.op import route
-from launch.bench.count_collectives import CommunicationCounter, Traffic, sum_traffic
-from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
-from model.hybrid import HybridModel
-from model.moe.block import MoeMixer
-from model.moe.capacity import slots_for
-from model.moe.transfer import RowTransfer
-from model.parallel.groups import ProcessGroupCollection, single_rank_groups
-from model.parallel.shards import parameter_shards
-from pretrain.config.schema import ParallelConfig
-from pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
-from pretrain.parallel import initialize_parallel
+from amfm.kernels.linear.op import linear_float32
+from amfm.kernels.moe.capacity import expert_capacity
+from amfm.kernels.moe.op import route
+from amfm.launch.bench.count_collectives import CommunicationCounter, Traffic, sum_traffic
+from amfm.model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.moe.block import MoeMixer
+from amfm.model.moe.capacity import slots_for
+from amfm.model.moe.transfer import RowTransfer
+from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
+from amfm.model.parallel.shards import parameter_shards
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import cut_batch, loss_of, small_config

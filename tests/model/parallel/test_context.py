@@ -6,16 +6,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.bench.count_collectives import CommunicationCounter
-from launch.plan.context_traffic import heads_bytes, states_bytes
-from model.config.schema import MoeConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.context import receive_windows
-from model.parallel.groups import single_rank_groups
-from model.parallel.shards import parameter_shards
-from pretrain.config.schema import ParallelConfig
-from pretrain.parallel import initialize_parallel
+from amfm.launch.bench.count_collectives import CommunicationCounter
+from amfm.launch.plan.context_traffic import heads_bytes, states_bytes
+from amfm.model.config.schema import MoeConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.context import receive_windows
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.parallel.shards import parameter_shards
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import StandInGroup, cut_batch, loss_of, meta_of, packed_batch, small_config
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from model.parallel.groups import single_rank_groups
-from model.parallel.layers import ColumnLinear, Float32Buffers, RowLinear, VocabEmbedding
-from model.parallel.regions import scatter_tokens
-from model.parallel.shards import Shard, ShardSpec, divide, divide_units
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.parallel.layers import ColumnLinear, Float32Buffers, RowLinear, VocabEmbedding
+from amfm.model.parallel.regions import scatter_tokens
+from amfm.model.parallel.shards import Shard, ShardSpec, divide, divide_units
 from tests.model.small_models import StandInGroup, small_config, small_model
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config.schema import (
+from amfm.model.config.schema import (
     AttentionConfig,
     FeedForwardConfig,
     GuideConfig,
@@ -17,14 +17,14 @@ from model.config.schema import (
     MoeConfig,
     MultipliersConfig,
 )
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.groups import ProcessGroupCollection, single_rank_groups
-from model.parallel.shards import parameter_shards
-from model.scheduled import set_step
-from pretrain.config.schema import ParallelConfig
-from pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
-from pretrain.parallel import initialize_parallel
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
+from amfm.model.parallel.shards import parameter_shards
+from amfm.model.scheduled import set_step
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import loss_of, packed_batch, small_config

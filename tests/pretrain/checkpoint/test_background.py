@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.checkpoint.background import BackgroundSaver
-from pretrain.checkpoint.inspect import diff_checkpoints
-from pretrain.parallel import initialize_parallel
+from amfm.pretrain.checkpoint.background import BackgroundSaver
+from amfm.pretrain.checkpoint.inspect import diff_checkpoints
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import IDENTITIES, load, make_engine, run_steps, save, toy_config
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint.compatibility import check_resumable
-from pretrain.checks.check_run import check_run
-from pretrain.config.file import load_config
+from amfm.pretrain.checkpoint.compatibility import check_resumable
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.config.file import load_config
 
 
 def saved_at(base: Path, step: int, *overrides: str) -> dict[str, Any]:

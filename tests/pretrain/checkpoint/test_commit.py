@@ -2,7 +2,7 @@
 
 import pytest
 
-from pretrain.checkpoint.commit import make_checkpoints_folder
+from amfm.pretrain.checkpoint.commit import make_checkpoints_folder
 
 
 def test_a_place_that_takes_no_checkpoints_is_known_before_training(tmp_path):

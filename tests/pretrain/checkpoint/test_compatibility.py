@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint.inspect import diff_checkpoints
-from pretrain.parallel import initialize_parallel
+from amfm.pretrain.checkpoint.inspect import diff_checkpoints
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import digest_state, load, make_engine, run_steps, save
 

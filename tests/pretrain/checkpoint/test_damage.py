@@ -12,11 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.checkpoint.commit import examine_latest
-from pretrain.checkpoint.files import encode_manifest, measure_tensors, read_manifest, verify_checkpoint, write_tensors
-from pretrain.checkpoint.inspect import find_checkpoint, inspect_checkpoint, read_full_state
-from pretrain.engine.engine import ZeroEngine
-from pretrain.parallel import initialize_parallel
+from amfm.pretrain.checkpoint.commit import examine_latest
+from amfm.pretrain.checkpoint.files import (
+    encode_manifest,
+    measure_tensors,
+    read_manifest,
+    verify_checkpoint,
+    write_tensors,
+)
+from amfm.pretrain.checkpoint.inspect import find_checkpoint, inspect_checkpoint, read_full_state
+from amfm.pretrain.engine.engine import ZeroEngine
+from amfm.pretrain.parallel import initialize_parallel
 from tests.pretrain.checkpoint.toys import digest_state, load, make_engine, run_steps, save
 
 SHARD = "rank-00000.safetensors"

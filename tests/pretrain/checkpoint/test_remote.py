@@ -15,16 +15,16 @@ import obstore
 import pytest
 from obstore.store import from_url
 
-from data_pipeline.config import DataConfig
-from data_pipeline.store.object_store import PART_BYTES, RemoteFolder
-from pretrain.checkpoint.inspect import inspect_checkpoint
-from pretrain.checkpoint.names import list_checkpoints
-from pretrain.checkpoint.remote import RemoteCheckpoints
-from pretrain.checks.check_run import check_run
-from pretrain.monitor.signals import SignalWatch
-from pretrain.rank_group import RankGroup
-from pretrain.start import close_run, start_run
-from pretrain.train import run_steps, train
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.store.object_store import PART_BYTES, RemoteFolder
+from amfm.pretrain.checkpoint.inspect import inspect_checkpoint
+from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.train import run_steps, train
 from tests.helpers.killing_proxy import Gate, killing_proxy
 from tests.helpers.s3 import BUCKET, s3_server
 from tests.helpers.spawn import run_ranks
@@ -34,8 +34,8 @@ ALONE = RankGroup(0, 1)
 PUSH = """
 import os, sys
 from pathlib import Path
-from pretrain.checkpoint.remote import RemoteCheckpoints
-from pretrain.rank_group import RankGroup
+from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
+from amfm.pretrain.rank_group import RankGroup
 while place := sys.stdin.readline().strip():
     pid = os.fork()
     if pid == 0:

@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint.compatibility import MAY_CHANGE, may_change
-from pretrain.checkpoint.inspect import (
+from amfm.pretrain.checkpoint.compatibility import MAY_CHANGE, may_change
+from amfm.pretrain.checkpoint.inspect import (
     diff_checkpoints,
     find_checkpoint,
     inspect_checkpoint,
     read_full_state,
 )
-from pretrain.checkpoint.names import list_checkpoints
-from pretrain.config.fields import flatten_settings
-from pretrain.engine.engine import ZeroEngine
-from pretrain.parallel import initialize_parallel
+from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.config.fields import flatten_settings
+from amfm.pretrain.engine.engine import ZeroEngine
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.full_disk import largest_file
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import IDENTITIES, load, make_engine, run_steps, save, save_whole, toy_config

@@ -12,15 +12,15 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from pretrain.checkpoint.commit import SavedCheckpoint
-from pretrain.checkpoint.engine_layout import EngineLayout
-from pretrain.checkpoint.fragments import collect_fragments
-from pretrain.checkpoint.load import LoadedCheckpoint, load_newest
-from pretrain.checkpoint.save import save_checkpoint
-from pretrain.config.schema import RunConfig
-from pretrain.engine.engine import ZeroEngine, build_engine
-from pretrain.engine.parts import list_parts
-from pretrain.parallel import Parallel
+from amfm.pretrain.checkpoint.commit import SavedCheckpoint
+from amfm.pretrain.checkpoint.engine_layout import EngineLayout
+from amfm.pretrain.checkpoint.fragments import collect_fragments
+from amfm.pretrain.checkpoint.load import LoadedCheckpoint, load_newest
+from amfm.pretrain.checkpoint.save import save_checkpoint
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.engine.engine import ZeroEngine, build_engine
+from amfm.pretrain.engine.parts import list_parts
+from amfm.pretrain.parallel import Parallel
 
 IDENTITIES = {"dataset": "d" * 8, "tokenizer": "t" * 8}
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checks.check_run import check_run, load_checked
-from pretrain.config.errors import ConfigError
-from pretrain.config.file import load_config
+from amfm.pretrain.checks.check_run import check_run, load_checked
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.file import load_config
 from tests.pretrain.config.files import BASE
 
 

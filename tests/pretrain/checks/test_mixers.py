@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from model.config.mixer_options import LinearOptions
-from model.config.mixer_registry import BUILT_IN, find_spec
-from model.config.schema import ModelConfig
-from pretrain.checks.check_run import check_run
-from pretrain.checks.mixers import check_kernels
-from pretrain.config.errors import ConfigError
-from pretrain.config.file import load_config
-from pretrain.inference.weights import function_settings
+from amfm.model.config.mixer_options import LinearOptions
+from amfm.model.config.mixer_registry import BUILT_IN, find_spec
+from amfm.model.config.schema import ModelConfig
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.checks.mixers import check_kernels
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.file import load_config
+from amfm.pretrain.inference.weights import function_settings
 from tests.model.mixers.samples import mixer_config, sample_options
 
 LINEAR = [spec.name for spec in BUILT_IN if issubclass(spec.options, LinearOptions)]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pretrain.checks.check_run import check_run
-from pretrain.config.file import load_config
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.config.file import load_config
 from tests.pretrain.checks.test_check_run import broken
 
 BF16_STATES = ("train.precision=bf16", "optimizer.state_dtype=bf16")

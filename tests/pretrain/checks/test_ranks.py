@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config import DataConfig, SourceConfig
-from pretrain.checks.check_run import check_run
-from pretrain.checks.ranks import describe_parallel, ranks_of_stage
-from pretrain.config.errors import ConfigError
-from pretrain.config.schema import RunConfig
-from pretrain.stages import fresh_starts, resolve_stages
+from amfm.data_pipeline.config import DataConfig, SourceConfig
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.checks.ranks import describe_parallel, ranks_of_stage
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.stages import fresh_starts, resolve_stages
 from tests.pretrain.tiny_run import tiny_config
 
 DATA = DataConfig(store="store", sources=(SourceConfig(name="text", paths=("text",)),))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checks.check_run import check_run, load_checked
-from pretrain.config.errors import ConfigError
-from pretrain.config.file import change_section, load_config, resolved_yaml
+from amfm.pretrain.checks.check_run import check_run, load_checked
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.file import change_section, load_config, resolved_yaml
 from tests.pretrain.config.files import BASE
 
 TASK = BASE[: BASE.index("data:")] + "data: {probe: {task: mqar}}\n" + BASE[BASE.index("train:") :]

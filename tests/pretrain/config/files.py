@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.errors import ConfigError
-from pretrain.config.file import load_config
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.file import load_config
 
 BASE = """\
 run:

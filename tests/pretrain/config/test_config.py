@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from pretrain.config.fields import describe_fields, reference_page
-from pretrain.config.file import config_schema
-from pretrain.config.schema import RunConfig
+from amfm.pretrain.config.fields import describe_fields, reference_page
+from amfm.pretrain.config.file import config_schema
+from amfm.pretrain.config.schema import RunConfig
 
 # Growing this list is a decision: a new setting needs a reader, a description and a line here.
 FIELDS = """

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pretrain.config.file import load_config
+from amfm.pretrain.config.file import load_config
 from tests.pretrain.config.files import BASE, message_of, written
 
 

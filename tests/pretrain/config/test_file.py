@@ -1,6 +1,6 @@
 """The YAML loader: what it accepts, overrides, `extends`, and what differs between two files."""
 
-from pretrain.config.file import diff_configs, load_config, resolved_yaml
+from amfm.pretrain.config.file import diff_configs, load_config, resolved_yaml
 from tests.pretrain.config.files import written
 
 

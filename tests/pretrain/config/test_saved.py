@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from model.config.schema import ModelConfig, read_saved_model
-from pretrain.checkpoint.compatibility import check_resumable
-from pretrain.config.errors import ConfigError
-from pretrain.config.file import load_config, resolved_yaml
-from pretrain.config.saved import read_saved_config
+from amfm.model.config.schema import ModelConfig, read_saved_model
+from amfm.pretrain.checkpoint.compatibility import check_resumable
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.file import load_config, resolved_yaml
+from amfm.pretrain.config.saved import read_saved_config
 
 ROOT = Path(__file__).parents[3]
 PLUGIN = '''
-from model.config.mixer_options import HeadOptions
-from model.config.mixer_registry import MixerSpec
-from pretrain.config.hook_registry import HookOptions, HookSpec
+from amfm.model.config.mixer_options import HeadOptions
+from amfm.model.config.mixer_registry import MixerSpec
+from amfm.pretrain.config.hook_registry import HookOptions, HookSpec
 
 
 class HalvingOptions(HeadOptions):
@@ -37,8 +37,8 @@ HOOK = HookSpec("watching", "nowhere:Hook", WatchingOptions)
 '''
 SAVE = """
 import json, sys
-from pretrain.config.file import load_config
-from pretrain.config.saved import packages_used
+from amfm.pretrain.config.file import load_config
+from amfm.pretrain.config.saved import packages_used
 for overrides in ([], ["model.mixers.halving={num_heads: 2}"], ["hooks.watching={}"]):
     config = load_config(sys.argv[1], overrides)
     print(json.dumps({"config": config.model_dump(mode="json"), "packages": packages_used(config)}))

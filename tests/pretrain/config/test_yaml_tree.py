@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from pretrain.config.errors import ConfigError
-from pretrain.config.yaml_tree import TreeReader
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.yaml_tree import TreeReader
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 9)}]\n" for number in range(1, 12)

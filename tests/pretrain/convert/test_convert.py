@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from data_pipeline.synthetic.rows import NO_TOKENIZER
-from model.packing import PackMeta
-from pretrain.checkpoint.inspect import diff_checkpoints, find_checkpoint, read_full_state
-from pretrain.config.errors import ConfigError
-from pretrain.config.schema import RunConfig
-from pretrain.convert.measure import ConversionReport, judge, measure_conversion
-from pretrain.convert.report import write_result
-from pretrain.convert.rules import check_conversion
-from pretrain.convert.stages import ConversionStage, conversion_stages, converted_model
-from pretrain.convert.weights import StartReport, stage_weights, write_start
-from pretrain.inference.weights import read_weights, require_same_function
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
+from amfm.model.packing import PackMeta
+from amfm.pretrain.checkpoint.inspect import diff_checkpoints, find_checkpoint, read_full_state
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.convert.measure import ConversionReport, judge, measure_conversion
+from amfm.pretrain.convert.report import write_result
+from amfm.pretrain.convert.rules import check_conversion
+from amfm.pretrain.convert.stages import ConversionStage, conversion_stages, converted_model
+from amfm.pretrain.convert.weights import StartReport, stage_weights, write_start
+from amfm.pretrain.inference.weights import read_weights, require_same_function
+from amfm.pretrain.train import train
 from tests.pretrain.convert.conversions import MODEL, WINDOW_LINEAR, conversion, run_conversion, train_teacher
 
 

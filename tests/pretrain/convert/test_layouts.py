@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from pretrain.config.schema import RunConfig
-from pretrain.convert.stages import conversion_stages
-from pretrain.convert.weights import complete_stage, stage_weights, write_start
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.convert.stages import conversion_stages
+from amfm.pretrain.convert.weights import complete_stage, stage_weights, write_start
+from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.convert.conversions import conversion, train_teacher
 from tests.pretrain.tiny_run import read_metrics

@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from data_pipeline.store.store import TokenStore
-from launch.commands.convert import print_conversion
-from model.packing import PackMeta
-from model.routed_updates import ENDS
-from pretrain.checkpoint.inspect import diff_checkpoints, find_checkpoint
-from pretrain.config.errors import ConfigError
-from pretrain.config.schema import RunConfig
-from pretrain.convert.measure import ConversionReport, RoutedSource, Ruler
-from pretrain.convert.rules import check_conversion
-from pretrain.convert.stages import conversion_stages
-from pretrain.convert.weights import StartReport, stage_weights, write_folder, write_start
-from pretrain.export.export import resolve_target
-from pretrain.inference.weights import Weights, read_weights
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.launch.commands.convert import print_conversion
+from amfm.model.packing import PackMeta
+from amfm.model.routed_updates import ENDS
+from amfm.pretrain.checkpoint.inspect import diff_checkpoints, find_checkpoint
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.convert.measure import ConversionReport, RoutedSource, Ruler
+from amfm.pretrain.convert.rules import check_conversion
+from amfm.pretrain.convert.stages import conversion_stages
+from amfm.pretrain.convert.weights import StartReport, stage_weights, write_folder, write_start
+from amfm.pretrain.export.export import resolve_target
+from amfm.pretrain.inference.weights import Weights, read_weights
+from amfm.pretrain.train import train
 from tests.pretrain.convert.conversions import conversion, train_teacher
 from tests.pretrain.tiny_run import read_metrics
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from pretrain.checkpoint.inspect import diff_checkpoints
-from pretrain.config.schema import OptimizerConfig, ParallelConfig
-from pretrain.engine.bf16_adamw import Bf16AdamW, draw, round_by_chance
-from pretrain.engine.engine import ZeroEngine, build_engine
-from pretrain.engine.parts import Part, Span
-from pretrain.parallel import initialize_parallel
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.pretrain.checkpoint.inspect import diff_checkpoints
+from amfm.pretrain.config.schema import OptimizerConfig, ParallelConfig
+from amfm.pretrain.engine.bf16_adamw import Bf16AdamW, draw, round_by_chance
+from amfm.pretrain.engine.engine import ZeroEngine, build_engine
+from amfm.pretrain.engine.parts import Part, Span
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import load, save
 from tests.pretrain.tiny_run import MODEL

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from pretrain.config.schema import OptimizerConfig, ParallelConfig
-from pretrain.engine.engine import ZeroEngine, build_engine
-from pretrain.engine.optimizer import group_parameters, part_of
-from pretrain.parallel import initialize_parallel
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.pretrain.config.schema import OptimizerConfig, ParallelConfig
+from amfm.pretrain.engine.engine import ZeroEngine, build_engine
+from amfm.pretrain.engine.optimizer import group_parameters, part_of
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import MODEL
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups as registry
 
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from pretrain.config.schema import OptimizerConfig, ParallelConfig
-from pretrain.engine.deepspeed_experts import SIGN
-from pretrain.engine.engine import build_engine
-from pretrain.parallel import initialize_parallel
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.pretrain.config.schema import OptimizerConfig, ParallelConfig
+from amfm.pretrain.engine.deepspeed_experts import SIGN
+from amfm.pretrain.engine.engine import build_engine
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import MODEL
 

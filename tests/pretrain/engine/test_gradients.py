@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.engine.gradients import Float32Accumulator, GradientFault, clip_by_norm, find_fault
+from amfm.pretrain.engine.gradients import Float32Accumulator, GradientFault, clip_by_norm, find_fault
 
 
 def test_bf16_gradients_are_summed_in_float32_and_rounded_once() -> None:

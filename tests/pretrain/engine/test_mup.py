@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.config import DataConfig
-from model.config.mup import CHECKED_LETTERS
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
-from pretrain.config.schema import OptimizerConfig
-from pretrain.engine.engine import build_engine
-from pretrain.engine.optimizer import build_optimizer
-from pretrain.export.universal import export_universal
-from pretrain.parallel import initialize_parallel
+from amfm.data_pipeline.config import DataConfig
+from amfm.model.config.mup import CHECKED_LETTERS
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.config.schema import OptimizerConfig
+from amfm.pretrain.engine.engine import build_engine
+from amfm.pretrain.engine.optimizer import build_optimizer
+from amfm.pretrain.export.universal import export_universal
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import Trained, tiny_config, tiny_data, train_and_collect
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from pretrain.monitor.signals import SignalWatch
-from pretrain.start import close_run, start_run
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.start import close_run, start_run
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.test_ranks import poison_gradient
 from tests.pretrain.tiny_run import Trained, collect_weights, tiny_config, train_and_collect

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.parallel.groups import single_rank_groups
-from pretrain.config.schema import OptimizerConfig
-from pretrain.engine.optimizer import build_optimizer, group_parameters
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.config.schema import OptimizerConfig
+from amfm.pretrain.engine.optimizer import build_optimizer, group_parameters
 from tests.model.mixers.samples import mixer_config
 from tests.pretrain.tiny_run import MODEL
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from data_pipeline.config import DataConfig
-from data_pipeline.tokenizer.tokenizer import load_tokenizer
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.parallel.groups import single_rank_groups
-from pretrain.inference.weights import Weights, write_weights
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.inference.weights import Weights, write_weights
 from tests.pretrain.tiny_run import MODEL
 
 GRANITE: dict[str, Any] = {

@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_pipeline.config import DataConfig, PhaseConfig
-from data_pipeline.tokenizer.tokenizer import read_tokenizer_file
-from model.packing import PackMeta
-from pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
-from pretrain.export.files import begin_export
-from pretrain.export.import_huggingface import import_huggingface
-from pretrain.inference.weights import read_weights, write_weights
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig, PhaseConfig
+from amfm.data_pipeline.tokenizer.tokenizer import read_tokenizer_file
+from amfm.model.packing import PackMeta
+from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
+from amfm.pretrain.export.files import begin_export
+from amfm.pretrain.export.import_huggingface import import_huggingface
+from amfm.pretrain.inference.weights import read_weights, write_weights
+from amfm.pretrain.train import train
 from tests.helpers.full_disk import largest_file
 from tests.helpers.tiny_store import make_text
 from tests.pretrain.export.exported_models import MODELS, QWEN3_NEXT, random_weights, weights_folder
@@ -187,7 +187,7 @@ def test_a_damaged_or_wrong_source_is_refused(data: DataConfig, tmp_path: Path) 
 
 @pytest.mark.parametrize("target", MODELS)
 def test_transformers_generates_what_we_generate(data: DataConfig, tmp_path: Path, target: str) -> None:
-    from pretrain.inference.generate import Sampling, generate_tokens
+    from amfm.pretrain.inference.generate import Sampling, generate_tokens
 
     folder = weights_folder(data, tmp_path / "weights", target)
     export_checkpoint(folder, tmp_path / "out", verify=False)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from model.packing import PackMeta
-from pretrain.export.export import export_checkpoint
-from pretrain.export.import_huggingface import import_huggingface
-from pretrain.inference.weights import read_weights
+from amfm.data_pipeline.config import DataConfig
+from amfm.model.packing import PackMeta
+from amfm.pretrain.export.export import export_checkpoint
+from amfm.pretrain.export.import_huggingface import import_huggingface
+from amfm.pretrain.inference.weights import read_weights
 
 SIZES: dict[str, Any] = {
     "vocab_size": 448,

@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_pipeline.config import DataConfig
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
-from model.pipeline_split import cut_pieces
-from pretrain.export.export import export_checkpoint
-from pretrain.export.import_huggingface import choose_depths, import_huggingface
-from pretrain.inference.weights import load_initial_weights, read_weights, write_weights
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.pipeline_split import cut_pieces
+from amfm.pretrain.export.export import export_checkpoint
+from amfm.pretrain.export.import_huggingface import choose_depths, import_huggingface
+from amfm.pretrain.inference.weights import load_initial_weights, read_weights, write_weights
+from amfm.pretrain.train import train
 from tests.pretrain.export.exported_models import MODELS, random_weights, weights_folder
 from tests.pretrain.tiny_run import MODEL, tiny_config
 

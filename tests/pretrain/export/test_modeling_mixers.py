@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.config import DataConfig
-from model.config import mixer_registry as registry
-from model.config.schema import ModelConfig
-from model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
-from model.huggingface.targets import choose_target, explain_unfit
-from model.huggingface.weights import weight_map, weight_shapes
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
-from pretrain.export.import_huggingface import import_huggingface
-from pretrain.export.modeling_template.configuration_amfm import AmfmConfig
-from pretrain.export.modeling_template.modeling_amfm import AmfmForCausalLM
-from pretrain.inference.weights import read_weights, write_weights
+from amfm.data_pipeline.config import DataConfig
+from amfm.model.config import mixer_registry as registry
+from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
+from amfm.model.huggingface.targets import choose_target, explain_unfit
+from amfm.model.huggingface.weights import weight_map, weight_shapes
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
+from amfm.pretrain.export.import_huggingface import import_huggingface
+from amfm.pretrain.export.modeling_template.configuration_amfm import AmfmConfig
+from amfm.pretrain.export.modeling_template.modeling_amfm import AmfmForCausalLM
+from amfm.pretrain.inference.weights import read_weights, write_weights
 from tests.helpers.numbers import assert_near, relative_rms
 from tests.model.mixers.samples import ROTARY_FORMS, WINDOW_LINEAR_FORMS, mixer_config, sample_names, sample_options
 from tests.model.small_models import small_config, small_model
@@ -145,7 +145,7 @@ def mixed_model() -> dict:
 def test_an_export_with_registered_mixers_is_proved_generates_and_comes_back(data: DataConfig, tmp_path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from pretrain.inference.generate import Sampling, generate_tokens
+    from amfm.pretrain.inference.generate import Sampling, generate_tokens
 
     weights = random_weights(data, mixed_model())
     (tmp_path / "weights").mkdir()
@@ -176,7 +176,7 @@ def test_an_export_with_registered_mixers_is_proved_generates_and_comes_back(dat
 def test_a_mixer_of_another_package_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     config = mixer_config("mom over retnet")
     fewer = tuple(spec for spec in registry.BUILT_IN if spec.name != "retnet")
-    monkeypatch.setattr("model.huggingface.targets.BUILT_IN", fewer)
+    monkeypatch.setattr("amfm.model.huggingface.targets.BUILT_IN", fewer)
     (reason,) = explain_unfit(config, "own")
     assert "{mom} over retnet: the mixer retnet of another package is not in our modelling file; use" in reason
     with pytest.raises(ValueError, match="retnet of another package"):

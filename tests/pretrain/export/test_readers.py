@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig
-from model.huggingface.targets import Target
-from pretrain.export.readers import known_refusals
+from amfm.model.config.schema import AttentionConfig, Mamba2Config, ModelConfig
+from amfm.model.huggingface.targets import Target
+from amfm.pretrain.export.readers import known_refusals
 from tests.model.huggingface.cases import (
     delta_mixers,
     granite_config,

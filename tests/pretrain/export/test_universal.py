@@ -11,24 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.config import DataConfig
-from launch.cli import run
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from model.parallel.groups import single_rank_groups
-from pretrain.checkpoint.engine_layout import EngineLayout
-from pretrain.checkpoint.files import read_manifest
-from pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
-from pretrain.checkpoint.load import load_newest
-from pretrain.checkpoint.placement import place_whole
-from pretrain.checkpoint.reader import RangeReader
-from pretrain.config.schema import RunConfig
-from pretrain.engine.engine import build_engine
-from pretrain.engine.optimizer import build_optimizer
-from pretrain.engine.parts import list_parts
-from pretrain.export.universal import export_universal
-from pretrain.parallel import initialize_parallel
-from pretrain.train import train
+from amfm.data_pipeline.config import DataConfig
+from amfm.launch.cli import run
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.checkpoint.engine_layout import EngineLayout
+from amfm.pretrain.checkpoint.files import read_manifest
+from amfm.pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
+from amfm.pretrain.checkpoint.load import load_newest
+from amfm.pretrain.checkpoint.placement import place_whole
+from amfm.pretrain.checkpoint.reader import RangeReader
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.engine.engine import build_engine
+from amfm.pretrain.engine.optimizer import build_optimizer
+from amfm.pretrain.engine.parts import list_parts
+from amfm.pretrain.export.universal import export_universal
+from amfm.pretrain.parallel import initialize_parallel
+from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import tiny_config
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_pipeline.config import DataConfig
-from pretrain.export.export import ODD_TEXTS, export_checkpoint, find_problems, proof_text, run_proof
-from pretrain.export.files import ExportPlan, write_export
-from pretrain.inference.weights import write_weights
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.export.export import ODD_TEXTS, export_checkpoint, find_problems, proof_text, run_proof
+from amfm.pretrain.export.files import ExportPlan, write_export
+from amfm.pretrain.inference.weights import write_weights
 from tests.pretrain.export.exported_models import MODELS, random_weights
 
 

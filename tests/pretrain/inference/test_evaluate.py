@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from data_pipeline.store.store import TokenStore
-from data_pipeline.tokenizer.tokenizer import load_tokenizer
-from model.packing import PackMeta
-from pretrain.inference.evaluate import evaluate_checkpoint
-from pretrain.inference.weights import read_weights
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.model.packing import PackMeta
+from amfm.pretrain.inference.evaluate import evaluate_checkpoint
+from amfm.pretrain.inference.weights import read_weights
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.export.exported_models import weights_folder
 

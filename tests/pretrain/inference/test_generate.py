@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from model.packing import PackMeta
-from pretrain.inference.generate import Sampling, choose_token, generate, generate_tokens, stream_text
-from pretrain.inference.weights import read_weights
+from amfm.data_pipeline.config import DataConfig
+from amfm.model.packing import PackMeta
+from amfm.pretrain.inference.generate import Sampling, choose_token, generate, generate_tokens, stream_text
+from amfm.pretrain.inference.weights import read_weights
 from tests.pretrain.export.exported_models import MODELS, random_weights, weights_folder
 
 PROMPT = [9, 200, 31, 77, 5]

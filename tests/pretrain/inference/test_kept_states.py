@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from model.hybrid import HybridModel
-from pretrain.inference.generate import Sampling, generate_tokens
-from pretrain.inference.kept_states import TAIL_TOKENS, KeptStates, SharedModel
+from amfm.data_pipeline.config import DataConfig
+from amfm.model.hybrid import HybridModel
+from amfm.pretrain.inference.generate import Sampling, generate_tokens
+from amfm.pretrain.inference.kept_states import TAIL_TOKENS, KeptStates, SharedModel
 from tests.pretrain.export.exported_models import MODELS, random_weights
 
 GREEDY = Sampling(temperature=0)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.config.schema import FeedForwardConfig, MoeConfig
-from model.hybrid import HybridModel
-from model.parallel.groups import single_rank_groups
-from pretrain.inference.merge import multiply_out
+from amfm.model.config.schema import FeedForwardConfig, MoeConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.inference.merge import multiply_out
 from tests.model.small_models import MOE, meta_of, packed_batch, small_config, small_model
 
 FORMS = {

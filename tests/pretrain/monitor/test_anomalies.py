@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from pretrain.checks.check_run import check_run
-from pretrain.config.schema import HealthConfig
-from pretrain.monitor.anomalies import judge_loss, remember_loss
-from pretrain.monitor.signals import SignalWatch
-from pretrain.monitor.stragglers import compare_ranks
-from pretrain.saving import restore_newest_weights, save
-from pretrain.start import close_run, start_run
-from pretrain.step import train_step
-from pretrain.train import run_steps
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.config.schema import HealthConfig
+from amfm.pretrain.monitor.anomalies import judge_loss, remember_loss
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.monitor.stragglers import compare_ranks
+from amfm.pretrain.saving import restore_newest_weights, save
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.step import train_step
+from amfm.pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import Trained, collect_weights, read_events, read_metrics, tiny_config
 

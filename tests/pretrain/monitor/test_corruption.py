@@ -12,13 +12,13 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from data_pipeline.config import DataConfig
-from pretrain.checkpoint.names import list_checkpoints
-from pretrain.monitor.corruption import digest, judge_replicas
-from pretrain.monitor.signals import SignalWatch
-from pretrain.run import Run
-from pretrain.start import close_run, start_run
-from pretrain.train import run_steps
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.monitor.corruption import digest, judge_replicas
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.run import Run
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import read_metrics, tiny_config
 

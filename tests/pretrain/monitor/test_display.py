@@ -10,10 +10,10 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
-from data_pipeline.config import DataConfig
-from pretrain.monitor.display import Display
-from pretrain.monitor.panel import draw_sparkline, format_duration, plural
-from pretrain.stages import total_steps
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.monitor.display import Display
+from amfm.pretrain.monitor.panel import draw_sparkline, format_duration, plural
+from amfm.pretrain.stages import total_steps
 from tests.pretrain.tiny_run import tiny_config
 
 

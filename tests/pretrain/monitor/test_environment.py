@@ -2,7 +2,7 @@
 
 import pytest
 
-from pretrain.monitor.environment import CARD_TERAFLOPS, find_card
+from amfm.pretrain.monitor.environment import CARD_TERAFLOPS, find_card
 
 
 @pytest.mark.parametrize(

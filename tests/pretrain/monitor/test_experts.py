@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from model.config.schema import ModelConfig
-from pretrain.config.file import load_config
-from pretrain.monitor.experts import EXPERT_STEPS, describe_unbalanced, find_collapsed
-from pretrain.monitor.signals import SignalWatch
-from pretrain.start import close_run, start_run
-from pretrain.train import run_steps
+from amfm.data_pipeline.config import DataConfig
+from amfm.model.config.schema import ModelConfig
+from amfm.pretrain.config.file import load_config
+from amfm.pretrain.monitor.experts import EXPERT_STEPS, describe_unbalanced, find_collapsed
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.train import run_steps
 from tests.pretrain.tiny_run import MODEL, read_events, tiny_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.config.file import load_config, resolved_yaml
-from pretrain.monitor.follow import FollowedRun, GrowingFile
-from pretrain.monitor.heartbeat import Beat
+from amfm.pretrain.config.file import load_config, resolved_yaml
+from amfm.pretrain.monitor.follow import FollowedRun, GrowingFile
+from amfm.pretrain.monitor.heartbeat import Beat
 from tests.pretrain.monitor.test_display import metrics_of
 
 
@@ -90,7 +90,7 @@ def test_a_run_that_resumes_replaces_its_lines_and_is_read_anew(run: Path) -> No
 
 
 def test_a_long_file_is_read_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.monitor.follow.FIRST_BYTES", 100)
+    monkeypatch.setattr("amfm.pretrain.monitor.follow.FIRST_BYTES", 100)
     append(tmp_path / "x.jsonl", *({"step": step} for step in range(1000)))
     _, lines = GrowingFile(tmp_path / "x.jsonl").read()
     assert lines[-1] == {"step": 999} and 3 < len(lines) < 10

@@ -11,13 +11,13 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pretrain.monitor.heartbeat import HUNG, Beat, Heartbeat, clear_beats, describe_lost, name_laggards, read_beats
-from pretrain.monitor.node_board import NodeBoard
+from amfm.pretrain.monitor.heartbeat import HUNG, Beat, Heartbeat, clear_beats, describe_lost, name_laggards, read_beats
+from amfm.pretrain.monitor.node_board import NodeBoard
 
 HANG = (
     "import sys, time\n"
     "from pathlib import Path\n"
-    "from pretrain.monitor.heartbeat import Heartbeat\n"
+    "from amfm.pretrain.monitor.heartbeat import Heartbeat\n"
     "heartbeat = Heartbeat(Path(sys.argv[1]), rank=1, timeout_seconds=2.0)\n"
     "heartbeat.start()\n"
     "for _ in range(6):\n"
@@ -30,7 +30,7 @@ HANG = (
 WITHOUT_FOLDER = (
     "import shutil, sys, time\n"
     "from pathlib import Path\n"
-    "from pretrain.monitor.heartbeat import Heartbeat\n"
+    "from amfm.pretrain.monitor.heartbeat import Heartbeat\n"
     "heartbeat = Heartbeat(Path(sys.argv[1]), rank=1, timeout_seconds=0.8)\n"
     "heartbeat.start()\n"
     "shutil.rmtree(sys.argv[1])\n"
@@ -42,7 +42,7 @@ WITHOUT_FOLDER = (
 LOOKS_OFTEN = (
     "import sys\n"
     "from pathlib import Path\n"
-    "from pretrain.monitor.heartbeat import Heartbeat, describe_lost\n"
+    "from amfm.pretrain.monitor.heartbeat import Heartbeat, describe_lost\n"
     "heartbeat = Heartbeat(Path(sys.argv[1]), rank=0, timeout_seconds=2.0)\n"
     "heartbeat.interval = 0.25\n"
     "heartbeat.start()\n"
@@ -53,7 +53,7 @@ LOOKS_OFTEN = (
 STOPPED = (
     "import sys\n"
     "from pathlib import Path\n"
-    "from pretrain.monitor.heartbeat import Heartbeat\n"
+    "from amfm.pretrain.monitor.heartbeat import Heartbeat\n"
     "heartbeat = Heartbeat(Path(sys.argv[1]), rank=1, timeout_seconds=2.4)\n"
     "heartbeat.start()\n"
     "print('ready', flush=True)\n"
@@ -165,8 +165,8 @@ def test_looking_for_lost_ranks_counts_as_progress(tmp_path: Path) -> None:
 WRITER = (
     "import sys, time\n"
     "from pathlib import Path\n"
-    "from pretrain.monitor.heartbeat import Heartbeat\n"
-    "from pretrain.monitor.node_board import NodeBoard\n"
+    "from amfm.pretrain.monitor.heartbeat import Heartbeat\n"
+    "from amfm.pretrain.monitor.node_board import NodeBoard\n"
     "heartbeat = Heartbeat(Path(sys.argv[1]), rank=0, timeout_seconds=None)\n"
     "heartbeat.interval, heartbeat.board = 0.4, NodeBoard.of_start(Path(sys.argv[1]), 'token', 0, 3)\n"
     "heartbeat.start()\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DataConfig
-from pretrain.monitor.metrics import RunLog, check_plot_services, flatten_numbers, keep_until
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.monitor.metrics import RunLog, check_plot_services, flatten_numbers, keep_until
 from tests.pretrain.tiny_run import tiny_config
 
 HAS_WANDB = importlib.util.find_spec("wandb") is not None

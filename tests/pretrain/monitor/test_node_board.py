@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pretrain.monitor.node_board import NodeBoard
+from amfm.pretrain.monitor.node_board import NodeBoard
 
 
 def test_ranks_see_each_other_and_whoever_published_goes_on_until_it_stops(tmp_path: Path) -> None:

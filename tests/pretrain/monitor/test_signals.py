@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 # Waits as a rank does in a collective whose other side is gone: in C, where no Python handler runs.
 STUCK = (
     "import pathlib, sys, time\n"
-    "from pretrain.monitor.signals import SignalWatch\n"
+    "from amfm.pretrain.monitor.signals import SignalWatch\n"
     "with SignalWatch(announces=True) as watch:\n"
     "    print('ready', flush=True)\n"
     "    while not watch.received: time.sleep(0.01)\n"
@@ -49,7 +49,7 @@ def test_ctrl_c_at_a_terminal_saves_and_the_next_start_resumes_bit_for_bit(nproc
     def command(directory: str, *more: str) -> list[str]:
         settings = ["configs/probes/mqar.yaml", f"run.dir={tmp_path / directory}", "train.steps=12"]
         settings += ["train.micro_batch_size=16", "train.validate_every_steps=null", "schedule.warmup_steps=2"]
-        return [sys.executable, "-m", "launch", "train", *settings, "--nproc", str(nproc), *more]
+        return [sys.executable, "-m", "amfm.launch", "train", *settings, "--nproc", str(nproc), *more]
 
     subprocess.run(command("whole"), cwd=ROOT, check=True)
     process, terminal = start_at_terminal(command("cut"))

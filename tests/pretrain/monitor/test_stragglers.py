@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from pretrain.monitor.stragglers import HostClock, clock_of
+from amfm.pretrain.monitor.stragglers import HostClock, clock_of
 
 
 def test_the_host_times_what_a_cpu_computes_between_start_and_stop() -> None:

@@ -8,22 +8,22 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from model.init import initial_values, named_seed
-from model.moe.block import PRUNED_BIAS
-from pretrain.checkpoint.masters import MasterView
-from pretrain.checks.check_run import check_run
-from pretrain.config.errors import ConfigError
-from pretrain.config.pruning import PRUNED_GROUPS, PruneConfig
-from pretrain.config.schema import RunConfig
-from pretrain.inference.weights import read_weights
-from pretrain.launcher_protocol import DONE
-from pretrain.monitor.experts import EXPERT_STEPS
-from pretrain.monitor.signals import SignalWatch
-from pretrain.pruning.groups import plan_groups
-from pretrain.pruning.prune import number_pruned, pruned_share, prunes_after
-from pretrain.start import close_run, start_run
-from pretrain.train import run_steps
+from amfm.data_pipeline.config import DataConfig
+from amfm.model.init import initial_values, named_seed
+from amfm.model.moe.block import PRUNED_BIAS
+from amfm.pretrain.checkpoint.masters import MasterView
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.pruning import PRUNED_GROUPS, PruneConfig
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.inference.weights import read_weights
+from amfm.pretrain.launcher_protocol import DONE
+from amfm.pretrain.monitor.experts import EXPERT_STEPS
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.pruning.groups import plan_groups
+from amfm.pretrain.pruning.prune import number_pruned, pruned_share, prunes_after
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import MODEL, collect_weights, read_events, read_metrics, tiny_config
 

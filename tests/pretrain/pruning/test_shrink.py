@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from launch.cli import run as run_cli
-from model.moe.block import PRUNED_BIAS
-from pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
-from pretrain.inference.weights import Weights, read_weights, write_weights
-from pretrain.pruning.shrink import logit_difference, shrink_weights
+from amfm.data_pipeline.config import DataConfig
+from amfm.launch.cli import run as run_cli
+from amfm.model.moe.block import PRUNED_BIAS
+from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
+from amfm.pretrain.inference.weights import Weights, read_weights, write_weights
+from amfm.pretrain.pruning.shrink import logit_difference, shrink_weights
 from tests.pretrain.export.exported_models import OWN, random_weights
 from tests.pretrain.tiny_run import MODEL
 

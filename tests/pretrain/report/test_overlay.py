@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.report.data import read_run
-from pretrain.report.overlay import MAX_RUNS, compare_configs, overlay_plots
-from pretrain.report.report import choose_place, write_report
+from amfm.pretrain.report.data import read_run
+from amfm.pretrain.report.overlay import MAX_RUNS, compare_configs, overlay_plots
+from amfm.pretrain.report.report import choose_place, write_report
 from tests.pretrain.report.test_report import data_of, line, make_run
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.report.report import write_report
+from amfm.pretrain.report.report import write_report
 from tests.pretrain.report.test_overlay import make_runs
 from tests.pretrain.report.test_report import line, make_run
 

@@ -8,13 +8,13 @@ from xml.etree import ElementTree
 
 import pytest
 
-from model.flops import flops_per_token
-from pretrain.config.file import load_config, resolved_yaml
-from pretrain.report.data import read_run
-from pretrain.report.numbers import count, plain
-from pretrain.report.page import show_time
-from pretrain.report.picture import draw_picture
-from pretrain.report.report import describe_model, write_report
+from amfm.model.flops import flops_per_token
+from amfm.pretrain.config.file import load_config, resolved_yaml
+from amfm.pretrain.report.data import read_run
+from amfm.pretrain.report.numbers import count, plain
+from amfm.pretrain.report.page import show_time
+from amfm.pretrain.report.picture import draw_picture
+from amfm.pretrain.report.report import describe_model, write_report
 from tests.helpers.full_disk import largest_file
 from tests.pretrain.config.files import BASE
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DataConfig
-from launch.cli import run
-from pretrain.tasks.make_tasks import held_out_texts, make_tasks
+from amfm.data_pipeline.config import DataConfig
+from amfm.launch.cli import run
+from amfm.pretrain.tasks.make_tasks import held_out_texts, make_tasks
 from tests.helpers.json_output import one_object
 from tests.helpers.tiny_store import make_tiny_store
 
@@ -38,7 +38,7 @@ def test_the_verb_writes_what_lm_eval_reads(
     store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval")
-    from pretrain.tasks.suite import TaskChoice, open_suite
+    from amfm.pretrain.tasks.suite import TaskChoice, open_suite
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run(["tasks", store, str(tmp_path / "out"), "--documents", "5", "--json"]) == 0

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from model.packing import PackMeta
-from pretrain.inference.generate import Sampling, generate_tokens
-from pretrain.tasks.scoring import GreedyJob, LikelihoodJob, Scorer, Share
+from amfm.model.packing import PackMeta
+from amfm.pretrain.inference.generate import Sampling, generate_tokens
+from amfm.pretrain.tasks.scoring import GreedyJob, LikelihoodJob, Scorer, Share
 from tests.model.small_models import small_config, small_model
 
 ROWS = tuple(

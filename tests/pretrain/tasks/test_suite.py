@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
-from data_pipeline.tokenizer.tokenizer import load_tokenizer
-from pretrain.tasks.scoring import GreedyJob, Job, Likelihood, LikelihoodJob
-from pretrain.tasks.suite import TaskChoice, TaskError, flatten_results, open_suite
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.pretrain.tasks.scoring import GreedyJob, Job, Likelihood, LikelihoodJob
+from amfm.pretrain.tasks.suite import TaskChoice, TaskError, flatten_results, open_suite
 from tests.pretrain.tasks.task_files import CHOICE, WEIGH, WRITE, write_task
 
 pytest.importorskip("lm_eval")

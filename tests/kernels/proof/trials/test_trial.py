@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.proof.cases.operations import OPERATIONS
-from kernels.proof.trials.operations import TRIALS, trials_of
-from kernels.proof.trials.trial import evaluate, trials_of_problems
-from kernels.proof.verdict import judge
+from amfm.kernels.proof.cases.operations import OPERATIONS
+from amfm.kernels.proof.trials.operations import TRIALS, trials_of
+from amfm.kernels.proof.trials.trial import evaluate, trials_of_problems
+from amfm.kernels.proof.verdict import judge
 
 CPU = torch.device("cpu")
 

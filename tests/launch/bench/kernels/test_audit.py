@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from launch.cli import run
+from amfm.launch.cli import run
 
 
 def test_the_audit_counts_in_a_child_process(capsys: pytest.CaptureFixture[str]) -> None:

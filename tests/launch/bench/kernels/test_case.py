@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 
-from kernels.acceptance.timing import time_problem
-from kernels.backend import INTERPRETED
-from kernels.proof.cases.case import CardSizes, HostSizes
-from kernels.proof.cases.operations import ON_CARD, ON_HOST
-from launch.bench.kernels.case import host_case
-from launch.bench.kernels.cpu_rounds import compare_variants
+from amfm.kernels.acceptance.timing import time_problem
+from amfm.kernels.backend import INTERPRETED
+from amfm.kernels.proof.cases.case import CardSizes, HostSizes
+from amfm.kernels.proof.cases.operations import ON_CARD, ON_HOST
+from amfm.launch.bench.kernels.case import host_case
+from amfm.launch.bench.kernels.cpu_rounds import compare_variants
 
 ROW = {"op", "pass", "shape", "dtype", "backend", "milliseconds", "roofline_fraction", "ratio"}
 

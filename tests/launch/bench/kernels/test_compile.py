@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.bench.kernels import compile as bench_kernels_compile
+from amfm.launch.bench.kernels import compile as bench_kernels_compile
 
 
 def test_the_compile_table_goes_between_its_markers(tmp_path) -> None:

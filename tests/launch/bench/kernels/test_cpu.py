@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from launch.bench.kernels import cpu as bench_kernels
-from launch.cli import run
-from launch.doctor.machine import examine_compiler
+from amfm.launch.bench.kernels import cpu as bench_kernels
+from amfm.launch.cli import run
+from amfm.launch.doctor.machine import examine_compiler
 
 ROW = {"op", "pass", "shape", "dtype", "backend", "milliseconds", "roofline_fraction", "ratio"}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launch.bench.kernels.cpu_goals import compare_with_goals
-from launch.commands.bench.kernels import print_goals
+from amfm.launch.bench.kernels.cpu_goals import compare_with_goals
+from amfm.launch.commands.bench.kernels import print_goals
 
 
 def test_a_goal_is_missed_by_a_hair_and_held_at_its_limit(capsys: pytest.CaptureFixture[str]) -> None:

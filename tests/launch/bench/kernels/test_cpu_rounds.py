@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from kernels.proof.cases.case import NOTHING
-from launch.bench.kernels.case import TimedCase
-from launch.bench.kernels.cpu_rounds import compare_variants
+from amfm.kernels.proof.cases.case import NOTHING
+from amfm.launch.bench.kernels.case import TimedCase
+from amfm.launch.bench.kernels.cpu_rounds import compare_variants
 
 
 def test_variants_that_compute_something_else_are_refused() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.acceptance.timing import time_variants
-from kernels.proof.cases.case import Minimum, Problem
-from launch.cli import run
-from launch.commands.bench.kernels import print_kernel_table
+from amfm.kernels.acceptance.timing import time_variants
+from amfm.kernels.proof.cases.case import Minimum, Problem
+from amfm.launch.cli import run
+from amfm.launch.commands.bench.kernels import print_kernel_table
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can tune")

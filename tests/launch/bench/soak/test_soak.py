@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from launch.bench.soak.compare import compare_logs
-from launch.bench.soak.faults import FAULTS_A_ROUND, LOCAL_KINDS, draw_faults
-from launch.bench.soak.picture import draw_soak
-from launch.bench.soak.processes import descendants, find_ranks, wait_until_gone
-from launch.bench.soak.settings import LAYOUTS
-from launch.bench.soak.soak import Round, Strike, look_back
-from launch.bench.soak.start import read_place
-from launch.commands.bench.soak import check_options, summarize
-from launch.rank_command import rank_command
+from amfm.launch.bench.soak.compare import compare_logs
+from amfm.launch.bench.soak.faults import FAULTS_A_ROUND, LOCAL_KINDS, draw_faults
+from amfm.launch.bench.soak.picture import draw_soak
+from amfm.launch.bench.soak.processes import descendants, find_ranks, wait_until_gone
+from amfm.launch.bench.soak.settings import LAYOUTS
+from amfm.launch.bench.soak.soak import Round, Strike, look_back
+from amfm.launch.bench.soak.start import read_place
+from amfm.launch.commands.bench.soak import check_options, summarize
+from amfm.launch.rank_command import rank_command
 from tests.faults.disk import ROOT
 
 SLEEP = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"

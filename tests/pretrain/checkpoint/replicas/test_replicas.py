@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch.distributed
 
-import pretrain.checkpoint.replicas.write
-import pretrain.train
-from data_pipeline.config import DataConfig
-from pretrain.checkpoint.background import BackgroundSaver
-from pretrain.checkpoint.inspect import diff_checkpoints
-from pretrain.checkpoint.names import list_checkpoints
-from pretrain.checkpoint.replicas.memory import NodeMemory
-from pretrain.checkpoint.replicas.write import SavedReplica
-from pretrain.checks.check_run import check_run
-from pretrain.config.errors import ConfigError
-from pretrain.parallel import initialize_parallel
-from pretrain.train import train
+import amfm.pretrain.checkpoint.replicas.write
+import amfm.pretrain.train
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.checkpoint.background import BackgroundSaver
+from amfm.pretrain.checkpoint.inspect import diff_checkpoints
+from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
+from amfm.pretrain.checkpoint.replicas.write import SavedReplica
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.parallel import initialize_parallel
+from amfm.pretrain.train import train
 from tests.faults.attempt import Attempt, die_in
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import IDENTITIES, make_engine, toy_config
@@ -88,7 +88,7 @@ def always() -> bool:
 
 def die_before_step(number: int, rank: int) -> None:
     """Before the step of that number begins, counted from 0 in this start."""
-    die_in(pretrain.train, "apply_stage", number, always)
+    die_in(amfm.pretrain.train, "apply_stage", number, always)
 
 
 def run_alone(data: DataConfig, place: Path) -> None:
@@ -231,7 +231,7 @@ def while_sending(rank: int) -> None:
 def before_commit(rank: int) -> None:
     """The first rank of the second node, before it commits the replica of step 6; the first node may have committed it."""
     if rank == 2:
-        die_in(pretrain.checkpoint.replicas.write, "commit", 4, always)
+        die_in(amfm.pretrain.checkpoint.replicas.write, "commit", 4, always)
 
 
 FAULTS: dict[str, tuple[Callable[[int], None], Harm, int, str]] = {

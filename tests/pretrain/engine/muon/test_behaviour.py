@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from pretrain.config.schema import OptimizerConfig
-from pretrain.engine.engine import build_engine
-from pretrain.parallel import Parallel, initialize_parallel
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.pretrain.config.schema import OptimizerConfig
+from amfm.pretrain.engine.engine import build_engine
+from amfm.pretrain.parallel import Parallel, initialize_parallel
 from tests.helpers.spawn import run_ranks
 
 ROOT = Path(__file__).parents[4]

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.matrices import list_matrices
-from model.parallel.groups import ProcessGroupCollection, single_rank_groups
-from model.parallel.shards import Shard, parameter_shards
-from pretrain.config.schema import MuonConfig, ParallelConfig
-from pretrain.engine.muon.exchange import deal_owners
-from pretrain.engine.muon.optimizer import Muon
-from pretrain.engine.parts import Part, Span, cut_evenly, list_ranks
-from pretrain.parallel import initialize_parallel
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.matrices import list_matrices
+from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
+from amfm.model.parallel.shards import Shard, parameter_shards
+from amfm.pretrain.config.schema import MuonConfig, ParallelConfig
+from amfm.pretrain.engine.muon.exchange import deal_owners
+from amfm.pretrain.engine.muon.optimizer import Muon
+from amfm.pretrain.engine.parts import Part, Span, cut_evenly, list_ranks
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.parallel.layouts import VARIANTS

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.matrices import MatrixStack
-from model.parallel.groups import single_rank_groups
-from pretrain.config.schema import MuonConfig
-from pretrain.engine.muon.newton_schulz import COEFFICIENTS, cost, orthogonalize
-from pretrain.engine.muon.optimizer import Muon
-from pretrain.engine.parts import Part, Span
+from amfm.model.matrices import MatrixStack
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.config.schema import MuonConfig
+from amfm.pretrain.engine.muon.newton_schulz import COEFFICIENTS, cost, orthogonalize
+from amfm.pretrain.engine.muon.optimizer import Muon
+from amfm.pretrain.engine.parts import Part, Span
 
 
 def plain_loop(matrix: Tensor, rounds: int = 5) -> Tensor:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from model.config.schema import ModelConfig
-from model.hybrid import HybridModel
-from model.packing import PackMeta
-from pretrain.checkpoint.inspect import diff_checkpoints, inspect_checkpoint
-from pretrain.config.schema import OptimizerConfig, ParallelConfig
-from pretrain.engine.engine import ZeroEngine, build_engine
-from pretrain.export.universal import export_universal
-from pretrain.parallel import initialize_parallel
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
+from amfm.pretrain.checkpoint.inspect import diff_checkpoints, inspect_checkpoint
+from amfm.pretrain.config.schema import OptimizerConfig, ParallelConfig
+from amfm.pretrain.engine.engine import ZeroEngine, build_engine
+from amfm.pretrain.export.universal import export_universal
+from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import load, save
 from tests.pretrain.tiny_run import MODEL

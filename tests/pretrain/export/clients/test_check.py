@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DataConfig
-from launch.cli import run
-from pretrain.export.clients.check import (
+from amfm.data_pipeline.config import DataConfig
+from amfm.launch.cli import run
+from amfm.pretrain.export.clients.check import (
     CLIENTS,
     check_export,
     check_installed,
@@ -18,8 +18,8 @@ from pretrain.export.clients.check import (
     find_problems,
     last_error,
 )
-from pretrain.export.clients.gguf_file import write_gguf
-from pretrain.export.export import export_checkpoint
+from amfm.pretrain.export.clients.gguf_file import write_gguf
+from amfm.pretrain.export.export import export_checkpoint
 from tests.pretrain.export.exported_models import weights_folder
 
 ABSENT = "vllm"  # pins libraries that exclude ours, so it is never installed beside us
