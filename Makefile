@@ -57,6 +57,7 @@ test-versions:
 # On a bare machine: make gpu GPU_PYTHON=python3 (docs/gpu.md).
 GPU_PYTHON ?= $(BIN)/python
 GPU_RUNS ?= runs/gpu
+gpu: export PYTHONPATH := $(CURDIR)/src:$(CURDIR)
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed-dev)
 	@mkdir -p $(GPU_RUNS); failed=0; \
 	$(GPU_PYTHON) -m amfm.kernels.acceptance --out $(GPU_RUNS)/acceptance.json || failed=1; \

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.kernels.user_cache import write_whole
-from amfm.launch.rank_command import isolated_python, rank_command, source_variables
+from amfm.launch.rank_command import isolated_python, rank_command
 
 # The second configuration has no data of its own here, so it reads the first one's tokens: its vocabulary is cut to theirs.
 ON_SHAKESPEARE = (
@@ -63,7 +63,7 @@ class Job:
 
 def run_child(command: list[str], *, hides_card: bool) -> str:
     """Run a command to its end and return its standard output. Raises RuntimeError with what it said where it fails."""
-    environment = os.environ | source_variables() | ({"CUDA_VISIBLE_DEVICES": ""} if hides_card else {})
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if hides_card else {})
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=STAGE_SECONDS

@@ -23,7 +23,7 @@ from torch import Tensor
 from amfm.data_pipeline.config import TokenizerConfig
 from amfm.data_pipeline.tokenizer.tokenizer import train_tokenizer
 from amfm.launch.bench.hardware import describe_hardware
-from amfm.launch.rank_command import rank_command, source_variables
+from amfm.launch.rank_command import rank_command
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters
@@ -68,9 +68,7 @@ def measure(arguments: Sequence[str]) -> dict[str, float]:
     """
     begun = time.perf_counter()
     with tempfile.TemporaryFile() as words:
-        process = subprocess.Popen(
-            rank_command(arguments), env={**os.environ, **source_variables()}, stdout=words, stderr=words
-        )
+        process = subprocess.Popen(rank_command(arguments), env=dict(os.environ), stdout=words, stderr=words)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:

@@ -23,7 +23,7 @@ from typing import IO
 
 from amfm.launch.cluster.forked import ForkedRank, can_fork
 from amfm.launch.heavy_imports import heavy_imports
-from amfm.launch.rank_command import rank_command, source_variables
+from amfm.launch.rank_command import rank_command
 from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.checks.ranks import ranks_of_stage
 from amfm.pretrain.config.schema import RunConfig
@@ -98,7 +98,7 @@ def run_command(command: Sequence[str], num_ranks: int, variables: Mapping[str, 
     def start(rank: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             command,
-            env={**environment, **source_variables()},
+            env=environment,
             stdin=None if rank == 0 else subprocess.DEVNULL,
             stdout=None if rank == 0 else subprocess.DEVNULL,
             stderr=None if rank == 0 else subprocess.PIPE,

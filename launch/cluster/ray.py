@@ -25,7 +25,7 @@ from amfm.data_pipeline.prepare.ray_actors import start_ray
 from amfm.launch.cluster.interrupt import forward_to_ranks
 from amfm.launch.cluster.rank_logs import Follower, last_words, rank_log
 from amfm.launch.cluster.supervise import Attempt, Outcome
-from amfm.launch.rank_command import rank_command, source_variables
+from amfm.launch.rank_command import rank_command
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
 
 POLL_SECONDS = 0.5
@@ -164,13 +164,7 @@ class RayCluster:
         if "GPU" in self.need:
             # Ray shows each actor its own card, which is then number 0.
             variables["LOCAL_RANK"] = "0"
-        return (
-            source_variables()
-            | self.environment
-            | variables
-            | {GOES_ON: "1"}
-            | ({RESTART_CAUSE: attempt.cause} if attempt.cause else {})
-        )
+        return self.environment | variables | {GOES_ON: "1"} | ({RESTART_CAUSE: attempt.cause} if attempt.cause else {})
 
     def _forward(self, number: int) -> None:
         """Forward a signal to every rank through its actor, which runs several calls at a time for this."""

@@ -32,7 +32,7 @@ from amfm.launch.cluster.lines import (
 from amfm.launch.cluster.orphans import ending_with_us
 from amfm.launch.cluster.rank_logs import Follower, first_message, rank_log
 from amfm.launch.cluster.supervise import Attempt, Outcome
-from amfm.launch.rank_command import rank_command, source_variables
+from amfm.launch.rank_command import rank_command
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, RESTART_CAUSE, RUN_FAILED
 
@@ -76,7 +76,7 @@ def write_script(
         body.append(shell_line([["module", "load", *(plain(name, "launch.slurm.modules") for name in slurm.modules)]]))
     if config.launch.setup:
         body.append(config.launch.setup)
-    body.append(shell_line([["exec", *with_variables(source_variables(), rank_command(arguments))]]))
+    body.append(shell_line([["exec", *rank_command(arguments)]]))
     variables = check_variables(config.launch.environment, "launch.environment")
     srun = shlex.join(with_variables(variables, srun_command(config, rank_arguments, 0, nodes, ranks_per_node)))
     remark = ["# The last line starts, for each attempt with its own number in the name of the logs:", f"#   {srun}"]
@@ -168,7 +168,7 @@ class Allocation:
         }
         if attempt.cause:
             variables[RESTART_CAUSE] = attempt.cause
-        return os.environ | source_variables() | self.variables | variables
+        return os.environ | self.variables | variables
 
     def hosts(self) -> list[str]:
         """Names of allocated nodes that are up, in Slurm's order."""

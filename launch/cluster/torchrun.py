@@ -28,7 +28,6 @@ from amfm.launch.cluster.lines import check_host, remote_command, shell_line, wi
 from amfm.launch.cluster.local import forward_signals
 from amfm.launch.cluster.orphans import ending_with_us
 from amfm.launch.cluster.supervise import Attempt, Outcome
-from amfm.launch.rank_command import source_variables
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
 
 GRACE_SECONDS = 10.0  # for the other hosts to end by themselves after one failed
@@ -79,10 +78,7 @@ class NodeCommand:
         it.
         """
         variables = (
-            source_variables()
-            | dict(self.environment)
-            | ({RESTART_CAUSE: " ".join(cause.split())} if cause else {})
-            | {GOES_ON: "1"}
+            dict(self.environment) | ({RESTART_CAUSE: " ".join(cause.split())} if cause else {}) | {GOES_ON: "1"}
         )
         return shell_line(
             [
@@ -113,7 +109,7 @@ def run_here(command: NodeCommand, *, max_restarts: int) -> int:
     """Run this node's torchrun and return the exit code; torchrun itself restarts its ranks."""
     process = subprocess.Popen(
         ending_with_us(command.torchrun(max_restarts=max_restarts)),
-        env=os.environ | source_variables() | dict(command.environment),
+        env=os.environ | dict(command.environment),
     )
     with forward_signals(lambda number: signal_children(process.pid, number)):
         code = process.wait()

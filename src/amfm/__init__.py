@@ -1,1 +1,1 @@
-"""amfm: in the repository its packages are links to the folders at the root, where it is installed they lie here."""
+"""Pretraining of hybrid language models. In a clone the packages here are links to the folders at its root."""

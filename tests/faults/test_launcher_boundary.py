@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.launch.rank_command import rank_command, source_variables
+from amfm.launch.rank_command import rank_command
 from tests.helpers.spawn import run_ranks
 from tests.helpers.srun import NODES, write_programs
 from tests.parallel.test_stage_layouts import run_layouts, staged_config
@@ -81,7 +81,7 @@ def launcher(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
 
 def start(path: Path, options: list[str]) -> subprocess.Popen[str]:
     command = rank_command(["launch", str(path), *options])
-    environment = os.environ | source_variables()
+    environment = dict(os.environ)
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from amfm.launch.rank_command import rank_command, source_variables
+from amfm.launch.rank_command import rank_command
 from amfm.pretrain.launcher_protocol import RUN_FAILED
 from tests.parallel.test_stage_layouts import STEPS, staged_config
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data
@@ -36,7 +36,7 @@ def the_launcher(launcher: subprocess.Popen[bytes]) -> list[int]:
 
 def start(config_file: Path) -> subprocess.Popen[bytes]:
     command = rank_command(["train", str(config_file), "--nproc", "2"])
-    return subprocess.Popen(command, env=os.environ | source_variables())
+    return subprocess.Popen(command, env=dict(os.environ))
 
 
 def write_config(folder: Path) -> Path:

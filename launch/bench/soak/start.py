@@ -15,7 +15,7 @@ from amfm.data_pipeline.lines import read_lines
 from amfm.launch.bench.soak.disk import fault, fault_variables
 from amfm.launch.bench.soak.processes import Process, descendants, find_ranks, send, wait_until_gone
 from amfm.launch.bench.soak.settings import Layout
-from amfm.launch.rank_command import isolated_python, rank_command, source_variables
+from amfm.launch.rank_command import isolated_python, rank_command
 
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 1.0
@@ -43,7 +43,7 @@ class Start:
         folder.mkdir(parents=True, exist_ok=True)
         for switch in folder.iterdir():
             switch.unlink()
-        variables = {**os.environ, **source_variables()}
+        variables = dict(os.environ)
         if layout.on_ray:
             options = ["--on", "ray", "--nproc-per-node", str(layout.num_ranks)]
             command = rank_command(["launch", str(config), *options])
