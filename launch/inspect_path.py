@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.foreign_files import read_object, take
+from amfm.data_pipeline.durable.foreign_files import read_object, take
 from amfm.data_pipeline.progress import Report, silent
 
 

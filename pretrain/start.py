@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from amfm.data_pipeline.files import write_file_atomically
-from amfm.data_pipeline.lines import read_lines
+from amfm.data_pipeline.durable.files import write_file_atomically
+from amfm.data_pipeline.durable.lines import read_lines
 from amfm.data_pipeline.memory import keep_freed_memory
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.store import TokenStore

@@ -13,7 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from amfm.data_pipeline.files import write_file_atomically
+from amfm.data_pipeline.durable.files import write_file_atomically
 
 
 @dataclass(frozen=True)

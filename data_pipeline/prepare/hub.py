@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.files import write_file_atomically
-from amfm.data_pipeline.foreign_files import read_object
+from amfm.data_pipeline.durable.files import write_file_atomically
+from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.data_pipeline.store.http_files import HttpError, ask, origin
 
 PREFIX = "hub:"

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.lines import LineFile, read_lines
+from amfm.data_pipeline.durable.lines import LineFile, read_lines
 from amfm.data_pipeline.prepare.plan import Unit
 from amfm.data_pipeline.prepare.unit import UnitReport
 from amfm.data_pipeline.store.manifest import SPLITS, Part

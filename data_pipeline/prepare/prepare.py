@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 
 from amfm.data_pipeline.config import DataConfig, SourceConfig
-from amfm.data_pipeline.deletion import try_to_delete
-from amfm.data_pipeline.files import UNFINISHED, make_folders
-from amfm.data_pipeline.locks import take_lock
+from amfm.data_pipeline.durable.deletion import try_to_delete
+from amfm.data_pipeline.durable.files import UNFINISHED, make_folders
+from amfm.data_pipeline.durable.locks import take_lock
 from amfm.data_pipeline.prepare.documents import Segment
 from amfm.data_pipeline.prepare.duplicates import mark_duplicates, units_to_hash
 from amfm.data_pipeline.prepare.hub import pin_revisions, read_pins, write_pins

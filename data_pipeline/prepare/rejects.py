@@ -10,8 +10,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from amfm.data_pipeline.files import write_file_atomically
-from amfm.data_pipeline.lines import read_lines
+from amfm.data_pipeline.durable.files import write_file_atomically
+from amfm.data_pipeline.durable.lines import read_lines
 from amfm.data_pipeline.prepare.documents import Reject, Segment
 from amfm.data_pipeline.prepare.plan import Unit
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.data_pipeline.files import write_file_atomically
-from amfm.data_pipeline.foreign_files import read_object
+from amfm.data_pipeline.durable.files import write_file_atomically
+from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.data_pipeline.prepare.documents import Segment
 from amfm.data_pipeline.prepare.training_text import require_training_text, training_texts
 from amfm.data_pipeline.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, read_tokenizer_file, train_tokenizer

@@ -14,7 +14,7 @@ from collections import OrderedDict
 import numpy as np
 from blake3 import blake3
 
-from amfm.data_pipeline.files import write_file_atomically
+from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.samples.packing import Bins, fit_documents
 from amfm.data_pipeline.store.manifest import Part, Split
 from amfm.data_pipeline.store.store import TokenStore

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from amfm.data_pipeline.files import write_file_atomically
+from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.store.shards import Compression, DamagedError
 
 FORMAT_VERSION = 3

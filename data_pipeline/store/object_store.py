@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.naming import named
+from amfm.data_pipeline.durable.naming import named
 from amfm.data_pipeline.store.range_stream import RangeStream
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")

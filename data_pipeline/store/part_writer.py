@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from amfm.data_pipeline.deletion import delete, try_to_delete
-from amfm.data_pipeline.files import UNFINISHED, digest_files, make_folders, sync, write_tree
+from amfm.data_pipeline.durable.deletion import delete, try_to_delete
+from amfm.data_pipeline.durable.files import UNFINISHED, digest_files, make_folders, sync, write_tree
 from amfm.data_pipeline.store.manifest import DOCUMENT_CHUNK, MAX_SHARD_TOKENS, PART_NAME, Layout, Part, shard_length
 from amfm.data_pipeline.store.shards import Compression, encode_shard
 

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from amfm.data_pipeline.files import digest_files, digest_folder
-from amfm.data_pipeline.foreign_files import inside, parse_object, read_bounded, understood
+from amfm.data_pipeline.durable.files import digest_files, digest_folder
+from amfm.data_pipeline.durable.foreign_files import inside, parse_object, read_bounded, understood
 from amfm.data_pipeline.store.manifest import (
     DOCUMENT_CHUNK,
     FORMAT_VERSION,

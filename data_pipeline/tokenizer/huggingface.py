@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from amfm.data_pipeline.foreign_files import read_object
+from amfm.data_pipeline.durable.foreign_files import read_object
 
 
 class HuggingFaceTokenizer:

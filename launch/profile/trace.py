@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.foreign_files import take, understood
+from amfm.data_pipeline.durable.foreign_files import take, understood
 from amfm.pretrain.monitor.profile import PREFIX
 
 BACKWARD = "autograd::engine::evaluate_function: "

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from amfm.data_pipeline.foreign_files import read_bounded, read_object
+from amfm.data_pipeline.durable.foreign_files import read_bounded, read_object
 
 MAX_TEMPLATE_BYTES = 1 << 20
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")

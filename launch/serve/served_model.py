@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tokenizers
 
-from amfm.data_pipeline.foreign_files import read_object
+from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.launch.serve.chat import ChatTemplate, read_template
 from amfm.pretrain.inference.generate import Sampling, stream_text

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.deletion import try_to_delete
-from amfm.data_pipeline.files import make_folders, sync
-from amfm.data_pipeline.naming import named
+from amfm.data_pipeline.durable.deletion import try_to_delete
+from amfm.data_pipeline.durable.files import make_folders, sync
+from amfm.data_pipeline.durable.naming import named
 from amfm.pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, encode_manifest, read_manifest, replace_text
 from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, checkpoint_name, list_checkpoints
 

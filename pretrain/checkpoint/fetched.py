@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from amfm.data_pipeline.deletion import try_to_delete
-from amfm.data_pipeline.files import sync
-from amfm.data_pipeline.naming import named
+from amfm.data_pipeline.durable.deletion import try_to_delete
+from amfm.data_pipeline.durable.files import sync
+from amfm.data_pipeline.durable.naming import named
 from amfm.pretrain.checkpoint.commit import LATEST_NAME, TEMPORARY_NAME, RankFailure
 from amfm.pretrain.checkpoint.files import replace_text
 from amfm.pretrain.rank_group import RankGroup

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.data_pipeline.files import sync
-from amfm.data_pipeline.foreign_files import inside, parse_object, read_bounded, take, understood
-from amfm.data_pipeline.naming import named
+from amfm.data_pipeline.durable.files import sync
+from amfm.data_pipeline.durable.foreign_files import inside, parse_object, read_bounded, take, understood
+from amfm.data_pipeline.durable.naming import named
 from amfm.data_pipeline.progress import Report, silent
 from amfm.model.on_demand import BLOCK_NUMEL
 from amfm.pretrain.tensor_files import TensorFile, encode_header, tensor_bytes

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.files import make_folders, sync
-from amfm.data_pipeline.naming import named
+from amfm.data_pipeline.durable.files import make_folders, sync
+from amfm.data_pipeline.durable.naming import named
 from amfm.data_pipeline.store.object_store import RemoteFolder
 from amfm.pretrain.checkpoint.commit import RankFailure, is_marked, make_temporary, remove_temporary
 from amfm.pretrain.checkpoint.fetched import copy_verified, settle

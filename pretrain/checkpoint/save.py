@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.data_pipeline.deletion import try_to_delete
-from amfm.data_pipeline.files import make_folders, sync
+from amfm.data_pipeline.durable.deletion import try_to_delete
+from amfm.data_pipeline.durable.files import make_folders, sync
 from amfm.pretrain.checkpoint.commit import (
     TEMPORARY_NAME,
     RankFailure,

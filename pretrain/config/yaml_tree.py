@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from amfm.data_pipeline.foreign_files import read_bounded
+from amfm.data_pipeline.durable.foreign_files import read_bounded
 from amfm.pretrain.config.errors import ConfigError, Origin, Problem
 
 Scalar = str | int | float | bool | None

@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from amfm.data_pipeline.foreign_files import inside, read_object, take, understood
-from amfm.data_pipeline.naming import named
+from amfm.data_pipeline.durable.foreign_files import inside, read_object, take, understood
+from amfm.data_pipeline.durable.naming import named
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file
 from amfm.model.config.checks import check_model

@@ -23,7 +23,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from amfm.data_pipeline.foreign_files import inside, read_object, take
+from amfm.data_pipeline.durable.foreign_files import inside, read_object, take
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file

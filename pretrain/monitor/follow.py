@@ -16,8 +16,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from amfm.data_pipeline.lines import parse_line
-from amfm.data_pipeline.naming import named
+from amfm.data_pipeline.durable.lines import parse_line
+from amfm.data_pipeline.durable.naming import named
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.heartbeat import Beat, describe_lost, read_beats

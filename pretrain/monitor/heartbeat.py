@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
-from amfm.data_pipeline.lines import parse_line
+from amfm.data_pipeline.durable.lines import parse_line
 from amfm.pretrain.monitor.node_board import NodeBoard
 
 # In the order in which a step passes them: who is in an earlier one than the others is waited for.

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.files import sync
-from amfm.data_pipeline.lines import LineFile, read_lines
-from amfm.data_pipeline.naming import named
+from amfm.data_pipeline.durable.files import sync
+from amfm.data_pipeline.durable.lines import LineFile, read_lines
+from amfm.data_pipeline.durable.naming import named
 from amfm.pretrain.config.schema import RunConfig
 
 Metrics = dict[str, Any]

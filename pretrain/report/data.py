@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from amfm.data_pipeline.foreign_files import read_object
-from amfm.data_pipeline.lines import read_lines
+from amfm.data_pipeline.durable.foreign_files import read_object
+from amfm.data_pipeline.durable.lines import read_lines
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.stages import RunStage, resolve_stages

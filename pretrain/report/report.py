@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from amfm.data_pipeline.naming import named
+from amfm.data_pipeline.durable.naming import named
 from amfm.model.config.mixer_registry import describe_symbol
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.pretrain.config.file import resolved_yaml

@@ -21,7 +21,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from amfm.data_pipeline.foreign_files import read_object
+from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.data_pipeline.prepare.journal import Journal
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.tokenizer.tokenizer import read_tokenizer_file

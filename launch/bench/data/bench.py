@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from amfm.data_pipeline.config import SourceConfig
-from amfm.data_pipeline.files import write_file_atomically
+from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.prepare.documents import Document, SegmentReader
 from amfm.data_pipeline.prepare.plan import plan_source
 from amfm.data_pipeline.prepare.python_sources import collect_python_sources

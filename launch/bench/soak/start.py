@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.lines import read_lines
+from amfm.data_pipeline.durable.lines import read_lines
 from amfm.launch.bench.soak.disk import fault, fault_variables
 from amfm.launch.bench.soak.processes import Process, descendants, find_ranks, send, wait_until_gone
 from amfm.launch.bench.soak.settings import Layout

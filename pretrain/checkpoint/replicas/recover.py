@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from amfm.data_pipeline.files import make_folders
+from amfm.data_pipeline.durable.files import make_folders
 from amfm.pretrain.checkpoint.commit import RankFailure, make_temporary, remove_temporary
 from amfm.pretrain.checkpoint.fetched import copy_verified, settle
 from amfm.pretrain.checkpoint.files import MANIFEST_NAME, rank_file_name, read_manifest, replace_text

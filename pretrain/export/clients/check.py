@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from amfm.data_pipeline.foreign_files import read_object
+from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.model.config.schema import ModelConfig, read_saved_model
 from amfm.pretrain.export.files import OUR_DESCRIPTION
 from amfm.pretrain.export.readers import ClientName, known_refusals

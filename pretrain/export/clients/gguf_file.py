@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from amfm.data_pipeline.files import sync
+from amfm.data_pipeline.durable.files import sync
 from amfm.pretrain.export.clients.check import SCRIPTS, check_installed, last_error, read_export
 
 

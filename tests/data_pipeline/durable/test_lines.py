@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amfm.data_pipeline.lines import LineFile, read_lines
+from amfm.data_pipeline.durable.lines import LineFile, read_lines
 
 RECORDS = [{"step": 1, "loss": 2.5}, {"step": 2, "text": "é\n"}, {"step": 3}]
 

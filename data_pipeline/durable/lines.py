@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.naming import named
+from amfm.data_pipeline.durable.naming import named
 
 MAX_LINE_BYTES = 1 << 26
 

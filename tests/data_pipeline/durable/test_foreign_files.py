@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from amfm.data_pipeline.foreign_files import inside, read_object, take, understood
+from amfm.data_pipeline.durable.foreign_files import inside, read_object, take, understood
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", ".", "a\0b", None, 3, ["x"]])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from amfm.data_pipeline.naming import named
+from amfm.data_pipeline.durable.naming import named
 
 UNFINISHED = re.compile(r"\.writing-.*", re.DOTALL)  # files and folders that have no name of their own yet
 SYNC_THREADS = 4  # a part has 14 files and folders; more threads cost more than they save
