@@ -25,8 +25,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from amfm.kernels.backend import resolve_backend
 from amfm.kernels.linear_cross_entropy.op import CrossEntropy
+from amfm.kernels.runtime.backend import resolve_backend
 from amfm.model.block import Block, Blocks, Stream, multiply, pass_through
 from amfm.model.config.checks import check_model
 from amfm.model.config.mup import logits_multiplier

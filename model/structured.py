@@ -32,7 +32,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from amfm.kernels.gemm_precision import gemm_dtype
+from amfm.kernels.common.gemm_precision import gemm_dtype
 from amfm.kernels.linear.op import linear
 from amfm.model.config.schema import GuideConfig
 from amfm.model.config.structure import Structure

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import pipelining
 
-from amfm.kernels.split_backward import Later, compute_now, split_backward
+from amfm.kernels.common.split_backward import Later, compute_now, split_backward
 from amfm.model.block import Stream
 from amfm.model.hybrid import HybridModel, ModelOutput
 from amfm.model.pipeline_split import Piece
@@ -126,7 +126,7 @@ class PieceStage(pipelining.PipelineStage):
     torch keeps a buffer for each micro-batch of a step both ways, and steps of large models have hundreds: here one is made
     where its receive is posted, and let go where the pass that reads it is over. `stream_BTD`: what is sent, on the meta
     device. `collect`: of a schedule that cuts backward passes in two; called with each weight whose gradient the weights'
-    half of a pass has added, past autograd's accumulation (kernels/split_backward.py).
+    half of a pass has added, past autograd's accumulation (kernels/common/split_backward.py).
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from amfm.data_pipeline.memory import keep_freed_memory
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
-from amfm.kernels.backend import resolve_for_run
+from amfm.kernels.runtime.backend import resolve_for_run
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.model.hybrid import HybridModel
 from amfm.model.pipeline_split import cut_pieces, pieces_of_rank
@@ -212,7 +212,7 @@ def share_tiles(config: RunConfig, parallel: Parallel) -> None:
     """Let all ranks launch Triton kernels with the same tuned tiles, where they run on CUDA. Every rank must call this."""
     if parallel.device.type != "cuda" or choose_backend(config, parallel) != "triton":
         return
-    from amfm.kernels.tuning import load_table
+    from amfm.kernels.runtime.tuning import load_table
     from amfm.pretrain.tiles import agree_on_tiles
 
     agree_on_tiles(load_table(parallel.device))

@@ -10,7 +10,7 @@ import logging
 
 import torch
 
-from amfm.kernels.tuning import Environment, Table, adopt_table, choose_table
+from amfm.kernels.runtime.tuning import Environment, Table, adopt_table, choose_table
 
 _LOG = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from typing import Any
 from amfm.kernels.acceptance import report as shown
 from amfm.kernels.acceptance.process import Finished, run_child
 from amfm.kernels.acceptance.report import STAGES, Report
-from amfm.kernels.first_use import DEFAULT_CASES
-from amfm.kernels.machine import find_obstacle
 from amfm.kernels.proof.trials.trial import KINDS
+from amfm.kernels.runtime.first_use import DEFAULT_CASES
+from amfm.kernels.runtime.machine import find_obstacle
 
 BAD_MACHINE, FAULTY = 2, 3
 # Without a card the kernels are compiled for Hopper.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from amfm.kernels.proof.cases.case import CardSizes, Inputs, Problem
 from amfm.kernels.proof.timing import measure_milliseconds
-from amfm.kernels.tuning import Table, find_environment, tune
+from amfm.kernels.runtime.tuning import Table, find_environment, tune
 
 # Relative RMS of any output or gradient in bfloat16 against float32 that a tuned kernel may have.
 LARGEST_ERROR = 5e-2

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amfm.kernels.first_use import CHECKING_VARIABLE
+from amfm.kernels.runtime.first_use import CHECKING_VARIABLE
 
 _ROOT = Path(__file__).parents[3]
 _CHILD = "amfm.kernels.acceptance.child"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from amfm.kernels.user_cache import write_whole
+from amfm.kernels.runtime.user_cache import write_whole
 
 STAGES = ("compile", "check", "sanitize", "time")
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.kernels.launch_failure import describe_launch_failure
 from amfm.kernels.proof.cases.case import CardSizes, Compute, Inputs, Problem
 from amfm.kernels.proof.check import REFUSALS
 from amfm.kernels.proof.verdict import TensorVerdict, finite, judge, narrowest
+from amfm.kernels.runtime.launch_failure import describe_launch_failure
 
 FLOPS_A_SECOND, BYTES_A_SECOND = 800e12, 3.0e12
 PASSES = ("forward", "backward", "both")

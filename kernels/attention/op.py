@@ -20,8 +20,8 @@ from amfm.kernels.attention.reference import attention_reference, window_sums_re
 from amfm.kernels.attention.torch_impl import attention_torch
 from amfm.kernels.attention.varlen import DocumentEnds, attention_varlen, refuse_varlen
 from amfm.kernels.attention.window_torch import WindowSums, window_attention_torch, window_sums_torch
-from amfm.kernels.backend import resolve_backend
-from amfm.kernels.shapes import check_documents, check_float, check_shape
+from amfm.kernels.common.shapes import check_documents, check_float, check_shape
+from amfm.kernels.runtime.backend import resolve_backend
 
 _LOG = logging.getLogger(__name__)
 

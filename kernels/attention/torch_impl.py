@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amfm.kernels.gemm_precision import gemm_dtype
+from amfm.kernels.common.gemm_precision import gemm_dtype
 
 # Documents shorter than this on average are masked rather than attended one by one.
 _SHORT_DOCUMENT_TOKENS = 16

@@ -21,17 +21,17 @@ from amfm.kernels.attention.triton_kernels import (
     attention_key_gradient_kernel,
     attention_query_gradient_kernel,
 )
-from amfm.kernels.backend import INTERPRETED
-from amfm.kernels.documents import first_tokens
-from amfm.kernels.interpreter import dot_dtype
-from amfm.kernels.tuning import Config, config_for
+from amfm.kernels.common.documents import first_tokens
+from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.runtime.interpreter import dot_dtype
+from amfm.kernels.runtime.tuning import Config, config_for
 
 
 def _candidates(interpreted: tuple[int, int], *tiles: tuple[int, int, int, int]) -> tuple[Config, ...]:
     """Queries and keys of a tile, warps and stages, the fixed ones first; small tiles in the interpreter.
 
     The first is used without a tuning table, in the interpreter and in deterministic mode
-    (`amfm.kernels.tuning.config_for`).
+    (`amfm.kernels.runtime.tuning.config_for`).
     """
     tiles = ((*interpreted, 4, 1), *tiles) if INTERPRETED else tiles
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amfm.kernels.gemm_precision import gemm_dtype
+from amfm.kernels.common.gemm_precision import gemm_dtype
 
 # Smaller windows share blocks of this many tokens: a call for a few tokens costs as much as one for many.
 _LEAST_BLOCK_TOKENS = 64

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amfm.kernels.backend import resolve_backend
 from amfm.kernels.causal_conv1d.reference import convolve_by_steps
 from amfm.kernels.causal_conv1d.torch_impl import convolve
-from amfm.kernels.shapes import check_documents, check_float, check_shape, drop_single_document
+from amfm.kernels.common.shapes import check_documents, check_float, check_shape, drop_single_document
+from amfm.kernels.runtime.backend import resolve_backend
 
 WIDTHS = (2, 3, 4)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amfm.kernels.shapes import drop_single_document
+from amfm.kernels.common.shapes import drop_single_document
 
 # Numbers of a block of `_correlate`: enough that a call costs little beside its work, few enough to stay in the cache.
 _NUMBERS = 1 << 18

@@ -14,12 +14,12 @@ import torch
 import triton
 from torch import Tensor
 
-from amfm.kernels.backend import INTERPRETED
 from amfm.kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
-from amfm.kernels.interpreter import count_programs, dot_dtype
-from amfm.kernels.partial_sums import sum_first
-from amfm.kernels.strides import stride_unit
-from amfm.kernels.tuning import Config, config_for
+from amfm.kernels.common.partial_sums import sum_first
+from amfm.kernels.common.strides import stride_unit
+from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.runtime.interpreter import count_programs, dot_dtype
+from amfm.kernels.runtime.tuning import Config, config_for
 
 
 def _candidates(*tiles: tuple[int, int]) -> tuple[Config, ...]:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amfm.kernels.silu import sigmoid, silu, silu_backward
-from amfm.kernels.tiles import load_values
+from amfm.kernels.common.silu import sigmoid, silu, silu_backward
+from amfm.kernels.common.tiles import load_values
 
 
 @triton.jit

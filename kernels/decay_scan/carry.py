@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from amfm.kernels.common.gemm_precision import gemm_dtype
+from amfm.kernels.common.powers import LOG2_E
+from amfm.kernels.common.shapes import check_documents, check_float, check_row, check_shape
 from amfm.kernels.decay_scan.op import check_mamba2
-from amfm.kernels.gemm_precision import gemm_dtype
-from amfm.kernels.powers import LOG2_E
-from amfm.kernels.shapes import check_documents, check_float, check_row, check_shape
 
 
 def add_carried_state(

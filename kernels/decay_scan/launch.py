@@ -13,10 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
+from amfm.kernels.common.scan_launch import ScanLaunch, cut_segments, padded
+from amfm.kernels.common.strides import outer_strides
 from amfm.kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
 from amfm.kernels.decay_scan.triton_forward import chunk_state_kernel
-from amfm.kernels.scan_launch import ScanLaunch, cut_segments, padded
-from amfm.kernels.strides import outer_strides
 
 # Tokens of a step: a chunk of 128 is two, which keeps their products in registers.
 LARGEST_TILE = 64

@@ -18,9 +18,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from amfm.kernels.common.silu import sigmoid
+from amfm.kernels.common.tiles import load_operand
 from amfm.kernels.decay_scan.triton_forward import tile_gates
-from amfm.kernels.silu import sigmoid
-from amfm.kernels.tiles import load_operand
 
 
 @triton.jit

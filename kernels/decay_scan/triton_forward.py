@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amfm.kernels.silu import softplus
-from amfm.kernels.tiles import load_operand
+from amfm.kernels.common.silu import softplus
+from amfm.kernels.common.tiles import load_operand
 
 
 @triton.jit

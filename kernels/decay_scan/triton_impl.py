@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amfm.kernels.common.documents import first_tokens
+from amfm.kernels.common.limits import DECAY_LIMITS
+from amfm.kernels.common.scan_launch import differentiated
+from amfm.kernels.common.strides import pack, pack_inner
 from amfm.kernels.decay_scan.launch import DecayLaunch, Gates, find_gradients, walk, walk_back
-from amfm.kernels.documents import first_tokens
-from amfm.kernels.interpreter import dot_dtype
-from amfm.kernels.limits import DECAY_LIMITS
-from amfm.kernels.scan_launch import differentiated
-from amfm.kernels.strides import pack, pack_inner
+from amfm.kernels.runtime.interpreter import dot_dtype
 
 
 def scan_triton(

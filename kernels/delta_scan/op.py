@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amfm.kernels.backend import resolve_backend
+from amfm.kernels.common.shapes import check_float, check_row, check_shape, drop_single_document
 from amfm.kernels.delta_scan.reference import delta_by_steps
 from amfm.kernels.delta_scan.torch_impl import chunked_delta
-from amfm.kernels.shapes import check_float, check_row, check_shape, drop_single_document
+from amfm.kernels.runtime.backend import resolve_backend
 
 # (q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, g_BTHK or None, initial_state_BHKV or None, document_ids_BT or None, chunk_size)
 # -> (o_BTHV in the dtype of v, the last state [B, H, K, V]); beta, g and states are float32, or float64 with v.

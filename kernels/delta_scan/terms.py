@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amfm.kernels.chunks import Chunks, Documents, cut_documents, heads_first, pad_tokens, tokens_first
-from amfm.kernels.powers import LOG2_E
+from amfm.kernels.common.chunks import Chunks, Documents, cut_documents, heads_first, pad_tokens, tokens_first
+from amfm.kernels.common.powers import LOG2_E
 
 
 @dataclass

@@ -14,15 +14,15 @@ import torch
 import triton
 from torch import Tensor
 
+from amfm.kernels.common.documents import first_tokens
+from amfm.kernels.common.limits import DELTA_LIMITS
+from amfm.kernels.common.scan_launch import ScanLaunch, padded
+from amfm.kernels.common.strides import outer_strides, pack, pack_inner
 from amfm.kernels.delta_scan.triton_backward import gradients_kernel, walk_back_kernel
 from amfm.kernels.delta_scan.triton_forward import chunk_state_kernel, prepare_kernel
 from amfm.kernels.delta_scan.vector.triton_impl import delta_vector_triton
-from amfm.kernels.documents import first_tokens
-from amfm.kernels.interpreter import dot_dtype
-from amfm.kernels.limits import DELTA_LIMITS
-from amfm.kernels.scan_launch import ScanLaunch, padded
-from amfm.kernels.strides import outer_strides, pack, pack_inner
-from amfm.kernels.tuning import Config
+from amfm.kernels.runtime.interpreter import dot_dtype
+from amfm.kernels.runtime.tuning import Config
 
 # Candidates of each kernel, the fixed one first; BLOCK_V, BLOCK_K: columns of V and K that a program takes, or takes at a
 # time.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.kernels.powers import LOG2_E
+from amfm.kernels.common.powers import LOG2_E
 
 # Rows times tokens times channels of a tile: with 16 state numbers 2 MiB of float32 decays, and as much of states.
 _TILE = 32768

@@ -13,13 +13,13 @@ import torch
 import triton
 from torch import Tensor
 
+from amfm.kernels.common.documents import first_tokens
+from amfm.kernels.common.limits import DIAG_LIMITS
+from amfm.kernels.common.scan_launch import differentiated
+from amfm.kernels.common.strides import outer_strides, pack, pack_inner
 from amfm.kernels.diag_scan.triton_kernels import diag_backward_kernel, diag_forward_kernel
-from amfm.kernels.documents import first_tokens
-from amfm.kernels.interpreter import dot_dtype
-from amfm.kernels.limits import DIAG_LIMITS
-from amfm.kernels.scan_launch import differentiated
-from amfm.kernels.strides import outer_strides, pack, pack_inner
-from amfm.kernels.tuning import Config, config_for
+from amfm.kernels.runtime.interpreter import dot_dtype
+from amfm.kernels.runtime.tuning import Config, config_for
 
 # Tokens of the largest tile, of which a chunk is a multiple.
 LARGEST_TILE = DIAG_LIMITS.chunk_sizes[0]

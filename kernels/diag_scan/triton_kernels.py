@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amfm.kernels.tiles import load_values
+from amfm.kernels.common.tiles import load_values
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """y = x W^T for every projection of the model, in the dtype in which this machine multiplies fast.
 
 Why not torch's linear alone: on a CPU without bfloat16 instructions its products of bfloat16 are emulated and
-ten times slower than float32 (`amfm.kernels.gemm_precision`). Widening both operands costs a copy and rounds less.
+ten times slower than float32 (`amfm.kernels.common.gemm_precision`). Widening both operands costs a copy and rounds less.
 Weights are named [O, I] as PyTorch stores them.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from amfm.kernels.gemm_precision import gemm_dtype
-from amfm.kernels.split_backward import compute_later, is_split
+from amfm.kernels.common.gemm_precision import gemm_dtype
+from amfm.kernels.common.split_backward import compute_later, is_split
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 
     On processors that only emulate bfloat16 products the operands are widened to float32, in both passes, and the
     results rounded once; elsewhere this is torch's own linear. Where a schedule splits the backward pass, the weight's
-    gradient is computed later (kernels/split_backward.py).
+    gradient is computed later (kernels/common/split_backward.py).
     """
     if is_split(weight_OI):
         product: Tensor = _SplitLinear.apply(x, weight_OI)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amfm.kernels.gemm_precision import gemm_dtype
+from amfm.kernels.common.gemm_precision import gemm_dtype
 from amfm.kernels.linear_cross_entropy.autograd import register_loss, register_statistics, sum_dtype
 
 # Logits of a slice: 8 MiB in float32 stay in the cache of one core complex; fewer than 128 rows starve the product.

@@ -15,10 +15,10 @@ import torch
 import triton
 from torch import Tensor
 
-from amfm.kernels.backend import INTERPRETED
-from amfm.kernels.interpreter import count_programs, dot_dtype
 from amfm.kernels.linear_cross_entropy.autograd import register_loss, register_statistics
 from amfm.kernels.linear_cross_entropy.triton_kernels import gradient_kernel, statistics_kernel, stored_gradient_kernel
+from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.runtime.interpreter import count_programs, dot_dtype
 
 # Tile of a product: rows, vocabulary, model. Fixed, so that results do not depend on a tuning run.
 TILE = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32} if INTERPRETED else {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}

@@ -13,14 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amfm.kernels.backend import resolve_backend
 from amfm.kernels.causal_conv1d.op import WIDTHS, causal_conv1d
+from amfm.kernels.common.shapes import check_documents, check_float, check_shape
 from amfm.kernels.decay_scan.op import mamba2_scan
 from amfm.kernels.linear.op import linear
 from amfm.kernels.mamba2.reference import mix_by_steps
 from amfm.kernels.mamba2.sizes import MixerSizes
 from amfm.kernels.norm.op import gated_rms_norm
-from amfm.kernels.shapes import check_documents, check_float, check_shape
+from amfm.kernels.runtime.backend import resolve_backend
 
 __all__ = ["MixerSizes", "mamba2_mix", "mixer_bytes"]
 
@@ -46,7 +46,7 @@ def mamba2_mix(
     projected [B, T, X], X = 2 I + 2 G N + H in the order z, x, B, C, dt; conv weight [C, W], bias [C] or None; A_log, D and
     the bias of dt [H]; norm weight [I]; out weight [D, I]. Each row begins from zeros, and so does each document:
     `document_starts_BT` [B, T] int32 is the place in the row of the first token of each token's document
-    (`amfm.kernels.documents.first_tokens`), None where rows hold one document.
+    (`amfm.kernels.common.documents.first_tokens`), None where rows hold one document.
 
     keep_states and chunk_size as in `mamba2_scan`, but that without states, as by default, y is made again too. Raises
     ValueError for shapes, dtypes or devices that do not fit.

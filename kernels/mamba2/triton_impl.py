@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.causal_conv1d.triton_impl import convolve_rows, convolve_rows_backward, split_taps
+from amfm.kernels.common.limits import DECAY_LIMITS
+from amfm.kernels.common.partial_sums import sum_first, sum_parts
+from amfm.kernels.common.scan_launch import differentiated
 from amfm.kernels.decay_scan.launch import DecayLaunch, Gates, find_gradients, walk, walk_back
-from amfm.kernels.interpreter import dot_dtype
-from amfm.kernels.limits import DECAY_LIMITS
 from amfm.kernels.linear.op import linear
 from amfm.kernels.mamba2.sizes import MixerSizes
 from amfm.kernels.norm.triton_impl import LARGEST_GROUP, norm_rows, norm_rows_backward
-from amfm.kernels.partial_sums import sum_first, sum_parts
-from amfm.kernels.scan_launch import differentiated
+from amfm.kernels.runtime.interpreter import dot_dtype
 
 
 def mix_triton(

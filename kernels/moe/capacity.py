@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from amfm.kernels.backend import resolve_backend
 from amfm.kernels.moe.grouping import count_experts, group_by_expert
+from amfm.kernels.runtime.backend import resolve_backend
 
 ROUNDS = 4  # of drawing seats; a choice without one after them is lost
 LARGEST = 2**63 - 1

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amfm.kernels.backend import INTERPRETED
+from amfm.kernels.runtime.backend import INTERPRETED
 
 # Pairs of a program at least, and those that it takes at a time.
 SORT_TILE = {"BLOCK": 64, "SUB": 16} if INTERPRETED else {"BLOCK": 512, "SUB": 32}

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.kernels.backend import resolve_backend
+from amfm.kernels.common.shapes import check_float, check_shape
 from amfm.kernels.moe.grouping import Grouping, count_experts, group_by_expert
 from amfm.kernels.moe.reference import expert_feed_forward_reference, grouped_feed_forward_reference, route_reference
 from amfm.kernels.moe.rows.torch_impl import invert, reorder_rows
 from amfm.kernels.moe.torch_impl import expert_feed_forward_torch, grouped_feed_forward_torch, route_torch
-from amfm.kernels.shapes import check_float, check_shape
+from amfm.kernels.runtime.backend import resolve_backend
 
 __all__ = ["Grouping", "Routing", "expert_feed_forward", "group_by_expert", "grouped_feed_forward", "route"]
 

@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from amfm.kernels.interpreter import count_programs, dot_dtype
 from amfm.kernels.moe.triton_kernels import load_tile, source_rows
-from amfm.kernels.tuning import Config
+from amfm.kernels.runtime.interpreter import count_programs, dot_dtype
+from amfm.kernels.runtime.tuning import Config
 
 HOPPER = 9
 ALIGNMENT_BYTES = 16

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.kernels.gemm_precision import gemm_dtype
+from amfm.kernels.common.gemm_precision import gemm_dtype
+from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.moe.torch_grouped import (
     grouped_backward,
     grouped_forward,
@@ -23,7 +24,6 @@ from amfm.kernels.moe.torch_grouped import (
     takes_grouped,
 )
 from amfm.kernels.moe.torch_loop import loop_backward, loop_forward, loop_weight_gradients, sum_by_token
-from amfm.kernels.split_backward import compute_later, is_split
 
 
 def choose_experts(appeal_RE: Tensor, top_k: int, num_groups: int, group_top_k: int) -> Tensor:
@@ -190,7 +190,7 @@ def _leave_weights(
     down_EDF: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x [R, D] and of weights [S]; those of up and down are computed later (kernels/split_backward.py)."""
+    """Gradients of x [R, D] and of weights [S]; those of up and down are computed later (kernels/common/split_backward.py)."""
     given = (dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation)
     places = token_ids_S, offsets_E
     if takes_grouped(x_RD, up_EFD, down_EDF):

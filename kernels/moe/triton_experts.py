@@ -19,8 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
-from amfm.kernels.backend import INTERPRETED
-from amfm.kernels.interpreter import dot_dtype
+from amfm.kernels.common.partial_sums import sum_first
+from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles
 from amfm.kernels.moe.persistent import launch_persistent, takes_descriptors
 from amfm.kernels.moe.triton_kernels import (
@@ -30,9 +30,9 @@ from amfm.kernels.moe.triton_kernels import (
     sum_choices_kernel,
     up_kernel,
 )
-from amfm.kernels.partial_sums import sum_first
-from amfm.kernels.split_backward import compute_later, is_split
-from amfm.kernels.tuning import Config, config_for
+from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.runtime.interpreter import dot_dtype
+from amfm.kernels.runtime.tuning import Config, config_for
 
 # The fixed warps and stages of a product; others are candidates (`_config`).
 OPTIONS = {"num_warps": 8, "num_stages": 3}

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amfm.kernels.backend import INTERPRETED
-from amfm.kernels.interpreter import dot_dtype
+from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.runtime.interpreter import dot_dtype
 
 
 @triton.jit

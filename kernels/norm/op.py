@@ -12,10 +12,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from amfm.kernels.backend import resolve_backend
+from amfm.kernels.common.shapes import check_float, check_shape
 from amfm.kernels.norm.reference import normalize, normalize_gated
 from amfm.kernels.norm.torch_impl import gated_rms_norm_torch, rms_norm_torch
-from amfm.kernels.shapes import check_float, check_shape
+from amfm.kernels.runtime.backend import resolve_backend
 
 
 @overload

@@ -15,10 +15,10 @@ import torch
 import triton
 from torch import Tensor
 
-from amfm.kernels.interpreter import count_programs, dot_dtype
+from amfm.kernels.common.partial_sums import sum_first
+from amfm.kernels.common.strides import pack_inner, stride_unit
 from amfm.kernels.norm.triton_kernels import norm_backward_kernel, norm_forward_kernel
-from amfm.kernels.partial_sums import sum_first
-from amfm.kernels.strides import pack_inner, stride_unit
+from amfm.kernels.runtime.interpreter import count_programs, dot_dtype
 
 # A program holds whole rows of a group on chip.
 LARGEST_GROUP = 32768

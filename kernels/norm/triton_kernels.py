@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amfm.kernels.silu import sigmoid, silu, silu_backward
+from amfm.kernels.common.silu import sigmoid, silu, silu_backward
 
 
 @triton.jit

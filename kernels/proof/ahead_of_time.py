@@ -18,8 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from amfm.kernels.backend import INTERPRETED
 from amfm.kernels.proof.transposed_products import find_transposed_products
+from amfm.kernels.runtime.backend import INTERPRETED
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Registers a thread that one program may take before ptxas spills: 65536 shared by its threads, at most 255.

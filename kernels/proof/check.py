@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
-from amfm.kernels.backend import INTERPRETED
-from amfm.kernels.launch_failure import describe_launch_failure
 from amfm.kernels.proof.emulation import emulate_rounding
 from amfm.kernels.proof.trials.trial import Call, Sized, Trial, evaluate
 from amfm.kernels.proof.verdict import TensorVerdict, judge, narrowest
+from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.runtime.launch_failure import describe_launch_failure
 
 # What a kernel that cannot run raises; Triton's own errors are no RuntimeErrors.
 REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, TritonError)

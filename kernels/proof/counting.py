@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
-from amfm.kernels.backend import INTERPRETED
-from amfm.kernels.interpreter import memories_of, replace_methods
+from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.runtime.interpreter import memories_of, replace_methods
 
 
 @dataclass

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import triton.language as tl
 from triton.runtime import interpreter
 
-from amfm.kernels.backend import INTERPRETED
-from amfm.kernels.interpreter import EMULATIONS
+from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.runtime.interpreter import EMULATIONS
 
 _TF32_BITS = np.uint32(0xFFFFE000)
 

@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 from triton.runtime import interpreter
 
-from amfm.kernels.backend import INTERPRETED
-from amfm.kernels.interpreter import memories_of, replace_methods
+from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.runtime.interpreter import memories_of, replace_methods
 
 _NOBODY, _SEVERAL = -1, -2
 

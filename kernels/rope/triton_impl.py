@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amfm.kernels.backend import INTERPRETED
-from amfm.kernels.interpreter import count_programs, dot_dtype
+from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.runtime.interpreter import count_programs, dot_dtype
 
 # Heads of a program at most, and values of its tile: more of wide heads would spill in backward, which holds four such tiles.
 BLOCK_HEADS = 16 if INTERPRETED else 32

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from amfm.kernels.backend import resolve_backend
-from amfm.kernels.shapes import check_float
+from amfm.kernels.common.shapes import check_float
+from amfm.kernels.runtime.backend import resolve_backend
 from amfm.kernels.swiglu.reference import squared_relu_reference, swiglu_reference
 from amfm.kernels.swiglu.torch_impl import squared_relu_torch, swiglu_torch
 

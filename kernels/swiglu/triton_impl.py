@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amfm.kernels.backend import INTERPRETED
-from amfm.kernels.interpreter import dot_dtype
-from amfm.kernels.silu import sigmoid, silu, silu_backward
+from amfm.kernels.common.silu import sigmoid, silu, silu_backward
+from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.runtime.interpreter import dot_dtype
 
 BLOCK_ROWS, BLOCK_COLUMNS = (16, 64) if INTERPRETED else (4, 1024)
 

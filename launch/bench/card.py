@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amfm.kernels.user_cache import write_whole
+from amfm.kernels.runtime.user_cache import write_whole
 from amfm.launch.rank_command import isolated_python, rank_command
 
 # The second configuration has no data of its own here, so it reads the first one's tokens: its vocabulary is cut to theirs.

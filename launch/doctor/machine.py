@@ -131,7 +131,7 @@ def examine_devices() -> list[Finding]:
         return []
     import torch
 
-    from amfm.kernels.backend import refuse_triton
+    from amfm.kernels.runtime.backend import refuse_triton
 
     if not torch.cuda.is_available():
         threads = (

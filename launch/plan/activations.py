@@ -147,7 +147,7 @@ def weight_gradient_bytes(config: ModelConfig, letter: str, storage: Storage, sp
     """Bytes a token of what a block's weight gradients are made of, where a schedule puts them off.
 
     Of each projection and of routed experts what they read, and the gradient of what they gave; all else of the pass is
-    over (kernels/split_backward.py). Projections of one stream share what they read, all tokens of it.
+    over (kernels/common/split_backward.py). Projections of one stream share what they read, all tokens of it.
     """
     e, hidden = storage.element_bytes, config.hidden_size
     found = 2.0 * hidden * e

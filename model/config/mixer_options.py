@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from amfm.kernels.limits import (
+from amfm.kernels.common.limits import (
     DECAY_LIMITS,
     DELTA_LIMITS,
     DIAG_LIMITS,

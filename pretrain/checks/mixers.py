@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from amfm.kernels.limits import DECAY_LIMITS, ScanLimits
+from amfm.kernels.common.limits import DECAY_LIMITS, ScanLimits
 from amfm.model.config.mixer_options import MixerOptions
 from amfm.model.config.mixer_registry import MixerSpec, mixer_specs
 from amfm.model.config.pattern import mixer_name
@@ -66,7 +66,7 @@ def check_kernels(config: RunConfig, backend: str) -> None:
 def kernel_problems(config: RunConfig, backend: str) -> Iterator[Problem]:
     """Check that the Triton kernels take the chunks and states of all scans; nothing for other backends.
 
-    A kernel keeps a head's state and a chunk's products on chip, so both have bounds (`kernels/limits.py`).
+    A kernel keeps a head's state and a chunk's products on chip, so both have bounds (`kernels/common/limits.py`).
     """
     if backend != "triton":
         return

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from amfm.kernels.limits import DECAY_LIMITS
+from amfm.kernels.common.limits import DECAY_LIMITS
 from amfm.model.config.mixer_options import HeadOptions
 from amfm.model.config.mixer_registry import MixerSpec
 from amfm.model.mixers.base import LinearMixer, Part

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from amfm.kernels.backend import INTERPRETED
+from amfm.kernels.runtime.backend import INTERPRETED
 
 FOLDER = Path(__file__).parent / "interpreter"
 ROOT = Path(__file__).parents[2]

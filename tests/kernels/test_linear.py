@@ -7,8 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from amfm.kernels.common.split_backward import Later, compute_now, split_backward
 from amfm.kernels.linear.op import _Float32Linear, linear, linear_float32, split_in_halves
-from amfm.kernels.split_backward import Later, compute_now, split_backward
 
 # float32: sums of 63 products; bfloat16: one rounding of inputs' products, 8 bits of mantissa.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}

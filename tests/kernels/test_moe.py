@@ -5,12 +5,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from amfm.kernels.common.split_backward import compute_now, split_backward
 from amfm.kernels.moe import torch_impl
 from amfm.kernels.moe.grouping import sort_stably
 from amfm.kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
 from amfm.kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
 from amfm.kernels.moe.rows.op import choose_ranks
-from amfm.kernels.split_backward import compute_now, split_backward
 from tests.helpers.numbers import relative_rms
 from tests.helpers.registration import assert_registered
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from amfm.kernels.backend import INTERPRETED
+from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.model.packing import PackMeta
 from tests.model.small_models import ATTENTION, MAMBA, MOE, loss_of, packed_batch, small_config, small_model
 

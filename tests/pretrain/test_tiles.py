@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amfm.kernels import tuning
-from amfm.kernels.tuning import Environment, Table, choose_table
+from amfm.kernels.runtime import tuning
+from amfm.kernels.runtime.tuning import Environment, Table, choose_table
 from tests.helpers.spawn import run_ranks
 
 HOPPER = Environment("NVIDIA H100 80GB HBM3", "3.9.0", "13.4.59")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from amfm.kernels.limits import DECAY_LIMITS
+from amfm.kernels.common.limits import DECAY_LIMITS
 from amfm.model.config.mixer_options import HeadOptions
 from amfm.model.config.mixer_registry import MixerSpec
 

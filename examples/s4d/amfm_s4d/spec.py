@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from amfm.kernels.limits import DECAY_LIMITS
+from amfm.kernels.common.limits import DECAY_LIMITS
 from amfm.model.config.mixer_options import HeadOptions
 from amfm.model.config.mixer_registry import MixerSpec
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from amfm.kernels.limits import DIAG_LIMITS, ScanLimits
+from amfm.kernels.common.limits import DIAG_LIMITS, ScanLimits
 from amfm.model.config.mixer_options import MixerOptions
 from amfm.model.config.mixer_registry import MixerSpec
 

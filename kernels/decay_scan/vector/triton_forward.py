@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amfm.kernels.tiles import load_operand
+from amfm.kernels.common.tiles import load_operand
 
 
 @triton.jit

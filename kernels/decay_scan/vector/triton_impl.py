@@ -2,7 +2,7 @@
 
 How: forward prepares and walks; backward prepares again instead of keeping q_start, k_end and the scores (2 K +
 Q numbers a token and head), walks for states unless forward kept them, walks back, and finishes tile by tile.
-Sizes and walks over segments are those of all scans: `amfm.kernels.scan_launch`.
+Sizes and walks over segments are those of all scans: `amfm.kernels.common.scan_launch`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 import triton
 from torch import Tensor
 
+from amfm.kernels.common.documents import first_tokens
+from amfm.kernels.common.limits import VECTOR_GATE_LIMITS
+from amfm.kernels.common.scan_launch import ScanLaunch, cut_segments, differentiated
+from amfm.kernels.common.strides import outer_strides, pack, pack_inner
 from amfm.kernels.decay_scan.vector.triton_backward import (
     score_gradients_kernel,
     vector_gradients_kernel,
     vector_walk_back_kernel,
 )
 from amfm.kernels.decay_scan.vector.triton_forward import prepare_kernel, vector_walk_kernel
-from amfm.kernels.documents import first_tokens
-from amfm.kernels.interpreter import dot_dtype
-from amfm.kernels.limits import VECTOR_GATE_LIMITS
-from amfm.kernels.scan_launch import ScanLaunch, cut_segments, differentiated
-from amfm.kernels.strides import outer_strides, pack, pack_inner
-from amfm.kernels.tuning import Config
+from amfm.kernels.runtime.interpreter import dot_dtype
+from amfm.kernels.runtime.tuning import Config
 
 # Candidates of each kernel, the fixed one first. PART: key channels that a program takes, or takes at a time.
 PREPARE = tuple({"PART": part, "num_warps": warps, "num_stages": 1} for part, warps in ((32, 4), (32, 8), (64, 8)))

@@ -14,9 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from amfm.kernels.common.tiles import load_operand
 from amfm.kernels.decay_scan.vector.triton_backward import sum_later
 from amfm.kernels.decay_scan.vector.triton_forward import join_halves, last_row, load_decay, load_gates, power_inside
-from amfm.kernels.tiles import load_operand
 
 
 @triton.jit

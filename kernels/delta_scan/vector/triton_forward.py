@@ -15,9 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from amfm.kernels.common.tiles import load_operand
 from amfm.kernels.decay_scan.vector.triton_forward import join_halves, last_row, load_decay, load_gates, power_inside
 from amfm.kernels.delta_scan.triton_forward import invert_unit_lower
-from amfm.kernels.tiles import load_operand
 
 
 @triton.jit

@@ -12,18 +12,18 @@ import torch
 import triton
 from torch import Tensor
 
+from amfm.kernels.common.documents import first_tokens
+from amfm.kernels.common.limits import VECTOR_DELTA_LIMITS
+from amfm.kernels.common.scan_launch import ScanLaunch
+from amfm.kernels.common.strides import outer_strides, pack, pack_inner
 from amfm.kernels.delta_scan.vector.triton_backward import (
     vector_gradients_kernel,
     vector_pairs_kernel,
     vector_walk_back_kernel,
 )
 from amfm.kernels.delta_scan.vector.triton_forward import vector_prepare_kernel, vector_walk_kernel
-from amfm.kernels.documents import first_tokens
-from amfm.kernels.interpreter import dot_dtype
-from amfm.kernels.limits import VECTOR_DELTA_LIMITS
-from amfm.kernels.scan_launch import ScanLaunch
-from amfm.kernels.strides import outer_strides, pack, pack_inner
-from amfm.kernels.tuning import Config
+from amfm.kernels.runtime.interpreter import dot_dtype
+from amfm.kernels.runtime.tuning import Config
 
 # Candidates of each kernel, the fixed one first. PART: key channels that a program takes, or takes at a time.
 PREPARE = tuple({"PART": part, "num_warps": warps, "num_stages": 1} for part, warps in ((32, 8), (32, 4), (64, 8)))

@@ -79,7 +79,7 @@ def launches() -> Iterator[KernelLaunch]:
     types |= {"ids": "*i32"} | dict.fromkeys(("T", "C"), "i32:16")
     types |= dict.fromkeys(("stride_b", "stride_t", "stride_dx"), "i32")
     types |= dict.fromkeys(("blocks_per_strip", "strips"), "i32")
-    # Strides of a projection with 24 heads are multiples of 8 and not of 16 (`amfm.kernels.strides`).
+    # Strides of a projection with 24 heads are multiples of 8 and not of 16 (`amfm.kernels.common.strides`).
     flags = {"W": WIDTH, "BIAS": True, "DOCUMENTS": True, "UNIT": 8}
     for name, kernel, config in (
         ("forward", convolution_forward_kernel, convolution.FORWARD[0]),

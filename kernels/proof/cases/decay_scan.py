@@ -161,7 +161,7 @@ def launches() -> Iterator[KernelLaunch]:
     """
     import triton.language as tl
 
-    from amfm.kernels import segment_states
+    from amfm.kernels.common import segment_states
     from amfm.kernels.decay_scan import launch as scan
     from amfm.kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
     from amfm.kernels.decay_scan.triton_forward import chunk_state_kernel

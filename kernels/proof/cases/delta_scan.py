@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from amfm.kernels.common.limits import DELTA_LIMITS, VECTOR_DELTA_LIMITS
 from amfm.kernels.delta_scan.op import delta_bytes, delta_flops, delta_scan
-from amfm.kernels.limits import DELTA_LIMITS, VECTOR_DELTA_LIMITS
 from amfm.kernels.proof.cases.case import (
     CardSizes,
     Compute,
@@ -28,7 +28,7 @@ from amfm.kernels.proof.cases.case import (
     find_package,
     kernel_launch,
 )
-from amfm.kernels.tuning import Config
+from amfm.kernels.runtime.tuning import Config
 
 CHUNK_SIZE, STATE_SIZE = 64, 128
 

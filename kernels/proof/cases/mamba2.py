@@ -109,10 +109,10 @@ def launches() -> Iterator[KernelLaunch]:
     """What the parts do not compile: walks and gradients of the scan with raw gates, and sums of parts."""
     import triton.language as tl
 
+    from amfm.kernels.common.partial_sums import sum_parts_kernel
     from amfm.kernels.decay_scan import launch as scan
     from amfm.kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
     from amfm.kernels.decay_scan.triton_forward import chunk_state_kernel
-    from amfm.kernels.partial_sums import sum_parts_kernel
 
     halves = (
         "q", "k", "v", "y", "d_y", "d_v", "d_q", "d_k", "entering", "leaving", "g", "d_g", "A_log", "bias", "skip",

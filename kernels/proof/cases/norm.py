@@ -120,7 +120,7 @@ def launches() -> Iterator[KernelLaunch]:
     types = dict.fromkeys(names, "*bf16") | {"reciprocal": "*fp32", "partial": "*fp32", "epsilon": "fp32"}
     types |= dict.fromkeys(("rows", "size", "stride_x"), "i32:16")
     types |= dict.fromkeys(("stride_other", "stride_z", "stride_dz"), "i32")
-    # Strides of a projection are multiples of its heads at worst: 8 and not 16 with 24 of them (`amfm.kernels.strides`).
+    # Strides of a projection are multiples of its heads at worst: 8 and not 16 with 24 of them (`amfm.kernels.common.strides`).
     for label, block, gated, unit in (
         ("norm with residual, up to 4096 wide", 4096, False, 16),
         ("norm with residual, up to 8192 wide", 8192, False, 16),

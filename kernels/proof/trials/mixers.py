@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from amfm.kernels.documents import first_tokens
+from amfm.kernels.common.documents import first_tokens
 from amfm.kernels.mamba2.op import MixerSizes, mamba2_mix
 from amfm.kernels.proof.cases.case import EPSILON, Inputs
 from amfm.kernels.proof.trials.trial import Sized, Trial, documents

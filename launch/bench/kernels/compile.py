@@ -43,9 +43,9 @@ def compile_kernels(architectures: Sequence[int] = ARCHITECTURES, *, report: Cal
     program, `wgmma`, `multiplies` (has products, so that wgmma is wanted on sm_90). Raises RuntimeError in Triton's
     interpreter.
     """
-    from amfm.kernels.backend import triton_version
     from amfm.kernels.proof.ahead_of_time import compile_ahead
     from amfm.kernels.proof.cases.operations import all_launches
+    from amfm.kernels.runtime.backend import triton_version
 
     cases = [*all_launches()]
     rows = []

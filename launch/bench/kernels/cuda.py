@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from amfm.kernels.acceptance.process import Finished, run_child
-from amfm.kernels.first_use import DEFAULT_CASES
 from amfm.kernels.proof.cases.operations import ON_CARD, OPERATIONS, check_names
+from amfm.kernels.runtime.first_use import DEFAULT_CASES
 from amfm.launch.bench.hardware import describe_hardware
 
 # One operation's process: the slowest kernels compile for a minute, and tuning compiles each several times.

@@ -12,7 +12,7 @@ import pytest
 from amfm.kernels.acceptance.__main__ import main
 from amfm.kernels.acceptance.process import run_child
 from amfm.kernels.acceptance.report import Report
-from amfm.kernels.backend import INTERPRETED
+from amfm.kernels.runtime.backend import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the command starts interpreters of its own")
 

@@ -17,8 +17,8 @@ import torch
 from triton import language
 from triton.runtime import interpreter
 
-from amfm.kernels.backend import INTERPRETED
-from amfm.kernels.interpreter import replace_methods
+from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.runtime.interpreter import replace_methods
 from tests.helpers.made_on import MadeOn
 
 ON_CARD = not INTERPRETED and torch.cuda.is_available()

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from amfm.kernels import tuning
 from amfm.kernels.delta_scan import triton_impl
 from amfm.kernels.delta_scan.op import delta_scan
 from amfm.kernels.delta_scan.vector import triton_impl as vector_triton
-from amfm.kernels.tuning import Environment, Table, tune
+from amfm.kernels.runtime import tuning
+from amfm.kernels.runtime.tuning import Environment, Table, tune
 from tests.helpers.deltas import DeltaCase, call_delta, make_delta_inputs, run_delta
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered

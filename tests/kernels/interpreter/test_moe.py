@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from amfm.kernels.backend import triton_version
 from amfm.kernels.moe import counting_sort, triton_experts, triton_router
 from amfm.kernels.moe.capacity import drop_overflow, recycle_overflow
 from amfm.kernels.moe.counting_sort import sort_pairs
@@ -20,6 +19,7 @@ from amfm.kernels.moe.rows.op import (
     sort_rows,
 )
 from amfm.kernels.proof.counting import count_launches
+from amfm.kernels.runtime.backend import triton_version
 from tests.helpers.interpreted_products import multiply_term_by_term
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.helpers.registration import assert_registered

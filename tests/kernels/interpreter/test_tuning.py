@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amfm.kernels import tuning
-from amfm.kernels.tuning import Environment, Table, config_for, tune
+from amfm.kernels.runtime import tuning
+from amfm.kernels.runtime.tuning import Environment, Table, config_for, tune
 
 HOPPER = Environment("NVIDIA H100 80GB HBM3", "3.9.0", "13.4.59")
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import pytest
 import triton
 import triton.language as tl
 
-from amfm.kernels.backend import INTERPRETED
 from amfm.kernels.proof.ahead_of_time import compile_ahead
+from amfm.kernels.runtime.backend import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from amfm.kernels.backend import REQUIREMENTS, refuse_triton, triton_version
+from amfm.kernels.runtime.backend import REQUIREMENTS, refuse_triton, triton_version
 
 
 def find_obstacle(device: str) -> str | None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amfm.kernels.backend import INTERPRETED
+from amfm.kernels.runtime.backend import INTERPRETED
 
 LARGEST_TILE = {"BLOCK_P": 16, "BLOCK_C": 64} if INTERPRETED else {"BLOCK_P": 32, "BLOCK_C": 128}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from amfm.kernels.backend import INTERPRETED
-from amfm.kernels.first_use import digest_source, look_up
+from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.runtime.first_use import digest_source, look_up
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the check starts an interpreter of its own")
 

@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from amfm.kernels.backend import INTERPRETED
+from amfm.kernels.runtime.backend import INTERPRETED
 
 # Not empty inside `amfm.kernels.proof.emulation.emulate_rounding`, where the interpreter multiplies bfloat16.
 EMULATIONS: list[None] = []

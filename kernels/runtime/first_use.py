@@ -27,10 +27,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from amfm.kernels.user_cache import user_folder, write_whole
+from amfm.kernels.runtime.user_cache import user_folder, write_whole
 
 _LOG = logging.getLogger(__name__)
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parents[1]  # of all kernels
 # Compiling the slowest operation's kernels takes a minute.
 _SECONDS = 900
 DEFAULT_CASES = "amfm.kernels.proof.trials.operations"

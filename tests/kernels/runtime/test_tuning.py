@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from triton.backends.nvidia.compiler import get_ptxas
 
-from amfm.kernels.tuning import Environment, Table, find_assembler_release
-from amfm.kernels.user_cache import user_folder
+from amfm.kernels.runtime.tuning import Environment, Table, find_assembler_release
+from amfm.kernels.runtime.user_cache import user_folder
 
 ENVIRONMENT = Environment("A card", "3.9.0", "13.0.1")
 

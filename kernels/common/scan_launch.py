@@ -15,9 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-from amfm.kernels.interpreter import count_programs, dot_dtype
-from amfm.kernels.segment_states import pass_states
-from amfm.kernels.tuning import Config, config_for
+from amfm.kernels.common.segment_states import pass_states
+from amfm.kernels.runtime.interpreter import count_programs, dot_dtype
+from amfm.kernels.runtime.tuning import Config, config_for
 
 
 def differentiated(*tensors: Tensor | None) -> bool:

@@ -17,7 +17,7 @@ import re
 
 import torch
 
-from amfm.kernels.first_use import can_be_checked, find_faults
+from amfm.kernels.runtime.first_use import can_be_checked, find_faults
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -74,7 +74,7 @@ def resolve_backend(requested: str, device: torch.device, operation: str | None 
     """Turn the backend that was asked for into the one that runs on `device`: "triton", "torch" or "reference".
 
     "auto" is "triton" on CUDA and "torch" elsewhere, logged once with its reason. operation: the name in `amfm.kernels.proof` of
-    the operation that asks; its kernels are checked at their first use on a card (`amfm.kernels.first_use`).
+    the operation that asks; its kernels are checked at their first use on a card (`amfm.kernels.runtime.first_use`).
 
     Raises ValueError for an unknown name, when Triton was asked for and cannot run here (no CUDA device and no
     interpreter, Triton not installed, or a Triton version known to miscompile for this card), and for an operation whose

@@ -24,12 +24,12 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from amfm.kernels.backend import INTERPRETED, triton_version
-from amfm.kernels.user_cache import user_folder, write_whole
+from amfm.kernels.runtime.backend import INTERPRETED, triton_version
+from amfm.kernels.runtime.user_cache import user_folder, write_whole
 
 Config = Mapping[str, int]
 # Tables that come with the package, and where this user's own are kept; an own entry goes first.
-PACKAGE_FOLDER = Path(__file__).parent / "tuned"
+PACKAGE_FOLDER = Path(__file__).parents[1] / "tuned"
 # How much worse than the first candidate's a candidate's error may be: another order of additions, not other numbers.
 _WORSE = 1.5
 

@@ -10,8 +10,14 @@ import sys
 import pytest
 import torch
 
-from amfm.kernels.backend import INTERPRETED, find_miscompile, judge_miscompile, resolve_backend, resolve_for_run
-from amfm.kernels.launch_failure import describe_launch_failure
+from amfm.kernels.runtime.backend import (
+    INTERPRETED,
+    find_miscompile,
+    judge_miscompile,
+    resolve_backend,
+    resolve_for_run,
+)
+from amfm.kernels.runtime.launch_failure import describe_launch_failure
 
 CPU = torch.device("cpu")
 
@@ -22,7 +28,7 @@ def test_a_name_means_itself(name: str) -> None:
 
 
 def test_auto_means_torch_on_cpu_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="amfm.kernels.backend"):
+    with caplog.at_level(logging.INFO, logger="amfm.kernels.runtime.backend"):
         assert resolve_backend("auto", CPU) == "torch"
         assert resolve_backend("auto", CPU) == "torch"
     assert sum("auto -> torch" in message for message in caplog.messages) <= 1
@@ -64,7 +70,7 @@ def test_a_refusal_names_what_pip_can_install_and_can_be_overruled(caplog: pytes
     refusal = judge_miscompile("columns are zero", (3, 8, 0), allowed=False)
     assert refusal is not None and "Triton 3.8.0" in refusal and "pip install 'torch>=2.15'" in refusal
     assert "2.13" not in refusal  # its Triton is refused on Blackwell
-    with caplog.at_level(logging.WARNING, logger="amfm.kernels.backend"):
+    with caplog.at_level(logging.WARNING, logger="amfm.kernels.runtime.backend"):
         assert judge_miscompile("columns are zero", (3, 8, 0), allowed=True) is None
     assert "AMFM_ALLOW_TRITON=1, though columns are zero" in caplog.text
 
@@ -73,7 +79,9 @@ def test_a_refusal_names_what_pip_can_install_and_can_be_overruled(caplog: pytes
 def test_multiply_adds_fuse_without_a_warning_unless_the_environment_forbids(said: str | None, fuses: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_DEFAULT_FP_FUSION"}
     environment |= {} if said is None else {"TRITON_DEFAULT_FP_FUSION": said}
-    code = "import amfm.kernels.backend; from triton import knobs; print(knobs.language.fp_fusion_enabled(None))"
+    code = (
+        "import amfm.kernels.runtime.backend; from triton import knobs; print(knobs.language.fp_fusion_enabled(None))"
+    )
     command = [sys.executable, "-W", "error::UserWarning", "-c", code]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (child.stdout.strip(), child.stderr) == (fuses, "")
