@@ -21,8 +21,8 @@ from typing import Any
 
 import yaml
 
+from amfm.model.huggingface.refusals import ClientName
 from amfm.pretrain.export.clients.check import CLIENTS, ClientReport, check_export
-from amfm.pretrain.export.readers import ClientName
 from amfm.pretrain.tasks.suite import flatten_results
 
 EXPERTS = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 64, "shared_expert_hidden_size": 64}

@@ -27,7 +27,7 @@ from amfm.launch.rank_command import rank_command
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters
-from amfm.model.huggingface.weights import weight_shapes
+from amfm.model.huggingface.shapes import weight_shapes
 from amfm.model.on_demand import OnDemand, Shape, Source
 from amfm.pretrain.inference.weights import Weights, write_weights
 

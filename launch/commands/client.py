@@ -10,8 +10,8 @@ from amfm.data_pipeline.progress import Waiting
 from amfm.launch.console import print_json, print_pairs
 
 if TYPE_CHECKING:
+    from amfm.model.huggingface.refusals import ClientName
     from amfm.pretrain.export.clients.check import ClientReport
-    from amfm.pretrain.export.readers import ClientName
 
 
 def check_installed(client: ClientName, python: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,12 +20,11 @@ from amfm.launch.commands.client import (
     show_check,
 )
 from amfm.launch.console import print_json, print_pairs
-
-if TYPE_CHECKING:
-    from amfm.pretrain.export.readers import ClientName
+from amfm.model.huggingface.hf_class import Target
+from amfm.model.huggingface.refusals import ClientName
 
 CheckOption = Annotated[
-    Literal["llama.cpp", "mlx-lm", "vllm", "lm-eval", "peft"] | None,
+    ClientName | None,
     typer.Option(metavar="PROGRAM", help="llama.cpp, mlx-lm, vllm, lm-eval or peft: run it on the export and compare."),
 ]
 ClientPythonOption = Annotated[
@@ -56,10 +55,7 @@ def export(
     *,
     file_format: FormatOption = "huggingface",
     target: Annotated[
-        Literal[
-            "nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "kimi_linear", "deepseek_v3", "own", "auto"
-        ]
-        | None,
+        Literal[Target, "auto"] | None,
         typer.Option(help="The transformers class; default: export.target of the run."),
     ] = None,
     verify: Annotated[

@@ -7,14 +7,12 @@ feed-forward; Qwen3 norms each query and key head. Their halves of a head are pa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from amfm.model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig
 from amfm.model.huggingface.entries import WeightEntry, WeightMap
 from amfm.model.huggingface.fields import require_fields, rope_from_parameters
 from amfm.model.huggingface.qwen3_next_weights import GatedEntry
-
-DenseClass = Literal["llama", "qwen3"]
 
 
 def model_config_from_dense(fields: Mapping[str, Any]) -> ModelConfig:

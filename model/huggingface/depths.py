@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from amfm.model.config.mup import without_mup
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import WeightEntry
-from amfm.model.huggingface.fields import LAYER_NAMES, letters_of
+from amfm.model.huggingface.hf_class import HfTarget
 
 QWEN3_NEXT_DEPTH = ("*", "E")
 MOST_DEPTHS = 64
@@ -32,48 +33,30 @@ class DepthEntries:
     zeros: dict[str, tuple[int, ...]]
 
 
-def explain_left_out(config: ModelConfig, target: str, unfit_main: Callable[[ModelConfig], list[str]]) -> str | None:
-    """Say why an export of this target leaves the depths out; None where it writes them, or there are none.
-
-    `unfit_main`: lists what a model without depths has that the class cannot hold.
-    """
+def explain_left_out(config: ModelConfig, target: HfTarget) -> str | None:
+    """Say why an export of this class leaves the depths out; None where it writes them, or there are none."""
     pattern = config.parsed_pattern
     if not pattern.num_depths:
         return None
     shown = f"the prediction depths /{''.join(pattern.depth_letters)} are left out"
-    if target not in ("nemotron_h", "qwen3_next"):
-        return f"{shown}: {target} has no place for them"
+    if target.unfit_depths is None:
+        return f"{shown}: {target.name} has no place for them"
     alone = config.without_depths().model_copy(update={"pattern": "".join(pattern.depth_letters)})
-    reasons = unfit_main(alone)
-    if reasons:
-        return f"{shown}: {reasons[0]}"
-    if target == "qwen3_next" and (pattern.depth_letters != QWEN3_NEXT_DEPTH or config.num_depth_modules > 1):
-        return f"{shown}: qwen3_next has one module of attention and experts; use /*E, or model.mtp.shared"
-    return None
+    reasons = target.unfit(without_mup(alone)) or target.unfit_depths(config)
+    return f"{shown}: {reasons[0]}" if reasons else None
 
 
-def depth_fields(config: ModelConfig, target: str) -> dict[str, Any]:
-    """Fields of config.json that say how many depths there are, and of a nemotron_h which blocks each has."""
-    if not config.num_depths:
-        return {}
-    fields: dict[str, Any] = {"num_nextn_predict_layers": config.num_depth_modules}
-    letters = config.parsed_pattern.depth_letters
-    if target == "nemotron_h":
-        fields["mtp_layers_block_type"] = [LAYER_NAMES[letter] for letter in letters]
-        fields["mtp_hybrid_override_pattern"] = "".join(letters)
-    return fields
+def depth_fields(config: ModelConfig) -> dict[str, Any]:
+    """Fields of config.json that say how many depths there are."""
+    return {"num_nextn_predict_layers": config.num_depth_modules} if config.num_depths else {}
 
 
-def depth_pattern(fields: Mapping[str, Any], target: str) -> str:
-    """The part of a pattern behind the main blocks that config.json names, with its `/`; "" for no depths."""
-    number = fields.get("num_nextn_predict_layers") or 0
+def count_depths(fields: Mapping[str, Any]) -> int:
+    """How many depths config.json names. Raises ValueError for a number beyond reason."""
+    number: int = fields.get("num_nextn_predict_layers") or 0
     if not 0 <= number <= MOST_DEPTHS:
         raise ValueError(f"config.json: num_nextn_predict_layers={number} must be from 0 to {MOST_DEPTHS}")
-    letters = list(QWEN3_NEXT_DEPTH)
-    if target == "nemotron_h" and number:
-        names = fields.get("mtp_layers_block_type")
-        letters = letters_of(list(names)) if names else list(fields["mtp_hybrid_override_pattern"])
-    return f"/{''.join(letters)}" * number
+    return number
 
 
 def nemotron_h_depths(config: ModelConfig, block_map: BlockMap) -> DepthEntries:

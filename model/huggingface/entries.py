@@ -18,6 +18,11 @@ from torch import Tensor
 from amfm.model.on_demand import OnDemand, Shape, Source, cut_rows, on_demand
 
 Form = Literal["same", "conv", "experts", "copy"]
+# Mamba2 tensors are named alike in the native classes that have it, but for the convolution.
+CONV_FORMS: dict[str, tuple[str, Form]] = {
+    "conv.weight": ("conv1d.weight", "conv"),
+    "conv.bias": ("conv1d.bias", "same"),
+}
 Rows = tuple[int, int] | None  # start and stop in the first dimension; None: all
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from amfm.model.config.pattern import mixer_name
 from amfm.model.config.rope import Llama3Stretch
 from amfm.model.config.schema import AttentionConfig, ModelConfig, MoeConfig, RopeConfig
 
@@ -137,3 +138,28 @@ def letters_of(names: list[str]) -> list[str]:
     if unknown:
         raise ValueError(f"config.json: layer kinds {unknown} cannot be imported; known are {sorted(LETTERS_OF_NAMES)}")
     return [LETTERS_OF_NAMES[name] for name in names]
+
+
+def registered_mixers(config: ModelConfig) -> dict[str, str]:
+    """Find the names of the registered mixers that a model uses, wrapped ones too, by their symbol in the pattern."""
+    found: dict[str, str] = {}
+    for symbol in dict.fromkeys(config.built_letters):
+        name = mixer_name(symbol)
+        if name is None:
+            continue
+        found[symbol] = name
+        inside = getattr(config.mixers, name).wraps()
+        if inside is not None:
+            found[f"{symbol} over {inside}"] = inside
+    return found
+
+
+def unfit_mixers(config: ModelConfig, target: str) -> list[str]:
+    """List registered mixers, which a class of Mamba2 and attention has not."""
+    symbols = " ".join(symbol for symbol in config.parsed_pattern.counts() if mixer_name(symbol) is not None)
+    return [f"model.pattern has {symbols}: {target} has no such block; use target own"] if symbols else []
+
+
+def qk_norm_reason(target: str) -> str:
+    """Say that a class has no norm on queries and keys."""
+    return f"model.attention.qk_norm=true: {target} has no norm on queries and keys; use false, or target own"

@@ -1,6 +1,6 @@
-"""What config.json of transformers' `granitemoehybrid` says of a model, and the model that it describes.
+"""The transformers class `granitemoehybrid` (pairs of Mamba2 or attention and a feed-forward): which models fit it, and how.
 
-Read from transformers 5.24 (`configuration_granitemoehybrid.py`). Its multipliers are ours: `attention_multiplier` is the
+Read from transformers 5.24 (`configuration_granitemoehybrid.py`, `modeling_granitemoehybrid.py`). Its multipliers are ours: `attention_multiplier` is the
 scale of the softmax, and `logits_scaling` divides where ours multiplies.
 """
 
@@ -18,14 +18,116 @@ from amfm.model.config.schema import (
     MultipliersConfig,
     RopeConfig,
 )
+from amfm.model.huggingface.entries import CONV_FORMS, WeightEntry, WeightMap
 from amfm.model.huggingface.fields import (
     LAYER_NAMES,
     flat_rope_fields,
     letters_of,
+    qk_norm_reason,
     require_fields,
     rope_from_parameters,
     rope_parameters,
+    unfit_expert_sizes,
+    unfit_gates,
+    unfit_mixers,
 )
+from amfm.model.huggingface.hf_class import HfTarget
+from amfm.model.huggingface.refusals import Refusal, misses_sentencepiece
+from amfm.model.huggingface.shapes import block_shapes
+
+
+def unfit_for_granite(config: ModelConfig) -> list[str]:
+    """List every choice that the class cannot hold, as value, rule and remedy."""
+    letters = config.letters
+    reasons = unfit_mixers(config, "granitemoehybrid") or _unfit_pairs(letters)
+    reasons += unfit_gates(config, "granitemoehybrid")
+    if "E" in letters:
+        reasons += _unfit_granite_experts(config)
+    if "-" in letters and config.feed_forward is not None and config.feed_forward.activation != "swiglu":
+        reasons.append(
+            f"model.feed_forward.activation={config.feed_forward.activation}: the feed-forward of granitemoehybrid is "
+            "gated; use swiglu, or target nemotron_h or own"
+        )
+    if "*" in letters:
+        reasons += _unfit_granite_attention(config)
+    if "M" in letters and config.mamba is not None and config.mamba.inner_size() % config.hidden_size:
+        reasons.append(
+            f"model.mamba.num_heads={config.mamba.num_heads} x head_dim={config.mamba.head_dim} = "
+            f"{config.mamba.inner_size()}: granitemoehybrid needs a whole multiple of model.hidden_size="
+            f"{config.hidden_size}; change either, or target nemotron_h or own"
+        )
+    return reasons
+
+
+def _unfit_pairs(letters: tuple[str, ...]) -> list[str]:
+    """granitemoehybrid: every layer is a mixer and then a feed-forward, the same kind of feed-forward in all of them."""
+    mixers, seconds = letters[0::2], letters[1::2]
+    paired = len(mixers) == len(seconds) and all(letter in "M*" for letter in mixers)
+    if paired and (all(letter == "E" for letter in seconds) or all(letter == "-" for letter in seconds)):
+        return []
+    return [
+        f"model.pattern={''.join(letters)}: layers of granitemoehybrid are pairs, M or * and then E (or - in every pair); "
+        "use such a pattern, or target nemotron_h or own"
+    ]
+
+
+def _unfit_granite_experts(config: ModelConfig) -> list[str]:
+    moe = config.moe
+    if moe is None:
+        return []
+    other = "target nemotron_h or own"
+    reasons: list[str] = []
+    if moe.activation != "swiglu":
+        reasons.append(
+            f"model.moe.activation={moe.activation}: experts of granitemoehybrid are gated; use swiglu, or {other}"
+        )
+    if moe.router != "softmax":
+        reasons.append(
+            f"model.moe.router={moe.router}: granitemoehybrid scores experts with a softmax; use softmax, or {other}"
+        )
+    if not moe.normalize_probabilities:
+        reasons.append(
+            "model.moe.normalize_probabilities=false: granitemoehybrid takes the softmax over the chosen experts, which "
+            f"is the normalised one; use true, or {other}"
+        )
+    if moe.routed_scaling != 1.0:
+        reasons.append(
+            f"model.moe.routed_scaling={moe.routed_scaling}: granitemoehybrid has no such factor; use 1.0, or {other}"
+        )
+    if moe.num_router_groups != 1:
+        reasons.append(
+            f"model.moe.num_router_groups={moe.num_router_groups}: granitemoehybrid does not group experts; "
+            f"use 1, or {other}"
+        )
+    if moe.expert_bias:
+        reasons.append(f"model.moe.expert_bias=true: the router of granitemoehybrid has no bias; use false, or {other}")
+    if moe.latent_size is not None:
+        reasons.append(
+            f"model.moe.latent_size={moe.latent_size}: experts of granitemoehybrid read the full width; "
+            f"leave it out, or {other}"
+        )
+    return reasons + unfit_expert_sizes(config, moe)
+
+
+def _unfit_granite_attention(config: ModelConfig) -> list[str]:
+    attention = config.attention
+    if attention is None:
+        return []
+    reasons: list[str] = []
+    if attention.head_dim * attention.num_heads != config.hidden_size:
+        reasons.append(
+            f"model.attention.num_heads={attention.num_heads} x head_dim={attention.head_dim} = "
+            f"{attention.num_heads * attention.head_dim}: granitemoehybrid has no field for the head size and takes "
+            f"model.hidden_size={config.hidden_size} over num_heads; make the product equal, or target nemotron_h or own"
+        )
+    if attention.qk_norm:
+        reasons.append(qk_norm_reason("granitemoehybrid"))
+    if attention.positions == "rope" and attention.rope.fraction != 1.0:
+        reasons.append(
+            f"model.attention.rope.fraction={attention.rope.fraction}: granitemoehybrid rotates whole heads; "
+            "use 1.0, or target own"
+        )
+    return reasons
 
 
 def granite_fields(config: ModelConfig) -> dict[str, Any]:
@@ -176,3 +278,65 @@ def _granite_attention(fields: Mapping[str, Any]) -> AttentionConfig:
         rope=rope,
         softmax_scale=None if scale == head_dim**-0.5 else scale,
     )
+
+
+_GRANITE_SECOND = {
+    "router.weight": "block_sparse_moe.router.layer.weight",
+    "experts.up": "block_sparse_moe.input_linear.weight",
+    "experts.down": "block_sparse_moe.output_linear.weight",
+    "shared.up_proj.weight": "shared_mlp.input_linear.weight",
+    "shared.down_proj.weight": "shared_mlp.output_linear.weight",
+    "up_proj.weight": "shared_mlp.input_linear.weight",
+    "down_proj.weight": "shared_mlp.output_linear.weight",
+}
+
+
+def granite_map(config: ModelConfig) -> WeightMap:
+    """Build the weight map of a model that fits the class."""
+    entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
+    zeros: dict[str, tuple[int, ...]] = {}
+    for index, letter in enumerate(config.letters):
+        layer = f"model.layers.{index // 2}."
+        norm = "input_layernorm" if letter in "M*" else "post_attention_layernorm"
+        entries.append(WeightEntry(f"blocks.{index}.norm.weight", (f"{layer}{norm}.weight",)))
+        for name in block_shapes(config, letter):
+            ours = f"blocks.{index}.mixer.{name}"
+            if letter == "M":
+                other, form = CONV_FORMS.get(name, (name, "same"))
+                entries.append(WeightEntry(ours, (f"{layer}mamba.{other}",), form))
+            elif letter == "*":
+                entries.append(WeightEntry(ours, (f"{layer}self_attn.{name}",)))
+            else:
+                entries.append(WeightEntry(ours, (layer + _GRANITE_SECOND[name],)))
+        if letter == "E" and config.moe is not None and not config.moe.shared_expert_hidden_size:
+            zeros[f"{layer}shared_mlp.input_linear.weight"] = (2, config.hidden_size)
+            zeros[f"{layer}shared_mlp.output_linear.weight"] = (config.hidden_size, 1)
+    entries.append(WeightEntry("final_norm.weight", ("model.norm.weight",)))
+    if not config.tie_embeddings:
+        entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
+    return WeightMap(tuple(entries), zeros)
+
+
+def granite_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
+    """Name the programs that are known to refuse a model of the class."""
+    refusals = misses_sentencepiece("granitemoehybrid", tokenizer_kind)
+    if config.mamba is None or "M" not in config.letters or config.mamba.num_groups == 1:
+        return refusals
+    groups = config.mamba.num_groups
+    rule = (
+        f"model.mamba.num_groups={groups} gives other numbers without a word, because it norms all groups together; train with "
+        "num_groups: 1 for mlx-lm"
+    )
+    return [*refusals, Refusal("mlx-lm", rule)]
+
+
+CLASS = HfTarget(
+    name="granitemoehybrid",
+    model_type="granitemoehybrid",
+    class_name="GraniteMoeHybridForCausalLM",
+    unfit=unfit_for_granite,
+    fields=granite_fields,
+    read=model_config_from_granite,
+    weights=granite_map,
+    refusals=granite_refusals,
+)

@@ -1,56 +1,22 @@
-"""The weight maps of transformers' `kimi_linear` and `deepseek_v3`, exact both ways.
+"""What the weight maps of transformers' `kimi_linear` and `deepseek_v3` share, exact both ways.
 
 DeepSeek-V3 rotates neighbouring channels where ours rotate a channel of the first half with one of the second, so that rows
-which give rotary channels change places (`RotaryEntry`): the released order, which every reader takes. Names of kimi_linear
-are those of the release, which transformers renames while loading.
+which give rotary channels change places (`RotaryEntry`): the released order, which every reader takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.entries import Form, Piece, WeightEntry, WeightMap
-from amfm.model.huggingface.latent_attention import kda_options, mla_options
-from amfm.model.huggingface.qwen3_next_weights import GatedEntry, RowsEntry
+from amfm.model.huggingface.entries import Piece, WeightEntry, WeightMap
+from amfm.model.huggingface.latent_attention import LatentClass, mla_options
+from amfm.model.huggingface.qwen3_next_weights import GatedEntry
 from amfm.model.on_demand import Shape, cut_rows
-
-
-@dataclass(frozen=True)
-class ConvEntry(RowsEntry):
-    """Convolutions of several parts, [C, W], stored one by one as [C of the part, 1, W]."""
-
-    part_form: ClassVar[Form] = "conv"
-
-    def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """As in the base class."""
-        return {name: part.unsqueeze(1) for name, part in super().split(tensor).items()}
-
-    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """As in the base class."""
-        return super().join({name: tensors[name].squeeze(1) for name in self.theirs})
-
-
-@dataclass(frozen=True)
-class HeadsEntry(WeightEntry):
-    """One number a head, [H], stored as [1, 1, H, 1]."""
-
-    def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
-        """One piece."""
-        yield self.whole_piece()
-
-    def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """As in the base class."""
-        return {self.theirs[0]: tensor.view(1, 1, -1, 1)}
-
-    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """As in the base class."""
-        return tensors[self.theirs[0]].flatten()
 
 
 @dataclass(frozen=True)
@@ -86,56 +52,41 @@ class RotaryEntry(WeightEntry):
         return plain, turned
 
 
-def latent_map(config: ModelConfig, target: str) -> WeightMap:
-    """Build the weight map of a model that fits the class."""
+DeltaEntries = Callable[[ModelConfig, str, str], Iterator[WeightEntry]]
+
+
+def latent_map(config: ModelConfig, kind: LatentClass, delta_entries: DeltaEntries | None = None) -> WeightMap:
+    """Build the weight map of a model that fits the class; `delta_entries`: of its Kimi Delta Attention, by our and their prefix."""
     entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
     zeros: dict[str, tuple[int, ...]] = {}
     aliases: dict[str, str] = {}
-    is_kimi = target == "kimi_linear"
     for index, letter in enumerate(config.letters):
         ours, theirs = f"blocks.{index}.mixer.", f"model.layers.{index // 2}."
         norm = "input_layernorm" if letter in "K+" else "post_attention_layernorm"
         entries.append(WeightEntry(f"blocks.{index}.norm.weight", (f"{theirs}{norm}.weight",)))
         if letter == "K":
-            entries += _delta_entries(config, ours, f"{theirs}self_attn.")
+            assert delta_entries is not None, "the pattern has K, the class no delta attention"
+            entries += delta_entries(config, ours, f"{theirs}self_attn.")
         elif letter == "+":
-            entries += _latent_entries(config, ours, f"{theirs}self_attn.", is_rotary=not is_kimi)
+            entries += _latent_entries(config, ours, f"{theirs}self_attn.", is_rotary=kind.positions == "rope")
         elif letter == "-":
             dense = list(_gated_entries(ours, f"{theirs}mlp."))
             entries += dense
-            if is_kimi:
+            if kind.moe_place != "mlp":
                 # transformers renames the mixtures of the release, and where it saves the dense layers with them.
                 names = [name for entry in dense for name in entry.theirs]
-                aliases |= {name.replace(".mlp.", ".block_sparse_moe."): name for name in names}
+                aliases |= {name.replace(".mlp.", f".{kind.moe_place}."): name for name in names}
         else:
-            place = f"{theirs}{'block_sparse_moe' if is_kimi else 'mlp'}."
-            entries += _expert_entries(config, ours, place, ("w1", "w3", "w2") if is_kimi else None)
+            place = f"{theirs}{kind.moe_place}."
+            entries += _expert_entries(config, ours, place, kind.expert_matrices)
             zeros |= _expert_zeros(config, place)
     entries.append(WeightEntry("final_norm.weight", ("model.norm.weight",)))
     if not config.tie_embeddings:
         entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
-    elif is_kimi:
+    elif not kind.ties_head:
         # The class never ties its head: without its own copy it would start at random.
         entries.append(WeightEntry("embedding.weight", ("lm_head.weight",), "copy"))
     return WeightMap(tuple(entries), zeros, aliases)
-
-
-def _delta_entries(config: ModelConfig, ours: str, theirs: str) -> Iterator[WeightEntry]:
-    options = kda_options(config)
-    inner, parts = options.num_heads * options.key_dim(), ("q", "k", "v", "b")
-    names = tuple(f"{theirs}{part}_proj.weight" for part in parts)
-    sizes = (inner, inner, inner, options.num_heads)
-    yield RowsEntry(f"{ours}in_proj.weight", names, sizes=sizes, takes=((0,), (1,), (2,), (3,)))
-    names = tuple(f"{theirs}{part}_a_proj.weight" for part in "fg")
-    yield RowsEntry(f"{ours}shared_proj", names, sizes=(options.rank(), options.rank()), takes=((0,), (1,)))
-    yield WeightEntry(f"{ours}decay_proj", (f"{theirs}f_b_proj.weight",))
-    yield WeightEntry(f"{ours}gate_proj", (f"{theirs}g_b_proj.weight",))
-    names = tuple(f"{theirs}{part}_conv1d.weight" for part in "qkv")
-    yield ConvEntry(f"{ours}conv.weight", names, sizes=(inner,) * 3, takes=((0,), (1,), (2,)))
-    yield HeadsEntry(f"{ours}A_log", (f"{theirs}A_log",))
-    yield WeightEntry(f"{ours}dt_bias", (f"{theirs}dt_bias",))
-    yield WeightEntry(f"{ours}norm.weight", (f"{theirs}o_norm.weight",))
-    yield WeightEntry(f"{ours}out_proj.weight", (f"{theirs}o_proj.weight",))
 
 
 def _latent_entries(config: ModelConfig, ours: str, theirs: str, *, is_rotary: bool) -> Iterator[WeightEntry]:
@@ -162,15 +113,13 @@ def _gated_entries(ours: str, theirs: str) -> Iterator[WeightEntry]:
     yield WeightEntry(f"{ours}down_proj.weight", (f"{theirs}down_proj.weight",))
 
 
-def _expert_entries(
-    config: ModelConfig, ours: str, theirs: str, names: tuple[str, str, str] | None
-) -> Iterator[WeightEntry]:
-    """Entries of a mixture; `names`: of an expert's gate, up and down matrices, where they are not the usual ones."""
+def _expert_entries(config: ModelConfig, ours: str, theirs: str, names: tuple[str, str, str]) -> Iterator[WeightEntry]:
+    """Entries of a mixture; `names`: of an expert's gate, up and down matrices."""
     assert config.moe is not None, "the pattern has E, the configuration no moe section"
     yield WeightEntry(f"{ours}router.weight", (f"{theirs}gate.weight",))
     if config.moe.expert_bias:
         yield WeightEntry(f"{ours}expert_bias", (f"{theirs}gate.e_score_correction_bias",))
-    gate, up, down = names or ("gate_proj", "up_proj", "down_proj")
+    gate, up, down = names
     experts = [f"{theirs}experts.{expert}." for expert in range(config.moe.num_experts)]
     gated = tuple(f"{expert}{half}.weight" for expert in experts for half in (gate, up))
     yield GatedEntry(f"{ours}experts.up", gated, "experts")

@@ -1,8 +1,7 @@
 """The transformers class `qwen3_next` (Gated DeltaNet, attention, experts): which models fit it, and its config.json.
 
-Read from transformers 5.24 (`configuration_qwen3_next.py`, `modeling_qwen3_next.py`, and those of `qwen3_5_moe`, whose text
-model alone, `qwen3_5_moe_text`, is meant: the same function, with an expert block in every layer). Every layer is a mixer and
-a feed-forward, each after a norm. Attention and shared expert have gates; for a model of ours without them, a sigmoid of zero
+Read from transformers 5.24 (`configuration_qwen3_next.py`, `modeling_qwen3_next.py`). Every layer is a mixer and a
+feed-forward, each after a norm. Attention and shared expert have gates; for a model of ours without them, a sigmoid of zero
 is one half, so that zero weights for the gate and twice ours for the matrix after it are the same function
 (`qwen3_next_weights.py`).
 """
@@ -12,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from amfm.model.config.mixer_options import GatedDeltaNetOptions
 from amfm.model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig, MoeConfig
-from amfm.model.huggingface.depths import depth_pattern
+from amfm.model.huggingface.depths import QWEN3_NEXT_DEPTH, count_depths, depth_fields
 from amfm.model.huggingface.fields import (
     flat_rope_fields,
     require_fields,
@@ -23,38 +21,12 @@ from amfm.model.huggingface.fields import (
     unfit_expert_sizes,
     unfit_multipliers,
 )
+from amfm.model.huggingface.hf_class import HfTarget
+from amfm.model.huggingface.qwen3_next_weights import delta_options, qwen3_next_map
+from amfm.model.huggingface.refusals import OUR_CONVERTER, Refusal, refused_tokenizer
 
-QWEN3_5_MOE_TYPE = "qwen3_5_moe_text"
 LAYER_TYPES = {"G": "linear_attention", "*": "full_attention"}
 LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}
-
-
-def unfit_tokenizer(target: str, kind: str) -> list[str]:
-    """Why AutoTokenizer would not give the ids of a tokenizer of this kind (sentencepiece or huggingface).
-
-    transformers 5.24 reads every folder of qwen3_5_moe_text with Qwen's byte-level BPE, whatever its files say.
-    """
-    if target != "qwen3_5_moe" or kind != "sentencepiece":
-        return []
-    return [
-        "its tokenizer is a SentencePiece model, and AutoTokenizer reads qwen3_5_moe as Qwen's byte-level BPE; use a "
-        "tokenizer.json of that kind, or target qwen3_next"
-    ]
-
-
-def unfit_for_qwen3_5_moe(config: ModelConfig) -> list[str]:
-    """Every choice that the class cannot hold: what qwen3_next cannot, a dense layer, and weights that do not sum to 1."""
-    reasons = [reason.replace("qwen3_next", "qwen3_5_moe") for reason in unfit_for_qwen3_next(config)]
-    if "-" in config.letters:
-        reasons.append(
-            f"model.pattern={config.pattern}: every layer of qwen3_5_moe has experts; use E in place of -, or target own"
-        )
-    elif config.moe is not None and not config.moe.normalize_probabilities:
-        reasons.append(
-            "model.moe.normalize_probabilities=false: qwen3_5_moe divides the chosen probabilities by their sum; use true, "
-            "or target own"
-        )
-    return reasons
 
 
 def unfit_for_qwen3_next(config: ModelConfig) -> list[str]:
@@ -144,12 +116,6 @@ def _spell(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def delta_options(config: ModelConfig) -> GatedDeltaNetOptions:
-    """Options of the Gated DeltaNet blocks, which the pattern has."""
-    options: GatedDeltaNetOptions = getattr(config.mixers, "gated_deltanet")  # noqa: B009
-    return options
-
-
 def qwen3_next_fields(config: ModelConfig) -> dict[str, Any]:
     """Build the fields of config.json that are the class's own."""
     letters = config.letters
@@ -194,9 +160,9 @@ def qwen3_next_fields(config: ModelConfig) -> dict[str, Any]:
     if config.feed_forward is not None:
         fields["intermediate_size"] = config.feed_forward.hidden_size
     if config.moe is None:
-        return fields | {"num_experts": 0}
+        return fields | {"num_experts": 0} | depth_fields(config)
     moe = config.moe
-    return fields | {
+    fields |= {
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": moe.expert_hidden_size,
@@ -205,6 +171,7 @@ def qwen3_next_fields(config: ModelConfig) -> dict[str, Any]:
         # mlx-lm asks for it where no layer has it, too.
         "intermediate_size": fields.get("intermediate_size", moe.expert_hidden_size),
     }
+    return fields | depth_fields(config)
 
 
 def _attention_interval(mixers: Sequence[str]) -> dict[str, int]:
@@ -213,13 +180,6 @@ def _attention_interval(mixers: Sequence[str]) -> dict[str, int]:
         if all((mixer == "*") == (layer % interval == 0) for layer, mixer in enumerate(mixers, start=1)):
             return {"full_attention_interval": interval}
     return {}
-
-
-def qwen3_5_moe_fields(config: ModelConfig) -> dict[str, Any]:
-    """Build the fields of config.json that are the text model's own."""
-    unknown = ("mlp_only_layers", "decoder_sparse_step", "norm_topk_prob", "intermediate_size")
-    fields = {name: value for name, value in qwen3_next_fields(config).items() if name not in unknown}
-    return fields | {"architectures": ["Qwen3_5MoeForCausalLM"], "model_type": QWEN3_5_MOE_TYPE}
 
 
 def model_config_from_qwen3_next(fields: Mapping[str, Any]) -> ModelConfig:
@@ -232,7 +192,7 @@ def model_config_from_qwen3_next(fields: Mapping[str, Any]) -> ModelConfig:
     if not fields["num_experts"]:
         dense = set(range(len(fields["layer_types"])))
     letters = [LETTERS[kind] + ("-" if layer in dense else "E") for layer, kind in enumerate(fields["layer_types"])]
-    pattern = "".join(letters) + depth_pattern(fields, "qwen3_next")
+    pattern = "".join(letters) + f"/{''.join(QWEN3_NEXT_DEPTH)}" * count_depths(fields)
     return ModelConfig.model_validate(
         {
             "pattern": pattern,
@@ -286,3 +246,56 @@ def _moe(fields: Mapping[str, Any]) -> MoeConfig:
         router="softmax",
         normalize_probabilities=fields.get("norm_topk_prob", True),
     )
+
+
+REFUSED_HEAD_DIM = 32
+
+
+def qwen3_next_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
+    """Name the programs that are known to refuse a model of the class."""
+    rule = "takes every SentencePiece model for BPE with a space before each text, and cuts texts into other tokens"
+    refusals = refused_tokenizer(rule, tokenizer_kind)
+    gguf = f"give it that, or {OUR_CONVERTER}"
+    refusals += [
+        Refusal("llama.cpp", f"its converter ends with an AssertionError without the option --no-mtp; {gguf}", True),
+        Refusal("vllm", "it runs qwen3_next in bf16 alone; give it dtype=bfloat16", True),
+    ]
+    mixers = [letter for letter in config.letters if letter in "G*"]
+    interval = mixers.index("*") + 1 if "*" in mixers else None
+    if interval is not None and any(
+        (place % interval == 0) != (letter == "*") for place, letter in enumerate(mixers, 1)
+    ):
+        rule = "it places attention by an interval and ends on missing keys; make it every n-th mixer for mlx-lm"
+        refusals.append(Refusal("mlx-lm", rule))
+    sizes = []
+    if "*" in config.letters and config.attention is not None:
+        sizes.append(("model.attention.head_dim", config.attention.head_dim))
+    if "G" in config.letters:
+        sizes.append(("model.mixers.gated_deltanet.head_dim", delta_options(config).key_dim()))
+    for name, size in sizes:
+        if size == REFUSED_HEAD_DIM:
+            rule = (
+                f'{name}={size} ends with "Unexpected head dim size, {size}"; 64 is known to work in attention, 128 in '
+                "gated_deltanet"
+            )
+            refusals.append(Refusal("vllm", rule))
+    return refusals
+
+
+def _unfit_depths(config: ModelConfig) -> list[str]:
+    if config.parsed_pattern.depth_letters == QWEN3_NEXT_DEPTH and config.num_depth_modules == 1:
+        return []
+    return ["qwen3_next has one module of attention and experts; use /*E, or model.mtp.shared"]
+
+
+CLASS = HfTarget(
+    name="qwen3_next",
+    model_type="qwen3_next",
+    class_name="Qwen3NextForCausalLM",
+    unfit=unfit_for_qwen3_next,
+    fields=qwen3_next_fields,
+    read=model_config_from_qwen3_next,
+    weights=qwen3_next_map,
+    unfit_depths=_unfit_depths,
+    refusals=qwen3_next_refusals,
+)

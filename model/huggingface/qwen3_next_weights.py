@@ -1,7 +1,6 @@
 """The weight map of transformers' `qwen3_next`.
 
-Exact both ways but for one thing: their norms are 1 + w, so that a norm of ours below 0.5 is rounded at 2^-24. The classes
-`qwen3_next` and `qwen3_5_moe` differ in the projections of Gated DeltaNet alone.
+Exact both ways but for one thing: their norms are 1 + w, so that a norm of ours below 0.5 is rounded at 2^-24.
 
 The class has gates that a model of ours may lack. They are written as zeros, and sigmoid(0) = 1/2 is made up for by doubling
 the matrix behind the gate, which is exact in floating point. On import such a gate must be zero.
@@ -9,17 +8,17 @@ the matrix behind the gate, which is exact in floating point. On import such a g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from amfm.model.config.mixer_options import GatedDeltaNetOptions
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.depths import qwen3_next_depth
 from amfm.model.huggingface.entries import Form, Piece, WeightEntry, WeightMap
-from amfm.model.huggingface.qwen3_next import delta_options
 from amfm.model.on_demand import Shape, cut_rows
 
 
@@ -208,12 +207,20 @@ class DeltaEntry(WeightEntry):
         return torch.cat([part.flatten(0, 1) for part in (q, k, v, b, a, z)])
 
 
-def qwen3_next_map(config: ModelConfig, *, is_next: bool = True) -> WeightMap:
-    """Build the weight map of a model that fits the class."""
+DeltaEntries = Callable[[ModelConfig, str, str], Iterator[WeightEntry]]
+
+
+def delta_options(config: ModelConfig) -> GatedDeltaNetOptions:
+    """Options of the Gated DeltaNet blocks, which the pattern has."""
+    options: GatedDeltaNetOptions = getattr(config.mixers, "gated_deltanet")  # noqa: B009
+    return options
+
+
+def qwen3_next_map(config: ModelConfig, delta_entries: DeltaEntries | None = None) -> WeightMap:
+    """Build the weight map of a model that fits the class; `delta_entries`: of a Gated DeltaNet whose projections differ."""
     entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
     zeros: dict[str, tuple[int, ...]] = {}
-    delta_entries = _delta_entries if is_next else _plain_delta_entries
-    blocks = {"G": delta_entries, "*": _attention_entries, "E": _expert_entries, "-": _dense_entries}
+    blocks = {"G": delta_entries or _delta_entries, "*": _attention_entries, "E": _expert_entries, "-": _dense_entries}
 
     def block_entries(letter: str, ours: str, theirs: str) -> Iterator[WeightEntry]:
         norm = "input_layernorm" if letter in "G*" else "post_attention_layernorm"
@@ -241,21 +248,11 @@ def _delta_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[Weigh
     sizes = (options.key_dim(), options.key_dim(), values, shared, shared, values)
     names = (f"{theirs}in_proj_qkvz.weight", f"{theirs}in_proj_ba.weight")
     yield DeltaEntry(f"{ours}in_proj.weight", names, sizes=sizes)
-    yield from _scan_entries(ours, theirs)
+    yield from scan_entries(ours, theirs)
 
 
-def _plain_delta_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
-    options, theirs = delta_options(config), f"{layer}linear_attn."
-    keys, values = options.key_heads() * options.key_dim(), options.num_heads * options.value_dim()
-    # q, k and v together; beta, decay and gate apart.
-    names = tuple(f"{theirs}in_proj_{part}.weight" for part in ("qkv", "b", "a", "z"))
-    sizes = (keys, keys, values, options.num_heads, options.num_heads, values)
-    yield RowsEntry(f"{ours}in_proj.weight", names, sizes=sizes, takes=((0, 1, 2), (3,), (4,), (5,)))
-    yield from _scan_entries(ours, theirs)
-
-
-def _scan_entries(ours: str, theirs: str) -> Iterator[WeightEntry]:
-    """Entries of what follows the projections, alike in both classes."""
+def scan_entries(ours: str, theirs: str) -> Iterator[WeightEntry]:
+    """Entries of what follows the projections, alike in qwen3_5_moe."""
     yield WeightEntry(f"{ours}conv.weight", (f"{theirs}conv1d.weight",), "conv")
     for name in ("A_log", "dt_bias", "norm.weight", "out_proj.weight"):
         yield WeightEntry(ours + name, (theirs + name,))

@@ -18,8 +18,7 @@ from pathlib import Path
 from amfm.data_pipeline.config import CacheConfig
 from amfm.data_pipeline.store.object_store import SCHEMES, is_url
 from amfm.model.config.checks import check_model
-from amfm.model.huggingface.qwen3_next import unfit_tokenizer
-from amfm.model.huggingface.targets import explain_unfit
+from amfm.model.huggingface.targets import explain_unfit, unfit_tokenizer
 from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.checks.conversion import conversion_problems, routed_problems
 from amfm.pretrain.checks.mixers import kernel_problems

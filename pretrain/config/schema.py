@@ -14,6 +14,7 @@ from pydantic import Field
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.config.schema import ModelConfig, RopeConfig
 from amfm.model.config.section import Section
+from amfm.model.huggingface.hf_class import Target
 from amfm.pretrain.config.convert import ConvertConfig
 from amfm.pretrain.config.hooks import RegisteredHooks
 from amfm.pretrain.config.launch import LaunchConfig
@@ -298,9 +299,7 @@ class KernelsConfig(Section):
 class ExportConfig(Section):
     """Which transformers class the model must fit, checked before training starts."""
 
-    target: Literal[
-        "nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "kimi_linear", "deepseek_v3", "own", "auto"
-    ] = Field(
+    target: Literal[Target, "auto"] = Field(
         "auto",
         description="`own`: our modelling file beside the weights; `auto`: a native class if one holds the config exactly, else own.",
     )

@@ -30,11 +30,16 @@ import amfm.pretrain.export.verify
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
-from amfm.model.huggingface.qwen3_next import unfit_tokenizer
-from amfm.model.huggingface.targets import TARGETS, Target, choose_target, explain_unfit, left_out_depths
+from amfm.model.huggingface.hf_class import Target
+from amfm.model.huggingface.targets import (
+    choose_target,
+    explain_unfit,
+    find_target,
+    left_out_depths,
+    unfit_tokenizer,
+)
 from amfm.model.packing import PackMeta
 from amfm.pretrain.export.files import (
-    CLASS_NAMES,
     MAX_SHARD_BYTES,
     ExportPlan,
     begin_export,
@@ -135,7 +140,7 @@ def export_checkpoint(
     return ExportReport(
         path=out,
         target=plan.target,
-        class_name=CLASS_NAMES[plan.target],
+        class_name=plan.hf_class.class_name,
         max_logit_difference=proof.get("max_logit_difference"),
         same_argmax=proof.get("same_argmax"),
         tokens_compared=proof.get("tokens", 0),
@@ -167,7 +172,7 @@ def resolve_target(weights: Weights, asked: str) -> Target:
         raise ValueError(f"export target {asked} cannot hold this model: " + "; ".join(reasons))
     if asked == "auto":
         return choose_target(weights.model)
-    return next(target for target in TARGETS if target == asked)
+    return find_target(asked).name
 
 
 def _max_positions(weights: Weights) -> int:
@@ -229,7 +234,7 @@ def run_proof(
     encoded = [(text, tokenizer.encode(text)) for text in texts]
     job = {
         "export": str(folder.resolve()),
-        "remote_code": plan.target == "own",
+        "remote_code": plan.hf_class.ships_code,
         "tolerance": LOGIT_TOLERANCE,
         # Text that survives our tokenizer must survive theirs.
         "texts": [(text, ids, tokenizer.decode(ids) == text) for text, ids in encoded],
@@ -265,8 +270,8 @@ def find_problems(plan: ExportPlan, proof: dict[str, Any]) -> list[str]:
     problems = []
     if proof["keys"]:
         problems.append(f"weights did not match the class: {proof['keys']}")
-    if proof["class_name"] != CLASS_NAMES[plan.target]:
-        problems.append(f"it loads as {proof['class_name']}, not {CLASS_NAMES[plan.target]}")
+    if proof["class_name"] != plan.hf_class.class_name:
+        problems.append(f"it loads as {proof['class_name']}, not {plan.hf_class.class_name}")
     difference = proof["max_logit_difference"]
     # Written with `not <=`, so that NaN fails.
     if not difference <= LOGIT_TOLERANCE:

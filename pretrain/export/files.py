@@ -30,11 +30,12 @@ from amfm.data_pipeline.durable.naming import named
 from amfm.model.config.mixer_registry import describe_symbol
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters
+from amfm.model.huggingface.classes import NATIVE_TARGETS, WRITTEN
 from amfm.model.huggingface.config import TokenIds, huggingface_config
-from amfm.model.huggingface.targets import NATIVE_TARGETS, Target, explain_unfit
+from amfm.model.huggingface.hf_class import HfTarget, Target
+from amfm.model.huggingface.targets import explain_unfit, known_refusals
 from amfm.model.huggingface.weights import weight_map
 from amfm.model.on_demand import Shape, on_demand
-from amfm.pretrain.export.readers import known_refusals
 from amfm.pretrain.export.tokenizer import write_tokenizer
 from amfm.pretrain.inference.weights import Weights
 from amfm.pretrain.tensor_files import TensorWriter
@@ -52,15 +53,6 @@ TEMPLATE_FILES = (
     "delta_mixers_amfm.py",
     "window_linear_amfm.py",
 )
-CLASS_NAMES: dict[Target, str] = {
-    "nemotron_h": "NemotronHForCausalLM",
-    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
-    "qwen3_next": "Qwen3NextForCausalLM",
-    "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
-    "kimi_linear": "KimiLinearForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "own": "AmfmForCausalLM",
-}
 
 
 @dataclass(frozen=True)
@@ -77,6 +69,11 @@ class ExportPlan:
     left_out: str | None = None
 
     @property
+    def hf_class(self) -> HfTarget:
+        """The class of transformers that is written."""
+        return WRITTEN[self.target]
+
+    @property
     def token_ids(self) -> TokenIds:
         """Ids of the begin, end and padding tokens; None where the tokenizer has none."""
         tokenizer = self.weights.tokenizer
@@ -84,7 +81,7 @@ class ExportPlan:
 
     def unfit_reasons(self) -> list[str]:
         """Why the target is not a native class; empty when it is one."""
-        if self.target != "own":
+        if not self.hf_class.ships_code:
             return []
         fitting = [target for target in NATIVE_TARGETS if not explain_unfit(self.weights.model, target)]
         if fitting:
@@ -115,7 +112,7 @@ def write_export(plan: ExportPlan, folder: Path) -> None:
         folder / OUR_DESCRIPTION,
         {"origin": plan.weights.origin, "target": plan.target, "model": plan.weights.model.model_dump(mode="json")},
     )
-    if plan.target == "own":
+    if plan.hf_class.ships_code:
         template = Path(amfm.pretrain.export.modeling_template.__file__).parent
         for name in TEMPLATE_FILES:
             (folder / name).write_text((template / name).read_text(encoding="utf-8"), encoding="utf-8")
@@ -215,7 +212,7 @@ def model_card(plan: ExportPlan) -> str:
     """Compose README.md: what the model is, how to load it, and why it has the class that it has."""
     config = plan.weights.model
     counts = count_parameters(config)
-    remote = ", trust_remote_code=True" if plan.target == "own" else ""
+    remote = ", trust_remote_code=True" if plan.hf_class.ships_code else ""
     lines = [
         "---",
         "library_name: transformers",
@@ -223,7 +220,7 @@ def model_card(plan: ExportPlan) -> str:
         f"tags: [{', '.join(_kinds(config))}, hybrid, amfm]",
         "---",
         "",
-        f"# {CLASS_NAMES[plan.target]} pretrained with amfm",
+        f"# {plan.hf_class.class_name} pretrained with amfm",
         "",
         f"A base language model of {counts.total:,} parameters ({counts.active:,} active a token), not tuned to follow "
         "instructions.",
@@ -248,11 +245,8 @@ def model_card(plan: ExportPlan) -> str:
         "Special tokens such as the end of a text are single tokens where they are written out. In pretraining they were plain "
         "text there; `tokenizer(text, split_special_tokens=True)` gives that.",
     ]
-    if plan.target == "nemotron_h" and config.tie_embeddings:
-        lines += [
-            "",
-            "Embedding and head were trained as one matrix; the class cannot tie them, so the head is a copy.",
-        ]
+    for remark in plan.hf_class.remarks(config):
+        lines += ["", remark]
     if plan.left_out is not None:
         lines += ["", f"Of the trained model {plan.left_out}."]
     reasons = plan.unfit_reasons()

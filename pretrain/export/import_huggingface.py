@@ -22,17 +22,10 @@ from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.config import (
-    OWN_MODEL_TYPE,
-    SOURCE_OF_TYPE,
-    TARGET_OF_TYPE,
-    TokenIds,
-    huggingface_config,
-    model_config_from_huggingface,
-)
-from amfm.model.huggingface.latent_attention import is_prediction_layer
-from amfm.model.huggingface.targets import Source, Target
-from amfm.model.huggingface.weights import weight_map
+from amfm.model.huggingface.classes import BY_NAME, BY_TYPE
+from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
+from amfm.model.huggingface.hf_class import HfTarget, Source, Target
+from amfm.model.huggingface.own import OWN_MODEL_TYPE
 from amfm.model.on_demand import OnDemand
 from amfm.pretrain.export.export import check_free
 from amfm.pretrain.export.files import OUR_DESCRIPTION, begin_export, put_in_place, sync_files
@@ -91,20 +84,20 @@ def read_huggingface(source: Path, report: Report = silent) -> tuple[Weights, So
     tokenizer.
     """
     fields = read_config_json(source)
-    target = SOURCE_OF_TYPE.get(str(fields.get("model_type")))
-    if target is None:
-        known = ", ".join(SOURCE_OF_TYPE)
+    found = BY_TYPE.get(str(fields.get("model_type")))
+    if found is None:
+        known = ", ".join(BY_TYPE)
         raise ValueError(f"{source}/config.json has model_type={fields.get('model_type')}; known are {known}")
     config = choose_config(source, fields)
     tokenizer = read_tokenizer(source, fields)
     report(f"reading {source}")
     tensors = read_tensors(source)
-    config, skipped = choose_depths(config, tensors, target)
+    config, skipped = choose_depths(config, tensors, found.name)
     skipped += tuple(name for name in tensors if name.endswith(SKIPPED_SUFFIXES))
-    state = weight_map(config, target).to_ours(tensors.without(set(skipped).__contains__))
+    state = found.weights(config).to_ours(tensors.without(set(skipped).__contains__))
     check_shapes(config, state, str(source))
     num_tensors = len(tensors.keys() - set(skipped))
-    return Weights(config, state, tokenizer, f"imported from {source}"), target, num_tensors, skipped
+    return Weights(config, state, tokenizer, f"imported from {source}"), found.name, num_tensors, skipped
 
 
 def choose_depths(config: ModelConfig, tensors: Collection[str], target: Source) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -113,7 +106,7 @@ def choose_depths(config: ModelConfig, tensors: Collection[str], target: Source)
     transformers neither loads nor saves such tensors, so a folder that it wrote may name depths without any.
     """
     found = tuple(
-        name for name in tensors if name.startswith(SKIPPED_PREFIXES) or is_prediction_layer(name, config, target)
+        name for name in tensors if name.startswith(SKIPPED_PREFIXES) or BY_NAME[target].is_skipped(name, config)
     )
     if config.num_depths and not found:
         return config.without_depths(), ("mtp.*, which config.json names and no file has",)
@@ -135,7 +128,7 @@ def read_config_json(source: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; give a folder that transformers wrote")
     raw = read_object(path)
-    if str(raw.get("model_type")) not in set(SOURCE_OF_TYPE) - {OWN_MODEL_TYPE}:
+    if str(raw.get("model_type")) not in set(BY_TYPE) - {OWN_MODEL_TYPE}:
         return raw
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -169,10 +162,10 @@ def choose_config(source: Path, fields: Mapping[str, Any]) -> ModelConfig:
         with understood(source / "config.json"):
             config = model_config_from_huggingface(fields)
         path = source / OUR_DESCRIPTION
-        written = TARGET_OF_TYPE.get(str(fields.get("model_type")))
-        if path.is_file() and written is not None:
+        written = BY_TYPE.get(str(fields.get("model_type")))
+        if path.is_file() and isinstance(written, HfTarget):
             described = ModelConfig.model_validate(read_object(path).get("model"))
-            if _same_config_json(described, config, written):
+            if _same_config_json(described, config, written.name):
                 config = described
     except ValidationError as error:
         first = error.errors()[0]

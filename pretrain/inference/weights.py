@@ -31,8 +31,8 @@ from amfm.model.config.checks import check_model
 from amfm.model.config.mixer_registry import mixer_specs
 from amfm.model.config.pattern import SECTIONS
 from amfm.model.config.schema import ModelConfig, read_saved_model
-from amfm.model.huggingface.targets import registered_mixers
-from amfm.model.huggingface.weights import weight_shapes
+from amfm.model.huggingface.fields import registered_mixers
+from amfm.model.huggingface.shapes import weight_shapes
 from amfm.model.hybrid import HybridModel
 from amfm.model.lora import merge_lora
 from amfm.model.on_demand import OnDemand, cut_rows, on_demand

@@ -10,7 +10,7 @@ from amfm.model.config.schema import FeedForwardConfig, GuideConfig, MoeConfig
 from amfm.model.config.structure import Structure
 from amfm.model.feed_forward import FeedForward
 from amfm.model.flops import count_parameters, flops_per_token
-from amfm.model.huggingface.weights import weight_shapes
+from amfm.model.huggingface.shapes import weight_shapes
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.scheduled import set_step

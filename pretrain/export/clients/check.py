@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.model.config.schema import ModelConfig, read_saved_model
+from amfm.model.huggingface.refusals import ClientName
+from amfm.model.huggingface.targets import known_refusals
 from amfm.pretrain.export.files import OUR_DESCRIPTION
-from amfm.pretrain.export.readers import ClientName, known_refusals
 from amfm.pretrain.export.tokenizer import MODEL_FILE
 
 SCRIPTS = Path(__file__).parent

@@ -8,7 +8,7 @@ import pytest
 
 from amfm.model.config.schema import AttentionConfig, ModelConfig, MultipliersConfig
 from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
-from amfm.model.huggingface.targets import Target
+from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.weights import weight_map
 from tests.model.huggingface.cases import (
     GRANITE,

@@ -7,9 +7,11 @@ import torch
 
 from amfm.model.config.schema import ModelConfig, MtpConfig
 from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
-from amfm.model.huggingface.depths import depth_pattern
-from amfm.model.huggingface.targets import Target, left_out_depths
-from amfm.model.huggingface.weights import weight_map, weight_shapes
+from amfm.model.huggingface.depths import count_depths
+from amfm.model.huggingface.hf_class import Target
+from amfm.model.huggingface.shapes import weight_shapes
+from amfm.model.huggingface.targets import left_out_depths
+from amfm.model.huggingface.weights import weight_map
 from amfm.model.packing import PackMeta
 from tests.model.huggingface.cases import (
     VOCABULARY,
@@ -104,4 +106,4 @@ def test_what_has_no_place_for_depths_leaves_them_out(target: Target, config: Mo
 
 def test_a_number_of_depths_beyond_reason_is_refused() -> None:
     with pytest.raises(ValueError, match="num_nextn_predict_layers=1000000000000 must be from 0 to 64"):
-        depth_pattern({"num_nextn_predict_layers": 10**12}, "nemotron_h")
+        count_depths({"num_nextn_predict_layers": 10**12})

@@ -13,8 +13,9 @@ from amfm.data_pipeline.config import DataConfig
 from amfm.model.config import mixer_registry as registry
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
+from amfm.model.huggingface.shapes import weight_shapes
 from amfm.model.huggingface.targets import choose_target, explain_unfit
-from amfm.model.huggingface.weights import weight_map, weight_shapes
+from amfm.model.huggingface.weights import weight_map
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
@@ -176,7 +177,7 @@ def test_an_export_with_registered_mixers_is_proved_generates_and_comes_back(dat
 def test_a_mixer_of_another_package_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     config = mixer_config("mom over retnet")
     fewer = tuple(spec for spec in registry.BUILT_IN if spec.name != "retnet")
-    monkeypatch.setattr("amfm.model.huggingface.targets.BUILT_IN", fewer)
+    monkeypatch.setattr("amfm.model.huggingface.own.BUILT_IN", fewer)
     (reason,) = explain_unfit(config, "own")
     assert "{mom} over retnet: the mixer retnet of another package is not in our modelling file; use" in reason
     with pytest.raises(ValueError, match="retnet of another package"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from amfm.model.config.schema import AttentionConfig, Mamba2Config, ModelConfig
-from amfm.model.huggingface.targets import Target
-from amfm.pretrain.export.readers import known_refusals
+from amfm.model.huggingface.hf_class import Target
+from amfm.model.huggingface.targets import known_refusals
 from tests.model.huggingface.cases import (
     delta_mixers,
     granite_config,

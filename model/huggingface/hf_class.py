@@ -1,0 +1,80 @@
+"""What we know of a class of transformers: one value per class, each in a file of its name, all of them in `classes.py`.
+
+A class that is read has a model type, a reader of config.json and a weight map; one that is written too (`HfTarget`) also says
+which models fit it and what its config.json holds. Adding one takes its file, its name here and its row in `classes.py`. This
+file imports no torch, so that settings and the command line can name the classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.refusals import Refusal
+
+if TYPE_CHECKING:
+    from amfm.model.huggingface.entries import WeightMap
+
+Target = Literal["nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "kimi_linear", "deepseek_v3", "own"]
+# Classes that are read: those, and teachers of conversions.
+Source = Target | Literal["llama", "qwen3"]
+
+
+def nothing_skipped(name: str, config: ModelConfig) -> bool:
+    """Every tensor of a checkpoint is read."""
+    return False
+
+
+def any_tokenizer(kind: str) -> list[str]:
+    """AutoTokenizer reads every tokenizer of ours in a folder of the class."""
+    return []
+
+
+def no_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
+    """No program is known to refuse the class."""
+    return []
+
+
+def no_remarks(config: ModelConfig) -> list[str]:
+    """Nothing to say in the model card."""
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfClass:
+    """A class of transformers that we read.
+
+    read: our configuration from config.json with the class's defaults filled in; raises ValueError for what our model has not.
+    weights: the map between our names and theirs. is_skipped: whether a tensor, by its name there, is not read.
+    """
+
+    name: Source
+    model_type: str
+    read: Callable[[Mapping[str, Any]], ModelConfig]
+    weights: Callable[[ModelConfig], WeightMap]
+    is_skipped: Callable[[str, ModelConfig], bool] = nothing_skipped
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfTarget(HfClass):
+    """A class of transformers that we write, too.
+
+    unfit: every choice that the class cannot hold, as value, rule and remedy. fields: what config.json holds beside the fields
+    that all classes share. length_names: further fields for the tokens per row. unfit_depths: what else keeps prediction depths
+    out; None: the class has no place for them. unfit_tokenizer: why AutoTokenizer would not give the ids of a kind of tokenizer
+    (sentencepiece or huggingface). refusals: programs that refuse a model of the class, by configuration and kind of tokenizer.
+    remarks: sentences for the model card. ships_code: its modelling files are written beside the weights.
+    """
+
+    name: Target
+    class_name: str
+    unfit: Callable[[ModelConfig], list[str]]
+    fields: Callable[[ModelConfig], dict[str, Any]]
+    length_names: tuple[str, ...] = ()
+    unfit_depths: Callable[[ModelConfig], list[str]] | None = None
+    unfit_tokenizer: Callable[[str], list[str]] = any_tokenizer
+    refusals: Callable[[ModelConfig, str], list[Refusal]] = no_refusals
+    remarks: Callable[[ModelConfig], list[str]] = no_remarks
+    ships_code: bool = False

