@@ -1,10 +1,18 @@
-"""`amfm` and `python -m amfm.launch`: the command line, with Ctrl-C while it is still being imported answered as later."""
+"""`amfm` and `python -m amfm.launch`: the command line, with signals answered from its first line on.
+
+Importing PyTorch takes seconds, on a large cluster minutes. A scheduler that announces its time limit in that time must not
+kill the ranks by it: `amfm train` notes SIGTERM and SIGUSR1 until it can save.
+"""
 
 import sys
+
+from amfm.pretrain.monitor.signals import note_signals
 
 
 def main() -> None:
     """Import the command line and run it."""
+    if sys.argv[1:2] == ["train"]:
+        note_signals()
     try:
         from amfm.launch.cli import main as run
 

@@ -19,7 +19,7 @@ from typing import Any
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.memory import keep_freed_memory
 from amfm.data_pipeline.prepare.plan import Unit
-from amfm.data_pipeline.prepare.ray_token import ask_for_token
+from amfm.data_pipeline.prepare.ray_token import choose_token
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
 from amfm.data_pipeline.store.part_writer import import_zarr
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
@@ -28,6 +28,11 @@ ATTEMPTS = 3  # of a unit whose actor dies: enough for lost nodes, few enough to
 MAX_FAILED_STARTS = 20  # in a row: more than the cores of a node that is lost while its actors start
 NO_CORE_SECONDS = 300  # with no actor at work; a cluster that grows on demand needs minutes
 ANSWER_SECONDS = 10  # in which the head of a cluster takes a connection
+# `ray start --head` turns tokens on by itself, and a cluster that refuses one looks like none to Ray's own message.
+SEND_TOKEN = (
+    "if a cluster runs there, it may ask for a token: set RAY_AUTH_MODE=token here, with the head's ~/.ray/auth_token in "
+    "the same place (or its path in RAY_AUTH_TOKEN_PATH); else"
+)
 START_RAY = "start one with `ray start --head`, name the address that it prints, or leave --address out"
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: nothing but paths and counts goes through it
 
@@ -71,8 +76,7 @@ def run_on_ray(
 @contextmanager
 def running_ray(address: str | None, num_cpus: int) -> Iterator[None]:
     """Use the Ray of this process, else the cluster at `address`, else a small one for the time of the block."""
-    if address is None:
-        ask_for_token()
+    choose_token(address)
     import ray
 
     if ray.is_initialized():
@@ -91,7 +95,7 @@ def running_ray(address: str | None, num_cpus: int) -> Iterator[None]:
 
 
 def start_ray(address: str | None, **options: Any) -> None:
-    """Join the cluster at an address, or start one on this machine; `ask_for_token` before keeps strangers out of it.
+    """Join the cluster at an address, or start one on this machine; call `choose_token` before Ray is imported.
 
     Workers find our packages before whatever lies in the working directory. Raises ValueError for an address at which no
     cluster answers: asked before Ray is, which tries for a minute and prints what its own libraries think of it.
@@ -111,7 +115,7 @@ def start_ray(address: str | None, **options: Any) -> None:
         )
     except ConnectionError as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"--address {address}: {reason} {START_RAY}") from error
+        raise ValueError(f"--address {address}: {reason} {SEND_TOKEN} {START_RAY}") from error
 
 
 def _must_answer(address: str) -> None:

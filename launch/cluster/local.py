@@ -28,6 +28,7 @@ from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.checks.ranks import ranks_of_stage
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.launcher_protocol import DONE, GOES_ON, INTERRUPTED, LAUNCHER_PID, NEXT_LAYOUT, RUN_FAILED
+from amfm.pretrain.monitor.signals import take_noted
 from amfm.pretrain.stages import resolve_stages, stage_of
 
 RankProcess = subprocess.Popen[bytes] | ForkedRank
@@ -174,6 +175,8 @@ def forward_signals(forward: Callable[[int], None], numbers: Sequence[signal.Sig
     The former handlers come back at the end. Call it from the main thread: Python sets signal handlers nowhere else.
     """
     previous = {number: signal.signal(number, lambda received, frame: forward(received)) for number in numbers}
+    for number in take_noted():
+        forward(number)
     try:
         yield
     finally:

@@ -6,12 +6,15 @@ appended to: a job that is queued again counts its attempts from 0. So what stoo
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 SHOWN_LINES = 200
+MESSAGE = "amfm: "
+CONTROL_SEQUENCE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\^_])")
 
 
 def rank_log(run_dir: str, attempt: int, rank: int | str) -> Path:
@@ -44,13 +47,24 @@ def last_words(log: Path, code: int, *, start: int = 0) -> str:
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     message = first_message(log, start=start)
-    lines = [line for line in read_lines(log, start) if line.strip()]
+    lines = [line for line in read_lines(log, start) if is_telling(line)]
     return message or (lines[-1] if lines else f"exit code {code}")
 
 
 def first_message(log: Path, *, start: int = 0) -> str:
     """amfm's first message among the last lines of a log, empty where there is none."""
-    return next((line for line in read_lines(log, start) if line.startswith("amfm: ")), "")
+    return next((text for line in read_lines(log, start) if (text := find_message(line))), "")
+
+
+def find_message(line: str) -> str:
+    """amfm's message in a line, which a terminal's control sequences or a launcher's own words may precede; else empty."""
+    _, found, text = CONTROL_SEQUENCE.sub("", line).partition(MESSAGE)
+    return found + text
+
+
+def is_telling(line: str) -> bool:
+    """Whether a line says anything: torchrun's reports end with a rule, a panel with its border."""
+    return any(letter.isalnum() for letter in CONTROL_SEQUENCE.sub("", line))
 
 
 def read_lines(log: Path, start: int) -> Sequence[str]:

@@ -100,10 +100,9 @@ class RayCluster:
         group = placement_group([self.need] * attempt.nodes, strategy="STRICT_SPREAD")
         try:
             if not self._is_placed(group, attempt.nodes):
-                return Outcome(
-                    RUN_FAILED,
-                    f"no {attempt.nodes} nodes with {self.need} free; {self.usable_nodes()} are alive and large enough",
-                )
+                usable = self.usable_nodes()
+                cause = f"no {attempt.nodes} nodes with {self.need} free; {usable} are alive and large enough"
+                return Outcome(RUN_FAILED, cause, began=usable >= attempt.nodes)
             return self._run_ranks(attempt, group)
         except RayError as error:
             return Outcome(RUN_FAILED, first_line(error))

@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -30,14 +31,16 @@ from amfm.launch.cluster.lines import (
     with_variables,
 )
 from amfm.launch.cluster.orphans import ending_with_us
-from amfm.launch.cluster.rank_logs import Follower, first_message, rank_log
+from amfm.launch.cluster.rank_logs import Follower, find_message, first_message, rank_log
 from amfm.launch.cluster.supervise import Attempt, Outcome
+from amfm.launch.console import say
 from amfm.launch.rank_command import rank_command
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, RESTART_CAUSE, RUN_FAILED
 
 FIRST_PORT, NUM_PORTS = 20_000, 12_000
 POLL_SECONDS = 0.5
+START_SECONDS = 120  # loading and a first step: an attempt that has less before its signal would save nothing new
 FAILED_TASK = re.compile(r"srun: error: .*\btasks? (\d+)")
 # Each task takes its number as a rank from the variables that Slurm sets for it.
 AS_RANK = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
@@ -187,6 +190,9 @@ class Allocation:
         Cause of a failure: the first amfm message of srun's output, of the rank that srun names, or of any rank; else
         srun's first error. Slurm stops all ranks when one fails.
         """
+        if attempt.number and self.is_ending():
+            say("amfm launch: too little is left of the job's time to start again")
+            return Outcome(DONE)
         num_ranks = attempt.nodes * self.ranks_per_node
         logs = [rank_log(self.config.run.dir, attempt.number, rank) for rank in range(num_ranks)]
         logs[0].parent.mkdir(parents=True, exist_ok=True)
@@ -217,8 +223,17 @@ class Allocation:
         message = said.message or next((text for text in words if text), "")
         return Outcome(RUN_FAILED, message or said.error or f"srun ended with code {code}")
 
+    def is_ending(self) -> bool:
+        """Whether the job is so near its time limit that ranks were told to stop, or would be before a first step.
+
+        Slurm signals once: ranks that start after it would be killed at the limit, and a job so ended is not queued again.
+        """
+        ends = os.environ.get("SLURM_JOB_END_TIME")
+        slurm = self.config.launch.slurm
+        return slurm.requeue and ends is not None and int(ends) - time.time() < slurm.signal_seconds + START_SECONDS
+
     def queue_again(self) -> None:
-        """Requeue the job, after a signal ended the ranks in good order before the run was finished."""
+        """Requeue the job, whose time ended before the run was finished."""
         ask("scontrol", "requeue", self.job)
 
 
@@ -233,9 +248,8 @@ class SrunOutput:
         """Copy lines until srun closes its output."""
         for raw in stream:
             line = raw.decode(errors="replace").rstrip("\n")
-            if "amfm: " in line:
-                self.message = self.message or line
-            elif line.startswith("srun: error"):
+            self.message = self.message or find_message(line)
+            if line.startswith("srun: error"):
                 self.error = self.error or line
                 found = FAILED_TASK.match(line)
                 if found and self.failed_task is None:

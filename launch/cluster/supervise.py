@@ -41,10 +41,14 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended: exit code as of one `amfm train`, and for a failure the rank, host and last words."""
+    """How an attempt ended: exit code as of one `amfm train`, and for a failure the rank, host and last words.
+
+    began: whether ranks were started at all; nodes that were lost since they were counted are no fault of the run.
+    """
 
     code: int
     cause: str = ""
+    began: bool = True
 
 
 def supervise(
@@ -66,8 +70,10 @@ def supervise(
     cause: str | None = None
     causes: list[str] = []
     stuck = wasted = number = 0
+    has_started = False
     while wasted <= config.launch.max_restarts:
-        usable = wait_for_nodes(config, nodes, usable_nodes) if number else nodes
+        usable = wait_for_nodes(config, nodes, usable_nodes) if has_started else nodes
+        has_started = True
         before = newest_saved_step(config.run.dir)
         attempt = Attempt(number, fitting_nodes(config, usable, ranks_per_node, steps_done=max(0, before)), cause)
         if attempt.nodes < nodes:
@@ -75,6 +81,9 @@ def supervise(
         outcome = start(attempt)
         if outcome.code in (DONE, BAD_INPUT, INTERRUPTED):
             return outcome.code
+        if not outcome.began:
+            say(f"amfm launch: {outcome.cause}; looking again, which counts as no attempt")
+            continue
         after, number = newest_saved_step(config.run.dir), number + 1
         stuck = 0 if after > before else stuck + 1
         # Not by the code alone: srun and torchrun have codes of their own for ranks that end one after the other.

@@ -27,6 +27,7 @@ from amfm.launch.cluster.interrupt import forward_to_ranks
 from amfm.launch.cluster.lines import check_host, remote_command, shell_line, with_variables
 from amfm.launch.cluster.local import forward_signals
 from amfm.launch.cluster.orphans import ending_with_us
+from amfm.launch.cluster.rank_logs import find_message, is_telling
 from amfm.launch.cluster.supervise import Attempt, Outcome
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
 
@@ -78,7 +79,11 @@ class NodeCommand:
         it.
         """
         variables = (
-            dict(self.environment) | ({RESTART_CAUSE: " ".join(cause.split())} if cause else {}) | {GOES_ON: "1"}
+            dict(self.environment)
+            | ({RESTART_CAUSE: " ".join(cause.split())} if cause else {})
+            | {GOES_ON: "1"}
+            # `ssh -tt` gives ranks a terminal, but their lines go into the launcher's output: no panel that is redrawn.
+            | {"TERM": "dumb"}
         )
         return shell_line(
             [
@@ -141,8 +146,7 @@ class HostRun:
         for raw in self.process.stdout:
             line = raw.decode(errors="replace").rstrip("\r\n")
             self.lines.append(line)
-            if line.startswith("amfm: "):
-                self.message = self.message or line
+            self.message = self.message or find_message(line)
             sys.stderr.write(f"{self.host}: {line}\n" if self.is_named else f"{line}\n")
             sys.stderr.flush()
 
@@ -266,5 +270,6 @@ def explain_failure(run: HostRun) -> Outcome:
     """Exit code and cause of a host's failure, from the report with which torchrun ends."""
     text = "\n".join(run.lines)
     codes = {int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", text)}
-    cause = run.message or (run.lines[-1] if run.lines else f"exit code {run.process.returncode}")
+    last = next((line for line in reversed(run.lines) if is_telling(line)), f"exit code {run.process.returncode}")
+    cause = run.message or last
     return Outcome(BAD_INPUT if BAD_INPUT in codes else RUN_FAILED, f"{run.host}: {cause}")

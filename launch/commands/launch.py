@@ -17,7 +17,7 @@ from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument
 from amfm.launch.commands.train import summarize
 from amfm.launch.console import print_json, say
 from amfm.launch.rank_command import rank_command
-from amfm.pretrain.launcher_protocol import DONE
+from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
 
 if TYPE_CHECKING:
     from amfm.launch.cluster.ray import RayCluster
@@ -56,7 +56,7 @@ def launch(
     ] = None,
     remote_shell: Annotated[
         str, typer.Option(metavar="COMMAND", help="torchrun: how to run a line on a host: COMMAND HOST LINE.")
-    ] = "ssh -tt -o BatchMode=yes -o ConnectTimeout=10",
+    ] = "ssh -tt -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4",
     node_rank: Annotated[
         int | None, typer.Option(min=0, help="torchrun without hosts: which node this machine is.")
     ] = None,
@@ -267,11 +267,13 @@ def launch_slurm(
         return Shown(f"{answer}\n", {"submitted": answer, "job": answer.split()[-1]})
     allocation = Allocation(config, work.arguments, ranks_per_node=ranks)
     code = run_attempts(config, work, allocation, nodes, ranks)
-    if work.max_restarts is None or code != DONE or not config.launch.slurm.requeue:
+    # Ranks that the time limit's signal ended badly (while they loaded, or in a collective) go on in the next job too.
+    is_cut_off = code == DONE or (code == RUN_FAILED and allocation.is_ending())
+    if work.max_restarts is None or not is_cut_off or not config.launch.slurm.requeue:
         return code
     # DONE also ends a run that saved on a signal before the time limit: only its record tells whether steps are left.
     if not read_run(config.run.dir).is_finished():
-        say("amfm launch: the run was asked to stop before its last step; the job is queued again")
+        say("amfm launch: the job's time ended before the run's last step; the job is queued again")
         allocation.queue_again()
     return code
 
@@ -290,10 +292,9 @@ def launch_ray(
             f"{{'{'GPU' if gpus else 'CPU'}': {ranks}}} on {nodes} nodes (STRICT_SPREAD), one actor a rank, each runs:"
         )
         return show_commands([with_variables(environment, rank_command(work.arguments))], what)
-    from amfm.data_pipeline.prepare.ray_token import ask_for_token
+    from amfm.data_pipeline.prepare.ray_token import choose_token
 
-    if address is None:
-        ask_for_token()
+    choose_token(address)
     from amfm.launch.cluster.ray import RayCluster
 
     cluster = RayCluster(

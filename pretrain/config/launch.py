@@ -13,7 +13,9 @@ class SlurmConfig(Section):
     partition: str | None = Field(None, description="Partition; none: the cluster's default.")
     account: str | None = Field(None, description="Account that pays.")
     qos: str | None = Field(None, description="Quality of service.")
-    time_limit: str | None = Field(None, description="Longest time of one job, as Slurm writes it (1-12:00:00).")
+    time_limit: str | int | None = Field(
+        None, description="Longest time of one job, as Slurm writes it: minutes, or 1-12:00:00."
+    )
     gpus: bool = Field(True, description="Ask for one GPU a rank; false on clusters without GPUs.")
     cpus_per_task: int | None = Field(
         None, gt=0, description="Cores a rank, for the job and for srun; none: the cluster's default."
@@ -23,9 +25,9 @@ class SlurmConfig(Section):
         description="How srun binds a rank to cores (--cpu-bind): `cores`, or `rank_ldom` for those of one NUMA node each; "
         "none: the cluster's default.",
     )
-    memory: str | None = Field(
+    memory: str | int | None = Field(
         None,
-        description="Memory a node, as Slurm writes it (`0`: all of it); none: the cluster's default, often little.",
+        description="Memory per node, as Slurm writes it: megabytes, or 500G (0: all); none: the cluster's default, often little.",
     )
     modules: tuple[str, ...] = Field((), description="Loaded with `module load` before anything else runs.")
     signal_seconds: int = Field(

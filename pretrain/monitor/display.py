@@ -30,7 +30,7 @@ class Display:
         if first_step:  # it resumed, so its checkpoint stands; how old that is, is not known here
             self.state.checkpoint_step = first_step
         self.live: LivePanel | None = None
-        if self.console.is_terminal:
+        if self.console.is_interactive:  # a terminal that is not TERM=dumb
             self.live = LivePanel(self.console, self.state.draw)
             self.live.start()
 

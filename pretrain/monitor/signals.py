@@ -1,5 +1,8 @@
 """Signals: SIGTERM, SIGUSR1 and Ctrl-C ask the run to save and stop at the next step boundary.
 
+SIGTERM and SIGUSR1 are noted from the first line of a process on (`note_signals`), before anything heavy is imported; the
+watch of the run takes over what came until then.
+
 A second Ctrl-C ends the process at once, whatever it waits for: after the first one SIGINT has the system's own action
 again, which needs no Python. What was saved before stands, as after any kill.
 """
@@ -14,6 +17,28 @@ from typing import Any, Self
 
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ON_INTERRUPT = "\namfm: Ctrl-C: saving after this step; a second Ctrl-C ends at once and loses the steps since the last checkpoint\n"
+
+_noted: list[int] = []
+
+
+def note_signals() -> None:
+    """Remember SIGTERM and SIGUSR1 instead of ending on them, until `take_noted`. Call it from the main thread."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _note)
+
+
+def take_noted() -> list[int]:
+    """The signals noted so far, once; where none replaced it, the system's own action holds again."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(number) is _note:
+            signal.signal(number, signal.SIG_DFL)
+    taken = _noted.copy()
+    _noted.clear()
+    return taken
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    _noted.append(number)
 
 
 class SignalWatch:
@@ -32,7 +57,10 @@ class SignalWatch:
     def __enter__(self) -> Self:
         """Install the handlers."""
         for number in WATCHED:
-            self._previous[number] = signal.signal(number, self._remember)
+            previous = signal.signal(number, self._remember)
+            self._previous[number] = signal.SIG_DFL if previous is _note else previous
+        for noted in take_noted():
+            self._remember(noted, None)
         return self
 
     def __exit__(

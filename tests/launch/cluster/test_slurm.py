@@ -196,6 +196,28 @@ def test_a_variable_that_would_be_more_than_one_is_refused(
     assert "launch.environment" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("override", ["launch.slurm.time_limit=20", "launch.slurm.memory=0"])
+def test_numbers_as_slurm_users_write_them_are_taken(
+    config: RunConfig, tmp_path: Path, override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["launch", str(tmp_path / "run.yaml"), override, "--on", "slurm", "--nproc-per-node", "1", "--dry-run"]
+    assert run(arguments) == 0
+    assert f"#SBATCH --{'time' if 'time' in override else 'mem'}={override.split('=')[1]}\n" in capsys.readouterr().out
+
+
+def test_near_its_time_limit_a_job_starts_no_further_attempt(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm signals once: ranks that start later are killed at the limit, and such a job is not queued again."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    allocation = Allocation(config, ["train"], ranks_per_node=1)
+    assert not allocation.is_ending()  # a job without a limit
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
+    assert not allocation.is_ending()
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + config.launch.slurm.signal_seconds + 60))
+    assert allocation.is_ending() and allocation.start(Attempt(1, 1, "lost")) == Outcome(0)
+
+
 def free_port() -> int:
     with socket.create_server(("", 0)) as listener:
         return int(listener.getsockname()[1])

@@ -114,3 +114,20 @@ def test_too_few_nodes_is_an_error_with_both_numbers(config: RunConfig) -> None:
         fitting_nodes(config, 0, 1)
     with pytest.raises(RuntimeError, match=r"no number of nodes from 1 to 1 fits the run.*train\.global_batch_size"):
         fitting_nodes(config, 1, 5)
+
+
+def test_nodes_lost_before_ranks_start_cost_no_attempt(config: RunConfig) -> None:
+    """Ray notices a cut link later than the ranks do: the placement that fails for it is none of the run's failures."""
+    script = Script(config, (3, "rank 1 was lost", None), (0, "", 20))
+    refused: list[int] = []
+
+    def start(attempt: Attempt) -> Outcome:
+        if script.attempts and not refused:
+            refused.append(attempt.nodes)
+            return Outcome(3, "no 3 nodes free", began=False)
+        return script(attempt)
+
+    usable = iter([3, 2, 2, 2, 2])
+    # One failure without a checkpoint stands already: a second one that counted would end the run.
+    assert supervise(config, start, nodes=3, ranks_per_node=1, usable_nodes=lambda: next(usable, 2)) == 0
+    assert [(attempt.number, attempt.nodes) for attempt in script.attempts] == [(0, 3), (1, 2)] and refused == [3]

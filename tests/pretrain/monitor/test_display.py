@@ -114,3 +114,16 @@ def test_sparkline_spans_the_range_and_averages_long_histories() -> None:
 
 def test_durations_name_their_two_largest_units() -> None:
     assert [format_duration(seconds) for seconds in (0.4, 59, 61, 3_700)] == ["0s", "59s", "1m01s", "1h01m"]
+
+
+def test_a_terminal_whose_output_goes_into_a_launcher_s_log_gets_plain_lines(data: DataConfig, tmp_path: Path) -> None:
+    """`ssh -tt` gives a rank a terminal; the launcher's line for it sets TERM=dumb."""
+    out = io.StringIO()
+    config = tiny_config(data, tmp_path, train__steps=4, train__log_every_steps=2)
+    console = Console(file=out, soft_wrap=True, force_terminal=True, _environ={"TERM": "dumb"})
+    display = Display(config, first_step=0, last_step=total_steps(config), console=console)
+    for step in range(1, 5):
+        display.show(metrics_of(step))
+    display.close()
+    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["step 1/4", "step 2/4", "step 4/4"]
+    assert "\x1b" not in out.getvalue()

@@ -100,3 +100,36 @@ def wait_for_step(path: Path, step: int) -> None:
 
 def losses(directory: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_signal_before_the_run_is_taken_over_by_its_watch_and_the_system_s_action_returns() -> None:
+    program = (
+        "import os, signal\n"
+        "from amfm.pretrain.monitor.signals import SignalWatch, note_signals\n"
+        "note_signals()\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "with SignalWatch() as watch:\n"
+        "    assert watch.received == signal.SIGUSR1\n"
+        "with SignalWatch() as watch:\n"
+        "    assert watch.received == 0\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGTERM
+
+
+def test_only_training_outlives_a_signal_while_it_loads() -> None:
+    """`amfm train` notes it from its first line on; every other verb ends, as programs do."""
+    program = (
+        "import os, signal, sys\n"
+        "class Killer:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'amfm.launch.cli': os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "sys.meta_path.insert(0, Killer())\n"
+        "from amfm.launch.__main__ import main\n"
+        "main()\n"
+    )
+    codes = [
+        subprocess.run([sys.executable, "-c", program, verb, "--help"], capture_output=True, check=False).returncode
+        for verb in ("train", "plan")
+    ]
+    assert codes == [0, -signal.SIGUSR1]

@@ -1,0 +1,28 @@
+"""Causes in the lines of ranks, as real terminals and launchers hand them on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from amfm.launch.cluster.rank_logs import find_message, last_words
+
+MESSAGE = "amfm: rank 0 on node1: no progress for 21 s"
+
+
+@pytest.mark.parametrize(
+    "line", [MESSAGE, f"\x1b[2K╰────╯{MESSAGE}", f"\x1b]0;title\x07\x1b[31m{MESSAGE}", f"0: {MESSAGE}"]
+)
+def test_a_message_is_found_behind_a_panel_s_border_and_control_sequences(line: str) -> None:
+    assert find_message(line) == MESSAGE
+
+
+def test_a_launcher_s_own_words_are_no_message_of_a_rank() -> None:
+    assert find_message("amfm launch: attempt 0 failed") == ""
+
+
+def test_a_rule_is_never_the_cause(tmp_path: Path) -> None:
+    log = tmp_path / "rank-0.log"
+    log.write_text("RuntimeError: peer gone\n\x1b[1m============\x1b[0m\n────\n")
+    assert last_words(log, 3) == "RuntimeError: peer gone"
