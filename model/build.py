@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from amfm.model.config.mixer_registry import find_spec
+from amfm.model.config.kinds import find_kind
 from amfm.model.config.pattern import mixer_name
 from amfm.model.config.schema import ModelConfig
 from amfm.model.feed_forward import FeedForwardMixer
@@ -49,4 +49,4 @@ def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection,
     )
     options = getattr(config.mixers, name)
     assert options is not None, f"check_model was not called: model.mixers.{name} is missing"
-    return find_spec(name).load()(options, build)
+    return find_kind(name).load()(options, build)

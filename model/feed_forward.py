@@ -12,8 +12,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from amfm.kernels.swiglu.op import squared_relu, swiglu
-from amfm.model.config.schema import Activation, GuideConfig, ModelConfig
-from amfm.model.config.structure import DENSE, Structure
+from amfm.model.config.schema import GuideConfig, ModelConfig
+from amfm.model.config.structure import DENSE, Activation, Structure
 from amfm.model.mixers.interface import BlockState, MixerOutput
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection

@@ -14,13 +14,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any
 
-from amfm.model.config.pattern import SECTIONS, block_kind
-from amfm.model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
-from amfm.model.config.structure import DENSE, Structure
-
-_T = TypeVar("_T")
+from amfm.model.config.pattern import block_kind
+from amfm.model.config.schema import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -100,100 +97,21 @@ def _depth_parameters(config: ModelConfig) -> tuple[int, int]:
 def block_parameters(config: ModelConfig, letter: str) -> tuple[int, int]:
     """(total, active) parameters of one block with its norm."""
     rest = config.hidden_size + _routed_updates(config, letter)
-    if letter not in SECTIONS:
-        total = _registered(config, letter, 1)[0] + rest
+    weights = config.block_options(letter).weights(config.hidden_size, is_guided=config.guide is not None)
+    if weights is None:
+        total = _measured(config, letter, 1)[0] + rest
         return total, total
-    matrices, active_matrices = _block_matrices(config, letter)
-    if letter == "M":
-        mamba = _section(config.mamba)
-        # Convolution; A_log, D and dt_bias, one number a head each; the weight of the gated norm.
-        rest += mamba.conv_channels() * (mamba.conv_kernel + mamba.conv_bias) + 3 * mamba.num_heads + mamba.inner_size()
-    elif letter == "*":
-        attention = _section(config.attention)
-        rest += 2 * attention.head_dim * attention.qk_norm
-    return matrices + rest, active_matrices + rest
-
-
-def _block_matrices(config: ModelConfig, letter: str) -> tuple[int, int]:
-    """(total, active) weights of one block that tokens are multiplied by."""
-    if letter == "M":
-        weights = _mamba_matrices(_section(config.mamba), config.hidden_size)
-    elif letter == "*":
-        weights = _attention_matrices(_section(config.attention), config.hidden_size)
-    elif letter == "-":
-        dense = _section(config.feed_forward)
-        weights = _feed_forward_matrices(dense, config.hidden_size, is_guided=config.guide is not None)
-    else:
-        return _moe_matrices(_section(config.moe), config.hidden_size, is_guided=config.guide is not None)
-    return weights, weights
-
-
-def _mamba_matrices(mamba: Mamba2Config, hidden_size: int) -> int:
-    """Weights of in_proj and out_proj."""
-    # z; then x, B and C, which are the channels of the convolution; then dt.
-    in_rows = mamba.inner_size() + mamba.conv_channels() + mamba.num_heads
-    return hidden_size * (in_rows + mamba.inner_size())
-
-
-def _attention_matrices(attention: AttentionConfig, hidden_size: int) -> int:
-    gates = {"none": 0, "head": attention.num_heads, "element": attention.num_heads * attention.head_dim}
-    projections = 2 * attention.head_dim * (attention.num_heads + attention.num_kv_heads)
-    return hidden_size * (projections + gates[attention.gate])
-
-
-def _feed_forward_matrices(feed_forward: FeedForwardConfig, hidden_size: int, *, is_guided: bool) -> int:
-    return feed_forward_weights(
-        hidden_size,
-        feed_forward.hidden_size,
-        feed_forward.activation,
-        feed_forward.structure(),
-        is_guided=is_guided,
-    )
-
-
-def feed_forward_weights(width: int, inner: int, activation: str, structure: Structure, *, is_guided: bool) -> int:
-    """Weights of a feed-forward of `inner` channels on a stream of `width`; guided factors have the dense matrices too."""
-    up = (_matrices_a_unit(activation) - 1) * inner
-    dense = width * (up + inner) if is_guided and structure != DENSE else 0
-    return structure.weights(width, up) + structure.weights(inner, width) + dense
-
-
-def _moe_matrices(moe: MoeConfig, hidden_size: int, *, is_guided: bool) -> tuple[int, int]:
-    """(total, active) weights: router, shared expert and latent projections count for every token, experts top_k times."""
-    units = _matrices_a_unit(moe.activation)
-    routed_width = moe.latent_size or hidden_size
-    expert = units * routed_width * moe.expert_hidden_size
-    every_token = hidden_size * (moe.num_experts + moe.shared_expert_gate)
-    if moe.shared_expert_hidden_size:
-        shared = moe.shared_expert_hidden_size
-        structure = moe.shared_structure()
-        every_token += feed_forward_weights(hidden_size, shared, moe.activation, structure, is_guided=is_guided)
-    if moe.latent_size is not None:
-        every_token += 2 * hidden_size * moe.latent_size
-    return every_token + moe.num_experts * expert, every_token + moe.top_k * expert
-
-
-def _matrices_a_unit(activation: str) -> int:
-    """Matrices of a feed-forward: gate, up and down for SwiGLU, up and down for squared ReLU."""
-    return 3 if activation == "swiglu" else 2
+    rest += weights.others
+    return weights.matrices + rest, weights.active + rest
 
 
 def _block_forward_flops(config: ModelConfig, letter: str, sequence_length: int) -> float:
     """Forward FLOPs of one token in one block: 2 a weight that it passes, then what mixes over the sequence."""
-    if letter not in SECTIONS:
-        return _registered(config, letter, sequence_length)[1]
-    flops = 2.0 * _block_matrices(config, letter)[1]
-    if letter == "M":
-        mamba = _section(config.mamba)
-        flops += 2 * mamba.conv_kernel * mamba.conv_channels()
-        # A state number a token: decay, times B, add, times C, add; then D x on each channel.
-        flops += 5 * mamba.inner_size() * mamba.state_size + 2 * mamba.inner_size()
-    elif letter == "*":
-        attention = _section(config.attention)
-        keys = (sequence_length + 1) / 2
-        # Two products, queries with keys and weights with values, of 2 operations a channel and key each.
-        flops += 2 * 2 * keys * attention.num_heads * attention.head_dim
-    return flops
+    options = config.block_options(letter)
+    weights = options.weights(config.hidden_size, is_guided=config.guide is not None)
+    if weights is None:
+        return _measured(config, letter, sequence_length)[1]
+    return 2.0 * weights.active + options.sequence_flops(sequence_length)
 
 
 @lru_cache(maxsize=256)
@@ -207,24 +125,17 @@ def _routed_updates(config: ModelConfig, letter: str) -> int:
 
 
 @lru_cache(maxsize=256)
-def _registered(config: ModelConfig, letter: str, sequence_length: int) -> tuple[int, float]:
-    """(parameters, forward operations a token) of a registered mixer, counted on one that is built."""
+def _measured(config: ModelConfig, letter: str, sequence_length: int) -> tuple[int, float]:
+    """(parameters, forward operations a token) of a mixer whose options count nothing, counted on one that is built."""
     import torch
 
     from amfm.model.build import build_mixer
-    from amfm.model.mixers.interface import SequenceMixer
     from amfm.model.parallel.groups import single_rank_groups
 
     with torch.device("meta"):
-        mixer = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")
-    assert isinstance(mixer, SequenceMixer), f"{letter} is no registered mixer"
+        mixer: Any = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")
     parameters = list(mixer.parameters())
     # A matrix counts 2 a weight, and so do the taps of a convolution.
     matrices = sum(parameter.numel() for parameter in parameters if parameter.dim() > 1)
     total = sum(parameter.numel() for parameter in parameters)
     return total, 2.0 * matrices + mixer.sequence_flops(sequence_length)
-
-
-def _section(section: _T | None) -> _T:
-    assert section is not None, "check_model was not called: a section of the pattern is missing"
-    return section

@@ -30,7 +30,8 @@ from amfm.kernels.runtime.backend import resolve_backend
 from amfm.model.block import Block, Blocks, Stream, multiply, pass_through
 from amfm.model.config.checks import check_model
 from amfm.model.config.mup import logits_multiplier
-from amfm.model.config.schema import ModelConfig, RopeConfig
+from amfm.model.config.rope import RopeConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.init import initialize_parameters, named_seed
 from amfm.model.loss import head_choices, head_cross_entropy, head_logits
 from amfm.model.mixers.attention import AttentionMixer

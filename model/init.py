@@ -23,8 +23,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.mup import width_scales
-from amfm.model.config.schema import Mamba2Config, ModelConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.mixers.initial_values import first_decay_rates, first_time_steps
 from amfm.model.mixers.interface import SequenceMixer
 from amfm.model.parallel.groups import ProcessGroupCollection

@@ -20,7 +20,7 @@ from amfm.kernels.linear.op import linear_float32
 from amfm.kernels.moe.losses import balance_loss
 from amfm.kernels.moe.op import route
 from amfm.model.build import build_mixer
-from amfm.model.config.lora_mixer import LoraMixerConfig
+from amfm.model.config.lora_mixer import BALANCE, LoraMixerConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
 from amfm.model.parallel.layers import ColumnLinear, Linear, RowLinear
@@ -30,7 +30,6 @@ from amfm.model.parallel.regions import gather_stream, sum_gradients
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 # Ends of the names of what this adds to a model.
 ENDS = (".lora.down", ".lora.up", ".updates.router.weight")
-BALANCE = "lora_balance"
 
 
 class RoutedUpdates(nn.Module):

@@ -15,7 +15,8 @@ from itertools import pairwise
 from typing import Literal
 
 from amfm.data_pipeline.config import DataConfig, PhaseConfig
-from amfm.model.config.schema import ModelConfig, RopeConfig
+from amfm.model.config.rope import RopeConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import BatchRampConfig, ParallelConfig, RunConfig, ScheduleConfig, StageConfig
 from amfm.pretrain.schedule import learning_rate
 

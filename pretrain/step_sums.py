@@ -11,11 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from amfm.model.config.pattern import mixer_name
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import ModelOutput
-from amfm.model.moe.balance import auxiliary_names
-from amfm.model.routed_updates import BALANCE
 from amfm.pretrain.monitor.signals import WATCHED
 from amfm.pretrain.parallel import Parallel
 
@@ -129,23 +126,17 @@ def encode(news: RankNews, parallel: Parallel) -> Tensor:
 
 
 def empty_sums(config: ModelConfig, device: torch.device, *, transfers: bool = False) -> StepSums:
-    """Zero sums with the keys of the whole model: every auxiliary loss, every MoE block and every prediction depth.
+    """Zero sums with the keys of the whole model: every auxiliary loss, every block with a router, every prediction depth.
 
     transfers: the run is the first stage of a conversion, whose blocks give a loss of their own.
     """
     zero = torch.zeros((), device=device)
     sums = StepSums(zero.clone(), zero.clone(), mtp_nll=[zero.clone() for _ in range(config.num_depths)])
-    letters = config.built_letters
-    for name in filter(None, map(mixer_name, letters)):
-        sums.auxiliary |= {loss: zero.clone() for loss in getattr(config.mixers, name).auxiliary_names()}
-    if config.lora_mixer is not None and config.lora_mixer.balance_weight:
-        sums.auxiliary[BALANCE] = zero.clone()
+    sums.auxiliary = {name: zero.clone() for name in config.auxiliary_names()}
     if transfers:
         sums.auxiliary["transfer"] = zero.clone()
-    blocks = [index for index, letter in enumerate(letters) if letter == "E"]
-    if config.moe is not None and blocks:
-        sums.auxiliary |= {name: zero.clone() for name in auxiliary_names(config.moe)}
-        sums.expert_counts = {
-            block: torch.zeros(config.moe.num_experts, dtype=torch.int64, device=device) for block in blocks
-        }
+    sums.expert_counts = {
+        block: torch.zeros(number, dtype=torch.int64, device=device)
+        for block, number in config.routed_experts().items()
+    }
     return sums

@@ -8,7 +8,8 @@ import pytest
 import torch
 from amfm_bip.bip import BipMasks
 
-from amfm.model.config.schema import FeedForwardConfig, ModelConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups

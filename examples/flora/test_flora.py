@@ -6,7 +6,9 @@ import pytest
 import torch
 from amfm_flora.flora import TuckerUpdate, add_flora, check_ranks, merge_flora
 
-from amfm.model.config.schema import FeedForwardConfig, ModelConfig, MoeConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups

@@ -9,7 +9,8 @@ import torch
 from amfm_fourier_head.head import FLOOR, FourierHead, FourierModel
 from torch import Tensor, nn
 
-from amfm.model.config.schema import AttentionConfig, ModelConfig
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.packing import PackMeta
 
 BINS, N = 24, 5

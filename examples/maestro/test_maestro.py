@@ -8,7 +8,8 @@ from amfm_maestro.maestro import LeadingComponents, add_maestro, cut_ranks, low_
 from torch import nn
 from torch.nn.utils import parametrize
 
-from amfm.model.config.schema import FeedForwardConfig, ModelConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups

@@ -33,7 +33,8 @@ from amfm.launch.plan.hardware import GIB, HARDWARE, Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.memory import storage_of
 from amfm.launch.plan.time import estimate_step
-from amfm.model.config.schema import FeedForwardConfig, ModelConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.pretrain.config.schema import RunConfig

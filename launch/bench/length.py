@@ -18,10 +18,12 @@ from typing import Any, Literal
 import torch
 
 from amfm.launch.bench.hardware import processor_name
-from amfm.model.config.mixer_options import MixerOptions
-from amfm.model.config.mixer_registry import describe_symbol, find_spec, mixer_specs
-from amfm.model.config.pattern import BLOCK_NAMES, MIXER_LETTERS, block_kind
-from amfm.model.config.schema import AttentionConfig, Mamba2Config, ModelConfig
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.kinds import CORE, describe_symbol, find_kind, kind_of, registered_kinds
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.options import MixerOptions
+from amfm.model.config.pattern import block_kind
+from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.pretrain.parallel import initialize_parallel
@@ -46,14 +48,14 @@ def choose_mixers(names: str | None) -> list[str]:
     Raises ValueError for a block that mixes nothing along the sequence, and for an unknown name.
     """
     if names is None:
-        return ["M", *(spec.symbol for spec in mixer_specs().values()), "*"]
-    own = {block_kind(letter): letter for letter in ("M", "*")}
+        core = [kind.symbol for kind in CORE if kind.mixes == "sequence"]
+        return [*core[:1], *(kind.symbol for kind in registered_kinds().values()), *core[1:]]
     symbols = []
-    for name in (part.strip().strip("{}") for part in names.split(",")):
-        if name in BLOCK_NAMES and name not in own.values():
-            raise ValueError(f"--mixers {name}: {BLOCK_NAMES[name]} mixes no tokens along the row; leave it out")
-        letter = own.get(name, name)
-        symbols.append(letter if letter in own.values() else find_spec(MIXER_LETTERS.get(letter, letter)).symbol)
+    for name in (part.strip() for part in names.split(",")):
+        kind = kind_of(name)
+        if kind.mixes == "channels":
+            raise ValueError(f"--mixers {name}: {kind.describe()} mixes no tokens along the row; leave it out")
+        symbols.append(kind.symbol)
     return list(dict.fromkeys(symbols))
 
 
@@ -82,9 +84,9 @@ def length_config(symbol: str) -> ModelConfig:
     Raises ValueError for a mixer with options that have no default and that this benchmark knows no value for.
     """
     mixers: dict[str, MixerOptions] = {}
-    name: str | None = block_kind(symbol) if symbol not in BLOCK_NAMES else None
+    name: str | None = None if kind_of(symbol).is_core else kind_of(symbol).name
     while name is not None:
-        section = find_spec(name).options
+        section = find_kind(name).options
         needed = {key for key, field in section.model_fields.items() if field.is_required()} - OPTIONS.keys()
         if needed:
             raise ValueError(

@@ -19,7 +19,7 @@ import torch
 
 from amfm.launch.bench.hardware import describe_hardware
 from amfm.launch.bench.length import choose_mixers, length_config
-from amfm.model.config.mixer_registry import describe_symbol
+from amfm.model.config.kinds import describe_symbol
 from amfm.model.config.schema import ModelConfig, read_saved_model
 from amfm.model.flops import count_parameters
 from amfm.model.hybrid import HybridModel

@@ -20,7 +20,10 @@ import torch
 from amfm.launch.bench.freed_memory import CARD, KEPT, RETURNED, choose_treatments
 from amfm.launch.bench.hardware import describe_hardware
 from amfm.launch.bench.process import Child
-from amfm.model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import OptimizerConfig
 
 ROWS, TOKENS = 4, 512

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from amfm.launch.plan.registered import COUNTED_TOKENS, is_registered, registered_block
-from amfm.model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.config.structure import DENSE, Structure
 
 FLOAT32_BYTES, INT32_BYTES = 4, 4

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from amfm.model.config.schema import Mamba2Config
+from amfm.model.config.mamba2 import Mamba2Config
 from amfm.pretrain.config.schema import RunConfig
 
 STATE_BYTES = 4

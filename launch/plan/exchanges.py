@@ -24,7 +24,8 @@ from amfm.launch.plan.activations import up_rows
 from amfm.launch.plan.context_traffic import exchanged_windows, handed_states, segment_states
 from amfm.launch.plan.layout import Layout, StageShare
 from amfm.launch.plan.registered import is_registered, registered_block
-from amfm.model.config.schema import ModelConfig, MoeConfig
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.config.structure import Structure
 from amfm.model.moe.capacity import slots_for
 from amfm.pretrain.config.schema import RunConfig

@@ -15,7 +15,7 @@ from amfm.launch.plan.exchanges import expected_ranks, expert_traffic, static_sl
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare
 from amfm.launch.plan.roofline import Roofline, add_factored, add_feed_forward
-from amfm.model.config.schema import MoeConfig
+from amfm.model.config.moe import MoeConfig
 from amfm.pretrain.config.schema import RunConfig
 
 

@@ -112,7 +112,7 @@ def with_cut_heads(config: ModelConfig, tensor: int) -> ModelConfig:
     sections = {}
     for name, options in config.mixers:
         if options is not None:
-            cut = {field: size // tensor for field, size in options.cut_evenly().items()}
+            cut = {field: size // tensor for field, size in options.cut_evenly().get("tensor", {}).items()}
             cut |= {field: max(1, units // tensor) for field, units in options.cut_or_copied().items()}
             sections[name] = options.model_copy(update=cut)
     return config.model_copy(update={"mixers": config.mixers.model_copy(update=sections)})

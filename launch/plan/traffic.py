@@ -27,7 +27,6 @@ from amfm.launch.plan.exchanges import (
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.model.config.pattern import mixer_name
 from amfm.model.hybrid import HybridModel
-from amfm.model.moe.balance import auxiliary_names
 from amfm.model.parallel.groups import AXES, ProcessGroupCollection
 from amfm.model.parallel.shards import parameter_shards
 from amfm.model.pipeline_split import cut_pieces, pieces_of_rank
@@ -241,4 +240,4 @@ def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
 def _num_router_sums(config: RunConfig) -> int:
     """Numbers of the step's float64 sums that routers add: auxiliary losses, and each E block's expert loads."""
     blocks, moe = config.model.built_letters.count("E"), config.model.moe
-    return len(auxiliary_names(moe)) + blocks * moe.num_experts if moe is not None and blocks else 0
+    return len(moe.auxiliary_names()) + blocks * moe.num_experts if moe is not None and blocks else 0

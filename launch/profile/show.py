@@ -11,7 +11,7 @@ from typing import Any
 
 from amfm.data_pipeline.progress import format_bytes
 from amfm.launch.profile.trace import StepTrace, read_trace
-from amfm.model.config.mixer_registry import describe_symbol
+from amfm.model.config.kinds import describe_symbol
 from amfm.pretrain.report.data import read_run
 
 FOLDER = re.compile(r"step-(\d+)")

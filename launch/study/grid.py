@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 
 from amfm.launch.study.study import MixerConfig, RunsConfig, RunTask, Study, StudyConfig, TaskConfig
-from amfm.model.config.mixer_registry import describe_symbol, find_spec
+from amfm.model.config.kinds import describe_symbol, find_kind
 from amfm.model.config.pattern import mixer_name, parse_pattern
 from amfm.pretrain.checks.check_run import load_checked
 from amfm.pretrain.config.errors import ConfigError, Problem
@@ -143,7 +143,7 @@ def axis_problems(config: StudyConfig) -> list[Problem]:
             (letter,) = parse_pattern(symbol_of(mixer.mixer)).letters
             name = mixer_name(letter)
             if name is not None:
-                find_spec(name)
+                find_kind(name)
         except ValueError as error:
             rule = str(error).splitlines()[0]
             problems.append(Problem(key, rule, "name one sequence mixer by its letter or name", mixer.mixer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
@@ -9,6 +10,7 @@ from pydantic import Field
 from amfm.model.config.section import Section
 
 Projection = Literal["q", "k", "v", "o"]
+BALANCE = "lora_balance"  # name of the loss
 
 
 class LoraMixerConfig(Section):
@@ -27,3 +29,12 @@ class LoraMixerConfig(Section):
         gt=0,
         description="Training steps in which all updates count, by the softmax of the router; then, and outside of training, the top_k do. None: the top_k from the first step.",
     )
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """A token chooses among the updates that there are."""
+        if self.top_k > self.num_experts:
+            yield "top_k", f"is more than num_experts={self.num_experts}; lower it to at most that"
+
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """The balance of the router, if that has a weight."""
+        return (BALANCE,) if self.balance_weight else ()

@@ -16,41 +16,7 @@ from amfm.kernels.common.limits import (
     VECTOR_GATE_LIMITS,
     ScanLimits,
 )
-from amfm.model.config.section import Section
-
-OutputGate = Literal["none", "element", "head"]
-
-
-class MixerOptions(Section):
-    """The base of a mixer's options, and what the rules of layouts ask of them."""
-
-    def broken_rules(self) -> Iterator[tuple[str, str]]:
-        """Fields that do not go with the others, each with the rule and a remedy."""
-        yield from ()
-
-    def cut_evenly(self) -> dict[str, int]:
-        """Sizes that the number of tensor ranks must divide, by field."""
-        return {}
-
-    def cut_or_copied(self) -> dict[str, int]:
-        """Units, by field, that may be fewer than tensor ranks: one number must divide the other."""
-        return {}
-
-    def wraps(self) -> str | None:
-        """The mixer inside, whose own options are read too."""
-        return None
-
-    def auxiliary_names(self) -> tuple[str, ...]:
-        """The auxiliary losses that it adds in training."""
-        return ()
-
-    def lookback(self) -> tuple[int, str]:
-        """Tokens before a context rank's segment that its first token reads, and the field that says so."""
-        return 0, ""
-
-    def scan(self) -> tuple[ScanLimits, int, tuple[int, int]] | None:
-        """What its scan's Triton kernels take, tokens a chunk, and a head's state (rows, columns); None: not known, or no scan."""
-        return None
+from amfm.model.config.options import Axis, MixerOptions, OutputGate
 
 
 class LinearOptions(MixerOptions, ABC):
@@ -109,9 +75,9 @@ class HeadOptions(LinearOptions):
         """Channels of a value head."""
         return self.value_head_dim or self.head_dim
 
-    def cut_evenly(self) -> dict[str, int]:
+    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
         """Heads."""
-        return {"num_heads": self.num_heads}
+        return {"tensor": {"num_heads": self.num_heads}}
 
 
 class RetentionOptions(HeadOptions):
@@ -276,9 +242,9 @@ class Mamba1Options(LinearOptions):
         """One number."""
         return 1
 
-    def cut_evenly(self) -> dict[str, int]:
+    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
         """Channels."""
-        return {"inner_size": self.inner_size}
+        return {"tensor": {"inner_size": self.inner_size}}
 
 
 class LightNetOptions(VectorGateOptions):
@@ -312,9 +278,9 @@ class SharedKeyOptions(MixerOptions):
         """Key and value heads."""
         return self.num_kv_heads or self.num_heads
 
-    def cut_evenly(self) -> dict[str, int]:
+    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
         """Query heads."""
-        return {"num_heads": self.num_heads}
+        return {"tensor": {"num_heads": self.num_heads}}
 
     def cut_or_copied(self) -> dict[str, int]:
         """Key and value heads may be fewer than tensor ranks."""
@@ -376,9 +342,9 @@ class MlaOptions(MixerOptions):
         if self.positions == "rope" and self.rope_head_dim % 2:
             yield "rope_head_dim", "must be even with positions: rope; add one, or use positions: none"
 
-    def cut_evenly(self) -> dict[str, int]:
+    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
         """Heads."""
-        return {"num_heads": self.num_heads}
+        return {"tensor": {"num_heads": self.num_heads}}
 
 
 class MomOptions(MixerOptions):

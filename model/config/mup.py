@@ -14,17 +14,16 @@ the logits are divided by m.
 
 What grows: heads, groups, and the inner widths of feed-forwards and experts, in step with hidden_size. What stays: head_dim,
 state sizes, numbers of experts and top_k. That theory covers attention and feed-forwards; for the other kinds of block a
-measurement decides (`CHECKED_LETTERS`, docs/mup.md), and `check_mup` refuses the rest.
+measurement decides (`Kind.has_mup`, docs/mup.md), and `check_mup` refuses the rest.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from amfm.model.config.kinds import all_kinds, kind_of
 from amfm.model.config.schema import ModelConfig
-
-# Kinds of block whose activations change alike at widths 64 to 512 (tests/pretrain/engine/test_mup.py).
-CHECKED_LETTERS = ("*", "-", "E", "M", "G", "K")
+from amfm.model.config.structure import DENSE
 
 _FEW_OUTPUTS = ("head.weight", ".router.weight", ".shared_gate.weight")
 # Own parameters of mixers that read a head's width, which does not grow, and vectors in the shape of a matrix.
@@ -76,19 +75,19 @@ def check_mup(config: ModelConfig) -> None:
             "model.mup was not shown to hold for the prediction depths behind '/' of model.pattern (docs/mup.md); remove one "
             "of the two"
         )
-    unchecked = [letter for letter in config.parsed_pattern.counts() if letter not in CHECKED_LETTERS]
+    unchecked = [symbol for symbol in config.parsed_pattern.counts() if not kind_of(symbol).has_mup]
     if unchecked:
+        # Activations of the checked kinds change alike at widths 64 to 512 (tests/pretrain/engine/test_mup.py).
+        checked = [kind.symbol for kind in all_kinds().values() if kind.has_mup]
         raise ValueError(
             f"model.mup was not shown to hold for blocks {', '.join(map(repr, unchecked))} of model.pattern, only for "
-            f"{', '.join(map(repr, CHECKED_LETTERS))} (docs/mup.md); remove model.mup, or use blocks of these kinds"
+            f"{', '.join(map(repr, checked))} (docs/mup.md); remove model.mup, or use blocks of these kinds"
         )
-    kinds = {
-        "feed_forward.linear_kind": config.feed_forward.linear_kind if config.feed_forward else "dense",
-        "moe.shared_expert_linear_kind": config.moe.shared_expert_linear_kind if config.moe else "dense",
-    }
-    for key, kind in kinds.items():
-        if kind != "dense":
-            raise ValueError(f"model.{key}={kind} has no muP rule; use dense, or remove model.mup")
+    for kind, options in config.sections():
+        for part in options.feed_forwards():
+            if part.structure != DENSE:
+                key = f"model.{kind.section}.{part.prefix}linear_kind"
+                raise ValueError(f"{key}={part.structure.kind} has no muP rule; use dense, or remove model.mup")
 
 
 def width_ratio(config: ModelConfig) -> float:

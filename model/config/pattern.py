@@ -25,21 +25,9 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-# The section of a model's configuration that each kind of block reads.
-SECTIONS = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
-BLOCK_NAMES = {"M": "Mamba2", "*": "attention", "E": "mixture of experts", "-": "dense feed-forward"}
-# Letters of other sequence mixers, which have a name besides.
-MIXER_LETTERS = {
-    "G": "gated_deltanet",
-    "H": "hgrn2",
-    "K": "kda",
-    "L": "lightning",
-    "P": "deltaproduct",
-    "W": "window",
-    "+": "mla",
-}
-MIXER_NAME = re.compile(r"[a-z][a-z0-9_]*")
-HUNYUAN_LETTERS = {"A": "*", "F": "E", "D": "-"}
+from amfm.model.config.kinds import CORE, LETTERS, list_kinds
+from amfm.model.config.plugins import SPEC_NAME
+
 MAX_BLOCKS = 4096
 
 
@@ -63,8 +51,9 @@ class Pattern:
 
     def counts(self) -> dict[str, int]:
         """Count the main blocks of each kind that occurs, in the order `M * E -`, then other mixers as they occur."""
-        kinds = [letter for letter in BLOCK_NAMES if letter in self.letters]
-        kinds += [letter for letter in dict.fromkeys(self.letters) if letter not in BLOCK_NAMES]
+        core = [kind.symbol for kind in CORE]
+        kinds = [letter for letter in core if letter in self.letters]
+        kinds += [letter for letter in dict.fromkeys(self.letters) if letter not in core]
         return {letter: self.letters.count(letter) for letter in kinds}
 
     def pieces(self) -> tuple[tuple[str, ...], ...]:
@@ -75,14 +64,14 @@ class Pattern:
 
 def mixer_name(symbol: str) -> str | None:
     """Name the registered mixer of a letter or `{name}`; None for blocks that have a section of their own."""
-    if symbol in SECTIONS:
-        return None
-    return MIXER_LETTERS.get(symbol, symbol.strip("{}"))
+    kind = LETTERS.get(symbol)
+    return symbol.strip("{}") if kind is None else None if kind.is_core else kind.name
 
 
 def block_kind(symbol: str) -> str:
-    """Name under which blocks of this symbol are counted: that of their section, or of their mixer."""
-    return SECTIONS.get(symbol) or mixer_name(symbol) or symbol
+    """Name of the kind of a symbol, under which its blocks are counted; it need not be registered."""
+    kind = LETTERS.get(symbol)
+    return kind.name if kind else symbol.strip("{}")
 
 
 @lru_cache(maxsize=256)
@@ -108,7 +97,7 @@ def parse_pattern(text: str) -> Pattern:
     if not letters and slashes:
         raise parser.error(items[0][1], "a '/' begins a prediction depth behind the main blocks, and there are none")
     if not letters:
-        raise parser.error(0, "a pattern needs at least one block: M, * (A), E (F), - (D) or a mixer such as {retnet}")
+        raise parser.error(0, f"a pattern needs at least one block: use some of {list_kinds()}")
     if cuts and cuts[-1] == len(letters):
         raise parser.error(main[-1][1], "a stage cut '|' needs a block after it; remove this one")
     depths = [parser.depth(items[start:end]) for start, end in itertools.pairwise([*slashes, len(items)])]
@@ -123,16 +112,18 @@ def parse_letters(text: str) -> frozenset[str]:
     """Read kinds of block named as in a pattern, in any order. Raises ValueError for what names no block."""
     symbols = [_one_spelling(symbol) for symbol in re.findall(r"\{[^}]*\}|\S", text)]
     for symbol in symbols:
-        if symbol not in BLOCK_NAMES and symbol not in MIXER_LETTERS and not symbol.startswith("{"):
-            known = " ".join([*BLOCK_NAMES, *MIXER_LETTERS])
-            raise ValueError(f"{symbol!r} is no letter of a block; use some of {known}, or a mixer such as {{retnet}}")
+        if symbol not in LETTERS and not symbol.startswith("{"):
+            raise ValueError(f"{symbol!r} is no letter of a block; use some of {list_kinds()}")
     return frozenset(symbols)
 
 
 def _one_spelling(symbol: str) -> str:
-    """Map Hunyuan's letter to Megatron's, and a mixer's name to its letter where it has one: one spelling a block."""
-    letters = HUNYUAN_LETTERS | {f"{{{name}}}": letter for letter, name in MIXER_LETTERS.items()}
-    return letters.get(symbol, symbol)
+    """Map an alias, or the name of a kind that has a letter, to that letter: one spelling a block."""
+    return _SPELLINGS.get(symbol, symbol)
+
+
+_SPELLINGS = {letter: kind.symbol for letter, kind in LETTERS.items()}
+_SPELLINGS |= {f"{{{kind.name}}}": kind.symbol for kind in LETTERS.values()}
 
 
 class _Parser:
@@ -218,7 +209,7 @@ class _Parser:
         """Read a mixer in braces; returns its letter or `{name}`, and the position after it."""
         closed_at = self.text.find("}", opened_at)
         name = self.text[opened_at + 1 : closed_at if closed_at > 0 else None].strip()
-        if closed_at < 0 or not MIXER_NAME.fullmatch(name):
+        if closed_at < 0 or not SPEC_NAME.fullmatch(name):
             raise self.error(opened_at, "braces hold the name of a mixer in lower case, such as {retnet}")
         return _one_spelling(f"{{{name}}}"), closed_at + 1
 
@@ -231,14 +222,13 @@ class _Parser:
                 f"{symbol!r} before a digit repeats a group and must follow ')'; write (M)x8 to repeat a block",
             )
         symbol = _one_spelling(symbol)
-        if symbol in BLOCK_NAMES or symbol in MIXER_LETTERS or symbol == "|":
+        if symbol in LETTERS or symbol == "|":
             return symbol
         if symbol == ")":
             raise self.error(position, "nothing to close here; remove ')' or add '(' before it")
         if self.is_digit(position):
             raise self.error(position, "a number must follow directly on ')*' or ')x', as in (ME)x8")
-        known = f"M, * or A, E or F, - or D, {', '.join(MIXER_LETTERS)}, and mixers in braces such as {{retnet}}"
-        raise self.error(position, f"no block is called {symbol!r}; blocks are {known}")
+        raise self.error(position, f"no block is called {symbol!r}; blocks are {list_kinds()}")
 
     def starts_repeat(self, position: int) -> bool:
         """Whether a repetition stands here: without a digit after it, `*` is an attention block."""

@@ -9,14 +9,16 @@ that is not set is not written, and one that is set is saved with the name of it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 
-from amfm.model.config.pattern import MIXER_NAME
 from amfm.model.config.section import Section
+
+SPEC_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class Spec(Protocol):
@@ -42,7 +44,7 @@ def installed_specs(group: str, kind: type[S]) -> Iterator[tuple[EntryPoint, S]]
             raise RuntimeError(
                 f"{describe_entry(entry)} cannot be loaded ({error}); mend or uninstall its package"
             ) from error
-        if not isinstance(spec, kind) or not MIXER_NAME.fullmatch(spec.name):
+        if not isinstance(spec, kind) or not SPEC_NAME.fullmatch(spec.name):
             raise RuntimeError(
                 f"{describe_entry(entry)} is {spec!r}; it must be a {kind.__name__} with a lower-case name: mend its package"
             )

@@ -1,126 +1,23 @@
-"""Sections of a model's configuration: one frozen section for each kind of block."""
+"""A model's configuration: a pattern, a section for each kind of block (kinds.py), and what holds for the whole model."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
+from typing import Any, ClassVar
 
 from pydantic import Field, create_model
 
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.kinds import ENTRY_POINTS, Kind, all_kinds, find_kind, kind_of, registered_kinds
 from amfm.model.config.lora_mixer import LoraMixerConfig
-from amfm.model.config.mixer_options import OutputGate
-from amfm.model.config.mixer_registry import ENTRY_POINTS, MixerSpec, mixer_specs
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.options import MixerOptions
 from amfm.model.config.pattern import Pattern, parse_pattern
 from amfm.model.config.plugins import PluginSections, list_packages, read_saved_sections
-from amfm.model.config.rope import Llama3Stretch
 from amfm.model.config.section import Section
-from amfm.model.config.structure import DENSE, LinearKind, Structure
-
-Activation = Literal["swiglu", "squared_relu"]
-
-
-class Mamba2Config(Section):
-    """Mamba2 mixer (Dao and Gu 2024, arXiv 2405.21060); letter `M`."""
-
-    num_heads: int = Field(gt=0, description="Heads of the recurrence; free of hidden_size.")
-    head_dim: int = Field(64, gt=0, description="Channels a head; inner width = num_heads * head_dim.")
-    state_size: int = Field(128, gt=0, description="State numbers a channel (N).")
-    num_groups: int = Field(
-        8,
-        gt=0,
-        description="Groups that share B and C; must divide num_heads. vLLM needs a multiple of its tensor ranks.",
-    )
-    conv_kernel: int = Field(4, ge=2, le=4, description="Width of the causal depthwise convolution over x, B and C.")
-    conv_bias: bool = Field(True, description="Bias in the convolution.")
-    chunk_size: int = Field(
-        64, gt=0, description="Tokens a chunk of the scan; changes speed and rounding, not meaning."
-    )
-    keep_states: bool = Field(
-        False,
-        description="Keep the scan's results (as wide as x) and the states that enter chunks (state_size / chunk_size times x) "
-        "for backward, 2 to 3 times the width of x; else it makes them again: a tenth more traffic of the scan, a launch more. "
-        "Better true where train.recompute makes the block again anyway. Triton only: torch always keeps them.",
-    )
-    a_init_min: float = Field(
-        1.0, gt=0, description="-A starts uniform in [a_init_min, a_init_max], one number a head."
-    )
-    a_init_max: float = Field(16.0, gt=0, description="Upper end of the range for -A.")
-    time_step_min: float = Field(1e-3, gt=0, description="dt starts log-uniform in [time_step_min, time_step_max].")
-    time_step_max: float = Field(1e-1, gt=0, description="Upper end of the range for the first dt.")
-    time_step_floor: float = Field(1e-4, gt=0, description="Smallest first dt; dt is never clamped at run time.")
-
-    def inner_size(self) -> int:
-        """Width of x and z: num_heads * head_dim."""
-        return self.num_heads * self.head_dim
-
-    def conv_channels(self) -> int:
-        """Channels that pass the convolution: x, B and C."""
-        return self.inner_size() + 2 * self.num_groups * self.state_size
-
-
-class RopeConfig(Section):
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864) and how they are stretched to longer texts."""
-
-    theta: float = Field(10_000.0, gt=0, description="Base of the frequencies.")
-    fraction: float = Field(1.0, gt=0, le=1, description="Part of each head that is rotated.")
-    scaling: Literal["none", "ntk", "yarn", "llama3"] = Field(
-        "none",
-        description="`ntk`: theta * alpha^(d/(d-2)); `yarn`: Peng et al. 2023 (arXiv 2309.00071); `llama3`: as Llama 3.1 and later.",
-    )
-    ntk_alpha: float | None = Field(
-        None, ge=1, description="NTK-aware alpha (Hunyuan: 50 for 32K, 1000 for 256K); only with scaling: ntk."
-    )
-    yarn_factor: float | None = Field(
-        None, ge=1, description="Length to come / length trained; only with scaling: yarn."
-    )
-    yarn_original_length: int | None = Field(
-        None, gt=0, description="Length trained before stretching; only with scaling: yarn."
-    )
-    yarn_beta_fast: float = Field(32.0, gt=0, description="Rotations above which a frequency is left alone.")
-    yarn_beta_slow: float = Field(1.0, gt=0, description="Rotations below which a frequency is interpolated.")
-    llama3: Llama3Stretch | None = Field(None, description="Only with scaling: llama3.")
-
-
-class AttentionConfig(Section):
-    """Causal grouped-query attention; letter `*` (Hunyuan: `A`)."""
-
-    num_heads: int = Field(gt=0, description="Query heads.")
-    num_kv_heads: int = Field(gt=0, description="Key and value heads; must divide num_heads.")
-    head_dim: int = Field(gt=0, description="Channels a head; free of hidden_size.")
-    qk_norm: bool = Field(
-        False, description="RMSNorm over each query and key head (no native transformers class holds it)."
-    )
-    positions: Literal["none", "rope"] = Field("none", description="`none`: order comes from the Mamba2 layers alone.")
-    rope: RopeConfig = Field(RopeConfig(), description="Only read with positions: rope.")
-    softmax_scale: float | None = Field(
-        None, gt=0, description="Default: head_dim ** -0.5. Granite's attention_multiplier."
-    )
-    gate: OutputGate = Field(
-        "none",
-        description="Sigmoid of the input times each head's output before o_proj: a gate a channel (`element`, as Qwen3-Next) or a head.",
-    )
-
-
-class FeedForwardConfig(Section):
-    """Dense feed-forward; letter `-` (Hunyuan: `D`)."""
-
-    hidden_size: int = Field(gt=0, description="Inner width.")
-    activation: Activation = Field(
-        "squared_relu", description="`swiglu` is gated and has a third matrix; `squared_relu` is not gated."
-    )
-    linear_kind: LinearKind = Field(
-        "dense",
-        description="Form of the matrices: products of two factors, `lowrank` (linear_rank), `blockshuffle` (linear_blocks) or `blockdense` (both); docs/structure.md.",
-    )
-    linear_rank: int | None = Field(None, gt=0, description="Numbers a token between the factors; lowrank, blockdense.")
-    linear_blocks: int | None = Field(
-        None,
-        ge=2,
-        description="Blocks of a block-diagonal factor; blockshuffle, blockdense. Tensor ranks must divide it.",
-    )
-
-    def structure(self) -> Structure:
-        """Form of the matrices."""
-        return Structure(self.linear_kind, self.linear_rank, self.linear_blocks)
+from amfm.model.config.structure import DENSE
 
 
 class GuideConfig(Section):
@@ -144,62 +41,6 @@ class GuideConfig(Section):
         """Weight of the dense matrices after `step` steps."""
         done = min(1.0, step / self.last_step(total_steps))
         return 0.0 if done == 1.0 else (1 + math.cos(math.pi * done)) / 2
-
-
-class MoeConfig(Section):
-    """Mixture of experts with optional shared expert; letter `E` (Hunyuan: `F`)."""
-
-    num_experts: int = Field(gt=0, description="Routed experts.")
-    top_k: int = Field(gt=0, description="Routed experts a token; at most num_experts.")
-    expert_hidden_size: int = Field(gt=0, description="Inner width of a routed expert.")
-    shared_expert_hidden_size: int = Field(0, ge=0, description="Inner width of the shared expert; 0: none.")
-    shared_expert_gate: bool = Field(
-        False, description="Sigmoid of the input, a number a token, times the shared expert's output, as Qwen3-Next."
-    )
-    shared_expert_linear_kind: LinearKind = Field(
-        "dense",
-        description="Form of the shared expert's matrices, as feed_forward.linear_kind; routed experts are dense.",
-    )
-    shared_expert_linear_rank: int | None = Field(None, gt=0, description="As feed_forward.linear_rank.")
-    shared_expert_linear_blocks: int | None = Field(None, ge=2, description="As feed_forward.linear_blocks.")
-    activation: Activation = Field("squared_relu", description="Of routed and shared experts.")
-    router: Literal["softmax", "sigmoid"] = Field("sigmoid", description="How logits become scores.")
-    normalize_probabilities: bool = Field(True, description="Divide the chosen scores by their sum.")
-    routed_scaling: float = Field(1.0, gt=0, description="Factor on the chosen probabilities.")
-    num_router_groups: int = Field(1, gt=0, description="Groups of experts for group-limited routing; 1: no limit.")
-    router_group_top_k: int = Field(1, gt=0, description="Groups a token may use; at most num_router_groups.")
-    expert_bias: bool = Field(
-        False,
-        description="Add a balancing bias to the scores when choosing (Wang et al. 2024, arXiv 2408.15664); sigmoid only.",
-    )
-    bias_update_rate: float = Field(1e-3, ge=0, description="Change of the balancing bias after each step.")
-    auxiliary_loss_weight: float = Field(
-        0.0, ge=0, description="Balance over a micro-batch (Fedus et al. 2021, arXiv 2101.03961, section 2.2)."
-    )
-    sequence_loss_weight: float = Field(
-        0.0, ge=0, description="Balance inside each row (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."
-    )
-    z_loss_weight: float = Field(
-        0.0, ge=0, description="Squared log-sum-exp of the router logits (Zoph et al. 2022, arXiv 2202.08906)."
-    )
-    latent_size: int | None = Field(
-        None, gt=0, description="Width at which tokens travel to routed experts; none: hidden_size."
-    )
-    capacity_factor: float | None = Field(
-        None,
-        gt=0,
-        description="While training, an expert takes this many times its even share of a micro-batch's choices; none: all that come.",
-    )
-    overflow: Literal["drop", "recycle"] = Field(
-        "drop",
-        description="Choices over capacity are lost, or go to a random expert with room (Hunyuan-Large, arXiv 2411.02265).",
-    )
-
-    def shared_structure(self) -> Structure:
-        """Form of the shared expert's matrices."""
-        return Structure(
-            self.shared_expert_linear_kind, self.shared_expert_linear_rank, self.shared_expert_linear_blocks
-        )
 
 
 class MultipliersConfig(Section):
@@ -236,13 +77,13 @@ class MixersConfig(PluginSections):
     """Options of registered mixers, by name; needed by their letter or `{name}` in the pattern."""
 
     group: ClassVar[str] = ENTRY_POINTS
-    packages: ClassVar[Mapping[str, str]] = list_packages(ENTRY_POINTS, MixerSpec)
+    packages: ClassVar[Mapping[str, str]] = list_packages(ENTRY_POINTS, Kind)
 
 
 # A field a registered mixer, so that files, overrides, the schema and its pages treat plugins like our own.
 _MIXER_FIELDS: dict[str, Any] = {
-    spec.name: (spec.options | None, Field(None, description=f"Needed by {spec.symbol}."))
-    for spec in mixer_specs().values()
+    kind.name: (kind.options | None, Field(None, description=f"Needed by {kind.symbol}."))
+    for kind in registered_kinds().values()
 }
 RegisteredMixers: type[MixersConfig] = create_model(
     "RegisteredMixers", __base__=MixersConfig, __module__=__name__, **_MIXER_FIELDS
@@ -285,11 +126,60 @@ class ModelConfig(Section):
         0.0, ge=0, description="Squared log-sum-exp of the vocabulary logits (PaLM, arXiv 2204.02311, section 5)."
     )
 
+    def options_of(self, kind: Kind) -> MixerOptions | None:
+        """The options of a kind of block; None where its section is missing."""
+        options: MixerOptions | None = attrgetter(kind.section)(self)
+        return options
+
+    def with_options(self, kind: Kind, options: MixerOptions) -> "ModelConfig":
+        """The same model with other options for a kind of block."""
+        if kind.is_core:
+            return self.model_copy(update={kind.section: options})
+        return self.model_copy(update={"mixers": self.mixers.model_copy(update={kind.name: options})})
+
+    def block_options(self, symbol: str) -> MixerOptions:
+        """The options of the blocks of a symbol, which must have passed `check_model`."""
+        kind = kind_of(symbol)
+        options = self.options_of(kind)
+        assert options is not None, f"check_model was not called: model.{kind.section} is missing"
+        return options
+
+    def sections(self) -> Iterator[tuple[Kind, MixerOptions]]:
+        """Iterate over all kinds whose section is there, whether the pattern has them or not, with their options."""
+        for kind in all_kinds().values():
+            options = self.options_of(kind)
+            if options is not None:
+                yield kind, options
+
+    def kinds_in_use(self) -> Iterator[tuple[Kind, MixerOptions]]:
+        """Iterate over the kinds of the blocks that are built, and those that they wrap, whose section is there.
+
+        Raises ValueError where the text is not a pattern, or names a kind that nothing registers.
+        """
+        found = {kind_of(symbol).name: None for symbol in self.built_letters}
+        for name in list(found):
+            options = self.options_of(find_kind(name))
+            if options is not None and options.wraps() in all_kinds():
+                found.setdefault(str(options.wraps()))
+        used = found.keys()
+        yield from ((kind, options) for kind, options in self.sections() if kind.name in used)
+
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """The auxiliary losses that all blocks add in training, each once."""
+        names = [name for symbol in self.built_letters for name in self.block_options(symbol).auxiliary_names()]
+        routed = () if self.lora_mixer is None else self.lora_mixer.auxiliary_names()
+        return tuple(dict.fromkeys([*names, *routed]))
+
+    def routed_experts(self) -> dict[int, int]:
+        """Number of routed experts of each block that has a router, by the block's index among those built."""
+        numbers = {
+            index: self.block_options(symbol).routed_experts() for index, symbol in enumerate(self.built_letters)
+        }
+        return {index: number for index, number in numbers.items() if number}
+
     def has_factors(self) -> bool:
         """Whether a block of the pattern has factored matrices."""
-        dense, moe, letters = self.feed_forward, self.moe, self.built_letters
-        in_dense = "-" in letters and dense is not None and dense.structure() != DENSE
-        return in_dense or ("E" in letters and moe is not None and moe.shared_structure() != DENSE)
+        return any(part.structure != DENSE for _, options in self.kinds_in_use() for part in options.feed_forwards())
 
     @property
     def parsed_pattern(self) -> Pattern:

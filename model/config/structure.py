@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
+Activation = Literal["swiglu", "squared_relu"]
 LinearKind = Literal["dense", "lowrank", "blockshuffle", "blockdense"]
 
 
@@ -121,3 +122,41 @@ class Structure:
 
 
 DENSE = Structure()
+
+
+class FeedForwardPart(NamedTuple):
+    """A dense feed-forward inside of a mixer, `inner` channels wide; 0: it is left out.
+
+    place: what the names of its parameters begin with, behind the mixer's. prefix: what those of its settings begin with.
+    """
+
+    place: str
+    prefix: str
+    structure: Structure
+    inner: int
+    activation: Activation
+
+    def broken_rules(self, width: int) -> Iterator[tuple[str, str]]:
+        """Yield the field and the rule that it breaks, for a stream of this width."""
+        rows = (matrices_of(self.activation) - 1) * self.inner
+        for field, rule in self.structure.broken_rules(width, self.inner, rows):
+            yield f"{self.prefix}{field}", rule
+
+    def weights(self, width: int, *, is_guided: bool) -> int:
+        """Weights on a stream of this width; guided factors have the dense matrices too."""
+        up = (matrices_of(self.activation) - 1) * self.inner
+        dense = width * (up + self.inner) if is_guided and self.structure != DENSE else 0
+        return self.structure.weights(width, up) + self.structure.weights(self.inner, width) + dense
+
+    def dense_settings(self) -> dict[str, str | None]:
+        """The settings of the same sizes with dense matrices."""
+        return {
+            f"{self.prefix}linear_kind": "dense",
+            f"{self.prefix}linear_rank": None,
+            f"{self.prefix}linear_blocks": None,
+        }
+
+
+def matrices_of(activation: Activation) -> int:
+    """Matrices of a feed-forward: gate, up and down for SwiGLU, up and down for squared ReLU."""
+    return 3 if activation == "swiglu" else 2

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from amfm.model.config.kinds import CORE
 from amfm.model.config.mup import without_mup
-from amfm.model.config.pattern import SECTIONS
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.classes import BY_TYPE, WRITTEN
 from amfm.model.huggingface.fields import registered_mixers
@@ -47,7 +47,7 @@ def _drop_unused_sections(config: ModelConfig) -> ModelConfig:
     """Drop the sections whose letter the pattern lacks: config.json must not depend on what nothing reads."""
     letters = config.built_letters
     used = {name: getattr(config.mixers, name) for name in registered_mixers(config).values()}
-    unused = {name: None for letter, name in SECTIONS.items() if letter not in letters}
+    unused = {kind.section: None for kind in CORE if kind.symbol not in letters}
     return config.model_copy(update=unused | {"mixers": type(config.mixers)(**used)})
 
 

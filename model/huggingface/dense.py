@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from amfm.model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import WeightEntry, WeightMap
 from amfm.model.huggingface.fields import require_fields, rope_from_parameters
 from amfm.model.huggingface.qwen3_next_weights import GatedEntry

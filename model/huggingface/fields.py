@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.moe import MoeConfig
 from amfm.model.config.pattern import mixer_name
-from amfm.model.config.rope import Llama3Stretch
-from amfm.model.config.schema import AttentionConfig, ModelConfig, MoeConfig, RopeConfig
+from amfm.model.config.rope import Llama3Stretch, RopeConfig
+from amfm.model.config.schema import ModelConfig
 
 # transformers multiplies experts with torch's grouped product, whose rows must be whole 16 bytes, in bf16 too.
 EXPERT_SIZE_MULTIPLE = 8

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from amfm.model.config.schema import (
-    AttentionConfig,
-    FeedForwardConfig,
-    Mamba2Config,
-    ModelConfig,
-    MoeConfig,
-    MultipliersConfig,
-    RopeConfig,
-)
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.rope import RopeConfig
+from amfm.model.config.schema import ModelConfig, MultipliersConfig
 from amfm.model.huggingface.entries import CONV_FORMS, WeightEntry, WeightMap
 from amfm.model.huggingface.fields import (
     LAYER_NAMES,

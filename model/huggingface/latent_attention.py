@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.mixer_options import MlaOptions
-from amfm.model.config.schema import FeedForwardConfig, ModelConfig, MoeConfig
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.fields import require_fields, unfit_expert_sizes, unfit_multipliers
 
 LAYER_TYPES = {"K": "linear_attention", "+": "full_attention"}

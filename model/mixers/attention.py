@@ -15,8 +15,9 @@ from amfm.kernels.attention.op import attention, fastest_backend
 from amfm.kernels.attention.varlen import DocumentEnds
 from amfm.kernels.rope.frequencies import Llama3Numbers
 from amfm.kernels.rope.op import qk_norm_rope, rope_frequencies
+from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.rope import Llama3Stretch
-from amfm.model.config.schema import AttentionConfig, ModelConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.mixers.interface import AttentionCache, BlockState, MixerOutput
 from amfm.model.mixers.output_gate import gate_heads, gate_projection
 from amfm.model.packing import PackMeta

@@ -23,7 +23,8 @@ from amfm.kernels.decay_scan.carry import add_carried_state
 from amfm.kernels.decay_scan.op import ScanOutput, mamba2_scan, mamba2_step
 from amfm.kernels.mamba2.op import MixerSizes, mamba2_mix
 from amfm.kernels.norm.op import gated_rms_norm
-from amfm.model.config.schema import Mamba2Config, ModelConfig
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.schema import ModelConfig
 from amfm.model.mixers.interface import BlockState, MambaState, MixerOutput
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_states, receive_windows

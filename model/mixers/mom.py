@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from amfm.kernels.moe.grouping import count_experts
 from amfm.kernels.moe.losses import balance_loss
+from amfm.model.config.kinds import find_kind
 from amfm.model.config.mixer_options import MomOptions
-from amfm.model.config.mixer_registry import find_spec
 from amfm.model.mixers.base import LinearMixer
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
 from amfm.model.packing import PackMeta
@@ -49,7 +49,7 @@ class MomMixer(SequenceMixer):
     def __init__(self, options: MomOptions, build: BuildContext) -> None:
         super().__init__()
         self.options, self.build = options, build
-        inner = find_spec(options.mixer).load()(build.options_of(options.mixer), build)
+        inner = find_kind(options.mixer).load()(build.options_of(options.mixer), build)
         assert isinstance(inner, LinearMixer), f"check_model was not called: {options.mixer} is no linear mixer"
         self.inner = inner
         self.router = nn.Parameter(torch.empty(options.num_memories, build.hidden_size))

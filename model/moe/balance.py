@@ -12,24 +12,14 @@ from torch import Tensor
 
 from amfm.kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
 from amfm.kernels.moe.op import Routing
-from amfm.model.config.schema import MoeConfig
+from amfm.model.config.moe import MoeConfig
 from amfm.model.parallel.groups import ProcessGroupCollection
-
-
-def auxiliary_names(moe: MoeConfig) -> list[str]:
-    """Names of the losses that `auxiliary_losses` gives."""
-    weights = {
-        "balance": moe.auxiliary_loss_weight,
-        "sequence_balance": moe.sequence_loss_weight,
-        "router_z": moe.z_loss_weight,
-    }
-    return [name for name, weight in weights.items() if weight]
 
 
 def auxiliary_losses(
     logits_RE: Tensor, routing: Routing, num_rows: int, moe: MoeConfig, groups: ProcessGroupCollection
 ) -> dict[str, Tensor]:
-    """Compute the weighted losses that balance the router and keep its logits small; those of weight 0 are left out.
+    """Compute the losses of `MoeConfig.auxiliary_names`, weighted, which balance the router and keep its logits small.
 
     The tokens given are those of all tensor ranks and of this context rank. Each value is this context rank's share: over
     `groups.cp`, whose ranks must all call, they add up to the means over the micro-batch, and so do their gradients.

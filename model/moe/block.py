@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from amfm.kernels.linear.op import linear_float32
 from amfm.kernels.moe.op import expert_feed_forward, route
-from amfm.model.config.schema import ModelConfig, MoeConfig
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.feed_forward import FeedForward, up_segments
 from amfm.model.mixers.interface import BlockState, MixerOutput
 from amfm.model.moe.balance import auxiliary_losses

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from amfm.kernels.moe.capacity import drop_overflow, expert_capacity, recycle_overflow
 from amfm.kernels.moe.op import Routing
-from amfm.model.config.schema import MoeConfig
+from amfm.model.config.moe import MoeConfig
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import gather_rows
 from amfm.model.parallel.groups import ProcessGroupCollection

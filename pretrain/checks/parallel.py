@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 
 from amfm.model.pipeline_split import cut_pieces
-from amfm.pretrain.checks.mixers import longest_lookback, mixers_in_use, refusal_problems
+from amfm.pretrain.checks.mixers import kinds_in_use, longest_lookback, refusal_problems
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.schema import ParallelConfig, RunConfig
 
@@ -37,7 +37,7 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
         rule = f"must be parallel.tensor={section.tensor} while parallel.expert is 1"
         remedy = "remove it, or raise parallel.expert"
         yield Problem("parallel.expert_tensor", rule, remedy, str(section.expert_tensor))
-    if section.expert > 1 and "E" not in pattern_letters(config):
+    if section.expert > 1 and not any("expert" in options.cut_evenly() for _, options in kinds_in_use(config)):
         rule = "spreads routed experts, and model.pattern has no E block"
         yield Problem("parallel.expert", rule, "use 1", str(section.expert))
     if section.overlap_experts and section.expert == 1:
@@ -82,36 +82,18 @@ def share_problems(config: RunConfig) -> Iterator[Problem]:
 
     Key-value heads and groups are exempt from even division: several ranks may hold a copy (`unit_problems`).
     """
-    # Each entry: axis of the section, its ranks, the dotted name of the size, and the size.
-    section, model, letters = config.parallel, config.model, pattern_letters(config)
-    tensor, expert_tensor = section.tensor, section.expert_tensor_size()
-    sizes = [("tensor", tensor, "model.vocab_size", model.vocab_size)]
-    if "M" in letters and model.mamba is not None:
-        sizes.append(("tensor", tensor, "model.mamba.num_heads", model.mamba.num_heads))
-        yield from unit_problems("model.mamba.num_groups", model.mamba.num_groups, tensor)
-    if "*" in letters and model.attention is not None:
-        sizes.append(("tensor", tensor, "model.attention.num_heads", model.attention.num_heads))
-        yield from unit_problems("model.attention.num_kv_heads", model.attention.num_kv_heads, tensor)
-    if "-" in letters and model.feed_forward is not None:
-        sizes.append(("tensor", tensor, "model.feed_forward.hidden_size", model.feed_forward.hidden_size))
-        if model.feed_forward.linear_blocks is not None:
-            sizes.append(("tensor", tensor, "model.feed_forward.linear_blocks", model.feed_forward.linear_blocks))
-    for spec, options in mixers_in_use(config):
-        name = f"model.mixers.{spec.name}"
-        sizes += [("tensor", tensor, f"{name}.{field}", size) for field, size in options.cut_evenly().items()]
+    # Each entry: axis of the section, the dotted name of the size, and the size.
+    section = config.parallel
+    ranks_of = {"tensor": section.tensor, "expert_tensor": section.expert_tensor_size(), "expert": section.expert}
+    sizes = [("tensor", "model.vocab_size", config.model.vocab_size)]
+    for kind, options in kinds_in_use(config):
+        name = f"model.{kind.section}"
+        for cut_axis, fields in options.cut_evenly().items():
+            sizes += [(cut_axis, f"{name}.{field}", size) for field, size in fields.items()]
         for field, units in options.cut_or_copied().items():
-            yield from unit_problems(f"{name}.{field}", units, tensor)
-    if "E" in letters and model.moe is not None:
-        moe = model.moe
-        sizes.append(("expert", section.expert, "model.moe.num_experts", moe.num_experts))
-        sizes.append(("expert_tensor", expert_tensor, "model.moe.expert_hidden_size", moe.expert_hidden_size))
-        if moe.shared_expert_hidden_size:
-            shared = ("tensor", tensor, "model.moe.shared_expert_hidden_size", moe.shared_expert_hidden_size)
-            sizes.append(shared)
-        if moe.shared_expert_linear_blocks is not None:
-            blocks = ("tensor", tensor, "model.moe.shared_expert_linear_blocks", moe.shared_expert_linear_blocks)
-            sizes.append(blocks)
-    for axis, ranks, name, size in sizes:
+            yield from unit_problems(f"{name}.{field}", units, section.tensor)
+    for axis, name, size in sizes:
+        ranks = ranks_of[axis]
         if size % ranks:
             yield Problem(f"parallel.{axis}", f"must divide {name}={size}", f"use {divisors(size)}", str(ranks))
     yield from length_problems(config)
@@ -123,12 +105,8 @@ def length_problems(config: RunConfig) -> Iterator[Problem]:
     A causal row is cut into 2 x context segments, of which a rank takes one from either end, so that all have the same
     work. A convolution or window reads tokens of the segment before, which must therefore be at least that long.
     """
-    section, mamba = config.parallel, config.model.mamba
+    section = config.parallel
     window, window_key = longest_lookback(config)
-    if "M" in pattern_letters(config) and mamba is not None:
-        window, window_key = max(
-            (window, window_key), (mamba.conv_kernel - 1, f"model.mamba.conv_kernel={mamba.conv_kernel}")
-        )
     # Tensor ranks cut tokens for sequence parallelism, and also to send each token to its expert from one rank only.
     reason = "sequence_parallel" if section.sequence_parallel else "expert" if section.expert > 1 else None
     tensor = section.tensor if reason else 1
@@ -184,14 +162,6 @@ def world_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
 def ranks(count: int) -> str:
     """Write a number of ranks: 1 rank, 2 ranks."""
     return f"{count} rank{'s' if count > 1 else ''}"
-
-
-def pattern_letters(config: RunConfig) -> set[str]:
-    """Kinds of block that the model has; none where its pattern does not parse, which the model's own rules report."""
-    try:
-        return set(config.model.built_letters)
-    except ValueError:
-        return set()
 
 
 def divisors(number: int) -> str:

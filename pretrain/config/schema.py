@@ -12,7 +12,8 @@ from typing import Literal
 from pydantic import Field
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.model.config.schema import ModelConfig, RopeConfig
+from amfm.model.config.rope import RopeConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.config.section import Section
 from amfm.model.huggingface.hf_class import Target
 from amfm.pretrain.config.convert import ConvertConfig

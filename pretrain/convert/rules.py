@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from amfm.model.config.mixer_registry import describe_symbol, mixer_specs
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.kinds import describe_symbol, registered_kinds
 from amfm.model.config.rope import Llama3Stretch
-from amfm.model.config.schema import AttentionConfig
 from amfm.model.config.window_linear import WindowLinearOptions
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.errors import ConfigError, Problem
@@ -100,8 +100,8 @@ def block_problems(config: RunConfig) -> Iterator[Problem]:
 def mixer_problems(config: RunConfig) -> Iterator[Problem]:
     """Check that the new mixer is known, has options, and computes from the teacher's weights what they were trained for."""
     convert = conversion_of(config)
-    if convert.to not in mixer_specs():
-        yield Problem("convert.to", "is no registered mixer", f"use one of {', '.join(mixer_specs())}", convert.to)
+    if convert.to not in registered_kinds():
+        yield Problem("convert.to", "is no registered mixer", f"use one of {', '.join(registered_kinds())}", convert.to)
         return
     options = getattr(config.model.mixers, convert.to)
     if options is None:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from amfm.model.config.mixer_registry import find_spec
+from amfm.model.config.kinds import find_kind
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.config.convert import ConvertConfig, StageName
@@ -69,7 +69,7 @@ def converted_blocks(config: RunConfig) -> tuple[int, ...]:
 
 def converted_model(config: RunConfig) -> ModelConfig:
     """The model with the new mixer in the place of these blocks; cuts of a pipeline stay where they are."""
-    symbol, blocks = find_spec(conversion_of(config).to).symbol, converted_blocks(config)
+    symbol, blocks = find_kind(conversion_of(config).to).symbol, converted_blocks(config)
     pattern = config.model.parsed_pattern
     letters = tuple(symbol if index in blocks else letter for index, letter in enumerate(pattern.letters))
     return config.model.model_copy(update={"pattern": replace(pattern, letters=letters).canonical()})

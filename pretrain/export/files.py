@@ -27,7 +27,7 @@ import amfm.pretrain.export.modeling_template
 from amfm.data_pipeline.durable.deletion import delete, try_to_delete
 from amfm.data_pipeline.durable.files import sync
 from amfm.data_pipeline.durable.naming import named
-from amfm.model.config.mixer_registry import describe_symbol
+from amfm.model.config.kinds import describe_symbol
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters
 from amfm.model.huggingface.classes import NATIVE_TARGETS, WRITTEN

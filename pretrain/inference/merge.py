@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,10 +45,9 @@ def _multiply(state: OnDemand, place: str, structure: Structure, alpha: float) -
 def factored_places(config: ModelConfig) -> Iterator[tuple[str, Structure]]:
     """Name each feed-forward with factored matrices by what its parameters begin with, and their form."""
     for place, letter in mixer_places(config):
-        if letter == "-" and config.feed_forward is not None and config.feed_forward.structure() != DENSE:
-            yield place, config.feed_forward.structure()
-        if letter == "E" and config.moe is not None and config.moe.shared_structure() != DENSE:
-            yield f"{place}shared.", config.moe.shared_structure()
+        for part in config.block_options(letter).feed_forwards():
+            if part.structure != DENSE:
+                yield f"{place}{part.place}", part.structure
 
 
 def mixer_places(config: ModelConfig) -> Iterator[tuple[str, str]]:
@@ -65,11 +63,8 @@ def dense_config(config: ModelConfig) -> ModelConfig:
     """The configuration of the same sizes with dense matrices; one that has no factors is returned as it is."""
     if not config.has_factors():
         return config
-    changes: dict[str, Any] = {}
-    plain = {"linear_kind": "dense", "linear_rank": None, "linear_blocks": None}
-    if config.feed_forward is not None:
-        changes["feed_forward"] = config.feed_forward.model_copy(update=plain)
-    if config.moe is not None:
-        shared = {f"shared_expert_{name}": value for name, value in plain.items()}
-        changes["moe"] = config.moe.model_copy(update=shared)
-    return config.model_copy(update=changes)
+    for kind, options in config.sections():
+        for part in options.feed_forwards():
+            options = options.model_copy(update=part.dense_settings())
+        config = config.with_options(kind, options)
+    return config

@@ -16,7 +16,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -28,10 +27,7 @@ from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
 from amfm.model.config.checks import check_model
-from amfm.model.config.mixer_registry import mixer_specs
-from amfm.model.config.pattern import SECTIONS
 from amfm.model.config.schema import ModelConfig, read_saved_model
-from amfm.model.huggingface.fields import registered_mixers
 from amfm.model.huggingface.shapes import weight_shapes
 from amfm.model.hybrid import HybridModel
 from amfm.model.lora import merge_lora
@@ -344,27 +340,6 @@ def take_own_part(model: HybridModel, state: OnDemand) -> None:
                 taken += len(rows)
 
 
-# Settings of how a model is trained, not of what it computes.
-_TRAINING_ONLY = {
-    "initializer_range",
-    "depth_scaled_init",
-    "residual_in_fp32",
-    "logits_z_loss_weight",
-    "mamba.chunk_size",
-    "mamba.keep_states",
-    "mamba.a_init_min",
-    "mamba.a_init_max",
-    "mamba.time_step_min",
-    "mamba.time_step_max",
-    "mamba.time_step_floor",
-    "moe.bias_update_rate",
-    "moe.auxiliary_loss_weight",
-    "moe.sequence_loss_weight",
-    "moe.z_loss_weight",
-    *(f"mixers.{name}.{field}" for name in mixer_specs() for field in ("chunk_size", "balance_loss_weight")),
-}
-
-
 def function_settings(config: ModelConfig) -> dict[str, object]:
     """Collect the dotted settings that change what a model computes, of the sections that its blocks read.
 
@@ -376,13 +351,9 @@ def function_settings(config: ModelConfig) -> dict[str, object]:
     settings: dict[str, object] = {"pattern": "".join(letters)}
     for name in ("vocab_size", "hidden_size", "norm_epsilon", "tie_embeddings"):
         settings[name] = getattr(config, name)
-    used = [section for letter, section in SECTIONS.items() if letter in letters]
-    for section_name in [*used, *(f"mixers.{name}" for name in registered_mixers(config).values())]:
-        section = attrgetter(section_name)(config)
-        if section is not None:
-            for name, value in section.model_dump().items():
-                if f"{section_name}.{name}" not in _TRAINING_ONLY:
-                    settings[f"{section_name}.{name}"] = value
+    for kind, options in config.kinds_in_use():
+        written = options.model_dump(exclude=set(options.training_only))
+        settings |= {f"{kind.section}.{name}": value for name, value in written.items()}
     if config.lora_mixer is not None:
         routed = config.lora_mixer.model_dump(exclude={"balance_weight", "hard_from_step"})
         settings |= {f"lora_mixer.{name}": value for name, value in routed.items()}

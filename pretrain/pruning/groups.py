@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from amfm.model.config.options import Prunable
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.checkpoint.masters import Grouping
 from amfm.pretrain.config.pruning import PrunedGroups
@@ -21,11 +22,20 @@ from amfm.pretrain.inference.merge import mixer_places
 
 @dataclass(frozen=True)
 class Unit:
-    """The groups of one block that are weighed against each other: `count` of them from number `first`."""
+    """The groups of one block that are weighed against each other: `count` of them from number `first`.
+
+    place: what the names of their parameters begin with. letter: of the block. groups: as its options say.
+    """
 
     place: str
+    letter: str
     first: int
-    count: int
+    groups: Prunable
+
+    @property
+    def count(self) -> int:
+        """Number of groups."""
+        return self.groups.count
 
 
 @dataclass
@@ -40,11 +50,11 @@ class GroupPlan:
         """Number of groups of all units."""
         return sum(unit.count for unit in self.units)
 
-    def add(self, place: str, count: int, dims: dict[str, tuple[int, int, int]]) -> None:
-        """Add a unit of parameters that begin with `place`: of each the dim, its period and the width of a group."""
-        first = self.num_groups
-        self.units.append(Unit(place, first, count))
-        for name, (dim, period, width) in dims.items():
+    def add(self, mixer: str, letter: str, groups: Prunable) -> None:
+        """Add the groups of a mixer whose parameters begin with `mixer`."""
+        first, place = self.num_groups, mixer + groups.place
+        self.units.append(Unit(place, letter, first, groups))
+        for name, (dim, period, width) in groups.dims.items():
             self.groupings[place + name] = Grouping(dim, period, width, first)
 
 
@@ -52,32 +62,7 @@ def plan_groups(config: ModelConfig, kind: PrunedGroups) -> GroupPlan:
     """Number the groups of a kind over all blocks that have them; the configuration must have passed its checks."""
     plan = GroupPlan()
     for place, letter in mixer_places(config):
-        if kind == "channels" and letter == "-" and config.feed_forward is not None:
-            plan.add(place, config.feed_forward.hidden_size, _channel_dims(config.feed_forward.hidden_size))
-        elif kind == "channels" and letter == "E" and config.moe is not None and config.moe.shared_expert_hidden_size:
-            inner = config.moe.shared_expert_hidden_size
-            plan.add(f"{place}shared.", inner, _channel_dims(inner))
-        elif kind == "experts" and letter == "E" and config.moe is not None:
-            number = config.moe.num_experts
-            plan.add(place, number, {"experts.up": (0, number, 1), "experts.down": (0, number, 1)})
-        elif kind == "heads" and letter == "*" and config.attention is not None:
-            attention = config.attention
-            queries = attention.num_heads // attention.num_kv_heads
-            rows, keys = queries * attention.head_dim, attention.head_dim
-            kv_heads = attention.num_kv_heads
-            dims = {
-                "q_proj.weight": (0, kv_heads * rows, rows),
-                "k_proj.weight": (0, kv_heads * keys, keys),
-                "v_proj.weight": (0, kv_heads * keys, keys),
-                "o_proj.weight": (1, kv_heads * rows, rows),
-            }
-            if attention.gate != "none":
-                gates = rows if attention.gate == "element" else queries
-                dims["g_proj.weight"] = (0, kv_heads * gates, gates)
-            plan.add(place, kv_heads, dims)
+        groups = config.block_options(letter).prunable(kind)
+        if groups is not None:
+            plan.add(place, letter, groups)
     return plan
-
-
-def _channel_dims(inner: int) -> dict[str, tuple[int, int, int]]:
-    # Gate rows, then up rows: the same channel again after `inner` rows.
-    return {"up_proj.weight": (0, inner, 1), "down_proj.weight": (1, inner, 1)}

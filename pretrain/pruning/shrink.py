@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from amfm.model.config.checks import check_model
+from amfm.model.config.kinds import kind_of
 from amfm.model.config.schema import ModelConfig
 from amfm.model.moe.block import PRUNED_BIAS
 from amfm.model.packing import PackMeta
-from amfm.pretrain.config.pruning import PRUNED_GROUPS, PrunedGroups
+from amfm.pretrain.config.pruning import PRUNED_GROUPS
 from amfm.pretrain.inference.merge import factored_places
 from amfm.pretrain.inference.weights import Weights, check_shapes
 from amfm.pretrain.pruning.groups import GroupPlan, Unit, plan_groups
@@ -41,7 +42,7 @@ def shrink_weights(weights: Weights) -> Shrunk:
             # Numbered anew: what the units before have lost moves the numbers of these.
             plan = plan_groups(found.model, kind)
             units = _alike(plan, found.model)[number]
-            kept = _kept(found, plan, units, kind)
+            kept = _kept(found, plan, units)
             width, before = len(kept[units[0].place]), units[0].count
             if width == before:
                 continue
@@ -49,7 +50,7 @@ def shrink_weights(weights: Weights) -> Shrunk:
             for unit in units:
                 _take(state, plan, unit, kept[unit.place])
                 counts[f"{unit.place}{kind}"] = (before, width)
-            found = replace(found, model=_smaller(found.model, kind, units[0], width), state=state)
+            found = replace(found, model=_smaller(found.model, units[0], width), state=state)
     if not counts:
         raise ValueError(
             f"{weights.origin} has no channels, experts or heads of zeros in all blocks; train with a prune section first "
@@ -71,17 +72,20 @@ def logit_difference(first: Weights, second: Weights, tokens_BT: Tensor) -> floa
 
 
 def _alike(plan: GroupPlan, config: ModelConfig) -> list[list[Unit]]:
-    """Units that share a setting of the configuration: dense feed-forwards, and shared experts. Factored ones are left."""
+    """Units that share a setting of the configuration. Those of factored matrices are left."""
     factored = {place for place, _ in factored_places(config)}
-    units = [unit for unit in plan.units if unit.place not in factored]
-    shared = [unit for unit in units if unit.place.endswith("shared.")]
-    return [group for group in ([unit for unit in units if unit not in shared], shared) if group]
+    alike: dict[tuple[str, str], list[Unit]] = {}
+    for unit in plan.units:
+        if unit.place not in factored:
+            alike.setdefault((unit.letter, next(iter(unit.groups.sizes))), []).append(unit)
+    return list(alike.values())
 
 
-def _kept(weights: Weights, plan: GroupPlan, units: list[Unit], kind: PrunedGroups) -> dict[str, Tensor]:
+def _kept(weights: Weights, plan: GroupPlan, units: list[Unit]) -> dict[str, Tensor]:
     """Indices of the groups that each unit keeps, as many in all of them."""
-    alive = {unit.place: _alive(weights, plan, unit, kind) for unit in units}
-    least = weights.model.moe.top_k if kind == "experts" and weights.model.moe is not None else 1
+    alive = {unit.place: _alive(weights, plan, unit) for unit in units}
+    groups = units[0].groups
+    least = 1 if groups.least is None else getattr(weights.model.block_options(units[0].letter), groups.least)
     width = max(least, *(int(each.sum()) for each in alive.values()))
     return {
         # Those that are not zero, then zeros for the rest, in their order.
@@ -90,7 +94,7 @@ def _kept(weights: Weights, plan: GroupPlan, units: list[Unit], kind: PrunedGrou
     }
 
 
-def _alive(weights: Weights, plan: GroupPlan, unit: Unit, kind: PrunedGroups) -> Tensor:
+def _alive(weights: Weights, plan: GroupPlan, unit: Unit) -> Tensor:
     """Which groups of a unit are not zero throughout, [count] bool."""
     alive = torch.zeros(unit.count, dtype=torch.bool)
     for name, tensor in _tensors_of(weights.state, plan, unit):
@@ -98,7 +102,7 @@ def _alive(weights: Weights, plan: GroupPlan, unit: Unit, kind: PrunedGroups) ->
         rows = (tensor != 0).transpose(0, grouping.dim).flatten(1).any(dim=1)
         groups = grouping.of(torch.arange(len(rows))) - unit.first
         alive |= torch.zeros(unit.count, dtype=torch.int64).index_add_(0, groups, rows.long()) > 0
-    if kind == "experts":
+    if "expert_bias" in unit.groups.rows:
         bias = weights.state.get(f"{unit.place}expert_bias")
         # A zero expert that the router may choose is not out of the way: it takes weight from the others.
         alive |= torch.ones_like(alive) if bias is None else bias > PRUNED_BIAS / 2
@@ -113,8 +117,8 @@ def _take(state: dict[str, Tensor], plan: GroupPlan, unit: Unit, kept: Tensor) -
         grouping = plan.groupings[name]
         rows = is_kept[grouping.of(torch.arange(tensor.shape[grouping.dim])) - unit.first]
         state[name] = tensor.index_select(grouping.dim, rows.nonzero().flatten()).contiguous()
-    for name in ("router.weight", "expert_bias"):
-        if f"{unit.place}experts.up" in state and f"{unit.place}{name}" in state:
+    for name in unit.groups.rows:
+        if f"{unit.place}{name}" in state:
             state[f"{unit.place}{name}"] = state[f"{unit.place}{name}"][kept].contiguous()
 
 
@@ -123,17 +127,8 @@ def _tensors_of(state: Mapping[str, Tensor], plan: GroupPlan, unit: Unit) -> lis
     return [(name, state[name]) for name in names if plan.groupings[name].first == unit.first]
 
 
-def _smaller(config: ModelConfig, kind: PrunedGroups, unit: Unit, width: int) -> ModelConfig:
-    """The configuration with so many groups of a kind."""
-    if kind == "heads":
-        assert config.attention is not None, "it has heads"
-        queries = config.attention.num_heads // config.attention.num_kv_heads
-        heads = {"num_heads": width * queries, "num_kv_heads": width}
-        return config.model_copy(update={"attention": config.attention.model_copy(update=heads)})
-    if kind == "channels" and not unit.place.endswith("shared."):
-        assert config.feed_forward is not None, "it has channels"
-        dense = config.feed_forward.model_copy(update={"hidden_size": width})
-        return config.model_copy(update={"feed_forward": dense})
-    assert config.moe is not None, "it has experts"
-    field = "num_experts" if kind == "experts" else "shared_expert_hidden_size"
-    return config.model_copy(update={"moe": config.moe.model_copy(update={field: width})})
+def _smaller(config: ModelConfig, unit: Unit, width: int) -> ModelConfig:
+    """The configuration with so many groups in the blocks of this unit's kind."""
+    options = config.block_options(unit.letter)
+    smaller = options.model_copy(update={field: width * units for field, units in unit.groups.sizes.items()})
+    return config.with_options(kind_of(unit.letter), smaller)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amfm.data_pipeline.durable.naming import named
-from amfm.model.config.mixer_registry import describe_symbol
+from amfm.model.config.kinds import describe_symbol
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.report.data import RunRecord, read_run

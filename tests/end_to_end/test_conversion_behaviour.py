@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from amfm.model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.window_linear import WindowLinearMixer
 from amfm.model.parallel.groups import single_rank_groups

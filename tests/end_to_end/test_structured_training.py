@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from amfm.model.config.schema import AttentionConfig, FeedForwardConfig, GuideConfig, ModelConfig
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.schema import GuideConfig, ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from tests.end_to_end.plays import held_out_loss, train

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from amfm.kernels.common.limits import DECAY_LIMITS
+from amfm.model.config.kinds import Kind
 from amfm.model.config.mixer_options import HeadOptions
-from amfm.model.config.mixer_registry import MixerSpec
 from amfm.model.mixers.base import LinearMixer, Part
 from amfm.model.mixers.head_norm import GatedHeadNorm
 from amfm.model.mixers.initial_values import first_decay_rates, first_time_steps
@@ -75,4 +75,4 @@ class TimeInvariantMixer(LinearMixer):
         return torch.randn(shape, generator=generator) * shape[-1] ** -0.5 if name in ("B", "C") else None
 
 
-SPEC = MixerSpec("time_invariant", f"{__name__}:TimeInvariantMixer", TimeInvariantOptions)
+SPEC = Kind("time_invariant", f"{__name__}:TimeInvariantMixer", TimeInvariantOptions)

@@ -2,14 +2,12 @@
 
 import torch
 
-from amfm.model.config.schema import (
-    AttentionConfig,
-    FeedForwardConfig,
-    Mamba2Config,
-    ModelConfig,
-    MoeConfig,
-    RopeConfig,
-)
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.rope import RopeConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import SingleRankGroup, single_rank_groups

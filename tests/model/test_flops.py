@@ -2,14 +2,11 @@
 
 import pytest
 
-from amfm.model.config.schema import (
-    AttentionConfig,
-    FeedForwardConfig,
-    Mamba2Config,
-    ModelConfig,
-    MoeConfig,
-    MtpConfig,
-)
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.schema import ModelConfig, MtpConfig
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from amfm.launch.plan.activations import Storage, block_bytes, recomputed_bytes
-from amfm.model.config.schema import MoeConfig
+from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups

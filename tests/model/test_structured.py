@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from amfm.model.config.checks import check_model
-from amfm.model.config.schema import FeedForwardConfig, GuideConfig, MoeConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.schema import GuideConfig
 from amfm.model.config.structure import Structure
 from amfm.model.feed_forward import FeedForward
 from amfm.model.flops import count_parameters, flops_per_token

@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from amfm.kernels.common.limits import DECAY_LIMITS
+from amfm.model.config.kinds import Kind
 from amfm.model.config.mixer_options import HeadOptions
-from amfm.model.config.mixer_registry import MixerSpec
 
 
 class LongVqOptions(HeadOptions):
@@ -34,4 +34,4 @@ class LongVqOptions(HeadOptions):
         return ("commit",) if self.commit_weight else ()
 
 
-SPEC = MixerSpec("longvq", "amfm_longvq.mixer:LongVqMixer", LongVqOptions)
+SPEC = Kind("longvq", "amfm_longvq.mixer:LongVqMixer", LongVqOptions)

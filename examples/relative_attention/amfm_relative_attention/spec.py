@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from amfm.model.config.mixer_options import MixerOptions
-from amfm.model.config.mixer_registry import MixerSpec
+from amfm.model.config.kinds import Kind
+from amfm.model.config.options import Axis, MixerOptions
 
 
 class RelativeAttentionOptions(MixerOptions):
@@ -17,12 +17,12 @@ class RelativeAttentionOptions(MixerOptions):
         512, gt=0, description="Distances with a vector of their own; what is further shares the last one."
     )
 
-    def cut_evenly(self) -> dict[str, int]:
+    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
         """Heads."""
-        return {"num_heads": self.num_heads}
+        return {"tensor": {"num_heads": self.num_heads}}
 
 
-SPEC = MixerSpec(
+SPEC = Kind(
     "relative_attention",
     "amfm_relative_attention.mixer:RelativeAttentionMixer",
     RelativeAttentionOptions,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from amfm.kernels.common.limits import DECAY_LIMITS
+from amfm.model.config.kinds import Kind
 from amfm.model.config.mixer_options import HeadOptions
-from amfm.model.config.mixer_registry import MixerSpec
 
 
 class S4DOptions(HeadOptions):
@@ -22,4 +22,4 @@ class S4DOptions(HeadOptions):
             yield "conv_kernel", "must be 0: the convolution's SiLU would not be linear; remove it"
 
 
-SPEC = MixerSpec("s4d", "amfm_s4d.mixer:S4DMixer", S4DOptions)
+SPEC = Kind("s4d", "amfm_s4d.mixer:S4DMixer", S4DOptions)

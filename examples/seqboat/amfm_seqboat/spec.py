@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from amfm.kernels.common.limits import DIAG_LIMITS, ScanLimits
-from amfm.model.config.mixer_options import MixerOptions
-from amfm.model.config.mixer_registry import MixerSpec
+from amfm.model.config.kinds import Kind
+from amfm.model.config.options import MixerOptions
 
 
 class SeqBoatOptions(MixerOptions):
@@ -31,7 +31,7 @@ class SeqBoatOptions(MixerOptions):
         return DIAG_LIMITS, self.chunk_size, (1, 1)
 
 
-SPEC = MixerSpec(
+SPEC = Kind(
     "seqboat",
     "amfm_seqboat.mixer:SeqBoatMixer",
     SeqBoatOptions,

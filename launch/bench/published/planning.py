@@ -23,7 +23,8 @@ from amfm.launch.plan.estimate import Assumptions, Estimate, estimate
 from amfm.launch.plan.exchanges import expected_ranks
 from amfm.launch.plan.hardware import HARDWARE, Hardware
 from amfm.launch.plan.layout import Layout
-from amfm.model.config.schema import ModelConfig, MoeConfig, MtpConfig
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.schema import ModelConfig, MtpConfig
 from amfm.model.flops import flops_per_token
 from amfm.pretrain.checks.check_run import load_checked
 from amfm.pretrain.config.schema import RunConfig

@@ -12,7 +12,7 @@ from amfm.launch.bench.calibration import Check, fit, planned_seconds, run_confi
 from amfm.launch.bench.step import granite_shape
 from amfm.launch.cli import run
 from amfm.launch.plan.hardware import HARDWARE, load_hardware
-from amfm.model.config.schema import FeedForwardConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
 
 ROOT = Path(__file__).parents[3]
 KNOWN = {

@@ -8,7 +8,7 @@ import pytest
 
 from amfm.launch.bench.length import choose_mixers, length_config, steadier_clock, summarize
 from amfm.launch.cli import run
-from amfm.model.config.mixer_registry import mixer_specs
+from amfm.model.config.kinds import registered_kinds
 from amfm.model.config.pattern import parse_pattern
 
 
@@ -19,7 +19,7 @@ def steps(*cpu_seconds: float, waiting: float = 1.0) -> list[dict[str, float]]:
 
 def test_every_registered_mixer_and_attention_has_a_model_to_time() -> None:
     symbols = choose_mixers(None)
-    assert len(symbols) == len(mixer_specs()) + 2
+    assert len(symbols) == len(registered_kinds()) + 2
     for symbol in symbols:
         assert parse_pattern(length_config(symbol).pattern).letters == (symbol,)
 

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 
 from amfm.launch.plan.exchanges import expected_ranks, has_certain_ranks
-from amfm.model.config.schema import MoeConfig
+from amfm.model.config.moe import MoeConfig
 
 
 def moe_of(experts, top_k, groups=1, best=1):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from amfm.launch.plan.registered import COUNTED_TOKENS, id_of, registered_block
-from amfm.model.config.mixer_registry import mixer_specs
+from amfm.model.config.kinds import registered_kinds
 from amfm.model.packing import PackMeta
 from tests.model.mixers.samples import mixer_config
 from tests.model.small_models import small_model
@@ -15,7 +15,7 @@ from tests.model.small_models import small_model
 TOKENS = 512
 
 
-@pytest.mark.parametrize("name", list(mixer_specs()))
+@pytest.mark.parametrize("name", list(registered_kinds()))
 def test_kept_bytes_are_those_of_a_real_pass(name):
     config = mixer_config(name, blocks=1)
     mixer = small_model(config, dtype=torch.float32).blocks[0].mixer
@@ -32,7 +32,7 @@ def test_kept_bytes_are_those_of_a_real_pass(name):
         output = mixer(x_BTD, PackMeta.one_document_a_row(1, TOKENS))
     measured = sum(storage.nbytes() for storage in kept.values())
     del output
-    counted = registered_block(config, mixer_specs()[name].symbol, torch.float32, TOKENS)
+    counted = registered_block(config, registered_kinds()[name].symbol, torch.float32, TOKENS)
     # PyTorch pads what its attention keeps of each query.
     assert counted.kept_bytes * TOKENS == pytest.approx(measured, rel=0.03)
     assert sum(rows * columns for rows, columns in counted.matrices) == sum(
@@ -43,7 +43,7 @@ def test_kept_bytes_are_those_of_a_real_pass(name):
 @pytest.mark.parametrize("name", ["retnet", "gla", "gated_deltanet", "kda", "mamba1", "mla", "window"])
 def test_what_triton_kernels_keep_is_counted_without_a_card_and_tensor_ranks_cut_it(name):
     config = mixer_config(name, blocks=1)
-    symbol, options = mixer_specs()[name].symbol, getattr(config.mixers, name)
+    symbol, options = registered_kinds()[name].symbol, getattr(config.mixers, name)
     chunks = {"chunk_size": 64} if hasattr(options, "chunk_size") else {}
     mixers = config.mixers.model_copy(update={name: options.model_copy(update=chunks)})
     config = config.model_copy(update={"mixers": mixers})

@@ -19,14 +19,14 @@ from amfm.launch.simulate.tracer import Tracer
 ROOT = Path(__file__).parents[3]
 SPEC = """
 from amfm.model.config.mixer_options import HeadOptions
-from amfm.model.config.mixer_registry import MixerSpec
+from amfm.model.config.kinds import Kind
 
 
 class BlindOptions(HeadOptions):
     \"\"\"Has an operation of its own.\"\"\"
 
 
-SPEC = MixerSpec("blind", "blind_mixer:BlindMixer", BlindOptions)
+SPEC = Kind("blind", "blind_mixer:BlindMixer", BlindOptions)
 """
 MIXER = """
 import torch

@@ -2,15 +2,13 @@
 
 import pytest
 
+from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.checks import check_model
-from amfm.model.config.schema import (
-    AttentionConfig,
-    FeedForwardConfig,
-    Mamba2Config,
-    ModelConfig,
-    MoeConfig,
-    RopeConfig,
-)
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.rope import RopeConfig
+from amfm.model.config.schema import ModelConfig
 
 MAMBA = {"num_heads": 6, "head_dim": 4, "state_size": 5, "num_groups": 2}
 ATTENTION = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 8}

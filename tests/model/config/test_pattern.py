@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amfm.model.config.pattern import BLOCK_NAMES, HUNYUAN_LETTERS, MAX_BLOCKS, Pattern, parse_pattern
+from amfm.model.config.kinds import CORE
+from amfm.model.config.pattern import MAX_BLOCKS, Pattern, parse_pattern
 
-SPELLINGS = {letter: [letter] for letter in BLOCK_NAMES}
+HUNYUAN_LETTERS = {"A": "*", "F": "E", "D": "-"}
+SPELLINGS = {kind.symbol: [kind.symbol] for kind in CORE}
 for hunyuan, megatron in HUNYUAN_LETTERS.items():
     SPELLINGS[megatron].append(hunyuan)
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from amfm.model.config.schema import AttentionConfig, ModelConfig, MultipliersConfig
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.schema import ModelConfig, MultipliersConfig
 from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.weights import weight_map

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from amfm.model.config.schema import AttentionConfig, Mamba2Config, ModelConfig
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.targets import known_refusals
 from tests.model.huggingface.cases import (

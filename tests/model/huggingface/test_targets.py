@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from amfm.model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, MultipliersConfig, RopeConfig
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.rope import RopeConfig
+from amfm.model.config.schema import MultipliersConfig
 from amfm.model.huggingface.targets import choose_target, explain_unfit
 from tests.model.huggingface.cases import (
     GRANITE,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from amfm.model.config.kinds import registered_kinds
 from amfm.model.config.mixer_options import LinearOptions
-from amfm.model.config.mixer_registry import mixer_specs
 from amfm.model.config.schema import ModelConfig
 from tests.model.small_models import small_config
 
@@ -55,14 +55,14 @@ ROTARY_FORMS = (
 
 def sample_options(name: str) -> dict[str, Any]:
     """Options of a small mixer."""
-    fields = mixer_specs()[name].options.model_fields
+    fields = registered_kinds()[name].options.model_fields
     return {key: value for key, value in USUAL.items() if key in fields} | SPECIAL.get(name, {})
 
 
 def sample_names() -> list[str]:
     """Every registered mixer, and `mom over X` for every linear one."""
-    inside = [spec.name for spec in mixer_specs().values() if issubclass(spec.options, LinearOptions)]
-    return [*mixer_specs(), *(f"mom over {name}" for name in inside)]
+    inside = [spec.name for spec in registered_kinds().values() if issubclass(spec.options, LinearOptions)]
+    return [*registered_kinds(), *(f"mom over {name}" for name in inside)]
 
 
 def registered_name(sample: str) -> str:
@@ -77,4 +77,4 @@ def mixer_config(sample: str, blocks: int = 2) -> ModelConfig:
     if name == "mom":
         inside = inside or "gated_deltanet"
         mixers = {name: mixers[name] | {"mixer": inside}, inside: sample_options(inside)}
-    return small_config(mixer_specs()[name].symbol * blocks, mixers=mixers)
+    return small_config(registered_kinds()[name].symbol * blocks, mixers=mixers)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amfm.model.config.mixer_registry import mixer_specs
+from amfm.model.config.kinds import registered_kinds
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
@@ -193,7 +193,7 @@ LAYOUTS = [
     (name, kind)
     for name in NAMES
     for kind in SECTIONS
-    if ("context" if kind == "context" else "tensor") not in mixer_specs()[registered_name(name)].refuses
+    if ("context" if kind == "context" else "tensor") not in registered_kinds()[registered_name(name)].refuses
 ]
 
 

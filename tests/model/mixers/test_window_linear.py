@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.rope.reference import norm_rope_reference
+from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.checks import check_model
-from amfm.model.config.rope import Llama3Stretch
-from amfm.model.config.schema import AttentionConfig, ModelConfig, RopeConfig
+from amfm.model.config.rope import Llama3Stretch, RopeConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.older_tokens import window_sum
 from amfm.model.mixers.window_linear import WindowLinearMixer

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from amfm.kernels.moe.op import route
-from amfm.model.config.schema import MoeConfig
+from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.moe.capacity import limit_choices
 from amfm.model.parallel.groups import single_rank_groups

@@ -13,7 +13,10 @@ from amfm.kernels.linear.op import linear_float32
 from amfm.kernels.moe.capacity import expert_capacity
 from amfm.kernels.moe.op import route
 from amfm.launch.bench.count_collectives import CommunicationCounter, Traffic, sum_traffic
-from amfm.model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.moe.block import MoeMixer
 from amfm.model.moe.capacity import slots_for

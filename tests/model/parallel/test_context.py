@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from amfm.launch.bench.count_collectives import CommunicationCounter
 from amfm.launch.plan.context_traffic import heads_bytes, states_bytes
-from amfm.model.config.schema import MoeConfig
+from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_windows

@@ -8,15 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from amfm.model.config.schema import (
-    AttentionConfig,
-    FeedForwardConfig,
-    GuideConfig,
-    Mamba2Config,
-    ModelConfig,
-    MoeConfig,
-    MultipliersConfig,
-)
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.schema import GuideConfig, ModelConfig, MultipliersConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups

@@ -124,7 +124,7 @@ def test_a_sound_run_passes(base):
         ),
         (
             ["train.recompute=selective", "train.recompute_blocks=MZ"],
-            "train.recompute_blocks = MZ: 'Z' is no letter of a block; use some of M * E -",
+            "train.recompute_blocks = MZ: 'Z' is no letter of a block; use some of M Mamba2, * or A attention",
         ),
         (
             [

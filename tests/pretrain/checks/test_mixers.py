@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from amfm.model.config.kinds import BUILT_IN, find_kind
 from amfm.model.config.mixer_options import LinearOptions
-from amfm.model.config.mixer_registry import BUILT_IN, find_spec
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.checks.mixers import check_kernels
@@ -24,7 +24,7 @@ def run_of(base, model: ModelConfig, backend="triton"):
 
 
 def mixer_run(base, name: str, backend="triton", **changes):
-    options = find_spec(name).options.model_validate(sample_options(name) | {"chunk_size": 64} | changes)
+    options = find_kind(name).options.model_validate(sample_options(name) | {"chunk_size": 64} | changes)
     model = mixer_config(name)
     return run_of(
         base, model.model_copy(update={"mixers": model.mixers.model_copy(update={name: options})}), backend=backend
@@ -85,7 +85,7 @@ def test_a_file_with_a_mixer_in_braces_without_quotes_is_told_what_to_write(base
 
 def test_weights_go_to_the_same_mixers_whatever_their_chunks():
     def settings(**changes):
-        inner = find_spec("deltanet").options.model_validate(sample_options("deltanet") | changes)
+        inner = find_kind("deltanet").options.model_validate(sample_options("deltanet") | changes)
         model = mixer_config("mom over deltanet")
         return function_settings(
             model.model_copy(update={"mixers": model.mixers.model_copy(update={"deltanet": inner})})

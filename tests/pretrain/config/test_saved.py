@@ -20,7 +20,7 @@ from amfm.pretrain.config.saved import read_saved_config
 ROOT = Path(__file__).parents[3]
 PLUGIN = '''
 from amfm.model.config.mixer_options import HeadOptions
-from amfm.model.config.mixer_registry import MixerSpec
+from amfm.model.config.kinds import Kind
 from amfm.pretrain.config.hook_registry import HookOptions, HookSpec
 
 
@@ -32,7 +32,7 @@ class WatchingOptions(HookOptions):
     """Looks on."""
 
 
-MIXER = MixerSpec("halving", "nowhere:Mixer", HalvingOptions)
+MIXER = Kind("halving", "nowhere:Mixer", HalvingOptions)
 HOOK = HookSpec("watching", "nowhere:Hook", WatchingOptions)
 '''
 SAVE = """

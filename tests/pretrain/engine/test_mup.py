@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.model.config.mup import CHECKED_LETTERS
+from amfm.model.config.kinds import BUILT_IN
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
@@ -28,6 +28,7 @@ from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import Trained, tiny_config, tiny_data, train_and_collect
 
+CHECKED_LETTERS = [kind.symbol for kind in BUILT_IN if kind.has_mup]
 BASE, VOCABULARY, ROWS, TOKENS = 64, 64, 8, 64
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.model.config import mixer_registry as registry
+from amfm.model.config import kinds as registry
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
 from amfm.model.huggingface.shapes import weight_shapes

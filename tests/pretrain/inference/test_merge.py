@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amfm.model.config.schema import FeedForwardConfig, MoeConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.inference.merge import multiply_out

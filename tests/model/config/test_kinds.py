@@ -1,4 +1,4 @@
-"""Mixers by name: what the configuration says of them, and a package that brings its own."""
+"""Kinds of block: what the configuration says of them, and a package that brings its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from amfm.model.config.checks import check_model
-from amfm.model.config.mixer_registry import BUILT_IN
+from amfm.model.config.kinds import registered_kinds
 from amfm.model.config.pattern import parse_pattern
 from tests.model.mixers.samples import sample_options
 from tests.model.small_models import small_config
@@ -20,7 +20,7 @@ PLUGIN = '''
 from pydantic import Field
 
 from amfm.model.config.mixer_options import HeadOptions
-from amfm.model.config.mixer_registry import MixerSpec
+from amfm.model.config.kinds import Kind
 
 
 class HalvingOptions(HeadOptions):
@@ -29,7 +29,7 @@ class HalvingOptions(HeadOptions):
     share: float = Field(0.5, gt=0, lt=1, description="What stays.")
 
 
-SPEC = MixerSpec("halving", "halving_mixer:HalvingMixer", HalvingOptions)
+SPEC = Kind("halving", "halving_mixer:HalvingMixer", HalvingOptions)
 '''
 MIXER = """
 import math
@@ -98,7 +98,7 @@ def test_a_package_registers_its_mixer_by_entry_point(tmp_path):
     ("entry_points", "message"),
     [
         ("halving = no_such_module:SPEC", "cannot be loaded"),
-        ("halving = halving_plugin:HalvingOptions", "must be a MixerSpec"),
+        ("halving = halving_plugin:HalvingOptions", "must be a Kind"),
         ("one = halving_plugin:SPEC\ntwo = halving_plugin:SPEC", "registers a mixer 'halving', which there is already"),
     ],
 )
@@ -116,7 +116,7 @@ def test_a_mixer_has_one_spelling_in_a_pattern():
 @pytest.mark.parametrize(
     ("pattern", "mixers", "message"),
     [
-        ("{nothing}", {}, "no mixer is called 'nothing'; there are deltanet,"),
+        ("{nothing}", {}, "no mixer is called 'nothing'; there are M Mamba2, * or A attention,"),
         ("G", {}, "model.pattern has 'G' (gated deltanet) but model.mixers.gated_deltanet is missing"),
         (
             "{mom}",
@@ -167,7 +167,7 @@ def test_sizes_that_do_not_fit_are_refused(name, change, message):
 
 def test_the_page_of_mixers_names_every_one_of_ours():
     page = (Path(__file__).parents[3] / "docs" / "mixers.md").read_text()
-    for spec in BUILT_IN:
+    for spec in registered_kinds().values():
         assert f"| `{spec.symbol}` | `{spec.name}` |" in page, spec.name
 
 

@@ -1,0 +1,79 @@
+"""The options of attention. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from amfm.model.config.options import Axis, MixerOptions, OutputGate, Prunable, Weights, must_divide
+from amfm.model.config.rope import RopeConfig
+
+
+class AttentionConfig(MixerOptions):
+    """Causal grouped-query attention; letter `*` (Hunyuan: `A`)."""
+
+    num_heads: int = Field(gt=0, description="Query heads.")
+    num_kv_heads: int = Field(gt=0, description="Key and value heads; must divide num_heads.")
+    head_dim: int = Field(gt=0, description="Channels a head; free of hidden_size.")
+    qk_norm: bool = Field(
+        False, description="RMSNorm over each query and key head (no native transformers class holds it)."
+    )
+    positions: Literal["none", "rope"] = Field("none", description="`none`: order comes from the Mamba2 layers alone.")
+    rope: RopeConfig = Field(RopeConfig(), description="Only read with positions: rope.")
+    softmax_scale: float | None = Field(
+        None, gt=0, description="Default: head_dim ** -0.5. Granite's attention_multiplier."
+    )
+    gate: OutputGate = Field(
+        "none",
+        description="Sigmoid of the input times each head's output before o_proj: a gate a channel (`element`, as Qwen3-Next) or a head.",
+    )
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Query heads share key-value heads evenly, and rotary positions rotate something."""
+        yield from must_divide("num_kv_heads", self.num_kv_heads, "model.attention.num_heads", self.num_heads)
+        if self.positions == "rope":
+            for field, rule in self.rope.broken_rules(self.head_dim):
+                yield f"rope.{field}", rule
+        elif self.rope != RopeConfig():
+            rule = "is set but model.attention.positions=none never reads it"
+            yield "rope", f"{rule}; use positions: rope, or remove the rope section"
+
+    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
+        """Query heads."""
+        return {"tensor": {"num_heads": self.num_heads}}
+
+    def cut_or_copied(self) -> dict[str, int]:
+        """Key-value heads may be fewer than tensor ranks."""
+        return {"num_kv_heads": self.num_kv_heads}
+
+    def weights(self, hidden_size: int, *, is_guided: bool) -> Weights:
+        """q, k, v and o, a gate; the norms of queries and keys."""
+        gates = {"none": 0, "head": self.num_heads, "element": self.num_heads * self.head_dim}
+        projections = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
+        matrices = hidden_size * (projections + gates[self.gate])
+        return Weights(matrices, matrices, 2 * self.head_dim * self.qk_norm)
+
+    def sequence_flops(self, sequence_length: int) -> float:
+        """Queries with keys and weights with values, over the (T + 1) / 2 keys that a token sees on average."""
+        keys = (sequence_length + 1) / 2
+        # Two products, of 2 operations a channel and key each.
+        return 2 * 2 * keys * self.num_heads * self.head_dim
+
+    def prunable(self, groups: str) -> Prunable | None:
+        """A key-value head with its query heads: rows of q, k, v and the gates, columns of o."""
+        if groups != "heads":
+            return None
+        queries = self.num_heads // self.num_kv_heads
+        rows, keys, count = queries * self.head_dim, self.head_dim, self.num_kv_heads
+        dims = {
+            "q_proj.weight": (0, count * rows, rows),
+            "k_proj.weight": (0, count * keys, keys),
+            "v_proj.weight": (0, count * keys, keys),
+            "o_proj.weight": (1, count * rows, rows),
+        }
+        if self.gate != "none":
+            gates = rows if self.gate == "element" else queries
+            dims["g_proj.weight"] = (0, count * gates, gates)
+        return Prunable({"num_kv_heads": 1, "num_heads": queries}, count, dims)

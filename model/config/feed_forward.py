@@ -1,0 +1,52 @@
+"""The options of a dense feed-forward. No torch here."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from amfm.model.config.options import Axis, MixerOptions, Prunable, Weights, channel_dims
+from amfm.model.config.structure import Activation, FeedForwardPart, LinearKind, Structure
+
+
+class FeedForwardConfig(MixerOptions):
+    """Dense feed-forward; letter `-` (Hunyuan: `D`)."""
+
+    hidden_size: int = Field(gt=0, description="Inner width.")
+    activation: Activation = Field(
+        "squared_relu", description="`swiglu` is gated and has a third matrix; `squared_relu` is not gated."
+    )
+    linear_kind: LinearKind = Field(
+        "dense",
+        description="Form of the matrices: products of two factors, `lowrank` (linear_rank), `blockshuffle` (linear_blocks) or `blockdense` (both); docs/structure.md.",
+    )
+    linear_rank: int | None = Field(None, gt=0, description="Numbers a token between the factors; lowrank, blockdense.")
+    linear_blocks: int | None = Field(
+        None,
+        ge=2,
+        description="Blocks of a block-diagonal factor; blockshuffle, blockdense. Tensor ranks must divide it.",
+    )
+
+    def structure(self) -> Structure:
+        """Form of the matrices."""
+        return Structure(self.linear_kind, self.linear_rank, self.linear_blocks)
+
+    def feed_forwards(self) -> tuple[FeedForwardPart, ...]:
+        """Itself."""
+        return (FeedForwardPart("", "", self.structure(), self.hidden_size, self.activation),)
+
+    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
+        """Channels, and blocks of factors."""
+        blocks = {} if self.linear_blocks is None else {"linear_blocks": self.linear_blocks}
+        return {"tensor": {"hidden_size": self.hidden_size} | blocks}
+
+    def weights(self, hidden_size: int, *, is_guided: bool) -> Weights:
+        """Its matrices."""
+        (own,) = self.feed_forwards()
+        matrices = own.weights(hidden_size, is_guided=is_guided)
+        return Weights(matrices, matrices)
+
+    def prunable(self, groups: str) -> Prunable | None:
+        """Inner channels."""
+        if groups != "channels":
+            return None
+        return Prunable({"hidden_size": 1}, self.hidden_size, channel_dims(self.hidden_size))

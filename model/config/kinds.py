@@ -1,0 +1,212 @@
+"""The table of the kinds of block: one row a kind, ours and those of installed packages.
+
+A kind is its row here, its options (`MixerOptions`, options.py) and its mixer (`Mixer`, model/mixers/interface.py). Whoever
+wants to know something of a block asks its options or its mixer; nobody compares letters. Four kinds are core: their section
+is a field of the model's configuration (`model.mamba`) and their options are counted in closed form. All others have theirs
+below `model.mixers` and are counted on one that is built.
+
+A package registers a kind with an entry point of the group `amfm.mixers` that names a `Kind`. A row names the class of the
+mixer by its import path and does not hold it, because configurations are read and documented where torch is not imported;
+the class is loaded when a model is built.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+from amfm.model.config import mixer_options as own
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.options import MixerOptions
+from amfm.model.config.plugins import describe_entry, installed_specs
+from amfm.model.config.window_linear import WindowLinearOptions
+
+ENTRY_POINTS = "amfm.mixers"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of block as pattern, configuration and checks see it, without importing its mixer.
+
+    name: lower case, as in `{name}`. mixer: `package.module:Class`, an `amfm.model.mixers.interface.Mixer`. options: its
+    section, whose class docstring and field descriptions become the documentation. refuses: axes over which it cannot be
+    spread yet, with the reason. mixes: whether a token reads others, or its own channels alone. letter, aliases: in a
+    pattern. title: in messages. is_core: its section is a field of the model's configuration. has_mup: muP's rules were
+    measured on it (docs/mup.md).
+    """
+
+    name: str
+    mixer: str
+    options: type[MixerOptions]
+    refuses: Mapping[Literal["context", "tensor"], str] = field(default_factory=dict)
+    mixes: Literal["sequence", "channels"] = "sequence"
+    letter: str | None = None
+    aliases: str = ""
+    title: str = ""
+    is_core: bool = False
+    has_mup: bool = False
+
+    @property
+    def symbol(self) -> str:
+        """Its symbol in a pattern: its letter, or `{name}`."""
+        return self.letter or f"{{{self.name}}}"
+
+    @property
+    def section(self) -> str:
+        """Key of its options below `model`."""
+        return self.name if self.is_core else f"mixers.{self.name}"
+
+    def describe(self) -> str:
+        """Name it in words."""
+        return self.title or self.name.replace("_", " ")
+
+    def load(self) -> type[Any]:
+        """Import the class of its mixer."""
+        module, _, name = self.mixer.partition(":")
+        found: type[Any] = getattr(importlib.import_module(module), name)
+        return found
+
+
+CORE = (
+    Kind(
+        "mamba",
+        "amfm.model.mixers.mamba2:Mamba2Mixer",
+        Mamba2Config,
+        letter="M",
+        title="Mamba2",
+        is_core=True,
+        has_mup=True,
+    ),
+    Kind(
+        "attention",
+        "amfm.model.mixers.attention:AttentionMixer",
+        AttentionConfig,
+        letter="*",
+        aliases="A",
+        is_core=True,
+        has_mup=True,
+    ),
+    Kind(
+        "moe",
+        "amfm.model.moe.block:MoeMixer",
+        MoeConfig,
+        mixes="channels",
+        letter="E",
+        aliases="F",
+        title="mixture of experts",
+        is_core=True,
+        has_mup=True,
+    ),
+    Kind(
+        "feed_forward",
+        "amfm.model.feed_forward:FeedForwardMixer",
+        FeedForwardConfig,
+        mixes="channels",
+        letter="-",
+        aliases="D",
+        title="dense feed-forward",
+        is_core=True,
+        has_mup=True,
+    ),
+)
+BUILT_IN = (
+    *CORE,
+    Kind("deltanet", "amfm.model.mixers.delta:DeltaNetMixer", own.DeltaNetOptions),
+    Kind(
+        "gated_deltanet",
+        "amfm.model.mixers.delta:GatedDeltaNetMixer",
+        own.GatedDeltaNetOptions,
+        letter="G",
+        has_mup=True,
+    ),
+    Kind("deltaproduct", "amfm.model.mixers.delta:DeltaProductMixer", own.DeltaProductOptions, letter="P"),
+    Kind("gla", "amfm.model.mixers.vector_gates:GlaMixer", own.GlaOptions),
+    Kind("hgrn2", "amfm.model.mixers.vector_gates:Hgrn2Mixer", own.Hgrn2Options, letter="H"),
+    Kind("kda", "amfm.model.mixers.kda:KdaMixer", own.KdaOptions, letter="K", has_mup=True),
+    Kind("hedgehog", "amfm.model.mixers.feature_maps:HedgehogMixer", own.HedgehogOptions),
+    Kind("lightning", "amfm.model.mixers.retention:LightningMixer", own.LightningOptions, letter="L"),
+    Kind(
+        "lightnet",
+        "amfm.model.mixers.lightnet:LightNetMixer",
+        own.LightNetOptions,
+        refuses={"context": "its running softmax does not pass between ranks yet"},
+    ),
+    Kind("mala", "amfm.model.mixers.mala:MalaMixer", own.MalaOptions),
+    Kind("mamba1", "amfm.model.mixers.mamba1:Mamba1Mixer", own.Mamba1Options),
+    Kind(
+        "mom",
+        "amfm.model.mixers.mom:MomMixer",
+        own.MomOptions,
+        refuses={"context": "its memories do not pass between ranks yet"},
+    ),
+    Kind("plstm", "amfm.model.mixers.plstm:PlstmMixer", own.PlstmOptions),
+    Kind("retnet", "amfm.model.mixers.retention:RetentionMixer", own.RetentionOptions),
+    Kind("transnormer", "amfm.model.mixers.feature_maps:TransNormerMixer", own.TransNormerOptions),
+    Kind("mla", "amfm.model.mixers.mla:MlaMixer", own.MlaOptions, letter="+"),
+    Kind("window", "amfm.model.mixers.window:WindowMixer", own.WindowOptions, letter="W"),
+    Kind("window_linear", "amfm.model.mixers.window_linear:WindowLinearMixer", WindowLinearOptions),
+)
+# Kinds by their letters in a pattern, aliases among them.
+LETTERS = {letter: kind for kind in BUILT_IN for letter in f"{kind.letter or ''}{kind.aliases}"}
+
+
+@cache
+def all_kinds() -> dict[str, Kind]:
+    """Collect all kinds by name: ours in the order above, then those of installed packages.
+
+    Raises RuntimeError for an entry point that cannot be imported, is not a Kind, wants a letter or takes another's name.
+    """
+    kinds = {kind.name: kind for kind in BUILT_IN}
+    for entry, kind in installed_specs(ENTRY_POINTS, Kind):
+        if kind.name in kinds:
+            raise RuntimeError(
+                f"{describe_entry(entry)} registers a mixer {kind.name!r}, which there is already; uninstall one"
+            )
+        if kind.letter or kind.aliases or kind.is_core:
+            raise RuntimeError(
+                f"{describe_entry(entry)} wants letters ({kind.letter}{kind.aliases}) or a core section, which our own kinds "
+                f"alone have: a package's block is written {{{kind.name}}}, with its options at model.mixers.{kind.name}"
+            )
+        kinds[kind.name] = kind
+    return kinds
+
+
+def registered_kinds() -> dict[str, Kind]:
+    """The kinds whose options are below `model.mixers`, by name."""
+    return {name: kind for name, kind in all_kinds().items() if not kind.is_core}
+
+
+def find_kind(name: str) -> Kind:
+    """Look up the kind of this name. Raises ValueError, which lists the kinds, for a name that nothing registers."""
+    kinds = all_kinds()
+    if name not in kinds:
+        raise ValueError(
+            f"no mixer is called {name!r}; there are {list_kinds()} and what packages register under the entry point group "
+            f"{ENTRY_POINTS}: install the package, or take another"
+        )
+    return kinds[name]
+
+
+def kind_of(symbol: str) -> Kind:
+    """Look up the kind of a block by its symbol in a pattern; raises as `find_kind` does."""
+    return LETTERS[symbol] if symbol in LETTERS else find_kind(symbol.strip("{}"))
+
+
+def list_kinds() -> str:
+    """List all kinds as messages do: symbol and name."""
+    return ", ".join(
+        f"{' or '.join([kind.letter, *kind.aliases])} {kind.title or kind.name}" if kind.letter else kind.symbol
+        for kind in all_kinds().values()
+    )
+
+
+def describe_symbol(symbol: str) -> str:
+    """Name a kind of block in words, from its symbol in a pattern."""
+    kind = LETTERS.get(symbol)
+    return kind.describe() if kind else symbol.strip("{}").replace("_", " ")

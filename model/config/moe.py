@@ -1,0 +1,188 @@
+"""The options of a mixture of experts. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from amfm.model.config.options import (
+    Axis,
+    MixerOptions,
+    Prunable,
+    Weights,
+    channel_dims,
+    must_divide,
+)
+from amfm.model.config.structure import DENSE, Activation, FeedForwardPart, LinearKind, Structure, matrices_of
+
+
+class MoeConfig(MixerOptions):
+    """Mixture of experts with optional shared expert; letter `E` (Hunyuan: `F`)."""
+
+    num_experts: int = Field(gt=0, description="Routed experts.")
+    top_k: int = Field(gt=0, description="Routed experts a token; at most num_experts.")
+    expert_hidden_size: int = Field(gt=0, description="Inner width of a routed expert.")
+    shared_expert_hidden_size: int = Field(0, ge=0, description="Inner width of the shared expert; 0: none.")
+    shared_expert_gate: bool = Field(
+        False, description="Sigmoid of the input, a number a token, times the shared expert's output, as Qwen3-Next."
+    )
+    shared_expert_linear_kind: LinearKind = Field(
+        "dense",
+        description="Form of the shared expert's matrices, as feed_forward.linear_kind; routed experts are dense.",
+    )
+    shared_expert_linear_rank: int | None = Field(None, gt=0, description="As feed_forward.linear_rank.")
+    shared_expert_linear_blocks: int | None = Field(None, ge=2, description="As feed_forward.linear_blocks.")
+    activation: Activation = Field("squared_relu", description="Of routed and shared experts.")
+    router: Literal["softmax", "sigmoid"] = Field("sigmoid", description="How logits become scores.")
+    normalize_probabilities: bool = Field(True, description="Divide the chosen scores by their sum.")
+    routed_scaling: float = Field(1.0, gt=0, description="Factor on the chosen probabilities.")
+    num_router_groups: int = Field(1, gt=0, description="Groups of experts for group-limited routing; 1: no limit.")
+    router_group_top_k: int = Field(1, gt=0, description="Groups a token may use; at most num_router_groups.")
+    expert_bias: bool = Field(
+        False,
+        description="Add a balancing bias to the scores when choosing (Wang et al. 2024, arXiv 2408.15664); sigmoid only.",
+    )
+    bias_update_rate: float = Field(1e-3, ge=0, description="Change of the balancing bias after each step.")
+    auxiliary_loss_weight: float = Field(
+        0.0, ge=0, description="Balance over a micro-batch (Fedus et al. 2021, arXiv 2101.03961, section 2.2)."
+    )
+    sequence_loss_weight: float = Field(
+        0.0, ge=0, description="Balance inside each row (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."
+    )
+    z_loss_weight: float = Field(
+        0.0, ge=0, description="Squared log-sum-exp of the router logits (Zoph et al. 2022, arXiv 2202.08906)."
+    )
+    latent_size: int | None = Field(
+        None, gt=0, description="Width at which tokens travel to routed experts; none: hidden_size."
+    )
+    capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        description="While training, an expert takes this many times its even share of a micro-batch's choices; none: all that come.",
+    )
+    overflow: Literal["drop", "recycle"] = Field(
+        "drop",
+        description="Choices over capacity are lost, or go to a random expert with room (Hunyuan-Large, arXiv 2411.02265).",
+    )
+
+    def shared_structure(self) -> Structure:
+        """Form of the shared expert's matrices."""
+        return Structure(
+            self.shared_expert_linear_kind, self.shared_expert_linear_rank, self.shared_expert_linear_blocks
+        )
+
+    training_only: ClassVar[frozenset[str]] = frozenset(
+        ("bias_update_rate", "auxiliary_loss_weight", "sequence_loss_weight", "z_loss_weight")
+    )
+
+    def feed_forwards(self) -> tuple[FeedForwardPart, ...]:
+        """The shared expert, which may be none; routed experts are dense."""
+        inner, structure = self.shared_expert_hidden_size, self.shared_structure()
+        return (FeedForwardPart("shared.", "shared_expert_", structure, inner, self.activation),)
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Every token finds top_k different experts in the groups it may use, and options have an effect."""
+        if self.top_k > self.num_experts:
+            yield "top_k", f"must be at most model.moe.num_experts={self.num_experts}; lower top_k"
+        yield from self._broken_groups()
+        if self.shared_expert_gate and not self.shared_expert_hidden_size:
+            rule = "needs model.moe.shared_expert_hidden_size above 0: there is no shared expert to gate"
+            yield "shared_expert_gate", f"{rule}; set its size, or remove the gate"
+        if not self.shared_expert_hidden_size and self.shared_structure() != DENSE:
+            rule = "has no effect with model.moe.shared_expert_hidden_size=0: there is no shared expert"
+            yield "shared_expert_linear_kind", f"{rule}, and routed experts are dense; set its size, or remove this"
+        if self.expert_bias and self.router != "sigmoid":
+            rule = f"needs model.moe.router=sigmoid, not {self.router}"
+            yield "expert_bias", f"{rule}; use router: sigmoid, or balance with auxiliary_loss_weight"
+        if self.overflow == "recycle" and self.capacity_factor is None:
+            rule = "needs model.moe.capacity_factor: without it no expert is ever full"
+            yield "overflow", f"{rule}; set capacity_factor: 1.5, or remove overflow"
+        if self.overflow == "recycle" and self.capacity_factor is not None and self.capacity_factor < 1:
+            rule = f"needs model.moe.capacity_factor of at least 1, not {self.capacity_factor}"
+            remedy = "experts have room for fewer choices than there are; raise it, or use overflow: drop"
+            yield "overflow", f"{rule}: {remedy}"
+
+    def _broken_groups(self) -> Iterator[tuple[str, str]]:
+        """Groups of experts are of one size, and those that a token may use hold its experts."""
+        yield from must_divide("num_router_groups", self.num_router_groups, "model.moe.num_experts", self.num_experts)
+        if self.router_group_top_k > self.num_router_groups:
+            rule = f"must be at most model.moe.num_router_groups={self.num_router_groups}; lower it"
+            yield "router_group_top_k", rule
+        group_size = self.num_experts // self.num_router_groups
+        if self.num_router_groups > 1 and group_size < 2:
+            rule = f"leaves {group_size} expert a group; a group is judged by its two best experts: use fewer groups"
+            yield "num_router_groups", rule
+        reachable = self.router_group_top_k * group_size
+        if self.top_k > reachable:
+            rule = f"must be at most the {reachable} experts that router_group_top_k={self.router_group_top_k} groups"
+            yield "top_k", f"{rule} of {group_size} hold; lower top_k or raise router_group_top_k"
+
+    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
+        """Experts, their inner widths, and channels and blocks of factors of the shared expert."""
+        shared = {}
+        if self.shared_expert_hidden_size:
+            shared["shared_expert_hidden_size"] = self.shared_expert_hidden_size
+        if self.shared_expert_linear_blocks is not None:
+            shared["shared_expert_linear_blocks"] = self.shared_expert_linear_blocks
+        return {
+            "expert": {"num_experts": self.num_experts},
+            "expert_tensor": {"expert_hidden_size": self.expert_hidden_size},
+            "tensor": shared,
+        }
+
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """Those with a weight (model/moe/balance.py)."""
+        weights = {
+            "balance": self.auxiliary_loss_weight,
+            "sequence_balance": self.sequence_loss_weight,
+            "router_z": self.z_loss_weight,
+        }
+        return tuple(name for name, weight in weights.items() if weight)
+
+    def routed_experts(self) -> int:
+        """num_experts."""
+        return self.num_experts
+
+    def weights(self, hidden_size: int, *, is_guided: bool) -> Weights:
+        """Router, shared expert and latent projections count for every token, experts top_k times."""
+        expert = matrices_of(self.activation) * (self.latent_size or hidden_size) * self.expert_hidden_size
+        every_token = hidden_size * (self.num_experts + self.shared_expert_gate)
+        every_token += sum(
+            part.weights(hidden_size, is_guided=is_guided) for part in self.feed_forwards() if part.inner
+        )
+        if self.latent_size is not None:
+            every_token += 2 * hidden_size * self.latent_size
+        return Weights(every_token + self.num_experts * expert, every_token + self.top_k * expert)
+
+    def prunable(self, groups: str) -> Prunable | None:
+        """Inner channels of the shared expert, or whole routed experts, whose bias then keeps the router from them."""
+        if groups == "channels" and self.shared_expert_hidden_size:
+            inner = self.shared_expert_hidden_size
+            return Prunable({"shared_expert_hidden_size": 1}, inner, channel_dims(inner), place="shared.")
+        if groups != "experts":
+            return None
+        dims = {name: (0, self.num_experts, 1) for name in ("experts.up", "experts.down")}
+        return Prunable(
+            {"num_experts": 1},
+            self.num_experts,
+            dims,
+            rows=("router.weight", "expert_bias"),
+            least="top_k",
+            refused=tuple(self._keeps_experts()),
+        )
+
+    def _keeps_experts(self) -> Iterator[tuple[str, str]]:
+        """Rules, each with a remedy, that keep experts from being pruned."""
+        if not self.expert_bias:
+            rule = "needs model.moe.expert_bias=true (with router: sigmoid): a router without a bias would still choose them"
+            yield rule, "set it"
+        if self.num_router_groups > 1:
+            rule = (
+                f"does not go with model.moe.num_router_groups={self.num_router_groups}: groups must stay of one size"
+            )
+            yield rule, "use 1"
+        if self.overflow == "recycle":
+            rule = "does not go with model.moe.overflow=recycle, which sends tokens to any expert with room"
+            yield rule, "use overflow: drop"

@@ -1,0 +1,123 @@
+"""What the options of every kind of block answer: rules, ranks, kernels, counts and pruning ask nothing else. No torch here.
+
+A kind of block is its options (a frozen section of the configuration, derived from `MixerOptions`), its mixer
+(model/mixers/interface.py) and one row of the table of kinds (kinds.py). Whoever wants to know something of a block asks its
+options and never its letter, so that a new kind is known everywhere once its options answer. Every method has a default,
+which is the answer of a block to which the question does not apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+from amfm.kernels.common.limits import ScanLimits
+from amfm.model.config.section import Section
+from amfm.model.config.structure import FeedForwardPart
+
+OutputGate = Literal["none", "element", "head"]
+Axis = Literal["tensor", "expert_tensor", "expert"]
+
+
+class Weights(NamedTuple):
+    """Numbers of parameters of one mixer: those of matrices, those of them that one token passes, and all others."""
+
+    matrices: int
+    active: int
+    others: int = 0
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """Groups of a mixer's weights that can go together.
+
+    sizes: the settings that become smaller with them, the one that counts groups first, each with its units a group. dims: of
+    each parameter that is divided into groups, by its name behind `place`, the dim, its period and the width of a group.
+    rows: further tensors with one row a group. least: a setting that says how many must stay. refused: rules, each with a
+    remedy, by which these options cannot lose such groups.
+    """
+
+    sizes: Mapping[str, int]
+    count: int
+    dims: Mapping[str, tuple[int, int, int]]
+    place: str = ""
+    rows: tuple[str, ...] = ()
+    least: str | None = None
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+class MixerOptions(Section):
+    """The base of the options of a kind of block."""
+
+    # Fields that change how a model is trained, and not what it computes.
+    training_only: ClassVar[frozenset[str]] = frozenset(("chunk_size", "balance_loss_weight"))
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Fields (dotted inside of a section) that do not go with the others, each with the rule and a remedy."""
+        yield from ()
+
+    def broken_widths(self, hidden_size: int) -> Iterator[tuple[str, str]]:
+        """Fields that do not go with the width of the stream, likewise."""
+        for part in self.feed_forwards():
+            yield from part.broken_rules(hidden_size)
+
+    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
+        """Sizes that the number of ranks of an axis must divide, by axis and field."""
+        return {}
+
+    def cut_or_copied(self) -> dict[str, int]:
+        """Units, by field, that may be fewer than tensor ranks: one number must divide the other."""
+        return {}
+
+    def wraps(self) -> str | None:
+        """The kind inside, whose own options are read too."""
+        return None
+
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """The auxiliary losses that it adds in training."""
+        return ()
+
+    def routed_experts(self) -> int:
+        """Experts among which its router chooses for each token, and whose choices it counts; 0: none."""
+        return 0
+
+    def lookback(self) -> tuple[int, str]:
+        """Tokens before a context rank's segment that its first token reads, and the field that says so."""
+        return 0, ""
+
+    def scan(self) -> tuple[ScanLimits, int, tuple[int, int]] | None:
+        """What its scan's Triton kernels take, tokens a chunk, and a head's state (rows, columns); None: not known, or no scan."""
+        return None
+
+    def feed_forwards(self) -> tuple[FeedForwardPart, ...]:
+        """The dense feed-forwards inside, whose matrices may be factored."""
+        return ()
+
+    def weights(self, hidden_size: int, *, is_guided: bool) -> Weights | None:
+        """Count the parameters of the mixer on a stream of this width; None: they are counted on one that is built.
+
+        is_guided: factored matrices have dense ones beside them.
+        """
+        return None
+
+    def sequence_flops(self, sequence_length: int) -> float:
+        """Forward FLOPs a token beside products with matrices; read where `weights` are counted."""
+        return 0.0
+
+    def prunable(self, groups: str) -> Prunable | None:
+        """The groups of weights of this name (channels, experts, heads) that it can lose; None where it has none."""
+        return None
+
+
+def must_divide(field: str, part: int, whole_key: str, whole: int) -> Iterator[tuple[str, str]]:
+    """Yield a broken rule with the divisors to choose from where `part` does not divide `whole`."""
+    if whole % part:
+        divisors = [number for number in range(1, whole + 1) if whole % number == 0]
+        shown = ", ".join(map(str, divisors[:12])) + (", ..." if len(divisors) > 12 else "")
+        yield field, f"must divide {whole_key}={whole}; use one of {shown}"
+
+
+def channel_dims(inner: int) -> dict[str, tuple[int, int, int]]:
+    """`Prunable.dims` of the inner channels of a feed-forward: gate rows, then up rows, the same channel after `inner` rows."""
+    return {"up_proj.weight": (0, inner, 1), "down_proj.weight": (1, inner, 1)}
