@@ -2,8 +2,10 @@
 
 An import of torch, DeepSpeed and Megatron-core takes a core for some ten seconds. Sixteen ranks on the cores of one machine would
 each do it, and wait for each other's; a forked rank has it already, and shares the memory. Only where that is safe: on Linux,
-without cards (a card's driver does not survive a fork), and while this process has one thread of Python, because a fork copies
-the locks of others. (Those of numpy's BLAS end before a fork and begin again after it; torch has started none yet.)
+without cards (a card's driver does not survive a fork), and while this process has one thread: a fork copies the locks of the
+others and not the threads. OpenMP is the one that bites: torch computes with a pool of threads that a forked process believes
+to have and waits for, for ever. So a process that has computed is never forked (`has_other_threads` counts the system's
+threads, of which Python knows its own alone); its ranks are processes of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import IO
 
 # Of NVIDIA's and of AMD's driver; asking torch would wake them.
 CARDS = ("/dev/nvidiactl", "/dev/kfd")
+SETTLE_SECONDS = 0.25
 BUG = 1  # the interpreter's own exit code for an exception
 
 
@@ -26,7 +30,32 @@ def can_fork() -> bool:
     """Whether ranks may be forked from this process as it is now."""
     if not sys.platform.startswith("linux") or any(Path(device).exists() for device in CARDS):
         return False
-    return threading.active_count() == 1
+    return threading.active_count() == 1 and not has_other_threads()
+
+
+def has_other_threads() -> bool:
+    """Whether this process has threads that a fork would cut off, of any library. Linux only.
+
+    numpy's BLAS starts some at its import, ends them before each fork, and starts them again when it needs them. So a fork that does nothing
+    leaves those alone that don't know of it.
+    """
+    if count_threads() == 1:
+        return False
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + SETTLE_SECONDS  # the system takes an ended thread off its list a moment later
+    while count_threads() > 1:
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def count_threads() -> int:
+    """The system's threads of this process."""
+    return len(os.listdir("/proc/self/task"))
 
 
 class ForkedRank:

@@ -27,7 +27,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "PATH": path,
         "PYTHONPATH": str(RECIPES.parent),
         "PYTHON": sys.executable,
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "2",  # as users do: a process that has computed with several threads can't be forked
     }
 
 

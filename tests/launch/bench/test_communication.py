@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -139,7 +140,8 @@ def test_the_verb_starts_ranks_and_prints_one_object() -> None:
         "parallel.expert=2",
     ]
     command.append("model.moe.num_experts=2")
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    two_threads = {**os.environ, "OMP_NUM_THREADS": "2"}  # as users do
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200, env=two_threads)
     result = json.loads(done.stdout)
     assert result["equal"] and result["ranks"] == 2 and result["parallel"]["expert"] == 2
     (rows,) = [row for row in result["rows"] if row["axis"] == "ep" and row["dtype"] == "float32"]

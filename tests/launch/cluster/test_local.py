@@ -99,6 +99,21 @@ def test_forked_ranks_are_told_apart_and_end_as_processes_of_their_own_do(
     assert len({(tmp_path / str(rank)).read_text() for rank in range(3)}) == 1
 
 
+COMPUTED = """
+import torch  # whose BLAS threads, and numpy's, know of forks
+from amfm.launch.cluster.forked import can_fork
+assert can_fork()
+torch.ones(1 << 20).mul(2).sum()
+assert not can_fork(), "OpenMP's threads would be missing in a fork, which waits for them for ever"
+"""
+
+
+def test_a_process_that_has_computed_with_two_threads_is_not_forked() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(python(COMPUTED), env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_signals_reach_every_rank(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WAITING, str(tmp_path)]
     launcher = subprocess.Popen(

@@ -45,12 +45,15 @@ def test_ctrl_c_is_answered_and_a_second_one_ends_at_once() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_ctrl_c_at_a_terminal_saves_and_the_next_start_resumes_bit_for_bit(nproc: int, tmp_path: Path) -> None:
+def test_ctrl_c_at_a_terminal_saves_and_the_next_start_resumes_bit_for_bit(
+    nproc: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def command(directory: str, *more: str) -> list[str]:
         settings = ["configs/probes/mqar.yaml", f"run.dir={tmp_path / directory}", "train.steps=12"]
         settings += ["train.micro_batch_size=16", "train.validate_every_steps=null", "schedule.warmup_steps=2"]
         return [sys.executable, "-m", "amfm.launch", "train", *settings, "--nproc", str(nproc), *more]
 
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as users do
     subprocess.run(command("whole"), cwd=ROOT, check=True)
     process, terminal = start_at_terminal(command("cut"))
     wait_for_step(tmp_path / "cut" / "metrics.jsonl", 3)
