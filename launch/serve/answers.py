@@ -99,12 +99,17 @@ class Answer:
 
 def begin_answer(request: Request, model: ServedModel, max_tokens: int) -> Answer:
     """Encode a request's prompt, within `max_tokens` of prompt and answer together. Raises RefusedError."""
+    longest = max(1, model.longest_token) * max_tokens
     if request.kind == "chat":
+        _refuse_longer(sum(len(message["content"]) for message in request.messages), longest, max_tokens)
         try:
-            ids = model.encode_chat(request.messages)
+            text = model.render_chat(request.messages)
         except ValueError as error:
             raise RefusedError(str(error), key="messages") from error
+        _refuse_longer(len(text), longest, max_tokens)
+        ids = model.encode_chat(text)
     elif isinstance(request.prompt, str):
+        _refuse_longer(len(request.prompt), longest, max_tokens)
         ids = model.tokenizer.encode(request.prompt)
     else:
         ids = list(request.prompt or [])
@@ -119,3 +124,13 @@ def begin_answer(request: Request, model: ServedModel, max_tokens: int) -> Answe
             code="context_length_exceeded",
         )
     return Answer(request, model, ids, request.max_new_tokens or room)
+
+
+def _refuse_longer(characters: int, longest: int, max_tokens: int) -> None:
+    """Refuse a prompt that can't fit, before a core is kept busy with its tokens. Raises RefusedError."""
+    if characters > longest:
+        raise RefusedError(
+            f"{characters} characters of prompt are more than the {longest} that {max_tokens} tokens can hold; ask for less, "
+            "or start the server with a larger --max-tokens",
+            code="context_length_exceeded",
+        )

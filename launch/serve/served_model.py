@@ -34,15 +34,22 @@ class ServedModel:
     ) -> None:
         self.name, self.shared, self.tokenizer = name, shared, tokenizer
         self.end_ids, self.template, self.chat_tokenizer = frozenset(end_ids), template, chat_tokenizer
+        # Characters of the longest token: a text of more than so many a token is too long before it is tokenized.
+        self.longest_token = max((len(tokenizer.decode([index])) for index in range(tokenizer.vocab_size)), default=1)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Encode a conversation as its template writes it. Raises ValueError without a template, and where it refuses."""
+    def render_chat(self, messages: list[dict[str, str]]) -> str:
+        """Write a conversation as its template does. Raises ValueError without a template, and where it refuses."""
         if self.template is None or self.chat_tokenizer is None:
             raise ValueError(
                 f"{self.name} has no chat template: it continues text and was not taught to answer; ask /v1/completions, "
                 "or serve a model that was fine-tuned on conversations"
             )
-        return list(self.chat_tokenizer.encode(self.template.render(messages), add_special_tokens=False).ids)
+        return self.template.render(messages)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Encode a conversation that `render_chat` wrote, where control tokens are tokens."""
+        assert self.chat_tokenizer is not None, "render_chat refuses"
+        return list(self.chat_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def generate(self, ids: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
         """Yield the ids that follow."""

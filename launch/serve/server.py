@@ -4,7 +4,9 @@ Python's own server is enough: a handful of clients of one machine share one mod
 and a web framework would be the largest dependency of this package. It speaks plain HTTP and asks nobody who he is, so it
 listens on loopback unless told otherwise. A web page of somebody else must not reach it through a reader's browser:
 requests name this host (a name that an attacker points here does not), and bodies must be JSON, which no browser sends
-across origins without asking first; that question is never answered.
+across origins without asking first; that question is never answered. A refused request ends its connection: what follows
+on it may be the refused one's body, which must not be taken for another request. Connections are counted, and a request
+must have arrived within READ_SECONDS, so that who connects and says nothing takes nobody's place for long.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ import errno
 import ipaddress
 import json
 import socket
+import threading
+import time
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,7 +29,11 @@ from amfm.launch.serve.requests import Kind, RefusedError, parse_request
 from amfm.launch.serve.served_model import ServedModel
 
 MAX_BODY_BYTES = 4 << 20
-IDLE_SECONDS = 300
+MAX_BODY_DIGITS = 10
+MAX_CONNECTIONS = 64
+READ_SECONDS = 60.0  # for a request to come, whole, after the connection or the request before it
+WRITE_SECONDS = 60.0  # for a client to take the next piece of its answer
+DRAIN_SECONDS = 1.0  # for what a refused client still sends: closed before it is read, it would take the answer along
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
 KINDS: dict[str, Kind] = {"/v1/completions": "completion", "/v1/chat/completions": "chat"}
 
@@ -33,11 +42,14 @@ class ModelServer(ThreadingHTTPServer):
     """Listens at once; answers when `serve_forever` runs. `model` is given before that. Raises ValueError for a busy port."""
 
     daemon_threads = True
+    request_queue_size = 128
     model: ServedModel
     max_tokens: int
 
     def __init__(self, host: str, port: int) -> None:
         self.host = host
+        self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._deadlines: dict[socket.socket, float] = {}
         try:
             self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
             super().__init__((host, port), Handler)
@@ -50,6 +62,50 @@ class ModelServer(ThreadingHTTPServer):
         """Where the server is reached."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.server_address[1]}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a connection its thread, where there is room for one more; else say so and end it."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+            return
+        with suppress(OSError):
+            request.setblocking(False)
+            request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        request.close()
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in its thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._deadlines.pop(request, None)
+            self._free.release()
+
+    def shutdown_request(self, request: Any) -> None:
+        """End a connection after what the client still sends of a refused request has been read, a second at most."""
+        with suppress(OSError):
+            request.shutdown(socket.SHUT_WR)
+            request.settimeout(DRAIN_SECONDS)
+            deadline = time.monotonic() + DRAIN_SECONDS
+            while request.recv(1 << 16) and time.monotonic() < deadline:
+                pass
+        self.close_request(request)
+
+    def expect(self, request: socket.socket) -> None:
+        """Note that a request must arrive on this connection within READ_SECONDS."""
+        self._deadlines[request] = time.monotonic() + READ_SECONDS
+
+    def has_come(self, request: socket.socket) -> None:
+        """Note that it has."""
+        self._deadlines.pop(request, None)
+
+    def service_actions(self) -> None:
+        """End the connections whose time is over; `serve_forever` calls this twice a second."""
+        now = time.monotonic()
+        for request, deadline in list(self._deadlines.items()):
+            if now > deadline:
+                with suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
 
     def page(self) -> str:
         """The page to try the model on."""
@@ -78,16 +134,27 @@ class Handler(BaseHTTPRequestHandler):
     server: ModelServer
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "amfm", ""
-    timeout = IDLE_SECONDS
+    timeout = max(READ_SECONDS, WRITE_SECONDS)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing: prompts are nobody's business."""
 
+    def handle_one_request(self) -> None:
+        """Read a request and answer it."""
+        self.server.expect(self.connection)
+        try:
+            super().handle_one_request()
+        except ConnectionError:  # it went away, or its time was over
+            self.close_connection = True
+
     def do_GET(self) -> None:
         """Answer the page, the list of models, and whether the server is there."""
         path = urlsplit(self.path).path
+        self.server.has_come(self.connection)
         if not self._is_for_us():
             return
+        if {"content-length", "transfer-encoding"} & {name.lower() for name in self.headers}:
+            self.close_connection = True  # a body is not read
         model = self.server.model
         if path == "/":
             self._send(HTTPStatus.OK, self.server.page().encode(), "text/html; charset=utf-8")
@@ -105,11 +172,12 @@ class Handler(BaseHTTPRequestHandler):
             return
         kind = KINDS.get(urlsplit(self.path).path)
         if kind is None:
-            self.close_connection = True  # its body is not read
             self._refuse(RefusedError(f"{self.path:.100} is nothing here; see {', '.join(KINDS)}", status=404))
             return
         try:
-            request = parse_request(kind, self._read_body(), self.server.model.name)
+            body = self._read_body()
+            self.server.has_come(self.connection)
+            request = parse_request(kind, body, self.server.model.name)
             answer = begin_answer(request, self.server.model, self.server.max_tokens)
         except RefusedError as refusal:
             self._refuse(refusal)
@@ -121,21 +189,28 @@ class Handler(BaseHTTPRequestHandler):
                 self._send_json(HTTPStatus.OK, answer.whole())
         except (ConnectionError, TimeoutError):
             self.close_connection = True  # the client went away: generation has stopped with it
+        except RuntimeError as error:
+            if request.is_stream:  # its answer has begun: it ends in the middle, which a client sees
+                self.close_connection = True
+            else:
+                self._refuse(RefusedError(f"the model failed: {error}", status=500))
 
     def _is_for_us(self) -> bool:
         """Whether the request names this host; refuses it otherwise."""
-        if self.server.is_ours(self.headers.get("Host", "")):
+        hosts = self.headers.get_all("Host") or []
+        if len(hosts) == 1 and self.server.is_ours(hosts[0]):
             return True
         self._refuse(RefusedError("the Host header names another host; use the address of this server", status=403))
         return False
 
     def _read_body(self) -> dict[str, Any]:
         if self.headers.get_content_type() != "application/json":
-            self.close_connection = True
             raise RefusedError("the body must be JSON, with Content-Type: application/json", status=415)
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-            self.close_connection = True
+        lengths = self.headers.get_all("Content-Length") or [""]
+        length = lengths[0]
+        is_known = len(lengths) == 1 and "Transfer-Encoding" not in self.headers
+        is_number = length.isascii() and length.isdecimal() and len(length) <= MAX_BODY_DIGITS
+        if not (is_known and is_number and int(length) <= MAX_BODY_BYTES):
             raise RefusedError(f"the body must have a Content-Length of at most {MAX_BODY_BYTES} bytes", status=413)
         try:
             body = json.loads(self.rfile.read(int(length)))
@@ -165,7 +240,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _refuse(self, refusal: RefusedError) -> None:
-        kind = "invalid_request_error"
+        """Answer with the reason, and end the connection: a body that was not read is no request."""
+        self.close_connection = True
+        kind = "invalid_request_error" if refusal.status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
         error = {"message": str(refusal), "type": kind, "param": refusal.key, "code": refusal.code}
         self._send_json(HTTPStatus(refusal.status), {"error": error})
 

@@ -120,7 +120,8 @@ def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
     """
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    logits_V = logits_V / sampling.temperature
+    # The largest becomes 0, which stays 0 at a temperature that float32 rounds to nothing; inf - inf would be NaN.
+    logits_V = (logits_V - logits_V.max()) / max(sampling.temperature, torch.finfo(torch.float32).tiny)
     if sampling.top_k is not None and sampling.top_k < len(logits_V):
         smallest = logits_V.topk(sampling.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < smallest, -torch.inf)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import threading
+import time
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from amfm.launch.cli import run
+from amfm.launch.serve import server as serving
 from amfm.launch.serve.server import ModelServer
 from amfm.pretrain.inference.generate import Sampling, generate
 from tests.launch.serve.conftest import TEMPLATE
@@ -83,7 +87,7 @@ def test_a_chat_is_the_completion_of_its_template(chat_server):
     found = json.loads(text)
     assert (status, found["object"]) == (200, "chat.completion")
     message = found["choices"][0]["message"]
-    ids = chat_server.model.encode_chat(messages)
+    ids = chat_server.model.encode_chat(chat_server.model.render_chat(messages))
     assert chat_server.model.tokenizer.eos_id in ids, "the template's control tokens are tokens, not letters"
     assert message == {"role": "assistant", "content": complete(chat_server, prompt=ids, max_tokens=10)["choices"][0]["text"]}  # fmt: skip
     stream = events(ask(chat_server, "/v1/chat/completions", body | {"stream": True})[1])
@@ -110,6 +114,7 @@ def test_a_model_without_a_template_refuses_to_chat(server):
         ({"max_tokens": 0}, 400, "max_tokens=0 must be a whole number of at least 1"),
         ({"max_tokens": 600}, 400, "more than the 512 that this server takes"),
         ({"prompt": ""}, 400, "prompt must be one text"),
+        ({"prompt": "a" * 10**6}, 400, "1000000 characters of prompt are more than the"),
         ({"prompt": "cut \ud83d"}, 400, "is not valid JSON: 'utf-8' codec can't encode character '\\ud83d'"),
         ({"prompt": [1, 10**9]}, 400, "with ids of at least 0 and below"),
         ({"stop": ["a"] * 5}, 400, "stop must be a text or up to four"),
@@ -131,6 +136,74 @@ def test_bodies_and_hosts_that_a_foreign_page_could_send_are_refused(server):
     assert ask(server, "/v1/completions", None)[0] == 404
     assert ask(server, "/v1/embeddings", body, JSON)[0] == 404
     assert ask(server, "/v1/completions", None, {"Host": "localhost"})[0] == 404
+
+
+def talk(server: ModelServer, sent: bytes) -> str:
+    """Send bytes and read until the server ends the connection."""
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=60) as connection:
+        connection.sendall(sent)
+        return b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
+
+
+def post(body: bytes, host: str = "127.0.0.1", *headers: str, kind: str = "application/json") -> bytes:
+    lines = ["POST /v1/completions HTTP/1.1", f"Host: {host}", f"Content-Type: {kind}", *headers]
+    if not any(header.startswith(("Content-Length", "Transfer-Encoding")) for header in headers):
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+INNER = post(b'{"prompt": "x", "max_tokens": 1}')
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (post(INNER, "evil.example"), 403),
+        (b"GET / HTTP/1.1\r\nHost: evil.example\r\nContent-Length: %d\r\n\r\n" % len(INNER) + INNER, 403),
+        (post(INNER, "127.0.0.1\r\nHost: evil.example"), 403),
+        (post(INNER, kind="text/plain"), 415),
+        (post(INNER, "127.0.0.1", "Content-Length: " + "9" * 5000), 413),
+        (post(INNER, "127.0.0.1", "Content-Length: 0", "Content-Length: 4"), 413),
+        (post(INNER, "127.0.0.1", "Content-Length: 0", "Transfer-Encoding: chunked"), 413),
+        (post(b'{"prompt": ""}') + INNER, 400),
+    ],
+)
+def test_what_follows_a_refused_request_is_not_another_one(server, sent, status):
+    said = talk(server, sent)
+    assert said.count("HTTP/1.1 ") == 1 and said.startswith(f"HTTP/1.1 {status} "), said
+    assert "Connection: close" in said
+
+
+def test_a_temperature_that_float32_rounds_to_nothing_is_the_most_likely_token(server):
+    texts = [complete(server, temperature=temperature)["choices"][0]["text"] for temperature in (0, 1e-320)]
+    assert texts[0] == texts[1]
+
+
+def test_a_model_that_fails_is_an_answer(server, monkeypatch):
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+        yield
+
+    monkeypatch.setattr(server.model, "generate", fail)
+    status, text = ask(server, "/v1/completions", {"prompt": "x"})
+    assert (status, json.loads(text)["error"]["type"]) == (500, "server_error")
+    assert "the model failed: out of memory" in text
+
+
+def test_connections_have_a_number_and_an_end(server, monkeypatch):
+    monkeypatch.setattr(serving, "READ_SECONDS", 6.0)
+    address = ("127.0.0.1", server.server_address[1])
+    threads = threading.active_count()
+    with ExitStack() as stack:
+        # Each says a part of a request, and no more; a byte now and then would not help it.
+        silent = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(100)]
+        for connection in silent:
+            connection.sendall(b"GET /health HTTP/1.1\r\n")
+        refused = sum(connection.recv(1 << 10).startswith(b"HTTP/1.1 503 ") for connection in silent)
+        assert refused == 100 - serving.MAX_CONNECTIONS
+    while threading.active_count() > threads:
+        time.sleep(0.05)
+    assert ask(server, "/health") == (200, '{"status": "ok"}')
 
 
 def test_the_page_and_the_list_name_the_model(server):
