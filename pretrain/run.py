@@ -11,7 +11,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.pretrain.checkpoint.background import BackgroundSaver
 from amfm.pretrain.config.schema import ParallelConfig, RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine
-from amfm.pretrain.monitor.corruption import StateWatch
+from amfm.pretrain.hook import Hook
 from amfm.pretrain.monitor.display import Display
 from amfm.pretrain.monitor.environment import Peak
 from amfm.pretrain.monitor.heartbeat import Heartbeat
@@ -55,7 +55,7 @@ class Run:
     stages: all training stages; stage: the one the model is set to. layout: what ranks, model and engine were built by.
     loader: this rank's micro-batches of training text; validations: of held-out text, by length of rows. pipeline: runs the
     schedule where the model is cut over ranks. peak: the device's arithmetic, for MFU. profiler: traces the steps that
-    `train.profile` names. state_watch: None where nobody looks for silent corruption. lock, owner, log, display: on the main
+    `train.profile` names. hooks: what it does beside training. lock, owner, log, display: on the main
     rank alone. saved_step: of the newest checkpoint that was begun, None after a rollback; replica_step: of the newest replica. validation_metrics: what the newest validation adds to its step's line. collapsed_blocks: MoE
     blocks whose collapse was reported. tasks: of lm-eval, on the main rank alone; task_values: what they gave after step
     `tasks_step`. remarks: what to say of the weights that it began with.
@@ -74,7 +74,7 @@ class Run:
     signals: SignalWatch
     heartbeat: Heartbeat
     profiler: StepProfiler
-    state_watch: StateWatch | None = None
+    hooks: tuple[Hook, ...] = ()
     pipeline: Pipeline | None = None
     stragglers: StepTimes = field(default_factory=StepTimes)
     lock: IO[bytes] | None = None
@@ -121,6 +121,11 @@ class Run:
     def identities(self) -> dict[str, str]:
         """Hashes of dataset and tokenizer, which a checkpoint is tied to."""
         return identities_of(self.loader)
+
+    def note_edit(self) -> None:
+        """Tell every hook that masters or weights were written to between steps."""
+        for hook in self.hooks:
+            hook.after_edit()
 
     def say(self, text: str) -> None:
         """Print a remark for the person who watches; does nothing but on the main rank."""

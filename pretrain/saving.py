@@ -19,7 +19,8 @@ from amfm.pretrain.checkpoint.replicas.recover import recover
 from amfm.pretrain.checkpoint.replicas.write import SavedReplica
 from amfm.pretrain.monitor.ownership import read_owner
 from amfm.pretrain.run import Progress, Run
-from amfm.pretrain.stages import is_guided
+from amfm.pretrain.stages import is_due, is_guided
+from amfm.pretrain.step_sums import StepResult
 
 
 def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
@@ -67,8 +68,7 @@ def restore_newest_weights(run: Run) -> int | None:
     """
     finish_saving(run)
     run.engine.wait_for_weights()
-    if run.state_watch is not None:
-        run.state_watch.forget()
+    run.note_edit()
     loaded = load_newest(run.directory / "checkpoints", run.saver.layout, config=run.config, identities=run.identities)
     if loaded is None:
         return None
@@ -104,6 +104,17 @@ def save(run: Run) -> None:
         finish_saving(run)
 
 
+def save_if_due(run: Run, result: StepResult) -> None:
+    """After a step: hear of a save that ended, save or replicate where that is due. Every rank must call this."""
+    if not result.is_saving:
+        finish_saving(run)  # waits for nothing: a save that failed on any rank ends the run now, not at the next one
+    step = run.progress.step
+    if is_due(step, run.config.train.checkpoint_every_steps):
+        save(run)
+    elif not result.is_saving and step < run.last_step:
+        replicate_if_due(run)
+
+
 def replicate_if_due(run: Run) -> None:
     """Start a replica where the newest checkpoint or replica is `train.replica_every_steps` old. Every rank must call this.
 
@@ -122,8 +133,8 @@ def replicate_if_due(run: Run) -> None:
 def collect_state(run: Run) -> dict[str, Any]:
     """What a checkpoint holds beside the engine's state, after a look for silent corruption. Every rank must call this."""
     run.heartbeat.at(run.progress.step, "save")
-    if run.state_watch is not None:
-        run.state_watch.examine(run.progress.step)
+    for hook in run.hooks:
+        hook.before_save()
     if run.log is not None:
         run.log.sync()
     loader_state = run.loader.state_dict()
@@ -175,7 +186,15 @@ def finish_copies(run: Run) -> bool:
     if not send_missing_copy(run):
         return True
     finish_saving(run)
-    return not lacks_copy(run)
+    if not lacks_copy(run):
+        return True
+    text = (
+        f"the checkpoint of step {run.progress.step} is in {run.directory} and not in "
+        f"train.checkpoint_store={run.config.train.checkpoint_store}; the same command sends it"
+    )
+    run.record_event("failed", error=text)
+    run.say(text)
+    return False
 
 
 def record_saved(run: Run, saved: Saved | None) -> None:

@@ -227,3 +227,8 @@ def step_of_sample(stages: tuple[RunStage, ...], sample: int) -> tuple[int, int]
 def last_stage(stages: tuple[RunStage, ...], steps_done: int) -> RunStage:
     """Find the stage of the last step done: the one that a checkpoint of that step was trained in."""
     return stage_of(stages, max(0, steps_done - 1))
+
+
+def is_due(step: int, every_steps: int | None) -> bool:
+    """Whether something that is done every `every_steps` steps is due after this one; never, for None."""
+    return every_steps is not None and step % every_steps == 0

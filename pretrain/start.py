@@ -38,11 +38,11 @@ from amfm.pretrain.config.file import resolved_yaml, without_secrets
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.convert.prepare import prepare_stage
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine
+from amfm.pretrain.hooks.build import build_hooks
+from amfm.pretrain.hooks.tasks import open_tasks
 from amfm.pretrain.identity import describe_start, require_same_on_all_ranks
 from amfm.pretrain.inference.weights import load_initial_weights
 from amfm.pretrain.launcher_protocol import RESTART_CAUSE, TORCHRUN_RESTARTS
-from amfm.pretrain.measure_tasks import open_tasks
-from amfm.pretrain.monitor.corruption import StateWatch
 from amfm.pretrain.monitor.display import Display
 from amfm.pretrain.monitor.environment import find_peak, record_environment
 from amfm.pretrain.monitor.experts import describe_unbalanced
@@ -132,6 +132,7 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
         run.saver.replicas.token = token
     run.heartbeat.board = NodeBoard.of_start(run.directory, token, rank, world_size)
     run.heartbeat.start()
+    run.hooks = build_hooks(run)
     return run
 
 
@@ -178,7 +179,6 @@ def build_run(
         saver.remote = RemoteCheckpoints(train.checkpoint_store)
     if train.replica_every_steps is not None:
         saver.replicas = NodeMemory.of(train.replica_folder, Path(config.run.dir), saver.ranks)
-    watches = config.health.check_state_every_steps is not None
     return Run(
         config=config,
         parallel=parallel,
@@ -193,7 +193,6 @@ def build_run(
         signals=signals,
         heartbeat=heartbeat,
         profiler=StepProfiler(train.profile, Path(config.run.dir), parallel.rank, engine.module, heartbeat),
-        state_watch=StateWatch(saver.layout, parallel) if watches else None,
         pipeline=build_pipeline(built, parallel, engine),
         stragglers=StepTimes(clock_of(parallel.device)),
         keeps_freed_memory=keeps_freed_memory,

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,37 +27,7 @@ from amfm.pretrain.micro_batch import LossShare, MicroBatch, MicroBatches, look_
 from amfm.pretrain.monitor.anomalies import StepAnomaly, describe_skip, judge_loss, remember_loss
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.run import Run
-from amfm.pretrain.step_sums import RankNews, empty_sums
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step reports, the same on every rank but for `busy_seconds`.
-
-    loss: mean negative log-likelihood a token, in nats. auxiliary: weighted auxiliary losses, means over micro-batches.
-    expert_counts: token choices by expert, for each MoE block. grad_norm: before clipping. applied: whether the weights
-    moved. signal: number of the signal that asks some rank to stop, 0 for none. is_saving: whether some rank still writes a
-    checkpoint. mtp_losses: of each depth of multi-token prediction, as `loss`. busy_seconds: time in which this rank read data and computed, without waiting for others. anomaly: what went
-    wrong, if anything; skip: what is known about a step that was not applied. damaged_samples: of the whole run, read as
-    rows without labels (`data.on_corruption: quarantine`).
-    """
-
-    loss: float
-    tokens: int
-    sequence_length: int
-    auxiliary: dict[str, float]
-    expert_counts: dict[int, list[int]]
-    grad_norm: float
-    applied: bool
-    learning_rate: float
-    seconds: float
-    signal: int
-    is_saving: bool
-    busy_seconds: float
-    anomaly: StepAnomaly | None = None
-    skip: dict[str, Any] | None = None
-    damaged_samples: int = 0
-    mtp_losses: tuple[float, ...] = ()
+from amfm.pretrain.step_sums import RankNews, StepResult, empty_sums
 
 
 def train_step(run: Run) -> StepResult:
@@ -89,9 +57,8 @@ def train_step(run: Run) -> StepResult:
     set_step(run.model, progress.step, run.num_steps)
     with engine.accumulate(len(batches)):
         micro_batches = MicroBatches(batches, run.parallel, model)
-        every = run.config.health.check_state_every_steps
-        if run.state_watch is not None and every is not None and (progress.step + 1) % every == 0:
-            run.state_watch.examine_recomputed(lambda: run_apart(run, micro_batches, share), progress.step + 1)
+        for hook in run.hooks:
+            hook.before_passes(micro_batches, share)
         for output in forward_backward(run, micro_batches, share):
             sums.add(output)
             if output.loss is not None:
@@ -103,8 +70,8 @@ def train_step(run: Run) -> StepResult:
         anomaly = judge_loss(report.loss, progress.recent_losses, run.config.health)
         if anomaly is not None and run.config.health.on_spike == "skip":
             engine.skip_next_step()
-    if run.state_watch is not None:
-        run.state_watch.examine_rest(progress.step + 1)
+    for hook in run.hooks:
+        hook.before_update()
     rate = stage.rate(progress.step + 1)
     run.heartbeat.at(progress.step + 1, "optimizer")
     outcome = engine.step(rate)
@@ -122,6 +89,7 @@ def train_step(run: Run) -> StepResult:
     # A skipped step advances too: schedule, stages and data are functions of the step.
     progress.step += 1
     progress.tokens += global_batch_size * sequence_length
+    set_step(run.model, progress.step, run.num_steps)  # for what is measured between steps
     return StepResult(
         loss=report.loss,
         tokens=global_batch_size * sequence_length,
@@ -180,30 +148,6 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], share: LossS
         assert loss is not None, "a batch has labels"
         run.engine.backward(loss)
         yield output
-
-
-def run_apart(run: Run, micro_batches: Sequence[MicroBatch], share: LossShare) -> dict[str, Tensor]:
-    """Run the first micro-batch without a trace in the engine, and return its sums and gradients by name.
-
-    With a pipeline or ZeRO 3, which own the backward pass, it is the forward pass alone; a pipeline runs all of them.
-    """
-    if run.pipeline is not None or run.engine.zero_stage == 3:
-        run.engine.module.eval()  # or ZeRO 3 takes it for the order of a step
-        outputs = list(forward_only(run, micro_batches if run.pipeline is not None else micro_batches[:1]))
-        run.engine.module.train()
-        gradients = {}
-    else:
-        output = forward_micro_batch(run, micro_batches[0])
-        loss = share.of(output)
-        assert loss is not None, "a batch has labels"
-        named = {name: weight for name, weight in run.engine.module.named_parameters() if weight.requires_grad}
-        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        outputs, gradients = (
-            [output],
-            {f"gradient of {name}": value for name, value in zip(named, found) if value is not None},
-        )
-    losses = {f"loss {index}": output.loss.nll_sum for index, output in enumerate(outputs) if output.loss is not None}
-    return losses | gradients
 
 
 @torch.no_grad()

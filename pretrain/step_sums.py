@@ -7,12 +7,14 @@ the counts of valid tokens, by which losses are divided, stay on the device too 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import ModelOutput
+from amfm.pretrain.monitor.anomalies import StepAnomaly
 from amfm.pretrain.monitor.signals import WATCHED
 from amfm.pretrain.parallel import Parallel
 
@@ -57,6 +59,36 @@ class StepReport:
     def depth_losses(self) -> tuple[float, ...]:
         """Mean negative log-likelihood a token of each depth of multi-token prediction."""
         return tuple(nll / tokens for nll, tokens in zip(self.mtp_nll, self.tokens[1:]))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step reports, the same on every rank but for `busy_seconds`.
+
+    loss: mean negative log-likelihood a token, in nats. auxiliary: weighted auxiliary losses, means over micro-batches.
+    expert_counts: token choices by expert, for each MoE block. grad_norm: before clipping. applied: whether the weights
+    moved. signal: number of the signal that asks some rank to stop, 0 for none. is_saving: whether some rank still writes a
+    checkpoint. mtp_losses: of each depth of multi-token prediction, as `loss`. busy_seconds: time in which this rank read data and computed, without waiting for others. anomaly: what went
+    wrong, if anything; skip: what is known about a step that was not applied. damaged_samples: of the whole run, read as
+    rows without labels (`data.on_corruption: quarantine`).
+    """
+
+    loss: float
+    tokens: int
+    sequence_length: int
+    auxiliary: dict[str, float]
+    expert_counts: dict[int, list[int]]
+    grad_norm: float
+    applied: bool
+    learning_rate: float
+    seconds: float
+    signal: int
+    is_saving: bool
+    busy_seconds: float
+    anomaly: StepAnomaly | None = None
+    skip: dict[str, Any] | None = None
+    damaged_samples: int = 0
+    mtp_losses: tuple[float, ...] = ()
 
 
 @dataclass

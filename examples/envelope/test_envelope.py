@@ -19,7 +19,7 @@ from torch import Tensor
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.hooks import call_hooks
+from amfm.pretrain.hooks.plugins import call_hooks
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step

@@ -32,7 +32,7 @@ class HookOptions(Section):
 class HookSpec:
     """A registered hook as configurations see it, without importing it.
 
-    name: lower case. hook: `package.module:Class`, an `amfm.pretrain.hooks.TrainHook`. options: its section, whose class docstring and
+    name: lower case. hook: `package.module:Class`, an `amfm.pretrain.hooks.plugins.TrainHook`. options: its section, whose class docstring and
     field descriptions become the documentation.
     """
 

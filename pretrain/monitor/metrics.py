@@ -136,3 +136,8 @@ def flatten_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, f
         elif isinstance(value, int | float) and prefix + name != "step":
             flat[prefix + name] = float(value)
     return flat
+
+
+def finite(value: float) -> float | None:
+    """Replace NaN and infinities by None."""
+    return value if abs(value) < float("inf") else None

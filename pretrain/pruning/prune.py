@@ -63,8 +63,7 @@ def prune(run: Run, section: PruneConfig) -> None:
             if isinstance(mixer, MoeMixer):
                 assert mixer.expert_bias is not None, "checked: experts are pruned where the router has a bias"
                 mixer.expert_bias[dead[f"{name}."].to(mixer.expert_bias.device)] = PRUNED_BIAS
-    if run.state_watch is not None:
-        run.state_watch.forget()
+    run.note_edit()
     number = int(chosen.sum())
     run.record_event("pruned", groups=section.groups, zero=number, of=plan.num_groups)
     run.say(f"step {run.progress.step}: {number:,} of {plan.num_groups:,} {section.groups} are zero")

@@ -13,7 +13,8 @@ from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run
-from amfm.pretrain.step import StepResult, train_step
+from amfm.pretrain.step import train_step
+from amfm.pretrain.step_sums import StepResult
 from tests.helpers.spawn import run_ranks
 from tests.parallel.layouts import Layout, gather_weights, layout_config, outcomes_of
 from tests.pretrain.tiny_run import Trained, tiny_config, train_and_collect

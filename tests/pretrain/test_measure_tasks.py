@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.pretrain.measure_tasks import measure_tasks
+from amfm.pretrain.hooks.tasks import measure_tasks
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.tasks.evaluate import evaluate_tasks

@@ -14,7 +14,8 @@ from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.run import Run
 from amfm.pretrain.start import close_run, start_run
-from amfm.pretrain.step import StepResult, train_step
+from amfm.pretrain.step import train_step
+from amfm.pretrain.step_sums import StepResult
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import Trained, collect_weights, read_events, tiny_config, train_and_collect
 

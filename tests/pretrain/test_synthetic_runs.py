@@ -14,13 +14,13 @@ from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.accuracy import count_correct, measure_accuracy
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.hooks.validate import Validation, validate
 from amfm.pretrain.inference.evaluate_synthetic import evaluate_synthetic
 from amfm.pretrain.inference.weights import load_initial_weights, read_weights
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.run import Run
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.train import train
-from amfm.pretrain.validate import Validation, validate
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.export.exported_models import weights_folder
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config, train_and_collect

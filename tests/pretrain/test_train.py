@@ -18,12 +18,12 @@ import yaml
 
 from amfm.data_pipeline.config import DataConfig, PhaseConfig, TokenizerConfig
 from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.pretrain.hooks.validate import Validation, validate
 from amfm.pretrain.monitor.ownership import lock_directory
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step
 from amfm.pretrain.train import run_steps, train
-from amfm.pretrain.validate import Validation, validate
 from tests.helpers.full_disk import largest_file
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny_store import make_tiny_store, run_in_process

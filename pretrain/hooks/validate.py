@@ -9,17 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.pretrain.accuracy import Accuracy, count_correct, measure_accuracy
+from amfm.pretrain.hook import Hook
 from amfm.pretrain.micro_batch import move_batch
+from amfm.pretrain.monitor.metrics import finite
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.run import Run
 from amfm.pretrain.source_losses import SourceLoss, bits_per_byte, losses_of, sum_by_source
+from amfm.pretrain.stages import is_due
 from amfm.pretrain.step import count_valid_tokens, forward_only
-from amfm.pretrain.step_sums import empty_sums
+from amfm.pretrain.step_sums import StepResult, empty_sums
 
 
 @dataclass(frozen=True)
@@ -103,3 +107,52 @@ def accepted_parts(hits_D: torch.Tensor, tokens: Sequence[int], parallel: Parall
     if not tokens:
         return ()
     return tuple(hits / max(1, count) for hits, count in zip(parallel.all_reduce_unique(hits_D).tolist(), tokens))
+
+
+class Validations(Hook):
+    """Validates when that is due, and keeps the result for the step's log line."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def after_step(self, result: StepResult) -> None:
+        """Validate each `train.validate_every_steps`, and after the last step."""
+        step = self.run.progress.step
+        if is_due(step, self.run.config.train.validate_every_steps) or step == self.run.num_steps:
+            measure_validation(self.run)
+
+
+def measure_validation(run: Run) -> None:
+    """Validate, if text is held out, and keep the result for this step's log line. Every rank must call this."""
+    if run.validation is None:
+        return
+    validation = validate(run)
+    run.progress.validation_loss = validation.loss
+    run.progress.validated_step = run.progress.step
+    details: dict[str, Any] = {
+        "loss": validation.loss,
+        "perplexity": validation.perplexity,
+        "tokens": validation.tokens,
+    }
+    if validation.accuracy is not None:
+        run.progress.validation_accuracy = validation.accuracy.token_accuracy
+        run.progress.validation_row_accuracy = validation.accuracy.row_accuracy
+        details["accuracy"] = validation.accuracy.to_event()
+    run.validation_metrics = describe_sources(validation)
+    run.record_event("validation", **details, **run.validation_metrics)
+
+
+def describe_sources(validation: Validation) -> dict[str, Any]:
+    """What else a validation found, as lines of metrics.jsonl have it; nothing of a synthetic task.
+
+    The loss in bits a byte and by source, and what depths of multi-token prediction foresaw, where the model has some.
+    """
+    if not validation.by_source:
+        return {}
+    bits = validation.bits_per_byte
+    accepted = {"mtp_accepted": list(validation.mtp_accepted)} if validation.mtp_accepted else {}
+    return {
+        "validation_bits_per_byte": None if bits is None else finite(bits),
+        "validation_by_source": {name: finite(source.loss) for name, source in validation.by_source.items()},
+        **accepted,
+    }

@@ -21,9 +21,12 @@ from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.model.hybrid import ModelOutput
 from amfm.pretrain.checks.tasks import SETTING
 from amfm.pretrain.config.schema import EvaluateConfig, ParallelConfig, RunConfig
+from amfm.pretrain.hook import Hook
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.rank_group import RankGroup
 from amfm.pretrain.run import Run
+from amfm.pretrain.stages import is_due
+from amfm.pretrain.step_sums import StepResult
 from amfm.pretrain.tasks.scoring import Job, Scorer, Share
 from amfm.pretrain.tasks.suite import TaskChoice, TaskError, TaskSuite, open_suite, require_lm_eval
 
@@ -155,3 +158,16 @@ def _generation_problem(suite: TaskSuite, parallel: ParallelConfig) -> str | Non
         f"{parallel.tensor} with parallel.{reason} shares the tokens of a row; leave the task out, and run `amfm evaluate RUN "
         "--tasks NAMES` on the checkpoints"
     )
+
+
+class Tasks(Hook):
+    """Measures the tasks of `evaluate` when that is due."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def after_step(self, result: StepResult) -> None:
+        """Measure each `evaluate.every_steps`, and after the last step."""
+        step, section = self.run.progress.step, self.run.config.evaluate
+        if section.tasks and (is_due(step, section.every_steps) or step == self.run.num_steps):
+            measure_tasks(self.run)

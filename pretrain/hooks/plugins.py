@@ -40,7 +40,6 @@ def call_hooks(run: Run, hooks: dict[str, TrainHook]) -> None:
         if found is None:
             continue
         # What was edited is no silent corruption.
-        if run.state_watch is not None:
-            run.state_watch.forget()
+        run.note_edit()
         run.record_event("hook", name=name, **found)
         run.say(f"step {run.progress.step}: {name}: " + ", ".join(f"{key} {value}" for key, value in found.items()))

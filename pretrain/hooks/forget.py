@@ -24,7 +24,6 @@ def forget_if_due(run: Run) -> None:
     values = initial_values(EMBEDDING, (model.vocab_size, model.hidden_size), model, seed)
     view = MasterView(run.saver.layout, run.saver.writers, ranks_of(run.engine).rank)
     view.write({EMBEDDING: values})
-    if run.state_watch is not None:
-        run.state_watch.forget()
+    run.note_edit()
     run.record_event("forgot", parameter=EMBEDDING)
     run.say(f"step {step}: the embedding begins anew")

@@ -1,0 +1,35 @@
+"""A hook: something that a run does beside training, at six moments of a step.
+
+Hooks know the run; the step and the loop know no hook. Every rank builds the same ones and calls them in the same order
+(hooks/build.py), so a hook may use collectives. What it keeps is a function of the step and the masters: a checkpoint has
+no place for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from amfm.pretrain.micro_batch import LossShare, MicroBatch
+from amfm.pretrain.step_sums import StepResult
+
+
+class Hook:
+    """Does nothing; a subclass overrides the moments that it needs. Every rank calls each."""
+
+    def before_passes(self, micro_batches: Sequence[MicroBatch], share: LossShare) -> None:
+        """Before the first forward pass of a step, inside `engine.accumulate`."""
+
+    def before_update(self) -> None:
+        """After the gradients are reduced, before the optimizer's step."""
+
+    def after_step(self, result: StepResult) -> None:
+        """After a step, before it may end the run."""
+
+    def after_edit(self) -> None:
+        """After masters or weights were written to between steps."""
+
+    def after_rollback(self) -> None:
+        """After the weights of an older checkpoint were restored."""
+
+    def before_save(self) -> None:
+        """Before a checkpoint or a replica is taken."""
