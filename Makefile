@@ -10,7 +10,7 @@ CLIENTS := .clients
 # Processes that share the tests; each has one thread, and tests start up to eight ranks of their own.
 WORKERS ?= 3
 
-.PHONY: quickstart install test test-slow test-versions gpu check format docs constraints bench clients clean
+.PHONY: quickstart install test test-slow test-cluster test-versions gpu check format docs constraints bench clients clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/amfm doctor
@@ -46,7 +46,12 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600 --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest -m "slow and not gpu and not cluster" --timeout 3600 --numprocesses 2 --dist worksteal
+
+# Launchers on real Slurm, sshd and Ray, on nodes in namespaces of this machine: needs root and Debian's slurm-wlm, munge,
+# openssh-server, iproute2, nftables. Tests of an engine that is not installed are skipped by its name.
+test-cluster: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m cluster tests/cluster --durations 0
 
 # The oldest torch and Triton that are held to these tests, and the newest that pip gives; half an hour on two cores.
 test-versions:

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# A real Slurm cluster (munged, slurmctld, a slurmd on each of N nodes) inside one Linux machine, for tests of launchers.
+#
+# The nodes are those of network.sh beside this file: own addresses, host names and process numbers. slurmctld and munged run
+# on node0, the login node. Own key, own sockets, own configuration in DIR: nothing in /etc is used. Tried with Debian's
+# slurm-wlm 24.11 and munge. Needs root.
+#
+#   slurm.sh up DIR N [CPUS] [MB]   bring it up; DIR short, such as $(mktemp -d /tmp/c.XXXX). CPUS (2) and MB (3000) of a node
+#   slurm.sh login DIR CMD...       run a command on the login node, with Slurm's programs at this cluster
+#   slurm.sh node DIR I             start slurmd on node I (again)
+#   slurm.sh down DIR               end everything
+# Faults: network.sh cut, lose, shape ... on the same DIR; `login DIR scancel ...`, `scontrol update nodename=...`.
+set -euo pipefail
+PATH=$PATH:/usr/sbin:/sbin
+net="$(dirname "$(realpath "$0")")/network.sh"
+verb=${1:?verb}; DIR=$(realpath -m "${2:?directory}"); shift 2
+export SLURM_CONF=$DIR/slurm.conf
+start_slurmd() { "$net" enter "$DIR" "$1" setsid slurmd -N "node$1" -L "$DIR/slurmd$1.log" </dev/null >/dev/null 2>&1; }
+
+case $verb in
+up)
+  n=${1:?number of nodes}; cpus=${2:-2}; mb=${3:-3000}
+  "$net" up "$DIR" "$n"
+  mkdir -p "$DIR/state" "$DIR/spool" "$DIR/munge"; chmod 755 "$DIR" "$DIR/munge"
+  (umask 077; head -c 128 /dev/urandom >"$DIR/munge/key")
+  "$net" enter "$DIR" 0 munged --force --key-file "$DIR/munge/key" --socket "$DIR/munge/socket" --pid-file "$DIR/munge/pid" \
+    --log-file "$DIR/munge/log" --seed-file "$DIR/munge/seed"
+  echo 'CgroupPlugin=disabled' >"$DIR/cgroup.conf"
+  cat >"$DIR/slurm.conf" <<CONF
+ClusterName=test
+SlurmctldHost=node0(10.77.0.10)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket=$DIR/munge/socket
+StateSaveLocation=$DIR/state
+SlurmdSpoolDir=$DIR/spool/%n
+SlurmctldPidFile=$DIR/slurmctld.pid
+SlurmdPidFile=$DIR/slurmd.%n.pid
+SlurmctldLogFile=$DIR/slurmctld.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SlurmdParameters=config_overrides
+ReturnToService=2
+SlurmdTimeout=20
+KillWait=20
+UnkillableStepTimeout=60
+MinJobAge=3600
+NodeName=node[1-$n] NodeAddr=10.77.0.[11-$((10 + n))] CPUs=$cpus RealMemory=$mb State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP DefMemPerNode=$mb
+CONF
+  "$net" enter "$DIR" 0 setsid slurmctld </dev/null >/dev/null 2>&1
+  for i in $(seq 1 "$n"); do start_slurmd "$i"; done
+  for _ in $(seq 60); do [ "$("$net" enter "$DIR" 0 sinfo -h -t idle -o %D 2>/dev/null)" = "$n" ] && break; sleep 0.5; done
+  "$net" enter "$DIR" 0 sinfo ;;
+login) "$net" enter "$DIR" 0 "$@" ;;
+node) start_slurmd "$1" ;;
+down) "$net" down "$DIR" ;;
+*) sed -n '2,/^set/p' "$0" >&2; exit 2 ;;
+esac

@@ -1,0 +1,43 @@
+"""A Ray cluster of real raylets that asks for a token, as `ray start --head` makes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import amfm, cluster, events, metrics, missing, wait_until
+from tests.cluster.conftest import check_losses, write_run
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
+HEAD = "10.77.0.11:6379"
+
+
+def test_a_cut_link_costs_one_failure_and_the_other_node_goes_on(folder: Path, undisturbed: list[float]) -> None:
+    write_run(folder, folder / "run", launch__heartbeat_seconds=20.0)
+    log = folder / "launch.log"
+    words = ("launch", folder / "run.yaml", "--on", "ray", "--address", HEAD, "--nodes", "2", "--nproc-per-node", "1")
+    with cluster(2, "ray", folder=folder) as nodes:
+        # No RAY_AUTH_MODE here: amfm sends the token that it finds.
+        launcher = nodes.start(1, log, "env", "-u", "RAY_AUTH_MODE", *amfm(*words))
+        wait_until(lambda: len(metrics(folder / "run")) > 22, 400, log)
+        nodes.fault("cut", 2)
+        assert launcher.wait(timeout=600) == 0, log.read_text()[-4000:]
+    assert "going on with 1 of 2 nodes" in log.read_text()
+    assert len(events(folder / "run", "restarted")) == 1
+    check_losses(folder / "run", undisturbed)
+
+
+def test_a_cluster_that_refuses_our_token_is_said_with_the_remedy(folder: Path) -> None:
+    write_run(folder, folder / "run")
+    words = ("launch", folder / "run.yaml", "--on", "ray", "--address", HEAD, "--nodes", "1", "--nproc-per-node", "1")
+    with cluster(1, "ray", folder=folder) as nodes:
+        log = folder / "launch.log"
+        bare = ("env", "-u", "RAY_AUTH_MODE", "-u", "RAY_AUTH_TOKEN_PATH", "HOME=/nonexistent")
+        assert nodes.start(1, log, *bare, *amfm(*words)).wait(timeout=300) == 2
+    text = log.read_text()
+    assert "set RAY_AUTH_MODE=token" in text and "Traceback" not in text

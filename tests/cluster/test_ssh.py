@@ -1,0 +1,104 @@
+"""torchrun on hosts behind a real sshd: cut and slow links, stopped ranks, hosts that are wrong."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import Cluster, amfm, cluster, events, metrics, missing, wait_until
+from tests.cluster.conftest import check_losses, write_run
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(bool(missing("ssh")), reason=missing("ssh")),
+]
+
+
+def launch(nodes: Cluster, root: Path, *options: str, hosts: str = "node1\nnode2\n") -> subprocess.Popen[bytes]:
+    """`amfm launch --on torchrun` on the login node, its output in root/launch.log."""
+    (root / "hosts").write_text(hosts)
+    shell = f"ssh -F {root}/ssh_config -tt -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15"
+    words = ("launch", root / "run.yaml", *options, "--on", "torchrun", "--hosts", root / "hosts")
+    count = str(len(hosts.split()))
+    return nodes.start(
+        0, root / "launch.log", *amfm(*words, "--nodes", count, "--nproc-per-node", "1", "--remote-shell", shell)
+    )
+
+
+def test_a_link_that_is_cut_for_good_is_named_and_the_other_host_goes_on(
+    folder: Path, undisturbed: list[float]
+) -> None:
+    write_run(folder, folder / "run", launch__heartbeat_seconds=20.0)
+    log = folder / "launch.log"
+    with cluster(2, "ssh", folder=folder) as nodes:
+        launcher = launch(nodes, folder)
+        wait_until(lambda: len(metrics(folder / "run")) > 22, 300, log)
+        nodes.fault("cut", 2)
+        assert launcher.wait(timeout=600) == 0, log.read_text()[-4000:]
+    text = log.read_text()
+    assert "going on with 1 of 2 nodes" in text
+    (restarted,) = events(folder / "run", "restarted")
+    assert "amfm: rank 0 on node1" in restarted["cause"] and "node2" in restarted["cause"]
+    assert "\x1b" not in text and "╭" not in text, "a panel was drawn into the log"
+    check_losses(folder / "run", undisturbed)
+
+
+def test_a_link_that_is_away_for_fifteen_seconds_costs_nothing(folder: Path, undisturbed: list[float]) -> None:
+    write_run(folder, folder / "run", launch__heartbeat_seconds=120.0, train__timeout_seconds=120.0)
+    log = folder / "launch.log"
+    with cluster(2, "ssh", folder=folder) as nodes:
+        launcher = launch(nodes, folder)
+        wait_until(lambda: len(metrics(folder / "run")) > 12, 300, log)
+        nodes.fault("cut", 2)
+        with pytest.raises(subprocess.TimeoutExpired):
+            launcher.wait(timeout=15)
+        nodes.fault("heal", 2)
+        assert launcher.wait(timeout=600) == 0, log.read_text()[-4000:]
+    assert not events(folder / "run", "restarted")
+    check_losses(folder / "run", undisturbed)
+
+
+def test_a_slow_and_lossy_link_is_waited_for(folder: Path, undisturbed: list[float]) -> None:
+    write_run(folder, folder / "run")
+    log = folder / "launch.log"
+    with cluster(2, "ssh", folder=folder) as nodes:
+        nodes.fault("shape", 2, "delay", "20ms", "loss", "1%")
+        launcher = launch(nodes, folder)
+        assert launcher.wait(timeout=900) == 0, log.read_text()[-4000:]
+    check_losses(folder / "run", undisturbed)
+
+
+def test_a_stopped_rank_is_named_by_the_other(folder: Path, undisturbed: list[float]) -> None:
+    write_run(folder, folder / "run", launch__heartbeat_seconds=20.0)
+    log = folder / "launch.log"
+    with cluster(2, "ssh", folder=folder) as nodes:
+        launcher = launch(nodes, folder)
+        wait_until(lambda: len(metrics(folder / "run")) > 12, 300, log)
+        nodes.run(2, "pkill", "-STOP", "-f", "amfm.launch train")
+        assert launcher.wait(timeout=600) == 0, log.read_text()[-4000:]
+    (restarted,) = events(folder / "run", "restarted")
+    assert "rank 1 on node2" in restarted["cause"]
+    check_losses(folder / "run", undisturbed)
+
+
+def test_a_host_name_that_does_not_resolve_is_said_with_the_name(folder: Path) -> None:
+    write_run(folder, folder / "run", launch__node_wait_seconds=1.0, launch__max_restarts=1)
+    log = folder / "launch.log"
+    with cluster(2, "ssh", folder=folder) as nodes:
+        launcher = launch(nodes, folder, "launch.min_nodes=2", hosts="node1\nnowhere\n")
+        assert launcher.wait(timeout=300) == 3
+    text = log.read_text()
+    assert "nowhere: ssh: Could not resolve hostname nowhere" in text
+    assert "1 node(s) can be used and launch.min_nodes=2" in text
+
+
+def test_a_network_interface_that_a_host_lacks_is_named(folder: Path) -> None:
+    write_run(folder, folder / "run", launch__environment={"GLOO_SOCKET_IFNAME": "ib7"}, launch__max_restarts=0)
+    log = folder / "launch.log"
+    with cluster(2, "ssh", folder=folder) as nodes:
+        launcher = launch(nodes, folder)
+        assert launcher.wait(timeout=300) in (2, 3)
+    assert "ib7" in log.read_text()
