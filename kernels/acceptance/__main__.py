@@ -19,7 +19,7 @@ from typing import Any
 from amfm.kernels.acceptance import report as shown
 from amfm.kernels.acceptance.process import Finished, run_child
 from amfm.kernels.acceptance.report import STAGES, Report
-from amfm.kernels.proof.trials.trial import KINDS
+from amfm.kernels.cases.trial import KINDS
 from amfm.kernels.runtime.first_use import DEFAULT_CASES
 from amfm.kernels.runtime.machine import find_obstacle
 
@@ -70,7 +70,7 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("acceptance.json"), help="the report; an old one goes on")
     parser.add_argument("--seconds", type=float, default=300.0, help="limit of one operation's process")
     parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile")
-    parser.add_argument("--cases", default=DEFAULT_CASES, help="module with OPERATIONS and trials_of")
+    parser.add_argument("--cases", default=DEFAULT_CASES, help="module with OPERATIONS")
     given = parser.parse_args(words)
     given.stages = given.stages.split(",")
     for stage in given.stages:

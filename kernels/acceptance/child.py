@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from amfm.kernels.acceptance.machine import describe_machine
+from amfm.kernels.cases.trial import evaluate
 from amfm.kernels.proof.check import check_trial
-from amfm.kernels.proof.trials.trial import evaluate
 
 Answer = Callable[[dict[str, Any]], None]
 
@@ -40,7 +40,8 @@ def serve(settings: dict[str, Any], answer: Answer) -> None:
 
 def _trials(settings: dict[str, Any]) -> list[Any]:
     """The trials that the settings name."""
-    return list(importlib.import_module(settings["cases"]).trials_of(settings["operation"], *settings["kinds"]))
+    case = importlib.import_module(settings["cases"]).OPERATIONS[settings["operation"]]
+    return list(case.trials_of(settings["kinds"]))
 
 
 def _check(settings: dict[str, Any], device: torch.device, answer: Answer) -> None:
@@ -67,7 +68,7 @@ def _measure(settings: dict[str, Any], device: torch.device, answer: Answer) -> 
     """Time the operation's problems for a card beside PyTorch and installed packages, or choose its kernels' tiles."""
     from amfm.kernels.acceptance.choose_tiles import choose_tiles
     from amfm.kernels.acceptance.timing import time_problem
-    from amfm.kernels.proof.cases.case import CardSizes
+    from amfm.kernels.cases.problem import CardSizes
     from amfm.kernels.proof.timing import measure_milliseconds
 
     problems = importlib.import_module(settings["cases"]).OPERATIONS[settings["operation"]].on_card

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from amfm.kernels.proof.cases.case import CardSizes, Inputs, Problem
+from amfm.kernels.cases.problem import CardSizes, Inputs, Problem
 from amfm.kernels.proof.timing import measure_milliseconds
 from amfm.kernels.runtime.tuning import Table, find_environment, tune
 

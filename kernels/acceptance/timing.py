@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.kernels.proof.cases.case import CardSizes, Compute, Inputs, Problem
+from amfm.kernels.cases.problem import CardSizes, Compute, Inputs, Problem
 from amfm.kernels.proof.check import REFUSALS
 from amfm.kernels.proof.verdict import TensorVerdict, finite, judge, narrowest
 from amfm.kernels.runtime.launch_failure import describe_launch_failure

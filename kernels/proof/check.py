@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
+from amfm.kernels.cases.trial import Call, Sized, Trial, evaluate
 from amfm.kernels.proof.emulation import emulate_rounding
-from amfm.kernels.proof.trials.trial import Call, Sized, Trial, evaluate
 from amfm.kernels.proof.verdict import TensorVerdict, judge, narrowest
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.launch_failure import describe_launch_failure

@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parents[1]  # of all kernels
 # Compiling the slowest operation's kernels takes a minute.
 _SECONDS = 900
-DEFAULT_CASES = "amfm.kernels.proof.trials.operations"
+DEFAULT_CASES = "amfm.kernels.proof.operations"
 # Set to 1 in processes that check kernels: they ask for no check themselves.
 CHECKING_VARIABLE = "AMFM_CHECKING"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from amfm.kernels.proof.cases.operations import OPERATIONS, all_launches
+from amfm.kernels.proof.operations import OPERATIONS, all_launches
 
 FOLDER = Path(__file__).parents[2] / "kernels"
 FILES = sorted(path for path in FOLDER.rglob("*.py") if "import triton.language as tl" in path.read_text())

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from amfm.kernels.acceptance.timing import BYTES_A_SECOND, FLOPS_A_SECOND
-from amfm.kernels.proof.cases.case import NOTHING, CountedProblem, Goal, Minimum
-from amfm.kernels.proof.cases.operations import OPERATIONS, check_names
+from amfm.kernels.cases.problem import NOTHING, CountedProblem, Goal, Minimum
+from amfm.kernels.proof.operations import OPERATIONS, check_names
 
 
 def audit_kernels(names: list[str] | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Cases timed on a CPU: an operation of `amfm.kernels.proof.cases` with a function for each variant, ours and transformers'."""
+"""Cases timed on a CPU: an operation of `amfm.kernels.proof.operations` with a function for each variant, ours and transformers'."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amfm.kernels.proof.cases.case import Compute, HostSizes, Minimum
-from amfm.kernels.proof.cases.operations import host_problem
+from amfm.kernels.cases.problem import Compute, HostSizes, Minimum
+from amfm.kernels.proof.operations import host_problem
 from amfm.launch.bench.kernels.transformers_peers import add_transformers
 
 

@@ -44,7 +44,7 @@ def compile_kernels(architectures: Sequence[int] = ARCHITECTURES, *, report: Cal
     interpreter.
     """
     from amfm.kernels.proof.ahead_of_time import compile_ahead
-    from amfm.kernels.proof.cases.operations import all_launches
+    from amfm.kernels.proof.operations import all_launches
     from amfm.kernels.runtime.backend import triton_version
 
     cases = [*all_launches()]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from amfm.kernels.proof.cases.operations import ON_HOST, check_names
+from amfm.kernels.proof.operations import ON_HOST, check_names
 from amfm.launch.bench.freed_memory import KEPT, RETURNED, choose_treatments
 from amfm.launch.bench.hardware import describe_hardware
 from amfm.launch.bench.kernels.cpu_rounds import DTYPES, FUSED, can_be_compiled

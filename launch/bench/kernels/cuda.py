@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from amfm.kernels.acceptance.process import Finished, run_child
-from amfm.kernels.proof.cases.operations import ON_CARD, OPERATIONS, check_names
+from amfm.kernels.proof.operations import ON_CARD, OPERATIONS, check_names
 from amfm.kernels.runtime.first_use import DEFAULT_CASES
 from amfm.launch.bench.hardware import describe_hardware
 

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amfm.kernels.proof.cases.case import Inputs, KernelLaunch, OperationCase
-from amfm.kernels.proof.trials.trial import Kind, Sized, Trial
+from amfm.kernels.cases.operation import KernelLaunch, OperationCase
+from amfm.kernels.cases.problem import Inputs
+from amfm.kernels.cases.trial import Sized, Trial
 
 
 @triton.jit
@@ -81,13 +82,13 @@ def _launches(name: str) -> Iterator[KernelLaunch]:
         yield KernelLaunch("broken", _broken_kernel, {"x": "*bf16", "y": "*bf16"}, {"BLOCK": 64}, {"num_warps": 8})
 
 
-FATES = ("right", "wrong", "crash", "hang")
-OPERATIONS = {fate: OperationCase(fate, partial(_launches, fate), lambda: iter(())) for fate in FATES}
-
-
-def trials_of(operation: str, *kinds: Kind) -> list[Sized]:
+def _trials(name: str) -> Iterator[Sized]:
     """A right trial first, so that what was found before a crash is seen to stand."""
-    return [
-        Sized("a right one", "first", partial(build, "right")),
-        Sized(f"the {operation} one", "first", partial(build, operation)),
-    ]
+    yield Sized("a right one", "first", partial(build, "right"))
+    yield Sized(f"the {name} one", "first", partial(build, name))
+
+
+FATES = ("right", "wrong", "crash", "hang")
+OPERATIONS = {
+    fate: OperationCase(fate, partial(_launches, fate), lambda: iter(()), partial(_trials, fate)) for fate in FATES
+}

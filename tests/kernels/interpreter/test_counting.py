@@ -86,5 +86,5 @@ def test_streaming_kernels_stay_near_their_minimum(name: str) -> None:
 
 
 def test_unknown_operations_are_refused() -> None:
-    with pytest.raises(ValueError, match="--op nonsense: there is no such operation; use decay_scan"):
+    with pytest.raises(ValueError, match="--op nonsense: there is no such operation; use attention"):
         list(count_named(["nonsense"]))

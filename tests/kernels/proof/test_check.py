@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from amfm.kernels.proof.cases.case import Inputs
+from amfm.kernels.cases.problem import Inputs
+from amfm.kernels.cases.trial import Sized, Trial
 from amfm.kernels.proof.check import check_trial
-from amfm.kernels.proof.trials.trial import Sized, Trial
 
 
 def sized(failing: str) -> Sized:

@@ -24,4 +24,4 @@ def test_the_audit_counts_in_a_child_process(capsys: pytest.CaptureFixture[str])
 
 def test_an_unknown_operation_is_refused_before_anything_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "kernels", "--audit", "--op", "nonsense"]) == 2
-    assert "--op nonsense: there is no such operation; use decay_scan" in capsys.readouterr().err
+    assert "--op nonsense: there is no such operation; use attention" in capsys.readouterr().err

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from amfm.kernels.acceptance.timing import time_problem
-from amfm.kernels.proof.cases.case import CardSizes, HostSizes
-from amfm.kernels.proof.cases.operations import ON_CARD, ON_HOST
+from amfm.kernels.cases.problem import CardSizes, HostSizes
+from amfm.kernels.proof.operations import ON_CARD, ON_HOST
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.launch.bench.kernels.case import host_case
 from amfm.launch.bench.kernels.cpu_rounds import compare_variants

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from amfm.kernels.proof.cases.case import NOTHING
+from amfm.kernels.cases.problem import NOTHING
 from amfm.launch.bench.kernels.case import TimedCase
 from amfm.launch.bench.kernels.cpu_rounds import compare_variants
 

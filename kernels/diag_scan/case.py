@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from amfm.kernels.diag_scan.op import diag_bytes, diag_flops, diag_scan
-from amfm.kernels.proof.cases.case import (
+from amfm.kernels.cases.operation import KernelLaunch, OperationCase, kernel_launch
+from amfm.kernels.cases.problem import (
     CardSizes,
     Compute,
     CountedProblem,
     Goal,
     HostSizes,
     Inputs,
-    KernelLaunch,
     Minimum,
-    OperationCase,
     Problem,
     bfloat16_inputs,
     find_package,
-    kernel_launch,
 )
+from amfm.kernels.cases.trial import Sized, Trial, documents
+from amfm.kernels.diag_scan.op import diag_bytes, diag_flops, diag_scan
 
 CHUNK_SIZE, STATE_SIZE = 64, 16
+# Sums over all tokens: a head's gradients are judged by the size of what they sum.
+SUMS = {"A_log": "dt", "dt_bias": "dt"}
 
 
 def selective_problem(inputs: Inputs, tokens: int, channels: int, state: int, text: str) -> Problem:
@@ -97,6 +99,44 @@ def launches() -> Iterator[KernelLaunch]:
         yield kernel_launch(f"Mamba scan {way}, {STATE_SIZE} state numbers", kernel, types, constants, config)
 
 
+def selective_trial(
+    inputs: Inputs, tokens: int, channels: int, state: int, *, rows: int = 1, lengths: tuple[int, ...] = (),
+    initial: bool = False, exact: str = "reference",
+) -> Trial:  # fmt: skip
+    """The first Mamba's scan."""
+    C, N = channels, state
+    leaves = {"x": inputs.normal(rows, tokens, C), "dt": inputs.normal(rows, tokens, C)}
+    leaves["A_log"] = torch.arange(1.0, N + 1, device=inputs.device).log().repeat(C, 1).requires_grad_()
+    leaves |= {name: inputs.normal(rows, tokens, N, scale=0.5) for name in ("B", "C")}
+    leaves |= {"D": inputs.uniform(C, low=0.5), "dt_bias": inputs.uniform(C, low=-2.0, high=-1.0)}
+    if initial:
+        leaves["initial"] = inputs.normal(rows, C, N, dtype=torch.float32)
+    ids = documents(inputs, tokens, *lengths, rows=rows) if lengths else None
+
+    def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+        names = ("x", "dt", "A_log", "B", "C", "D", "dt_bias")
+        out = diag_scan(
+            *(given[name] for name in names), document_ids_BT=ids, initial_state_BCN=given.get("initial"),
+            backend=backend,
+        )  # fmt: skip
+        return {"y": out.y_BTC, "final state": out.final_state_BCN}
+
+    return Trial(leaves, run, SUMS, exact)
+
+
+def trials() -> Iterator[Sized]:
+    """The first Mamba with 16 state numbers a channel, and with few."""
+    yield Sized(
+        "16 states with documents", "first",
+        partial(selective_trial, tokens=100, channels=24, state=16, lengths=(33, 1, 66), initial=True),
+    )  # fmt: skip
+    yield Sized("few states, two rows", "small", partial(selective_trial, tokens=63, channels=11, state=3, rows=2))
+    yield Sized(
+        "long row with documents", "long",
+        partial(selective_trial, tokens=8205, channels=512, state=16, lengths=(4000, 1, 4204), exact="torch"),
+    )  # fmt: skip
+
+
 def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
     channels = sizes.heads * sizes.head_dim
     return selective_problem(inputs, sizes.tokens, channels, STATE_SIZE, f"x{channels}, {STATE_SIZE} state numbers")
@@ -108,5 +148,5 @@ def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
 
 
 CASE = OperationCase(
-    "diag_scan", launches, counted_problems, on_card={"diag_scan": _on_card}, on_host={"diag_scan": _on_host}
+    "diag_scan", launches, counted_problems, trials, on_card={"diag_scan": _on_card}, on_host={"diag_scan": _on_host}
 )

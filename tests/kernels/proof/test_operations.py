@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from amfm.kernels.cases.problem import CardSizes, Inputs
 from amfm.kernels.proof.ahead_of_time import compile_ahead
-from amfm.kernels.proof.cases.case import CardSizes, Inputs
-from amfm.kernels.proof.cases.operations import ON_CARD, all_launches
+from amfm.kernels.proof.operations import ON_CARD, all_launches
 from amfm.kernels.runtime.backend import INTERPRETED, find_miscompile, triton_version
 
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

@@ -6,28 +6,31 @@ stand for the three.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
+import torch
 from torch import Tensor
 
-from amfm.kernels.decay_scan.op import decay_scan, mamba2_scan, scan_bytes, scan_flops
-from amfm.kernels.proof.cases.case import (
+from amfm.kernels.cases.operation import KernelLaunch, OperationCase, kernel_launch
+from amfm.kernels.cases.problem import (
     CardSizes,
     Compute,
     CountedProblem,
     Goal,
     HostSizes,
     Inputs,
-    KernelLaunch,
     Minimum,
-    OperationCase,
     Problem,
     bfloat16_inputs,
     find_package,
-    kernel_launch,
 )
+from amfm.kernels.cases.trial import Sized, Trial, documents, slices
+from amfm.kernels.decay_scan.op import decay_scan, mamba2_scan, scan_bytes, scan_flops
 
 HEAD_DIM, STATE_SIZE = 64, 128
+# Sums over all tokens: a head's gradients are judged by the size of what they sum.
+SUMS = {"A_log": "dt", "dt_bias": "dt"}
 
 
 def mamba2_problem(
@@ -197,6 +200,102 @@ def launches() -> Iterator[KernelLaunch]:
     yield kernel_launch("states of segments", segment_states.pass_states_kernel, types, passed)
 
 
+def mamba2_trial(
+    inputs: Inputs, tokens: int, heads: int, groups: int = 1, *, head_dim: int = 64, state: int = 128, chunk: int = 64,
+    lengths: tuple[int, ...] = (), initial: bool = False, keep: bool = True, sliced: bool = False, rows: int = 1,
+    exact: str = "reference",
+) -> Trial:  # fmt: skip
+    """Mamba2's scan; `sliced`: x, B and C are slices of one projection."""
+    H, P, G, N = heads, head_dim, groups, state
+    widths = (H * P, G * N, G * N)
+    if sliced:
+        x, B, C = slices(inputs.normal(rows, tokens, sum(widths)), *widths)
+        shaped = (x.unflatten(-1, (H, P)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N)))
+        x, B, C = (each.detach().requires_grad_() for each in shaped)
+    else:
+        x, B, C = (
+            inputs.normal(rows, tokens, H, P),
+            inputs.normal(rows, tokens, G, N),
+            inputs.normal(rows, tokens, G, N),
+        )
+    B = (B.detach() * N**-0.5).requires_grad_() if not sliced else B
+    leaves = {
+        "x": x,
+        "dt": inputs.normal(rows, tokens, H),
+        "A_log": inputs.uniform(H, low=-0.5, high=0.5),
+        "B": B,
+        "C": C,
+    }
+    leaves |= {"D": inputs.uniform(H, low=0.5, high=1.5), "dt_bias": inputs.uniform(H, low=-2.0, high=-1.0)}
+    if initial:
+        leaves["initial"] = inputs.normal(rows, H, P, N, dtype=torch.float32)
+    ids = documents(inputs, tokens, *lengths, rows=rows) if lengths else None
+
+    def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+        names = ("x", "dt", "A_log", "B", "C", "D", "dt_bias")
+        out = mamba2_scan(
+            *(given[name] for name in names), document_ids_BT=ids, initial_state_BHPN=given.get("initial"),
+            chunk_size=chunk, keep_states=keep, backend=backend,
+        )  # fmt: skip
+        return {"y": out.y_BTHP, "final state": out.final_state_BHPN}
+
+    return Trial(leaves, run, SUMS, exact)
+
+
+def decay_trial(
+    inputs: Inputs, tokens: int, heads: int, key: int, value: int, *, chunk: int = 64, channels: bool = False,
+    lengths: tuple[int, ...] = (), initial: bool = False, keep: bool = True, exact: str = "reference",
+) -> Trial:  # fmt: skip
+    """Linear attention with decay, a gate a head or, with `channels`, a gate a key channel."""
+    leaves = {name: inputs.normal(1, tokens, heads, key, scale=key**-0.5) for name in ("q", "k")}
+    leaves["v"] = inputs.normal(1, tokens, heads, value)
+    leaves["g"] = inputs.uniform(1, tokens, heads, *((key,) if channels else ()), low=-0.5)
+    with torch.no_grad():
+        leaves["g"].clamp_(max=0.0)
+    if initial:
+        leaves["initial"] = inputs.normal(1, heads, key, value, dtype=torch.float32)
+    ids = documents(inputs, tokens, *lengths) if lengths else None
+
+    def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+        out = decay_scan(
+            given["q"], given["k"], given["v"], given["g"], document_ids_BT=ids, initial_state_BHKV=given.get("initial"),
+            chunk_size=chunk, keep_states=keep, backend=backend,
+        )  # fmt: skip
+        return {"o": out.o_BTHV, "final state": out.final_state_BHKV}
+
+    return Trial(leaves, run, exact=exact)
+
+
+def trials() -> Iterator[Sized]:
+    """Mamba2 and a gate a head, at both chunk sizes of the kernel."""
+    for chunk, lengths in ((64, (40, 1, 23)), (128, (128, 20, 45))):
+        build = partial(mamba2_trial, tokens=193, heads=2, chunk=chunk, lengths=lengths, initial=True, keep=chunk == 64)
+        yield Sized(f"Mamba2 with documents, chunks of {chunk}", "first", build)
+    yield Sized("Mamba2, one token", "small", partial(mamba2_trial, tokens=1, heads=1, chunk=16, initial=True))
+    yield Sized(
+        "Mamba2, two groups, two rows, uneven sizes", "small",
+        partial(mamba2_trial, tokens=100, heads=4, groups=2, head_dim=40, state=72, chunk=32, rows=2, lengths=(3, 90, 7)),
+    )  # fmt: skip
+    yield Sized("Mamba2, slices of a projection", "small", partial(mamba2_trial, tokens=63, heads=3, sliced=True))
+    yield Sized("gate a head", "small", partial(decay_trial, tokens=129, heads=2, key=32, value=48, lengths=(70, 59)))
+    yield Sized(
+        "Mamba2, 128 heads and documents", "long",
+        partial(mamba2_trial, tokens=8205, heads=128, chunk=128, lengths=(4000, 1, 63, 4141), keep=False, exact="torch"),
+    )  # fmt: skip
+    yield Sized(
+        "Mamba2, 24 heads (48 on 2 tensor ranks), slices", "long",
+        partial(mamba2_trial, tokens=8205, heads=24, groups=4, sliced=True, exact="torch"),
+    )  # fmt: skip
+    yield Sized(
+        "Mamba2, 2 heads in segments", "long",
+        partial(mamba2_trial, tokens=32771, heads=2, lengths=(20000, 12771), initial=True, exact="torch"),
+    )  # fmt: skip
+    yield Sized(
+        "gate a head, states of 256 x 256", "long",
+        partial(decay_trial, tokens=8205, heads=8, key=256, value=256, chunk=128, initial=True, exact="torch"),
+    )  # fmt: skip
+
+
 def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
     return mamba2_problem(inputs, 1, sizes.tokens, sizes.heads, sizes.head_dim, sizes.state)
 
@@ -213,6 +312,7 @@ CASE = OperationCase(
     "decay_scan",
     launches,
     counted_problems,
+    trials,
     on_card={"decay_scan": _on_card, "linear_attention": _linear_attention_on_card},
     on_host={"decay_scan": _on_host},
 )

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amfm.kernels.norm.op import gated_rms_norm, norm_bytes, norm_flops, rms_norm
-from amfm.kernels.proof.cases.case import (
+from amfm.kernels.cases.operation import KernelLaunch, OperationCase, kernel_launch
+from amfm.kernels.cases.problem import (
     EPSILON,
     CardSizes,
     Compute,
     CountedProblem,
     HostSizes,
     Inputs,
-    KernelLaunch,
     Minimum,
-    OperationCase,
     Problem,
     bfloat16_inputs,
     find_package,
     formula_goals,
-    kernel_launch,
 )
+from amfm.kernels.cases.trial import Sized, Trial
+from amfm.kernels.norm.op import gated_rms_norm, norm_bytes, norm_flops, rms_norm
 
 
 def norm_problem(inputs: Inputs, *shape: int) -> Problem:
@@ -139,6 +139,37 @@ def launches() -> Iterator[KernelLaunch]:
             yield kernel_launch(f"{label}, backward with output", norm_backward_kernel, types, again, config)
 
 
+def trials() -> Iterator[Sized]:
+    """With the residual stream's sum, and gated in groups."""
+
+    def trial(
+        inputs: Inputs, rows: int, width: int, *, groups: int = 0, residual: bool = False, exact: str = "reference"
+    ) -> Trial:
+        leaves = {"x": inputs.normal(rows, width)}
+        if groups or residual:
+            leaves["z" if groups else "residual"] = inputs.normal(rows, width)
+        leaves["weight"] = inputs.normal(width)
+
+        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+            x, weight = given["x"], given["weight"]
+            if groups:
+                return {"y": gated_rms_norm(x, given["z"], weight, EPSILON, num_groups=groups, backend=backend)}
+            if residual:
+                y, h = rms_norm(x, weight, EPSILON, residual=given["residual"], backend=backend)
+                return {"y": y, "h": h}
+            return {"y": rms_norm(x, weight, EPSILON, backend=backend)}
+
+        return Trial(leaves, run, exact=exact)
+
+    yield Sized("with residual, 1024 wide", "first", partial(trial, rows=37, width=1024, residual=True))
+    yield Sized("gated, groups of 512", "first", partial(trial, rows=37, width=1024, groups=2))
+    yield Sized("uneven width", "small", partial(trial, rows=63, width=129))
+    yield Sized("gated, 8 uneven groups", "small", partial(trial, rows=9, width=24, groups=8))
+    yield Sized("with residual, 4096 wide", "long", partial(trial, rows=8205, width=4096, residual=True, exact="torch"))
+    yield Sized("gated, 8192 wide", "long", partial(trial, rows=8205, width=8192, groups=1, exact="torch"))
+    yield Sized("gated, 3072 wide in 3 groups", "long", partial(trial, rows=8205, width=3072, groups=3, exact="torch"))
+
+
 def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
     return norm_problem(inputs, sizes.tokens, sizes.model)
 
@@ -159,6 +190,7 @@ CASE = OperationCase(
     "norm",
     launches,
     counted_problems,
+    trials,
     on_card={"rms_norm": _on_card, "gated_rms_norm": _gated_on_card},
     on_host={"gated_rms_norm": _gated_on_host, "rms_norm": _on_host},
 )

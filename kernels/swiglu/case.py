@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import Tensor
 
-from amfm.kernels.proof.cases.case import (
+from amfm.kernels.cases.operation import KernelLaunch, OperationCase, kernel_launch
+from amfm.kernels.cases.problem import (
     CardSizes,
     Compute,
     CountedProblem,
     Inputs,
-    KernelLaunch,
     Minimum,
-    OperationCase,
     Problem,
     bfloat16_inputs,
     find_package,
     formula_goals,
-    kernel_launch,
 )
+from amfm.kernels.cases.trial import Sized, Trial
 from amfm.kernels.swiglu.op import squared_relu, squared_relu_bytes, swiglu, swiglu_bytes, swiglu_flops
 
 VALUE_BYTES = 2
@@ -94,8 +94,26 @@ def launches() -> Iterator[KernelLaunch]:
         yield kernel_launch(name, kernel, types, tile)
 
 
+def trials() -> Iterator[Sized]:
+    """SwiGLU and the squared ReLU."""
+
+    def gated(inputs: Inputs, rows: int, width: int) -> Trial:
+        leaves = {"gate_up": inputs.normal(rows, 2 * width)}
+        return Trial(leaves, lambda given, backend: {"y": swiglu(given["gate_up"], backend=backend)}, exact="torch")
+
+    def squared(inputs: Inputs, rows: int, width: int) -> Trial:
+        leaves = {"x": inputs.normal(rows, width)}
+        return Trial(leaves, lambda given, backend: {"y": squared_relu(given["x"], backend=backend)}, exact="torch")
+
+    yield Sized("SwiGLU", "first", partial(gated, rows=33, width=600))
+    yield Sized("squared ReLU", "first", partial(squared, rows=33, width=600))
+    yield Sized("SwiGLU, one row of 7", "small", partial(gated, rows=1, width=7))
+    yield Sized("SwiGLU, long", "long", partial(gated, rows=8205, width=12288))
+    yield Sized("squared ReLU, long", "long", partial(squared, rows=8205, width=12288))
+
+
 def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
     return swiglu_problem(inputs, sizes.tokens, 2 * sizes.model)
 
 
-CASE = OperationCase("swiglu", launches, counted_problems, on_card={"swiglu": _on_card})
+CASE = OperationCase("swiglu", launches, counted_problems, trials, on_card={"swiglu": _on_card})

@@ -1,49 +1,31 @@
 """All cases, by the name of their operation: what a command that speaks of every kernel goes through.
 
-A new operation becomes part of every such command by one entry in `OPERATIONS`.
+They are the `CASE` of each file `case.py` or `*_case.py` in an operation's folder, so that a new operation is part of every
+such command by having one.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 
-from amfm.kernels.proof.cases import (
-    attention,
-    causal_conv1d,
-    decay_scan,
-    decay_scan_vector,
-    delta_scan,
-    diag_scan,
-    linear_cross_entropy,
-    mamba2,
-    moe,
-    norm,
-    rope,
-    router,
-    swiglu,
-)
-from amfm.kernels.proof.cases.case import CardSizes, HostSizes, Inputs, KernelLaunch, OperationCase, Problem
+from amfm.kernels.cases.operation import KernelLaunch, OperationCase
+from amfm.kernels.cases.problem import CardSizes, HostSizes, Inputs, Problem
 
-OPERATIONS: dict[str, OperationCase] = {
-    case.name: case
-    for case in (
-        decay_scan.CASE,
-        mamba2.CASE,
-        decay_scan_vector.CASE,
-        diag_scan.CASE,
-        delta_scan.CASE,
-        causal_conv1d.CASE,
-        norm.CASE,
-        attention.CASE,
-        linear_cross_entropy.CASE,
-        moe.CASE,
-        router.CASE,
-        swiglu.CASE,
-        rope.CASE,
-    )
-}
+_KERNELS = Path(__file__).parents[1]
+
+
+def _find_cases() -> Iterator[OperationCase]:
+    """The case of each operation, in the order of their folders."""
+    for path in sorted(_KERNELS.glob("*/*case.py")):
+        module = ".".join(path.relative_to(_KERNELS).with_suffix("").parts)
+        yield importlib.import_module(f"amfm.kernels.{module}").CASE
+
+
+OPERATIONS: dict[str, OperationCase] = {case.name: case for case in _find_cases()}
 # What is timed, by the name that benchmarks give it; an operation may be timed in two forms.
 ON_CARD: dict[str, Callable[[Inputs, CardSizes], Problem]] = {
     name: build for case in OPERATIONS.values() for name, build in case.on_card.items()

@@ -6,28 +6,30 @@ each of 128 key channels).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from amfm.kernels.common.limits import DELTA_LIMITS, VECTOR_DELTA_LIMITS
-from amfm.kernels.delta_scan.op import delta_bytes, delta_flops, delta_scan
-from amfm.kernels.proof.cases.case import (
+from amfm.kernels.cases.operation import KernelLaunch, OperationCase, kernel_launch
+from amfm.kernels.cases.problem import (
     CardSizes,
     Compute,
     CountedProblem,
     Goal,
     HostSizes,
     Inputs,
-    KernelLaunch,
     Minimum,
-    OperationCase,
     Problem,
     bfloat16_inputs,
     find_package,
-    kernel_launch,
 )
+from amfm.kernels.cases.trial import Sized, Trial, documents
+from amfm.kernels.common.limits import DELTA_LIMITS, VECTOR_DELTA_LIMITS
+from amfm.kernels.delta_scan.op import delta_bytes, delta_flops, delta_scan
 from amfm.kernels.runtime.tuning import Config
 
 CHUNK_SIZE, STATE_SIZE = 64, 128
@@ -156,6 +158,45 @@ def _channel_launches(types: dict[str, str]) -> Iterator[KernelLaunch]:
         yield kernel_launch(f"delta of channels {name}", kernel, types, common | special, config)
 
 
+def trials() -> Iterator[Sized]:
+    """Gated DeltaNet, DeltaProduct and Kimi Delta Attention."""
+    from amfm.kernels.delta_scan.op import delta_scan
+
+    def delta_trial(
+        inputs: Inputs, tokens: int, key_heads: int, heads: int, *, steps: int = 1, key: int = 128, value: int = 128,
+        channels: bool = False, lengths: tuple[int, ...] = (), initial: bool = False, exact: str = "reference",
+    ) -> Trial:  # fmt: skip
+        T, G, H, N = tokens, key_heads, heads, steps
+        keys = F.normalize(torch.randn(1, T, N, G, key, device=inputs.device), dim=-1)
+        leaves = {"q": inputs.normal(1, T, G, key, scale=key**-0.5), "k": keys.to(inputs.dtype).requires_grad_()}
+        leaves |= {"v": inputs.normal(1, T, N, H, value), "beta": inputs.uniform(1, T, N, H)}
+        leaves["g"] = inputs.uniform(1, T, H, *((key,) if channels else ()), low=-0.5, high=0.0)
+        if initial:
+            leaves["initial"] = inputs.normal(1, H, key, value, dtype=torch.float32)
+        ids = documents(inputs, T, *lengths) if lengths else None
+
+        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+            out = delta_scan(
+                *(given[name] for name in ("q", "k", "v", "beta", "g")), document_ids_BT=ids,
+                initial_state_BHKV=given.get("initial"), backend=backend,
+            )  # fmt: skip
+            return {"o": out.o_BTHV, "final state": out.final_state_BHKV}
+
+        return Trial(leaves, run, exact=exact)
+
+    with_documents = partial(delta_trial, tokens=130, lengths=(64, 1, 65), initial=True)
+    yield Sized("gated, with documents", "first", partial(with_documents, key_heads=1, heads=2))
+    yield Sized(
+        "gates of channels, with documents", "first", partial(with_documents, key_heads=2, heads=2, channels=True)
+    )
+    yield Sized("two steps a token", "small", partial(delta_trial, tokens=50, key_heads=1, heads=2, steps=2))
+    yield Sized("uneven sizes", "small", partial(delta_trial, tokens=100, key_heads=2, heads=2, key=72, value=40))
+    long = partial(delta_trial, tokens=8205, lengths=(4000, 1, 4204), exact="torch")
+    yield Sized("16 key heads, 32 heads, documents", "long", partial(long, key_heads=16, heads=32))
+    yield Sized("states of 256 x 128", "long", partial(long, key_heads=4, heads=4, key=256))
+    yield Sized("gates of channels", "long", partial(long, key_heads=8, heads=8, channels=True))
+
+
 def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
     heads = sizes.attention_heads
     return delta_problem(inputs, 1, sizes.tokens, heads // 2, heads, sizes.attention_dim)
@@ -168,5 +209,5 @@ def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
 
 
 CASE = OperationCase(
-    "delta_scan", launches, counted_problems, on_card={"delta_scan": _on_card}, on_host={"delta_scan": _on_host}
+    "delta_scan", launches, counted_problems, trials, on_card={"delta_scan": _on_card}, on_host={"delta_scan": _on_host}
 )

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from amfm.kernels.proof.cases.case import (
-    CountedProblem,
-    Inputs,
-    KernelLaunch,
-    Minimum,
-    OperationCase,
-    Problem,
-    bfloat16_inputs,
-    kernel_launch,
-)
+from amfm.kernels.cases.operation import KernelLaunch, OperationCase, kernel_launch
+from amfm.kernels.cases.problem import CountedProblem, Inputs, Minimum, Problem, bfloat16_inputs
+from amfm.kernels.cases.trial import Sized, Trial
 from amfm.kernels.rope.op import qk_norm_rope, qk_norm_rope_bytes, qk_norm_rope_flops, rope_frequencies
 
 VALUE_BYTES = 2
@@ -67,4 +61,36 @@ def launches() -> Iterator[KernelLaunch]:
         yield kernel_launch(f"QK-norm and rotation backward{label}", rope.norm_rope_backward_kernel, types, constants)
 
 
-CASE = OperationCase("rope", launches, counted_problems)
+def trials() -> Iterator[Sized]:
+    """With and without the norm of queries and keys; a part of the channels rotated."""
+
+    def trial(
+        inputs: Inputs, tokens: int, heads: int, kv_heads: int, size: int, *, rotated: int, norm: bool = True,
+        exact: str = "reference",
+    ) -> Trial:  # fmt: skip
+        frequencies, factor = rope_frequencies(rotated, theta=10000.0)
+        frequencies, positions = frequencies.to(inputs.device), torch.arange(tokens, device=inputs.device)[None]
+        leaves = {"q": inputs.normal(1, tokens, heads, size), "k": inputs.normal(1, tokens, kv_heads, size)}
+        if norm:
+            leaves |= {"q_weight": inputs.normal(size), "k_weight": inputs.normal(size)}
+
+        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+            q, k = qk_norm_rope(
+                given["q"], given["k"], positions, frequencies, factor, q_weight_K=given.get("q_weight"),
+                k_weight_K=given.get("k_weight"), backend=backend,
+            )  # fmt: skip
+            return {"q": q, "k": k}
+
+        return Trial(leaves, run, exact=exact)
+
+    yield Sized(
+        "heads of 128 with norm", "first", partial(trial, tokens=40, heads=4, kv_heads=1, size=128, rotated=128)
+    )
+    yield Sized(
+        "part of a head", "small", partial(trial, tokens=63, heads=3, kv_heads=3, size=24, rotated=16, norm=False)
+    )
+    long = partial(trial, tokens=8205, heads=32, kv_heads=8, size=128, exact="torch")
+    yield Sized("long row", "long", partial(long, rotated=128))
+
+
+CASE = OperationCase("rope", launches, counted_problems, trials)

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from amfm.kernels.proof.cases.case import CardSizes, Inputs, Problem
+from amfm.kernels.cases.problem import Inputs
 
 Kind = Literal["first", "small", "long"]
 KINDS: tuple[Kind, ...] = ("first", "small", "long")
@@ -75,13 +74,6 @@ def evaluate(trial: Trial, backend: str, dtype: torch.dtype | None = None, *, co
     return Call(values | {f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)})
 
 
-def trials_of_problems(builders: Mapping[str, Callable[[Inputs, CardSizes], Problem]]) -> Iterator[Sized]:
-    """Trials of an operation that lists none: its problems for a card, few tokens first and then as they are timed."""
-    for name, build in builders.items():
-        yield Sized(f"{name}, few tokens", "first", partial(_from_problem, build, CardSizes(tokens=193, heads=4)))
-        yield Sized(f"{name}, as timed", "long", partial(_from_problem, build, CardSizes()))
-
-
 def documents(inputs: Inputs, tokens: int, *lengths: int, rows: int = 1) -> Tensor:
     """Ids [rows, tokens] of documents of these lengths, the last one cut or filled up to `tokens`."""
     ids = [number for number, length in enumerate(lengths) for _ in range(length)]
@@ -92,15 +84,6 @@ def documents(inputs: Inputs, tokens: int, *lengths: int, rows: int = 1) -> Tens
 def slices(wide: Tensor, *widths: int) -> list[Tensor]:
     """Slices of the last dimension as leaves that lie apart in memory, as those of one projection do."""
     return [part.detach().requires_grad_() for part in wide.detach().split(widths, dim=-1)]
-
-
-def _from_problem(build: Callable[[Inputs, CardSizes], Problem], sizes: CardSizes, inputs: Inputs) -> Trial:
-    """A problem as a trial: its one result, and leaves by their place."""
-    problem = build(inputs, sizes)
-    leaves = {f"leaf {place}": leaf for place, leaf in enumerate(problem.leaves)}
-    return Trial(
-        leaves, lambda given, backend: {"output": problem.run(*given.values(), backend=backend)}, exact="torch"
-    )
 
 
 def _compiler(trial: Trial) -> str:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from amfm.kernels.cases.operation import KernelLaunch, OperationCase, kernel_launch
+from amfm.kernels.cases.problem import NOTHING, CountedProblem, Inputs, Minimum, Problem, bfloat16_inputs
+from amfm.kernels.cases.trial import Sized, Trial
 from amfm.kernels.moe.op import route, route_bytes
-from amfm.kernels.proof.cases.case import (
-    NOTHING,
-    CountedProblem,
-    Inputs,
-    KernelLaunch,
-    Minimum,
-    OperationCase,
-    Problem,
-    bfloat16_inputs,
-    kernel_launch,
-)
 
 
 def router_problem(inputs: Inputs, tokens: int, experts: int, top_k: int) -> Problem:
@@ -65,4 +58,28 @@ def launches() -> Iterator[KernelLaunch]:
         yield kernel_launch(f"router backward, {label}", router.route_backward_kernel, types, backward)
 
 
-CASE = OperationCase("router", launches, counted_problems)
+def trials() -> Iterator[Sized]:
+    """Granite's softmax and DeepSeek-V3's sigmoid with bias in groups; the best experts' ids are not compared, ties are."""
+
+    def trial(
+        inputs: Inputs, tokens: int, experts: int, top_k: int, *, groups: tuple[int, int] = (1, 1), bias: bool = False
+    ) -> Trial:
+        leaves = {"logits": inputs.normal(tokens, experts, scale=3.0, dtype=torch.float32)}
+        biases = inputs.normal(experts, scale=0.3, dtype=torch.float32).detach() if bias else None
+
+        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+            routing = route(
+                given["logits"], biases, score="sigmoid" if bias else "softmax", top_k=top_k, normalize=True,
+                scaling=2.5, num_groups=groups[0], group_top_k=groups[1], backend=backend,
+            )  # fmt: skip
+            return {"weights": routing.weights_RK, "scores": routing.scores_RE}
+
+        return Trial(leaves, run, exact="torch")
+
+    yield Sized("softmax, 72 experts", "first", partial(trial, tokens=40, experts=72, top_k=10))
+    yield Sized("sigmoid in groups", "first", partial(trial, tokens=40, experts=128, top_k=8, groups=(8, 4), bias=True))
+    yield Sized("five experts", "small", partial(trial, tokens=1, experts=5, top_k=2))
+    yield Sized("softmax, 512 experts", "long", partial(trial, tokens=8205, experts=512, top_k=22))
+
+
+CASE = OperationCase("router", launches, counted_problems, trials)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from amfm.kernels.linear_cross_entropy.op import cross_entropy_bytes, cross_entropy_flops, linear_cross_entropy
-from amfm.kernels.proof.cases.case import (
+from amfm.kernels.cases.operation import KernelLaunch, OperationCase, kernel_launch
+from amfm.kernels.cases.problem import (
     NOTHING,
     CardSizes,
     Compute,
@@ -16,13 +17,17 @@ from amfm.kernels.proof.cases.case import (
     Goal,
     HostSizes,
     Inputs,
-    KernelLaunch,
     Minimum,
-    OperationCase,
     Problem,
     bfloat16_inputs,
     find_package,
-    kernel_launch,
+)
+from amfm.kernels.cases.trial import Sized, Trial
+from amfm.kernels.linear_cross_entropy.op import (
+    cross_entropy_bytes,
+    cross_entropy_flops,
+    linear_cross_entropy,
+    linear_statistics,
 )
 
 VALUE_BYTES = 2
@@ -94,6 +99,39 @@ def launches() -> Iterator[KernelLaunch]:
     yield kernel_launch("cross-entropy gradient, whole", stored, types, {}, loss.ELEMENTWISE_TILE)
 
 
+def trials() -> Iterator[Sized]:
+    """The loss with ignored rows, whole and as a tensor rank's share of the vocabulary."""
+
+    def whole(inputs: Inputs, rows: int, model: int, vocabulary: int, exact: str = "reference") -> Trial:
+        labels = torch.randint(0, vocabulary, (rows,), device=inputs.device)
+        labels[::5] = -100
+        leaves = {"hidden": inputs.normal(rows, model), "weight": inputs.normal(vocabulary, model, scale=model**-0.5)}
+
+        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+            hidden, weight = given.values()
+            loss = linear_cross_entropy(hidden, weight, labels, z_loss_weight=1e-3, backend=backend)
+            return {"total": loss.total, "token losses": loss.token_nll_R}
+
+        return Trial(leaves, run, exact=exact)
+
+    def share(inputs: Inputs, rows: int, model: int, vocabulary: int) -> Trial:
+        labels = torch.randint(0, 2 * vocabulary, (rows,), device=inputs.device)
+        leaves = {"hidden": inputs.normal(rows, model), "weight": inputs.normal(vocabulary, model, scale=model**-0.5)}
+
+        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+            hidden, weight = given.values()
+            log_sum, target = linear_statistics(hidden, weight, labels, first_row=vocabulary // 2, backend=backend)
+            return {"log sums": log_sum, "targets": target}
+
+        return Trial(leaves, run, exact="torch")
+
+    yield Sized("ignored rows", "first", partial(whole, rows=100, model=96, vocabulary=260))
+    yield Sized("a share of the vocabulary", "first", partial(share, rows=100, model=96, vocabulary=260))
+    yield Sized("uneven sizes", "small", partial(whole, rows=63, model=12, vocabulary=101))
+    yield Sized("100352 tokens", "long", partial(whole, rows=2051, model=2048, vocabulary=100352, exact="torch"))
+    yield Sized("a share of 50176", "long", partial(share, rows=2051, model=2048, vocabulary=50176))
+
+
 def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
     return head_problem(inputs, sizes.tokens // 2, sizes.model, sizes.vocabulary)
 
@@ -106,6 +144,7 @@ CASE = OperationCase(
     "linear_cross_entropy",
     launches,
     counted_problems,
+    trials,
     on_card={"linear_cross_entropy": _on_card},
     on_host={"linear_cross_entropy": _on_host},
 )

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from amfm.kernels.cases.operation import KernelLaunch, OperationCase, kernel_launch
+from amfm.kernels.cases.problem import (
+    CardSizes,
+    CountedProblem,
+    Goal,
+    HostSizes,
+    Inputs,
+    Minimum,
+    Problem,
+    bfloat16_inputs,
+    formula_goals,
+)
+from amfm.kernels.cases.trial import Sized, Trial
 from amfm.kernels.linear.op import linear
 from amfm.kernels.moe.op import expert_feed_forward, feed_forward_bytes, feed_forward_flops, grouped_feed_forward, route
 from amfm.kernels.moe.rows.op import (
@@ -14,23 +28,10 @@ from amfm.kernels.moe.rows.op import (
     choose_ranks,
     combine_choices,
     gather_choices,
+    put_in_slots,
     row_bytes,
     sort_choices,
     sort_rows,
-)
-from amfm.kernels.proof.cases.case import (
-    CardSizes,
-    CountedProblem,
-    Goal,
-    HostSizes,
-    Inputs,
-    KernelLaunch,
-    Minimum,
-    OperationCase,
-    Problem,
-    bfloat16_inputs,
-    formula_goals,
-    kernel_launch,
 )
 
 VALUE_BYTES = 2
@@ -233,6 +234,67 @@ def _sort_launches() -> Iterator[KernelLaunch]:
     yield kernel_launch("tiles", sort.list_tiles_kernel, types, experts | {"ROWS": sort.ROWS, "BLOCK_M": 128})
 
 
+def trials() -> Iterator[Sized]:
+    """Both activations, with experts that nobody chose, and one expert that all chose."""
+
+    def trial(
+        inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int, *, chosen: int | None = None,
+        activation: str = "swiglu", exact: str = "reference",
+    ) -> Trial:  # fmt: skip
+        ids = torch.randn(tokens, chosen or experts, device=inputs.device).topk(top_k).indices
+        rows = 2 * width if activation == "swiglu" else width
+        leaves = {"x": inputs.normal(tokens, model), "weights": inputs.uniform(tokens, top_k, low=0.1)}
+        leaves["up"] = inputs.normal(experts, rows, model, scale=model**-0.5)
+        leaves["down"] = inputs.normal(experts, model, width, scale=width**-0.5)
+
+        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+            x, weights, up, down = given.values()
+            return {"y": expert_feed_forward(x, ids, weights, up, down, activation=activation, backend=backend)}
+
+        return Trial(leaves, run, exact=exact)
+
+    def sent(inputs: Inputs, tokens: int, model: int, experts: int, width: int, *, slots: int | None = None) -> Trial:
+        """Rows as ranks exchange them, the second half first, some choices lost."""
+        ids = torch.randn(tokens, experts, device=inputs.device).topk(2).indices
+        ids[: tokens // 4, 1] = experts
+        leaves = {"x": inputs.normal(tokens, model), "weights": inputs.uniform(tokens, 2, low=0.1)}
+        leaves["up"] = inputs.normal(experts, 2 * width, model, scale=model**-0.5)
+        leaves["down"] = inputs.normal(experts, model, width, scale=width**-0.5)
+        counts = torch.bincount(ids.flatten(), minlength=experts + 1)[:experts]
+        count = int(counts.sum()) if slots is None else experts * slots
+        of_row = torch.arange(experts, device=inputs.device)
+        if slots is None:
+            of_row = of_row.repeat_interleave(counts)
+        else:
+            is_filled = torch.arange(slots, device=inputs.device) < counts[:, None]
+            of_row = torch.where(is_filled, of_row[:, None], experts).flatten()
+            counts[-1] += count - counts.sum()
+        arrived = torch.arange(count, device=inputs.device).roll(count // 2)
+
+        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+            x, weights, up, down = given.values()
+            choices = sort_choices(ids, experts + 1, backend=backend)
+            choices = choices if slots is None else put_in_slots(choices, ids, slots)
+            rows = gather_choices(x, choices, count, 2)
+            sources = sort_rows(of_row[arrived], experts + 1, backend=backend)
+            y = grouped_feed_forward(
+                rows[arrived], counts, up, down, activation="swiglu", sources_R=sources, backend=backend
+            )
+            return {"y": combine_choices(y[arrived.argsort()], choices, weights)}
+
+        return Trial(leaves, run)
+
+    small = partial(trial, tokens=70, model=64, experts=6, width=48, top_k=2)
+    yield Sized("SwiGLU, empty experts", "first", partial(small, chosen=4))
+    yield Sized("squared ReLU", "first", partial(small, activation="squared_relu"))
+    yield Sized("rows of several ranks", "first", partial(sent, tokens=70, model=64, experts=6, width=48))
+    yield Sized("rows in slots", "small", partial(sent, tokens=40, model=50, experts=4, width=37, slots=40))
+    yield Sized("one expert", "small", partial(trial, tokens=7, model=50, experts=1, width=37, top_k=1))
+    long = partial(trial, tokens=8205, model=1024, top_k=8, exact="torch")
+    yield Sized("128 experts, 28 of them empty", "long", partial(long, experts=128, width=512, chosen=100))
+    yield Sized("8 experts, squared ReLU", "long", partial(long, experts=8, width=1536, activation="squared_relu"))
+
+
 def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
     return experts_problem(inputs, sizes.tokens, sizes.model, sizes.experts, sizes.expert_width, sizes.top_k)
 
@@ -254,6 +316,7 @@ CASE = OperationCase(
     "moe",
     launches,
     counted_problems,
+    trials,
     on_card={"moe": _on_card, "moe_over_ranks": _sent_on_card, "moe_in_slots": _slots_on_card},
     on_host={"moe": _on_host},
 )

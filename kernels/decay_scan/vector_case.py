@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import Tensor
 
-from amfm.kernels.decay_scan.op import decay_scan, scan_flops, vector_scan_bytes
-from amfm.kernels.proof.cases.case import (
+from amfm.kernels.cases.operation import KernelLaunch, OperationCase, kernel_launch
+from amfm.kernels.cases.problem import (
     CardSizes,
     Compute,
     CountedProblem,
     Goal,
     HostSizes,
     Inputs,
-    KernelLaunch,
     Minimum,
-    OperationCase,
     Problem,
     bfloat16_inputs,
     find_package,
-    kernel_launch,
 )
+from amfm.kernels.cases.trial import Sized
+from amfm.kernels.decay_scan.case import decay_trial
+from amfm.kernels.decay_scan.op import decay_scan, scan_flops, vector_scan_bytes
 
 CHUNK_SIZE = 64
 
@@ -109,6 +110,22 @@ def launches() -> Iterator[KernelLaunch]:
     yield kernel_launch("vector scan gradients", vector_gradients_kernel, types, halved, vector.GRADIENTS[0])
 
 
+def trials() -> Iterator[Sized]:
+    """A gate a key channel: HGRN2's states, GLA's, and uneven ones."""
+    yield Sized(
+        "HGRN2 with documents", "first",
+        partial(decay_trial, tokens=150, heads=2, key=128, value=128, channels=True, lengths=(64, 1, 85), initial=True),
+    )  # fmt: skip
+    yield Sized(
+        "uneven sizes, states made again", "small",
+        partial(decay_trial, tokens=100, heads=1, key=40, value=24, channels=True, chunk=32, keep=False),
+    )  # fmt: skip
+    yield Sized(
+        "GLA, K = 256", "long",
+        partial(decay_trial, tokens=8205, heads=4, key=256, value=512, channels=True, lengths=(5000, 3205), exact="torch"),
+    )  # fmt: skip
+
+
 def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
     heads, size = sizes.attention_heads, sizes.attention_dim
     return vector_problem(inputs, 1, sizes.tokens, heads, size, size, f"{heads} heads, states of {size} x {size}")
@@ -124,6 +141,7 @@ CASE = OperationCase(
     "decay_scan_vector",
     launches,
     counted_problems,
+    trials,
     on_card={"decay_scan_vector": _on_card},
     on_host={"decay_scan_vector": _on_host},
 )

@@ -5,26 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amfm.kernels.proof.cases.operations import OPERATIONS
-from amfm.kernels.proof.trials.operations import TRIALS, trials_of
-from amfm.kernels.proof.trials.trial import evaluate, trials_of_problems
+from amfm.kernels.cases.trial import evaluate
+from amfm.kernels.proof.operations import OPERATIONS
 from amfm.kernels.proof.verdict import judge
 
 CPU = torch.device("cpu")
 
 
 def test_every_operation_is_checked_at_its_first_use_and_at_long_rows() -> None:
-    assert set(TRIALS) <= set(OPERATIONS)
-    for operation in OPERATIONS:
-        assert trials_of(operation, "first"), f"{operation} has no trial for its first use"
-        assert trials_of(operation, "long"), f"{operation} has no long trial"
+    for operation, case in OPERATIONS.items():
+        assert case.trials_of({"first"}), f"{operation} has no trial for its first use"
+        assert case.trials_of({"long"}), f"{operation} has no long trial"
 
 
 def test_a_trial_is_the_same_each_time_and_leaves_random_numbers_alone() -> None:
     torch.manual_seed(7)
     wanted = torch.randn(3)
-    for operation in TRIALS:
-        sized = trials_of(operation, "first")[0]
+    for operation, case in OPERATIONS.items():
+        sized = case.trials_of({"first"})[0]
         torch.manual_seed(7)
         first = sized.make(CPU, torch.bfloat16)
         assert torch.equal(torch.randn(3), wanted), operation
@@ -32,19 +30,12 @@ def test_a_trial_is_the_same_each_time_and_leaves_random_numbers_alone() -> None
         assert all(torch.equal(leaf, second.leaves[name]) for name, leaf in first.leaves.items()), operation
 
 
-@pytest.mark.parametrize("operation", TRIALS)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_pytorch_in_float32_passes_the_first_trials(operation: str) -> None:
-    for sized in trials_of(operation, "first"):
+    for sized in OPERATIONS[operation].trials_of({"first"}):
         trial = sized.make(CPU, torch.float32)
         exact = evaluate(trial, trial.exact, torch.float64).values
         ours = evaluate(trial, "torch").values
         assert set(ours) == set(exact) and {f"d_{name}" for name in trial.leaves} <= set(ours)
         worst = judge(ours, ours, exact, torch.float32, trial.sums)[0]
         assert worst.error <= 1e-4, (sized.name, worst)
-
-
-def test_an_operation_without_trials_is_checked_at_its_timed_problems() -> None:
-    names = [sized.name for sized in trials_of_problems(OPERATIONS["norm"].on_card)]
-    assert names == [
-        f"{name}, {size}" for name in ("rms_norm", "gated_rms_norm") for size in ("few tokens", "as timed")
-    ]

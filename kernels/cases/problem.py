@@ -1,8 +1,8 @@
-"""What a case of an operation is made of; `operations.py` lists the cases.
+"""Problems of an operation: inputs, a call, the least that must move, and sizes.
 
 Four commands ask the same about an operation: what does its kernel take on a card (ahead-of-time table), what does it
 move (audit in the interpreter), how fast is it on this card and on this CPU. Each needs inputs, a call, the least that
-must move, and sizes of its own. So a case has one builder of `Problem` from sizes, and every command brings its sizes.
+must move, and sizes of its own. So an operation has one builder of `Problem` from sizes, and every command brings its sizes.
 Nothing here needs more than torch, triton and numpy: a bare machine with a card can run every case. Peers that are
 public kernel packages belong to a problem and are looked for when asked; transformers, on the CPU, is launch's business.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -110,18 +110,6 @@ class CountedProblem:
 
 
 @dataclass(frozen=True)
-class KernelLaunch:
-    """One kernel as production launches it: arguments of `amfm.kernels.proof.ahead_of_time.compile_ahead`, and a name."""
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, int] = field(default_factory=dict)
-    multiplies: bool = False
-
-
-@dataclass(frozen=True)
 class CardSizes:
     """Sizes of problems on a card; the defaults are those of Granite-4-H-Small on one row of 8,192 tokens."""
 
@@ -157,42 +145,9 @@ class HostSizes:
     vocabulary: int = 8192
 
 
-@dataclass(frozen=True)
-class OperationCase:
-    """An operation of `kernels/`: every way in which it is compiled, counted and timed; how it is checked is in `trials/`.
-
-    `launches`: its kernels in bfloat16 with documents and the tiles of a card. `counted`: problems of the audit.
-    `on_card`, `on_host`: builders of the problems that are timed, by the name that the benchmarks give them.
-    """
-
-    name: str
-    launches: Callable[[], Iterator[KernelLaunch]]
-    counted: Callable[[], Iterator[CountedProblem]]
-    on_card: Mapping[str, Callable[[Inputs, CardSizes], Problem]] = field(default_factory=dict)
-    on_host: Mapping[str, Callable[[Inputs, HostSizes], Problem]] = field(default_factory=dict)
-
-
 def formula_goals(problem: Problem, limit: float) -> tuple[Goal, Goal]:
     """Of each pass: at most `limit` times the bytes of the formula."""
     return Goal("of the formula", problem.forward.bytes, limit), Goal("of the formula", problem.backward.bytes, limit)
-
-
-def kernel_launch(
-    name: str,
-    kernel: Any,
-    types: Mapping[str, str],
-    constants: Mapping[str, Any],
-    config: Mapping[str, int] | None = None,
-) -> KernelLaunch:
-    """A launch with the types of those arguments that are no constants.
-
-    `config`: one of the kernel's configurations; its warps and stages become options, the rest constants.
-    """
-    given = dict(config or {})
-    options: dict[str, int] = {option: given.pop(option) for option in ("num_warps", "num_stages") if option in given}
-    constants = {**constants, **given}
-    signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
-    return KernelLaunch(name, kernel, signature, constants, options, multiplies="DOT" in constants)
 
 
 def find_package(module: str) -> Any:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 from torch import Tensor
 
-from amfm.kernels.causal_conv1d.op import causal_conv1d, convolution_bytes, convolution_flops
-from amfm.kernels.proof.cases.case import (
+from amfm.kernels.cases.operation import KernelLaunch, OperationCase, kernel_launch
+from amfm.kernels.cases.problem import (
     CardSizes,
     Compute,
     CountedProblem,
     HostSizes,
     Inputs,
-    KernelLaunch,
     Minimum,
-    OperationCase,
     Problem,
     bfloat16_inputs,
     find_package,
     formula_goals,
-    kernel_launch,
 )
+from amfm.kernels.cases.trial import Sized, Trial, documents, slices
+from amfm.kernels.causal_conv1d.op import causal_conv1d, convolution_bytes, convolution_flops
 
 WIDTH = 4
 
@@ -88,6 +88,39 @@ def launches() -> Iterator[KernelLaunch]:
         yield kernel_launch(f"convolution {name}, width {WIDTH}", kernel, types, flags, config)
 
 
+def trials() -> Iterator[Sized]:
+    """Width 4 as models have it; slices of a wider projection; other widths."""
+
+    def trial(
+        inputs: Inputs, rows: int, tokens: int, channels: int, width: int = 4, *, lengths: tuple[int, ...] = (),
+        before: int = 0, initial: bool = False, exact: str = "reference",
+    ) -> Trial:  # fmt: skip
+        x = slices(inputs.normal(rows, tokens, before + channels), before, channels)[1]
+        leaves = {"x": x, "weight": inputs.normal(channels, width, scale=0.5), "bias": inputs.normal(channels)}
+        if initial:
+            leaves["window"] = inputs.normal(rows, width - 1, channels)
+        ids = documents(inputs, tokens, *lengths, rows=rows) if lengths else None
+
+        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+            return {
+                "y": causal_conv1d(
+                    given["x"], given["weight"], given["bias"], document_ids_BT=ids,
+                    initial_window_BWC=given.get("window"), backend=backend,
+                )
+            }  # fmt: skip
+
+        return Trial(leaves, run, exact=exact)
+
+    yield Sized("with documents", "first", partial(trial, rows=2, tokens=100, channels=136, lengths=(40, 1, 59)))
+    yield Sized(
+        "width 3 behind a window", "small", partial(trial, rows=2, tokens=40, channels=33, width=3, initial=True)
+    )
+    yield Sized("an unaligned slice", "small", partial(trial, rows=1, tokens=35, channels=41, before=7))
+    long = partial(trial, rows=1, tokens=8205, lengths=(4000, 1, 4204), exact="torch")
+    yield Sized("8448 channels of a projection", "long", partial(long, channels=8448, before=8192))
+    yield Sized("1560 channels, unaligned", "long", partial(long, channels=1560, before=1537))
+
+
 def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
     return convolution_problem(inputs, 1, sizes.tokens, sizes.heads * sizes.head_dim + 2 * sizes.state)
 
@@ -100,6 +133,7 @@ CASE = OperationCase(
     "causal_conv1d",
     launches,
     counted_problems,
+    trials,
     on_card={"causal_conv1d": _on_card},
     on_host={"causal_conv1d": _on_host},
 )
