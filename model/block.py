@@ -22,7 +22,7 @@ from amfm.model.mixers.interface import BlockState, MixerOutput
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import RMSNorm
-from amfm.model.routed_updates import RoutedUpdates, projections_of
+from amfm.model.routed_updates import put_updates
 
 
 class Block(nn.Module):
@@ -39,10 +39,7 @@ class Block(nn.Module):
         self.multiplier = config.multipliers.residual
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
         self.mixer = build_mixer(index, config, groups, backend)
-        self.updates: RoutedUpdates | None = None
-        routed = config.lora_mixer
-        if routed is not None and projections_of(self.mixer, routed.targets):
-            self.updates = RoutedUpdates(self.mixer, routed, config.hidden_size, groups, backend)
+        self.updates = put_updates(self.mixer, config, groups, backend)
 
     def forward(
         self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta, state: BlockState = None
@@ -69,10 +66,8 @@ class Block(nn.Module):
         return self._run_mixer(self.norm(residual_BTD), meta, None)
 
     def _run_mixer(self, normed_BTD: Tensor, meta: PackMeta, state: BlockState) -> MixerOutput:
-        x_BTD = normed_BTD.to(self.norm.weight.dtype)
-        balance = {} if self.updates is None else self.updates.choose(x_BTD)
-        mixed: MixerOutput = self.mixer(x_BTD, meta, state)
-        return mixed._replace(auxiliary=(mixed.auxiliary or {}) | balance) if balance else mixed
+        mixed: MixerOutput = self.mixer(normed_BTD.to(self.norm.weight.dtype), meta, state)
+        return mixed
 
 
 class Blocks(nn.Module):

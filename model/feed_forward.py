@@ -12,9 +12,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from amfm.kernels.swiglu.op import squared_relu, swiglu
-from amfm.model.config.schema import GuideConfig, ModelConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.schema import GuideConfig
 from amfm.model.config.structure import DENSE, Activation, Structure
-from amfm.model.mixers.interface import BlockState, MixerOutput
+from amfm.model.mixers.interface import BlockState, BuildContext, Mixer, MixerOutput
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import ColumnLinear, RowLinear
@@ -78,20 +79,19 @@ class FeedForward(nn.Module):
         return leave_tensor_region(self.down_proj(inner), self.groups)
 
 
-class FeedForwardMixer(FeedForward):
+class FeedForwardMixer(FeedForward, Mixer):
     """The mixer of a dense feed-forward block."""
 
-    def __init__(self, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
-        assert config.feed_forward is not None, "check_model was not called: model.feed_forward is missing"
+    def __init__(self, options: FeedForwardConfig, build: BuildContext) -> None:
         super().__init__(
-            config.hidden_size,
-            config.feed_forward.hidden_size,
-            config.feed_forward.activation,
-            groups,
+            build.hidden_size,
+            options.hidden_size,
+            options.activation,
+            build.groups,
             name="model.feed_forward.hidden_size",
-            backend=backend,
-            structure=config.feed_forward.structure(),
-            guide=config.guide,
+            backend=build.backend,
+            structure=options.structure(),
+            guide=build.guide,
         )
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:  # type: ignore[override]

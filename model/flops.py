@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from amfm.model.config.pattern import block_kind
 from amfm.model.config.schema import ModelConfig
@@ -133,7 +132,7 @@ def _measured(config: ModelConfig, letter: str, sequence_length: int) -> tuple[i
     from amfm.model.parallel.groups import single_rank_groups
 
     with torch.device("meta"):
-        mixer: Any = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")
+        mixer = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")
     parameters = list(mixer.parameters())
     # A matrix counts 2 a weight, and so do the taps of a convolution.
     matrices = sum(parameter.numel() for parameter in parameters if parameter.dim() > 1)

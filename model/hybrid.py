@@ -5,8 +5,8 @@
         stream = stream + block.mixer(block.norm(stream))        # times a multiplier, if set
     logits = head(final_norm(stream))
 
-Blocks differ in their mixer alone (build.py), which mixes over the sequence (Mamba2, attention, registered mixers) or
-over channels (mixture of experts, dense feed-forward). Every mixer gets the `PackMeta` that keeps documents apart.
+Blocks differ in their mixer alone (build.py, mixers/interface.py), which mixes over the sequence (Mamba2, attention, linear
+mixers) or over channels (mixture of experts, dense feed-forward); nothing here asks which one it is. Every mixer gets the `PackMeta` that keeps documents apart.
 
 What flows between blocks is a `Stream` (block.py), and what they give besides ends in `ModelOutput`. Where the pattern has
 depths of multi-token prediction (mtp.py), they follow the last block in training; decoding and export do without them.
@@ -34,10 +34,7 @@ from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.init import initialize_parameters, named_seed
 from amfm.model.loss import head_choices, head_cross_entropy, head_logits
-from amfm.model.mixers.attention import AttentionMixer
-from amfm.model.mixers.interface import DecodeState, SequenceMixer
-from amfm.model.mixers.mamba2 import Mamba2Mixer
-from amfm.model.moe.block import MoeMixer
+from amfm.model.mixers.interface import DecodeState
 from amfm.model.mtp import Ahead, MtpDepth
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
@@ -119,8 +116,8 @@ class HybridModel(nn.Module):
                 self.head = ColumnLinear(config.hidden_size, (config.vocab_size,), groups, name="model.vocab_size")
             num_modules = config.num_depth_modules if has_last else 0
             self.mtp = nn.ModuleList(MtpDepth(number, config, groups, backend) for number in range(num_modules))
-        for index, mixer in self.routed_mixers():
-            mixer.draw_seed = torch.tensor(named_seed(seed, f"blocks.{index}.mixer.draws"))
+        for index, block in self.all_blocks():
+            block.mixer.set_draw_seed(named_seed(seed, f"blocks.{index}.mixer.draws"))
         self.copied_parameters = frozenset() if has_first or self.embedding is None else frozenset({"embedding.weight"})
         if self.embedding is not None and ends_read_embedding and not (has_first and has_last):
             # The first and the last pipeline rank each compute a part of the gradient.
@@ -137,9 +134,8 @@ class HybridModel(nn.Module):
 
     def reset_buffers(self) -> None:
         """Fill all buffers with their first values."""
-        for module in self.modules():
-            if isinstance(module, (AttentionMixer, MoeMixer, SequenceMixer)):
-                module.reset_buffers()
+        for _, block in self.all_blocks():
+            block.mixer.reset_buffers()
 
     def compile_blocks(self, *, compiler: str = "inductor") -> None:
         """Compile the mixer of every block with torch.compile, whose backend is `compiler`; takes effect at the next call.
@@ -303,14 +299,7 @@ class HybridModel(nn.Module):
 
     def empty_state(self, num_rows: int) -> DecodeState:
         """Build the decode state of `num_rows` rows before their first token."""
-        mixers = [block.mixer for block in self.blocks]
-        return DecodeState(
-            tuple(
-                mixer.empty_state(num_rows) if isinstance(mixer, (Mamba2Mixer, AttentionMixer, SequenceMixer)) else None
-                for mixer in mixers
-            ),
-            0,
-        )
+        return DecodeState(tuple(block.mixer.empty_state(num_rows) for block in self.blocks), 0)
 
     def set_rope(self, rope: RopeConfig | None) -> None:
         """Set the rotary positions of every attention block; None or the present ones change nothing.
@@ -320,27 +309,18 @@ class HybridModel(nn.Module):
         attention = self.config.attention
         if rope is None or attention is None or attention.rope == rope:
             return
-        attention = attention.model_copy(update={"rope": rope})
-        self.config = self.config.model_copy(update={"attention": attention})
-        for module in self.modules():
-            if isinstance(module, AttentionMixer):
-                module.section = attention
-                module.reset_buffers()
+        self.config = self.config.model_copy(update={"attention": attention.model_copy(update={"rope": rope})})
+        for _, block in self.all_blocks():
+            block.mixer.set_rope(rope)
 
     def update_expert_bias(self, counts: dict[int, Tensor]) -> None:
-        """Move the balancing bias of each MoE block held here against the expert loads of the whole step.
+        """Move the balancing bias of each block with a router held here against the expert loads of the whole step.
 
         Sum `ModelOutput.expert_counts` over micro-batches and all ranks first, then call on every rank.
         """
-        for index, mixer in self.routed_mixers():
-            if index in counts:
-                mixer.update_expert_bias(counts[index])
-
-    def routed_mixers(self) -> Iterator[tuple[int, MoeMixer]]:
-        """Iterate over the mixers of the MoE blocks held here, with their block indices."""
         for index, block in self.all_blocks():
-            if isinstance(block.mixer, MoeMixer):
-                yield index, block.mixer
+            if index in counts:
+                block.mixer.balance_experts(counts[index])
 
     def all_blocks(self) -> Iterator[tuple[int, Block]]:
         """Iterate over the blocks held here, with their indices: the main ones, then those of multi-token prediction."""

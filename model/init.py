@@ -19,15 +19,14 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.mup import width_scales
 from amfm.model.config.schema import ModelConfig
-from amfm.model.mixers.initial_values import first_decay_rates, first_time_steps
-from amfm.model.mixers.interface import SequenceMixer
+from amfm.model.mixers.interface import Mixer
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.shards import Shard, parameter_shards
 from amfm.model.structured import StructuredLinear
@@ -73,7 +72,7 @@ def fill_part(
     seed: int,
 ) -> None:
     """Fill this rank's part of a parameter of `shape`, a piece after the other, of those that it holds anything of."""
-    special = _special_values(name, shape, config, seed)
+    special = _special_values(name, shape, seed)
     if special is not None:
         part.copy_(shard.shard(special, groups))
         return
@@ -90,7 +89,7 @@ def fill_part(
 
 
 def _own_values(model: nn.Module, name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor | None:
-    """Ask a factored matrix or a registered mixer for the initial value of its parameter; None where that is this file's."""
+    """Ask a factored matrix or a mixer for the initial value of its parameter; None where that is this file's."""
     place, _, own_name = name.rpartition(".")
     layer = model.get_submodule(place)
     if isinstance(layer, StructuredLinear):
@@ -98,8 +97,9 @@ def _own_values(model: nn.Module, name: str, shape: tuple[int, ...], config: Mod
         gain = deviation / config.initializer_range
         return layer.first_values(own_name, lambda own: _generator(seed, f"{place}.{own}"), deviation, gain)
     place, inside, own_name = name.partition(".mixer.")
-    mixer = model.get_submodule(f"{place}.mixer") if inside else None
-    return mixer.init_parameter(own_name, shape, _generator(seed, name)) if isinstance(mixer, SequenceMixer) else None
+    if not inside:
+        return None
+    return cast(Mixer, model.get_submodule(f"{place}.mixer")).init_parameter(own_name, shape, _generator(seed, name))
 
 
 def _fill_experts(
@@ -124,10 +124,10 @@ def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
     """Draw the whole initial value of a parameter (of one expert's, with `.{expert}` at the name's end), float32 on the CPU.
 
     `dim`: the one that ranks cut. Norms and D start at 1, biases of convolutions at 0, their taps uniform within
-    1 / sqrt(W), A and dt as Mamba2's (Dao and Gu 2024, arXiv 2405.21060), a low-rank update at 0 (its first factor of unit
-    gain), everything else normal.
+    1 / sqrt(W), a low-rank update at 0 (its first factor of unit gain), everything else normal; what a mixer draws itself
+    (`Mixer.init_parameter`) is not asked for here.
     """
-    special = _special_values(name, shape, config, seed)
+    special = _special_values(name, shape, seed)
     if special is not None:
         return special
     pieces = _pieces(shape, dim)
@@ -149,7 +149,7 @@ def _normal_piece(
     return torch.empty(size).normal_(0.0, _deviation(name, config), generator=generator)
 
 
-def _special_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor | None:
+def _special_values(name: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
     """The first value of a parameter that is not drawn from `_deviation`'s normal distribution; None for one that is."""
     generator = _generator(seed, name)
     if name.endswith(("norm.weight", "mixer.D")):
@@ -161,13 +161,6 @@ def _special_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed
     if name.endswith("conv.weight"):
         bound = shape[-1] ** -0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    if name.endswith("A_log"):
-        mamba = _mamba(config)
-        return first_decay_rates(shape, generator, low=mamba.a_init_min, high=mamba.a_init_max)
-    if name.endswith("dt_bias"):
-        mamba = _mamba(config)
-        low, high, floor = mamba.time_step_min, mamba.time_step_max, mamba.time_step_floor
-        return first_time_steps(shape, generator, low=low, high=high, floor=floor)
     return None
 
 
@@ -182,11 +175,6 @@ def named_seed(seed: int, name: str) -> int:
 
 def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(named_seed(seed, name))
-
-
-def _mamba(config: ModelConfig) -> Mamba2Config:
-    assert config.mamba is not None, "a Mamba2 parameter exists without model.mamba"
-    return config.mamba
 
 
 def _deviation(name: str, config: ModelConfig) -> float:

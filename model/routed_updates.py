@@ -13,6 +13,8 @@ ours is that of the experts' router (Fedus et al. 2021, arXiv 2101.03961, sectio
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from amfm.kernels.moe.op import route
 from amfm.model.build import build_mixer
 from amfm.model.config.lora_mixer import BALANCE, LoraMixerConfig
 from amfm.model.config.schema import ModelConfig
+from amfm.model.mixers.interface import MixerOutput
 from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
 from amfm.model.parallel.layers import ColumnLinear, Linear, RowLinear
 from amfm.model.parallel.low_rank import LowRankUpdate
@@ -35,7 +38,8 @@ ENDS = (".lora.down", ".lora.up", ".updates.router.weight")
 class RoutedUpdates(nn.Module):
     """The router of a block's updates; the updates themselves are `lora` of the layers of its mixer.
 
-    Every rank of `groups.tp` must call `choose`. Context ranks are refused (pretrain/checks/conversion.py).
+    It hangs on the mixer's forward pass: before it the router chooses, after it the balance joins the auxiliary losses. So
+    blocks and mixers know nothing of it. Every rank of `groups.tp` must call `choose`. Context ranks are refused (pretrain/checks/conversion.py).
     """
 
     def __init__(
@@ -55,6 +59,16 @@ class RoutedUpdates(nn.Module):
         self.soft = False
         # Where somebody measures: tokens by update [E], added up over calls.
         self.measured: Tensor | None = None
+        self._balance: dict[str, Tensor] = {}
+        mixer.register_forward_pre_hook(self._before_mixer)
+        mixer.register_forward_hook(self._after_mixer)
+
+    def _before_mixer(self, mixer: nn.Module, given: tuple[Any, ...]) -> None:
+        self._balance = self.choose(given[0])
+
+    def _after_mixer(self, mixer: nn.Module, given: tuple[Any, ...], mixed: MixerOutput) -> MixerOutput:
+        balance, self._balance = self._balance, {}
+        return mixed._replace(auxiliary=(mixed.auxiliary or {}) | balance)
 
     def set_step(self, step: int, total_steps: int, seed: int) -> None:
         """Let all updates count for the steps that ask for it."""
@@ -94,6 +108,16 @@ class RoutedUpdates(nn.Module):
         return {BALANCE: section.balance_weight * loss}
 
 
+def put_updates(
+    mixer: nn.Module, config: ModelConfig, groups: ProcessGroupCollection, backend: str
+) -> RoutedUpdates | None:
+    """Put updates beside the projections of a mixer, where `model.lora_mixer` asks for them; returns their router."""
+    routed = config.lora_mixer
+    if routed is None or not projections_of(mixer, routed.targets):
+        return None
+    return RoutedUpdates(mixer, routed, config.hidden_size, groups, backend)
+
+
 def projections_of(mixer: nn.Module, targets: tuple[str, ...]) -> dict[str, ColumnLinear | RowLinear]:
     """The projections `targets` (q, k, v, o) that a mixer has, by their names."""
     names = {PROJECTIONS[target] for target in targets}
@@ -112,9 +136,9 @@ def update_shapes(config: ModelConfig, letter: str) -> dict[str, tuple[int, ...]
     groups = single_rank_groups()
     with torch.device("meta"):
         mixer = build_mixer(config.built_letters.index(letter), config, groups, "torch")
-        if not projections_of(mixer, routed.targets):
-            return {}
-        updates = RoutedUpdates(mixer, routed, config.hidden_size, groups, "torch")
+        updates = put_updates(mixer, config, groups, "torch")
+    if updates is None:
+        return {}
     named = {f"mixer.{name}": tensor for name, tensor in mixer.named_parameters() if name.endswith(ENDS)}
     named |= {f"updates.{name}": tensor for name, tensor in updates.named_parameters()}
     return {name: tuple(tensor.shape) for name, tensor in named.items()}

@@ -85,7 +85,10 @@ class Mamba2Config(MixerOptions):
         return Weights(matrices, matrices, others)
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """The convolution, and the recurrence itself: 5 a state number."""
-        convolution = 2 * self.conv_kernel * self.conv_channels()
-        # A state number a token: decay, times B, add, times C, add; then D x on each channel.
-        return convolution + 5 * self.inner_size() * self.state_size + 2 * self.inner_size()
+        """The convolution and the recurrence."""
+        return 2 * self.conv_kernel * self.conv_channels() + self.recurrence_flops()
+
+    def recurrence_flops(self) -> int:
+        """Of the recurrence itself, whatever the chunk: a state number a token takes decay, times B, add, times C, add."""
+        # Then D x on each channel.
+        return 5 * self.inner_size() * self.state_size + 2 * self.inner_size()

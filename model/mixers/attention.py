@@ -16,20 +16,19 @@ from amfm.kernels.attention.varlen import DocumentEnds
 from amfm.kernels.rope.frequencies import Llama3Numbers
 from amfm.kernels.rope.op import qk_norm_rope, rope_frequencies
 from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.rope import Llama3Stretch
-from amfm.model.config.schema import ModelConfig
-from amfm.model.mixers.interface import AttentionCache, BlockState, MixerOutput
+from amfm.model.config.rope import Llama3Stretch, RopeConfig
+from amfm.model.mixers.interface import AttentionCache, BlockState, BuildContext, Mixer, MixerOutput
 from amfm.model.mixers.output_gate import gate_heads, gate_projection
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import gather_rows
 from amfm.model.parallel.groups import ProcessGroupCollection
-from amfm.model.parallel.layers import ColumnLinear, Float32Buffers, RowLinear, project_layers
+from amfm.model.parallel.layers import ColumnLinear, RowLinear, project_layers
 from amfm.model.parallel.regions import leave_tensor_region
 from amfm.model.parallel.shards import Shard, divide, divide_units
 from amfm.model.segments import Segments
 
 
-class AttentionMixer(Float32Buffers):
+class AttentionMixer(Mixer):
     """q, k, v projections, optional norm a head, optional rotary positions, attention inside each document, optional gate,
     o_proj.
 
@@ -38,17 +37,16 @@ class AttentionMixer(Float32Buffers):
     weights.
     """
 
-    def __init__(self, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
+    def __init__(self, section: AttentionConfig, build: BuildContext) -> None:
         super().__init__()
-        assert config.attention is not None, "check_model was not called: model.attention is missing"
-        section: AttentionConfig = config.attention
-        self.section, self.backend, self.epsilon = section, backend, config.norm_epsilon
+        groups = build.groups
+        self.section, self.backend, self.epsilon = section, build.backend, build.norm_epsilon
         self.groups = groups
         self.head_dim, self.scale = section.head_dim, section.softmax_scale
         self.num_heads = divide(section.num_heads, groups, "model.attention.num_heads")
         self.num_kv_heads = divide_units(section.num_kv_heads, groups, "model.attention.num_kv_heads")
         query_width, kv_width = section.num_heads * self.head_dim, section.num_kv_heads * self.head_dim
-        hidden, kv_name, kv_units = config.hidden_size, "model.attention.num_kv_heads", (section.num_kv_heads,)
+        hidden, kv_name, kv_units = build.hidden_size, "model.attention.num_kv_heads", (section.num_kv_heads,)
         self.q_proj = ColumnLinear(
             hidden, (query_width,), groups, name="model.attention.num_heads", units=(section.num_heads,)
         )
@@ -122,6 +120,15 @@ class AttentionMixer(Float32Buffers):
         """Build the cache before the first token: [B, 0, J, K], in the dtype of the weights."""
         empty = self.k_proj.weight.new_zeros(num_rows, 0, self.num_kv_heads, self.head_dim)
         return AttentionCache(empty, empty)
+
+    def sequence_flops(self, sequence_length: int) -> float:
+        """FLOPs a token of scores and of the values that they weigh."""
+        return self.section.sequence_flops(sequence_length) / self.groups.tp.size()
+
+    def set_rope(self, rope: RopeConfig) -> None:
+        """Compute the rotary frequencies of other positions."""
+        self.section = self.section.model_copy(update={"rope": rope})
+        self.reset_buffers()
 
 
 def llama3_numbers(section: Llama3Stretch | None) -> Llama3Numbers | None:

@@ -1,9 +1,10 @@
-"""What every mixer takes and gives: build context, states for decoding, outputs, and the class that plugins derive from.
+"""What every mixer takes and gives: build context, states for decoding, outputs, and the class that all mixers derive from.
 
 A mixer is a function of the stream and the document layout that returns an addend of the stream; blocks own norm and
 residual. States are values and not buffers of the module: the same model can decode several texts, and a state can be kept,
-copied or dropped by who called. A plugin gives the abstract methods of `SequenceMixer` and gets sharded initial values,
-checkpoints, decoding and FLOP counts like a built-in mixer.
+copied or dropped by who called. Whatever a model, an engine or pruning does to blocks besides is a method of `Mixer` with a
+default that does nothing, so that they ask every block alike. A package's mixer gives the abstract methods of `SequenceMixer`
+(or of `Mixer`, where a token reads no other) and gets sharded initial values, checkpoints, decoding and FLOP counts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from amfm.model.config.rope import RopeConfig
+from amfm.model.config.schema import GuideConfig
 from amfm.model.config.section import Section
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
@@ -25,8 +28,8 @@ from amfm.model.parallel.layers import Float32Buffers
 class BuildContext:
     """Where a mixer is built: the model's sizes, its groups and backend, and its place among the sequence mixers.
 
-    order counts the mixers before it that mix over the sequence (attention, Mamba2 and registered ones), count all of
-    them: what a decay that weakens with depth reads. mixers: the options of all registered mixers.
+    order counts the mixers before it that mix over the sequence, count all of them: what a decay that weakens with depth
+    reads. mixers: the options of all registered mixers. guide: of factored matrices.
     """
 
     hidden_size: int
@@ -36,17 +39,19 @@ class BuildContext:
     groups: ProcessGroupCollection
     backend: str
     mixers: Section
+    guide: GuideConfig | None = None
 
     def options_of(self, name: str) -> Any:
         """Look up the options of another registered mixer, for one that wraps it."""
         return getattr(self.mixers, name)
 
 
-class SequenceMixer(Float32Buffers):
-    """A registered mixer: `shards` says how its own parameters are cut over ranks; buffers keep float32.
+class Mixer(Float32Buffers):
+    """The mixer of a block, built from its options and a `BuildContext`; buffers keep float32.
 
-    A parameter that `shards` does not name is replicated, with equal gradients on all ranks. Documents must not read each
-    other: where `meta.boundaries_BT()` is not None, whatever looks at other tokens resets there.
+    `shards` says how its own parameters are cut over ranks. A parameter that it does not name is replicated, with equal
+    gradients on all ranks. Documents must not read each other: where `meta.boundaries_BT()` is not None, whatever looks at
+    other tokens resets there.
     """
 
     @abstractmethod
@@ -56,16 +61,16 @@ class SequenceMixer(Float32Buffers):
         Every rank of `groups.tp` and `groups.cp` must call.
         """
 
-    @abstractmethod
-    def empty_state(self, num_rows: int) -> MixerState:
+    def empty_state(self, num_rows: int) -> BlockState:
         """Build the state before the first token of `num_rows` rows: tensors [B, ...] on the device of the weights."""
+        return None
 
-    @abstractmethod
     def sequence_flops(self, sequence_length: int) -> float:
         """Forward FLOPs a token of mixing over the sequence, of the heads on this rank.
 
         Products with weights are counted elsewhere (`model/flops.py`).
         """
+        return 0.0
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """Draw the whole initial value of an own parameter, float32 on the CPU; None: as init.py says for its name."""
@@ -73,6 +78,30 @@ class SequenceMixer(Float32Buffers):
 
     def reset_buffers(self) -> None:
         """Compute the buffers, on the device of the weights; `HybridModel.initialize` calls it."""
+
+    def set_draw_seed(self, seed: int) -> None:
+        """Take the number below 2^63 of which all draws in training are functions."""
+
+    def set_rope(self, rope: RopeConfig) -> None:
+        """Take other rotary positions, where they are those of `model.attention`. Parameters stay as they are."""
+
+    def balance_experts(self, counts_E: Tensor) -> None:
+        """Move balancing biases after a step; counts_E [E]: the choices of each expert in the whole step, of all ranks."""
+
+    def retire_experts(self, is_retired_E: Tensor) -> None:
+        """Never choose these experts again, [E] bool."""
+
+
+class SequenceMixer(Mixer):
+    """A mixer of which a token reads others: it decodes with a state."""
+
+    @abstractmethod
+    def empty_state(self, num_rows: int) -> MixerState:
+        """Build the state before the first token of `num_rows` rows: tensors [B, ...] on the device of the weights."""
+
+    @abstractmethod
+    def sequence_flops(self, sequence_length: int) -> float:
+        """Forward FLOPs a token of mixing over the sequence, of the heads on this rank."""
 
 
 class MambaState(NamedTuple):

@@ -24,8 +24,8 @@ from amfm.kernels.decay_scan.op import ScanOutput, mamba2_scan, mamba2_step
 from amfm.kernels.mamba2.op import MixerSizes, mamba2_mix
 from amfm.kernels.norm.op import gated_rms_norm
 from amfm.model.config.mamba2 import Mamba2Config
-from amfm.model.config.schema import ModelConfig
-from amfm.model.mixers.interface import BlockState, MambaState, MixerOutput
+from amfm.model.mixers.initial_values import first_decay_rates, first_time_steps
+from amfm.model.mixers.interface import BlockState, BuildContext, MambaState, Mixer, MixerOutput
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_states, receive_windows
 from amfm.model.parallel.groups import ProcessGroupCollection
@@ -35,7 +35,7 @@ from amfm.model.parallel.shards import Shard, ShardSpec, divide, divide_units
 from amfm.model.segments import Segments
 
 
-class Mamba2Mixer(nn.Module):
+class Mamba2Mixer(Mixer):
     """in_proj to z, x, B, C, dt; convolution and SiLU over x, B, C; the scan; norm(y * silu(z)) by group; out_proj.
 
     Heads and groups are cut over the tensor-parallel ranks; where groups are fewer, neighbouring ranks hold the same B and C,
@@ -43,11 +43,10 @@ class Mamba2Mixer(nn.Module):
     bf16 weights. The convolution, the state and the decay restart at each document.
     """
 
-    def __init__(self, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
+    def __init__(self, mamba: Mamba2Config, build: BuildContext) -> None:
         super().__init__()
-        assert config.mamba is not None, "check_model was not called: model.mamba is missing"
-        mamba: Mamba2Config = config.mamba
-        self.backend, self.groups = backend, groups
+        groups, backend = build.groups, build.backend
+        self.options, self.backend, self.groups = mamba, backend, groups
         self.head_dim, self.state_size, self.chunk_size = mamba.head_dim, mamba.state_size, mamba.chunk_size
         self.keep_states = mamba.keep_states
         self.num_heads = divide(mamba.num_heads, groups, "model.mamba.num_heads")
@@ -56,7 +55,7 @@ class Mamba2Mixer(nn.Module):
         group_width = mamba.num_groups * mamba.state_size
         inner = mamba.inner_size()
         self.in_proj = ColumnLinear(
-            config.hidden_size,
+            build.hidden_size,
             (inner, inner, group_width, group_width, mamba.num_heads),
             groups,
             name="model.mamba.num_groups",
@@ -68,8 +67,8 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         by_head = Shard((ShardSpec(0, "tp", (mamba.num_heads,)),))
         self.shards = {"A_log": by_head, "D": by_head, "dt_bias": by_head}
-        self.norm = GatedNorm(inner, mamba.num_groups, config.norm_epsilon, groups, backend)
-        self.out_proj = RowLinear(inner, config.hidden_size, groups, name="model.mamba.num_heads")
+        self.norm = GatedNorm(inner, mamba.num_groups, build.norm_epsilon, groups, backend)
+        self.out_proj = RowLinear(inner, build.hidden_size, groups, name="model.mamba.num_heads")
         self.is_one_operation = backend == "triton" and not self.norm.spans_ranks
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
@@ -216,6 +215,20 @@ class Mamba2Mixer(nn.Module):
         window_BWC = weight.new_zeros(num_rows, weight.shape[1] - 1, self.conv.channels)
         state_BHPN = torch.zeros(num_rows, self.num_heads, self.head_dim, self.state_size, device=weight.device)
         return MambaState(window_BWC, state_BHPN)
+
+    def sequence_flops(self, sequence_length: int) -> float:
+        """FLOPs a token of the recurrence, the same at every length."""
+        return self.options.recurrence_flops() / self.groups.tp.size()
+
+    def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """Draw A_log and dt_bias as Mamba2's (section 7 of the paper), within the ranges of the options."""
+        own = self.options
+        if name == "A_log":
+            return first_decay_rates(shape, generator, low=own.a_init_min, high=own.a_init_max)
+        if name == "dt_bias":
+            low, high, floor = own.time_step_min, own.time_step_max, own.time_step_floor
+            return first_time_steps(shape, generator, low=low, high=high, floor=floor)
+        return None
 
 
 class DepthwiseConv(nn.Module):

@@ -2,7 +2,7 @@
 
 Three losses, each with a weight of its own (kernels/moe/losses.py has their formulas): `balance` over the micro-batch,
 `sequence_balance` within each row, `router_z` on the size of the logits. They are computed in training only. The loss-free
-bias (`MoeMixer.update_expert_bias`) is no loss and may be used beside them.
+bias (`MoeMixer.balance_experts`) is no loss and may be used beside them.
 """
 
 from __future__ import annotations

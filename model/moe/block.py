@@ -15,7 +15,7 @@ A token's way through it:
 6. Experts: each is a feed-forward of its own. The k results are summed by weight in float32, and projected up again.
 7. Shared expert: sees every token at full width; its output is added.
 8. Balance: auxiliary losses (balance.py) push the router towards even loads through its gradient; after the optimizer's
-   step `update_expert_bias` moves the bias of step 2 against the load of the whole global batch.
+   step `balance_experts` moves the bias of step 2 against the load of the whole global batch.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ from torch import Tensor, nn
 from amfm.kernels.linear.op import linear_float32
 from amfm.kernels.moe.op import expert_feed_forward, route
 from amfm.model.config.moe import MoeConfig
-from amfm.model.config.schema import ModelConfig
 from amfm.model.feed_forward import FeedForward, up_segments
-from amfm.model.mixers.interface import BlockState, MixerOutput
+from amfm.model.mixers.interface import BlockState, BuildContext, Mixer, MixerOutput
 from amfm.model.moe.balance import auxiliary_losses
 from amfm.model.moe.capacity import Choices, limit_choices
 from amfm.model.moe.dispatch import dispatch_feed_forward
 from amfm.model.moe.transfer import HeldExperts
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
-from amfm.model.parallel.layers import Float32Buffers, Linear
+from amfm.model.parallel.layers import Linear
 from amfm.model.parallel.regions import (
     enter_tensor_region,
     gather_stream,
@@ -53,7 +52,7 @@ from amfm.model.parallel.shards import Shard, ShardSpec, divide
 PRUNED_BIAS = -1e9
 
 
-class MoeMixer(Float32Buffers):
+class MoeMixer(Mixer):
     """y = sum over the top-k experts of weight * expert(x), plus the shared expert, times its gate where it has one.
 
     Logits, scores and weights are computed in float32 at least, and the balancing bias stays float32 under any cast.
@@ -64,38 +63,41 @@ class MoeMixer(Float32Buffers):
     ranks and adds them to the mean loss a token.
     """
 
-    def __init__(self, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
+    def __init__(self, moe: MoeConfig, build: BuildContext) -> None:
         super().__init__()
-        assert config.moe is not None, "check_model was not called: model.moe is missing"
-        moe: MoeConfig = config.moe
+        groups, backend = build.groups, build.backend
         self.section, self.backend, self.groups = moe, backend, groups
         # A tensor, so that compiled blocks of different seeds share their graph.
         self.draw_seed = torch.zeros((), dtype=torch.int64, device="cpu")
-        self.router = Linear(config.hidden_size, moe.num_experts, groups)
+        self.router = Linear(build.hidden_size, moe.num_experts, groups)
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(moe.num_experts) if moe.expert_bias else None)
-        width = moe.latent_size or config.hidden_size
-        self.latent_down = Linear(config.hidden_size, width, groups) if moe.latent_size else None
-        self.latent_up = Linear(width, config.hidden_size, groups) if moe.latent_size else None
+        width = moe.latent_size or build.hidden_size
+        self.latent_down = Linear(build.hidden_size, width, groups) if moe.latent_size else None
+        self.latent_up = Linear(width, build.hidden_size, groups) if moe.latent_size else None
         self.experts = Experts(moe, width, groups)
         self.shared = None
         if moe.shared_expert_hidden_size:
             self.shared = FeedForward(
-                config.hidden_size,
+                build.hidden_size,
                 moe.shared_expert_hidden_size,
                 moe.activation,
                 groups,
                 name="model.moe.shared_expert_hidden_size",
                 backend=backend,
                 structure=moe.shared_structure(),
-                guide=config.guide,
+                guide=build.guide,
             )
-        self.shared_gate = Linear(config.hidden_size, 1, groups) if moe.shared_expert_gate else None
+        self.shared_gate = Linear(build.hidden_size, 1, groups) if moe.shared_expert_gate else None
 
     def reset_buffers(self) -> None:
         """Set the balancing bias to zero."""
         if self.expert_bias is not None:
             self.expert_bias.zero_()
+
+    def set_draw_seed(self, seed: int) -> None:
+        """Seed the draws of recycled choices."""
+        self.draw_seed = torch.tensor(seed)
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """Mix x [B, T, D] -> y [B, T, D], with the auxiliary losses and the token choices of each expert, [E] int64.
@@ -181,7 +183,7 @@ class MoeMixer(Float32Buffers):
         return y_BTD if self.shared_gate is None else y_BTD * torch.sigmoid(self.shared_gate(x_BTD))
 
     @torch.no_grad()
-    def update_expert_bias(self, counts_E: Tensor) -> None:
+    def balance_experts(self, counts_E: Tensor) -> None:
         """Move each expert's bias by the update rate towards the mean load (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
 
         counts_E [E]: the choices of the whole step, summed over micro-batches and data ranks. No collectives: equal counts give
@@ -195,6 +197,12 @@ class MoeMixer(Float32Buffers):
         mean = counts_E.sum() / (~is_pruned_E).sum()
         moved_E = torch.sign(mean - counts_E).masked_fill(is_pruned_E, 0)
         self.expert_bias.add_(moved_E, alpha=self.section.bias_update_rate)
+
+    @torch.no_grad()
+    def retire_experts(self, is_retired_E: Tensor) -> None:
+        """Put their bias where no score reaches the others', and no update moves it."""
+        assert self.expert_bias is not None, "checked: experts are pruned where the router has a bias"
+        self.expert_bias[is_retired_E.to(self.expert_bias.device)] = PRUNED_BIAS
 
 
 class Experts(nn.Module):

@@ -11,7 +11,7 @@ from amfm.model.config.window_linear import WindowLinearOptions
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.convert.stages import WINDOW_LINEAR, conversion_of, conversion_stages, converted_blocks
+from amfm.pretrain.convert.stages import ATTENTION, WINDOW_LINEAR, conversion_of, conversion_stages, converted_blocks
 
 
 def check_conversion(config: RunConfig, world_size: int | None = None) -> None:
@@ -85,11 +85,11 @@ def block_problems(config: RunConfig) -> Iterator[Problem]:
             if not 0 <= index < len(letters):
                 rule = f"must be below {len(letters)}, the number of blocks in model.pattern"
                 yield Problem(f"convert.{key}", rule, "count from 0", str(index))
-            elif letters[index] != "*":
+            elif letters[index] != ATTENTION:
                 rule = f"is {letters[index]} ({describe_symbol(letters[index])}), and only softmax attention (*) is converted"
-                attention = [str(place) for place, letter in enumerate(letters) if letter == "*"]
+                attention = [str(place) for place, letter in enumerate(letters) if letter == ATTENTION]
                 yield Problem(f"convert.{key}", rule, f"use some of {', '.join(attention) or 'none'}", str(index))
-    if "*" not in letters:
+    if ATTENTION not in letters:
         yield Problem(
             "model.pattern", "has no softmax attention (*) to convert", "give another teacher", config.model.pattern
         )

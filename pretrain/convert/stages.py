@@ -26,6 +26,7 @@ from amfm.pretrain.config.convert import ConvertConfig, StageName
 from amfm.pretrain.config.schema import RunConfig
 
 WINDOW_LINEAR = "window_linear"
+ATTENTION = find_kind("attention").symbol  # what is converted
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def converted_blocks(config: RunConfig) -> tuple[int, ...]:
     if convert.blocks is not None:
         return tuple(sorted(set(convert.blocks)))
     letters = config.model.letters
-    return tuple(index for index, letter in enumerate(letters) if letter == "*" and index not in convert.keep)
+    return tuple(index for index, letter in enumerate(letters) if letter == ATTENTION and index not in convert.keep)
 
 
 def converted_model(config: RunConfig) -> ModelConfig:

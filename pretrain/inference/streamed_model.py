@@ -10,9 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from amfm.model.hybrid import HybridModel
-from amfm.model.mixers.attention import AttentionMixer
-from amfm.model.mixers.interface import SequenceMixer
-from amfm.model.moe.block import MoeMixer
+from amfm.model.mixers.interface import Mixer
 from amfm.model.on_demand import OnDemand, on_demand
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.inference.weights import Weights, fill
@@ -46,6 +44,6 @@ def materialize(module: nn.Module, name: str, state: OnDemand) -> None:
     """Give a module on the meta device memory, first values of its buffers, and its weights by their global names."""
     module.to_empty(device="cpu")
     for part in module.modules():
-        if isinstance(part, (AttentionMixer, MoeMixer, SequenceMixer)):
+        if isinstance(part, Mixer):
             part.reset_buffers()
     fill(module, state, f"{name}.")

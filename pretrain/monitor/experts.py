@@ -18,7 +18,7 @@ COLLAPSE = 0.9
 def describe_unbalanced(model: ModelConfig) -> str | None:
     """Say that no setting balances the experts, and which ones would; None where one does or no token has a choice."""
     moe = model.moe
-    if moe is None or "E" not in model.built_letters or moe.top_k == moe.num_experts:
+    if moe is None or not model.routed_experts() or moe.top_k == moe.num_experts:
         return None
     bias = moe.expert_bias and moe.bias_update_rate > 0
     if bias or moe.auxiliary_loss_weight or moe.sequence_loss_weight or moe.overflow == "recycle":

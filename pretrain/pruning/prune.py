@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 
-from amfm.model.moe.block import PRUNED_BIAS, MoeMixer
 from amfm.pretrain.checkpoint.masters import MasterView
 from amfm.pretrain.checkpoint.save import ranks_of
 from amfm.pretrain.config.pruning import PruneConfig
@@ -59,10 +58,9 @@ def prune(run: Run, section: PruneConfig) -> None:
     view.zero_groups(plan.groupings, chosen)
     if section.groups == "experts":
         dead = {unit.place: chosen[unit.first : unit.first + unit.count] for unit in plan.units}
-        for name, mixer in run.model.named_modules():
-            if isinstance(mixer, MoeMixer):
-                assert mixer.expert_bias is not None, "checked: experts are pruned where the router has a bias"
-                mixer.expert_bias[dead[f"{name}."].to(mixer.expert_bias.device)] = PRUNED_BIAS
+        for index, block in run.model.all_blocks():
+            if f"blocks.{index}.mixer." in dead:
+                block.mixer.retire_experts(dead[f"blocks.{index}.mixer."])
     run.note_edit()
     number = int(chosen.sum())
     run.record_event("pruned", groups=section.groups, zero=number, of=plan.num_groups)

@@ -7,7 +7,7 @@ from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig, MtpConfig
-from amfm.model.flops import count_parameters, flops_per_token
+from amfm.model.flops import block_flops, count_parameters, flops_per_token
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from tests.model.small_models import MAMBA, MOE, small_config
@@ -109,6 +109,14 @@ def test_counts_are_those_of_the_built_model(pattern, changes):
     config = small_config(pattern, **changes)
     model = HybridModel(config, single_rank_groups(), device="meta")
     assert count_parameters(config).total == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("letter", ["M", "*", "-"])
+def test_flops_in_closed_form_are_those_of_the_built_mixer(letter):
+    config = small_config("M*-", attention=NO_POSITIONS.model_copy(update={"gate": "element"}))
+    (mixer,) = (block.mixer for block in HybridModel(config, single_rank_groups()).blocks if block.letter == letter)
+    matrices = sum(parameter.numel() for parameter in mixer.parameters() if parameter.dim() > 1)
+    assert block_flops(config, letter, 63) == 3 * (2 * matrices + mixer.sequence_flops(63))
 
 
 def test_depths_cost_their_blocks_projections_and_heads():

@@ -112,8 +112,8 @@ def test_matrices_of_many_pieces_are_the_same_on_any_ranks_that_share_them(monke
     )  # ten rows of the stream or so, and no divisor of any shard
     whole = HybridModel(WIDE, single_rank_groups(), seed=3)
     for name, parameter, shard in parameter_shards(whole):
-        if shard.per_expert:
-            continue
+        if shard.per_expert or name.endswith(("A_log", "dt_bias")):
+            continue  # drawn expert by expert; drawn whole by the mixer
         parts = [filled_part(name, parameter.shape, shard, rank, ranks) for rank in range(ranks)]
         joined = shard.cuts[0].unshard(parts) if shard.cuts else parts[0]
         assert torch.equal(joined, parameter), name

@@ -102,10 +102,14 @@ class Outcome:
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+def moe_mixers(model: HybridModel) -> list[MoeMixer]:
+    return [block.mixer for _, block in model.all_blocks() if isinstance(block.mixer, MoeMixer)]
+
+
 def run_batches(config: ModelConfig, layout: Layout, groups: ProcessGroupCollection) -> Outcome:
     """Forward and backward of this rank's share of four micro-batches; nothing is reduced yet but partial gradients."""
     model = HybridModel(config, groups, seed=3).double()
-    for _, mixer in model.routed_mixers():
+    for mixer in moe_mixers(model):
         mixer.expert_bias[list(layout.shunned)] = -100.0
     outcome = Outcome(torch.zeros((), dtype=torch.float64), {}, {})
     for number in range(groups.dp.rank(), NUM_BATCHES, groups.dp.size()):
@@ -199,7 +203,7 @@ def count_bytes() -> dict[str, list[Traffic]]:
         model = HybridModel(small_config("E", moe=moe), parallel.groups, seed=3).double()
         tokens_BT, labels_BT, meta = cut_batch(DOCUMENTS, parallel.groups, seed=parallel.rank)
         goes: list[int] = []
-        ((_, mixer),) = model.routed_mixers()
+        (mixer,) = moe_mixers(model)
         mixer.register_forward_pre_hook(
             lambda _, given, mixer=mixer, goes=goes: goes.append(count_ranks(mixer, given[0]))
         )
