@@ -1,7 +1,7 @@
 """A reading process: gets micro-batches to read on standard input, gives rows on standard output, ends with its parent.
 
 Started as a fresh interpreter and not forked: the trainer has threads, and a fork would copy their locks. It imports
-numpy, not torch. Its answers wait in the pipe until the trainer takes them, so it never runs far ahead of the pipe.
+numpy, not torch, and nothing of the working directory (`-P`). Its answers wait in the pipe until the trainer takes them, so it never runs far ahead of the pipe.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ReadingProcess:
         former = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_GROUP)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, root], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                [sys.executable, "-P", "-c", _START, root], stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, former)

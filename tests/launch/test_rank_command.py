@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from amfm.launch.cluster.torchrun import NodeCommand, run_here
 from amfm.launch.rank_command import rank_command
 
 SOURCE = Path(amfm.__path__[0]).parent
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("launch", "pretrain", "data_pipeline", "model", "kernels", "benchmarks")
 PLANTED = "raise SystemExit('a file of the working directory ran in the place of ours')"
 
 
@@ -34,6 +38,43 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_local_ranks_and_torchruns_ranks_are_apart_from_the_working_directory(planted: Path) -> None:
     assert run_command(rank_command(["--help"]), 2) == 0
     assert run_here(NodeCommand(["--help"], 1, 1, 0, "localhost", 0), max_restarts=0) == 0
+
+
+# Where a path of the interpreter is no start of a command line, or one that is given by the user.
+ELSEWHERE = {
+    ("launch/doctor/machine.py", "printed"),
+    ("launch/cluster/torchrun.py", "the start of a command line that goes on with -P"),
+    ("launch/commands/export.py", "check_installed starts it with -P"),
+    ("pretrain/export/clients/check.py", "_run and check_installed start it with -P"),
+    ("pretrain/export/clients/gguf_file.py", "with -P below"),
+    ("launch/bench/checkouts.py", "a checkout, whose folder is meant"),
+}
+
+
+def test_every_process_of_ours_is_started_apart_from_the_working_directory() -> None:
+    """Each `sys.executable` in the packages begins a list that goes on with -P or -I, or is named above with the reason."""
+    found = set()
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            uses = sum(is_interpreter(node) for node in ast.walk(tree))
+            apart = sum(starts_apart(node) for node in ast.walk(tree))
+            if uses > apart:
+                found.add(path.relative_to(ROOT).as_posix())
+    assert found == {name for name, _ in ELSEWHERE if (ROOT / name).exists()}
+
+
+def is_interpreter(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "executable" and ast.unparse(node.value) == "sys"
+
+
+def starts_apart(node: ast.AST) -> bool:
+    """Whether a list holds the interpreter and, next to it, the option that leaves the working directory out."""
+    parts = node.elts if isinstance(node, ast.List) else []
+    return any(
+        is_interpreter(part) and isinstance(option, ast.Constant) and option.value in ("-P", "-I")
+        for part, option in pairwise(parts)
+    )
 
 
 def test_a_clone_that_is_not_installed_runs_with_pythonpath_alone(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def measure_first_batch(settings: BenchData, store: TokenStore) -> dict[str, Any
     records = make_huge_store(store, folder, settings.huge_tokens)
     config = settings.data_config("huge").model_dump(mode="json")
     arguments = {"data": config, "sequence_length": settings.sequence_length, "batch": settings.batch}
-    command = [sys.executable, "-m", "amfm.launch.bench.data.child", "first", json.dumps(arguments)]
+    command = [sys.executable, "-P", "-m", "amfm.launch.bench.data.child", "first", json.dumps(arguments)]
     for _ in range(2):
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:

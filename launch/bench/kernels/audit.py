@@ -34,7 +34,7 @@ def audit_kernels(names: list[str] | None = None) -> dict[str, Any]:
     """
     check_names(names, OPERATIONS)
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "amfm.launch.bench.kernels.audit", *(names or ())]
+    command = [sys.executable, "-P", "-m", "amfm.launch.bench.kernels.audit", *(names or ())]
     root = Path(__file__).parents[4]
     child = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     if child.returncode:

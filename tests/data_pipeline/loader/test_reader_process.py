@@ -44,6 +44,17 @@ def test_signals_while_a_reading_process_starts_do_not_end_it(config):
     assert len(rows) == 2 and not damages and process._process.returncode == 0
 
 
+def test_files_of_the_working_directory_are_not_imported_by_a_reading_process(config, tmp_path, monkeypatch):
+    settings = load(config).settings
+    for name in ("numpy", "json", "pickle", "numcodecs", "amfm"):
+        (tmp_path / f"{name}.py").write_text("import os; os._exit(77)")
+    monkeypatch.chdir(tmp_path)
+    process = ReadingProcess(settings)
+    process.request(0, 2, 2)
+    assert len(process.receive()[0]) == 2
+    process.close()
+
+
 def read_in_a_child(config, results):
     results.put(stream(load(config), 3, 8))
 
