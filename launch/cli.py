@@ -36,7 +36,7 @@ from amfm.launch.commands import (
 from amfm.launch.commands.bench import verbs as bench
 from amfm.launch.console import UNUSED_LIBRARIES, print_json, say
 from amfm.pretrain.config.errors import ConfigError
-from amfm.pretrain.failures import describe, exit_code, is_bug, launches_in_words
+from amfm.pretrain.failures import describe, exit_code, imports_in_words, is_bug, launches_in_words
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
 
 DISTRIBUTION = "amfm-pretrain"
@@ -98,7 +98,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         # With --json, usage errors come back as exceptions, to be said as JSON too.
         command = without_types_of_flags(typer.main.get_command(app))
-        with launches_in_words():
+        with launches_in_words(), imports_in_words():
             code = command(args=list(arguments), prog_name="amfm", standalone_mode=not as_json)
         return code if isinstance(code, int) else DONE
     except SystemExit as end:

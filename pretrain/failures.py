@@ -21,6 +21,9 @@ CORRECTABLE = {
 }
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
+# What the system's loader says of a library for which it has no room.
+NO_MEMORY = ("failed to map segment", "cannot allocate memory")
+
 
 def exit_code(error: ValueError | RuntimeError | OSError | MemoryError) -> int:
     """2 for what the user can correct, 3 for the machine's state; for an error that ended a start, or a whole verb."""
@@ -55,12 +58,37 @@ def choose_remedy(number: int | None) -> str:
 
 @contextmanager
 def while_running() -> Iterator[None]:
-    """Inside the block a run is under way: errors of the system, of memory and of values become RuntimeError, which ends with 3."""
+    """Inside the block a run is under way: errors of the system, of memory and of values become RuntimeError, which ends with 3.
+
+    A `sys.exit` too, whatever its code: a hook or a library that asks for it has not finished the run.
+    """
     try:
         with launches_in_words():
             yield
+    except SystemExit as error:
+        raise RuntimeError(describe_exit(error)) from error
     except (OSError, ValueError, MemoryError) as error:
         raise RuntimeError(describe(error)) from error
+
+
+@contextmanager
+def imports_in_words() -> Iterator[None]:
+    """Inside, a library that cannot be loaded for want of memory (as below `ulimit -v`) raises MemoryError, not ImportError."""
+    try:
+        yield
+    except ImportError as error:
+        if any(words in str(error).lower() for words in NO_MEMORY):
+            raise MemoryError(str(error)) from error
+        raise
+
+
+def describe_exit(error: SystemExit) -> str:
+    """Describe a `sys.exit` by the code that it had and the line that called it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = "" if trace is None else f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+    return f"sys.exit({error.code!r:.80}) was called{where} while the run was under way; a plug-in must return, or raise what is wrong"
 
 
 @contextmanager

@@ -11,10 +11,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from blake3 import blake3
 
@@ -99,10 +101,20 @@ def make_folders(path: Path) -> None:
 
 def write_file_atomically(path: Path, content: bytes) -> None:
     """Replace a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file to write, which takes the place of another at the end of the block, as `write_file_atomically` does.
+
+    An exception leaves the old one. The name is random and must not exist: no link that waits there is followed.
+    """
     temporary = path.with_name(f".writing-{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
     try:
-        with named(temporary), temporary.open("wb") as file:
-            file.write(content)
+        with named(temporary), temporary.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

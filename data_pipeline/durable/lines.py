@@ -16,19 +16,20 @@ from typing import Any
 from amfm.data_pipeline.durable.naming import named
 
 MAX_LINE_BYTES = 1 << 26
+FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW  # a link would lead lines elsewhere
 
 
 class LineFile:
     """A file to append lines to; one process writes it.
 
     What a crash cut short at the end is dropped when it is opened, so that the next line does not continue it. A line
-    that the disk did not take is taken back as far as it came. Raises OSError with the path.
+    that the disk did not take is taken back as far as it came. Raises OSError with the path, for a link too.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with named(path):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._descriptor = os.open(path, FLAGS, 0o644)
             self._drop_torn_end()
 
     def write(self, record: dict[str, Any]) -> None:

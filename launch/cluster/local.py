@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO
 
 from amfm.launch.cluster.forked import ForkedRank, can_fork
@@ -27,6 +28,7 @@ from amfm.launch.rank_command import rank_command
 from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.checks.ranks import ranks_of_stage
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.event_log import VANISHED, has_vanished
 from amfm.pretrain.launcher_protocol import DONE, GOES_ON, INTERRUPTED, LAUNCHER_PID, NEXT_LAYOUT, RUN_FAILED
 from amfm.pretrain.monitor.signals import take_noted
 from amfm.pretrain.stages import resolve_stages, stage_of
@@ -58,6 +60,9 @@ def run_layouts(config: RunConfig, arguments: Sequence[str], num_ranks: int) -> 
         if ranks < num_ranks:
             sys.stderr.write(f"amfm: stage {stage.name} runs on {ranks} of {num_ranks} ranks, which suit its layout\n")
         code = run_train(arguments, ranks, {GOES_ON: "1"})
+        if code == DONE and has_vanished(Path(config.run.dir)):
+            sys.stderr.write(f"amfm: {VANISHED}\n")
+            return RUN_FAILED
         if code != NEXT_LAYOUT:
             return code
 

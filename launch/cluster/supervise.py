@@ -17,12 +17,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from amfm.launch.console import say
 from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.event_log import VANISHED, has_vanished
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
 from amfm.pretrain.stages import RunStage, fresh_starts, resolve_stages, stage_of
 
@@ -79,6 +81,8 @@ def supervise(
         if attempt.nodes < nodes:
             say(f"amfm launch: going on with {attempt.nodes} of {nodes} nodes")
         outcome = start(attempt)
+        if outcome.code == DONE and has_vanished(Path(config.run.dir)):
+            outcome = Outcome(RUN_FAILED, VANISHED)
         if outcome.code in (DONE, BAD_INPUT, INTERRUPTED):
             return outcome.code
         if not outcome.began:

@@ -47,11 +47,15 @@ def train(
     else:
         from amfm.launch.plan.card_fit import check_fits, this_card
         from amfm.pretrain.checkpoint.names import newest_saved_step
+        from amfm.pretrain.failures import describe_exit
 
         card = None if force else this_card()
         if card is not None:
             check_fits(config, numbers[0], card, steps_done=max(0, newest_saved_step(config.run.dir)))
-        code = train_run(config)
+        try:
+            code = train_run(config)
+        except SystemExit as error:  # of a plug-in while the run started: not what the shell is to see
+            raise RuntimeError(describe_exit(error)) from error
     if as_json and is_first:
         print_json(summarize(config.run.dir))
     raise typer.Exit(code)

@@ -189,12 +189,12 @@ def prune(checkpoints_dir: Path, step: int, keep_last: int) -> list[str]:
     for path in list_checkpoints(checkpoints_dir):
         try:
             manifest = read_manifest(path)
-        except RuntimeError:
+            sizes_match = all(
+                (path / name).is_file() and (path / name).stat().st_size == entry["bytes"]
+                for name, entry in manifest["files"].items()
+            )
+        except (RuntimeError, OSError):
             continue
-        sizes_match = all(
-            (path / name).is_file() and (path / name).stat().st_size == entry["bytes"]
-            for name, entry in manifest["files"].items()
-        )
         if sizes_match and manifest["step"] <= step and not is_marked(path) and not path.is_symlink():
             whole.append(path)
     remarks: list[str] = []

@@ -10,13 +10,15 @@ A manifest of version 1, which knew data parallelism alone, is read as one of ve
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +43,9 @@ MAPPINGS = (
 CHUNK_BYTES = 1 << 24  # written, read and hashed at a time
 FLOAT32_KINDS = ("weight/", "exp_avg/", "exp_avg_sq/", "momentum/")
 NO_DIGEST = "0" * 64
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+READ_PAUSES = (0.2, 1.0, 3.0)  # seconds before a file is read again that the storage did not give
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,14 +102,43 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a small file atomically: after a crash the old content or the new one is there, never a part."""
+    """Replace a small file atomically: after a crash the old content or the new one is there, never a part.
+
+    What waits under the temporary name, left by a crash or put there, is removed and never written to.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with named(temporary), temporary.open("w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)
+    with named(temporary), temporary.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.rename(temporary, path)
     sync(path.parent)
+
+
+class StorageError(RuntimeError):
+    """The storage does not give a file that may well be whole: no reason to take the checkpoint for a damaged one."""
+
+
+def read_patiently(path: Path, read: Callable[[], T]) -> T:
+    """Read from a file, again where the storage fails in passing (EIO, ESTALE, ETIMEDOUT).
+
+    Raises OSError for what is not there at all, StorageError with path and error for all that lasts.
+    """
+    for pause in (*READ_PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno in ABSENT:
+                raise
+            if pause is None:
+                number = errno.errorcode.get(error.errno or 0, "no number")
+                raise StorageError(
+                    f"{path}: {error.strerror or error} ({number}) at {len(READ_PAUSES) + 1} attempts; the storage failed and the "
+                    "file may be whole: go on when it answers again"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def encode_manifest(body: Mapping[str, Any]) -> str:
@@ -118,11 +152,11 @@ def read_manifest(checkpoint_dir: Path) -> dict[str, Any]:
     """Read the manifest of a checkpoint and verify its own digest.
 
     Raises RuntimeError that names the file and what is wrong: absent, not JSON, another format or version, a digest
-    that does not match, or the step of another folder.
+    that does not match, or the step of another folder. StorageError where the storage does not give it.
     """
     path = checkpoint_dir / MANIFEST_NAME
     try:
-        raw = read_bounded(path, error=RuntimeError)
+        raw = read_patiently(path, lambda: read_bounded(path, error=RuntimeError))
     except OSError as error:
         raise RuntimeError(f"{path}: cannot be read ({error.strerror}); the checkpoint was never completed") from error
     manifest = parse_object(raw, path, RuntimeError)
@@ -185,35 +219,42 @@ def verify_file(
     """Verify one file of a checkpoint: returns what is wrong with it, or None.
 
     Compares size and SHA-256 with the manifest's entry; then refuses a NaN or an infinity in any float tensor. `report`
-    hears of the bytes, after `before` of other files, of `total`.
+    hears of the bytes, after `before` of other files, of `total`. Raises StorageError where the storage does not give it.
     """
     path = checkpoint_dir / name
     try:
-        num_bytes = path.stat().st_size
-        if num_bytes != entry["bytes"]:
-            return f"{path}: {num_bytes} bytes, the manifest says {entry['bytes']}"
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(CHUNK_BYTES):
-                digest.update(block)
-                before += len(block)
-                report(f"verifying {checkpoint_dir.name}", before, total)
-        if digest.hexdigest() != entry["sha256"]:
-            return f"{path}: SHA-256 {digest.hexdigest()}, the manifest says {entry['sha256']}"
-        tensors = TensorFile(path, RuntimeError)
-        for key, stored in tensors.tensors.items():
-            if key.startswith(FLOAT32_KINDS) and stored.dtype != torch.float32:
-                return f"{path}: tensor {key} is {stored.dtype}, saved are float32"
-            starts = range(0, stored.numel, BLOCK_NUMEL) if stored.dtype.is_floating_point else ()
-            for start in starts:
-                numbers = tensors.numbers(key, start, min(stored.numel, start + BLOCK_NUMEL))
-                if not bool(torch.isfinite(numbers).all()):
-                    return f"{path}: tensor {key} holds NaN or infinity"
-        tensors.close()
+        return read_patiently(path, lambda: find_fault(path, entry, report, before, total))
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
+    except StorageError:
+        raise
     except RuntimeError as error:
         return str(error)
+
+
+def find_fault(path: Path, entry: Mapping[str, Any], report: Report, before: int, total: int) -> str | None:
+    """Find what is wrong with a file by its entry, as `verify_file`. Raises OSError, and RuntimeError for a damaged head."""
+    num_bytes = path.stat().st_size
+    if num_bytes != entry["bytes"]:
+        return f"{path}: {num_bytes} bytes, the manifest says {entry['bytes']}"
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(CHUNK_BYTES):
+            digest.update(block)
+            before += len(block)
+            report(f"verifying {path.parent.name}", before, total)
+    if digest.hexdigest() != entry["sha256"]:
+        return f"{path}: SHA-256 {digest.hexdigest()}, the manifest says {entry['sha256']}"
+    tensors = TensorFile(path, RuntimeError)
+    for key, stored in tensors.tensors.items():
+        if key.startswith(FLOAT32_KINDS) and stored.dtype != torch.float32:
+            return f"{path}: tensor {key} is {stored.dtype}, saved are float32"
+        starts = range(0, stored.numel, BLOCK_NUMEL) if stored.dtype.is_floating_point else ()
+        for start in starts:
+            numbers = tensors.numbers(key, start, min(stored.numel, start + BLOCK_NUMEL))
+            if not bool(torch.isfinite(numbers).all()):
+                return f"{path}: tensor {key} holds NaN or infinity"
+    tensors.close()
     return None
 
 
@@ -234,7 +275,10 @@ def verify_checkpoint(checkpoint_dir: Path, report: Report = silent) -> tuple[di
     problems = []
     done, total = 0, sum(entry["bytes"] for entry in manifest["files"].values())
     for name, entry in manifest["files"].items():
-        problem = verify_file(checkpoint_dir, name, entry, report, done, total)
+        try:
+            problem = verify_file(checkpoint_dir, name, entry, report, done, total)
+        except StorageError as error:
+            problem = str(error)
         done += entry["bytes"]
         if problem is not None:
             problems.append(problem)

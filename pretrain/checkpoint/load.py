@@ -19,6 +19,7 @@ from amfm.pretrain.checkpoint.commit import RankFailure, examine_latest
 from amfm.pretrain.checkpoint.compatibility import check_resumable
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
 from amfm.pretrain.checkpoint.files import (
+    StorageError,
     find_foreign_files,
     rank_file_name,
     read_manifest,
@@ -35,6 +36,7 @@ from amfm.pretrain.checkpoint.reader import RangeReader
 from amfm.pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.moments import FROZEN
+from amfm.pretrain.event_log import find_last_saved
 from amfm.pretrain.identity import collect_versions
 from amfm.pretrain.rank_group import RankGroup
 from amfm.pretrain.tensor_files import open_tensors
@@ -69,8 +71,8 @@ def load_newest(
     """Load the newest checkpoint that verifies into the engine; None when there is none at all.
 
     All ranks must call it; each verifies a share of the files. A broken checkpoint is passed over for the one before.
-    Raises RuntimeError when checkpoints exist but none verifies, naming each with its reason: training would
-    otherwise start anew without a word. Raises ValueError when the newest sound one belongs to another model, dataset
+    Raises RuntimeError when checkpoints exist but none verifies, naming each with its reason, and when there is none but
+    there was (`refuse_lost`): training would otherwise start anew without a word. Raises ValueError when the newest sound one belongs to another model, dataset
     or schedule. The layout may be another than the one that saved: each rank reads what its shards and ranges need.
     """
     engine = layout.engine
@@ -100,9 +102,25 @@ def load_newest(
         raise RuntimeError(
             f"none of the {len(skipped)} checkpoints in {checkpoints_dir} is whole: "
             + " | ".join(skipped)
-            + f". Put back a copy of one of them, or move {checkpoints_dir} away to start anew from step 0."
+            + ". Put back a copy of one of them, or give another run.dir to start anew from step 0."
         )
+    refuse_lost(checkpoints_dir, ranks)
     return None
+
+
+def refuse_lost(checkpoints_dir: Path, ranks: RankGroup) -> None:
+    """Raise RuntimeError on all ranks where there is no checkpoint, and the run's events say that there was one.
+
+    A disk that is not mounted, a moved link or storage that shows files late would else begin the run anew, in silence, and
+    drop the metrics of all that it had done. All ranks must call it.
+    """
+    saved = find_last_saved(checkpoints_dir.parent) if ranks.rank == 0 else None
+    step = ranks.broadcast(saved)
+    if step is not None:
+        raise RuntimeError(
+            f"{checkpoints_dir} holds no checkpoint, and by {checkpoints_dir.parent / 'events.jsonl'} the run saved one of "
+            f"step {step}. Put it back (is its disk mounted?), or give another run.dir to start anew from step 0."
+        )
 
 
 def verify_together(
@@ -110,28 +128,39 @@ def verify_together(
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Verify a checkpoint with all ranks, each its share of the files; the same answer everywhere.
 
-    Rank 0 reads the manifest and broadcasts it. Returns the manifest, None when it is broken, and all problems. All ranks
-    must call it.
+    Rank 0 reads the manifest and broadcasts it. Returns the manifest, None when it is broken, and all problems. Raises
+    StorageError on all ranks where the storage does not answer, which is no damage: to pass over the checkpoint would write
+    another in its place. All ranks must call it.
     """
     manifest: dict[str, Any] | None = None
-    problem = RankFailure()
+    problem, refused = RankFailure(), RankFailure()
     foreign: list[str] = []
     if ranks.rank == 0:
         with problem.caught():
-            manifest = read_manifest(checkpoint_dir)
-            foreign, _ = find_foreign_files(checkpoint_dir, manifest)
-    manifest, text = ranks.broadcast((manifest, problem.text))
+            try:
+                manifest = read_manifest(checkpoint_dir)
+                foreign, _ = find_foreign_files(checkpoint_dir, manifest)
+            except StorageError as error:
+                refused.text = str(error)
+    manifest, text, storage = ranks.broadcast((manifest, problem.text, refused.text))
+    if storage is not None:
+        raise StorageError(storage)
     if manifest is None:
         return None, [str(text)]
     problems = [f"{checkpoint_dir / name}: is not in the manifest" for name in foreign]
     own = list(manifest["files"].items())[ranks.rank :: ranks.world_size]
     done, total = 0, sum(entry["bytes"] for _, entry in own)
     for name, entry in own:
-        file_problem = verify_file(checkpoint_dir, name, entry, report, done, total)
+        with refused.caught():
+            file_problem = verify_file(checkpoint_dir, name, entry, report, done, total)
+            if file_problem is not None:
+                problems.append(file_problem)
         done += entry["bytes"]
-        if file_problem is not None:
-            problems.append(file_problem)
-    return manifest, [text for share in ranks.all_gather(problems) for text in share]
+    told = ranks.all_gather((problems, refused.text))
+    storage = next((text for _, text in told if text is not None), None)
+    if storage is not None:
+        raise StorageError(storage)
+    return manifest, [text for share, _ in told for text in share]
 
 
 def list_warnings(checkpoints_dir: Path, chosen: Path, manifest: dict[str, Any]) -> list[str]:

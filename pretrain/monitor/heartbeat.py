@@ -147,7 +147,9 @@ class Heartbeat:
             stale.discard(self._file)
             self.directory.mkdir(parents=True, exist_ok=True)
             temporary = self.directory / f"rank-{self.rank}.tmp"  # of this rank: another may just take over
-            temporary.write_text("".join(json.dumps(asdict(beat)) + "\n" for beat in beats), encoding="utf-8")
+            temporary.unlink(missing_ok=True)  # whatever it is: a link is not followed
+            with temporary.open("x", encoding="utf-8") as file:
+                file.write("".join(json.dumps(asdict(beat)) + "\n" for beat in beats))
             os.replace(temporary, self._file)
         else:
             self.board.remove()

@@ -11,13 +11,14 @@ import datetime
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.durable.files import sync
+from amfm.data_pipeline.durable.files import replacing
 from amfm.data_pipeline.durable.lines import LineFile, read_lines
-from amfm.data_pipeline.durable.naming import named
 from amfm.pretrain.config.schema import RunConfig
 
 Metrics = dict[str, Any]
@@ -31,7 +32,8 @@ class RunLog:
     """
 
     def __init__(self, config: RunConfig, *, resumed_at_step: int) -> None:
-        directory = Path(config.run.dir)
+        directory = self.directory = Path(config.run.dir)
+        self._place = os.stat(directory)
         self.dropped_lines = keep_until(directory / "metrics.jsonl", resumed_at_step)
         self.metrics = LineFile(directory / "metrics.jsonl")
         self.events = LineFile(directory / "events.jsonl")
@@ -43,8 +45,9 @@ class RunLog:
         self.metrics.write(metrics)
         step, numbers = int(metrics["step"]), flatten_numbers(metrics)
         if self.tensorboard is not None:
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, step)
+            with self._plots(step):
+                for name, value in numbers.items():
+                    self.tensorboard.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
 
@@ -54,18 +57,47 @@ class RunLog:
         self.events.write({"time": time, "event": event, "step": step, **details})
 
     def sync(self) -> None:
-        """Make the lines durable: a checkpoint of a step must not outlive the line of the step."""
+        """Make the lines durable: a checkpoint of a step must not outlive the line of the step.
+
+        Raises RuntimeError where the run directory is not the one that the log began in: a checkpoint would go elsewhere.
+        """
+        self._require_place()
         self.metrics.sync()
         self.events.sync()
 
     def close(self) -> None:
         """Flush and close everything."""
         self.metrics.close()
-        self.events.close()
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            with self._plots(0):
+                self.tensorboard.close()
+        self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+    @contextmanager
+    def _plots(self, step: int) -> Iterator[None]:
+        """Inside, plots are written, which no run ends for: what the disk refuses is said once, and they stop."""
+        try:
+            yield
+        except OSError as error:
+            self._require_place()
+            self.tensorboard = None  # its thread ended with the error; there is nothing to close
+            text = f"TensorBoard's files in {self.directory / 'tensorboard'} take no more: {error.strerror or error}"
+            sys.stderr.write(f"amfm: warning: {text}; training goes on without them\n")
+            self.write_event("tensorboard_failed", step, error=text)
+
+    def _require_place(self) -> None:
+        """Raise RuntimeError where the run directory was moved or replaced since this log was opened."""
+        try:
+            found = os.stat(self.directory)
+        except FileNotFoundError:
+            found = None
+        if found is None or not os.path.samestat(found, self._place):
+            raise RuntimeError(
+                f"{self.directory} is not the folder any more that this run writes to: it was moved, replaced or removed; put "
+                "it back and give the same command"
+            )
 
 
 def keep_until(path: Path, step: int) -> int:
@@ -76,18 +108,13 @@ def keep_until(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     damaged = 0
-    temporary = path.with_suffix(".tmp")
-    with named(temporary), temporary.open("wb") as file:
+    with replacing(path) as file:
         for _, record in read_lines(path):
             found = None if record is None else record.get("step")
             if not isinstance(found, int):
                 damaged += 1
             elif found <= step:
                 file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
     return damaged
 
 

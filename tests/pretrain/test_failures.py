@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import sys
 
 import pytest
 
-from amfm.pretrain.failures import describe, exit_code, while_running
+from amfm.pretrain.failures import describe, exit_code, imports_in_words, while_running
 
 
 @pytest.mark.parametrize("name", ["ESTALE", "EIO", "ETIMEDOUT", "ENOTCONN", "ENOSPC", "EDQUOT", "EHOSTDOWN"])
@@ -28,6 +29,24 @@ def test_memory_that_is_used_up_can_be_resumed() -> None:
         with while_running():
             raise MemoryError
     assert exit_code(raised.value) == 3
+
+
+def test_a_plug_in_that_exits_has_not_finished_the_run() -> None:
+    with pytest.raises(RuntimeError, match=r"sys\.exit\(0\) was called at .*test_failures\.py:\d+ while") as raised:
+        with while_running():
+            sys.exit(0)
+    assert exit_code(raised.value) == 3
+
+
+def test_libraries_that_find_no_memory_are_the_machines_state() -> None:
+    for text in (
+        "libtorch_cpu.so: failed to map segment from shared object",
+        "x.so: cannot allocate memory in static TLS",
+    ):
+        with pytest.raises(MemoryError, match="so"), imports_in_words():
+            raise ImportError(text)
+    with pytest.raises(ImportError, match="No module"), imports_in_words():
+        raise ImportError("No module named 'x'")
 
 
 def test_a_bug_keeps_its_type() -> None:

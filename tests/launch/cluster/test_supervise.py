@@ -48,6 +48,19 @@ def test_a_failure_with_progress_is_started_again_with_its_cause(config: RunConf
     assert [(attempt.nodes, attempt.cause) for attempt in script.attempts] == [(3, None), (3, "rank 1 was lost")]
 
 
+def test_a_code_of_0_without_an_end_in_the_events_is_a_failure(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after `os._exit(0)` in a plug-in."""
+    events = Path(config.run.dir, "events.jsonl")
+    events.parent.mkdir()
+    events.write_text('{"event": "start"}\n{"event": "end"}\n{"event": "start"}\n{"event": "checkpoint"}\n')
+    assert run(config, Script(config, (0, "", 3), (0, "", None), (0, "", None))) == 3
+    assert "the run's events tell of no end" in capsys.readouterr().err
+    events.write_text(events.read_text() + '{"event": "signal"}\n')
+    assert run(config, Script(config, (0, "", None))) == 0
+
+
 def test_refused_input_is_not_started_again(config: RunConfig) -> None:
     script = Script(config, (2, "wrong tokenizer", None))
     assert run(config, script) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import random
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from amfm.pretrain.checkpoint import files
 from amfm.pretrain.checkpoint.commit import examine_latest
 from amfm.pretrain.checkpoint.files import (
     encode_manifest,
@@ -54,6 +56,47 @@ def folder(pristine: tuple[Path, dict[int, str]], tmp_path: Path) -> Path:
 
 def step_dir(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
+
+
+def test_checkpoints_that_are_gone_are_no_fresh_start(folder: Path, engine: ZeroEngine) -> None:
+    events = folder.parent / "events.jsonl"
+    events.write_text("".join(json.dumps({"event": "checkpoint", "step": step}) + "\n" for step in (1, 2, 3)))
+    folder.rename(folder.with_name("elsewhere"))
+    for _ in ("absent", "empty, as the place of a disk that is not mounted"):
+        with pytest.raises(RuntimeError, match=r"holds no checkpoint, .* the run saved one of step 3\. Put it back"):
+            load(folder, engine)
+        folder.mkdir(exist_ok=True)
+    events.write_text(json.dumps({"event": "start", "step": 0}) + "\n")
+    assert load(folder, engine) is None, "a run that ended before its first checkpoint begins anew"
+
+
+def test_storage_that_fails_is_no_damage(folder: Path, engine: ZeroEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest whose reads give EIO, as /proc/self/mem does at 0: sound checkpoints must not be written over."""
+    monkeypatch.setattr(files, "READ_PAUSES", (0.01,))
+    manifest = step_dir(folder, 3) / "manifest.json"
+    manifest.rename(manifest.with_name("whole"))
+    manifest.symlink_to("/proc/self/mem")
+    with pytest.raises(RuntimeError, match=r"manifest.json: Input/output error \(EIO\) at 2 attempts"):
+        load(folder, engine)
+    manifest.unlink()
+    manifest.with_name("whole").rename(manifest)
+    loaded = load(folder, engine)
+    assert loaded is not None and loaded.step == 3
+
+
+def test_a_read_that_fails_in_passing_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "READ_PAUSES", (0.01, 0.01, 0.01))
+    errors = [errno.EIO, errno.ESTALE, errno.ETIMEDOUT]
+
+    def read() -> str:
+        if errors:
+            raise OSError(errors.pop(), "passing")
+        return "whole"
+
+    assert files.read_patiently(tmp_path, read) == "whole"
+    errors[:] = [errno.ENOENT]
+    with pytest.raises(FileNotFoundError):
+        files.read_patiently(tmp_path, read)
 
 
 def test_every_flipped_bit_is_found(folder: Path) -> None:

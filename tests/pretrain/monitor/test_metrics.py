@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.monitor.metrics import RunLog, check_plot_services, flatten_numbers, keep_until
-from tests.pretrain.tiny_run import tiny_config
+from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
 
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
 
@@ -29,6 +30,52 @@ def test_resume_leaves_out_lines_that_are_no_step(tmp_path: Path) -> None:
     path.write_text('null\n[1]\n{"step": "2"}\n{"loss": 1}\n{"step": 2}\n')
     assert keep_until(path, 2) == 4
     assert path.read_text() == '{"step": 2}\n'
+
+
+def test_a_link_in_the_place_of_a_log_or_of_its_temporary_name_leads_nowhere(data: DataConfig, tmp_path: Path) -> None:
+    precious, run_dir = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("mine")
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    (run_dir / "metrics.tmp").symlink_to(precious)
+    assert keep_until(run_dir / "metrics.jsonl", 1) == 0
+    (run_dir / "events.jsonl").symlink_to(precious)
+    with pytest.raises(OSError, match=r"events\.jsonl"):
+        RunLog(tiny_config(data, run_dir), resumed_at_step=1)
+    assert precious.read_text() == "mine"
+    assert (run_dir / "metrics.jsonl").read_text() == '{"step": 1}\n' and not (run_dir / "metrics.jsonl").is_symlink()
+
+
+def test_plots_that_the_disk_refuses_are_said_once_and_end_no_run(
+    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tiny_config(data, tmp_path, run__tensorboard=True), resumed_at_step=0)
+    (plots,) = (tmp_path / "tensorboard").iterdir()
+    plots.unlink()
+    plots.symlink_to("/dev/full")
+    for step in range(1, 200):  # its thread writes some time later
+        log.write_metrics({"step": step, "loss": 2.0})
+        time.sleep(0.001)
+    log.sync()
+    log.close()
+    said = capsys.readouterr().err
+    assert said.count("TensorBoard's files in") == 1 and "No space left on device; training goes on" in said
+    (event,) = read_events(tmp_path)
+    assert event["event"] == "tensorboard_failed" and len(read_metrics(tmp_path)) == 199
+
+
+def test_a_run_directory_that_was_moved_is_named_before_a_checkpoint_goes_elsewhere(
+    data: DataConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    log = RunLog(tiny_config(data, tmp_path / "run"), resumed_at_step=0)
+    log.sync()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    for _ in ("gone", "another one in its place"):
+        with pytest.raises(RuntimeError, match="run is not the folder any more that this run writes to"):
+            log.sync()
+        (tmp_path / "run").mkdir(exist_ok=True)
+    log.close()
 
 
 def test_nested_numbers_are_named_by_their_path() -> None:
