@@ -10,7 +10,7 @@ CLIENTS := .clients
 # Processes that share the tests; each has one thread, and tests start up to eight ranks of their own.
 WORKERS ?= 3
 
-.PHONY: quickstart install test test-slow test-cluster test-versions gpu check format docs constraints bench clients clean
+.PHONY: quickstart install test test-seeds test-slow test-cluster test-peers test-versions gpu check format docs constraints bench clients clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/amfm doctor
@@ -45,13 +45,33 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
+# Other random numbers in every test, in another order each time.
+SEEDS ?= 1 2 3 4 5
+test-seeds: $(VENV)/.installed-dev
+	for seed in $(SEEDS); do $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --seed-offset $$seed \
+		-p randomly --randomly-seed $$seed --randomly-dont-reset-seed || exit 1; done
+
 test-slow: $(VENV)/.installed-dev
+	@git log -1 --format='commit %h of %ci' && git status --short
 	$(BIN)/python -m pytest -m "slow and not gpu and not cluster" --timeout 3600 --numprocesses 2 --dist worksteal
 
 # Launchers on real Slurm, sshd and Ray, on nodes in namespaces of this machine: needs root and Debian's slurm-wlm, munge,
 # openssh-server, iproute2, nftables. Tests of an engine that is not installed are skipped by its name.
 test-cluster: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m cluster tests/cluster --durations 0
+
+# What is in no extra, in an environment of its own: the peers of mixers, a run logged by wandb. Skipped by `make test`.
+PEERS := build/peers
+test-peers: $(PEERS)/.installed
+	$(PEERS)/bin/python -m pytest -p no:cacheprovider -m "slow or not slow" -rs \
+		tests/model/mixers/test_peers_fla.py tests/pretrain/monitor/test_metrics.py
+
+# flash-linear-attention's own requirements name no versions that would be missing here.
+$(PEERS)/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --no-compile --editable '.[dev,wandb]'
+	$(PEERS)/bin/python -m pip install --quiet --no-compile --no-deps 'flash-linear-attention==0.6.*' 'fla-core==0.6.*'
+	touch $@
 
 # The oldest torch and Triton that are held to these tests, and the newest that pip gives; half an hour on two cores.
 test-versions:

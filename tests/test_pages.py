@@ -41,6 +41,7 @@ EXAMPLES = {"model.mixers.halving"}
 FOREIGN_FLAGS = {
     *("--toy", "--mem", "--cpus-per-task", "--container-image", "--container-mounts"),
     *("--model", "--model_args", "--include_path", "--batch_size"),  # lm_eval
+    "--seed-offset",  # of our tests
 }
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

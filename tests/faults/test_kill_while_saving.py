@@ -157,9 +157,10 @@ def load_on_all_ranks(folder: str) -> tuple[int, tuple[str, ...]]:
 
 
 def test_the_death_of_one_rank_while_saving_ends_the_others_and_leaves_no_half_checkpoint(tmp_path: Path) -> None:
-    start = time.monotonic()
-    with pytest.raises((torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)):
+    ended = (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)
+    with pytest.raises(ended) as error:
         run_ranks(die_on_one_rank, str(tmp_path), 0, num_ranks=2)
-    assert time.monotonic() - start < 30
+    # By the death, or by the connection that it cut; not because a wait for the dead one ran out.
+    assert "imed out" not in str(error.value)
     assert not (tmp_path / "step-00000002").exists()
     assert run_ranks(load_on_all_ranks, str(tmp_path), num_ranks=2) == [(1, ())] * 2

@@ -14,11 +14,15 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
+from tests.helpers.seeds import seed_all
+
 # Imported once, by the process from which all ranks are forked, before it has threads: a rank then starts in a moment.
 PRELOADED = ["amfm.pretrain.train", "tests.helpers.frozen"]
 
 
-def _run_rank(rank: int, num_ranks: int, port: int, folder: str, function: Callable[..., Any], arguments: Any) -> None:
+def _run_rank(
+    rank: int, num_ranks: int, port: int, seed: int, folder: str, function: Callable[..., Any], arguments: Any
+) -> None:
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(num_ranks),
@@ -29,6 +33,7 @@ def _run_rank(rank: int, num_ranks: int, port: int, folder: str, function: Calla
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
     torch.set_num_threads(1)
+    seed_all(seed)
     result = function(*arguments)
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(result))
 
@@ -37,16 +42,17 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, num_ranks: int = 2)
     """Call `function(*arguments)` in `num_ranks` fresh processes that find each other as torchrun's ranks do.
 
     The function must be importable (module level) and its arguments and results picklable. It starts the process group
-    itself, as training does (`amfm.pretrain.parallel.initialize_parallel`). Returns the results in rank order; raises the
-    first rank's error. Whatever ends the wait, the test's own time limit too, ends the ranks: how long they may take is
-    the test's to say, since where nothing is compiled yet and other programs run it is minutes.
+    itself, as training does (`amfm.pretrain.parallel.initialize_parallel`). Every rank draws by the test's seed. Returns
+    the results in rank order; raises the first rank's error. Whatever ends the wait, the test's own time limit too, ends
+    the ranks: how long they may take is the test's to say, since where nothing is compiled yet and other programs run it
+    is minutes.
     """
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.set_forkserver_preload(PRELOADED)
         context = torch.multiprocessing.start_processes(
             _run_rank,
-            (num_ranks, store.port, folder, function, arguments),
+            (num_ranks, store.port, torch.initial_seed(), folder, function, arguments),
             nprocs=num_ranks,
             join=False,
             start_method="forkserver",

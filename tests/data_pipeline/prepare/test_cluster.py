@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -101,13 +100,11 @@ def test_a_killed_driver_and_killed_actors_lose_and_duplicate_nothing(reference,
 def test_a_cluster_without_cores_is_one_message(reference, tmp_path, monkeypatch):
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20})
     monkeypatch.setattr("amfm.data_pipeline.prepare.ray_actors.NO_CORE_SECONDS", 2)
-    began = time.monotonic()
     try:
         with pytest.raises(RuntimeError, match=r"Ray gave no core within 2 seconds: \d+ parts wait, .* `ray status`"):
             prepare(elsewhere(reference, tmp_path), address=made.address)
     finally:
         made.shutdown()
-    assert time.monotonic() - began < 60
     assert not list(Path(tmp_path, "store").glob("parts/*/*"))
 
 

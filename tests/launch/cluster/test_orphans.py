@@ -12,7 +12,7 @@ import psutil
 LAUNCHER = (
     "import subprocess\n"
     "from amfm.launch.cluster.orphans import ending_with_us\n"
-    "child = subprocess.Popen(ending_with_us(['sh', '-c', 'echo ready $$; exec sleep 60']))\n"
+    "child = subprocess.Popen(ending_with_us(['sh', '-c', 'echo ready $$; exec sleep 3600']))\n"
     "child.wait()\n"
 )
 
@@ -25,6 +25,8 @@ def test_a_child_ends_when_its_launcher_is_killed() -> None:
     assert word == "ready" and child.ppid() == launcher.pid
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
-    gone, _ = psutil.wait_procs([child], timeout=20)
+    gone, alive = psutil.wait_procs([child], timeout=240)
+    for process in alive:
+        process.kill()
     assert gone == [child]
     launcher.stdout.close()

@@ -135,10 +135,9 @@ def test_an_attempt_waits_for_what_the_one_before_it_still_holds(cluster: Cluste
 
 @pytest.mark.slow
 def test_an_attempt_on_more_nodes_than_there_are_ends_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    # Waiting for a fourth node would outlast the test's own time limit.
     ranks = RayCluster(
-        ["--help"], address=cluster.address, run_dir=str(tmp_path), ranks_per_node=1, gpus=False, wait_seconds=0.5
+        ["--help"], address=cluster.address, run_dir=str(tmp_path), ranks_per_node=1, gpus=False, wait_seconds=1e6
     )
-    started = time.monotonic()
     outcome = ranks.start(Attempt(0, 4, None))
-    assert time.monotonic() - started < 30
     assert (outcome.code, outcome.cause) == (3, "no 4 nodes with {'CPU': 1.0} free; 3 are alive and large enough")

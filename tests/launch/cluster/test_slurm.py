@@ -256,7 +256,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for daemon in daemons:
         processes.append(subprocess.Popen(daemon, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         time.sleep(1)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while (ask("sinfo", "-h", "-t", "idle", "-o", "%D") or "0") != "2":
         assert time.monotonic() < deadline, ask("sinfo")
         time.sleep(0.5)
@@ -265,7 +265,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     time.sleep(1)
     for process in reversed(processes):
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=240)
 
 
 def ask(*command: str) -> str:

@@ -2,7 +2,7 @@
 
 Its layers need a GPU for norms and convolutions. What runs on a processor is one recurrence a family, in a loop over
 tokens, and the layer of Mamba but for its SiLU. So each mixer is compared with its own twin, whose recurrence is the
-peer's. What it takes: `pip install --no-deps flash-linear-attention fla-core einops`.
+peer's. `make test-peers` makes the environment that it takes.
 """
 
 from __future__ import annotations
@@ -193,8 +193,9 @@ def test_window_equals_the_peers_attention() -> None:
     meta = PackMeta.one_document_a_row(ROWS, TOKENS)
 
     def peer(x_BTD: Tensor) -> Tensor:
-        q, k, v = mixer._project(x_BTD, meta)
-        return mixer.out_proj(naive_parallel_attn(q, k, v, window_size=mixer.options.window)[0].flatten(-2))
+        q, k, v = mixer._heads(x_BTD @ mixer.in_proj.weight.mT, meta)
+        o_BTX = naive_parallel_attn(q, k, v, window_size=mixer.options.window)[0].flatten(-2)
+        return mixer.out_proj(o_BTX * torch.sigmoid(x_BTD @ mixer.g_proj.weight.mT))
 
     compare(lambda x_BTD: mixer(x_BTD, meta).y_BTD, peer)
 

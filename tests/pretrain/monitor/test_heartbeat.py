@@ -120,7 +120,7 @@ def unwatched(run_dir: Path, rank: int) -> Heartbeat:
 
 def await_places(folder: Path, places: list[tuple[int, int, str]]) -> None:
     """Until the published beats are of these ranks, steps and phases; the longest wait is for a busy machine."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 240
     while (found := [(beat.rank, beat.step, beat.phase) for beat in read_beats(folder)]) != places:
         assert time.monotonic() < deadline, found
         time.sleep(0.05)

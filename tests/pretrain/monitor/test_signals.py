@@ -21,7 +21,7 @@ STUCK = (
     "    print('ready', flush=True)\n"
     "    while not watch.received: time.sleep(0.01)\n"
     "    print('saving', flush=True)\n"
-    "    import threading; threading.Event().wait(60)\n"
+    "    import threading; threading.Event().wait()\n"
 )
 
 
@@ -36,10 +36,10 @@ def test_ctrl_c_is_answered_and_a_second_one_ends_at_once() -> None:
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "saving\n"
-    begun = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=10)
-    assert process.returncode == -signal.SIGINT and time.monotonic() - begun < 5
+    _, said = process.communicate()
+    # By the signal itself: no Python handler ran, and nothing else would have ended it.
+    assert process.returncode == -signal.SIGINT and "Traceback" not in said
     assert "saving after this step; a second Ctrl-C ends at once" in said
 
 

@@ -1,0 +1,59 @@
+"""What holds for every test, those of examples too: one thread per process, and random numbers drawn by the test's name."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Generator, Iterator
+from typing import Any
+
+# Before torch is imported, here and in every process that a test starts. Two threads on each of three workers would take
+# each other's cores; a test that is about threads sets its own.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Imports make a million objects that stay: rounds of the garbage collector between them find nothing.
+gc.disable()
+# Processes that tests start would compile our sources again and again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+import pytest  # noqa: E402
+
+from tests.helpers.seeds import seed_of, seeded  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Ask for other random numbers than those that every run draws."""
+    parser.addoption("--seed-offset", type=int, default=0, metavar="N", help="draw other random numbers in every test")
+
+
+@pytest.fixture(autouse=True)
+def seeds(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Seed each test by its name; what hypothesis draws too."""
+    seed = seed_of(request.node.nodeid, request.config.getoption("seed_offset"))
+    if getattr(request.function, "is_hypothesis_test", False):
+        sys.modules["hypothesis"].seed(seed)(request.function)
+    with seeded(seed):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+) -> Generator[None, object, object]:
+    """Seed what several tests share by its own name: it is the same whichever of them comes first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    name = f"{fixturedef.baseid}::{fixturedef.argname}[{request.param_index}]"
+    with seeded(seed_of(name, request.config.getoption("seed_offset"))):
+        return (yield)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is collected again, and what imports and collection made is left out of its rounds: it stays to the end."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """What was left out joins again, or libraries would find it leaked at the interpreter's end."""
+    gc.unfreeze()

@@ -1,0 +1,36 @@
+"""Random numbers of tests: each test draws by its own name, so that it draws the same alone, in any order, on any worker."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+
+
+def seed_of(name: str, offset: int) -> int:
+    """32 bits of a name; every offset gives other ones."""
+    return int.from_bytes(hashlib.blake2b(f"{offset} {name}".encode(), digest_size=4).digest(), "big")
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of Python, numpy and torch."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw by a seed inside, and go on outside as if nothing had been drawn."""
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    seed_all(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
