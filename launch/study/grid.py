@@ -13,14 +13,13 @@ import re
 from dataclasses import dataclass
 
 from amfm.launch.study.study import MixerConfig, RunsConfig, RunTask, Study, StudyConfig, TaskConfig
-from amfm.model.config.kinds import describe_symbol, find_kind
-from amfm.model.config.pattern import mixer_name, parse_pattern
+from amfm.model.config.kinds import describe_symbol, find_kind, kind_of
+from amfm.model.config.pattern import parse_pattern
 from amfm.pretrain.checks.check_run import load_checked
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schema import RunConfig
 
-ATTENTION = "*"
-CHANNEL_MIXERS = ("-", "E")
+ATTENTION = find_kind("attention").symbol
 NO_ATTENTION, ONLY_ATTENTION = "none", "all"
 _RATIO = re.compile(r"([1-9][0-9]*):([1-9][0-9]*)")
 
@@ -41,7 +40,7 @@ class Cell:
     @property
     def attention_share(self) -> float:
         """Attention blocks over all sequence mixers, 0 to 1; channel mixers don't count."""
-        letters = [letter for letter in self.config.model.letters if letter not in CHANNEL_MIXERS]
+        letters = [letter for letter in self.config.model.letters if kind_of(letter).mixes == "sequence"]
         return letters.count(ATTENTION) / len(letters)
 
 
@@ -141,14 +140,12 @@ def axis_problems(config: StudyConfig) -> list[Problem]:
         key = f"mixers.{index}.mixer"
         try:
             (letter,) = parse_pattern(symbol_of(mixer.mixer)).letters
-            name = mixer_name(letter)
-            if name is not None:
-                find_kind(name)
+            kind = kind_of(letter)
         except ValueError as error:
             rule = str(error).splitlines()[0]
             problems.append(Problem(key, rule, "name one sequence mixer by its letter or name", mixer.mixer))
             continue
-        if letter in (ATTENTION, *CHANNEL_MIXERS):
+        if letter == ATTENTION or kind.mixes == "channels":
             remedy = "attention comes with `ratios`, and channel mixers with `between`; use M, say"
             problems.append(Problem(key, "is not a linear sequence mixer", remedy, mixer.mixer))
     problems += [problem for index, task in enumerate(config.tasks) for problem in between_problems(index, task)]
@@ -176,10 +173,10 @@ def between_problems(index: int, task: TaskConfig) -> list[Problem]:
     """Problems of a task's `between`: only channel mixers may stand there."""
     try:
         letters = parse_pattern(task.between).letters if task.between.strip() else ()
+        others = [letter for letter in letters if kind_of(letter).mixes == "sequence"]
     except ValueError as error:
         rule = str(error).splitlines()[0]
     else:
-        others = [letter for letter in letters if letter not in CHANNEL_MIXERS]
         if not others:
             return []
         rule = f"must hold channel mixers only, and {others[0]} is none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -164,3 +165,23 @@ def test_a_core_kind_is_added_in_four_files(tmp_path: Path) -> None:
     changed = [path for path in package.rglob("*.py") if before.get(path) != path.read_text()]
     assert len(changed) == 4
     assert use("Q", "model.squeeze", str(tmp_path)).strip() == f"trained Q of {model}"
+
+
+BRANCH = re.compile(
+    r"""(letter|symbol|mixer|pattern|kind)s?[\w.()\[\]]* *(==|!=|in|not in) *[({\[]?["'][ME*-]["']"""
+    r"""|["'][ME*-]["'] (not )?in |\.(count|index)\(["'][ME*-]["']\)"""
+)
+# Classes of other programs name their own kinds; a modelling file that leaves amfm stands alone.
+FOREIGN = ("model/huggingface/", "pretrain/export/modeling_template/")
+
+
+def test_no_code_of_model_and_pretrain_branches_on_the_letter_of_a_block() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for folder in ("model", "pretrain")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if not str(path.relative_to(ROOT)).startswith(FOREIGN) and BRANCH.search(line)
+    ]
+    assert BRANCH.search('if letter == "M" and config.mamba is not None:')
+    assert not found, "\n".join(found)
