@@ -116,13 +116,13 @@ constraints:
 	done
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/amfm bench step --peer transformers
-	$(BIN)/amfm bench data
+	$(BIN)/python -m benchmarks.step --peer transformers
+	$(BIN)/python -m benchmarks.data
 
 # Other programs on our exports, in environments of their own: about 4 GB of wheels the first time.
 clients: $(VENV)/.installed-tasks $(CLIENTS)/.installed
 	rm -rf runs/clients
-	$(BIN)/amfm bench clients --readers $(CLIENTS)/readers/bin/python --vllm $(CLIENTS)/vllm/bin/python \
+	$(BIN)/python -m benchmarks.clients --readers $(CLIENTS)/readers/bin/python --vllm $(CLIENTS)/vllm/bin/python \
 	  --folder runs/clients --out docs/benchmarks/clients.md
 
 $(VENV)/.installed-tasks: $(VENV)/.installed

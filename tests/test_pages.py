@@ -5,6 +5,8 @@ Nothing is run: verbs and flags are looked up in the command line's own descript
 under `--help` are held to the same.
 """
 
+import importlib
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ PAGES = sorted(
     ]
 )
 CURRENT = [page for page in PAGES if page.parent.name != "log"]  # results of a month keep the names of their day
-FOLDERS = "configs|data_pipeline|docs|examples|kernels|launch|model|pretrain|recipes|tests"
+FOLDERS = "benchmarks|configs|data_pipeline|docs|examples|kernels|launch|model|pretrain|recipes|tests"
 SECTIONS = sorted({field.key.split(".")[0] for field in describe_fields()})
 
 FENCE = re.compile(r"^```.*?^```\s*?$", re.MULTILINE | re.DOTALL)
@@ -44,7 +46,11 @@ FOREIGN_FLAGS = {
     "--seed-offset",  # of our tests
 }
 
+# That CONTRIBUTING says there is none of, and that a stranger may leave in a shared folder.
+ANYBODYS = {"utils.py", "json.py", "numpy.py"}
+
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+every_current_page = pytest.mark.parametrize("page", CURRENT, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 @cache
@@ -112,8 +118,24 @@ def all_commands() -> list[typer.core.TyperCommand]:
 
 
 @cache
+def programs() -> dict[str, typer.core.TyperCommand]:
+    """The programs of a clone, by module: `python -m benchmarks.NAME` and the soak."""
+    modules = [
+        f"benchmarks.{name}" for name in re.findall(r"benchmarks\.(\w+)", read(ROOT / "docs/benchmarks/README.md"))
+    ]
+    found = {}
+    for module in {*modules, "tests.soak"}:
+        is_folder = (ROOT / module.replace(".", "/")).is_dir()
+        source = importlib.import_module(f"{module}.__main__" if is_folder else module)
+        application = typer.Typer()
+        application.command()(getattr(source, module.split(".")[-1]))
+        found[module] = typer.main.get_command(application)
+    return found
+
+
+@cache
 def all_flags() -> set[str]:
-    return set().union(*(flags_of(command) for command in all_commands()))
+    return set().union(*(flags_of(command) for command in (*all_commands(), *programs().values())))
 
 
 def commands_in(line: str) -> Iterator[list[str]]:
@@ -130,6 +152,11 @@ def commands_in(line: str) -> Iterator[list[str]]:
 def unknown_in(line: str) -> list[str]:
     """What is wrong with the commands of a line, in words."""
     wrong = []
+    for module, rest in re.findall(r"python -m ((?:benchmarks|tests\.soak)[.\w]*)([^|&;]*)", line):
+        if module not in programs() and module != "benchmarks.NAME":
+            wrong.append(f"python -m {module}: no such program")
+        elif unknown := sorted(set(re.findall(r"(?<=\s)--[a-z][\w-]*", rest)) - flags_of(programs().get(module))):
+            wrong.append(f"python -m {module}: no such flag: {unknown}")
     for words in commands_in(line):
         command, rest = find_command(words)
         if command is None:
@@ -154,17 +181,18 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not wrong, f"{page.relative_to(ROOT)} links to what is not there: {wrong}"
 
 
-@every_page
+@every_current_page
 def test_paths_exist(page: Path) -> None:
     text = re.sub(r"https?://\S+", "", LINK.sub("]()", read(page)))
     named = sorted(set(PATH.findall(text)))
-    wrong = [path for path in named if not any(ROOT.glob(path.rstrip("/")))]
+    places = (ROOT, page.parent)  # docs/ has benchmarks/ too
+    wrong = [path for path in named if not any(list(place.glob(path.rstrip("/"))) for place in places)]
     modules = {span for span in SPAN.findall(FENCE.sub("", text)) if re.fullmatch(r"\w+\.py", span)}
-    wrong += sorted(modules - source_files() - {"utils.py"})  # CONTRIBUTING says that there is none
+    wrong += sorted(modules - source_files() - ANYBODYS)
     assert not wrong, f"{page.relative_to(ROOT)} names files that are not there: {wrong}"
 
 
-@every_page
+@every_current_page
 def test_verbs_and_flags_exist(page: Path) -> None:
     wrong = []
     for line in code_lines(page):
@@ -190,7 +218,7 @@ def test_make_targets_exist(page: Path) -> None:
     assert named <= targets, f"{page.relative_to(ROOT)} names no target of the Makefile: {named - targets}"
 
 
-@pytest.mark.parametrize("page", CURRENT, ids=lambda page: str(page.relative_to(ROOT)))
+@every_current_page
 def test_settings_exist(page: Path) -> None:
     wrong = []
     for span in SPAN.findall(FENCE.sub("", read(page))):

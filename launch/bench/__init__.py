@@ -1,1 +1,1 @@
-"""Benchmarks: what `amfm bench` measures side by side."""
+"""What `amfm bench` measures of the machine at hand: kernels, the whole job, and the speed that a plan needs to know."""

@@ -25,27 +25,50 @@ from typing import Any
 import torch
 
 from amfm.kernels.linear.op import linear
-from amfm.launch.bench.communication import DEFAULTS
 from amfm.launch.bench.efficiencies import fit_efficiencies
 from amfm.launch.bench.hardware import multiplies_bf16, processor_name
-from amfm.launch.bench.step import OPTIMIZER, ROWS, TOKENS, granite_shape
 from amfm.launch.plan.hardware import GIB, HARDWARE, Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.memory import storage_of
 from amfm.launch.plan.time import estimate_step
+from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
-from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.config.schema import OptimizerConfig, RunConfig
 from amfm.pretrain.engine.engine import Precision, build_engine
 from amfm.pretrain.parallel import Parallel, initialize_parallel
 
 FITTED = ("product_efficiency", "grouped_efficiency", "attention_efficiency", "memory_efficiency")
 KINDS = ("-", "E", "M", "*")
+ROWS, TOKENS = 4, 512
+OPTIMIZER = OptimizerConfig(learning_rate=1e-4)
 BLOCKS = 4  # of a model of one kind
 FEW_TOKENS = 64
 MIXED_WEIGHT = 4  # of the model of all kinds against one of a single kind: it is what is trained
+
+
+def granite_shape() -> ModelConfig:
+    """The model that is measured: 6 Mamba2 and 2 attention layers, each followed by 8 experts, 19.5M parameters."""
+    return ModelConfig(
+        pattern="(ME)*3 *E (ME)*3 *E",
+        vocab_size=8192,
+        hidden_size=256,
+        tie_embeddings=True,
+        mamba=Mamba2Config(num_heads=8, head_dim=64, state_size=128, num_groups=1, chunk_size=64),
+        attention=AttentionConfig(num_heads=8, num_kv_heads=2, head_dim=32),
+        moe=MoeConfig(
+            num_experts=8,
+            top_k=2,
+            expert_hidden_size=256,
+            shared_expert_hidden_size=256,
+            activation="swiglu",
+            router="softmax",
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -151,15 +174,23 @@ def now(device: torch.device) -> float:
 
 def run_config(model: ModelConfig, precision: Precision, rows: int, tokens: int = TOKENS) -> RunConfig:
     """Configuration of one micro-batch a step on one rank; its data are never read."""
-    data = {**DEFAULTS["data"], "tokenizer": {"vocab_size": model.vocab_size}}
-    train = {
-        **DEFAULTS["train"],
-        "sequence_length": tokens,
-        "micro_batch_size": rows,
-        "global_batch_size": rows,
-        "precision": precision,
+    tree = {
+        "run": {"dir": "unused", "tensorboard": False},
+        "model": model.model_dump(),
+        "data": {
+            "store": "none",
+            "tokenizer": {"vocab_size": model.vocab_size},
+            "sources": [{"name": "none", "paths": ["none.txt"]}],
+        },
+        "train": {
+            "steps": 10,
+            "sequence_length": tokens,
+            "micro_batch_size": rows,
+            "global_batch_size": rows,
+            "precision": precision,
+        },
+        "optimizer": OPTIMIZER.model_dump(),
     }
-    tree = {**DEFAULTS, "model": model.model_dump(), "data": data, "train": train, "kernels": {}}
     return RunConfig.model_validate(tree)
 
 

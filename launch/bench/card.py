@@ -148,8 +148,14 @@ def compare_memory(job: Job) -> dict[str, Any]:
     """The peak of a step beside what the plan predicts, for each configuration as it trains."""
     result: dict[str, Any] = {"memory": {}, "faults": []}
     for name, (path, own) in job.configs.items():
-        command = rank_command(["bench", "memory", path, *own, *_one_rank(job), "--json"])
-        result["memory"][name] = json.loads(run_child(command, hides_card=job.device == "cpu"))
+        settings = (*_one_rank(job), "train.steps=3", *_short_schedule(3))
+        words = ["plan", path, *own, *settings, "--gpus", "1", "--margin", "0", "--json"]
+        planned = json.loads(run_child(rank_command(words), hides_card=True))
+        lines = job.train(name, f"{name}_memory", *settings)
+        result["memory"][name] = {
+            "predicted_bytes": planned["memory"]["total_bytes"],
+            "measured_bytes": lines[-1]["memory_bytes"],
+        }
     return result
 
 

@@ -6,7 +6,7 @@ All sizes are bytes a token of one rank, so that `memory.py` multiplies by the t
 layouts costs no tensor work. A `Split` says how tensor, sequence and expert parallelism shrink a rank's part.
 
 Why formulas for our own blocks and fake tensors for registered ones (`registered.py`): our kernels are fixed and their
-savings known, while a plugin says nothing of what it keeps. `amfm bench memory` compares the sums with real steps.
+savings known, while a plugin says nothing of what it keeps. tests/launch/plan/real_memory.py compares the sums with real steps.
 """
 
 from __future__ import annotations

@@ -8,46 +8,10 @@ The length at which both are equal tells for which rows the choice pays.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from amfm.model.config.mamba2 import Mamba2Config
-from amfm.pretrain.config.schema import RunConfig
 
 STATE_BYTES = 4
 SEGMENTS = 2  # of a row on each context rank
-
-
-@dataclass(frozen=True)
-class ContextTraffic:
-    """Bytes that the ranks of one context group send for one Mamba2 block and micro-batch, forward and backward.
-
-    `states`: the states and decays of two segments a row to every other rank, and the convolution's inputs to neighbours;
-    free of the row's length. `heads`: the other way, an all-to-all that gives each rank all tokens of a part of the heads
-    (x, B, C and dt, no group copied) and another that brings y back; it grows with the row.
-    """
-
-    sequence_length: int
-    states: int
-    heads: int
-
-    @property
-    def equal_length(self) -> int:
-        """Row length in tokens at which both ways send the same bytes; longer rows favour passing states."""
-        return round(self.states * self.sequence_length / self.heads)
-
-
-def compare_context(config: RunConfig) -> ContextTraffic | None:
-    """Traffic of both ways in the run's layout; None without context parallelism or without a Mamba2 block."""
-    section, train, mamba = config.parallel, config.train, config.model.mamba
-    if section.context == 1 or mamba is None:
-        return None
-    width = 2 if train.precision == "bf16" else 4
-    sizes = (train.micro_batch_size, section.context, section.tensor, width)
-    return ContextTraffic(
-        train.sequence_length,
-        states_bytes(mamba, *sizes),
-        heads_bytes(mamba, train.sequence_length, *sizes),
-    )
 
 
 def states_bytes(mamba: Mamba2Config, rows: int, context: int, tensor: int, width: int) -> int:

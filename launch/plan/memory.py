@@ -8,7 +8,7 @@ decides.
 
 Under ZeRO-1 gradients are float32 sums that lie whole on every rank until the last backward pass of a step; ZeRO-2 reduces
 them in every pass and keeps this rank's share and the buckets under way. Under ZeRO-0 and 3 they lie whole in the dtype of
-the weights, with bf16 and several micro-batches also as float32 sums. `amfm bench memory` measures the estimates against real steps.
+the weights, with bf16 and several micro-batches also as float32 sums. tests/launch/plan/real_memory.py measures the estimates against real steps.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ slowest stage: operations at their roofline (`hardware.py`), collectives by the 
 links. `search.py` lists layouts that obey every rule of a run; here they are estimated, ranked and explained.
 
 Why formulas: nothing is allocated and no model is built, so that a laptop plans 2,048 cards and a search tries thousands
-of layouts. What formulas leave out is stated (`Assumptions`) and measured: `amfm bench memory` holds the memory against
-real steps, `amfm bench communication` the bytes, `amfm bench calibrate` and `amfm bench plan` the time.
+of layouts. What formulas leave out is stated (`Assumptions`) and measured: tests/launch/plan hold the memory and the
+bytes against real steps, `amfm bench calibrate` and `python -m benchmarks.published` the time.
 """
 
 from __future__ import annotations

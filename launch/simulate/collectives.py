@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from amfm.launch.bench.count_collectives import group_of
+from amfm.launch.simulate.count_collectives import group_of
 from amfm.launch.simulate.values import KnownValues, leaves, real_tensors
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed import get_process_group_ranks
 
-from amfm.launch.bench.count_collectives import COLLECTIVES, group_of
+from amfm.launch.simulate.count_collectives import COLLECTIVES, group_of
 from amfm.launch.simulate.values import leaves
 
 # Operations that read only the rows that they give back.

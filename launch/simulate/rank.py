@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from amfm.launch.bench.process import open_answers
+from amfm.launch.cluster.child import open_answers
 from amfm.launch.simulate import patches
 from amfm.launch.simulate.batches import simulated_batches
 from amfm.launch.simulate.card import SimulatedCard

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from amfm.launch.bench.process import Child
+from amfm.launch.cluster.child import Child
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.launch.plan.memory import Memory, estimate_stage, storage_of

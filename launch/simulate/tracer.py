@@ -22,10 +22,10 @@ from torch.distributed._tools.fake_collectives import CollectiveOp
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amfm.launch.bench.count_collectives import CommunicationCounter
 from amfm.launch.plan.registered import lacks_fake
 from amfm.launch.simulate.bodies import BodyRunner
 from amfm.launch.simulate.collectives import fill_received
+from amfm.launch.simulate.count_collectives import CommunicationCounter
 from amfm.launch.simulate.events import EventLog
 from amfm.launch.simulate.flops import count_flops
 from amfm.launch.simulate.memory import MemoryMeter

@@ -1,4 +1,4 @@
-"""The misbehaving disk of `amfm bench soak` for tests: the environments of a process that meets faults, or is recorded."""
+"""The misbehaving disk of tests/soak for tests: the environments of a process that meets faults, or is recorded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from amfm.launch.bench.soak.disk import build_library as build
-from amfm.launch.bench.soak.disk import fault, fault_variables
+from tests.soak.disk import build_library as build
+from tests.soak.disk import fault, fault_variables
 
 __all__ = ["ROOT", "build_library", "fault", "with_faults", "with_record"]
 

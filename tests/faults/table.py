@@ -33,7 +33,7 @@ TABLE = (
     Row(2, "kill -9 of a rank in a step", "named, restarted, same end", (F + "test_lost_rank.py::", F + "test_kill_anywhere.py::")),
     Row(3, "kill -9 before each disk operation of a save", "old or new checkpoint", (F + "test_kill_while_saving.py::",)),
     Row(4, "power lost: unsynced bytes and names gone in any order, where a stage begins too", "nothing durable lost", (F + "test_crash_states.py::", F + "test_kill_anywhere.py::")),
-    Row(5, "kill -9 of the launcher, in a run too", "its ranks end with it, same end", (F + "test_lost_launcher.py::", F + "test_stage_boundary.py::", L + "bench/soak/test_soak.py::test_three_minutes")),
+    Row(5, "kill -9 of the launcher, in a run too", "its ranks end with it, same end", (F + "test_lost_launcher.py::", F + "test_stage_boundary.py::", "tests/soak/test_soak.py::test_three_minutes")),
     Row(6, "SIGTERM, and more of them during its save", "saved, code 0", (P + "test_train.py::test_a_signal_saves", P + "test_train.py::test_a_signal_to_one_rank", F + "test_signals.py::")),
     Row(7, "full disk, quota, EIO, read-only, stale handle, time-out", "code 3, path named, nothing lost", (F + "test_storage.py::", P + "checkpoint/test_save.py::test_a_disk_that_fills_up", P + "checkpoint/test_save.py::test_a_read_only")),
     Row(8, "a cut file", "named, older checkpoint taken", (P + "checkpoint/test_damage.py::test_a_damaged_checkpoint_is_passed_over",)),
@@ -61,11 +61,11 @@ TABLE = (
     Row(30, "a changed journal; files of others in a store", "written again; untouched", tuple(D + "prepare/test_prepare.py::" + name for name in ("test_one_changed_digit", "test_a_journal_line", "test_what_is_not_ours", "test_a_driver_killed"))),
     Row(31, "settings that would become shell, hosts that are options", "refused, code 2", (L + "cluster/test_lines.py::",)),
     Row(32, "packages of our names in the working directory", "not run", (L + "test_rank_command.py::",)),
-    Row(33, "mutated files under every reader", "one message", (F + "test_fuzz.py::", D + "test_foreign_files.py::", P + "config/test_yaml_tree.py::")),
-    Row(34, "a lock or a deletion through a link; a cache of others", "refused", (D + "test_locks.py::", D + "test_deletion.py::", D + "store/test_node_cache.py::")),
+    Row(33, "mutated files under every reader", "one message", (F + "test_fuzz.py::", D + "durable/test_foreign_files.py::", P + "config/test_yaml_tree.py::")),
+    Row(34, "a lock or a deletion through a link; a cache of others", "refused", (D + "durable/test_locks.py::", D + "durable/test_deletion.py::", D + "store/test_node_cache.py::")),
     Row(35, "a flipped bit in memory, in an update, in a computation", "rank named, code 3, nothing of it saved", (P + "monitor/test_corruption.py::",)),
     Row(36, "an object store damaged, away, or left at any request", "old or new checkpoint", (P + "checkpoint/test_remote.py::",)),
-    Row(37, "all of these at random", "the losses of an undisturbed run, bit for bit", (L + "bench/soak/test_soak.py::",)),
+    Row(37, "all of these at random", "the losses of an undisturbed run, bit for bit", ("tests/soak/test_soak.py::",)),
     Row(38, "a rank or a node lost between checkpoints, with replicas in memory; copies lost, damaged, half written", "from memory at the newer step, else from the disk, same end", (P + "checkpoint/replicas/test_replicas.py::",)),
 )  # fmt: skip
 

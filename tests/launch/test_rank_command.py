@@ -18,7 +18,8 @@ from amfm.launch.rank_command import rank_command
 
 SOURCE = Path(amfm.__path__[0]).parent
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("launch", "pretrain", "data_pipeline", "model", "kernels", "benchmarks")
+# benchmarks/ is left out: a clone is its working directory, without which `python -m benchmarks.NAME` finds nothing.
+PACKAGES = ("launch", "pretrain", "data_pipeline", "model", "kernels")
 PLANTED = "raise SystemExit('a file of the working directory ran in the place of ours')"
 
 
@@ -47,7 +48,6 @@ ELSEWHERE = {
     ("launch/commands/export.py", "check_installed starts it with -P"),
     ("pretrain/export/clients/check.py", "_run and check_installed start it with -P"),
     ("pretrain/export/clients/gguf_file.py", "with -P below"),
-    ("launch/bench/checkouts.py", "a checkout, whose folder is meant"),
 }
 
 

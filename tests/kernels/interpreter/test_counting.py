@@ -10,7 +10,7 @@ from amfm.kernels.decay_scan.op import mamba2_scan
 from amfm.kernels.linear_cross_entropy.op import linear_cross_entropy
 from amfm.kernels.proof.counting import count_launches
 from amfm.kernels.swiglu.op import swiglu, swiglu_bytes
-from amfm.launch.bench.kernels.audit import count_named
+from benchmarks.kernels.audit import count_named
 
 
 def test_elementwise_kernel_moves_each_byte_once() -> None:
@@ -73,7 +73,7 @@ def test_cross_entropy_reads_each_logit_once() -> None:
     assert reads == 70 * 90 * 4
 
 
-# The quick one, of swiglu, is in tests/launch/bench/kernels/test_audit.py.
+# The quick one, of swiglu, is in tests/benchmarks/kernels/test_audit.py.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["causal_conv1d", "swiglu"])
 def test_streaming_kernels_stay_near_their_minimum(name: str) -> None:

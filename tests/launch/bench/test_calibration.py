@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from amfm.launch.bench.calibration import Check, fit, planned_seconds, run_config, write_hardware
-from amfm.launch.bench.step import granite_shape
+from amfm.launch.bench.calibration import Check, fit, granite_shape, planned_seconds, run_config, write_hardware
 from amfm.launch.cli import run
 from amfm.launch.plan.hardware import HARDWARE, load_hardware
 from amfm.model.config.feed_forward import FeedForwardConfig
@@ -65,16 +64,10 @@ def test_the_file_is_one_that_the_plan_reads(tmp_path):
     [
         (["own.txt"], "own.txt must end in .yaml and lie in a folder that exists; use hardware.yaml"),
         (["nowhere/own.yaml"], "must end in .yaml and lie in a folder that exists"),
-        (
-            ["own.yaml", "--compiled"],
-            "--calibration measures blocks of its own; leave out --comm, --compiled and --peer",
-        ),
-        (["own.yaml", "train.steps=2"], "KEY=VALUE and --nproc give a layout to count"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_timed(arguments, message, capsys):
-    path, *rest = arguments
-    assert run(["bench", "step", "--calibration", path, *rest]) == 2
+    assert run(["bench", "calibrate", *arguments]) == 2
     captured = capsys.readouterr().err
     assert message in captured
     assert "measuring" not in captured
@@ -83,7 +76,7 @@ def test_wrong_input_is_refused_before_anything_is_timed(arguments, message, cap
 @pytest.mark.slow
 def test_a_calibrated_plan_knows_the_step_that_was_measured(tmp_path):
     path = tmp_path / "own.yaml"
-    command = [sys.executable, "-m", "amfm.launch", "bench", "step", "--calibration", str(path)]
+    command = [sys.executable, "-m", "amfm.launch", "bench", "calibrate", str(path)]
     done = subprocess.run(
         [*command, "--rounds", "3", "--threads", "1", "--json"],
         capture_output=True,

@@ -2,6 +2,9 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+
+import pytest
 
 from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.data_pipeline.prepare.prepare import Progress
@@ -59,3 +62,19 @@ def test_inspect_decodes_what_a_global_sample_trains_on(tmp_path, base, capsys):
     assert "needs a run directory, or a store and --config CONFIG" in capsys.readouterr().err
     assert run(["inspect", data.store, "--config", str(config)]) == 2
     assert "is for --sample G" in capsys.readouterr().err
+
+
+def test_installed_python_sources_are_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["corpus", "python-sources", str(tmp_path), "--megabytes", "1", "--json"]
+    assert run(command) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["files"] == 1 and 1_000_000 <= first["bytes"] < 3_000_000
+    (file,) = tmp_path.glob("*.jsonl")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len({record["text"] for record in records}) == len(records) > 10
+    before = file.stat().st_mtime_ns
+    assert run(command) == 0 and file.stat().st_mtime_ns == before
+    assert run(["corpus", "python-sources", str(tmp_path / "more"), "--megabytes", "1000000"]) == 2
+    assert "--megabytes 1000000 must be at most" in capsys.readouterr().err
+    assert run(["corpus", "shakespeare", str(tmp_path / "plays"), "--megabytes", "3"]) == 2
+    assert "--megabytes=3 is for python-sources" in capsys.readouterr().err

@@ -10,11 +10,11 @@ import torch
 import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from amfm.launch.bench.communication import DEFAULTS
 from amfm.launch.cli import run
 from amfm.launch.plan.registered import lacks_fake
 from amfm.launch.simulate import trace
 from amfm.launch.simulate.tracer import Tracer
+from benchmarks.small_steps import DEFAULTS
 
 ROOT = Path(__file__).parents[3]
 SPEC = """

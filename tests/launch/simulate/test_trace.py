@@ -7,12 +7,12 @@ import pytest
 import torch
 import yaml
 
-from amfm.launch.bench.communication import DEFAULTS
 from amfm.launch.cli import run
 from amfm.launch.plan.hardware import HARDWARE
-from amfm.launch.simulate.table import compare_bytes
 from amfm.launch.simulate.trace import check_torch, predicted_bytes, trace_run, traced_bytes, traced_config
 from amfm.pretrain.checks.check_run import load_checked
+from benchmarks.small_steps import DEFAULTS
+from benchmarks.traced import compare_bytes
 from tests.launch.simulate.allowed_waits import expected_waits, unnumbered
 from tests.launch.simulate.test_timeline import assert_trace_events
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from amfm.kernels.linear.op import linear_float32
 from amfm.kernels.moe.capacity import expert_capacity
 from amfm.kernels.moe.op import route
-from amfm.launch.bench.count_collectives import CommunicationCounter, Traffic, sum_traffic
+from amfm.launch.simulate.count_collectives import CommunicationCounter, Traffic, sum_traffic
 from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from amfm.launch.bench.count_collectives import CommunicationCounter
 from amfm.launch.plan.context_traffic import heads_bytes, states_bytes
+from amfm.launch.simulate.count_collectives import CommunicationCounter
 from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta

@@ -1,0 +1,21 @@
+"""Measurements side by side in one run, of a clone: `python -m benchmarks.NAME --help`.
+
+| name | what is timed or compared |
+| --- | --- |
+| step | a training step, beside transformers' |
+| checkouts | that step here and in another clone |
+| models, length | models side by side; mixers by row length |
+| kernels | operations on a CPU, counted in the interpreter, compiled ahead of time |
+| data | reading and preparing, beside megatron-core, MosaicML streaming and a memmap |
+| checkpoint, export | what saves, exports and imports cost |
+| pipeline | zero-bubble beside 1F1B |
+| published, traced | the plan beside published speeds, and beside ranks on simulated GPUs |
+| clients | other programs on our exports |
+
+They import amfm and packages that amfm doesn't need; amfm imports nothing of them. What a machine with GPUs needs on the
+spot is in the command itself: `amfm bench`.
+"""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]

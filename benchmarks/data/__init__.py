@@ -1,0 +1,1 @@
+"""Reading and preparing data: `python -m benchmarks.data`."""

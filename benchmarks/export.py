@@ -1,0 +1,166 @@
+"""Export benchmark: peak memory and time of `amfm export` and `amfm import`, for one model and deeper ones of the same blocks.
+
+How it works: weights of the right shapes are written to a folder, and the two verbs run on it as somebody would start
+them, each a process of its own whose peak the system tells its parent. Tensors go through both some rows at a time, so
+the peaks of a model and of one three times as deep are the same. The proof of an export, which loads the whole model with
+transformers, is left out (`--no-verify`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from amfm.data_pipeline.config import TokenizerConfig
+from amfm.data_pipeline.tokenizer.tokenizer import train_tokenizer
+from amfm.launch.arguments import JsonOption
+from amfm.launch.bench.hardware import describe_hardware
+from amfm.launch.console import print_json, print_rows, say
+from amfm.launch.rank_command import rank_command
+from amfm.model.config.checks import check_model
+from amfm.model.config.schema import ModelConfig
+from amfm.model.flops import count_parameters
+from amfm.model.huggingface.shapes import weight_shapes
+from amfm.model.on_demand import OnDemand, Shape, Source
+from amfm.pretrain.inference.weights import Weights, write_weights
+from benchmarks.command import main
+
+# As many numbers as are drawn; tensors repeat them.
+DRAWN = 1 << 20
+TOKENIZER = TokenizerConfig(vocab_size=300, byte_fallback=True)
+TEXTS = [f"Line {number}: the quick brown fox jumps over {number * 7} lazy dogs." for number in range(400)]
+
+
+def deepen(config: ModelConfig, times: int) -> ModelConfig:
+    """The same model with its blocks so many times over, without depths of multi-token prediction."""
+    plain = config.without_depths()
+    deeper = plain.model_copy(update={"pattern": "".join(plain.letters) * times})
+    check_model(deeper)
+    return deeper
+
+
+def random_weights(config: ModelConfig) -> Weights:
+    """Weights of a model that are made when they are asked for; they compute nothing sensible."""
+    drawn = torch.empty(DRAWN).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(0))
+
+    def source(shape: Shape) -> Source:
+        def read(start: int, stop: int) -> Tensor:
+            wanted = (stop - start, *shape[1:])
+            numel = torch.Size(wanted).numel()
+            return drawn.repeat(-(-numel // DRAWN))[:numel].view(wanted)
+
+        return Source(shape, torch.float32, read)
+
+    state = OnDemand({name: source(shape) for name, shape in weight_shapes(config).items()})
+    return Weights(config, state, train_tokenizer(TEXTS, TOKENIZER), "a benchmark")
+
+
+def measure(arguments: Sequence[str]) -> dict[str, float]:
+    """Run an `amfm` command line; returns its seconds and its peak of resident memory in bytes.
+
+    Raises RuntimeError with its last words where it fails.
+    """
+    begun = time.perf_counter()
+    with tempfile.TemporaryFile() as words:
+        process = subprocess.Popen(rank_command(arguments), env=dict(os.environ), stdout=words, stderr=words)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            words.seek(0)
+            raise RuntimeError(f"amfm {' '.join(arguments)} failed: {words.read()[-2000:].decode(errors='replace')}")
+    # Linux tells KiB.
+    return {"seconds": time.perf_counter() - begun, "peak_bytes": usage.ru_maxrss * 1024}
+
+
+def bench_export(
+    config: ModelConfig, times: Sequence[int], place: Path | None, *, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Export and import the model with its blocks once, and as often as `times` says; returns peaks and seconds of each.
+
+    `place`: a folder on the disk to use; None: the system's folder for temporary files. Raises RuntimeError where the disk
+    has not twice the largest model free.
+    """
+    models = [deepen(config, number) for number in times]
+    with tempfile.TemporaryDirectory(dir=place) as root:
+        needed = 2 * 4 * max(count_parameters(model).total for model in models)
+        free = shutil.disk_usage(root).free
+        if free < needed:
+            raise RuntimeError(f"{root} has {free:,} bytes free and {needed:,} are needed; name another --folder")
+        rows = [_bench_model(model, Path(root, str(number)), report) for number, model in enumerate(models)]
+    return {"rows": rows, "hardware": describe_hardware()}
+
+
+def _bench_model(model: ModelConfig, folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
+    """Write weights, export them, and import the export; what is no longer needed is removed on the way."""
+    number = count_parameters(model).total
+    weights, out, back = (folder / name for name in ("weights", "export", "import"))
+    weights.mkdir(parents=True)
+    report(f"writing {number / 1e9:.2f}B parameters")
+    write_weights(weights, random_weights(model))
+    report("exporting")
+    exported = measure(["export", str(weights), str(out), "--no-verify", "--json"])
+    shutil.rmtree(weights)
+    report("importing")
+    imported = measure(["import", str(out), str(back), "--json"])
+    shutil.rmtree(folder)
+    return {"parameters": number, "bytes": 4 * number, "export": exported, "import": imported}
+
+
+def export(
+    path: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="The configuration, or run, whose model it is.")
+    ] = Path("configs/ladder_1b_a300m.yaml"),
+    *,
+    times: Annotated[str, typer.Option(metavar="1,3", help="Its blocks so many times over; one row each.")] = "1,3",
+    folder: Annotated[Path | None, typer.Option(help="A folder on the disk to use; default: /tmp.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export and import a model and a deeper one, without the proof, and print the peaks of memory.
+
+    The disk needs twice the larger model in float32.
+    """
+    from benchmarks.models import read_model
+
+    numbers = [int(text) if text.isdecimal() else 0 for text in times.split(",")]
+    if not all(numbers):
+        raise ValueError(f"--times {times} must be whole numbers from 1 on with commas between them, such as 1,3")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    result = bench_export(read_model(path), numbers, folder, report=say)
+    if as_json:
+        print_json(result)
+    else:
+        print_export_table(result)
+
+
+def print_export_table(result: dict[str, Any]) -> None:
+    """Print a row a model, and the hardware."""
+    rows = [
+        (
+            f"{row['parameters'] / 1e9:.2f}B",
+            f"{row['bytes'] / 2**30:.1f}",
+            *(
+                cell
+                for verb in ("export", "import")
+                for cell in (f"{row[verb]['peak_bytes'] / 2**20:,.0f}", f"{row[verb]['seconds']:.0f}")
+            ),
+        )
+        for row in result["rows"]
+    ]
+    columns = ("parameters", "float32 GiB", "export peak MiB", "export s", "import peak MiB", "import s")
+    print_rows("Memory of exports and imports", columns, rows)
+    say(", ".join(f"{name} {value}" for name, value in result["hardware"].items()))
+
+
+if __name__ == "__main__":
+    main(export)

@@ -1,0 +1,33 @@
+"""Cases timed on a CPU: an operation of `amfm.kernels.proof.operations` with a function for each variant, ours and transformers'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amfm.kernels.cases.problem import Compute, HostSizes, Minimum
+from amfm.kernels.proof.operations import host_problem
+from benchmarks.kernels.transformers_peers import add_transformers
+
+
+@dataclass(frozen=True)
+class TimedCase:
+    """One operation in one dtype: leaves (tensors that get gradients), variants over them, least work of each pass."""
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    leaves: tuple[Tensor, ...]
+    variants: dict[str, Compute]
+    forward: Minimum
+    backward: Minimum
+
+
+def host_case(op: str, dtype: torch.dtype, sizes: HostSizes | None = None) -> TimedCase:
+    """An operation of `ON_HOST`: ours on PyTorch, our definition a token at a time, and transformers' own modules."""
+    sizes = sizes or HostSizes()
+    problem = host_problem(op, dtype, sizes)
+    variants = add_transformers(op, problem, dtype, sizes)
+    return TimedCase(op, problem.shape, dtype, problem.leaves, variants, problem.forward, problem.backward)

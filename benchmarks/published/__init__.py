@@ -1,0 +1,1 @@
+"""Published training speeds beside the plan's, and what fitting the efficiencies would change: `python -m benchmarks.published`."""

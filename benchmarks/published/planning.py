@@ -1,0 +1,158 @@
+"""Published training speeds beside what the plan says of the same model, cards, layout, batch and recomputation.
+
+How it works: a published run becomes a configuration and a layout once; the plan's formulas then give its step with any
+hardware. Three things differ from a plan of amfm. The published systems dispatch with DeepEP or HybridEP, which send a token
+once to each node that has some of its experts (to each rank inside a node, as amfm always does). None says that its
+exchanges run beside the shared expert, so all of them are waited for. And natural routing is planned with the fullest rank at
+1.2 times the mean.
+
+`fit_halves` fits the efficiencies of the hardware on every other run and plans the rest with them, then the other way round:
+what it prints of a run never comes from a fit that knew this run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amfm.launch.bench.efficiencies import fit_efficiencies
+from amfm.launch.plan.estimate import Assumptions, Estimate, estimate
+from amfm.launch.plan.exchanges import expected_ranks
+from amfm.launch.plan.hardware import HARDWARE, Hardware
+from amfm.launch.plan.layout import Layout
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.schema import ModelConfig, MtpConfig
+from amfm.model.flops import flops_per_token
+from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.config.schema import RunConfig
+from benchmarks.published.runs import PUBLISHED, PublishedRun
+
+NATURAL_IMBALANCE = 1.2
+FITTED = (
+    "product_efficiency",
+    "grouped_efficiency",
+    "attention_efficiency",
+    "memory_efficiency",
+    "link_efficiency",
+)
+# Takes back the layout that a preset has for its own cluster.
+WITHOUT_LAYOUT = (
+    "parallel.tensor=1",
+    "parallel.sequence_parallel=false",
+    "parallel.expert=1",
+    "parallel.overlap_experts=false",
+    "parallel.context=1",
+    "parallel.pipeline=1",
+    "parallel.schedule=1f1b",
+    "parallel.virtual_stages=1",
+    "train.recompute_blocks=''",
+)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A published run that is ready to be planned; `flops_per_token` is our count of the preset."""
+
+    published: PublishedRun
+    config: RunConfig
+    layout: Layout
+    flops_per_token: float
+    assumptions: Assumptions
+
+    def plan(self, hardware: Hardware) -> Estimate:
+        """The step by the plan's formulas."""
+        return estimate(self.config, self.layout, hardware, self.assumptions)
+
+    def ratio(self, found: Estimate) -> float:
+        """Planned over published speed: of tokens, or of FLOPs where the preset stands for another model."""
+        tokens_per_second = found.tokens_per_second / self.published.gpus
+        if self.published.is_stand_in:
+            return tokens_per_second * self.flops_per_token / self.published.flops_per_second
+        return tokens_per_second / self.published.tokens_per_second
+
+
+def load_anchors(presets: Path) -> list[Anchor]:
+    """All published runs, with presets from the folder `presets`. Raises FileNotFoundError where one is missing."""
+    return [load_anchor(run, presets) for run in PUBLISHED]
+
+
+def load_anchor(run: PublishedRun, presets: Path) -> Anchor:
+    """The preset in the published layout, batch and recomputation."""
+    recompute = [f"train.recompute={run.recompute}"]
+    if run.recompute not in ("none", "full"):
+        recompute = ["train.recompute=selective", f"train.recompute_blocks='{run.recompute}'"]
+    overrides = [
+        *WITHOUT_LAYOUT,
+        *(f"parallel.{key}={value}" for key, value in run.layout.items()),
+        "parallel.zero_stage=1",
+        *recompute,
+        f"train.sequence_length={run.sequence_length}",
+        f"train.micro_batch_size={run.micro_batch_size}",
+        f"train.global_batch_size={run.global_batch_size}",
+    ]
+    config = load_checked(presets / f"{run.preset}.yaml", overrides, world_size=run.gpus)
+    config = config.model_copy(update={"model": with_depths(config.model, run.depths)})
+    layout = Layout.of(config, run.gpus)
+    assert config.model.moe is not None, f"{run.preset} has no experts, and every published run has"
+    assumptions = Assumptions(
+        imbalance=NATURAL_IMBALANCE if run.routing == "natural" else 1.0,
+        sent_rows=sent_rows(config.model.moe, layout.expert, HARDWARE["h100"].gpus_per_node),
+        overlaps_experts=False,
+    )
+    flops = sum(flops_per_token(config.model, run.sequence_length).values())
+    return Anchor(run, config, layout, flops, assumptions)
+
+
+def with_depths(model: ModelConfig, depths: str) -> ModelConfig:
+    """The preset's main blocks with the published depths of multi-token prediction, or none."""
+    main = model.without_depths()
+    shared = MtpConfig(shared=True) if depths.count("/") > 1 else None
+    return main.model_copy(update={"pattern": main.pattern + depths, "mtp": shared})
+
+
+def sent_rows(moe: MoeConfig, expert_ranks: int, gpus_per_node: int) -> float:
+    """Of rows sent once to each rank, the part that travels where a token is sent once a node; all of them inside a node."""
+    if expert_ranks <= gpus_per_node:
+        return 1.0
+    return expected_ranks(moe, expert_ranks // gpus_per_node) / expected_ranks(moe, expert_ranks)
+
+
+def fit_halves(anchors: list[Anchor]) -> tuple[tuple[Hardware, Hardware], list[float]]:
+    """Hardware fitted to every other run from the first and from the second; and each run's ratio under the other's fit."""
+    halves = fit_anchors(anchors[::2]), fit_anchors(anchors[1::2])
+    return halves, [anchor.ratio(anchor.plan(halves[1 - place % 2])) for place, anchor in enumerate(anchors)]
+
+
+def fit_anchors(anchors: list[Anchor]) -> Hardware:
+    """H100 with the efficiencies at which the sum of |log(planned / published)| is least.
+
+    Absolute and not squared: a run that was slow for a reason the plan doesn't know must not bend the others.
+    """
+
+    def loss(hardware: Hardware) -> float:
+        return sum(abs(math.log(anchor.ratio(anchor.plan(hardware)))) for anchor in anchors)
+
+    return fit_efficiencies(HARDWARE["h100"], FITTED, loss)
+
+
+def anchor_as_dict(anchor: Anchor) -> dict[str, Any]:
+    """Planned beside published speed, by the data sheet's numbers, as `python -m benchmarks.published --json` prints them."""
+    run, found = anchor.published, anchor.plan(HARDWARE["h100"])
+    return {
+        "name": run.name,
+        "is_stand_in": run.is_stand_in,
+        "gpus": run.gpus,
+        "layout": found.layout.describe(),
+        "recompute": run.recompute,
+        "routing": run.routing,
+        "published_tokens_per_second_per_gpu": run.tokens_per_second,
+        "predicted_tokens_per_second_per_gpu": found.tokens_per_second / run.gpus,
+        "error": anchor.ratio(found) - 1,
+        "exchange_share": sum(found.step.communication.values()) / found.step.total(),
+        "published_flops_per_token": run.flops_per_second / run.tokens_per_second,
+        "flops_per_token": anchor.flops_per_token,
+        "fits": found.fits(),
+        "cause": run.cause,
+    }

@@ -1,0 +1,1 @@
+"""A training step of ours beside that of transformers: `python -m benchmarks.step`."""

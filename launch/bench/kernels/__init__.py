@@ -1,1 +1,0 @@
-"""`amfm bench kernels`."""

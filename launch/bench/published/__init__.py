@@ -1,1 +1,0 @@
-"""Published training speeds beside the plan's, and what fitting the efficiencies would change."""

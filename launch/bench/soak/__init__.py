@@ -1,1 +1,0 @@
-"""A small run under random faults for minutes or hours, held against the same run undisturbed (`amfm bench soak`)."""

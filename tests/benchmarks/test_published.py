@@ -1,0 +1,105 @@
+"""Published speeds beside the plan's: sizes of the models, what a dispatcher sends, the fit, and the documented table."""
+
+import json
+from dataclasses import replace
+from math import comb
+from pathlib import Path
+
+import pytest
+
+from amfm.launch.plan.hardware import HARDWARE
+from amfm.model.flops import count_parameters
+from amfm.pretrain.checks.check_run import load_checked
+from benchmarks.command import run
+from benchmarks.published.__main__ import LARGE_ERROR, published
+from benchmarks.published.planning import anchor_as_dict, fit_anchors, load_anchor, load_anchors, sent_rows
+from benchmarks.published.runs import PUBLISHED
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+
+
+@pytest.fixture(scope="module")
+def anchors():
+    return load_anchors(CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "active"),
+    # arXiv 2412.19437 section 4.2; the model cards of the others. Active counts of cards leave the embedding out.
+    [
+        ("deepseek_v3", 671e9, 37e9),
+        ("kimi_k2", 1.03e12, 32e9),
+        ("qwen3_30b", 30.5e9, 3.3e9),
+        ("moonlight_16b", 16e9, 3e9),
+    ],
+)
+def test_a_model_has_the_published_size(preset, total, active):
+    counts = count_parameters(load_checked(CONFIGS / "anchors" / f"{preset}.yaml").model)
+    assert counts.total == pytest.approx(total, rel=1e-2)
+    assert counts.active == pytest.approx(active, rel=5e-2)
+
+
+def test_counted_flops_are_the_published_ones_where_the_whole_model_is_planned(anchors):
+    for anchor in anchors:
+        if not anchor.published.is_stand_in:
+            published = anchor.published.flops_per_second / anchor.published.tokens_per_second
+            assert anchor.flops_per_token == pytest.approx(published, rel=5e-2), anchor.published
+
+
+def test_a_row_that_is_far_off_names_its_cause_and_no_other_does(anchors):
+    for anchor in anchors:
+        row = anchor_as_dict(anchor)
+        assert bool(row["cause"]) == (abs(row["error"]) > LARGE_ERROR), row
+
+
+def test_a_dispatcher_sends_a_token_once_a_node(anchors):
+    moe = next(anchor.config.model.moe for anchor in anchors if anchor.published.preset == "nemotron3_super_120b")
+    nodes = 8 * (1 - comb(512 - 64, 22) / comb(512, 22))
+    assert sent_rows(moe, 64, 8) == pytest.approx(nodes / (64 * (1 - comb(512 - 8, 22) / comb(512, 22))))
+    # Inside one node once a rank, as amfm sends.
+    assert sent_rows(moe, 8, 8) == 1.0
+
+
+def test_the_fit_finds_efficiencies_that_explain_the_speeds():
+    runs = [load_anchor(run, CONFIGS) for run in PUBLISHED if run.preset.endswith("qwen3_30b")]
+    slow = HARDWARE["h100"].model_copy(update={"product_efficiency": 0.4, "memory_efficiency": 0.5})
+    measured = [
+        replace(
+            anchor,
+            published=replace(
+                anchor.published, tokens_per_second=anchor.plan(slow).tokens_per_second / anchor.published.gpus
+            ),
+        )
+        for anchor in runs
+    ]
+    assert any(abs(anchor.ratio(anchor.plan(HARDWARE["h100"])) - 1) > 0.1 for anchor in measured)
+    found = fit_anchors(measured)
+    assert all(anchor.ratio(anchor.plan(found)) == pytest.approx(1, abs=0.02) for anchor in measured)
+
+
+def test_the_documentation_holds_what_the_command_prints(anchors):
+    text = (ROOT / "docs" / "benchmarks" / "planning.md").read_text(encoding="utf-8")
+    for anchor in anchors:
+        row = anchor_as_dict(anchor)
+        planned = f"{row['predicted_tokens_per_second_per_gpu']:,.0f} ({row['error']:+.0%})"
+        assert f"{row['published_tokens_per_second_per_gpu']:,} | {planned}" in text, row
+
+
+def test_the_table_of_anchors(capsys):
+    assert run(published, [str(CONFIGS)]) == 0
+    captured = capsys.readouterr()
+    assert "16,789" in captured.out
+    assert "forced routing: median error" in captured.err
+    assert "planned with Nano's blocks" in captured.err
+    assert run(published, [str(CONFIGS), "--json"]) == 0
+    for row in json.loads(capsys.readouterr().out):
+        if not row["is_stand_in"]:
+            assert row["error"] == pytest.approx(
+                row["predicted_tokens_per_second_per_gpu"] / row["published_tokens_per_second_per_gpu"] - 1
+            )
+
+
+def test_a_folder_without_presets_is_refused(capsys, tmp_path):
+    assert run(published, [str(tmp_path)]) == 2
+    assert "nemotron3_nano_30b.yaml" in capsys.readouterr().err

@@ -1,0 +1,54 @@
+"""Picture of a soak: the step that the run had reached against the time, round after round, and the faults on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from amfm.launch.study.plots import COLOURS
+from tests.soak.faults import LOCAL_KINDS, RAY_KINDS
+from tests.soak.settings import STEPS
+from tests.soak.soak import Round
+
+MARKERS = "osv^DPX*<>hp"
+STYLE = {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def draw_soak(rounds: Sequence[Round], title: str, path: Path) -> None:
+    """Write the picture; the suffix chooses the format. Every fault is a mark on the step that was logged last before it."""
+    names = list(dict.fromkeys(kind.name for kind in (*LOCAL_KINDS, *RAY_KINDS)))
+    with matplotlib.rc_context(STYLE):
+        canvas = Figure(figsize=(12, 4.2), layout="constrained")
+        axes = canvas.subplots()
+        for found in rounds:
+            axes.plot(
+                [seconds / 60 for seconds, _ in found.trail],
+                [step for _, step in found.trail],
+                color="#999999",
+                linewidth=0.8,
+            )
+            if found.trail:
+                words = found.layout.replace(", ", "\n")
+                axes.annotate(words, (found.trail[0][0] / 60, STEPS * 1.03), fontsize=7, color="#555555")
+        for place, name in enumerate(names):
+            strikes = [struck for found in rounds for struck in found.strikes if struck.kind == name]
+            if strikes:
+                axes.scatter(
+                    [struck.seconds / 60 for struck in strikes],
+                    [struck.step for struck in strikes],
+                    color=COLOURS[place % len(COLOURS)],
+                    marker=MARKERS[place % len(MARKERS)],
+                    s=22,
+                    zorder=3,
+                    label=f"{name} ({len(strikes)})",
+                )
+        axes.set_xlabel("minutes")
+        axes.set_ylabel("step")
+        axes.set_ylim(0, STEPS * 1.2)
+        axes.set_title(title, loc="left")
+        if any(found.strikes for found in rounds):
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        canvas.savefig(path)
