@@ -14,6 +14,8 @@ import time
 from types import TracebackType
 from typing import Protocol
 
+from amfm.data_pipeline.terminal import printable
+
 QUIET_SECONDS = 3.0  # of work that ends sooner nothing is said
 EVERY_SECONDS = 10.0
 
@@ -78,7 +80,7 @@ class Waiting:
         while not self.ended.wait(pause):
             pause = self.every_seconds
             if self.what:
-                sys.stderr.write(f"{self.name}: {self.describe()}\n")
+                sys.stderr.write(printable(f"{self.name}: {self.describe()}") + "\n")
                 sys.stderr.flush()
 
     def describe(self) -> str:

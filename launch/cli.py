@@ -15,6 +15,7 @@ from typing import Any
 
 import typer
 
+from amfm.data_pipeline.terminal import LastingStream
 from amfm.launch.commands import (
     config,
     convert,
@@ -85,6 +86,8 @@ def options(
 
 def main() -> None:
     """Entry point of `amfm` and of `python -m amfm.launch`."""
+    if sys.stderr is not None:
+        sys.stderr = LastingStream(sys.stderr)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
 from amfm.data_pipeline.progress import format_seconds
+from amfm.data_pipeline.terminal import printable
 
 # How a warning of megatron-core begins, at each import, about libraries that we don't use.
 UNUSED_LIBRARIES = "Transformer Engine and Apex are not installed"
@@ -32,8 +33,13 @@ def print_json(value: object) -> None:
 
 
 def say(text: str) -> None:
-    """Print a remark for a person on standard error; square brackets in it are text, not markup."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(escape(text))
+    """Print a remark for a person on standard error; square brackets in it are text, control characters are written out."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(plain(text))
+
+
+def plain(value: object) -> str:
+    """A value as text for rich, which is neither markup nor an order to the terminal."""
+    return escape(printable(str(value)))
 
 
 def print_pairs(title: str, pairs: Iterable[tuple[str, object]]) -> None:
@@ -42,10 +48,10 @@ def print_pairs(title: str, pairs: Iterable[tuple[str, object]]) -> None:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in pairs:
-        table.add_row(escape(name), escape(str(value)))
+        table.add_row(plain(name), plain(value))
     # Not as the table's title, which would be folded to its width.
     console = output()
-    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
+    console.print(f"[bold]{plain(title)}[/bold]", soft_wrap=True)
     console.print(table)
 
 
@@ -53,11 +59,11 @@ def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
     """Print a table with a header on standard output."""
     table = Table(header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(plain(column), overflow="fold")
     for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
+        table.add_row(*(plain(cell) for cell in row))
     console = output()
-    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
+    console.print(f"[bold]{plain(title)}[/bold]", soft_wrap=True)
     console.print(table)
 
 
@@ -96,7 +102,7 @@ def show_progress(name: str, *, every_seconds: float = 1.0, console: Console | N
             now = time.monotonic()
             if done >= total or now - last >= every_seconds:
                 left = describe_left(done, total, seconds_left)
-                console.print(escape(f"{name}: {done:,}/{total:,} {remark}{', ' if left else ''}{left}"))
+                console.print(plain(f"{name}: {done:,}/{total:,} {remark}{', ' if left else ''}{left}"))
                 last = now
 
         yield show_line
@@ -113,6 +119,6 @@ def show_progress(name: str, *, every_seconds: float = 1.0, console: Console | N
 
         def show_bar(done: int, total: int, remark: str, seconds_left: float | None = None) -> None:
             left = describe_left(done, total, seconds_left)
-            bar.update(task, completed=done, total=total, remark=escape(remark), left=left)
+            bar.update(task, completed=done, total=total, remark=plain(remark), left=left)
 
         yield show_bar

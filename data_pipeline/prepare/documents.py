@@ -30,6 +30,9 @@ from amfm.data_pipeline.prepare.sources import InputFile
 from amfm.data_pipeline.store.megatron_files import read_megatron_documents, read_megatron_index
 from amfm.data_pipeline.store.object_store import is_url
 
+MAX_DOCUMENT_BYTES = 2**28  # of a text, decompressed; a small file can hold one that takes a node's memory
+MAX_UNPACKED_BYTES = 2**31  # of a compressed parquet or arrow file, which is held in memory
+TOO_LONG = f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB, the most that a document may have"
 COUNTED_BYTES = 2**30  # as far into a file lines are counted, to say where a record is
 
 
@@ -107,7 +110,7 @@ def _read_parquet_metadata(file: InputFile) -> Any:
     except (pyarrow.ArrowInvalid, OSError) as error:
         if _is_of_the_disk(error):
             raise
-        raise ValueError(f"{file.path} isn't a readable parquet file ({error}); restore or remove it") from error
+        raise ValueError(f"{file.shown} isn't a readable parquet file ({error}); restore or remove it") from error
 
 
 # What gzip, zlib and zstd raise for broken streams; an OSError with a number is the disk's and is not for us.
@@ -143,7 +146,11 @@ class SegmentReader:
         file = self.segment.file
         try:
             with open_input(file) as stream:
-                text = stream.read().decode()
+                content = stream.read(MAX_DOCUMENT_BYTES + 1)
+                if len(content) > MAX_DOCUMENT_BYTES:
+                    yield Reject(file.name, TOO_LONG)
+                    return
+                text = content.decode()
         except UnicodeDecodeError as error:
             yield Reject(file.name, f"not UTF-8: {error.reason} at byte {error.start}")
         except _STREAM_ERRORS as error:
@@ -162,7 +169,9 @@ class SegmentReader:
                     number += 1
                     if line.isspace():
                         continue
-                    item = self._parse(line, f"{file.name}:line {number}")
+                    position = f"{file.name}:line {number}"
+                    is_whole = len(line) <= MAX_DOCUMENT_BYTES
+                    item = self._parse(line, position) if is_whole else Reject(position, TOO_LONG)
                     if isinstance(item, Reject) and file.compression == "none":
                         item = Reject(f"{file.name}:{self._place(number, offset)}", item.reason)
                     yield item
@@ -184,22 +193,35 @@ class SegmentReader:
         return f"byte {offset}" if self.lines_before is None else f"line {self.lines_before + number} (byte {offset})"
 
     def _lines(self, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-        """Iterate over (offset, line) of lines whose first byte lies in the segment; offset 0 in compressed files."""
+        """Iterate over (offset, line) of lines whose first byte lies in the segment; offset 0 in compressed files.
+
+        Of a line that is longer than MAX_DOCUMENT_BYTES one byte more than that is given, and the rest read over.
+        """
         if self.segment.file.compression != "none":
-            yield from ((0, line) for line in stream)
+            while (found := self._line(stream))[1]:
+                yield 0, found[0]
             return
         offset = self.segment.start
         if offset:
             # From one byte before: if that ends a line, the segment's first byte begins one.
             stream.seek(offset - 1)
-            offset += len(stream.readline()) - 1
+            offset += self._line(stream)[1] - 1
         while offset < self.segment.stop:
-            line = stream.readline()
+            line, num_bytes = self._line(stream)
             if not line:
                 return
-            self.covered_bytes += len(line)
+            self.covered_bytes += num_bytes
             yield offset, line
-            offset += len(line)
+            offset += num_bytes
+
+    def _line(self, stream: IO[bytes]) -> tuple[bytes, int]:
+        """A line, as far as it may be long, and its whole length."""
+        line = stream.readline(MAX_DOCUMENT_BYTES + 1)
+        num_bytes, last = len(line), line
+        while len(last) == MAX_DOCUMENT_BYTES + 1 and not last.endswith(b"\n"):
+            last = stream.readline(MAX_DOCUMENT_BYTES + 1)
+            num_bytes += len(last)
+        return line, num_bytes
 
     def _parse(self, line: bytes, position: str) -> Document | Reject:
         try:
@@ -267,6 +289,8 @@ class SegmentReader:
             return Reject(position, f"field {self.text_column!r} is {type(text).__name__}, not text")
         if not text or text.isspace():
             return Reject(position, "empty text")
+        if len(text) > MAX_DOCUMENT_BYTES:
+            return Reject(position, TOO_LONG)
         if text.isascii():  # known without looking, as in most of the text
             return Document(text, len(text), position)
         try:
@@ -298,4 +322,7 @@ def open_seekable(file: InputFile) -> Any:
     if file.compression == "none":
         return file.open_arrow()
     with open_input(file) as stream:
-        return pyarrow.BufferReader(stream.read())
+        content = stream.read(MAX_UNPACKED_BYTES + 1)
+    if len(content) > MAX_UNPACKED_BYTES:
+        raise pyarrow.ArrowInvalid(f"it unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB; decompress it first")
+    return pyarrow.BufferReader(content)

@@ -223,7 +223,7 @@ class _Dispatcher:
         if self.failures[unit.name] >= ATTEMPTS:
             raise RuntimeError(
                 f"the process that writes part {unit.name} died {ATTEMPTS} times ({str(error).splitlines()[0]}); its inputs are "
-                f"{', '.join(sorted({item.file.path for item in unit.segments}))}. Out of memory? Then lower "
+                f"{', '.join(sorted({item.file.shown for item in unit.segments}))}. Out of memory? Then lower "
                 "data.prepare.part_bytes or num_actors; what is done is kept"
             ) from error
         self.waiting.append(unit)

@@ -46,5 +46,5 @@ def place_of(position: str, segments: Sequence[Segment]) -> str:
     """A position with the path of its file in the place of the plan's name for it."""
     for segment in segments:
         if position == segment.file.name or position.startswith(f"{segment.file.name}:"):
-            return segment.file.path + position.removeprefix(segment.file.name)
+            return segment.file.shown + position.removeprefix(segment.file.name)
     return position

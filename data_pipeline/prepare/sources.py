@@ -22,7 +22,7 @@ import pyarrow
 
 from amfm.data_pipeline.config import SourceConfig
 from amfm.data_pipeline.prepare.hub import headers_for, is_hub, list_hub, pin_revisions
-from amfm.data_pipeline.store.http_files import HttpError, HttpFile, is_http
+from amfm.data_pipeline.store.http_files import HttpError, HttpFile, is_http, without_secrets
 from amfm.data_pipeline.store.object_store import RemoteFolder, is_url, split_url
 
 Kind = Literal["text", "jsonl", "parquet", "arrow", "megatron"]
@@ -57,6 +57,11 @@ class InputFile:
     num_bytes: int
     modified_ns: int
 
+    @property
+    def shown(self) -> str:
+        """The path for messages."""
+        return without_secrets(self.path)
+
     def open(self) -> IO[bytes]:
         """Open the file for reading at random, its bytes as they are stored."""
         if not is_url(self.path):
@@ -89,7 +94,12 @@ def list_files(source: SourceConfig, pins: Mapping[str, str] = {}) -> list[Input
     """
     files: list[InputFile] = []
     for number, given in enumerate(source.paths):
-        where = f"source {source.name!r}: path {given!r}"
+        where = f"source {source.name!r}: path {without_secrets(given)!r}"
+        if is_http(given) and "@" in urllib.parse.urlsplit(given).netloc:
+            raise ValueError(
+                f"{where} has a user name or password, which would be recorded with the run; leave it out, and give a signed "
+                "link or a local file"
+            )
         if is_hub(given):
             found = _list_hub(given, pins.get(given) or pin_revisions([given], {})[given], where)
         elif is_http(given):
@@ -279,7 +289,9 @@ def _describe(found: _Found, name: str) -> InputFile:
     num_bytes, modified_ns = found.num_bytes, found.modified_ns
     if kind == "megatron":
         if is_url(found.path):
-            raise ValueError(f"{found.path} must be a local file: copy the .idx and the .bin here, and name the .idx")
+            raise ValueError(
+                f"{without_secrets(found.path)} must be a local file: copy the .idx and the .bin here, and name the .idx"
+            )
         tokens = Path(found.path).with_suffix(".bin")
         if not tokens.is_file():
             raise ValueError(f"{found.path} needs {tokens.name} beside it; restore the pair")

@@ -103,7 +103,7 @@ def ask(
         except (OSError, HTTPException) as error:  # no such host, no connection, no answer in time
             reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         if attempt + 1 == attempts or (status is not None and status not in TRANSIENT):
-            raise HttpError(f"{without_query(url)}: {reason}", status)
+            raise HttpError(f"{without_secrets(url)}: {reason}", status)
         time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
     raise AssertionError("attempts is at least 1")
 
@@ -117,9 +117,13 @@ def _read_answer(answer: Any, most_bytes: int) -> Answer:
     return Answer(content, names, answer.geturl())
 
 
-def without_query(url: str) -> str:
-    """An address for messages: signed links carry secrets behind the question mark."""
-    return url.partition("?")[0]
+def without_secrets(url: str) -> str:
+    """A path or an address for messages: without name and password, and what signed links carry behind the question mark."""
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return url
+    host, slash, path = re.split("[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 class HttpFile:
@@ -160,7 +164,7 @@ class HttpFile:
         found = CONTENT_RANGE.fullmatch(answer.headers.get("content-range", ""))
         if found is None or tuple(map(int, found.groups())) != given or len(answer.content) != stop - start:
             raise HttpError(
-                f"{without_query(self.url)} does not hold bytes {start} to {stop} of {self.num_bytes} any more; it changed "
+                f"{without_secrets(self.url)} does not hold bytes {start} to {stop} of {self.num_bytes} any more; it changed "
                 "since it was planned: run the same command again"
             )
         return answer.content

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from amfm.launch.arguments import JsonOption
-from amfm.launch.console import print_json, say
+from amfm.launch.console import plain, print_json, say
 from amfm.pretrain.launcher_protocol import DONE, INTERRUPTED, RUN_FAILED
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ def watch(
 def show_live(run: FollowedRun, *, stays: bool) -> None:
     """Show a run until it ends: a panel on a terminal, lines anywhere else, remarks about events in both."""
     from rich.console import Console
-    from rich.markup import escape
 
     from amfm.pretrain.monitor.follow import follow
     from amfm.pretrain.monitor.live import LivePanel
@@ -65,11 +64,11 @@ def show_live(run: FollowedRun, *, stays: bool) -> None:
             due = [line for line in seen.metrics if run.panel.is_line_due(line, every)]
             for line in seen.metrics[-1:] if is_first else due:
                 if live is None:
-                    printer.print(escape(run.panel.format_line(line)))
+                    printer.print(plain(run.panel.format_line(line)))
             for event in () if is_first else seen.events:
-                printer.print(escape(f"{event.get('event')} at step {event.get('step')}"))
+                printer.print(plain(f"{event.get('event')} at step {event.get('step')}"))
             if live is None and seen.state != said:
-                printer.print(escape(f"{run.directory}: {run.panel.status}"))
+                printer.print(plain(f"{run.directory}: {run.panel.status}"))
                 said = seen.state
             is_first = False
     finally:

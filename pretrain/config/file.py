@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import locale
 import os
 import re
 from collections.abc import Sequence
@@ -117,6 +118,12 @@ def settle(
 
 def apply_override(tree: Entry, override: str, problems: list[Problem], schema: type[BaseModel] = RunConfig) -> None:
     """Lay `a.b=value` over the tree; a bad override is appended to `problems`."""
+    if not override.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in override):
+        origin = Origin(f"override {override!a}")
+        remedy = "set LC_ALL=C.UTF-8 or PYTHONUTF8=1, or write the value into the file"
+        rule = f"its bytes are not text in this locale's encoding, {locale.getpreferredencoding(False)}"
+        problems.append(Problem("", rule, remedy, origin=origin))
+        return
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not _OVERRIDE.match(key):

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from amfm.data_pipeline.terminal import printable
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.live import LivePanel
 from amfm.pretrain.monitor.panel import RunState
@@ -37,7 +38,7 @@ class Display:
     def say(self, text: str) -> None:
         """Print a remark between steps; on a terminal it scrolls above the panel."""
         printer = self.live or self.console
-        printer.print(escape(text))
+        printer.print(escape(printable(text)))
 
     def show(self, metrics: dict[str, Any]) -> None:
         """Show a step's line of metrics.jsonl: update the panel, or print a line if one is due."""

@@ -19,6 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from amfm.data_pipeline.terminal import printable
+
 BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 48
 KEPT_LOSSES = 400
@@ -116,8 +118,8 @@ class RunState:
         elapsed = "" if self.began is None else f"elapsed {since(self.began)}   "
         rows.append(Text(elapsed + self.describe_checkpoint()))
         if self.status:
-            rows.append(Text(self.status, style="bold", no_wrap=False, overflow="fold"))
-        return Panel(Group(*rows), title=escape(self.name), title_align="left", expand=False)
+            rows.append(Text(printable(self.status), style="bold", no_wrap=False, overflow="fold"))
+        return Panel(Group(*rows), title=escape(printable(self.name)), title_align="left", expand=False)
 
     def draw_measures(self, metrics: dict[str, Any]) -> list[Any]:
         """Draw loss curve, validation, gradients, pace, memory and, with MoE blocks, load of experts."""

@@ -1,5 +1,6 @@
 """The command line: exit codes, one message for bad input, examples in every help, one JSON object for scripts."""
 
+import os
 import re
 import resource
 import subprocess
@@ -96,6 +97,27 @@ def test_help_answers_in_a_second_without_heavy_packages():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Seconds of the processor, so that a busy machine changes nothing: 0.3 here.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_standard_error_that_takes_nothing_changes_no_exit_code(base):
+    """A log on a full disk, and `2>&1 | head -1`, whose reader has ended."""
+    reader, closed = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "amfm.launch", "config", str(base)]
+    for words, code in ([], 0), (["train.stepz=1"], 2):
+        with open("/dev/full", "wb") as full:
+            for errors in (full.fileno(), closed):
+                done = subprocess.run([*command, *words], stdout=subprocess.PIPE, stderr=errors, check=False)
+                assert done.returncode == code and bool(done.stdout) == (code == 0)
+    os.close(closed)
+
+
+def test_an_override_in_another_encoding_is_explained(base):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "amfm.launch", "config", str(base), "run.dir=d\u00e9"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert "its bytes are not text in this locale's encoding, ANSI_X3.4-1968; set LC_ALL=C.UTF-8" in done.stderr
 
 
 def test_module_and_command_are_one(base):

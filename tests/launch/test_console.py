@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from amfm.launch.console import BAR_WIDTH, show_progress
+from amfm.launch.console import BAR_WIDTH, print_pairs, print_rows, say, show_progress
 
 REMARK = "1,234,567 tokens, 1,234 documents/s, 12.3 MB/s, 1,234,567 tokens/s"
 
@@ -20,6 +20,15 @@ def test_the_bar_keeps_its_width_and_the_time_left_however_long_the_remark(width
     assert line.count("━") >= BAR_WIDTH // 2 - 1
     assert "170/340" in line and "3 min to go" in line
     assert len(line) <= width and (REMARK in line) == (width == 160)
+
+
+def test_names_from_elsewhere_give_the_terminal_no_orders(capsys):
+    """ESC]0; sets its title, ESC[2J clears it, \x9b begins what ESC[ does; brackets are rich's own orders."""
+    for show in (say, lambda text: print_pairs(text, [(text, text)]), lambda text: print_rows(text, [text], [[text]])):
+        show("\x1b]0;title\x07 \x1b[2J \x9b31m [bold] \u202e\tnext\nline")
+    told = capsys.readouterr()
+    assert not set(told.err + told.out) & set("\x1b\x07\x9b\u202e")
+    assert "\\x1b]0;title\\x07 \\x1b[2J \\x9b31m [bold] \\u202e" in told.err
 
 
 def test_a_log_file_gets_lines_with_the_time_left():

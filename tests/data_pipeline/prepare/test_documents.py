@@ -7,6 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from amfm.data_pipeline.config import SourceConfig
+from amfm.data_pipeline.prepare import documents
 from amfm.data_pipeline.prepare.documents import Document, Reject, Segment, SegmentReader, cut_segments
 from amfm.data_pipeline.prepare.sources import list_files
 
@@ -138,6 +139,27 @@ def test_text_that_is_not_utf8_is_rejected_with_the_byte(tmp_path):
     items = read_all(list_files(source_of(tmp_path)), 1000)
     assert texts_of(items) == ["good"]
     assert items[0].reason.startswith("not UTF-8") and items[0].reason.endswith("byte 3")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_document_beyond_the_limit_is_a_reject_and_the_rest_is_read(tmp_path, monkeypatch, suffix):
+    """A small .gz may hold gigabytes in one line or text."""
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(documents, "MAX_UNPACKED_BYTES", 10**6)
+    pack = gzip.compress if suffix else bytes
+    long, short = json.dumps({"text": "a" * 10**5}), json.dumps({"text": "short"})
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(pack("\n".join([short, long, short, long]).encode()))
+    (tmp_path / f"b.txt{suffix}").write_bytes(pack(b"b" * 1001))
+    (tmp_path / f"c.txt{suffix}").write_bytes(pack(b"c" * 1000))
+    if suffix:
+        (tmp_path / "d.parquet.gz").write_bytes(pack(bytes(10**6 + 1)))
+    for segment_bytes in (10**7, 17, 50_000):
+        items = read_all(list_files(source_of(tmp_path)), segment_bytes)
+        assert texts_of(items) == ["short", "short", "c" * 1000]
+        rejects = [item for item in items if isinstance(item, Reject)]
+        assert [item.position.split(":")[-1].split(" (")[0] for item in rejects[:2]] == ["line 2", "line 4"]
+        assert ["longer than" in item.reason for item in rejects[:3]] == [True] * 3
+        assert len(rejects) == 3 + bool(suffix) and (not suffix or "unpacks to more than" in rejects[3].reason)
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.parquet.gz", "a.txt.zst", "a.jsonl.zst", "a.arrow.zst"])

@@ -4,6 +4,7 @@ import pytest
 
 from amfm.data_pipeline.config import SourceConfig
 from amfm.data_pipeline.prepare import sources
+from amfm.data_pipeline.store import http_files
 
 
 def files_of(path) -> list[str]:
@@ -51,3 +52,17 @@ def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
     monkeypatch.setattr(sources.os, "scandir", scandir)  # root, who may run the tests, can read every folder
     with pytest.raises(ValueError, match=r"sub can't be read \(Permission denied\); make it readable"):
         files_of(folder)
+
+
+def test_messages_leave_out_the_secrets_of_an_address(monkeypatch):
+    monkeypatch.setattr(http_files, "FIRST_PAUSE_SECONDS", 0.0)
+    for address in (
+        "http://user:SECRET@127.0.0.1:9/x.jsonl",
+        "http://127.0.0.1:9/x.jsonl?X-Amz-Signature=SECRET#SECRET",
+    ):
+        with pytest.raises(ValueError, match=r"path 'http://127\.0\.0\.1:9/x\.jsonl' ") as refused:
+            files_of(address)
+        assert "SECRET" not in str(refused.value)
+    shown = sources.InputFile("s3://key:SECRET@bucket/a?SECRET", "0/a", "text", "none", 1, 1).shown
+    assert shown == "s3://bucket/a"
+    assert http_files.without_secrets("/data/what?/@home") == "/data/what?/@home"

@@ -22,6 +22,14 @@ def test_a_run_that_ended_is_shown_once_and_said_so(started_run: Path, capsys) -
     assert f"{started_run}: finished" in said
 
 
+def test_events_give_the_terminal_no_orders(started_run: Path, capsys) -> None:
+    (started_run / "heartbeats" / "rank-0.json").unlink()
+    append(started_run / "events.jsonl", event("failed", 1, error="\x1b]0;title\x07\x1b[2J"))
+    assert amfm(["watch", str(started_run)]) == 3
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and "\\x1b]0;title\\x07" in said
+
+
 def test_json_is_the_state_of_now_and_a_failed_run_is_exit_code_3(started_run: Path, capsys) -> None:
     (started_run / "heartbeats" / "rank-0.json").unlink()
     append(started_run / "events.jsonl", event("gave_up", 1, cause="5 steps in a row were skipped"))
