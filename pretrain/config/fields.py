@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +17,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from amfm.pretrain.config.rarely_set import user_of
 from amfm.pretrain.config.schema import RunConfig
 
+# Sections of a stage that have the settings of another section.
+REPEATED = ("stages.*.rope", "stages.*.schedule", "stages.*.parallel")
 ITEM = "*"  # stands for the position in a list of sections: data.sources.*.weight
 
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -26,12 +29,16 @@ _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 @dataclass(frozen=True)
 class FieldRow:
-    """One setting: dotted key, type with its bounds, default as YAML writes it (None: must be given), meaning."""
+    """One setting: dotted key, type with its bounds, default as YAML writes it (None: must be given), meaning.
+
+    `user`: the page that says when it is set; None for a setting that presets or recipes set.
+    """
 
     key: str
     type: str
     default: str | None
     meaning: str
+    user: str | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def describe_field(key: str, info: FieldInfo) -> FieldRow:
     elif bounds:
         kind = f"{kind} {', '.join(bounds)}"
     default = None if info.default is PydanticUndefined else show_value(info.default)
-    return FieldRow(key, kind, default, info.description or "")
+    return FieldRow(key, kind, default, info.description or "", user_of(key))
 
 
 def section_of(annotation: Any) -> tuple[type[BaseModel], bool] | None:
@@ -159,17 +166,43 @@ def reference_page() -> str:
         "  `# yaml-language-server: $schema=schema.json` (the path from the file) on top.",
         "",
     ]
-    for section in describe_sections():
+    lines += [
+        "What presets and recipes set comes first; [below](#rarely-set) the rest, each with the page that says when.",
+        "",
+    ]
+    sections = [section for section in describe_sections() if not section.key.startswith(REPEATED)]
+    for section in sections:
         lines += [f"## `{section.key}`", "", section.meaning, ""]
-        if section.fields:
-            lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-        for row in section.fields:
-            default = "required" if row.default is None else f"`{row.default}`"
-            name = row.key.rsplit(".", 1)[1]
-            kind, meaning = (text.replace("|", "\\|") for text in (row.type, row.meaning))
-            lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
-        lines.append("")
+        lines += setting_table([row for row in section.fields if row.user is None])
+        if section.key == "stages.*":
+            lines += [
+                "Its `rope`, `schedule` and `parallel` are as the sections of that name; what is left out is as before.",
+                "",
+            ]
+    lines += ["# Rarely set", "", "What no preset and no recipe sets.", ""]
+    for section in sections:
+        rare = [row for row in section.fields if row.user is not None]
+        if rare:
+            lines += [f"## More of `{section.key}`", "", *setting_table(rare)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def setting_table(rows: Sequence[FieldRow]) -> list[str]:
+    """Lines of a Markdown table of settings, with the pages of those that are rarely set; none without settings."""
+    if not rows:
+        return []
+    has_users = any(row.user is not None for row in rows)
+    lines = ["| key | type | default | meaning |" + " page |" * has_users, "|---|---|---|---|" + "---|" * has_users]
+    for row in rows:
+        default = "required" if row.default is None else f"`{row.default}`"
+        name = row.key.rsplit(".", 1)[1]
+        kind, meaning = (text.replace("|", "\\|") for text in (row.type, row.meaning))
+        line = f"| `{name}` | {kind} | {default} | {meaning} |"
+        if row.user is not None:
+            page = row.user.removeprefix("docs/")
+            line += f" [{page.removesuffix('.md')}]({page}) |"
+        lines.append(line)
+    return [*lines, ""]
 
 
 def flatten_settings(section: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,11 +1,17 @@
 """The schema: its frozen list of fields, and the pages that are made from it."""
 
 import json
+import re
 from pathlib import Path
 
-from amfm.pretrain.config.fields import describe_fields, reference_page
+import yaml
+
+from amfm.pretrain.config.fields import REPEATED, describe_fields, flatten_settings, reference_page
 from amfm.pretrain.config.file import config_schema
+from amfm.pretrain.config.rarely_set import RARELY_SET
 from amfm.pretrain.config.schema import RunConfig
+
+ROOT = Path(__file__).parents[3]
 
 # Growing this list is a decision: a new setting needs a reader, a description and a line here.
 FIELDS = """
@@ -144,6 +150,30 @@ launch.slurm.container_mounts launch.slurm.container_python launch.slurm.extra
 
 def test_the_field_list_is_frozen():
     assert [row.key for row in describe_fields()] == FIELDS.split()
+
+
+def settings_of_presets_and_recipes() -> set[str]:
+    """Dotted keys that a file of configs/ or recipes/ sets, in YAML or as KEY=VALUE of a script."""
+    found: set[str] = set()
+    for path in [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("recipes/**/*.yaml")]:
+        found |= {re.sub(r"\.\d+(?=\.)", ".*", key) for key in flatten_settings(yaml.safe_load(path.read_text()))}
+    for path in [*ROOT.glob("recipes/*.sh"), *ROOT.glob("recipes/*.md")]:
+        keys = re.findall(r"(?<![\w.])[a-z_]+(?:\.[a-z_0-9]+)+(?==)", path.read_text())
+        found |= {re.sub(r"\.\d+(?=\.)", ".*", key) for key in keys}
+    return found
+
+
+def test_a_setting_is_set_by_a_preset_or_recipe_or_a_page_says_when_it_is() -> None:
+    common = settings_of_presets_and_recipes()
+    rows = [row for row in describe_fields() if not row.key.startswith(REPEATED)]
+    assert [row.key for row in rows if row.user is None and row.key not in common] == [], "name a page in RARELY_SET"
+    assert [row.key for row in rows if row.user is not None and row.key in common] == [], "leave it out of RARELY_SET"
+    listed = {f"{section}.{name}" for page in RARELY_SET.values() for section in page for name in page[section].split()}
+    assert listed - {row.key for row in rows} == set(), "no such setting"
+    for row in rows:
+        if row.user is not None:
+            text = (ROOT / row.user).read_text()
+            assert re.search(rf"\b{row.key.split('.')[-1]}\b", text), f"{row.user} does not name {row.key}"
 
 
 def test_every_field_says_what_it_means():

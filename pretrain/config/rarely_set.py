@@ -1,0 +1,103 @@
+"""Settings that no preset and no recipe sets, by the page that says when they are set: the second half of the reference.
+
+Every other setting is in a file of configs/ or recipes/. A new setting joins one of them, or this table; a test holds both.
+`stages.*` repeats rope, schedule and parallel, and so is left out.
+"""
+
+from __future__ import annotations
+
+RARELY_SET: dict[str, dict[str, str]] = {
+    "docs/checkpoints.md": {
+        "train": "seed checkpoint_in_background checkpoint_store keep_every_steps replica_every_steps replica_folder timeout_seconds max_skipped_steps deterministic",
+    },
+    "docs/conversion.md": {
+        "model.mixers.window_linear": "preset features gate combine linear_positions linear_weight feature_size meta_tokens rope_theta rope_fraction output_gate chunk_size",
+        "model.mixers.window_linear.rope_llama3": "factor original_length slow_turns fast_turns",
+        "model.lora_mixer": "num_experts top_k rank alpha targets balance_weight hard_from_step",
+        "convert": "to blocks stage",
+        "convert.transfer": "learning_rate scale",
+        "convert.tune": "rank alpha targets",
+        "convert.tune.routing": "num_experts top_k balance_weight hard_from_step",
+    },
+    "docs/data.md": {
+        "data": "packing shuffle mask_document_boundaries on_corruption",
+        "data.cache": "folder max_bytes block_bytes",
+        "data.sources.*": "text_column max_bytes max_tokens",
+        "data.sources.*.filters": "min_characters max_characters keep_pattern drop_pattern exact_duplicates",
+        "data.tokenizer": "algorithm eos_token byte_fallback",
+        "data.prepare": "preset part_bytes chunk_tokens seed",
+        "data.phases.*": "start_sample weights sequence_length",
+        "train.batch_ramp": "start_size increment steps",
+        "stages.*": "steps micro_batch_size weights",
+    },
+    "docs/debugging.md": {
+        "run": "name tensorboard wandb_project",
+        "data.prepare": "num_actors",
+        "train.profile": "steps ranks memory",
+        "health": "check_state_every_steps",
+        "train": "compile",
+    },
+    "docs/evaluation.md": {
+        "evaluate": "tasks include_path every_steps limit num_fewshot micro_batch_size",
+    },
+    "docs/kernels.md": {
+        "kernels": "backend",
+    },
+    "docs/launching.md": {
+        "health": "on_nonfinite on_spike spike_ratio spike_window max_rollbacks straggler_percent",
+        "launch": "heartbeat_seconds max_restarts min_nodes node_wait_seconds setup environment",
+        "launch.slurm": "partition account qos time_limit gpus cpus_per_task cpu_bind memory modules signal_seconds requeue container_image container_mounts container_python extra",
+    },
+    "docs/mixers.md": {
+        "model": "depth_scaled_init residual_in_fp32 logits_z_loss_weight",
+        "model.mamba": "conv_kernel conv_bias a_init_min a_init_max time_step_min time_step_max time_step_floor",
+        "model.attention.rope": "scaling ntk_alpha yarn_factor yarn_original_length yarn_beta_fast yarn_beta_slow",
+        "model.attention.rope.llama3": "factor original_length slow_turns fast_turns",
+        "model.moe": "z_loss_weight",
+        "model.mixers.deltanet": "conv_kernel chunk_size value_head_dim num_key_heads",
+        "model.mixers.gated_deltanet": "allow_negative_eigenvalues",
+        "model.mixers.deltaproduct": "conv_kernel chunk_size value_head_dim num_key_heads",
+        "model.mixers.gla": "conv_kernel chunk_size num_heads head_dim value_head_dim gate_rank",
+        "model.mixers.kda": "chunk_size value_head_dim gate_rank allow_negative_eigenvalues",
+        "model.mixers.hedgehog": "conv_kernel chunk_size num_heads head_dim value_head_dim positions rope_theta",
+        "model.mixers.lightning": "conv_kernel chunk_size num_heads head_dim value_head_dim",
+        "model.mixers.lightnet": "conv_kernel chunk_size num_heads head_dim value_head_dim gate_rank",
+        "model.mixers.mala": "conv_kernel chunk_size num_heads head_dim value_head_dim positions rope_theta",
+        "model.mixers.mamba1": "conv_kernel chunk_size inner_size state_size dt_rank",
+        "model.mixers.mom": "mixer num_memories top_k shared_memory balance_loss_weight",
+        "model.mixers.plstm": "conv_kernel chunk_size num_heads head_dim value_head_dim",
+        "model.mixers.retnet": "conv_kernel chunk_size num_heads head_dim value_head_dim rope_theta",
+        "model.mixers.transnormer": "chunk_size value_head_dim positions rope_theta",
+        "model.mixers.mla": "gate latent_norm_epsilon",
+        "model.mixers.window": "num_heads num_kv_heads window head_dim qk_norm positions rope_theta gate",
+        "model.mixers.window_linear": "qk_norm softmax_scale",
+        "model.mtp": "detach",
+    },
+    "docs/finetuning.md": {
+        "run": "initial_weights",
+    },
+    "docs/optimizers.md": {
+        "optimizer": "epsilon state_dtype",
+        "optimizer.muon": "momentum rounds update_rms per_head",
+        "schedule": "decay_shape",
+    },
+    "docs/parallelism.md": {
+        "parallel": "expert_tensor offload_optimizer",
+    },
+    "docs/structure.md": {
+        "model.moe": "shared_expert_linear_kind shared_expert_linear_rank shared_expert_linear_blocks",
+        "model.feed_forward": "linear_kind linear_rank linear_blocks",
+        "model.guide": "share skip",
+        "prune": "groups keep method start_step every_steps end_step",
+        "forget": "every_steps until_step",
+    },
+    "docs/synthetic_tasks.md": {
+        "data.probe": "num_symbols",
+    },
+}
+
+
+def user_of(key: str) -> str | None:
+    """The page that says when a setting is set; None for one that presets or recipes set."""
+    section, _, name = key.rpartition(".")
+    return next((page for page, named in RARELY_SET.items() if name in named.get(section, "").split()), None)
