@@ -129,7 +129,7 @@ def check_exact(config: RunConfig, layout: Layout) -> None:
         raise ValueError(
             f"model.moe.top_k={moe.top_k} of {moe.num_experts} experts has no formula with parallel.expert={layout.expert}: "
             "a token's row travels once to each rank that it has experts on, and on how many depends on the router; count "
-            f"with model.moe.num_experts={layout.expert} or model.moe.top_k=1"
+            f"with model.moe.num_experts={layout.expert}, or top_k=1 and normalize_probabilities=false"
         )
 
 

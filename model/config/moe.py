@@ -51,6 +51,10 @@ class MoeConfig(MixerOptions):
     sequence_loss_weight: float = Field(
         0.0, ge=0, description="Balance inside each row (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."
     )
+    balance_counts: Literal["routed", "scores"] = Field(
+        "routed",
+        description="Load in both balance losses: choices as `routed`, with bias and groups, or those that `scores` alone would make, as the equations of both papers.",
+    )
     z_loss_weight: float = Field(
         0.0, ge=0, description="Squared log-sum-exp of the router logits (Zoph et al. 2022, arXiv 2202.08906)."
     )
@@ -74,7 +78,7 @@ class MoeConfig(MixerOptions):
         )
 
     training_only: ClassVar[frozenset[str]] = frozenset(
-        ("bias_update_rate", "auxiliary_loss_weight", "sequence_loss_weight", "z_loss_weight")
+        ("bias_update_rate", "auxiliary_loss_weight", "sequence_loss_weight", "balance_counts", "z_loss_weight")
     )
 
     def feed_forwards(self) -> tuple[FeedForwardPart, ...]:
@@ -96,6 +100,11 @@ class MoeConfig(MixerOptions):
         if self.expert_bias and self.router != "sigmoid":
             rule = f"needs model.moe.router=sigmoid, not {self.router}"
             yield "expert_bias", f"{rule}; use router: sigmoid, or balance with auxiliary_loss_weight"
+        if self.balance_counts == "scores" and not (self.auxiliary_loss_weight or self.sequence_loss_weight):
+            yield "balance_counts", "is read by balance losses, and both weights are 0; set one, or remove it"
+        if self.balance_counts == "scores" and self.routes_by_scores():
+            rule = "changes nothing: without expert_bias and a limit of groups the scores alone choose"
+            yield "balance_counts", f"{rule}; remove it"
         if self.overflow == "recycle" and self.capacity_factor is None:
             rule = "needs model.moe.capacity_factor: without it no expert is ever full"
             yield "overflow", f"{rule}; set capacity_factor: 1.5, or remove overflow"
@@ -103,6 +112,16 @@ class MoeConfig(MixerOptions):
             rule = f"needs model.moe.capacity_factor of at least 1, not {self.capacity_factor}"
             remedy = "experts have room for fewer choices than there are; raise it, or use overflow: drop"
             yield "overflow", f"{rule}: {remedy}"
+
+    def broken_training(self) -> Iterator[tuple[str, str, str]]:
+        """A weight that is always 1 gives the router no gradient (Megatron-Core refuses it too)."""
+        if self.top_k == 1 < self.num_experts and self.normalize_probabilities:
+            rule = "gives the one chosen expert the weight 1, with normalize_probabilities: the router gets no gradient of the loss"
+            yield "top_k", rule, "use normalize_probabilities: false, or top_k of 2 or more"
+
+    def routes_by_scores(self) -> bool:
+        """Whether neither a bias nor a limit of groups has a part in choosing experts."""
+        return not self.expert_bias and self.router_group_top_k == self.num_router_groups
 
     def _broken_groups(self) -> Iterator[tuple[str, str]]:
         """Groups of experts are of one size, and those that a token may use hold its experts."""

@@ -62,6 +62,10 @@ class MixerOptions(Section):
         for part in self.feed_forwards():
             yield from part.broken_rules(hidden_size)
 
+    def broken_training(self) -> Iterator[tuple[str, str, str]]:
+        """Fields by which something would never be trained, each with the rule and a remedy; a trained model is read."""
+        yield from ()
+
     def cut_evenly(self) -> dict[Axis, dict[str, int]]:
         """Sizes that the number of ranks of an axis must divide, by axis and field."""
         return {}

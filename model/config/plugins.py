@@ -42,13 +42,23 @@ def installed_specs(group: str, kind: type[S]) -> Iterator[tuple[EntryPoint, S]]
             spec = entry.load()
         except (ImportError, AttributeError) as error:
             raise RuntimeError(
-                f"{describe_entry(entry)} cannot be loaded ({error}); mend or uninstall its package"
+                f"{describe_entry(entry)} cannot be loaded ({error}{what_changed(error)}); fix or uninstall its package"
             ) from error
         if not isinstance(spec, kind) or not SPEC_NAME.fullmatch(spec.name):
             raise RuntimeError(
-                f"{describe_entry(entry)} is {spec!r}; it must be a {kind.__name__} with a lower-case name: mend its package"
+                f"{describe_entry(entry)} is {spec!r}; it must be a {kind.__name__} with a lower-case name: fix its package"
             )
         yield entry, spec
+
+
+def what_changed(error: Exception) -> str:
+    """Say what has another name now, where an error says that a package was written for an older amfm; else nothing."""
+    missing = (getattr(error, "name", None) or "").split(".")
+    if "mixer_registry" in missing:
+        return "; a MixerSpec is a Kind of amfm.model.config.kinds now, and cut_evenly of its options is by axis"
+    if missing[0] in ("pretrain", "model", "kernels", "data_pipeline", "launch"):
+        return f"; it is imported as amfm.{'.'.join(missing)} now"
+    return ""
 
 
 class PluginSections(Section):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amfm.kernels.moe.grouping import count_experts
 from amfm.kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
 from amfm.kernels.moe.op import Routing
 from amfm.model.config.moe import MoeConfig
@@ -26,13 +27,16 @@ def auxiliary_losses(
     That is exact, because counts carry no gradient: with those of all tokens known, the rest is a sum over tokens.
     """
     losses: dict[str, Tensor] = {}
+    ids_RK, own_counts_E = routing.expert_ids_RK, routing.counts_E
+    if moe.balance_counts == "scores":
+        # What the scores alone would choose: a bias must not hide from the losses what it balances.
+        ids_RK = routing.scores_RE.detach().topk(moe.top_k, dim=-1).indices
+        own_counts_E = count_experts(ids_RK, moe.num_experts)
     if moe.auxiliary_loss_weight:
-        counts_E = sum_over_context(routing.counts_E, groups)
+        counts_E = sum_over_context(own_counts_E, groups)
         losses["balance"] = moe.auxiliary_loss_weight * balance_loss(routing.scores_RE, counts_E, moe.top_k)
     if moe.sequence_loss_weight:
-        ids_BTK, scores_BTE = (
-            values.unflatten(0, (num_rows, -1)) for values in (routing.expert_ids_RK, routing.scores_RE)
-        )
+        ids_BTK, scores_BTE = (values.unflatten(0, (num_rows, -1)) for values in (ids_RK, routing.scores_RE))
         counts_BE = sum_over_context(count_by_row(ids_BTK, moe.num_experts), groups)
         losses["sequence_balance"] = moe.sequence_loss_weight * sequence_balance_loss(scores_BTE, counts_BE)
     if moe.z_loss_weight:

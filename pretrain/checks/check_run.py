@@ -21,7 +21,7 @@ from amfm.model.config.checks import check_model
 from amfm.model.huggingface.targets import explain_unfit, unfit_tokenizer
 from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.checks.conversion import conversion_problems, routed_problems
-from amfm.pretrain.checks.mixers import kernel_problems
+from amfm.pretrain.checks.mixers import kernel_problems, training_problems
 from amfm.pretrain.checks.optimizer import optimizer_problems
 from amfm.pretrain.checks.parallel import layout_problems, pipeline_problems
 from amfm.pretrain.checks.pruning import editing_problems, hook_problems
@@ -116,6 +116,7 @@ def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
     """Check the rules of a run without stages, or of one stage taken as a run."""
     model = list(model_problems(config))
     problems = [*model, *schedule_problems(config), *layout_problems(config), *recompute_problems(config)]
+    problems += training_problems(config)
     problems += optimizer_problems(config)
     problems += [*kernel_problems(config, config.kernels.backend), *task_layout_problems(config)]
     if not model:

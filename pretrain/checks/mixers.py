@@ -36,6 +36,13 @@ def refusal_problems(config: RunConfig) -> Iterator[Problem]:
                 yield Problem(f"parallel.{axis}", rule, "use 1, or another mixer", str(ranks))
 
 
+def training_problems(config: RunConfig) -> Iterator[Problem]:
+    """Refuse what would never be trained. A conversion freezes routers, and may have them as they are."""
+    for kind, options in [] if config.convert is not None else kinds_in_use(config):
+        for field, rule, remedy in options.broken_training():
+            yield Problem(f"model.{kind.section}.{field}", rule, remedy, str(getattr(options, field)))
+
+
 def longest_lookback(config: RunConfig) -> tuple[int, str]:
     """Find the most tokens before a segment that a block reads, and the setting that says so; (0, "") for none."""
     found = []

@@ -21,7 +21,7 @@ FACTORED = (
 )
 # Where a token has a choice on each rank, or one choice in all, no router changes how many rows travel.
 ONE_EACH = "model.moe.num_experts=4"
-ONE_CHOICE = "model.moe.top_k=1"
+ONE_CHOICE = "model.moe.top_k=1 model.moe.normalize_probabilities=false"
 LIGHTNING = "model.mixers.lightning={num_heads: 8, head_dim: 8}"
 TWO_RANKS = [
     "expert=2 model.moe.capacity_factor=1.5",

@@ -76,6 +76,14 @@ def rope(**fields):
         ({"moe": {"num_router_groups": 4, "top_k": 3}}, "top_k=3 must be at most the 2 experts"),
         ({"moe": {"router": "softmax", "expert_bias": True}}, "expert_bias=true needs model.moe.router=sigmoid"),
         (
+            {"moe": {"balance_counts": "scores"}},
+            "balance_counts=scores is read by balance losses, and both weights are 0",
+        ),
+        (
+            {"moe": {"balance_counts": "scores", "sequence_loss_weight": 0.1}},
+            "balance_counts=scores changes nothing: without expert_bias",
+        ),
+        (
             {"moe": {"overflow": "recycle"}},
             r"overflow=recycle needs model\.moe\.capacity_factor: .*set capacity_factor: 1\.5",
         ),

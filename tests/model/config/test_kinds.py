@@ -73,6 +73,7 @@ def install(folder: Path, entry_points: str) -> dict[str, str]:
     """A package on the path with these entry points; the environment that finds it."""
     (folder / "halving_plugin.py").write_text(PLUGIN)
     (folder / "halving_mixer.py").write_text(MIXER)
+    (folder / "older_plugin.py").write_text("from amfm.model.config.mixer_registry import MixerSpec\n")
     metadata = folder / "halving-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: halving\nVersion: 1.0\n")
@@ -98,6 +99,7 @@ def test_a_package_registers_its_mixer_by_entry_point(tmp_path):
     ("entry_points", "message"),
     [
         ("halving = no_such_module:SPEC", "cannot be loaded"),
+        ("halving = older_plugin:SPEC", "mixer_registry'; a MixerSpec is a Kind of amfm.model.config.kinds now"),
         ("halving = halving_plugin:HalvingOptions", "must be a Kind"),
         ("one = halving_plugin:SPEC\ntwo = halving_plugin:SPEC", "registers a mixer 'halving', which there is already"),
     ],

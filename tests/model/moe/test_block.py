@@ -7,6 +7,7 @@ import torch
 from amfm.kernels.moe.op import route
 from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel
+from amfm.model.moe.balance import auxiliary_losses
 from amfm.model.moe.capacity import limit_choices
 from amfm.model.parallel.groups import single_rank_groups
 from tests.model.small_models import StandInGroup, meta_of, packed_batch, small_config, small_model
@@ -44,6 +45,44 @@ def test_updates_even_out_a_skewed_load():
     for _ in range(120):
         model.update_expert_bias({0: load()})
     assert load().max() <= 2 * load().float().mean() and load().min() > 0
+
+
+def test_balance_losses_can_count_the_choices_of_the_scores_alone_as_their_equations_do():
+    moe = MoeConfig(
+        num_experts=6,
+        top_k=2,
+        expert_hidden_size=4,
+        expert_bias=True,
+        auxiliary_loss_weight=1.0,
+        sequence_loss_weight=1.0,
+    )
+    generator = torch.Generator().manual_seed(3)
+    logits_RE = torch.randn(2 * 63, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias_E = torch.randn(6, generator=generator, dtype=torch.float64)
+    settings = {"score": "sigmoid", "top_k": 2, "normalize": True, "scaling": 1.0}
+    shares_RE = logits_RE.sigmoid() / logits_RE.sigmoid().sum(-1, keepdim=True)
+
+    def by_equation(chosen_RE, rows):
+        # f_i = E / (K T) times the choices of expert i, P_i the mean share of its score; a row, then the mean of rows.
+        f_BE = chosen_RE.view(rows, -1, 6).sum(1) * 6 / (2 * 126 / rows)
+        return (f_BE * shares_RE.view(rows, -1, 6).mean(1)).sum(-1).mean()
+
+    found = {}
+    for counted, scores_RE in (("scores", logits_RE), ("routed", logits_RE.sigmoid() + bias_E)):
+        chosen_RE = torch.zeros_like(scores_RE).scatter(1, scores_RE.detach().topk(2, dim=-1).indices, 1.0)
+        routing = route(logits_RE, bias_E, **settings)
+        counts = moe.model_copy(update={"balance_counts": counted})
+        losses = auxiliary_losses(logits_RE, routing, 2, counts, single_rank_groups())
+        for name, rows in (("balance", 1), ("sequence_balance", 2)):
+            expected = by_equation(chosen_RE, rows)
+            torch.testing.assert_close(losses[name], expected, rtol=1e-12, atol=0)
+            gradients = [
+                torch.autograd.grad(loss, logits_RE, retain_graph=True)[0] for loss in (losses[name], expected)
+            ]
+            torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-15)
+            found[counted, name] = gradients[0].flatten()
+    for name in ("balance", "sequence_balance"):
+        assert torch.cosine_similarity(found["scores", name], found["routed", name], dim=0) < 0.9
 
 
 def test_bias_changes_who_is_chosen_but_not_the_weight_of_a_choice():

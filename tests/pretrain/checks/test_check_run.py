@@ -111,6 +111,11 @@ def test_a_sound_run_passes(base):
             "train.compile = true: cannot speed up kernels.backend=reference",
         ),
         (
+            ["model.pattern=ME", "model.moe={num_experts: 4, top_k: 1, expert_hidden_size: 8}"],
+            "model.moe.top_k = 1: gives the one chosen expert the weight 1, with normalize_probabilities: the router gets "
+            "no gradient of the loss; use normalize_probabilities: false, or top_k of 2 or more",
+        ),
+        (
             ["train.recompute=full", "train.recompute_blocks=M"],
             "train.recompute_blocks = M: has no effect with train.recompute=full; remove it",
         ),
