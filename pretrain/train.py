@@ -17,6 +17,7 @@ section `health` says.
 
 from __future__ import annotations
 
+import os
 import signal
 
 from amfm.data_pipeline.progress import Waiting
@@ -24,6 +25,7 @@ from amfm.pretrain.checks.ranks import describe_parallel
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.failures import describe, is_bug, while_running
 from amfm.pretrain.launcher_protocol import DONE, INTERRUPTED, NEXT_LAYOUT, RUN_FAILED
+from amfm.pretrain.monitor.guard import START_MARGIN_SECONDS, Guard
 from amfm.pretrain.monitor.heartbeat import describe_lost
 from amfm.pretrain.monitor.signals import SignalWatch, signal_name
 from amfm.pretrain.parallel import is_first_rank
@@ -44,10 +46,15 @@ def train(config: RunConfig) -> int:
     fit, OSError while it starts, RuntimeError for the machine's state and for all that ends a run under way; where another
     rank is gone, the message names it.
     """
-    with SignalWatch(announces=is_first_rank()) as signals:
+    start_seconds = config.train.timeout_seconds + START_MARGIN_SECONDS
+    with (
+        Guard(int(os.environ.get("RANK", "0")), start_seconds) as guard,
+        SignalWatch(announces=is_first_rank()) as signals,
+    ):
         # Outside of `while_running`: what fails in the start may be a setting, and keeps that exit code.
         with Waiting("amfm train", speaks=is_first_rank()) as waiting:
-            run = start_run(config, signals, waiting)
+            run = start_run(config, signals, guard.hearing(waiting))
+        run.heartbeat.guard = guard
         with while_running():
             try:
                 with while_running():

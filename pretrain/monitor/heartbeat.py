@@ -25,6 +25,7 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 from amfm.data_pipeline.durable.lines import parse_line
+from amfm.pretrain.monitor.guard import Guard
 from amfm.pretrain.monitor.node_board import NodeBoard
 
 # In the order in which a step passes them: who is in an earlier one than the others is waited for.
@@ -65,6 +66,7 @@ class Heartbeat:
         self.interval = WRITE_SECONDS if timeout_seconds is None else min(WRITE_SECONDS, timeout_seconds / 4)
         self.listener: Callable[[str], None] | None = None  # hears of each phase that is entered
         self.fence: Callable[[], None] | None = None
+        self.guard: Guard | None = None  # hears at each look that this process still runs Python
         self.board = NodeBoard(rank)
         self._own_file = self._file = self.directory / f"rank-{rank}.json"
         self._place = (0, PHASES[0], time.monotonic())
@@ -127,6 +129,8 @@ class Heartbeat:
         if self._writer.ident is None:
             return
         self._watcher.join()
+        if self.guard is not None:
+            self.guard.expect(None)
         self._writer.join(LOOK_SECONDS)  # not for ever: it may hang in the storage
         self.board.clear()
         with suppress(OSError):  # a beat that stays is taken for a lost rank only while others still run
@@ -177,6 +181,8 @@ class Heartbeat:
         """End the process when the phase has not changed for `timeout_seconds` of being awake; the watchdog thread."""
         awake_since = woken = time.monotonic()
         while not self._closed.wait(self.interval):
+            if self.guard is not None:
+                self.guard.expect(self.timeout_seconds)
             before, woken = woken, time.monotonic()
             if woken - before > 3 * self.interval:  # the process was itself stopped (SIGSTOP): it gets its time again
                 awake_since = woken
