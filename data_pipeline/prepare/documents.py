@@ -225,7 +225,7 @@ class SegmentReader:
 
     def _parse(self, line: bytes, position: str) -> Document | Reject:
         try:
-            record = _load_json(line)
+            record = load_json(line)
         except (ValueError, RecursionError) as error:
             return Reject(position, f"not JSON: {error}")
         if not isinstance(record, dict) or self.text_column not in record:
@@ -299,7 +299,7 @@ class SegmentReader:
             return Reject(position, "text holds half a surrogate pair")
 
 
-def _load_json(line: bytes) -> Any:
+def load_json(line: bytes) -> Any:
     """As json.loads, in half the time; what the fast parser refuses the other one judges and explains."""
     try:
         return pydantic_core.from_json(line)

@@ -41,11 +41,12 @@ def init(
     as_json: JsonOption = False,
 ) -> None:
     """Write a first configuration that passes every check and fits by the plan; asks for what is not given."""
+    path = folder / "run.yaml"
+    if path.exists():  # before anything is asked
+        raise ValueError(f"{path} is there already; name another folder, or move it away")
     given = {"size": size, "style": style, "data": data, "hardware": hardware}
-    answers = {name: value if value is not None else ask(name) for name, value in given.items()}
-    for name, choices in CHOICES.items():
-        if answers[name] not in choices:
-            raise ValueError(f"--{name} {answers[name]} must be one of {', '.join(choices)}")
+    answers = {name: ask(name) if value is None else check(name, value) for name, value in given.items()}
+    say("planning layouts ...")
     from amfm.launch.init.machine import find_machine
     from amfm.launch.init.write import Answers, next_commands, write_config
 
@@ -66,7 +67,28 @@ def ask(name: str) -> str:
             f"--{name} is not given, and there is no terminal to ask at; add --{name} {DEFAULTS.get(name, 'PATH')}"
         )
     text = QUESTIONS[name].format(", ".join(CHOICES.get(name, ())))
-    return str(typer.prompt(text, default=DEFAULTS.get(name), err=True))
+    while True:
+        try:
+            return check(name, str(typer.prompt(text, default=DEFAULTS.get(name), err=True)))
+        except ValueError as error:
+            say(str(error).removeprefix(f"--{name} "))
+
+
+def check(name: str, value: str) -> str:
+    """An answer as it is used. Raises ValueError for one that cannot be, before the next question is asked."""
+    if name in CHOICES:
+        if value.lower() not in CHOICES[name]:
+            raise ValueError(f"--{name} {value} must be one of {', '.join(CHOICES[name])}")
+        return value.lower()
+    if name == "data":
+        from amfm.launch.init.text import look_at
+
+        look_at(value)
+    if name == "hardware":
+        from amfm.launch.init.machine import find_machine
+
+        find_machine(value)
+    return value
 
 
 def describe(written: Written) -> dict[str, Any]:

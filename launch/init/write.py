@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shlex
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from amfm.data_pipeline.config import SourceConfig
 from amfm.data_pipeline.prepare.hub import is_hub, parse_hub
-from amfm.data_pipeline.prepare.sources import list_files
 from amfm.data_pipeline.store.object_store import is_url
 from amfm.launch.init.machine import Choice, Machine, find_layout, larger_machines
-from amfm.launch.init.shapes import EXPORTS, STYLES, Size, model_section, size_of
+from amfm.launch.init.shapes import EXPORTS, STYLES, Size, bias_update_rate, model_section, size_of
+from amfm.launch.init.text import DEFAULT, Text, look_at
+from amfm.model.flops import count_parameters, flops_per_token
 from amfm.pretrain.checks.check_run import load_checked
 
 FILE_NAME = "run.yaml"
@@ -56,8 +59,8 @@ def write_config(answers: Answers) -> Written:
     path = answers.folder / FILE_NAME
     if path.exists():
         raise ValueError(f"{path} is there already; name another folder, or move it away")
-    num_bytes = count_bytes(answers.data)
-    tree = compose(answers, num_bytes)
+    text = look_at(answers.data)
+    tree = compose(answers, text)
     with tempfile.TemporaryDirectory() as scratch:
         draft = Path(scratch) / FILE_NAME
         choice = lay_out(tree, answers.machine, draft)
@@ -65,34 +68,26 @@ def write_config(answers: Answers) -> Written:
             raise ValueError(
                 f"--size {answers.size} does not fit --hardware {answers.machine.name} "
                 f"({answers.machine.hardware.memory_gib:.1f} GiB a rank); take a smaller --size"
-                + name_enough(answers, num_bytes, draft)
+                + name_enough(answers, text, draft)
             )
         tree["train"] |= {"micro_batch_size": choice.config.train.micro_batch_size}
         tree["train"] |= {"recompute": "full"} if choice.config.train.recompute == "full" else {}
         tree["parallel"] = changed_settings(choice)
-        text = explain(answers, choice, tree)
+        written = explain(answers, choice, tree)
         # The text that is written, remarks included, is what is checked, not the dictionary it came from.
-        draft.write_text(text, encoding="utf-8")
+        draft.write_text(written, encoding="utf-8")
         load_checked(draft, world_size=answers.machine.ranks)
     answers.folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".yaml.part")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(written, encoding="utf-8")
     os.replace(temporary, path)
     return Written(path, choice)
 
 
-def count_bytes(data: str) -> float:
-    """Bytes of the text. Raises ValueError where there is none; a data set of the Hub is taken for large, and not asked for."""
-    if is_hub(data):
-        parse_hub(data)
-        return float("inf")
-    return sum(file.num_bytes for file in list_files(SourceConfig(name="text", paths=(data,))))
-
-
-def source_section(data: str, train: dict[str, Any]) -> dict[str, Any]:
+def source_section(data: str, column: str, train: dict[str, Any]) -> dict[str, Any]:
     """The source of the text; of a data set of the Hub as many tokens as the run trains on, and some for validation."""
     if not is_hub(data):
-        return {"name": "text", "paths": [data]}
+        return {"name": "text", "paths": [data]} | ({} if column == DEFAULT else {"text_column": column})
     trained = train["steps"] * train["global_batch_size"] * train["sequence_length"]
     name = parse_hub(data).repository.partition("/")[2]
     return {"name": name, "paths": [data], "max_tokens": math.ceil(trained * 1.02 / 1e6) * 1_000_000}
@@ -104,36 +99,45 @@ def lay_out(tree: dict[str, Any], machine: Machine, draft: Path) -> Choice | Non
     return find_layout(load_checked(draft), machine)
 
 
-def name_enough(answers: Answers, num_bytes: float, draft: Path) -> str:
+def name_enough(answers: Answers, text: Text, draft: Path) -> str:
     """Remedy that names the first larger machine on which the model fits; empty where none is found."""
     for machine in larger_machines(answers.machine):
-        if lay_out(compose(replace(answers, machine=machine), num_bytes), machine, draft) is not None:
+        if lay_out(compose(replace(answers, machine=machine), text), machine, draft) is not None:
             return f", or --hardware {machine.name}"
     return ""
 
 
-def compose(answers: Answers, num_bytes: float) -> dict[str, Any]:
+def compose(answers: Answers, text: Text) -> dict[str, Any]:
     """All sections but `parallel`, as plain values; small texts get a small vocabulary."""
     size, folder = size_of(answers.size, answers.style), answers.folder
     model = model_section(answers.size, answers.style)
     train = short_training() if answers.machine.is_cpu else training(size)
+    if "bias_update_rate" in model["moe"]:
+        model["moe"]["bias_update_rate"] = bias_update_rate(train["steps"])
     if not is_url(answers.data):
-        fitting = [pieces for limit, pieces in SMALL_VOCABULARIES if num_bytes < limit]
+        fitting = [pieces for limit, pieces in SMALL_VOCABULARIES if text.num_bytes < limit]
         model["vocab_size"] = min([model["vocab_size"], *fitting])
     return {
         "run": {"dir": str(folder / "runs" / f"{answers.style}_{answers.size}")},
         "model": model,
         "data": {
-            "store": str(folder / "store"),
-            "sources": [source_section(answers.data, train)],
+            # Named for the project: tasks of a store are named after its folder.
+            "store": str(folder / "store" / project_name(answers)),
+            "sources": [source_section(answers.data, text.column, train)],
             "tokenizer": {"vocab_size": model["vocab_size"], "training_bytes": 200_000_000},
-            "validation_fraction": 0.01 if num_bytes < 1e9 else 0.0005,
+            "validation_fraction": 0.01 if text.num_bytes < 1e9 else 0.0005,
         },
         "train": train,
         "optimizer": {"learning_rate": size.learning_rate, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
         "schedule": short_schedule() if answers.machine.is_cpu else schedule(size),
         "export": {"target": EXPORTS[answers.style]},
     }
+
+
+def project_name(answers: Answers) -> str:
+    """Name of the folder, as a name of files; of style and size where it has none."""
+    letters = re.sub(r"[^A-Za-z0-9_.-]+", "_", answers.folder.resolve().name).strip("_.")
+    return letters or f"{answers.style}_{answers.size}"
 
 
 def training(size: Size) -> dict[str, Any]:
@@ -163,13 +167,13 @@ def short_training() -> dict[str, Any]:
 
 
 def schedule(size: Size) -> dict[str, Any]:
-    """Learning-rate schedule: warm-up, constant, decay to a tenth."""
-    return {"kind": "wsd", "warmup_steps": size.warmup_steps, "decay_steps": size.decay_steps, "min_ratio": 0.1}
+    """Learning-rate schedule: warm-up, constant, decay to a tenth in the last fifth, whatever the number of steps."""
+    return {"kind": "wsd", "warmup_steps": size.warmup_steps, "min_ratio": 0.1}
 
 
 def short_schedule() -> dict[str, Any]:
     """Learning-rate schedule of the short run."""
-    return {"kind": "wsd", "warmup_steps": 20, "decay_steps": 80, "min_ratio": 0.1}
+    return {"kind": "wsd", "warmup_steps": 20, "min_ratio": 0.1}
 
 
 def changed_settings(choice: Choice) -> dict[str, Any]:
@@ -205,9 +209,12 @@ REMARKS = {
 def explain(answers: Answers, choice: Choice, tree: dict[str, Any]) -> str:
     """Text of the file: a head that says what it is and what to run next, then sections with remarks."""
     memory, hardware = choice.estimate.memory.total() / 2**30, answers.machine.hardware
+    counts = count_parameters(choice.config.model)
     head = [
-        f"A model of {answers.size} parameters in the style of {answers.style}: {STYLES[answers.style]}.",
+        f"A model of {counts.total / 1e6:,.1f}M parameters ({counts.active / 1e6:,.1f}M active per token), size "
+        f"{answers.size} in the style of {answers.style}: {STYLES[answers.style]}.",
         f"Planned for {answers.machine.name}: {memory:.1f} of {hardware.memory_gib:.1f} GiB on the fullest rank.",
+        *describe_time(answers, choice),
         "Paths are relative to where amfm is called. Next:",
         *(f"  {command}" for command in next_commands(answers)),
         "Every setting: docs/configuration.md, or amfm config --fields.",
@@ -215,10 +222,52 @@ def explain(answers: Answers, choice: Choice, tree: dict[str, Any]) -> str:
     return "\n".join(f"# {line}" for line in head) + "\n\n" + to_yaml(tree, REMARKS)
 
 
+def describe_time(answers: Answers, choice: Choice) -> list[str]:
+    """How long the run takes on this machine's CPU, where it is trained on that: a guess within a factor of two."""
+    if not answers.machine.is_cpu:
+        return []
+    train = choice.config.train
+    assert train.steps is not None and train.global_batch_size is not None, "compose sets them"
+    per_step = (
+        train.global_batch_size
+        * train.sequence_length
+        * sum(flops_per_token(choice.config.model, train.sequence_length).values())
+    )
+    hours = train.steps * per_step / measure_flops() / 3600
+    return [
+        f"{train.steps} steps take {format_hours(hours / 0.5)} to {format_hours(hours / 0.12)} on this CPU alone, by a "
+        "product of matrices timed here;",
+        "train.stop_after_steps=20 shows the pace first.",
+    ]
+
+
+def format_hours(hours: float) -> str:
+    """A duration in the unit that suits it."""
+    return (
+        f"{hours * 60:.0f} minutes" if hours < 1.5 else f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"
+    )
+
+
+def measure_flops() -> float:
+    """Floating-point operations per second of a float32 product on this CPU, timed for some tenths of a second."""
+    import torch
+
+    size = 1024
+    matrix = torch.ones(size, size)
+    matrix @ matrix  # the first one starts threads
+    begun = time.perf_counter()
+    rounds = 0
+    while (passed := time.perf_counter() - begun) < 0.2:
+        matrix @ matrix
+        rounds += 1
+    return rounds * 2 * size**3 / passed
+
+
 def next_commands(answers: Answers) -> list[str]:
     """Commands to run after the file was written, in order."""
-    path, ranks = answers.folder / FILE_NAME, answers.machine.ranks
-    run_dir = answers.folder / "runs" / f"{answers.style}_{answers.size}"
+    ranks = answers.machine.ranks
+    path = shlex.quote(str(answers.folder / FILE_NAME))
+    run_dir = shlex.quote(str(answers.folder / "runs" / f"{answers.style}_{answers.size}"))
     per_node = answers.machine.hardware.gpus_per_node
     if ranks <= per_node:
         train = f"amfm train {path}" + (f" --nproc {ranks}" if ranks > 1 else "")
@@ -247,5 +296,5 @@ def to_yaml(tree: dict[str, Any], remarks: dict[str, str]) -> str:
 
 def flow(value: object) -> str:
     """A value on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False)
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")

@@ -128,6 +128,6 @@ def report_collapse(run: Run, result: StepResult) -> None:
         blocks = ", ".join(f"{block} ({share:.0%} of tokens)" for block, share in shares.items())
         run.say(
             f"warning: step {run.progress.step}: the same experts take nearly every token in block {blocks}; see "
-            "model.moe.expert_bias, bias_update_rate and auxiliary_loss_weight"
+            "model.moe.expert_bias, bias_update_rate (2e-2 for runs below about 1,000 steps) and auxiliary_loss_weight"
         )
     run.collapsed_blocks = frozenset(shares)

@@ -145,6 +145,46 @@ def test_without_a_terminal_it_says_what_is_missing(tmp_path: Path, capsys: pyte
     assert "--style is not given, and there is no terminal to ask at; add --style nemotron" in capsys.readouterr().err
 
 
+def test_each_answer_is_judged_before_the_next_question(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "amfm.launch", "init", str(tmp_path / "run")]
+    main, other = pty.openpty()
+    with subprocess.Popen(command, stdin=other, stdout=subprocess.PIPE, stderr=other, text=True) as process:
+        os.write(main, f"7b\n20M\ngranit\n\n{tmp_path / 'nowhere'}\n".encode())
+        said = ""
+        while said.count("Text: a file") < 2:  # asked again, for the answer names no file
+            said += os.read(main, 2**12).decode()
+        process.kill()
+    os.close(other)
+    os.close(main)
+    assert "7b must be one of 20m" in said and "granit must be one of nemotron" in said and "nowhere" in said
+    assert said.count("Size of the model") == 2 and said.count("Style") == 2 and "--size" not in said
+
+
+def test_the_column_with_the_text_is_found_and_a_folder_s_name_is_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [{"id": "a-much", "content": "a text that is longer than the name of its record"}] * 800
+    Path("text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert call(Path("my run é"), Path("text.jsonl"), "20m", "nemotron", "cpu") == 0
+    config = load_config(Path("my run é/run.yaml"))
+    assert config.data.sources[0].text_column == "content"
+    assert Path(config.data.store).name == "my_run"
+    assert "amfm prepare 'my run é/run.yaml'" in json.loads(capsys.readouterr().out)["next"]
+    assert "dir: my run é/runs" in Path("my run é/run.yaml").read_text()
+    Path("numbers.jsonl").write_text('{"a": 1, "b": [2]}\n')
+    assert call(Path("other"), Path("numbers.jsonl"), "20m", "nemotron", "cpu") == 2
+    assert "has no text; its fields are a, b" in capsys.readouterr().err
+
+
+def test_a_short_run_balances_its_experts_in_big_steps(tmp_path: Path, text: Path) -> None:
+    assert call(tmp_path / "run", text, "20m", "nemotron", "cpu") == 0
+    short = load_config(tmp_path / "run/run.yaml")
+    assert short.model.moe is not None and short.model.moe.bias_update_rate == 2e-2
+    # Fewer steps than planned still leave a schedule that fits: the decay is a share of them.
+    load_checked(tmp_path / "run/run.yaml", ["train.steps=60"], world_size=1)
+
+
 @pytest.mark.slow
 def test_at_a_terminal_it_asks(tmp_path: Path, text: Path) -> None:
     command = [sys.executable, "-m", "amfm.launch", "init", str(tmp_path / "run")]
