@@ -97,6 +97,8 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	git ls-files | xargs $(BIN)/codespell
+	$(BIN)/python tests/size.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

@@ -1,0 +1,80 @@
+"""Sizes that stay small by rule: `python tests/size.py [COMMIT]` prints lines of Python by package.
+
+Without a commit it also checks the working tree, and ends with 1 where a rule is broken: the loop and the step stay
+readable at a glance, and a folder is a list that one can keep in mind.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(__file__).parents[1]
+PRODUCT = ("launch", "pretrain", "model", "kernels", "data_pipeline")
+BESIDE = ("benchmarks", "tests", "examples")
+LONGEST = {("pretrain/train.py", "run_steps"): 25, ("pretrain/step.py", "train_step"): 60}
+MOST_FILES = 25  # of a folder, __init__.py apart
+
+
+def count_lines(commit: str | None) -> dict[PurePosixPath, int]:
+    """Lines of each Python file that git knows, of a commit or of the working tree; empty files are left out."""
+    command = ["git", "grep", "--count", "", *([commit] if commit else []), "--", "*.py"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    pairs = [line.removeprefix(f"{commit}:").rsplit(":", 1) for line in found]
+    return {PurePosixPath(path): int(lines) for path, lines in pairs}
+
+
+def print_sizes(lines: dict[PurePosixPath, int]) -> None:
+    """Print files and lines of each package, and of the product."""
+    sizes: Counter[str] = Counter()
+    files: Counter[str] = Counter()
+    for path, number in lines.items():
+        sizes[path.parts[0]] += number
+        files[path.parts[0]] += 1
+    for name in PRODUCT:
+        print(f"{name:<14}{files[name]:>5} files{sizes[name]:>8,} lines")
+    print(f"{'product':<14}{sum(files[n] for n in PRODUCT):>5} files{sum(sizes[n] for n in PRODUCT):>8,} lines")
+    for name in BESIDE:
+        print(f"{name:<14}{files[name]:>5} files{sizes[name]:>8,} lines")
+
+
+def long_functions() -> list[str]:
+    """Functions of `LONGEST` that are too long, or are not where they were."""
+    problems = []
+    for (path, name), most in LONGEST.items():
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+        if not found:
+            problems.append(f"{path} has no {name}: say in tests/size.py where it is")
+        for node in found:
+            length = (node.end_lineno or 0) - node.lineno + 1
+            if length > most:
+                problems.append(f"{path}: {name} has {length} lines, at most {most}; side features are hooks")
+    return problems
+
+
+def full_folders(lines: dict[PurePosixPath, int]) -> list[str]:
+    """Folders with too many Python files."""
+    files = Counter(path.parent for path in lines if path.name != "__init__.py" and path.parts[0] in PRODUCT + BESIDE)
+    return [
+        f"{folder} holds {number} files, at most {MOST_FILES}; give what belongs together a folder of its own"
+        for folder, number in sorted(files.items())
+        if number > MOST_FILES
+    ]
+
+
+def main(commit: str | None) -> int:
+    """Print sizes, and for the working tree what breaks a rule; returns the exit code."""
+    lines = count_lines(commit)
+    print_sizes(lines)
+    problems = [] if commit else long_functions() + full_folders(lines)
+    for problem in problems:
+        print(f"too large: {problem}", file=sys.stderr)
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else None))
