@@ -1,8 +1,8 @@
-"""A hook: something that a run does beside training, at six moments of a step.
+"""A hook: something that a run does beside training, at a few moments.
 
 Hooks know the run; the step and the loop know no hook. Every rank builds the same ones and calls them in the same order
 (hooks/build.py), so a hook may use collectives. What it keeps is a function of the step and the masters: a checkpoint has
-no place for it.
+no place for it. What it finds after a step goes into `result.found`, and so into the step's line of metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from amfm.pretrain.step_sums import StepResult
 
 
 class Hook:
-    """Does nothing; a subclass overrides the moments that it needs. Every rank calls each."""
+    """Does nothing; a subclass overrides the moments that it needs. Every rank calls each but `at_start`."""
+
+    def at_start(self) -> None:
+        """When the log is open, before the first step: the main rank alone calls it."""
 
     def before_passes(self, micro_batches: Sequence[MicroBatch], share: LossShare) -> None:
         """Before the first forward pass of a step, inside `engine.accumulate`."""
@@ -33,3 +36,12 @@ class Hook:
 
     def before_save(self) -> None:
         """Before a checkpoint or a replica is taken."""
+
+    def between_saves(self) -> None:
+        """After a step that is not saved, while nothing is being written on any rank, unless it is the last."""
+
+    def at_end(self) -> None:
+        """When the run ended in order and everything is saved."""
+
+    def close(self) -> None:
+        """On the way out, whether or not the run ended in order."""

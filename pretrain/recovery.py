@@ -40,10 +40,13 @@ def roll_back(run: Run, anomaly: StepAnomaly) -> bool:
     progress.rollbacks += 1
     for hook in run.hooks:
         hook.after_rollback()
-    run.record_event("rolled_back", cause=anomaly.text, weights_of_step=back_at, rollbacks=progress.rollbacks)
-    run.say(
+    run.tell(
+        "rolled_back",
         f"step {progress.step}: {anomaly.text}; back to the weights of step {back_at}, on with the data after step "
-        f"{progress.step}"
+        f"{progress.step}",
+        cause=anomaly.text,
+        weights_of_step=back_at,
+        rollbacks=progress.rollbacks,
     )
     save(run)
     return True
@@ -52,9 +55,11 @@ def roll_back(run: Run, anomaly: StepAnomaly) -> bool:
 def abort_run(run: Run, cause: str) -> bool:
     """Give up a run that no longer learns, saying what to do; the newest checkpoint stays. Every rank must call this."""
     finish_saving(run)
-    run.record_event("gave_up", cause=cause, skipped_in_row=run.progress.skipped_in_row)
-    run.say(
+    run.tell(
+        "gave_up",
         f"{cause}; events.jsonl names the samples and parameters. Lower optimizer.learning_rate or check the data, then "
-        "start again from the newest checkpoint"
+        "start again from the newest checkpoint",
+        cause=cause,
+        skipped_in_row=run.progress.skipped_in_row,
     )
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -9,7 +10,8 @@ from typing import IO, Any, cast
 from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.model.hybrid import HybridModel
 from amfm.pretrain.checkpoint.background import BackgroundSaver
-from amfm.pretrain.config.schema import ParallelConfig, RunConfig
+from amfm.pretrain.checkpoint.masters import MasterView
+from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.monitor.display import Display
@@ -17,14 +19,13 @@ from amfm.pretrain.monitor.environment import Peak
 from amfm.pretrain.monitor.heartbeat import Heartbeat
 from amfm.pretrain.monitor.metrics import RunLog
 from amfm.pretrain.monitor.ownership import Ownership
+from amfm.pretrain.monitor.phases import UNTIL_UPDATE, PhaseClock
 from amfm.pretrain.monitor.profile import StepProfiler
 from amfm.pretrain.monitor.signals import SignalWatch
-from amfm.pretrain.monitor.stragglers import StepTimes
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.pipeline import Pipeline
 from amfm.pretrain.recompute import recomputed_letters
-from amfm.pretrain.stages import RunStage, in_layout, stage_of
-from amfm.pretrain.tasks.suite import TaskSuite
+from amfm.pretrain.stages import Built, RunStage, in_layout, stage_of
 
 
 @dataclass
@@ -49,16 +50,30 @@ class Progress:
 
 
 @dataclass
+class RunFiles:
+    """What the main rank alone has open of the run directory: its lock and ownership, the log, and the display."""
+
+    lock: IO[bytes] | None = None
+    owner: Ownership | None = None
+    log: RunLog | None = None
+    display: Display | None = None
+
+    def close(self) -> None:
+        """Close all of it, the lock last."""
+        for each in (self.log, self.display, self.lock):
+            if each is not None:
+                each.close()
+
+
+@dataclass
 class Run:
     """One training run in this process.
 
-    stages: all training stages; stage: the one the model is set to. layout: what ranks, model and engine were built by.
-    loader: this rank's micro-batches of training text; validations: of held-out text, by length of rows. pipeline: runs the
-    schedule where the model is cut over ranks. peak: the device's arithmetic, for MFU. profiler: traces the steps that
-    `train.profile` names. hooks: what it does beside training. lock, owner, log, display: on the main
-    rank alone. saved_step: of the newest checkpoint that was begun, None after a rollback; replica_step: of the newest replica. validation_metrics: what the newest validation adds to its step's line. collapsed_blocks: MoE
-    blocks whose collapse was reported. tasks: of lm-eval, on the main rank alone; task_values: what they gave after step
-    `tasks_step`. remarks: what to say of the weights that it began with.
+    loader: this rank's micro-batches of training text. peak: the device's arithmetic, for MFU. stages: all training stages;
+    stage: the one the model is set to. built: what ranks, model and engine were built by. phases: the clock of a step.
+    profiler: traces the steps that `train.profile` names. pipeline: runs the schedule where the model is cut over ranks.
+    hooks: what it does beside training, in the order of hooks/build.py. saved_step: of the newest checkpoint that was begun,
+    None after a rollback. remarks: on the weights that it began with. keeps_freed_memory: whether this process does.
     """
 
     config: RunConfig
@@ -66,31 +81,20 @@ class Run:
     engine: ZeroEngine
     saver: BackgroundSaver
     loader: PretrainLoader
-    validations: dict[int, PretrainLoader]
     peak: Peak
     stages: tuple[RunStage, ...]
     stage: RunStage
-    layout: ParallelConfig
+    built: Built
     signals: SignalWatch
-    heartbeat: Heartbeat
+    phases: PhaseClock
     profiler: StepProfiler
-    hooks: tuple[Hook, ...] = ()
     pipeline: Pipeline | None = None
-    stragglers: StepTimes = field(default_factory=StepTimes)
-    lock: IO[bytes] | None = None
-    owner: Ownership | None = None
-    keeps_freed_memory: bool = False
-    log: RunLog | None = None
-    display: Display | None = None
+    hooks: tuple[Hook, ...] = ()
+    files: RunFiles = field(default_factory=RunFiles)
     progress: Progress = field(default_factory=Progress)
     saved_step: int | None = None
-    replica_step: int = 0
-    validation_metrics: dict[str, Any] = field(default_factory=dict)
-    collapsed_blocks: frozenset[int] = frozenset()
-    tasks: TaskSuite | None = None
-    task_values: dict[str, float] = field(default_factory=dict)
-    tasks_step: int | None = None
     remarks: tuple[str, ...] = ()
+    keeps_freed_memory: bool = False
 
     @property
     def directory(self) -> Path:
@@ -108,11 +112,6 @@ class Run:
         return min(self.num_steps, self.config.train.stop_after_steps or self.num_steps)
 
     @property
-    def validation(self) -> PretrainLoader | None:
-        """Loader of held-out text in rows of the present stage's length; None where nothing is held out."""
-        return self.validations.get(self.stage.sequence_length)
-
-    @property
     def model(self) -> HybridModel:
         """The model inside the engine; with a pipeline, this rank's part."""
         return cast(HybridModel, self.engine.module)
@@ -122,20 +121,38 @@ class Run:
         """Hashes of dataset and tokenizer, which a checkpoint is tied to."""
         return identities_of(self.loader)
 
+    @property
+    def heartbeat(self) -> Heartbeat:
+        """This rank's signs of life."""
+        return self.phases.heartbeat
+
+    def clock(self, phase: str) -> AbstractContextManager[object]:
+        """Enter a phase of the step under way, or of what follows the last one done; as a context it is timed."""
+        return self.phases.enter(self.progress.step + (phase in UNTIL_UPDATE), phase)
+
+    def open_masters(self) -> MasterView:
+        """The masters, to look at and to edit between steps; say `note_edit` after an edit. Every rank must call this."""
+        return MasterView(self.saver.layout, self.saver.writers, self.parallel.rank)
+
     def note_edit(self) -> None:
-        """Tell every hook that masters or weights were written to between steps."""
+        """Tell every hook that masters or weights were written to between steps: it is no silent corruption."""
         for hook in self.hooks:
             hook.after_edit()
 
     def say(self, text: str) -> None:
-        """Print a remark for the person who watches; does nothing but on the main rank."""
-        if self.display is not None:
-            self.display.say(text)
+        """Print a remark on the main rank; nothing on the others."""
+        if self.files.display is not None:
+            self.files.display.say(text)
 
     def record_event(self, event: str, *, step: int | None = None, **details: Any) -> None:
-        """Write a line to events.jsonl at a step, the current one where none is given; does nothing but on the main rank."""
-        if self.log is not None:
-            self.log.write_event(event, self.progress.step if step is None else step, **details)
+        """Write a line to events.jsonl at a step, the current one where none is given; on the main rank alone."""
+        if self.files.log is not None:
+            self.files.log.write_event(event, self.progress.step if step is None else step, **details)
+
+    def tell(self, event: str, words: str, /, **details: Any) -> None:
+        """Record an event of the current step with its facts, and say it in words."""
+        self.record_event(event, **details)
+        self.say(words)
 
 
 def identities_of(loader: PretrainLoader) -> dict[str, str]:
@@ -155,7 +172,10 @@ def apply_stage(run: Run) -> None:
     run.model.recompute_blocks(recomputed_letters(in_layout(run.config, stage)))
     run.progress.recent_losses.clear()  # other text or longer rows have another loss
     run.model.set_rope(stage.rope)
-    run.record_event("stage", name=stage.name, sequence_length=stage.sequence_length, steps=stage.num_steps)
-    run.say(
-        f"stage {stage.name}: {stage.num_steps:,} steps of {stage.global_batch_size} x {stage.sequence_length} tokens"
+    run.tell(
+        "stage",
+        f"stage {stage.name}: {stage.num_steps:,} steps of {stage.global_batch_size} x {stage.sequence_length} tokens",
+        name=stage.name,
+        sequence_length=stage.sequence_length,
+        steps=stage.num_steps,
     )

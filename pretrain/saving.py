@@ -12,14 +12,13 @@ from typing import Any
 
 from amfm.data_pipeline.progress import Report, silent
 from amfm.pretrain.checkpoint.background import Saved
+from amfm.pretrain.checkpoint.commit import SavedCheckpoint
 from amfm.pretrain.checkpoint.load import LoadedCheckpoint, load_newest
 from amfm.pretrain.checkpoint.names import checkpoint_name
-from amfm.pretrain.checkpoint.remote import SentCopy
 from amfm.pretrain.checkpoint.replicas.recover import recover
-from amfm.pretrain.checkpoint.replicas.write import SavedReplica
 from amfm.pretrain.monitor.ownership import read_owner
 from amfm.pretrain.run import Progress, Run
-from amfm.pretrain.stages import is_due, is_guided
+from amfm.pretrain.stages import Built, is_due
 from amfm.pretrain.step_sums import StepResult
 
 
@@ -72,12 +71,10 @@ def restore_newest_weights(run: Run) -> int | None:
     loaded = load_newest(run.directory / "checkpoints", run.saver.layout, config=run.config, identities=run.identities)
     if loaded is None:
         return None
-    if is_guided(run.config, loaded.step) and run.model.config.guide is None:
-        # Newer checkpoints are damaged, and this model has no place for the guides.
-        raise RuntimeError(
-            f"{loaded.path} is of a step in which factored matrices had guides, and this start has none; the same command "
-            "goes on from it"
-        )
+    unfit = run.built.explain_unfit(Built.for_step_after(loaded.step, run.config, run.stages))
+    if unfit is not None:
+        # Newer checkpoints are damaged, and this model has no place for what the older one holds.
+        raise RuntimeError(f"{loaded.path} is {unfit}; the same command goes on from it")
     then = Progress(**loaded.state["progress"])
     # Whether or not they were skipped already, when they were taken.
     run.progress.skipped_steps = then.skipped_steps + run.progress.step - loaded.step
@@ -99,44 +96,28 @@ def save(run: Run) -> None:
         run.directory / "checkpoints", run.progress.step, **state, keep_last=run.config.train.keep_last
     )
     run.saved_step = run.progress.step
-    record_saved(run, finished)
-    if not run.config.train.checkpoint_in_background:
-        finish_saving(run)
+    record_begun(run, finished)
 
 
 def save_if_due(run: Run, result: StepResult) -> None:
-    """After a step: hear of a save that ended, save or replicate where that is due. Every rank must call this."""
+    """After a step: learn how a save ended, and save where that is due. Every rank must call this."""
     if not result.is_saving:
         finish_saving(run)  # waits for nothing: a save that failed on any rank ends the run now, not at the next one
     step = run.progress.step
     if is_due(step, run.config.train.checkpoint_every_steps):
         save(run)
     elif not result.is_saving and step < run.last_step:
-        replicate_if_due(run)
-
-
-def replicate_if_due(run: Run) -> None:
-    """Start a replica where the newest checkpoint or replica is `train.replica_every_steps` old. Every rank must call this.
-
-    Only while nothing is being written: a replica must not make steps wait for a checkpoint on a slow disk.
-    """
-    every, step = run.config.train.replica_every_steps, run.progress.step
-    if every is None or step - max(run.saved_step or 0, run.replica_step) < every:
-        return
-    finished = run.saver.replicate(step, **collect_state(run))
-    run.replica_step = step
-    record_saved(run, finished)
-    if not run.config.train.checkpoint_in_background:
-        finish_saving(run)
+        for hook in run.hooks:
+            hook.between_saves()
 
 
 def collect_state(run: Run) -> dict[str, Any]:
-    """What a checkpoint holds beside the engine's state, after a look for silent corruption. Every rank must call this."""
-    run.heartbeat.at(run.progress.step, "save")
+    """What a checkpoint holds beside the engine's state, after the hooks had their look. Every rank must call this."""
+    run.clock("save")
     for hook in run.hooks:
         hook.before_save()
-    if run.log is not None:
-        run.log.sync()
+    if run.files.log is not None:
+        run.files.log.sync()
     loader_state = run.loader.state_dict()
     loader_state["quarantined"] = join_damages(run.parallel.gather_objects(loader_state["quarantined"]))
     return {
@@ -155,10 +136,16 @@ def join_damages(of_ranks: Sequence[Sequence[list[Any]]]) -> list[list[Any]]:
     return [by_sample[sample] for sample in sorted(by_sample)]
 
 
-def finish_saving(run: Run) -> None:
-    """Wait for the checkpoint in progress, if any. Every rank must call this; raises RuntimeError when it failed."""
-    finished = run.saver.wait()
+def record_begun(run: Run, finished: Saved | None) -> None:
+    """After a save or replica was begun: record the one before; wait for this one where the run asks for it."""
     record_saved(run, finished)
+    if not run.config.train.checkpoint_in_background:
+        finish_saving(run)
+
+
+def finish_saving(run: Run) -> None:
+    """Wait for what is being saved, if anything. Every rank must call this; raises RuntimeError when it failed."""
+    record_saved(run, run.saver.wait())
 
 
 def send_missing_copy(run: Run) -> bool:
@@ -182,39 +169,26 @@ def lacks_copy(run: Run) -> bool:
 
 
 def finish_copies(run: Run) -> bool:
-    """See to it that the store has the last checkpoint, trying once more; returns whether it has. Every rank must call this."""
+    """Upload the last checkpoint if it is missing, with one retry; returns whether the store has it. Every rank must call this."""
     if not send_missing_copy(run):
         return True
     finish_saving(run)
     if not lacks_copy(run):
         return True
-    text = (
+    error = (
         f"the checkpoint of step {run.progress.step} is in {run.directory} and not in "
         f"train.checkpoint_store={run.config.train.checkpoint_store}; the same command sends it"
     )
-    run.record_event("failed", error=text)
-    run.say(text)
+    run.tell("failed", error, error=error)
     return False
 
 
 def record_saved(run: Run, saved: Saved | None) -> None:
-    """Write down a checkpoint that stands, and what can't be cleared away around it; a copy; a replica, or why there is none."""
+    """Record what was saved, as it describes itself, and say what went wrong around it."""
     if saved is None:
         return
-    if isinstance(saved, SentCopy):
-        run.record_event("copied", step=saved.step, problem=saved.remarks[0] if saved.remarks else None)
-        for remark in saved.remarks:
-            run.say(f"warning: {remark}")
-        return
-    if isinstance(saved, SavedReplica):
-        facts = {"bytes": saved.num_bytes, "seconds": saved.seconds} if saved.problem is None else {}
-        run.record_event("replica", step=saved.step, problem=saved.problem, **facts)
-        if saved.problem is not None:
-            run.say(f"warning: the replica of step {saved.step} was not written, training goes on: {saved.problem}")
-        return
-    remarks = {"remarks": list(saved.remarks)} if saved.remarks else {}
-    run.record_event("checkpoint", step=saved.step, path=saved.name, **remarks)
-    if run.display is not None:
-        run.display.show_checkpoint(saved.step)
-    for remark in saved.remarks:
-        run.say(f"warning: {remark}")
+    run.record_event(saved.event, step=saved.step, **saved.facts())
+    if run.files.display is not None and isinstance(saved, SavedCheckpoint):
+        run.files.display.show_checkpoint(saved.step)
+    for warning in saved.warnings():
+        run.say(f"warning: {warning}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -162,20 +163,47 @@ def stage_of(stages: tuple[RunStage, ...], steps_done: int) -> RunStage:
     return stages[min(bisect_right(starts, steps_done), len(stages)) - 1]
 
 
+@dataclass(frozen=True)
+class Built:
+    """What ranks, model and engine are built by for a step; where the next one needs another, the ranks start anew.
+
+    guided: whether factored matrices have dense ones beside them (`model.guide`), which vanish in the middle of a run.
+    """
+
+    parallel: ParallelConfig
+    guided: bool
+
+    @classmethod
+    def for_step_after(cls, steps_done: int, config: RunConfig, stages: tuple[RunStage, ...]) -> Built:
+        """What the step after so many needs."""
+        guide = config.model.guide
+        guided = guide is not None and steps_done < guide.last_step(stages[-1].last_step)
+        return cls(stage_of(stages, steps_done).parallel, guided)
+
+    def config_of(self, config: RunConfig, stage: RunStage) -> RunConfig:
+        """The configuration that builds it in a stage."""
+        return in_layout(config if self.guided else without_guide(config), stage)
+
+    def explain_unfit(self, older: Built) -> str | None:
+        """Why weights of an older step, which was built so, cannot be restored here; None where they can."""
+        if older.guided and not self.guided:
+            return "of a step in which factored matrices had guides, and this start has none"
+        return None
+
+
+# Events of ranks that start anew in good order.
+FRESH_START_EVENTS = ("next_layout", "guide_removed")
+
+
 def fresh_starts(config: RunConfig) -> list[int]:
-    """Steps after which a run starts its ranks anew: the next stage has another layout, or the guides are gone."""
+    """Steps after which a run starts its ranks anew: the next step is built by something else."""
     stages = resolve_stages(config)
-    steps = {stage.first_step for before, stage in pairwise(stages) if stage.parallel != before.parallel}
     total = stages[-1].last_step
+    changes = {stage.first_step for stage in stages[1:]}
     if config.model.guide is not None:
-        steps.add(config.model.guide.last_step(total))
-    return sorted(steps - {total})
-
-
-def is_guided(config: RunConfig, steps_done: int) -> bool:
-    """Whether factored matrices have dense ones beside them in the step after so many."""
-    guide = config.model.guide
-    return guide is not None and steps_done < guide.last_step(total_steps(config))
+        changes.add(config.model.guide.last_step(total))
+    built = partial(Built.for_step_after, config=config, stages=stages)
+    return [step for step in sorted(changes - {0, total}) if built(step - 1) != built(step)]
 
 
 def without_guide(config: RunConfig) -> RunConfig:

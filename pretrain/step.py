@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +25,12 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import ModelOutput
 from amfm.model.loss import IGNORE_INDEX
 from amfm.model.scheduled import set_step
+from amfm.pretrain.engine.engine import StepOutcome
 from amfm.pretrain.micro_batch import LossShare, MicroBatch, MicroBatches, look_ahead, send
 from amfm.pretrain.monitor.anomalies import StepAnomaly, describe_skip, judge_loss, remember_loss
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.run import Run
-from amfm.pretrain.step_sums import RankNews, StepResult, empty_sums
+from amfm.pretrain.step_sums import RankNews, StepReport, StepResult, empty_sums
 
 
 def train_step(run: Run) -> StepResult:
@@ -36,76 +39,109 @@ def train_step(run: Run) -> StepResult:
     Every rank must call this. A loss spike under `health.on_spike=skip` poisons the gradients before the update, and
     non-finite gradients leave the weights alone; either way all ranks skip together.
     """
-    start = time.perf_counter()
-    stage, progress, engine = run.stage, run.progress, run.engine
-    run.heartbeat.at(progress.step + 1, "data")
-    global_batch_size = stage.batch_size(progress.step + 1)
-    sequence_length = run.loader.sequence_length
-    batches = run.loader.take(global_batch_size, stage.micro_batch_size)
-    num_micro_batches = global_batch_size // stage.micro_batch_size
-    read_seconds = time.perf_counter() - start
-    model = run.config.model
-    counts = count_valid_tokens(batches, run.parallel, model)
-    share = LossShare.of_counts(counts, num_micro_batches, model)
-    # Only now: waiting for other ranks is no work of this one, and stragglers are found by busy time alone.
-    run.stragglers.clock.start()
-    convert = run.config.convert
-    transfers = convert is not None and convert.stage == "transfer"
-    sums = empty_sums(model, run.parallel.device, transfers=transfers)
-    losses: list[Tensor] = []
-    engine.module.train()
-    set_step(run.model, progress.step, run.num_steps)
-    with engine.accumulate(len(batches)):
-        micro_batches = MicroBatches(batches, run.parallel, model)
+    work = StepWork.begin(run)
+    with run.clock("data"):
+        batches = run.loader.take(work.num_rows, work.micro_rows)
+    counts = count_valid_tokens(batches, run.parallel, run.config.model)
+    share = LossShare.of_counts(counts, work.num_micro_batches, run.config.model)
+    sums = empty_sums(run.config.model, run.parallel.device, extra=run.config.own_losses())
+    run.engine.module.train()
+    set_step(run.model, run.progress.step, run.num_steps)
+    with run.engine.accumulate(len(batches)):
+        micro_batches = MicroBatches(batches, run.parallel, run.config.model)
         for hook in run.hooks:
             hook.before_passes(micro_batches, share)
-        for output in forward_backward(run, micro_batches, share):
-            sums.add(output)
-            if output.loss is not None:
-                losses.append(output.loss.total.detach() / share.valid_tokens)
-        run.heartbeat.at(progress.step + 1, "reduce")
-        run.stragglers.clock.stop()
+        with run.clock("forward"):
+            for output in forward_backward(run, micro_batches, share):
+                sums.add(output)
+        run.clock("reduce")
         # Still inside `accumulate`: a step to be skipped must be poisoned before gradients are reduced.
         report = sums.reduce(run.parallel, counts, gather_news(run))
-        anomaly = judge_loss(report.loss, progress.recent_losses, run.config.health)
+        anomaly = judge_loss(report.loss, run.progress.recent_losses, run.config.health)
         if anomaly is not None and run.config.health.on_spike == "skip":
-            engine.skip_next_step()
+            run.engine.skip_next_step()
     for hook in run.hooks:
         hook.before_update()
-    rate = stage.rate(progress.step + 1)
-    run.heartbeat.at(progress.step + 1, "optimizer")
-    outcome = engine.step(rate)
+    run.clock("optimizer")
+    outcome = run.engine.step(work.rate)
     skip = None
     if outcome.applied:
         # Only after a step that counts, and from counts of all ranks, so that every copy of the bias moves alike.
         run.model.update_expert_bias(sums.expert_counts)
+    else:
+        anomaly = anomaly or StepAnomaly("nonfinite", "gradients are not finite")
+        losses = [float(loss / share.valid_tokens) for loss in sums.micro_losses]
+        skip = describe_skip(run.parallel, batches, losses, run.engine.fault)
+    return conclude(run, work, report, outcome, anomaly, skip)
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What a step is to do: rows of the global batch and of a micro-batch, their length, and the learning rate.
+
+    started: when it began, by `time.perf_counter`.
+    """
+
+    num_rows: int
+    micro_rows: int
+    sequence_length: int
+    rate: float
+    started: float
+
+    @classmethod
+    def begin(cls, run: Run) -> StepWork:
+        """The work of the next step, which begins now."""
+        stage, step = run.stage, run.progress.step + 1
+        rows, length = stage.batch_size(step), run.loader.sequence_length
+        return cls(rows, stage.micro_batch_size, length, stage.rate(step), time.perf_counter())
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of all data ranks."""
+        return self.num_rows // self.micro_rows
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the global batch."""
+        return self.num_rows * self.sequence_length
+
+
+def conclude(
+    run: Run,
+    work: StepWork,
+    report: StepReport,
+    outcome: StepOutcome,
+    anomaly: StepAnomaly | None,
+    skip: dict[str, Any] | None,
+) -> StepResult:
+    """Advance `progress` by a step, skipped or not, and put together what it reports."""
+    progress = run.progress
+    if outcome.applied:
         progress.skipped_in_row = 0
         remember_loss(report.loss, progress.recent_losses, run.config.health)
     else:
-        anomaly = anomaly or StepAnomaly("nonfinite", "gradients are not finite")
-        skip = describe_skip(run.parallel, batches, [float(loss) for loss in losses], engine.fault)
         progress.skipped_in_row += 1
         progress.skipped_steps += 1
     # A skipped step advances too: schedule, stages and data are functions of the step.
     progress.step += 1
-    progress.tokens += global_batch_size * sequence_length
+    progress.tokens += work.num_tokens
     set_step(run.model, progress.step, run.num_steps)  # for what is measured between steps
     return StepResult(
         loss=report.loss,
-        tokens=global_batch_size * sequence_length,
-        sequence_length=sequence_length,
-        auxiliary=report.mean_auxiliary(model, num_micro_batches),
+        tokens=work.num_tokens,
+        sequence_length=work.sequence_length,
+        auxiliary=report.mean_auxiliary(run.config.model, work.num_micro_batches),
         expert_counts=report.expert_counts,
         grad_norm=outcome.grad_norm,
         applied=outcome.applied,
-        learning_rate=rate,
-        seconds=time.perf_counter() - start,
-        signal=report.signal,
-        is_saving=report.is_saving,
-        busy_seconds=read_seconds + run.stragglers.clock.seconds(),
+        learning_rate=work.rate,
+        seconds=time.perf_counter() - work.started,
+        signal=report.news.signal,
+        is_saving=report.news.is_saving,
+        busy_seconds=run.phases.busy_seconds(),
         anomaly=anomaly,
         skip=skip,
-        damaged_samples=damaged_before(run) + report.damaged_samples,
+        damaged_samples=damaged_before(run) + report.news.damaged_samples,
         mtp_losses=report.depth_losses(),
     )
 
@@ -134,7 +170,7 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], share: LossS
     """
 
     def scaled_share(output: ModelOutput) -> Tensor | None:
-        run.heartbeat.at(run.progress.step + 1, "forward")
+        run.clock("forward")
         part = share.of(output)
         return None if part is None else run.engine.scale(part)
 
@@ -142,7 +178,7 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], share: LossS
         yield from run.pipeline.train(micro_batches, scaled_share)
         return
     for micro_batch in micro_batches:
-        run.heartbeat.at(run.progress.step + 1, "forward")
+        run.clock("forward")
         output = forward_micro_batch(run, micro_batch)
         loss = share.of(output)
         assert loss is not None, "a batch has labels"

@@ -6,6 +6,7 @@ the counts of valid tokens, by which losses are divided, stay on the device too 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,7 @@ class StepReport:
     """The sums of a step over all ranks, as numbers of the host; the same on every rank.
 
     tokens: valid ones, of the main loss and then of each prediction depth, at least 1. expert_counts: choices by expert of
-    each MoE block. signal: the largest of any rank; is_saving: whether some rank saves; damaged_samples: of all data ranks.
+    each MoE block. news: the largest signal of any rank, whether some rank saves, the damaged samples of all data ranks.
     """
 
     nll: float
@@ -42,9 +43,7 @@ class StepReport:
     mtp_nll: list[float]
     tokens: list[int]
     expert_counts: dict[int, list[int]]
-    signal: int
-    is_saving: bool
-    damaged_samples: int
+    news: RankNews
 
     @property
     def loss(self) -> float:
@@ -68,9 +67,10 @@ class StepResult:
     loss: mean negative log-likelihood a token, in nats. auxiliary: weighted auxiliary losses, means over micro-batches.
     expert_counts: token choices by expert, for each MoE block. grad_norm: before clipping. applied: whether the weights
     moved. signal: number of the signal that asks some rank to stop, 0 for none. is_saving: whether some rank still writes a
-    checkpoint. mtp_losses: of each depth of multi-token prediction, as `loss`. busy_seconds: time in which this rank read data and computed, without waiting for others. anomaly: what went
+    checkpoint. busy_seconds: time in which this rank read data and computed, without waiting for others. anomaly: what went
     wrong, if anything; skip: what is known about a step that was not applied. damaged_samples: of the whole run, read as
-    rows without labels (`data.on_corruption: quarantine`).
+    rows without labels (`data.on_corruption: quarantine`). mtp_losses: of each depth of multi-token prediction, as `loss`.
+    found: what hooks add to the step's line of metrics.jsonl.
     """
 
     loss: float
@@ -89,6 +89,7 @@ class StepResult:
     skip: dict[str, Any] | None = None
     damaged_samples: int = 0
     mtp_losses: tuple[float, ...] = ()
+    found: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -96,7 +97,7 @@ class StepSums:
     """Everything a step reports, summed over this rank's micro-batches and then over all ranks in one reduction.
 
     Every rank holds the keys of the whole model, also where a pipeline gives it only some of the blocks: a reduction needs
-    tensors of equal shape everywhere.
+    tensors of equal shape everywhere. micro_losses: of each micro-batch that ends here, summed over its tokens; they stay.
     """
 
     nll: Tensor
@@ -104,11 +105,13 @@ class StepSums:
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
     expert_counts: dict[int, Tensor] = field(default_factory=dict)
     mtp_nll: list[Tensor] = field(default_factory=list)
+    micro_losses: list[Tensor] = field(default_factory=list)
 
     def add(self, output: ModelOutput) -> None:
         """Add one micro-batch's output, on the device."""
         if output.loss is not None:
             self.nll += output.loss.nll_sum
+            self.micro_losses.append(output.loss.total.detach())
             self.z_loss += output.loss.total.detach() - output.loss.nll_sum
         for own, loss in zip(self.mtp_nll, output.mtp):
             own += loss.nll_sum
@@ -140,9 +143,8 @@ class StepSums:
         signal = max(number if next(taken) else 0 for number in WATCHED)
         is_saving, damaged_samples = bool(next(taken)), int(next(taken))
         valid = [max(1, int(count)) for count in taken]
-        return StepReport(
-            nll, z_loss, auxiliary, mtp_nll, valid, by_block, int(signal), is_saving, damaged_samples
-        )  # fmt: skip
+        news = RankNews(int(signal), is_saving, damaged_samples)
+        return StepReport(nll, z_loss, auxiliary, mtp_nll, valid, by_block, news)
 
 
 def encode(news: RankNews, parallel: Parallel) -> Tensor:
@@ -157,16 +159,14 @@ def encode(news: RankNews, parallel: Parallel) -> Tensor:
     return vector
 
 
-def empty_sums(config: ModelConfig, device: torch.device, *, transfers: bool = False) -> StepSums:
+def empty_sums(config: ModelConfig, device: torch.device, *, extra: Sequence[str] = ()) -> StepSums:
     """Zero sums with the keys of the whole model: every auxiliary loss, every block with a router, every prediction depth.
 
-    transfers: the run is the first stage of a conversion, whose blocks give a loss of their own.
+    extra: auxiliary losses that the run's blocks give beside those of its model section.
     """
     zero = torch.zeros((), device=device)
     sums = StepSums(zero.clone(), zero.clone(), mtp_nll=[zero.clone() for _ in range(config.num_depths)])
-    sums.auxiliary = {name: zero.clone() for name in config.auxiliary_names()}
-    if transfers:
-        sums.auxiliary["transfer"] = zero.clone()
+    sums.auxiliary = {name: zero.clone() for name in (*config.auxiliary_names(), *extra)}
     sums.expert_counts = {
         block: torch.zeros(number, dtype=torch.int64, device=device)
         for block, number in config.routed_experts().items()

@@ -1,7 +1,7 @@
 """The training loop, from a configuration to a finished run.
 
-`train` builds a run (start.py), steps it to its end (step.py) and closes it. Between steps the loop validates, measures
-tasks, writes the log, saves (saving.py) and compares ranks.
+`train` builds a run (start.py), steps it to its end (step.py) and closes it. What it does beside that is a hook (hook.py):
+validation, tasks, the log and everything else that looks at a run or edits it between steps.
 
 Every rank runs the same lines. What one rank alone knows (a signal, a NaN, a damaged sample) is reduced or gathered inside
 the step, before anything branches on it: ranks that branched differently would wait in different collectives.
@@ -12,7 +12,7 @@ of the step, so the loop has no state of its own.
 
 A step with non-finite gradients or a loss spike is a `StepAnomaly`. The step itself was skipped on every rank or applied
 on every rank; `handle_anomaly` then goes on, goes back to the newest checkpoint's weights, or ends the run, as the
-section `health` says.
+section `health` says (recovery.py).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import os
 import signal
 
 from amfm.data_pipeline.progress import Waiting
-from amfm.pretrain.checks.ranks import describe_parallel
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.failures import describe, is_bug, while_running
+from amfm.pretrain.fresh_start import announce_fresh_start, needed_now
 from amfm.pretrain.launcher_protocol import DONE, INTERRUPTED, NEXT_LAYOUT, RUN_FAILED
 from amfm.pretrain.monitor.guard import START_MARGIN_SECONDS, Guard
 from amfm.pretrain.monitor.heartbeat import describe_lost
@@ -32,7 +32,6 @@ from amfm.pretrain.parallel import is_first_rank
 from amfm.pretrain.recovery import handle_anomaly
 from amfm.pretrain.run import Run, apply_stage
 from amfm.pretrain.saving import finish_copies, finish_saving, save, save_if_due, send_missing_copy
-from amfm.pretrain.stages import is_guided, stage_of
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step
 
@@ -40,11 +39,12 @@ from amfm.pretrain.step import train_step
 def train(config: RunConfig) -> int:
     """Train, resuming by itself from `run.dir`, and return the exit code. Every rank must call this.
 
-    4: the next stage has another layout, and everything is saved: the same command goes on in it.
     0: the steps asked for are done, or SIGTERM or SIGUSR1 asked to stop, and everything is saved. 130: Ctrl-C, saved.
-    3: an anomaly ended the run (`handle_anomaly`), or `train.checkpoint_store` does not take its last checkpoint; the newest checkpoint stands. Raises ValueError for settings and data that do not
-    fit, OSError while it starts, RuntimeError for the machine's state and for all that ends a run under way; where another
-    rank is gone, the message names it.
+    3: an anomaly ended the run (`handle_anomaly`), or `train.checkpoint_store` does not take its last checkpoint; the newest
+    checkpoint stands. 4: the next step needs ranks that are built anew, and everything is saved: the same command goes on.
+
+    Raises ValueError for settings and data that do not fit, OSError while it starts, RuntimeError for the machine's state
+    and for all that ends a run under way; where another rank is gone, the message names it.
     """
     start_seconds = config.train.timeout_seconds + START_MARGIN_SECONDS
     with (
@@ -59,9 +59,8 @@ def train(config: RunConfig) -> int:
             try:
                 with while_running():
                     code = run_steps(run)
-                    # It ended in order, so that what is to go on is on the disk.
-                    for remark in [] if run.saver.replicas is None else run.saver.replicas.clear():
-                        run.say(f"warning: {remark}")
+                    for hook in run.hooks:
+                        hook.at_end()
                     return code
             except RuntimeError as error:
                 text = record_failure(run, str(error))
@@ -85,10 +84,10 @@ def record_failure(run: Run, text: str) -> str:
 
 
 def run_steps(run: Run) -> int:
-    """Step until the last step, a signal or an anomaly that ends the run; returns the exit code. Every rank must call this."""
+    """Step until the last step, or what ends the run before; returns the exit code. Every rank must call this."""
     send_missing_copy(run)
     while run.progress.step < run.last_step:
-        if needs_fresh_start(run):
+        if needed_now(run) != run.built:
             return leave_for_fresh_start(run)
         apply_stage(run)
         with run.profiler.trace(run.progress.step + 1):
@@ -109,17 +108,12 @@ def finish(run: Run) -> int:
     finish_saving(run)
     if not finish_copies(run):
         return RUN_FAILED
-    finished = run.progress.step >= run.num_steps
-    run.record_event("end", reason="finished" if finished else "stop_after_steps")
-    run.say(f"{'finished' if finished else 'stopped'} at step {run.progress.step} of {run.num_steps}; saved")
+    step, steps = run.progress.step, run.num_steps
+    if step >= steps:
+        run.tell("end", f"finished at step {step} of {steps}; saved", reason="finished")
+    else:
+        run.tell("end", f"stopped at step {step} of {steps}; saved", reason="stop_after_steps")
     return DONE
-
-
-def needs_fresh_start(run: Run) -> bool:
-    """Whether the next step needs another layout than this run was built in, or a model without its guides."""
-    has_guide = run.model.config.guide is not None
-    has_left = stage_of(run.stages, run.progress.step).parallel != run.layout
-    return has_left or has_guide != is_guided(run.config, run.progress.step)
 
 
 def leave_for_fresh_start(run: Run) -> int:
@@ -130,16 +124,7 @@ def leave_for_fresh_start(run: Run) -> int:
     (number,) = run.parallel.max_over_all([run.signals.received])
     if number:
         return stop_on_signal(run, number)
-    stage = stage_of(run.stages, run.progress.step)
-    if stage.parallel == run.layout:
-        run.record_event("guide_removed")
-        run.say(f"saved at step {run.progress.step}: the factored matrices go on without guides; ranks start anew")
-        return NEXT_LAYOUT
-    run.record_event("next_layout", stage=stage.name, parallel=stage.parallel.model_dump(mode="json"))
-    run.say(
-        f"saved at step {run.progress.step}: stage {stage.name} has a layout of its own, "
-        f"{describe_parallel(stage.parallel)}; its ranks start anew"
-    )
+    announce_fresh_start(run)
     return NEXT_LAYOUT
 
 
@@ -147,6 +132,6 @@ def stop_on_signal(run: Run, number: int) -> int:
     """Save and end, because a signal asked any of the ranks to; returns the exit code. Every rank must call this."""
     save(run)
     finish_saving(run)
-    run.record_event("signal", name=signal_name(number))
-    run.say(f"{signal_name(number)}: saved at step {run.progress.step}; the same command goes on from there")
+    name = signal_name(number)
+    run.tell("signal", f"{name}: saved at step {run.progress.step}; the same command goes on from there", name=name)
     return INTERRUPTED if number == signal.SIGINT else DONE

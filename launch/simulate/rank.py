@@ -166,10 +166,11 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
 
 def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable[[str], None]) -> Any:
     """A `Run` as `start_run` builds it, with simulated batches and without files."""
+    from amfm.pretrain.build_model import build_model, build_pipeline
     from amfm.pretrain.engine.engine import build_engine
+    from amfm.pretrain.monitor.phases import PhaseClock
     from amfm.pretrain.run import Run
-    from amfm.pretrain.stages import resolve_stages
-    from amfm.pretrain.start import build_model, build_pipeline
+    from amfm.pretrain.stages import Built, resolve_stages
 
     model = build_model(config, parallel)
     for _, block in model.all_blocks():
@@ -208,13 +209,12 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
         engine=engine,
         saver=saver,
         loader=loader,
-        validations={},
         peak=nothing,
         stages=stages,
         stage=stages[0],
-        layout=config.parallel,
+        built=Built(config.parallel, guided=config.model.guide is not None),
         signals=signals,
-        heartbeat=heartbeat,
+        phases=PhaseClock(heartbeat, torch.device("cpu")),  # whose clock is the host's
         profiler=StepProfiler(None, Path(config.run.dir), parallel.rank, engine.module, heartbeat),
         pipeline=build_pipeline(config, parallel, engine),
     )

@@ -182,6 +182,10 @@ class MoeMixer(Mixer):
         """Output of the shared expert times sigmoid of its gate, one number a token, where it has one."""
         return y_BTD if self.shared_gate is None else y_BTD * torch.sigmoid(self.shared_gate(x_BTD))
 
+    def num_closed(self) -> int:
+        """Experts that get no token by design: pruned ones. Waits for the device."""
+        return 0 if self.expert_bias is None else int((self.expert_bias <= PRUNED_BIAS / 2).sum())
+
     @torch.no_grad()
     def balance_experts(self, counts_E: Tensor) -> None:
         """Move each expert's bias by the update rate towards the mean load (Wang et al. 2024, arXiv 2408.15664, algorithm 1).

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from amfm.data_pipeline.durable.deletion import try_to_delete
 from amfm.data_pipeline.durable.files import make_folders, sync
@@ -128,6 +128,15 @@ class SavedCheckpoint:
 
     path: Path
     remarks: tuple[str, ...] = ()
+    event: ClassVar[str] = "checkpoint"
+
+    def facts(self) -> dict[str, Any]:
+        """What its event says."""
+        return {"path": self.name} | ({"remarks": list(self.remarks)} if self.remarks else {})
+
+    def warnings(self) -> tuple[str, ...]:
+        """What the user is told."""
+        return self.remarks
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from amfm.data_pipeline.durable.files import make_folders, sync
 from amfm.data_pipeline.durable.naming import named
@@ -41,6 +41,15 @@ class SentCopy:
 
     step: int
     remarks: tuple[str, ...]
+    event: ClassVar[str] = "copied"
+
+    def facts(self) -> dict[str, Any]:
+        """What its event says."""
+        return {"problem": self.remarks[0] if self.remarks else None}
+
+    def warnings(self) -> tuple[str, ...]:
+        """What the user is told."""
+        return self.remarks
 
 
 class RemoteCheckpoints:

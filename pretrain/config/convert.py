@@ -74,3 +74,7 @@ class ConvertConfig(Section):
     stage: StageName | None = Field(
         None, description="Set by `amfm convert` in the runs of its stages, below run.dir; leave it out."
     )
+
+    def own_losses(self) -> tuple[str, ...]:
+        """Auxiliary losses that blocks give in this stage alone."""
+        return ("transfer",) if self.stage == "transfer" else ()

@@ -341,3 +341,7 @@ class RunConfig(Section):
     hooks: RegisteredHooks = RegisteredHooks()
     convert: ConvertConfig | None = Field(None, description="Of `amfm convert`; none: train what `model` says.")
     launch: LaunchConfig = LaunchConfig()
+
+    def own_losses(self) -> tuple[str, ...]:
+        """Auxiliary losses that the run's blocks give beside those of the section `model`."""
+        return () if self.convert is None else self.convert.own_losses()

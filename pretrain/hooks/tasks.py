@@ -64,22 +64,43 @@ def open_tasks(config: RunConfig, parallel: Parallel) -> TaskSuite | None:
     return suite
 
 
-def measure_tasks(run: Run) -> None:
-    """Measure the run's tasks and keep the values for this step's log line. Every rank must call this."""
-    run.heartbeat.at(run.progress.step, "tasks")
-    start = time.monotonic()
-    scorer = build_scorer(run)
-    run.engine.module.eval()
-    end = _lead(run.tasks, scorer, run) if run.tasks is not None else _follow(scorer, run)
-    run.engine.module.train()
-    run.task_values, run.tasks_step = end.values, run.progress.step
-    if end.problem is not None:
-        run.record_event("tasks_failed", error=end.problem)
-        run.say(f"warning: step {run.progress.step}: tasks were not measured, training goes on: {end.problem}")
-        return
-    run.record_event("tasks", values=end.values, seconds=round(time.monotonic() - start, 3))
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in list(end.values.items())[:8])
-    run.say(f"step {run.progress.step}: tasks: {shown}")
+class Tasks(Hook):
+    """Measures the tasks of `evaluate` when that is due; `suite`: on the main rank alone."""
+
+    def __init__(self, run: Run, suite: TaskSuite | None) -> None:
+        self.run, self.suite = run, suite
+
+    def at_start(self) -> None:
+        """Say what keeps the tasks from being measured so far."""
+        if self.suite is not None and self.suite.problem is not None:
+            text = f"warning: {self.suite.problem}; tried again when tasks are due, training goes on without them"
+            self.run.tell("tasks_failed", text, error=self.suite.problem)
+
+    def after_step(self, result: StepResult) -> None:
+        """Measure each `evaluate.every_steps`, and after the last step."""
+        step, every = self.run.progress.step, self.run.config.evaluate.every_steps
+        if is_due(step, every) or step == self.run.num_steps:
+            values = self.measure()
+            result.found.update({"tasks": values} if values else {})
+
+    def measure(self) -> dict[str, float]:
+        """Measure the tasks and return their values; none where that was not possible. Every rank must call this."""
+        run = self.run
+        run.clock("tasks")
+        start = time.monotonic()
+        scorer = build_scorer(run)
+        run.engine.module.eval()
+        end = _lead(self.suite, scorer, run) if self.suite is not None else _follow(scorer, run)
+        run.engine.module.train()
+        step = f"step {run.progress.step}"
+        if end.problem is not None:
+            text = f"warning: {step}: tasks were not measured, training goes on: {end.problem}"
+            run.tell("tasks_failed", text, error=end.problem)
+            return end.values
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in list(end.values.items())[:8])
+        seconds = round(time.monotonic() - start, 3)
+        run.tell("tasks", f"{step}: tasks: {shown}", values=end.values, seconds=seconds)
+        return end.values
 
 
 def build_scorer(run: Run) -> Scorer:
@@ -88,7 +109,7 @@ def build_scorer(run: Run) -> Scorer:
     group = _group(run)
 
     def forward(*inputs: Any) -> ModelOutput:
-        run.heartbeat.at(run.progress.step, "tasks")  # each pass is progress, however many the tasks ask for
+        run.clock("tasks")  # each pass is progress, however many the tasks ask for
         output: ModelOutput = run.engine.forward(*inputs)
         return output
 
@@ -102,7 +123,7 @@ def build_scorer(run: Run) -> Scorer:
         share=Share(
             data_rank=parallel.data_rank,
             num_data_ranks=parallel.data_world_size,
-            row_multiple=run.layout.tensor,
+            row_multiple=run.built.parallel.tensor,
             gather=group.all_gather,
             any_of=lambda value: bool(parallel.max_over_all([int(value)])[0]),
         ),
@@ -119,7 +140,7 @@ def _lead(suite: TaskSuite, scorer: Scorer, run: Run) -> _End:
 
     try:
         suite.load()
-        problem = _generation_problem(suite, run.layout)
+        problem = _generation_problem(suite, run.built.parallel)
         end = _End({}, problem)
         if problem is None:
             end = _End(suite.measure(answer, scorer.tokenizer, scorer.max_length))
@@ -158,16 +179,3 @@ def _generation_problem(suite: TaskSuite, parallel: ParallelConfig) -> str | Non
         f"{parallel.tensor} with parallel.{reason} shares the tokens of a row; leave the task out, and run `amfm evaluate RUN "
         "--tasks NAMES` on the checkpoints"
     )
-
-
-class Tasks(Hook):
-    """Measures the tasks of `evaluate` when that is due."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def after_step(self, result: StepResult) -> None:
-        """Measure each `evaluate.every_steps`, and after the last step."""
-        step, section = self.run.progress.step, self.run.config.evaluate
-        if section.tasks and (is_due(step, section.every_steps) or step == self.run.num_steps):
-            measure_tasks(self.run)

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 
+from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.pretrain.accuracy import Accuracy, count_correct, measure_accuracy
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.micro_batch import move_batch
 from amfm.pretrain.monitor.metrics import finite
+from amfm.pretrain.open_data import open_validations
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.run import Run
 from amfm.pretrain.source_losses import SourceLoss, bits_per_byte, losses_of, sum_by_source
-from amfm.pretrain.stages import is_due
+from amfm.pretrain.stages import data_of_stages, is_due
 from amfm.pretrain.step import count_valid_tokens, forward_only
 from amfm.pretrain.step_sums import StepResult, empty_sums
 
@@ -47,14 +49,13 @@ class Validation:
         return math.exp(min(self.loss, 700.0))
 
 
-def validate(run: Run) -> Validation:
-    """Measure loss and accuracy on the first `train.validation_batches` global batches of the validation split.
+def validate(run: Run, loader: PretrainLoader) -> Validation:
+    """Measure loss and accuracy on the first `train.validation_batches` global batches of held-out text.
 
     The same text each time. Leaves weights, gradients, random state and the training data's cursor alone. Every rank must
     call this.
     """
-    assert run.validation is not None, "data.validation_fraction is 0, so there is nothing to validate on"
-    run.validation.seek(0)
+    loader.seek(0)
     model = run.config.model
     sums = empty_sums(model, run.parallel.device)
     is_synthetic = run.config.data.probe is not None
@@ -62,12 +63,12 @@ def validate(run: Run) -> Validation:
     hits_D = torch.zeros(model.num_depths, dtype=torch.float64, device=run.parallel.device)
     num_rows = run.config.train.validation_batches * run.stage.global_batch_size
     counts_R2 = torch.zeros(num_rows, 2, dtype=torch.float64, device=run.parallel.device)
-    names = run.validation.source_names
+    names = loader.source_names
     sources_S2 = torch.zeros(len(names), 2, dtype=torch.float64, device=run.parallel.device)
     run.engine.module.eval()
     for _ in range(run.config.train.validation_batches):
-        run.heartbeat.at(run.progress.step, "validate")  # each batch is progress, however many there are
-        batches = run.validation.take(run.stage.global_batch_size, run.stage.micro_batch_size)
+        run.clock("validate")  # each batch is progress, however many there are
+        batches = loader.take(run.stage.global_batch_size, run.stage.micro_batch_size)
         counts += count_valid_tokens(batches, run.parallel, model)
         micro_batches = [move_batch(batch, run.parallel, model) for batch in batches]
         outputs = list(forward_only(run, micro_batches, predicts=is_synthetic))
@@ -86,7 +87,7 @@ def validate(run: Run) -> Validation:
     run.engine.module.train()
     tokens, *ahead = counts.tolist()
     mean = sums.reduce(run.parallel, counts).loss
-    store = run.validation.store
+    store = loader.store
     if not isinstance(store, TokenStore):
         return Validation(mean, tokens, measure_accuracy(run.parallel.all_reduce_unique(counts_R2)))
     by_source = {
@@ -110,42 +111,53 @@ def accepted_parts(hits_D: torch.Tensor, tokens: Sequence[int], parallel: Parall
 
 
 class Validations(Hook):
-    """Validates when that is due, and keeps the result for the step's log line."""
+    """Validates when that is due, and adds what it finds to the step's line. Holds the loaders, by length of rows."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        data = data_of_stages(run.config, run.stages)
+        self.loaders = open_validations(run.config, data, run.parallel, run.stages)
+
+    @property
+    def loader(self) -> PretrainLoader | None:
+        """Loader of held-out text in rows of the present stage's length; None where nothing is held out."""
+        return self.loaders.get(self.run.stage.sequence_length)
 
     def after_step(self, result: StepResult) -> None:
         """Validate each `train.validate_every_steps`, and after the last step."""
-        step = self.run.progress.step
-        if is_due(step, self.run.config.train.validate_every_steps) or step == self.run.num_steps:
-            measure_validation(self.run)
+        run, step, loader = self.run, self.run.progress.step, self.loader
+        if loader is None or not (is_due(step, run.config.train.validate_every_steps) or step == run.num_steps):
+            return
+        validation = validate(run, loader)
+        run.progress.validation_loss = validation.loss
+        run.progress.validated_step = step
+        facts: dict[str, Any] = {
+            "loss": validation.loss,
+            "perplexity": validation.perplexity,
+            "tokens": validation.tokens,
+        }
+        result.found["validation_loss"] = finite(validation.loss)
+        if validation.accuracy is not None:
+            found = validation.accuracy
+            run.progress.validation_accuracy = found.token_accuracy
+            run.progress.validation_row_accuracy = found.row_accuracy
+            facts["accuracy"] = found.to_event()
+            result.found["validation_accuracy"] = found.token_accuracy
+            result.found["validation_row_accuracy"] = found.row_accuracy
+        sources = describe_sources(validation)
+        result.found.update(sources)
+        run.record_event("validation", **facts, **sources)
 
-
-def measure_validation(run: Run) -> None:
-    """Validate, if text is held out, and keep the result for this step's log line. Every rank must call this."""
-    if run.validation is None:
-        return
-    validation = validate(run)
-    run.progress.validation_loss = validation.loss
-    run.progress.validated_step = run.progress.step
-    details: dict[str, Any] = {
-        "loss": validation.loss,
-        "perplexity": validation.perplexity,
-        "tokens": validation.tokens,
-    }
-    if validation.accuracy is not None:
-        run.progress.validation_accuracy = validation.accuracy.token_accuracy
-        run.progress.validation_row_accuracy = validation.accuracy.row_accuracy
-        details["accuracy"] = validation.accuracy.to_event()
-    run.validation_metrics = describe_sources(validation)
-    run.record_event("validation", **details, **run.validation_metrics)
+    def close(self) -> None:
+        """Close the loaders."""
+        for loader in self.loaders.values():
+            loader.close()
 
 
 def describe_sources(validation: Validation) -> dict[str, Any]:
     """What else a validation found, as lines of metrics.jsonl have it; nothing of a synthetic task.
 
-    The loss in bits a byte and by source, and what depths of multi-token prediction foresaw, where the model has some.
+    The loss in bits per byte and by source, and the acceptance rate of each depth of multi-token prediction.
     """
     if not validation.by_source:
         return {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import statistics
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +32,29 @@ class Straggler:
         return f"rank {self.rank} on {self.host} by {self.percent:.0f}%"
 
 
-class HostClock:
+class Stopwatch(ABC):
+    """What times a block of code, as a context: `start`, `stop`, then `seconds`."""
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @abstractmethod
+    def start(self) -> None:
+        """Note where the block begins."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Note where it ends."""
+
+    @abstractmethod
+    def seconds(self) -> float:
+        """Seconds between the two."""
+
+
+class HostClock(Stopwatch):
     """Times a step's passes by the host's clock, on which a CPU computes."""
 
     def start(self) -> None:
@@ -47,7 +70,7 @@ class HostClock:
         return self._ended - self._began
 
 
-class DeviceClock:
+class DeviceClock(Stopwatch):
     """Times a step's passes on the stream of a card that computes them; what other streams exchange is not in it."""
 
     def __init__(self) -> None:
@@ -67,16 +90,15 @@ class DeviceClock:
         return self._began.elapsed_time(self._ended) / 1e3
 
 
-def clock_of(device: torch.device) -> HostClock | DeviceClock:
+def clock_of(device: torch.device) -> Stopwatch:
     """The clock of a device that computes."""
     return DeviceClock() if device.type == "cuda" else HostClock()
 
 
 @dataclass
 class StepTimes:
-    """This rank's busy seconds of the steps since the last comparison, and the clock that takes them."""
+    """This rank's busy seconds of the steps since the last comparison."""
 
-    clock: HostClock | DeviceClock = field(default_factory=HostClock)
     seconds: list[float] = field(default_factory=list)
 
     def add(self, seconds: float) -> None:

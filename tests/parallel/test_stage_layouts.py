@@ -99,7 +99,7 @@ def go_back(data: DataConfig, run_dir: str) -> list[tuple[int, dict[str, Any]]]:
     for start in range(3):
         with SignalWatch() as signals:
             run = start_run(config, signals)
-            built = run.layout.model_dump(exclude_defaults=True)
+            built = run.built.parallel.model_dump(exclude_defaults=True)
             results.append((run_steps(run), built))
             close_run(run)
         if start == 0 and run.parallel.is_main:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.pretrain.hooks.tasks import measure_tasks
+from amfm.pretrain.hooks.tasks import Tasks
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.tasks.evaluate import evaluate_tasks
@@ -62,7 +62,7 @@ def test_each_forward_pass_of_a_task_is_progress_to_the_watchdog(
         run = start_run(tiny_config(data, tmp_path / "run", **with_tasks(folder, tasks=("choice",))), signals)
         phases: list[str] = []
         run.heartbeat.listener = phases.append
-        measure_tasks(run)
+        next(hook for hook in run.hooks if isinstance(hook, Tasks)).measure()
         assert len(phases) > 2 and set(phases) == {"tasks"}
         close_run(run)
 

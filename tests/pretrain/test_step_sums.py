@@ -40,6 +40,6 @@ def test_all_ranks_read_the_sums_and_the_news_of_all(tensor: int, times: int) ->
     assert report.tokens == [10, 1]
     assert set(report.auxiliary.values()) == {float(times)} and len(report.auxiliary) == 2
     assert report.expert_counts == counts == {1: [times, 2 * times, 3 * times, 2**40 * times]}
-    assert report.signal == max(signal.SIGUSR1, signal.SIGTERM) and report.is_saving
+    assert report.news.signal == max(signal.SIGUSR1, signal.SIGTERM) and report.news.is_saving
     # Tensor ranks read the same samples.
-    assert report.damaged_samples == (7 if tensor == 1 else 2)
+    assert report.news.damaged_samples == (7 if tensor == 1 else 2)

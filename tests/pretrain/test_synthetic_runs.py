@@ -14,7 +14,7 @@ from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.accuracy import count_correct, measure_accuracy
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.hooks.validate import Validation, validate
+from amfm.pretrain.hooks.validate import Validation
 from amfm.pretrain.inference.evaluate_synthetic import evaluate_synthetic
 from amfm.pretrain.inference.weights import load_initial_weights, read_weights
 from amfm.pretrain.monitor.signals import SignalWatch
@@ -23,7 +23,7 @@ from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.export.exported_models import weights_folder
-from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config, train_and_collect
+from tests.pretrain.tiny_run import held_out, read_events, read_metrics, tiny_config, train_and_collect, validate_now
 
 COPYING = SyntheticConfig(task="selective_copying", num_copied=2, num_symbols=4)
 MODEL: dict[str, Any] = {
@@ -42,10 +42,10 @@ def synthetic_config(folder: Path, task: SyntheticConfig = COPYING, **settings: 
 
 def predict(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """Most likely tokens and labels of all validation batches, from logits."""
-    assert run.validation is not None
-    run.validation.seek(0)
+    loader = held_out(run)
+    loader.seek(0)
     predictions, labels = [], []
-    for batch in run.validation.take(run.config.train.validation_batches * run.config.train.global_batch_size):
+    for batch in loader.take(run.config.train.validation_batches * run.config.train.global_batch_size):
         rows, tokens = batch.tokens_BT.shape
         with torch.no_grad():
             logits_BTV = run.model(batch.tokens_BT, PackMeta.one_document_a_row(rows, tokens)).logits_BTV
@@ -135,7 +135,7 @@ def validate_layouts(folder: str, layouts: list[dict[str, Any]]) -> list[Validat
     for number, parallel in enumerate(layouts):
         with SignalWatch() as signals:
             run = start_run(parity_config(Path(folder, str(number)), parallel), signals)
-            found.append(validate(run))
+            found.append(validate_now(run))
             close_run(run)
     return found
 
@@ -143,7 +143,7 @@ def validate_layouts(folder: str, layouts: list[dict[str, Any]]) -> list[Validat
 def test_every_layout_of_ranks_has_the_accuracy_of_one_rank(tmp_path: Path) -> None:
     with SignalWatch() as signals:
         run = start_run(parity_config(tmp_path / "one", {}), signals)
-        expected = validate(run)
+        expected = validate_now(run)
         predictions_BT, labels_BT = predict(run)
         close_run(run)
     assert expected.accuracy is not None and expected.accuracy.num_rows == 12

@@ -18,7 +18,7 @@ import yaml
 
 from amfm.data_pipeline.config import DataConfig, PhaseConfig, TokenizerConfig
 from amfm.data_pipeline.prepare.prepare import prepare
-from amfm.pretrain.hooks.validate import Validation, validate
+from amfm.pretrain.hooks.validate import Validation
 from amfm.pretrain.monitor.ownership import lock_directory
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run
@@ -27,7 +27,7 @@ from amfm.pretrain.train import run_steps, train
 from tests.helpers.full_disk import largest_file
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
-from tests.pretrain.tiny_run import collect_weights, read_events, read_metrics, tiny_config
+from tests.pretrain.tiny_run import collect_weights, read_events, read_metrics, tiny_config, validate_now
 
 METRICS = {
     "step",
@@ -143,7 +143,7 @@ def test_validation_measures_the_same_text_each_time_and_changes_nothing(data: D
     with SignalWatch() as signals:
         run = start_run(tiny_config(data, tmp_path), signals)
         weights, random, cursor = collect_weights(run), torch.get_rng_state(), run.loader.state_dict()
-        first, second = validate(run), validate(run)
+        first, second = validate_now(run), validate_now(run)
         assert first == second and first.tokens > 100
         assert first.by_source["source0"].tokens == first.tokens
         assert first.by_source["source0"].loss == pytest.approx(first.loss, rel=1e-6)
@@ -151,7 +151,7 @@ def test_validation_measures_the_same_text_each_time_and_changes_nothing(data: D
         assert torch.equal(torch.get_rng_state(), random) and run.loader.state_dict() == cursor
         assert all(torch.equal(weight, weights[name]) for name, weight in collect_weights(run).items())
         train_step(run)
-        assert validate(run).loss != first.loss
+        assert validate_now(run).loss != first.loss
         close_run(run)
 
 
@@ -160,7 +160,7 @@ def test_each_batch_of_a_validation_is_progress_to_the_watchdog(data: DataConfig
         run = start_run(tiny_config(data, tmp_path, train__validation_batches=3), signals)
         phases: list[str] = []
         run.heartbeat.listener = phases.append
-        validate(run)
+        validate_now(run)
         assert phases == ["validate"] * 3
         close_run(run)
 
@@ -174,7 +174,7 @@ def validate_two_sources(data: DataConfig, folder: str, layouts: list[dict[str, 
             config = tiny_config(data, place, **settings)
             parallel = config.parallel.model_copy(update=layout)
             run = start_run(config.model_copy(update={"parallel": parallel}), signals)
-            results.append(validate(run))
+            results.append(validate_now(run))
             close_run(run)
     return results
 

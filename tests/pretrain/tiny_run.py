@@ -12,7 +12,9 @@ import deepspeed
 import torch
 
 from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.hooks.validate import Validation, Validations, validate
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.run import Run
 from amfm.pretrain.start import close_run, start_run
@@ -100,6 +102,18 @@ def collect_weights(run: Run) -> dict[str, torch.Tensor]:
     with deepspeed.zero.GatheredParameters(list(parameters.values())) if run.engine.zero_stage == 3 else nullcontext():
         weights = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
     return weights | {name: buffer.detach().clone() for name, buffer in run.model.named_buffers()}
+
+
+def validate_now(run: Run) -> Validation:
+    """Validate on the run's held-out text. Every rank must call this."""
+    return validate(run, held_out(run))
+
+
+def held_out(run: Run) -> PretrainLoader:
+    """The loader of held-out text."""
+    (hook,) = [hook for hook in run.hooks if isinstance(hook, Validations)]
+    assert hook.loader is not None
+    return hook.loader
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,18 @@ class SavedReplica:
     num_bytes: int
     seconds: float
     problem: str | None
+    event: ClassVar[str] = "replica"
+
+    def facts(self) -> dict[str, Any]:
+        """What its event says."""
+        written = {"bytes": self.num_bytes, "seconds": self.seconds} if self.problem is None else {}
+        return {"problem": self.problem} | written
+
+    def warnings(self) -> tuple[str, ...]:
+        """What the user is told."""
+        if self.problem is None:
+            return ()
+        return (f"the replica of step {self.step} was not written, training goes on: {self.problem}",)
 
 
 def write_replica(memory: NodeMemory, snapshot: Snapshot, ranks: RankGroup) -> SavedReplica:

@@ -1,0 +1,88 @@
+"""Build the model of a run on this rank, with its kernels, first weights and pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
+from amfm.kernels.runtime.backend import resolve_for_run
+from amfm.model.hybrid import HybridModel
+from amfm.model.pipeline_split import cut_pieces, pieces_of_rank
+from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checks.mixers import check_kernels
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.convert.prepare import prepare_stage
+from amfm.pretrain.engine.engine import ZeroEngine
+from amfm.pretrain.inference.weights import load_initial_weights
+from amfm.pretrain.parallel import Parallel
+from amfm.pretrain.pipeline import Pipeline
+from amfm.pretrain.recompute import recomputed_letters
+
+
+def choose_backend(config: RunConfig, parallel: Parallel) -> str:
+    """Name the implementation of the kernels on this rank. Raises ValueError for one that cannot run here."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return resolve_for_run(config.kernels.backend, parallel.device, dtype)
+
+
+def share_tiles(config: RunConfig, parallel: Parallel) -> None:
+    """Let all ranks launch Triton kernels with the same tuned tiles, where they run on CUDA. Every rank must call this."""
+    if parallel.device.type != "cuda" or choose_backend(config, parallel) != "triton":
+        return
+    from amfm.kernels.runtime.tuning import load_table
+    from amfm.pretrain.tiles import agree_on_tiles
+
+    agree_on_tiles(load_table(parallel.device))
+
+
+def build_model(
+    config: RunConfig, parallel: Parallel, remark: Callable[[str], None] = lambda _: None, *, draws: bool = True
+) -> HybridModel:
+    """Build the model in float32 with its initial weights, compiled and recomputed as the run asks.
+
+    With a pipeline it is this rank's part, and under tensor and expert parallelism its shard. Initial weights are random
+    functions of the seed, the same on all layouts of ranks, or `run.initial_weights` when no checkpoint of the run exists to
+    replace them; `remark` is called with a message for each of those that fits only in part. Without `draws` there are none:
+    a checkpoint will be loaded, and of a large model they take minutes.
+    """
+    section, pieces = config.parallel, None
+    backend = choose_backend(config, parallel)
+    check_kernels(config, backend)
+    if section.pipeline > 1:
+        cut = cut_pieces(config.model, section.num_pieces(), config.train.sequence_length)
+        pieces = pieces_of_rank(cut, parallel.groups.pp.rank(), section.pipeline)
+    model = HybridModel(
+        config.model,
+        parallel.groups,
+        backend=backend,
+        seed=config.train.seed,
+        device=parallel.device,
+        pieces=pieces,
+        # A checkpoint from before a run had guides lacks theirs.
+        draws=draws or config.model.guide is not None,
+    )
+    if config.run.initial_weights is not None and not list_checkpoints(Path(config.run.dir) / "checkpoints"):
+        has_text = config.data.probe is None
+        tokenizer = TokenStore.open(config.data.text_store()).tokenizer_identity if has_text else NO_TOKENIZER
+        for text in load_initial_weights(model, config.run.initial_weights, tokenizer):
+            remark(text)
+    if config.convert is not None:
+        prepare_stage(model, config.convert)
+    if config.train.compile:
+        model.compile_blocks()
+    model.recompute_blocks(recomputed_letters(config))
+    return model
+
+
+def build_pipeline(config: RunConfig, parallel: Parallel, engine: ZeroEngine) -> Pipeline | None:
+    """Wrap the engine's model into pipeline stages; None without a pipeline.
+
+    The engine hears of gradients that a schedule adds by hand, because its float32 sums come from autograd's hooks.
+    """
+    if config.parallel.pipeline == 1:
+        return None
+    return Pipeline(engine.module, config.parallel, parallel, collect=engine.take_gradient)

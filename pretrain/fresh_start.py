@@ -1,0 +1,27 @@
+"""Where ranks must be built anew inside a run: the next stage has a layout of its own, or the guides are gone."""
+
+from __future__ import annotations
+
+from amfm.pretrain.checks.ranks import describe_parallel
+from amfm.pretrain.run import Run
+from amfm.pretrain.stages import Built, stage_of
+
+
+def needed_now(run: Run) -> Built:
+    """What the next step is to be built by."""
+    return Built.for_step_after(run.progress.step, run.config, run.stages)
+
+
+def announce_fresh_start(run: Run) -> None:
+    """Record and say that the ranks start anew for the next step, and why; everything is saved."""
+    saved, needed = f"saved at step {run.progress.step}", needed_now(run)
+    if needed.parallel == run.built.parallel:
+        run.tell("guide_removed", f"{saved}: the factored matrices go on without guides; ranks start anew")
+        return
+    stage = stage_of(run.stages, run.progress.step)
+    run.tell(
+        "next_layout",
+        f"{saved}: stage {stage.name} has a layout of its own, {describe_parallel(needed.parallel)}; its ranks start anew",
+        stage=stage.name,
+        parallel=needed.parallel.model_dump(mode="json"),
+    )

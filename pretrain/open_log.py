@@ -1,0 +1,95 @@
+"""Open the log of a run: what it is, where it begins, and everything that the start has to say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from amfm.data_pipeline.durable.files import write_file_atomically
+from amfm.data_pipeline.durable.lines import read_lines
+from amfm.model.flops import count_parameters, flops_per_token
+from amfm.pretrain.checkpoint.load import LoadedCheckpoint
+from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.launcher_protocol import RESTART_CAUSE, TORCHRUN_RESTARTS
+from amfm.pretrain.monitor.display import Display
+from amfm.pretrain.monitor.environment import record_environment
+from amfm.pretrain.monitor.experts import describe_unbalanced
+from amfm.pretrain.monitor.metrics import RunLog
+from amfm.pretrain.monitor.panel import plural
+from amfm.pretrain.parallel import describe_environment
+from amfm.pretrain.run import Run
+from amfm.pretrain.stages import FRESH_START_EVENTS
+
+
+def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
+    """Write configuration and environment, open log and display, and report how the run begins. Main rank only.
+
+    Drops lines of metrics.jsonl beyond the step that the run resumes from. Everything that loading passed over, warned of or
+    found changed goes to the events too.
+    """
+    counts = count_parameters(run.model.config)
+    length = run.stage.sequence_length
+    facts = {
+        "pattern": run.model.pattern.canonical(),
+        "parameters": counts.total,
+        "active_parameters": counts.active,
+        "flops_per_token": sum(flops_per_token(run.model.config, length).values()),
+    }
+    environment = record_environment(run.parallel, run.peak, facts, keeps_freed_memory=run.keeps_freed_memory)
+    # Whole or as they were: a full disk or a kill must not take from a run what it is.
+    write_file_atomically(run.directory / "config.yaml", resolved_yaml(run.config).encode())
+    write_file_atomically(run.directory / "environment.json", json.dumps(environment, indent=2).encode() + b"\n")
+    last_event = find_last_event(run.directory)
+    run.files.log = log = RunLog(run.config, resumed_at_step=run.progress.step)
+    run.files.display = Display(run.config, first_step=run.progress.step, last_step=run.last_step)
+    run.say(
+        f"{facts['pattern']}: {counts.total:,} parameters ({counts.active:,} active), {run.config.train.precision}, "
+        f"ZeRO {run.engine.zero_stage}, {plural(run.parallel.world_size, 'rank')} on {run.parallel.device.type} with "
+        f"{plural(torch.get_num_threads(), 'thread')}, {run.stage.global_batch_size} x {length} tokens a step"
+    )
+    for remark in run.loader.describe_repeats(run.stages[-1].first_sample + run.stages[-1].num_samples()):
+        run.say(remark)
+    if log.dropped_lines:
+        run.say(f"metrics.jsonl: {plural(log.dropped_lines, 'line')} cut short or damaged, left out")
+    run.record_event("start", world_size=run.parallel.world_size, resumed_from=loaded and loaded.path.name)
+    for text in run.remarks:
+        run.tell("initial_weights", text, text=text)
+    unbalanced = describe_unbalanced(run.config.model)
+    if unbalanced is not None:
+        run.tell("unbalanced_experts", f"warning: {unbalanced}", text=unbalanced)
+    cause = find_restart_cause(describe_environment([RESTART_CAUSE, TORCHRUN_RESTARTS]), last_event)
+    if cause is not None:
+        run.record_event("restarted", cause=cause)
+    for hook in run.hooks:
+        hook.at_start()
+    if loaded is not None:
+        run.say(f"resumed from {loaded.path} at step {loaded.step}")
+        remarks = {
+            "passed over": loaded.skipped,
+            "warning": loaded.warnings,
+            "changed since the checkpoint": loaded.changes,
+        }
+        for kind, texts in remarks.items():
+            for text in texts:
+                run.tell("resume", f"{kind}: {text}", kind=kind, text=text)
+
+
+def find_last_event(directory: Path) -> str | None:
+    """The newest event of a run directory; None where there is none."""
+    path = directory / "events.jsonl"
+    events = [record.get("event") for _, record in read_lines(path) if record is not None] if path.is_file() else []
+    return events[-1] if events else None
+
+
+def find_restart_cause(environment: Mapping[str, str], last_event: str | None = None) -> str | None:
+    """Why the ranks were started again: as `amfm launch` says, or torchrun's number of the restart; None where nothing failed.
+
+    torchrun counts a start in the layout of the next stage, the run's last event then, as a restart too.
+    """
+    if RESTART_CAUSE in environment or last_event in FRESH_START_EVENTS:
+        return environment.get(RESTART_CAUSE)
+    number = environment.get(TORCHRUN_RESTARTS, "0")
+    return f"torchrun started its ranks again, restart {number}" if number != "0" else None
