@@ -19,7 +19,6 @@ from torch import Tensor
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.hooks.plugins import call_hooks
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step
@@ -63,13 +62,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 def test_as_a_hook_it_shrinks_and_then_leaves_so_many_channels(data: DataConfig, tmp_path: Path) -> None:
     config = tiny_config(data, tmp_path)
-    hooks = {"envelope": EnvelopeHook(OPTIONS, config)}
     with SignalWatch() as signals:
         run = start_run(config, signals)
+        hook = EnvelopeHook(OPTIONS, run)
         norms = []
         for _ in range(4):
-            train_step(run)
-            call_hooks(run, hooks)
+            hook.after_step(train_step(run))
             norms.append(run.model.get_parameter("blocks.3.mixer.up_proj.weight").detach().norm(dim=1))
         close_run(run)
     assert [int((norm == 0).sum()) for norm in norms][2:] == [24, 24], "half of 48, which stay at zero"

@@ -91,6 +91,10 @@ class Mixer(Float32Buffers):
     def retire_experts(self, is_retired_E: Tensor) -> None:
         """Never choose these experts again, [E] bool."""
 
+    def num_retired(self) -> int:
+        """Experts that get no token by design. Waits for the device."""
+        return 0
+
 
 class SequenceMixer(Mixer):
     """A mixer of which a token reads others: it decodes with a state."""

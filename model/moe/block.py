@@ -182,8 +182,8 @@ class MoeMixer(Mixer):
         """Output of the shared expert times sigmoid of its gate, one number a token, where it has one."""
         return y_BTD if self.shared_gate is None else y_BTD * torch.sigmoid(self.shared_gate(x_BTD))
 
-    def num_closed(self) -> int:
-        """Experts that get no token by design: pruned ones. Waits for the device."""
+    def num_retired(self) -> int:
+        """Experts whose bias keeps every token away. Waits for the device."""
         return 0 if self.expert_bias is None else int((self.expert_bias <= PRUNED_BIAS / 2).sum())
 
     @torch.no_grad()

@@ -1,9 +1,11 @@
-"""Hooks of installed packages: code that looks at a run's masters between steps, with a section of options each.
+"""Hooks as configurations see them: the table of those that a section asks for, ours and those of installed packages.
 
 A package registers a hook with an entry point of the group `amfm.hooks` that names a `HookSpec`, and its options become the
-section `hooks.NAME`. As with mixers, a spec names the class by its import path, because configurations are read where torch
-is not imported. Hooks are given three things, which is all that the methods tried so far needed: the step, as `set_step` gives it to
-modules, the masters (`MasterView`), and nothing to save: what a hook does after a step is a function of the two.
+section `hooks.NAME`. Ours, `prune` and `forget`, have sections of their own. As with mixers, a spec names the class by its
+import path, because configurations are read where torch is not imported.
+
+A hook is a subclass of `amfm.pretrain.hook.Hook`, built as `Class(options, run)` on every rank at every start. Nothing of it is
+saved: what it does is a function of the step and the masters.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 from amfm.model.config.plugins import describe_entry, installed_specs
 from amfm.model.config.section import Section
+from amfm.pretrain.config.pruning import ForgetConfig, PruneConfig
 
 ENTRY_POINTS = "amfm.hooks"
 
@@ -28,17 +31,26 @@ class HookOptions(Section):
         yield from ()
 
 
+INTERFACE = 2
+# What a package has to do for each interface, since the one before.
+CHANGES = {
+    2: "a hook is a subclass of amfm.pretrain.hook.Hook, built as Class(options, run) instead of Class(options, config); its "
+    "after_step(result) opens the masters by run.open_masters(), says run.note_edit() after an edit, and records by run.tell()",
+}
+
+
 @dataclass(frozen=True)
 class HookSpec:
-    """A registered hook as configurations see it, without importing it.
+    """A hook as configurations see it, without importing it.
 
-    name: lower case. hook: `package.module:Class`, an `amfm.pretrain.hooks.plugins.TrainHook`. options: its section, whose class docstring and
-    field descriptions become the documentation.
+    name: lower case. hook: `package.module:Class`, an `amfm.pretrain.hook.Hook`. options: its section, whose class docstring and
+    field descriptions become the documentation. interface: the one that the class is written for, at present 2.
     """
 
     name: str
     hook: str
-    options: type[HookOptions]
+    options: type[Section]
+    interface: int = 1
 
     def load(self) -> type[Any]:
         """Import the class."""
@@ -46,15 +58,40 @@ class HookSpec:
         found: type[Any] = getattr(importlib.import_module(module), name)
         return found
 
+    def explain_unfit(self) -> str | None:
+        """Why this program cannot call the hook, and what to do; None where it can."""
+        if self.interface == INTERFACE:
+            return None
+        if self.interface > INTERFACE:
+            return f"is written for interface {self.interface} of hooks, and this amfm has {INTERFACE}; install a newer amfm"
+        changes = "; ".join(CHANGES[number] for number in range(self.interface + 1, INTERFACE + 1))
+        return (
+            f"is written for interface {self.interface} of hooks, and this amfm has {INTERFACE}: {changes}. Install a newer "
+            "version of the package"
+        )
+
+
+# In the order in which they edit the masters; sections of a RunConfig under their names.
+BUILT_IN = (
+    HookSpec("prune", "amfm.pretrain.hooks.prune:Prune", PruneConfig, INTERFACE),
+    HookSpec("forget", "amfm.pretrain.hooks.forget:Forget", ForgetConfig, INTERFACE),
+)
+
 
 @cache
 def hook_specs() -> dict[str, HookSpec]:
-    """Collect the hooks of installed packages by name. Raises RuntimeError as mixers do, and for a name that is taken."""
+    """Collect the hooks of installed packages by name.
+
+    Raises RuntimeError as mixers do, for a name that is taken, and for an interface that this program does not have.
+    """
     specs: dict[str, HookSpec] = {}
     for entry, spec in installed_specs(ENTRY_POINTS, HookSpec):
-        if spec.name in specs:
+        if spec.name in {*specs, *(own.name for own in BUILT_IN)}:
             raise RuntimeError(
                 f"{describe_entry(entry)} registers a hook {spec.name!r}, which there is already; uninstall one"
             )
+        unfit = spec.explain_unfit()
+        if unfit is not None:
+            raise RuntimeError(f"{describe_entry(entry)} {unfit}")
         specs[spec.name] = spec
     return specs

@@ -28,7 +28,7 @@ class PruneConfig(Section):
 
 
 class ForgetConfig(Section):
-    """Active forgetting (Chen et al. 2023, arXiv 2307.01163): the embedding begins anew now and then while the rest learns."""
+    """Active forgetting (Chen et al. 2023, arXiv 2307.01163): the embedding is re-initialised now and then while the rest learns."""
 
     every_steps: int = Field(gt=0, description="Steps from one new embedding to the next.")
-    until_step: int = Field(gt=0, description="Last step after which the embedding begins anew; none after it.")
+    until_step: int = Field(gt=0, description="Last step after which the embedding is re-initialised; none after it.")

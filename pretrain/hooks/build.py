@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from amfm.pretrain.hook import Hook
-from amfm.pretrain.hooks.edits import MasterEdits
 from amfm.pretrain.hooks.experts import Experts
 from amfm.pretrain.hooks.metrics import Metrics
 from amfm.pretrain.hooks.replicas import build_replicas
 from amfm.pretrain.hooks.state_watch import build_state_watch
 from amfm.pretrain.hooks.stragglers import Stragglers
+from amfm.pretrain.hooks.table import build_table
 from amfm.pretrain.hooks.tasks import Tasks
 from amfm.pretrain.hooks.validate import Validations
 from amfm.pretrain.run import Run
@@ -16,10 +16,10 @@ from amfm.pretrain.tasks.suite import TaskSuite
 
 
 def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
-    """Edits come first, so that all others see the weights of the next step; the log comes after all that add to its line.
+    """Those that edit masters come first, so that all others see the weights of the next step; the log comes after all that add to its line.
 
     suite: the tasks of `evaluate`, on the main rank alone. Every rank must call this.
     """
     tasks = [Tasks(run, suite)] if run.config.evaluate.tasks else []
     watched = [*build_state_watch(run), Validations(run), *tasks]
-    return (MasterEdits(run), *watched, Metrics(run), Stragglers(run), Experts(run), *build_replicas(run))
+    return (*build_table(run), *watched, Metrics(run), Stragglers(run), Experts(run), *build_replicas(run))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from amfm.model.moe.block import MoeMixer
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.monitor.experts import EXPERT_STEPS, find_collapsed
 from amfm.pretrain.run import Run
@@ -14,23 +13,22 @@ class Experts(Hook):
     """Reports a block that collapsed, once until it recovers."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.num_closed = run, 0
+        self.run, self.num_retired = run, 0
         self.collapsed: frozenset[int] = frozenset()
 
     def before_update(self) -> None:
         """Ask how many experts of a block could get no token in this step by design: equally many in all blocks."""
         if self.run.config.model.moe is not None and is_due(self.run.progress.step + 1, EXPERT_STEPS):
-            mixers = [mixer for mixer in self.run.model.modules() if isinstance(mixer, MoeMixer)]
-            closed = max((mixer.num_closed() for mixer in mixers), default=0)
-            (self.num_closed,) = self.run.parallel.max_over_all([closed])  # a pipeline rank may hold no such block
+            retired = max((block.mixer.num_retired() for _, block in self.run.model.all_blocks()), default=0)
+            (self.num_retired,) = self.run.parallel.max_over_all([retired])  # a pipeline rank may hold no such block
 
     def after_step(self, result: StepResult) -> None:
-        """Compare the loads when that is due; experts that are closed get no tokens, and are left out."""
+        """Compare the loads when that is due; retired experts get no tokens, and are left out."""
         moe = self.run.config.model.moe
         if moe is None or not is_due(self.run.progress.step, EXPERT_STEPS):
             return
-        open_counts = {block: sorted(counts)[self.num_closed :] for block, counts in result.expert_counts.items()}
-        shares = find_collapsed(open_counts, moe.top_k)
+        living = {block: sorted(counts)[self.num_retired :] for block, counts in result.expert_counts.items()}
+        shares = find_collapsed(living, moe.top_k)
         if shares.keys() - self.collapsed:
             blocks = ", ".join(f"{block} ({share:.0%} of tokens)" for block, share in shares.items())
             self.run.tell(

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from amfm.pretrain.checkpoint.masters import MasterView
-from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.hook import Hook
 from amfm.pretrain.pruning.groups import plan_groups
 from amfm.pretrain.pruning.prune import choose_groups
+from amfm.pretrain.run import Run
+from amfm.pretrain.step_sums import StepResult
 from amfm_envelope.spec import EnvelopeOptions
 
 HALVINGS = 80  # of an interval of float64 numbers
 
 
-class EnvelopeHook:
+class EnvelopeHook(Hook):
     """Shrinks groups towards the largest of each block while the penalty rises, then sets the others to zero."""
 
-    def __init__(self, options: EnvelopeOptions, config: RunConfig) -> None:
-        self.options = options
-        self.plan = plan_groups(config.model, options.groups)
+    def __init__(self, options: EnvelopeOptions, run: Run) -> None:
+        self.options, self.run = options, run
+        self.plan = plan_groups(run.config.model, options.groups)
 
-    def after_step(self, step: int, total_steps: int, open_view: Callable[[], MasterView]) -> dict[str, Any] | None:
-        """Shrink, or choose, if the step is one for it; nothing before and after. Every rank must call this."""
-        options = self.options
+    def after_step(self, result: StepResult) -> None:
+        """Shrink, or choose, if the step is one for it; nothing before and after."""
+        options, step = self.options, self.run.progress.step
         is_due = (step - options.start_step) % options.every_steps == 0 or step == options.end_step
         if not options.start_step <= step <= options.end_step or not is_due:
-            return None
-        view = open_view()
+            return
+        edited = self.edit(self.run.open_masters(), step)
+        self.run.note_edit()
+        words = ", ".join(f"{key} {value}" for key, value in edited.items())
+        self.run.tell("hook", f"step {step}: envelope: {words}", name="envelope", **edited)
+
+    def edit(self, view: MasterView, step: int) -> dict[str, int]:
+        """Shrink the groups, or leave the largest alone at the last step; returns what was done to how many."""
+        options = self.options
         squares = view.sum_groups(self.plan.groupings, self.plan.num_groups)
         if step == options.end_step:
             chosen = choose_groups(self.plan, squares, 1 - options.keep)

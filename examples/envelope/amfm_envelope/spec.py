@@ -54,4 +54,4 @@ class EnvelopeOptions(HookOptions):
             yield problem.key.removeprefix("prune."), problem.rule, problem.remedy
 
 
-SPEC = HookSpec("envelope", "amfm_envelope.hook:EnvelopeHook", EnvelopeOptions)
+SPEC = HookSpec("envelope", "amfm_envelope.hook:EnvelopeHook", EnvelopeOptions, interface=2)

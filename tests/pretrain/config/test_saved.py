@@ -33,7 +33,7 @@ class WatchingOptions(HookOptions):
 
 
 MIXER = Kind("halving", "nowhere:Mixer", HalvingOptions)
-HOOK = HookSpec("watching", "nowhere:Hook", WatchingOptions)
+HOOK = HookSpec("watching", "nowhere:Hook", WatchingOptions, interface=2)
 '''
 SAVE = """
 import json, sys

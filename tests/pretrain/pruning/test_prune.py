@@ -21,7 +21,7 @@ from amfm.pretrain.launcher_protocol import DONE
 from amfm.pretrain.monitor.experts import EXPERT_STEPS
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.pruning.groups import plan_groups
-from amfm.pretrain.pruning.prune import number_pruned, pruned_share, prunes_after
+from amfm.pretrain.pruning.prune import pruned_share, prunes_after
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks
@@ -63,13 +63,6 @@ def test_the_ramp_is_cubic_and_a_function_of_the_step():
     assert pruned_share(section, 9) == pruned_share(section, 10) == 0
     assert pruned_share(section, 21) == pytest.approx(0.8 * (1 - 0.5**3))
     assert pruned_share(section, 32) == pruned_share(section, 99) == 0.8
-
-
-def test_as_many_groups_are_zero_as_the_newest_pruning_left():
-    section = PruneConfig(groups="experts", keep=0.25, start_step=10, every_steps=5, end_step=22)
-    found = [number_pruned(section, step, 16) for step in (9, 10, 14, 15, 19, 20, 21, 22, 99)]
-    assert found == [0, 0, 0, round(12 * (1 - (7 / 12) ** 3)), found[3], found[5], found[5], 12, 12]
-    assert found[5] == round(12 * (1 - (2 / 12) ** 3))
 
 
 def test_experts_that_were_pruned_are_no_collapse(data: DataConfig, tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""Magnitude pruning between steps, as the section `prune` asks for it (pruning/prune.py says how many, groups.py of what)."""
+
+from __future__ import annotations
+
+import torch
+
+from amfm.pretrain.checkpoint.save import ranks_of
+from amfm.pretrain.config.pruning import PruneConfig
+from amfm.pretrain.hook import Hook
+from amfm.pretrain.pruning.groups import plan_groups
+from amfm.pretrain.pruning.prune import choose_groups, pruned_share, prunes_after
+from amfm.pretrain.run import Run
+from amfm.pretrain.step_sums import StepResult
+
+
+class Prune(Hook):
+    """Sets the smallest groups of each block to zero, more and more of them."""
+
+    def __init__(self, section: PruneConfig, run: Run) -> None:
+        self.run, self.section = run, section
+
+    def after_step(self, result: StepResult) -> None:
+        """Prune if the step just done is one for it."""
+        if prunes_after(self.section, self.run.progress.step):
+            self.prune()
+
+    def after_rollback(self) -> None:
+        """Prune again: the older weights may have fewer zeros."""
+        self.prune()
+
+    def prune(self) -> None:
+        """Set as many groups of each block to zero as the ramp says now. Every rank must call this."""
+        run, groups = self.run, self.section.groups
+        plan = plan_groups(run.config.model, groups)
+        share = pruned_share(self.section, run.progress.step)
+        view = run.open_masters()
+        squares = view.sum_groups(plan.groupings, plan.num_groups)
+        # Chosen once for all ranks: a reduction need not give all of them the same bits.
+        chosen = ranks_of(run.engine).broadcast(choose_groups(plan, squares, share).tolist())
+        chosen_G = torch.tensor(chosen, dtype=torch.bool)
+        if not chosen_G.any():
+            return
+        view.zero_groups(plan.groupings, chosen_G)
+        if groups == "experts":
+            dead = {unit.place: chosen_G[unit.first : unit.first + unit.count] for unit in plan.units}
+            for index, block in run.model.all_blocks():
+                if f"blocks.{index}.mixer." in dead:
+                    block.mixer.retire_experts(dead[f"blocks.{index}.mixer."])
+        run.note_edit()
+        number = int(chosen_G.sum())
+        text = f"step {run.progress.step}: {number:,} of {plan.num_groups:,} {groups} are zero"
+        run.tell("pruned", text, groups=groups, zero=number, of=plan.num_groups)
