@@ -131,7 +131,7 @@ def take_step(config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipelin
         else:
             for given in inputs:
                 output = engine.forward(given.tokens_BT, given.meta, given.labels_BT, ahead=given.ahead)
-                loss = share.of(output)
+                loss = share.apply(output)
                 assert loss is not None, "a batch has labels"
                 engine.backward(loss)
                 sums.add(output)
@@ -142,5 +142,5 @@ def take_step(config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipelin
 
 def scaled_share(share: LossShare, engine: ZeroEngine, output: ModelOutput) -> torch.Tensor | None:
     """This output's share of the step's loss, scaled for backward; None on a stage without a loss."""
-    part = share.of(output)
+    part = share.apply(output)
     return None if part is None else engine.scale(part)

@@ -1,7 +1,7 @@
 """Accuracy on a synthetic task: of all labelled tokens, and of whole rows.
 
-Counted by row, so that parts of a row on several ranks can be summed before a row is judged: one wrong token on any rank
-makes the row wrong.
+Counted by row, so that parts of a row on several ranks can be summed before a row is judged: one wrong token on any
+rank makes the row wrong.
 """
 
 from __future__ import annotations

@@ -30,7 +30,10 @@ def choose_backend(config: RunConfig, parallel: Parallel) -> str:
 
 
 def share_tiles(config: RunConfig, parallel: Parallel) -> None:
-    """Let all ranks launch Triton kernels with the same tuned tiles, where they run on CUDA. Every rank must call this."""
+    """Let all ranks launch Triton kernels with the same tuned tiles, where they run on CUDA.
+
+    Every rank must call this.
+    """
     if parallel.device.type != "cuda" or choose_backend(config, parallel) != "triton":
         return
     from amfm.kernels.runtime.tuning import load_table
@@ -44,10 +47,10 @@ def build_model(
 ) -> HybridModel:
     """Build the model in float32 with its initial weights, compiled and recomputed as the run asks.
 
-    With a pipeline it is this rank's part, and under tensor and expert parallelism its shard. Initial weights are random
-    functions of the seed, the same on all layouts of ranks, or `run.initial_weights` when no checkpoint of the run exists to
-    replace them; `remark` is called with a message for each of those that fits only in part. Without `draws` there are none:
-    a checkpoint will be loaded, and of a large model they take minutes.
+    With a pipeline it is this rank's part, and under tensor and expert parallelism its shard. Initial weights are
+    random functions of the seed, the same on all layouts of ranks, or `run.initial_weights` when no checkpoint of the
+    run exists to replace them; `remark` is called with a message for each of those that fits only in part. Without
+    `draws` there are none: a checkpoint will be loaded, and of a large model they take minutes.
     """
     section, pieces = config.parallel, None
     backend = choose_backend(config, parallel)

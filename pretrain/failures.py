@@ -1,6 +1,7 @@
 """What an error means, judged in one place: exit code and words, by the phase that it came up in.
 
-While a command starts, what its user can correct (a setting, a path) ends with 2 and everything else of the machine with
+While a command starts, what its user can correct (a setting, a path) ends with 2 and everything else of the machine
+with
 3. Once a run is under way nothing is the settings' fault any more: whatever the machine refuses ends with 3, so that a
 supervisor starts again from the newest checkpoint. A bug (AssertionError, TypeError, ...) is neither and keeps its
 traceback. Messages of the system carry the path they are about (`amfm.data_pipeline.durable.naming.named`).
@@ -43,7 +44,8 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}; {choose_remedy(error.errno)}"
     if isinstance(error, MemoryError):
-        return f"this host's memory is used up ({str(error) or 'MemoryError'}); give this more of it, or start fewer processes"
+        cause = str(error) or "MemoryError"
+        return f"this host's memory is used up ({cause}); give this more of it, or start fewer processes"
     return str(error) or type(error).__name__
 
 
@@ -58,9 +60,10 @@ def choose_remedy(number: int | None) -> str:
 
 @contextmanager
 def while_running() -> Iterator[None]:
-    """Inside the block a run is under way: errors of the system, of memory and of values become RuntimeError, which ends with 3.
+    """Inside the block a run is under way.
 
-    A `sys.exit` too, whatever its code: a hook or a library that asks for it has not finished the run.
+    Errors of the system, of memory and of values become RuntimeError, which ends with 3. A `sys.exit` too, whatever its
+    code: a hook or a library that asks for it has not finished the run.
     """
     try:
         with launches_in_words():
@@ -93,7 +96,7 @@ def describe_exit(error: SystemExit) -> str:
 
 @contextmanager
 def launches_in_words() -> Iterator[None]:
-    """Inside, a Triton kernel that does not fit the card or does not compile raises RuntimeError with its name and tile."""
+    """Inside, a Triton kernel that does not fit the GPU or does not compile raises RuntimeError that names it."""
     try:
         yield
     except Exception as error:

@@ -21,7 +21,8 @@ def announce_fresh_start(run: Run) -> None:
     stage = stage_of(run.stages, run.progress.step)
     run.tell(
         "next_layout",
-        f"{saved}: stage {stage.name} has a layout of its own, {describe_parallel(needed.parallel)}; its ranks start anew",
+        f"{saved}: stage {stage.name} has a layout of its own, {describe_parallel(needed.parallel)}; "
+        "its ranks start anew",
         stage=stage.name,
         parallel=needed.parallel.model_dump(mode="json"),
     )

@@ -1,8 +1,8 @@
 """A hook: something that a run does beside training, at a few moments.
 
 Hooks know the run; the step and the loop know no hook. Every rank builds the same ones and calls them in the same order
-(hooks/build.py), so a hook may use collectives. What it keeps is a function of the step and the masters: a checkpoint has
-no place for it. What it finds after a step goes into `result.found`, and so into the step's line of metrics.jsonl.
+(hooks/build.py), so a hook may use collectives. What it keeps is a function of the step and the masters: a checkpoint
+has no place for it. What it finds after a step goes into `result.found`, and so into the step's line of metrics.jsonl.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a run is made of, in one record: settings, store, tokenizer, our own code, and versions of libraries.
 
-All ranks compare it at the start: ranks that were started by hand or by a scheduler with other settings, another store or
-another checkout would train together without a word. Every checkpoint carries it (`config`, `identities`, `versions`), and
-a start that goes on from one says what changed.
+All ranks compare it at the start: ranks that were started by hand or by a scheduler with other settings, another store
+or another checkout would train together without a word. Every checkpoint carries it (`config`, `identities`,
+`versions`), and a start that goes on from one says what changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHOWN_RANKS = 4
 
 
 def collect_versions() -> dict[str, str]:
-    """Collect the versions of Python and of the libraries whose change could change numbers, and a digest of our code."""
+    """Collect the versions of Python and of libraries that can change numbers, and a digest of our code."""
     versions = {"python": platform.python_version()}
     for library in LIBRARIES:
         try:
@@ -42,7 +42,10 @@ def collect_versions() -> dict[str, str]:
 
 @cache
 def digest_code(root: Path) -> str:
-    """Digest our packages' source files, 12 hex digits: two checkouts of one version may differ. Read once a process."""
+    """Digest our packages' source files, 12 hex digits: two checkouts of one version may differ.
+
+    Read once a process.
+    """
     digest = hashlib.sha256()
     for path in sorted(path for package in OWN_PACKAGES for path in (root / package).rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -58,8 +61,8 @@ def describe_start(config: RunConfig) -> dict[str, str]:
 def require_same_on_all_ranks(record: Mapping[str, str]) -> None:
     """Compare this rank's record with those of all others. Every rank must call this, in the default process group.
 
-    Digests are compared first, so that many ranks exchange little. Raises ValueError on every rank, naming the ranks and
-    hosts that differ from most and the first entry in which they do.
+    Digests are compared first, so that many ranks exchange little. Raises ValueError on every rank, naming the ranks
+    and hosts that differ from most and the first entry in which they do.
     """
     world_size = torch.distributed.get_world_size()
     if world_size == 1:

@@ -1,4 +1,7 @@
-"""Exit codes and environment variables that launchers and ranks share; imports nothing, so that launchers start fast."""
+"""Exit codes and environment variables that launchers and ranks share.
+
+Imports nothing, so that launchers start fast.
+"""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class MicroBatch:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host to a device, on CUDA through pinned memory and without waiting for what is queued there."""
+    """Copy a tensor of the host to a device, on CUDA through pinned memory and without waiting for its queue."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -87,9 +87,9 @@ def move_batch(batch: Batch, parallel: Parallel, model: ModelConfig) -> MicroBat
 class MicroBatches(Sequence[MicroBatch]):
     """The micro-batches of a step, each prepared for this rank when it is first asked for.
 
-    By then the one before it is queued: a card computes that one while the host finds documents, cuts and fills pinned memory
-    for this one, and its first product waits for one micro-batch instead of for all of a step. On a CPU the order is the
-    same.
+    By then the one before it is queued: a card computes that one while the host finds documents, cuts and fills pinned
+    memory for this one, and its first product waits for one micro-batch instead of for all of a step. On a CPU the
+    order is the same.
     """
 
     def __init__(self, batches: Sequence[Batch], parallel: Parallel, model: ModelConfig) -> None:
@@ -116,9 +116,10 @@ class MicroBatches(Sequence[MicroBatch]):
 class LossShare:
     """Turns a micro-batch's sums into its share of the step's loss; gradients of all shares are then summed.
 
-    The loss is a sum over tokens divided by the global batch's valid tokens, and so is that of each depth of multi-token
-    prediction by its own, of whose mean a weighted part is taken (`mtp_factors`, a number a depth); each auxiliary loss is
-    a mean over its micro-batches, of all data ranks. The numbers lie on the device: the host need not know them.
+    The loss is a sum over tokens divided by the global batch's valid tokens, and so is that of each depth of
+    multi-token prediction by its own, of whose mean a weighted part is taken (`mtp_factors`, a number a depth); each
+    auxiliary loss is a mean over its micro-batches, of all data ranks. The numbers lie on the device: the host need not
+    know them.
     """
 
     valid_tokens: Tensor
@@ -133,7 +134,7 @@ class LossShare:
         factors = tuple((weight / tokens.double()).float() for tokens in ahead)
         return cls(valid_tokens.float(), num_micro_batches, factors)
 
-    def of(self, output: ModelOutput) -> Tensor | None:
+    def apply(self, output: ModelOutput) -> Tensor | None:
         """Compute the share of an output; None when it has neither a loss nor an auxiliary one."""
         parts = [value / self.num_micro_batches for value in output.auxiliary.values()]
         if output.loss is not None:

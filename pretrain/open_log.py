@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from amfm.data_pipeline.durable.files import write_file_atomically
-from amfm.data_pipeline.durable.lines import read_lines
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.pretrain.checkpoint.load import LoadedCheckpoint
 from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.event_log import read_events
 from amfm.pretrain.launcher_protocol import RESTART_CAUSE, TORCHRUN_RESTARTS
 from amfm.pretrain.monitor.display import Display
 from amfm.pretrain.monitor.environment import record_environment
@@ -27,8 +27,8 @@ from amfm.pretrain.stages import FRESH_START_EVENTS
 def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     """Write configuration and environment, open log and display, and report how the run begins. Main rank only.
 
-    Drops lines of metrics.jsonl beyond the step that the run resumes from. Everything that loading passed over, warned of or
-    found changed goes to the events too.
+    Drops lines of metrics.jsonl beyond the step that the run resumes from. Everything that loading passed over, warned
+    of or found changed goes to the events too.
     """
     counts = count_parameters(run.model.config)
     length = run.stage.sequence_length
@@ -79,13 +79,14 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
 
 def find_last_event(directory: Path) -> str | None:
     """The newest event of a run directory; None where there is none."""
-    path = directory / "events.jsonl"
-    events = [record.get("event") for _, record in read_lines(path) if record is not None] if path.is_file() else []
+    events = [event.get("event") for event in read_events(directory)]
     return events[-1] if events else None
 
 
 def find_restart_cause(environment: Mapping[str, str], last_event: str | None = None) -> str | None:
-    """Why the ranks were started again: as `amfm launch` says, or torchrun's number of the restart; None where nothing failed.
+    """Why the ranks were started again: as `amfm launch` says, or torchrun's number of the restart.
+
+    None where nothing failed.
 
     torchrun counts a start in the layout of the next stage, the run's last event then, as a restart too.
     """

@@ -1,4 +1,7 @@
-"""Ranks, devices and process groups: the only file that reads the launcher's environment and process-wide parallel state."""
+"""Ranks, devices and process groups.
+
+The only file that reads the launcher's environment and process-wide parallel state.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,8 @@ class DataParallelUnit:
     """DeepSpeed's `mpu`: Megatron-core's groups under the names that DeepSpeed asks for.
 
     DeepSpeed builds no group of its own when it gets this object, so every collective runs on a group that was made
-    with the run's timeout. Its model-parallel group is Megatron's tensor x pipeline group; its data-parallel group, over
-    which it sums and spreads, is data x context.
+    with the run's timeout. Its model-parallel group is Megatron's tensor x pipeline group; its data-parallel group,
+    over which it sums and spreads, is data x context.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -87,7 +90,10 @@ class Parallel:
 
     @property
     def data_rank(self) -> int:
-        """Index of this rank's share of the micro-batches; tensor, context and pipeline ranks of one share have the same."""
+        """Index of this rank's share of the micro-batches.
+
+        Tensor, context and pipeline ranks of one share have the same.
+        """
         return int(self.groups.dp.rank())
 
     @property
@@ -148,7 +154,7 @@ def die_with_launcher() -> None:
 
 
 def launcher_goes_on() -> bool:
-    """Whether a launcher of ours starts the stages after this layout, on as many ranks as each needs, and has checked them."""
+    """Whether a launcher of ours starts the stages after this layout on as many ranks as each needs."""
     return GOES_ON in os.environ
 
 
@@ -171,9 +177,9 @@ def record_collectives(folder: Path) -> None:
 def start_process_group(timeout_seconds: float) -> tuple[int, int, int, int]:
     """Join the default process group and return (rank, world size, local rank, local world size).
 
-    With a launcher's environment (torchrun, launch/cluster/local.py) through its store; without one, a group of this process
-    alone, which needs no port. Keys carry the attempt's number: a restarted group that reads the last attempt's keys
-    hangs (pytorch issue 135712).
+    With a launcher's environment (torchrun, launch/cluster/local.py) through its store; without one, a group of this
+    process alone, which needs no port. Keys carry the attempt's number: a restarted group that reads the last attempt's
+    keys hangs (pytorch issue 135712).
     """
     die_with_launcher()
     rank = int(os.environ.get("RANK", "0"))
@@ -207,10 +213,12 @@ def start_process_group(timeout_seconds: float) -> tuple[int, int, int, int]:
 def initialize_parallel(
     section: ParallelConfig = DATA_PARALLEL, *, timeout_seconds: float, num_threads: int | None = None
 ) -> Parallel:
-    """Join the other ranks, build the groups of a layout with Megatron-core, and set threads. Every rank must call this.
+    """Join the other ranks, build the groups of a layout with Megatron-core, and set threads.
 
-    The layout must have passed `amfm.pretrain.checks.parallel.layout_problems`. A later call in the same process (tests) replaces the
-    groups of the one before, which works no more, unless the layout is the same.
+    Every rank must call this.
+
+    The layout must have passed `amfm.pretrain.checks.parallel.layout_problems`. A later call in the same process
+    (tests) replaces the groups of the one before, which works no more, unless the layout is the same.
     """
     rank, world_size, local_rank, local_world_size = start_process_group(timeout_seconds)
     if parallel_state.model_parallel_is_initialized() and not _has_sizes(section):
@@ -241,10 +249,10 @@ def initialize_parallel(
 def axis_groups() -> Iterator[None]:
     """Inside the block Megatron-core's groups are of NCCL alone on cards, and a rank's groups of size 1 are one.
 
-    The default group also carries objects between processors, over gloo, and every group inherits that: at 1,024 ranks a
-    mesh of sockets for each of 2,652 groups, above what a process may open. Axes carry tensors of the device only. A group
-    of one rank talks to nobody, and making it costs every rank a round through the store: with many axes of size 1 that was
-    most groups. All ranks must enter.
+    The default group also carries objects between processors, over gloo, and every group inherits that: at 1,024 ranks
+    a mesh of sockets for each of 2,652 groups, above what a process may open. Axes carry tensors of the device only. A
+    group of one rank talks to nobody, and making it costs every rank a round through the store: with many axes of size
+    1 that was most groups. All ranks must enter.
     """
     rank, own = torch.distributed.get_rank(), parallel_state.create_group
     backend = "nccl" if "cuda:nccl" in torch.distributed.get_backend_config() else None

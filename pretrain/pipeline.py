@@ -1,9 +1,9 @@
-"""Pipeline parallelism: micro-batches pass through the pieces of a model, in the order of a torch.distributed.pipelining schedule.
+"""Pipeline parallelism: micro-batches pass through pieces of a model, by a torch.distributed.pipelining schedule.
 
 A rank holds one or several pieces (model/pipeline_split.py; torch calls each a stage). All ranks of a pipeline read the
 same micro-batches, so tokens, labels and documents are never sent: a piece looks its micro-batch up by number. Between
-pieces one tensor flows, residual + delta [B, T, D] in the dtype of the residual: the next norm adds them anyway, and two
-tensors would be twice the bytes. An auxiliary loss is not sent on to the last piece either: `AddLoss` gives it its
+pieces one tensor flows, residual + delta [B, T, D] in the dtype of the residual: the next norm adds them anyway, and
+two tensors would be twice the bytes. An auxiliary loss is not sent on to the last piece either: `AddLoss` gives it its
 gradient where it arises.
 """
 
@@ -45,7 +45,10 @@ class Pass:
 
 
 class PieceModule(nn.Module):
-    """One piece of the model as a schedule calls it: the stream of a micro-batch in, the next stream or the loss out."""
+    """One piece of the model as a schedule calls it.
+
+    The stream of a micro-batch in, the next stream or the loss out.
+    """
 
     def __init__(self, model: HybridModel, piece: Piece, current: Pass) -> None:
         super().__init__()
@@ -60,7 +63,10 @@ class PieceModule(nn.Module):
         self._model = (model,)  # not registered again
 
     def forward(self, *received: Tensor, index: Tensor) -> Tensor:
-        """Compute the stream [B, T, D] after this piece; in the last piece the loss that the schedule differentiates."""
+        """Compute the stream [B, T, D] after this piece.
+
+        In the last piece the loss that the schedule differentiates.
+        """
         model, piece, current = self._model[0], self.piece, self.current
         micro_batch = current.inputs[int(index)]
         assert micro_batch.tokens_BT.shape == current.shape, "buffers have one shape for a whole step"
@@ -97,7 +103,7 @@ def receive(stream_BTD: Tensor) -> Tensor:
 
 
 class AddLoss(torch.autograd.Function):
-    """Identity on x that gives `loss` a gradient of one, so that a piece's auxiliary loss need not travel to the last piece."""
+    """Identity on x that gives `loss` a gradient of one: a piece's auxiliary loss need not go to the last piece."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
@@ -121,12 +127,12 @@ def detach_output(output: ModelOutput) -> ModelOutput:
 
 
 class PieceStage(pipelining.PipelineStage):
-    """A pipelining stage that holds buffers for what is on its way alone, and cuts backward passes without computing twice.
+    """A pipelining stage with buffers for what is in flight alone, which cuts backward passes without recomputing.
 
-    torch keeps a buffer for each micro-batch of a step both ways, and steps of large models have hundreds: here one is made
-    where its receive is posted, and let go where the pass that reads it is over. `stream_BTD`: what is sent, on the meta
-    device. `collect`: of a schedule that cuts backward passes in two; called with each weight whose gradient the weights'
-    half of a pass has added, past autograd's accumulation (kernels/common/split_backward.py).
+    torch keeps a buffer for each micro-batch of a step both ways, and steps of large models have hundreds: here one is
+    made where its receive is posted, and let go where the pass that reads it is over. `stream_BTD`: what is sent, on
+    the meta device. `collect`: of a schedule that cuts backward passes in two; called with each weight whose gradient
+    the weights' half of a pass has added, past autograd's accumulation (kernels/common/split_backward.py).
     """
 
     def __init__(
@@ -182,7 +188,7 @@ class PieceStage(pipelining.PipelineStage):
         return found
 
     def backward_one_chunk(self, bwd_chunk_id: int, *given: Any, **named: Any) -> Any:
-        """Differentiate a micro-batch, the whole pass or the inputs' half, and let the gradient that was received go."""
+        """Differentiate a micro-batch, the whole pass or the inputs' half, and free the gradient that was received."""
         with self._splits():
             found = super().backward_one_chunk(bwd_chunk_id, *given, **named)
         self._let_go(self.grad_recv_info.get(bwd_chunk_id, ()))
@@ -225,8 +231,9 @@ class Pipeline:
     def train(self, inputs: Sequence[MicroBatch], share: Share) -> list[ModelOutput]:
         """Run forward and backward of all micro-batches, adding to the parameters' gradients.
 
-        `share` makes of an output what is differentiated; on a stage before the last it gets the auxiliary losses alone.
-        Returns this rank's outputs: a loss on the last stage only, auxiliary losses and counts of each piece's blocks.
+        `share` makes of an output what is differentiated; on a stage before the last it gets the auxiliary losses
+        alone. Returns this rank's outputs: a loss on the last stage only, auxiliary losses and counts of each piece's
+        blocks.
         """
         self._start(inputs, share)
         numbers = torch.arange(len(inputs))
@@ -243,7 +250,10 @@ class Pipeline:
         return self._finish()
 
     def _start(self, inputs: Sequence[MicroBatch], share: Share | None) -> None:
-        """Set what the pieces look up; a schedule, whose buffers have fixed shapes, is built anew when the shape changes."""
+        """Set what the pieces look up.
+
+        A schedule, whose buffers have fixed shapes, is built anew when the shape changes.
+        """
         self.current.shape = rows, tokens = tuple(inputs[0].tokens_BT.shape)
         if self._shape != (len(inputs), rows, tokens):
             self._shape = (len(inputs), rows, tokens)
@@ -266,7 +276,10 @@ class Pipeline:
         return pipelining.ScheduleInterleavedZeroBubble(stages, num_micro_batches, **settings)
 
     def _build_stage(self, part: PieceModule, rows: int, tokens: int) -> PieceStage:
-        """Wrap a piece, with shapes given beforehand: the schedule would else run a forward and a backward pass to find them."""
+        """Wrap a piece, with shapes given beforehand.
+
+        The schedule would else run a forward and a backward pass to find them.
+        """
         groups, piece = self.parallel.groups, part.piece
         if groups.sequence_parallel:
             tokens //= groups.tp.size()

@@ -1,7 +1,8 @@
 """Exchange of small Python objects between ranks, on the default process group or on one of its own.
 
-For names, reports and errors, which are pickled; tensors go through their own collectives (parallel.py). `raise_together`
-is how a failure of one rank becomes an error of all: a rank that raised alone would leave the others waiting.
+For names, reports and errors, which are pickled; tensors go through their own collectives (parallel.py).
+`raise_together` is how a failure of one rank becomes an error of all: a rank that raised alone would leave the others
+waiting.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch.distributed as dist
 class RankGroup:
     """The ranks that exchange objects; all of them must call every method, in the same order. One rank talks to nobody.
 
-    `group`: the process group that carries the messages; None is the default one, whose messages then mix with training's.
+    `group`: the process group that carries the messages; None is the default one, whose messages then mix with
+    training's.
     """
 
     rank: int

@@ -28,7 +28,10 @@ def recompute_problems(config: RunConfig) -> Iterator[Problem]:
     train, schedule, key = config.train, config.parallel.schedule, "train.recompute_blocks"
     if schedule == "zero_bubble" and train.recompute != "none":
         # torch's checkpoints hand copies of saved parameters to a backward pass, whose gradients nobody would collect.
-        rule = "does not go with parallel.schedule=zero_bubble, which puts gradients off to parameters that it no longer has"
+        rule = (
+            "does not go with parallel.schedule=zero_bubble, which puts gradients off to parameters that it "
+            "no longer has"
+        )
         yield Problem("train.recompute", rule, "use none, or another schedule", train.recompute)
     if train.recompute != "selective":
         if train.recompute_blocks:

@@ -26,9 +26,9 @@ def handle_anomaly(run: Run, anomaly: StepAnomaly) -> bool:
 def roll_back(run: Run, anomaly: StepAnomaly) -> bool:
     """Restore the newest checkpoint's weights and go on with the data after this step; False when that is not possible.
 
-    The data that led here is not read again, and the steps since the checkpoint count as skipped, so that schedule, stages
-    and data stay functions of the step. Saves at once: a restart must not meet the old data again. Every rank must call
-    this.
+    The data that led here is not read again, and the steps since the checkpoint count as skipped, so that schedule,
+    stages and data stay functions of the step. Saves at once: a restart must not meet the old data again. Every rank
+    must call this.
     """
     progress, limit = run.progress, run.config.health.max_rollbacks
     if progress.rollbacks >= limit:
@@ -53,12 +53,15 @@ def roll_back(run: Run, anomaly: StepAnomaly) -> bool:
 
 
 def abort_run(run: Run, cause: str) -> bool:
-    """Give up a run that no longer learns, saying what to do; the newest checkpoint stays. Every rank must call this."""
+    """Give up a run that no longer learns, saying what to do; the newest checkpoint stays.
+
+    Every rank must call this.
+    """
     finish_saving(run)
     run.tell(
         "gave_up",
-        f"{cause}; events.jsonl names the samples and parameters. Lower optimizer.learning_rate or check the data, then "
-        "start again from the newest checkpoint",
+        f"{cause}; events.jsonl names the samples and parameters. Lower optimizer.learning_rate or check the data, "
+        "then start again from the newest checkpoint",
         cause=cause,
         skipped_in_row=run.progress.skipped_in_row,
     )

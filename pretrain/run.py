@@ -32,9 +32,9 @@ from amfm.pretrain.stages import Built, RunStage, in_layout, stage_of
 class Progress:
     """How far the run is: saved in every checkpoint, the same on all ranks.
 
-    step, tokens: done so far, skipped steps included. skipped_in_row: since the last step that was applied. rollbacks: to
-    the weights of an older checkpoint. recent_losses: the window that a spike is judged by. validation_*: of the newest
-    validation, which was after step `validated_step`.
+    step, tokens: done so far, skipped steps included. skipped_in_row: since the last step that was applied. rollbacks:
+    to the weights of an older checkpoint. recent_losses: the window that a spike is judged by. validation_*: of the
+    newest validation, which was after step `validated_step`.
     """
 
     step: int = 0
@@ -69,11 +69,12 @@ class RunFiles:
 class Run:
     """One training run in this process.
 
-    loader: this rank's micro-batches of training text. peak: the device's arithmetic, for MFU. stages: all training stages;
-    stage: the one the model is set to. built: what ranks, model and engine were built by. phases: the clock of a step.
-    profiler: traces the steps that `train.profile` names. pipeline: runs the schedule where the model is cut over ranks.
-    hooks: what it does beside training, in the order of hooks/build.py. saved_step: of the newest checkpoint that was begun,
-    None after a rollback. remarks: on the weights that it began with. keeps_freed_memory: whether this process does.
+    loader: this rank's micro-batches of training text. peak: the device's arithmetic, for MFU. stages: all training
+    stages; stage: the one the model is set to. built: what ranks, model and engine were built by. phases: the clock of
+    a step. profiler: traces the steps that `train.profile` names. pipeline: runs the schedule where the model is cut
+    over ranks. hooks: what it does beside training, in the order of hooks/build.py. saved_step: of the newest
+    checkpoint that was begun, None after a rollback. remarks: on the weights that it began with. keeps_freed_memory:
+    whether this process does.
     """
 
     config: RunConfig
@@ -131,7 +132,10 @@ class Run:
         return self.phases.enter(self.progress.step + (phase in UNTIL_UPDATE), phase)
 
     def open_masters(self) -> MasterView:
-        """The masters, to look at and to edit between steps; say `note_edit` after an edit. Every rank must call this."""
+        """The masters, to look at and to edit between steps; say `note_edit` after an edit.
+
+        Every rank must call this.
+        """
         return MasterView(self.saver.layout, self.saver.writers, self.parallel.rank)
 
     def note_edit(self) -> None:

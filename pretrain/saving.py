@@ -1,7 +1,8 @@
 """Save a run, resume it, and restore the weights of its newest checkpoint.
 
-A checkpoint (checkpoint/save.py) holds what the engine has, and as its state the run's `Progress` and the loader's cursor.
-`resume` restores all of it; a rollback restores the engine alone, because the steps in between are not taken back.
+A checkpoint (checkpoint/save.py) holds what the engine has, and as its state the run's `Progress` and the loader's
+cursor. `resume` restores all of it; a rollback restores the engine alone, because the steps in between are not taken
+back.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from amfm.pretrain.step_sums import StepResult
 def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
     """Restore engine, progress and data from the newest checkpoint that verifies; None when there is none.
 
-    What the run directory lacks is first fetched from `train.checkpoint_store` and from the memory of the nodes, where the
-    run has them. Every rank must call this. Raises as `load_newest` does.
+    What the run directory lacks is first fetched from `train.checkpoint_store` and from the memory of the nodes, where
+    the run has them. Every rank must call this. Raises as `load_newest` does.
     """
     passed_over: list[str] = []
     if run.saver.remote is not None:
@@ -62,8 +63,8 @@ def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
 def restore_newest_weights(run: Run) -> int | None:
     """Restore weights and optimizer from the newest checkpoint and return its step; None when there is none.
 
-    Waits for a save in progress. Step and data stay where they are: the steps since the checkpoint count as skipped. Every
-    rank must call this.
+    Waits for a save in progress. Step and data stay where they are: the steps since the checkpoint count as skipped.
+    Every rank must call this.
     """
     finish_saving(run)
     run.engine.wait_for_weights()
@@ -169,7 +170,10 @@ def lacks_copy(run: Run) -> bool:
 
 
 def finish_copies(run: Run) -> bool:
-    """Upload the last checkpoint if it is missing, with one retry; returns whether the store has it. Every rank must call this."""
+    """Upload the last checkpoint if it is missing, with one retry; returns whether the store has it.
+
+    Every rank must call this.
+    """
     if not send_missing_copy(run):
         return True
     finish_saving(run)

@@ -30,7 +30,10 @@ def learning_rate(step: int, config: ScheduleConfig, *, peak: float, total_steps
 
 
 def decay_length(config: ScheduleConfig, total_steps: int) -> int:
-    """Number of steps of the final decay of `wsd`: as configured, else a fifth of the run, never reaching into warm-up."""
+    """Number of steps of the final decay of `wsd`.
+
+    As configured, else a fifth of the run, never reaching into warm-up.
+    """
     asked = config.decay_steps if config.decay_steps is not None else max(1, total_steps // 5)
     return min(asked, total_steps - config.warmup_length(total_steps))
 

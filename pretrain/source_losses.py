@@ -1,7 +1,7 @@
 """Losses by source of text, and in bits a byte beside nats a token.
 
-A loss in nats a token depends on the tokenizer: longer tokens are harder to guess and there are fewer of them. Divided by
-the text that a token stands for it does not, so models with different tokenizers compare. The text of a token is the
+A loss in nats a token depends on the tokenizer: longer tokens are harder to guess and there are fewer of them. Divided
+by the text that a token stands for it does not, so models with different tokenizers compare. The text of a token is the
 average of its source and split, as the store's manifest has it; sources that came as tokens (.idx) have none.
 """
 
@@ -30,7 +30,10 @@ class SourceLoss:
 
 
 def sum_by_source(token_nll_R: Tensor, labels_BT: Tensor, source_ids: Sequence[int], num_sources: int) -> Tensor:
-    """Sum the losses of a micro-batch, or of this rank's part of its rows, by source: [S, 2] float64, nats and tokens."""
+    """Sum the losses of a micro-batch, or of this rank's part of its rows, by source.
+
+    [S, 2] float64, nats and tokens.
+    """
     nll_B = token_nll_R.view(labels_BT.shape).double().sum(1)
     tokens_B = (labels_BT != IGNORED).double().sum(1)
     sums_S2 = torch.zeros(num_sources, 2, dtype=torch.float64, device=nll_B.device)

@@ -1,9 +1,9 @@
-"""Training stages: a run as consecutive stages, each with its own rows, batch, positions, mixture, rate and layout of ranks.
+"""Training stages: a run as consecutive stages, each with its own rows, batch, positions, mixture, rate and layout.
 
-Pretraining, annealing and long-context training are stages of one run. A stage leaves open what does not change, so it is
-resolved against the one before it; a run that declares none is one stage. Everything here is a pure function of the
-configuration and the number of optimizer steps done, so a resumed run needs no other state. (The parts of a model that a
-pipeline spreads over ranks are `Piece`s in model/pipeline_split.py.)
+Pretraining, annealing and long-context training are stages of one run. A stage leaves open what does not change, so it
+is resolved against the one before it; a run that declares none is one stage. Everything here is a pure function of the
+configuration and the number of optimizer steps done, so a resumed run needs no other state. (The parts of a model that
+a pipeline spreads over ranks are `Piece`s in model/pipeline_split.py.)
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class RunStage:
     """One training stage with every setting resolved.
 
     first_step, first_sample: steps done and rows drawn by all stages before it. micro_batch_size, global_batch_size: in
-    rows of sequence_length tokens. peak: highest learning rate, which its schedule spreads over num_steps. weights: of the
-    data mixture, None where it does not change. ramp: of the batch size, in the first stage only. parallel: its layout;
-    where it differs from that of the stage before, the ranks are started anew.
+    rows of sequence_length tokens. peak: highest learning rate, which its schedule spreads over num_steps. weights: of
+    the data mixture, None where it does not change. ramp: of the batch size, in the first stage only. parallel: its
+    layout; where it differs from that of the stage before, the ranks are started anew.
     """
 
     index: int
@@ -81,7 +81,10 @@ class RunStage:
 
 
 def ramped_size(ramp: BatchRampConfig | None, full_size: int, number: int) -> int:
-    """Global batch size of the stage's step `number`, counted from 1: rises by one increment in each equal share of the ramp."""
+    """Global batch size of the stage's step `number`, counted from 1.
+
+    Rises by one increment in each equal share of the ramp.
+    """
     if ramp is None or number > ramp.steps:
         return full_size
     num_increments = (full_size - ramp.start_size) // ramp.increment
@@ -89,7 +92,10 @@ def ramped_size(ramp: BatchRampConfig | None, full_size: int, number: int) -> in
 
 
 def resolve_stages(config: RunConfig) -> tuple[RunStage, ...]:
-    """Resolve the stages of a run, in order; what one leaves open is as in the stage before it, at first as in `train`."""
+    """Resolve the stages of a run, in order.
+
+    What one leaves open is as in the stage before it, at first as in `train`.
+    """
     assert config.stages or config.train.steps, "check_run was not called: a run without stages has train.steps"
     declared = config.stages or (StageConfig(name="training", steps=config.train.steps),)
     stages: list[RunStage] = []
@@ -128,7 +134,10 @@ def resolve_stages(config: RunConfig) -> tuple[RunStage, ...]:
 def recompute_of(
     section: StageConfig, before: RunStage | None, config: RunConfig
 ) -> tuple[Literal["none", "selective", "full"], str]:
-    """What a stage recomputes, and the letters of its blocks; a stage that says what anew does not inherit the letters."""
+    """What a stage recomputes, and the letters of its blocks.
+
+    A stage that says what anew does not inherit the letters.
+    """
     inherited = before or config.train
     given = section.recompute_blocks
     if section.recompute is not None:
@@ -137,7 +146,7 @@ def recompute_of(
 
 
 def count_steps(section: StageConfig, rows: int, length: int, ramp: BatchRampConfig | None) -> int:
-    """Compute the smallest number of steps that gives at least the stage's tokens, the smaller batches of a ramp counted."""
+    """Compute the smallest number of steps that gives at least the stage's tokens, with the batches of a ramp."""
     assert section.tokens is not None, "check_run was not called: a stage has tokens or steps"
     samples = math.ceil(section.tokens / length)
     if ramp is None:
@@ -233,7 +242,10 @@ def model_of_stage(config: RunConfig, stage: RunStage) -> ModelConfig:
 
 
 def in_layout(config: RunConfig, stage: RunStage) -> RunConfig:
-    """The configuration with the layout of a stage in place of the first one: what ranks, model and engine are built by."""
+    """The configuration with the layout of a stage in place of the first one.
+
+    What ranks, model and engine are built by.
+    """
     again = {"recompute": stage.recompute, "recompute_blocks": stage.recompute_blocks}
     return config.model_copy(update={"parallel": stage.parallel, "train": config.train.model_copy(update=again)})
 

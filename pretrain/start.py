@@ -1,8 +1,8 @@
 """Build a run: ranks, data, model, engine and log, resumed from its newest checkpoint.
 
-The order matters. Settings are checked before anything is opened, data before the model is built (a missing store should
-not cost minutes of initialisation), the checkpoint is loaded before the log is opened, and the run directory is written to
-only when everything fits: a refused start leaves no trace in the run that it was refused for (open_log.py).
+The order matters. Settings are checked before anything is opened, data before the model is built (a missing store
+should not cost minutes of initialisation), the checkpoint is loaded before the log is opened, and the run directory is
+written to only when everything fits: a refused start leaves no trace in the run that it was refused for (open_log.py).
 
 Ranks compare what they were started with twice, before the model is built: configuration and versions first, then the
 identities of data and tokenizer. A rank that differed would hang the others in a collective, or train another model.
@@ -57,8 +57,8 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     """Join the ranks, check the settings, build data, model and engine, resume, and open the log.
 
     Every rank must call this. Raises ValueError for settings, data or a checkpoint that do not fit together,
-    RuntimeError or OSError for the machine's state; the run directory changes only after everything fits. `report` hears
-    what a long start is at.
+    RuntimeError or OSError for the machine's state; the run directory changes only after everything fits. `report`
+    hears what a long start is at.
     """
     config = without_secrets(config)
     report("waiting for all ranks to join")
@@ -80,10 +80,11 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     loaded = resume(run, report)
     if loaded is None and newest >= 0:
         raise RuntimeError(
-            f"the checkpoints in {config.run.dir}/checkpoints went away while the run started; put them back, or start again"
+            f"the checkpoints in {config.run.dir}/checkpoints went away while the run started; put them back, "
+            "or start again"
         )
     if needed_now(run) != run.built:
-        # Newer checkpoints were passed over, and the one that verified belongs to a step that is built by something else.
+        # Newer checkpoints were passed over, and the one that verified is of a step that is built by something else.
         check_run(config, world_size, steps_done=run.progress.step, goes_on=launcher_goes_on())
         close_run(run)
         run = build_run(config, signals, stages, run.progress.step, report, draws=False)
@@ -114,7 +115,9 @@ def build_run(
     *,
     draws: bool,
 ) -> Run:
-    """Build ranks, data, model and engine as the step after `steps_done` needs them, telling `report`. Every rank must call this.
+    """Build ranks, data, model and engine as the step after `steps_done` needs them, telling `report`.
+
+    Every rank must call this.
 
     draws: the model gets first values; else a checkpoint must be loaded into it.
     """

@@ -1,13 +1,13 @@
 """One optimizer step: forward and backward of every micro-batch, one reduction of gradients, one update of the weights.
 
-The loss of a step is a mean over the valid tokens of its whole global batch. How many those are is asked of all data ranks
-before the first forward pass, so every micro-batch's loss can be divided at once, and gradients are only ever summed: over
-micro-batches, over ranks that hold parts of them, and over data ranks (engine/engine.py draws the way). Whichever way the
-global batch is cut into micro-batches and ranks, the sum is the same.
+The loss of a step is a mean over the valid tokens of its whole global batch. How many those are is asked of all data
+ranks before the first forward pass, so every micro-batch's loss can be divided at once, and gradients are only ever
+summed: over micro-batches, over ranks that hold parts of them, and over data ranks (engine/engine.py draws the way).
+Whichever way the global batch is cut into micro-batches and ranks, the sum is the same.
 
-Nothing waits for the device before the last backward pass is queued: losses, counts and auxiliary losses add up in device
-tensors (`StepSums`) and cross to the host once, in one reduction over all ranks, together with the signal that any rank
-may have received.
+Nothing waits for the device before the last backward pass is queued: losses, counts and auxiliary losses add up in
+device tensors (`StepSums`) and cross to the host once, in one reduction over all ranks, together with the signal that
+any rank may have received.
 """
 
 from __future__ import annotations
@@ -165,13 +165,13 @@ def damaged_before(run: Run) -> int:
 def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], share: LossShare) -> Iterator[ModelOutput]:
     """Run forward and backward of each micro-batch, inside `engine.accumulate`, and yield the outputs.
 
-    With a pipeline a rank yields one output for each micro-batch and each piece of the model it holds; a loss is in those
-    of the last piece alone.
+    With a pipeline a rank yields one output for each micro-batch and each piece of the model it holds; a loss is in
+    those of the last piece alone.
     """
 
     def scaled_share(output: ModelOutput) -> Tensor | None:
         run.clock("forward")
-        part = share.of(output)
+        part = share.apply(output)
         return None if part is None else run.engine.scale(part)
 
     if run.pipeline is not None:
@@ -180,7 +180,7 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], share: LossS
     for micro_batch in micro_batches:
         run.clock("forward")
         output = forward_micro_batch(run, micro_batch)
-        loss = share.of(output)
+        loss = share.apply(output)
         assert loss is not None, "a batch has labels"
         run.engine.backward(loss)
         yield output

@@ -1,7 +1,7 @@
-"""What a step reports, summed on the device over its micro-batches, then over all ranks, and read by the host in one copy.
+"""What a step reports: summed on the device over micro-batches, then over all ranks, and read in one copy.
 
-The host reads the device once for all of it, because each read waits until the device has done what was queued before. So
-the counts of valid tokens, by which losses are divided, stay on the device too until then.
+The host reads the device once for all of it, because each read waits until the device has done what was queued before.
+So the counts of valid tokens, by which losses are divided, stay on the device too until then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from amfm.pretrain.parallel import Parallel
 
 @dataclass(frozen=True)
 class RankNews:
-    """What a rank alone knows at the end of a step: a signal's number (0 for none), whether it saves, samples it found damaged."""
+    """What a rank alone knows at the end of a step.
+
+    A signal's number (0 for none), whether it saves, samples it found damaged.
+    """
 
     signal: int = 0
     is_saving: bool = False
@@ -33,8 +36,9 @@ class RankNews:
 class StepReport:
     """The sums of a step over all ranks, as numbers of the host; the same on every rank.
 
-    tokens: valid ones, of the main loss and then of each prediction depth, at least 1. expert_counts: choices by expert of
-    each MoE block. news: the largest signal of any rank, whether some rank saves, the damaged samples of all data ranks.
+    tokens: valid ones, of the main loss and then of each prediction depth, at least 1. expert_counts: choices by expert
+    of each MoE block. news: the largest signal of any rank, whether some rank saves, the damaged samples of all data
+    ranks.
     """
 
     nll: float
@@ -66,11 +70,11 @@ class StepResult:
 
     loss: mean negative log-likelihood a token, in nats. auxiliary: weighted auxiliary losses, means over micro-batches.
     expert_counts: token choices by expert, for each MoE block. grad_norm: before clipping. applied: whether the weights
-    moved. signal: number of the signal that asks some rank to stop, 0 for none. is_saving: whether some rank still writes a
-    checkpoint. busy_seconds: time in which this rank read data and computed, without waiting for others. anomaly: what went
-    wrong, if anything; skip: what is known about a step that was not applied. damaged_samples: of the whole run, read as
-    rows without labels (`data.on_corruption: quarantine`). mtp_losses: of each depth of multi-token prediction, as `loss`.
-    found: what hooks add to the step's line of metrics.jsonl.
+    moved. signal: number of the signal that asks some rank to stop, 0 for none. is_saving: whether some rank still
+    writes a checkpoint. busy_seconds: time in which this rank read data and computed, without waiting for others.
+    anomaly: what went wrong, if anything; skip: what is known about a step that was not applied. damaged_samples: of
+    the whole run, read as rows without labels (`data.on_corruption: quarantine`). mtp_losses: of each depth of
+    multi-token prediction, as `loss`. found: what hooks add to the step's line of metrics.jsonl.
     """
 
     loss: float
@@ -96,8 +100,9 @@ class StepResult:
 class StepSums:
     """Everything a step reports, summed over this rank's micro-batches and then over all ranks in one reduction.
 
-    Every rank holds the keys of the whole model, also where a pipeline gives it only some of the blocks: a reduction needs
-    tensors of equal shape everywhere. micro_losses: of each micro-batch that ends here, summed over its tokens; they stay.
+    Every rank holds the keys of the whole model, also where a pipeline gives it only some of the blocks: a reduction
+    needs tensors of equal shape everywhere. micro_losses: of each micro-batch that ends here, summed over its tokens;
+    they stay.
     """
 
     nll: Tensor
@@ -121,10 +126,10 @@ class StepSums:
             self.expert_counts[block] += counts_E
 
     def reduce(self, parallel: Parallel, tokens: Tensor, news: RankNews | None = None) -> StepReport:
-        """Sum over all ranks that saw other tokens or blocks, in float64, which holds counts exactly, and read the result.
+        """Sum over all ranks that saw other tokens or blocks, in float64, which is exact for counts, and read it.
 
-        What ranks alone know travels along, so that all stop, and all learn how a save ended, at the same step. `tokens`:
-        counts that the data ranks have summed already (`count_valid_tokens`); they are read in the same copy.
+        What ranks alone know travels along, so that all stop, and all learn how a save ended, at the same step.
+        `tokens`: counts that the data ranks have summed already (`count_valid_tokens`); they are read in the same copy.
         `expert_counts` are those of all ranks from now on, on the device. Every rank must call this.
         """
         parts = [self.nll, self.z_loss, *self.auxiliary.values(), *self.mtp_nll]
@@ -160,7 +165,9 @@ def encode(news: RankNews, parallel: Parallel) -> Tensor:
 
 
 def empty_sums(config: ModelConfig, device: torch.device, *, extra: Sequence[str] = ()) -> StepSums:
-    """Zero sums with the keys of the whole model: every auxiliary loss, every block with a router, every prediction depth.
+    """Zero sums with the keys of the whole model.
+
+    Every auxiliary loss, every block with a router, every prediction depth.
 
     extra: auxiliary losses that the run's blocks give beside those of its model section.
     """

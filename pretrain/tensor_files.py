@@ -1,8 +1,8 @@
 """Safetensors files: what is cut, damaged or cannot be written gives one message that names the file.
 
-The library raises errors of a kind of its own, for files of somebody else that it cannot read and for a full disk alike.
-It maps files, and every page that was touched then counts as memory of the process; so what may be larger than memory is
-read by positions (`TensorFile`) and written in parts, in any order (`TensorWriter`).
+The library raises errors of a kind of its own, for files of somebody else that it cannot read and for a full disk
+alike. It maps files, and every page that was touched then counts as memory of the process; so what may be larger than
+memory is read by positions (`TensorFile`) and written in parts, in any order (`TensorWriter`).
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class StoredTensor:
 class TensorFile:
     """A safetensors file of whose tensors ranges are read; memory holds what was asked for, and no more.
 
-    It is open from the first read to `close`, and opens again where it is read after that. Raises the error asked for when
-    the file is cut or damaged, or holds a dtype that torch does not have.
+    It is open from the first read to `close`, and opens again where it is read after that. Raises the error asked for
+    when the file is cut or damaged, or holds a dtype that torch does not have.
     """
 
     def __init__(self, path: Path, error: Callable[[str], Exception] = ValueError) -> None:
@@ -94,7 +94,10 @@ class TensorFile:
         self.file = None
 
     def numbers(self, name: str, start: int, stop: int) -> Tensor:
-        """Read numbers `start` to `stop` of a flattened tensor. Raises OSError, and the file's error where it is cut."""
+        """Read numbers `start` to `stop` of a flattened tensor.
+
+        Raises OSError, and the file's error where it is cut.
+        """
         stored = self.tensors[name]
         flat = torch.empty(stop - start, dtype=stored.dtype)
         view: Any = flat.view(torch.uint8).numpy()
@@ -161,7 +164,9 @@ class TensorWriter:
 def encode_header(
     tensors: Mapping[str, tuple[torch.dtype, Shape]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """Encode the head of a safetensors file: length, then JSON with dtype, shape and byte range of each tensor in order.
+    """Encode the head of a safetensors file.
+
+    Length, then JSON with dtype, shape and byte range of each tensor in order.
 
     Returns it with the byte behind it at which each tensor begins.
     """
@@ -199,7 +204,10 @@ def open_tensors(path: Path, error: Callable[[str], Exception] = ValueError) -> 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write contiguous tensors that share no memory to one file. Raises OSError with the path, RuntimeError without a number."""
+    """Write contiguous tensors that share no memory to one file.
+
+    Raises OSError with the path, RuntimeError without a number.
+    """
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
     except SafetensorError as problem:

@@ -1,7 +1,7 @@
 """Lets all ranks of a run launch our kernels with the same tuned tiles.
 
-A table of tiles lies in each machine's cache, and machines are tuned one by one; tiles change the order of additions. So
-every rank says what it has, and all take rank 0's, or, where cards or compilers differ, the kernels' own tiles.
+A table of tiles lies in each machine's cache, and machines are tuned one by one; tiles change the order of additions.
+So every rank says what it has, and all take rank 0's, or, where cards or compilers differ, the kernels' own tiles.
 """
 
 from __future__ import annotations

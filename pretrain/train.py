@@ -1,18 +1,18 @@
 """The training loop, from a configuration to a finished run.
 
-`train` builds a run (start.py), steps it to its end (step.py) and closes it. What it does beside that is a hook (hook.py):
-validation, tasks, the log and everything else that looks at a run or edits it between steps.
+`train` builds a run (start.py), steps it to its end (step.py) and closes it. What it does beside that is a hook
+(hook.py): validation, tasks, the log and everything else that looks at a run or edits it between steps.
 
-Every rank runs the same lines. What one rank alone knows (a signal, a NaN, a damaged sample) is reduced or gathered inside
-the step, before anything branches on it: ranks that branched differently would wait in different collectives.
+Every rank runs the same lines. What one rank alone knows (a signal, a NaN, a damaged sample) is reduced or gathered
+inside the step, before anything branches on it: ranks that branched differently would wait in different collectives.
 
 A run resumes bit for bit because all that changes lies in four places, and each is in every checkpoint: `Progress`, the
-loader's cursor, the engine and the random generators. Learning rate, batch size, stage and order of samples are functions
-of the step, so the loop has no state of its own.
+loader's cursor, the engine and the random generators. Learning rate, batch size, stage and order of samples are
+functions of the step, so the loop has no state of its own.
 
-A step with non-finite gradients or a loss spike is a `StepAnomaly`. The step itself was skipped on every rank or applied
-on every rank; `handle_anomaly` then goes on, goes back to the newest checkpoint's weights, or ends the run, as the
-section `health` says (recovery.py).
+A step with non-finite gradients or a loss spike is a `StepAnomaly`. The step itself was skipped on every rank or
+applied on every rank; `handle_anomaly` then goes on, goes back to the newest checkpoint's weights, or ends the run, as
+the section `health` says (recovery.py).
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ def train(config: RunConfig) -> int:
     """Train, resuming by itself from `run.dir`, and return the exit code. Every rank must call this.
 
     0: the steps asked for are done, or SIGTERM or SIGUSR1 asked to stop, and everything is saved. 130: Ctrl-C, saved.
-    3: an anomaly ended the run (`handle_anomaly`), or `train.checkpoint_store` does not take its last checkpoint; the newest
-    checkpoint stands. 4: the next step needs ranks that are built anew, and everything is saved: the same command goes on.
+    3: an anomaly ended the run (`handle_anomaly`), or `train.checkpoint_store` does not take its last checkpoint; the
+    newest checkpoint stands. 4: the next step needs ranks that are built anew, and everything is saved: the same
+    command goes on.
 
-    Raises ValueError for settings and data that do not fit, OSError while it starts, RuntimeError for the machine's state
-    and for all that ends a run under way; where another rank is gone, the message names it.
+    Raises ValueError for settings and data that do not fit, OSError while it starts, RuntimeError for the machine's
+    state and for all that ends a run under way; where another rank is gone, the message names it.
     """
     start_seconds = config.train.timeout_seconds + START_MARGIN_SECONDS
     with (

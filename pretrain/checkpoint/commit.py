@@ -186,7 +186,7 @@ def remarked(remarks: list[str], consequence: str) -> Iterator[None]:
         remarks.append(f"{consequence}: {error.strerror or error} ({error.filename})")
 
 
-def prune(checkpoints_dir: Path, step: int, keep_last: int) -> list[str]:
+def remove_older(checkpoints_dir: Path, step: int, keep_last: int) -> list[str]:
     """Remove all but the newest `keep_last` whole checkpoints up to `step`; returns remarks on those that can't be.
 
     Marked ones neither count nor go, nor do links: who moved a checkpoint elsewhere and left a link wants to keep it. A

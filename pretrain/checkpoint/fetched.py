@@ -42,7 +42,7 @@ def copy_verified(source: Source, path: Path, name: str, entry: Mapping[str, Any
     return f"{name}: {size} bytes with SHA-256 {digest.hexdigest()}, the manifest says {entry['bytes']} and {entry['sha256']}"
 
 
-def settle(
+def commit_fetched(
     temporary_dir: Path, name: str, damages: list[str], problem: RankFailure, ranks: RankGroup, doing: str
 ) -> str | None:
     """Rename what all ranks have copied to the checkpoint `name`, or remove it where something is damaged or failed.

@@ -31,7 +31,7 @@ class Grouping:
     width: int
     first: int
 
-    def of(self, index: Tensor) -> Tensor:
+    def groups_at(self, index: Tensor) -> Tensor:
         """Group of each index along the dim."""
         return self.first + index % self.period // self.width
 
@@ -122,7 +122,7 @@ class MasterView:
             stride *= size
         # Group of each index along the dim in this rank's shard, whose intervals of the whole stand one after the other.
         whole = torch.cat([torch.arange(low, high) for low, high in placement.intervals[grouping.dim]])
-        groups = grouping.of(whole).to(device)
+        groups = grouping.groups_at(whole).to(device)
         for low in range(0, fragment.numel, CHUNK_ELEMENTS):
             high = min(low + CHUNK_ELEMENTS, fragment.numel)
             flat = torch.arange(fragment.start + low, fragment.start + high, device=device)

@@ -26,7 +26,7 @@ from amfm.data_pipeline.durable.files import make_folders, sync
 from amfm.data_pipeline.durable.naming import named
 from amfm.data_pipeline.store.object_store import RemoteFolder
 from amfm.pretrain.checkpoint.commit import RankFailure, is_marked, make_temporary, remove_temporary
-from amfm.pretrain.checkpoint.fetched import copy_verified, settle
+from amfm.pretrain.checkpoint.fetched import commit_fetched, copy_verified
 from amfm.pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.rank_group import RankGroup
@@ -168,7 +168,7 @@ class RemoteCheckpoints:
                 for file, entry in list(files.items())[ranks.rank :: ranks.world_size]:
                     found = self._fetch_file(f"{name}/{file}", temporary_dir / file, entry)
                     damages += [] if found is None else [found]
-        return settle(temporary_dir, name, damages, problem, ranks, doing)
+        return commit_fetched(temporary_dir, name, damages, problem, ranks, doing)
 
     def _fetch_manifest(self, name: str, folder: Path) -> tuple[dict[str, Any], str | None]:
         """Fetch the manifest of a step and verify it: its files, and what is damaged."""

@@ -39,7 +39,7 @@ from amfm.pretrain.checkpoint.commit import (
     commit,
     make_temporary,
     mark,
-    prune,
+    remove_older,
     remove_temporary,
 )
 from amfm.pretrain.checkpoint.compatibility import digest_config
@@ -228,7 +228,7 @@ def write_snapshot(
                 if fence is not None:
                     fence()
                 saved = commit(temporary_dir, complete_manifest(snapshot.manifest, reports))
-                remarks += [*saved.remarks, *prune(checkpoints_dir, snapshot.step, keep_last)]
+                remarks += [*saved.remarks, *remove_older(checkpoints_dir, snapshot.step, keep_last)]
         # Still there only after a failure, on any rank; nobody leaves before it is gone, or can't be.
         remarks += try_to_delete(temporary_dir, TEMPORARY_NAME)
     ranks.raise_together(problem.text, doing)

@@ -1,11 +1,11 @@
 """Hooks as configurations see them: the table of those that a section asks for, ours and those of installed packages.
 
-A package registers a hook with an entry point of the group `amfm.hooks` that names a `HookSpec`, and its options become the
-section `hooks.NAME`. Ours, `prune` and `forget`, have sections of their own. As with mixers, a spec names the class by its
-import path, because configurations are read where torch is not imported.
+A package registers a hook with an entry point of the group `amfm.hooks` that names a `HookSpec`, and its options become
+the section `hooks.NAME`. Ours, `prune` and `forget`, have sections of their own. As with mixers, a spec names the class
+by its import path, because configurations are read where torch is not imported.
 
-A hook is a subclass of `amfm.pretrain.hook.Hook`, built as `Class(options, run)` on every rank at every start. Nothing of it is
-saved: what it does is a function of the step and the masters.
+A hook is a subclass of `amfm.pretrain.hook.Hook`, built as `Class(options, run)` on every rank at every start. Nothing
+of it is saved: what it does is a function of the step and the masters.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ class HookOptions(Section):
 INTERFACE = 2
 # What a package has to do for each interface, since the one before.
 CHANGES = {
-    2: "a hook is a subclass of amfm.pretrain.hook.Hook, built as Class(options, run) instead of Class(options, config); its "
-    "after_step(result) opens the masters by run.open_masters(), says run.note_edit() after an edit, and records by run.tell()",
+    2: "a hook is a subclass of amfm.pretrain.hook.Hook, built as Class(options, run) and no longer as "
+    "Class(options, config); "
+    "its after_step(result) opens the masters by run.open_masters(), calls run.note_edit() after an edit, and "
+    "records by run.tell()",
 }
 
 
@@ -43,8 +45,9 @@ CHANGES = {
 class HookSpec:
     """A hook as configurations see it, without importing it.
 
-    name: lower case. hook: `package.module:Class`, an `amfm.pretrain.hook.Hook`. options: its section, whose class docstring and
-    field descriptions become the documentation. interface: the one that the class is written for, at present 2.
+    name: lower case. hook: `package.module:Class`, an `amfm.pretrain.hook.Hook`. options: its section, whose class
+    docstring and field descriptions become the documentation. interface: the one that the class is written for, at
+    present 2.
     """
 
     name: str
@@ -62,13 +65,11 @@ class HookSpec:
         """Why this program cannot call the hook, and what to do; None where it can."""
         if self.interface == INTERFACE:
             return None
+        written = f"is written for interface {self.interface} of hooks, and this amfm has {INTERFACE}"
         if self.interface > INTERFACE:
-            return f"is written for interface {self.interface} of hooks, and this amfm has {INTERFACE}; install a newer amfm"
+            return f"{written}; install a newer amfm"
         changes = "; ".join(CHANGES[number] for number in range(self.interface + 1, INTERFACE + 1))
-        return (
-            f"is written for interface {self.interface} of hooks, and this amfm has {INTERFACE}: {changes}. Install a newer "
-            "version of the package"
-        )
+        return f"{written}: {changes}. Install a newer version of the package"
 
 
 # In the order in which they edit the masters; sections of a RunConfig under their names.

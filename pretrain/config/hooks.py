@@ -1,4 +1,4 @@
-"""The section `hooks`: a field for each hook of an installed package, so that files, overrides and the schema know them."""
+"""The section `hooks`: a field per hook of an installed package, so that files, overrides and the schema know them."""
 
 from __future__ import annotations
 

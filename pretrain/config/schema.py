@@ -337,7 +337,7 @@ class RunConfig(Section):
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     prune: PruneConfig | None = Field(None, description="Set groups of weights to zero on the way; none: no pruning.")
-    forget: ForgetConfig | None = Field(None, description="Let the embedding begin anew on the way; none: never.")
+    forget: ForgetConfig | None = Field(None, description="Re-initialise the embedding on the way; none: never.")
     hooks: RegisteredHooks = RegisteredHooks()
     convert: ConvertConfig | None = Field(None, description="Of `amfm convert`; none: train what `model` says.")
     launch: LaunchConfig = LaunchConfig()

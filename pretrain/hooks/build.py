@@ -16,9 +16,10 @@ from amfm.pretrain.tasks.suite import TaskSuite
 
 
 def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
-    """Those that edit masters come first, so that all others see the weights of the next step; the log comes after all that add to its line.
+    """Build what the run does beside training. Every rank must call this.
 
-    suite: the tasks of `evaluate`, on the main rank alone. Every rank must call this.
+    Those that edit masters come first, so that all others see the weights of the next step; the log comes after all that
+    add to its line. suite: the tasks of `evaluate`, on the main rank alone.
     """
     tasks = [Tasks(run, suite)] if run.config.evaluate.tasks else []
     watched = [*build_state_watch(run), Validations(run), *tasks]

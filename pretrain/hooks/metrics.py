@@ -42,8 +42,8 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
     """Build the step's line of metrics.jsonl; NaN and infinities become null, because JSON has no word for them.
 
     `mfu`: model FLOPs, without those of recomputation, over the peak of all ranks. `expert_load`: tokens of the fullest
-    expert over the mean, for each MoE block. `mtp_loss`: of each depth of multi-token prediction. `memory_bytes`: the main
-    rank's peak so far. `damaged_samples`: of the run so far, where there are any.
+    expert over the mean, for each MoE block. `mtp_loss`: of each depth of multi-token prediction. `memory_bytes`: the
+    main rank's peak so far. `damaged_samples`: of the run so far, where there are any.
     """
     tokens_per_second = result.tokens / result.seconds
     flops = sum(flops_per_token(run.model.config, result.sequence_length).values())

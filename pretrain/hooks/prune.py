@@ -1,4 +1,4 @@
-"""Magnitude pruning between steps, as the section `prune` asks for it (pruning/prune.py says how many, groups.py of what)."""
+"""Magnitude pruning between steps, as the section `prune` asks for it; pruning/ says how many, and groups of what."""
 
 from __future__ import annotations
 

@@ -21,7 +21,10 @@ class Replicas(Hook):
             self.run.tell("replicas", f"replicas: {text}", text=text)
 
     def between_saves(self) -> None:
-        """Start a replica if it is due; nothing is being written, or steps would wait for a checkpoint on a slow disk."""
+        """Start a replica if it is due.
+
+        Nothing is being written, or steps would wait for a checkpoint on a slow disk.
+        """
         step = self.run.progress.step
         if step - max(self.run.saved_step or 0, self.newest_step) < self.every_steps:
             return

@@ -45,7 +45,7 @@ class StateWatchHook(Hook):
 
     def after_edit(self) -> None:
         """What was edited is no silent corruption."""
-        self.watch.forget()
+        self.watch.allow_change()
 
     def before_save(self) -> None:
         """Examine the state, so that nothing damaged is saved."""
@@ -64,7 +64,7 @@ def run_apart(run: Run, micro_batches: Sequence[MicroBatch], share: LossShare) -
         gradients = {}
     else:
         output = forward_micro_batch(run, micro_batches[0])
-        loss = share.of(output)
+        loss = share.apply(output)
         assert loss is not None, "a batch has labels"
         named = {name: weight for name, weight in run.engine.module.named_parameters() if weight.requires_grad}
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)

@@ -1,4 +1,4 @@
-"""The hooks that a section asks for, ours and those of installed packages, built from one table (config/hook_registry.py)."""
+"""The hooks that a section asks for, ours and those of packages, from one table (config/hook_registry.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from amfm.pretrain.config.hook_registry import BUILT_IN, HookSpec, hook_specs
-from amfm.pretrain.failures import describe
+from amfm.pretrain.failures import describe, describe_exit
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.run import Run
 
@@ -43,7 +43,10 @@ class OfPackage(Hook):
 
 
 class Blame:
-    """As a context: an error inside becomes a RuntimeError that begins with these words; its own traceback stays with it."""
+    """As a context: an error inside becomes a RuntimeError that begins with these words.
+
+    Its own traceback stays with it.
+    """
 
     def __init__(self, words: str) -> None:
         self.words = words
@@ -52,6 +55,10 @@ class Blame:
         """Nothing happened yet."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is not None and issubclass(kind, Exception):
-            assert isinstance(error, Exception), "an instance of its kind"
-            raise RuntimeError(f"{self.words}: {type(error).__name__}: {describe(error)}") from error
+        cause = None
+        if isinstance(error, SystemExit):
+            cause = describe_exit(error)
+        elif isinstance(error, Exception):
+            cause = f"{type(error).__name__}: {describe(error)}"
+        if cause is not None:
+            raise RuntimeError(f"{self.words}: {cause}") from error

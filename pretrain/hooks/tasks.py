@@ -1,14 +1,15 @@
 """Tasks of lm-eval while the model trains: rank 0 asks, all ranks answer.
 
-Rank 0 alone has lm-eval, the tasks and their data: a thousand ranks that each downloaded a data set would be a storm. Each
-job of the adapter goes to all ranks, which run it in lock step (tasks/scoring.py) until rank 0 sends an end, with the results
-or with what was wrong. So ranks agree by construction: they branch on nothing but what they were sent.
+Rank 0 alone has lm-eval, the tasks and their data: a thousand ranks that each downloaded a data set would be a storm.
+Each job of the adapter goes to all ranks, which run it in lock step (tasks/scoring.py) until rank 0 sends an end, with
+the results or with what was wrong. So ranks agree by construction: they branch on nothing but what they were sent.
 
 A task that cannot be measured is said, recorded (`tasks_failed` in events.jsonl) and tried again the next time; the run
 goes on. An error of the model ends the run like one in a step.
 
-Weights are the run's own, in its precision and on its layout of data, tensor and expert ranks at any ZeRO stage. Pipeline
-and context ranks hold parts of layers and rows that only a schedule brings together, and are refused (checks/tasks.py).
+Weights are the run's own, in its precision and on its layout of data, tensor and expert ranks at any ZeRO stage.
+Pipeline and context ranks hold parts of layers and rows that only a schedule brings together, and are refused
+(checks/tasks.py).
 """
 
 from __future__ import annotations
@@ -176,6 +177,6 @@ def _generation_problem(suite: TaskSuite, parallel: ParallelConfig) -> str | Non
     reason = "sequence_parallel=true" if parallel.sequence_parallel else f"expert={parallel.expert}"
     return (
         f"{SETTING}: a task of {', '.join(suite.choice.names)} generates text, a token at a time, and parallel.tensor="
-        f"{parallel.tensor} with parallel.{reason} shares the tokens of a row; leave the task out, and run `amfm evaluate RUN "
-        "--tasks NAMES` on the checkpoints"
+        f"{parallel.tensor} with parallel.{reason} shares the tokens of a row; leave the task out, and run "
+        "`amfm evaluate RUN --tasks NAMES` on the checkpoints"
     )

@@ -30,10 +30,10 @@ from amfm.pretrain.step_sums import StepResult, empty_sums
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean negative log-likelihood a token in nats, the tokens it was measured on, and the accuracy on a synthetic task.
+    """Mean negative log-likelihood per token in nats, on how many tokens, and the accuracy on a synthetic task.
 
-    bits_per_byte, by_source: of text alone; by_source names the sources that these rows came from. mtp_accepted: for each
-    depth of multi-token prediction, how often its most likely token is the one that follows.
+    bits_per_byte, by_source: of text alone; by_source names the sources that these rows came from. mtp_accepted: for
+    each depth of multi-token prediction, how often its most likely token is the one that follows.
     """
 
     loss: float
@@ -52,8 +52,8 @@ class Validation:
 def validate(run: Run, loader: PretrainLoader) -> Validation:
     """Measure loss and accuracy on the first `train.validation_batches` global batches of held-out text.
 
-    The same text each time. Leaves weights, gradients, random state and the training data's cursor alone. Every rank must
-    call this.
+    The same text each time. Leaves weights, gradients, random state and the training data's cursor alone. Every rank
+    must call this.
     """
     loader.seek(0)
     model = run.config.model

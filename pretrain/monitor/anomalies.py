@@ -1,9 +1,9 @@
 """Anomalies of a step: gradients that are not finite and losses that jump; their detection and description.
 
 Detection uses numbers that all ranks share (the reduced loss, the global norm), so every rank comes to the same verdict
-without asking the others. Description needs what one rank alone knows, its samples and parameters, and gathers that after
-a step was skipped, when the cost of a collective on objects does not matter. A spike is judged against the median of
-recent losses, which one earlier spike does not move.
+without asking the others. Description needs what one rank alone knows, its samples and parameters, and gathers that
+after a step was skipped, when the cost of a collective on objects does not matter. A spike is judged against the median
+of recent losses, which one earlier spike does not move.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class StepAnomaly:
 
 
 def judge_loss(loss: float, recent_losses: Sequence[float], health: HealthConfig) -> StepAnomaly | None:
-    """Detect a spike: a loss far above the median of the full window of recent ones; None for no spike and on_spike=ignore."""
+    """Detect a spike: a loss far above the median of the full window of recent ones.
+
+    None for no spike and on_spike=ignore.
+    """
     if health.on_spike == "ignore" or len(recent_losses) < health.spike_window:
         return None
     median = statistics.median(recent_losses)

@@ -1,7 +1,9 @@
-"""Finds numbers that changed although nothing should have changed them, and names the rank: `health.check_state_every_steps`.
+"""Finds numbers that changed although nothing should have changed them, and names the rank.
 
-Memory and processors that are going bad give wrong numbers without an error. Four comparisons find them; each is a digest
-of every bit, and costs a pass over the state of the rank.
+`health.check_state_every_steps`.
+
+Memory and processors that are going bad give wrong numbers without an error. Four comparisons find them; each is a
+digest of every bit, and costs a pass over the state of the rank.
 
     at rest      weights, masters, moments and buffers right after an update and right before the next one: nothing writes
                  to them in between, forward and backward passes included. Names rank and tensor, in every layout.
@@ -11,8 +13,8 @@ of every bit, and costs a pass over the state of the rank.
     recomputed   the first micro-batch of a step, run twice before it counts, gives the same bits: loss, and gradients too
                  without a pipeline and ZeRO 3. It finds processors, whatever they hold.
 
-What is wrong in an update that one rank alone makes (ZeRO 1-3) reaches all others as a sound number: only the second run
-of a micro-batch can tell of such a processor. A difference ends the run with code 3 before anything is saved.
+What is wrong in an update that one rank alone makes (ZeRO 1-3) reaches all others as a sound number: only the second
+run of a micro-batch can tell of such a processor. A difference ends the run with code 3 before anything is saved.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ def fetch(digests: dict[Range, Tensor]) -> dict[Range, int]:
 class StateWatch:
     """Digests of this rank's state, kept from one comparison to the next. Every rank makes one and calls its methods.
 
-    `ranges`: of every data rank's masters, by the ranks that share them. `at_rest`: digests since the last step, if any.
+    `ranges`: of every data rank's masters, by the ranks that share them. `at_rest`: digests since the last step, if
+    any.
     """
 
     layout: EngineLayout
@@ -120,7 +123,7 @@ class StateWatch:
         """
         if self.at_rest:
             self._raise_together(self._find_changed(self._digest_state()), step)
-        self.forget()
+        self.allow_change()
 
     def examine_recomputed(self, run_twice: Callable[[], dict[str, Tensor]], step: int) -> None:
         """Run something twice and compare every bit of its results by name. Every rank must call this."""
@@ -130,8 +133,8 @@ class StateWatch:
         ]
         self._raise_together(wrong, step)
 
-    def forget(self) -> None:
-        """Let the state change: a step or a rollback follows."""
+    def allow_change(self) -> None:
+        """Drop the digests at rest: a step, an edit or a rollback follows."""
         self.at_rest = {}
 
     def _find_changed(self, now: dict[Range, int]) -> list[str]:
@@ -172,7 +175,7 @@ class StateWatch:
         )
 
     def _digest_masters(self) -> dict[Range, int]:
-        """Digest this rank's masters, rounded as the model computes with them, under the keys of the working weights."""
+        """Digest this rank's masters, rounded to the model's dtype, under the keys of the working weights."""
         if self.layout.engine.zero_stage == 3:
             return {}
         return fetch(
@@ -187,7 +190,10 @@ class StateWatch:
     def _compare_replicas(
         self, replicas: dict[tuple[int, ...], dict[Range, int]], masters: dict[Range, int], step: int
     ) -> None:
-        """Compare what data ranks hold alike: first one number for all of it, and only where that differs all of them."""
+        """Compare what data ranks hold alike.
+
+        First one number for all of it, and only where that differs all of them.
+        """
         joined = {
             ranks: hashlib.sha256(repr(sorted(held.items())).encode()).digest() for ranks, held in replicas.items()
         }
@@ -223,7 +229,8 @@ def judge_replicas(
 ) -> dict[int, list[str]]:
     """Find which ranks differ, given every rank's replicas and masters: rank -> what is wrong with it, in words.
 
-    Right is what the owner's masters say, else what most ranks hold; where two opinions have equally many, all are named.
+    Right is what the owner's masters say, else what most ranks hold; where two opinions have equally many, all are
+    named.
     """
     wrong: dict[int, list[str]] = {}
     for data_ranks in sorted(set().union(*(replicas for replicas, _ in told))):

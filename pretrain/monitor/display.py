@@ -21,7 +21,10 @@ from amfm.pretrain.monitor.panel import RunState
 
 
 class Display:
-    """Shows the steps of one start of a run; exists on the main rank alone. `first_step`: steps that were done before."""
+    """Shows the steps of one start of a run; exists on the main rank alone.
+
+    `first_step`: steps that were done before.
+    """
 
     def __init__(self, config: RunConfig, *, first_step: int, last_step: int, console: Console | None = None) -> None:
         self.config = config

@@ -1,7 +1,7 @@
 """Environment of a run: the record beside its metrics, and the peak that its MFU is measured against.
 
-Model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) is the model's arithmetic a second over the
-device's peak. For known cards the peak is the vendor's number for dense matrices. CPUs have no number that fits (it
+Model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) is the model's arithmetic a second over
+the device's peak. For known cards the peak is the vendor's number for dense matrices. CPUs have no number that fits (it
 depends on cores, clock and library), so there the best matrix product that the ranks reach together is measured, for a
 moment, at the start; MFU is then relative to that.
 """
@@ -95,7 +95,10 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
 
 
 def find_card(name: str) -> str | None:
-    """The card of the table that a driver's name is of, None of another one: by whole words, or an RTX A1000 were an A100."""
+    """The card of the table that a driver's name is of, None of another one.
+
+    By whole words, or an RTX A1000 were an A100.
+    """
     words = set(re.split(r"[ -]", name))
     return max((card for card in CARD_TERAFLOPS if words.issuperset(card.split())), key=len, default=None)
 

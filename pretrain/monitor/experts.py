@@ -1,7 +1,7 @@
 """Expert collapse: a router that sends nearly every token to the same experts, and settings that do nothing against it.
 
-Without a balancing loss or bias the experts that are a little better early get more tokens, learn more, and get more still;
-the loss falls all the same, so nobody notices that most of the experts learn nothing.
+Without a balancing loss or bias the experts that are a little better early get more tokens, learn more, and get more
+still; the loss falls all the same, so nobody notices that most of the experts learn nothing.
 """
 
 from __future__ import annotations

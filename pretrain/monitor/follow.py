@@ -1,9 +1,9 @@
 """Follows a run from outside, by what it writes into its directory: metrics.jsonl, events.jsonl and heartbeats.
 
-Nothing is asked of the run, so any machine that sees the directory can watch, and a watcher can't disturb. Files are read
-while they grow: a line counts when its newline is there, and a file that shrank or was replaced (a run that resumes drops
-the steps that it does again) is read anew. Whether a run lives is told by its heartbeats: fresh ones, or ones that change
-while we look, because clocks of two machines may differ.
+Nothing is asked of the run, so any machine that sees the directory can watch, and a watcher can't disturb. Files are
+read while they grow: a line counts when its newline is there, and a file that shrank or was replaced (a run that
+resumes drops the steps that it does again) is read anew. Whether a run lives is told by its heartbeats: fresh ones, or
+ones that change while we look, because clocks of two machines may differ.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Where the ranks of a node are, in memory that they share, so that one of them writes a file for all.
 
-A file a rank, written every two seconds, is thousands of writes a second to shared storage at a thousand ranks, and as many
-opens for whoever looks. So ranks of a node note their places in a small file that lies in the node's memory, and one of
-them, the writer, puts all of them into the run directory. Nobody is appointed: who published last goes on, and where
-nothing was published for a while (the writer died, or is stopped) whoever finds out goes on in its place. Ranks that share
-no memory, each in a container of its own, are writers each for itself.
+A file a rank, written every two seconds, is thousands of writes a second to shared storage at a thousand ranks, and as
+many opens for whoever looks. So ranks of a node note their places in a small file that lies in the node's memory, and
+one of them, the writer, puts all of them into the run directory. Nobody is appointed: who published last goes on, and
+where nothing was published for a while (the writer died, or is stopped) whoever finds out goes on in its place. Ranks
+that share no memory, each in a container of its own, are writers each for itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 MEMORY = Path("/dev/shm")
-# Of who publishes, and when it last did by the clock that all processes of a node share. A rank is counted from 1: 0 is none.
+# Who publishes, and when it last did by the clock that all processes of a node share. Ranks count from 1; 0: nobody.
 HEADER = struct.Struct("<qd")
 # Of one rank: step, number of its phase, time of its last sign of life.
 SLOT = struct.Struct("<qqqd")
@@ -27,7 +27,9 @@ MISSED = 1.25  # intervals without a publication after which another rank takes 
 
 
 class NodeBoard:
-    """Slots for the ranks of a node, of which a rank writes its own alone; without a token this process has it for itself.
+    """Slots for the ranks of a node, of which a rank writes its own alone.
+
+    Without a token this process has it for itself.
 
     A slot that is read while it is written may show an old step beside a new phase, until the next look.
     """
@@ -48,7 +50,9 @@ class NodeBoard:
 
     @classmethod
     def of_start(cls, run_dir: Path, token: str, rank: int, num_ranks: int) -> NodeBoard:
-        """The board of a start of a run, which `token` names, on this node; a private one where memory has no room for it.
+        """The board of a start of a run, which `token` names, on this node.
+
+        A private one where memory has no room for it.
 
         Boards of earlier starts that nobody could clear away are removed.
         """
@@ -77,7 +81,7 @@ class NodeBoard:
         return [(rank - 1, step, phase, seen) for rank, step, phase, seen in slots if rank]
 
     def claim(self, interval: float) -> bool:
-        """Whether this rank is to publish now, as it did last, or in the place of one that has not for over an interval."""
+        """Whether this rank is to publish now: it did last, or who did has not for over an interval."""
         writer, published = HEADER.unpack_from(self.memory)
         now = time.monotonic()
         if writer != self.rank + 1 and writer and 0 <= now - published <= MISSED * interval:

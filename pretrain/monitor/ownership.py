@@ -62,7 +62,10 @@ class Ownership:
 
 
 def read_owner(run_dir: Path) -> dict[str, Any] | None:
-    """Facts of the start that owns a run directory, empty where they are damaged; None where none does. Raises OSError."""
+    """Facts of the start that owns a run directory, empty where they are damaged; None where none does.
+
+    Raises OSError.
+    """
     path = run_dir / OWNER_NAME
     try:
         with named(path), path.open("rb") as file:
@@ -74,8 +77,8 @@ def read_owner(run_dir: Path) -> dict[str, Any] | None:
 def lock_directory(directory: Path) -> IO[bytes]:
     """Create the run directory and lock it: two runs that write to one directory destroy each other's checkpoints.
 
-    The lock ends with the process, however it ends. Raises RuntimeError when another process holds it, or ranks of another
-    host, which may not see the lock, train here.
+    The lock ends with the process, however it ends. Raises RuntimeError when another process holds it, or ranks of
+    another host, which may not see the lock, train here.
     """
     directory.mkdir(parents=True, exist_ok=True)
     lock = take_lock(directory / "lock", wait=False)

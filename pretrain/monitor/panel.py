@@ -74,7 +74,10 @@ class RunState:
         return f"checkpoint of step {self.checkpoint_step:,}{age}"
 
     def is_line_due(self, metrics: dict[str, Any], every_steps: int) -> bool:
-        """Whether a log should have a line of a step: the first and last, one in `every_steps`, and whatever is unusual."""
+        """Whether a log should have a line of a step.
+
+        The first and last, one in `every_steps`, and whatever is unusual.
+        """
         step = metrics["step"]
         return (
             step % every_steps == 0

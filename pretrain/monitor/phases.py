@@ -29,7 +29,10 @@ class PhaseClock:
         self._timers = {"data": HostClock(), "forward": clock_of(device)}
 
     def enter(self, step: int, phase: str) -> AbstractContextManager[object]:
-        """Note a phase, which is a sign of life each time; as a context it is timed, where it is this rank's own work."""
+        """Note a phase, which is a sign of life each time.
+
+        As a context it is timed, where it is this rank's own work.
+        """
         self.heartbeat.at(step, phase)
         return self._timers.get(phase, nullcontext())
 

@@ -1,9 +1,10 @@
 """Traces of chosen steps (`train.profile`): what every operation took, under the names of the model's blocks.
 
-torch.profiler records operations and kernels but knows nothing of our blocks. So during a traced step hooks open a range
-around each block and the embedding, and the heartbeat, which every phase of a step passes anyway, opens one for
-the phase. `amfm profile` (launch/profile) puts the time of an operation to the innermost of them, and a backward operation
-to the block of the forward operation with its sequence number. Outside of the traced steps there is no hook and no cost.
+torch.profiler records operations and kernels but knows nothing of our blocks. So during a traced step hooks open a
+range around each block and the embedding, and the heartbeat, which every phase of a step passes anyway, opens one for
+the phase. `amfm profile` (launch/profile) puts the time of an operation to the innermost of them, and a backward
+operation to the block of the forward operation with its sequence number. Outside of the traced steps there is no hook
+and no cost.
 
 Files: RUN/profile/step-N/rank-R.json.gz, Chrome's trace format, which Perfetto opens; with `memory` also
 rank-R.memory.pickle on CUDA, for PyTorch's memory viewer, and each allocation in the trace on any device.
@@ -94,9 +95,12 @@ def name_phases(heartbeat: Heartbeat) -> Iterator[None]:
 
 @contextmanager
 def name_blocks(model: HybridModel) -> Iterator[None]:
-    """Inside the block, a range around each block of the model and its embedding; what else is in a forward pass is the head.
+    """Inside the block, a range around each block of the model and its embedding.
 
-    Around its mixer too, which recomputation calls alone; not where that is compiled, as hooks would be compiled with it.
+    What else is in a forward pass is the head.
+
+    Around its mixer too, which recomputation calls alone; not where that is compiled, as hooks would be compiled with
+    it.
     """
     parts: list[tuple[str, nn.Module]] = [] if model.embedding is None else [("embedding", model.embedding)]
     for index, block in model.all_blocks():

@@ -1,7 +1,7 @@
 """Signals: SIGTERM, SIGUSR1 and Ctrl-C ask the run to save and stop at the next step boundary.
 
-SIGTERM and SIGUSR1 are noted from the first line of a process on (`note_signals`), before anything heavy is imported; the
-watch of the run takes over what came until then.
+SIGTERM and SIGUSR1 are noted from the first line of a process on (`note_signals`), before anything heavy is imported;
+the watch of the run takes over what came until then.
 
 A second Ctrl-C ends the process at once, whatever it waits for: after the first one SIGINT has the system's own action
 again, which needs no Python. What was saved before stands, as after any kill.

@@ -85,7 +85,10 @@ class DeviceClock(Stopwatch):
         self._ended.record()
 
     def seconds(self) -> float:
-        """Seconds between the events; waits for the second one, so ask after the host has waited for what is behind it."""
+        """Seconds between the events.
+
+        Waits for the second one, so ask after the host has waited for what is behind it.
+        """
         self._ended.synchronize()
         return self._began.elapsed_time(self._ended) / 1e3
 

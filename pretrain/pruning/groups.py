@@ -4,9 +4,9 @@
     experts    whole routed experts
     heads      a key-value head with its query heads: rows of q, k, v and the gates, columns of o
 
-A group of zeros has a zero gradient, because every product that leads to one of its weights passes another of them: so it
-stays at zero while the rest trains, weight decay included, and nothing has to hold it there. An expert needs one thing more:
-the router must not choose it, so its balancing bias is put where no score can reach it.
+A group of zeros has a zero gradient, because every product that leads to one of its weights passes another of them: so
+it stays at zero while the rest trains, weight decay included, and nothing has to hold it there. An expert needs one
+thing more: the router must not choose it, so its balancing bias is put where no score can reach it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Take groups of zeros out of a model: fewer channels, experts or heads, and the same logits.
 
-A pure function on whole tensors. All blocks of a kind keep the same number, that of the block with most groups left, because
-the configuration has one width for all; a block with fewer keeps some of its zeros.
+A pure function on whole tensors. All blocks of a kind keep the same number, that of the block with most groups left,
+because the configuration has one width for all; a block with fewer keeps some of its zeros.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def shrink_weights(weights: Weights) -> Shrunk:
             found = replace(found, model=_smaller(found.model, units[0], width), state=state)
     if not counts:
         raise ValueError(
-            f"{weights.origin} has no channels, experts or heads of zeros in all blocks; train with a prune section first "
+            f"{weights.origin} has no channels, experts or heads of zeros in all blocks; train with a prune section "
             "(docs/structure.md), or export it as it is"
         )
     check_model(found.model)
@@ -100,7 +100,7 @@ def _alive(weights: Weights, plan: GroupPlan, unit: Unit) -> Tensor:
     for name, tensor in _tensors_of(weights.state, plan, unit):
         grouping = plan.groupings[name]
         rows = (tensor != 0).transpose(0, grouping.dim).flatten(1).any(dim=1)
-        groups = grouping.of(torch.arange(len(rows))) - unit.first
+        groups = grouping.groups_at(torch.arange(len(rows))) - unit.first
         alive |= torch.zeros(unit.count, dtype=torch.int64).index_add_(0, groups, rows.long()) > 0
     if "expert_bias" in unit.groups.rows:
         bias = weights.state.get(f"{unit.place}expert_bias")
@@ -115,7 +115,7 @@ def _take(state: dict[str, Tensor], plan: GroupPlan, unit: Unit, kept: Tensor) -
     is_kept[kept] = True
     for name, tensor in list(_tensors_of(state, plan, unit)):
         grouping = plan.groupings[name]
-        rows = is_kept[grouping.of(torch.arange(tensor.shape[grouping.dim])) - unit.first]
+        rows = is_kept[grouping.groups_at(torch.arange(tensor.shape[grouping.dim])) - unit.first]
         state[name] = tensor.index_select(grouping.dim, rows.nonzero().flatten()).contiguous()
     for name in unit.groups.rows:
         if f"{unit.place}{name}" in state:

@@ -92,7 +92,7 @@ class BipMasks:
     def _groups_of(self, name: str) -> Tensor:
         """Group of each index along the grouped dim."""
         grouping = self.plan.groupings[name]
-        return grouping.of(torch.arange(self.model.get_parameter(name).shape[grouping.dim]))
+        return grouping.groups_at(torch.arange(self.model.get_parameter(name).shape[grouping.dim]))
 
     def _spread(self, name: str, mask: Tensor) -> Tensor:
         """Lay the mask over a parameter: [size, 1] or [1, size]."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from amfm.data_pipeline.durable.files import make_folders
 from amfm.pretrain.checkpoint.commit import RankFailure, make_temporary, remove_temporary
-from amfm.pretrain.checkpoint.fetched import copy_verified, settle
+from amfm.pretrain.checkpoint.fetched import commit_fetched, copy_verified
 from amfm.pretrain.checkpoint.files import MANIFEST_NAME, rank_file_name, read_manifest, replace_text
 from amfm.pretrain.checkpoint.names import checkpoint_name, newest_saved_step
 from amfm.pretrain.checkpoint.replicas.memory import Generation, NodeMemory
@@ -99,7 +99,7 @@ def fetch(
         memory.remarks += damages.values()
         holders = {file: [node for node in holders[file] if node != chosen[file][0]] for file in damages}
     texts = list(damages.values()) if ranks.rank == 0 else []
-    return settle(temporary_dir, name, texts, problem, ranks, doing)
+    return commit_fetched(temporary_dir, name, texts, problem, ranks, doing)
 
 
 def copy_files(files: list[int], source_dir: Path, temporary_dir: Path) -> dict[int, str]:
