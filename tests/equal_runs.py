@@ -218,6 +218,7 @@ def train_all(stops: list[int]) -> None:
 
     All paths are relative to the working directory, so that configurations, and digests of them, are equal.
     """
+    importlib.import_module("torch").manual_seed(0)  # which ranks of tests are seeded with
     spawn = importlib.import_module("tests.helpers.spawn")
     stores = importlib.import_module("tests.helpers.tiny_store")
     described = Path("data.json")
