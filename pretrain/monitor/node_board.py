@@ -9,9 +9,11 @@ that share no memory, each in a container of its own, are writers each for itsel
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
+import stat
 import struct
 import tempfile
 import time
@@ -31,7 +33,8 @@ class NodeBoard:
 
     Without a token this process has it for itself.
 
-    A slot that is read while it is written may show an old step beside a new phase, until the next look.
+    A slot that is read while it is written may show an old step beside a new phase, until the next look. Raises OSError for a
+    file that another user put there, and for a link: anybody may write to the node's memory.
     """
 
     def __init__(self, rank: int, num_ranks: int = 1, path: Path | None = None) -> None:
@@ -41,8 +44,11 @@ class NodeBoard:
         size = HEADER.size + SLOT.size * self.num_slots
         self.memory: mmap.mmap | bytearray = bytearray(size)
         if path is not None:
-            number = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
+                facts = os.fstat(number)
+                if facts.st_uid != os.geteuid() or not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1:
+                    raise PermissionError(errno.EPERM, "not a file of this user's", str(path))
                 os.ftruncate(number, size)  # every rank the same: what is there stays
                 self.memory = mmap.mmap(number, size)
             finally:

@@ -13,13 +13,17 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.checkpoint.engine_layout import EngineLayout
 from amfm.pretrain.checkpoint.names import list_checkpoints
-from amfm.pretrain.monitor.corruption import digest, judge_replicas
+from amfm.pretrain.monitor.corruption import StateWatch, digest, judge_replicas
 from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.run import Run
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks
+from tests.pretrain.checkpoint.toys import make_engine
+from tests.pretrain.checkpoint.toys import run_steps as run_steps_of_toy
 from tests.pretrain.tiny_run import read_metrics, tiny_config
 
 VICTIM = 1
@@ -54,6 +58,20 @@ def test_the_owner_then_the_majority_says_which_replica_is_wrong() -> None:
     assert list(judge_replicas(owned)) == [0]
     two = judge_replicas([({(0, 1): {key: value}}, {}) for value in (7, 8)])
     assert list(two) == [0, 1] and "as many ranks on either side" in two[0][0]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_working_weight_that_is_not_its_rounded_master_is_found_at_the_first_look(stage: int) -> None:
+    """Nothing was noted at rest before, and one rank has no replicas: the masters alone tell."""
+    parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
+    engine = make_engine(parallel, stage=stage, precision="bf16")
+    run_steps_of_toy(engine, 0, 1)
+    layout = EngineLayout.of(engine)
+    StateWatch(layout, parallel).examine(1)
+    name, weight = next(iter(engine.module.named_parameters()))
+    weight.data.view(-1).view(torch.int16)[0] ^= 1
+    with pytest.raises(RuntimeError, match=rf"{name} .*the working weights are not the rounded masters"):
+        StateWatch(layout, parallel).examine(1)
 
 
 def flip(tensor: torch.Tensor) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
+
+import pytest
 
 from amfm.pretrain.monitor.node_board import NodeBoard
 
@@ -30,6 +33,24 @@ def test_a_new_start_sees_nothing_of_the_board_before_and_removes_it(tmp_path: P
     assert before.path is not None and not before.path.exists()
     after.remove()
     assert after.path is not None and not after.path.exists()
+
+
+@pytest.mark.parametrize("trap", ["link", "hard link", "another user's"])
+def test_what_others_put_in_the_place_of_a_board_is_not_written_to(trap: str, tmp_path: Path) -> None:
+    precious, board = tmp_path / "precious", tmp_path / "board"
+    precious.write_bytes(b"mine")
+    if trap == "link":
+        board.symlink_to(precious)
+    elif trap == "hard link":
+        board.hardlink_to(precious)
+    else:
+        if os.geteuid() != 0:
+            pytest.skip("NOT TESTED: only root gives a file to another user")
+        precious.rename(board)
+        os.chown(board, 65534, 65534)
+    with pytest.raises(OSError, match="board"):
+        NodeBoard(0, 2, board)
+    assert (board if trap == "another user's" else precious).read_bytes() == b"mine"
 
 
 def test_without_a_token_a_board_is_private() -> None:
