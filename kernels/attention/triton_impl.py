@@ -21,6 +21,7 @@ from amfm.kernels.attention.triton_kernels import (
     attention_key_gradient_kernel,
     attention_query_gradient_kernel,
 )
+from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.common.documents import first_tokens
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import dot_dtype
@@ -116,13 +117,11 @@ def _forward(
     return y, log_sums
 
 
-@_forward.register_fake
-def _(
-    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, first_BT: Tensor | None, ends_BS: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, _ = q_BTHK.shape
-    y = torch.empty_like(q_BTHK, memory_format=torch.contiguous_format)
-    return y, q_BTHK.new_empty(batch, heads, tokens, dtype=torch.float32)
+@fake_of(_forward)
+def _(given: Any) -> tuple[Tensor, ...]:
+    q = given.q_BTHK
+    batch, tokens, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
 @torch.library.custom_op("amfm::attention_triton_backward", mutates_args=())
@@ -131,8 +130,8 @@ def _backward(
     q_BTHK: Tensor,
     k_BSJK: Tensor,
     v_BSJK: Tensor,
-    y_BTHK: Tensor,
-    log_sums_BHT: Tensor,
+    y: Tensor,
+    log_sums: Tensor,
     first_BT: Tensor | None,
     ends_BS: Tensor | None,
     scale: float,
@@ -140,7 +139,7 @@ def _backward(
     """Gradients of q, k and v."""
     q, k, v, d_y = q_BTHK.contiguous(), k_BSJK.contiguous(), v_BSJK.contiguous(), d_y.contiguous()
     sizes = tokens, keys, heads, kv_heads, _ = _sizes(q, k)
-    d_q, d_k, d_v, deltas = (torch.empty_like(x) for x in (q, k, v, log_sums_BHT))
+    d_q, d_k, d_v, deltas = (torch.empty_like(x) for x in (q, k, v, log_sums))
     if not q.numel():
         return d_q, d_k.zero_(), d_v.zero_()
     scales, constants = (scale, scale * math.log2(math.e)), _constants(q, first_BT)
@@ -148,52 +147,18 @@ def _backward(
     # run in order.
     config = config_for("attention_queries", (q.dtype, sizes[4]), query_candidates(sizes[4]), q.device)
     attention_query_gradient_kernel[(triton.cdiv(tokens, config["BLOCK_M"]), q.shape[0] * heads)](
-        q, k, v, y_BTHK, d_y, log_sums_BHT, deltas, d_q, first_BT, *sizes, *scales,
+        q, k, v, y, d_y, log_sums, deltas, d_q, first_BT, *sizes, *scales,
         **constants, **config,
     )  # fmt: skip
     config = config_for("attention_keys", (q.dtype, sizes[4]), key_candidates(sizes[4]), q.device)
     attention_key_gradient_kernel[(triton.cdiv(keys, config["BLOCK_N"]), q.shape[0] * kv_heads)](
-        q, k, v, d_y, log_sums_BHT, deltas, d_k, d_v, first_BT, ends_BS, *sizes, *scales,
+        q, k, v, d_y, log_sums, deltas, d_k, d_v, first_BT, ends_BS, *sizes, *scales,
         **constants, **config,
     )  # fmt: skip
     return d_q, d_k, d_v
 
 
-@_backward.register_fake
-def _(
-    d_y: Tensor,
-    q_BTHK: Tensor,
-    k_BSJK: Tensor,
-    v_BSJK: Tensor,
-    y_BTHK: Tensor,
-    log_sums_BHT: Tensor,
-    first_BT: Tensor | None,
-    ends_BS: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_q, d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTHK, k_BSJK, v_BSJK))
-    return d_q, d_k, d_v
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep inputs, output and log-sum-exp.
-
-    The latter is an output only so that it can be kept, and takes no gradient.
-    """
-    q, k, v, first_BT, ends_BS, ctx.scale = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, first_BT, ends_BS)
-
-
-def _differentiate(ctx: Any, d_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of `_forward`'s inputs; None throughout where the output took no gradient."""
-    if d_y is None:
-        return (None,) * 6
-    return (*_backward(d_y, *ctx.saved_tensors, ctx.scale), None, None, None)
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+differentiate(_forward, _backward, outputs=("y", "log_sums"), gradients=("q_BTHK", "k_BSJK", "v_BSJK"))
 
 
 def window_bounds(first_BT: Tensor, ends_BS: Tensor, window: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.common.shapes import drop_single_document
 
 # Numbers of a block of `_correlate`: enough that a call costs little beside its work, few enough to stay in the cache.
@@ -128,15 +129,16 @@ def _forward(
     return y_BTC, longer
 
 
-@_forward.register_fake
-def _(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-    B, T, C = x_BTC.shape
-    return x_BTC.new_empty(x_BTC.shape), x_BTC.new_empty(B, T + weight_CW.shape[1] - 1, C, dtype=_wide(x_BTC))
+@fake_of(_forward)
+def _(given: Any) -> tuple[Tensor, ...]:
+    x, W = given.x_BTC, given.weight_CW.shape[1]
+    B, T, C = x.shape
+    return x.new_empty(x.shape), x.new_empty(B, T + W - 1, C, dtype=_wide(x))
 
 
 @torch.library.custom_op("amfm::causal_conv1d_torch_backward", mutates_args=())
 def _backward(
-    dy_BTC: Tensor, x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None,
+    d_y: Tensor, x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None,
     longer: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, of the weight and of a bias."""
@@ -144,40 +146,15 @@ def _backward(
     weight = weight_CW.to(wide)
     padded = torch.empty_like(longer)
     padded[:, T:] = 0
-    d_totals = torch.ops.aten.silu_backward.grad_input(dy_BTC.to(wide), longer[:, :T], grad_input=padded[:, :T])
+    d_totals = torch.ops.aten.silu_backward.grad_input(d_y.to(wide), longer[:, :T], grad_input=padded[:, :T])
     # The gradient of a convolution is one with the taps in reverse order, over the tokens behind instead of
     # before.
     dx_BTC = _slide(padded, weight.flip(1), None)
     if document_ids_BT is not None:
         _mend_edges(dx_BTC, d_totals, weight, None, document_ids_BT, step=1)
     d_weight = _correlate(padded, x_BTC, W, document_ids_BT).to(weight_CW.dtype)
-    d_bias = torch.zeros_like(weight_CW[:, 0]) if bias_C is None else padded.flatten(0, 1).sum(0).to(bias_C.dtype)
+    d_bias = x_BTC.new_empty(0) if bias_C is None else padded.flatten(0, 1).sum(0).to(bias_C.dtype)
     return dx_BTC.to(x_BTC.dtype), d_weight, d_bias
 
 
-@_backward.register_fake
-def _(
-    dy_BTC: Tensor, x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None,
-    longer: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    d_bias = (weight_CW if bias_C is None else bias_C).new_empty(weight_CW.shape[:1])
-    return x_BTC.new_empty(x_BTC.shape), weight_CW.new_empty(weight_CW.shape), d_bias
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the inputs and the sums before SiLU, an output only so that it can be kept."""
-    ctx.has_bias = inputs[2] is not None
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dy_BTC: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight and bias; None throughout where the output took no gradient."""
-    if dy_BTC is None:
-        return None, None, None, None
-    dx_BTC, d_weight, d_bias = _backward(dy_BTC, *ctx.saved_tensors)
-    return dx_BTC, d_weight, d_bias if ctx.has_bias else None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+differentiate(_forward, _backward, outputs=("y", "longer"), gradients=("x_BTC", "weight_CW", "bias_C"))

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from amfm.kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
+from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.common.partial_sums import sum_first
 from amfm.kernels.common.strides import stride_unit
 from amfm.kernels.runtime.backend import INTERPRETED
@@ -50,6 +51,11 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor |
     return convolve_rows(x, weight, bias, documents)
 
 
+@fake_of(_forward)
+def _(given: Any) -> Tensor:
+    return given.x.new_empty(given.x.shape)
+
+
 def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
     """Launch the forward kernel: y [B, T, C], packed."""
     x, weight = _rows(x), weight.contiguous()
@@ -64,11 +70,6 @@ def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Ten
         W=weight.shape[1], BIAS=bias is not None, DOCUMENTS=documents is not None, UNIT=unit, **config,
     )  # fmt: skip
     return y
-
-
-@_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("amfm::causal_conv1d_triton_backward", mutates_args=())
@@ -113,21 +114,15 @@ def split_taps(sums: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     return sums[:taps].view(weight.shape), None if bias is None else sums[taps:].to(bias.dtype)
 
 
-@_backward.register_fake
-def _(d_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+@fake_of(_backward)
+def _(given: Any) -> tuple[Tensor, ...]:
+    x, weight = given.x, given.weight
     return x.new_empty(x.shape), weight.new_empty(weight.numel() + len(weight))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the inputs; the sums before SiLU are computed again."""
-    ctx.save_for_backward(*inputs)
+def _unpack(results: tuple[Tensor, ...], kept: Any) -> dict[str, Tensor | None]:
+    d_weight, d_bias = split_taps(results[1], kept.weight, kept.bias)
+    return {"x": results[0], "weight": d_weight, "bias": d_bias}
 
 
-def _differentiate(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight and bias, the last two in their own dtypes."""
-    x, weight, bias, documents = ctx.saved_tensors
-    d_x, sums = _backward(d_y, x, weight, bias, documents)
-    return d_x, *split_taps(sums, weight, bias), None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+differentiate(_forward, _backward, outputs=("y",), unpack=_unpack)

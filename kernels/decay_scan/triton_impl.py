@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.common.documents import first_tokens
 from amfm.kernels.common.limits import DECAY_LIMITS
 from amfm.kernels.common.scan_launch import differentiated
@@ -77,23 +78,11 @@ def _forward(
     return y, last.contiguous(), v.new_empty(0) if entering is None else entering
 
 
-@_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    scale: Tensor | None,
-    skip: Tensor | None,
-    initial: Tensor | None,
-    firsts: Tensor | None,
-    chunk_size: int,
-    segment_chunks: int,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@fake_of(_forward)
+def _(given: Any) -> tuple[Tensor, ...]:
+    v, K = given.v, given.q.shape[3]
     B, T, H, V = v.shape
-    K = q.shape[3]
-    entering = (B, (T + chunk_size - 1) // chunk_size, H, K, V) if keep_states else (0,)
+    entering = (B, (T + given.chunk_size - 1) // given.chunk_size, H, K, V) if given.keep_states else (0,)
     return v.new_empty(v.shape), v.new_empty(B, H, K, V, dtype=torch.float32), v.new_empty(entering)
 
 
@@ -109,7 +98,7 @@ def _backward(
     skip: Tensor | None,
     initial: Tensor | None,
     firsts: Tensor | None,
-    entering: Tensor | None,
+    entering: Tensor,
     chunk_size: int,
     segment_chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -119,7 +108,7 @@ def _backward(
     launch = DecayLaunch.of(q, v, chunk_size, segment_chunks)
     gates = Gates(g, scale)
     # Forward did not keep the states: walk again, without outputs.
-    if entering is None:
+    if not entering.numel():
         entering = launch.chunk_states(v)
         walk(launch, q, k, v, gates, None, firsts, pack(initial), None, entering)
     leaving, d_first = walk_back(launch, q, gates, firsts, d_y, d_final)
@@ -132,66 +121,15 @@ def _backward(
     states = (entering, leaving)
     d_skip = find_gradients(launch, q, k, v, gates, skip, firsts, states, d_y, d_q, d_k, d_v, d_g, d_scale)
     d_q, d_k = (d[0] if launch.splits == 1 else d.sum(0).to(v.dtype) for d in (d_q, d_k))
-    d_initial = d_first.contiguous() if initial is not None else g.new_empty(0)
-    d_skip = g.new_empty(0) if skip is None else d_skip.sum((0, 1))
-    return d_q, d_k, d_v, d_g, g.new_empty(0) if d_scale is None else d_scale, d_skip, d_initial
+    d_initial = q.new_empty(0) if initial is None else d_first.contiguous()
+    d_scale = q.new_empty(0) if scale is None or d_scale is None else d_scale.to(scale.dtype)
+    d_skip = q.new_empty(0) if skip is None else d_skip.sum((0, 1)).to(skip.dtype)
+    return d_q, d_k, d_v, d_g, d_scale, d_skip, d_initial
 
 
-@_backward.register_fake
-def _(
-    d_y: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    scale: Tensor | None,
-    skip: Tensor | None,
-    initial: Tensor | None,
-    firsts: Tensor | None,
-    entering: Tensor | None,
-    chunk_size: int,
-    segment_chunks: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        g.new_empty(g.shape),
-        g.new_empty(0 if scale is None else g.shape),
-        g.new_empty(0 if skip is None else skip.shape),
-        g.new_empty(0 if initial is None else initial.shape),
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Keep the inputs and, where asked, the states that enter chunks; without them backward walks the row again."""
-    *tensors, ctx.chunk_size, ctx.segment_chunks, keep_states = inputs
-    ctx.save_for_backward(*tensors, output[2] if keep_states else None)
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, d_y: Tensor | None, d_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    """Gradients of `_forward`'s inputs; None for those that are absent or take none."""
-    saved = ctx.saved_tensors
-    _, _, v, _, scale, skip, initial, _, _ = saved
-    if d_y is None:
-        d_y = torch.zeros_like(v)
-    d_q, d_k, d_v, d_g, d_scale, d_skip, d_initial = _backward(d_y, d_final, *saved, ctx.chunk_size, ctx.segment_chunks)
-    return (
-        d_q,
-        d_k,
-        d_v,
-        d_g,
-        None if scale is None else d_scale,
-        None if skip is None else d_skip.to(skip.dtype),
-        None if initial is None else d_initial,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+differentiate(
+    _forward,
+    _backward,
+    outputs=("y", "final", "entering"),
+    gradients=("q", "k", "v", "g", "scale", "skip", "initial"),
+)

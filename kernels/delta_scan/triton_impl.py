@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.common.documents import first_tokens
 from amfm.kernels.common.limits import DELTA_LIMITS
 from amfm.kernels.common.scan_launch import ScanLaunch, padded
@@ -173,19 +174,11 @@ def _forward(
     return o, _walk(launch, (q, k, v), prepared, initial, o=o)
 
 
-@_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    firsts: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+@fake_of(_forward)
+def _(given: Any) -> tuple[Tensor, ...]:
+    v, K = given.v, given.q.shape[3]
     B, T, _, H, V = v.shape
-    return v.new_empty(B, T, H, V), v.new_empty(B, H, q.shape[3], V, dtype=torch.float32)
+    return v.new_empty(B, T, H, V), v.new_empty(B, H, K, V, dtype=torch.float32)
 
 
 @torch.library.custom_op("amfm::delta_scan_triton_backward", mutates_args=())
@@ -218,53 +211,14 @@ def _backward(
     )  # fmt: skip
     d_q, d_k = q.new_empty(launch.R, B, T, G, K), q.new_empty(launch.R, B, T, N, G, K)
     d_beta = torch.empty_like(beta)
-    d_g = beta.new_empty(0) if g is None else torch.empty_like(g)
+    d_g = q.new_empty(0) if g is None else torch.empty_like(g)
     gradients_kernel[(B * launch.chunks, H)](
         q, k, beta, g, firsts, prepared.enter, d_o, d_v, errors, entering, leaving, d_q, d_k, d_beta, d_g,
         *launch.sizes, *outer_strides(q), *outer_strides(k, dims=3), GATE=g is not None, DOCUMENTS=firsts is not None,
         **launch.config("delta_gradients", gradient_candidates(N), v),
     )  # fmt: skip
     d_q, d_k = (d[0] if launch.R == 1 else d.sum(0) for d in (d_q, d_k))
-    return d_q, d_k, d_v, d_beta, d_g, d_initial if initial is not None else beta.new_empty(0)
+    return d_q, d_k, d_v, d_beta, d_g, q.new_empty(0) if initial is None else d_initial.to(initial.dtype)
 
 
-@_backward.register_fake
-def _(
-    d_o: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    firsts: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        beta.new_empty(beta.shape),
-        beta.new_empty(0) if g is None else g.new_empty(g.shape),
-        beta.new_empty(0 if initial is None else initial.shape),
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the inputs alone."""
-    *tensors, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of `_forward`'s inputs; None for absent ones."""
-    q, k, v, beta, g, initial, firsts = ctx.saved_tensors
-    if d_o is None:
-        d_o = v.new_zeros(v.shape[0], v.shape[1], *v.shape[3:])
-    d_q, d_k, d_v, d_beta, d_g, d_initial = _backward(d_o, d_final, q, k, v, beta, g, initial, firsts, ctx.chunk_size)
-    return d_q, d_k, d_v, d_beta, None if g is None else d_g, None if initial is None else d_initial, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+differentiate(_forward, _backward, outputs=("o", "final"), gradients=("q", "k", "v", "beta", "g", "initial"))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.common.powers import LOG2_E
 
 # Rows times tokens times channels of a tile: with 16 state numbers 2 MiB of float32 decays, and as much of states.
@@ -163,21 +164,11 @@ def _forward(
     return y, final, entering
 
 
-@_forward.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial: Tensor | None,
-    begins: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    (rows, T, channels), N = x.shape, A.shape[1]
-    entering = dt.new_empty(rows, -(-T // chunk), N, channels)
-    return x.new_empty(x.shape), dt.new_empty(rows, channels, N), entering
+@fake_of(_forward)
+def _(given: Any) -> tuple[Tensor, ...]:
+    x, dt = given.x, given.dt
+    (rows, T, channels), N = x.shape, given.A.shape[1]
+    return x.new_empty(x.shape), dt.new_empty(rows, channels, N), dt.new_empty(rows, -(-T // given.chunk), N, channels)
 
 
 @torch.library.custom_op("amfm::diag_scan_torch_backward", mutates_args=())
@@ -190,6 +181,7 @@ def _backward(
     B: Tensor,
     C: Tensor,
     D: Tensor,
+    initial: Tensor | None,
     begins: Tensor | None,
     entering: Tensor,
     chunk: int,
@@ -230,6 +222,7 @@ def _backward(
             d_D[channels] += (d_out * values).sum((0, 1))
         d_A[channels] += d_A_Nc.t()
         d_initial[rows, channels] = d_state.transpose(1, 2)
+    d_initial = x.new_empty(0) if initial is None else d_initial.to(initial.dtype)
     return d_x, d_dt, d_A, d_B.to(B.dtype), d_C.to(C.dtype), d_D, d_initial
 
 
@@ -241,41 +234,9 @@ def _sum_channels(row_LRc: Tensor, states_LRNc: Tensor) -> Tensor:
     return torch.matmul(row_LRc[:, :, None], states_LRNc.transpose(-1, -2))[:, :, 0].transpose(0, 1)
 
 
-@_backward.register_fake
-def _(
-    d_y: Tensor,
-    d_final: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    begins: Tensor | None,
-    entering: Tensor,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d_initial = dt.new_empty(x.shape[0], *A.shape)
-    of_inputs = [tensor.new_empty(tensor.shape) for tensor in (x, dt, A, B, C, D)]
-    return (of_inputs[0], of_inputs[1], of_inputs[2], of_inputs[3], of_inputs[4], of_inputs[5], d_initial)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Keep the inputs and the states that enter chunks."""
-    *tensors, initial, begins, ctx.chunk = inputs
-    ctx.save_for_backward(*tensors, begins, output[2])
-    ctx.has_initial = initial is not None
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, d_y: Tensor | None, d_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    """Gradients of `_forward`'s inputs; None for an absent initial state, documents and the chunk size."""
-    saved = ctx.saved_tensors
-    if d_y is None:
-        d_y = torch.zeros_like(saved[0])
-    *gradients, d_initial = _backward(d_y, d_final, *saved, ctx.chunk)
-    return (*gradients, d_initial if ctx.has_initial else None, None, None)
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+differentiate(
+    _forward,
+    _backward,
+    outputs=("y", "final", "entering"),
+    gradients=("x", "dt", "A", "B", "C", "D", "initial"),
+)

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.common.documents import first_tokens
 from amfm.kernels.common.limits import DIAG_LIMITS
 from amfm.kernels.common.scan_launch import differentiated
@@ -95,21 +96,11 @@ def _forward(
     return y, final, dt.new_empty(0) if entering is None else entering
 
 
-@_forward.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial: Tensor | None,
-    firsts: Tensor | None,
-    chunk_size: int,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    (rows, T, channels), N = x.shape, A.shape[1]
-    entering = (rows, (T + chunk_size - 1) // chunk_size, N, channels) if keep_states else (0,)
+@fake_of(_forward)
+def _(given: Any) -> tuple[Tensor, ...]:
+    x, dt, chunk = given.x, given.dt, given.chunk_size
+    (rows, T, channels), N = x.shape, given.A.shape[1]
+    entering = (rows, (T + chunk - 1) // chunk, N, channels) if given.keep_states else (0,)
     return x.new_empty(x.shape), dt.new_empty(rows, channels, N), dt.new_empty(entering)
 
 
@@ -132,6 +123,7 @@ def _backward(
     x, B, C, dt, A, d_y = pack_inner(x), pack_inner(B), pack_inner(C), dt.contiguous(), A.contiguous(), d_y.contiguous()
     d_final = pack(d_final)
     (rows, T, channels), N = x.shape, A.shape[1]
+    assert len(entering) == rows, "a scan that is to be differentiated keeps its states"
     config = _config("diag_backward", BACKWARD, x, N, chunk_size)
     blocks = triton.cdiv(channels, config["BLOCK_C"])
     # One state for each tile of a chunk, a program's own.
@@ -144,52 +136,13 @@ def _backward(
         T, channels, N, entering.shape[1], *outer_strides(x, B, C),
         DOCUMENTS=firsts is not None, D_FINAL=d_final is not None, **config,
     )  # fmt: skip
-    d_initial = d_initial if initial is not None else dt.new_empty(0)
+    d_initial = x.new_empty(0) if initial is None else d_initial.to(initial.dtype)
     return d_x, d_dt, d_A.sum(0), d_B.sum(0).to(B.dtype), d_C.sum(0).to(C.dtype), d_D.sum(0), d_initial
 
 
-@_backward.register_fake
-def _(
-    d_y: Tensor,
-    d_final: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial: Tensor | None,
-    firsts: Tensor | None,
-    entering: Tensor,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape),
-        dt.new_empty(dt.shape),
-        A.new_empty(A.shape),
-        B.new_empty(B.shape),
-        C.new_empty(C.shape),
-        D.new_empty(D.shape),
-        dt.new_empty(0 if initial is None else initial.shape),
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Keep the inputs and the states that enter chunks."""
-    *tensors, ctx.chunk_size, keep_states = inputs
-    assert keep_states, "a scan that is to be differentiated keeps its states"
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, d_y: Tensor | None, d_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    """Gradients of `_forward`'s inputs; None for an absent initial state, documents and settings."""
-    saved = ctx.saved_tensors
-    if d_y is None:
-        d_y = torch.zeros_like(saved[0])
-    *gradients, d_initial = _backward(d_y, d_final, *saved, ctx.chunk_size)
-    return *gradients, None if saved[6] is None else d_initial, None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+differentiate(
+    _forward,
+    _backward,
+    outputs=("y", "final", "entering"),
+    gradients=("x", "dt", "A", "B", "C", "D", "initial"),
+)

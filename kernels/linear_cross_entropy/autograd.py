@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
+from amfm.kernels.common.custom_op import differentiate, fake_of
+
 
 def sum_dtype(x: Tensor) -> torch.dtype:
     """Dtype of sums: float32, or float64 for float64."""
@@ -26,14 +28,17 @@ def register_loss(operation: CustomOpDef) -> None:
 
 
 def register_statistics(operation: CustomOpDef, backward: CustomOpDef) -> None:
-    """Shapes and gradient of an operation that gives the log-sum-exp and the label's logit; `backward` computes it."""
+    """Shapes and gradient of an operation that gives the log-sum-exp and the label's logit; `backward` computes it.
 
-    def differentiate(ctx: Any, d_log_sum_R: Tensor, d_target_R: Tensor) -> tuple[Tensor | None, ...]:
-        return (*backward(d_log_sum_R, d_target_R, *ctx.saved_tensors, ctx.first_row), None, None)
+    The inputs and the log-sum-exp are kept: backward computes the logits again.
+    """
 
-    operation.register_fake(_fake_statistics)
-    operation.register_autograd(differentiate, setup_context=_save_statistics)
-    backward.register_fake(_fake_statistics_backward)
+    @fake_of(operation)
+    def _(given: Any) -> tuple[Tensor, ...]:
+        log_sum_R = given.hidden_RD.new_empty(given.labels_R.shape, dtype=sum_dtype(given.hidden_RD))
+        return log_sum_R, torch.empty_like(log_sum_R)
+
+    differentiate(operation, backward, outputs=("log_sum_R", "target_R"), gradients=("hidden_RD", "weight_VD"))
 
 
 def _fake_loss(
@@ -62,22 +67,3 @@ def _differentiate_loss(ctx: Any, d_total: Tensor | None, *_: Tensor | None) -> 
     d_hidden_RD, d_weight_VD = ctx.saved_tensors
     # A scalar tensor does not change the dtype, and is multiplied in float32.
     return (d_hidden_RD * d_total, d_weight_VD * d_total) + (None,) * 4
-
-
-def _fake_statistics(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes of the statistics: two vectors [R] in the dtype of sums."""
-    log_sum_R = hidden_RD.new_empty(labels_R.shape, dtype=sum_dtype(hidden_RD))
-    return log_sum_R, torch.empty_like(log_sum_R)
-
-
-def _fake_statistics_backward(
-    d_log_sum_R: Tensor, d_target_R: Tensor, hidden_RD: Tensor, weight_VD: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes of the gradients of hidden and weight."""
-    return hidden_RD.new_empty(hidden_RD.shape), weight_VD.new_empty(weight_VD.shape)
-
-
-def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the inputs and the log-sum-exp: backward computes the logits again."""
-    hidden_RD, weight_VD, labels_R, ctx.first_row = inputs
-    ctx.save_for_backward(hidden_RD, weight_VD, labels_R, output[0])

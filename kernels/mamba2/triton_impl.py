@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.causal_conv1d.triton_impl import convolve_rows, convolve_rows_backward, split_taps
+from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.common.limits import DECAY_LIMITS
 from amfm.kernels.common.partial_sums import sum_first, sum_parts
 from amfm.kernels.common.scan_launch import differentiated
@@ -85,31 +86,17 @@ def _forward(
     return out, reciprocal, *((y.new_empty(0), y.new_empty(0)) if entering is None else (y, entering))
 
 
-@_forward.register_fake
-def _(
-    projected: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    A_log: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    out_weight: Tensor,
-    starts: Tensor | None,
-    numbers: list[int],
-    epsilon: float,
-    chunk_size: int,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sizes = MixerSizes.of(numbers, epsilon)
+@fake_of(_forward)
+def _(given: Any) -> tuple[Tensor, ...]:
+    sizes, projected = MixerSizes.of(given.numbers, given.epsilon), given.projected
     rows, tokens, _ = projected.shape
-    chunks = (tokens + chunk_size - 1) // chunk_size
+    chunks = (tokens + given.chunk_size - 1) // given.chunk_size
     states = (rows, chunks, sizes.heads, sizes.state, sizes.head_dim)
     return (
-        projected.new_empty(rows, tokens, len(out_weight)),
+        projected.new_empty(rows, tokens, len(given.out_weight)),
         projected.new_empty(rows * tokens, sizes.norm_groups, dtype=torch.float32),
-        projected.new_empty((rows, tokens, sizes.inner) if keep_states else (0,)),
-        projected.new_empty(states if keep_states else (0,)),
+        projected.new_empty((rows, tokens, sizes.inner) if given.keep_states else (0,)),
+        projected.new_empty(states if given.keep_states else (0,)),
     )
 
 
@@ -126,8 +113,8 @@ def _backward(
     out_weight: Tensor,
     starts: Tensor | None,
     reciprocal: Tensor,
-    y: Tensor | None,
-    entering: Tensor | None,
+    y: Tensor,
+    entering: Tensor,
     numbers: list[int],
     epsilon: float,
     chunk_size: int,
@@ -135,7 +122,7 @@ def _backward(
     """Gradients of the projection, of the convolution's weight and bias as one, of A_log, dt_bias and D [3, H] (in this
     order, in the dtype of A_log), of the norm's weight, and of the output's.
     """
-    sizes = MixerSizes.of(numbers, epsilon)
+    sizes, d_out = MixerSizes.of(numbers, epsilon), d_out.contiguous()
     z, inputs, dt = projected.split(sizes.parts(), dim=-1)
     d_projected = projected.new_empty(projected.shape)
     d_z, d_inputs, d_dt = d_projected.split(sizes.parts(), dim=-1)
@@ -143,7 +130,7 @@ def _backward(
     x, B, C = sizes.split(convolved)
     launch = DecayLaunch.of(C, x, chunk_size, 0)
     gates = Gates(dt, None, A_log, dt_bias)
-    if y is None or entering is None:
+    if not entering.numel():
         y = projected.new_empty(*projected.shape[:2], sizes.inner)
         entering = launch.chunk_states(y)
         walk(launch, C, B, x, gates, D, starts, None, y, entering)
@@ -172,55 +159,32 @@ def _backward(
     return d_projected, d_taps, sum_first(d_heads, A_log.dtype), d_norm_weight, d_out_weight
 
 
-@_backward.register_fake
-def _(
-    d_out: Tensor,
-    projected: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    A_log: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    out_weight: Tensor,
-    starts: Tensor | None,
-    reciprocal: Tensor,
-    y: Tensor | None,
-    entering: Tensor | None,
-    numbers: list[int],
-    epsilon: float,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@fake_of(_backward)
+def _(given: Any) -> tuple[Tensor, ...]:
+    conv_weight, A_log = given.conv_weight, given.A_log
     return (
-        projected.new_empty(projected.shape),
+        given.projected.new_empty(given.projected.shape),
         conv_weight.new_empty(conv_weight.numel() + len(conv_weight)),
         A_log.new_empty(3, len(A_log)),
-        norm_weight.new_empty(norm_weight.shape),
-        out_weight.new_empty(out_weight.shape),
+        given.norm_weight.new_empty(given.norm_weight.shape),
+        given.out_weight.new_empty(given.out_weight.shape),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep the inputs, r and, where asked, y and the states that enter chunks."""
-    *tensors, ctx.numbers, ctx.epsilon, ctx.chunk_size, keep_states = inputs
-    _, reciprocal, y, entering = output
-    ctx.mark_non_differentiable(reciprocal, y, entering)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, reciprocal, *((y, entering) if keep_states else (None, None)))
+def _unpack(results: tuple[Tensor, ...], kept: Any) -> dict[str, Tensor | None]:
+    d_projected, d_taps, d_heads, d_norm_weight, d_out_weight = results
+    d_weight, d_bias = split_taps(d_taps, kept.conv_weight, kept.conv_bias)
+    d_A_log, d_dt_bias, d_D = d_heads.unbind(0)
+    return {
+        "projected": d_projected,
+        "conv_weight": d_weight,
+        "conv_bias": d_bias,
+        "A_log": d_A_log,
+        "D": d_D.to(kept.D.dtype),
+        "dt_bias": d_dt_bias.to(kept.dt_bias.dtype),
+        "norm_weight": d_norm_weight,
+        "out_weight": d_out_weight,
+    }
 
 
-def _differentiate(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of `_forward`'s inputs; None throughout where the output took none."""
-    if d_out is None:
-        return (None,) * 13
-    saved = ctx.saved_tensors
-    _, conv_weight, conv_bias, _, D, dt_bias, *_ = saved
-    d_projected, d_taps, d_heads, d_norm, d_out_weight = _backward(
-        d_out.contiguous(), *saved, ctx.numbers, ctx.epsilon, ctx.chunk_size
-    )
-    d_A_log, d_bias, d_D = d_heads.unbind(0)
-    d_vectors = (d_A_log, d_D.to(D.dtype), d_bias.to(dt_bias.dtype))
-    return d_projected, *split_taps(d_taps, conv_weight, conv_bias), *d_vectors, d_norm, d_out_weight, *(None,) * 5
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+differentiate(_forward, _backward, outputs=("out", "reciprocal", "y", "entering"), unpack=_unpack)

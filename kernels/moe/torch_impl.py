@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amfm.kernels.common.custom_op import fake_of, gradients_like
 from amfm.kernels.common.gemm_precision import gemm_dtype
 from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.moe.torch_grouped import (
@@ -104,18 +105,10 @@ def _forward(
     return y_RD.to(x_RD.dtype), hidden_SF
 
 
-@_forward.register_fake
-def _(
-    x_RD: Tensor,
-    weights_S: Tensor | None,
-    token_ids_S: Tensor | None,
-    offsets_E: Tensor,
-    up_EFD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    rows = x_RD.shape[0] if token_ids_S is None else token_ids_S.shape[0]
-    return x_RD.new_empty(x_RD.shape), x_RD.new_empty(rows, up_EFD.shape[1])
+@fake_of(_forward)
+def _(given: Any) -> tuple[Tensor, ...]:
+    x, ids = given.x_RD, given.token_ids_S
+    return x.new_empty(x.shape), x.new_empty(len(x) if ids is None else len(ids), given.up_EFD.shape[1])
 
 
 @torch.library.custom_op("amfm::expert_feed_forward_torch_backward", mutates_args=())
@@ -140,20 +133,7 @@ def _backward(
     return dx_RD.to(x_RD.dtype), d_weights_S, d_up_EFD, d_down_EDF
 
 
-@_backward.register_fake
-def _(
-    dy_RD: Tensor,
-    x_RD: Tensor,
-    hidden_SF: Tensor,
-    weights_S: Tensor | None,
-    token_ids_S: Tensor | None,
-    offsets_E: Tensor,
-    up_EFD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_weights = x_RD.new_empty(0) if weights_S is None else torch.empty_like(weights_S)
-    return x_RD.new_empty(x_RD.shape), d_weights, torch.empty_like(up_EFD), torch.empty_like(down_EDF)
+gradients_like(_backward, ("x_RD", "weights_S", "up_EFD", "down_EDF"))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

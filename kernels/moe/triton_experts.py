@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from amfm.kernels.common.custom_op import fake_of, gradients_like
 from amfm.kernels.common.partial_sums import sum_first
 from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles
@@ -170,23 +171,11 @@ def _forward(
     return sum_choices(y_SD, places, None, len(x_RD), len(places) // len(x_RD)), hidden, tiles
 
 
-@_forward.register_fake
-def _(
-    x_RD: Tensor,
-    weights_RK: Tensor | None,
-    pairs: Tensor | None,
-    sources: Tensor | None,
-    places: Tensor | None,
-    offsets_E: Tensor,
-    up_EFD: Tensor,
-    down_EDF: Tensor,
-    swiglu: bool,
-    rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    experts = len(offsets_E)
-    tiles = offsets_E.new_empty(_tile_bound(rows, experts, product_tile(rows, experts)["BLOCK_M"]), 3)
-    y = torch.empty_like(x_RD, memory_format=torch.contiguous_format)
-    return y, x_RD.new_empty(rows, up_EFD.shape[1]), tiles
+@fake_of(_forward)
+def _(given: Any) -> tuple[Tensor, ...]:
+    x, rows, experts = given.x_RD, given.rows, len(given.offsets_E)
+    tiles = given.offsets_E.new_empty(_tile_bound(rows, experts, product_tile(rows, experts)["BLOCK_M"]), 3)
+    return x.new_empty(x.shape), x.new_empty(rows, given.up_EFD.shape[1]), tiles
 
 
 @torch.library.custom_op("amfm::expert_feed_forward_triton_backward", mutates_args=())
@@ -272,24 +261,7 @@ def _input_gradient(
     return sum_choices(d_rows, places, None, x_RD.shape[0], weights_RK.shape[1])
 
 
-@_backward.register_fake
-def _(
-    d_y: Tensor,
-    x_RD: Tensor,
-    hidden: Tensor,
-    weights_RK: Tensor | None,
-    pairs: Tensor | None,
-    sources: Tensor | None,
-    places: Tensor | None,
-    offsets_E: Tensor,
-    tiles: Tensor,
-    up_EFD: Tensor,
-    down_EDF: Tensor,
-    swiglu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (x_RD, up_EFD, down_EDF)]
-    d_weights = x_RD.new_empty(0) if weights_RK is None else weights_RK.new_empty(weights_RK.shape)
-    return like[0], d_weights, like[1], like[2]
+gradients_like(_backward, ("x_RD", "weights_RK", "up_EFD", "down_EDF"))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

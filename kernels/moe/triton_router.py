@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import dot_dtype
 
@@ -181,22 +182,15 @@ def _forward(
     return ids, weights, counts, scores
 
 
-@_forward.register_fake
-def _(
-    logits_RE: Tensor,
-    bias_E: Tensor | None,
-    softmax: bool,
-    top_k: int,
-    normalize: bool,
-    scaling: float,
-    num_groups: int,
-    group_top_k: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, experts = logits_RE.shape
-    ids = logits_RE.new_empty(rows, top_k, dtype=torch.int64)
-    weights = logits_RE.new_empty(rows, top_k, dtype=torch.float32)
-    counts = logits_RE.new_empty(experts, dtype=torch.int64)
-    return ids, weights, counts, logits_RE.new_empty(rows, experts, dtype=torch.float32)
+@fake_of(_forward)
+def _(given: Any) -> tuple[Tensor, ...]:
+    logits, (rows, experts) = given.logits_RE, given.logits_RE.shape
+    return (
+        logits.new_empty(rows, given.top_k, dtype=torch.int64),
+        logits.new_empty(rows, given.top_k, dtype=torch.float32),
+        logits.new_empty(experts, dtype=torch.int64),
+        logits.new_empty(rows, experts, dtype=torch.float32),
+    )
 
 
 @torch.library.custom_op("amfm::route_triton_backward", mutates_args=())
@@ -224,35 +218,7 @@ def _backward(
     return d_logits
 
 
-@_backward.register_fake
-def _(
-    d_weights: Tensor,
-    d_scores: Tensor,
-    scores: Tensor,
-    expert_ids: Tensor,
-    logits_RE: Tensor,
-    softmax: bool,
-    normalize: bool,
-    scaling: float,
-) -> Tensor:
-    return torch.empty_like(logits_RE, memory_format=torch.contiguous_format)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep scores, ids and the logits, of which only dtype and shape are read."""
-    logits_RE, _, ctx.softmax, _, ctx.normalize, ctx.scaling, _, _ = inputs
-    expert_ids, _, counts, scores = output
-    ctx.mark_non_differentiable(expert_ids, counts)
-    ctx.save_for_backward(scores, expert_ids, logits_RE)
-
-
-def _differentiate(ctx: Any, _: Tensor, d_weights: Tensor, __: Tensor, d_scores: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradient of the logits; settings, bias and the choice take none."""
-    d_logits = _backward(d_weights, d_scores, *ctx.saved_tensors, ctx.softmax, ctx.normalize, ctx.scaling)
-    return (d_logits,) + (None,) * 7
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+differentiate(_forward, _backward, outputs=("expert_ids", "weights", "counts", "scores"), gradients=("logits_RE",))
 
 
 def route_triton(

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from amfm.kernels.common.custom_op import fake_of, gradients_like
 from amfm.kernels.common.partial_sums import sum_first
 from amfm.kernels.common.strides import pack_inner, stride_unit
 from amfm.kernels.norm.triton_kernels import norm_backward_kernel, norm_forward_kernel
@@ -76,6 +77,13 @@ def _norm(
     return norm_rows(x, other, weight, epsilon, num_groups, gated=gated)
 
 
+@fake_of(_norm)
+def _(given: Any) -> tuple[Tensor, ...]:
+    x = given.x
+    h = x.new_empty(x.shape if given.other is not None and not given.gated else (0,))
+    return x.new_empty(x.shape), h, x.new_empty(x.numel() // x.shape[-1], given.num_groups, dtype=torch.float32)
+
+
 def norm_rows(
     x: Tensor, other: Tensor | None, weight: Tensor, epsilon: float, num_groups: int, *, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,15 +105,6 @@ def norm_rows(
             GATED=gated, RESIDUAL=residual, UNIT=unit, **tile,
         )  # fmt: skip
     return out, h, reciprocal
-
-
-@_norm.register_fake
-def _(
-    x: Tensor, other: Tensor | None, weight: Tensor, epsilon: float, num_groups: int, gated: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1]
-    h = x.new_empty(x.shape if other is not None and not gated else (0,))
-    return x.new_empty(x.shape), h, x.new_empty(rows, num_groups, dtype=torch.float32)
 
 
 @torch.library.custom_op("amfm::rms_norm_triton_backward", mutates_args=())
@@ -154,11 +153,7 @@ def norm_rows_backward(
     return sum_first(partial, weight.dtype)
 
 
-@_norm_backward.register_fake
-def _(
-    d_out: Tensor, d_h: Tensor | None, x: Tensor, z: Tensor | None, weight: Tensor, reciprocal: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty((0,) if z is None else z.shape), weight.new_empty(weight.shape)
+gradients_like(_norm_backward, ("x", "z", "weight"))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import count_programs, dot_dtype
 
@@ -157,16 +158,16 @@ def _forward(
     return y_BTHK
 
 
-@_forward.register_fake
-def _(x_BTHK: Tensor, cosine: Tensor | None, sine: Tensor | None, weight: Tensor | None, epsilon: float) -> Tensor:
-    return torch.empty_like(x_BTHK, memory_format=torch.contiguous_format)
+@fake_of(_forward)
+def _(given: Any) -> Tensor:
+    return given.x_BTHK.new_empty(given.x_BTHK.shape)
 
 
 @torch.library.custom_op("amfm::norm_rope_triton_backward", mutates_args=())
 def _backward(
     d_y: Tensor, x_BTHK: Tensor, cosine: Tensor | None, sine: Tensor | None, weight: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the weight (zeros of no use where there is none)."""
+    """Gradients of x and of the weight, empty where there is none."""
     d_y, x_BTHK = d_y.contiguous(), x_BTHK.contiguous()
     d_x = torch.empty_like(x_BTHK)
     heads, size = x_BTHK.shape[2:]
@@ -178,31 +179,10 @@ def _backward(
         d_y, x_BTHK, cosine, sine, weight, d_x, d_weight, rows, heads, size, half, epsilon,
         NORM=weight is not None, ROTATE=cosine is not None, **blocks,
     )  # fmt: skip
-    return d_x, d_weight.sum(0)
+    return d_x, x_BTHK.new_empty(0) if weight is None else d_weight.sum(0).to(weight.dtype)
 
 
-@_backward.register_fake
-def _(
-    d_y: Tensor, x_BTHK: Tensor, cosine: Tensor | None, sine: Tensor | None, weight: Tensor | None, epsilon: float
-) -> tuple[Tensor, Tensor]:
-    d_x = torch.empty_like(x_BTHK, memory_format=torch.contiguous_format)
-    return d_x, x_BTHK.new_empty(x_BTHK.shape[-1], dtype=torch.float32)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep inputs only: the norm is computed again in backward."""
-    *tensors, ctx.epsilon = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x and of the weight; positions, and so cosine and sine, take none."""
-    x, cosine, sine, weight = ctx.saved_tensors
-    d_x, d_weight = _backward(d_y, x, cosine, sine, weight, ctx.epsilon)
-    return d_x, None, None, None if weight is None else d_weight.to(weight.dtype), None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+differentiate(_forward, _backward, outputs=("y",), gradients=("x_BTHK", "weight"))
 
 
 def norm_rope_triton(

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.common.silu import sigmoid, silu, silu_backward
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import dot_dtype
@@ -110,9 +111,9 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     return y
 
 
-@_swiglu.register_fake
-def _(gate_up: Tensor) -> Tensor:
-    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+@fake_of(_swiglu)
+def _(given: Any) -> Tensor:
+    return given.gate_up.new_empty(*given.gate_up.shape[:-1], given.gate_up.shape[-1] // 2)
 
 
 @torch.library.custom_op("amfm::swiglu_triton_backward", mutates_args=())
@@ -125,9 +126,7 @@ def _swiglu_backward(gate_up: Tensor, d_y: Tensor) -> Tensor:
     return d_gate_up
 
 
-@_swiglu_backward.register_fake
-def _(gate_up: Tensor, d_y: Tensor) -> Tensor:
-    return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+differentiate(_swiglu, _swiglu_backward, outputs=("y",), gradients=("gate_up",))
 
 
 @torch.library.custom_op("amfm::squared_relu_triton", mutates_args=())
@@ -140,9 +139,9 @@ def _squared_relu(x: Tensor) -> Tensor:
     return y
 
 
-@_squared_relu.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+@fake_of(_squared_relu)
+def _(given: Any) -> Tensor:
+    return given.x.new_empty(given.x.shape)
 
 
 @torch.library.custom_op("amfm::squared_relu_triton_backward", mutates_args=())
@@ -155,18 +154,7 @@ def _squared_relu_backward(x: Tensor, d_y: Tensor) -> Tensor:
     return d_x
 
 
-@_squared_relu_backward.register_fake
-def _(x: Tensor, d_y: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the input, which is all that backward reads."""
-    ctx.save_for_backward(inputs[0])
-
-
-_swiglu.register_autograd(lambda ctx, d_y: _swiglu_backward(ctx.saved_tensors[0], d_y), setup_context=_save)
-_squared_relu.register_autograd(lambda ctx, d_y: _squared_relu_backward(ctx.saved_tensors[0], d_y), setup_context=_save)
+differentiate(_squared_relu, _squared_relu_backward, outputs=("y",), gradients=("x",))
 
 
 def swiglu_triton(gate_up: Tensor) -> Tensor:

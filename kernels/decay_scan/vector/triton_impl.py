@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.common.documents import first_tokens
 from amfm.kernels.common.limits import VECTOR_GATE_LIMITS
 from amfm.kernels.common.scan_launch import ScanLaunch, cut_segments, differentiated
@@ -168,20 +169,11 @@ def _forward(
     return o, last.contiguous(), v.new_empty(0) if entering is None else entering
 
 
-@_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    initial: Tensor | None,
-    firsts: Tensor | None,
-    tile: int,
-    segment_tiles: int,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    (B, T, H, V), K = v.shape, q.shape[3]
-    entering = (B, (T + tile - 1) // tile, H, K, V) if keep_states else (0,)
+@fake_of(_forward)
+def _(given: Any) -> tuple[Tensor, ...]:
+    v, K, tile = given.v, given.q.shape[3], given.tile
+    B, T, H, V = v.shape
+    entering = (B, (T + tile - 1) // tile, H, K, V) if given.keep_states else (0,)
     return v.new_empty(v.shape), v.new_empty(B, H, K, V, dtype=torch.float32), v.new_empty(entering)
 
 
@@ -195,7 +187,7 @@ def _backward(
     g: Tensor,
     initial: Tensor | None,
     firsts: Tensor | None,
-    entering: Tensor | None,
+    entering: Tensor,
     tile: int,
     segment_tiles: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -204,7 +196,7 @@ def _backward(
     launch = _launch(q, v, tile, segment_tiles)
     prepared = _prepare(launch, q, k, g, firsts)
     # Forward did not keep the states: walk again, without outputs.
-    if entering is None:
+    if not entering.numel():
         entering = launch.chunk_states(v)
         _walk(launch, prepared, v, pack(initial), None, entering)
     leaving, d_v, d_first = _walk_back(launch, prepared, d_o, pack(d_final))
@@ -222,43 +214,7 @@ def _backward(
         launch.T, launch.H, launch.K, launch.V, *outer_strides(q, k, v),
         LEVELS=launch.levels, DOCUMENTS=firsts is not None, **config,
     )  # fmt: skip
-    return d_q, d_k, d_v, d_g, d_first.contiguous() if initial is not None else g.new_empty(0)
+    return d_q, d_k, d_v, d_g, d_first.contiguous() if initial is not None else q.new_empty(0)
 
 
-@_backward.register_fake
-def _(
-    d_o: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    initial: Tensor | None,
-    firsts: Tensor | None,
-    entering: Tensor | None,
-    tile: int,
-    segment_tiles: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d_initial = g.new_empty(0 if initial is None else initial.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), g.new_empty(g.shape), d_initial
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Keep the inputs and, where asked, the states that enter tiles."""
-    *tensors, ctx.tile, ctx.segment_tiles, keep_states = inputs
-    ctx.save_for_backward(*tensors, output[2] if keep_states else None)
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    """Gradients of `_forward`'s inputs; None for an absent state."""
-    saved = ctx.saved_tensors
-    v, initial = saved[2], saved[4]
-    if d_o is None:
-        d_o = torch.zeros_like(v)
-    *gradients, d_initial = _backward(d_o, d_final, *saved, ctx.tile, ctx.segment_tiles)
-    return *gradients, None if initial is None else d_initial, None, None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+differentiate(_forward, _backward, outputs=("o", "final", "entering"), gradients=("q", "k", "v", "g", "initial"))

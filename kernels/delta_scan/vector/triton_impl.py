@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.common.documents import first_tokens
 from amfm.kernels.common.limits import VECTOR_DELTA_LIMITS
 from amfm.kernels.common.scan_launch import ScanLaunch
@@ -134,19 +135,11 @@ def _forward(
     return o, _walk(launch, _prepare(launch, q, k, beta, g, firsts), v, pack(initial), o=o)
 
 
-@_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor,
-    initial: Tensor | None,
-    firsts: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+@fake_of(_forward)
+def _(given: Any) -> tuple[Tensor, ...]:
+    v, K = given.v, given.q.shape[3]
     B, _, H, V = v.shape
-    return v.new_empty(v.shape), v.new_empty(B, H, q.shape[3], V, dtype=torch.float32)
+    return v.new_empty(v.shape), v.new_empty(B, H, K, V, dtype=torch.float32)
 
 
 @torch.library.custom_op("amfm::delta_vector_triton_backward", mutates_args=())
@@ -191,41 +184,7 @@ def _backward(
         *launch.sizes, *outer_strides(q, k), LEVELS=launch.levels, DOCUMENTS=firsts is not None, **config,
     )  # fmt: skip
     d_beta = d_beta[0] if parts == 1 else d_beta.sum(0)
-    return d_q, d_k, d_v, d_beta, d_g, d_initial if initial is not None else beta.new_empty(0)
+    return d_q, d_k, d_v, d_beta, d_g, q.new_empty(0) if initial is None else d_initial.to(initial.dtype)
 
 
-@_backward.register_fake
-def _(
-    d_o: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor,
-    initial: Tensor | None,
-    firsts: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d_initial = beta.new_empty(0 if initial is None else initial.shape)
-    d_q, d_k, d_v, d_beta, d_g = (x.new_empty(x.shape) for x in (q, k, v, beta, g))
-    return d_q, d_k, d_v, d_beta, d_g, d_initial
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the inputs alone."""
-    *tensors, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of `_forward`'s inputs; None for an absent initial state, documents and the chunk size."""
-    v, initial = ctx.saved_tensors[2], ctx.saved_tensors[5]
-    if d_o is None:
-        d_o = torch.zeros_like(v)
-    *gradients, d_initial = _backward(d_o, d_final, *ctx.saved_tensors, ctx.chunk_size)
-    return *gradients, None if initial is None else d_initial, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+differentiate(_forward, _backward, outputs=("o", "final"), gradients=("q", "k", "v", "beta", "g", "initial"))

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.moe.triton_experts import sum_choices
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import dot_dtype
@@ -156,9 +157,9 @@ def _combine(rows_SD: Tensor, places: Tensor, weights_RK: Tensor, has_gaps: bool
     return sum_choices(rows_SD.contiguous(), places, weights_RK.contiguous(), tokens, top_k)
 
 
-@_combine.register_fake
-def _(rows_SD: Tensor, places: Tensor, weights_RK: Tensor, has_gaps: bool) -> Tensor:
-    return rows_SD.new_empty(weights_RK.shape[0], rows_SD.shape[1])
+@fake_of(_combine)
+def _(given: Any) -> Tensor:
+    return given.rows_SD.new_empty(len(given.weights_RK), given.rows_SD.shape[1])
 
 
 @torch.library.custom_op("amfm::combine_rows_triton_backward", mutates_args=())
@@ -177,21 +178,4 @@ def _combine_backward(
     return d_rows, d_weights
 
 
-@_combine_backward.register_fake
-def _(d_y: Tensor, rows_SD: Tensor, places: Tensor, weights_RK: Tensor, has_gaps: bool) -> tuple[Tensor, Tensor]:
-    return rows_SD.new_empty(rows_SD.shape), weights_RK.new_empty(weights_RK.shape)
-
-
-def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep rows, places and weights."""
-    *tensors, ctx.has_gaps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate_combine(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of rows and weights."""
-    d_rows, d_weights = _combine_backward(d_y, *ctx.saved_tensors, ctx.has_gaps)
-    return d_rows, None, d_weights, None
-
-
-_combine.register_autograd(_differentiate_combine, setup_context=_save_combine)
+differentiate(_combine, _combine_backward, outputs=("y",), gradients=("rows_SD", "weights_RK"))

@@ -1,0 +1,98 @@
+"""What autograd and the compiler have to know of a custom operation, taken from the names of its arguments.
+
+A backward operation says by its parameters what it needs: `d_y` is the gradient of the output y, a name of the forward
+operation's inputs is that input, and the name of another output is that output. So `differentiate` knows what to keep, which
+outputs take a gradient, and whose gradients the results are; a gradient is packed, in shape and dtype like its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+
+# Of backward's results and of what was kept, by name: gradients by the names of the inputs.
+Unpack = Callable[[tuple[Tensor, ...], Any], dict[str, Tensor | None]]
+
+
+def fake_of(operation: CustomOpDef) -> Callable[[Callable[[Any], Any]], None]:
+    """Decorates what gives an operation's results on fake tensors, out of its arguments as attributes of one object."""
+    names = _names(operation)
+
+    def register(results: Callable[[Any], Any]) -> None:
+        operation.register_fake(lambda *given: results(SimpleNamespace(**dict(zip(names, given, strict=True)))))
+
+    return register
+
+
+def gradients_like(backward: CustomOpDef, gradients: Sequence[str]) -> None:
+    """Fake results of a backward operation: packed memory like each of these arguments, empty for one that is absent."""
+
+    @fake_of(backward)
+    def _(given: Any) -> Tensor | tuple[Tensor, ...]:
+        inputs = [getattr(given, name) for name in gradients]
+        like = tuple(inputs[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+        return like if len(like) > 1 else like[0]
+
+
+def differentiate(
+    forward: CustomOpDef,
+    backward: CustomOpDef,
+    *,
+    outputs: Sequence[str],
+    gradients: Sequence[str] = (),
+    unpack: Unpack | None = None,
+) -> None:
+    """Make `backward` the gradient of `forward`.
+
+    outputs: names of forward's results. gradients: the inputs whose gradients backward returns, in its order; that of an
+    absent input is empty, in the dtype of the first. unpack: for a backward whose results are others, which also needs
+    `fake_of`. Where a gradient is missing that backward must have, it gets zeros; where all are, nothing is computed.
+    """
+    names, needed = _names(forward), _names(backward)
+    optional = {each.name for each in backward._opoverload._schema.arguments if each.type.kind() == "OptionalType"}
+    arriving = [name if (name := f"d_{output}") in needed else None for output in outputs]
+    unknown = set(needed) - set(names) - set(outputs) - set(arriving)
+    assert not unknown, (
+        f"{backward}: {sorted(unknown)} are neither inputs nor outputs of {forward}, nor their gradients"
+    )
+    if unpack is None:
+        gradients_like(backward, gradients)
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        results = output if isinstance(output, tuple) else (output,)
+        known = dict(zip(names, inputs, strict=True)) | dict(zip(outputs, results, strict=True))
+        kept = {name: known[name] for name in needed if name in known}
+        tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
+        ctx.tensors, ctx.others = list(tensors), {name: kept[name] for name in kept if name not in tensors}
+        ctx.save_for_backward(*tensors.values())
+        ctx.made = [(result.shape, result.dtype, result.device) for result in results]
+        ctx.absent = {name for name in gradients if known[name] is None}
+        ctx.mark_non_differentiable(*(result for result, d in zip(results, arriving) if d is None))
+        ctx.set_materialize_grads(False)
+
+    def gradient(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(d is None for d, name in zip(given, arriving) if name):
+            return (None,) * len(names)
+        kept = ctx.others | dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))
+        for d, name, (shape, dtype, device) in zip(given, arriving, ctx.made, strict=True):
+            if name:
+                kept[name] = torch.zeros(shape, dtype=dtype, device=device) if d is None and name not in optional else d
+        found = backward(*(kept[name] for name in needed))
+        results = found if isinstance(found, tuple) else (found,)
+        if unpack is None:
+            into = {name: d for name, d in zip(gradients, results, strict=True) if name not in ctx.absent}
+        else:
+            into = unpack(results, SimpleNamespace(**kept))
+        return tuple(into.get(name) for name in names)
+
+    forward.register_autograd(gradient, setup_context=keep)
+
+
+def _names(operation: CustomOpDef) -> list[str]:
+    """Names of an operation's arguments."""
+    return [argument.name for argument in operation._opoverload._schema.arguments]
