@@ -45,7 +45,7 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module")
-def run_interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreted]:
+def run_interpreted(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Interpreted]:
     """Exit code and output of a file's tests with certain marks in a fork that interprets."""
     log = tmp_path_factory.mktemp("interpreter") / "log"
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -57,7 +57,8 @@ def run_interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interp
 
         def run(file: str, marks: str) -> tuple[int, str]:
             log.write_text("")
-            arguments = ["-x", "-p", "no:cacheprovider", "-m", marks, str(FOLDER / file)]
+            seeds = ["--seed-offset", str(pytestconfig.getoption("seed_offset"))]
+            arguments = ["-x", "-p", "no:cacheprovider", "-m", marks, *seeds, str(FOLDER / file)]
             server.stdin.write(json.dumps([arguments, str(log)]) + "\n")
             server.stdin.flush()
             answer = server.stdout.readline()

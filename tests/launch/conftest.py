@@ -1,5 +1,5 @@
 """What several tests of this folder start from."""
 
-from tests.pretrain.conftest import base
+from tests.pretrain.conftest import base, data
 
-__all__ = ["base"]
+__all__ = ["base", "data"]

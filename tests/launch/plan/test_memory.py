@@ -25,8 +25,12 @@ from amfm.launch.plan.memory import (
 )
 from amfm.launch.plan.time import estimate_step
 from amfm.model.flops import count_parameters
+from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.recompute import recomputed_letters
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.step import train_step
 from tests.launch.plan.presets import H100, preset
+from tests.pretrain.tiny_run import tiny_config
 
 
 def test_memory_of_states_follows_the_zero_stage():
@@ -365,3 +369,23 @@ def test_muon_keeps_one_moment_of_matrices_and_multiplies_them():
     assert product_bytes(plain, layout, storage) == 0.0 < product_bytes(held, layout, storage)
     times = [estimate_step(config, layout, H100, storage, overlap=0.5) for config in (adamw, muon)]
     assert times[0].optimizer < times[1].optimizer < times[0].total()
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage"), [("float32", 0), ("float32", 1), ("float32", 2), ("bf16", 0), ("bf16", 2)]
+)
+def test_what_stays_is_what_a_run_of_one_rank_holds(precision, stage, data, tmp_path):
+    config = tiny_config(data, tmp_path, train__precision=precision, parallel__zero_stage=stage)
+    with SignalWatch() as signals:
+        run = start_run(config, signals)
+        train_step(run)
+        parts = run.saver.layout.parts
+        held = [*run.engine.module.parameters(), *(part.master for part in parts)]
+        held += [run.engine.adamw.state[part.master][name] for part in parts for name in ("exp_avg", "exp_avg_sq")]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+        close_run(run)
+    layout = Layout.of(config, 1)
+    (share,) = held_by_stages(config.model, layout, config.train.sequence_length)
+    planned = persistent_bytes(share, layout, storage_of(config, on_gpu=False))
+    # Routers are float32 in a bf16 model, and DeepSpeed pads.
+    assert sum(storages.values()) == pytest.approx(sum(planned.values()), rel=0.02)

@@ -196,21 +196,42 @@ def test_several_ranks_send_and_fetch_their_shares(
     assert losses[1] == losses[0][4:]
 
 
+def two_runs(data: DataConfig, folder: Path) -> tuple[Path, Path, Path]:
+    """Step 1 of a run, its step 2, and another step 2."""
+    settings = {"train__stop_after_steps": 2, "train__checkpoint_every_steps": 1}
+    for name, seed in (("run", 0), ("other", 1)):
+        assert train(tiny_config(data, folder / name, **settings, train__seed=seed)) == 0
+    second, first = list_checkpoints(folder / "run" / "checkpoints")
+    return first, second, list_checkpoints(folder / "other" / "checkpoints")[0]
+
+
+def test_killed_while_a_step_is_sent_anew_no_manifest_names_files_of_two(
+    data: DataConfig, tmp_path: Path, url: str, server: dict[str, str]
+) -> None:
+    _, second, older = two_runs(data, tmp_path)
+    with killing_proxy(server["AWS_ENDPOINT_URL"]) as (endpoint, gate):
+        pusher = Pusher(second, endpoint, gate)
+        for kill in (1, 2):  # the first file is not there yet, or it is
+            assert RemoteCheckpoints(f"{url}/{kill}").push(older, ALONE, 2) == []
+            assert pusher.push(f"{url}/{kill}", kill) == -9
+            assert RemoteCheckpoints(f"{url}/{kill}").pull_newer(tmp_path / f"copy {kill}", ALONE) == []
+            assert list_checkpoints(tmp_path / f"copy {kill}") == []
+        pusher.process.kill()
+
+
 @pytest.mark.slow
 def test_killed_at_any_request_the_store_holds_a_whole_checkpoint(
     data: DataConfig, tmp_path: Path, url: str, server: dict[str, str]
 ) -> None:
-    """A process that copies step 2 over the store with step 1, and over one with an older step 2, dies at each request."""
-    config = tiny_config(data, tmp_path / "run", train__stop_after_steps=2, train__checkpoint_every_steps=1)
-    assert train(config) == 0
-    second, first = list_checkpoints(tmp_path / "run" / "checkpoints")
+    """A process that copies step 2 over the store with step 1, and over one with another step 2, dies at each request."""
+    first, second, older = two_runs(data, tmp_path)
     with killing_proxy(server["AWS_ENDPOINT_URL"]) as (endpoint, gate):
         pusher = Pusher(second, endpoint, gate)
         for again in (False, True):
             kill, code = 0, -9
             while code == -9:
                 place, copy = f"{url}/{again}-{kill}", tmp_path / f"{again}-{kill}"
-                for checkpoint in (first, second) if again else (first,):
+                for checkpoint in (first, older) if again else (first,):
                     assert RemoteCheckpoints(place).push(checkpoint, ALONE, 2) == []
                 code = pusher.push(place, kill)
                 assert RemoteCheckpoints(place).pull_newer(copy, ALONE) == []

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from amfm.pretrain.engine.gradients import Float32Accumulator, GradientFault, clip_by_norm, find_fault
+from amfm.pretrain.engine.gradients import (
+    Float32Accumulator,
+    GradientFault,
+    PartialGradient,
+    clip_by_norm,
+    find_fault,
+    sum_partial_gradients,
+)
+from tests.helpers.spawn import run_ranks
 
 
 def test_bf16_gradients_are_summed_in_float32_and_rounded_once() -> None:
@@ -68,3 +79,21 @@ def test_nothing_is_scaled_when_the_norm_is_not_finite() -> None:
     gradient = torch.tensor([2.0])
     clip_by_norm([gradient], float("inf"), 1.0)
     assert gradient.item() == 2.0
+
+
+def sum_tied_gradients() -> torch.Tensor:
+    """Two ends of a pipeline on each of three data ranks; each end has its own part of the tied embedding's gradient."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    ends = [torch.distributed.new_group([first, first + 3]) for first in range(3)]
+    data = [torch.distributed.new_group(list(range(first, first + 3))) for first in (0, 3)]
+    groups: Any = SimpleNamespace(embd=ends[rank % 3], dp_cp=data[rank // 3])
+    table = nn.Parameter(torch.zeros(5))
+    table.grad = torch.full((5,), 10.0**rank)
+    sum_partial_gradients([PartialGradient("embedding", table, "embd")], groups)
+    torch.distributed.all_reduce(table.grad, group=groups.dp_cp)  # as DeepSpeed does
+    return table.grad
+
+
+def test_tied_embeddings_are_summed_over_both_ends_and_counted_once_by_three_data_ranks() -> None:
+    assert [found.tolist() for found in run_ranks(sum_tied_gradients, num_ranks=6)] == [[111_111.0] * 5] * 6

@@ -1,0 +1,145 @@
+"""Do tests fail where the code is wrong? `python -m tests.mutation [ROOM ...]`, or `make test-mutation`.
+
+Draws places in each room by a seed, makes the file wrong there in a copy of the repository, runs the room's tests until the
+first fails, and writes a table of what was caught, by which test, and of what survived. A survivor that changes nothing that
+can be seen stands in `equivalent.py` with the reason. Exits with 1 where fewer than 95% of the others are caught.
+
+`--keep FILE` appends each verdict and, at the next call, takes those whose source is the same: a long run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.mutation.equivalent import EQUIVALENT
+from tests.mutation.mutants import Mutant, mutants_of
+from tests.mutation.rooms import ROOMS
+from tests.mutation.workshop import Workshop
+
+# A hang is a catch, so the limit is far from what the tests of a room take on a busy machine.
+HANG_SECONDS, HANG_FACTOR = 300.0, 10.0
+WANTED = 0.95
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a mutant; `reason`: why nothing could catch it."""
+
+    room: str
+    source: str
+    mutant: Mutant
+    code: str
+    caught: bool
+    by: str
+
+    @property
+    def reason(self) -> str | None:
+        """Why the change can't be seen, for those known as equivalent."""
+        return EQUIVALENT.get((self.source, self.code, self.mutant.before, self.mutant.after))
+
+
+def draw(room: str, count: int, seed: int, folder: Path) -> list[tuple[str, Mutant]]:
+    """So many mutants of a room's sources, in order of files and places."""
+    everything = [
+        (source, mutant) for source in ROOMS[room].sources for mutant in mutants_of((folder / source).read_text())
+    ]
+    chosen = random.Random(f"{seed} {room}").sample(range(len(everything)), min(count, len(everything)))
+    return [everything[index] for index in sorted(chosen)]
+
+
+def try_room(room: str, mutants: list[tuple[str, Mutant]], known: dict[str, Any], shop: Workshop) -> Iterator[Result]:
+    """Verdicts of a room's mutants, each a line of `known` by its key; sound tests must pass first."""
+    limit: float | None = None
+    for source, mutant in mutants:
+        sound = (shop.folder / source).read_text()
+        key = hashlib.sha256(f"{source} {mutant} {sound}".encode()).hexdigest()[:16]
+        if key not in known:
+            if limit is None:
+                passed = shop.run(ROOMS[room].tests, 3600.0)
+                if passed.caught:
+                    sys.exit(f"the tests of {room} fail without a change: {passed.by}\n{shop.log.read_text()[-3000:]}")
+                limit = HANG_SECONDS + HANG_FACTOR * passed.seconds
+                print(f"{room}: tests pass in {passed.seconds:.0f} s", flush=True)
+            shop.write(source, mutant.apply(sound))
+            verdict = shop.run(ROOMS[room].tests, limit)
+            shop.write(source, sound)
+            known[key] = [verdict.caught, verdict.by]
+        caught, by = known[key]
+        result = Result(room, source, mutant, sound.splitlines()[mutant.line - 1].strip(), caught, by)
+        print(f"{'caught' if caught else 'SURVIVED'} {source}:{mutant.line} {describe(mutant)} -- {by}", flush=True)
+        yield result
+
+
+def describe(mutant: Mutant) -> str:
+    """The change in one line."""
+    before, after = (" ".join(text.split()) for text in (mutant.before, mutant.after))
+    return f"{before} -> {after}"
+
+
+def table(results: list[Result], seed: int) -> str:
+    """The page of a run."""
+    lines = ["# Mutants", "", PREFACE.format(seed=seed), "", "| room | mutants | caught | equivalent | survived |"]
+    lines += ["|---|---|---|---|---|"]
+    rooms = [[result for result in results if result.room == room] for room in ROOMS]
+    for name, group in [*zip(ROOMS, rooms), ("all", results)]:
+        if group:
+            caught = sum(result.caught for result in group)
+            known = sum(not result.caught and result.reason is not None for result in group)
+            lines.append(f"| {name} | {len(group)} | {caught} | {known} | {len(group) - caught - known} |")
+    lines += ["", "## Not caught", "", "| place | change | why |", "|---|---|---|"]
+    for result in results:
+        if not result.caught:
+            cells = f"{result.source}: `{result.code}`", f"`{describe(result.mutant)}`", result.reason or "**survived**"
+            lines.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+BAR = "\\|"
+PREFACE = """Written by `make test-mutation` (`python -m tests.mutation --seed {seed}`): wrong operators, constants, conditions and
+dropped calls, drawn by the seed in rooms that promise correctness; caught means that a quick test of the room fails (which
+rooms, which tests: `tests/mutation/rooms.py`). Equivalent: nothing that a test may ask for changes."""
+
+
+def main() -> None:
+    """Try the rooms, and write the table."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation")
+    parser.add_argument("rooms", nargs="*", metavar="ROOM", help=f"some of: {', '.join(ROOMS)} (all)")
+    parser.add_argument("--count", type=int, default=13, help="mutants of each room (13)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="verdicts, taken and added to")
+    parser.add_argument("--out", type=Path, help="the table, as Markdown")
+    given = parser.parse_args()
+    unknown = set(given.rooms) - ROOMS.keys()
+    if unknown:
+        parser.error(f"no such room: {', '.join(sorted(unknown))}; there are {', '.join(ROOMS)}")
+    known: dict[str, Any] = {}
+    if given.keep is not None and given.keep.exists():
+        known = dict(json.loads(line) for line in given.keep.read_text().splitlines())
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        shop = Workshop(Path(folder))
+        for room in given.rooms or ROOMS:
+            for result in try_room(room, draw(room, given.count, given.seed, shop.folder), known, shop):
+                results.append(result)
+                if given.keep is not None:
+                    given.keep.write_text("".join(json.dumps(item) + "\n" for item in known.items()))
+        shop.close()
+    if given.out is not None:
+        given.out.write_text(table(results, given.seed), encoding="utf-8")
+    missed = [result for result in results if not result.caught and result.reason is None]
+    counted = [result for result in results if result.caught or result.reason is None]
+    print(f"{len(counted) - len(missed)} of {len(counted)} caught, {len(results) - len(counted)} equivalent")
+    sys.exit(len(missed) > (1 - WANTED) * len(counted))
+
+
+if __name__ == "__main__":
+    main()
