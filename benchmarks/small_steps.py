@@ -15,11 +15,11 @@ import yaml
 
 from amfm.data_pipeline.batch import Batch
 from amfm.model.hybrid import ModelOutput
-from amfm.pretrain.build_model import build_model, build_pipeline
 from amfm.pretrain.checks.check_run import load_checked
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine
 from amfm.pretrain.micro_batch import LossShare, move_batch
+from amfm.pretrain.opening.model import build_model, build_pipeline
 from amfm.pretrain.parallel import Parallel, initialize_parallel, set_determinism
 from amfm.pretrain.pipeline import Pipeline
 from amfm.pretrain.step import count_valid_tokens

@@ -2,7 +2,7 @@
 
 The order matters. Settings are checked before anything is opened, data before the model is built (a missing store
 should not cost minutes of initialisation), the checkpoint is loaded before the log is opened, and the run directory is
-written to only when everything fits: a refused start leaves no trace in the run that it was refused for (open_log.py).
+written to (opening/log.py) only when everything fits: a refused start leaves no trace in the run it was refused for.
 
 Ranks compare what they were started with twice, before the model is built: configuration and versions first, then the
 identities of data and tokenizer. A rank that differed would hang the others in a collective, or train another model.
@@ -16,7 +16,6 @@ import torch
 
 from amfm.data_pipeline.memory import keep_freed_memory
 from amfm.data_pipeline.progress import Report, silent
-from amfm.pretrain.build_model import build_model, build_pipeline, share_tiles
 from amfm.pretrain.checkpoint.background import BackgroundSaver
 from amfm.pretrain.checkpoint.commit import make_checkpoints_folder
 from amfm.pretrain.checkpoint.names import newest_saved_step
@@ -38,8 +37,9 @@ from amfm.pretrain.monitor.ownership import Ownership, lock_directory
 from amfm.pretrain.monitor.phases import PhaseClock
 from amfm.pretrain.monitor.profile import StepProfiler
 from amfm.pretrain.monitor.signals import SignalWatch
-from amfm.pretrain.open_data import check_tokenizer, check_vocabulary, open_loader
-from amfm.pretrain.open_log import open_log
+from amfm.pretrain.opening.data import check_tokenizer, check_vocabulary, open_loader
+from amfm.pretrain.opening.log import open_log
+from amfm.pretrain.opening.model import build_model, build_pipeline, share_tiles
 from amfm.pretrain.parallel import (
     initialize_parallel,
     launcher_goes_on,

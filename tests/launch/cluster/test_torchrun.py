@@ -18,7 +18,7 @@ from amfm.launch.cli import run
 from amfm.launch.cluster.torchrun import NodeCommand, read_hosts
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.open_log import find_restart_cause
+from amfm.pretrain.opening.log import find_restart_cause
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 

@@ -37,7 +37,7 @@ def share_tiles(config: RunConfig, parallel: Parallel) -> None:
     if parallel.device.type != "cuda" or choose_backend(config, parallel) != "triton":
         return
     from amfm.kernels.runtime.tuning import load_table
-    from amfm.pretrain.tiles import agree_on_tiles
+    from amfm.pretrain.opening.tiles import agree_on_tiles
 
     agree_on_tiles(load_table(parallel.device))
 
