@@ -98,6 +98,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	git ls-files | xargs $(BIN)/codespell
+	$(BIN)/python tests/size.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

@@ -5,8 +5,8 @@
 NEW is the working tree where it is not given; `--keep` keeps what OLD gave, for the next time. Each side makes its own
 token store, trains `RUNS` (one plain, two with every side feature that goes together, two ranks among them), is stopped
 halfway and goes on. Compared are the store's files, exit codes, each line of metrics.jsonl and events.jsonl in order, and
-each file of each checkpoint that is left; not times, memory and rates. At last NEW goes on from the run directories that
-OLD left halfway. Prints what differs and exits with 1; 0 when nothing does.
+each file of each checkpoint that is left; not times, memory, rates and settings that OLD does not have. At last NEW goes
+on from the run directories that OLD left halfway. Prints what differs and exits with 1; 0 when nothing does.
 
 A commit is unpacked into a temporary folder. Import names may differ (`pretrain.x` or `amfm.pretrain.x`): this file itself
 is the program that runs in each side, and finds them.
@@ -158,7 +158,7 @@ def main() -> int:
         problems = list(compare("", expected, found))
         # Less the remarks of a resume, among them that the program's files are others since.
         whole, goes_on = without_resumes(found), without_resumes(describe_side(resumed))
-        problems += [f"resumed from old: {text}" for text in compare("", whole, goes_on)]
+        problems += [f"resumed from old: {text}" for text in compare("", goes_on, whole)]
     for text in problems[:MAX_SHOWN]:
         print(f"DIFFERS: {text}")
     if len(problems) > MAX_SHOWN:
@@ -274,10 +274,12 @@ def without_resumes(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def digest_file(path: Path) -> Any:
-    """SHA-256 of a file; of a manifest its content without times."""
+    """SHA-256 of a file; of a manifest its content without times, versions and the digest of its configuration."""
     if path.name == "manifest.json":
         content = json.loads(path.read_text())
-        return strip({key: value for key, value in content.items() if key not in ("sha256", "versions")})
+        return strip(
+            {key: value for key, value in content.items() if key not in ("sha256", "versions", "config_sha256")}
+        )
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -291,7 +293,9 @@ def strip(value: Any) -> Any:
 def compare(name: str, old: Any, new: Any) -> Iterator[str]:
     """Name what differs, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
+        # A saved configuration may have settings that OLD does not know, at values that change nothing.
+        added = [key for key in new if key not in old and "/manifest.json/config" not in name]
+        for key in [*old, *added]:
             yield from compare(f"{name}/{key}", old.get(key, "(missing)"), new.get(key, "(missing)"))
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for number, (one, other) in enumerate(zip(old, new)):
