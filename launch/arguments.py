@@ -33,6 +33,14 @@ def check_picture(path: Path) -> None:
 
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The configuration file of the run.")]
+# Of verbs that take a preset in its place.
+ConfigOrPreset = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG.yaml", help="The configuration file of the run.", show_default=False)
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Take a configuration that amfm brings along in place of CONFIG.yaml."),
+]
 
 
 OverridesArgument = Annotated[

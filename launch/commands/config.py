@@ -8,14 +8,16 @@ from typing import Annotated
 
 import typer
 
-from amfm.launch.arguments import HelpAllOption, JsonOption, OverridesArgument, print_fields
+from amfm.launch.arguments import HelpAllOption, JsonOption, OverridesArgument, PresetOption, print_fields
 from amfm.launch.console import print_json, print_rows
+from amfm.launch.presets import choose_config
 
 
 def config(
     path: Annotated[Path | None, typer.Argument(metavar="CONFIG.yaml", help="The configuration file.")] = None,
     overrides: OverridesArgument = None,
     *,
+    preset: PresetOption = None,
     diff: Annotated[Path | None, typer.Option(metavar="OTHER.yaml", help="Print only what differs from OTHER.")] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Also check that this many ranks can run it.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print a JSON Schema of configuration files.")] = False,
@@ -30,8 +32,9 @@ def config(
     if schema or fields or reference:
         print_about_schema(schema=schema, reference=reference, as_json=as_json)
         return
-    if path is None:
-        raise ValueError("no CONFIG.yaml given; name a file, or ask for --schema, --fields or --reference")
+    if path is None and preset is None:
+        raise ValueError("no CONFIG.yaml given; name a file, or ask for --preset, --schema, --fields or --reference")
+    path, overrides = choose_config(path, overrides, preset)
     from amfm.pretrain.checks.check_run import load_checked
     from amfm.pretrain.config.file import diff_configs, load_config, resolved_yaml
 

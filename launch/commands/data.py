@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amfm.data_pipeline.progress import Waiting
-from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument
+from amfm.launch.arguments import ConfigOrPreset, JsonOption, OverridesArgument, PresetOption
 from amfm.launch.commands.synthetic import show_synthetic_row
 from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
+from amfm.launch.presets import choose_config
 from amfm.pretrain.launcher_protocol import BAD_INPUT
 
 if TYPE_CHECKING:
@@ -65,9 +66,10 @@ def said_to_be_resumable() -> Iterator[None]:
 
 
 def prepare(
-    path: ConfigArgument,
+    path: ConfigOrPreset = None,
     overrides: OverridesArgument = None,
     *,
+    preset: PresetOption = None,
     address: Annotated[
         str | None,
         typer.Option(help="A Ray cluster to work on, such as host:6379 or auto; default: this machine alone."),
@@ -75,6 +77,7 @@ def prepare(
     as_json: JsonOption = False,
 ) -> None:
     """Train or load the tokenizer and turn all sources into the token store; does only what is missing."""
+    path, overrides = choose_config(path, overrides, preset)
     from amfm.data_pipeline.prepare.prepare import prepare as prepare_store
     from amfm.pretrain.checks.check_run import load_checked
 

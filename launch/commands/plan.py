@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument, check_picture
+from amfm.launch.arguments import ConfigOrPreset, JsonOption, OverridesArgument, PresetOption, check_picture
 from amfm.launch.commands.trace import print_seconds, print_trace
 from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
+from amfm.launch.presets import choose_config
 
 if TYPE_CHECKING:
     from amfm.launch.plan.estimate import Assumptions, Estimate
@@ -25,9 +26,10 @@ LONGEST_SHOWN = 3
 
 
 def plan(
-    path: ConfigArgument,
+    path: ConfigOrPreset = None,
     overrides: OverridesArgument = None,
     *,
+    preset: PresetOption = None,
     gpus: Annotated[int, typer.Option(min=1, help="Accelerators, one rank each.")],
     gpu: Annotated[str, typer.Option(metavar="a100|h100|h200|b200|FILE.yaml", help="Which accelerator.")] = "h100",
     tokens: Annotated[float | None, typer.Option(help="Tokens of the run; default: as train.steps says.")] = None,
@@ -72,6 +74,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a run needs before anything is rented: parameters, FLOPs, memory, time, and the layouts that fit."""
+    path, overrides = choose_config(path, overrides, preset)
     from amfm.launch.plan.estimate import Assumptions
     from amfm.launch.plan.hardware import load_hardware
     from amfm.launch.plan.plan import make_plan, plan_as_dict
@@ -79,7 +82,7 @@ def plan(
 
     hardware = load_hardware(gpu)
     check_trace_options(trace, search, rank, stage, timeline)
-    check_write_options(write, search, overrides)
+    check_write_options(write, search, overrides, preset)
     if picture is not None:
         check_picture(picture)
     if tokens is not None and not tokens > 0:
@@ -154,8 +157,10 @@ def check_trace_options(trace: bool, search: bool, rank: int | None, stage: str 
         raise ValueError(f"--timeline {timeline}: there is no folder {timeline.parent}; make it first")
 
 
-def check_write_options(write: bool, search: bool, overrides: list[str] | None) -> None:
+def check_write_options(write: bool, search: bool, overrides: list[str], preset: str | None) -> None:
     """Refuse to write a layout that was not searched for the file as it is. Raises ValueError."""
+    if write and preset is not None:
+        raise ValueError(f"--write-layout writes into CONFIG.yaml, and --preset {preset} is amfm's own; copy it first")
     if write and (overrides or not search):
         raise ValueError(
             "--write-layout writes what --search finds for CONFIG.yaml as it is: add --search, without overrides"

@@ -9,22 +9,32 @@ from typing import Annotated, Any
 import typer
 
 from amfm.data_pipeline.progress import Waiting
-from amfm.launch.arguments import ConfigArgument, HelpAllOption, JsonOption, OverridesArgument, check_picture
+from amfm.launch.arguments import (
+    ConfigOrPreset,
+    HelpAllOption,
+    JsonOption,
+    OverridesArgument,
+    PresetOption,
+    check_picture,
+)
 from amfm.launch.console import print_json, print_pairs
 from amfm.launch.heavy_imports import heavy_imports
+from amfm.launch.presets import choose_config
 from amfm.pretrain.launcher_protocol import GOES_ON
 
 
 def train(
-    path: ConfigArgument,
+    path: ConfigOrPreset = None,
     overrides: OverridesArgument = None,
     *,
+    preset: PresetOption = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine; the losses don't depend on it.")] = 1,
     force: Annotated[bool, typer.Option("--force", help="Train also where a stage cannot fit on the card.")] = False,
     help_all: HelpAllOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train, resuming by itself from run.dir, and going on by itself in each stage's layout; a signal, Ctrl-C and train.stop_after_steps save and end."""
+    path, overrides = choose_config(path, overrides, preset)
     is_first = os.environ.get("RANK", "0") == "0"
     # Under torchrun or --nproc this process is one rank of several.
     is_rank = nproc == 1 and "RANK" in os.environ

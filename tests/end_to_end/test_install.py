@@ -48,7 +48,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_wheel_holds_amfm_alone_and_every_source_file_of_it(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    tracked = run("git", "ls-files", "pretrain", "model", "kernels", "data_pipeline", "launch", cwd=ROOT).split()
+    tracked = run(
+        "git", "ls-files", "pretrain", "model", "kernels", "data_pipeline", "launch", "configs", cwd=ROOT
+    ).split()
     own = {f"amfm/{name}" for name in tracked if not name.endswith(".md")}
     assert names == own | {"amfm/__init__.py", "amfm/py.typed"}
 
@@ -64,9 +66,39 @@ print(json.dumps([kernels.__file__, hasattr(kernels, "get_kernel"), amfm.kernels
     assert Path(ours).is_relative_to(packages)
 
 
-def test_an_installed_amfm_trains_outside_of_a_clone(installed: Path, tmp_path: Path) -> None:
-    config = (ROOT / "configs/probes/mqar.yaml").read_text()
-    (tmp_path / "run.yaml").write_text(config)
+def test_an_installed_amfm_goes_from_text_to_an_export_outside_of_a_clone(installed: Path, tmp_path: Path) -> None:
+    def amfm(*words: str) -> str:
+        return run(installed, "-P", "-m", "amfm.launch", *words, cwd=tmp_path)
+
+    (tmp_path / "texts").mkdir()
+    lines = [
+        f"Line {number} of a text says that {number} and {number + 1} make {2 * number + 1}." for number in range(4000)
+    ]
+    (tmp_path / "texts" / "text.txt").write_text("\n".join(lines))
+    amfm("init", "my", "--size", "20m", "--style", "granite", "--data", "texts", "--hardware", "cpu")
+    small = (
+        "data.tokenizer.vocab_size=400",
+        "model.vocab_size=400",
+        "model.hidden_size=32",
+        "train.sequence_length=64",
+    )
+    small += (
+        "train.micro_batch_size=1",
+        "train.global_batch_size=2",
+        "train.steps=4",
+        "train.validate_every_steps=null",
+    )
+    small += ("schedule.warmup_steps=1",)
+    amfm("prepare", "my/run.yaml", *small)
+    amfm("train", "my/run.yaml", *small, "train.stop_after_steps=2")
+    amfm("train", "my/run.yaml", *small)
+    (directory,) = {path.parent for path in tmp_path.rglob("metrics.jsonl")}
+    assert [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    amfm("export", str(directory), "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_preset_of_the_wheel_trains_by_its_name(installed: Path, tmp_path: Path) -> None:
     keys = ("run.dir=run", "train.steps=2", "train.validate_every_steps=null", "train.log_every_steps=1")
-    run(installed, "-P", "-m", "amfm.launch", "train", "run.yaml", *keys, cwd=tmp_path)
+    run(installed, "-P", "-m", "amfm.launch", "train", "--preset", "probes/mqar", *keys, cwd=tmp_path)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2

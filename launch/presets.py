@@ -1,0 +1,43 @@
+"""Configurations that come with amfm, by name: those of configs/, in a clone and in a wheel alike."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "configs"  # amfm/configs, which a clone has as src/amfm/configs
+APART = ("anchors", "base", "studies")  # not runs: models of published speeds, files to extend, settings of studies
+
+
+def preset_names() -> list[str]:
+    """Names of all presets, such as `tiny_cpu` and `probes/mqar`."""
+    paths = [path.relative_to(FOLDER).with_suffix("") for path in sorted(FOLDER.glob("**/*.yaml"))]
+    return [path.as_posix() for path in paths if path.parts[0] not in APART]
+
+
+def preset_path(name: str) -> Path:
+    """The file of a preset. Raises ValueError for an unknown name, with the nearest one or all of them."""
+    names = preset_names()
+    if name in names:
+        return FOLDER / f"{name}.yaml"
+    near = difflib.get_close_matches(name, names, n=1)
+    remedy = f"do you mean {near[0]}?" if near else f"use one of {', '.join(names)}"
+    raise ValueError(f"--preset {name}: amfm brings no such preset along; {remedy}")
+
+
+def choose_config(path: Path | None, overrides: Sequence[str] | None, preset: str | None) -> tuple[Path, list[str]]:
+    """The configuration file and overrides of a verb's arguments, of which the first is an override under --preset.
+
+    Raises ValueError where a configuration is given twice or not at all.
+    """
+    words = list(overrides or [])
+    if preset is None:
+        if path is None:
+            raise ValueError("no CONFIG.yaml given; name a file, or a preset: --preset tiny_cpu")
+        return path, words
+    if path is not None:
+        if "=" not in str(path):
+            raise ValueError(f"{path} and --preset {preset} both name a configuration; give one of them")
+        words.insert(0, str(path))
+    return preset_path(preset), words
