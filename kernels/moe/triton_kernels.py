@@ -156,6 +156,43 @@ def up_kernel(
         tl.store(active + row[:, None] * width + column[None, :], result.to(active.dtype.element_ty), mask=stored)
 
 
+@triton.jit
+def _halves(tile):
+    """Left and right half of a tile's columns."""
+    rows: tl.constexpr = tile.shape[0]
+    columns: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, columns // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _open_part(
+    v, hidden, d_hidden, active, weight, lane, column, inside, width, features, SWIGLU: tl.constexpr
+):  # fmt: skip
+    """Store the gradient of the hidden rows and the weighted activation at some columns; returns row sums of v * activation."""
+    stored = inside[:, None] & (column[None, :] < width)
+    place, at = lane * features + column[None, :], lane * width + column[None, :]
+    first = tl.load(hidden + place, mask=stored, other=0.0).to(tl.float32)
+    # Each result is stored before the next is made: together they would spill registers.
+    if SWIGLU:
+        second = tl.load(hidden + width + place, mask=stored, other=0.0).to(tl.float32)
+        share = sigmoid(first)
+        activation = first * share
+        result = activation * second
+        partial = tl.sum(v * result, 1)
+        tl.store(active + at, (result * weight).to(active.dtype.element_ty), mask=stored)
+        v = v * weight
+        tl.store(d_hidden + width + place, (v * activation).to(d_hidden.dtype.element_ty), mask=stored)
+        d_first = silu_backward(v * second, first, share)
+    else:
+        positive = tl.maximum(first, 0.0)
+        result = positive * positive
+        partial = tl.sum(v * result, 1)
+        tl.store(active + at, (result * weight).to(active.dtype.element_ty), mask=stored)
+        d_first = v * weight * 2.0 * positive
+    tl.store(d_hidden + place, d_first.to(d_hidden.dtype.element_ty), mask=stored)
+    return partial
+
+
 @triton.jit(do_not_specialize=["rows"])
 def down_backward_kernel(
     d_y, down, hidden, d_hidden, active, weights, d_weights, pairs, sources, tiles, experts, rows, width, model,
@@ -166,7 +203,8 @@ def down_backward_kernel(
 
     Partials lie by pair, with BY_ROW by sorted row.
 
-    With v = d_y[sorted rows] down: d_weight is the row sum of v * activation, and weight * v goes through its gradient.
+    With v = d_y[sorted rows] down: d_weight is the row sum of v * activation, and weight * v goes through its gradient. That is
+    done half a tile after the other, so that two programs find room in a multiprocessor's registers.
     """
     blocks = tl.cdiv(width, BLOCK_N)
     expert, begin, end = load_tile(tiles, tl.program_id(0) // blocks)
@@ -176,41 +214,22 @@ def down_backward_kernel(
         inside = row < end
         source = source_rows(sources, row, inside, GATHER)
         column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        stored = inside[:, None] & (column[None, :] < width)
         matrix = down + expert * model * width
         v = _multiply(d_y, source, inside, matrix, column, width, 1, width, model, DOT, BLOCK_M, BLOCK_N, BLOCK_K)
         features = width * 2 if SWIGLU else width
         # Wide scalars and narrow offsets: tiles of 64-bit addresses would spill registers.
+        hidden, d_hidden, active = hidden + begin * features, d_hidden + begin * features, active + begin * width
         lane = tl.arange(0, BLOCK_M)[:, None]
-        place, at = lane * features + column[None, :], begin * features
-        first = tl.load(hidden + at + place, mask=stored, other=0.0).to(tl.float32)
-        if SWIGLU:
-            second = tl.load(hidden + at + width + place, mask=stored, other=0.0).to(tl.float32)
-            share = sigmoid(first)
-            activation, slope = first * share, silu_backward(1.0, first, share)
-            result = activation * second
-        else:
-            positive = tl.maximum(first, 0.0)
-            result = positive * positive
-        # Each result is stored before the next is made: together they would spill registers.
+        weight = _row_weights(weights, pairs, row, inside, WEIGHTED, BLOCK_M)[:, None]
+        left, right = _halves(v)
+        column = block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        partial = _open_part(left, hidden, d_hidden, active, weight, lane, column, inside, width, features, SWIGLU)
+        partial += _open_part(
+            right, hidden, d_hidden, active, weight, lane, column + BLOCK_N // 2, inside, width, features, SWIGLU
+        )
         if WEIGHTED:
-            pair = tl.load(pairs + row, mask=inside, other=0)
-            partial = tl.sum(v * result, 1)
-            tl.store(d_weights + block.to(tl.int64) * rows + (row if BY_ROW else pair), partial, mask=inside)
-            weight = tl.load(weights + pair, mask=inside, other=0.0).to(tl.float32)[:, None]
-        else:
-            weight = tl.full((BLOCK_M, 1), 1.0, tl.float32)
-        v = v * weight
-        keep = active + begin * width + (lane * width + column[None, :])
-        if SWIGLU:
-            d_second = v * activation
-            tl.store(d_hidden + at + width + place, d_second.to(d_hidden.dtype.element_ty), mask=stored)
-            tl.store(keep, (activation * second * weight).to(active.dtype.element_ty), mask=stored)
-            d_first = v * second * slope
-        else:
-            tl.store(keep, (result * weight).to(active.dtype.element_ty), mask=stored)
-            d_first = v * 2.0 * positive
-        tl.store(d_hidden + at + place, d_first.to(d_hidden.dtype.element_ty), mask=stored)
+            place = row if BY_ROW else tl.load(pairs + row, mask=inside, other=0)
+            tl.store(d_weights + block.to(tl.int64) * rows + place, partial, mask=inside)
 
 
 @triton.jit
