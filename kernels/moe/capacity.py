@@ -47,11 +47,15 @@ def recycle_overflow(
     """As `drop_overflow`, but a choice over capacity gets a free seat of another expert, drawn at random.
 
     A seat with an expert that its token has already is given back and drawn again, `ROUNDS` times in all; a choice that
-    is then without a seat is lost. The draw is a function of the seed (int64, of no dimension) and of all choices: it needs
+    is then without a seat is lost. The draw is a function of the seed (int64, of no dimension, on the CPU) and of all choices: it needs
     no state, and a second forward pass over the same batch draws alike.
     Source: Sun et al. 2024, Hunyuan-Large (arXiv 2411.02265), paragraph "Recycle Routing".
     """
     device, shape_RK = expert_ids_RK.device, expert_ids_RK.shape
+    if resolve_backend(backend, device, "moe") == "triton":
+        from amfm.kernels.moe.recycling import recycle_pairs
+
+        return recycle_pairs(expert_ids_RK, num_experts, capacity, seed, ROUNDS)
     kept_S = drop_overflow(expert_ids_RK, num_experts, capacity, backend=backend).flatten()
     taken_E = count_experts(kept_S[:, None], num_experts + 1)[:num_experts]
     seats = torch.arange(num_experts * capacity, device=device)

@@ -22,6 +22,7 @@ from amfm.kernels.cases.problem import (
 )
 from amfm.kernels.cases.trial import Sized, Trial
 from amfm.kernels.linear.op import linear
+from amfm.kernels.moe.capacity import ROUNDS
 from amfm.kernels.moe.op import expert_feed_forward, feed_forward_bytes, feed_forward_flops, grouped_feed_forward, route
 from amfm.kernels.moe.rows.op import (
     add_choices,
@@ -232,6 +233,24 @@ def _sort_launches() -> Iterator[KernelLaunch]:
     yield kernel_launch("sort places", sort.place_pairs_kernel, types, experts | {"ROWS": sort.ROWS}, sort.SORT_TILE)
     yield kernel_launch("sort limit", sort.limit_pairs_kernel, types, {"BLOCK": sort.LIMIT_BLOCK})
     yield kernel_launch("tiles", sort.list_tiles_kernel, types, experts | {"ROWS": sort.ROWS, "BLOCK_M": 128})
+    yield from _recycle_launches()
+
+
+def _recycle_launches() -> Iterator[KernelLaunch]:
+    """The draw of seats for what is over capacity, for 128 experts."""
+    from amfm.kernels.moe import counting_sort as sort
+    from amfm.kernels.moe import recycling
+
+    types = dict.fromkeys(("ids", "hashes", "kept", "state"), "*i64") | {"seed": "i64"}
+    lists = ("counts", "waiting", "order", "ends", "still_waiting", "still_free", "is_new")
+    types |= dict.fromkeys(lists, "*i32")
+    types |= dict.fromkeys(("pairs", "experts", "capacity", "blocks", "strips", "choices"), "i32")
+    experts = {"EXPERTS": 128}
+    yield kernel_launch("recycle hashes", recycling.hash_choices_kernel, types, experts, sort.SORT_TILE)
+    ordered = experts | {"BITS": 7, "ROWS": sort.ROWS} | recycling.SEAT_TILE
+    yield kernel_launch("recycle order of seats", recycling.order_seats_kernel, types, ordered, sort.SORT_TILE)
+    draw = recycling.draw_seats_kernel
+    yield kernel_launch("recycle draw", draw, types, {"ROUNDS": ROUNDS}, recycling.DRAW_TILE)
 
 
 def trials() -> Iterator[Sized]:

@@ -131,11 +131,12 @@ class KnownValues:
                     counts = torch.bincount(chosen.flatten(), minlength=args[1])
                 self.learn(out[3], counts)
             return
-        if func._opname == "limit_pairs_triton":
+        if func._opname in ("limit_pairs_triton", "recycle_pairs_triton"):
+            # Which expert gets a recycled choice is not followed: a balanced router has few, and they are taken for lost.
             chosen = self.of(args[0])
             if chosen is not None:
                 with real_tensors():
-                    kept = drop_overflow(chosen, *args[1:])
+                    kept = drop_overflow(chosen, *args[1:3])
                 self.learn(out, kept)
             return
         if func._opname == "route_triton":

@@ -90,6 +90,8 @@ COUNTS = {
     "count_pairs_kernel": "pairs",
     "place_pairs_kernel": "pairs blocks",
     "limit_pairs_kernel": "pairs",
+    "hash_choices_kernel": "seed pairs",
+    "order_seats_kernel": "pairs capacity blocks strips",
     "list_tiles_kernel": "bound",
     "route_forward_kernel": "rows",
     "route_backward_kernel": "rows",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from amfm.kernels.moe import counting_sort, triton_experts, triton_router
+from amfm.kernels.moe import counting_sort, recycling, triton_experts, triton_router
 from amfm.kernels.moe.capacity import drop_overflow, recycle_overflow
 from amfm.kernels.moe.counting_sort import sort_pairs
 from amfm.kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
@@ -272,10 +272,26 @@ def test_choices_over_capacity_are_those_of_the_definition(tokens, capacity, poi
         limited = drop_overflow(choices, 5, capacity, backend="triton")
         assert torch.equal(limited, drop_overflow(choices, 5, capacity)), limited
         assert limited.dtype == choices.dtype
-    if tokens:
-        seed = torch.tensor(3)
-        recycled = [recycle_overflow(ids, 5, max(capacity, 50), seed, backend=each) for each in ("torch", "triton")]
-        assert torch.equal(*recycled)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "capacity"),
+    [(1, 1, 1, 1), (7, 2, 5, 3), (63, 3, 8, 30), (40, 1, 2, 12), (33, 8, 16, 17), (90, 2, 13, 14), (20, 2, 4, 40)],
+)
+def test_recycled_choices_are_drawn_as_the_definition_draws_in_three_launches(
+    tokens, top_k, experts, capacity, poisoned_memory
+):
+    # Chosen by falling chances: the first experts overflow, the last have room or nobody; also with too little room for all.
+    generator = torch.Generator().manual_seed(tokens)
+    chances = torch.linspace(1, 0.02, experts).pow(3).expand(tokens, -1)
+    ids = torch.multinomial(chances, top_k, generator=generator)
+    seed = torch.tensor(12345678901)
+    wanted = recycle_overflow(ids, experts, capacity, seed)
+    for choices in (ids, ids.int().t().contiguous().t()):
+        with count_launches() as launches:
+            recycled = recycle_overflow(choices, experts, capacity, seed, backend="triton")
+        assert len(launches) == 3
+        assert torch.equal(recycled, wanted.to(choices.dtype)) and recycled.dtype == choices.dtype
 
 
 def test_nothing_sent_gives_zeros(poisoned_memory):
@@ -316,6 +332,7 @@ def test_registration_is_complete():
     ids = torch.randint(0, 4, (6, 2))
     assert_registered(counting_sort._sort, ids, 4)
     assert_registered(counting_sort.limit_pairs, ids, 4, 2)
+    assert_registered(recycling.recycle_pairs, ids, 4, 2, torch.tensor(1), 4)
     pairs = sort_pairs(ids, 4)
     sorting = pairs.pairs, pairs.tokens, pairs.places, pairs.offsets_E
     assert_registered(triton_experts._forward, x, weights, *sorting, up, down, True, 12)

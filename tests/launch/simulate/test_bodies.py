@@ -26,7 +26,7 @@ from amfm.kernels.diag_scan import triton_impl as diag
 from amfm.kernels.linear_cross_entropy import torch_impl as loss_torch
 from amfm.kernels.linear_cross_entropy import triton_impl as loss
 from amfm.kernels.mamba2 import triton_impl as mamba2
-from amfm.kernels.moe import counting_sort, triton_experts, triton_router
+from amfm.kernels.moe import counting_sort, recycling, triton_experts, triton_router
 from amfm.kernels.moe import torch_impl as experts_torch
 from amfm.kernels.moe.rows import triton_impl as rows_triton
 from amfm.kernels.norm import triton_impl as norm
@@ -134,6 +134,7 @@ TRITON = (
     lambda rows: fed(rows, True, kept=10),
     lambda rows: fed(rows, False),
     lambda rows: counting_sort.limit_pairs(numbers(8, 2, below=4), 4, 3),
+    lambda rows: recycling.recycle_pairs(numbers(8, 2, below=4), 4, 3, torch.tensor(3), 4),
     lambda rows: triton_router._forward(float32(6, 4), None, False, 2, True, 1.0, 2, 1),
     lambda rows: rows_triton._spread(rows(6, 8), numbers(12, below=12).int(), 12, 2, False),
     lambda rows: rows_triton._combine(rows(12, 8), numbers(12, below=12).int(), leaf(6, 2), True),
