@@ -55,7 +55,7 @@ def train(config: RunConfig) -> int:
         # Outside of `while_running`: what fails in the start may be a setting, and keeps that exit code.
         with Waiting("amfm train", speaks=is_first_rank()) as waiting:
             run = start_run(config, signals, guard.hearing(waiting))
-        run.heartbeat.guard = guard
+        run.heartbeat.take_guard(guard)
         with while_running():
             try:
                 with while_running():

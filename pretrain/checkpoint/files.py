@@ -43,7 +43,7 @@ MAPPINGS = (
 CHUNK_BYTES = 1 << 24  # written, read and hashed at a time
 FLOAT32_KINDS = ("weight/", "exp_avg/", "exp_avg_sq/", "momentum/")
 NO_DIGEST = "0" * 64
-ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 READ_PAUSES = (0.2, 1.0, 3.0)  # seconds before a file is read again that the storage did not give
 T = TypeVar("T")
 

@@ -80,6 +80,11 @@ class Heartbeat:
         self._writer.start()
         self._watcher.start()
 
+    def take_guard(self, guard: Guard) -> None:
+        """Tell this guard from now on that the process runs Python, as often as the watchdog looks."""
+        self.guard = guard
+        guard.expect(self.timeout_seconds)
+
     def at(self, step: int, phase: str) -> None:
         """Note that this rank has entered a phase of a step; resets the watch."""
         assert phase in PHASES, phase

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,8 +57,12 @@ class Attempt:
                 self.prepare(rank)
             code = train(tiny_config(self.data, self.run_dir, **self.settings))
         except (RuntimeError, ValueError, OSError) as error:
-            (self.run_dir / f"error-{rank}.txt").write_text(describe(error), encoding="utf-8")
             code = exit_code(error)
+            with suppress(OSError):  # what was done to the rank may have taken folder and descriptors
+                self.run_dir.mkdir(exist_ok=True)
+                (self.run_dir / f"error-{rank}.txt").write_text(describe(error), encoding="utf-8")
+        except BaseException:  # noqa: BLE001 - a bug, whose exit code is 1
+            traceback.print_exc()
         finally:
             os._exit(code)
 

@@ -25,6 +25,8 @@ PASSING = {
     "full log": ("write", "*.jsonl", "ENOSPC", 3),
     "quota of the checkpoint": ("write", "checkpoints/*.safetensors", "EDQUOT", 0),
     "broken checkpoint disk": ("fsync", "checkpoints/*.safetensors", "EIO", 1),
+    "checkpoint that gets no name": ("rename", "checkpoints/step-*", "EIO", 1),
+    "folder that refuses its fsync": ("fsync", "checkpoints", "EIO", 1),
     "torn manifest": ("write", "checkpoints/*manifest.json*", "torn=5", 1),
 }
 

@@ -1,0 +1,77 @@
+"""Documents of sizes that nobody tries first: one of ten million tokens, a million of a few. Every token, once, in order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from amfm.data_pipeline.config import DataConfig, SourceConfig, TokenizerConfig
+from amfm.data_pipeline.config import PrepareConfig as Prepare
+from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.data_pipeline.verify import verify_store
+from tests.data_pipeline.loader.loading import load
+from tests.helpers.tiny_store import make_text, run_in_process
+
+LONG_TOKENS, TINY_DOCUMENTS = 10**7, 10**6
+
+
+def prepared(folder: Path, text: Path, **settings: float) -> DataConfig:
+    config = DataConfig(
+        store=str(folder / "store"),
+        sources=(SourceConfig(name="a", paths=(str(text),)),),
+        tokenizer=TokenizerConfig(vocab_size=400, algorithm="bpe", training_bytes=10**6),
+        prepare=Prepare(part_bytes=4 << 20, chunk_tokens=4096, preset="fast", seed=0),
+        num_workers=0,
+        **settings,
+    )
+    prepare(config, runner=run_in_process)
+    return config
+
+
+def read_back(config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens of the store, and the length of each document."""
+    store = TokenStore.open(config.store)
+    parts = store.parts("a", "train")
+    tokens = np.concatenate([store.read_tokens(part, 0, part.num_tokens) for part in parts])
+    lengths = np.concatenate([np.diff(store.document_ends(part), prepend=0) for part in parts])
+    return tokens, lengths
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_document_of_ten_million_tokens_is_stored_whole_and_read_in_rows(tmp_path: Path) -> None:
+    piece = make_text(np.random.default_rng(0), 20_000)
+    (tmp_path / "long.txt").write_text(piece)
+    config = prepared(tmp_path / "measure", tmp_path / "long.txt", validation_fraction=0.0)
+    per_piece = TokenStore.open(config.store).num_tokens("a", "train")
+    (tmp_path / "long.txt").write_text(piece * (LONG_TOKENS // per_piece + 1))
+    config = prepared(tmp_path / "whole", tmp_path / "long.txt", validation_fraction=0.0)
+    tokens, lengths = read_back(config)
+    assert len(lengths) == 1 and lengths[0] >= LONG_TOKENS
+    tokenizer = load_tokenizer(config.store)
+    assert tokenizer.decode(tokens[-1000:-1].tolist()).split()[-50:] == piece.split()[-50:]
+    assert (tokens == tokenizer.eos_id).sum() == 1 and tokens[-1] == tokenizer.eos_id
+    assert verify_store(config.store) == []
+    rows = load(config, sequence_length=2048).take(4)
+    assert len(rows) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_million_documents_of_a_few_tokens_are_all_there_in_order(tmp_path: Path) -> None:
+    words = [f'{{"text": "{number % 997:x}"}}\n' for number in range(TINY_DOCUMENTS)]
+    (tmp_path / "tiny.jsonl").write_text("".join(words))
+    config = prepared(tmp_path, tmp_path / "tiny.jsonl", validation_fraction=0.0)
+    tokens, lengths = read_back(config)
+    tokenizer = load_tokenizer(config.store)
+    assert len(lengths) == TINY_DOCUMENTS and (tokens == tokenizer.eos_id).sum() == TINY_DOCUMENTS
+    ends = np.cumsum(lengths)
+    for number in (0, 1, 996, 997, 123_456, TINY_DOCUMENTS - 1):
+        document = tokens[ends[number] - lengths[number] : ends[number] - 1]
+        assert tokenizer.decode(document.tolist()) == f"{number % 997:x}", number
+    assert verify_store(config.store) == []
+    assert len(load(config, sequence_length=2048).take(4)) == 4
