@@ -43,6 +43,7 @@ EXAMPLES = {"model.mixers.halving"}
 FOREIGN_FLAGS = {
     *("--toy", "--mem", "--cpus-per-task", "--container-image", "--container-mounts"),
     *("--model", "--model_args", "--include_path", "--batch_size"),  # lm_eval
+    "--logdir",  # tensorboard
     "--seed-offset",  # of our tests
 }
 
