@@ -37,7 +37,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 PATH = re.compile(rf"(?<![\w./<{{$-])(?:{FOLDERS})/[\w./*-]*[\w*/]")
 # Settings as the pages write them: `train.steps`, `launch.slurm.*`; not files, modules or calls.
 SETTING = re.compile(rf"(?:{'|'.join(SECTIONS)})(?:\.(?:[a-z_0-9]+|\*))+")
-# The mixer of your own that docs/mixers.md writes.
+# The example mixer that docs/mixers.md writes.
 EXAMPLES = {"model.mixers.halving"}
 # Flags of other programs that pages name, and of our recipes.
 FOREIGN_FLAGS = {
