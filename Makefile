@@ -10,7 +10,7 @@ CLIENTS := .clients
 # Processes that share the tests; each has one thread, and tests start up to eight ranks of their own.
 WORKERS ?= 3
 
-.PHONY: quickstart install test test-seeds test-slow test-cluster test-peers test-versions gpu check format docs constraints bench clients clean
+.PHONY: quickstart install test test-seeds test-slow test-cluster test-peers test-mutation test-versions gpu check format docs constraints bench clients clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/amfm doctor
@@ -54,6 +54,10 @@ test-seeds: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	@git log -1 --format='commit %h of %ci' && git status --short
 	$(BIN)/python -m pytest -m "slow and not gpu and not cluster" --timeout 3600 --numprocesses 2 --dist worksteal
+
+# Do tests fail where the code is wrong? Verdicts are kept, so that a run goes on where it was stopped.
+test-mutation: $(VENV)/.installed-dev
+	mkdir -p build && $(BIN)/python -m tests.mutation --keep build/mutation.jsonl --out docs/benchmarks/mutation.md
 
 # Launchers on real Slurm, sshd and Ray, on nodes in namespaces of this machine: needs root and Debian's slurm-wlm, munge,
 # openssh-server, iproute2, nftables. Tests of an engine that is not installed are skipped by its name.

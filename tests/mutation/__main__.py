@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import random
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from typing import Any
 from tests.mutation.equivalent import EQUIVALENT
 from tests.mutation.mutants import Mutant, mutants_of
 from tests.mutation.rooms import ROOMS
-from tests.mutation.workshop import Workshop
+from tests.mutation.workshop import Verdict, Workshop
 
 # A hang is a catch, so the limit is far from what the tests of a room take on a busy machine.
 HANG_SECONDS, HANG_FACTOR = 300.0, 10.0
@@ -48,12 +47,19 @@ class Result:
 
 
 def draw(room: str, count: int, seed: int, folder: Path) -> list[tuple[str, Mutant]]:
-    """So many mutants of a room's sources, in order of files and places."""
-    everything = [
-        (source, mutant) for source in ROOMS[room].sources for mutant in mutants_of((folder / source).read_text())
-    ]
-    chosen = random.Random(f"{seed} {room}").sample(range(len(everything)), min(count, len(everything)))
-    return [everything[index] for index in sorted(chosen)]
+    """So many mutants of a room's sources, in order of files and places: those whose digests are smallest.
+
+    So other lines of a file leave the draw as it is, but for few.
+    """
+    found = []
+    for source in ROOMS[room].sources:
+        text = (folder / source).read_text()
+        lines = text.splitlines()
+        for mutant in mutants_of(text):
+            name = f"{seed} {source} {lines[mutant.line - 1]} {mutant.before} {mutant.after}"
+            found.append((hashlib.sha256(name.encode()).hexdigest(), source, mutant))
+    chosen = sorted(found, key=lambda entry: entry[0])[:count]
+    return [(source, mutant) for _, source, mutant in found if any(mutant is other for *_, other in chosen)]
 
 
 def try_room(room: str, mutants: list[tuple[str, Mutant]], known: dict[str, Any], shop: Workshop) -> Iterator[Result]:
@@ -71,8 +77,12 @@ def try_room(room: str, mutants: list[tuple[str, Mutant]], known: dict[str, Any]
                 print(f"{room}: tests pass in {passed.seconds:.0f} s", flush=True)
             shop.write(source, mutant.apply(sound))
             verdict = shop.run(ROOMS[room].tests, limit)
+            if not verdict.caught and ROOMS[room].wider:
+                wider = shop.run(ROOMS[room].wider, 20 * limit)
+                verdict = Verdict(wider.caught, f"wider: {wider.by}", verdict.seconds + wider.seconds)
             shop.write(source, sound)
             known[key] = [verdict.caught, verdict.by]
+            print(f"{verdict.seconds:4.0f} s", end=" ", flush=True)
         caught, by = known[key]
         result = Result(room, source, mutant, sound.splitlines()[mutant.line - 1].strip(), caught, by)
         print(f"{'caught' if caught else 'SURVIVED'} {source}:{mutant.line} {describe(mutant)} -- {by}", flush=True)
@@ -87,14 +97,15 @@ def describe(mutant: Mutant) -> str:
 
 def table(results: list[Result], seed: int) -> str:
     """The page of a run."""
-    lines = ["# Mutants", "", PREFACE.format(seed=seed), "", "| room | mutants | caught | equivalent | survived |"]
-    lines += ["|---|---|---|---|---|"]
+    lines = ["# Mutants", "", PREFACE.format(seed=seed), ""]
+    lines += ["| room | mutants | caught | by wider tests | equivalent | survived |", "|---|---|---|---|---|---|"]
     rooms = [[result for result in results if result.room == room] for room in ROOMS]
     for name, group in [*zip(ROOMS, rooms), ("all", results)]:
         if group:
             caught = sum(result.caught for result in group)
             known = sum(not result.caught and result.reason is not None for result in group)
-            lines.append(f"| {name} | {len(group)} | {caught} | {known} | {len(group) - caught - known} |")
+            wider = sum(result.caught and result.by.startswith("wider") for result in group)
+            lines.append(f"| {name} | {len(group)} | {caught} | {wider} | {known} | {len(group) - caught - known} |")
     lines += ["", "## Not caught", "", "| place | change | why |", "|---|---|---|"]
     for result in results:
         if not result.caught:
@@ -105,8 +116,9 @@ def table(results: list[Result], seed: int) -> str:
 
 BAR = "\\|"
 PREFACE = """Written by `make test-mutation` (`python -m tests.mutation --seed {seed}`): wrong operators, constants, conditions and
-dropped calls, drawn by the seed in rooms that promise correctness; caught means that a quick test of the room fails (which
-rooms, which tests: `tests/mutation/rooms.py`). Equivalent: nothing that a test may ask for changes."""
+dropped calls, drawn by the seed in rooms that promise correctness; caught means that a test fails: a quick one of the room, or,
+where none did, one of the wider tests, some of them slow (which rooms, which tests: `tests/mutation/rooms.py`). Equivalent:
+nothing that a test may ask for changes."""
 
 
 def main() -> None:

@@ -72,6 +72,8 @@ def _places(tree: ast.AST) -> Iterator[ast.expr | ast.stmt]:
         skipped.append(tree.annotation)
     if isinstance(tree, ast.Assert):
         skipped.append(tree.msg)
+    if isinstance(tree, ast.If) and ast.unparse(tree.test) == "TYPE_CHECKING":
+        return
     if isinstance(tree, ast.expr | ast.stmt):
         yield tree
     for child in ast.iter_child_nodes(tree):

@@ -1,4 +1,4 @@
-"""Rooms that promise correctness, and the quick tests that hold them to it, the cheapest first."""
+"""Rooms that promise correctness, and the tests that hold them to it."""
 
 from __future__ import annotations
 
@@ -7,80 +7,76 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Room:
-    """Source files, and arguments of pytest: files, folders or single tests."""
+    """Source files, and arguments of pytest: the room's own quick tests first, then wider ones for what survives them."""
 
     sources: tuple[str, ...]
     tests: tuple[str, ...]
+    wider: tuple[str, ...] = ()
 
+
+SLOW = ("-m", "slow or not slow")
+CHECKPOINT, ENGINE, SAMPLES = "tests/pretrain/checkpoint", "tests/pretrain/engine", "tests/data_pipeline/samples"
+LOADER = "tests/data_pipeline/loader/test_loader.py"
 
 ROOMS: dict[str, Room] = {
-    "samples": Room(
-        ("data_pipeline/samples/samples.py",),
-        ("tests/data_pipeline/samples", "tests/data_pipeline/loader/test_loader.py"),
-    ),
+    "samples": Room(("data_pipeline/samples/samples.py",), (SAMPLES, LOADER, "tests/data_pipeline/loader/test_phases.py")),
     "packing": Room(
         ("data_pipeline/samples/packing.py", "model/packing.py"),
-        ("tests/data_pipeline/samples", "tests/model/test_packing.py", "tests/data_pipeline/loader/test_loader.py"),
+        (f"{SAMPLES}/test_packing.py", "tests/model/test_packing.py", f"{SAMPLES}/test_bins.py"),
+        (LOADER, "tests/model/test_document_isolation.py"),
     ),
     "store": Room(
         ("data_pipeline/store/store.py",),
-        ("tests/data_pipeline/store/test_store.py", "tests/data_pipeline/store/test_manifest.py",
-         "tests/data_pipeline/test_verify.py", "tests/data_pipeline/store/test_object_store.py"),
+        ("tests/data_pipeline/store/test_store.py", "tests/data_pipeline/store/test_manifest.py"),
+        ("tests/data_pipeline/test_verify.py", "tests/data_pipeline/store/test_object_store.py", LOADER),
     ),
     "commit": Room(
         ("pretrain/checkpoint/commit.py",),
-        ("tests/pretrain/checkpoint/test_commit.py", "tests/pretrain/checkpoint/test_save.py",
-         "tests/pretrain/checkpoint/test_damage.py", "tests/faults/test_crash_states.py"),
+        (f"{CHECKPOINT}/test_commit.py", f"{CHECKPOINT}/test_save.py"),
+        (f"{CHECKPOINT}/test_damage.py", "tests/faults/test_crash_states.py", "tests/faults/test_kill_while_saving.py"),
     ),
-    "remote": Room(
-        ("pretrain/checkpoint/remote.py",),
-        ("tests/pretrain/checkpoint/test_remote.py",),
-    ),
+    "remote": Room(("pretrain/checkpoint/remote.py",), (f"{CHECKPOINT}/test_remote.py",), (f"{CHECKPOINT}/test_remote.py", *SLOW)),
     "load": Room(
         ("pretrain/checkpoint/load.py",),
-        ("tests/pretrain/checkpoint/test_save.py", "tests/pretrain/checkpoint/test_damage.py",
-         "tests/pretrain/checkpoint/test_check_resumable.py", "tests/pretrain/checkpoint/test_placement.py",
-         "tests/pretrain/checkpoint/test_frozen.py"),
+        (f"{CHECKPOINT}/test_save.py", f"{CHECKPOINT}/test_check_resumable.py", f"{CHECKPOINT}/test_damage.py"),
+        (f"{CHECKPOINT}/test_placement.py", f"{CHECKPOINT}/test_frozen.py", f"{CHECKPOINT}/test_compatibility.py", *SLOW),
     ),
     "fragments": Room(
         ("pretrain/checkpoint/fragments.py",),
-        ("tests/pretrain/checkpoint/test_save.py", "tests/pretrain/checkpoint/test_placement.py",
-         "tests/pretrain/checkpoint/test_frozen.py"),
+        (f"{CHECKPOINT}/test_save.py", f"{CHECKPOINT}/test_frozen.py"),
+        (f"{CHECKPOINT}/test_placement.py", "tests/parallel/test_reshard.py", *SLOW),
     ),
-    "buckets": Room(
-        ("pretrain/engine/buckets.py",),
-        ("tests/pretrain/engine/test_buckets.py", "tests/pretrain/test_ranks.py"),
-    ),
+    "buckets": Room(("pretrain/engine/buckets.py",), (f"{ENGINE}/test_buckets.py",), ("tests/pretrain/test_ranks.py",)),
     "gradients": Room(
-        ("pretrain/engine/gradients.py",),
-        ("tests/pretrain/engine/test_gradients.py", "tests/pretrain/test_pipeline.py", "tests/parallel/test_layouts.py"),
+        ("pretrain/engine/gradients.py",), (f"{ENGINE}/test_gradients.py",),
+        ("tests/pretrain/test_ranks.py", "tests/pretrain/test_pipeline.py", "tests/parallel/test_layouts.py"),
     ),
     "grad_norm": Room(
-        ("pretrain/engine/grad_norm.py",),
-        ("tests/pretrain/engine", "tests/pretrain/test_ranks.py", "tests/parallel/test_layouts.py"),
+        ("pretrain/engine/grad_norm.py",), ("tests/pretrain/test_ranks.py",),
+        ("tests/pretrain/test_pipeline.py", "tests/parallel/test_layouts.py"),
     ),
     "step_sums": Room(
-        ("pretrain/step_sums.py",),
-        ("tests/pretrain/test_step_sums.py", "tests/pretrain/test_train.py", "tests/pretrain/test_parallel.py"),
+        ("pretrain/step_sums.py",), ("tests/pretrain/test_step_sums.py",),
+        ("tests/pretrain/test_train.py", "tests/pretrain/test_pipeline.py"),
     ),
     "context": Room(
-        ("model/parallel/context.py",),
-        ("tests/model/parallel/test_context.py", "tests/model/mixers/test_mixers.py"),
+        ("model/parallel/context.py",), ("tests/model/parallel/test_context.py",),
+        ("tests/model/parallel/test_context.py", "tests/model/mixers/test_mixers.py", *SLOW),
     ),
     "dispatch": Room(
         ("model/moe/dispatch.py", "model/moe/by_rank.py", "model/moe/by_slot.py", "model/moe/transfer.py"),
-        ("tests/model/moe",),
+        ("tests/model/moe/test_dispatch.py",), ("tests/model/moe", "tests/parallel/test_layouts.py"),
     ),
     "corruption": Room(
-        ("pretrain/monitor/corruption.py",),
-        ("tests/pretrain/monitor/test_corruption.py",),
+        ("pretrain/monitor/corruption.py",), ("tests/pretrain/monitor/test_corruption.py",),
+        ("tests/pretrain/monitor/test_corruption.py", *SLOW),
     ),
     "verify": Room(
-        ("pretrain/export/verify.py",),
-        ("tests/pretrain/export/test_verify.py", "tests/pretrain/export/test_export.py"),
+        ("pretrain/export/verify.py",), ("tests/pretrain/export/test_verify.py",),
+        ("tests/pretrain/export/test_export.py",),
     ),
-    "plan memory": Room(
-        ("launch/plan/memory.py",),
-        ("tests/launch/plan/test_memory.py", "tests/launch/plan/test_plan.py"),
+    "plan_memory": Room(
+        ("launch/plan/memory.py",), ("tests/launch/plan/test_memory.py",),
+        ("tests/launch/plan/test_plan.py", "tests/launch/plan/test_search.py"),
     ),
 }  # fmt: skip

@@ -19,7 +19,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
+SAID = (0, 1, -signal.SIGKILL)  # all passed, one failed, ended by us
 OUTPUT = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 # In the copy: reads [arguments of pytest, file of the output] as JSON lines, answers with the exit code.
 SERVER = """
@@ -83,7 +86,15 @@ class Workshop:
         os.utime(path, (self.times, self.times))
 
     def run(self, tests: tuple[str, ...], seconds: float) -> Verdict:
-        """Run tests until the first fails; one that outlasts the seconds hangs, which is noticed too."""
+        """Run tests until the first fails; one that outlasts the seconds hangs, which is noticed too.
+
+        What ends otherwise, before a test or in the middle of one, is run again: the machine may have been the reason.
+        """
+        verdict, code = self._run(tests, seconds)
+        assert code != pytest.ExitCode.USAGE_ERROR, f"{tests} are not there: {self.log.read_text()}"
+        return verdict if code in SAID else self._run(tests, seconds)[0]
+
+    def _run(self, tests: tuple[str, ...], seconds: float) -> tuple[Verdict, int]:
         assert self.server.stdin is not None
         arguments = ["-x", "-p", "no:cacheprovider", "-p", "no:randomly", "-rfE", "--tb=no", *tests]
         self.server.stdin.write(json.dumps([arguments, str(self.log)]) + "\n")
@@ -97,7 +108,7 @@ class Workshop:
         _end(group)
         found = OUTPUT.search(self.log.read_text(errors="replace"))
         by = found[1] if found else "it hangs" if code == -signal.SIGKILL else f"exit code {code}"
-        return Verdict(code != 0, by, time.monotonic() - began)
+        return Verdict(code != 0, by, time.monotonic() - began), code
 
     def close(self) -> None:
         """End the server."""

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import ModelOutput
+from amfm.model.loss import CrossEntropy
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.step_sums import RankNews, StepReport, empty_sums
@@ -43,3 +45,26 @@ def test_all_ranks_read_the_sums_and_the_news_of_all(tensor: int, times: int) ->
     assert report.news.signal == max(signal.SIGUSR1, signal.SIGTERM) and report.news.is_saving
     # Tensor ranks read the same samples.
     assert report.news.damaged_samples == (7 if tensor == 1 else 2)
+
+
+def test_micro_batches_add_up_by_hand_one_without_a_loss_among_them() -> None:
+    """Two with a loss, as the last pipeline stage has, and one without, as the others have."""
+    config = ModelConfig.model_validate(MODEL | {"pattern": "ME*-/*-", "mtp": {}, "logits_z_loss_weight": 0.5})
+    parallel = initialize_parallel(ParallelConfig(), timeout_seconds=60, num_threads=1)
+    sums = empty_sums(config, parallel.device, extra=("extra",))
+    names = list(sums.auxiliary)
+    assert len(names) == 3 and len(sums.mtp_nll) == 1
+    for nll, total in ((3.0, 3.5), (4.0, 6.0), (None, 0.0)):
+        loss, depths = None, ()
+        if nll is not None:
+            loss = CrossEntropy(torch.tensor(total), torch.tensor(nll), torch.zeros(4))
+            depths = (CrossEntropy(torch.tensor(9.0), torch.tensor(2 * nll), torch.zeros(4)),)
+        auxiliary = {name: torch.tensor(float(place + 1)) for place, name in enumerate(names)}
+        sums.add(ModelOutput(None, loss, auxiliary, {1: torch.tensor([1, 2, 0, 3])}, mtp=depths))
+    assert [float(loss) for loss in sums.micro_losses] == [3.5, 6.0]
+    report = sums.reduce(parallel, torch.tensor([20, 7]))
+    assert (report.loss, report.z_loss, report.depth_losses()) == (7.0 / 20, 2.5, (2.0,))
+    assert report.expert_counts == {1: [3, 6, 0, 9]} and report.news == RankNews(0, False, 0)
+    means = report.mean_auxiliary(config, 3)
+    assert means == dict(zip(names, (1.0, 2.0, 3.0))) | {"logits_z": 2.5 / 20}
+    assert "logits_z" not in report.mean_auxiliary(ModelConfig.model_validate(MODEL), 3)
