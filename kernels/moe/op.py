@@ -18,6 +18,7 @@ from torch import Tensor
 from amfm.kernels.common.shapes import check_float, check_shape
 from amfm.kernels.moe.grouping import Grouping, count_experts, group_by_expert
 from amfm.kernels.moe.reference import expert_feed_forward_reference, grouped_feed_forward_reference, route_reference
+from amfm.kernels.moe.rows.op import combine_choices, gather_choices, sort_choices
 from amfm.kernels.moe.rows.torch_impl import invert, reorder_rows
 from amfm.kernels.moe.torch_impl import expert_feed_forward_torch, grouped_feed_forward_torch, route_torch
 from amfm.kernels.runtime.backend import resolve_backend
@@ -115,6 +116,8 @@ def grouped_feed_forward(
     if x_RD.device.type == "cpu" and not torch.compiler.is_compiling() and int(counts_E.sum()) != x_RD.shape[0]:
         raise ValueError(f"counts_E must add up to the {x_RD.shape[0]} rows of x_RD; got {int(counts_E.sum())}")
     backend = resolve_backend(backend, x_RD.device, "moe")
+    if backend == "triton" and _multiplies_by_torch(x_RD, up_EFD, down_EDF, len(x_RD)):
+        backend = "torch"
     if sources_R is not None:
         check_shape("sources_R", sources_R, (x_RD.shape[0],), x_RD)
         if backend != "triton":
@@ -162,12 +165,26 @@ def expert_feed_forward(
         from amfm.kernels.moe.counting_sort import sort_pairs
         from amfm.kernels.moe.triton_experts import expert_feed_forward_triton
 
+        if _multiplies_by_torch(x_RD, up_EFD, down_EDF, rows):
+            choices = sort_choices(expert_ids_RK, num_sorted, backend=backend)
+            rows_SD = gather_choices(x_RD, choices, rows, expert_ids_RK.shape[1])
+            offsets_E = choices.counts_E[:num_experts].cumsum(0).to(torch.int32)
+            y_SD = grouped_feed_forward_torch(rows_SD, offsets_E, up_EFD, down_EDF, activation)
+            return combine_choices(y_SD, choices, weights_RK)
         pairs = sort_pairs(expert_ids_RK, num_sorted)
         return expert_feed_forward_triton(x_RD, weights_RK, pairs, rows, up_EFD, down_EDF, activation)
     groups = group_by_expert(expert_ids_RK, num_sorted)
     weights_S = weights_RK.reshape(-1).index_select(0, groups.order[:rows])
     places = groups.token_ids[:rows], groups.offsets_E[:num_experts]
     return expert_feed_forward_torch(x_RD, weights_S, *places, up_EFD, down_EDF, activation)
+
+
+def _multiplies_by_torch(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor, rows: int) -> bool:
+    """Whether PyTorch's grouped product takes `rows` rows of experts on the Triton backend (`experts_backend`)."""
+    from amfm.kernels.moe.experts_backend import multiplies_by_torch
+    from amfm.kernels.moe.triton_experts import product_tile
+
+    return multiplies_by_torch(x_RD, up_EFD, down_EDF, product_tile(rows, len(up_EFD))["BLOCK_M"])
 
 
 def _check_route(

@@ -33,7 +33,7 @@ from amfm.kernels.moe.triton_kernels import (
 )
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import dot_dtype
-from amfm.kernels.runtime.tuning import Config, config_for
+from amfm.kernels.runtime.tuning import Config, config_for, kept_until_retuned
 
 # The fixed warps and stages of a product; others are candidates (`_config`).
 OPTIONS = {"num_warps": 8, "num_stages": 3}
@@ -60,19 +60,28 @@ def narrow_tile(rows: int, experts: int) -> dict[str, int]:
 
 
 def _config(kernel: str, tile: dict[str, int], x: Tensor, *, has_descriptors: bool = False) -> Config:
-    """Configuration of a product: its tile's height and width stay, what it takes of the inner size at a time may not.
+    """Configuration of a product with this tile for rows like x."""
+    return _find_config(kernel, *tile.values(), x.dtype, x.device, has_descriptors)
+
+
+@kept_until_retuned
+def _find_config(
+    kernel: str, height: int, width: int, depth: int, dtype: torch.dtype, device: torch.device, has_descriptors: bool
+) -> Config:
+    """A product's tile keeps its height and width; what it takes of the inner size at a time may change, and warps and stages.
 
     With descriptors the persistent kernel is a candidate too.
     """
-    halved = {**tile, "BLOCK_K": max(16, tile["BLOCK_K"] // 2)}
+    tile = {"BLOCK_M": height, "BLOCK_N": width, "BLOCK_K": depth}
+    halved = {**tile, "BLOCK_K": max(16, depth // 2)}
     candidates = [tile | OPTIONS]
     candidates += [tile | {"num_warps": warps, "num_stages": stages} for warps, stages in ((8, 4), (4, 3))]
     candidates += [halved | {"num_warps": warps, "num_stages": 4} for warps in (8, 4)]
-    shape: tuple[object, ...] = (x.dtype, tile["BLOCK_M"], tile["BLOCK_N"])
+    shape: tuple[object, ...] = (dtype, height, width)
     if has_descriptors:
         candidates += [tile | {"num_warps": 8, "num_stages": stages, "PERSISTENT": 1} for stages in (3, 4)]
         shape += ("descriptors",)
-    return config_for(kernel, shape, candidates, x.device)
+    return config_for(kernel, shape, candidates, device)
 
 
 def _tile_bound(rows: int, experts: int, height: int) -> int:

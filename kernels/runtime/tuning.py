@@ -30,6 +30,8 @@ from amfm.kernels.runtime.user_cache import user_folder, write_whole
 Config = Mapping[str, int]
 # Tables that come with the package, and where this user's own are kept; an own entry goes first.
 PACKAGE_FOLDER = Path(__file__).parents[1] / "tuned"
+# Part of the names of what chooses between kernels; such an entry is timed after all tiles, behind those that were chosen.
+CHOICE = "backend"
 # How much worse than the first candidate's a candidate's error may be: another order of additions, not other numbers.
 _WORSE = 1.5
 
@@ -99,6 +101,8 @@ class _Session:
 _SESSIONS: list[_Session] = []
 # What all ranks of a run have agreed on, in place of what this machine's files say.
 _ADOPTED: list[Table] = []
+# What `kept_until_retuned` keeps, to be cleared.
+_FORGET: list[Callable[[], None]] = []
 
 
 def config_for(kernel: str, shape: Sequence[object], candidates: Sequence[Config], device: torch.device) -> Config:
@@ -132,6 +136,8 @@ def choose_table(tables: Sequence[Table]) -> Table | None:
 def adopt_table(table: Table) -> None:
     """From now on this process takes its tiles from `table`, whatever the files of this machine say."""
     _ADOPTED[:] = [table]
+    for forget in _FORGET:
+        forget()
 
 
 def tune(
@@ -152,10 +158,11 @@ def tune(
     """
     with _session() as session:
         run()
-        for entry, candidates in list(session.asked.items()):
+        for entry, candidates in sorted(session.asked.items(), key=lambda asked: _is_choice(asked[0])):
             if entry in table.configs or len(candidates) == 1:
                 continue
-            session.forced.clear()
+            tuned = {name: config for name, config in table.configs.items() if not _is_choice(name)}
+            session.forced = {**tuned} if _is_choice(entry) else {}
             best, least, limit = candidates[0], float("inf"), tolerance
             for candidate in candidates:
                 session.forced[entry] = candidate
@@ -200,6 +207,31 @@ def load_table(device: torch.device) -> Table:
 @functools.cache
 def _load_table(index: int) -> Table:
     return Table.load(find_environment(torch.device("cuda", index)))
+
+
+def _is_choice(entry: str) -> bool:
+    """Whether an entry chooses between kernels instead of a kernel's tile."""
+    return entry.partition(" ")[0].endswith(f"_{CHOICE}")
+
+
+def kept_until_retuned(find: Callable[..., Config]) -> Callable[..., Config]:
+    """Decorates what ends in `config_for` and is asked at every launch: its answers are kept by its (hashable) arguments.
+
+    They are forgotten where a table is adopted; while something is tuned nothing is kept.
+    """
+
+    @functools.cache
+    def keep(deterministic: bool, *arguments: object) -> Config:
+        return find(*arguments)
+
+    @functools.wraps(find)
+    def answer(*arguments: object) -> Config:
+        if _SESSIONS:
+            return find(*arguments)
+        return keep(torch.are_deterministic_algorithms_enabled(), *arguments)
+
+    _FORGET.append(keep.cache_clear)
+    return answer
 
 
 def _name_entry(kernel: str, shape: Sequence[object]) -> str:

@@ -41,7 +41,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "evaluate": "tasks include_path every_steps limit num_fewshot micro_batch_size",
     },
     "docs/kernels.md": {
-        "kernels": "backend",
+        "kernels": "backend experts",
     },
     "docs/launching.md": {
         "health": "on_nonfinite on_spike spike_ratio spike_window max_rollbacks straggler_percent",

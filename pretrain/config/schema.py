@@ -295,6 +295,10 @@ class KernelsConfig(Section):
         "auto",
         description="auto: triton on CUDA in bf16, torch in float32 and on a CPU. What cannot run here is an error.",
     )
+    experts: Literal["auto", "triton", "torch"] = Field(
+        "auto",
+        description="Products of experts where `backend` is triton: our kernels, PyTorch's grouped product (Hopper and later), or what `amfm bench kernels --tune` found faster on this card; ours where nothing was tuned.",
+    )
 
 
 class ExportConfig(Section):

@@ -9,6 +9,7 @@ import torch
 
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
+from amfm.kernels.moe.experts_backend import use_experts_backend
 from amfm.kernels.runtime.backend import resolve_for_run
 from amfm.model.hybrid import HybridModel
 from amfm.model.pipeline_split import cut_pieces, pieces_of_rank
@@ -34,6 +35,7 @@ def share_tiles(config: RunConfig, parallel: Parallel) -> None:
 
     Every rank must call this.
     """
+    use_experts_backend(config.kernels.experts)
     if parallel.device.type != "cuda" or choose_backend(config, parallel) != "triton":
         return
     from amfm.kernels.runtime.tuning import load_table

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from amfm.kernels.moe import counting_sort, recycling, triton_experts, triton_router
+from amfm.kernels.moe import counting_sort, experts_backend, recycling, triton_experts, triton_router
 from amfm.kernels.moe.capacity import drop_overflow, recycle_overflow
 from amfm.kernels.moe.counting_sort import sort_pairs
 from amfm.kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
@@ -55,6 +55,16 @@ def test_experts_equal_the_definition_twice_bitwise(sizes, activation, poisoned_
     assert_all_near(once, wanted, FLOAT32, ["y", "dx", "d_up", "d_down", "d_logits"])
     for one, other in zip(once, again):
         assert_bitwise(one, other)
+
+
+def test_experts_by_pytorch_between_our_kernels_equal_the_definition(monkeypatch, poisoned_memory):
+    monkeypatch.setattr(experts_backend, "_TOLD", ["torch"])
+    _, wanted = run("reference", torch.float64, tokens=40, experts=6, empty=(0, 3, 5))
+    with count_launches() as launches:
+        _, once = run("triton", torch.float32, tokens=40, experts=6, empty=(0, 3, 5))
+    assert_all_near(once, wanted, FLOAT32, ["y", "dx", "d_up", "d_down", "d_logits"])
+    kernels = {launch.kernel for launch in launches}
+    assert {"spread_rows_kernel", "sum_choices_kernel"} <= kernels and "up_kernel" not in kernels
 
 
 @pytest.mark.parametrize(("kept", "activation"), [(0, "swiglu"), (16, "swiglu"), (16, "squared_relu")])

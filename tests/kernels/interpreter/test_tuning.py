@@ -96,6 +96,38 @@ def test_a_table_comes_back_from_disk_for_its_card_and_compilers_alone(tmp_path:
         Table.load(HOPPER, (own,))
 
 
+def test_a_choice_between_kernels_is_timed_behind_the_tiles_that_were_chosen() -> None:
+    op, table, seen = Doubling(FIXED, FASTER), Table(HOPPER), []
+
+    def run() -> list[Tensor]:
+        chosen = config_for("doubling_backend", (1,), ({"TORCH": 0}, {"TORCH": 1}), CPU)["TORCH"]
+        result = [2 * op.x] if chosen else op.run()
+        seen.append((chosen, dict(op.config)))
+        return result
+
+    tune(run, [2 * op.x], lambda _: 3.0 - seen[-1][0], table, tolerance=1e-3, report=lambda _: None)
+    assert table.configs == {"double torch.float32": FIXED, "doubling_backend 1": {"TORCH": 1}}
+    timed = [chosen for chosen, _ in seen]
+    assert timed.index(1) > len([config for chosen, config in seen if config == FASTER])
+
+
+def test_answers_are_kept_until_a_table_is_adopted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_ADOPTED", [])
+    asked = []
+
+    @tuning.kept_until_retuned
+    def find(block: int) -> dict[str, int]:
+        asked.append(block)
+        return {"BLOCK": block}
+
+    assert [find(16), find(16), find(32)] == [FIXED, FIXED, FASTER] and asked == [16, 32]
+    with tuning._session():
+        find(16)
+    tuning.adopt_table(Table(HOPPER))
+    find(16)
+    assert asked == [16, 32, 16, 16]
+
+
 def test_real_kernels_can_be_tuned() -> None:
     """The scan with its gradients: each of its kernels has candidates, and all of them hold."""
     from amfm.kernels.decay_scan.op import decay_scan

@@ -93,3 +93,24 @@ def test_weights_go_to_the_same_mixers_whatever_their_chunks():
 
     assert settings(chunk_size=32) == settings()
     assert settings(allow_negative_eigenvalues=True) != settings(), "the mixer inside changes what MoM computes"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "backend", "message"),
+    [
+        ("M*E-", "torch", "kernels.experts = triton: has no effect where all operations run in kernels.backend=torch"),
+        ("M*-", "triton", "kernels.experts = triton: has no effect where the model has no experts"),
+        ("M*E-", "triton", None),
+        ("M*E-", "auto", None),
+    ],
+)
+def test_a_backend_of_experts_needs_experts_and_kernels(pattern, backend, message, base):
+    moe = ["model.moe={num_experts: 4, top_k: 2, expert_hidden_size: 8}"] if "E" in pattern else []
+    settings = [f"model.pattern={pattern}", f"kernels.backend={backend}", "kernels.experts=triton"]
+    config = load_config(base, [*settings, *moe])
+    if message is None:
+        check_kernels(config, backend)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_kernels(config, backend)
+    assert message in str(caught.value)

@@ -130,7 +130,7 @@ parallel.context parallel.pipeline parallel.schedule parallel.virtual_stages par
 health.on_nonfinite health.on_spike health.spike_ratio health.spike_window health.max_rollbacks
 health.straggler_percent
 health.check_state_every_steps
-kernels.backend
+kernels.backend kernels.experts
 export.target
 evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size
 prune.groups prune.keep prune.method prune.start_step prune.every_steps prune.end_step
