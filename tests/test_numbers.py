@@ -47,7 +47,7 @@ def test_planned_memory_and_time_beside_measured_and_published() -> None:
     errors = [float(row[-1].rstrip("%")) for row in layouts]
     without_zero_2 = [error for row, error in zip(layouts, errors) if "zero_stage=2" not in row[3]]
     assert found("docs/log.md", r"([\d.]+)% below to ([\d.]+)% above") == (-min(without_zero_2), max(without_zero_2))
-    assert found("docs/log.md", r"of ZeRO 2 (\d+)% below") == (-min(errors),)
+    assert found("docs/log.md", r"ZeRO 2 is (\d+)% below") == (-min(errors),)
     runs = rows("docs/benchmarks/planning.md", "model | H100")
     by_routing = {
         kind: [abs(int(re.search(r"\((.*)%\)", row[5])[1])) for row in runs if row[3] == kind]
