@@ -11,6 +11,7 @@
 | pipeline | zero-bubble beside 1F1B |
 | published, traced | the plan beside published speeds, and beside ranks on simulated GPUs |
 | clients | other programs on our exports |
+| state_check | a step whose state is checked for silent corruption, beside one that is not |
 
 They import amfm and packages that amfm doesn't need; amfm imports nothing of them. What a machine with GPUs needs on the
 spot is in the command itself: `amfm bench`.
