@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
-
 from amfm.kernels.moe.capacity import expert_capacity
 from amfm.launch.plan.activations import up_rows
 from amfm.launch.plan.context_traffic import exchanged_windows, handed_states, segment_states
@@ -291,7 +289,7 @@ def _registered_exchanges(
 ) -> Iterator[Exchange]:
     """States of registered mixers, two segments a row each way: an estimate, for their transfers are their own affair."""
     for letter in filter(is_registered, held.letters):
-        numbers = registered_block(model, letter, torch.bfloat16, sequence_length).state_numbers
+        numbers = registered_block(model, letter, sequence_length).state_numbers
         states = layout.stage_ranks * segment_states(layout.micro_batch_size, numbers // layout.tensor)
         yield Exchange("cp", "all_gather", "float32", 2, states)
 

@@ -21,13 +21,15 @@ ROUNDS = 3  # of as many micro-batches as stages: passes repeat after the first
 class Moment(NamedTuple):
     """A pass of one piece, and the micro-batches held of each piece, this one included.
 
-    `cut`: micro-batches whose backward pass is over, and has left the gradients of the weights for later.
+    `cut`: micro-batches whose backward pass is over, and has left the gradients of the weights for later. `passed`: whether
+    a micro-batch of this step has passed the piece backward before, so that its gradients exist.
     """
 
     piece: int
     is_forward: bool
     held: tuple[int, ...]
     cut: tuple[int, ...]
+    passed: tuple[bool, ...]
 
 
 def moments_of(layout: Layout, stage: int, micro_batches: int) -> tuple[Moment, ...]:
@@ -41,18 +43,18 @@ def _moments(schedule: str, ranks: int, pieces: int, stage: int, micro_batches: 
     total = micro_batches * pieces
     first = min(total, (pieces - 1) * ranks + (2 if schedule == "interleaved" else 1) * (ranks - 1 - stage))
     delay = stage if schedule == "zero_bubble" else 0
-    held, cut = [0] * pieces, [0] * pieces
+    held, cut, passed = [0] * pieces, [0] * pieces, [False] * pieces
     waiting: list[int] = []
     found: set[Moment] = set()
     for step in range(total + first):
         if step < total:
             piece = step // ranks % pieces
             held[piece] += 1
-            found.add(Moment(piece, True, tuple(held), tuple(cut)))
+            found.add(Moment(piece, True, tuple(held), tuple(cut), tuple(passed)))
         if step >= first:
             piece = pieces - 1 - (step - first) // ranks % pieces
-            found.add(Moment(piece, False, tuple(held), tuple(cut)))
-            held[piece] -= 1
+            found.add(Moment(piece, False, tuple(held), tuple(cut), tuple(passed)))
+            held[piece], passed[piece] = held[piece] - 1, True
             waiting.append(piece)
             cut[piece] += 1
             if step - first >= delay:
@@ -64,4 +66,4 @@ def _holds_more(other: Moment, one: Moment) -> bool:
     """Whether another moment of the same pass holds as much of everything, and more of something."""
     if other is one or other[:2] != one[:2]:
         return False
-    return all(map(ge, other.held + other.cut, one.held + one.cut))
+    return all(map(ge, other.held + other.cut + other.passed, one.held + one.cut + one.passed))

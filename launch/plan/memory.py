@@ -14,24 +14,23 @@ the weights, with bf16 and several micro-batches also as float32 sums. tests/lau
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import compress, pairwise
 
 from amfm.launch.plan.activations import (
     FLOAT32_BYTES,
     BlockBytes,
-    Split,
     Storage,
-    block_bytes,
     depth_bytes,
     head_bytes,
     recomputed_bytes,
     stream_bytes,
-    weight_gradient_bytes,
 )
 from amfm.launch.plan.exchanges import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS, expected_ranks, static_slots
-from amfm.launch.plan.in_flight import moments_of
+from amfm.launch.plan.in_flight import Moment, moments_of
 from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
+from amfm.launch.plan.measured import Cut, block_bytes
+from amfm.model.config.kinds import kind_of
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.bf16_adamw import CHUNK_BYTES, CHUNK_ELEMENTS
@@ -125,29 +124,22 @@ def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict
     }
 
 
-def split_of(config: RunConfig, layout: Layout, imbalance: float) -> Split:
-    """How a block shrinks on a rank of this layout, in the terms of `activations.py`."""
-    moe, is_spread = config.model.moe, layout.expert > 1
-    by_rank = moe is not None and is_spread and static_slots(config, layout) is None
-    return Split(
-        tensor=layout.tensor,
-        stream=layout.stream_ranks,
-        tokens=layout.tensor if is_spread else layout.stream_ranks,
-        is_spread=is_spread,
-        sent=expected_ranks(moe, layout.expert) if moe is not None and by_rank else 0.0,
-        beside=layout.expert_tensor if is_spread else 1,
-        rows=imbalance if is_spread else 1.0,
-        parts=layout.expert_parts if is_spread else 1,
-        is_in_segments=layout.context > 1,
-    )
+def cut_of(config: RunConfig, layout: Layout, letter: str, imbalance: float) -> Cut:
+    """How a block of this kind is cut in a layout, in the terms of `measured.py`; what does not concern the kind is left out.
 
-
-def slots_to_choices(config: RunConfig, layout: Layout) -> float:
-    """Rows that a rank keeps for experts under a capacity factor, over its choices, where rows lie in slots; else 1."""
-    slots, moe = static_slots(config, layout), config.model.moe
-    if slots is None or moe is None:
-        return 1.0
-    return slots * moe.num_experts / (layout.tokens(config) // layout.tensor * moe.top_k)
+    Sequence mixers know nothing of experts, and channel mixers of context ranks, but for a capacity over whole rows.
+    """
+    is_split = layout.schedule == "zero_bubble"
+    cut = Cut(layout.tensor, layout.sequence_parallel and layout.tensor > 1, is_split=is_split)
+    if kind_of(letter).mixes == "sequence":
+        return replace(cut, context=layout.context)
+    moe = config.model.moe
+    if moe is None or layout.expert == 1 or not config.model.block_options(letter).routed_experts():
+        return cut
+    cut = replace(cut, expert=layout.expert, expert_tensor=layout.expert_tensor, in_halves=layout.overlap_experts)
+    if static_slots(config, layout) is not None:
+        return replace(cut, in_slots=True, context=layout.context)
+    return replace(cut, sent=expected_ranks(moe, layout.expert), rows=imbalance)
 
 
 def busiest_pass(
@@ -160,15 +152,12 @@ def busiest_pass(
     gradients of weights are made of.
     """
     model, tokens, e = config.model, layout.tokens(config), storage.element_bytes
-    micro_batches = layout.micro_batches(config)
-    accumulates = micro_batches > 1  # then this is not the step's first micro-batch, and all gradients exist
     kinds = set(held.letters)
-    split = split_of(config, layout, max(imbalance, slots_to_choices(config, layout)))
-    sizes = {letter: block_bytes(model, letter, storage, split) for letter in kinds}
+    sizes = {letter: block_bytes(model, letter, storage, cut_of(config, layout, letter, imbalance)) for letter in kinds}
     for letter in layout.recompute & kinds:
         sizes[letter] = recomputed_bytes(sizes[letter], model, storage, layout.stream_ranks)
     is_bucketed = layout.zero_stage in (1, 2)
-    gradient_bytes = e + (FLOAT32_BYTES if accumulates and e < FLOAT32_BYTES else 0)
+    gradient_bytes = e + (FLOAT32_BYTES if layout.micro_batches(config) > 1 and e < FLOAT32_BYTES else 0)
     whole = bucketed_bytes(held, layout) if is_bucketed else held.parameters * gradient_bytes
     between = resting_bytes(held, layout) if is_bucketed else whole
     block_gradients = whole / max(1, len(held.letters))
@@ -181,40 +170,37 @@ def busiest_pass(
     expert_gradients = e * held.routed / max(1, stored) if storage.backend == "triton" else 0.0
     waiting = waiting_gradients(model, layout, held, e, expert_gradients, kept_head / max(1, held.heads))
     expert_gradients *= layout.expert_parts
-    passes = list(activations_of(config, layout, storage, held, sizes, kept_head, split))
 
-    def moment(kept: float, working: float, gradients: float, logits: float, weights: float) -> dict[str, float]:
-        return {
-            "gradients": gradients,
-            "activations": kept,
-            "working space": working,
-            "logits": logits,
-            "gathered weights": weights,
-        }
+    def summed(passed: tuple[bool, ...], gradients: float) -> float:
+        return block_gradients / whole * gradients * sum(map(len, compress(held.pieces, passed)))
 
     last, is_cut = len(held.pieces) - 1, layout.schedule == "zero_bubble"
-    most = max(kept for piece, is_forward, kept in passes if is_forward and piece == last)
-    best = moment(most, 0.0, between if accumulates else 0.0, kept_head + working_head, gathered)
-    # Gradients that exist so far in the first micro-batch: the head's, then those of each block passed.
+    # The head's gradient is the first of a pass.
     size = FLOAT32_BYTES if is_bucketed else e
-    made: float = model.vocab_size * model.hidden_size * size / layout.tensor * held.has_head
-    for number, letters in reversed(list(enumerate(held.pieces))):
-        activations = max(kept for piece, is_forward, kept in passes if not is_forward and piece == number)
-        for place, letter in reversed(list(enumerate(letters))):
-            made += block_gradients
-            gradients = whole if accumulates else min(made, whole)
+    of_head = model.vocab_size * model.hidden_size * size / layout.tensor * held.has_head
+    most: dict[tuple[int, bool, tuple[bool, ...]], float] = {}
+    for (piece, is_forward, _, _, passed), activations in activations_of(config, layout, storage, held, sizes):
+        most[piece, is_forward, passed] = max(activations, most.get((piece, is_forward, passed), 0.0))
+    # Gradients, activations, working space, logits and gathered weights at each moment.
+    moments = []
+    for (piece, is_forward, passed), activations in most.items():
+        if is_forward:
+            if piece == last:
+                gradients = summed(passed, between)
+                moments.append((gradients, activations, 0.0, kept_head + working_head, gathered))
+            continue
+        made = of_head + summed(passed, whole)
+        for place, letter in reversed(list(enumerate(held.pieces[piece]))):
+            made += 0.0 if passed[piece] else block_gradients
             working = tokens * sizes[letter].working
             if letter == "E":
                 # A pass that is cut in two makes the weights' gradients when the rest of it is over.
                 working = max(working, expert_gradients) if is_cut else working + expert_gradients
-            working += waiting[place] if number == last else 0.0
-            found = moment(activations, working, gradients, 0.0, gathered + arriving)
-            if sum(found.values()) > sum(best.values()):
-                best = found
-            activations -= tokens * sizes[letter].kept
-            if is_cut:
-                activations += tokens * weight_gradient_bytes(model, letter, storage, split)
-    return best
+            working += waiting[place] if piece == last else 0.0
+            moments.append((min(made, whole), activations, working, 0.0, gathered + arriving))
+            activations += tokens * ((sizes[letter].left if is_cut else 0.0) - sizes[letter].kept)
+    names = ("gradients", "activations", "working space", "logits", "gathered weights")
+    return dict(zip(names, max(moments, key=sum)))
 
 
 def repeated_letters(model: ModelConfig, held: StageShare) -> tuple[str, ...]:
@@ -256,17 +242,15 @@ def activations_of(
     storage: Storage,
     held: StageShare,
     sizes: Mapping[str, BlockBytes],
-    kept_head: float,
-    split: Split,
-) -> Iterator[tuple[int, bool, float]]:
-    """Bytes of activations at each kind of pass of a rank, as (piece, whether it is forward, bytes).
+) -> Iterator[tuple[Moment, float]]:
+    """Bytes of activations at each kind of pass of a rank.
 
     In a pipeline the stream that a piece sends on lies there until its backward pass, and one that will be received next lies
     there already. Passes that are cut in two leave what the gradients of weights are made of.
     """
     tokens, stage = layout.tokens(config), held.stage
     is_piped, is_cut = layout.pipeline > 1, layout.schedule == "zero_bubble"
-    stream = tokens * stream_bytes(config.model, storage, split) * is_piped
+    stream = tokens * stream_bytes(config.model, storage, layout.stream_ranks) * is_piped
     kept, cut = [], []
     for number, letters in enumerate(held.pieces):
         is_end = held.has_head and number == len(held.pieces) - 1
@@ -274,13 +258,12 @@ def activations_of(
         if is_end:  # what the projections of prediction depths keep
             own += held.depths * depth_bytes(config.model, storage, layout.tensor, layout.stream_ranks)
         kept.append(tokens * own + (0.0 if is_end else stream))
-        left = sum(weight_gradient_bytes(config.model, letter, storage, split) for letter in letters if is_cut)
-        cut.append(tokens * left)
+        cut.append(tokens * sum(sizes[letter].left for letter in letters))
     for found in moments_of(layout, stage, layout.micro_batches(config)):
         bytes_held = sum(times * size for times, size in zip(found.held, kept))
         if is_cut:
             bytes_held += sum(times * size for times, size in zip(found.cut, cut))
-        yield found.piece, found.is_forward, bytes_held + stream
+        yield found, bytes_held + stream
 
 
 def bucketed_bytes(held: StageShare, layout: Layout) -> float:

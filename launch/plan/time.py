@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
 from amfm.launch.plan.communication import (
     all_to_all_seconds,
@@ -25,6 +23,8 @@ from amfm.launch.plan.exchanges import reduction_exchanges
 from amfm.launch.plan.expert_time import add_moe, expert_exchange_seconds
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
+from amfm.launch.plan.measured import block_bytes
+from amfm.launch.plan.memory import cut_of
 from amfm.launch.plan.registered import is_registered, registered_block
 from amfm.launch.plan.roofline import Roofline, add_factored, add_feed_forward
 from amfm.model.config.pattern import block_kind
@@ -88,7 +88,8 @@ def block_seconds(
     elif letter == "*":
         _add_attention(line, model, tokens, tensor, config.train.sequence_length)
     elif is_registered(letter):
-        _add_registered(line, config, letter, tokens, tensor)
+        kept = block_bytes(model, letter, storage, cut_of(config, layout, letter, imbalance)).kept
+        _add_registered(line, config, letter, tokens, tensor, kept)
     elif letter == "E":
         add_moe(line, config, layout, storage, imbalance)
     else:
@@ -119,14 +120,13 @@ def _add_mamba(line: Roofline, model: ModelConfig, tokens: float, tensor: int) -
     line.mixing(tokens * scan, tokens * ((channels + inner) * e + states))
 
 
-def _add_registered(line: Roofline, config: RunConfig, letter: str, tokens: float, tensor: int) -> None:
+def _add_registered(line: Roofline, config: RunConfig, letter: str, tokens: float, tensor: int, kept: float) -> None:
     """Products with all matrices, the mixing itself, and what was kept read once more by the passes around it."""
-    block = registered_block(config.model, letter, torch.bfloat16, config.train.sequence_length)
+    block = registered_block(config.model, letter, config.train.sequence_length)
     for outputs, inputs in block.matrices:
         line.product(tokens, inputs, outputs / tensor)
-    moved = tokens * block.kept_bytes / tensor
-    line.mixing(tokens * block.sequence_flops / tensor, moved)
-    line.passes(2 * moved)
+    line.mixing(tokens * block.sequence_flops / tensor, tokens * kept)
+    line.passes(2 * tokens * kept)
 
 
 def _add_attention(line: Roofline, model: ModelConfig, tokens: float, tensor: int, sequence_length: int) -> None:

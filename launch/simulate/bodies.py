@@ -9,26 +9,23 @@ simulation would see another program than the card runs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
+
+from amfm.launch.plan.measured import find_body
 
 
 class BodyRunner:
     """Runs operations of the namespace `amfm` and collects in `mismatches` where fake function and body disagree."""
 
     def __init__(self) -> None:
-        self.bodies: dict[Any, Callable[..., Any] | None] = {}
         self.compared: Counter[str] = Counter()
         self.mismatches: dict[str, str] = {}
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any], mode: Any) -> Any:
         """Result of the body inside the dispatch mode; of the fake function where an operation has no Triton body."""
-        if func not in self.bodies:
-            self.bodies[func] = find_body(func)
-        body = self.bodies[func]
+        body = find_body(func)
         expected = func(*args, **kwargs)
         if body is None:
             return expected
@@ -44,12 +41,6 @@ class BodyRunner:
         for place, (said, found) in enumerate(pairs):
             if describe(said) != describe(found):
                 self.mismatches[f"{name}[{place}]"] = f"fake function {describe(said)}, body {describe(found)}"
-
-
-def find_body(func: Any) -> Callable[..., Any] | None:
-    """The Python function behind a custom operation made of Triton kernels, None for any other operation."""
-    definition = OPDEFS.get(f"{func.namespace}::{func._opname}")
-    return definition._init_fn if definition is not None and "triton" in func._opname else None
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:

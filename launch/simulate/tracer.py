@@ -22,7 +22,7 @@ from torch.distributed._tools.fake_collectives import CollectiveOp
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amfm.launch.plan.registered import lacks_fake
+from amfm.launch.plan.measured import lacks_fake
 from amfm.launch.simulate.bodies import BodyRunner
 from amfm.launch.simulate.collectives import fill_received
 from amfm.launch.simulate.count_collectives import CommunicationCounter

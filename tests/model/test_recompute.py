@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from amfm.launch.plan.activations import Storage, block_bytes, recomputed_bytes
+from amfm.launch.plan.activations import Storage, recomputed_bytes
+from amfm.launch.plan.measured import block_bytes
 from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta

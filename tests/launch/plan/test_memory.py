@@ -4,22 +4,22 @@ from dataclasses import replace
 
 import pytest
 
-from amfm.launch.plan.activations import Split, block_bytes, head_bytes, weight_gradient_bytes
+from amfm.launch.plan.activations import head_bytes
 from amfm.launch.plan.exchanges import expected_ranks
 from amfm.launch.plan.in_flight import moments_of
 from amfm.launch.plan.layout import Layout, held_by_stages
+from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.memory import (
     bucket_sizes,
     bucketed_bytes,
     building_bytes,
     busiest_pass,
+    cut_of,
     estimate_memory,
     persistent_bytes,
     product_bytes,
     reduction_bytes,
     resting_bytes,
-    slots_to_choices,
-    split_of,
     storage_of,
     waiting_gradients,
 )
@@ -100,18 +100,6 @@ def test_a_single_rank_gathers_no_weights_under_zero_3():
     assert two.parts["gathered weights"] == pytest.approx(2 * total)  # fullest at the head: all have arrived
 
 
-def test_what_tensor_ranks_do_not_cut_stays_whole():
-    # One group of B and C for two ranks: their channels are on both, and a norm of y that lies on both keeps more.
-    config = preset("ladder_20m")
-    storage = storage_of(config)
-    whole, half = (block_bytes(config.model, "M", storage, Split(tensor=size)) for size in (1, 2))
-    stream = 256 * 2 * 2 + 4
-    assert (half.kept - stream) > 0.5 * (whole.kept - stream) + 2 * 64 * storage.element_bytes
-    wide = config.model.model_copy(update={"mamba": config.model.mamba.model_copy(update={"num_groups": 2})})
-    whole, half = (block_bytes(wide, "M", storage, Split(tensor=size)) for size in (1, 2))
-    assert half.kept - stream == pytest.approx(0.5 * (whole.kept - stream))
-
-
 def test_pipelines_hold_what_their_schedule_has_in_flight():
     plain, interleaved = (
         Layout(4, 1, 1, pipeline=4),
@@ -132,52 +120,13 @@ def test_pipelines_hold_what_their_schedule_has_in_flight():
     assert (4, 1) in {found.held for found in moments_of(interleaved, 3, 8) if found.is_forward and found.piece == 1}
 
 
-def test_passes_that_are_cut_keep_rows_as_they_came_and_the_gradients_of_results_that_went_back():
-    model = preset("nemotron3_nano_30b").model
-    storage = storage_of(preset("nemotron3_nano_30b"))
-    alone, slots, by_rank, uneven = (
-        weight_gradient_bytes(model, "E", storage, split)
-        for split in (
-            Split(),
-            Split(is_spread=True),
-            Split(is_spread=True, sent=4.5),
-            Split(is_spread=True, sent=4.5, rows=1.5),
-        )
-    )
-    top_k, row = model.moe.top_k, model.hidden_size * storage.element_bytes
-    # Instead of the tokens and their results' gradients: both for each choice, or for each row with its choices' places.
-    assert slots - alone == pytest.approx(2 * (top_k - 1) * row)
-    assert by_rank - alone == pytest.approx(2 * (4.5 - 1) * row + 4.5 * top_k * 4)
-    inside = top_k * 2 * model.moe.expert_hidden_size * storage.element_bytes
-    assert uneven - by_rank == pytest.approx(0.5 * (4.5 * (2 * row + top_k * 4) + inside))
-
-
-def test_ranks_that_share_inner_widths_have_the_rows_of_all():
-    config = preset("nemotron3_nano_30b")
-    model, storage = config.model, storage_of(config)
-    row, top_k = model.hidden_size * storage.element_bytes, model.moe.top_k
-    details = top_k * (8 + 12)  # weights and ids in float32, three lists of int32 that sort them
-    for sent, kept, cut, working in (
-        (0.0, top_k / 2 * row, top_k * row, top_k * row),
-        (3.0, 1.5 * (row + details), 1.5 * (2 * row + top_k * 4), top_k / 2 * row + 1.5 * (2 * row + top_k * 4)),
-    ):
-        alone, shared = (Split(tensor=2, tokens=2, is_spread=True, sent=sent, beside=ranks) for ranks in (1, 2))
-        one, other = (block_bytes(model, "E", storage, split) for split in (alone, shared))
-        assert other.kept - one.kept == pytest.approx(kept)
-        assert other.working - one.working == pytest.approx(working)
-        left = [weight_gradient_bytes(model, "E", storage, split) for split in (alone, shared)]
-        assert left[1] - left[0] == pytest.approx(cut)
-
-
-def test_rows_by_rank_keep_nothing_at_home_and_less_where_ranks_hold_several_choices():
+def test_a_block_is_cut_by_what_concerns_it():
     config = preset("nemotron3_super_120b", ranks=512)
     moe, layout = config.model.moe, Layout.of(config, 512)
-    split = split_of(config, layout, 1.0)
-    assert split.sent == expected_ranks(moe, 8) < 8 < moe.top_k
-    slots = replace(split, sent=0.0)
-    kept = [block_bytes(config.model, "E", storage_of(config), found).kept for found in (split, slots)]
-    row = moe.latent_size * 2
-    assert kept[1] - kept[0] == pytest.approx(2 * moe.top_k * row - split.sent * (row + 20 * moe.top_k))
+    experts, scan = (cut_of(config, layout, letter, 1.2) for letter in "EM")
+    assert experts.sent == expected_ranks(moe, 8) < 8 < moe.top_k
+    assert (experts.rows, experts.expert, experts.context) == (1.2, 8, 1)
+    assert (scan.sent, scan.expert, scan.context) == (0.0, 1, layout.context)
     turbos = preset(
         "turbos_560b",
         "model.moe.capacity_factor=1.0",
@@ -185,43 +134,16 @@ def test_rows_by_rank_keep_nothing_at_home_and_less_where_ranks_hold_several_cho
         "parallel.context=1",
         "parallel.sequence_parallel=false",
     )
-    assert split_of(turbos, Layout.of(turbos, 256), 1.0).sent == 0.0  # in slots
+    assert cut_of(turbos, Layout.of(turbos, 256), "E", 1.2).sent == 0.0  # in slots
 
 
-def test_rows_over_context_ranks_keep_the_joined_input_of_the_convolution_and_states_before_the_carry():
-    config = preset("nemotron3_ultra_550b")
-    model, storage = config.model, storage_of(config)
-    mamba, e = model.mamba, storage.element_bytes
-
-    def segmented(keep_states):
-        sized = model.model_copy(update={"mamba": mamba.model_copy(update={"keep_states": keep_states})})
-        return block_bytes(sized, "M", storage, Split(is_in_segments=True)).kept
-
-    inner = mamba.inner_size()
-    states = inner * mamba.state_size / min(mamba.chunk_size, 128) * e
-    assert segmented(True) - segmented(False) == pytest.approx(2 * states)
-    channels = inner + 2 * mamba.num_groups * mamba.state_size
-    whole = (inner + channels + mamba.num_heads) * e + 2 * channels * e + 2 * inner * e
-    numbers = (3 * mamba.num_heads + mamba.num_groups) * 4
-    stream = model.hidden_size * ((4 if model.residual_in_fp32 else e) + e) + 4
-    assert segmented(False) == pytest.approx(whole + numbers + stream)
-
-
-def test_of_cut_tokens_a_rank_keeps_its_own_where_experts_are_spread_and_all_where_they_are_not():
-    config = preset("nemotron3_nano_30b")
-    model, storage = config.model, storage_of(config)
-
-    def saved(is_spread):
-        whole, cut = (
-            block_bytes(model, "E", storage, Split(tensor=2, stream=ranks, tokens=2, is_spread=is_spread)).kept
-            for ranks in (1, 2)
-        )
-        return whole - cut
-
-    stream = 4 if model.residual_in_fp32 else storage.element_bytes
-    summed, normed = model.hidden_size * stream + 4, model.hidden_size * storage.element_bytes
-    assert saved(False) == pytest.approx(summed / 2)
-    assert saved(True) == pytest.approx((summed + normed) / 2)
+def test_gradients_lie_there_once_their_piece_has_been_passed():
+    interleaved = Layout(16, 1, 1, pipeline=4, virtual_stages=2, schedule="interleaved")
+    # As many micro-batches as stages: all forward passes of the first stage come before the first backward pass.
+    few, many = (moments_of(interleaved, 0, number) for number in (4, 16))
+    assert not any(any(found.passed) for found in few if found.is_forward)
+    assert {found.passed for found in few} == {(False, False), (False, True), (True, True)}
+    assert any(all(found.passed) for found in many if found.is_forward)
 
 
 def test_at_the_second_slice_of_logits_both_products_lie_beside_their_float32_sum():
@@ -236,12 +158,12 @@ def test_a_pass_that_is_cut_leaves_what_the_gradients_of_weights_are_made_of():
     config = preset("nemotron3_nano_30b", ranks=64)
     layout, storage = Layout.of(config, 64), storage_of(config)
     first, last = held_by_stages(config.model, layout, config.train.sequence_length)
-    split = split_of(config, layout, 1.0)
 
     def planned(held, schedule):
         return busiest_pass(config, replace(layout, schedule=schedule), storage, held, 1.0)["activations"]
 
-    left = sum(weight_gradient_bytes(config.model, letter, storage, split) for letter in last.letters)
+    cut = {letter: cut_of(config, replace(layout, schedule="zero_bubble"), letter, 1.0) for letter in set(last.letters)}
+    left = sum(block_bytes(config.model, letter, storage, cut[letter]).left for letter in last.letters)
     # The last stage has a micro-batch under way, and the factors of another, whose weights it put off.
     more = planned(last, "zero_bubble") - planned(last, "1f1b")
     assert more == pytest.approx(layout.tokens(config) * left, rel=0.01)
@@ -324,20 +246,6 @@ def test_building_needs_the_whole_model_in_float32_before_it_is_spread():
     # ZeRO 1: the bf16 weights, DeepSpeed's joined copy of them, and this rank's masters.
     alone = building_bytes(held, Layout(1, 1, 1, tensor=8), storage_of(config))
     assert sum(alone.values()) == 8 * held.parameters
-
-
-def test_slots_of_a_capacity_are_kept_filled_or_not():
-    config = preset("ladder_8b_a1b", "train.global_batch_size=512", "model.moe.capacity_factor=1.5")
-    layout = Layout(64, 1, 1, expert=8)
-    assert slots_to_choices(config, layout) == pytest.approx(1.5, rel=0.01)
-    # With tensor ranks most slots would be empty, and rows are counted.
-    assert slots_to_choices(config, replace(layout, tensor=2, sequence_parallel=True)) == 1.0
-    assert slots_to_choices(preset("ladder_8b_a1b"), layout) == 1.0
-    limited, counted = (
-        estimate_memory(run, layout, storage_of(run), margin=0.0).parts["activations"]
-        for run in (config, preset("ladder_8b_a1b", "train.global_batch_size=512"))
-    )
-    assert limited > counted
 
 
 def test_bf16_states_take_half_and_their_steps_more_time():

@@ -1,0 +1,319 @@
+"""Activation memory of a block, found by building one and passing it forward and backward without storage.
+
+How it works: a real `Block`, one rank's part of what tensor, expert and context ranks share, runs on the meta device. Its
+groups have the sizes of the layout, and every collective in them is over at once (`StandInGroup`). The bodies of Triton
+operations run too, whose launches do nothing, so that what they allocate inside is seen. A dispatch mode logs each storage
+that is made or let go: what lives after forward is what the block keeps, and the most that lives during backward is that and
+its working space. Gradients of weights are left out, since they are counted with the weights.
+
+Why measured: a formula for each kind of block repeats what its code says and goes stale with it, and a plugin says nothing
+of what it keeps. The one number that a block reads on the host, how many rows go to which experts, is answered as an even
+router would have it. Bytes are in proportion to tokens, so a search over thousands of layouts asks for some hundred blocks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed
+import triton
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import UnsupportedOperatorException
+from torch.autograd.graph import get_gradient_edge
+from torch.nn.attention import SDPBackend
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from amfm.kernels.common.split_backward import Later, split_backward
+from amfm.launch.plan.activations import BlockBytes, Storage
+from amfm.model.block import Block
+from amfm.model.config.schema import ModelConfig
+from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import AXES, ProcessGroupCollection, SingleRankGroup
+
+# Tokens of a rank's row whose pass is counted: chunks, windows and segments of the usual sizes, and not the width of a weight.
+COUNTED_TOKENS = 4608
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What of a layout decides how large a block is on a rank: the ranks that share it, and what its experts get.
+
+    `in_slots`: whether rows to experts lie in slots of a capacity. Else `sent` rows of a token travel, once to each rank of
+    its experts, and the fullest rank gets `rows` times the mean. `in_halves`: of a micro-batch. `is_split`: whether weight
+    gradients are left for later.
+    """
+
+    tensor: int = 1
+    is_sequence_parallel: bool = False
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    in_halves: bool = False
+    in_slots: bool = False
+    sent: float = 0.0
+    rows: float = 1.0
+    is_split: bool = False
+
+    def groups(self) -> ProcessGroupCollection:
+        """The groups of the first rank, each of its axis' size."""
+        inside = self.expert_tensor if self.expert > 1 else self.tensor
+        sizes = {"tp": self.tensor, "cp": self.context, "ep": self.expert, "expt_tp": inside}
+        groups = ProcessGroupCollection(**{axis: StandInGroup(sizes.get(axis, 1)) for axis in AXES})
+        groups.sequence_parallel, groups.overlap_experts = self.is_sequence_parallel, self.in_halves
+        return groups
+
+
+@lru_cache(maxsize=4096)
+def block_bytes(config: ModelConfig, letter: str, storage: Storage, cut: Cut = Cut()) -> BlockBytes:
+    """Bytes a token of the micro-batch that one block keeps and works with, its norm and its residual stream included.
+
+    `letter` is the block's symbol in `model.pattern`. Cached: a search asks for the same blocks again and again. Raises
+    ValueError for a mixer with an operation that has no fake function.
+    """
+    dtype = torch.float32 if storage.element_bytes == 4 else torch.bfloat16
+    # A run whose chunks or states Triton's kernels do not take has to ask for PyTorch's.
+    backend = storage.backend if takes_kernels(config, letter) else "torch"
+    try:
+        return _measure(config, letter, dtype, backend, cut)
+    except RuntimeError as error:
+        if not lacks_fake(error):
+            raise
+        raise ValueError(
+            f"model.pattern has the mixer {letter}, which cannot be planned: {error}; its operations need fake functions "
+            "(`register_fake`), as those of kernels/ have"
+        ) from error
+
+
+def _measure(config: ModelConfig, letter: str, dtype: torch.dtype, backend: str, cut: Cut) -> BlockBytes:
+    """Build one block on the meta device, pass it forward and backward, and count its storages."""
+    meta = pack_meta(cut.context, has_documents=backend == "triton").map_tensors(lambda tensor: tensor.to("meta"))
+    if config.moe is not None and not cut.in_slots:  # a limit moves choices, and no bytes to speak of
+        config = config.model_copy(update={"moe": config.moe.model_copy(update={"capacity_factor": None})})
+    own = COUNTED_TOKENS // (cut.tensor if cut.is_sequence_parallel else 1)
+    later: Later = []
+    with ExitStack() as stack:
+        stack.enter_context(without_device())
+        stack.enter_context(torch.device("meta"))
+        stack.enter_context(default_dtype(dtype))
+        block = Block(config.built_letters.index(letter), config, cut.groups(), backend)
+        # Whether a mixer rotates its heads stands in a buffer.
+        block.mixer.reset_buffers()
+        stream = torch.float32 if config.residual_in_fp32 else dtype
+        residual_BTD = torch.empty(1, own, config.hidden_size, dtype=stream, requires_grad=True)
+        delta_BTD = torch.empty(1, own, config.hidden_size, requires_grad=True)
+        if cut.is_split:
+            stack.enter_context(split_backward(later))
+        live = stack.enter_context(LiveBytes([weight.shape for weight in block.parameters() if weight.dim() == 3]))
+        stack.enter_context(HostAnswers(config.moe.top_k if config.moe is not None else 0, cut))
+        for parameter in block.parameters():
+            parameter.register_hook(live.leave_out)
+            parameter.register_post_accumulate_grad_hook(_forget_gradient)
+        total_BTD, mixed = block(residual_BTD, delta_BTD, meta)
+        outputs = [total_BTD, mixed.y_BTD, *(mixed.auxiliary or {}).values()]
+        edges, likes = [get_gradient_edge(each) for each in outputs], [(each.shape, each.dtype) for each in outputs]
+        del total_BTD, mixed, outputs
+        kept, _ = live.held()
+        begin = len(live.log)
+        torch.autograd.backward(edges, [torch.empty(shape, dtype=kind) for shape, kind in likes])
+        residual_BTD.grad = delta_BTD.grad = None
+        del edges
+        left, most = live.held(begin)
+    return BlockBytes(*(size / COUNTED_TOKENS for size in (kept, most - kept, left)))
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def pack_meta(context: int, *, has_documents: bool) -> PackMeta:
+    """The layout of a row of COUNTED_TOKENS on each of so many context ranks, of the first of them."""
+    documents = 2 if has_documents else 1  # PyTorch's kernels read on the host where documents begin
+    tokens = COUNTED_TOKENS * context
+    meta = PackMeta.from_document_ids((torch.arange(tokens) * documents // tokens)[None])
+    return meta.find_bounds() if context == 1 else meta.cut(0, context)
+
+
+def lacks_fake(error: RuntimeError) -> bool:
+    """Whether an error is of an operation without a fake function; torch says it in three ways."""
+    known = isinstance(error, (UnsupportedOperatorException, NotImplementedError))
+    return known or "no fake impl registered" in str(error)
+
+
+def takes_kernels(config: ModelConfig, letter: str) -> bool:
+    """Whether Triton's kernels take the chunks and states of a mixer, and of one that it wraps."""
+    options = config.block_options(letter)
+    inside = options.wraps()
+    wrapped = None if inside is None else getattr(config.mixers, inside)
+    scans = [each.scan() for each in (options, wrapped) if each is not None]
+    return all(scan[0].takes_chunk(scan[1]) and scan[0].takes_state(*scan[2]) for scan in scans if scan is not None)
+
+
+class StandInGroup(SingleRankGroup):
+    """The first rank's process group of any size; a collective is over at once, its result as it was allocated."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        """Ranks in the group."""
+        return self._size
+
+    def wait(self) -> bool:
+        """Wait for a collective, which its caller takes this group for."""
+        return True
+
+    def __getattr__(self, name: str) -> Callable[..., StandInGroup]:
+        # Releases of torch call a group's collectives by different names.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_, **__: self
+
+
+@contextmanager
+def without_device() -> Iterator[None]:
+    """Let blocks run without card and ranks: launches do nothing, and Megatron-core's layers believe their groups."""
+    replaced: list[tuple[Any, str, Any]] = [
+        (triton.runtime.jit.JITFunction, "__getitem__", lambda *_: lambda *_, **__: None),
+        (torch.distributed, "is_initialized", lambda: True),
+        (torch.cuda, "current_device", lambda: torch.device("meta")),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in replaced]
+    try:
+        for owner, name, value in replaced:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(replaced, before):
+            setattr(owner, name, value)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make new parameters in this dtype inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class HostAnswers(TorchFunctionMode):
+    """Answers what the host asks of values that meta tensors do not have, and what PyTorch asks of their device."""
+
+    def __init__(self, top_k: int, cut: Cut) -> None:
+        super().__init__()
+        self.cut, tokens = cut, COUNTED_TOKENS // cut.tensor
+        self.sent, self.choices = tokens * cut.sent, tokens * top_k
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        """Call the function, or give what it would on a device."""
+        if func is Tensor.tolist:
+            return self._routed(args[0].shape)
+        if func is scaled_dot_product_attention:  # which PyTorch chooses by device
+            return _attend_as_cpu(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
+
+    def _routed(self, shape: torch.Size) -> list[Any]:
+        """Rows and choices by rank, of this rank and of those that send to it (model/moe/by_rank.py), or ends of experts."""
+        if len(shape) == 1:
+            rows = round(self.choices * self.cut.rows)
+            return list(accumulate(rows // shape[0] + (number < rows % shape[0]) for number in range(shape[0])))
+        sides, parts, ranks, _ = shape
+        means = self.sent / parts / ranks, self.choices / parts / ranks
+        sent, come = ([[[round(mean * factor) for mean in means]] * ranks] * parts for factor in (1.0, self.cut.rows))
+        return [sent, *[come] * (sides - 1)]
+
+
+def _attend_as_cpu(
+    *given: Tensor, attn_mask: Tensor | None = None, enable_gqa: bool = False, **settings: Any
+) -> Tensor:
+    """PyTorch's attention of meta tensors in the implementation that it takes for such tensors of a CPU."""
+    real = [torch.empty(each.shape, dtype=each.dtype, device="cpu") for each in given]
+    mask = None if attn_mask is None else torch.empty(attn_mask.shape, dtype=attn_mask.dtype, device="cpu")
+    choose: Any = torch._fused_sdp_choice
+    choice = choose(*real, attn_mask=mask, enable_gqa=enable_gqa, **settings)
+    if attn_mask is not None:  # which becomes addends
+        attn_mask = attn_mask.to(given[0].dtype)
+    if choice == SDPBackend.FLASH_ATTENTION.value:
+        ops = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return ops(*given, attn_mask=attn_mask, **settings)[0]
+    ops = torch.ops.aten._scaled_dot_product_attention_math
+    return ops(*given, attn_mask=attn_mask, enable_gqa=enable_gqa, **settings)[0]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside its block, logs the storages that are made and let go, in order.
+
+    `stacked`: shapes of weights that a pass may read more than once, of which all that is made is left out.
+    """
+
+    def __init__(self, stacked: Sequence[torch.Size]) -> None:
+        super().__init__()
+        self.stacked = frozenset(stacked)
+        self.log: list[tuple[int, int]] = []  # number of a storage, and its bytes, negative when it goes
+        self.numbers: dict[int, int] = {}
+        self.left_out: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, or the body of one of Triton kernels, and note what it gives that is no view."""
+        body, kwargs = find_body(func), kwargs or {}
+        if body is None:
+            out = func(*args, **kwargs)
+        else:
+            with self:
+                out = body(*args, **kwargs)
+        given = {id_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and id_of(tensor) not in given and id_of(tensor) not in self.numbers:
+                self._note(tensor)
+        return out
+
+    def leave_out(self, tensor: Tensor | None) -> None:
+        """Count the storage of a weight's gradient in no sum."""
+        if tensor is not None and id_of(tensor) in self.numbers:
+            self.left_out.add(self.numbers[id_of(tensor)])
+
+    def held(self, begin: int = 0) -> tuple[int, int]:
+        """Bytes that live now, and the most that lived at once since entry `begin` of the log."""
+        sizes = [0 if number in self.left_out else size for number, size in self.log]
+        held = list(accumulate(sizes))
+        return held[-1], max(held[begin:], default=0)
+
+    def _note(self, tensor: Tensor) -> None:
+        storage, number = tensor.untyped_storage(), len(self.log)
+        self.numbers[id_of(tensor)] = number
+        self.log.append((number, storage.nbytes()))
+        if tensor.shape in self.stacked:
+            self.left_out.add(number)
+        weakref.finalize(storage, self._let_go, id_of(tensor), number, storage.nbytes())
+
+    def _let_go(self, key: int, number: int, size: int) -> None:
+        if self.numbers.get(key) == number:
+            del self.numbers[key]
+        self.log.append((number, -size))
+
+
+@lru_cache(maxsize=1024)
+def find_body(func: Any) -> Callable[..., Any] | None:
+    """The Python function behind a custom operation made of Triton kernels, None for any other operation."""
+    definition = OPDEFS.get(f"{func.namespace}::{func._opname}") if func.namespace == "amfm" else None
+    return definition._init_fn if definition is not None and "triton" in func._opname else None
+
+
+def id_of(tensor: Tensor) -> int:
+    """Identity of a tensor's storage, the same for all views of it."""
+    return tensor.untyped_storage()._cdata
