@@ -104,11 +104,10 @@ def test_standard_error_that_takes_nothing_changes_no_exit_code(base):
     reader, closed = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "amfm.launch", "config", str(base)]
-    for words, code in ([], 0), (["train.stepz=1"], 2):
-        with open("/dev/full", "wb") as full:
-            for errors in (full.fileno(), closed):
-                done = subprocess.run([*command, *words], stdout=subprocess.PIPE, stderr=errors, check=False)
-                assert done.returncode == code and bool(done.stdout) == (code == 0)
+    with open("/dev/full", "wb") as full:
+        for words, code, errors in ([], 0, closed), (["train.stepz=1"], 2, full.fileno()):
+            done = subprocess.run([*command, *words], stdout=subprocess.PIPE, stderr=errors, check=False)
+            assert done.returncode == code and bool(done.stdout) == (code == 0)
     os.close(closed)
 
 

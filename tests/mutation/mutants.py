@@ -70,6 +70,8 @@ def _places(tree: ast.AST) -> Iterator[ast.expr | ast.stmt]:
         skipped.append(tree.returns)
     if isinstance(tree, ast.AnnAssign | ast.arg):
         skipped.append(tree.annotation)
+    if isinstance(tree, ast.keyword) and tree.arg == "strict":
+        return  # of zip: an assertion
     if isinstance(tree, ast.Assert):
         skipped.append(tree.msg)
     if isinstance(tree, ast.If) and ast.unparse(tree.test) == "TYPE_CHECKING":

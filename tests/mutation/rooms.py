@@ -65,7 +65,7 @@ ROOMS: dict[str, Room] = {
     ),
     "dispatch": Room(
         ("model/moe/dispatch.py", "model/moe/by_rank.py", "model/moe/by_slot.py", "model/moe/transfer.py"),
-        ("tests/model/moe/test_dispatch.py",), ("tests/model/moe", "tests/parallel/test_layouts.py"),
+        ("tests/model/moe/test_dispatch.py",), ("tests/model/moe", "tests/launch/simulate/test_trace.py"),
     ),
     "corruption": Room(
         ("pretrain/monitor/corruption.py",), ("tests/pretrain/monitor/test_corruption.py",),

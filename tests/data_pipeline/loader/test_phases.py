@@ -1,6 +1,7 @@
 """Phases of a run: weights and row lengths that change at a sample."""
 
 import json
+from operator import truediv
 
 import numpy as np
 import pytest
@@ -68,6 +69,20 @@ def test_a_new_row_length_begins_a_complete_epoch_and_says_what_it_repeats(confi
             share = drawn[line.source] / loader.reader.rows_per_epoch(line.source)
             assert line.epochs == pytest.approx(share + line.samples / rows[line.source])
     assert load(config).describe_repeats(24) == []
+
+
+def test_epochs_of_three_row_lengths_add_up_by_hand(config):
+    changes = tuple(PhaseConfig(start_sample=start, sequence_length=length) for start, length in ((24, 80), (48, 16)))
+    reader = load(config.model_copy(update={"phases": changes})).reader
+    stretches = reader.stretches("source0")
+    starts = [stretch.first_draw for stretch in stretches]
+    assert [stretch.sequence_length for stretch in stretches] == [LENGTH, 80, 16] and 0 == starts[0] < starts[
+        1
+    ] < starts[2]
+    rows = [reader.rows_per_epoch("source0", length) for length in (LENGTH, 80, 16)]
+    for draws in (0, starts[1] - 1, starts[1], starts[1] + 2, starts[2], starts[2] + 30):
+        spent = [min(draws, starts[1]), max(0, min(draws, starts[2]) - starts[1]), max(0, draws - starts[2])]
+        assert reader.epochs_after("source0", draws) == pytest.approx(sum(map(truediv, spent, rows)))
 
 
 def test_sources_of_more_than_one_epoch_are_named_before_the_run(config):

@@ -29,17 +29,22 @@ CASES = [
     # Tokens whose steps lie in two chunks, and a chunk in which no token ends.
     DeltaCase(B=1, T=1, N=3, G=1, H=2, chunk=16, transfer=True),
     DeltaCase(B=1, T=2, N=19, G=1, H=1, chunk=16, initial=True),
-    DeltaCase(B=2, T=13, N=3, G=1, H=2, K=20, chunk=32, lengths=(1, 2, 10), initial=True),
+    pytest.param(
+        DeltaCase(B=2, T=13, N=3, G=1, H=2, K=20, chunk=32, lengths=(1, 2, 10), initial=True), marks=pytest.mark.slow
+    ),
     DeltaCase(B=1, T=33, G=1, H=2, K=16, V=16, chunk=16, lengths=(3, 23, 7), initial=True),
     DeltaCase(B=1, T=63, G=1, H=1, chunk=64, lengths=(1, 1, 61), transfer=True),
     DeltaCase(B=1, T=50, N=2, G=1, H=2, chunk=64, gated=False, lengths=(20, 30), transfer=True, initial=True),
-    DeltaCase(B=1, T=129, G=1, H=1, K=72, V=40, chunk=128, gated=False),
+    pytest.param(DeltaCase(B=1, T=129, G=1, H=1, K=72, V=40, chunk=128, gated=False), marks=pytest.mark.slow),
     DeltaCase(B=1, T=100, G=2, H=2, chunk=64, lengths=(64, 35, 1), initial=True),
     # More columns of K and of V than a program takes at once.
     DeltaCase(B=1, T=17, G=1, H=1, K=130, V=136, chunk=32, initial=True),
     DeltaCase(B=1, T=1, G=1, H=1, chunk=16, channels=True, initial=True),
     DeltaCase(B=1, T=63, G=1, H=1, chunk=64, channels=True, lengths=(1, 1, 61), transfer=True),
-    DeltaCase(B=2, T=20, G=2, H=2, chunk=16, channels=True, lengths=(3, 10, 7), initial=True),
+    pytest.param(
+        DeltaCase(B=2, T=20, G=2, H=2, chunk=16, channels=True, lengths=(3, 10, 7), initial=True),
+        marks=pytest.mark.slow,
+    ),
     # Keys and values over more than one block, neither a power of two.
     DeltaCase(B=1, T=40, G=1, H=1, K=40, V=72, chunk=32, channels=True, initial=True),
 ]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from amfm.launch.plan.activations import head_bytes
-from amfm.launch.plan.exchanges import expected_ranks
+from amfm.launch.plan.exchanges import BUCKET_ELEMENTS, expected_ranks
 from amfm.launch.plan.in_flight import moments_of
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.launch.plan.measured import block_bytes
@@ -54,6 +54,32 @@ def test_activations_grow_with_rows_and_one_micro_batch_needs_no_float32_sums():
     single = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 8})})
     alone = estimate_memory(single, Layout(8, 2, 1), storage_of(single), margin=0.0)
     assert alone.total() < one.total()
+    total = count_parameters(config.model).total
+    # Under ZeRO 0 sums of float32 lie beside gradients of bf16; one micro-batch has no sums.
+    (held,) = held_by_stages(config.model, Layout(8, 0, 1), config.train.sequence_length)
+    peaks = [
+        busiest_pass(given, Layout(8, 0, 1), storage_of(given), held, 1.0)["gradients"] for given in (config, single)
+    ]
+    assert peaks[0] == 6 * total and peaks[1] <= 2 * total
+
+
+def test_what_is_not_said_is_the_kernels_of_the_device_and_an_even_load():
+    config = preset("ladder_1b_a300m")
+
+    def backend(given, on_gpu, precision="bf16"):
+        kernels = config.kernels.model_copy(update={"backend": given})
+        train = config.train.model_copy(update={"precision": precision})
+        return storage_of(config.model_copy(update={"kernels": kernels, "train": train}), on_gpu=on_gpu).backend
+
+    assert [backend("auto", True), backend("auto", False), backend("auto", True, "float32")] == [
+        "triton",
+        "torch",
+        "torch",
+    ]
+    assert [backend("torch", True), backend("triton", False)] == ["torch", "triton"]
+    layout, storage = Layout(8, 1, 1, expert=8), storage_of(config)
+    even, full = (estimate_memory(config, layout, storage, margin=0.0, imbalance=load).total() for load in (1.0, 2.0))
+    assert estimate_memory(config, layout, storage, margin=0.0).total() == even < full
 
 
 def test_recomputed_blocks_keep_their_input_alone():
@@ -211,6 +237,8 @@ def test_a_share_and_two_buckets_of_gradients_lie_there_under_zero_2():
     assert bucketed_bytes(alone, layout) == resting_bytes(alone, layout) == pytest.approx(4.5 * alone.parameters)
     dense, spread = bucket_sizes(held, replace(layout, expert=4))
     assert sum(dense) + sum(spread) == pytest.approx(held.parameters)
+    exact = replace(held, parts=((BUCKET_ELEMENTS - 4.0, 0.0), (4.0, 0.0), (3.0, 0.0)))
+    assert bucket_sizes(exact, layout) == [[BUCKET_ELEMENTS, 3.0]], "a bucket that is full is closed"
 
 
 def test_an_axis_takes_its_part_of_memory_and_adds_its_exchange():
