@@ -22,7 +22,7 @@ from amfm.kernels.cases.problem import (
 )
 from amfm.kernels.cases.trial import Sized, Trial
 from amfm.kernels.linear.op import linear
-from amfm.kernels.moe.capacity import ROUNDS
+from amfm.kernels.moe.capacity import ROUNDS, expert_capacity, recycle_overflow
 from amfm.kernels.moe.op import expert_feed_forward, feed_forward_bytes, feed_forward_flops, grouped_feed_forward, route
 from amfm.kernels.moe.rows.op import (
     add_choices,
@@ -303,12 +303,26 @@ def trials() -> Iterator[Sized]:
 
         return Trial(leaves, run)
 
+    def recycled(inputs: Inputs, tokens: int, experts: int, top_k: int) -> Trial:
+        """Draws of seats, by numbers that depend on who got one: two thirds of the choices are of a third of the experts."""
+        chances = torch.linspace(1, 0.05, experts, device=inputs.device).square().expand(tokens, -1)
+        ids, seed = torch.multinomial(chances, top_k), torch.tensor(7)
+        capacity = expert_capacity(tokens, top_k, experts, 1.25)
+
+        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+            kept = recycle_overflow(ids, experts, capacity, seed, backend=backend)
+            return {"y": given["x"] * (kept + 1)}
+
+        return Trial({"x": inputs.normal(tokens, top_k, dtype=torch.float32)}, run, exact="torch")
+
     small = partial(trial, tokens=70, model=64, experts=6, width=48, top_k=2)
     yield Sized("SwiGLU, empty experts", "first", partial(small, chosen=4))
     yield Sized("squared ReLU", "first", partial(small, activation="squared_relu"))
     yield Sized("rows of several ranks", "first", partial(sent, tokens=70, model=64, experts=6, width=48))
+    yield Sized("recycled choices", "first", partial(recycled, tokens=90, experts=12, top_k=2))
     yield Sized("rows in slots", "small", partial(sent, tokens=40, model=50, experts=4, width=37, slots=40))
     yield Sized("one expert", "small", partial(trial, tokens=7, model=50, experts=1, width=37, top_k=1))
+    yield Sized("4096 recycled choices of 128 experts", "long", partial(recycled, tokens=4096, experts=128, top_k=1))
     long = partial(trial, tokens=8205, model=1024, top_k=8, exact="torch")
     yield Sized("128 experts, 28 of them empty", "long", partial(long, experts=128, width=512, chosen=100))
     yield Sized("8 experts, squared ReLU", "long", partial(long, experts=8, width=1536, activation="squared_relu"))

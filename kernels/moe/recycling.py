@@ -21,7 +21,7 @@ from amfm.kernels.moe.counting_sort import ROWS, sort_tile
 from amfm.kernels.runtime.backend import INTERPRETED
 
 # Seats that a program puts in order, and those that it compares them with at a time.
-SEAT_TILE = {"OWN": 8, "SEATS": 16} if INTERPRETED else {"OWN": 64, "SEATS": 64}
+SEAT_TILE = {"OWN": 16, "SEATS": 64} if INTERPRETED else {"OWN": 64, "SEATS": 64}
 # Waiting choices, or free seats, that the drawing program takes at a time.
 DRAW_TILE = {"BLOCK": 32} if INTERPRETED else {"BLOCK": 2048, "num_warps": 16}
 
