@@ -40,6 +40,17 @@ def test_rows_of_one_document_can_start_anywhere():
     assert not PackMeta.one_document_a_row(1, 1).first_continues
 
 
+def test_what_is_changed_is_every_tensor_that_there_is():
+    for meta in (PackMeta.one_document_a_row(2, 3), PackMeta.from_document_ids(torch.tensor([[0, 0, 1], [2, 3, 3]]))):
+        moved = meta.map_tensors(lambda tensor: tensor.to("meta"))
+        for name, value in vars(meta).items():
+            if isinstance(value, torch.Tensor):
+                assert getattr(moved, name).is_meta and getattr(moved, name).shape == value.shape
+            elif name not in ("document_ends", "segments"):
+                assert getattr(moved, name) == value
+        assert (meta.document_ends is None) == (moved.document_ends is None)
+
+
 def test_given_positions_are_kept():
     ids_BT = torch.zeros(1, 3, dtype=torch.int32)
     assert PackMeta.from_document_ids(ids_BT, torch.tensor([[5, 6, 7]])).positions_BT.tolist() == [[5, 6, 7]]

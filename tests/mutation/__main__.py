@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +64,19 @@ def draw(room: str, count: int, seed: int, folder: Path) -> list[tuple[str, Muta
     return [(source, mutant) for _, source, mutant in found if any(mutant is other for *_, other in chosen)]
 
 
-def try_room(room: str, mutants: list[tuple[str, Mutant]], known: dict[str, Any], shop: Workshop) -> Iterator[Result]:
-    """Verdicts of a room's mutants, each a line of `known` by its key; sound tests must pass first."""
+def try_room(
+    room: str, mutants: list[tuple[str, Mutant]], known: dict[str, Any], shop: Workshop, end: float
+) -> Iterator[Result]:
+    """Verdicts of a room's mutants, each a line of `known` by its key; sound tests must pass first.
+
+    After `end` on the monotonic clock those alone that are known.
+    """
     limit: float | None = None
     for source, mutant in mutants:
         sound = (shop.folder / source).read_text()
         key = hashlib.sha256(f"{source} {mutant} {sound}".encode()).hexdigest()[:16]
+        if key not in known and time.monotonic() > end:
+            continue
         if key not in known:
             if limit is None:
                 passed = shop.run(ROOMS[room].tests, 3600.0)
@@ -127,6 +136,7 @@ def main() -> None:
     parser.add_argument("rooms", nargs="*", metavar="ROOM", help=f"some of: {', '.join(ROOMS)} (all)")
     parser.add_argument("--count", type=int, default=13, help="mutants of each room (13)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="try no new ones after so many (no limit)")
     parser.add_argument("--keep", type=Path, help="verdicts, taken and added to")
     parser.add_argument("--out", type=Path, help="the table, as Markdown")
     given = parser.parse_args()
@@ -136,11 +146,11 @@ def main() -> None:
     known: dict[str, Any] = {}
     if given.keep is not None and given.keep.exists():
         known = dict(json.loads(line) for line in given.keep.read_text().splitlines())
-    results = []
+    results, end = [], time.monotonic() + 60 * given.minutes
     with tempfile.TemporaryDirectory() as folder:
         shop = Workshop(Path(folder))
         for room in given.rooms or ROOMS:
-            for result in try_room(room, draw(room, given.count, given.seed, shop.folder), known, shop):
+            for result in try_room(room, draw(room, given.count, given.seed, shop.folder), known, shop, end):
                 results.append(result)
                 if given.keep is not None:
                     given.keep.write_text("".join(json.dumps(item) + "\n" for item in known.items()))
