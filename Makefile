@@ -102,6 +102,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	git ls-files | xargs $(BIN)/codespell
+	$(BIN)/python tests/prose.py
 	$(BIN)/python tests/size.py
 
 format: $(VENV)/.installed-dev

@@ -1,0 +1,38 @@
+"""The word list of CONTRIBUTING.md finds what it should, and nothing in code or link targets."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.prose import LONGEST, check, read_rules
+
+RULES = read_rules((Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It sends 12 bytes a parameter.",
+        "| rate | tokens a second |",
+        "Our step beside theirs.",
+        "A path that is no file is refused.",
+        "Run it on your Card.",
+        "The run goes\non from there.",
+        "word " * (LONGEST // 5 + 1),
+    ],
+)
+def test_a_habit_is_found_once(text: str) -> None:
+    assert len(check("page.md", text, RULES)) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "There is no GPU; it is no longer needed, and it takes a minute per model card.",
+        "`amfm bench card` and [a page](docs/beside.md#card)",
+        "```\nbeside a card, 12 bytes a parameter\n```",
+        "- one\n" * LONGEST,
+    ],
+)
+def test_plain_english_and_code_pass(text: str) -> None:
+    assert check("page.md", text, RULES) == []
