@@ -79,6 +79,14 @@ def test_planned_mfu_of_presets() -> None:
     assert found("CHANGELOG.md", said) == tuple(float(headers(name)[0].mfu.rstrip("%")) for name in names)
 
 
+def test_predictions_of_the_readme() -> None:
+    table = rows("README.md", "preset")
+    assert len(table) == 5
+    for preset, gpus, memory, mfu in table:
+        planned = headers(re.findall(r"`(.*)`", preset)[0])[0]
+        assert (gpus, memory, mfu) == (f"{planned.gpus:,}", f"{planned.gib} GiB", planned.mfu), preset
+
+
 def test_losses_of_the_converted_teacher() -> None:
     loss = {row[0]: float(row[1]) for row in rows("docs/conversion.md", "| nats per token")}
     tuned, alone, teacher = (
