@@ -64,16 +64,19 @@ test-mutation: $(VENV)/.installed-dev
 test-cluster: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m cluster tests/cluster --durations 0
 
-# What is in no extra, in an environment of its own: the peers of mixers, a run logged by wandb. Skipped by `make test`.
+# What is in no extra, in an environment of its own: the peers of mixers, a run logged by wandb, trainers of exports, and the
+# tests of transformers itself where AMFM_TRANSFORMERS_CHECKOUT names a checkout of it. Skipped by `make test`.
 PEERS := build/peers
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest -p no:cacheprovider -m "slow or not slow" -rs \
-		tests/model/mixers/test_peers_fla.py tests/pretrain/monitor/test_metrics.py
+		tests/model/mixers/test_peers_fla.py tests/pretrain/monitor/test_metrics.py \
+		tests/pretrain/export/test_habits.py tests/pretrain/export/test_transformers_suite.py
 
 # flash-linear-attention's own requirements name no versions that would be missing here.
-$(PEERS)/.installed: pyproject.toml Makefile
+$(PEERS)/.installed: pyproject.toml Makefile recipes/clients/training.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --no-compile --editable '.[dev,wandb]'
+	$(PEERS)/bin/python -m pip install --quiet --no-compile --requirement recipes/clients/training.txt
 	$(PEERS)/bin/python -m pip install --quiet --no-compile --no-deps 'flash-linear-attention==0.6.*' 'fla-core==0.6.*'
 	touch $@
 
@@ -127,10 +130,11 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.data
 
 # Other programs on our exports, in environments of their own: about 4 GB of wheels the first time.
-clients: $(VENV)/.installed-tasks $(CLIENTS)/.installed
+clients: $(VENV)/.installed-tasks $(CLIENTS)/.installed $(PEERS)/.installed
 	rm -rf runs/clients
 	$(BIN)/python -m benchmarks.clients --readers $(CLIENTS)/readers/bin/python --vllm $(CLIENTS)/vllm/bin/python \
 	  --folder runs/clients --out docs/benchmarks/clients.md
+	$(PEERS)/bin/python -m pytest -p no:cacheprovider -m "slow or not slow" -rs tests/pretrain/export/test_habits.py
 
 $(VENV)/.installed-tasks: $(VENV)/.installed
 	$(PIP) --editable '.[tasks]'

@@ -1,4 +1,4 @@
-"""Other programs on our exports, side by side: a small model of each native class is trained, exported and read by each.
+"""Other programs on our exports, side by side: a small model of each class, and two of our own, is trained, exported and read by each.
 
 Everything goes through the command that users type: corpus, prepare, tasks, train, export and its check, in processes of
 their own. The programs live in environments that `make clients` builds, because their pins exclude each other and ours.
@@ -65,6 +65,26 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "feed_forward": {"hidden_size": 128, "activation": "swiglu"},
         "moe": EXPERTS | {"activation": "swiglu", "router": "sigmoid", "expert_bias": True},
+    },
+    # What no native class holds: gates and norms in attention beside Mamba2, then mixers that no program has.
+    "own": {
+        "pattern": "ME*-M-",
+        "mamba": MAMBA,
+        "attention": ATTENTION | {"qk_norm": True, "gate": "head", "positions": "rope"},
+        "feed_forward": {"hidden_size": 128, "activation": "swiglu"},
+        "moe": EXPERTS | {"router": "sigmoid", "expert_bias": True},
+        "multipliers": {"logits": 0.5},
+    },
+    "own with other mixers": {
+        "pattern": "GEW-L-{gla}E",
+        "mixers": {
+            "gated_deltanet": {"num_heads": 2, "head_dim": 32},
+            "window": {"num_heads": 2, "head_dim": 32, "window": 64},
+            "lightning": {"num_heads": 2, "head_dim": 32},
+            "gla": {"num_heads": 2, "head_dim": 32},
+        },
+        "feed_forward": {"hidden_size": 128, "activation": "swiglu"},
+        "moe": SWIGLU_EXPERTS,
     },
 }
 TASKS = ("text_continuation", "text_next_word", "text_text")
@@ -224,7 +244,7 @@ def to_markdown(bench: ClientBench, hardware: str, command: str) -> str:
         f"`{command}` on {hardware}: {bench.seconds / 60:.1f} minutes, {bench.processor_seconds / 60:.1f} of a processor. A model of each class trains {STEPS} steps and is "
         "exported. Each program scores 64 token ids, each given those before it, continues 16 tokens greedily, and "
         "tokenizes two texts. The number is the largest difference from transformers in float32, in nats; *equal* is at most 1e-3 "
-        "(0.25 in bf16), the same continuation, and texts of as many tokens. peft is a fresh LoRA by trl, then trained, merged, "
+        "(2e-2 in bf16), the same continuation, and texts of as many tokens. peft is a fresh LoRA by trl, then trained, merged, "
         "saved and loaded.",
         "",
         "| class | pattern | " + " | ".join(clients) + " |",
@@ -274,7 +294,7 @@ def clients(
     out: Annotated[Path | None, typer.Option(metavar="FILE.md", help="Write the page there too.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a small model of each native class, export it, and compare what other programs make of it with transformers."""
+    """Train a small model of each class, export it, and compare what other programs make of it with transformers."""
     from amfm.launch.bench.hardware import processor_name
     from amfm.pretrain.export.clients.check import CLIENTS, check_installed
     from amfm.pretrain.parallel import count_cores

@@ -24,6 +24,7 @@ from amfm.model.huggingface.latent_attention import (
     unfit_layers,
 )
 from amfm.model.huggingface.latent_attention_weights import latent_map
+from amfm.model.huggingface.limits import IGNORED_ARGUMENTS
 
 KIND = LatentClass(
     name="deepseek_v3",
@@ -79,6 +80,10 @@ def deepseek_v3_map(config: ModelConfig) -> WeightMap:
     return latent_map(config, KIND)
 
 
+def _limits(config: ModelConfig) -> list[str]:
+    return [IGNORED_ARGUMENTS]
+
+
 CLASS = HfTarget(
     name="deepseek_v3",
     model_type="deepseek_v3",
@@ -89,4 +94,5 @@ CLASS = HfTarget(
     read=model_config_from_deepseek_v3,
     weights=deepseek_v3_map,
     is_skipped=is_prediction_layer,
+    limits=_limits,
 )

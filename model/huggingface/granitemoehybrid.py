@@ -29,6 +29,7 @@ from amfm.model.huggingface.fields import (
     unfit_mixers,
 )
 from amfm.model.huggingface.hf_class import HfTarget
+from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER, packed_rows
 from amfm.model.huggingface.refusals import Refusal, misses_sentencepiece
 from amfm.model.huggingface.shapes import block_shapes
 
@@ -327,6 +328,11 @@ def granite_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
     return [*refusals, Refusal("mlx-lm", rule)]
 
 
+def _limits(config: ModelConfig) -> list[str]:
+    of_states = [packed_rows("Mamba2")] if "M" in config.letters else []
+    return [*of_states, NO_CLASSIFIER, IGNORED_ARGUMENTS]
+
+
 CLASS = HfTarget(
     name="granitemoehybrid",
     model_type="granitemoehybrid",
@@ -336,4 +342,5 @@ CLASS = HfTarget(
     read=model_config_from_granite,
     weights=granite_map,
     refusals=granite_refusals,
+    limits=_limits,
 )

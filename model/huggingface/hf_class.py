@@ -37,7 +37,7 @@ def no_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
     return []
 
 
-def no_remarks(config: ModelConfig) -> list[str]:
+def nothing_said(config: ModelConfig) -> list[str]:
     """Nothing to say in the model card."""
     return []
 
@@ -65,7 +65,7 @@ class HfTarget(HfClass):
     that all classes share. length_names: further fields for the tokens per row. unfit_depths: what else keeps prediction depths
     out; None: the class has no place for them. unfit_tokenizer: why AutoTokenizer would not give the ids of a kind of tokenizer
     (sentencepiece or huggingface). refusals: programs that refuse a model of the class, by configuration and kind of tokenizer.
-    remarks: sentences for the model card. ships_code: its modelling files are written beside the weights.
+    remarks: sentences for the model card. limits: what users of transformers expect and the class does not do. ships_code: its modelling files are written beside the weights.
     """
 
     name: Target
@@ -76,5 +76,6 @@ class HfTarget(HfClass):
     unfit_depths: Callable[[ModelConfig], list[str]] | None = None
     unfit_tokenizer: Callable[[str], list[str]] = any_tokenizer
     refusals: Callable[[ModelConfig, str], list[Refusal]] = no_refusals
-    remarks: Callable[[ModelConfig], list[str]] = no_remarks
+    remarks: Callable[[ModelConfig], list[str]] = nothing_said
+    limits: Callable[[ModelConfig], list[str]] = nothing_said
     ships_code: bool = False

@@ -26,6 +26,7 @@ from amfm.model.huggingface.latent_attention import (
     unfit_layers,
 )
 from amfm.model.huggingface.latent_attention_weights import latent_map
+from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER, packed_rows
 from amfm.model.huggingface.qwen3_next_weights import RowsEntry
 from amfm.model.huggingface.refusals import Refusal
 from amfm.model.on_demand import Shape
@@ -183,6 +184,11 @@ def kimi_linear_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refus
     return [Refusal("vllm", rule)]
 
 
+def _limits(config: ModelConfig) -> list[str]:
+    of_states = [packed_rows("Kimi Delta Attention")] if "K" in config.letters else []
+    return [*of_states, NO_CLASSIFIER, IGNORED_ARGUMENTS]
+
+
 CLASS = HfTarget(
     name="kimi_linear",
     model_type="kimi_linear",
@@ -194,4 +200,5 @@ CLASS = HfTarget(
     read=model_config_from_kimi_linear,
     weights=kimi_linear_map,
     refusals=kimi_linear_refusals,
+    limits=_limits,
 )

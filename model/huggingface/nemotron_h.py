@@ -29,6 +29,13 @@ from amfm.model.huggingface.fields import (
     unfit_multipliers,
 )
 from amfm.model.huggingface.hf_class import HfTarget
+from amfm.model.huggingface.limits import (
+    IGNORED_ARGUMENTS,
+    NO_ADAPTER_ON_OUTPUT,
+    NO_CLASSIFIER,
+    NO_EMBEDDINGS,
+    packed_rows,
+)
 from amfm.model.huggingface.refusals import OUR_CONVERTER, Refusal, misses_sentencepiece
 from amfm.model.huggingface.shapes import block_shapes
 
@@ -314,6 +321,11 @@ def _tied_remark(config: ModelConfig) -> list[str]:
     return ["Embedding and head were trained as one matrix; the class cannot tie them, so the head is a copy."]
 
 
+def _limits(config: ModelConfig) -> list[str]:
+    of_mamba = [packed_rows("Mamba2"), NO_ADAPTER_ON_OUTPUT] if "M" in config.letters else []
+    return [*of_mamba, NO_CLASSIFIER, NO_EMBEDDINGS, IGNORED_ARGUMENTS]
+
+
 def _unfit_depths(config: ModelConfig) -> list[str]:
     """Every pattern of depths has its place."""
     return []
@@ -330,4 +342,5 @@ CLASS = HfTarget(
     unfit_depths=_unfit_depths,
     refusals=nemotron_h_refusals,
     remarks=_tied_remark,
+    limits=_limits,
 )

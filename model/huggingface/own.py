@@ -1,6 +1,6 @@
 """Our own class: the modelling files that an export carries beside its weights and transformers loads through `auto_map`.
 
-It holds every block of ours, under our names. Its code is `pretrain/export/modeling_template`.
+It holds every block of ours. Its code is `pretrain/export/modeling_template`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,18 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import WeightEntry, WeightMap
 from amfm.model.huggingface.fields import registered_mixers
 from amfm.model.huggingface.hf_class import HfTarget
+from amfm.model.huggingface.refusals import ClientName, Refusal
 from amfm.model.huggingface.shapes import weight_shapes
 
 OWN_MODEL_TYPE = "amfm"
+# Of the modelling files and their names of weights: 2 since they have a base model (1: without `model.`).
+MODELING_VERSION = 2
+_NAMES = {
+    "embedding.": "model.embed_tokens.",
+    "blocks.": "model.layers.",
+    "final_norm.": "model.norm.",
+    "head.": "lm_head.",
+}
 
 
 def unfit_for_own(config: ModelConfig) -> list[str]:
@@ -37,8 +46,11 @@ def own_fields(config: ModelConfig) -> dict[str, Any]:
         "model_type": OWN_MODEL_TYPE,
         "auto_map": {
             "AutoConfig": "configuration_amfm.AmfmConfig",
+            "AutoModel": "modeling_amfm.AmfmModel",
             "AutoModelForCausalLM": "modeling_amfm.AmfmForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_amfm.AmfmForSequenceClassification",
         },
+        "modeling_version": MODELING_VERSION,
         "num_hidden_layers": len(letters),
         "tie_word_embeddings": config.tie_embeddings,
         "pattern": "".join(letters),
@@ -72,8 +84,28 @@ def model_config_from_own(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def own_map(config: ModelConfig) -> WeightMap:
-    """Build the map between our names and the same ones."""
-    return WeightMap(tuple(WeightEntry(name, (name,)) for name in weight_shapes(config)), {})
+    """Build the map between our names and those that programs look for; files of version 1 have ours."""
+    theirs = {name: _their_name(name) for name in weight_shapes(config)}
+    return WeightMap(tuple(WeightEntry(name, (other,)) for name, other in theirs.items()), {}, theirs)
+
+
+def _their_name(name: str) -> str:
+    start = next(start for start in _NAMES if name.startswith(start))
+    return _NAMES[start] + name.removeprefix(start)
+
+
+def own_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
+    """Name the programs that read no modelling file of another's."""
+    rule = "it reads classes that it has itself; use a pattern that a native class holds where it must read the model"
+    programs: tuple[ClientName, ...] = ("llama.cpp", "mlx-lm", "vllm")
+    return [Refusal(program, rule) for program in programs]
+
+
+def _limits(config: ModelConfig) -> list[str]:
+    return [
+        "States cannot go back to an earlier token: assisted generation and prefix tuning are refused, prompt tuning is not.",
+        "Attention weights and router logits are not returned; asking for them is an error, as is every unknown argument.",
+    ]
 
 
 CLASS = HfTarget(
@@ -84,5 +116,7 @@ CLASS = HfTarget(
     fields=own_fields,
     read=model_config_from_own,
     weights=own_map,
+    refusals=own_refusals,
+    limits=_limits,
     ships_code=True,
 )

@@ -12,7 +12,12 @@ from typing import Any
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import WeightEntry, WeightMap
 from amfm.model.huggingface.hf_class import HfTarget
-from amfm.model.huggingface.qwen3_next import model_config_from_qwen3_next, qwen3_next_fields, unfit_for_qwen3_next
+from amfm.model.huggingface.qwen3_next import (
+    limits,
+    model_config_from_qwen3_next,
+    qwen3_next_fields,
+    unfit_for_qwen3_next,
+)
 from amfm.model.huggingface.qwen3_next_weights import RowsEntry, delta_options, qwen3_next_map, scan_entries
 
 QWEN3_5_MOE_TYPE = "qwen3_5_moe_text"
@@ -77,4 +82,5 @@ CLASS = HfTarget(
     read=model_config_from_qwen3_next,
     weights=qwen3_5_moe_map,
     unfit_tokenizer=unfit_tokenizer,
+    limits=limits,
 )

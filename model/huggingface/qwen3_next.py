@@ -25,6 +25,7 @@ from amfm.model.huggingface.fields import (
     unfit_multipliers,
 )
 from amfm.model.huggingface.hf_class import HfTarget
+from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, packed_rows
 from amfm.model.huggingface.qwen3_next_weights import delta_options, qwen3_next_map
 from amfm.model.huggingface.refusals import OUR_CONVERTER, Refusal, refused_tokenizer
 
@@ -291,6 +292,12 @@ def _unfit_depths(config: ModelConfig) -> list[str]:
     return ["qwen3_next has one module of attention and experts; use /*E, or model.mtp.shared"]
 
 
+def limits(config: ModelConfig) -> list[str]:
+    """What the class does not do."""
+    of_states = [packed_rows("Gated DeltaNet")] if "G" in config.letters else []
+    return [*of_states, IGNORED_ARGUMENTS]
+
+
 CLASS = HfTarget(
     name="qwen3_next",
     model_type="qwen3_next",
@@ -301,4 +308,5 @@ CLASS = HfTarget(
     weights=qwen3_next_map,
     unfit_depths=_unfit_depths,
     refusals=qwen3_next_refusals,
+    limits=limits,
 )

@@ -47,6 +47,8 @@ MAX_SHARD_BYTES = 4_000_000_000
 TEMPLATE_FILES = (
     "configuration_amfm.py",
     "modeling_amfm.py",
+    "cache_amfm.py",
+    "documents_amfm.py",
     "blocks_amfm.py",
     "mixers_amfm.py",
     "linear_mixers_amfm.py",
@@ -234,7 +236,7 @@ def model_card(plan: ExportPlan) -> str:
         "",
         'path = "."  # this folder',
         f"model = AutoModelForCausalLM.from_pretrained(path{remote})",
-        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        f"tokenizer = AutoTokenizer.from_pretrained(path{remote})",
         'inputs = tokenizer("Once upon a time", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         "```",
@@ -249,6 +251,9 @@ def model_card(plan: ExportPlan) -> str:
         lines += ["", remark]
     if plan.left_out is not None:
         lines += ["", f"Of the trained model {plan.left_out}."]
+    limits = plan.hf_class.limits(config)
+    if limits:
+        lines += ["", "## What the class does not do", "", *(f"- {limit}" for limit in limits)]
     reasons = plan.unfit_reasons()
     if reasons:
         lines += ["", "## Why no native class", "", *(f"- {reason}" for reason in reasons)]

@@ -5,7 +5,7 @@ interpreter where it is installed, on a script beside this file that imports not
 given those before it, and continued greedily. Texts are tokenized too: a program that cuts them into other tokens
 answers questions that nobody asked, however right its arithmetic is.
 
-A refusal that is known (`amfm.pretrain.export.readers`) is told as one, with the program's own words.
+A refusal that is known (`amfm.model.huggingface.refusals`) is told as one, with the program's own words.
 """
 
 from __future__ import annotations

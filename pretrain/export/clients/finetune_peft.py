@@ -44,11 +44,15 @@ def main() -> None:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     os.environ["HF_MODULES_CACHE"] = str(folder / "modules")
     settings = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": job["remote_code"]}
-    tokenizer = AutoTokenizer.from_pretrained(job["export"], local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        job["export"], local_files_only=True, trust_remote_code=job["remote_code"]
+    )
     model = AutoModelForCausalLM.from_pretrained(job["export"], **settings)
     linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    modules = sorted(linear & set(ADAPTABLE))
-    adapted: Any = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM"))
+    # Our own modelling file takes an adapter on every linear layer.
+    modules = ["all-linear"] if job["remote_code"] else sorted(linear & set(ADAPTABLE))
+    targets = modules[0] if job["remote_code"] else modules
+    adapted: Any = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
     before = score(adapted, job["tokens"])
     continuation = generate(adapted, job["tokens"], job["num_new"])
     trainer = SFTTrainer(
@@ -66,7 +70,6 @@ def main() -> None:
             save_strategy="no",
             use_cpu=True,
             bf16=False,
-            gradient_checkpointing=False,
             # trl would ask granitemoehybrid for a field that its class lacks; with adapters routers stay anyway.
             router_aux_loss_coef=0.0,
             disable_tqdm=True,

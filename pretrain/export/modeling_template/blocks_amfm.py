@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-BlockState = tuple[Tensor, ...] | None
+from .cache_amfm import BlockState, empty_rows
 
 
 class RMSNorm(nn.Module):
@@ -38,6 +39,19 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return (wide * weight.float()).to(x.dtype)
+
+
+class GroupedRMSNorm(RMSNorm):
+    """The norm over the channels of each of several groups."""
+
+    def __init__(self, size: int, num_groups: int, epsilon: float) -> None:
+        super().__init__(size, epsilon)
+        self.num_groups = num_groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> the same shape and dtype."""
+        grouped = x.unflatten(-1, (self.num_groups, -1))
+        return rms_norm(grouped, self.weight.view(self.num_groups, -1), self.epsilon).flatten(-2)
 
 
 class DepthwiseConv(nn.Module):
@@ -68,10 +82,11 @@ class Mamba2(nn.Module):
         self.channels = self.inner + 2 * self.num_groups * self.state_size
         self.in_proj = nn.Linear(config.hidden_size, self.inner + self.channels + self.num_heads, bias=False)
         self.conv = DepthwiseConv(self.channels, self.width, section["conv_bias"])
-        self.A_log = nn.Parameter(torch.zeros(self.num_heads))
+        self.A_log = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.ones(self.num_heads))
-        self.dt_bias = nn.Parameter(torch.zeros(self.num_heads))
-        self.norm = RMSNorm(self.inner, config.norm_epsilon)
+        self.dt_bias = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
+        # The gated norm is over the channels of each group, as in training.
+        self.norm = GroupedRMSNorm(self.inner, self.num_groups, config.norm_epsilon)
         self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor | None, state: BlockState) -> tuple[Tensor, BlockState]:
@@ -81,8 +96,9 @@ class Mamba2(nn.Module):
             x_BTD = x_BTD * mask_BT[:, :, None].to(x_BTD.dtype)
         z_BTI, inputs_BTC, dt_BTH = self.in_proj(x_BTD).split([self.inner, self.channels, self.num_heads], dim=-1)
         if state is None:
-            window_BWC = inputs_BTC.new_zeros(rows, self.width - 1, self.channels)
-            state_BHPN = inputs_BTC.new_zeros(rows, self.num_heads, self.head_dim, self.state_size, dtype=torch.float32)
+            window_BWC = empty_rows(inputs_BTC, rows, self.width - 1, self.channels)
+            sizes = (self.num_heads, self.head_dim, self.state_size)
+            state_BHPN = empty_rows(inputs_BTC, rows, *sizes, dtype=torch.float32)
         else:
             window_BWC, state_BHPN = state
         # Padding is zeroed before the convolution and again after it: window and bias give it a value.
@@ -99,11 +115,7 @@ class Mamba2(nn.Module):
             C_BTS.view(rows, tokens, self.num_groups, self.state_size),
             state_BHPN,
         )
-        y_BTI = y_BTHP.reshape(rows, tokens, self.inner) * F.silu(z_BTI.float())
-        # The gated norm is over the channels of each group, as in training.
-        grouped = y_BTI.view(rows, tokens, self.num_groups, self.inner // self.num_groups)
-        weight = self.norm.weight.view(self.num_groups, -1)
-        y_BTI = rms_norm(grouped, weight, self.norm.epsilon).reshape(rows, tokens, self.inner)
+        y_BTI = self.norm(y_BTHP.reshape(rows, tokens, self.inner) * F.silu(z_BTI.float()))
         return self.out_proj(y_BTI.to(x_BTD.dtype)), (window_BWC, state_BHPN)
 
     def _scan(
@@ -138,11 +150,14 @@ class Mamba2(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention (arXiv 2305.13245), with optional head norms, rotary positions and output gate."""
 
-    def __init__(self, config: Any) -> None:
+    is_causal = True
+
+    def __init__(self, config: Any, index: int) -> None:
         super().__init__()
         section = config.attention
+        self.config, self.layer_idx = config, index
         self.num_heads, self.num_kv_heads = section["num_heads"], section["num_kv_heads"]
-        self.head_dim = section["head_dim"]
+        self.head_dim, self.num_key_value_groups = section["head_dim"], self.num_heads // self.num_kv_heads
         self.scale = section["softmax_scale"] or self.head_dim**-0.5
         self.rope = section["rope"] if section["positions"] == "rope" else None
         width = config.hidden_size
@@ -159,10 +174,8 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.norm_epsilon)
         self.qk_norm = section["qk_norm"]
 
-    def forward(
-        self, x_BTD: Tensor, mask_BS: Tensor | None, positions_BT: Tensor, state: BlockState
-    ) -> tuple[Tensor, BlockState]:
-        """x [B, T, D] -> y [B, T, D] and (keys, values) [B, J, S, K] of all S tokens so far; mask [B, S]: True is text."""
+    def forward(self, x_BTD: Tensor, mask: Any, positions_BT: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        """x [B, T, D] -> y [B, T, D] and (keys, values) [B, J, S, K] of all S tokens so far; mask: as the backend takes it."""
         rows, tokens, _ = x_BTD.shape
         q_BTHK = self.q_proj(x_BTD).view(rows, tokens, self.num_heads, self.head_dim)
         k_BTJK = self.k_proj(x_BTD).view(rows, tokens, self.num_kv_heads, self.head_dim)
@@ -177,24 +190,29 @@ class Attention(nn.Module):
         q_BHTK, k_BJTK = q_BTHK.transpose(1, 2), k_BTJK.transpose(1, 2)
         if state is not None:
             k_BJTK, v_BJTK = torch.cat([state[0], k_BJTK], dim=2), torch.cat([state[1], v_BJTK], dim=2)
-        seen = k_BJTK.shape[2]
-        allowed = torch.ones(tokens, seen, dtype=torch.bool, device=x_BTD.device).tril(seen - tokens)[None, None]
-        if mask_BS is not None:
-            # A padded query sees itself, so that its softmax has something to sum.
-            itself = torch.eye(seen, dtype=torch.bool, device=x_BTD.device)[seen - tokens :]
-            allowed = (allowed & mask_BS[:, None, None, :].bool()) | itself
-        repeat = self.num_heads // self.num_kv_heads
-        o_BHTK = F.scaled_dot_product_attention(
-            q_BHTK,
-            k_BJTK.repeat_interleave(repeat, dim=1),
-            v_BJTK.repeat_interleave(repeat, dim=1),
-            attn_mask=allowed,
-            scale=self.scale,
-        )
-        o_BTHK = o_BHTK.transpose(1, 2)
+        o_BTHK = attend(self, q_BHTK, k_BJTK, v_BJTK, mask, self.scale)
         if self.gate != "none":
             o_BTHK = gate_heads(o_BTHK, self.g_proj(x_BTD))
         return self.o_proj(o_BTHK.reshape(rows, tokens, -1)), (k_BJTK, v_BJTK)
+
+
+def attend(module: Any, q_BHTK: Tensor, k_BJSK: Tensor, v_BJSV: Tensor, mask: Any, scale: float) -> Tensor:
+    """Attention [B, T, H, V] by the backend that the model was loaded with; key heads may be fewer than query heads."""
+    backend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, attend_eagerly)
+    o_BTHV, _ = backend(module, q_BHTK, k_BJSK, v_BJSV, mask, dropout=0.0, scaling=scale)
+    return o_BTHV
+
+
+def attend_eagerly(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention as products and a softmax in float32, with a mask that is added."""
+    key, value = (part.repeat_interleave(module.num_key_value_groups, dim=1) for part in (key, value))
+    scores = (query @ key.transpose(2, 3)).float() * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1).to(value.dtype)
+    return (weights @ value).transpose(1, 2), weights
 
 
 def gate_size(kind: str, head_dim: int) -> int:
@@ -277,11 +295,26 @@ class Experts(nn.Module):
     def forward(self, x_RD: Tensor, ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
         """Sum weight times expert(x) over the chosen experts of each token; only experts that were chosen compute."""
         y_RD = torch.zeros_like(x_RD)
+        if torch.compiler.is_compiling():
+            # A graph cannot depend on the choice: all experts compute, and weights of those not chosen are zero.
+            for expert in range(self.up.shape[0]):
+                out = F.linear(activate(F.linear(x_RD, self.up[expert]), self.activation), self.down[expert])
+                weight_R = torch.where(ids_RK == expert, weights_RK, 0.0).sum(dim=-1, keepdim=True)
+                y_RD = y_RD + (out * weight_R).to(x_RD.dtype)
+            return y_RD
         for expert in ids_RK.unique().tolist():
             rows, choice = (ids_RK == expert).nonzero(as_tuple=True)
             out = F.linear(activate(F.linear(x_RD[rows], self.up[expert]), self.activation), self.down[expert])
             y_RD = y_RD.index_add(0, rows, (out * weights_RK[rows, choice, None]).to(x_RD.dtype))
         return y_RD
+
+
+class Router(nn.Linear):
+    """Scores of experts, in float32 whatever the dtype of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., E]."""
+        return F.linear(x.float(), self.weight.float())
 
 
 class MixtureOfExperts(nn.Module):
@@ -291,10 +324,10 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         section, width = config.moe, config.hidden_size
         self.section = section
-        self.router = nn.Linear(width, section["num_experts"], bias=False)
+        self.router = Router(width, section["num_experts"], bias=False, dtype=torch.float32)
         self.expert_bias: Tensor
         if section["expert_bias"]:
-            self.register_buffer("expert_bias", torch.zeros(section["num_experts"]))
+            self.register_buffer("expert_bias", torch.zeros(section["num_experts"], dtype=torch.float32))
         latent = section["latent_size"]
         if latent is not None:
             self.latent_down = nn.Linear(width, latent, bias=False)
@@ -310,7 +343,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x [B, T, D] -> y [B, T, D]."""
         x_RD = x_BTD.flatten(0, 1)
-        ids_RK, weights_RK = self._route(F.linear(x_RD.float(), self.router.weight.float()))
+        ids_RK, weights_RK = self._route(self.router(x_RD))
         has_latent = self.section["latent_size"] is not None
         y_RD = self.experts(self.latent_down(x_RD) if has_latent else x_RD, ids_RK, weights_RK)
         if has_latent:

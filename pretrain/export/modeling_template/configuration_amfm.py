@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
+
+# Of these files and the names of weights. Files of an export without a number multiply the loss by the pieces of gradient
+# accumulation and let packed documents see each other.
+MODELING_VERSION = 2
 
 
 class AmfmConfig(PretrainedConfig):
@@ -17,6 +21,7 @@ class AmfmConfig(PretrainedConfig):
     """
 
     model_type = "amfm"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
 
     def __init__(
         self,
@@ -50,8 +55,27 @@ class AmfmConfig(PretrainedConfig):
         self.mixers = mixers or {}
         # Exports of earlier versions have none.
         self.multipliers = {"embedding": 1.0, "residual": 1.0, "logits": 1.0} | (multipliers or {})
+        self.modeling_version = MODELING_VERSION
         kwargs["num_hidden_layers"] = len(self.letters())
+        # Programs ask every model for them; of a pattern without attention they are those of its first mixer with heads.
+        sections = [attention, mamba, *self.mixers.values()]
+        heads = next((section for section in sections if section and section.get("num_heads")), {"num_heads": 1})
+        kwargs.setdefault("num_attention_heads", heads["num_heads"])
+        kwargs.setdefault("num_key_value_heads", heads.get("num_kv_heads") or kwargs["num_attention_heads"])
+        kwargs.pop("modeling_version", None)
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read config.json. Raises ValueError for one of an earlier version, whose weights have other names."""
+        version = config_dict.get("modeling_version", 1)
+        if config_dict.get("model_type") == cls.model_type and version != MODELING_VERSION:
+            raise ValueError(
+                f"config.json is of version {version} of amfm's modelling files, and these files are version {MODELING_VERSION}: "
+                "names of weights differ. Keep the files that were exported together, or `amfm import` the folder and export it "
+                "again"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def letters(self) -> list[str]:
         """Split the pattern into its blocks, in order, by letter or `{name}`."""

@@ -24,8 +24,8 @@ class DeltaNet(LinearMixer):
         self.key_heads, self.steps = self.options["num_key_heads"] or self.heads, self.options.get("num_steps", 1)
         self.has_decay = self.options.get("decay", self.has_gate)
         if self.has_decay:
-            self.A_log = nn.Parameter(torch.zeros(self.heads))
-            self.dt_bias = nn.Parameter(torch.zeros(self.heads))
+            self.A_log = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
+            self.dt_bias = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
 
     def part_sizes(self) -> dict[str, int]:
         """q, k, v, beta, what decides the decay, gate."""
@@ -72,8 +72,8 @@ class Kda(DeltaNet):
         self.options = self.options | {"num_key_heads": None}
         super().set_sizes()
         rank = self.options["gate_rank"] or self.key_dim
-        self.A_log = nn.Parameter(torch.zeros(self.heads))
-        self.dt_bias = nn.Parameter(torch.zeros(self.heads * self.key_dim))
+        self.A_log = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.zeros(self.heads * self.key_dim, dtype=torch.float32))
         self.decay_proj = nn.Parameter(torch.zeros(self.heads * self.key_dim, rank))
         self.gate_proj = nn.Parameter(torch.zeros(self.heads * self.value_dim, rank))
 

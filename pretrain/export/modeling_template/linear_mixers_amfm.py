@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks_amfm import DepthwiseConv, RMSNorm, rope_frequencies, rotate
+from .cache_amfm import empty_rows
 
 State = tuple[Tensor, ...]
+# From the projected parts to outputs [B, T, H * V] and a state.
+Recurrence = Callable[[dict[str, Tensor]], tuple[Tensor, State]]
 # Smaller than any logarithm of a sum, and finite, so that differences of two are numbers.
 NO_SUM = -1e30
 
@@ -61,19 +64,28 @@ class LinearMixer(nn.Module):
         rank = self.options.get("gate_rank")
         return {"low_rank": rank} if rank else {}
 
-    def empty_state(self, rows: int) -> State:
+    def empty_state(self, like: Tensor, rows: int) -> State:
         """Zeros for the convolution's window [B, W - 1, C] and the float32 state before the first token."""
-        weight = self.out_proj.weight
-        window = weight.new_zeros(rows, max(self.width - 1, 0), self.channels)
-        return window, weight.new_zeros(rows, *self.state_dims, dtype=torch.float32)
+        window = empty_rows(like, rows, max(self.width - 1, 0), self.channels)
+        return window, empty_rows(like, rows, *self.state_dims, dtype=torch.float32)
 
     def forward(
-        self, x_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor, state: State | None
+        self,
+        x_BTD: Tensor,
+        mask_BT: Tensor | None,
+        positions_BT: Tensor,
+        state: State | None,
+        recur: Recurrence | None = None,
     ) -> tuple[Tensor, State]:
-        """x [B, T, D] -> y [B, T, D] and the state after it."""
+        """x [B, T, D] -> y [B, T, D] and the state after it; `recur`: stands in for the recurrence and its output."""
         parts = self.project(x_BTD)
-        o_BTHV, state = self.mix(parts, mask_BT, positions_BT, state or self.empty_state(len(x_BTD)))
-        return self.out_proj(self.output(o_BTHV, parts)), state
+        if recur is not None:
+            y_BTI, state = recur(parts)
+        else:
+            state = state or self.empty_state(parts[self.convolved[0]], len(x_BTD))
+            o_BTHV, state = self.mix(parts, mask_BT, positions_BT, state)
+            y_BTI = self.output(o_BTHV, parts)
+        return self.out_proj(y_BTI), state
 
     def project(self, x_BTD: Tensor) -> dict[str, Tensor]:
         """Compute the parts [B, T, channels] by name, those of low-rank projections too."""
@@ -199,7 +211,7 @@ class Gla(GatedParts):
         """Weights of the decay."""
         super().set_sizes()
         self.gate_proj = nn.Parameter(torch.zeros(self.heads * self.key_dim, self.options["gate_rank"]))
-        self.gate_bias = nn.Parameter(torch.zeros(self.heads * self.key_dim))
+        self.gate_bias = nn.Parameter(torch.zeros(self.heads * self.key_dim, dtype=torch.float32))
 
     def rows(self, parts: dict[str, Tensor], positions_BT: Tensor) -> tuple[Tensor, ...]:
         """The decay's logarithm is a sixteenth of a log-sigmoid."""
@@ -216,7 +228,7 @@ class Hgrn2(LinearMixer):
     def set_sizes(self) -> None:
         """The gate's lower bound."""
         super().set_sizes()
-        self.bound_logit = nn.Parameter(torch.zeros(self.heads * self.key_dim))
+        self.bound_logit = nn.Parameter(torch.zeros(self.heads * self.key_dim, dtype=torch.float32))
 
     def part_sizes(self) -> dict[str, int]:
         """q, the forget gate, v."""
@@ -310,9 +322,9 @@ class LightNet(LinearMixer):
         super().set_sizes()
         self.gate_proj = nn.Parameter(torch.zeros(self.heads * self.value_dim, self.options["gate_rank"]))
 
-    def empty_state(self, rows: int) -> State:
+    def empty_state(self, like: Tensor, rows: int) -> State:
         """Also the logarithm of no sum."""
-        window, state = super().empty_state(rows)
+        window, state = super().empty_state(like, rows)
         return window, state, state.new_full((rows, self.heads * self.key_dim), NO_SUM)
 
     def accumulate(self, parts: dict[str, Tensor], mask_BT: Tensor | None, state: State) -> State:
@@ -340,7 +352,7 @@ class Plstm(LinearMixer):
     def set_sizes(self) -> None:
         """Biases of the gates."""
         super().set_sizes()
-        self.gate_bias = nn.Parameter(torch.zeros(len(self.gates), self.heads))
+        self.gate_bias = nn.Parameter(torch.zeros(len(self.gates), self.heads, dtype=torch.float32))
 
     def part_sizes(self) -> dict[str, int]:
         """q, k, v and the gates."""
@@ -367,9 +379,9 @@ class Mamba1(LinearMixer):
         self.rank = self.options["dt_rank"] or math.ceil(self.hidden_size / 16)
         self.x_proj = nn.Linear(self.heads, self.rank + 2 * self.key_dim, bias=False)
         self.dt_proj = nn.Parameter(torch.zeros(self.heads, self.rank))
-        self.A_log = nn.Parameter(torch.zeros(self.heads, self.key_dim))
+        self.A_log = nn.Parameter(torch.zeros(self.heads, self.key_dim, dtype=torch.float32))
         self.D = nn.Parameter(torch.ones(self.heads))
-        self.dt_bias = nn.Parameter(torch.zeros(self.heads))
+        self.dt_bias = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
 
     def part_sizes(self) -> dict[str, int]:
         """x and the gate z."""

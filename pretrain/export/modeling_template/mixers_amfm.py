@@ -9,13 +9,14 @@ padding, which must change no state. Keys without a token (padding, slots before
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks_amfm import RMSNorm, gate_heads, gate_size, rope_frequencies, rotate
+from .blocks_amfm import RMSNorm, attend, gate_heads, gate_size, rope_frequencies, rotate
 from .delta_mixers_amfm import DeltaNet, GatedDeltaNet, Kda
 from .linear_mixers_amfm import (
     Gla,
@@ -111,11 +112,14 @@ class Window(nn.Module):
 class Mla(nn.Module):
     """Attention whose keys and values come from one narrow vector a token (DeepSeek-AI 2024, arXiv 2405.04434).
 
-    The state is these vectors, each with the key that all heads share, and which slots hold a token.
+    The state is these vectors, each with the key that all heads share.
     """
+
+    is_causal, num_key_value_groups = True, 1
 
     def __init__(self, options: dict[str, Any], config: Any) -> None:
         super().__init__()
+        self.config = config
         self.options, self.heads, self.latent = options, options["num_heads"], options["latent_size"]
         self.plain, self.turned, self.value = (options[f"{part}_head_dim"] for part in ("nope", "rope", "value"))
         width, queries, epsilon = config.hidden_size, options["query_latent_size"], options["latent_norm_epsilon"]
@@ -130,11 +134,8 @@ class Mla(nn.Module):
             self.g_proj = nn.Linear(width, self.heads * gate_size(self.gate, self.value), bias=False)
         self.out_proj = nn.Linear(self.heads * self.value, width, bias=False)
 
-    def forward(
-        self, x_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor, state: State | None
-    ) -> tuple[Tensor, State]:
-        """x [B, T, D] -> y [B, T, D] and the state after it."""
-        rows, tokens, _ = x_BTD.shape
+    def forward(self, x_BTD: Tensor, mask: Any, positions_BT: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """x [B, T, D] -> y [B, T, D] and the state after it; mask: as the backend takes it."""
         q = x_BTD if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x_BTD))
         q = self.q_proj(q).unflatten(-1, (self.heads, -1))
         c, key = self.kv_down(x_BTD).split([self.latent, self.turned], dim=-1)
@@ -146,25 +147,18 @@ class Mla(nn.Module):
             cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
             key = rotate(key[:, :, None], cos, sin)[:, :, 0]
             q = torch.cat([q[..., : self.plain], rotate(q[..., self.plain :], cos, sin)], dim=-1)
-        is_text = x_BTD.new_ones(rows, tokens, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
         # The state keeps the rotated shared key: its position is its own, whenever it is read.
         latents = torch.cat([c, key], dim=-1)
         if state is not None:
-            latents, is_text = torch.cat([state[0], latents], dim=1), torch.cat([state[1], is_text], dim=1)
+            latents = torch.cat([state[0], latents], dim=1)
         c, key = latents.split([self.latent, self.turned], dim=-1)
         k, v = self.kv_up(c).unflatten(-1, (self.heads, -1)).split([self.plain, self.value], dim=-1)
         k = torch.cat([k, key[:, :, None].expand(-1, -1, self.heads, -1)], dim=-1)
-        seen = latents.shape[1]
-        # A padded query sees itself, so that its softmax has something to sum.
-        itself = torch.eye(seen, dtype=torch.bool, device=x_BTD.device)[seen - tokens :]
-        causal = torch.ones(tokens, seen, dtype=torch.bool, device=x_BTD.device).tril(seen - tokens)
-        allowed = (causal & is_text[:, None, None, :]) | itself
-        o = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=allowed
-        ).transpose(1, 2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        o = attend(self, q, k, v, mask, (self.plain + self.turned) ** -0.5)
         if self.gate != "none":
             o = gate_heads(o, self.g_proj(x_BTD))
-        return self.out_proj(o.flatten(2)), (latents, is_text)
+        return self.out_proj(o.flatten(2)), (latents,)
 
 
 class Memories(nn.Module):
@@ -180,14 +174,29 @@ class Memories(nn.Module):
         self, x_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor, state: State | None
     ) -> tuple[Tensor, State]:
         """x [B, T, D] -> y [B, T, D] and the states [B, M, ...] after it; token after token."""
-        rows, tokens, _ = x_BTD.shape
-        parts = self.inner.project(x_BTD)
-        weights_BTK, memory_BTK = self._choose(F.linear(x_BTD, self.router))
+        chosen = self._choose(F.linear(x_BTD, self.router))
+        # Inside of the inner mixer's own forward pass, where its weights are at hand.
+        recur = partial(self._recur, chosen, mask_BT, positions_BT, state)
+        y_BTD, state = self.inner(x_BTD, mask_BT, positions_BT, None, recur)
+        return y_BTD, state
+
+    def _recur(
+        self,
+        chosen: tuple[Tensor, Tensor],
+        mask_BT: Tensor | None,
+        positions_BT: Tensor,
+        state: State | None,
+        parts: dict[str, Tensor],
+    ) -> tuple[Tensor, State]:
+        """Run the inner recurrence over the memories that each token chose: outputs [B, T, I] and states."""
+        weights_BTK, memory_BTK = chosen
+        rows, tokens, _ = weights_BTK.shape
         if state is None:
-            state = tuple(part.unflatten(0, (rows, -1)) for part in self.inner.empty_state(rows * self.memories))
+            like = parts[self.inner.convolved[0]]
+            state = tuple(part.unflatten(0, (rows, -1)) for part in self.inner.empty_state(like, rows * self.memories))
         copies = memory_BTK.shape[2]
         positions_BT = positions_BT.expand(rows, -1)
-        row_BK = torch.arange(rows, device=x_BTD.device)[:, None].expand(-1, copies)
+        row_BK = torch.arange(rows, device=memory_BTK.device)[:, None].expand(-1, copies)
         outputs = []
         for token in range(tokens):
             memory_BK, now = memory_BTK[:, token], slice(token, token + 1)
@@ -202,7 +211,7 @@ class Memories(nn.Module):
                 part.index_put((row_BK, memory_BK), new.unflatten(0, (rows, copies)).to(part.dtype))
                 for part, new in zip(state, following)
             )
-        return self.inner.out_proj(torch.stack(outputs, dim=1)), state
+        return torch.stack(outputs, dim=1), state
 
     def _choose(self, logits_BTM: Tensor) -> tuple[Tensor, Tensor]:
         """Choose the memories [B, T, choices] of each token and their weights, which sum to 1; the shared one last, at 1."""

@@ -1,50 +1,43 @@
 """An amfm hybrid model for transformers; load it with trust_remote_code=True.
 
-Generation carries a state (`AmfmState`) in the outputs instead of a key-value cache of transformers, whose classes know
-attention layers only. The state also holds the tokens that made it, so that a changed prompt is noticed and read anew.
+`AmfmModel` maps tokens to the normed stream, `AmfmForCausalLM` and `AmfmForSequenceClassification` stand on it. Generation
+carries an `AmfmCache`. Packed rows are computed document by document (`documents_amfm.py`). An argument that would be ignored is
+an error.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import initialization as init
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
-from .blocks_amfm import Attention, BlockState, DepthwiseConv, Experts, FeedForward, Mamba2, MixtureOfExperts, RMSNorm
+from .blocks_amfm import Attention, DepthwiseConv, Experts, FeedForward, Mamba2, MixtureOfExperts, RMSNorm
+from .cache_amfm import AmfmCache, BlockState, as_own_cache
 from .configuration_amfm import AmfmConfig
-from .linear_mixers_amfm import LinearMixer
-from .mixers_amfm import Memories, build_mixer
+from .delta_mixers_amfm import DeltaNet
+from .documents_amfm import Place, Stretch, by_document, count_positions, find_documents, read_text_mask
+from .linear_mixers_amfm import LinearMixer, Mamba1
+from .mixers_amfm import LETTERS, Memories, Mla, build_mixer
 from .window_linear_amfm import WindowLinear
 
-
-@dataclass
-class AmfmState:
-    """What generation carries on: the tokens that made it and a state for each block (None where it has none)."""
-
-    tokens_BT: Tensor
-    blocks: tuple[BlockState, ...]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows of the state, in place, as beam search keeps them."""
-        self.tokens_BT = self.tokens_BT[beam_idx]
-        self.blocks = tuple(state and tuple(part[beam_idx] for part in state) for state in self.blocks)
+# Programs pass these to every model; `is_causal` true and the longest document say nothing that is not known.
+HARMLESS = ("is_causal", "max_length_q", "max_length_k", "cu_seq_lens_k")
+NOT_RETURNED = {
+    "output_attentions": "attention returns no weights",
+    "output_router_logits": "blocks return no router logits, and a balance loss is not part of this class",
+}
+LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
-@dataclass
-class AmfmOutput(ModelOutput):
-    """Loss with labels, logits [B, T, V], and the state after the tokens."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    state: Any = None
-
-
-class AmfmBlock(nn.Module):
+class AmfmBlock(GradientCheckpointingLayer):
     """Residual block: x + multiplier * mixer(norm(x)), the mixer as the letter of the pattern says."""
 
     def __init__(self, index: int, config: AmfmConfig) -> None:
@@ -56,7 +49,7 @@ class AmfmBlock(nn.Module):
         if letter == "M":
             self.mixer: nn.Module = Mamba2(config)
         elif letter == "*":
-            self.mixer = Attention(config)
+            self.mixer = Attention(config, index)
         elif letter == "E":
             self.mixer = MixtureOfExperts(config)
         elif letter == "-":
@@ -69,20 +62,25 @@ class AmfmBlock(nn.Module):
             self.mixer = build_mixer(letter, config, sequence.index(index), len(sequence))
 
     def forward(
-        self, x_BTD: Tensor, mask_BS: Tensor | None, positions_BT: Tensor, state: BlockState
+        self, x_BTD: Tensor, stretches: list[Stretch], state: BlockState = None, *, keeps_state: bool = False
     ) -> tuple[Tensor, BlockState]:
-        """x [B, T, D] -> the stream after this block and the block's state."""
+        """x [B, T, D] -> the stream after this block, and the block's state where it is kept."""
+        if len(stretches) == 1:
+            y_BTD, state = self._mix(x_BTD, stretches[0], state)
+            return y_BTD, state if keeps_state else None
+        mixed = [self._mix(x_BTD[stretch.place], stretch, None)[0].flatten(0, 1) for stretch in stretches]
+        return torch.cat(mixed).view_as(x_BTD), None
+
+    def _mix(self, x_BTD: Tensor, stretch: Stretch, state: BlockState) -> tuple[Tensor, BlockState]:
         normed_BTD = self.norm(x_BTD)
-        # `*` needs the mask of all tokens so far; the others that of the new ones, what they need of earlier ones is in the state.
-        mask_BT = None if mask_BS is None else mask_BS[:, mask_BS.shape[1] - x_BTD.shape[1] :]
         if self.letter == "M":
-            y_BTD, state = self.mixer(normed_BTD, mask_BT, state)
-        elif self.letter == "*":
-            y_BTD, state = self.mixer(normed_BTD, mask_BS, positions_BT, state)
+            y_BTD, state = self.mixer(normed_BTD, stretch.text_BT, state)
+        elif isinstance(self.mixer, Attention | Mla):
+            y_BTD, state = self.mixer(normed_BTD, stretch.attention_mask, stretch.positions_BT, state)
         elif self.letter in ("E", "-"):
             y_BTD = self.mixer(normed_BTD)
         else:
-            y_BTD, state = self.mixer(normed_BTD, mask_BT, positions_BT, state)
+            y_BTD, state = self.mixer(normed_BTD, stretch.text_BT, stretch.positions_BT, state)
         return x_BTD + y_BTD * self.multiplier, state
 
 
@@ -90,156 +88,290 @@ class AmfmPreTrainedModel(PreTrainedModel):
     """Base class: loading, saving and first values of weights."""
 
     config_class = AmfmConfig
-    base_model_prefix = ""
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    # The loss divides by the number of items of all pieces of a batch where the caller gives it.
+    accepts_loss_kwargs = True
     _no_split_modules: ClassVar[list[str]] = ["AmfmBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["cache"]
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     # Its state cannot be cut back to an earlier token, which assisted generation would need.
     _is_stateful = True
-    # Choosing experts and decay are sensitive to rounding.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
-        "router.weight",
-        "expert_bias",
-        "A_log",
-        "dt_bias",
-        "gate_bias",
-        "bound_logit",
-    ]
 
+    def post_init(self) -> None:
+        """Name the parameters that stay in float32: choosing experts and decay are sensitive to rounding."""
+        names = ("router.weight", "expert_bias", "A_log", "dt_bias", "gate_bias", "bound_logit")
+        present = [name for name in self.state_dict() if name.endswith(names)]
+        self._keep_in_fp32_modules_strict = {name for name in names if any(key.endswith(name) for key in present)}
+        super().post_init()
+
+    def _flash_attn_can_dispatch(self, *args: Any, **kwargs: Any) -> bool:
+        self._refuse_backend("flash attention", "window", "window_linear", "mla")
+        return super()._flash_attn_can_dispatch(*args, **kwargs)
+
+    def _flex_attn_can_dispatch(self, *args: Any, **kwargs: Any) -> bool:
+        self._refuse_backend("flex attention", "window", "window_linear")
+        return super()._flex_attn_can_dispatch(*args, **kwargs)
+
+    def _refuse_backend(self, name: str, *others: str) -> None:
+        """Refuse a backend that blocks of the pattern could not use: their masks, or widths of values, are their own."""
+        found = [letter for letter in self.config.letters() if LETTERS.get(letter, letter.strip("{}")) in others]
+        if found:
+            raise ValueError(
+                f"{name} does not serve the block {found[0]} of the pattern; use attn_implementation='sdpa'"
+            )
+
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Give a new module its first values: normal ones for matrices, ones for norms, decays and time steps by range."""
         deviation = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=deviation)
-        elif isinstance(module, Experts):
-            nn.init.normal_(module.up, std=deviation)
-            nn.init.normal_(module.down, std=deviation)
-        elif isinstance(module, MixtureOfExperts) and module.section["expert_bias"]:
-            nn.init.zeros_(module.expert_bias)
+            init.normal_(module.weight, std=deviation)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
         elif isinstance(module, DepthwiseConv):
             bound = module.weight.shape[1] ** -0.5
-            nn.init.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, LinearMixer | Memories | WindowLinear):
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, MixtureOfExperts) and module.section["expert_bias"]:
+            init.zeros_(module.expert_bias)
+        elif isinstance(module, Experts | LinearMixer | Memories | WindowLinear):
             for parameter in module.parameters(recurse=False):
                 if parameter.dim() > 1:
-                    nn.init.normal_(parameter, std=deviation)
-        elif isinstance(module, Mamba2):
-            nn.init.ones_(module.D)
-            with torch.no_grad():
-                module.A_log.uniform_(1, 16).log_()
-                # Time steps log-uniform in 0.001 to 0.1; the bias is their inverse softplus.
-                step = torch.empty_like(module.dt_bias).uniform_(-6.9, -2.3).exp()
-                module.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
-        elif isinstance(module, RMSNorm):
-            nn.init.ones_(module.weight)
+                    init.normal_(parameter, std=deviation)
+                else:
+                    init.zeros_(parameter)
+        if isinstance(module, Mamba1 | Mamba2):
+            init.ones_(module.D)
+            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log_())
+        elif isinstance(module, DeltaNet) and module.has_decay:
+            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log_())
+        bias = getattr(module, "dt_bias", None)
+        if isinstance(bias, Tensor):
+            # Time steps log-uniform in 0.001 to 0.1; the bias is their inverse softplus.
+            step = torch.empty_like(bias).uniform_(-6.9, -2.3).exp()
+            init.copy_(bias, step + torch.log(-torch.expm1(-step)))
 
 
-class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
-    """Language model: embedding, blocks of the pattern, norm, head; a generated token costs constant time but in attention.
-
-    `head` and `embedding` are one matrix where the configuration ties them.
-    """
-
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"head.weight": "embedding.weight"}
+class AmfmModel(AmfmPreTrainedModel):
+    """Embedding, blocks of the pattern, norm. The multiplier of the logits is in what it returns, so that any head may follow."""
 
     def __init__(self, config: AmfmConfig) -> None:
         super().__init__(config)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList([AmfmBlock(index, config) for index in range(len(config.letters()))])
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([AmfmBlock(index, config) for index in range(len(config.letters()))])
+        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the embedding."""
-        return self.embedding
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the embedding."""
-        self.embedding = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the head."""
-        return self.head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the head."""
-        self.head = new_embeddings
-
+    @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        state: AmfmState | None = None,
+        position_ids: Tensor | None = None,
+        cache: AmfmCache | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        return_dict: bool | None = None,
-        **_: Any,
-    ) -> AmfmOutput | tuple[Any, ...]:
-        """Token ids [B, T] (after those of `state`) to logits; labels are shifted inside; -100 does not count.
+        output_hidden_states: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Token ids [B, T] or embeddings [B, T, D], after those of `cache`, to the normed stream [B, T, D].
 
-        attention_mask [B, all tokens so far]: 0 is padding, on the left when generating.
+        attention_mask [B, all tokens so far]: 0 is padding, on the left when generating. position_ids or seq_idx [B, T], or
+        cu_seq_lens_q [documents + 1] of one flat row: the documents of packed rows. hidden_states: the embeddings, the stream
+        after each block, the last one normed. Raises TypeError for an argument that the class does not take.
         """
-        seen = 0 if state is None else state.tokens_BT.shape[1]
-        mask_BS = attention_mask
-        # A mask without padding says nothing, and blocks take a shorter way without one.
-        if mask_BS is not None and bool(mask_BS.all()):
-            mask_BS = None
-        if mask_BS is None:
-            positions_BT = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
-        else:
-            # Positions count text alone, so that padding on the left does not shift them.
-            positions_BT = (mask_BS.long().cumsum(dim=-1) - 1).clamp(min=0)[:, seen:]
-        x_BTD = self.embedding(input_ids) * self.config.multipliers["embedding"]
-        block_states: list[BlockState] = []
-        for index, block in enumerate(self.blocks):
-            x_BTD, block_state = block(x_BTD, mask_BS, positions_BT, None if state is None else state.blocks[index])
-            block_states.append(block_state)
-        hidden_BTD = self.final_norm(x_BTD)
-        if logits_to_keep:
-            hidden_BTD = hidden_BTD[:, -logits_to_keep:]
-        logits = self.head(hidden_BTD).float() * self.config.multipliers["logits"]
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        next_state = None
-        if use_cache:
-            tokens_BT = input_ids if state is None else torch.cat([state.tokens_BT, input_ids], dim=1)
-            next_state = AmfmState(tokens_BT, tuple(block_states))
-        output = AmfmOutput(loss=loss, logits=logits, state=next_state)
-        return output if return_dict is not False else output.to_tuple()
+        cache = take_cache(kwargs) if cache is None else cache
+        check_arguments(type(self).__name__, kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if cache is not None:
+            cache = as_own_cache(cache, len(self.layers))
+        x_BTD = inputs_embeds * self.config.multipliers["embedding"]
+        stretches = self._find_stretches(x_BTD, attention_mask, cache, position_ids, seq_idx, cu_seq_lens_q)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and len(stretches) == 1
+        elif use_cache and len(stretches) > 1:
+            raise ValueError(
+                "use_cache=True with several documents in a row: a state would be of the last one; leave it out"
+            )
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and cache is None:
+            cache = AmfmCache(len(self.layers))
+        keeps = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        streams = [x_BTD]
+        for index, block in enumerate(self.layers):
+            state = None if cache is None else cache.states[index]
+            x_BTD, state = block(x_BTD, stretches, state, keeps_state=bool(use_cache))
+            if use_cache and cache is not None:
+                cache.states[index] = state
+            streams += [x_BTD] if keeps else []
+        if use_cache and cache is not None:
+            cache.num_tokens += x_BTD.shape[1]
+        hidden_BTD = self.norm(x_BTD) * self.config.multipliers["logits"]
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_BTD,
+            cache=cache if use_cache else None,
+            hidden_states=(*streams[:-1], hidden_BTD) if keeps else None,
+        )
 
-    def prepare_inputs_for_generation(
+    def _find_stretches(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        state: AmfmState | None = None,
-        use_cache: bool | None = True,
-        **_: Any,
-    ) -> dict[str, Any]:
-        """Select the tokens that the state has not seen; all of them where its rows are no longer these."""
-        if state is not None:
-            seen = state.tokens_BT.shape[1]
-            if seen < input_ids.shape[1] and torch.equal(state.tokens_BT, input_ids[:, :seen]):
-                input_ids = input_ids[:, seen:]
+        x_BTD: Tensor,
+        attention_mask: Tensor | None,
+        cache: AmfmCache | None,
+        position_ids: Tensor | None,
+        seq_idx: Tensor | None,
+        cu_seq_lens: Tensor | None,
+    ) -> list[Stretch]:
+        """Divide the rows into stretches: one for all rows, or one per document of packed rows."""
+        rows, tokens, _ = x_BTD.shape
+        seen = 0 if cache is None else cache.num_tokens
+        text_BS = read_text_mask(attention_mask, rows, seen, tokens)
+        text_BT = None if text_BS is None else text_BS[:, seen:]
+        places = find_documents(rows, tokens, text_BT, position_ids, seq_idx, cu_seq_lens)
+        if places is not None and cache is not None and seen:
+            raise ValueError("a document begins behind tokens of the cache; give each document its own call")
+        if places is not None and is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "packed rows under DeepSpeed's ZeRO 3: ranks with other numbers of documents would wait for each other's "
+                "weights; use ZeRO 2, or one document per row"
+            )
+        stretches = []
+        for place in places or [(slice(None), slice(None))]:
+            text = None if text_BS is None else text_BS[place[0], place[1] if places else slice(None)]
+            text = None if text is None or (places and bool(text.all())) else text
+            if position_ids is None:
+                positions = count_positions(place, text, seen, tokens, x_BTD.device)
             else:
-                state = None
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "state": state,
-            "use_cache": use_cache,
-            "logits_to_keep": 1,
-        }
+                positions = position_ids.expand(rows, -1)[place] if places else position_ids
+            mask = create_causal_mask(self.config, x_BTD[place], text, cache)
+            stretches.append(Stretch(place, positions, text, mask))
+        return stretches
 
-    def _prepare_cache_for_generation(self, *_: Any, **__: Any) -> None:
-        """No key-value cache of transformers: the state travels in the outputs."""
 
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if outputs.get("state") is not None:
-            model_kwargs["state"] = outputs["state"]
-        return model_kwargs
+class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
+    """Language model; a generated token costs constant time but in attention."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: AmfmConfig) -> None:
+        super().__init__(config)
+        self.model = AmfmModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: AmfmCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Compute logits [B, T, V], and the loss with labels, which are shifted inside; -100 does not count.
+
+        Arguments are those of `AmfmModel`. logits_to_keep: the last so many, or these tokens; 0: all. num_items_in_batch: what
+        the sum of the losses is divided by, in place of the number of labels here.
+        """
+        loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if kwargs.get(name) is not None}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=take_cache(kwargs) if cache is None else cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            **{name: value for name, value in kwargs.items() if name not in LOSS_ARGUMENTS},
+        )
+        hidden_BTD = outputs.last_hidden_state
+        has_labels = labels is not None or "shift_labels" in loss_arguments
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            if has_labels:
+                raise ValueError(
+                    f"logits_to_keep={logits_to_keep} with labels: the loss needs all logits; leave one of them out"
+                )
+            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+            logits_BTV = self.lm_head(hidden_BTD[:, kept]).float()
+        else:
+            places = self._find_documents(hidden_BTD, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+            logits_BTV = (by_document(self.lm_head, hidden_BTD, places) if places else self.lm_head(hidden_BTD)).float()
+        loss = None
+        if has_labels:
+            loss = self.loss_function(logits_BTV, labels, vocab_size=self.config.vocab_size, **loss_arguments)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits_BTV, cache=outputs.cache, hidden_states=outputs.hidden_states
+        )
+
+    def _find_documents(
+        self,
+        x_BTD: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        seq_idx: Tensor | None,
+        cu_seq_lens: Tensor | None,
+    ) -> list[Place] | None:
+        rows, tokens, _ = x_BTD.shape
+        text_BT = None if attention_mask is None else attention_mask[:, -tokens:].bool()
+        return find_documents(rows, tokens, text_BT, position_ids, seq_idx, cu_seq_lens)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Begin with an empty `AmfmCache`, or go on with one that was given."""
+        wanted = generation_config.cache_implementation
+        if wanted not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation={wanted!r}: blocks keep states in an AmfmCache; leave it out")
+        if model_kwargs.get("cache") is not None:
+            as_own_cache(model_kwargs["cache"], len(self.model.layers))._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs["cache"] = AmfmCache(len(self.model.layers))
+
+
+class AmfmForSequenceClassification(GenericForSequenceClassification, AmfmPreTrainedModel):
+    """Scores of a whole text, read from its last token: for classification and as a reward model."""
+
+    def __init__(self, config: AmfmConfig) -> None:
+        # The generic class would ask AutoModel for the base model, and that for trust in these very files.
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = AmfmModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+def take_cache(kwargs: dict[str, Any]) -> Any:
+    """Take the cache under its name of before transformers 5.24."""
+    return kwargs.pop("past_key_values", None)
+
+
+def check_arguments(name: str, kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that would be ignored: TypeError for unknown ones, ValueError for what the class does not return."""
+    for key, value in kwargs.items():
+        if key in NOT_RETURNED:
+            if value:
+                raise ValueError(f"{name}: {key}={value}: {NOT_RETURNED[key]}; leave it out")
+        elif key == "is_causal" and value is False:
+            raise ValueError(f"{name}: is_causal=False: states are read from left to right; leave it out")
+        elif key not in HARMLESS:
+            raise TypeError(f"{name}: {key} is not an argument of an amfm model, and would be ignored; leave it out")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from amfm.data_pipeline.config import DataConfig, PhaseConfig
 from amfm.data_pipeline.tokenizer.tokenizer import read_tokenizer_file
+from amfm.model.huggingface.weights import weight_map
 from amfm.model.packing import PackMeta
 from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
 from amfm.pretrain.export.files import begin_export
@@ -229,11 +230,12 @@ def test_our_class_trains_in_transformers_with_the_same_gradients(data: DataConf
     their_loss = theirs(tokens_BT, labels=tokens_BT).loss
     their_loss.backward()
     torch.testing.assert_close(their_loss, loss.nll_sum / 58, rtol=1e-5, atol=0)
-    theirs_by_name = dict(theirs.named_parameters())
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    of_theirs = weight_map(weights.model, "own").to_ours(gradients | dict(theirs.named_buffers()))
     for name, parameter in ours.named_parameters():
         scale = parameter.grad.abs().max()
         # float32 on both sides, summed in another order.
-        assert (theirs_by_name[name].grad - parameter.grad).abs().max() <= 2e-5 * scale, name
+        assert (of_theirs[name] - parameter.grad).abs().max() <= 2e-5 * scale, name
 
 
 def test_bf16_and_resaving_keep_our_class_usable(data: DataConfig, tmp_path: Path) -> None:
@@ -241,7 +243,7 @@ def test_bf16_and_resaving_keep_our_class_usable(data: DataConfig, tmp_path: Pat
 
     export_checkpoint(weights_folder(data, tmp_path / "weights", "own"), tmp_path / "out", verify=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, trust_remote_code=True)
-    assert model.blocks[2].mixer.router.weight.dtype == torch.float32
+    assert model.model.layers[2].mixer.router.weight.dtype == torch.float32
     assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
     model.save_pretrained(tmp_path / "again")
     load_with_transformers(tmp_path / "again")

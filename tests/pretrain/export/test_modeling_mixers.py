@@ -64,7 +64,8 @@ def test_logits_and_all_gradients_equal_ours(name: str) -> None:
     actual = torch.autograd.grad((actual_BTV * weight_BTV).sum(), list(theirs.parameters()))
     wide = copy.deepcopy(ours).double()
     unrounded = torch.autograd.grad((wide(tokens_BT, meta).logits_BTV * weight_BTV).sum(), list(wide.parameters()))
-    names = dict(zip((key for key, _ in theirs.named_parameters()), actual))
+    of_theirs = dict(zip((key for key, _ in theirs.named_parameters()), actual))
+    names = weight_map(mixer_config(name), "own").to_ours(of_theirs | dict(theirs.named_buffers()))
     for (key, _), gradient, exact in zip(ours.named_parameters(), expected, unrounded):
         # A wrong formula shows in both; rounding that our side has alone shows in one.
         error, error_of_exact = relative_rms(names[key], gradient), relative_rms(names[key], exact)
@@ -100,10 +101,10 @@ def test_a_text_in_pieces_is_the_whole_text(name: str) -> None:
     _, theirs = both_models(name)
     tokens_BT = sample_tokens()
     whole_BTV = theirs(tokens_BT).logits
-    state, start = None, 0
+    cache, start = None, 0
     for length in (9, 1, 1, 6, 1, 3):
-        output = theirs(tokens_BT[:, start : start + length], state=state, use_cache=True)
-        state = output.state
+        output = theirs(tokens_BT[:, start : start + length], cache=cache, use_cache=True)
+        cache = output.cache
         assert_near(output.logits, whole_BTV[:, start : start + length], FLOAT32, f"tokens from {start}")
         start += length
     assert start == TOKENS
@@ -118,7 +119,7 @@ def test_padding_before_a_text_changes_nothing(name: str) -> None:
     mask_BT[1, :8] = 0
     first, rest = slice(0, 14), slice(14, TOKENS)
     output = theirs(tokens_BT[:, first], attention_mask=mask_BT[:, first], use_cache=True)
-    following = theirs(tokens_BT[:, rest], attention_mask=mask_BT, state=output.state).logits
+    following = theirs(tokens_BT[:, rest], attention_mask=mask_BT, cache=output.cache).logits
     alone = theirs(tokens_BT[1:, 8:]).logits
     assert output.logits.isfinite().all()
     assert_near(torch.cat([output.logits[1:, 8:], following[1:]], dim=1), alone, FLOAT32, "the padded row")
@@ -159,7 +160,7 @@ def test_an_export_with_registered_mixers_is_proved_generates_and_comes_back(dat
     assert "G gated deltanet" in card and "tags: [mamba2, attention, mixture-of-experts" in card
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, trust_remote_code=True)
     rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, trust_remote_code=True)
-    assert rounded.blocks[1].mixer.A_log.dtype == torch.float32
+    assert rounded.model.layers[1].mixer.A_log.dtype == torch.float32
     assert rounded(torch.tensor([[5, 6, 7, 8]])).logits.isfinite().all()
     prompt = weights.tokenizer.encode("A man said what a word is worth.")[:11]
     ours = list(generate_tokens(weights.build(), prompt, 16, Sampling(temperature=0)))

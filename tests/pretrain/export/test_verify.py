@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from amfm.data_pipeline.config import DataConfig
+from amfm.model.packing import PackMeta
 from amfm.pretrain.export.export import ODD_TEXTS, export_checkpoint, find_problems, proof_text, run_proof
 from amfm.pretrain.export.files import ExportPlan, write_export
+from amfm.pretrain.export.verify import compare_logits
 from amfm.pretrain.inference.weights import write_weights
 from tests.pretrain.export.exported_models import MODELS, random_weights
 
@@ -44,6 +46,24 @@ def test_a_failed_proof_is_a_failed_export_and_leaves_no_folder(data: DataConfig
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.amfm-export").exists()
     assert (tmp_path / "out.failed" / "config.json").is_file()
+
+
+def test_another_most_likely_token_is_found_where_one_leads_and_not_in_a_near_tie(
+    data: DataConfig, tmp_path: Path
+) -> None:
+    plan = ExportPlan(random_weights(data, MODELS["nemotron_h"]), "nemotron_h", 48)
+    write_export(plan, tmp_path)
+    tokens_BT = torch.arange(20, 28)[None]
+    job = {"export": str(tmp_path), "remote_code": False, "tolerance": 1e-4}
+    with torch.no_grad():
+        meta = PackMeta.one_document_a_row(*tokens_BT.shape)
+        logits_BTV = plan.weights.build()(tokens_BT, meta).logits_BTV.clone()
+    first, second = logits_BTV[0, 5].topk(2).indices.tolist()
+    for lead, expected in ((0.0, True), (1e-5, True), (1.0, False)):
+        changed_BTV = logits_BTV.clone()
+        changed_BTV[0, 5, second] = changed_BTV[0, 5, first] + lead
+        save_file({"tokens_BT": tokens_BT, "logits_BTV": changed_BTV}, tmp_path / "reference.safetensors")
+        assert compare_logits(job, tmp_path)["same_argmax"] is expected, lead
 
 
 def test_what_speaks_against_an_export_is_said(data: DataConfig) -> None:
