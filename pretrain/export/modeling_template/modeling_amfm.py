@@ -96,7 +96,6 @@ class AmfmPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement: ClassVar[list[str]] = ["cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flex_attn = True
     # Its state cannot be cut back to an earlier token, which assisted generation would need.
     _is_stateful = True
 
@@ -108,20 +107,14 @@ class AmfmPreTrainedModel(PreTrainedModel):
         super().post_init()
 
     def _flash_attn_can_dispatch(self, *args: Any, **kwargs: Any) -> bool:
-        self._refuse_backend("flash attention", "window", "window_linear", "mla")
-        return super()._flash_attn_can_dispatch(*args, **kwargs)
-
-    def _flex_attn_can_dispatch(self, *args: Any, **kwargs: Any) -> bool:
-        self._refuse_backend("flex attention", "window", "window_linear")
-        return super()._flex_attn_can_dispatch(*args, **kwargs)
-
-    def _refuse_backend(self, name: str, *others: str) -> None:
-        """Refuse a backend that blocks of the pattern could not use: their masks, or widths of values, are their own."""
+        """Refuse flash attention where blocks could not use it: their masks, or widths of values, are their own."""
+        others = ("window", "window_linear", "mla")
         found = [letter for letter in self.config.letters() if LETTERS.get(letter, letter.strip("{}")) in others]
         if found:
             raise ValueError(
-                f"{name} does not serve the block {found[0]} of the pattern; use attn_implementation='sdpa'"
+                f"flash attention does not serve the block {found[0]} of the pattern; use attn_implementation='sdpa'"
             )
+        return super()._flash_attn_can_dispatch(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
