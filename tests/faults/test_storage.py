@@ -38,7 +38,7 @@ def run_jobs(place: Path, jobs: dict[str, Any], rules: list[str]) -> dict[str, A
         [sys.executable, "-m", "tests.faults.storage_child", str(place)],
         env=with_faults(rules),
         check=True,
-        timeout=250,
+        timeout=1500,
     )
     return json.loads((place / "results.json").read_text())
 
