@@ -69,7 +69,7 @@ def convert(form: dict[str, Any], teacher: Weights, plays: Path, seed: int) -> t
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_a_learned_gate_closes_most_of_the_gap_that_the_window_alone_leaves(plays: Path, seed: int) -> None:
     teacher = make_model(None, seed)
     train(teacher, plays, 600, peak=4e-3, seed=seed)

@@ -75,7 +75,7 @@ def accuracy_under_new_names(config: RunConfig, steps: int) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_blocks_that_forgot_answer_under_new_names_after_fewer_steps(seed: int, tmp_path: Path) -> None:
     found = {}
     for name, forget in (("kept", []), ("forgot", [f"forget={{every_steps: {EVERY}, until_step: {STEPS - EVERY}}}"])):

@@ -41,7 +41,7 @@ def train_on_bytes(folder: Path, form: str, seed: int, guide: GuideConfig | None
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_a_guide_helps_low_rank_and_block_shuffle_needs_none(plays: Path, seed: int) -> None:
     dense, shuffled = (train_on_bytes(plays, form, seed) for form in ("dense", "blockshuffle"))
     unguided, guided = (train_on_bytes(plays, "lowrank", seed, guide) for guide in (None, GuideConfig()))
