@@ -31,13 +31,13 @@ class SourceConfig(Section):
     )
     paths: tuple[str, ...] = Field(
         min_length=1,
-        description="Files, folders, globs, URLs (s3://, gs://, az://; https:// of one file) or data sets of the Hub (hub:OWNER/NAME): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), .idx (Megatron tokens, .bin beside it); all but the last also as .gz, .zst.",
+        description="Files, folders, globs, URLs (s3://, gs://, az://; https:// of one file) or data sets of the Hub (hub:OWNER/NAME): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), .idx (Megatron tokens, with .bin next to it); all but the last also as .gz, .zst.",
     )
     text_column: str = Field("text", description="Field that holds the text in jsonl and parquet.")
     weight: float = Field(
         1.0,
         ge=0,
-        description="Share of the training samples, relative to the other sources; 0: only in phases that weigh it, such as a source that joins a run.",
+        description="Share of the training samples, relative to the other sources; 0: only in phases that give it a weight, such as a source that joins a run.",
     )
     filters: FilterConfig = Field(FilterConfig(), description="Documents to leave out.")
     max_bytes: int | None = Field(
@@ -48,7 +48,7 @@ class SourceConfig(Section):
     max_tokens: int | None = Field(
         None,
         gt=0,
-        description="Stop at the first part with which the store has so many tokens of the source; of many files only as many as are needed are looked at. none: all of them.",
+        description="Stop at the first part with which the store has so many tokens of the source; of many files only as many as needed are read. none: all of them.",
     )
 
 
@@ -66,7 +66,7 @@ class PhaseConfig(Section):
         description="Weight by source name; a source that isn't named isn't drawn in the phase. none: as before.",
     )
     sequence_length: int | None = Field(
-        None, gt=0, description="Tokens a row; none: as before. The phase then starts at a whole global batch."
+        None, gt=0, description="Tokens per row; none: as before. The phase then starts at a whole global batch."
     )
 
 
@@ -78,7 +78,7 @@ class TokenizerConfig(Section):
     )
     eos_token: str | None = Field(
         None,
-        description="End-of-text token of a tokenizer.json; none: the one named by tokenizer_config.json beside it.",
+        description="End-of-text token of a tokenizer.json; none: the one named by tokenizer_config.json in its folder.",
     )
     algorithm: Literal["unigram", "bpe"] = Field(
         "unigram", description="Kind to train (unigram encodes several times faster)."
@@ -94,14 +94,14 @@ class PrepareConfig(Section):
     preset: Literal["fast", "balanced", "small"] = Field(
         "fast", description="`fast`: no compression; `balanced`: lz4hc; `small`: zstd; all with crc32c."
     )
-    num_actors: int | None = Field(None, gt=0, description="Ray actors that tokenize; none: one a core.")
+    num_actors: int | None = Field(None, gt=0, description="Ray actors that tokenize; none: one per core.")
     part_bytes: int = Field(
-        64_000_000, gt=0, description="Text bytes a part: the unit of work, of retry and of one writer."
+        64_000_000, gt=0, description="Text bytes per part: the unit of work, of retry and of one writer."
     )
     chunk_tokens: int = Field(
         4096,
         gt=0,
-        description="Tokens a chunk: what one read verifies and decodes. Rows of a multiple of it read nothing else.",
+        description="Tokens per chunk: what one read verifies and decodes. Rows whose length is a multiple of it read nothing else.",
     )
     seed: int = Field(0, description="Order of documents inside a part, and which documents validate.")
 
@@ -114,7 +114,7 @@ class CacheConfig(Section):
         64_000_000_000, gt=0, description="Most bytes of blocks; the least recently used are deleted first."
     )
     block_bytes: int = Field(
-        4 * 2**20, ge=2**16, description="Bytes a request: a block of `data.shuffle=block` has 256 rows."
+        4 * 2**20, ge=2**16, description="Bytes per request: a block of `data.shuffle=block` has 256 rows."
     )
 
 
@@ -122,17 +122,17 @@ TaskName = Literal["mqar", "overwriting", "selective_copying", "parity", "s3", "
 
 
 class SyntheticConfig(Section):
-    """A synthetic task in the place of text: rows generated from the sample number, with labels at known places (docs/synthetic_tasks.md)."""
+    """A synthetic task instead of text: rows generated from the sample number, with labels at known positions (docs/synthetic_tasks.md)."""
 
     task: TaskName = Field(
         description="Recall of pairs, of the last of several writes, copying past noise, parity, or products in a group (symmetric S_n, alternating A_n)."
     )
-    num_pairs: int = Field(8, gt=0, description="mqar, overwriting: keys that a row writes and then asks.")
-    num_writes: int = Field(3, gt=0, description="overwriting: times that a row writes each key.")
-    num_keys: int = Field(32, gt=0, description="mqar, overwriting: keys there are; a row takes num_pairs of them.")
-    num_values: int = Field(32, gt=1, description="mqar, overwriting: values there are.")
+    num_pairs: int = Field(8, gt=0, description="mqar, overwriting: keys that a row writes and then queries.")
+    num_writes: int = Field(3, gt=0, description="overwriting: how often a row writes each key.")
+    num_keys: int = Field(32, gt=0, description="mqar, overwriting: number of keys; a row uses num_pairs of them.")
+    num_values: int = Field(32, gt=1, description="mqar, overwriting: number of values.")
     num_copied: int = Field(16, gt=0, description="selective_copying: tokens to copy in a row.")
-    num_symbols: int = Field(16, gt=1, description="selective_copying: different tokens to copy there are.")
+    num_symbols: int = Field(16, gt=1, description="selective_copying: number of different tokens to copy.")
 
 
 class DataConfig(Section):

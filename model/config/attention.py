@@ -16,7 +16,7 @@ class AttentionConfig(MixerOptions):
 
     num_heads: int = Field(gt=0, description="Query heads.")
     num_kv_heads: int = Field(gt=0, description="Key and value heads; must divide num_heads.")
-    head_dim: int = Field(gt=0, description="Channels a head; free of hidden_size.")
+    head_dim: int = Field(gt=0, description="Channels per head; independent of hidden_size.")
     qk_norm: bool = Field(
         False, description="RMSNorm over each query and key head (no native transformers class holds it)."
     )
@@ -27,7 +27,7 @@ class AttentionConfig(MixerOptions):
     )
     gate: OutputGate = Field(
         "none",
-        description="Sigmoid of the input times each head's output before o_proj: a gate a channel (`element`, as Qwen3-Next) or a head.",
+        description="Sigmoid of the input times each head's output before o_proj: one gate per channel (`element`, as in Qwen3-Next) or per head.",
     )
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,9 @@ class FeedForwardConfig(MixerOptions):
         "dense",
         description="Form of the matrices: products of two factors, `lowrank` (linear_rank), `blockshuffle` (linear_blocks) or `blockdense` (both); docs/structure.md.",
     )
-    linear_rank: int | None = Field(None, gt=0, description="Numbers a token between the factors; lowrank, blockdense.")
+    linear_rank: int | None = Field(
+        None, gt=0, description="Numbers per token between the factors; lowrank, blockdense."
+    )
     linear_blocks: int | None = Field(
         None,
         ge=2,

@@ -14,10 +14,10 @@ BALANCE = "lora_balance"  # name of the loss
 
 
 class LoraMixerConfig(Section):
-    """Low-rank updates beside projections of attention, of which a router chooses some for each token; set by `amfm convert`."""
+    """Low-rank updates of attention projections, of which a router chooses some for each token; set by `amfm convert`."""
 
-    num_experts: int = Field(ge=2, description="Updates beside each projection.")
-    top_k: int = Field(2, gt=0, description="Updates a token; at most num_experts.")
+    num_experts: int = Field(ge=2, description="Updates of each projection.")
+    top_k: int = Field(2, gt=0, description="Updates per token; at most num_experts.")
     rank: int = Field(8, gt=0, description="Rank of each update.")
     alpha: float = Field(16.0, gt=0, description="Updates count alpha / rank times.")
     targets: tuple[Projection, ...] = Field(("q", "k", "v", "o"), min_length=1, description="Projections with updates.")

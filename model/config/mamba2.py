@@ -14,9 +14,9 @@ from amfm.model.config.options import Axis, MixerOptions, Weights, must_divide
 class Mamba2Config(MixerOptions):
     """Mamba2 mixer (Dao and Gu 2024, arXiv 2405.21060); letter `M`."""
 
-    num_heads: int = Field(gt=0, description="Heads of the recurrence; free of hidden_size.")
-    head_dim: int = Field(64, gt=0, description="Channels a head; inner width = num_heads * head_dim.")
-    state_size: int = Field(128, gt=0, description="State numbers a channel (N).")
+    num_heads: int = Field(gt=0, description="Heads of the recurrence; independent of hidden_size.")
+    head_dim: int = Field(64, gt=0, description="Channels per head; inner width = num_heads * head_dim.")
+    state_size: int = Field(128, gt=0, description="State numbers per channel (N).")
     num_groups: int = Field(
         8,
         gt=0,
@@ -25,7 +25,7 @@ class Mamba2Config(MixerOptions):
     conv_kernel: int = Field(4, ge=2, le=4, description="Width of the causal depthwise convolution over x, B and C.")
     conv_bias: bool = Field(True, description="Bias in the convolution.")
     chunk_size: int = Field(
-        64, gt=0, description="Tokens a chunk of the scan; changes speed and rounding, not meaning."
+        64, gt=0, description="Tokens per chunk of the scan; changes speed and rounding, not meaning."
     )
     keep_states: bool = Field(
         False,
@@ -34,12 +34,12 @@ class Mamba2Config(MixerOptions):
         "Better true where train.recompute makes the block again anyway. Triton only: torch always keeps them.",
     )
     a_init_min: float = Field(
-        1.0, gt=0, description="-A starts uniform in [a_init_min, a_init_max], one number a head."
+        1.0, gt=0, description="-A starts uniform in [a_init_min, a_init_max], one number per head."
     )
     a_init_max: float = Field(16.0, gt=0, description="Upper end of the range for -A.")
     time_step_min: float = Field(1e-3, gt=0, description="dt starts log-uniform in [time_step_min, time_step_max].")
-    time_step_max: float = Field(1e-1, gt=0, description="Upper end of the range for the first dt.")
-    time_step_floor: float = Field(1e-4, gt=0, description="Smallest first dt; dt is never clamped at run time.")
+    time_step_max: float = Field(1e-1, gt=0, description="Upper end of the range for the initial dt.")
+    time_step_floor: float = Field(1e-4, gt=0, description="Smallest initial dt; dt is never clamped at run time.")
 
     def inner_size(self) -> int:
         """Width of x and z: num_heads * head_dim."""

@@ -26,7 +26,7 @@ class LinearOptions(MixerOptions, ABC):
         0, description="Width of the causal depthwise convolution with SiLU before the recurrence; 0: none."
     )
     chunk_size: int = Field(
-        64, gt=0, description="Tokens a chunk of the scan; changes speed and rounding, not meaning."
+        64, gt=0, description="Tokens per chunk of the scan; changes speed and rounding, not meaning."
     )
     # What the scan's Triton kernels take; None: not known before they run.
     scan_limits: ClassVar[ScanLimits | None] = None
@@ -59,7 +59,7 @@ class LinearOptions(MixerOptions, ABC):
 class HeadOptions(LinearOptions):
     """What every mixer with query, key and value heads can choose."""
 
-    num_heads: int = Field(gt=0, description="Heads of the recurrence; free of hidden_size.")
+    num_heads: int = Field(gt=0, description="Heads of the recurrence; independent of hidden_size.")
     head_dim: int = Field(64, gt=0, description="Channels of a query and key head.")
     value_head_dim: int | None = Field(None, gt=0, description="Channels of a value head; none: head_dim.")
 
@@ -81,7 +81,7 @@ class HeadOptions(LinearOptions):
 
 
 class RetentionOptions(HeadOptions):
-    """Retention (Sun et al. 2023, arXiv 2307.08621): a constant decay a head, rotary positions, output gate."""
+    """Retention (Sun et al. 2023, arXiv 2307.08621): a constant decay per head, rotary positions, output gate."""
 
     rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies of queries and keys.")
     scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
@@ -93,7 +93,7 @@ class RetentionOptions(HeadOptions):
 
 
 class LightningOptions(HeadOptions):
-    """Lightning attention (Qin et al. 2024, arXiv 2401.04658): a constant decay a head that weakens with depth."""
+    """Lightning attention (Qin et al. 2024, arXiv 2401.04658): a constant decay per head that weakens with depth."""
 
     scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
 
@@ -128,13 +128,13 @@ class DeltaNetOptions(HeadOptions):
 
 
 class GatedDeltaNetOptions(DeltaNetOptions):
-    """The gated delta rule (Yang et al. 2024, arXiv 2412.06464), as Qwen3-Next has it; letter `G`."""
+    """The gated delta rule (Yang et al. 2024, arXiv 2412.06464), as in Qwen3-Next; letter `G`."""
 
 
 class DeltaProductOptions(DeltaNetOptions):
-    """Several delta rules a token (Siems et al. 2025, arXiv 2502.10297); letter `P`."""
+    """Several delta rules per token (Siems et al. 2025, arXiv 2502.10297); letter `P`."""
 
-    num_steps: int = Field(2, ge=1, le=8, description="Delta rules a token, each with its own key, value and beta.")
+    num_steps: int = Field(2, ge=1, le=8, description="Delta rules per token, each with its own key, value and beta.")
     decay: bool = Field(True, description="Forget by a gate before the first of them.")
 
 
@@ -150,21 +150,21 @@ class VectorGateOptions(HeadOptions):
 
 
 class GlaOptions(VectorGateOptions):
-    """Gated linear attention (Yang et al. 2023, arXiv 2312.06635): a decay a key channel."""
+    """Gated linear attention (Yang et al. 2023, arXiv 2312.06635): a decay per key channel."""
 
-    gate_rank: int = Field(16, gt=0, description="Inside of the low-rank projection that gives the decays.")
+    gate_rank: int = Field(16, gt=0, description="Inner width of the low-rank projection that gives the decays.")
 
 
 class Hgrn2Options(VectorGateOptions):
-    """HGRN2 (Qin et al. 2024, arXiv 2404.07904): a forget gate a key channel, and what it forgets as the key; letter `H`."""
+    """HGRN2 (Qin et al. 2024, arXiv 2404.07904): a forget gate per key channel, and what it forgets is the key; letter `H`."""
 
 
 class KdaOptions(VectorGateOptions):
-    """Kimi Delta Attention (Kimi Team 2025, arXiv 2510.26692): the delta rule with a decay a key channel; letter `K`."""
+    """Kimi Delta Attention (Kimi Team 2025, arXiv 2510.26692): the delta rule with a decay per key channel; letter `K`."""
 
     conv_kernel: Literal[0, 2, 3, 4] = Field(4, description="Width of the causal convolution over q, k and v; 0: none.")
     gate_rank: int | None = Field(
-        None, gt=0, description="Inside of the low-rank projections of decay and output gate; none: head_dim."
+        None, gt=0, description="Inner width of the low-rank projections of decay and output gate; none: head_dim."
     )
     allow_negative_eigenvalues: bool = Field(
         False, description="beta in (0, 2) and not (0, 1), so that a state may change sign (arXiv 2411.12537)."
@@ -202,7 +202,7 @@ class FeatureMapOptions(HeadOptions):
 
 
 class TransNormerOptions(FeatureMapOptions):
-    """TransNormer (Qin et al. 2022, arXiv 2210.10340): linear attention with a norm where others divide."""
+    """TransNormer (Qin et al. 2022, arXiv 2210.10340): linear attention with a norm instead of a division."""
 
     divides: ClassVar[bool] = False
 
@@ -222,12 +222,14 @@ class PlstmOptions(HeadOptions):
 
 
 class Mamba1Options(LinearOptions):
-    """Mamba, the first one (Gu and Dao 2023, arXiv 2312.00752): a decay of each state number (S6)."""
+    """The original Mamba (Gu and Dao 2023, arXiv 2312.00752): a decay of each state number (S6)."""
 
     conv_kernel: Literal[0, 2, 3, 4] = Field(4, description="Width of the causal convolution over x; 0: none.")
     inner_size: int = Field(gt=0, description="Channels of the scan; usually twice hidden_size.")
-    state_size: int = Field(16, gt=0, description="State numbers a channel.")
-    dt_rank: int | None = Field(None, gt=0, description="Inside of the time step's projection; none: hidden_size / 16.")
+    state_size: int = Field(16, gt=0, description="State numbers per channel.")
+    dt_rank: int | None = Field(
+        None, gt=0, description="Inner width of the time step's projection; none: hidden_size / 16."
+    )
     scan_limits: ClassVar[ScanLimits | None] = DIAG_LIMITS
 
     def heads(self) -> int:
@@ -250,7 +252,7 @@ class Mamba1Options(LinearOptions):
 class LightNetOptions(VectorGateOptions):
     """LightNet (Qin et al. 2024, arXiv 2405.21022): keys are shares of a running softmax, which decays what came before."""
 
-    gate_rank: int = Field(16, gt=0, description="Inside of the low-rank output gate.")
+    gate_rank: int = Field(16, gt=0, description="Inner width of the low-rank output gate.")
 
 
 class MalaOptions(FeatureMapOptions):
@@ -290,15 +292,15 @@ class SharedKeyOptions(MixerOptions):
 class WindowOptions(SharedKeyOptions):
     """Attention to the last few tokens (Beltagy et al. 2020, arXiv 2004.05150); letter `W`."""
 
-    window: int = Field(gt=0, description="Keys that a token sees, its own among them.")
-    head_dim: int = Field(64, gt=0, description="Channels a head; even with positions: rope.")
+    window: int = Field(gt=0, description="Keys that a token sees, including its own.")
+    head_dim: int = Field(64, gt=0, description="Channels per head; even with positions: rope.")
     qk_norm: bool = Field(False, description="RMSNorm over each query and key head.")
     positions: Literal["none", "rope"] = Field(
         "rope", description="`rope`: rotary positions, which restart at documents."
     )
     rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
     gate: OutputGate = Field(
-        "none", description="Sigmoid of the input times each head's output: a gate a channel, or a head."
+        "none", description="Sigmoid of the input times each head's output: one gate per channel or per head."
     )
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
@@ -331,10 +333,10 @@ class MlaOptions(MixerOptions):
     )
     rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
     gate: OutputGate = Field(
-        "none", description="Sigmoid of the input times each head's output: a gate a channel, or a head."
+        "none", description="Sigmoid of the input times each head's output: one gate per channel or per head."
     )
     latent_norm_epsilon: float = Field(
-        1e-6, gt=0, description="Of the norms of latents; transformers' classes have 1e-6 whatever rms_norm_eps is."
+        1e-6, gt=0, description="Of the norms of latents; transformers' classes use 1e-6 whatever rms_norm_eps is."
     )
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:

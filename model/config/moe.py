@@ -22,11 +22,12 @@ class MoeConfig(MixerOptions):
     """Mixture of experts with optional shared expert; letter `E` (Hunyuan: `F`)."""
 
     num_experts: int = Field(gt=0, description="Routed experts.")
-    top_k: int = Field(gt=0, description="Routed experts a token; at most num_experts.")
+    top_k: int = Field(gt=0, description="Routed experts per token; at most num_experts.")
     expert_hidden_size: int = Field(gt=0, description="Inner width of a routed expert.")
     shared_expert_hidden_size: int = Field(0, ge=0, description="Inner width of the shared expert; 0: none.")
     shared_expert_gate: bool = Field(
-        False, description="Sigmoid of the input, a number a token, times the shared expert's output, as Qwen3-Next."
+        False,
+        description="Sigmoid of the input, one number per token, times the shared expert's output, as in Qwen3-Next.",
     )
     shared_expert_linear_kind: LinearKind = Field(
         "dense",
@@ -39,7 +40,7 @@ class MoeConfig(MixerOptions):
     normalize_probabilities: bool = Field(True, description="Divide the chosen scores by their sum.")
     routed_scaling: float = Field(1.0, gt=0, description="Factor on the chosen probabilities.")
     num_router_groups: int = Field(1, gt=0, description="Groups of experts for group-limited routing; 1: no limit.")
-    router_group_top_k: int = Field(1, gt=0, description="Groups a token may use; at most num_router_groups.")
+    router_group_top_k: int = Field(1, gt=0, description="Groups that a token may use; at most num_router_groups.")
     expert_bias: bool = Field(
         False,
         description="Add a balancing bias to the scores when choosing (Wang et al. 2024, arXiv 2408.15664); sigmoid only.",
@@ -64,7 +65,7 @@ class MoeConfig(MixerOptions):
     capacity_factor: float | None = Field(
         None,
         gt=0,
-        description="While training, an expert takes this many times its even share of a micro-batch's choices; none: all that come.",
+        description="While training, an expert takes this many times its even share of a micro-batch's choices; none: no limit.",
     )
     overflow: Literal["drop", "recycle"] = Field(
         "drop",

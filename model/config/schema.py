@@ -21,7 +21,7 @@ from amfm.model.config.structure import DENSE
 
 
 class GuideConfig(Section):
-    """Self-guided training of factored matrices (Wei et al. 2024, arXiv 2406.16450): a dense matrix beside each, which fades.
+    """Self-guided training of factored matrices (Wei et al. 2024, arXiv 2406.16450): adds a dense matrix to each, which fades out.
 
     y = alpha W x + (1 - alpha) second(first(x)); W begins as the product, and is gone when alpha is 0.
     """
@@ -44,9 +44,9 @@ class GuideConfig(Section):
 
 
 class MultipliersConfig(Section):
-    """Constant factors in the forward pass, as Granite 4 and Falcon-H1 train with; that on scores is attention.softmax_scale."""
+    """Constant factors in the forward pass, as Granite 4 and Falcon-H1 train with; the factor on scores is attention.softmax_scale."""
 
-    embedding: float = Field(1.0, gt=0, description="On what the embedding gives; not on a tied head.")
+    embedding: float = Field(1.0, gt=0, description="On the output of the embedding; not on a tied head.")
     residual: float = Field(1.0, gt=0, description="On what each block adds to the residual stream.")
     logits: float = Field(
         1.0, gt=0, description="On the logits (Granite: 1 / logits_scaling; Falcon-H1: lm_head_multiplier)."
@@ -54,7 +54,7 @@ class MultipliersConfig(Section):
 
 
 class MupConfig(Section):
-    """Maximal update parametrization: rates found at a narrow width hold at a wide one; docs/mup.md."""
+    """Maximal update parametrization: rates found at a narrow width work at a wide one; docs/mup.md."""
 
     base_hidden_size: int = Field(
         gt=0, description="Width at which initializer_range and optimizer.learning_rate were found; hidden_size there."
@@ -102,7 +102,7 @@ class ModelConfig(Section):
     hidden_size: int = Field(gt=0, description="Width of the residual stream.")
     norm_epsilon: float = Field(1e-5, gt=0, description="Of every RMSNorm.")
     tie_embeddings: bool = Field(False, description="Head shares the embedding's weights.")
-    initializer_range: float = Field(0.02, gt=0, description="Standard deviation of first weights.")
+    initializer_range: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
     depth_scaled_init: bool = Field(
         True, description="Divide the deviation of output projections by sqrt(number of blocks)."
     )

@@ -38,11 +38,11 @@ BRANCHES = {
 class WindowLinearOptions(SharedKeyOptions):
     """Softmax over a window and linear attention over older tokens, with the weights of softmax attention; docs/conversion.md."""
 
-    window: int = Field(64, ge=2, description="Keys that a token's softmax sees, its own among them.")
-    head_dim: int = Field(64, gt=0, description="Channels a head.")
+    window: int = Field(64, ge=2, description="Keys that a token's softmax sees, including its own.")
+    head_dim: int = Field(64, gt=0, description="Channels per head.")
     preset: Literal["learned", "lolcats", "liger"] = Field(
         "learned",
-        description="What the next four fields are where they are left out: `learned` hedgehog, learned, joint, none; `lolcats` hedgehog, none, joint, rotary (arXiv 2410.10254); `liger` softmax, key, average, none (arXiv 2503.01496).",
+        description="Default of the next four fields: `learned` hedgehog, learned, joint, none; `lolcats` hedgehog, none, joint, rotary (arXiv 2410.10254); `liger` softmax, key, average, none (arXiv 2503.01496).",
     )
     features: Features | None = Field(
         None,
@@ -50,7 +50,7 @@ class WindowLinearOptions(SharedKeyOptions):
     )
     gate: DecayGate | None = Field(
         None,
-        description="What older tokens fade by: nothing, `key` logsigmoid(k) / 16 a channel, `learned` a number a head from the input. none: the preset's.",
+        description="What older tokens fade by: nothing, `key` logsigmoid(k) / 16 per channel, `learned` one number per head from the input. none: the preset's.",
     )
     combine: Combination | None = Field(
         None,
@@ -66,7 +66,7 @@ class WindowLinearOptions(SharedKeyOptions):
         None, gt=0, description="Rows of a hedgehog's W, half of the features of a head; none: head_dim."
     )
     meta_tokens: int = Field(
-        0, ge=0, description="Learned keys and values a head that every window sees besides (Lizard, arXiv 2507.09025)."
+        0, ge=0, description="Learned keys and values per head that every window also sees (Lizard, arXiv 2507.09025)."
     )
     qk_norm: bool = Field(False, description="RMSNorm over each query and key head.")
     positions: Literal["none", "rope"] = Field(
@@ -79,10 +79,10 @@ class WindowLinearOptions(SharedKeyOptions):
     )
     softmax_scale: float | None = Field(None, gt=0, description="Of the window's scores; none: head_dim ** -0.5.")
     output_gate: OutputGate = Field(
-        "none", description="Sigmoid of the input times each head's output: a gate a channel, or a head."
+        "none", description="Sigmoid of the input times each head's output: one gate per channel or per head."
     )
     chunk_size: int = Field(
-        64, gt=0, description="Tokens a chunk of the scan; changes speed and rounding, not meaning."
+        64, gt=0, description="Tokens per chunk of the scan; changes speed and rounding, not meaning."
     )
 
     def branches(self) -> Branches:

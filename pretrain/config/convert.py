@@ -13,7 +13,7 @@ StageName = Literal["transfer", "tune", "tune-window", "tune-teacher"]
 
 
 class TransferConfig(Section):
-    """First stage: the new weights of each block learn what its softmax attention gives; nothing else is trained."""
+    """First stage: the new weights of each block learn to reproduce its softmax attention; nothing else is trained."""
 
     steps: int = Field(gt=0, description="Optimizer steps.")
     learning_rate: float = Field(1e-2, gt=0, description="Peak rate.")
@@ -21,20 +21,20 @@ class TransferConfig(Section):
 
 
 class RoutingConfig(Section):
-    """Several updates beside each projection, of which a router chooses some for each token (LoRA-Mixer)."""
+    """Several updates of each projection, of which a router chooses some for each token (LoRA-Mixer)."""
 
-    num_experts: int = Field(ge=2, description="Updates beside each projection.")
-    top_k: int = Field(2, gt=0, description="Updates a token; at most num_experts.")
+    num_experts: int = Field(ge=2, description="Updates of each projection.")
+    top_k: int = Field(2, gt=0, description="Updates per token; at most num_experts.")
     balance_weight: float = Field(0.01, ge=0, description="Weight of the loss that balances the router.")
     hard_from_step: int | None = Field(
         None,
         gt=0,
-        description="Steps of tuning in which all updates count, by the softmax of the router, before the top_k alone do; none: the top_k from the first step.",
+        description="Steps of tuning in which all updates count, by the softmax of the router, before only the top_k count; none: the top_k from the first step.",
     )
 
 
 class TuneConfig(Section):
-    """Second stage: the language model's loss trains the new weights, and low-rank updates beside the projections."""
+    """Second stage: the language model's loss trains the new weights, and low-rank updates of the projections."""
 
     steps: int = Field(gt=0, description="Optimizer steps; the two controls train as long.")
     learning_rate: float = Field(1e-4, gt=0, description="Peak rate.")
@@ -60,13 +60,13 @@ class ConvertConfig(Section):
     """Conversion of a trained model's softmax attention to a mixer of fixed state: `amfm convert` (docs/conversion.md)."""
 
     teacher: str = Field(
-        description="The trained model: a run, a checkpoint or an import. `model` describes it, with the options of the new mixer besides."
+        description="The trained model: a run, a checkpoint or an import. `model` describes it, and also has the options of the new mixer."
     )
     to: str = Field("window_linear", description="The mixer that attention becomes; its options are in model.mixers.")
     blocks: tuple[int, ...] | None = Field(
         None, description="Blocks to convert, by their number in the pattern from 0; none: every attention block."
     )
-    keep: tuple[int, ...] = Field((), description="Attention blocks that stay; instead of blocks.")
+    keep: tuple[int, ...] = Field((), description="Attention blocks that are kept; instead of blocks.")
     transfer: TransferConfig | None = Field(
         None, description="Of window_linear with weights of its own; none: no such stage."
     )

@@ -156,7 +156,7 @@ def reference_page() -> str:
         "- `extends: other.yaml` (relative to the file) lays a file over another one: sections merge key by key, a list",
         "  or a plain value replaces what was below, `null` removes an optional section.",
         "- Dotted overrides come last: `amfm train run.yaml train.steps=20 model.moe.top_k=2 data.sources.0.weight=2`.",
-        "- A path that begins with `~` lies in the home folder; relative paths begin where the command is called.",
+        "- A path that begins with `~` is in the home folder; relative paths start where the command is called.",
         "- `1e-3` is a number, `1e6` a whole number, `no` and `on` are text; quote a text that looks like a number.",
         "- An unknown key, a wrong type or a value out of range stops before anything starts (exit code 2), with the",
         "  file, line, key, value, rule and remedy of every problem at once.",
@@ -167,7 +167,7 @@ def reference_page() -> str:
         "",
     ]
     lines += [
-        "What presets and recipes set comes first; [below](#rarely-set) the rest, each with the page that says when.",
+        "Settings of presets and recipes come first; the rest is [below](#rarely-set), each with the page that describes when to set it.",
         "",
     ]
     sections = [section for section in describe_sections() if not section.key.startswith(REPEATED)]

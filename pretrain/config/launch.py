@@ -11,14 +11,14 @@ class SlurmConfig(Section):
     """What goes into the batch script of `amfm launch --on slurm`."""
 
     partition: str | None = Field(None, description="Partition; none: the cluster's default.")
-    account: str | None = Field(None, description="Account that pays.")
+    account: str | None = Field(None, description="Account that is billed.")
     qos: str | None = Field(None, description="Quality of service.")
     time_limit: str | int | None = Field(
         None, description="Longest time of one job, as Slurm writes it: minutes, or 1-12:00:00."
     )
-    gpus: bool = Field(True, description="Ask for one GPU a rank; false on clusters without GPUs.")
+    gpus: bool = Field(True, description="Ask for one GPU per rank; false on clusters without GPUs.")
     cpus_per_task: int | None = Field(
-        None, gt=0, description="Cores a rank, for the job and for srun; none: the cluster's default."
+        None, gt=0, description="Cores per rank, for the job and for srun; none: the cluster's default."
     )
     cpu_bind: str | None = Field(
         None,
@@ -27,14 +27,14 @@ class SlurmConfig(Section):
     )
     memory: str | int | None = Field(
         None,
-        description="Memory per node, as Slurm writes it: megabytes, or 500G (0: all); none: the cluster's default, often little.",
+        description="Memory per node, as Slurm writes it: megabytes, or 500G (0: all); none: the cluster's default, which is often small.",
     )
     modules: tuple[str, ...] = Field((), description="Loaded with `module load` before anything else runs.")
     signal_seconds: int = Field(
         180,
         gt=0,
         le=65535,
-        description="Ranks save and stop this long before the time limit; then the job is queued again.",
+        description="Ranks save and stop this long before the time limit; then the job is requeued.",
     )
     requeue: bool = Field(True, description="Queue the job again after preemption, node failure and the time limit.")
     container_image: str | None = Field(None, description="Image for srun (pyxis: --container-image).")
@@ -42,25 +42,25 @@ class SlurmConfig(Section):
         None, description="Mounts for srun (pyxis: --container-mounts); the working directory must be among them."
     )
     container_python: str = Field("python3", description="Python of the image that has amfm, for container_image.")
-    extra: tuple[str, ...] = Field((), description="Further #SBATCH options, such as --constraint=h100.")
+    extra: tuple[str, ...] = Field((), description="Other #SBATCH options, such as --constraint=h100.")
 
 
 class LaunchConfig(Section):
-    """How `amfm launch` keeps a run going on many nodes."""
+    """How `amfm launch` keeps a run alive on many nodes."""
 
     heartbeat_seconds: float | None = Field(
         900.0,
         gt=0,
-        description="A rank that stays in one phase of a step for longer ends the attempt and names who holds it up; none: only collectives time out.",
+        description="A rank that stays in one phase of a step for longer ends the attempt and names the ranks that it waits for; none: only collectives time out.",
     )
     max_restarts: int = Field(
-        3, ge=0, description="New starts after failures without a newer checkpoint; those with one are free."
+        3, ge=0, description="Restarts after failures without a newer checkpoint; attempts that wrote one do not count."
     )
     min_nodes: int = Field(
-        1, gt=0, description="Fewest nodes to go on with when some are lost; the global batch stays the same."
+        1, gt=0, description="Fewest nodes to continue with when some are lost; the global batch stays the same."
     )
     node_wait_seconds: float = Field(
-        60.0, ge=0, description="How long a new start waits for lost nodes before it goes on with fewer."
+        60.0, ge=0, description="How long a new start waits for lost nodes before it continues with fewer."
     )
     setup: str | None = Field(
         None, description="Shell line on every node before the ranks start, such as `source env/bin/activate`."

@@ -13,22 +13,23 @@ PRUNED_GROUPS: tuple[PrunedGroups, ...] = get_args(PrunedGroups)
 
 
 class PruneConfig(Section):
-    """Magnitude pruning while the model trains: the smallest groups go to zero and stay there; `amfm shrink` takes them out."""
+    """Magnitude pruning while the model trains: the smallest groups are set to zero and stay there; `amfm shrink` removes them."""
 
     groups: PrunedGroups = Field(
-        description="What goes as a whole: inner `channels` of dense feed-forwards and shared experts, routed `experts`, `heads` of attention (a key-value head with its queries)."
+        description="What is pruned as a whole: inner `channels` of dense feed-forwards and shared experts, routed `experts`, `heads` of attention (a key-value head with its queries)."
     )
-    keep: float = Field(gt=0, lt=1, description="Share of the groups of each block that is left in the end.")
-    method: Literal["magnitude"] = Field("magnitude", description="The groups of least norm go.")
-    start_step: int = Field(gt=0, description="Step after which the first go.")
-    every_steps: int = Field(gt=0, description="Steps from one time to the next.")
+    keep: float = Field(gt=0, lt=1, description="Share of the groups of each block that remains at the end.")
+    method: Literal["magnitude"] = Field("magnitude", description="The groups with the smallest norm are pruned.")
+    start_step: int = Field(gt=0, description="Step after which the first groups are pruned.")
+    every_steps: int = Field(gt=0, description="Steps between two prunings.")
     end_step: int = Field(
-        gt=0, description="Step after which the last go; between, their number follows a cubic ramp, fast at first."
+        gt=0,
+        description="Step after which the last groups are pruned; in between, their number follows a cubic ramp, fast at first.",
     )
 
 
 class ForgetConfig(Section):
-    """Active forgetting (Chen et al. 2023, arXiv 2307.01163): the embedding is re-initialised now and then while the rest learns."""
+    """Active forgetting (Chen et al. 2023, arXiv 2307.01163): the embedding is re-initialized at intervals while the rest trains."""
 
     every_steps: int = Field(gt=0, description="Steps from one new embedding to the next.")
-    until_step: int = Field(gt=0, description="Last step after which the embedding is re-initialised; none after it.")
+    until_step: int = Field(gt=0, description="Last step after which the embedding is re-initialized; none after it.")

@@ -31,7 +31,6 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "stages.*": "steps micro_batch_size weights",
     },
     "docs/debugging.md": {
-        "run": "name tensorboard wandb_project",
         "data.prepare": "num_actors",
         "train.profile": "steps ranks memory",
         "health": "check_state_every_steps",
@@ -93,6 +92,9 @@ RARELY_SET: dict[str, dict[str, str]] = {
     },
     "docs/synthetic_tasks.md": {
         "data.probe": "num_symbols",
+    },
+    "docs/tracking.md": {
+        "run": "name tensorboard wandb_project",
     },
 }
 

@@ -23,13 +23,13 @@ from amfm.pretrain.config.pruning import ForgetConfig, PruneConfig
 
 
 class RunSection(Section):
-    """Where the run lives and what it is called."""
+    """Directory and name of the run."""
 
     dir: str = Field(description="Run directory: checkpoints, metrics, report; a second start resumes from it.")
     name: str | None = Field(None, description="Shown in logs and the report; none: the last part of dir.")
     initial_weights: str | None = Field(
         None,
-        description="Start from these weights (an import, a checkpoint or another run) instead of random ones; read once, a resumed run has its own.",
+        description="Start from these weights (an import, a checkpoint or another run) instead of random ones; read once; a resumed run uses its checkpoint.",
     )
     tensorboard: bool = Field(True, description="Write TensorBoard event files below dir.")
     wandb_project: str | None = Field(
@@ -41,12 +41,15 @@ class MuonConfig(Section):
     """How Muon steps the matrices of blocks (docs/optimizers.md); the rest of a model steps by AdamW's settings."""
 
     momentum: float = Field(0.95, ge=0, lt=1, description="Decay of the momentum, which is Nesterov's.")
-    rounds: int = Field(5, gt=0, description="Newton-Schulz rounds by which an update is orthogonalised.")
+    rounds: int = Field(5, gt=0, description="Newton-Schulz rounds by which an update is orthogonalized.")
     update_rms: float = Field(
-        0.2, gt=0, description="Root mean square of an update at rate 1; 0.2 is AdamW's habit, so both share a rate."
+        0.2,
+        gt=0,
+        description="Root mean square of an update at rate 1; 0.2 is typical of AdamW, so both can use the same rate.",
     )
     per_head: bool = Field(
-        True, description="Orthogonalise projections to heads a head at a time; false: all heads of one together."
+        True,
+        description="Orthogonalize projections to heads one head at a time; false: all heads of a projection together.",
     )
 
 
@@ -66,7 +69,7 @@ class OptimizerConfig(Section):
     muon: MuonConfig | None = Field(None, description="Settings of kind muon; none: its defaults.")
     state_dtype: Literal["float32", "bf16"] = Field(
         "float32",
-        description="Of masters and moments; bf16: 6 bytes a parameter instead of 12, rounded by chance (train.precision=bf16, ZeRO 1 to 3, adamw).",
+        description="Of masters and moments; bf16: 6 bytes per parameter instead of 12, with stochastic rounding (train.precision=bf16, ZeRO 1 to 3, adamw).",
     )
 
     def muon_settings(self) -> MuonConfig | None:
@@ -113,7 +116,7 @@ class ProfileConfig(Section):
     )
     ranks: tuple[int, ...] = Field((0,), min_length=1, description="Ranks that write a trace.")
     memory: bool = Field(
-        False, description="Also each allocation; on CUDA a snapshot for PyTorch's memory viewer beside the trace."
+        False, description="Also each allocation; on CUDA a snapshot for PyTorch's memory viewer, next to the trace."
     )
 
 
@@ -121,21 +124,21 @@ class TrainConfig(Section):
     """The loop."""
 
     steps: int | None = Field(
-        None, gt=0, le=10**12, description="Optimizer steps of the whole run; none: as `stages` say."
+        None, gt=0, le=10**12, description="Optimizer steps of the whole run; none: as in `stages`."
     )
     stop_after_steps: int | None = Field(
         None, gt=0, description="Save and exit (code 0) when this step is done; the schedule still spans `steps`."
     )
-    sequence_length: int = Field(gt=0, description="Tokens a row.")
-    micro_batch_size: int = Field(gt=0, description="Rows a forward pass and rank.")
-    global_batch_size: int = Field(gt=0, description="Rows an optimizer step, over all ranks.")
+    sequence_length: int = Field(gt=0, description="Tokens per row.")
+    micro_batch_size: int = Field(gt=0, description="Rows per forward pass and rank.")
+    global_batch_size: int = Field(gt=0, description="Rows per optimizer step, over all ranks.")
     batch_ramp: BatchRampConfig | None = Field(None, description="Start with smaller batches; none: full at once.")
     seed: int = Field(0, ge=0, lt=2**63, description="Of weights, data order and every other random draw.")
     precision: Literal["float32", "bf16"] = Field(
         "bf16", description="Of weights and activations; master weights and moments are float32 always."
     )
     checkpoint_every_steps: int | None = Field(
-        None, gt=0, description="Save each so many steps; none: only at the end and on signals."
+        None, gt=0, description="Save every so many steps; none: only at the end and on signals."
     )
     checkpoint_in_background: bool = Field(
         True, description="Steps wait for a copy in memory only while a thread writes; false: until it is on the disk."
@@ -145,29 +148,29 @@ class TrainConfig(Section):
     )
     checkpoint_store: str | None = Field(
         None,
-        description="URL (s3://, gs://, az://) that gets a copy of each checkpoint, keep_last of them; a start takes from there what run.dir does not have. none: run.dir alone.",
+        description="URL (s3://, gs://, az://) that gets a copy of each checkpoint, keep_last of them; a start fetches from there what run.dir does not have. none: only run.dir.",
     )
     keep_every_steps: int | None = Field(
         None,
         gt=0,
-        description="Mark the checkpoints of each so many steps: they stay for good, beside keep_last; none: marked by hand only.",
+        description="Mark the checkpoints of every so many steps: they are never pruned, in addition to keep_last; none: marked by hand only.",
     )
     replica_every_steps: int | None = Field(
         None, gt=0, description="Steps without a checkpoint after which the memory of two nodes gets one; none: never."
     )
     replica_folder: str = Field("/dev/shm", description="Folder in each node's memory for replica_every_steps.")
     validate_every_steps: int | None = Field(
-        None, gt=0, description="Measure validation loss each so many steps; none: only at the end."
+        None, gt=0, description="Measure validation loss every so many steps; none: only at the end."
     )
-    validation_batches: int = Field(8, gt=0, description="Global batches a validation.")
+    validation_batches: int = Field(8, gt=0, description="Global batches per validation.")
     log_every_steps: int = Field(
-        1, gt=0, description="Steps between lines on the terminal; metrics.jsonl gets each step."
+        1, gt=0, description="Steps between lines on the terminal; metrics.jsonl gets every step."
     )
     timeout_seconds: float = Field(
         1200.0,
         gt=0,
         le=1e9,
-        description="A collective that takes longer ends the run; above launch.heartbeat_seconds, after which a rank names who holds it up.",
+        description="A collective that takes longer ends the run; above launch.heartbeat_seconds, after which a rank names the ranks that it waits for.",
     )
     max_skipped_steps: int = Field(10, ge=0, description="Non-finite steps skipped in a row before the run stops.")
     compile: bool = Field(
@@ -179,17 +182,17 @@ class TrainConfig(Section):
     )
     recompute_blocks: str = Field("", description="For recompute: selective, letters of model.pattern, such as `*E`.")
     num_threads: int | None = Field(
-        None, gt=0, le=4096, description="CPU threads a rank; none: cores / ranks on this machine."
+        None, gt=0, le=4096, description="CPU threads per rank; none: cores / ranks on this machine."
     )
     profile: ProfileConfig | None = Field(None, description="Trace some steps; none: no trace.")
     deterministic: bool | None = Field(
         None,
-        description="Library kernels that add in one order, and our kernels' own tiles instead of tuned ones; none: yes on a CPU, no on CUDA, where library kernels are slower so. Our kernels add in one order always.",
+        description="Library kernels that add in one order, and our kernels' own tiles instead of tuned ones; none: yes on a CPU, no on CUDA, where such library kernels are slower. Our kernels always add in one order.",
     )
 
 
 class ParallelConfig(Section):
-    """How the run is spread over ranks; data parallel is what is left of them."""
+    """How the run is distributed over ranks; data parallelism uses the remaining ones."""
 
     tensor: int = Field(
         1, gt=0, description="Ranks that share each matrix, head by head; keep them inside one machine."
@@ -210,7 +213,7 @@ class ParallelConfig(Section):
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = Field(
         "1f1b", description="Order of the stages' forward and backward passes (Narayanan et al. 2021, Qi et al. 2023)."
     )
-    virtual_stages: int = Field(1, gt=0, description="Pieces of the pipeline a rank; above 1 with interleaving alone.")
+    virtual_stages: int = Field(1, gt=0, description="Pieces of the pipeline per rank; above 1 only with interleaving.")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="What DeepSpeed spreads over data ranks: 1 optimizer, 2 + gradients, 3 + weights."
     )
@@ -238,7 +241,7 @@ class ParallelConfig(Section):
 
 
 class StageConfig(Section):
-    """A stretch of the run; what it leaves open stays as in the stage before it, at first as in `train` and `parallel`.
+    """A part of the run; what it leaves out stays as in the stage before it, at first as in `train` and `parallel`.
 
     A `parallel` section is a whole layout: what it leaves out has its default, and the ranks start anew in it.
     """
@@ -246,9 +249,9 @@ class StageConfig(Section):
     name: str = Field(min_length=1, description="Shown in the log and the report.")
     tokens: float | None = Field(None, gt=0, description="At least so many tokens; or give steps.")
     steps: int | None = Field(None, gt=0, description="Optimizer steps; or give tokens.")
-    sequence_length: int | None = Field(None, gt=0, description="Tokens a row.")
-    micro_batch_size: int | None = Field(None, gt=0, description="Rows a forward pass and rank.")
-    global_batch_size: int | None = Field(None, gt=0, description="Rows an optimizer step, over all ranks.")
+    sequence_length: int | None = Field(None, gt=0, description="Tokens per row.")
+    micro_batch_size: int | None = Field(None, gt=0, description="Rows per forward pass and rank.")
+    global_batch_size: int | None = Field(None, gt=0, description="Rows per optimizer step, over all ranks.")
     rope: RopeConfig | None = Field(None, description="Rotary positions from here on.")
     weights: dict[str, float] | None = Field(None, description="Weight of each source from here on; absent: not used.")
     learning_rate: float | None = Field(None, gt=0, description="Peak rate; none: optimizer.learning_rate.")
@@ -266,25 +269,29 @@ class StageConfig(Section):
 
 
 class HealthConfig(Section):
-    """What a run does about steps that went wrong and ranks that are slow; every case is written to events.jsonl."""
+    """How a run handles steps that went wrong and ranks that are slow; every case is written to events.jsonl."""
 
     on_nonfinite: Literal["skip", "rollback", "stop"] = Field(
         "skip",
-        description="Gradients with NaN or infinity: leave the step out (train.max_skipped_steps in a row stop the run), go back to the newest checkpoint's weights and on with the next data, or stop.",
+        description="Gradients with NaN or infinity: leave the step out (train.max_skipped_steps in a row stop the run), load the newest checkpoint's weights and continue with the next data, or stop.",
     )
     on_spike: Literal["ignore", "skip", "rollback", "stop"] = Field(
         "ignore", description="The same choices for a loss far above the recent ones."
     )
     spike_ratio: float = Field(1.5, gt=1, description="A spike is a loss above this times the median of the window.")
-    spike_window: int = Field(64, ge=8, description="Steps of the median; no spike is seen before there are so many.")
+    spike_window: int = Field(
+        64, ge=8, description="Steps of the median; before there are so many, no spike is detected."
+    )
     max_rollbacks: int = Field(3, ge=0, description="Rollbacks of the whole run; one more stops it.")
     straggler_percent: float | None = Field(
-        25.0, gt=0, description="Name ranks that compute so much longer than the median, every 20 steps; none: never."
+        25.0,
+        gt=0,
+        description="Report ranks that compute this many percent longer than the median, every 20 steps; none: never.",
     )
     check_state_every_steps: int | None = Field(
         None,
         gt=0,
-        description="Look for silent corruption each so many steps and before each save: state that changed at rest, copies that differ, a micro-batch that gives other bits when run again. The run ends (code 3) and names the rank; none: never.",
+        description="Look for silent corruption every so many steps and before each save: state that changed at rest, copies that differ, a micro-batch that gives other bits when run again. The run ends (code 3) and names the rank; none: never.",
     )
 
 
@@ -297,7 +304,7 @@ class KernelsConfig(Section):
     )
     experts: Literal["auto", "triton", "torch"] = Field(
         "auto",
-        description="Products of experts where `backend` is triton: our kernels, PyTorch's grouped product (Hopper and later), or what `amfm bench kernels --tune` found faster on this card; ours where nothing was tuned.",
+        description="Products of experts where `backend` is triton: our kernels, PyTorch's grouped product (Hopper and later), or what `amfm bench kernels --tune` found faster on this GPU; ours where nothing was tuned.",
     )
 
 
@@ -306,7 +313,7 @@ class ExportConfig(Section):
 
     target: Literal[Target, "auto"] = Field(
         "auto",
-        description="`own`: our modelling file beside the weights; `auto`: a native class if one holds the config exactly, else own.",
+        description="`own`: our modeling file next to the weights; `auto`: a native class if one holds the config exactly, else own.",
     )
 
 
@@ -315,13 +322,13 @@ class EvaluateConfig(Section):
 
     tasks: tuple[str, ...] = Field((), description="Tasks, groups or tags of lm-eval, by name; empty: none.")
     include_path: str | None = Field(None, description="Folder with YAML files of further tasks; none: lm-eval's own.")
-    every_steps: int | None = Field(None, gt=0, description="None: after the last step alone.")
+    every_steps: int | None = Field(None, gt=0, description="None: only after the last step.")
     limit: int | None = Field(None, gt=0, description="Documents of each task; none: all.")
     num_fewshot: int | None = Field(
-        None, ge=0, description="Examples before each question; none: as the task says, else 0."
+        None, ge=0, description="Examples before each question; none: as the task defines, else 0."
     )
     micro_batch_size: int | None = Field(
-        None, gt=0, description="Rows a forward pass and rank; none: train.micro_batch_size."
+        None, gt=0, description="Rows per forward pass and rank; none: train.micro_batch_size."
     )
 
 
