@@ -29,7 +29,7 @@ def check_picture(path: Path) -> None:
             f"--picture {path} must end in one of {', '.join(PICTURE_FORMATS)}; use {path.stem or 'picture'}.png"
         )
     if not path.parent.is_dir():
-        raise ValueError(f"--picture {path}: {path.parent} is no folder; make it, or name another place")
+        raise ValueError(f"--picture {path}: {path.parent} is not a folder; create it, or name another path")
 
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The configuration file of the run.")]
@@ -54,9 +54,7 @@ CheckpointArgument = Annotated[
     typer.Argument(metavar="CHECKPOINT", help="A run directory (its newest checkpoint), a checkpoint, or an import."),
 ]
 
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="One JSON object on standard output; remarks on standard error.")
-]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout; messages go to stderr.")]
 
 
 def show_help_all(context: typer.Context, asked: bool) -> None:

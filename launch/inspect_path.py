@@ -60,7 +60,7 @@ def inspect_path(path: str | Path, *, quick: bool = False, report: Report = sile
         if "amfm-checkpoint" not in text[:200]:
             return inspect_store(str(folder), quick=quick, report=report)
     if quick:
-        raise ValueError(f"{folder} is no token store, and --quick is for stores; leave it out")
+        raise ValueError(f"{folder} is not a token store, and --quick is for stores; leave it out")
     if manifest.is_file():
         return inspect_checkpoint(folder, report)
     if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
@@ -70,7 +70,7 @@ def inspect_path(path: str | Path, *, quick: bool = False, report: Report = sile
     if (folder / "config.json").is_file():
         return inspect_export(folder, report)
     raise ValueError(
-        f"{folder} is no token store, checkpoint, run, import or export (none of manifest.json, config.yaml, "
+        f"{folder} is not a token store, checkpoint, run, import or export (none of manifest.json, config.yaml, "
         "weights.json, config.json is in it); name such a folder"
     )
 

@@ -155,7 +155,7 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a folder is and verify every checksum in it; exit code 2 if something is wrong."""
+    """Identify a folder and verify its checksums; exit code 2 if something is wrong."""
     from amfm.launch.inspect_path import inspect_path, mark_checkpoint
 
     if sample is not None:

@@ -29,7 +29,7 @@ def doctor(
     nproc: Annotated[int, typer.Option(min=1, help="cluster: ranks on this machine, without another launcher.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what this machine, or with --cluster every host, has, what it can run, and what to mend."""
+    """Check this machine, or every host with --cluster, and suggest fixes."""
     if cluster:
         raise typer.Exit(doctor_cluster(shared, nproc, as_json=as_json))
     if shared is not None or nproc > 1:

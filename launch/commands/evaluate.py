@@ -46,7 +46,9 @@ def evaluate(
         int | None,
         typer.Option("--sequence-length", "--length", min=1, help="Tokens a row; default: as in training."),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after about so many; default: all.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after about this many tokens; default: all.")
+    ] = None,
     probe: Annotated[
         TaskChoice | None, typer.Option(help="Evaluate this synthetic task instead (docs/synthetic_tasks.md).")
     ] = None,
@@ -128,9 +130,9 @@ def print_evaluation(checkpoint: Path, found: Evaluation, *, as_json: bool) -> N
             }
         )
         return
-    pairs = [("loss", f"{found.loss:.4f} nats a token"), ("perplexity", f"{found.perplexity:,.2f}")]
+    pairs = [("loss", f"{found.loss:.4f} nats per token"), ("perplexity", f"{found.perplexity:,.2f}")]
     if found.bits_per_byte is not None:
-        pairs.append(("bits a byte", f"{found.bits_per_byte:.4f}"))
+        pairs.append(("bits per byte", f"{found.bits_per_byte:.4f}"))
     if len(found.by_source) > 1:
         pairs += [(f"loss of {name}", describe_source(source)) for name, source in found.by_source.items()]
     pairs.append(("measured on", f"{found.tokens:,} tokens of the {found.split} part of {found.store}"))
@@ -139,7 +141,7 @@ def print_evaluation(checkpoint: Path, found: Evaluation, *, as_json: bool) -> N
 
 def describe_source(source: SourceLoss) -> str:
     """The loss of one source in words."""
-    bits = "" if source.bits_per_byte is None else f", {source.bits_per_byte:.4f} bits a byte"
+    bits = "" if source.bits_per_byte is None else f", {source.bits_per_byte:.4f} bits per byte"
     return f"{source.loss:.4f}{bits}, {source.tokens:,} tokens"
 
 

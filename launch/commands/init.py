@@ -35,9 +35,7 @@ def init(
     data: Annotated[
         str | None, typer.Option(metavar="PATH", help="Text: a file, folder, glob, URL or hub:OWNER/NAME.")
     ] = None,
-    hardware: Annotated[
-        str | None, typer.Option(metavar="cpu|8xh100|8xFILE.yaml", help="What it shall run on.")
-    ] = None,
+    hardware: Annotated[str | None, typer.Option(metavar="cpu|8xh100|8xFILE.yaml", help="Target hardware.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a first configuration that passes every check and fits by the plan; asks for what is not given."""

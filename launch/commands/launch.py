@@ -49,7 +49,7 @@ def launch(
     doctor: Annotated[
         bool, typer.Option("--doctor", help="Examine the ranks, hosts and links that the run would have; don't train.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Train also where a stage cannot fit on a card.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Train even if a stage is predicted not to fit.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run, and run nothing.")] = False,
     hosts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="torchrun: start every host of this file (one a line).")

@@ -34,11 +34,12 @@ def plan(
     gpu: Annotated[str, typer.Option(metavar="a100|h100|h200|b200|FILE.yaml", help="Which accelerator.")] = "h100",
     tokens: Annotated[float | None, typer.Option(help="Tokens of the run; default: as train.steps says.")] = None,
     margin: Annotated[
-        float, typer.Option(min=0, max=1, help="Memory for fragmentation and small things, part of the rest.")
+        float,
+        typer.Option(min=0, max=1, help="Headroom for fragmentation and small tensors, as a fraction of the rest."),
     ] = 0.1,
     overlap: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Part of ZeRO-3's gathers and of pipeline sends that runs beside compute."),
+        typer.Option(min=0, max=1, help="Part of ZeRO-3's gathers and of pipeline sends that overlaps with compute."),
     ] = 0.5,
     imbalance: Annotated[
         float, typer.Option(min=1, help="Routed rows of the fullest rank over the mean, where experts are spread.")
@@ -57,7 +58,7 @@ def plan(
     trace: Annotated[
         bool,
         typer.Option(
-            "--trace", help="Also build and step ranks of this run on simulated cards, beside what is planned."
+            "--trace", help="Also run steps of this run's ranks on simulated GPUs, and compare with the plan."
         ),
     ] = False,
     rank: Annotated[
@@ -73,7 +74,7 @@ def plan(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a run needs before anything is rented: parameters, FLOPs, memory, time, and the layouts that fit."""
+    """Estimate parameters, FLOPs, memory and time of a run, and the layouts that fit, before you rent GPUs."""
     path, overrides = choose_config(path, overrides, preset)
     from amfm.launch.plan.estimate import Assumptions
     from amfm.launch.plan.hardware import load_hardware
@@ -86,7 +87,7 @@ def plan(
     if picture is not None:
         check_picture(picture)
     if tokens is not None and not tokens > 0:
-        raise ValueError(f"--tokens {tokens:g} must be greater than 0; use 1e12, say")
+        raise ValueError(f"--tokens {tokens:g} must be greater than 0; use for example 1e12")
     assumptions = Assumptions(margin=margin, overlap=overlap, imbalance=imbalance)
     numbers = None if search else range(gpus, 0, -hardware.gpus_per_node)
     config = load_checked(path, overrides or [], world_size=numbers)

@@ -20,7 +20,7 @@ def shrink(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Take channels, experts and heads that pruning set to zero out of a model, and prove that its logits stay.
+    """Remove channels, experts and heads that pruning set to zero, and verify that the logits are unchanged.
 
     OUT is a weights folder: for export, generation, evaluation, or run.initial_weights of a run that trains on.
     """

@@ -36,7 +36,7 @@ def tasks(
     documents: Annotated[int, typer.Option(min=1, help="Documents of each task at most.")] = 200,
     as_json: JsonOption = False,
 ) -> None:
-    """Make three small lm-eval tasks out of a store's held-out text: choose, write and weigh what follows."""
+    """Make three small lm-eval tasks from a store's held-out text: multiple choice, completion and perplexity."""
     from amfm.pretrain.tasks.make_tasks import make_tasks
 
     names = make_tasks(store, out, name=name, num_documents=documents)

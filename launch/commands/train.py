@@ -29,7 +29,7 @@ def train(
     *,
     preset: PresetOption = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine; the losses don't depend on it.")] = 1,
-    force: Annotated[bool, typer.Option("--force", help="Train also where a stage cannot fit on the card.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Train even if a stage is predicted not to fit.")] = False,
     help_all: HelpAllOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -132,7 +132,7 @@ def check_page(path: Path) -> None:
     if path.suffix not in (".html", ".htm"):
         raise ValueError(f"--out {path} must end in .html; use {path.stem or 'report'}.html")
     if not path.parent.is_dir():
-        raise ValueError(f"--out {path}: {path.parent} is no folder; make it, or name another place")
+        raise ValueError(f"--out {path}: {path.parent} is not a folder; create it, or name another path")
 
 
 def add_verbs(app: typer.Typer) -> None:

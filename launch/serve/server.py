@@ -164,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/health":
             self._send_json(HTTPStatus.OK, {"status": "ok"})
         else:
-            self._refuse(RefusedError(f"{path:.100} is nothing here; see /v1/models", status=404))
+            self._refuse(RefusedError(f"no such endpoint: {path:.100}; see /v1/models", status=404))
 
     def do_POST(self) -> None:
         """Answer a completion, whole or as a stream of server-sent events."""
@@ -172,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         kind = KINDS.get(urlsplit(self.path).path)
         if kind is None:
-            self._refuse(RefusedError(f"{self.path:.100} is nothing here; see {', '.join(KINDS)}", status=404))
+            self._refuse(RefusedError(f"no such endpoint: {self.path:.100}; see {', '.join(KINDS)}", status=404))
             return
         try:
             body = self._read_body()

@@ -104,7 +104,7 @@ def check_measured(config: RunConfig) -> None:
     """Refuse a task that would end without the number that the study compares. Raises ConfigError."""
     if config.data.probe is None and config.data.validation_fraction == 0:
         rule = "a study compares losses on text that is held out"
-        raise ConfigError([Problem("data.validation_fraction", rule, "use 0.02, say", "0")])
+        raise ConfigError([Problem("data.validation_fraction", rule, "use for example 0.02", "0")])
 
 
 def make_pattern(symbol: str, ratio: str, num_mixers: int, between: str) -> str:
@@ -146,7 +146,7 @@ def axis_problems(config: StudyConfig) -> list[Problem]:
             problems.append(Problem(key, rule, "name one sequence mixer by its letter or name", mixer.mixer))
             continue
         if letter == ATTENTION or kind.mixes == "channels":
-            remedy = "attention comes with `ratios`, and channel mixers with `between`; use M, say"
+            remedy = "attention comes with `ratios`, and channel mixers with `between`; use for example M"
             problems.append(Problem(key, "is not a linear sequence mixer", remedy, mixer.mixer))
     problems += [problem for index, task in enumerate(config.tasks) for problem in between_problems(index, task)]
     named: dict[str, list[str]] = {
@@ -190,7 +190,7 @@ def ratio_problems(config: StudyConfig) -> list[Problem]:
         key = f"ratios.{index}"
         if ratio not in (NO_ATTENTION, ONLY_ATTENTION) and not _RATIO.fullmatch(ratio):
             rule = "must be none, all, or LINEAR:ATTENTION in whole numbers from 1"
-            problems.append(Problem(key, rule, "write 3:1, say", ratio))
+            problems.append(Problem(key, rule, "write for example 3:1", ratio))
             continue
         group = sum(split_ratio(ratio))
         # All models of a study have the same number of mixers: otherwise ratios would compare depths too.

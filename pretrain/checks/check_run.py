@@ -286,7 +286,7 @@ def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
     for name in ("on_nonfinite", "on_spike"):
         if getattr(config.health, name) == "rollback" and train.checkpoint_every_steps is None:
             rule = "needs checkpoints to go back to, and train.checkpoint_every_steps is null"
-            yield Problem(f"health.{name}", rule, "set train.checkpoint_every_steps=1000, say", "rollback")
+            yield Problem(f"health.{name}", rule, "set for example train.checkpoint_every_steps=1000", "rollback")
     if config.model.guide is not None and config.run.initial_weights is not None:
         rule = "begins as the product of factors that start at random, and run.initial_weights gives others"
         yield Problem("model.guide", rule, "remove one of the two")

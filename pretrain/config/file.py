@@ -245,7 +245,9 @@ def explain_choice(parts: Parts, given: object, value: str, schema: Schema) -> P
     allowed = [str(item) for item in literal_values(parent.model_fields[str(parts[-1])].annotation)]
     near = difflib.get_close_matches(str(given), allowed, n=1)
     key, names = ".".join(str(part) for part in parts), ", ".join(allowed)
-    return Problem(key, f"must be one of: {names}", f"use {near[0]}" if near else f"use {allowed[0]}, say", value)
+    return Problem(
+        key, f"must be one of: {names}", f"use {near[0]}" if near else f"use for example {allowed[0]}", value
+    )
 
 
 def literal_values(annotation: Any) -> list[object]:

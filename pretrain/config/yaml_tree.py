@@ -180,8 +180,8 @@ def merge(below: Entry, above: Entry) -> Entry:
 
 
 def no_file(path: Path) -> str:
-    """Say what a path is that is no ordinary file."""
-    return "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
+    """Say what a path is that is not a regular file."""
+    return "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
 
 
 def read_tree(path: Path, problems: list[Problem], *, chain: tuple[Path, ...] = ()) -> Entry:
@@ -215,9 +215,7 @@ def read_tree(path: Path, problems: list[Problem], *, chain: tuple[Path, ...] = 
     if parent.resolve() in chain:
         names = " -> ".join(item.name for item in (*chain, parent))
         remedy = "remove one `extends` of the circle"
-        raise ConfigError(
-            [Problem("extends", f"files extend each other in a circle: {names}", remedy, extends.value, extends.origin)]
-        )
+        raise ConfigError([Problem("extends", f"circular `extends`: {names}", remedy, extends.value, extends.origin)])
     if not parent.is_file():
         rule = f"{parent} {no_file(parent)}"
         remedy = "name a file relative to the one that extends it"

@@ -41,7 +41,7 @@ def rule_problems(config: RunConfig) -> Iterator[Problem]:
         )
     if config.data.validation_fraction == 0:
         rule = "leaves nothing to measure the converted model on"
-        yield Problem("data.validation_fraction", rule, "use 0.02, say", "0")
+        yield Problem("data.validation_fraction", rule, "use for example 0.02", "0")
     for key, value in (("train.steps", config.train.steps), ("run.initial_weights", config.run.initial_weights)):
         if value is not None:
             rule = "has no effect in a conversion, whose stages have their own"

@@ -33,7 +33,7 @@ class Experts(Hook):
             blocks = ", ".join(f"{block} ({share:.0%} of tokens)" for block, share in shares.items())
             self.run.tell(
                 "experts_collapsed",
-                f"warning: step {self.run.progress.step}: the same experts take nearly every token in block {blocks}; "
+                f"warning: step {self.run.progress.step}: routing has collapsed: the same experts receive nearly all tokens in block {blocks}; "
                 "see model.moe.expert_bias, bias_update_rate (2e-2 for runs below about 1,000 steps) and "
                 "auxiliary_loss_weight",
                 token_share={str(block): share for block, share in shares.items()},

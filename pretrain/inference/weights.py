@@ -136,7 +136,7 @@ def read_weights(path: str | Path, report: Report = silent) -> Weights:
     if (folder / "config.json").is_file():
         raise ValueError(f"{folder} is a transformers model; run `amfm import {folder} OUT` and give OUT")
     raise ValueError(
-        f"{folder} is no checkpoint, run directory or imported model; give RUN_DIR, RUN_DIR/checkpoints/step-N or the "
+        f"{folder} is not a checkpoint, run directory or imported model; give RUN_DIR, RUN_DIR/checkpoints/step-N or the "
         "folder that `amfm import` wrote"
     )
 

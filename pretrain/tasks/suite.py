@@ -124,7 +124,7 @@ def open_suite(choice: TaskChoice, setting: str) -> TaskSuite:
     require_lm_eval(setting)
     if choice.include_path is not None and not Path(choice.include_path).is_dir():
         raise ValueError(
-            f"the folder of tasks {choice.include_path} is no folder; name one with lm-eval's YAML files in it"
+            f"the folder of tasks {choice.include_path} is not a folder; name one with lm-eval's YAML files in it"
         )
     with _seeded():
         manager = _find_tasks(choice)

@@ -77,7 +77,7 @@ def test_a_task_without_data_is_told_and_training_goes_on(data: DataConfig, fold
 
 
 def test_tasks_that_cannot_be_found_are_refused_before_training(data: DataConfig, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no folder; name one with lm-eval's YAML files"):
+    with pytest.raises(ValueError, match="is not a folder; name one with lm-eval's YAML files"):
         train(tiny_config(data, tmp_path / "run", **with_tasks(folder / "absent")))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

@@ -16,7 +16,7 @@ def test_verbs_that_use_a_model_say_what_they_accept(arguments, tmp_path, capsys
     (tmp_path / "empty").mkdir()
     for _ in range(2):
         assert run([places.get(word, word) for word in arguments]) == 2
-        assert "is no checkpoint, run directory or imported model; give RUN_DIR" in capsys.readouterr().err
+        assert "is not a checkpoint, run directory or imported model; give RUN_DIR" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
         # And then a token store, whose manifest has the name of a checkpoint's.
         (tmp_path / "empty" / "parts").mkdir(exist_ok=True)

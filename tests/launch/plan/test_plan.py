@@ -91,7 +91,7 @@ def test_the_tables_and_the_picture(capsys, tmp_path):
         (["parallel.offload_optimizer=true", "--gpus", "8"], "parallel.offload_optimizer=true is not modelled"),
         (["--gpus", "8", "--tokens", "-1"], "--tokens -1 must be greater than 0"),
         (["--gpus", "8", "--picture", "memory.txt"], "must end in one of .png, .svg, .pdf; use memory.png"),
-        (["--gpus", "8", "--picture", "nowhere/memory.png"], "nowhere is no folder"),
+        (["--gpus", "8", "--picture", "nowhere/memory.png"], "nowhere is not a folder"),
         (["--gpus", "8", "--gpu", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--gpus", "0"], ""),
     ],

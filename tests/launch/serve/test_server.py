@@ -225,7 +225,7 @@ def test_a_port_in_use_is_one_message(imported, capsys):
 
 def test_what_is_no_model_is_bad_input(tmp_path, capsys):
     assert run(["serve", str(tmp_path), "--port", "0"]) == 2
-    assert "is no checkpoint, run directory or imported model" in capsys.readouterr().err
+    assert "is not a checkpoint, run directory or imported model" in capsys.readouterr().err
 
 
 def test_the_openai_client_gets_completions_chat_and_errors(server, chat_server):

@@ -98,7 +98,7 @@ def test_a_circle_of_extends_is_refused(tmp_path):
     written(tmp_path, "extends: b.yaml\n", "a.yaml")
     written(tmp_path, "extends: a.yaml\n", "b.yaml")
     message = message_of(tmp_path / "a.yaml")
-    assert "files extend each other in a circle: a.yaml -> b.yaml -> a.yaml; remove one `extends`" in message
+    assert "circular `extends`: a.yaml -> b.yaml -> a.yaml; remove one `extends`" in message
     assert message.startswith(f"{tmp_path / 'b.yaml'}:1: ")
 
 

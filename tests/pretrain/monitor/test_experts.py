@@ -66,7 +66,9 @@ def test_a_run_says_at_its_start_that_nothing_balances_and_once_that_a_block_col
         close_run(run)
     said = capsys.readouterr().err
     assert "warning: nothing balances the 4 experts" in said
-    assert said.count("the same experts take nearly every token in block 1 (100% of tokens)") == 1
+    assert (
+        said.count("routing has collapsed: the same experts receive nearly all tokens in block 1 (100% of tokens)") == 1
+    )
     assert len(read_events(tmp_path, "unbalanced_experts")) == 1
     collapsed = read_events(tmp_path, "experts_collapsed")
     assert [(event["step"], event["token_share"]) for event in collapsed] == [(EXPERT_STEPS, {"1": 1.0})]

@@ -57,7 +57,7 @@ def test_unknown_names_and_folders_are_refused_by_name(folder: Path, shipped: No
     write_task(folder, "here", CHOICE)
     with pytest.raises(ValueError, match=r"evaluate\.tasks: lm-eval knows no task neverheard.*that folder has here"):
         open_suite(TaskChoice(("here", "neverheard"), str(folder)), "evaluate.tasks")
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         open_suite(TaskChoice(("here",), str(folder / "absent")), "evaluate.tasks")
 
 
