@@ -83,17 +83,21 @@ def _table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any,
 
 def _say_errors(rows: list[dict[str, Any]], halves: tuple[Hardware, Hardware] | None) -> None:
     """Median and largest error, of forced and of natural routing, and what was fitted."""
+    from benchmarks.published.planning import FITTED
+
     for key, words in (("error", "data sheet"), ("error_of_the_other_halfs_fit", "fitted on the other half")):
         for routing in ("forced", "natural"):
             errors = [abs(row[key]) for row in rows if row["routing"] == routing and key in row]
+            if errors and key == "error_of_the_other_halfs_fit":
+                words = f"{len(FITTED)} free constants, {words}"
             if errors:
                 say(
                     f"{words}, {routing} routing: median error {statistics.median(errors):.0%}, worst {max(errors):.0%}"
                 )
     for name, hardware in zip(("the 1st, 3rd, ... run", "the 2nd, 4th, ... run"), halves or ()):
         values = hardware.model_dump()
-        efficiencies = [(key, f"{value:.2f}") for key, value in values.items() if key.endswith("_efficiency")]
-        print_pairs(f"Fitted on {name}", efficiencies)
+        efficiencies = [(key, f"{values[key]:.2f}") for key in FITTED]
+        print_pairs(f"{len(FITTED)} free constants, fitted on {name}", efficiencies)
 
 
 if __name__ == "__main__":

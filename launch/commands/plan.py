@@ -43,7 +43,7 @@ def plan(
     ] = 0.5,
     imbalance: Annotated[
         float, typer.Option(min=1, help="Routed rows of the fullest rank over the mean, where experts are spread.")
-    ] = 1.0,
+    ] = 1.2,
     search: Annotated[
         bool, typer.Option("--search", help="Rank layouts of all axes, not only ZeRO stages and micro-batch sizes.")
     ] = False,
@@ -259,8 +259,12 @@ def describe_step(item: Estimate) -> list[tuple[str, str]]:
     """Where the seconds of a step go, each part with its share, then the whole, what it hides, and the MFU."""
     total = item.step.total()
     parts = [(name, f"{seconds:,.3f} s, {seconds / total:.0%}") for name, seconds in item.step.parts()]
-    beside = [(name, f"{seconds:,.3f} s more") for name, seconds in item.step.hidden_parts()]
-    return [*parts, *beside, ("all", f"{total:,.3f} s"), ("MFU", f"{item.mfu:.1%}")]
+    beside = [(name, f"{seconds:,.3f} s, overlapped and not added") for name, seconds in item.step.hidden_parts()]
+    ends = [
+        (f"MFU, {each.name}", f"{each.mfu:.1%}: {each.assumes}") for each in item.mfu_range if each.name != "expected"
+    ]
+    expected = "MFU, expected; no GPU has measured it" if ends else "MFU"
+    return [*parts, *beside, ("all", f"{total:,.3f} s"), (expected, f"{item.mfu:.1%}"), *ends]
 
 
 def print_layouts(made: Plan) -> None:

@@ -20,12 +20,14 @@ LOGITS_LEAST_ROWS = {"triton": 256, "torch": 128}
 class BlockBytes:
     """Activation bytes a token of one block: `kept` from forward to backward, `working` beside that at backward's peak.
 
-    `left`: what remains of a pass that puts off the gradients of weights, of which they will be made.
+    `left`: what remains of a pass that puts off the gradients of weights, of which they will be made. `launches`: operations
+    that the host starts, forward and backward, whatever the tokens.
     """
 
     kept: float
     working: float
     left: float = 0.0
+    launches: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,10 @@ def all_to_all_seconds(sent: float, ranks: int, hardware: Hardware, *, calls: in
     together = min(ranks, max(1, hardware.gpus_per_node // stride))
     inside = sent * (together - 1) / ranks / hardware.node_link_bytes_per_second
     across = sent * (ranks - together) / ranks / hardware.network_bytes_per_second
-    return max(inside, across) / hardware.link_efficiency + calls * hardware.hop_seconds
+    return (
+        max(inside, across) / (hardware.all_to_all_efficiency or hardware.link_efficiency)
+        + calls * hardware.hop_seconds
+    )
 
 
 def axis_place(axis: str, layout: Layout) -> tuple[int, int]:

@@ -5,8 +5,8 @@ The smallest unit of a plan: `memory.py` and `time.py` know parts, here they bec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.layout import Layout
@@ -28,9 +28,22 @@ class Assumptions:
 
     margin: float = 0.1
     overlap: float = 0.5
-    imbalance: float = 1.0
+    imbalance: float = 1.2
     sent_rows: float = 1.0
     overlaps_experts: bool = True
+
+
+SPREAD = 1.2  # by which efficiencies and costs may be better or worse than assumed
+WORST_IMBALANCE = 1.25  # times the expected one
+
+
+class Scenario(NamedTuple):
+    """One end of a range, or what is expected: its MFU and seconds, and what it assumes in words."""
+
+    name: str
+    mfu: float
+    seconds: float
+    assumes: str
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class Estimate:
     """Memory, time and throughput of one layout. `reason` says why it does not fit; empty when it does.
 
     `train`: the keys of the `train` section that the layout decides. `mfu` counts model FLOPs (recomputation left out)
-    against the dense peak of all ranks; `tokens_per_second` is of the whole run.
+    against the dense peak of all ranks; `tokens_per_second` is of the whole run. `mfu_range`: where it was asked for.
     """
 
     layout: Layout
@@ -48,22 +61,24 @@ class Estimate:
     tokens_per_second: float
     reason: str
     train: dict[str, Any]
+    mfu_range: tuple[Scenario, ...] = ()
 
     def fits(self) -> bool:
         """Whether the fullest rank's bytes fit the device's memory."""
         return not self.reason
 
 
-def memory_of(config: RunConfig, layout: Layout, assumptions: Assumptions) -> Memory:
+def memory_of(config: RunConfig, layout: Layout, assumptions: Assumptions, hardware: Hardware | None = None) -> Memory:
     """Peak memory of the fullest rank of a run that is one training stage."""
     storage = storage_of(config)
-    return estimate_memory(config, layout, storage, margin=assumptions.margin, imbalance=assumptions.imbalance)
+    margin, imbalance = assumptions.margin, assumptions.imbalance
+    return estimate_memory(config, layout, storage, margin=margin, imbalance=imbalance, hardware=hardware)
 
 
 def estimate(config: RunConfig, layout: Layout, hardware: Hardware, assumptions: Assumptions) -> Estimate:
     """Memory and time of one layout; the configuration is a run without stages."""
     storage = storage_of(config)
-    memory = memory_of(config, layout, assumptions)
+    memory = memory_of(config, layout, assumptions, hardware)
     step = estimate_step(
         config,
         layout,
@@ -81,6 +96,24 @@ def estimate(config: RunConfig, layout: Layout, hardware: Hardware, assumptions:
     mfu = flops * tokens / layout.ranks / seconds / hardware.peak_flops(train.precision)
     reason = explain_misfit(memory, hardware)
     return Estimate(layout, memory, step, mfu, tokens / seconds, reason, layout.train_settings(config.model))
+
+
+def mfu_range(
+    config: RunConfig, layout: Layout, hardware: Hardware, assumptions: Assumptions
+) -> tuple[Scenario, Scenario, Scenario]:
+    """The MFU that the assumptions give, and below and above it that of worse and better ones, each with what it assumes."""
+    found = []
+    for name, factor, imbalance in (
+        ("low", 1 / SPREAD, WORST_IMBALANCE * assumptions.imbalance),
+        ("expected", 1.0, assumptions.imbalance),
+        ("high", SPREAD, 1.0),
+    ):
+        machine = hardware.scaled(factor)
+        item = estimate(config, layout, machine, replace(assumptions, imbalance=imbalance))
+        products, grouped = machine.product_efficiency, machine.grouped_efficiency
+        words = f"products at {products:.0%} of the peak, grouped ones at {grouped:.0%}, the fullest rank at {imbalance:.2f}"
+        found.append(Scenario(name, item.mfu, item.step.total(), words))
+    return found[0], found[1], found[2]
 
 
 def explain_misfit(memory: Memory, hardware: Hardware) -> str:
@@ -120,5 +153,9 @@ def estimate_as_dict(item: Estimate) -> dict[str, Any]:
             "hidden_seconds": step.hidden,
             "beside_experts_seconds": step.beside_experts,
             "exposed_gather_seconds": step.exposed_gathers,
+            "host_seconds": step.host,
+            "multiprocessor_seconds": step.shared,
+            "jitter_seconds": step.jitter,
+            **({"mfu_range": {each.name: each.mfu for each in item.mfu_range}} if item.mfu_range else {}),
         },
     }

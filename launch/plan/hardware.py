@@ -1,13 +1,16 @@
 """What accelerators and their links can do: a small table with its sources, or a YAML file of the same fields.
 
 Peaks are of the vendors' data sheets, without sparsity: A100 80GB SXM, H100 SXM, H200 SXM and DGX B200 (NVIDIA).
-`memory_gib` is what the device reports to PyTorch, which is less than the name says. The efficiencies are assumptions:
-what large products, grouped products, attention and passes over memory usually reach of those peaks.
+`memory_gib` is what the device reports to PyTorch, which is less than the name says. The efficiencies are assumptions, of
+amfm's own kernels as they were compiled and of cuBLAS, until a GPU has measured them; so is what collectives, the host and
+ranks of unequal speed cost. A file of one's own has none of those costs unless it says so: what `amfm bench calibrate` fits
+has them in its efficiencies.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,9 +36,38 @@ class Hardware(BaseModel):
     hop_seconds: float = Field(3e-6, ge=0, description="Latency of one step of a ring.")
     product_efficiency: float = Field(0.70, gt=0, le=1, description="Of the peak, in large products.")
     grouped_efficiency: float = Field(0.55, gt=0, le=1, description="Of the peak, in grouped products of experts.")
-    attention_efficiency: float = Field(0.50, gt=0, le=1, description="Of the peak, in attention and the scan.")
+    attention_efficiency: float = Field(0.50, gt=0, le=1, description="Of the peak, in attention and scans, forward.")
+    attention_backward_efficiency: float | None = Field(None, gt=0, le=1, description="Backward; null: as forward.")
     memory_efficiency: float = Field(0.75, gt=0, le=1, description="Of the bandwidth, in passes over memory.")
     link_efficiency: float = Field(0.80, gt=0, le=1, description="Of the links, in ring collectives.")
+    all_to_all_efficiency: float | None = Field(
+        None, gt=0, le=1, description="Of the links, in all-to-alls; null: as rings."
+    )
+    collective_share: float = Field(
+        0.0, ge=0, lt=1, description="Of the multiprocessors, while a collective runs beside."
+    )
+    launch_seconds: float = Field(0.0, ge=0, description="Host time of one operation.")
+    wait_seconds: float = Field(0.0, ge=0, description="Lost where the host waits for the device once.")
+    jitter: float = Field(0.0, ge=0, description="Standard deviation of a rank's step over its mean.")
+    context_gib: float = Field(0.0, ge=0, description="Memory of the CUDA context and of libraries' workspaces.")
+    communicator_gib: float = Field(0.0, ge=0, description="Memory of one communicator.")
+
+    def slowest(self, ranks: int) -> float:
+        """Expected step of the slowest of so many ranks over the mean, less 1.
+
+        The mean of the largest of N normal numbers is near sqrt(2 ln N) standard deviations (Cramer 1946, "Mathematical
+        Methods of Statistics", section 28.6).
+        """
+        return self.jitter * math.sqrt(2 * math.log(ranks))
+
+    def scaled(self, factor: float) -> Hardware:
+        """The same with every efficiency times a factor, at most 1, and every cost divided by it."""
+        values = self.model_dump()
+        better = {
+            name: min(1.0, value * factor) for name, value in values.items() if name.endswith("_efficiency") and value
+        }
+        costs = ("collective_share", "launch_seconds", "wait_seconds", "jitter")
+        return self.model_copy(update=better | {name: values[name] / factor for name in costs})
 
     def peak_flops(self, precision: str) -> float:
         """Dense peak of matrix products in the training precision, operations a second."""
@@ -53,6 +85,22 @@ class Hardware(BaseModel):
         return self.link_efficiency * (inside if ranks * stride <= self.gpus_per_node else min(inside, across))
 
 
+# Judgements, none of them measured: products by cuBLAS; grouped products by our Triton kernels, as occupancy of the compiled
+# ones suggests; attention by FlashAttention-2, whose speed is published; NCCL's all-to-all with messages of about 1 MB.
+ASSUMED: dict[str, float] = {
+    "product_efficiency": 0.70,
+    "grouped_efficiency": 0.46,
+    "attention_efficiency": 0.37,
+    "attention_backward_efficiency": 0.31,
+    "all_to_all_efficiency": 0.65,
+    "collective_share": 0.15,
+    "launch_seconds": 5e-6,
+    "wait_seconds": 50e-6,
+    "jitter": 0.015,
+    "context_gib": 0.8,
+    "communicator_gib": 0.25,
+}
+
 HARDWARE = {
     "a100": Hardware(
         name="A100 80GB SXM",
@@ -62,6 +110,7 @@ HARDWARE = {
         memory_bytes_per_second=2.039e12,
         node_link_bytes_per_second=300e9,
         network_bytes_per_second=25e9,
+        **ASSUMED,
     ),
     "h100": Hardware(
         name="H100 SXM",
@@ -71,6 +120,7 @@ HARDWARE = {
         memory_bytes_per_second=3.35e12,
         node_link_bytes_per_second=450e9,
         network_bytes_per_second=50e9,
+        **ASSUMED,
     ),
     "h200": Hardware(
         name="H200 SXM",
@@ -80,6 +130,7 @@ HARDWARE = {
         memory_bytes_per_second=4.8e12,
         node_link_bytes_per_second=450e9,
         network_bytes_per_second=50e9,
+        **ASSUMED,
     ),
     "b200": Hardware(
         name="B200 (DGX)",
@@ -89,6 +140,7 @@ HARDWARE = {
         memory_bytes_per_second=8.0e12,
         node_link_bytes_per_second=900e9,
         network_bytes_per_second=50e9,
+        **ASSUMED,
     ),
 }
 

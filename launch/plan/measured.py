@@ -45,6 +45,9 @@ from amfm.model.parallel.groups import AXES, ProcessGroupCollection, SingleRankG
 COUNTED_TOKENS = 4608
 
 
+QUIET = ("detach", "lift_fresh", "_unsafe_view", "alias")  # operations that launch nothing
+
+
 @dataclass(frozen=True)
 class Cut:
     """What of a layout decides how large a block is on a rank: the ranks that share it, and what its experts get.
@@ -100,10 +103,11 @@ def _measure(config: ModelConfig, letter: str, dtype: torch.dtype, backend: str,
     meta = pack_meta(cut.context, has_documents=backend == "triton").map_tensors(lambda tensor: tensor.to("meta"))
     if config.moe is not None and not cut.in_slots:  # a limit moves choices, and no bytes to speak of
         config = config.model_copy(update={"moe": config.moe.model_copy(update={"capacity_factor": None})})
+    live = LiveBytes()
     own = COUNTED_TOKENS // (cut.tensor if cut.is_sequence_parallel else 1)
     later: Later = []
     with ExitStack() as stack:
-        stack.enter_context(without_device())
+        stack.enter_context(without_device(live.launch))
         stack.enter_context(torch.device("meta"))
         stack.enter_context(default_dtype(dtype))
         block = Block(config.built_letters.index(letter), config, cut.groups(), backend)
@@ -114,7 +118,8 @@ def _measure(config: ModelConfig, letter: str, dtype: torch.dtype, backend: str,
         delta_BTD = torch.empty(1, own, config.hidden_size, requires_grad=True)
         if cut.is_split:
             stack.enter_context(split_backward(later))
-        live = stack.enter_context(LiveBytes([weight.shape for weight in block.parameters() if weight.dim() == 3]))
+        live.stacked = frozenset(weight.shape for weight in block.parameters() if weight.dim() == 3)
+        stack.enter_context(live)
         stack.enter_context(HostAnswers(config.moe.top_k if config.moe is not None else 0, cut))
         for parameter in block.parameters():
             parameter.register_hook(live.leave_out)
@@ -124,12 +129,13 @@ def _measure(config: ModelConfig, letter: str, dtype: torch.dtype, backend: str,
         edges, likes = [get_gradient_edge(each) for each in outputs], [(each.shape, each.dtype) for each in outputs]
         del total_BTD, mixed, outputs
         kept, _ = live.held()
-        begin = len(live.log)
+        begin, forward = len(live.log), live.launches
         torch.autograd.backward(edges, [torch.empty(shape, dtype=kind) for shape, kind in likes])
         residual_BTD.grad = delta_BTD.grad = None
         del edges
         left, most = live.held(begin)
-    return BlockBytes(*(size / COUNTED_TOKENS for size in (kept, most - kept, left)))
+    launches = forward, live.launches - forward
+    return BlockBytes(kept / COUNTED_TOKENS, (most - kept) / COUNTED_TOKENS, left / COUNTED_TOKENS, launches)
 
 
 def _forget_gradient(parameter: Tensor) -> None:
@@ -181,10 +187,10 @@ class StandInGroup(SingleRankGroup):
 
 
 @contextmanager
-def without_device() -> Iterator[None]:
-    """Let blocks run without card and ranks: launches do nothing, and Megatron-core's layers believe their groups."""
+def without_device(note_launch: Callable[[], None]) -> Iterator[None]:
+    """Let blocks run without card and ranks: launches are noted alone, and Megatron-core's layers believe their groups."""
     replaced: list[tuple[Any, str, Any]] = [
-        (triton.runtime.jit.JITFunction, "__getitem__", lambda *_: lambda *_, **__: None),
+        (triton.runtime.jit.JITFunction, "__getitem__", lambda *_: lambda *_, **__: note_launch()),
         (torch.distributed, "is_initialized", lambda: True),
         (torch.cuda, "current_device", lambda: torch.device("meta")),
     ]
@@ -259,9 +265,10 @@ class LiveBytes(TorchDispatchMode):
     `stacked`: shapes of weights that a pass may read more than once, of which all that is made is left out.
     """
 
-    def __init__(self, stacked: Sequence[torch.Size]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.stacked = frozenset(stacked)
+        self.stacked: frozenset[torch.Size] = frozenset()
+        self.launches = 0
         self.log: list[tuple[int, int]] = []  # number of a storage, and its bytes, negative when it goes
         self.numbers: dict[int, int] = {}
         self.left_out: set[int] = set()
@@ -273,6 +280,7 @@ class LiveBytes(TorchDispatchMode):
         body, kwargs = find_body(func), kwargs or {}
         if body is None:
             out = func(*args, **kwargs)
+            self.launches += not (func.is_view or "empty" in func._opname or func._opname in QUIET)
         else:
             with self:
                 out = body(*args, **kwargs)
@@ -281,6 +289,10 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, Tensor) and id_of(tensor) not in given and id_of(tensor) not in self.numbers:
                 self._note(tensor)
         return out
+
+    def launch(self) -> None:
+        """Count a launch of a Triton kernel."""
+        self.launches += 1
 
     def leave_out(self, tensor: Tensor | None) -> None:
         """Count the storage of a weight's gradient in no sum."""

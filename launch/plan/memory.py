@@ -27,6 +27,7 @@ from amfm.launch.plan.activations import (
     stream_bytes,
 )
 from amfm.launch.plan.exchanges import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS, expected_ranks, static_slots
+from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.in_flight import Moment, moments_of
 from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from amfm.launch.plan.measured import Cut, block_bytes
@@ -66,9 +67,17 @@ def storage_of(config: RunConfig, *, on_gpu: bool = True) -> Storage:
 
 
 def estimate_memory(
-    config: RunConfig, layout: Layout, storage: Storage, *, margin: float, imbalance: float = 1.0
+    config: RunConfig,
+    layout: Layout,
+    storage: Storage,
+    *,
+    margin: float,
+    imbalance: float = 1.0,
+    hardware: Hardware | None = None,
 ) -> Memory:
     """Peak bytes of the fullest rank. `margin`: fraction added for fragmentation and small allocations.
+
+    `hardware`: of which context and communicators take memory too; None: what PyTorch allocates alone.
 
     `imbalance`: routed rows of the fullest rank over the mean, where experts are spread.
     """
@@ -78,6 +87,17 @@ def estimate_memory(
     found = [estimate_stage(config, layout, storage, held, imbalance) for held in stages]
     fullest = max(found, key=Memory.total)
     parts = fullest.parts | {"margin": margin * fullest.total()}
+    if hardware is not None:
+        axes = (
+            layout.tensor,
+            layout.context,
+            layout.pipeline,
+            layout.expert,
+            layout.dense_sharers,
+            layout.expert_sharers,
+        )
+        groups = sum(size > 1 for size in axes) + (layout.ranks > 1)  # and the one of all ranks
+        parts |= {"CUDA context": GIB * hardware.context_gib, "communicators": GIB * hardware.communicator_gib * groups}
     return Memory({name: size for name, size in parts.items() if size > 0}, fullest.phase)
 
 

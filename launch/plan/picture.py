@@ -46,10 +46,14 @@ COMPUTE_COLOURS = {
 MORE_COMPUTE = ("#a6761d", "#4d9221", "#666a00", "#d9c27c", "#00441b", "#bf9b30")
 WAIT_COLOURS = {
     "pipeline bubble": "#f2f2f2",
-    "reduction not hidden": "#b2182b",
-    "gathers not hidden": "#f4a582",
+    "gradient reduction, exposed": "#b2182b",
+    "weight gathers, exposed": "#f4a582",
     "optimizer and sums of gradients": "#404040",
+    "host, exposed": "#737373",
+    "multiprocessors of collectives": "#a6a6a6",
+    "waits for the slowest rank": "#d9d9d9",
 }
+EXCHANGING = "communication, exposed"
 EXCHANGE_COLOURS = ("#e31a1c", "#fb6a4a", "#d6604d", "#ff9e80", "#8b0000")
 PASS_COLOURS: dict[Kind, str] = {"forward": "#9ecae1", "backward": "#3182bd", "weights": "#fdd0a2"}
 
@@ -127,8 +131,8 @@ def draw_steps(axes: Any, shown: list[tuple[str, Estimate]]) -> None:
     """Draw where the seconds of a step go, a bar a layout; inside the passes parts of one kind are drawn together."""
     steps = [item.step.parts() for _, item in shown]
     names = list(dict.fromkeys(name for step in steps for name, _ in step))
-    computing = [name for name in names if name not in WAIT_COLOURS and not name.startswith("communication")]
-    exchanging = [name for name in names if name.startswith("communication")]
+    computing = [name for name in names if name not in WAIT_COLOURS and not name.endswith(EXCHANGING)]
+    exchanging = [name for name in names if name.endswith(EXCHANGING)]
     others = [name for name in computing if name not in COMPUTE_COLOURS]
     colours = (
         WAIT_COLOURS | COMPUTE_COLOURS | dict(zip(others, MORE_COMPUTE * 3)) | dict(zip(exchanging, EXCHANGE_COLOURS))

@@ -12,10 +12,10 @@ bytes against real steps, `amfm bench calibrate` and `python -m benchmarks.publi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, estimate_as_dict
+from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, estimate_as_dict, mfu_range
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.launch.plan.left_out import LeftOut, Tally, untried
@@ -71,6 +71,7 @@ class Plan:
     is_own: bool
     is_search: bool
     tokens: float
+    assumptions: Assumptions
     left_out: tuple[LeftOut, ...] = ()
 
     @property
@@ -130,7 +131,7 @@ def make_plan(
             if item
         ]
         numbers = [ranks] * len(runs)
-    own = [estimate(run, Layout.of(run, number), hardware, assumptions) for run, number in zip(runs, numbers)]
+    own = [with_range(run, Layout.of(run, number), hardware, assumptions) for run, number in zip(runs, numbers)]
     entries = [StageEstimate(stage, item) for stage, item in zip(stages, own)]
     if search:
         entries = [
@@ -147,9 +148,16 @@ def make_plan(
         near_misses=found[0].misses,
         is_own=all(fits_ranks),
         is_search=search,
+        assumptions=assumptions,
         tokens=tokens or float(sum(stage.num_tokens() for stage in stages)),
         left_out=found[0].left_out,
     )
+
+
+def with_range(run: RunConfig, layout: Layout, hardware: Hardware, assumptions: Assumptions) -> Estimate:
+    """The estimate of a layout together with the range that its MFU lies in."""
+    item = estimate(run, layout, hardware, assumptions)
+    return replace(item, mfu_range=mfu_range(run, layout, hardware, assumptions))
 
 
 def search_stages(runs: list[RunConfig], ranks: int, hardware: Hardware, assumptions: Assumptions) -> list[Found]:
@@ -232,6 +240,9 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "gpus": plan.own.layout.ranks,
         "gpu": plan.hardware.name,
+        "assumptions": asdict(plan.assumptions)
+        | {each.name: each.assumes for each in plan.own.mfu_range}
+        | {name: value for name, value in plan.hardware.model_dump().items() if name.endswith("_efficiency")},
         "parameters": {
             "total": plan.counts.total,
             "active": plan.counts.active,

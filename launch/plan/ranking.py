@@ -99,7 +99,7 @@ def memory_of_stages(
         stage = f"stage {config.stages[index].name} " if index else ""
         if found is not None and not is_allowed(with_layout(run, here), layout.ranks):
             return found[0], f"{stage}breaks a rule in this layout"
-        memory = memory_of(run, here, assumptions)
+        memory = memory_of(run, here, assumptions, hardware)
         reason = explain_misfit(memory, hardware)
         if reason:
             return memory, stage + reason

@@ -25,13 +25,16 @@ class Roofline:
         self.bandwidth = hardware.memory_bytes_per_second * hardware.memory_efficiency
         self.seconds = 0.0
 
-    def product(self, rows: float, inputs: float, outputs: float, *, groups: int = 1, wide: bool = False) -> None:
+    def product(
+        self, rows: float, inputs: float, outputs: float, *, groups: int = 1, grouped: bool = False, wide: bool = False
+    ) -> None:
         """Add [rows, in] x [in, out] and the two products of its backward pass; `groups` matrices share the rows.
 
-        `wide`: in float32, as the router's logits are.
+        `grouped`: by a grouped kernel though it be of one matrix, as experts are. `wide`: in float32, as the router's logits
+        are.
         """
         hardware = self.hardware
-        efficiency = hardware.grouped_efficiency if groups > 1 else hardware.product_efficiency
+        efficiency = hardware.grouped_efficiency if grouped or groups > 1 else hardware.product_efficiency
         peak = hardware.float32_flops if wide else self.peak
         size = FLOAT32_BYTES if wide else self.element_bytes
         moved = size * (rows * (inputs + outputs) + groups * inputs * outputs)
@@ -44,19 +47,23 @@ class Roofline:
 
         Backward costs 2.5 times the forward pass, as it recomputes the scores.
         """
-        rate = self.peak * self.hardware.attention_efficiency
-        self.seconds += (self.forwards + 2.5) * max(flops / rate, moved / self.bandwidth)
+        hardware = self.hardware
+        backward = hardware.attention_backward_efficiency or hardware.attention_efficiency
+        for passes, efficiency in ((self.forwards, hardware.attention_efficiency), (2.5, backward)):
+            self.seconds += passes * max(flops / (self.peak * efficiency), moved / self.bandwidth)
 
     def passes(self, moved: float) -> None:
         """Add memory-bound operations by the bytes they move, forward and backward together; a third are forward's."""
         self.seconds += (self.forwards + 2) / 3 * moved / self.bandwidth
 
 
-def add_feed_forward(line: Roofline, rows: float, width: int, units: float, activation: str, groups: int = 1) -> None:
+def add_feed_forward(
+    line: Roofline, rows: float, width: int, units: float, activation: str, groups: int = 1, *, grouped: bool = False
+) -> None:
     """Up and down projection with the activation between them, `units` hidden units wide on this rank."""
     up = up_rows(1, activation) * units
-    line.product(rows, width, up, groups=groups)
-    line.product(rows, units, width, groups=groups)
+    line.product(rows, width, up, groups=groups, grouped=grouped)
+    line.product(rows, units, width, groups=groups, grouped=grouped)
     line.passes(rows * (3 * up + 2 * units) * line.element_bytes)
 
 

@@ -40,6 +40,8 @@ class StepTime:
     `communication`: inside the passes, by axis, as far as computing waits for it; `beside_experts` is what travels beside
     experts. `bubble`: waiting for other stages. `reduction`: of gradients, and the gathers of new weights under ZeRO-1 and 2,
     as far as passes do not hide them; `hidden` is what they do. `exposed_gathers` is what compute does not hide of ZeRO-3's.
+    `host`: launches that the device waits for, and waits of the host. `shared`: computing that is slower beside collectives,
+    which take multiprocessors. `jitter`: waiting for the slowest of all ranks.
     """
 
     compute: dict[str, float]
@@ -50,27 +52,34 @@ class StepTime:
     exposed_gathers: float
     hidden: float = 0.0
     beside_experts: float = 0.0
+    host: float = 0.0
+    shared: float = 0.0
+    jitter: float = 0.0
 
     def total(self) -> float:
         """Seconds of the whole step."""
         passes = sum(self.compute.values()) + sum(self.communication.values())
-        return passes + self.bubble + self.optimizer + self.reduction + self.exposed_gathers
+        waits = self.bubble + self.reduction + self.exposed_gathers
+        return passes + waits + self.optimizer + self.host + self.shared + self.jitter
 
     def parts(self) -> list[tuple[str, float]]:
         """Name the parts with their seconds, in the order in which they are spent; parts without any are left out."""
         parts = [
             *self.compute.items(),
-            *((f"communication, {axis}", seconds) for axis, seconds in self.communication.items()),
-            ("gathers not hidden", self.exposed_gathers),
+            *((f"{axis} communication, exposed", seconds) for axis, seconds in self.communication.items()),
+            ("weight gathers, exposed", self.exposed_gathers),
             ("pipeline bubble", self.bubble),
-            ("reduction not hidden", self.reduction),
+            ("gradient reduction, exposed", self.reduction),
             ("optimizer and sums of gradients", self.optimizer),
+            ("host, exposed", self.host),
+            ("multiprocessors of collectives", self.shared),
+            ("waits for the slowest rank", self.jitter),
         ]
         return [(name, seconds) for name, seconds in parts if seconds > 0]
 
     def hidden_parts(self) -> list[tuple[str, float]]:
         """Name what takes no time of the step, since it runs beside others, with its seconds."""
-        hidden = [("exchanges beside experts", self.beside_experts), ("reduction beside passes", self.hidden)]
+        hidden = [("expert exchanges", self.beside_experts), ("gradient reduction", self.hidden)]
         return [(name, seconds) for name, seconds in hidden if seconds > 1e-6]  # less is rounding
 
 
@@ -243,6 +252,8 @@ def _estimate_stage(
     # Communication cannot hide behind more compute than there is.
     hidden = min(gathers * overlap, sum(compute.values()))
     exposed, beside = reduction_seconds(config, layout, hardware, held, sum(compute.values()))
+    overlapped = beside + passes * experts[1]
+    busy_all = passes * busy + bubble + exposed
     return StepTime(
         compute,
         communication,
@@ -252,7 +263,29 @@ def _estimate_stage(
         gathers - hidden,
         beside,
         passes * experts[1],
+        passes * host_seconds(config, layout, hardware, storage, held, sum(compute.values()) / passes),
+        hardware.collective_share * overlapped,
+        hardware.slowest(layout.ranks) * busy_all,
     )
+
+
+def host_seconds(
+    config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage, held: StageShare, compute: float
+) -> float:
+    """Seconds of a micro-batch that the device waits for the host: launches that outlast computing, and waits of the host.
+
+    Routed experts whose rows are counted by rank make the host wait once a forward pass (model/moe/by_rank.py).
+    """
+    model, launches, waits = config.model, 0, 0
+    if storage.backend != "triton" or not (hardware.launch_seconds or hardware.wait_seconds):
+        return 0.0  # PyTorch's own kernels, as a CPU runs them: their efficiencies have it
+    for letter in set(held.letters):
+        forwards, times = 2 if letter in layout.recompute else 1, held.letters.count(letter)
+        cut = cut_of(config, layout, letter, 1.0)
+        forward, backward = block_bytes(model, letter, storage, cut).launches
+        launches += times * (forwards * forward + backward)
+        waits += times * forwards * (cut.sent > 0)
+    return max(0.0, launches * hardware.launch_seconds - compute) + waits * hardware.wait_seconds
 
 
 def optimizer_seconds(held: StageShare, passes: int, layout: Layout, hardware: Hardware, storage: Storage) -> float:

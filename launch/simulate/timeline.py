@@ -184,6 +184,8 @@ def compute_seconds(event: dict[str, Any], hardware: Hardware, precision: str) -
     }[event["limit"]]
     # Kernels take float32 states and sums beside products in the run's precision; torch's products give what they take.
     wide = event["wide"] and event["name"].startswith("aten.")
+    if event["limit"] == "mixing" and event["phase"] == "backward":
+        efficiency = hardware.attention_backward_efficiency or efficiency
     peak = hardware.peak_flops("float32" if wide else precision)
     return float(max(event["flops"] / (peak * efficiency), moving))
 
@@ -217,6 +219,7 @@ def compare_seconds(line: Timeline, planned: StepTime) -> dict[str, tuple[float,
     shared = sum(waited.pop(axis, 0.0) for axis in SHARING_AXES)
     found["waits for gradients and weights"] = planned.reduction + planned.exposed_gathers, shared
     found["waits for what all ranks agree on"] = 0.0, sum(waited.values())
+    found["host, multiprocessors, jitter"] = planned.host + planned.shared + planned.jitter, 0.0
     return {name: both for name, both in found.items() if any(both)} | {"all": (planned.total(), line.seconds)}
 
 

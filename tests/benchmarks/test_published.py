@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from amfm.launch.plan.hardware import HARDWARE
 from amfm.model.flops import count_parameters
 from amfm.pretrain.checks.check_run import load_checked
 from benchmarks.command import run
 from benchmarks.published.__main__ import LARGE_ERROR, published
-from benchmarks.published.planning import anchor_as_dict, fit_anchors, load_anchor, load_anchors, sent_rows
+from benchmarks.published.planning import THEIRS, anchor_as_dict, fit_anchors, load_anchor, load_anchors, sent_rows
 from benchmarks.published.runs import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +62,7 @@ def test_a_dispatcher_sends_a_token_once_a_node(anchors):
 
 def test_the_fit_finds_efficiencies_that_explain_the_speeds():
     runs = [load_anchor(run, CONFIGS) for run in PUBLISHED if run.preset.endswith("qwen3_30b")]
-    slow = HARDWARE["h100"].model_copy(update={"product_efficiency": 0.4, "memory_efficiency": 0.5})
+    slow = THEIRS.model_copy(update={"product_efficiency": 0.4, "memory_efficiency": 0.5})
     measured = [
         replace(
             anchor,
@@ -73,7 +72,7 @@ def test_the_fit_finds_efficiencies_that_explain_the_speeds():
         )
         for anchor in runs
     ]
-    assert any(abs(anchor.ratio(anchor.plan(HARDWARE["h100"])) - 1) > 0.1 for anchor in measured)
+    assert any(abs(anchor.ratio(anchor.plan(THEIRS)) - 1) > 0.1 for anchor in measured)
     found = fit_anchors(measured)
     assert all(anchor.ratio(anchor.plan(found)) == pytest.approx(1, abs=0.02) for anchor in measured)
 

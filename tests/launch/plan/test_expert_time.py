@@ -52,5 +52,5 @@ def test_halves_hide_more_and_cost_what_reads_the_weights_again():
     # Read once more forward and backward, their gradients written twice and added.
     assert seconds[1] - seconds[0] > 3 * weights / H100.memory_bytes_per_second
     step = estimate_step(config, halves, H100, storage, overlap=0.5)
-    assert dict(step.hidden_parts())["exchanges beside experts"] == step.beside_experts > 0
+    assert dict(step.hidden_parts())["expert exchanges"] == step.beside_experts > 0
     assert step.beside_experts not in dict(step.parts()).values()

@@ -20,8 +20,8 @@ def test_recomputed_blocks_pass_forward_twice():
     )
     assert after.pop("head") == before.pop("head")
     for kind, seconds in before.items():
-        # A forward pass is a third of three, or one of three and a half in attention and scans.
-        assert 1 + 1 / 3.5 <= after[kind] / seconds <= 1 + 1 / 3 + 1e-9
+        # A forward pass is a third of three, or less in attention and scans, whose backward pass is slower.
+        assert 1 + 1 / 4 <= after[kind] / seconds <= 1 + 1 / 3 + 1e-9
 
 
 def test_a_step_is_never_faster_than_its_arithmetic_at_peak():
