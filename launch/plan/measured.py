@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed
-import triton
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
@@ -190,10 +190,14 @@ class StandInGroup(SingleRankGroup):
 def without_device(note_launch: Callable[[], None]) -> Iterator[None]:
     """Let blocks run without card and ranks: launches are noted alone, and Megatron-core's layers believe their groups."""
     replaced: list[tuple[Any, str, Any]] = [
-        (triton.runtime.jit.JITFunction, "__getitem__", lambda *_: lambda *_, **__: note_launch()),
         (torch.distributed, "is_initialized", lambda: True),
         (torch.cuda, "current_device", lambda: torch.device("meta")),
     ]
+    if find_spec("triton") is not None:  # a plan for a CPU needs none
+        import triton
+
+        launcher = (triton.runtime.jit.JITFunction, "__getitem__", lambda *_: lambda *_, **__: note_launch())
+        replaced.append(launcher)
     before = [getattr(owner, name) for owner, name, _ in replaced]
     try:
         for owner, name, value in replaced:

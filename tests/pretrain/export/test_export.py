@@ -182,7 +182,7 @@ def test_a_damaged_or_wrong_source_is_refused(data: DataConfig, tmp_path: Path) 
     (folder / "weights.safetensors").write_bytes(content)
     with pytest.raises(RuntimeError, match=r"weights\.safetensors has SHA-256"):
         export_checkpoint(folder, tmp_path / "out")
-    with pytest.raises(ValueError, match="no checkpoint, run directory or imported model"):
+    with pytest.raises(ValueError, match="is not a checkpoint, run directory or imported model"):
         export_checkpoint(tmp_path, tmp_path / "out")
 
 
