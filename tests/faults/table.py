@@ -32,7 +32,7 @@ TABLE = (
     Row(1, "stop and resume", "bit for bit", ("tests/end_to_end/test_resume.py::", "tests/parallel/test_reshard.py::")),
     Row(2, "kill -9 of a rank in a step", "named, restarted, same end", (F + "test_lost_rank.py::", F + "test_kill_anywhere.py::")),
     Row(3, "kill -9 before each disk operation of a save", "old or new checkpoint", (F + "test_kill_while_saving.py::",)),
-    Row(4, "power lost: unsynced bytes and names gone in any order, where a stage begins too", "nothing durable lost", (F + "test_crash_states.py::", F + "test_kill_anywhere.py::")),
+    Row(4, "power lost: unsynced bytes and names gone in any order, where a stage begins too", "nothing durable lost", (F + "crash/test_states.py::", F + "test_kill_anywhere.py::")),
     Row(5, "kill -9 of the launcher, in a run too", "its ranks end with it, same end", (F + "test_lost_launcher.py::", F + "test_stage_boundary.py::", "tests/soak/test_soak.py::test_three_minutes")),
     Row(6, "SIGTERM, and more of them during its save", "saved, code 0", (P + "test_train.py::test_a_signal_saves", P + "test_train.py::test_a_signal_to_one_rank", F + "test_signals.py::")),
     Row(7, "full disk, quota, EIO, read-only, stale handle, time-out", "code 3, path named, nothing lost", (F + "test_storage.py::", P + "checkpoint/test_save.py::test_a_disk_that_fills_up", P + "checkpoint/test_save.py::test_a_read_only")),

@@ -35,7 +35,7 @@ ROOMS: dict[str, Room] = {
     "commit": Room(
         ("pretrain/checkpoint/commit.py",),
         (f"{CHECKPOINT}/test_commit.py", f"{CHECKPOINT}/test_save.py"),
-        (f"{CHECKPOINT}/test_damage.py", "tests/faults/test_crash_states.py", "tests/faults/test_kill_while_saving.py"),
+        (f"{CHECKPOINT}/test_damage.py", "tests/faults/crash/test_states.py", "tests/faults/test_kill_while_saving.py"),
     ),
     "remote": Room(("pretrain/checkpoint/remote.py",), (f"{CHECKPOINT}/test_remote.py",), (f"{CHECKPOINT}/test_remote.py", *SLOW)),
     "load": Room(

@@ -1,6 +1,6 @@
 """Does what must survive a crash, while disk.c writes down what it asks of the disk.
 
-Called as `python -m tests.faults.record_child PLACE [stages]`, watched below PLACE/watched: training across the boundary of
+Called as `python -m tests.faults.crash.record_child PLACE [stages]`, watched below PLACE/watched: training across the boundary of
 two stages, or else all that is quick. For each name: PLACE/initial/NAME is the folder before, PLACE/NAME.record the
 operations, PLACE/watched/NAME the folder after.
 """

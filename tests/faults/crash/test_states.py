@@ -21,7 +21,7 @@ from amfm.pretrain.checkpoint.files import verify_checkpoint
 from amfm.pretrain.checkpoint.names import list_checkpoints, newest_saved_step
 from amfm.pretrain.launcher_protocol import DONE, NEXT_LAYOUT
 from amfm.pretrain.monitor.metrics import keep_until
-from tests.faults.crash_states import CrashState, Operation, crash_states, read_record
+from tests.faults.crash.states import CrashState, Operation, crash_states, read_record
 from tests.faults.disk import with_record
 from tests.faults.staged import BOUNDARY, run_to_the_end, staged_config
 from tests.helpers.tiny_store import run_in_process
@@ -31,7 +31,7 @@ from tests.pretrain.tiny_run import read_metrics
 def record_child(place: Path, *arguments: str) -> Path:
     place.mkdir(exist_ok=True)
     environment = with_record(place / "record", place / "watched")
-    command = [sys.executable, "-m", "tests.faults.record_child", str(place), *arguments]
+    command = [sys.executable, "-m", "tests.faults.crash.record_child", str(place), *arguments]
     subprocess.run(command, env=environment, check=True, timeout=250)
     return place
 
