@@ -72,7 +72,7 @@ def measure(arguments: Sequence[str]) -> dict[str, float]:
     """
     begun = time.perf_counter()
     with tempfile.TemporaryFile() as words:
-        process = subprocess.Popen(rank_command(arguments), env=dict(os.environ), stdout=words, stderr=words)
+        process = subprocess.Popen(rank_command(arguments), stdout=words, stderr=words)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:

@@ -223,7 +223,10 @@ def explain(answers: Answers, choice: Choice, tree: dict[str, Any]) -> str:
 
 
 def describe_time(answers: Answers, choice: Choice) -> list[str]:
-    """How long the run takes on this machine's CPU, where it is trained on that: a guess within a factor of two."""
+    """How long the run takes on this machine's CPU, where it is trained on that: a guess.
+
+    From half to an eighth of the rate of a product of matrices, timed now: small blocks reach less of it than large ones.
+    """
     if not answers.machine.is_cpu:
         return []
     train = choice.config.train
@@ -235,7 +238,7 @@ def describe_time(answers: Answers, choice: Choice) -> list[str]:
     )
     hours = train.steps * per_step / measure_flops() / 3600
     return [
-        f"{train.steps} steps take {format_hours(hours / 0.5)} to {format_hours(hours / 0.12)} on this CPU alone, by a "
+        f"{train.steps} steps take {format_hours(hours / 0.5)} to {format_hours(hours / 0.125)} on this CPU alone, by a "
         "product of matrices timed here;",
         "train.stop_after_steps=20 shows the pace first.",
     ]

@@ -36,7 +36,7 @@ def the_launcher(launcher: subprocess.Popen[bytes]) -> list[int]:
 
 def start(config_file: Path) -> subprocess.Popen[bytes]:
     command = rank_command(["train", str(config_file), "--nproc", "2"])
-    return subprocess.Popen(command, env=dict(os.environ))
+    return subprocess.Popen(command)
 
 
 def write_config(folder: Path) -> Path:
