@@ -38,9 +38,9 @@ def mixers(
     as_json: JsonOption = False,
 ) -> None:
     """Train every cell of a grid of mixer x share of attention that is not done yet, and write table and plots."""
-    from amfm.data_pipeline.prepare.ray_token import ask_for_token
+    from amfm.data_pipeline.prepare.ray_token import choose_token
 
-    ask_for_token()
+    choose_token()
     from amfm.launch.study.grid import expand_grid
     from amfm.launch.study.study import load_study
 
@@ -61,9 +61,9 @@ def settings(
     as_json: JsonOption = False,
 ) -> None:
     """Train a model in several ways, each a label with overrides (optimizers and rates, say), and write one table."""
-    from amfm.data_pipeline.prepare.ray_token import ask_for_token
+    from amfm.data_pipeline.prepare.ray_token import choose_token
 
-    ask_for_token()
+    choose_token()
     from amfm.launch.study.settings import expand_settings
     from amfm.launch.study.study import load_settings_study
 
