@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.memory import keep_freed_memory
 from amfm.data_pipeline.prepare.plan import Unit
-from amfm.data_pipeline.prepare.ray_token import choose_token
+from amfm.data_pipeline.prepare.ray_token import START_RAY, choose_token, must_answer
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
 from amfm.data_pipeline.store.part_writer import import_zarr
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
@@ -27,13 +26,11 @@ from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 ATTEMPTS = 3  # of a unit whose actor dies: enough for lost nodes, few enough to notice a text that kills the process
 MAX_FAILED_STARTS = 20  # in a row: more than the cores of a node that is lost while its actors start
 NO_CORE_SECONDS = 300  # with no actor at work; a cluster that grows on demand needs minutes
-ANSWER_SECONDS = 10  # in which the head of a cluster takes a connection
 # `ray start --head` turns tokens on by itself, and a cluster that refuses one looks like none to Ray's own message.
 SEND_TOKEN = (
     "if a cluster runs there, it may ask for a token: set RAY_AUTH_MODE=token here, with the head's ~/.ray/auth_token in "
     "the same place (or its path in RAY_AUTH_TOKEN_PATH); else"
 )
-START_RAY = "start one with `ray start --head`, name the address that it prints, or leave --address out"
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: nothing but paths and counts goes through it
 
 
@@ -105,7 +102,7 @@ def start_ray(address: str | None, **options: Any) -> None:
     if address is None:
         options["include_dashboard"] = False
     else:
-        _must_answer(address)
+        must_answer(address)
     package_root = str(Path(__file__).parents[3])
     job = ray.job_config.JobConfig(code_search_path=[package_root])
     try:
@@ -116,19 +113,6 @@ def start_ray(address: str | None, **options: Any) -> None:
     except ConnectionError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"--address {address}: {reason} {SEND_TOKEN} {START_RAY}") from error
-
-
-def _must_answer(address: str) -> None:
-    """Raise ValueError where nothing listens at HOST:PORT; other forms of an address (auto, ray://) are Ray's to judge."""
-    host, _, port = address.rpartition(":")
-    if "://" in address or not port.isdigit() or not host:
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
-    except OSError as error:
-        raise ValueError(
-            f"--address {address}: no Ray cluster answers there ({error.strerror or error}); {START_RAY}"
-        ) from error
 
 
 class _Dispatcher:

@@ -24,7 +24,8 @@ def ray_session(alone_with_ray: None) -> Iterator[None]:
     """A Ray of three actors in this process."""
     import ray
 
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+    # Without an address Ray would join a cluster that `ray start` left on this machine.
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
     yield
     ray.shutdown()
 

@@ -28,9 +28,14 @@ STEPS = 300
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """Three raylets of one CPU each, the first with the head; their workers are not nicer than other programs here."""
+def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Cluster]:
+    """Three raylets of one CPU each, the first with the head; their workers are not nicer than other programs here.
+
+    They ask for no token, on a machine where another cluster left one.
+    """
     monkeypatch.setenv("RAY_worker_niceness", "0")
+    (tmp_path / "auth_token").write_text("0" * 64)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "auth_token"))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     for _ in range(2):
         cluster.add_node(num_cpus=1)
