@@ -19,9 +19,9 @@ pytestmark = [
 
 def launch(nodes: Cluster, root: Path, *options: str, hosts: str = "node1\nnode2\n") -> subprocess.Popen[bytes]:
     """`amfm launch --on torchrun` on the login node, its output in root/launch.log."""
-    (root / "hosts").write_text(hosts)
+    (root / "hostfile").write_text(hosts)  # `hosts` there is the nodes' /etc/hosts
     shell = f"ssh -F {root}/ssh_config -tt -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15"
-    words = ("launch", root / "run.yaml", *options, "--on", "torchrun", "--hosts", root / "hosts")
+    words = ("launch", root / "run.yaml", *options, "--on", "torchrun", "--hosts", root / "hostfile")
     count = str(len(hosts.split()))
     return nodes.start(
         0, root / "launch.log", *amfm(*words, "--nodes", count, "--nproc-per-node", "1", "--remote-shell", shell)
