@@ -17,7 +17,8 @@ import re
 
 import torch
 
-from amfm.kernels.runtime.first_use import can_be_checked, find_faults
+from amfm.kernels.runtime.first_use import CannotCheck, can_be_checked, find_faults
+from amfm.kernels.runtime.user_cache import place_triton_cache
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -116,8 +117,10 @@ def find_miscompile(version: tuple[int, int, int], capability_major: int) -> str
 def _check_triton(device: torch.device, operation: str | None) -> None:
     """Raise ValueError where an operation's kernels cannot run on `device`, or are wrong; every call of one asks."""
     refusal = refuse_triton(device)
-    if refusal is None and operation is not None and device.type == "cuda" and can_be_checked():
-        refusal = _refuse_operation(operation, device)
+    if refusal is None and device.type == "cuda":
+        place_triton_cache()
+        if operation is not None and can_be_checked():
+            refusal = _refuse_operation(operation, device)
     if refusal is not None:
         raise ValueError(refusal)
 
@@ -153,7 +156,13 @@ def refuse_triton(device: torch.device) -> str | None:
 @functools.cache
 def _refuse_operation(operation: str, device: torch.device) -> str | None:
     """What was wrong with an operation's kernels at their first use on a card; None where nothing was, or where allowed."""
-    faults = find_faults(operation, device)
+    try:
+        faults = find_faults(operation, device)
+    except CannotCheck as reason:
+        _LOG.warning(
+            "%s; they run unchecked. `python -m amfm.kernels.acceptance --op %s` checks them", reason, operation
+        )
+        return None
     if not faults:
         return None
     said = f"the kernels of {operation} are wrong on this card: {'; '.join(faults)}"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from amfm.kernels.runtime import backend, first_use
 from amfm.kernels.runtime.backend import INTERPRETED
-from amfm.kernels.runtime.first_use import digest_source, look_up
+from amfm.kernels.runtime.first_use import CannotCheck, digest_source, look_up
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the check starts an interpreter of its own")
 
@@ -16,24 +20,107 @@ PLANTED = "tests.kernels.acceptance.planted"
 
 
 def test_a_wrong_kernel_is_found_once_and_remembered_for_this_card_and_source(tmp_path: Path) -> None:
-    faults = look_up("wrong", "cpu", "NVIDIA H100, torch 2.11", tmp_path, PLANTED)
+    faults = look_up("wrong", "cpu", "NVIDIA H100, torch 2.11", [tmp_path], PLANTED)
     assert len(faults) == 1 and faults[0].startswith("the wrong one: d_x is off by")
     (kept,) = tmp_path.glob("*.json")
     assert "NVIDIA-H100" in kept.name and digest_source() in kept.name
     # What is kept is read, not found again; another card asks anew.
     kept.write_text(json.dumps({"faults": ["as kept"]}))
-    assert look_up("wrong", "cpu", "NVIDIA H100, torch 2.11", tmp_path, PLANTED) == ["as kept"]
+    assert look_up("wrong", "cpu", "NVIDIA H100, torch 2.11", [tmp_path], PLANTED) == ["as kept"]
 
 
 @pytest.mark.slow
 def test_a_kernel_that_crashes_is_found_and_a_right_one_is_not(tmp_path: Path) -> None:
-    (fault,) = look_up("crash", "cpu", "a card", tmp_path, PLANTED)
+    (fault,) = look_up("crash", "cpu", "a card", [tmp_path], PLANTED)
     assert fault.startswith("the crash one: the check ended with code -11")
-    assert look_up("right", "cpu", "a card", None, PLANTED) == []
+    assert look_up("right", "cpu", "a card", [None], PLANTED) == []
 
 
 @pytest.mark.slow
 def test_a_check_that_cannot_run_is_an_error_and_not_a_verdict(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"kernels of right could not be checked on this card.*no_such_module"):
-        look_up("right", "cpu", "a card", tmp_path, "tests.no_such_module")
+    with pytest.raises(CannotCheck, match=r"kernels of right could not be checked on this card.*no_such_module"):
+        look_up("right", "cpu", "a card", [tmp_path], "tests.no_such_module")
     assert not [*tmp_path.glob("*.json")]
+
+
+def test_a_folder_that_cannot_be_written_costs_a_check_and_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `docker --user` has it with HOME=/, a read-only home, a full quota: here a folder whose parent is a file."""
+    checks = count_checks(monkeypatch)
+    (tmp_path / "home").write_text("not a folder")
+    homeless = [tmp_path / "home" / ".cache", None]
+    assert look_up("right", "cpu", "a card", homeless, PLANTED) == look_up("wrong", "cpu", "a card", homeless, PLANTED)
+    assert checks == ["right", "wrong"]
+    assert [record.getMessage() for record in caplog.records if "not kept" in record.getMessage()] == [
+        f"checks of kernels are not kept ({homeless[0]} cannot be written), so each start repeats them; set XDG_CACHE_HOME"
+    ]
+    # The next folder keeps them, and is not even asked for where the first one knows.
+    look_up("right", "cpu", "a card", [*homeless, tmp_path / "scratch"], PLANTED)
+    look_up("right", "cpu", "a card", [*homeless, tmp_path / "scratch"], PLANTED)
+    assert checks == ["right", "wrong", "right"]
+
+
+def test_a_home_without_locks_and_a_quota_that_is_full_do_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = count_checks(monkeypatch)
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")  # Lustre without -o flock
+
+    monkeypatch.setattr(first_use.fcntl, "flock", flock)
+    assert look_up("right", "cpu", "a card", [tmp_path / "lustre"], PLANTED) == []
+    assert look_up("right", "cpu", "a card", [tmp_path / "lustre"], PLANTED) == []
+    assert checks == ["right"]
+
+    def write(*_: object) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(first_use, "write_whole", write)
+    assert look_up("right", "cpu", "a card", [tmp_path / "full"], PLANTED) == []
+    assert not [*(tmp_path / "full").glob("*.json")]
+
+
+def count_checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operations that are checked from now on, each right at once, while nobody has been warned."""
+    checks: list[str] = []
+
+    def check(operation: str, *_: object) -> list[str]:
+        checks.append(operation)
+        return []
+
+    monkeypatch.setattr(first_use, "check_now", check)
+    first_use._warn_not_kept.cache_clear()
+    return checks
+
+
+def test_a_gpu_for_one_process_is_checked_in_this_one_and_draws_nothing_from_its_generators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The cases refuse every process but this one in CUDA's words, as a GPU in exclusive-process mode does."""
+    monkeypatch.setenv("AMFM_TEST_OWNER", str(os.getpid()))
+    before = torch.get_rng_state()
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(refuse_to_keep, refuse_to_keep):
+        assert look_up("plain", "cpu", "a card", [None], "tests.kernels.acceptance.exclusive") == []
+        (fault,) = look_up("off", "cpu", "a card", [None], "tests.kernels.acceptance.exclusive")
+    assert fault.startswith("off: y is off by")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first_use.CHECKING_VARIABLE not in os.environ
+
+
+def test_a_check_that_cannot_run_is_a_warning_with_its_cause_and_no_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def find(*_: object) -> list[str]:
+        raise CannotCheck("the kernels of norm could not be checked on this GPU: OSError: no more processes")
+
+    monkeypatch.setattr(backend, "find_faults", find)
+    backend._refuse_operation.cache_clear()
+    assert backend._refuse_operation("norm", torch.device("cuda", 0)) is None
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "no more processes; they run unchecked" in said
+
+
+def refuse_to_keep(tensor: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("a recomputed block would count what the check saves")
