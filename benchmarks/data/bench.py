@@ -53,7 +53,7 @@ def bench_data(settings: BenchData, report: Callable[[str], None]) -> dict[str, 
     """
     torch.set_num_threads(1)
     settings.work.mkdir(parents=True, exist_ok=True)
-    _settle_tokenizer(settings, report)
+    _prepare_tokenizer(settings, report)
     preparation = measure_preparation(settings, report)
     store = TokenStore.open(settings.work / "fast")
     stores = {"fast": store}
@@ -88,7 +88,7 @@ def collect_text(work: Path, megabytes: int) -> tuple[str, ...]:
     return (str(work / "python_sources"),)
 
 
-def _settle_tokenizer(settings: BenchData, report: Callable[[str], None]) -> None:
+def _prepare_tokenizer(settings: BenchData, report: Callable[[str], None]) -> None:
     """Train the tokenizer once; later runs in the same folder find it there, so that their tokens are the same."""
     file = settings.work / "tokenizer.model"
     if file.exists():

@@ -19,6 +19,7 @@ from amfm.data_pipeline.config import DataConfig, SourceConfig
 from amfm.data_pipeline.durable.deletion import try_to_delete
 from amfm.data_pipeline.durable.files import UNFINISHED, make_folders
 from amfm.data_pipeline.durable.locks import take_lock
+from amfm.data_pipeline.prepare.choose_tokenizer import choose_tokenizer, keep_tokenizer
 from amfm.data_pipeline.prepare.documents import Segment
 from amfm.data_pipeline.prepare.duplicates import mark_duplicates, units_to_hash
 from amfm.data_pipeline.prepare.hub import pin_revisions, read_pins, write_pins
@@ -26,7 +27,6 @@ from amfm.data_pipeline.prepare.journal import Journal
 from amfm.data_pipeline.prepare.plan import Unit, UnitSettings, make_units, part_bytes_of, plan_source
 from amfm.data_pipeline.prepare.ray_actors import run_on_ray
 from amfm.data_pipeline.prepare.rejects import describe_first_reject
-from amfm.data_pipeline.prepare.settle_tokenizer import keep_tokenizer, settle_tokenizer
 from amfm.data_pipeline.prepare.token_limit import take_tokens
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport
 from amfm.data_pipeline.store.manifest import (
@@ -210,7 +210,7 @@ def _tokenizer_of(
         if progress:
             progress(Progress("tokenizer", 0, 1, 0, 0, 0, 0, 0.0, None))
 
-    tokenizer, settings = settle_tokenizer(store, config, plans, begin_training)
+    tokenizer, settings = choose_tokenizer(store, config, plans, begin_training)
     if settings is not None:
         with _explain_full_disk(store, 0, 0):
             keep_tokenizer(store, tokenizer, settings)

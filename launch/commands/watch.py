@@ -34,7 +34,7 @@ def watch(
 
     run = FollowedRun(run_dir)
     if as_json:
-        print_json(run.to_json(run.settle()))
+        print_json(run.to_json(run.final()))
     else:
         try:
             show_live(run, stays=stay)

@@ -51,4 +51,4 @@ def _learn(values: KnownValues, output: Tensor, own: Tensor | None, arrange: Any
         return
     with real_tensors():
         received = arrange(own).view(output.shape)
-    values.learn(output, received)
+    values.record(output, received)

@@ -53,7 +53,7 @@ class KnownValues:
         with real_tensors():
             return known.tolist()
 
-    def learn(self, tensor: Tensor, values: Tensor) -> None:
+    def record(self, tensor: Tensor, values: Tensor) -> None:
         """Set the values of a tensor, and with them its storage's twin; large storages stay unknown."""
         storage = tensor.untyped_storage()
         if storage.nbytes() > 8 * MOST_NUMBERS:
@@ -116,7 +116,7 @@ class KnownValues:
             return
         for tensor, values in zip(leaves(out), leaves(found)):
             if any(tensor is each for each in fresh):
-                self.learn(tensor, values)
+                self.record(tensor, values)
 
     def assume(self, func: Any, args: Any, out: Any) -> None:
         """Assume balanced routing (`routing.py`): all ranks that hold experts get equally many tokens.
@@ -129,7 +129,7 @@ class KnownValues:
             if chosen is not None:
                 with real_tensors():
                     counts = torch.bincount(chosen.flatten(), minlength=args[1])
-                self.learn(out[3], counts)
+                self.record(out[3], counts)
             return
         if func._opname in ("limit_pairs_triton", "recycle_pairs_triton"):
             # Which expert gets a recycled choice is not followed: a balanced router has few, and they are taken for lost.
@@ -137,7 +137,7 @@ class KnownValues:
             if chosen is not None:
                 with real_tensors():
                     kept = drop_overflow(chosen, *args[1:3])
-                self.learn(out, kept)
+                self.record(out, kept)
             return
         if func._opname == "route_triton":
             ids_RK, _, counts_E, _ = out
@@ -145,12 +145,12 @@ class KnownValues:
             with real_tensors():
                 chosen = spread_choices(*ids_RK.shape, experts, self.expert_ranks, *args[6:8])
                 counts = torch.bincount(chosen.flatten(), minlength=experts)
-            self.learn(ids_RK, chosen)
-            self.learn(counts_E, counts)
+            self.record(ids_RK, chosen)
+            self.record(counts_E, counts)
         elif func._opname == "topk" and not out[1].is_floating_point():
             with real_tensors():
                 chosen = torch.arange(out[1].shape[-1]).expand(out[1].shape)
-            self.learn(out[1], chosen)
+            self.record(out[1], chosen)
 
 
 def real_tensors() -> Any:

@@ -86,16 +86,16 @@ def load_located(path: str | Path, overrides: Sequence[str] = ()) -> LocatedConf
 def read_schema(path: str | Path, overrides: Sequence[str], schema: type[S]) -> tuple[S, dict[str, Origin]]:
     """Read a file of any schema with overrides laid over it, and the places of its keys; raises as `load_config`."""
     problems: list[Problem] = []
-    return settle(read_tree(Path(path), problems), overrides, schema, problems)
+    return resolve(read_tree(Path(path), problems), overrides, schema, problems)
 
 
 def change_section(section: S, overrides: Sequence[str]) -> S:
     """Copy a section with `key=value` overrides laid over it; raises ConfigError as `load_config` does."""
     tree = TreeReader("the run", keep_lines=False).read(json.dumps(section.model_dump(mode="json")))
-    return settle(tree, overrides, type(section), [])[0]
+    return resolve(tree, overrides, type(section), [])[0]
 
 
-def settle(
+def resolve(
     tree: Entry, overrides: Sequence[str], schema: type[S], problems: list[Problem]
 ) -> tuple[S, dict[str, Origin]]:
     """Lay overrides over a tree, in order, and validate it; returns the configuration and the places of its keys.

@@ -110,7 +110,7 @@ class FollowedRun:
         self.panel.status = self.describe(beats)
         return Seen(metrics, events, beats, self.state, self.cause)
 
-    def settle(self) -> Seen:
+    def final(self) -> Seen:
         """Look, and where no rank seems to live look again for a while: its clock may be behind ours."""
         seen = self.look()
         deadline = time.monotonic() + FRESH_SECONDS / 2
@@ -235,7 +235,7 @@ def to_seconds(moment: object) -> float | None:
 def follow(run: FollowedRun, *, every_seconds: float, stays: bool) -> Iterator[Seen]:
     """Look again and again, until the run has ended or is gone; with `stays` until somebody interrupts."""
     while True:
-        seen = run.settle()
+        seen = run.final()
         yield seen
         if not stays and seen.state not in ("running", "waiting"):
             return

@@ -35,6 +35,7 @@ WRITE_SECONDS = 2.0
 LOOK_SECONDS = 5.0  # for the words of the other ranks, from storage that may hang
 LAST_WORDS = 1.5  # intervals between the last published beat of a rank that is dead and what it noted after it, at most
 MAX_BEATS_BYTES = 2**20  # of a node
+MAX_NAMED_HOSTS = 8  # in one message
 
 
 @dataclass(frozen=True)
@@ -282,4 +283,6 @@ def name_laggards(beats: list[Beat], own_rank: int, unseen_seconds: float) -> st
         )
     if furthest[1] == PHASES.index("data"):
         return "all ranks wait for data, so the storage of data.store is the suspect"
-    return "all ranks are at the same place, so the network between them is the suspect"
+    hosts = sorted({beat.host for beat in beats})
+    ends = "them" if not 2 <= len(hosts) <= MAX_NAMED_HOSTS else " and ".join((", ".join(hosts[:-1]), hosts[-1]))
+    return f"all ranks are at the same place, so the network between {ends} is the suspect"

@@ -22,7 +22,7 @@ from typing import Any
 FOLDER = Path(__file__).parent
 NETWORK, SLURM = str(FOLDER / "network.sh"), str(FOLDER / "slurm.sh")
 PROGRAMS = {
-    "network": ("ip", "nsenter", "unshare", "tc"),
+    "network": ("ip", "nsenter", "unshare", "tc", "nft"),
     "ssh": ("sshd", "ssh", "ssh-keygen"),
     "slurm": ("munged", "slurmctld", "slurmd", "sbatch", "srun"),
 }
@@ -34,7 +34,11 @@ def missing(*engines: str) -> str:
     if os.geteuid():
         return "needs root, for namespaces"
     lacks = [name for engine in ("network", *engines) for name in PROGRAMS[engine] if not shutil.which(name, path=PATH)]
-    return f"needs {', '.join(lacks)}: Debian's iproute2, util-linux, openssh-server, slurm-wlm, munge" if lacks else ""
+    return (
+        f"needs {', '.join(lacks)}: Debian's iproute2, nftables, util-linux, openssh-server, slurm-wlm, munge"
+        if lacks
+        else ""
+    )
 
 
 @dataclass
@@ -70,7 +74,7 @@ class Cluster:
             )
 
     def fault(self, verb: str, node: int, *arguments: str) -> None:
-        """Inject a fault of network.sh: cut, heal, oneway, shape, lose, add."""
+        """Inject a fault of network.sh: cut, heal, oneway, slow, lose, add."""
         subprocess.run([NETWORK, verb, str(self.folder), str(node), *arguments], check=True)
 
 

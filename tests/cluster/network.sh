@@ -4,7 +4,7 @@
 # Each node is a process namespace, a network namespace with one link to a bridge, a host name and a mount namespace.
 # node0 is the login node (10.77.0.10) and holds the bridge; node1..nodeN are 10.77.0.11 and so on. Nothing of the machine's own
 # network changes. The file system is shared, as on a cluster with NFS; `mount` inside `enter` gives a node its own view.
-# Needs root, iproute2, util-linux; nftables for `oneway`; openssh-server for `ssh-up`.
+# Needs root, iproute2, util-linux; nftables for `oneway` and `slow`; openssh-server for `ssh-up`.
 #
 #   network.sh up DIR N              make the nodes; DIR holds all state: short, such as $(mktemp -d /tmp/c.XXXX)
 #   network.sh enter DIR I CMD...    run a command on node I, in the present directory
@@ -14,7 +14,7 @@
 #   network.sh ray-node DIR PYBIN I [C]   one more worker (a node that comes back)
 #   network.sh cut|heal DIR I        take the link of node I down, up
 #   network.sh oneway DIR I in|out   drop what comes in (or goes out) at node I: a half-open connection; heal ends it
-#   network.sh shape DIR I ARGS...   tc netem on node I, such as: delay 100ms loss 1%; heal ends it
+#   network.sh slow DIR I RATE LOSS  node I sends RATE at most, such as 20mbit, and loses LOSS of 1,000 packets; heal ends it
 #   network.sh lose DIR I            power failure: link down, then every process of the node killed
 #   network.sh add DIR I             make node I (again)
 #   network.sh down DIR              end all nodes and what runs on them
@@ -80,11 +80,13 @@ ray-node)
 cut) enter 0 ip link set "nb$1" down ;;
 heal)
   enter 0 ip link set "nb$1" up; enter "$1" tc qdisc del dev eth0 root 2>/dev/null || true
-  enter "$1" nft delete table inet oneway 2>/dev/null || true ;;
+  for table in oneway lossy; do enter "$1" nft delete table inet $table 2>/dev/null || true; done ;;
 oneway)
   [ "$2" = in ] && hook=input || hook=output
   enter "$1" nft -f - <<<"table inet oneway { chain c { type filter hook $hook priority 0; $([ "$2" = in ] && echo iifname || echo oifname) eth0 drop; }; }" ;;
-shape) i=$1; shift; enter "$i" tc qdisc replace dev eth0 root netem "$@" ;;
+slow)  # not netem, which not every kernel has
+  enter "$1" tc qdisc replace dev eth0 root tbf rate "$2" burst 64kb latency 400ms
+  enter "$1" nft -f - <<<"table inet lossy { chain c { type filter hook input priority 0; iifname eth0 numgen random mod 1000 < $3 drop; }; }" ;;
 lose) enter 0 ip link set "nb$1" down; kill_node "$1"; enter 0 ip link del "nb$1" 2>/dev/null || true ;;
 down) for i in $(seq "$(cat "$DIR/count")" -1 0); do kill_node "$i"; done ;;
 *) sed -n '2,/^set/p' "$0" >&2; exit 2 ;;

@@ -9,7 +9,7 @@
 #   slurm.sh login DIR CMD...       run a command on the login node, with Slurm's programs at this cluster
 #   slurm.sh node DIR I             start slurmd on node I (again)
 #   slurm.sh down DIR               end everything
-# Faults: network.sh cut, lose, shape ... on the same DIR; `login DIR scancel ...`, `scontrol update nodename=...`.
+# Faults: network.sh cut, lose, slow ... on the same DIR; `login DIR scancel ...`, `scontrol update nodename=...`.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 net="$(dirname "$(realpath "$0")")/network.sh"

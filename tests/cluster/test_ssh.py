@@ -65,7 +65,7 @@ def test_a_slow_and_lossy_link_is_waited_for(folder: Path, undisturbed: list[flo
     write_run(folder, folder / "run")
     log = folder / "launch.log"
     with cluster(2, "ssh", folder=folder) as nodes:
-        nodes.fault("shape", 2, "delay", "20ms", "loss", "1%")
+        nodes.fault("slow", 2, "20mbit", "10")
         launcher = launch(nodes, folder)
         assert launcher.wait(timeout=900) == 0, log.read_text()[-4000:]
     check_losses(folder / "run", undisturbed)

@@ -81,8 +81,7 @@ def launcher(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
 
 def start(path: Path, options: list[str]) -> subprocess.Popen[str]:
     command = rank_command(["launch", str(path), *options])
-    environment = dict(os.environ)
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def running(path: Path) -> list[psutil.Process]:

@@ -51,7 +51,7 @@ def test_a_value_ends_with_its_storage():
     values = KnownValues()
     with FakeTensorMode():
         fake = torch.empty(3, dtype=torch.int64)
-    values.learn(fake, torch.tensor([1, 2, 3]))
+    values.record(fake, torch.tensor([1, 2, 3]))
     assert values.read(fake) == [1, 2, 3]
     del fake
     assert not values.twins

@@ -21,13 +21,13 @@ from amfm.data_pipeline.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, r
 TOKENIZER_SETTINGS = "tokenizer_settings.json"
 
 
-def settle_tokenizer(
+def choose_tokenizer(
     store: Path,
     config: DataConfig,
     plans: Mapping[str, Sequence[Segment]],
     begin_training: Callable[[], None],
 ) -> tuple[Tokenizer, dict[str, Any] | None]:
-    """Settle the store's tokenizer: kept if it has one of the same settings, else loaded or trained.
+    """Choose the store's tokenizer: kept if it has one of the same settings, else loaded or trained.
 
     Returns it with the settings to keep beside it, None where they are there. `begin_training` is called before one is
     trained. Raises ValueError where the store has another one.
