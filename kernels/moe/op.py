@@ -26,7 +26,7 @@ from amfm.kernels.runtime.backend import resolve_backend
 __all__ = ["Grouping", "Routing", "expert_feed_forward", "group_by_expert", "grouped_feed_forward", "route"]
 
 ACTIVATIONS = ("swiglu", "squared_relu")
-SCORES = ("softmax", "sigmoid")
+SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,25 @@ def route(
     scaling: float,
     num_groups: int = 1,
     group_top_k: int = 1,
+    group_merit: int = 2,
     backend: str = "torch",
 ) -> Routing:
     """Choose `top_k` experts for each token and weigh them.
 
-    Scores are the softmax or sigmoid of the logits in float32. The experts with the largest score + bias are chosen;
-    equal ones go to the lower id. Weights are the scores (never the bias) of the chosen, divided by their sum when
-    `normalize`, times `scaling`. With groups, only experts of the `group_top_k` groups whose two best experts add up
-    to most may be chosen. Softmax, normalized, equals the softmax over the chosen logits.
+    Scores are the softmax or sigmoid of the logits in float32, or the square root of their softplus, which is 0 in its
+    gradient below -80. The experts with the largest score + bias are chosen; equal ones go to the lower id. Weights are
+    the scores (never the bias) of the chosen, divided by their sum when `normalize`, times `scaling`. With groups, only
+    experts of the `group_top_k` groups whose `group_merit` best experts add up to most may be chosen: 2 in DeepSeek-V3,
+    1 in DeepSeek-V2. Softmax, normalized, equals the softmax over the chosen logits.
 
     Shapes: logits [R, E]; bias [E] or None -> Routing. float64 logits keep float64.
     Raises ValueError for wrong shapes, an unknown score, or limits that leave fewer than `top_k` experts.
-    Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; Wang et al. 2024 (arXiv 2408.15664) for the bias.
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; DeepSeek-V2 (arXiv 2405.04434), section 2.2.2, for groups by
+    their best expert; Wang et al. 2024 (arXiv 2408.15664) for the bias.
     """
     _check_route(logits_RE, expert_bias_E, score, top_k, num_groups, group_top_k)
+    if group_merit < 1:
+        raise ValueError(f"group_merit={group_merit} must be at least 1")
     backend = resolve_backend(backend, logits_RE.device, "router")
     # All groups allowed is no limit: spare the pass over groups.
     if group_top_k == num_groups:
@@ -80,6 +85,7 @@ def route(
         "scaling": scaling,
         "num_groups": num_groups,
         "group_top_k": group_top_k,
+        "group_merit": group_merit,
     }
     if backend == "triton":
         from amfm.kernels.moe.triton_router import route_triton

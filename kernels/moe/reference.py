@@ -16,6 +16,7 @@ def route_reference(
     scaling: float,
     num_groups: int,
     group_top_k: int,
+    group_merit: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose experts token by token; returns expert ids [R, K], weights [R, K] and scores [R, E] in the logits' dtype.
 
@@ -23,14 +24,14 @@ def route_reference(
 
     Ids are found on the host by sorting pairs of (-appeal, id), which is the rule for ties written down.
     """
-    scores_RE = logits_RE.softmax(-1) if score == "softmax" else logits_RE.sigmoid()
+    scores_RE = score_logits(logits_RE, score)
     plain = score == "softmax" and expert_bias_E is None and num_groups == 1
     rows: list[list[int]] = []
     for row, logits in zip(scores_RE.detach().tolist(), logits_RE.detach().tolist()):
         bias = [0.0] * len(row) if expert_bias_E is None else expert_bias_E.tolist()
         # Probabilities of far-off logits are all zero; the logits themselves still have an order.
         appeal = logits if plain else torch.add(torch.tensor(row, dtype=scores_RE.dtype), torch.tensor(bias)).tolist()
-        allowed = _experts_of_best_groups(appeal, num_groups, group_top_k)
+        allowed = _experts_of_best_groups(appeal, num_groups, group_top_k, group_merit)
         rows.append(sorted(allowed, key=lambda expert: (-appeal[expert], expert))[:top_k])
     expert_ids_RK = torch.tensor(rows, dtype=torch.int64, device=logits_RE.device).reshape(-1, top_k)
     weights_RK = scores_RE.gather(1, expert_ids_RK)
@@ -39,10 +40,20 @@ def route_reference(
     return expert_ids_RK, weights_RK * scaling, scores_RE
 
 
-def _experts_of_best_groups(appeal: list[float], num_groups: int, group_top_k: int) -> list[int]:
-    """Experts of the groups whose two best experts add up to most; ties go to the lower group."""
+def score_logits(logits_RE: Tensor, score: str) -> Tensor:
+    """Softmax, sigmoid, or the square root of the softplus, of logits [R, E] in their dtype."""
+    if score == "softmax":
+        return logits_RE.softmax(-1)
+    if score == "sigmoid":
+        return logits_RE.sigmoid()
+    # From -104 on softplus is 0 in float32, where the root has no gradient.
+    return torch.nn.functional.softplus(logits_RE.clamp(min=-80.0)).sqrt()
+
+
+def _experts_of_best_groups(appeal: list[float], num_groups: int, group_top_k: int, group_merit: int) -> list[int]:
+    """Experts of the groups whose best experts add up to most, so many of each; ties go to the lower group."""
     size = len(appeal) // num_groups
-    merits = [sum(sorted(appeal[group * size : (group + 1) * size])[-2:]) for group in range(num_groups)]
+    merits = [sum(sorted(appeal[group * size : (group + 1) * size])[-group_merit:]) for group in range(num_groups)]
     best = sorted(range(num_groups), key=lambda group: (-merits[group], group))[:group_top_k]
     return [group * size + inner for group in best for inner in range(size)]
 

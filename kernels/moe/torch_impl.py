@@ -17,6 +17,7 @@ from torch import Tensor
 from amfm.kernels.common.custom_op import fake_of, gradients_like
 from amfm.kernels.common.gemm_precision import gemm_dtype
 from amfm.kernels.common.split_backward import compute_later, is_split
+from amfm.kernels.moe.reference import score_logits
 from amfm.kernels.moe.torch_grouped import (
     grouped_backward,
     grouped_forward,
@@ -27,15 +28,15 @@ from amfm.kernels.moe.torch_grouped import (
 from amfm.kernels.moe.torch_loop import loop_backward, loop_forward, loop_weight_gradients, sum_by_token
 
 
-def choose_experts(appeal_RE: Tensor, top_k: int, num_groups: int, group_top_k: int) -> Tensor:
+def choose_experts(appeal_RE: Tensor, top_k: int, num_groups: int, group_top_k: int, group_merit: int = 2) -> Tensor:
     """Ids [R, K] of the most appealing experts, best first; equal appeal goes to the lower id. Not differentiable.
 
-    With groups, a group's merit is the sum of its two best; experts of other groups are set to -inf.
+    With groups, a group's merit is the sum of its `group_merit` best; experts of other groups are set to -inf.
     """
     appeal_RE = appeal_RE.detach()
     if group_top_k < num_groups:
         grouped = appeal_RE.unflatten(1, (num_groups, -1))
-        merit = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(-1)
+        merit = grouped.topk(min(group_merit, grouped.shape[2]), dim=-1).values.sum(-1)
         allowed = torch.zeros_like(merit, dtype=torch.bool).scatter_(1, _first_largest(merit, group_top_k), True)
         appeal_RE = grouped.masked_fill(~allowed[:, :, None], -torch.inf).flatten(1)
     return _first_largest(appeal_RE, top_k)
@@ -69,16 +70,17 @@ def route_torch(
     scaling: float,
     num_groups: int,
     group_top_k: int,
+    group_merit: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `route_reference`, all tokens at once, scores in float32 (float64 for float64 logits)."""
     logits_RE = logits_RE if logits_RE.dtype == torch.float64 else logits_RE.float()
-    scores_RE = logits_RE.softmax(-1) if score == "softmax" else logits_RE.sigmoid()
+    scores_RE = score_logits(logits_RE, score)
     if score == "softmax" and expert_bias_E is None and num_groups == 1:
         # Softmax keeps the order of logits, so those may decide.
         appeal_RE = logits_RE  # probabilities of far-off logits are all zero; the logits still have an order
     else:
         appeal_RE = scores_RE if expert_bias_E is None else scores_RE + expert_bias_E
-    expert_ids_RK = choose_experts(appeal_RE, top_k, num_groups, group_top_k)
+    expert_ids_RK = choose_experts(appeal_RE, top_k, num_groups, group_top_k, group_merit)
     weights_RK = scores_RE.gather(1, expert_ids_RK)
     if normalize:
         weights_RK = weights_RK / (weights_RK.sum(-1, keepdim=True) + 1e-20)

@@ -7,7 +7,7 @@ powers of two, so that limits on groups are reductions over a reshaped tile.
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN201, ANN202, SIM108
+# ruff: noqa: ANN201, ANN202
 
 from __future__ import annotations
 
@@ -35,14 +35,20 @@ def _take_first_largest(values, lane, BIG: tl.constexpr):
 
 
 @triton.jit
-def _limit_groups(appeal, num_groups, group_top_k, BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr):
-    """-inf outside the groups whose two best experts add up to most."""
+def _limit_groups(
+    appeal, num_groups, group_top_k,
+    MERIT: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """-inf outside the groups whose MERIT best experts add up to most."""
     grouped = tl.reshape(appeal, (BLOCK, GROUPS, SIZE))
     lane = tl.arange(0, SIZE)[None, None, :]
-    best = tl.max(grouped, 2)
-    place = tl.min(tl.where(grouped == best[:, :, None], lane, SIZE), 2)
-    second = tl.max(tl.where(lane == place[:, :, None], float("-inf"), grouped), 2)
-    merit = best + tl.where(second == float("-inf"), 0.0, second)  # groups of one expert have no second
+    left = grouped
+    merit = tl.zeros((BLOCK, GROUPS), tl.float32)
+    for _ in tl.static_range(MERIT):
+        best = tl.max(left, 2)
+        merit += tl.where(best == float("-inf"), 0.0, best)  # a group may have fewer experts
+        place = tl.min(tl.where(left == best[:, :, None], lane, SIZE), 2)
+        left = tl.where(lane == place[:, :, None], float("-inf"), left)
     group = tl.arange(0, GROUPS)[None, :]
     merit = tl.where(group < num_groups, merit, float("-inf"))
     allowed = tl.zeros((BLOCK, GROUPS), tl.int32)
@@ -53,11 +59,31 @@ def _limit_groups(appeal, num_groups, group_top_k, BLOCK: tl.constexpr, GROUPS: 
     return tl.reshape(grouped, (BLOCK, GROUPS * SIZE))
 
 
+@triton.jit
+def _sqrt_softplus(x):
+    """Square root of log(1 + e^x), with e^x kept where 1 + e^x rounds to 1."""
+    x = tl.maximum(x, -80.0)
+    power = tl.exp(tl.minimum(x, 20.0))
+    above = 1.0 + power
+    # log(above) errs as above does from 1 + power; dividing by above - 1, which is exact, makes up for it.
+    exact = tl.where(above == 1.0, power, tl.log(above) * (power / tl.where(above == 1.0, 1.0, above - 1.0)))
+    return tl.sqrt(tl.where(x > 20.0, x, exact))
+
+
+@triton.jit
+def _sqrt_softplus_slope(score):
+    """Derivative of `_sqrt_softplus` from its value s: sigmoid(x) / (2 s), where sigmoid(x) = 1 - e^-(s^2)."""
+    plus = score * score
+    series = 1.0 - plus / 2.0 * (1.0 - plus / 3.0 * (1.0 - plus / 4.0 * (1.0 - plus / 5.0 * (1.0 - plus / 6.0))))
+    near = score / 2.0 * series
+    return tl.where(plus < 0.1, near, (1.0 - tl.exp(-plus)) / (2.0 * tl.where(score > 0.0, score, 1.0)))
+
+
 @triton.jit(do_not_specialize=["rows"])
 def route_forward_kernel(
     logits, bias, scores, expert_ids, weights, counts, rows, experts, group_size, num_groups, group_top_k, top_k, scaling,
-    SOFTMAX: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr, NORMALIZE: tl.constexpr,
-    BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, CHOICES: tl.constexpr,
+    SCORE: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr, NORMALIZE: tl.constexpr,
+    MERIT: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
     """scores [R, E], expert ids and weights [R, K], counts [E] added up by integer atomics, whose order cannot matter.
 
@@ -72,21 +98,23 @@ def route_forward_kernel(
     inside = (row[:, None] < rows) & exists
     place = row[:, None] * experts + expert
     x = tl.load(logits + place, mask=inside, other=float("-inf")).to(tl.float32)
-    if SOFTMAX:
+    if SCORE == "softmax":
         # Rows beyond the last would be softmaxes of -inf alone, which are NaN.
         x = tl.where(row[:, None] < rows, x, 0.0)
         share = tl.exp(x - tl.max(x, 1)[:, None])
         score = share / tl.sum(share, 1)[:, None]
-    else:
+    elif SCORE == "sigmoid":
         score = 1.0 / (1.0 + tl.exp(-x))
+    else:
+        score = _sqrt_softplus(x)
     tl.store(scores + place, score, mask=inside)
     # Logits decide where they can: probabilities of far-off logits are all zero, and would tie.
-    appeal = x if SOFTMAX and not BIAS and not LIMIT else score
+    appeal = x if SCORE == "softmax" and not BIAS and not LIMIT else score
     if BIAS:
         appeal += tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)
     appeal = tl.where(exists, appeal, float("-inf"))
     if LIMIT:
-        appeal = _limit_groups(appeal, num_groups, group_top_k, BLOCK, GROUPS, SIZE)
+        appeal = _limit_groups(appeal, num_groups, group_top_k, MERIT, BLOCK, GROUPS, SIZE)
     choice = tl.arange(0, CHOICES)[None, :]
     ids = tl.zeros((BLOCK, CHOICES), tl.int32)
     chosen_scores = tl.zeros((BLOCK, CHOICES), tl.float32)
@@ -114,7 +142,7 @@ def route_forward_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def route_backward_kernel(
     scores, expert_ids, d_weights, d_scores, d_logits, rows, experts, top_k, scaling,
-    SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
+    SCORE: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
     """d_logits [R, E] from the gradients of weights (K of them not zero a row) and of scores.
 
@@ -138,10 +166,12 @@ def route_backward_kernel(
         one = choice == k
         mine = tl.sum(tl.where(one, ids, 0), 1)[:, None]
         grad += tl.where(expert == mine, tl.sum(tl.where(one, d_weight, 0.0), 1)[:, None], 0.0)
-    if SOFTMAX:
+    if SCORE == "softmax":
         grad = score * (grad - tl.sum(score * grad, 1)[:, None])
-    else:
+    elif SCORE == "sigmoid":
         grad = score * (1.0 - score) * grad
+    else:
+        grad = _sqrt_softplus_slope(score) * grad
     tl.store(d_logits + row * experts + expert, grad.to(d_logits.dtype.element_ty), mask=inside)
 
 
@@ -154,12 +184,13 @@ def rows_of_block(width: int) -> int:
 def _forward(
     logits_RE: Tensor,
     bias_E: Tensor | None,
-    softmax: bool,
+    score: str,
     top_k: int,
     normalize: bool,
     scaling: float,
     num_groups: int,
     group_top_k: int,
+    group_merit: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Expert ids [R, K], weights [R, K], counts [E], scores [R, E]."""
     logits_RE = logits_RE.contiguous()
@@ -176,8 +207,8 @@ def _forward(
         route_forward_kernel[(triton.cdiv(rows, block),)](
             logits_RE, bias_E, scores, ids, weights, counts,
             rows, experts, group_size, num_groups, group_top_k, top_k, scaling,
-            SOFTMAX=softmax, BIAS=bias_E is not None, LIMIT=group_top_k < num_groups, NORMALIZE=normalize,
-            BLOCK=block, CHOICES=triton.next_power_of_2(top_k), **blocks,
+            SCORE=score, BIAS=bias_E is not None, LIMIT=group_top_k < num_groups, NORMALIZE=normalize,
+            MERIT=min(group_merit, group_size), BLOCK=block, CHOICES=triton.next_power_of_2(top_k), **blocks,
         )  # fmt: skip
     return ids, weights, counts, scores
 
@@ -200,7 +231,7 @@ def _backward(
     scores: Tensor,
     expert_ids: Tensor,
     logits_RE: Tensor,
-    softmax: bool,
+    score: str,
     normalize: bool,
     scaling: float,
 ) -> Tensor:
@@ -213,7 +244,7 @@ def _backward(
     if rows:
         route_backward_kernel[(triton.cdiv(rows, block),)](
             scores, expert_ids, d_weights.contiguous(), d_scores.contiguous(), d_logits, rows, experts, top_k, scaling,
-            SOFTMAX=softmax, NORMALIZE=normalize, BLOCK=block, EXPERTS=width, CHOICES=triton.next_power_of_2(top_k),
+            SCORE=score, NORMALIZE=normalize, BLOCK=block, EXPERTS=width, CHOICES=triton.next_power_of_2(top_k),
         )  # fmt: skip
     return d_logits
 
@@ -231,7 +262,9 @@ def route_triton(
     scaling: float,
     num_groups: int,
     group_top_k: int,
+    group_merit: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Expert ids, weights, counts and scores as `route_reference`, for float32, bfloat16 and float16 logits."""
     dot_dtype(logits_RE.dtype)  # refuses float64
-    return _forward(logits_RE, expert_bias_E, score == "softmax", top_k, normalize, scaling, num_groups, group_top_k)
+    groups = num_groups, group_top_k, group_merit
+    return _forward(logits_RE, expert_bias_E, score, top_k, normalize, scaling, *groups)

@@ -36,14 +36,21 @@ class MoeConfig(MixerOptions):
     shared_expert_linear_rank: int | None = Field(None, gt=0, description="As feed_forward.linear_rank.")
     shared_expert_linear_blocks: int | None = Field(None, ge=2, description="As feed_forward.linear_blocks.")
     activation: Activation = Field("squared_relu", description="Of routed and shared experts.")
-    router: Literal["softmax", "sigmoid"] = Field("sigmoid", description="How logits become scores.")
+    router: Literal["softmax", "sigmoid", "sqrt_softplus"] = Field(
+        "sigmoid", description="How logits become scores; sqrt_softplus: the square root of log(1 + e^logit)."
+    )
     normalize_probabilities: bool = Field(True, description="Divide the chosen scores by their sum.")
     routed_scaling: float = Field(1.0, gt=0, description="Factor on the chosen probabilities.")
     num_router_groups: int = Field(1, gt=0, description="Groups of experts for group-limited routing; 1: no limit.")
     router_group_top_k: int = Field(1, gt=0, description="Groups that a token may use; at most num_router_groups.")
+    router_group_merit: int = Field(
+        2,
+        gt=0,
+        description="Groups are ranked by the sum of so many of their best experts: 2 in DeepSeek-V3, 1 in DeepSeek-V2, top_k / router_group_top_k in Megatron-Core.",
+    )
     expert_bias: bool = Field(
         False,
-        description="Add a balancing bias to the scores when choosing (Wang et al. 2024, arXiv 2408.15664); sigmoid only.",
+        description="Add a balancing bias to the scores when choosing (Wang et al. 2024, arXiv 2408.15664); not with softmax.",
     )
     bias_update_rate: float = Field(1e-3, ge=0, description="Change of the balancing bias after each step.")
     auxiliary_loss_weight: float = Field(
@@ -98,8 +105,8 @@ class MoeConfig(MixerOptions):
         if not self.shared_expert_hidden_size and self.shared_structure() != DENSE:
             rule = "has no effect with model.moe.shared_expert_hidden_size=0: there is no shared expert"
             yield "shared_expert_linear_kind", f"{rule}, and routed experts are dense; set its size, or remove this"
-        if self.expert_bias and self.router != "sigmoid":
-            rule = f"needs model.moe.router=sigmoid, not {self.router}"
+        if self.expert_bias and self.router == "softmax":
+            rule = "needs model.moe.router=sigmoid or sqrt_softplus, not softmax"
             yield "expert_bias", f"{rule}; use router: sigmoid, or balance with auxiliary_loss_weight"
         if self.balance_counts == "scores" and not (self.auxiliary_loss_weight or self.sequence_loss_weight):
             yield "balance_counts", "is read by balance losses, and both weights are 0; set one, or remove it"
@@ -131,9 +138,12 @@ class MoeConfig(MixerOptions):
             rule = f"must be at most model.moe.num_router_groups={self.num_router_groups}; lower it"
             yield "router_group_top_k", rule
         group_size = self.num_experts // self.num_router_groups
-        if self.num_router_groups > 1 and group_size < 2:
-            rule = f"leaves {group_size} expert a group; a group is judged by its two best experts: use fewer groups"
-            yield "num_router_groups", rule
+        if self.num_router_groups > 1 and group_size < self.router_group_merit:
+            rule = f"leaves {group_size} expert(s) per group, and router_group_merit={self.router_group_merit} of them rank it"
+            yield "num_router_groups", f"{rule}; use fewer groups, or router_group_merit: {group_size}"
+        if self.router_group_merit != 2 and self.router_group_top_k == self.num_router_groups:
+            rule = "has no effect where every group may be used (router_group_top_k = num_router_groups)"
+            yield "router_group_merit", f"{rule}; limit the groups, or remove it"
         reachable = self.router_group_top_k * group_size
         if self.top_k > reachable:
             rule = f"must be at most the {reachable} experts that router_group_top_k={self.router_group_top_k} groups"

@@ -100,6 +100,7 @@ def _unfit_experts(config: ModelConfig, moe: MoeConfig, target: str) -> list[str
     wanted = {
         "activation": ("swiglu", "its experts are gated"),
         "router": ("sigmoid", "it scores experts with a sigmoid"),
+        "router_group_merit": (2, "it ranks groups by their two best experts"),
         "shared_expert_gate": (False, "its shared expert has no gate"),
         "latent_size": (None, "its experts read the full width"),
     }

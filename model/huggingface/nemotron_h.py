@@ -61,6 +61,11 @@ def unfit_for_nemotron_h(config: ModelConfig) -> list[str]:
                 f"model.moe.router={moe.router}: nemotron_h scores experts with a sigmoid; "
                 "use sigmoid, or target granitemoehybrid or own"
             )
+        if moe.router_group_merit != 2:
+            reasons.append(
+                f"model.moe.router_group_merit={moe.router_group_merit}: nemotron_h ranks groups by their two best experts; "
+                "leave it out, or target own"
+            )
         if moe.num_experts < 2 * moe.num_router_groups:
             reasons.append(
                 f"model.moe.num_experts={moe.num_experts} in num_router_groups={moe.num_router_groups}: nemotron_h ranks "

@@ -116,6 +116,7 @@ class MoeMixer(Mixer):
             scaling=moe.routed_scaling,
             num_groups=moe.num_router_groups,
             group_top_k=moe.router_group_top_k,
+            group_merit=moe.router_group_merit,
             backend=self.backend,
         )
         if self.training and moe.capacity_factor is not None:

@@ -52,7 +52,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "model.mamba": "conv_kernel conv_bias a_init_min a_init_max time_step_min time_step_max time_step_floor",
         "model.attention.rope": "scaling ntk_alpha yarn_factor yarn_original_length yarn_beta_fast yarn_beta_slow",
         "model.attention.rope.llama3": "factor original_length slow_turns fast_turns",
-        "model.moe": "balance_counts z_loss_weight",
+        "model.moe": "balance_counts router_group_merit z_loss_weight",
         "model.mixers.deltanet": "conv_kernel chunk_size value_head_dim num_key_heads",
         "model.mixers.gated_deltanet": "allow_negative_eigenvalues",
         "model.mixers.deltaproduct": "conv_kernel chunk_size value_head_dim num_key_heads",

@@ -23,7 +23,7 @@ def describe_unbalanced(model: ModelConfig) -> str | None:
     bias = moe.expert_bias and moe.bias_update_rate > 0
     if bias or moe.auxiliary_loss_weight or moe.sequence_loss_weight or moe.overflow == "recycle":
         return None
-    remedies = "model.moe.expert_bias=true, or " if moe.router == "sigmoid" else ""
+    remedies = "model.moe.expert_bias=true, or " if moe.router != "softmax" else ""
     return (
         f"nothing balances the {moe.num_experts} experts: few of them may end up with all tokens; "
         f"set {remedies}model.moe.auxiliary_loss_weight=1e-3, say"

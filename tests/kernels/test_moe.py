@@ -9,7 +9,7 @@ from amfm.kernels.common.split_backward import compute_now, split_backward
 from amfm.kernels.moe import torch_impl
 from amfm.kernels.moe.grouping import sort_stably
 from amfm.kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
-from amfm.kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
+from amfm.kernels.moe.op import SCORES, expert_feed_forward, group_by_expert, grouped_feed_forward, route
 from amfm.kernels.moe.rows.op import choose_ranks
 from tests.helpers.numbers import relative_rms
 from tests.helpers.registration import assert_registered
@@ -59,6 +59,7 @@ def run(
         {"tokens": 7, "experts": 1, "top_k": 1},
         {"tokens": 40, "experts": 6, "empty": (0, 3, 5)},
         {"tokens": 33, "model": 10, "hidden": 6, "score": "sigmoid"},
+        {"tokens": 33, "model": 10, "hidden": 6, "score": "sqrt_softplus"},
     ],
 )
 def test_torch_path_equals_the_reference_in_outputs_and_gradients(sizes, activation, poisoned_memory):
@@ -191,7 +192,7 @@ def test_bfloat16_stays_within_the_rounding_of_its_inputs():
 
 def test_equal_scores_choose_the_lowest_experts():
     for backend in ("torch", "reference"):
-        for score in ("softmax", "sigmoid"):
+        for score in SCORES:
             routing = route(torch.zeros(4, 6), None, score=score, top_k=3, normalize=True, scaling=1.0, backend=backend)
             assert routing.expert_ids_RK.tolist() == [[0, 1, 2]] * 4
             assert routing.counts_E.tolist() == [4, 4, 4, 0, 0, 0]
@@ -214,6 +215,29 @@ def test_sorting_on_cpu_is_the_stable_sort_whatever_the_number_of_ids():
         ids[::3] = limit - 1
         assert torch.equal(sort_stably(ids, limit), ids.argsort(stable=True))
     assert sort_stably(torch.empty(0, dtype=torch.int32), 5).shape == (0,)
+
+
+def test_scores_of_far_off_logits_are_finite_and_so_are_their_gradients():
+    logits = torch.tensor([[-200.0, -80.5, -30.0, 0.0, 25.0, 300.0]], requires_grad=True)
+    routing = route(logits, None, score="sqrt_softplus", top_k=2, normalize=True, scaling=1.0)
+    (slope,) = torch.autograd.grad(routing.scores_RE.sum(), logits)
+    assert slope.isfinite().all() and slope[0, :2].tolist() == [0.0, 0.0]
+    wanted = torch.tensor([-30.0, 0.0, 25.0, 300.0], dtype=torch.float64).exp().log1p().sqrt()
+    torch.testing.assert_close(routing.scores_RE[0, 2:].double(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_groups_are_ranked_by_as_many_of_their_best_as_asked_for(backend):
+    # The best expert, the best two and the best three stand in groups of their own.
+    logits = torch.tensor([[9.0, 0.0, 0.0, 0.0, 6.0, 6.0, 0.0, 0.0, 5.0, 5.0, 5.0, 0.0]]) / 10
+    chosen = [
+        route(
+            logits, None, score="sigmoid", top_k=1, normalize=False, scaling=1.0, num_groups=3, group_top_k=1,
+            group_merit=merit, backend=backend,
+        ).expert_ids_RK.item()
+        for merit in (1, 2, 3)
+    ]  # fmt: skip
+    assert chosen == [0, 4, 8]
 
 
 def test_bias_changes_the_choice_and_not_the_weights():

@@ -147,14 +147,23 @@ def moe(section, p, x_BTD, bias):
     E = section.num_experts
     x_RD = x_BTD.reshape(-1, D)
     logits = x_RD @ p["router.weight"].T
-    scores = torch.softmax(logits, -1) if section.router == "softmax" else torch.sigmoid(logits)
+    if section.router == "softmax":
+        scores = torch.softmax(logits, -1)
+    else:
+        scores = torch.sigmoid(logits) if section.router == "sigmoid" else logits.exp().log1p().sqrt()
     chosen_RE = torch.zeros(len(x_RD), E, dtype=torch.bool)
     rows = []
     for r in range(len(x_RD)):
         choice = scores[r].detach() + (0 if bias is None else bias)
         if section.num_router_groups > 1:
             by_group = choice.view(section.num_router_groups, -1)
-            best = by_group.sort(-1, descending=True).values[:, :2].sum(-1).sort(descending=True).indices
+            best = (
+                by_group.sort(-1, descending=True)
+                .values[:, : section.router_group_merit]
+                .sum(-1)
+                .sort(descending=True)
+                .indices
+            )
             allowed = torch.full_like(by_group, -torch.inf)
             allowed[best[: section.router_group_top_k]] = 0
             choice = choice + allowed.view(-1)

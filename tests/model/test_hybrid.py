@@ -93,8 +93,10 @@ GROUPED = MoeConfig(
     expert_hidden_size=4,
     shared_expert_hidden_size=4,
     normalize_probabilities=False,
+    router="sqrt_softplus",
     num_router_groups=4,
     router_group_top_k=2,
+    router_group_merit=1,
     expert_bias=True,
     latent_size=5,
 )

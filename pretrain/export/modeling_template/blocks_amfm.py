@@ -11,6 +11,7 @@ the weights' dtype, because rounding there changes which experts are chosen and 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -317,6 +318,18 @@ class Router(nn.Linear):
         return F.linear(x.float(), self.weight.float())
 
 
+def sqrt_softplus(logits_RE: Tensor) -> Tensor:
+    """Square root of log(1 + e^x), which float32 knows down to -80."""
+    return F.softplus(logits_RE.clamp(min=-80.0)).sqrt()
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits_RE: logits_RE.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+    "sqrt_softplus": sqrt_softplus,
+}
+
+
 class MixtureOfExperts(nn.Module):
     """Routed experts chosen by a linear router, an optional expert for every token, optional narrow experts."""
 
@@ -357,15 +370,16 @@ class MixtureOfExperts(nn.Module):
         """Choose experts from float32 logits [R, E]: ids and weights [R, choices].
 
         The bias steers the choice and never the weights (Wang et al. 2024, arXiv 2408.15664). With router groups, only the
-        groups with the best two scores in sum are eligible (DeepSeek-AI 2024, arXiv 2412.19437, section 2.1.2).
+        groups with the best scores in sum are eligible (DeepSeek-AI 2024, arXiv 2412.19437, section 2.1.2).
         """
         section = self.section
-        scores_RE = logits_RE.sigmoid() if section["router"] == "sigmoid" else logits_RE.softmax(dim=-1)
+        scores_RE = SCORES[section["router"]](logits_RE)
         choice_RE = scores_RE + self.expert_bias.float() if section["expert_bias"] else scores_RE
         groups, kept = section["num_router_groups"], section["router_group_top_k"]
         if kept < groups:
             grouped = choice_RE.view(choice_RE.shape[0], groups, -1)
-            best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(kept, dim=-1).indices
+            merit = section.get("router_group_merit", 2)  # exports of before have none
+            best = grouped.topk(merit, dim=-1).values.sum(dim=-1).topk(kept, dim=-1).indices
             is_kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, True)
             choice_RE = grouped.masked_fill(~is_kept[..., None], -math.inf).view_as(choice_RE)
         ids_RK = choice_RE.topk(section["top_k"], dim=-1).indices

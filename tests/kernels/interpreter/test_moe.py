@@ -102,6 +102,7 @@ def run_router(backend, logits, bias, settings):
         ((20, 128), "sigmoid", 6, (8, 4), True),
         ((9, 6), "softmax", 2, (6, 3), True),
         ((7, 4), "sigmoid", 1, (1, 1), False),
+        ((33, 24), "sqrt_softplus", 4, (4, 2), True),
     ],
 )
 def test_router_equals_the_definition_and_breaks_ties_to_the_lowest(
@@ -120,6 +121,15 @@ def test_router_equals_the_definition_and_breaks_ties_to_the_lowest(
     assert_all_near(got, wanted, FLOAT32, ["weights", "scores", "d_logits"])
     for one, other in zip(got, run_router("triton", logits, biases, settings)[1]):
         assert_bitwise(one, other)
+
+
+def test_groups_are_ranked_by_one_or_three_experts_as_the_definition_ranks_them() -> None:
+    logits = torch.randn(40, 24, generator=torch.Generator().manual_seed(6))
+    for merit in (1, 3, 9):  # more than a group has: all of them
+        settings = {"score": "sigmoid", "top_k": 4, "normalize": True, "scaling": 1.0}
+        settings |= {"num_groups": 6, "group_top_k": 2, "group_merit": merit}
+        ids = [run_router(backend, logits, None, settings)[0].expert_ids_RK for backend in ("triton", "reference")]
+        assert torch.equal(*ids)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])

@@ -72,9 +72,13 @@ def rope(**fields):
         ({"moe": {"top_k": 9}}, r"top_k=9 must be at most model\.moe\.num_experts=8"),
         ({"moe": {"num_router_groups": 3}}, r"num_router_groups=3 must divide model\.moe\.num_experts=8"),
         ({"moe": {"num_router_groups": 2, "router_group_top_k": 3}}, "router_group_top_k=3 must be at most"),
-        ({"moe": {"num_router_groups": 8}}, "leaves 1 expert a group"),
+        ({"moe": {"num_router_groups": 8}}, r"leaves 1 expert\(s\) per group"),
+        ({"moe": {"router_group_merit": 1}}, "router_group_merit=1 has no effect where every group may be used"),
         ({"moe": {"num_router_groups": 4, "top_k": 3}}, "top_k=3 must be at most the 2 experts"),
-        ({"moe": {"router": "softmax", "expert_bias": True}}, "expert_bias=true needs model.moe.router=sigmoid"),
+        (
+            {"moe": {"router": "softmax", "expert_bias": True}},
+            "expert_bias=true needs model.moe.router=sigmoid or sqrt_softplus",
+        ),
         (
             {"moe": {"balance_counts": "scores"}},
             "balance_counts=scores is read by balance losses, and both weights are 0",

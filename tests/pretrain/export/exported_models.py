@@ -78,8 +78,10 @@ OWN: dict[str, Any] = {
         "latent_size": 10,
         "expert_bias": True,
         "routed_scaling": 1.5,
+        "router": "sqrt_softplus",
         "num_router_groups": 3,
         "router_group_top_k": 2,
+        "router_group_merit": 1,
     },
 }
 MODELS = {
