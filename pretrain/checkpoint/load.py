@@ -16,7 +16,7 @@ import torch
 
 from amfm.data_pipeline.progress import Report, silent
 from amfm.pretrain.checkpoint.commit import RankFailure, examine_latest
-from amfm.pretrain.checkpoint.compatibility import check_resumable
+from amfm.pretrain.checkpoint.compatibility import check_resumable, understand_config
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
 from amfm.pretrain.checkpoint.files import (
     StorageError,
@@ -31,6 +31,7 @@ from amfm.pretrain.checkpoint.fragments import (
     restore_group_settings,
 )
 from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.raised_rate import describe_raised_rate
 from amfm.pretrain.checkpoint.random_state import restore_random_state
 from amfm.pretrain.checkpoint.reader import RangeReader
 from amfm.pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of
@@ -86,7 +87,7 @@ def load_newest(
             continue
         # A refusal here is an error and no reason to try an older checkpoint, which belongs to the same other run.
         changes = check_resumable(manifest, config, identities)
-        warnings = ranks.broadcast(list_warnings(checkpoints_dir, path, manifest) if ranks.rank == 0 else None)
+        warnings = ranks.broadcast(list_warnings(checkpoints_dir, path, manifest, config) if ranks.rank == 0 else None)
         mismatches = find_mismatches(manifest, layout, ranks, may_lack_guides=config.model.guide is not None)
         if mismatches:
             raise RuntimeError(f"checkpoint {path} does not fit this model: " + "; ".join(mismatches))
@@ -163,9 +164,13 @@ def verify_together(
     return manifest, [text for share, _ in told for text in share]
 
 
-def list_warnings(checkpoints_dir: Path, chosen: Path, manifest: dict[str, Any]) -> list[str]:
-    """List oddities around a sound checkpoint: a wrong `latest`, files that don't belong, other library versions."""
+def list_warnings(checkpoints_dir: Path, chosen: Path, manifest: dict[str, Any], config: RunConfig) -> list[str]:
+    """List oddities around a sound checkpoint: a wrong `latest`, foreign files, other libraries, a rate that rises again."""
     warnings = []
+    older = list_checkpoints(checkpoints_dir)
+    raised = describe_raised_rate(understand_config(manifest), config, int(manifest["step"]), older)
+    if raised is not None:
+        warnings.append(raised)
     about_latest = examine_latest(checkpoints_dir, chosen)
     if about_latest is not None:
         warnings.append(about_latest)

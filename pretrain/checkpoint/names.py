@@ -32,5 +32,11 @@ def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
 def newest_saved_step(run_dir: str | Path) -> int:
     """Step of the newest complete checkpoint of a run by its name, -1 without one."""
     found = list_checkpoints(Path(run_dir) / "checkpoints")
-    match = CHECKPOINT_NAME.fullmatch(found[0].name) if found else None
-    return -1 if match is None else int(match[1])
+    return step_of(found[0]) if found else -1
+
+
+def step_of(checkpoint: Path) -> int:
+    """Step of a folder that is a checkpoint by name."""
+    match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    assert match is not None, f"{checkpoint.name} is not the name of a checkpoint"
+    return int(match[1])

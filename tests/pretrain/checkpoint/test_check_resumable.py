@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from amfm.pretrain.checkpoint.compatibility import check_resumable
+from amfm.pretrain.checkpoint.names import checkpoint_name
+from amfm.pretrain.checkpoint.raised_rate import describe_raised_rate
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.file import load_config
 
@@ -49,3 +51,21 @@ def test_a_run_cannot_end_before_the_step_that_it_has_reached(base: Path) -> Non
     ):
         check_resumable(saved, load_config(base, ["train.stop_after_steps=10"]), {})
     check_resumable(saved, load_config(base, ["train.stop_after_steps=22"]), {})
+
+
+def test_a_longer_schedule_names_both_rates_and_the_checkpoint_before_the_decay(base: Path, tmp_path: Path) -> None:
+    def extended(steps: int, done: int, *overrides: str) -> str | None:
+        saved = load_config(base, ["train.steps=60", *settings, *overrides])
+        current = load_config(base, [f"train.steps={steps}", *settings, *overrides])
+        return describe_raised_rate(
+            saved, current, done, [tmp_path / checkpoint_name(step) for step in (60, 50, 40, 20)]
+        )
+
+    settings = ["optimizer.learning_rate=2e-3", "schedule.warmup_steps=5", "schedule.decay_steps=20"]
+    said = extended(80, 60)
+    assert said is not None and "step 61 runs at 1.9e-03, step 60 ran at 2.0e-04" in said
+    assert f"at step 40: stop this, move the checkpoints after {tmp_path / checkpoint_name(40)} out" in said
+    assert extended(80, 40) is None, "before the decay nothing bends"
+    assert extended(60, 60) is None and extended(80, 60, "schedule.min_ratio=1.0") is None
+    settings = ["schedule.kind=cosine", "schedule.warmup_steps=5"]
+    assert "no older checkpoint has the same rate" in str(extended(80, 50))
