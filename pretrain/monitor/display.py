@@ -17,7 +17,8 @@ from rich.markup import escape
 from amfm.data_pipeline.terminal import printable
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.live import LivePanel
-from amfm.pretrain.monitor.panel import RunState
+from amfm.pretrain.monitor.panel import RunState, plural
+from amfm.pretrain.monitor.signals import ON_INTERRUPT
 
 
 class Display:
@@ -50,6 +51,10 @@ class Display:
             self.live.redraw()
         elif self.state.is_line_due(metrics, self.config.train.log_every_steps):
             self.console.print(escape(self.state.format_line(metrics)))
+
+    def answer_interrupt(self) -> None:
+        """Say what a first Ctrl-C does and what a second one would lose; from a thread of its own."""
+        self.say(ON_INTERRUPT.format(lost=plural(self.state.steps_at_stake(), "step")))
 
     def show_checkpoint(self, step: int) -> None:
         """Show that the checkpoint of a step stands since now."""

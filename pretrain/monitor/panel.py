@@ -66,6 +66,11 @@ class RunState:
         pace = sum(self.seconds) / len(self.seconds)
         return format_duration(pace * max(0, self.last_step - self.metrics["step"]))
 
+    def steps_at_stake(self) -> int:
+        """Steps since the newest checkpoint, the one under way included."""
+        under_way = (self.first_step if self.metrics is None else self.metrics["step"]) + 1
+        return max(0, min(under_way, self.last_step) - (self.checkpoint_step or 0))
+
     def describe_checkpoint(self) -> str:
         """Say which checkpoint a restart would find, and how old it is."""
         if self.checkpoint_step is None:

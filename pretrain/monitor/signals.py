@@ -3,8 +3,9 @@
 SIGTERM and SIGUSR1 are noted from the first line of a process on (`note_signals`), before anything heavy is imported;
 the watch of the run takes over what came until then.
 
-A second Ctrl-C ends the process at once, whatever it waits for: after the first one SIGINT has the system's own action
-again, which needs no Python. What was saved before stands, as after any kill.
+The first Ctrl-C is answered at once, in a thread of its own: a step may take minutes, and a panel that is being redrawn is no
+place for a handler to write to. A second one ends the process at once, whatever it waits for: after the first one SIGINT has
+the system's own action again, which needs no Python. What was saved before stands, as after any kill.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-ON_INTERRUPT = "\namfm: Ctrl-C: saving after this step; a second Ctrl-C ends at once and loses the steps since the last checkpoint\n"
+ON_INTERRUPT = "Ctrl-C: stopping after this step and saving; Ctrl-C again ends now and loses {lost}"
 
 _noted: list[int] = []
 
@@ -45,13 +48,14 @@ class SignalWatch:
     """Context manager inside which the watched signals are remembered instead of ending the process.
 
     `received` is the number of the last one, 0 for none; ranks may differ and must agree before they act on it.
-    `announces`: whether this process answers Ctrl-C on standard error, as one rank should. Only the main thread of a
-    process may enter.
+    `announces`: whether this process answers Ctrl-C, as one rank should: by `answer`, on standard error until a display
+    takes that over. Only the main thread of a process may enter.
     """
 
     def __init__(self, *, announces: bool = False) -> None:
         self.received = 0
         self.announces = announces
+        self.answer: Callable[[], None] = answer_plainly
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -76,7 +80,14 @@ class SignalWatch:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if self.announces:
-                os.write(sys.stderr.fileno(), ON_INTERRUPT.encode())
+                threading.Thread(target=self.answer, name="answer-to-interrupt", daemon=True).start()
+
+
+def answer_plainly() -> None:
+    """Answer a first Ctrl-C on standard error, where there is no display yet."""
+    os.write(
+        sys.stderr.fileno(), f"\namfm: {ON_INTERRUPT.format(lost='the steps since the last checkpoint')}\n".encode()
+    )
 
 
 def signal_name(number: int) -> str:

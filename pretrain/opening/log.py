@@ -45,6 +45,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     last_event = find_last_event(run.directory)
     run.files.log = log = RunLog(run.config, resumed_at_step=run.progress.step)
     run.files.display = Display(run.config, first_step=run.progress.step, last_step=run.last_step)
+    run.signals.answer = run.files.display.answer_interrupt
     run.say(
         f"{facts['pattern']}: {counts.total:,} parameters ({counts.active:,} active), {run.config.train.precision}, "
         f"ZeRO {run.engine.zero_stage}, {plural(run.parallel.world_size, 'rank')} on {run.parallel.device.type} with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,43 @@ def test_a_terminal_that_changes_its_size_shows_one_panel_and_the_newest_remarks
     assert "2/20" in fresh
     widths = [cell_len(line) for line in Text.from_ansi(fresh).plain.splitlines()]
     assert max(widths) <= 70
+
+
+def test_ctrl_c_is_answered_above_the_one_panel_with_the_steps_that_are_at_stake(
+    data: DataConfig, tmp_path: Path
+) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100, height=40, highlight=False)
+    display = Display(tiny_config(data, tmp_path, train__steps=20), first_step=0, last_step=20, console=console)
+    for step in range(1, 8):
+        display.show(metrics_of(step))
+    display.show_checkpoint(5)
+    out.write("^C")  # the terminal's echo
+    display.answer_interrupt()
+    display.show(metrics_of(8))
+    display.close()
+    shown = draw_screen(out.getvalue())
+    assert shown[0] == "Ctrl-C: stopping after this step and saving; Ctrl-C again ends now and loses 3 steps"
+    assert "".join(shown).count("╭") == 1 and "8/20" in "".join(shown)
+
+
+def draw_screen(output: str) -> list[str]:
+    """What a terminal shows of an output whose lines are rewritten in place."""
+    rows, row = [""], 0
+    for order, number, letter, text in re.findall(r"(\x1b\[\??(\d*)[\d;]*([A-Za-z])|\r|\n)|([^\x1b\r\n]+)", output):
+        if letter == "A":
+            row -= int(number or 1)
+        elif letter == "K":
+            rows[row] = ""
+        elif order == "\n":
+            row += 1
+            rows += [""] * (row + 1 - len(rows))
+        elif order == "\r":
+            rows[row] += "\r"
+        else:
+            start, _, _ = rows[row].partition("\r")
+            rows[row] = text if "\r" in rows[row] else start + text
+    return [line.replace("\r", "") for line in rows]
 
 
 def test_a_number_of_things_is_written_as_one_says_it() -> None:
