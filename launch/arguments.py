@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from amfm.launch.console import print_rows
+from amfm.launch.existing import require_exists, require_model
 
 
 def choose_device(name: str) -> str:
@@ -32,7 +33,9 @@ def check_picture(path: Path) -> None:
         raise ValueError(f"--picture {path}: {path.parent} is not a folder; create it, or name another path")
 
 
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The configuration file of the run.")]
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG.yaml", help="The configuration file of the run.", callback=require_exists)
+]
 # Of verbs that take a preset in its place.
 ConfigOrPreset = Annotated[
     Path | None, typer.Argument(metavar="CONFIG.yaml", help="The configuration file of the run.", show_default=False)
@@ -51,7 +54,11 @@ OverridesArgument = Annotated[
 
 CheckpointArgument = Annotated[
     Path,
-    typer.Argument(metavar="CHECKPOINT", help="A run directory (its newest checkpoint), a checkpoint, or an import."),
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A run directory (its newest checkpoint), a checkpoint, or an import.",
+        callback=require_model,
+    ),
 ]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout; messages go to stderr.")]

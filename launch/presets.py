@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+from amfm.launch.existing import require
+
 FOLDER = Path(__file__).parents[1] / "configs"  # amfm/configs, which a clone has as src/amfm/configs
 APART = ("anchors", "base", "studies")  # not runs: models of published speeds, files to extend, settings of studies
 
@@ -29,13 +31,15 @@ def preset_path(name: str) -> Path:
 def choose_config(path: Path | None, overrides: Sequence[str] | None, preset: str | None) -> tuple[Path, list[str]]:
     """The configuration file and overrides of a verb's arguments, of which the first is an override under --preset.
 
-    Raises ValueError where a configuration is given twice or not at all.
+    Raises ValueError where a configuration is given twice or not at all, FileNotFoundError where the file is not there.
     """
     words = list(overrides or [])
     if preset is None:
         if path is None:
             raise ValueError("no CONFIG.yaml given; name a file, or a preset: --preset tiny_cpu")
-        return path, words
+        if not path.exists() and path.with_suffix("").name in preset_names():
+            raise FileNotFoundError(f"{path} does not exist; amfm brings one along: --preset {path.stem}")
+        return require(path, "name an existing YAML file"), words
     if path is not None:
         if "=" not in str(path):
             raise ValueError(f"{path} and --preset {preset} both name a configuration; give one of them")

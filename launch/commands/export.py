@@ -20,6 +20,7 @@ from amfm.launch.commands.client import (
     show_check,
 )
 from amfm.launch.console import print_json, print_pairs
+from amfm.launch.existing import require_model
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.refusals import ClientName
 
@@ -185,7 +186,12 @@ def export_tokens(store_path: Path, out: Path, *, as_json: bool) -> None:
 
 def import_(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A folder that transformers wrote, an export, or a .tiktoken file.")
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder that transformers wrote, an export, or a .tiktoken file.",
+            callback=require_model,
+        ),
     ],
     out: OutArgument,
     *,

@@ -76,10 +76,7 @@ def plan(
 ) -> None:
     """Estimate parameters, FLOPs, memory and time of a run, and the layouts that fit, before you rent GPUs."""
     path, overrides = choose_config(path, overrides, preset)
-    from amfm.launch.plan.estimate import Assumptions
     from amfm.launch.plan.hardware import load_hardware
-    from amfm.launch.plan.plan import make_plan, plan_as_dict
-    from amfm.pretrain.checks.check_run import load_checked
 
     hardware = load_hardware(gpu)
     check_trace_options(trace, search, rank, stage, timeline)
@@ -88,6 +85,10 @@ def plan(
         check_picture(picture)
     if tokens is not None and not tokens > 0:
         raise ValueError(f"--tokens {tokens:g} must be greater than 0; use for example 1e12")
+    from amfm.launch.plan.estimate import Assumptions
+    from amfm.launch.plan.plan import make_plan, plan_as_dict
+    from amfm.pretrain.checks.check_run import load_checked
+
     assumptions = Assumptions(margin=margin, overlap=overlap, imbalance=imbalance)
     numbers = None if search else range(gpus, 0, -hardware.gpus_per_node)
     config = load_checked(path, overrides or [], world_size=numbers)

@@ -9,13 +9,17 @@ import typer
 
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_pairs, print_rows
+from amfm.launch.existing import require_exists
 
 if TYPE_CHECKING:
     from amfm.launch.profile.show import Profile
 
 
 def profile(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run that traced steps (train.profile).")],
+    run_dir: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_DIR", help="A run that traced steps (train.profile).", callback=require_exists),
+    ],
     *,
     step: Annotated[int | None, typer.Option(min=1, help="Which traced step; default: the newest.")] = None,
     rank: Annotated[int | None, typer.Option(min=0, help="Which rank's trace; default: the first there is.")] = None,

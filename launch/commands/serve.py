@@ -10,6 +10,7 @@ import typer
 from amfm.launch.arguments import JsonOption, choose_device
 from amfm.launch.commands.evaluate import BackendOption, DeviceOption
 from amfm.launch.console import print_json, say
+from amfm.launch.existing import require_model
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 GIB = 2**30
@@ -17,7 +18,10 @@ GIB = 2**30
 
 def serve(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A run directory, a checkpoint, an import, or an export.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A run directory, a checkpoint, an import, or an export.", callback=require_model
+        ),
     ],
     *,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,

@@ -12,6 +12,7 @@ import typer
 
 from amfm.launch.arguments import JsonOption, OverridesArgument
 from amfm.launch.console import print_json, print_rows, say
+from amfm.launch.existing import require_exists
 from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from amfm.launch.study.run import CellEnd, Room
     from amfm.launch.study.study import RunsConfig, SettingsStudyConfig, Study, StudyConfig
 
-StudyArgument = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The file of the study (docs/studies.md).")]
+StudyArgument = Annotated[
+    Path, typer.Argument(metavar="STUDY.yaml", help="The file of the study (docs/studies.md).", callback=require_exists)
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the cells and what is done; train nothing.")]
 
 study = typer.Typer(

@@ -10,6 +10,7 @@ import typer
 from amfm.data_pipeline.progress import Waiting
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_pairs
+from amfm.launch.existing import require_exists
 
 if TYPE_CHECKING:
     from amfm.pretrain.tasks.suite import TaskChoice
@@ -27,7 +28,9 @@ NumFewshotOption = Annotated[
 
 
 def tasks(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="The token store, with a validation part.")],
+    store: Annotated[
+        Path, typer.Argument(metavar="STORE", help="The token store, with a validation part.", callback=require_exists)
+    ],
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="The folder to write to; relative to where tasks are run.")
     ],

@@ -18,6 +18,7 @@ from amfm.launch.arguments import (
     check_picture,
 )
 from amfm.launch.console import print_json, print_pairs
+from amfm.launch.existing import require_all_exist
 from amfm.launch.heavy_imports import heavy_imports
 from amfm.launch.presets import choose_config
 from amfm.pretrain.launcher_protocol import GOES_ON
@@ -88,7 +89,12 @@ def summarize(run_dir: str) -> dict[str, Any]:
 
 def report(
     run_dirs: Annotated[
-        list[Path], typer.Argument(metavar="RUN_DIR...", help="The directory of a run, finished or not; or of several.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN_DIR...",
+            help="The directory of a run, finished or not; or of several.",
+            callback=require_all_exist,
+        ),
     ],
     *,
     out: Annotated[

@@ -87,7 +87,7 @@ def test_errors_are_json_under_json(base, capsys):
     assert run(["plan", str(base), "--json"]) == 2
     assert one_object(capsys.readouterr().out) == {"error": "Missing option '--gpus'.", "exit_code": 2}
     assert run(["report", str(base.parent / "none"), "--json"]) == 2
-    assert "is no run directory" in str(one_object(capsys.readouterr().out)["error"])
+    assert "none does not exist" in str(one_object(capsys.readouterr().out)["error"])
 
 
 def test_help_answers_in_a_second_without_heavy_packages():

@@ -1,0 +1,62 @@
+"""Paths of a command line, judged before anything heavy is imported: what is not there is answered at once, with near names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/")  # a Path has one slash after the colon
+
+
+def require(path: Path, remedy: str) -> Path:
+    """Return a path that exists, or a URL. Raises FileNotFoundError with the nearest name, else with the remedy."""
+    if URL.match(str(path)) or path.exists():
+        return path
+    near = nearest_paths(path)
+    raise FileNotFoundError(f"{path} does not exist; {f'did you mean {near[0]}?' if near else remedy}")
+
+
+def require_exists(path: Path) -> Path:
+    """Typer callback of a path that must exist."""
+    return require(path, "name an existing one")
+
+
+def require_all_exist(paths: list[Path]) -> list[Path]:
+    """Typer callback of paths that must exist."""
+    return [require_exists(path) for path in paths]
+
+
+def require_model(path: Path) -> Path:
+    """Typer callback of a model that must exist; a name of the Hugging Face Hub is answered with the download's command."""
+    is_hub_name = HUB_NAME.fullmatch(str(path)) and not path.parent.exists()
+    download = (
+        f"to take it from the Hugging Face Hub: hf download {path} --local-dir {path.name}, then name {path.name}"
+    )
+    return require(path, download if is_hub_name else "name an existing folder")
+
+
+def nearest_paths(path: Path) -> list[Path]:
+    """Paths that exist and differ from this one in a part that is spelled nearly alike, nearest first."""
+    present = path
+    while not present.parent.exists():
+        present = present.parent
+    rest = path.relative_to(present)
+    try:
+        names = [entry.name for entry in present.parent.iterdir()]
+    except OSError:
+        return []
+    near = [present.with_name(name) / rest for name in rank_names(present.name, names)]
+    return [found for found in near if found.exists()]
+
+
+def rank_names(name: str, names: Sequence[str]) -> list[str]:
+    """Names that are spelled nearly as `name`, nearest first; those that it begins count as near."""
+    stem = Path(name).stem
+    begun = [
+        other for other in names if len(stem) > 3 and other.startswith(stem) and Path(other).suffix == Path(name).suffix
+    ]
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.7)
+    return list(dict.fromkeys([*(other for other in close if other in begun), *begun, *close]))

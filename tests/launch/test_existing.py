@@ -1,0 +1,58 @@
+"""Paths that are not there, and what is named in their place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from amfm.launch.existing import require, require_model
+
+LISTED = "import sys; from amfm.launch.cli import run; code = run(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("configs/nemotron3_nano_30b.yaml", "configs/tiny_cpu.yaml", "runs/first/config.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("configs/nemotron3_nano.yaml", "configs/nemotron3_nano_30b.yaml"),
+        ("config/tiny_cpu.yaml", "configs/tiny_cpu.yaml"),
+        ("configs/tiny_gpu.yaml", "configs/tiny_cpu.yaml"),
+        ("runs/firts", "runs/first"),
+    ],
+)
+def test_a_path_that_is_spelled_nearly_right_is_answered_with_the_right_one(here: Path, given: str, meant: str) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"^{given} does not exist; did you mean {meant}\?$"):
+        require(Path(given), "name another")
+
+
+def test_a_path_without_a_near_one_keeps_its_remedy_and_a_name_of_the_hub_gets_its_download(here: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^runs/nope does not exist; name another$"):
+        require(Path("runs/nope"), "name another")
+    with pytest.raises(FileNotFoundError, match=r"hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B, then name"):
+        require_model(Path("Qwen/Qwen3-0.6B"))
+    assert require(Path("s3://bucket/store"), "") == Path("s3://bucket/store")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["serve", "runs/nope"], "runs/nope does not exist"),
+        (["plan", "configs/nemotron3_nano.yaml", "--gpus", "8"], "did you mean configs/nemotron3_nano_30b.yaml?"),
+        (["plan", "configs/granite4_h_small.yaml", "--gpus", "8"], "--preset granite4_h_small"),
+        (["plan", "configs/tiny_cpu.yaml", "--gpus", "8", "--gpu", "h1000"], "use h100"),
+    ],
+)
+def test_paths_and_gpus_are_judged_before_torch_is_imported(here: Path, arguments: list[str], said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LISTED, *arguments], capture_output=True, text=True, check=False)
+    assert done.stdout == "2 False\n" and said in done.stderr, done.stderr
