@@ -26,6 +26,7 @@ import torch
 import amfm.pretrain.export.modeling_template
 from amfm.data_pipeline.durable.deletion import delete, try_to_delete
 from amfm.data_pipeline.durable.files import sync
+from amfm.data_pipeline.durable.locks import take_lock
 from amfm.data_pipeline.durable.naming import named
 from amfm.model.config.kinds import describe_symbol
 from amfm.model.config.schema import ModelConfig
@@ -43,6 +44,7 @@ from amfm.pretrain.tensor_files import TensorWriter
 OUR_DESCRIPTION = "amfm_model.json"
 # Name of a temporary folder: `delete` refuses any other.
 UNFINISHED = re.compile(r"\..+\.amfm-export", re.DOTALL)
+LOCK = re.compile(r"\..+\.amfm-export-lock", re.DOTALL)
 MAX_SHARD_BYTES = 4_000_000_000
 TEMPLATE_FILES = (
     "configuration_amfm.py",
@@ -187,16 +189,40 @@ def begin_export(out: Path) -> Iterator[Path]:
     """Make an empty folder beside OUT to write into; what a killed export left there is removed.
 
     After the block it is gone, unless it got its name: half an export must not keep a full disk full. Errors of the system
-    carry its path.
+    carry its path. Raises RuntimeError while another process writes to OUT.
     """
     temporary = out.with_name(f".{out.name}.amfm-export")
-    delete(temporary, UNFINISHED)
-    temporary.mkdir(parents=True)
-    try:
-        with named(temporary):
-            yield temporary
-    finally:
-        try_to_delete(temporary, UNFINISHED)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    with hold_place(out, temporary.with_suffix(".amfm-export-lock")):
+        delete(temporary, UNFINISHED)
+        temporary.mkdir()
+        try:
+            with named(temporary):
+                yield temporary
+        finally:
+            try_to_delete(temporary, UNFINISHED)
+
+
+@contextmanager
+def hold_place(out: Path, path: Path) -> Iterator[None]:
+    """Hold the lock file `path` of a folder to be written, and remove it at the end. Raises RuntimeError where another does."""
+    lock = None
+    while lock is None:
+        lock = take_lock(path, wait=False)
+        if lock is None:
+            raise RuntimeError(f"another process is writing {out}; wait for it, or name another folder")
+        try:
+            is_current = os.path.samestat(os.fstat(lock.fileno()), path.stat())
+        except FileNotFoundError:
+            is_current = False
+        if not is_current:  # the one before removed this file after it was opened here
+            lock.close()
+            lock = None
+    with lock:
+        try:
+            yield
+        finally:
+            try_to_delete(path, LOCK)
 
 
 def put_in_place(temporary: Path, out: Path) -> None:

@@ -9,12 +9,14 @@ number in the folder is somebody else's: paths stay inside the folder, and shape
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import ValidationError
+from torch import Tensor
 
 from amfm.data_pipeline.durable.foreign_files import inside, read_object, take, understood
 from amfm.data_pipeline.durable.naming import named
@@ -27,12 +29,14 @@ from amfm.model.huggingface.config import TokenIds, huggingface_config, model_co
 from amfm.model.huggingface.hf_class import HfTarget, Source, Target
 from amfm.model.huggingface.own import OWN_MODEL_TYPE
 from amfm.model.on_demand import OnDemand
+from amfm.model.on_demand import Source as OnDemandSource
 from amfm.pretrain.export.export import check_free
 from amfm.pretrain.export.files import OUR_DESCRIPTION, begin_export, put_in_place, sync_files
 from amfm.pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON
 from amfm.pretrain.inference.weights import DEPTH_PREFIX, Weights, check_shapes, write_weights
 from amfm.pretrain.tensor_files import TensorFile
 
+READ_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MODEL_SECTION = "model.yaml"
 INDEX = "model.safetensors.index.json"
 # Multi-token prediction: left out where config.json does not name it, as transformers does always.
@@ -88,13 +92,18 @@ def read_huggingface(source: Path, report: Report = silent) -> tuple[Weights, So
     if found is None:
         known = ", ".join(BY_TYPE)
         raise ValueError(f"{source}/config.json has model_type={fields.get('model_type')}; known are {known}")
+    quantized = fields.get("quantization_config")
+    if quantized is not None:
+        how = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
+        raise ValueError(f"{source}/config.json: weights quantized by {how} are not read; take the release in bf16")
     config = choose_config(source, fields)
     tokenizer = read_tokenizer(source, fields)
     report(f"reading {source}")
     tensors = read_tensors(source)
     config, skipped = choose_depths(config, tensors, found.name)
     skipped += tuple(name for name in tensors if name.endswith(SKIPPED_SUFFIXES))
-    state = found.weights(config).to_ours(tensors.without(set(skipped).__contains__))
+    sound = only_sound(tensors.without(set(skipped).__contains__), source)
+    state = found.weights(config).to_ours(sound)
     check_shapes(config, state, str(source))
     num_tensors = len(tensors.keys() - set(skipped))
     return Weights(config, state, tokenizer, f"imported from {source}"), found.name, num_tensors, skipped
@@ -111,6 +120,30 @@ def choose_depths(config: ModelConfig, tensors: Collection[str], target: Source)
     if config.num_depths and not found:
         return config.without_depths(), ("mtp.*, which config.json names and no file has",)
     return config, () if config.num_depths else found
+
+
+def only_sound(tensors: OnDemand, source: Path) -> OnDemand:
+    """The same tensors, of which a number that is not finite is refused as it is read.
+
+    Raises ValueError for a dtype that is not read: integers and numbers of 8 bits need scales that no rule here knows.
+    """
+    for name, found in tensors.sources.items():
+        if found.dtype not in READ_DTYPES:
+            raise ValueError(
+                f"{source}: {name} is {str(found.dtype).removeprefix('torch.')}; weights are read in float32, bfloat16, float16 or "
+                "float64: take the release in bf16"
+            )
+
+    def checked(name: str, found: OnDemandSource) -> OnDemandSource:
+        def read(start: int, stop: int) -> Tensor:
+            rows = found.read(start, stop)
+            if not torch.isfinite(rows).all():
+                raise ValueError(f"{source}: {name} holds NaN or infinity; download the file again")
+            return rows
+
+        return replace(found, read=read)
+
+    return OnDemand({name: checked(name, found) for name, found in tensors.sources.items()})
 
 
 def describe_model(config: ModelConfig) -> str:

@@ -168,6 +168,18 @@ def test_a_full_disk_is_named_and_half_an_export_does_not_stay(data: DataConfig,
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
 
 
+def test_two_exports_to_one_folder_do_not_meet(tmp_path: Path) -> None:
+    with begin_export(tmp_path / "out") as temporary:
+        (temporary / "half").touch()
+        with pytest.raises(RuntimeError, match=r"another process is writing .*out; wait for it"):
+            with begin_export(tmp_path / "out"):
+                pass
+        assert (temporary / "half").exists()
+    with begin_export(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_target_that_cannot_hold_the_model_is_refused_with_every_reason(data: DataConfig, tmp_path: Path) -> None:
     folder = weights_folder(data, tmp_path / "weights", "own")
     with pytest.raises(ValueError, match=r"nemotron_h cannot hold.*activation=swiglu.*positions=rope.*qk_norm=true"):

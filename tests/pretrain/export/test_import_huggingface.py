@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -97,6 +98,28 @@ def test_foreign_classes_missing_files_and_wrong_tensors_are_refused(data: DataC
     (tmp_path / "back" / "mine").touch()
     with pytest.raises(ValueError, match="exists and is not empty"):
         import_huggingface(out, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (torch.full((32,), math.nan), r"backbone\.norm_f\.weight holds NaN or infinity"),
+        (torch.ones(32, dtype=torch.int32), r"backbone\.norm_f\.weight is int32; .*take the release in bf16"),
+        (torch.ones(32).to(torch.float8_e4m3fn), r"backbone\.norm_f\.weight is float8_e4m3fn"),
+    ],
+)
+def test_weights_that_are_no_sound_numbers_are_refused_by_name(
+    data: DataConfig, tmp_path: Path, bad: torch.Tensor, said: str
+) -> None:
+    out = tmp_path / "out"
+    export_checkpoint(weights_folder(data, tmp_path / "weights", "nemotron_h"), out, verify=False)
+    save_file(load_file(out / "model.safetensors") | {"backbone.norm_f.weight": bad}, out / "model.safetensors")
+    with pytest.raises(ValueError, match=said):
+        import_huggingface(out, tmp_path / "back")
+    edit_json(out / "config.json", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ValueError, match="weights quantized by fp8 are not read"):
+        import_huggingface(out, tmp_path / "back")
+    assert not any("back" in path.name for path in tmp_path.iterdir())
 
 
 def test_prediction_heads_for_later_tokens_are_left_out_and_named(data: DataConfig, tmp_path: Path) -> None:
