@@ -107,6 +107,7 @@ def export(
                 "reasons": list(report.reasons),
                 "refused_by": list(report.refusals),
                 "left_out": report.left_out,
+                "kept": list(report.kept),
             }
             | ({} if checked is None else {"check": asdict(checked)})
         )
@@ -121,6 +122,7 @@ def export(
     pairs = [("folder", report.path), ("class", report.class_name), ("proof", proof), ("compared on", report.compared)]
     pairs += [("why no native class", reason) for reason in report.reasons]
     pairs += [("left out", report.left_out)] if report.left_out else []
+    pairs += [("kept", text) for text in report.kept]
     pairs += [("known to refuse it", refusal) for refusal in report.refusals]
     print_pairs("Export", pairs)
     if checked is not None:
@@ -224,6 +226,8 @@ def import_(
                 "tensors": report.num_tensors,
                 "parameters": report.num_parameters,
                 "skipped": list(report.skipped),
+                "kept": list(report.kept),
+                "dropped": list(report.dropped),
                 "model": report.model.model_dump(mode="json"),
             }
         )
@@ -236,6 +240,7 @@ def import_(
         ("parameters", f"{report.num_parameters:,}"),
     ]
     pairs += [("left out", name) for name in report.skipped]
+    pairs += [("kept", text) for text in report.kept] + [("dropped", text) for text in report.dropped]
     print_pairs("Import", pairs)
 
 

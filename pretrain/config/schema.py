@@ -315,6 +315,11 @@ class ExportConfig(Section):
         "auto",
         description="`own`: our modeling file next to the weights; `auto`: a native class if one holds the config exactly, else own.",
     )
+    max_position_embeddings: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens per text that the export declares; none: the rows of training, and no fewer than the released model had that the run continues.",
+    )
 
 
 class EvaluateConfig(Section):

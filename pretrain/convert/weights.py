@@ -97,7 +97,9 @@ def make_start(config: RunConfig, teacher: Weights) -> tuple[Weights, StartRepor
     report = StartReport(
         tuple(name for name in taken if name.startswith(places)), tuple(n for n in new if n.startswith(places)), left
     )
-    weights = Weights(model_config, own, teacher.given_tokenizer, f"conversion of {teacher.origin}")
+    weights = Weights(
+        model_config, own, teacher.given_tokenizer, f"conversion of {teacher.origin}", released=teacher.released
+    )
     return weights, report
 
 

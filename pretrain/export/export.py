@@ -79,9 +79,9 @@ DEFAULT_MAX_POSITIONS = 4096
 class ExportReport:
     """What was written and what the proof found; the differences are None without a proof.
 
-    class_name: of transformers, or AmfmForCausalLM. reasons: why no native class holds the model. compared: on what
-    text the logits were compared. refusals: other programs that are known to refuse the folder, with rule and remedy.
-    left_out: why it has no prediction depths, where the model has some.
+    class_name: of transformers, or AmfmForCausalLM. reasons: why no native class holds the model, a line per class, where one was
+    looked for. compared: on what text the logits were compared. refusals: other programs that are known to refuse the folder,
+    with rule and remedy. left_out: why it has no prediction depths, where the model has some. kept: what the released model brought along.
     """
 
     path: Path
@@ -95,6 +95,7 @@ class ExportReport:
     reasons: tuple[str, ...]
     refusals: tuple[str, ...]
     left_out: str | None = None
+    kept: tuple[str, ...] = ()
 
 
 def export_checkpoint(
@@ -149,6 +150,7 @@ def export_checkpoint(
         reasons=tuple(plan.unfit_reasons()),
         refusals=tuple(plan.refusals()),
         left_out=plan.left_out,
+        kept=tuple(weights.released.describe()) if weights.released is not None else (),
     )
 
 
@@ -176,8 +178,14 @@ def resolve_target(weights: Weights, asked: str) -> Target:
 
 
 def _max_positions(weights: Weights) -> int:
-    """Tokens a row that the model was trained at; DEFAULT_MAX_POSITIONS for an import, of which this is not known."""
-    return weights.trained_length() or DEFAULT_MAX_POSITIONS
+    """Tokens a text that the export declares: as the run says, else those of its rows or of the released model that it continues.
+
+    DEFAULT_MAX_POSITIONS where nothing is known of either.
+    """
+    if weights.run is not None and weights.run.export.max_position_embeddings is not None:
+        return weights.run.export.max_position_embeddings
+    released = weights.released.max_position_embeddings if weights.released is not None else None
+    return max(weights.trained_length() or 0, released or 0) or DEFAULT_MAX_POSITIONS
 
 
 def proof_text(weights: Weights) -> tuple[Tensor, list[str], str]:
@@ -192,7 +200,7 @@ def proof_text(weights: Weights) -> tuple[Tensor, list[str], str]:
         source = "a built-in sample"
     else:
         ids, source = _store_tokens(weights.run.data.text_store(), PROOF_ROWS * PROOF_TOKENS)
-    wanted = min(PROOF_TOKENS, _max_positions(weights))
+    wanted = min(PROOF_TOKENS, weights.trained_length() or PROOF_TOKENS)
     while len(ids) < PROOF_ROWS * wanted:
         ids = ids + ids
     tokens_BT = torch.tensor(ids[: PROOF_ROWS * wanted]).view(PROOF_ROWS, wanted)

@@ -38,6 +38,7 @@ from amfm.model.huggingface.targets import explain_unfit, known_refusals
 from amfm.model.huggingface.weights import weight_map
 from amfm.model.on_demand import Shape, on_demand
 from amfm.pretrain.export.tokenizer import write_tokenizer
+from amfm.pretrain.inference.released import Released
 from amfm.pretrain.inference.weights import Weights
 from amfm.pretrain.tensor_files import TensorWriter
 
@@ -106,12 +107,14 @@ def write_export(plan: ExportPlan, folder: Path) -> None:
     config = huggingface_config(
         plan.weights.model, plan.target, plan.token_ids, max_position_embeddings=plan.max_position_embeddings
     )
-    write_json(folder / "config.json", config)
+    released = plan.weights.released or Released()
+    write_json(folder / "config.json", config | released.token_ids)
     ids = plan.token_ids
     special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
     generation: dict[str, Any] = {name: value for name, value in special.items() if value is not None}
-    write_json(folder / "generation_config.json", generation | {"do_sample": True, "temperature": 1.0})
-    write_tokenizer(plan.weights.tokenizer, folder, max_length=plan.max_position_embeddings)
+    sampling = released.generation or {"do_sample": True, "temperature": 1.0}
+    write_json(folder / "generation_config.json", generation | released.token_ids | sampling)
+    write_tokenizer(plan.weights.tokenizer, folder, released, max_length=plan.max_position_embeddings)
     write_json(
         folder / OUR_DESCRIPTION,
         {"origin": plan.weights.origin, "target": plan.target, "model": plan.weights.model.model_dump(mode="json")},
@@ -303,7 +306,7 @@ def _facts(plan: ExportPlan, config: ModelConfig) -> list[tuple[str, str]]:
         ("Blocks", f"`{''.join(pattern.letters)}` ({kinds})"),
         ("Hidden size", str(config.hidden_size)),
         ("Vocabulary", str(config.vocab_size)),
-        ("Trained at", f"{plan.max_position_embeddings} tokens a row"),
+        ("Trained at", f"{plan.weights.trained_length() or plan.max_position_embeddings} tokens a row"),
         ("From", f"`{plan.weights.origin}`"),
     ]
     return [*facts, *_training_record(plan.weights)]

@@ -33,6 +33,7 @@ from amfm.model.on_demand import Source as OnDemandSource
 from amfm.pretrain.export.export import check_free
 from amfm.pretrain.export.files import OUR_DESCRIPTION, begin_export, put_in_place, sync_files
 from amfm.pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON
+from amfm.pretrain.inference.released import read_released
 from amfm.pretrain.inference.weights import DEPTH_PREFIX, Weights, check_shapes, write_weights
 from amfm.pretrain.tensor_files import TensorFile
 
@@ -47,7 +48,10 @@ SKIPPED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What was read: the class it was written for, our configuration, tensors read, and names left out with why."""
+    """What was read: the class it was written for, our configuration, tensors read, and names left out with why.
+
+    kept, dropped: of what the model had beside its weights, in words.
+    """
 
     path: Path
     target: Source
@@ -55,6 +59,8 @@ class ImportReport:
     num_tensors: int
     num_parameters: int
     skipped: tuple[str, ...]
+    kept: tuple[str, ...]
+    dropped: tuple[str, ...]
 
 
 def import_huggingface(hf_dir: str | Path, out_dir: str | Path, report: Report = silent) -> ImportReport:
@@ -68,7 +74,10 @@ def import_huggingface(hf_dir: str | Path, out_dir: str | Path, report: Report =
     weights, target, num_tensors, skipped = read_huggingface(source, report)
     report("writing tensors")
     write_model(out, weights)
-    return ImportReport(out, target, weights.model, num_tensors, weights.num_parameters(), skipped)
+    released = weights.released
+    assert released is not None, "read_huggingface reads it"
+    kept, dropped = tuple(released.describe()), released.dropped
+    return ImportReport(out, target, weights.model, num_tensors, weights.num_parameters(), skipped, kept, dropped)
 
 
 def write_model(out: Path, weights: Weights) -> None:
@@ -106,7 +115,8 @@ def read_huggingface(source: Path, report: Report = silent) -> tuple[Weights, So
     state = found.weights(config).to_ours(sound)
     check_shapes(config, state, str(source))
     num_tensors = len(tensors.keys() - set(skipped))
-    return Weights(config, state, tokenizer, f"imported from {source}"), found.name, num_tensors, skipped
+    weights = Weights(config, state, tokenizer, f"imported from {source}", released=read_released(source, fields))
+    return weights, found.name, num_tensors, skipped
 
 
 def choose_depths(config: ModelConfig, tensors: Collection[str], target: Source) -> tuple[ModelConfig, tuple[str, ...]]:

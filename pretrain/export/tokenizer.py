@@ -22,6 +22,7 @@ from amfm.data_pipeline.tokenizer.sentencepiece_model import (
     read_sentencepiece_model,
 )
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.pretrain.inference.released import Released
 
 MODEL_FILE = "tokenizer.model"
 ORIGINAL_JSON = "amfm_tokenizer.json"
@@ -30,8 +31,12 @@ SPACE = "\u2581"
 NEVER = -1e4
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> list[str]:
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, released: Released | None = None, *, max_length: int
+) -> list[str]:
     """Write tokenizer.json, tokenizer_config.json and the file that training used; returns their names.
+
+    released: the special tokens and the chat template of the model that this one continues.
 
     Training took control tokens written out in a text as text; a reader gets that with `split_special_tokens=True` in the
     call. The files must not say it: a fine-tuning program writes `</s>` into its texts to end them, and would train on letters.
@@ -62,7 +67,13 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> l
         "add_eos_token": False,
         **space_before,
         **texts,
+        **(released.special_tokens if released is not None else {}),
     }
+    template = None if released is None else released.chat_template
+    if isinstance(template, str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    elif template is not None:  # several by name
+        settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     return ["tokenizer.json", "tokenizer_config.json", original]
 

@@ -43,6 +43,8 @@ from amfm.pretrain.config.convert import ConvertConfig
 from amfm.pretrain.config.saved import read_saved_config
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.inference.merge import multiply_out
+from amfm.pretrain.inference.released import FILE as RELEASED
+from amfm.pretrain.inference.released import Released, find_released
 from amfm.pretrain.stages import last_stage, model_of_stage, resolve_stages
 from amfm.pretrain.tensor_files import TensorFile, TensorWriter
 
@@ -60,7 +62,7 @@ class Weights:
     `state` reads from files where it came from files: those must stay as they are while it is used.
     `given_tokenizer` is None for a model that was trained on a synthetic task.
     `run` is the configuration of the run that made it, after so many steps and tokens, None for an import, with its newest
-    validation loss; `origin` says where it came from.
+    validation loss; `origin` says where it came from. `released`: of the released model that it is, or continues.
     """
 
     model: ModelConfig
@@ -71,6 +73,7 @@ class Weights:
     step: int | None = None
     tokens: int | None = None
     validation_loss: float | None = None
+    released: Released | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -162,8 +165,9 @@ def _read_checkpoint(folder: Path, report: Report) -> Weights:
         alpha = model.guide.alpha(step, stages[-1].last_step)
         model, state = merge_guides(model, state, alpha)
     progress = manifest["state"]["progress"]
-    origin = f"{folder} (step {step})"
-    return Weights(model, state, tokenizer, origin, run, step, int(progress["tokens"]), progress.get("validation_loss"))
+    origin, loss = f"{folder} (step {step})", progress.get("validation_loss")
+    released = find_released(folder) if run.run.initial_weights is not None or run.convert is not None else None
+    return Weights(model, state, tokenizer, origin, run, step, int(progress["tokens"]), loss, released)
 
 
 def merge_guides(model: ModelConfig, state: OnDemand, alpha: float) -> tuple[ModelConfig, OnDemand]:
@@ -200,6 +204,10 @@ def write_weights(folder: Path, weights: Weights) -> None:
     writer.finish()
     tokenizer_file = weights.tokenizer.file_name
     (folder / tokenizer_file).write_bytes(weights.tokenizer.to_bytes())
+    names = [TENSORS, tokenizer_file]
+    if weights.released is not None:
+        (folder / RELEASED).write_bytes(weights.released.to_bytes())
+        names.append(RELEASED)
     description = {
         "format": WEIGHTS_FORMAT,
         "version": WEIGHTS_VERSION,
@@ -207,7 +215,7 @@ def write_weights(folder: Path, weights: Weights) -> None:
         "model": weights.model.model_dump(mode="json"),
         "packages": {f"model.mixers.{name}": found for name, found in weights.model.mixers.packages_used().items()},
         "tokenizer": {"file": tokenizer_file, "eos_id": weights.tokenizer.eos_id},
-        "sha256": {name: _digest(folder / name) for name in (TENSORS, tokenizer_file)},
+        "sha256": {name: _digest(folder / name) for name in names},
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
@@ -242,7 +250,8 @@ def _read_weights_folder(folder: Path) -> Weights:
     state = TensorFile(folder / TENSORS).on_demand()
     check_shapes(model, state, str(folder))
     tokenizer = read_tokenizer_file(tokenizer_file, take(tokenizer_record, "eos_id", int, file))
-    return Weights(model, state, tokenizer, take(description, "origin", str, file))
+    released = find_released(folder) if RELEASED in digests else None
+    return Weights(model, state, tokenizer, take(description, "origin", str, file), released=released)
 
 
 def check_shapes(model: ModelConfig, state: Mapping[str, Tensor], where: str) -> None:

@@ -13,6 +13,8 @@ from amfm.model.flops import count_parameters, flops_per_token
 from amfm.pretrain.checkpoint.load import LoadedCheckpoint
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.event_log import read_events
+from amfm.pretrain.inference.released import FILE as RELEASED
+from amfm.pretrain.inference.released import find_released
 from amfm.pretrain.launcher_protocol import RESTART_CAUSE, TORCHRUN_RESTARTS
 from amfm.pretrain.monitor.display import Display
 from amfm.pretrain.monitor.environment import record_environment
@@ -42,6 +44,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     # Whole or as they were: a full disk or a kill must not take from a run what it is.
     write_file_atomically(run.directory / "config.yaml", resolved_yaml(run.config).encode())
     write_file_atomically(run.directory / "environment.json", json.dumps(environment, indent=2).encode() + b"\n")
+    keep_released(run)
     last_event = find_last_event(run.directory)
     run.files.log = log = RunLog(run.config, resumed_at_step=run.progress.step)
     run.files.display = Display(run.config, first_step=run.progress.step, last_step=run.last_step)
@@ -76,6 +79,16 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
         for kind, texts in remarks.items():
             for text in texts:
                 run.tell("resume", f"{kind}: {text}", kind=kind, text=text)
+
+
+def keep_released(run: Run) -> None:
+    """Copy what the released model that a run continues brings along into its directory, for the export."""
+    path = run.config.run.initial_weights
+    if path is None or (run.directory / RELEASED).is_file():
+        return
+    found = find_released(Path(path))
+    if found is not None:
+        write_file_atomically(run.directory / RELEASED, found.to_bytes())
 
 
 def find_last_event(directory: Path) -> str | None:
