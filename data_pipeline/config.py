@@ -103,6 +103,9 @@ class PrepareConfig(Section):
         gt=0,
         description="Tokens per chunk: what one read verifies and decodes. Rows whose length is a multiple of it read nothing else.",
     )
+    on_damage: Literal["refuse", "keep"] = Field(
+        "refuse", description="`keep`: of a file that is cut or damaged, take what can be read; the rest is lost."
+    )
     seed: int = Field(0, description="Order of documents inside a part, and which documents validate.")
 
 

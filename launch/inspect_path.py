@@ -18,6 +18,9 @@ from typing import Any
 from amfm.data_pipeline.durable.foreign_files import read_object, take
 from amfm.data_pipeline.progress import Report, silent
 
+# Events that somebody who looks at a run should know of.
+WARNINGS = {"experts_collapsed", "unbalanced_experts", "rolled_back", "gave_up", "failed"}
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -138,16 +141,19 @@ def inspect_run(folder: Path, report: Report = silent) -> Inspection:
     from amfm.pretrain.checkpoint.files import verify_checkpoint
     from amfm.pretrain.checkpoint.names import list_checkpoints
     from amfm.pretrain.config.file import flatten, load_config
+    from amfm.pretrain.event_log import read_events
     from amfm.pretrain.report.data import read_json_lines
     from amfm.pretrain.stages import total_steps
 
     problems, steps = [], []
+    tokenizer = None
     for checkpoint in list_checkpoints(folder / "checkpoints"):
         manifest, found = verify_checkpoint(checkpoint, report)
         problems += found
         if manifest is not None and not found:
             steps.append(manifest["step"])
-    facts: dict[str, Any] = {"checkpoints": steps}
+            tokenizer = tokenizer or manifest["identities"].get("tokenizer")
+    facts: dict[str, Any] = {"checkpoints": steps} | ({"tokenizer": tokenizer} if tokenizer else {})
     details: dict[str, Any] = {}
     if (folder / "config.yaml").is_file():
         config = load_config(folder / "config.yaml")
@@ -155,7 +161,12 @@ def inspect_run(folder: Path, report: Report = silent) -> Inspection:
         details = flatten(config.model_dump(mode="json"))
     if (folder / "metrics.jsonl").is_file():
         lines, notes = read_json_lines(folder / "metrics.jsonl")
-        facts |= {"last_step": lines[-1].get("step") if lines else None, "notes": notes}
+        last = lines[-1] if lines else {}
+        facts |= {"last_step": last.get("step"), "loss": last.get("loss"), "notes": notes}
+        validated = [line["validation_loss"] for line in lines if "validation_loss" in line]
+        facts |= {"validation_loss": validated[-1]} if validated else {}
+    if warned := sorted({str(event.get("event")) for event in read_events(folder)} & WARNINGS):
+        facts["warnings"] = warned
     return Inspection("run", tuple(problems), facts, details)
 
 

@@ -110,10 +110,11 @@ def _read_parquet_metadata(file: InputFile) -> Any:
     except (pyarrow.ArrowInvalid, OSError) as error:
         if _is_of_the_disk(error):
             raise
-        raise ValueError(f"{file.shown} isn't a readable parquet file ({error}); restore or remove it") from error
+        raise ValueError(f"{file.shown} isn't a whole parquet file; restore or remove it") from error
 
 
 # What gzip, zlib and zstd raise for broken streams; an OSError with a number is the disk's and is not for us.
+DAMAGED = "damaged"  # begins the reason of each reject that stands for a file, or the rest of one
 _STREAM_ERRORS = (EOFError, OSError, zlib.error)
 
 
@@ -156,7 +157,7 @@ class SegmentReader:
         except _STREAM_ERRORS as error:
             if _is_of_the_disk(error):
                 raise
-            yield Reject(file.name, f"damaged compressed file: {error}")
+            yield Reject(file.name, f"{DAMAGED} compressed file: {error}")
         else:
             yield self._check_text(text, file.name)
 
@@ -178,7 +179,7 @@ class SegmentReader:
         except _STREAM_ERRORS as error:
             if _is_of_the_disk(error):
                 raise
-            yield Reject(f"{file.name}:line {number + 1}", f"damaged compressed file, the rest is lost: {error}")
+            yield Reject(f"{file.name}:line {number + 1}", f"{DAMAGED} compressed file, the rest is lost: {error}")
 
     def _place(self, number: int, offset: int) -> str:
         """Line and byte of the segment's line `number`; the byte alone far into a file, or in one that is not here."""

@@ -26,7 +26,7 @@ from amfm.data_pipeline.prepare.hub import pin_revisions, read_pins, write_pins
 from amfm.data_pipeline.prepare.journal import Journal
 from amfm.data_pipeline.prepare.plan import Unit, UnitSettings, make_units, part_bytes_of, plan_source
 from amfm.data_pipeline.prepare.ray_actors import run_on_ray
-from amfm.data_pipeline.prepare.rejects import describe_first_reject
+from amfm.data_pipeline.prepare.rejects import describe_first_damage, describe_first_reject
 from amfm.data_pipeline.prepare.token_limit import take_tokens
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport
 from amfm.data_pipeline.store.manifest import (
@@ -159,6 +159,8 @@ def prepare(
         reports = {name: [_must_find(journal, store, unit) for unit in of_source] for name, of_source in units.items()}
         for source in config.sources:
             _check_source(source, plans[source.name], reports[source.name], store, units[source.name])
+            if config.prepare.on_damage == "refuse":
+                _refuse_damage(source, reports[source.name], store, units[source.name])
         names = journal.source_names() | reports.keys()
         identity, remarks = _finish(store, tokenizer, layout, reports, names, pins)
     remarks += _describe_short_sources(reports, limits)
@@ -322,10 +324,22 @@ def _check_source(
     if not any(report.parts["train"] for report in reports):
         rejects = sum(report.rejects for report in reports)
         first = describe_first_reject(store, units)
+        why = "its files have no records"
+        if rejects:
+            why = f"{rejects} records were rejected, {f'the first is {first}, ' if first else ''}"
+            why += f"the reasons are in {store / 'rejects' / source.name}"
         raise ValueError(
-            f"source {source.name!r} gave no training document: {rejects} records were rejected, "
-            f"{f'the first is {first}, ' if first else ''}the reasons are in {store / 'rejects' / source.name}; "
-            f"check text_column={source.text_column!r} and the files"
+            f"source {source.name!r} gave no training document: {why}; check text_column={source.text_column!r} and the files"
+        )
+
+
+def _refuse_damage(source: SourceConfig, reports: Sequence[UnitReport], store: Path, units: Sequence[Unit]) -> None:
+    """Raise ValueError where a file was cut: no record that breaks a rule, but text that was there and is lost."""
+    damage = describe_first_damage(store, [unit for unit, report in zip(units, reports) if report.rejects])
+    if damage is not None:
+        raise ValueError(
+            f"source {source.name!r}: {damage}; restore the file, or take what can be read of it with "
+            "data.prepare.on_damage=keep"
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.durable.lines import read_lines
-from amfm.data_pipeline.prepare.documents import Reject, Segment
+from amfm.data_pipeline.prepare.documents import DAMAGED, Reject, Segment
 from amfm.data_pipeline.prepare.plan import Unit
 
 
@@ -34,10 +34,19 @@ def write_rejects(store: Path, unit: Unit, rejects: Sequence[Reject]) -> None:
 
 def describe_first_reject(store: Path, units: Sequence[Unit]) -> str | None:
     """Where the first reject of these units is, and why: `texts/a.jsonl:line 3 (byte 18): not JSON: ...`; None without."""
+    return _describe_first(store, units, "")
+
+
+def describe_first_damage(store: Path, units: Sequence[Unit]) -> str | None:
+    """Where the first damaged file of these units is, and why, as `describe_first_reject` says it; None without."""
+    return _describe_first(store, units, DAMAGED)
+
+
+def _describe_first(store: Path, units: Sequence[Unit], reason: str) -> str | None:
     for unit in units:
         path = rejects_path(store, unit)
         for _, record in read_lines(path) if path.is_file() else ():
-            if record is not None:
+            if record is not None and str(record["reason"]).startswith(reason):
                 return f"{place_of(str(record['position']), unit.segments)}: {record['reason']}"
     return None
 

@@ -114,7 +114,8 @@ def read_tokenizer_json(path: Path, eos: str | int | None) -> HuggingFaceTokeniz
     try:
         vocabulary = parse_tokenizer(content).get_vocab(with_added_tokens=True)
     except ValueError as error:
-        raise ValueError(f"{path} isn't a tokenizer.json ({error}); name a file of the tokenizers library") from error
+        cause = "" if "Cannot instantiate" in str(error) else f" ({error})"
+        raise ValueError(f"{path} isn't a tokenizer.json{cause}; name a file of the tokenizers library") from error
     if isinstance(eos, int):
         return HuggingFaceTokenizer(content, eos)
     token = eos or _configured_eos(path.with_name("tokenizer_config.json"))

@@ -218,8 +218,8 @@ def read_tokenizer_file(path: Path, eos: str | int | None = None) -> Tokenizer:
     content = path.read_bytes()
     try:
         return SentencePieceTokenizer(content)
-    except RuntimeError as error:
-        raise ValueError(f"{path} isn't a SentencePiece model ({error}); name a .model file") from error
+    except RuntimeError as error:  # its words are those of C++
+        raise ValueError(f"{path} isn't a SentencePiece model, or is damaged; name a .model file") from error
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:

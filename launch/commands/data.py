@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -97,6 +97,7 @@ def prepare(
         report = prepare_store(config.data, progress=show_parts, address=address)
     for remark in report.remarks:
         say(f"warning: {remark}")
+    check_tokens(report.tokens, config.train.sequence_length)
     if as_json:
         print_json(asdict(report))
         return
@@ -117,6 +118,16 @@ def prepare(
         "time": f"{report.seconds:.1f} s",
     }
     print_pairs("Token store", pairs.items())
+
+
+def check_tokens(tokens: Mapping[str, Mapping[Any, int]], sequence_length: int) -> None:
+    """Check that each source of a store fills a row of training. Raises ValueError."""
+    for name, by_split in tokens.items():
+        if by_split["train"] <= sequence_length:
+            raise ValueError(
+                f"source {name!r} has {by_split['train']:,} training tokens, and a row of train.sequence_length="
+                f"{sequence_length:,} needs more; give more text, or shorter rows"
+            )
 
 
 def describe_progress(now: Progress) -> tuple[int, int, str, float | None]:

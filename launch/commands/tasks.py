@@ -35,7 +35,9 @@ def tasks(
         Path, typer.Argument(metavar="OUT", help="The folder to write to; relative to where tasks are run.")
     ],
     *,
-    name: Annotated[str | None, typer.Option(help="What the tasks' names begin with; default: the store's.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What the tasks' names begin with; default: the store's, or its project's.")
+    ] = None,
     documents: Annotated[int, typer.Option(min=1, help="Documents of each task at most.")] = 200,
     as_json: JsonOption = False,
 ) -> None:

@@ -21,7 +21,7 @@ from amfm.model.config.structure import DENSE, Activation, FeedForwardPart, Line
 class MoeConfig(MixerOptions):
     """Mixture of experts with optional shared expert; letter `E` (Hunyuan: `F`)."""
 
-    num_experts: int = Field(gt=0, description="Routed experts.")
+    num_experts: int = Field(gt=0, le=1_000_000, description="Routed experts.")
     top_k: int = Field(gt=0, description="Routed experts per token; at most num_experts.")
     expert_hidden_size: int = Field(gt=0, description="Inner width of a routed expert.")
     shared_expert_hidden_size: int = Field(0, ge=0, description="Inner width of the shared expert; 0: none.")

@@ -29,6 +29,7 @@ from amfm.model.config.kinds import CORE, LETTERS, list_kinds
 from amfm.model.config.plugins import SPEC_NAME
 
 MAX_BLOCKS = 4096
+SHOWN_AROUND = 100  # characters on each side of a caret
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,9 @@ class _Parser:
     def error(self, position: int, rule: str) -> ValueError:
         """Build the error for a broken rule, with a caret under the character at `position`."""
         # Line breaks and tabs would move the caret away from its character.
-        shown = self.text.replace("\n", " ").replace("\t", " ")
-        return ValueError(f"pattern, character {position + 1}: {rule}\n  {shown}\n  {' ' * position}^")
+        start = max(0, position - SHOWN_AROUND)
+        shown = self.text[start : position + SHOWN_AROUND].replace("\n", " ").replace("\t", " ")
+        return ValueError(f"pattern, character {position + 1}: {rule}\n  {shown}\n  {' ' * (position - start)}^")
 
     def depth(self, items: list[tuple[str, int]]) -> tuple[str, ...]:
         """Check the items of one prediction depth, its `/` first; returns its blocks."""

@@ -98,8 +98,8 @@ class ModelConfig(Section):
         min_length=1,
         description="Blocks in order: M Mamba2, * attention, E MoE, - dense; or Hunyuan's A, M, F, D; other mixers by letter or `{name}` (docs/mixers.md). `(MF)*8 AF` or `((ME)x8 *E)x7 ME` repeats, `|` cuts pipeline stages; `ME/*E/*E` has two depths of multi-token prediction.",
     )
-    vocab_size: int = Field(gt=0, description="Rows of the embedding; at least the tokenizer's.")
-    hidden_size: int = Field(gt=0, description="Width of the residual stream.")
+    vocab_size: int = Field(gt=0, le=10_000_000, description="Rows of the embedding; at least the tokenizer's.")
+    hidden_size: int = Field(gt=0, le=1_000_000, description="Width of the residual stream.")
     norm_epsilon: float = Field(1e-5, gt=0, description="Of every RMSNorm.")
     tie_embeddings: bool = Field(False, description="Head shares the embedding's weights.")
     initializer_range: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")

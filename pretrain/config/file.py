@@ -16,7 +16,7 @@ import json
 import locale
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -59,6 +59,16 @@ PATHS = (
     *("run.dir", "run.initial_weights", "data.store", "data.tokenizer.model", "train.replica_folder"),
     *("evaluate.include_path", "convert.teacher"),
 )
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+SOURCE_PATH = re.compile(r"data\.sources\.\d+\.paths\.\d+")
+# What other programs call a setting, where no spelling shows the way.
+OTHER_NAMES = {
+    **dict.fromkeys(("model.mlp", "model.ffn", "model.dense"), "model.feed_forward"),
+    "optimizer.lr": "optimizer.learning_rate",
+    "train.max_steps": "train.steps",
+    "train.profile.start_step": "train.profile.steps: [5]",
+    **dict.fromkeys(("report_to", "run.report_to"), "run.tensorboard and run.wandb_project"),
+}
 NOT_RECORDED = "false # launch.setup is not recorded, because it may hold secrets"
 
 
@@ -105,6 +115,7 @@ def resolve(
     for override in overrides:
         apply_override(tree, override, problems, schema)
     expand_home(tree)
+    problems += [control_problem(key, value) for key, value in paths_of(tree) if CONTROL.search(value)]
     origins = tree.origins()
     try:
         # JSON in strict mode: no text becomes a number, no number a truth value, and lists are fine for tuples.
@@ -161,6 +172,18 @@ def expand_home(tree: Entry) -> None:
             entry = entry.value.get(part) if entry is not None and isinstance(entry.value, dict) else None
         if entry is not None and isinstance(entry.value, str):
             entry.value = os.path.expanduser(entry.value)
+
+
+def paths_of(tree: Entry) -> Iterator[tuple[str, str]]:
+    """Dotted key and value of every setting that names a place."""
+    for key, value in flatten(tree.plain()).items():
+        if isinstance(value, str) and (key in PATHS or SOURCE_PATH.fullmatch(key)):
+            yield key, value
+
+
+def control_problem(key: str, value: str) -> Problem:
+    """A path with a line break or another control character, which no shell, log or launcher shows as it is."""
+    return Problem(key, "has a control character", "use only printable characters", shown(value))
 
 
 def takes_text(key: str, schema: type[BaseModel]) -> bool:
@@ -271,11 +294,15 @@ def nearest_key(parts: Parts, schema: Schema) -> str:
         return "nest it: a dot joins sections in overrides only"
     elsewhere = [row.key for row in describe_fields(schema) if row.key.rsplit(".", 1)[-1] == word]
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.8 if elsewhere else 0.6)
+    if f"{place}{word}" in OTHER_NAMES:
+        return f"it is {OTHER_NAMES[f'{place}{word}']} here"
     if near:
         return f"did you mean {place}{near[0]}?"
-    if elsewhere:
-        return f"it belongs elsewhere: {' or '.join(elsewhere)}"
     known = f"known keys here: {', '.join(names) or 'none'}"
+    if elsewhere and not place:
+        return f"it belongs elsewhere: {' or '.join(elsewhere)}"
+    if elsewhere:
+        return f"{known}; elsewhere there is {' or '.join(elsewhere)}"
     if issubclass(section, PluginSections):
         return f"install the package that registers it under the entry point group {section.group}; {known}"
     return known

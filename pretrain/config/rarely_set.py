@@ -26,7 +26,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "data.sources.*": "text_column max_bytes max_tokens",
         "data.sources.*.filters": "min_characters max_characters keep_pattern drop_pattern exact_duplicates",
         "data.tokenizer": "algorithm eos_token byte_fallback",
-        "data.prepare": "preset part_bytes chunk_tokens seed",
+        "data.prepare": "preset part_bytes chunk_tokens seed on_damage",
         "data.phases.*": "start_sample weights sequence_length",
         "train.batch_ramp": "start_size increment steps",
         "stages.*": "steps micro_batch_size weights",

@@ -147,7 +147,7 @@ def export_checkpoint(
         tokens_compared=proof.get("tokens", 0),
         compared=compared,
         files=tuple(sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())),
-        reasons=tuple(plan.unfit_reasons()),
+        reasons=tuple(plan.unfit_reasons()) if asked == "auto" else (),
         refusals=tuple(plan.refusals()),
         left_out=plan.left_out,
         kept=tuple(weights.released.describe()) if weights.released is not None else (),

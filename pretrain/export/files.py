@@ -91,7 +91,7 @@ class ExportPlan:
         fitting = [target for target in NATIVE_TARGETS if not explain_unfit(self.weights.model, target)]
         if fitting:
             return [f"export target own was asked for, though {fitting[0]} holds this model"]
-        return [reason for target in NATIVE_TARGETS for reason in explain_unfit(self.weights.model, target)]
+        return ["; ".join(explain_unfit(self.weights.model, target)) for target in NATIVE_TARGETS]
 
     def refusals(self) -> list[str]:
         """Programs that are known to refuse this export, with rule and remedy."""

@@ -71,6 +71,8 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
         hook.at_start()
     if loaded is not None:
         run.say(f"resumed from {loaded.path} at step {loaded.step}")
+        if loaded.step >= run.num_steps:
+            run.say("already finished: to train on, raise train.steps or declare another stage")
         remarks = {
             "passed over": loaded.skipped,
             "warning": loaded.warnings,

@@ -31,10 +31,11 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 def make_tasks(store: str | Path, out: str | Path, *, name: str | None = None, num_documents: int = 200) -> list[str]:
     """Write three tasks of up to `num_documents` documents each into a folder, and return their names.
 
-    `name`: what they begin with; None: the last part of the store's path. The same store gives the same files. Raises
+    `name`: what they begin with; None: the last part of the store's path, or of its folder's where it is `store`. The same store gives the same files. Raises
     ValueError for a store without enough held-out words.
     """
-    prefix = name or Path(store).name
+    path = Path(store).absolute()
+    prefix = name or (path.parent.name if path.name == "store" else path.name)
     if not NAME.fullmatch(prefix):
         raise ValueError(f"--name {prefix} must be letters, digits, _, - and . after a letter or digit; use text, say")
     # Documents stand on lines of their own.

@@ -187,7 +187,7 @@ def test_a_cell_that_is_not_utf8_is_a_reject_and_the_rest_is_read(tmp_path, kind
 
 def test_a_broken_parquet_file_is_an_error_that_names_it(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(ValueError, match=r"a.parquet isn't a readable parquet file"):
+    with pytest.raises(ValueError, match=r"a.parquet isn't a whole parquet file"):
         read_all(list_files(source_of(tmp_path / "a.parquet")), 1000)
 
 

@@ -1,3 +1,4 @@
+import gzip
 import json
 import re
 import shutil
@@ -251,3 +252,19 @@ def test_the_first_reject_is_named_with_file_and_line(tmp_path):
     text.write_text("not json\n" + text.read_text())
     report = in_process(config)
     assert report.first_rejects["source0"].startswith(f"{text}:line 1 (byte 0): not JSON")
+
+
+def test_a_file_that_is_cut_ends_the_preparation_unless_its_rest_may_be_lost(tmp_path):
+    config = make_tiny_store(tmp_path / "data")
+    text = Path(config.sources[0].paths[0])
+    whole = gzip.compress(text.read_bytes())
+    cut = text.with_suffix(".jsonl.gz")
+    cut.write_bytes(whole[: len(whole) // 2])
+    sources = (config.sources[0].model_copy(update={"paths": (str(cut),)}),)
+    config = elsewhere(config.model_copy(update={"sources": sources}), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"jsonl\.gz:line \d+: damaged compressed file, the rest is lost: .*on_damage=keep"
+    ):
+        in_process(config)
+    kept = in_process(elsewhere(config, tmp_path, on_damage="keep"))
+    assert kept.rejects == 1 and kept.units_written == 0, "what was read is read once"

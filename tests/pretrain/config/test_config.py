@@ -101,7 +101,8 @@ data.probe.task data.probe.num_pairs data.probe.num_writes data.probe.num_keys d
 data.probe.num_copied data.probe.num_symbols
 data.tokenizer.model data.tokenizer.eos_token data.tokenizer.algorithm data.tokenizer.vocab_size
 data.tokenizer.byte_fallback data.tokenizer.training_bytes
-data.prepare.preset data.prepare.num_actors data.prepare.part_bytes data.prepare.chunk_tokens data.prepare.seed
+data.prepare.preset data.prepare.num_actors data.prepare.part_bytes data.prepare.chunk_tokens data.prepare.on_damage
+data.prepare.seed
 data.phases.*.start_sample data.phases.*.weights data.phases.*.sequence_length
 train.steps train.stop_after_steps train.sequence_length train.micro_batch_size train.global_batch_size train.seed
 train.precision train.checkpoint_every_steps train.checkpoint_in_background train.keep_last train.checkpoint_store
@@ -131,7 +132,7 @@ health.on_nonfinite health.on_spike health.spike_ratio health.spike_window healt
 health.straggler_percent
 health.check_state_every_steps
 kernels.backend kernels.experts
-export.target
+export.target export.max_position_embeddings
 evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size
 prune.groups prune.keep prune.method prune.start_step prune.every_steps prune.end_step
 forget.every_steps forget.until_step

@@ -18,6 +18,11 @@ def test_a_key_of_another_section_is_sent_there(base, tmp_path):
     assert message_of(path) == f"{path}:2: steps = 20: unknown key; it belongs elsewhere: {places}"
 
 
+def test_a_word_of_another_program_is_sent_to_ours(base):
+    assert "it is model.feed_forward here" in message_of(base, "model.mlp=1")
+    assert "it is train.profile.steps: [5] here" in message_of(base, "train.profile.start_step=5")
+
+
 def test_an_unlike_key_lists_the_known_ones(base):
     message = message_of(base, "kernels.zebra=1")
     assert message == "override kernels.zebra=1: unknown key; known keys here: backend, experts"

@@ -1,5 +1,8 @@
 """The YAML loader: what it accepts, overrides, `extends`, and what differs between two files."""
 
+import pytest
+
+from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.file import diff_configs, load_config, resolved_yaml
 from tests.pretrain.config.files import written
 
@@ -81,3 +84,17 @@ def test_a_leading_tilde_is_the_home_folder(base, monkeypatch):
     assert (config.run.dir, config.data.store) == ("/home/me/runs/a", "/home/me/store")
     assert config.data.tokenizer.model == "/home/me/t.model"
     assert load_config(base, ["data.store=s3://bucket/~/a"]).data.store == "s3://bucket/~/a"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.vocab_size=1e9", "must be at most 10000000"),
+        (f"model.hidden_size={10**30}", "must be at most 1000000"),
+        ('run.dir="a\\nb"', "has a control character; use only printable characters"),
+        ('data.sources.0.paths=["a\\tb"]', "has a control character"),
+    ],
+)
+def test_sizes_that_cannot_be_and_control_characters_in_paths_are_refused(base, override, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config(base, [override])
