@@ -28,7 +28,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("configs/nemotron3_nano.yaml", "configs/nemotron3_nano_30b.yaml"),
         ("config/tiny_cpu.yaml", "configs/tiny_cpu.yaml"),
         ("configs/tiny_gpu.yaml", "configs/tiny_cpu.yaml"),
-        ("runs/firts", "runs/first"),
+        ("runs/fist", "runs/first"),
     ],
 )
 def test_a_path_that_is_spelled_nearly_right_is_answered_with_the_right_one(here: Path, given: str, meant: str) -> None:
