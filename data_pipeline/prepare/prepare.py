@@ -88,7 +88,7 @@ ShowProgress = Callable[[Progress], None] | None
 class PrepareReport:
     """What a preparation found and did. tokens and documents: by source and split, of the whole store.
 
-    first_rejects: of each source that has any, where the first is and why. remarks: on leftovers that could not be deleted.
+    first_rejects: of each source that has any, where the first is and why. remarks: on leftovers that could not be deleted, and on sources with too little text.
     """
 
     store: str
@@ -164,6 +164,7 @@ def prepare(
         names = journal.source_names() | reports.keys()
         identity, remarks = _finish(store, tokenizer, layout, reports, names, pins)
     remarks += _describe_short_sources(reports, limits)
+    remarks += _describe_unheld_sources(config, reports)
     seconds = time.monotonic() - began
     report = _report(config, identity, tokenizer, reports, units_written=write.written, seconds=seconds)
     described = {name: describe_first_reject(store, of_source) for name, of_source in units.items()}
@@ -186,6 +187,16 @@ def _describe_short_sources(reports: Mapping[str, Sequence[UnitReport]], limits:
         tokens = sum(report.tokens for report in reports[name])
         if tokens < limit:
             yield f"source {name!r} has {tokens:,} tokens of max_tokens={limit:,}: there is no more text in the files chosen"
+
+
+def _describe_unheld_sources(config: DataConfig, reports: Mapping[str, Sequence[UnitReport]]) -> Iterator[str]:
+    """Say of which sources no document was kept for validation, although some were to be."""
+    for name in reports if config.validation_fraction else ():
+        if not any(part.num_tokens for report in reports[name] for part in report.parts["validation"]):
+            yield (
+                f"source {name!r} has no validation documents at data.validation_fraction={config.validation_fraction}, and a run "
+                "that validates will refuse it: give more documents (one file of text is one document) or raise the fraction"
+            )
 
 
 def _unit_settings(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, layout: Layout) -> UnitSettings:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 ANSWER_SECONDS = 10  # in which the head of a cluster takes a connection
+ASK_SECONDS = 120  # for a process that imports Ray, on a busy machine
 START_RAY = "start one with `ray start --head`, name the address that it prints, or leave --address out"
 
 
@@ -56,7 +57,7 @@ def _is_open(address: str) -> bool:
             env={**os.environ, "RAY_AUTH_MODE": "disabled"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            timeout=ANSWER_SECONDS,
+            timeout=ASK_SECONDS,
         )
     except subprocess.TimeoutExpired:
         return False

@@ -60,8 +60,8 @@ class MoeConfig(MixerOptions):
         0.0, ge=0, description="Balance inside each row (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."
     )
     balance_counts: Literal["routed", "scores"] = Field(
-        "routed",
-        description="Load in both balance losses: choices as `routed`, with bias and groups, or those that `scores` alone would make, as the equations of both papers.",
+        "scores",
+        description="Load in both balance losses: the choices that `scores` alone would make, as the equations of both papers, or choices as `routed`, with bias and groups.",
     )
     z_loss_weight: float = Field(
         0.0, ge=0, description="Squared log-sum-exp of the router logits (Zoph et al. 2022, arXiv 2202.08906)."
@@ -108,11 +108,6 @@ class MoeConfig(MixerOptions):
         if self.expert_bias and self.router == "softmax":
             rule = "needs model.moe.router=sigmoid or sqrt_softplus, not softmax"
             yield "expert_bias", f"{rule}; use router: sigmoid, or balance with auxiliary_loss_weight"
-        if self.balance_counts == "scores" and not (self.auxiliary_loss_weight or self.sequence_loss_weight):
-            yield "balance_counts", "is read by balance losses, and both weights are 0; set one, or remove it"
-        if self.balance_counts == "scores" and self.routes_by_scores():
-            rule = "changes nothing: without expert_bias and a limit of groups the scores alone choose"
-            yield "balance_counts", f"{rule}; remove it"
         if self.overflow == "recycle" and self.capacity_factor is None:
             rule = "needs model.moe.capacity_factor: without it no expert is ever full"
             yield "overflow", f"{rule}; set capacity_factor: 1.5, or remove overflow"

@@ -218,7 +218,16 @@ class ModelConfig(Section):
 
 
 def read_saved_model(saved: Any, packages: Mapping[str, str]) -> Any:
-    """Settle the sections of packages in a saved ModelConfig, before it is validated; raises as `read_saved_sections`."""
-    if not isinstance(saved, Mapping) or "mixers" not in saved:
+    """Read a saved ModelConfig's settings, before they are validated: what was left out meant its default of then.
+
+    Raises as `read_saved_sections`, for sections of packages.
+    """
+    if not isinstance(saved, Mapping):
         return saved
-    return {**saved, "mixers": read_saved_sections(saved["mixers"], RegisteredMixers, "model.mixers", packages)}
+    changes: dict[str, Any] = {}
+    if "mixers" in saved:
+        changes["mixers"] = read_saved_sections(saved["mixers"], RegisteredMixers, "model.mixers", packages)
+    moe = saved.get("moe")
+    if isinstance(moe, Mapping) and (moe.get("expert_bias") or moe.get("num_router_groups", 1) > 1):
+        changes["moe"] = {"balance_counts": "routed", **moe}
+    return {**saved, **changes}

@@ -28,7 +28,7 @@ def auxiliary_losses(
     """
     losses: dict[str, Tensor] = {}
     ids_RK, own_counts_E = routing.expert_ids_RK, routing.counts_E
-    if moe.balance_counts == "scores":
+    if moe.balance_counts == "scores" and not moe.routes_by_scores():
         # What the scores alone would choose: a bias must not hide from the losses what it balances.
         ids_RK = routing.scores_RE.detach().topk(moe.top_k, dim=-1).indices
         own_counts_E = count_experts(ids_RK, moe.num_experts)

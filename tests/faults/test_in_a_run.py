@@ -32,15 +32,17 @@ SETTINGS: dict[str, Any] = {
     "launch__heartbeat_seconds": 6,
 }
 HURT_AFTER = 3
-# By the fault: the code that follows, and what is said.
+FAILED, ABORTED = (RUN_FAILED,), (-signal.SIGABRT,)
+# By the fault: the codes that may follow, and what is said where Python still speaks.
 ENDED = {
-    "exit_in_order": (RUN_FAILED, "sys.exit(0) was called at "),
-    "hold_python": (-signal.SIGABRT, ""),
-    "close_descriptors": (RUN_FAILED, "Bad file descriptor"),
-    "lower_descriptors": (RUN_FAILED, ""),  # no file to write its words to
-    "lower_memory": (RUN_FAILED, "can't allocate memory"),
-    "move_away": (RUN_FAILED, "is not the folder any more that this run writes to"),
-    "remove_gradients": (RUN_FAILED, "does not require grad"),
+    "exit_in_order": (FAILED, "sys.exit(0) was called at "),
+    "hold_python": (ABORTED, ""),
+    # Which library meets its closed file first is not ours to say: Python raises, gloo's thread aborts.
+    "close_descriptors": (FAILED + ABORTED, "Bad file descriptor"),
+    "lower_descriptors": (FAILED, ""),  # no file to write its words to
+    "lower_memory": (FAILED, "can't allocate memory"),
+    "move_away": (FAILED, "is not the folder any more that this run writes to"),
+    "remove_gradients": (FAILED, "does not require grad"),
 }
 STORE = {
     "train__steps": 30,
@@ -94,8 +96,9 @@ def meet_all(place: str, names: list[str]) -> dict[str, Any]:
 def check_met(place: Path, names: list[str]) -> None:
     (results,) = run_ranks(meet_all, str(place), names, num_ranks=1)
     for name in names:
-        (codes, said), again, is_same = results[name]
-        assert codes == [ENDED[name][0]] and ENDED[name][1] in said, (name, codes, said)
+        ((code,), said), again, is_same = results[name]
+        allowed, words = ENDED[name]
+        assert code in allowed and (code != RUN_FAILED or words in said), (name, code, said)
         assert again == ([DONE], "") and is_same, (name, again)
 
 

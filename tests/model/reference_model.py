@@ -168,7 +168,8 @@ def moe(section, p, x_BTD, bias):
             allowed[best[: section.router_group_top_k]] = 0
             choice = choice + allowed.view(-1)
         ids = choice.sort(descending=True).indices[: section.top_k]
-        chosen_RE[r, ids] = True
+        counted = ids if section.balance_counts == "routed" else scores[r].sort(descending=True).indices[: len(ids)]
+        chosen_RE[r, counted] = True
         weights = scores[r, ids]
         if section.normalize_probabilities:
             weights = weights / weights.sum()

@@ -268,3 +268,10 @@ def test_a_file_that_is_cut_ends_the_preparation_unless_its_rest_may_be_lost(tmp
         in_process(config)
     kept = in_process(elsewhere(config, tmp_path, on_damage="keep"))
     assert kept.rejects == 1 and kept.units_written == 0, "what was read is read once"
+
+
+def test_a_source_of_which_nothing_is_held_out_is_named(reference: DataConfig, tmp_path: Path) -> None:
+    config = elsewhere(reference, tmp_path).model_copy(update={"validation_fraction": 1e-9})
+    assert [remark.partition(" at ")[0] for remark in in_process(config).remarks] == [
+        f"source 'source{number}' has no validation documents" for number in range(2)
+    ]

@@ -80,14 +80,6 @@ def rope(**fields):
             "expert_bias=true needs model.moe.router=sigmoid or sqrt_softplus",
         ),
         (
-            {"moe": {"balance_counts": "scores"}},
-            "balance_counts=scores is read by balance losses, and both weights are 0",
-        ),
-        (
-            {"moe": {"balance_counts": "scores", "sequence_loss_weight": 0.1}},
-            "balance_counts=scores changes nothing: without expert_bias",
-        ),
-        (
             {"moe": {"overflow": "recycle"}},
             r"overflow=recycle needs model\.moe\.capacity_factor: .*set capacity_factor: 1\.5",
         ),

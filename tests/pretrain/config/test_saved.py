@@ -95,3 +95,15 @@ def test_our_own_sections_are_written_where_they_are_null(base: Path) -> None:
 def test_a_file_with_a_section_that_nothing_registers_asks_for_its_package(base: Path) -> None:
     with pytest.raises(ConfigError, match=r"hooks\.watching.* install the package that registers it .* amfm\.hooks"):
         load_config(base, ["hooks.watching={}"])
+
+
+def test_balance_losses_of_a_run_that_goes_on_count_what_they_counted(base: Path) -> None:
+    moe = "{num_experts: 4, top_k: 2, expert_hidden_size: 8, expert_bias: true, sequence_loss_weight: 0.1%s}"
+    config = load_config(base, [f"model.moe={moe % ''}"])
+    saved = config.model_dump(mode="json")
+    del saved["model"]["moe"]["balance_counts"]
+    manifest = {"config": saved, "step": 3, "identities": {}}
+    with pytest.raises(ValueError, match=r"balance_counts: the checkpoint has 'routed', this run has 'scores'"):
+        check_resumable(manifest, config, {})
+    as_before = load_config(base, [f"model.moe={moe % ', balance_counts: routed'}"])
+    assert check_resumable(manifest, as_before, {}) == ()
