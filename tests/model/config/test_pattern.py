@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amfm.model.config.kinds import CORE
-from amfm.model.config.pattern import MAX_BLOCKS, Pattern, parse_pattern
+from amfm.model.config.pattern import MAX_BLOCKS, SHOWN_AROUND, Pattern, parse_pattern
 
 HUNYUAN_LETTERS = {"A": "*", "F": "E", "D": "-"}
 SPELLINGS = {kind.symbol: [kind.symbol] for kind in CORE}
@@ -83,7 +83,8 @@ def test_bad_pattern_names_position_and_rule(text, position, rule):
     message = str(caught.value)
     head, shown, caret = message.split("\n")
     assert head.startswith(f"pattern, character {position}: ") and rule in head, message
-    assert shown == "  " + text and caret == "  " + " " * (position - 1) + "^"
+    around = position - 1 + SHOWN_AROUND
+    assert shown == "  " + text[:around] and caret == "  " + " " * (position - 1) + "^"
 
 
 def test_depths_stand_behind_the_main_blocks():
