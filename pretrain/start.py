@@ -10,6 +10,7 @@ identities of data and tokenizer. A rank that differed would hang the others in 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from amfm.pretrain.monitor.phases import PhaseClock
 from amfm.pretrain.monitor.profile import StepProfiler
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.opening.data import check_tokenizer, check_vocabulary, open_loader
+from amfm.pretrain.opening.first_passes import compile_first
 from amfm.pretrain.opening.log import open_log
 from amfm.pretrain.opening.model import build_model, build_pipeline, share_tiles
 from amfm.pretrain.parallel import (
@@ -103,7 +105,15 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
         run.saver.replicas.token = token
     run.heartbeat.board = NodeBoard.of_start(run.directory, token, rank, world_size)
     run.heartbeat.start()
+    built = run.built.config_of(config, run.stage)
+    compile_first(built, run.parallel, run.model, partial(note_compiling, run, report))
     return run
+
+
+def note_compiling(run: Run, report: Report, what: str) -> None:
+    """Tell report and heartbeat what is compiled: each part gets the heartbeat's patience."""
+    report(what)
+    run.heartbeat.at(run.progress.step, "compile")
 
 
 def build_run(

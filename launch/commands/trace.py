@@ -25,6 +25,10 @@ def print_trace(entry: TracedRank) -> None:
     waits = entry.traced["host_waits"]
     rows = [(line, f"{count:,}") for line, count in waits.items()]
     print_rows(f"Waits of the host for the card in a step: {sum(waits.values()):,}", ("line", "times"), rows)
+    compiled = entry.traced["compiled"]
+    say(f"kernels compiled before the first step: {compiled['first']}; in the steps: {len(compiled['late'])}")
+    for kernel in compiled["late"]:
+        say(f"amfm: compiled in a step: {kernel}")
     for name, difference in entry.traced["mismatches"].items():
         say(f"amfm: the fake function of {name} is wrong: {difference}")
 

@@ -118,8 +118,9 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     from amfm.pretrain.step import train_step
 
     run = build_run(config, parallel, tracer, report)
-    build_peaks = dict(tracer.memory.peaks)
     held = tracer.memory.held
+    compile_first(run, tracer)
+    build_peaks = dict(tracer.memory.peaks)
     parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in run.engine.module.parameters())
     for number in range(STEPS):
         tracer.enter("forward")
@@ -158,6 +159,7 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
             for row in counter.traffic()
         ],
         "mismatches": tracer.bodies.mismatches,
+        "compiled": {"first": tracer.compiled.num_first(), "late": tracer.compiled.late},
         "compared": dict(tracer.bodies.compared),
         "operations": tracer.operations,
         "patches": [vars(patch) for patch in patches.INSTALLED],
@@ -218,6 +220,19 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
         profiler=StepProfiler(None, Path(config.run.dir), parallel.rank, engine.module, heartbeat),
         pipeline=build_pipeline(config, parallel, engine),
     )
+
+
+def compile_first(run: Any, tracer: Tracer) -> None:
+    """Take the passes that a start takes before the first step; what a step then launches anew is a late compile.
+
+    Groups of a simulated cluster answer alone already.
+    """
+    from amfm.pretrain.opening.first_passes import pass_once
+
+    tracer.enter("first passes")
+    pass_once(run.config, run.parallel, run.model, lambda what: None)
+    gc.collect()
+    tracer.compiled.close()
 
 
 def stage_checkpoint(run: Any) -> None:

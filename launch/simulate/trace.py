@@ -268,6 +268,7 @@ def trace_as_dict(entry: TracedRank) -> dict[str, Any]:
         "launches": traced["launches"],
         "launches_a_block": {name: launches_a_block(traced, name) for name in ("forward", "backward")},
         "host_waits": traced["host_waits"],
+        "kernels_compiled": traced["compiled"],
         "fake_functions_compared": traced["compared"],
         "fake_functions_wrong": traced["mismatches"],
     }

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from amfm.launch.plan.measured import lacks_fake
 from amfm.launch.simulate.bodies import BodyRunner
 from amfm.launch.simulate.collectives import fill_received
+from amfm.launch.simulate.compiled import CompiledKernels
 from amfm.launch.simulate.count_collectives import CommunicationCounter
 from amfm.launch.simulate.events import EventLog
 from amfm.launch.simulate.flops import count_flops
@@ -63,7 +64,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.memory, self.values, self.blocks = MemoryMeter(), KnownValues(), BlockTracker()
-        self.bodies = BodyRunner()
+        self.bodies, self.compiled = BodyRunner(), CompiledKernels()
         self.operations = 0
         self.meant_meta = 0
         self.base_phase = "build"
@@ -98,9 +99,10 @@ class Tracer(TorchDispatchMode):
         self.base_phase = phase
         self.memory.enter(phase)
 
-    def note_launch(self, kernel: str) -> None:
-        """Count a launch of a Triton kernel for the current block."""
+    def note_launch(self, kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Count a launch of a Triton kernel for the current block, and note what a card would compile for it."""
         self._note_launch(self.tally.triton_launches)
+        self.compiled.launch(kernel, arguments, named)
 
     def _note_launch(self, launches: Counter[str]) -> None:
         """Count a launch among those of its sort, and of the pass that it is part of, for the current block."""

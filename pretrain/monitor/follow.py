@@ -203,7 +203,7 @@ class FollowedRun:
         is_alive = len(self._silent(beats)) < len(beats)
         has_ended = self.state in ("finished", "stopped", "failed") or (self.state == "waiting" and self.cause)
         if is_alive and has_ended:
-            if all(beat.phase == "start" for beat in beats):  # the next start is on its way
+            if all(beat.phase in ("start", "compile") for beat in beats):  # the next start is on its way
                 self.state, self.cause = "running", ""
         elif is_alive:
             self.state = "running"

@@ -29,7 +29,7 @@ from amfm.pretrain.monitor.guard import Guard
 from amfm.pretrain.monitor.node_board import NodeBoard
 
 # In the order in which a step passes them: who is in an earlier one than the others is waited for.
-PHASES = ("start", "data", "forward", "reduce", "optimizer", "validate", "tasks", "save")
+PHASES = ("start", "compile", "data", "forward", "reduce", "optimizer", "validate", "tasks", "save")
 HUNG = 3  # the exit code: the run failed and can be resumed
 WRITE_SECONDS = 2.0
 LOOK_SECONDS = 5.0  # for the words of the other ranks, from storage that may hang

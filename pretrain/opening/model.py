@@ -12,7 +12,7 @@ from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
 from amfm.kernels.moe.experts_backend import use_experts_backend
 from amfm.kernels.runtime.backend import resolve_for_run
 from amfm.model.hybrid import HybridModel
-from amfm.model.pipeline_split import cut_pieces, pieces_of_rank
+from amfm.model.pipeline_split import Piece, cut_pieces, pieces_of_rank
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.checks.mixers import check_kernels
 from amfm.pretrain.config.schema import RunConfig
@@ -54,19 +54,15 @@ def build_model(
     run exists to replace them; `remark` is called with a message for each of those that fits only in part. Without
     `draws` there are none: a checkpoint will be loaded, and of a large model they take minutes.
     """
-    section, pieces = config.parallel, None
     backend = choose_backend(config, parallel)
     check_kernels(config, backend)
-    if section.pipeline > 1:
-        cut = cut_pieces(config.model, section.num_pieces(), config.train.sequence_length)
-        pieces = pieces_of_rank(cut, parallel.groups.pp.rank(), section.pipeline)
     model = HybridModel(
         config.model,
         parallel.groups,
         backend=backend,
         seed=config.train.seed,
         device=parallel.device,
-        pieces=pieces,
+        pieces=held_pieces(config, parallel),
         # A checkpoint from before a run had guides lacks theirs.
         draws=draws or config.model.guide is not None,
     )
@@ -81,6 +77,15 @@ def build_model(
         model.compile_blocks()
     model.recompute_blocks(recomputed_letters(config))
     return model
+
+
+def held_pieces(config: RunConfig, parallel: Parallel) -> tuple[Piece, ...] | None:
+    """The pieces of the model that this rank holds; None where there is no pipeline."""
+    section = config.parallel
+    if section.pipeline == 1:
+        return None
+    cut = cut_pieces(config.model, section.num_pieces(), config.train.sequence_length)
+    return pieces_of_rank(cut, parallel.groups.pp.rank(), section.pipeline)
 
 
 def build_pipeline(config: RunConfig, parallel: Parallel, engine: ZeroEngine) -> Pipeline | None:

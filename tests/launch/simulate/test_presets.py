@@ -19,6 +19,7 @@ def trace(name, ranks, stage):
         assert entry.error() == pytest.approx(0, abs=0.04), (entry.rank, entry.predicted, entry.traced["by_line"])
         assert entry.traced["mismatches"] == {}
         assert unnumbered(entry.traced["host_waits"]) == expected_waits(entry.config)
+        assert entry.traced["compiled"]["late"] == []
     return found
 
 

@@ -33,6 +33,12 @@ def trace(path, ranks, *overrides):
     return trace_run(config, ranks, H100, only_rank=None, stage_name=None, report=lambda *_: None)
 
 
+def assert_all_compiled_first(entry):
+    """No step launches a kernel that Triton had to compile for it: what a run needs is compiled before all ranks meet."""
+    assert entry.traced["compiled"]["late"] == []
+    assert entry.traced["compiled"]["first"] > 30, "a block of each kind, forward and backward"
+
+
 def test_a_composed_layout_sends_the_bytes_of_the_formulas_and_waits_where_it_may(small):
     layout = ("parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.expert=2", "parallel.context=2")
     layout += (
@@ -45,6 +51,7 @@ def test_a_composed_layout_sends_the_bytes_of_the_formulas_and_waits_where_it_ma
     assert entry.traced["mismatches"] == {}
     assert unnumbered(entry.traced["host_waits"]) == expected_waits(entry.config)
     assert compare_bytes(entry) == "equal"
+    assert_all_compiled_first(entry)
 
 
 def test_experts_under_a_capacity_factor_wait_for_nothing(small):
@@ -54,6 +61,7 @@ def test_experts_under_a_capacity_factor_wait_for_nothing(small):
     assert not [line for line in waits if line.startswith("model/moe/")]
     found = {key: sum(sizes.values()) for key, sizes in traced_bytes(entry).items()}
     assert found == predicted_bytes(entry)
+    assert_all_compiled_first(entry)
 
 
 def test_trace_gives_json_a_picture_and_a_timeline(small, tmp_path, capsys):
