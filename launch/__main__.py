@@ -4,8 +4,10 @@ Importing PyTorch takes seconds, on a large cluster minutes. A scheduler that an
 kill the ranks by it: `amfm train` notes SIGTERM and SIGUSR1 until it can save.
 """
 
+import os
 import sys
 
+from amfm.launch.allocator import expand_segments
 from amfm.pretrain.monitor.signals import note_signals
 
 
@@ -13,6 +15,7 @@ def main() -> None:
     """Import the command line and run it."""
     if sys.argv[1:2] == ["train"]:
         note_signals()
+    expand_segments(os.environ)
     try:
         from amfm.launch.cli import main as run
 

@@ -53,7 +53,10 @@ class Block(nn.Module):
             # The sum is made outside: it is what the checkpoint keeps, one tensor in place of residual and delta.
             if delta_BTD is not None:
                 residual_BTD = residual_BTD + delta_BTD.to(residual_BTD.dtype)
-            mixed: MixerOutput = checkpoint(self._mix, residual_BTD, meta, use_reentrant=False)
+            # Forward passes draw nothing, and keeping generators copies a state from the device in each recomputed block.
+            mixed: MixerOutput = checkpoint(
+                self._mix, residual_BTD, meta, use_reentrant=False, preserve_rng_state=False
+            )
             return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
         if delta_BTD is None:
             normed_BTD = self.norm(residual_BTD)

@@ -196,7 +196,9 @@ def start_process_group(timeout_seconds: float) -> tuple[int, int, int, int]:
         store.set_timeout(timeout)
     else:
         store, rank, world_size, local_rank, local_world_size = HashStore(), 0, 1, 0, 1
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
+    if torch.cuda.is_available():
+        local_rank = choose_gpu(local_rank, torch.cuda.device_count())
+    os.environ["LOCAL_RANK"] = str(local_rank)  # by which DeepSpeed takes its device
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
@@ -208,6 +210,22 @@ def start_process_group(timeout_seconds: float) -> tuple[int, int, int, int]:
         timeout=timeout,
     )
     return rank, world_size, local_rank, local_world_size
+
+
+def choose_gpu(local_rank: int, num_visible: int) -> int:
+    """Number of the GPU that a local rank takes among those that its process sees.
+
+    A site may show each task its own one alone (`--gpus-per-task`, `--gpu-bind=single:1`), which then is number 0. Raises
+    RuntimeError where there are several and none for this rank.
+    """
+    if num_visible == 1:
+        return 0
+    if local_rank >= num_visible:
+        raise RuntimeError(
+            f"local rank {local_rank} has no GPU: this process sees {num_visible}; start at most {num_visible} ranks per "
+            "node, or show each task one GPU of its own (Slurm: --gpus-per-task=1)"
+        )
+    return local_rank
 
 
 def initialize_parallel(

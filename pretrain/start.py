@@ -41,7 +41,7 @@ from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.opening.data import check_tokenizer, check_vocabulary, open_loader
 from amfm.pretrain.opening.first_passes import compile_first
 from amfm.pretrain.opening.log import open_log
-from amfm.pretrain.opening.model import build_model, build_pipeline, share_tiles
+from amfm.pretrain.opening.model import build_model, build_pipeline, choose_flash, share_tiles
 from amfm.pretrain.parallel import (
     initialize_parallel,
     launcher_goes_on,
@@ -145,6 +145,7 @@ def build_run(
     report("building the model and its optimizer")
     if not deterministic:
         share_tiles(config, parallel)
+        choose_flash(parallel)
     remarks: list[str] = []
     engine = build_engine(
         build_model(built, parallel, remarks.append, draws=draws),

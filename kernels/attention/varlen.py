@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from amfm.kernels.attention.flash import largest_head
+
 FIRST_TORCH = (2, 10)
 PARAMETERS = ("cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size", "enable_gqa")
-LARGEST_HEAD = 256
 _MODULE = "torch.nn.attention.varlen"
 # PyTorch's function, None in releases before it. Looked up once: torch.compile can't look into an import.
 _VARLEN_ATTENTION: Any = importlib.import_module(_MODULE).varlen_attn if importlib.util.find_spec(_MODULE) else None
@@ -47,8 +48,8 @@ def refuse_varlen(dtype: torch.dtype, head_dim: int) -> str | None:
         return "FlashAttention's gradients are added in any order, and train.deterministic asks for one"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 or float16, not {dtype}"
-    if head_dim % 8 or head_dim > LARGEST_HEAD:
-        return f"it takes heads of up to {LARGEST_HEAD} channels in multiples of 8, not {head_dim}"
+    if head_dim % 8 or head_dim > largest_head():
+        return f"it takes heads of up to {largest_head()} channels in multiples of 8, not {head_dim}"
     return None
 
 

@@ -18,12 +18,22 @@ FIRST_CAPABILITY = 9
 
 
 def takes_grouped(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> bool:
-    """Whether PyTorch's grouped product takes these operands: on Hopper and later, in bfloat16, of aligned widths."""
+    """Whether PyTorch's grouped product takes these operands: on Hopper and later, in bfloat16, where rows are aligned."""
     if x_RD.device.type != "cuda" or x_RD.dtype != torch.bfloat16:
         return False
     widths = (x_RD.shape[1], up_EFD.shape[1], down_EDF.shape[2])
     aligned = all(width * x_RD.element_size() % ALIGNMENT_BYTES == 0 for width in widths)
+    aligned = aligned and all(begins_aligned(operand) for operand in (x_RD, up_EFD, down_EDF))
     return aligned and torch.cuda.get_device_capability(x_RD.device)[0] >= FIRST_CAPABILITY
+
+
+def begins_aligned(operand: Tensor) -> bool:
+    """Whether an operand begins at a multiple of ALIGNMENT_BYTES.
+
+    Weights lie end to end in DeepSpeed's flat tensors: a matrix behind an odd number of others' numbers begins anywhere. Its
+    place in its storage is asked, which allocators align, and not its address: fake tensors have none.
+    """
+    return int(operand.storage_offset()) * operand.element_size() % ALIGNMENT_BYTES == 0
 
 
 def grouped_forward(

@@ -82,13 +82,21 @@ def shorten(items: Sequence[str]) -> str:
 
 
 def compare_cards(reports: Sequence[RankReport]) -> Finding | None:
-    """A failure when several ranks share one card; None when each has its own, or on CPU."""
+    """The UUIDs of all GPUs by host, a failure when several ranks share one; None on CPU."""
+    named: dict[str, list[str]] = {}
+    for report in reports:
+        if report.device_id is not None:
+            named.setdefault(report.host, []).append(f"rank {report.rank} {report.device_id}")
+    if not named:
+        return None
     cards = Counter(report.device_id for report in reports if report.device_id is not None)
     twice = [report.rank for report in reports if report.device_id is not None and cards[report.device_id] > 1]
+    every = shorten([f"{host}: {', '.join(cards)}" for host, cards in named.items()])
     if not twice:
-        return None
-    found = f"one card for several ranks: {name_ranks(twice, [report.host for report in reports])}"
-    return Finding("cards", "fail", found, "no more ranks a node than it has cards: --nproc-per-node")
+        return Finding("cards", "ok", f"one for each rank; {every}")
+    found = f"one card for several ranks: {name_ranks(twice, [report.host for report in reports])}; {every}"
+    remedy = "no more ranks per node than it has GPUs (--nproc-per-node), and one GPU for each task where tasks see one"
+    return Finding("cards", "fail", found, remedy)
 
 
 def merge_host_findings(reports: Sequence[RankReport]) -> list[Finding]:

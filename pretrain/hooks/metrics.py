@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from amfm.data_pipeline.loader.loader import SourceUse
 from amfm.model.flops import flops_per_token
 from amfm.pretrain.hook import Hook
-from amfm.pretrain.monitor.environment import read_peak_memory
+from amfm.pretrain.monitor.environment import describe_allocator, read_peak_memory
 from amfm.pretrain.monitor.metrics import finite
 from amfm.pretrain.run import Run
 from amfm.pretrain.step_sums import StepResult
@@ -43,7 +45,7 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
 
     `mfu`: model FLOPs, without those of recomputation, over the peak of all ranks. `expert_load`: tokens of the fullest
     expert over the mean, for each MoE block. `mtp_loss`: of each depth of multi-token prediction. `memory_bytes`: the
-    main rank's peak so far. `damaged_samples`: of the run so far, where there are any.
+    main rank's peak so far; `allocator`: what else its allocator says, on a GPU. `damaged_samples`: of the run so far, where there are any.
     """
     tokens_per_second = result.tokens / result.seconds
     flops = sum(flops_per_token(run.model.config, result.sequence_length).values())
@@ -69,6 +71,8 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
         metrics["mtp_loss"] = [finite(loss) for loss in result.mtp_losses]
     if result.damaged_samples:
         metrics["damaged_samples"] = result.damaged_samples
+    if run.parallel.device.type == "cuda":
+        metrics["allocator"] = describe_allocator(torch.cuda.memory_stats(run.parallel.device))
     metrics |= result.found
     if run.config.stages:
         metrics["stage"] = run.stage.name

@@ -16,6 +16,7 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,7 +37,14 @@ LIBRARIES = (
     "safetensors",
     "transformers",
 )
-VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "TORCHELASTIC_RESTART_COUNT")
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "SLURM_JOB_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
 # Dense matrix peaks in TFLOP/s (bf16, float32 as TF32) from the vendors' data sheets, without sparsity.
 CARD_TERAFLOPS = {
     "A100": (312.0, 156.0),
@@ -126,6 +134,20 @@ def read_peak_memory(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # KiB but on macOS
+
+
+def describe_allocator(statistics: Mapping[str, int]) -> dict[str, int]:
+    """What `torch.cuda.memory_stats` says of a process so far that the peak of `read_peak_memory` does not.
+
+    reserved_bytes: the peak of what the allocator has taken of the GPU; more than was allocated is fragmentation.
+    alloc_retries: times that it gave back what it kept and tried again, which makes a step slow. ooms: times that it found none.
+    """
+    names = {
+        "reserved_bytes": "reserved_bytes.all.peak",
+        "alloc_retries": "num_alloc_retries",
+        "ooms": "num_ooms",
+    }
+    return {name: int(statistics.get(key, 0)) for name, key in names.items()}
 
 
 def synchronize(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
+from amfm.kernels.attention.flash import OWN, activate_newest, restore
 from amfm.kernels.moe.experts_backend import use_experts_backend
 from amfm.kernels.runtime.backend import resolve_for_run
 from amfm.model.hybrid import HybridModel
@@ -22,6 +24,8 @@ from amfm.pretrain.inference.weights import load_initial_weights
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.pipeline import Pipeline
 from amfm.pretrain.recompute import recomputed_letters
+
+_LOG = logging.getLogger(__name__)
 
 
 def choose_backend(config: RunConfig, parallel: Parallel) -> str:
@@ -42,6 +46,24 @@ def share_tiles(config: RunConfig, parallel: Parallel) -> None:
     from amfm.pretrain.opening.tiles import agree_on_tiles
 
     agree_on_tiles(load_table(parallel.device))
+
+
+def choose_flash(parallel: Parallel) -> None:
+    """Let attention of all ranks on CUDA run the newest FlashAttention that all of them have, and log which.
+
+    Every rank must call this.
+    """
+    if parallel.device.type != "cuda":
+        return
+    found = activate_newest(torch.cuda.get_device_capability(parallel.device)[0])
+    answers = parallel.gather_objects(found)
+    differ = len({name for name, _ in answers}) > 1
+    if differ:
+        restore()
+    if parallel.is_main:
+        reasons = "; ".join(sorted({reason for _, reason in answers if reason}))
+        words = f"{OWN} on all ranks, because not all have {found[0]}: {reasons}" if differ else found[0]
+        _LOG.info("attention runs FlashAttention %s%s", words, "" if differ or not reasons else f": {reasons}")
 
 
 def build_model(

@@ -11,6 +11,7 @@ from amfm.kernels.moe.grouping import sort_stably
 from amfm.kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
 from amfm.kernels.moe.op import SCORES, expert_feed_forward, group_by_expert, grouped_feed_forward, route
 from amfm.kernels.moe.rows.op import choose_ranks
+from amfm.kernels.moe.torch_grouped import begins_aligned
 from tests.helpers.numbers import relative_rms
 from tests.helpers.registration import assert_registered
 
@@ -182,6 +183,16 @@ def test_grouped_products_of_a_card_compute_what_the_loop_does(activation, monke
     _, got = run("torch", torch.float32, activation=activation, **sizes)
     for name, one, other in zip(("y", "dx", "d_up", "d_down", "d_logits"), got, wanted):
         assert relative_rms(one, other) <= 1e-5, name
+
+
+def test_an_operand_behind_an_odd_number_of_others_is_not_given_to_the_grouped_product():
+    flat = torch.zeros(3 * 8 * 16 + 9, dtype=torch.bfloat16)
+    assert [begins_aligned(flat[start:].narrow(0, 0, 384).view(3, 8, 16)) for start in (0, 1, 4, 8)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_bfloat16_stays_within_the_rounding_of_its_inputs():

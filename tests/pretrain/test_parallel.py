@@ -13,7 +13,7 @@ import torch.distributed
 
 from amfm.launch.rank_command import isolated_python
 from amfm.pretrain.config.schema import ParallelConfig
-from amfm.pretrain.parallel import initialize_parallel
+from amfm.pretrain.parallel import choose_gpu, initialize_parallel
 from tests.helpers.spawn import run_ranks
 
 SIMULATED = """
@@ -46,6 +46,13 @@ def test_a_rank_of_2048_holds_few_groups_and_one_of_its_own() -> None:
     found = simulate(2048, TURBOS)
     assert len(found["held"]) <= 24
     assert found["held"].count(1) == found["made"].count(1) == 1
+
+
+def test_a_task_that_sees_one_gpu_takes_it_and_a_rank_without_one_is_told_both_numbers() -> None:
+    assert [choose_gpu(rank, 8) for rank in (0, 7)] == [0, 7]
+    assert [choose_gpu(rank, 1) for rank in (0, 5)] == [0, 0]
+    with pytest.raises(RuntimeError, match=r"local rank 4 has no GPU: this process sees 4; .*--gpus-per-task"):
+        choose_gpu(4, 4)
 
 
 def connect(section: dict[str, Any]) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from amfm.pretrain.monitor.environment import CARD_TERAFLOPS, find_card
+from amfm.pretrain.monitor.environment import CARD_TERAFLOPS, describe_allocator, find_card
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,14 @@ def test_a_card_is_known_by_whole_words_of_the_drivers_name(name, card):
 
 def test_a_card_is_as_fast_as_its_data_sheet_says_in_float32_too():
     assert all(float32 == pytest.approx(bf16 / 2, rel=0.02) for bf16, float32 in CARD_TERAFLOPS.values())
+
+
+def test_what_an_allocator_says_is_in_bytes_and_times_and_nothing_is_none_yet():
+    statistics = {
+        "reserved_bytes.all.peak": 3 << 30,
+        "reserved_bytes.all.current": 1,
+        "num_alloc_retries": 2,
+        "num_ooms": 1,
+    }
+    assert describe_allocator(statistics) == {"reserved_bytes": 3 << 30, "alloc_retries": 2, "ooms": 1}
+    assert describe_allocator({}) == {"reserved_bytes": 0, "alloc_retries": 0, "ooms": 0}
