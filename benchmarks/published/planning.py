@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from amfm.launch.bench.efficiencies import fit_efficiencies
+from amfm.launch.plan.blocks.expert_traffic import expected_ranks
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate
-from amfm.launch.plan.exchanges import expected_ranks
 from amfm.launch.plan.hardware import HARDWARE, Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.model.config.moe import MoeConfig

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from amfm.launch.plan.exchanges import Exchange, pass_exchanges
+from amfm.launch.plan.exchange import Exchange
+from amfm.launch.plan.exchanges import pass_exchanges
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare
 from amfm.pretrain.config.schema import RunConfig

@@ -1,4 +1,4 @@
-"""Seconds of mixture-of-experts blocks, and how much of their exchanges runs beside what they compute.
+"""Seconds that blocks with spread experts wait for their rows, and how much of that runs beside what they compute.
 
 How it works: a block with spread experts sends rows out, computes its experts, and lets sums travel home; backward does the
 same with gradients. The shared expert is cut around that: its up projection is computed while rows travel out, its
@@ -9,63 +9,14 @@ sends in order, computing waits where it needs what has not arrived.
 
 from __future__ import annotations
 
-from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
+from amfm.launch.plan.activations import Storage, up_rows
+from amfm.launch.plan.blocks.expert_traffic import expert_traffic
+from amfm.launch.plan.blocks.moe import add_experts
 from amfm.launch.plan.communication import exchange_seconds
-from amfm.launch.plan.exchanges import expected_ranks, expert_traffic, static_slots
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare
-from amfm.launch.plan.roofline import Roofline, add_factored, add_feed_forward
-from amfm.model.config.moe import MoeConfig
+from amfm.launch.plan.roofline import Roofline, add_part
 from amfm.pretrain.config.schema import RunConfig
-
-
-def add_moe(line: Roofline, config: RunConfig, layout: Layout, storage: Storage, imbalance: float) -> None:
-    """Add router, latent projections, this rank's experts, what moves their rows, and the shared expert."""
-    model, tokens = config.model, layout.tokens(config)
-    assert model.moe is not None, "check_model was not called: model.moe is missing"
-    moe, e, hidden = model.moe, line.element_bytes, model.hidden_size
-    width, is_spread = moe.latent_size or hidden, layout.expert > 1
-    routed = tokens / (layout.tensor if is_spread else layout.stream_ranks)  # whose router runs here
-    line.product(routed, hidden, moe.num_experts, wide=True)
-    line.passes(6 * routed * moe.num_experts * FLOAT32_BYTES)
-    if moe.latent_size is not None:
-        line.product(routed, hidden, width)
-        line.product(routed, width, hidden)
-    add_experts(line, moe, width, tokens, layout, imbalance)
-    if is_spread and static_slots(config, layout) is None:
-        # To rows for other ranks and home from them, twice each; there sums over choices of products in expert order.
-        sent = expected_ranks(moe, layout.expert)
-        arrived = imbalance * layout.expert_tensor * (moe.top_k + sent)
-        line.passes(2 * routed * (3 * sent + arrived + 1) * width * e)
-    elif not is_spread and storage.backend == "triton":
-        # Sums over choices of products in expert order, of results and of gradients; rows are read where they lie.
-        line.passes(2 * tokens * (moe.top_k + 1) * width * e)
-    else:
-        # Into expert order, back, and both gradients.
-        rows = tokens * moe.top_k * (imbalance * layout.expert_tensor / layout.tensor if is_spread else 1.0)
-        line.passes(rows * width * (4 * e + 2 * FLOAT32_BYTES))
-    shared, structure = moe.shared_expert_hidden_size, moe.shared_structure()
-    if shared and structure.kind != "dense":
-        add_factored(line, model, layout, tokens, shared, moe.activation, structure)
-    elif shared:
-        add_feed_forward(line, tokens, hidden, shared / layout.tensor, moe.activation)
-    if moe.shared_expert_gate:
-        line.passes(tokens / layout.stream_ranks * 5 * hidden * e)
-
-
-def add_experts(line: Roofline, moe: MoeConfig, width: int, tokens: float, layout: Layout, imbalance: float) -> None:
-    """Add the grouped products of this rank's rows; in halves weights are read twice, and their gradients made and added."""
-    rows, experts = tokens * moe.top_k, moe.num_experts // layout.expert
-    if layout.expert > 1:
-        # This rank's tokens' worth of rows, gathered over the ranks that cut an expert's width.
-        rows *= imbalance * layout.expert_tensor / layout.tensor
-    units, parts = moe.expert_hidden_size / layout.width_ranks, layout.expert_parts
-    for _ in range(parts):
-        add_feed_forward(line, rows / parts, width, units, moe.activation, groups=experts, grouped=True)
-    if parts > 1:
-        # Of the two gradients one is read and added to, which is read and written.
-        weights = experts * units * width * (3 if moe.activation == "swiglu" else 2)
-        line.seconds += 3 * weights * line.element_bytes / line.bandwidth
 
 
 def expert_exchange_seconds(
@@ -83,7 +34,7 @@ def expert_exchange_seconds(
 
     `sent_rows`: the part of planned rows that travels. `is_overlapped`: whether anything is computed meanwhile.
     """
-    blocks = held.letters.count("E")
+    blocks = held.routed_blocks
     traffic = expert_traffic(config, layout, blocks)
     if traffic is None:
         return 0.0, 0.0
@@ -115,15 +66,14 @@ def computed_around(
     moe = model.moe
     assert moe is not None, "check_model was not called: model.moe is missing"
     up, down, experts = (Roofline(hardware, config.train.precision, storage.element_bytes) for _ in range(3))
-    shared, structure = moe.shared_expert_hidden_size, moe.shared_structure()
-    if shared and structure.kind != "dense":
-        add_factored(up, model, layout, tokens, shared, moe.activation, structure)
-        up.seconds = down.seconds = up.seconds / 2
-    elif shared:
+    (shared,) = moe.feed_forwards()
+    if shared.inner:
         whole = Roofline(hardware, config.train.precision, storage.element_bytes)
-        add_feed_forward(whole, tokens, model.hidden_size, shared / layout.tensor, moe.activation)
-        units = shared / layout.tensor * (2 if moe.activation == "swiglu" else 1)
-        up.product(tokens, model.hidden_size, units)
+        add_part(whole, model, layout, tokens, shared)
+        if shared.structure.kind == "dense":
+            up.product(tokens, model.hidden_size, up_rows(1, shared.activation) * shared.inner / layout.tensor)
+        else:
+            up.seconds = whole.seconds / 2
         down.seconds = whole.seconds - up.seconds
     add_experts(experts, moe, moe.latent_size or model.hidden_size, tokens, layout, imbalance)
     return up.seconds / 3, down.seconds / 3, experts.seconds / 3

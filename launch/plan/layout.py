@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from amfm.launch.plan.activations import up_rows
 from amfm.launch.plan.matrices import NO_MATRICES, MatrixShare, count_matrices
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import block_parameters
@@ -154,7 +153,8 @@ class StageShare:
     prediction at the end, also where these share one module. `pieces`: the same by the pieces of the pipeline that the rank
     holds. `dense` and `routed` are kept apart because ZeRO shards them over different groups; `parts` has both of the
     embedding, of each block and of the head, in the module's order. `largest_block` (parameters) is what ZeRO-3 may gather
-    beyond its limit of live parameters. `matrices`: those that Muon steps, none with AdamW.
+    beyond its limit of live parameters. `matrices`: those that Muon steps, none with AdamW. `routed_blocks`: how many of `letters`
+    have a router.
     """
 
     stage: int
@@ -168,6 +168,7 @@ class StageShare:
     pieces: tuple[tuple[str, ...], ...]
     matrices: MatrixShare = NO_MATRICES
     depths: int = 0
+    routed_blocks: int = 0
 
     @property
     def embeddings(self) -> int:
@@ -199,13 +200,15 @@ class StageShare:
         return self.matrices.divided(layout.dense_sharers, layout.expert_sharers)
 
 
-def routed_parameters(model: ModelConfig) -> int:
-    """Parameters of all routed experts of one E block, 0 for a model without them."""
-    if model.moe is None:
-        return 0
-    moe = model.moe
-    rows = up_rows(moe.expert_hidden_size, moe.activation) + moe.expert_hidden_size
-    return moe.num_experts * rows * (moe.latent_size or model.hidden_size)
+def count_routed(model: ModelConfig, letters: tuple[str, ...]) -> int:
+    """Count the blocks whose router chooses among experts."""
+    return sum(model.block_options(letter).routed_experts() > 0 for letter in letters)
+
+
+def routed_parameters(model: ModelConfig, letter: str) -> int:
+    """Parameters of all routed experts of one block."""
+    weights = model.block_options(letter).weights(model.hidden_size, is_guided=model.guide is not None)
+    return weights.routed if weights is not None else 0
 
 
 def held_by_stages(
@@ -247,7 +250,7 @@ def _held(model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonCo
     letters, pattern = model.letters, model.parsed_pattern
     kinds = dict.fromkeys(model.built_letters)
     whole = {letter: block_parameters(model, letter)[0] for letter in kinds}
-    routed = {letter: routed_parameters(model) if letter == "E" else 0 for letter in kinds}
+    routed = {letter: routed_parameters(model, letter) for letter in kinds}
     table = model.vocab_size * model.hidden_size
     cut = cut_pieces(model, layout.pipeline * layout.virtual_stages, sequence_length)
     held = []
@@ -281,6 +284,7 @@ def _held(model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonCo
                 tuple(by_piece),
                 count_matrices(model, built, muon).divided(layout.tensor, width_ranks),
                 depths,
+                count_routed(model, own + depths * pattern.depth_letters),
             )
         )
     return tuple(held)

@@ -61,7 +61,7 @@ def untried(config: RunConfig, ranks: int, hardware: Hardware, *, largest_contex
         reason = f"a block waits for its sums, and beyond {node} ranks they pass the network"
         yield LeftOut(f"parallel.tensor above {node}", None, reason)
     yield LeftOut("parallel.sequence_parallel=false beside tensor ranks", None, "the same bytes, and more memory")
-    if "E" in letters and ranks > 1:
+    if config.model.routed_experts() and ranks > 1:
         yield LeftOut(
             "parallel.expert_tensor above 1 beside expert ranks", None, "whole experts keep their products large"
         )

@@ -26,10 +26,11 @@ from amfm.launch.plan.activations import (
     recomputed_bytes,
     stream_bytes,
 )
-from amfm.launch.plan.exchanges import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS, expected_ranks, static_slots
+from amfm.launch.plan.blocks.expert_traffic import expected_ranks, static_slots
+from amfm.launch.plan.exchange import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.in_flight import Moment, moments_of
-from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
+from amfm.launch.plan.layout import Layout, StageShare, count_routed, distinct_stages, held_by_stages
 from amfm.launch.plan.measured import Cut, block_bytes
 from amfm.model.config.kinds import kind_of
 from amfm.model.config.schema import ModelConfig
@@ -173,6 +174,7 @@ def busiest_pass(
     """
     model, tokens, e = config.model, layout.tokens(config), storage.element_bytes
     kinds = set(held.letters)
+    routed = {letter for letter in kinds if model.block_options(letter).routed_experts()}
     sizes = {letter: block_bytes(model, letter, storage, cut_of(config, layout, letter, imbalance)) for letter in kinds}
     for letter in layout.recompute & kinds:
         sizes[letter] = recomputed_bytes(sizes[letter], model, storage, layout.stream_ranks)
@@ -186,7 +188,7 @@ def busiest_pass(
     gathered, arriving = gathered_bytes(layout, storage, held)
     # Of routed experts all gradients are made at once, in the dtype of the weights, before they join the sums; those of halves
     # lie beside each other.
-    stored = held.letters.count("E") - repeated_letters(model, held).count("E")
+    stored = held.routed_blocks - count_routed(model, repeated_letters(model, held))
     expert_gradients = e * held.routed / max(1, stored) if storage.backend == "triton" else 0.0
     waiting = waiting_gradients(model, layout, held, e, expert_gradients, kept_head / max(1, held.heads))
     expert_gradients *= layout.expert_parts
@@ -213,7 +215,7 @@ def busiest_pass(
         for place, letter in reversed(list(enumerate(held.pieces[piece]))):
             made += 0.0 if passed[piece] else block_gradients
             working = tokens * sizes[letter].working
-            if letter == "E":
+            if letter in routed:
                 # A pass that is cut in two makes the weights' gradients when the rest of it is over.
                 working = max(working, expert_gradients) if is_cut else working + expert_gradients
             working += waiting[place] if piece == last else 0.0
@@ -252,7 +254,7 @@ def waiting_gradients(
     for place in range(first, len(letters)):
         found[place] = table + kept_head
         if place < last:
-            found[place] += table + expert_gradients * depth.count("E") * is_shared
+            found[place] += table + expert_gradients * count_routed(model, depth) * is_shared
     return found
 
 

@@ -10,7 +10,7 @@ from amfm.launch.plan.activations import FLOAT32_BYTES, up_rows
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.model.config.schema import ModelConfig
-from amfm.model.config.structure import Structure
+from amfm.model.config.structure import FeedForwardPart
 
 
 class Roofline:
@@ -67,20 +67,23 @@ def add_feed_forward(
     line.passes(rows * (3 * up + 2 * units) * line.element_bytes)
 
 
-def add_factored(
-    line: Roofline,
-    model: ModelConfig,
-    layout: Layout,
-    tokens: float,
-    inner: int,
-    activation: str,
-    structure: Structure,
-) -> None:
-    """A feed-forward of two factors a matrix: the factor at the stream is whole on every rank, the other is cut."""
-    width, rows = model.hidden_size, up_rows(inner, activation)
+def add_part(line: Roofline, model: ModelConfig, layout: Layout, tokens: float, part: FeedForwardPart) -> None:
+    """A dense feed-forward that tensor ranks share, of whole matrices or of factors; nothing of one that is left out."""
+    if not part.inner:
+        return
+    if part.structure.kind == "dense":
+        add_feed_forward(line, tokens, model.hidden_size, part.inner / layout.tensor, part.activation)
+    else:
+        _add_factored(line, model, layout, tokens, part)
+
+
+def _add_factored(line: Roofline, model: ModelConfig, layout: Layout, tokens: float, part: FeedForwardPart) -> None:
+    """A feed-forward of two factors per matrix: the factor at the stream is whole on every rank, the other is cut."""
+    inner, structure = part.inner, part.structure
+    width, rows = model.hidden_size, up_rows(inner, part.activation)
     blocks, own = structure.blocks or 1, tokens / layout.stream_ranks
     enters, leaves = structure.between(width, rows), structure.between(inner, width)
-    # Product by block: as many rows of a block's width, a group a block.
+    # Product by block: as many rows of a block's width, one group per block.
     line.product(own * blocks, width / blocks, enters / blocks, groups=blocks)
     second = blocks if structure.kind == "blockshuffle" else 1
     line.product(tokens * second / layout.tensor, enters / second, rows / second, groups=second)
@@ -89,4 +92,4 @@ def add_factored(
     last = own if structure.kind == "lowrank" else tokens / layout.tensor
     line.product(last * second, leaves / second, width / second, groups=second)
     if model.guide is not None:
-        add_feed_forward(line, tokens, width, inner / layout.tensor, activation)
+        add_feed_forward(line, tokens, width, inner / layout.tensor, part.activation)

@@ -95,7 +95,7 @@ def recomputed(config: RunConfig, layout: Layout) -> Iterator[Layout]:
         key=lambda letter: letters.count(letter) * block_flops(config.model, letter, config.train.sequence_length),
     )
     for letter in kinds[: len(kinds) if len(kinds) > 1 else 0]:
-        yield replace(layout, recompute=frozenset(letter))
+        yield replace(layout, recompute=frozenset((letter,)))
     yield replace(layout, recompute=frozenset(kinds))
 
 

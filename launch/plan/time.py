@@ -1,6 +1,6 @@
 """Seconds of a step: each operation at its roofline, ZeRO's collectives on rings, AdamW and gradient sums by bandwidth.
 
-Operations are those of `roofline.py`, experts and their exchanges of `expert_time.py`. Ring collectives over N ranks move
+Operations are those of `blocks/`, exchanges of experts those of `expert_time.py`. Ring collectives over N ranks move
 (N - 1) / N of the bytes once for a gather or scatter and twice for an all-reduce (Thakur et al. 2005, "Optimization of
 Collective Communication Operations in MPICH", section 3). A pipeline waits (stages - 1) / pieces a rank micro-batches long, a third of that where
 the schedule cuts backward passes in two (Qi et al. 2023, arXiv 2401.10241, section 2).
@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
+from amfm.launch.plan.blocks.kinds import planned_block
 from amfm.launch.plan.communication import (
     all_to_all_seconds,
     axis_place,
@@ -20,15 +21,13 @@ from amfm.launch.plan.communication import (
     total_seconds,
 )
 from amfm.launch.plan.exchanges import reduction_exchanges
-from amfm.launch.plan.expert_time import add_moe, expert_exchange_seconds
+from amfm.launch.plan.expert_time import expert_exchange_seconds
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.memory import cut_of
-from amfm.launch.plan.registered import is_registered, registered_block
-from amfm.launch.plan.roofline import Roofline, add_factored, add_feed_forward
+from amfm.launch.plan.roofline import Roofline
 from amfm.model.config.pattern import block_kind
-from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.bf16_adamw import STEP_BYTES
 
@@ -87,71 +86,13 @@ def block_seconds(
     config: RunConfig, letter: str, layout: Layout, hardware: Hardware, storage: Storage, imbalance: float
 ) -> float:
     """Forward and backward seconds of a rank's part of one block for one micro-batch."""
-    model, e, tokens, tensor = config.model, storage.element_bytes, layout.tokens(config), layout.tensor
     forwards = 2 if letter in layout.recompute else 1
-    line = Roofline(hardware, config.train.precision, e, forwards)
+    line = Roofline(hardware, config.train.precision, storage.element_bytes, forwards)
     # The norm with its residual: two tensors read and two written; backward reads three and writes two.
-    line.passes(9 * tokens / layout.stream_ranks * model.hidden_size * e)
-    if letter == "M":
-        _add_mamba(line, model, tokens, tensor)
-    elif letter == "*":
-        _add_attention(line, model, tokens, tensor, config.train.sequence_length)
-    elif is_registered(letter):
-        kept = block_bytes(model, letter, storage, cut_of(config, layout, letter, imbalance)).kept
-        _add_registered(line, config, letter, tokens, tensor, kept)
-    elif letter == "E":
-        add_moe(line, config, layout, storage, imbalance)
-    else:
-        assert model.feed_forward is not None, "check_model was not called: model.feed_forward is missing"
-        feed_forward = model.feed_forward
-        if feed_forward.linear_kind == "dense":
-            units = feed_forward.hidden_size / tensor
-            add_feed_forward(line, tokens, model.hidden_size, units, feed_forward.activation)
-        else:
-            add_factored(
-                line, model, layout, tokens, feed_forward.hidden_size, feed_forward.activation, feed_forward.structure()
-            )
+    tokens = layout.tokens(config) / layout.stream_ranks
+    line.passes(9 * tokens * config.model.hidden_size * storage.element_bytes)
+    planned_block(config, letter).add(line, layout, storage, imbalance)
     return line.seconds
-
-
-def _add_mamba(line: Roofline, model: ModelConfig, tokens: float, tensor: int) -> None:
-    """Projections, causal convolution, chunked scan and gated norm of a rank's heads."""
-    assert model.mamba is not None, "check_model was not called: model.mamba is missing"
-    mamba, e = model.mamba, line.element_bytes
-    inner, groups = mamba.inner_size() / tensor, max(1, mamba.num_groups / tensor)
-    channels = inner + 2 * groups * mamba.state_size
-    line.product(tokens, model.hidden_size, inner + channels + mamba.num_heads / tensor)
-    line.product(tokens, inner, model.hidden_size)
-    line.passes(tokens * channels * 5 * e + tokens * inner * 8 * e)  # convolution, gated norm
-    # Scores once a group, their product with x, and the state's way in and out.
-    scan = 2 * mamba.chunk_size * (groups * mamba.state_size + inner) + 4 * inner * mamba.state_size
-    states = FLOAT32_BYTES * inner * mamba.state_size / mamba.chunk_size
-    line.mixing(tokens * scan, tokens * ((channels + inner) * e + states))
-
-
-def _add_registered(line: Roofline, config: RunConfig, letter: str, tokens: float, tensor: int, kept: float) -> None:
-    """Products with all matrices, the mixing itself, and what was kept read once more by the passes around it."""
-    block = registered_block(config.model, letter, config.train.sequence_length)
-    for outputs, inputs in block.matrices:
-        line.product(tokens, inputs, outputs / tensor)
-    line.mixing(tokens * block.sequence_flops / tensor, tokens * kept)
-    line.passes(2 * tokens * kept)
-
-
-def _add_attention(line: Roofline, model: ModelConfig, tokens: float, tensor: int, sequence_length: int) -> None:
-    """Projections, q-k norm and rotation, gates, and causal attention over half of the row on average."""
-    assert model.attention is not None, "check_model was not called: model.attention is missing"
-    attention, e = model.attention, line.element_bytes
-    query = attention.num_heads / tensor * attention.head_dim
-    keys = max(1, attention.num_kv_heads / tensor) * attention.head_dim
-    gates = {"none": 0.0, "head": query / attention.head_dim, "element": query}[attention.gate]
-    line.product(tokens, model.hidden_size, query + 2 * keys + gates)
-    line.product(tokens, query, model.hidden_size)
-    if gates:
-        line.passes(tokens * (5 * query + 3 * gates) * e)
-    if attention.qk_norm or attention.positions == "rope":
-        line.passes(5 * tokens * (query + keys) * e)
-    line.mixing(tokens * 4 * (sequence_length + 1) / 2 * query, tokens * (2 * query + 2 * keys) * e)
 
 
 def head_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage) -> float:

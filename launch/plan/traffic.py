@@ -14,18 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from amfm.launch.plan.exchanges import (
-    BUCKET_ELEMENTS,
-    FLOAT32,
-    INT64,
-    Exchange,
-    has_certain_ranks,
-    pass_exchanges,
-    reduction_exchanges,
-    static_slots,
-)
+from amfm.launch.plan.blocks.expert_traffic import has_certain_ranks, static_slots
+from amfm.launch.plan.blocks.kinds import planned_block
+from amfm.launch.plan.exchange import BUCKET_ELEMENTS, FLOAT32, INT64, Exchange
+from amfm.launch.plan.exchanges import pass_exchanges, reduction_exchanges
 from amfm.launch.plan.layout import Layout, held_by_stages
-from amfm.model.config.pattern import mixer_name
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import AXES, ProcessGroupCollection
 from amfm.model.parallel.shards import parameter_shards
@@ -105,10 +98,10 @@ def check_countable(config: RunConfig, layout: Layout) -> None:
         raise ValueError(
             "model.mtp.detach=true has no formula: a backward pass ends where nothing more is needed of it; use false"
         )
-    registered = [letter for letter in config.model.built_letters if mixer_name(letter) is not None]
-    if registered and config.parallel.context > 1:
+    estimated = [letter for letter in config.model.built_letters if not planned_block(config, letter).is_exact]
+    if estimated and config.parallel.context > 1:
         raise ValueError(
-            f"model.pattern has {registered[0]}, whose exchange has no formula with parallel.context="
+            f"model.pattern has {estimated[0]}, whose exchange has no formula with parallel.context="
             f"{config.parallel.context}: each mixer hands on what it needs; use parallel.context=1 or core blocks"
         )
 
@@ -238,6 +231,5 @@ def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
 
 
 def _num_router_sums(config: RunConfig) -> int:
-    """Numbers of the step's float64 sums that routers add: auxiliary losses, and each E block's expert loads."""
-    blocks, moe = config.model.built_letters.count("E"), config.model.moe
-    return len(moe.auxiliary_names()) + blocks * moe.num_experts if moe is not None and blocks else 0
+    """Numbers of the step's float64 sums that routers add: auxiliary losses, and the loads of each block's experts."""
+    return len(config.model.auxiliary_names()) + sum(config.model.routed_experts().values())

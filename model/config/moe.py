@@ -179,7 +179,8 @@ class MoeConfig(MixerOptions):
         )
         if self.latent_size is not None:
             every_token += 2 * hidden_size * self.latent_size
-        return Weights(every_token + self.num_experts * expert, every_token + self.top_k * expert)
+        routed = self.num_experts * expert
+        return Weights(every_token + routed, every_token + self.top_k * expert, routed=routed)
 
     def prunable(self, groups: str) -> Prunable | None:
         """Inner channels of the shared expert, or whole routed experts, whose bias then keeps the router from them."""

@@ -21,11 +21,15 @@ Axis = Literal["tensor", "expert_tensor", "expert"]
 
 
 class Weights(NamedTuple):
-    """Numbers of parameters of one mixer: those of matrices, those of them that one token passes, and all others."""
+    """Numbers of parameters of one mixer: those of matrices, those of them that one token passes, and all others.
+
+    routed: those of the matrices that belong to experts of a router, which expert ranks share.
+    """
 
     matrices: int
     active: int
     others: int = 0
+    routed: int = 0
 
 
 @dataclass(frozen=True)

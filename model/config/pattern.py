@@ -63,12 +63,6 @@ class Pattern:
         return tuple(self.letters[start:end] for start, end in itertools.pairwise(edges))
 
 
-def mixer_name(symbol: str) -> str | None:
-    """Name the registered mixer of a letter or `{name}`; None for blocks that have a section of their own."""
-    kind = LETTERS.get(symbol)
-    return symbol.strip("{}") if kind is None else None if kind.is_core else kind.name
-
-
 def block_kind(symbol: str) -> str:
     """Name of the kind of a symbol, under which its blocks are counted; it need not be registered."""
     kind = LETTERS.get(symbol)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.kinds import kind_of
 from amfm.model.config.moe import MoeConfig
-from amfm.model.config.pattern import mixer_name
 from amfm.model.config.rope import Llama3Stretch, RopeConfig
 from amfm.model.config.schema import ModelConfig
 
@@ -146,11 +146,11 @@ def registered_mixers(config: ModelConfig) -> dict[str, str]:
     """Find the names of the registered mixers that a model uses, wrapped ones too, by their symbol in the pattern."""
     found: dict[str, str] = {}
     for symbol in dict.fromkeys(config.built_letters):
-        name = mixer_name(symbol)
-        if name is None:
+        kind = kind_of(symbol)
+        if kind.is_core:
             continue
-        found[symbol] = name
-        inside = getattr(config.mixers, name).wraps()
+        found[symbol] = kind.name
+        inside = config.block_options(symbol).wraps()
         if inside is not None:
             found[f"{symbol} over {inside}"] = inside
     return found
@@ -158,7 +158,7 @@ def registered_mixers(config: ModelConfig) -> dict[str, str]:
 
 def unfit_mixers(config: ModelConfig, target: str) -> list[str]:
     """List registered mixers, which a class of Mamba2 and attention has not."""
-    symbols = " ".join(symbol for symbol in config.parsed_pattern.counts() if mixer_name(symbol) is not None)
+    symbols = " ".join(symbol for symbol in config.parsed_pattern.counts() if not kind_of(symbol).is_core)
     return [f"model.pattern has {symbols}: {target} has no such block; use target own"] if symbols else []
 
 

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from amfm.launch.plan.exchanges import expected_ranks, has_certain_ranks
+from amfm.launch.plan.blocks.expert_traffic import expected_ranks, has_certain_ranks
 from amfm.model.config.moe import MoeConfig
 
 

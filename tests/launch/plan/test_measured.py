@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from amfm.launch.plan.activations import Storage, up_rows
+from amfm.launch.plan.blocks.block import measured_sizes
 from amfm.launch.plan.measured import Cut, block_bytes, id_of
-from amfm.launch.plan.registered import registered_block
 from amfm.model.block import Block
 from amfm.model.config.kinds import registered_kinds
 from amfm.model.packing import PackMeta
@@ -44,7 +44,7 @@ def test_kept_bytes_of_a_registered_mixer_are_those_of_a_real_pass(name):
     symbol = registered_kinds()[name].symbol
     # PyTorch pads what its attention keeps of each query.
     assert block_bytes(config, symbol, PLAIN).kept == pytest.approx(kept_by(config), rel=0.03)
-    matrices = registered_block(config, symbol, TOKENS).matrices
+    matrices = measured_sizes(config, symbol, TOKENS).matrices
     assert sum(rows * columns for rows, columns in matrices) == sum(
         weight.numel() for weight in small_model(config).blocks[0].mixer.parameters() if weight.dim() > 1
     )

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from amfm.launch.plan.activations import head_bytes
-from amfm.launch.plan.exchanges import BUCKET_ELEMENTS, expected_ranks
+from amfm.launch.plan.blocks.expert_traffic import expected_ranks
+from amfm.launch.plan.exchange import BUCKET_ELEMENTS
 from amfm.launch.plan.in_flight import moments_of
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.launch.plan.measured import block_bytes

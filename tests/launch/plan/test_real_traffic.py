@@ -7,10 +7,14 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
-from amfm.launch.plan.exchanges import expert_traffic, pass_exchanges
+from amfm.launch.plan.blocks.expert_traffic import expert_traffic
+from amfm.launch.plan.exchanges import pass_exchanges
 from amfm.launch.plan.layout import Layout, held_by_stages
+from amfm.launch.plan.traffic import NEWS, step_exchanges
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.step_sums import empty_sums
 from benchmarks.small_steps import load_small
 from tests.helpers.spawn import run_ranks
 from tests.launch.plan.count_step import compare_bytes, load_layout
@@ -22,6 +26,7 @@ FACTORED = (
 # Where a token has a choice on each rank, or one choice in all, no router changes how many rows travel.
 ONE_EACH = "model.moe.num_experts=4"
 ONE_CHOICE = "model.moe.top_k=1 model.moe.normalize_probabilities=false"
+MOM = "model.mixers={gated_deltanet: {num_heads: 4, head_dim: 8}, mom: {num_memories: 4}}"
 LIGHTNING = "model.mixers.lightning={num_heads: 8, head_dim: 8}"
 TWO_RANKS = [
     "expert=2 model.moe.capacity_factor=1.5",
@@ -129,6 +134,23 @@ def test_rows_travel_to_experts_with_weights_and_ids_of_their_choices() -> None:
     # Two choices a token, each on a rank of its own: rows four times, and twice the weights and ids of both choices.
     assert rows["handed_bytes"] == rows["formula_bytes"] == 16 * 128 * 2 * 2 * (4 * 64 + 2 * 2 * 2) * 4
     assert 0 < rows["sent_bytes"] < rows["handed_bytes"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["model.moe.auxiliary_loss_weight=0.1"],
+        ["model.pattern=M{mom}*E/*E", MOM],
+        ["model.pattern=M*-", "model.lora_mixer={rank: 2, num_experts: 4}"],
+    ],
+)
+def test_a_steps_sums_are_those_that_it_reduces_whichever_block_has_a_router(arguments: list[str]) -> None:
+    config = load_small(arguments, 2)
+    sums = empty_sums(config.model, torch.device("cpu"))
+    numbers = 2 + len(sums.auxiliary) + len(sums.mtp_nll) + sum(map(len, sums.expert_counts.values())) + NEWS
+    assert sums.auxiliary
+    (found,) = [each for each in step_exchanges(config, Layout.of(config, 2)) if each.dtype == "float64"]
+    assert found.stage_bytes == 2 * 8 * numbers
 
 
 @pytest.mark.parametrize(

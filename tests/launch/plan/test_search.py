@@ -6,6 +6,8 @@ import time
 import pytest
 
 from amfm.launch.cli import run
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.search import recomputed
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.stages import resolve_stages
@@ -88,3 +90,10 @@ def test_a_search_over_all_axes_finds_what_zero_alone_cannot_fit_within_a_minute
     assert [stage["name"] for stage in found["stages"]] == ["pretraining", "annealing", "context_32k", "context_256k"]
     assert found["run"]["days"] == pytest.approx(sum(stage["days"] for stage in found["stages"]))
     assert all("of 79.1" in item["reason"] for item in found["near_misses"])
+
+
+def test_recomputation_names_kinds_of_packages_whole():
+    lightnet = "model.mixers.lightnet={num_heads: 4, head_dim: 64}"
+    config = preset("ladder_20m", "model.pattern=M{lightnet}*", lightnet, "export.target=own")
+    found = [layout.recompute for layout in recomputed(config, Layout(8, 1, 1))]
+    assert frozenset(("{lightnet}",)) in found and found[-1] == {"M", "{lightnet}", "*"}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from amfm.launch.plan.exchanges import expected_ranks
+from amfm.launch.plan.blocks.expert_traffic import expected_ranks
 from amfm.launch.simulate.routing import spread_choices
 from tests.launch.plan.test_exchanges import moe_of
 

@@ -70,6 +70,9 @@ from pathlib import Path
 import torch
 
 import amfm.model
+from amfm.launch.plan.estimate import Assumptions, estimate
+from amfm.launch.plan.hardware import HARDWARE
+from amfm.launch.plan.layout import Layout
 from amfm.model.config.checks import check_model
 from amfm.model.flops import block_flops, count_parameters
 from amfm.model.hybrid import HybridModel
@@ -107,6 +110,9 @@ for _ in range(2):
     optimizer.step()
     losses.append(float(loss))
 assert losses[1] < losses[0]
+planned = [estimate(run, Layout(ranks, 1, 2, tensor=ranks), HARDWARE["h100"], Assumptions()) for ranks in (1, 2)]
+whole, half = (item.step.compute["squeeze"] for item in planned)
+assert 0 < half < whole and planned[1].step.communication["tensor"] > 0
 plan = plan_groups(config, "channels")
 assert [(unit.place, unit.count) for unit in plan.units] == [("blocks.1.mixer.", 12), ("blocks.3.mixer.", 12)]
 (problem,) = layout_problems(read(f"{key}.width=15", "parallel.tensor=2"))
@@ -175,10 +181,10 @@ BRANCH = re.compile(
 FOREIGN = ("model/huggingface/", "pretrain/export/modeling_template/")
 
 
-def test_no_code_of_model_and_pretrain_branches_on_the_letter_of_a_block() -> None:
+def test_no_code_of_model_pretrain_and_the_plan_branches_on_the_letter_of_a_block() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
-        for folder in ("model", "pretrain")
+        for folder in ("model", "pretrain", "launch/plan")
         for path in sorted((ROOT / folder).rglob("*.py"))
         for number, line in enumerate(path.read_text().splitlines(), start=1)
         if not str(path.relative_to(ROOT)).startswith(FOREIGN) and BRANCH.search(line)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from amfm.launch.plan.context_traffic import heads_bytes, states_bytes
+from amfm.launch.plan.blocks.context_traffic import heads_bytes, states_bytes
 from amfm.launch.simulate.count_collectives import CommunicationCounter
 from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel

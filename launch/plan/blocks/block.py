@@ -1,0 +1,95 @@
+"""What the planner asks of a block, and the answers of a kind that has no file here: those of one that is built without storage.
+
+So a kind of a package is planned like our own. A kind whose formulas are known overrides what it knows better, in a file of
+its own (`kinds.py` has the table); nothing else in the plan knows one kind from another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+
+from amfm.launch.plan.activations import Storage
+from amfm.launch.plan.blocks.context_traffic import segment_states
+from amfm.launch.plan.exchange import Exchange, crossing
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.measured import block_bytes
+from amfm.launch.plan.memory import cut_of
+from amfm.launch.plan.roofline import Roofline
+from amfm.model.build import build_mixer
+from amfm.model.config.options import MixerOptions
+from amfm.model.config.schema import ModelConfig
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.config.schema import RunConfig
+
+
+class PlannedBlock:
+    """The blocks of one symbol of the pattern, as the planner sees them.
+
+    is_exact: whether `context_exchanges` are bytes that a real step hands in, and not an estimate.
+    """
+
+    is_exact: ClassVar[bool] = False
+
+    def __init__(self, config: RunConfig, letter: str, options: MixerOptions) -> None:
+        self.config, self.model, self.letter, self.options = config, config.model, letter, options
+
+    def add(self, line: Roofline, layout: Layout, storage: Storage, imbalance: float) -> None:
+        """Add what the mixer of one block computes for a micro-batch on one rank, forward and backward.
+
+        Here: products with all matrices, the mixing itself, and what was kept read once more by the passes around it.
+        """
+        tokens, tensor = layout.tokens(self.config), layout.tensor
+        kept = block_bytes(self.model, self.letter, storage, cut_of(self.config, layout, self.letter, imbalance)).kept
+        sizes = measured_sizes(self.model, self.letter, self.config.train.sequence_length)
+        for outputs, inputs in sizes.matrices:
+            line.product(tokens, inputs, outputs / tensor)
+        line.mixing(tokens * sizes.sequence_flops / tensor, tokens * kept)
+        line.passes(2 * tokens * kept)
+
+    def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
+        """What so many blocks hand to collectives over tensor ranks in one micro-batch.
+
+        Here: the two crossings of one region, its entry and its exit.
+        """
+        yield from crossing(self.config, layout, self.model.hidden_size, times=2 * times, again=times)
+
+    def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
+        """The same over context ranks.
+
+        Here: states of two segments per row each way. An estimate: what a mixer transfers is its own affair.
+        """
+        numbers = measured_sizes(self.model, self.letter, self.config.train.sequence_length).state_numbers
+        if numbers:
+            states = layout.stage_ranks * segment_states(layout.micro_batch_size, numbers // layout.tensor)
+            yield Exchange("cp", "all_gather", "float32", 2 * times, times * states)
+
+
+@dataclass(frozen=True)
+class MeasuredSizes:
+    """Sizes of one mixer, uncut.
+
+    `matrices`: [out, in] of each. `sequence_flops`: per token, of the recurrence or attention in forward. `state_numbers`:
+    per row, of its decode state, which is what passes between context ranks.
+    """
+
+    matrices: tuple[tuple[int, int], ...]
+    sequence_flops: float
+    state_numbers: int
+
+
+@lru_cache(maxsize=256)
+def measured_sizes(config: ModelConfig, letter: str, sequence_length: int) -> MeasuredSizes:
+    """Build one mixer on the meta device and read its sizes. Cached: a search asks for the same few again and again."""
+    with torch.device("meta"):
+        mixer = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")
+        state = mixer.empty_state(1)
+    matrices = tuple(
+        (weight.shape[-2], weight.numel() // weight.shape[-2]) for weight in mixer.parameters() if weight.dim() > 1
+    )
+    tensors = state.values() if isinstance(state, dict) else state or ()
+    return MeasuredSizes(matrices, mixer.sequence_flops(sequence_length), sum(tensor.numel() for tensor in tensors))

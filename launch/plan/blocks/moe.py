@@ -1,0 +1,105 @@
+"""What a mixture of experts costs: router, experts, shared expert, and what ranks exchange around them.
+
+What spread experts exchange over the expert axis is in `expert_traffic.py`, and how much of it is waited for in
+`expert_time.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
+from amfm.launch.plan.blocks.block import PlannedBlock
+from amfm.launch.plan.blocks.expert_traffic import expected_ranks, static_slots
+from amfm.launch.plan.exchange import FLOAT32, INT64, Exchange, crossing, element_type, part_crossings
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.roofline import Roofline, add_feed_forward, add_part
+from amfm.model.config.moe import MoeConfig
+
+
+class PlannedMoe(PlannedBlock):
+    """A block of routed experts, with or without a shared one."""
+
+    is_exact = True
+    options: MoeConfig
+
+    def add(self, line: Roofline, layout: Layout, storage: Storage, imbalance: float) -> None:
+        """Router, latent projections, this rank's experts, what moves their rows, and the shared expert."""
+        moe, tokens, hidden = self.options, layout.tokens(self.config), self.model.hidden_size
+        width, is_spread = moe.latent_size or hidden, layout.expert > 1
+        routed = tokens / (layout.tensor if is_spread else layout.stream_ranks)  # whose router runs here
+        line.product(routed, hidden, moe.num_experts, wide=True)
+        line.passes(6 * routed * moe.num_experts * FLOAT32_BYTES)
+        if moe.latent_size is not None:
+            line.product(routed, hidden, width)
+            line.product(routed, width, hidden)
+        add_experts(line, moe, width, tokens, layout, imbalance)
+        self._add_moves(line, layout, storage, imbalance, routed, width)
+        for part in moe.feed_forwards():
+            add_part(line, self.model, layout, tokens, part)
+        if moe.shared_expert_gate:
+            line.passes(tokens / layout.stream_ranks * 5 * hidden * line.element_bytes)
+
+    def _add_moves(
+        self, line: Roofline, layout: Layout, storage: Storage, imbalance: float, routed: float, width: int
+    ) -> None:
+        """Add what gathers rows for experts and sums their results, of `routed` tokens at so many numbers each."""
+        moe, tokens, e = self.options, layout.tokens(self.config), line.element_bytes
+        is_spread = layout.expert > 1
+        if is_spread and static_slots(self.config, layout) is None:
+            # To rows for other ranks and home from them, twice each; there sums over choices of products in expert order.
+            sent = expected_ranks(moe, layout.expert)
+            arrived = imbalance * layout.expert_tensor * (moe.top_k + sent)
+            line.passes(2 * routed * (3 * sent + arrived + 1) * width * e)
+        elif not is_spread and storage.backend == "triton":
+            # Sums over choices of products in expert order, of results and of gradients; rows are read where they lie.
+            line.passes(2 * tokens * (moe.top_k + 1) * width * e)
+        else:
+            # Into expert order, back, and both gradients.
+            rows = tokens * moe.top_k * (imbalance * layout.expert_tensor / layout.tensor if is_spread else 1.0)
+            line.passes(rows * width * (4 * e + 2 * FLOAT32_BYTES))
+
+    def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
+        """The shared expert is a region of its own, routed experts in some layouts.
+
+        Without an expert axis every tensor rank holds a slice of each expert, and the routed part is a region too. With
+        one, tensor ranks split the tokens instead, and results are gathered unless the stream is split already.
+        """
+        moe, tokens = self.options, layout.tokens(self.config)
+        share = layout.stage_ranks * (tokens // layout.tensor)
+        width = moe.latent_size or self.model.hidden_size
+        for part in moe.feed_forwards():
+            yield from part_crossings(self.config, layout, part, times)
+        if layout.expert == 1:
+            yield from crossing(self.config, layout, width, times=2 * times)
+            choices = layout.stage_ranks * tokens * moe.top_k
+            yield Exchange("tp", "all_reduce", "float32", times, times * choices * FLOAT32)
+        elif not layout.sequence_parallel:
+            # Tokens are shared out among tensor ranks: results come together in forward, gradients in backward.
+            dtype, size = element_type(self.config)
+            yield Exchange("tp", "all_gather", dtype, 2 * times, 2 * times * share * width * size)
+            yield Exchange("tp", "all_gather", "float32", times, times * share * moe.top_k * FLOAT32)
+        if layout.sequence_parallel:
+            yield Exchange("tp", "all_gather", "float32", times, times * share * moe.num_experts * FLOAT32)
+
+    def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
+        """Counts of choices, of a micro-batch and of each row, that balance losses read."""
+        weights = self.options.auxiliary_loss_weight, self.options.sequence_loss_weight
+        counts = bool(weights[0]) + layout.micro_batch_size * bool(weights[1])
+        counted = times * layout.stage_ranks * counts * self.options.num_experts * INT64
+        yield Exchange("cp", "all_reduce", "int64", times * sum(map(bool, weights)), counted)
+
+
+def add_experts(line: Roofline, moe: MoeConfig, width: int, tokens: float, layout: Layout, imbalance: float) -> None:
+    """Add the grouped products of this rank's rows; in halves weights are read twice, and their gradients made and added."""
+    rows, experts = tokens * moe.top_k, moe.num_experts // layout.expert
+    if layout.expert > 1:
+        # This rank's tokens' worth of rows, gathered over the ranks that cut an expert's width.
+        rows *= imbalance * layout.expert_tensor / layout.tensor
+    units, parts = moe.expert_hidden_size / layout.width_ranks, layout.expert_parts
+    for _ in range(parts):
+        add_feed_forward(line, rows / parts, width, units, moe.activation, groups=experts, grouped=True)
+    if parts > 1:
+        # Of the two gradients one is read and added to, which is read and written.
+        weights = experts * units * width * (3 if moe.activation == "swiglu" else 2)
+        line.seconds += 3 * weights * line.element_bytes / line.bandwidth
