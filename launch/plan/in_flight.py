@@ -9,6 +9,7 @@ passes as it begins fewer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from operator import ge
 from typing import NamedTuple
@@ -59,11 +60,18 @@ def _moments(schedule: str, ranks: int, pieces: int, stage: int, micro_batches: 
             cut[piece] += 1
             if step - first >= delay:
                 cut[waiting.pop(0)] -= 1
-    return tuple(one for one in found if not any(_holds_more(other, one) for other in found))
+    return _fullest(found)
 
 
-def _holds_more(other: Moment, one: Moment) -> bool:
-    """Whether another moment of the same pass holds as much of everything, and more of something."""
-    if other is one or other[:2] != one[:2]:
-        return False
-    return all(map(ge, other.held + other.cut + other.passed, one.held + one.cut + one.passed))
+def _fullest(moments: Iterable[Moment]) -> tuple[Moment, ...]:
+    """The moments than which no other of the same pass holds as much of everything, and more of something."""
+    fullest: dict[tuple[int, bool], list[tuple[int, ...]]] = {}
+    found = []
+    held = {one: one.held + one.cut + one.passed for one in moments}
+    # What holds more comes first, so a moment needs to be compared with those that stay alone.
+    for one, numbers in sorted(held.items(), key=lambda entry: -sum(entry[1])):
+        others = fullest.setdefault(one[:2], [])
+        if not any(all(map(ge, other, numbers)) for other in others):
+            others.append(numbers)
+            found.append(one)
+    return tuple(found)

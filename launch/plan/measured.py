@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
 
@@ -36,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from amfm.kernels.common.split_backward import Later, split_backward
 from amfm.launch.plan.activations import BlockBytes, Storage
+from amfm.launch.plan.stand_in_triton import triton_at_hand
 from amfm.model.block import Block
 from amfm.model.config.schema import ModelConfig
 from amfm.model.packing import PackMeta
@@ -107,7 +107,10 @@ def _measure(config: ModelConfig, letter: str, dtype: torch.dtype, backend: str,
     own = COUNTED_TOKENS // (cut.tensor if cut.is_sequence_parallel else 1)
     later: Later = []
     with ExitStack() as stack:
-        stack.enter_context(without_device(live.launch))
+        if backend == "triton":
+            stack.enter_context(triton_at_hand())
+            stack.enter_context(counted_launches(live.launch))
+        stack.enter_context(without_device())
         stack.enter_context(torch.device("meta"))
         stack.enter_context(default_dtype(dtype))
         block = Block(config.built_letters.index(letter), config, cut.groups(), backend)
@@ -142,6 +145,7 @@ def _forget_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
+@lru_cache(maxsize=64)
 def pack_meta(context: int, *, has_documents: bool) -> PackMeta:
     """The layout of a row of COUNTED_TOKENS on each of so many context ranks, of the first of them."""
     documents = 2 if has_documents else 1  # PyTorch's kernels read on the host where documents begin
@@ -186,25 +190,38 @@ class StandInGroup(SingleRankGroup):
         return lambda *_, **__: self
 
 
-@contextmanager
-def without_device(note_launch: Callable[[], None]) -> Iterator[None]:
-    """Let blocks run without card and ranks: launches are noted alone, and Megatron-core's layers believe their groups."""
-    replaced: list[tuple[Any, str, Any]] = [
-        (torch.distributed, "is_initialized", lambda: True),
-        (torch.cuda, "current_device", lambda: torch.device("meta")),
-    ]
-    if find_spec("triton") is not None:  # a plan for a CPU needs none
-        import triton
+def counted_launches(note_launch: Callable[[], None]) -> AbstractContextManager[None]:
+    """Let launches of Triton kernels inside the block do nothing but be noted."""
+    from triton.runtime.jit import JITFunction
 
-        launcher = (triton.runtime.jit.JITFunction, "__getitem__", lambda *_: lambda *_, **__: note_launch())
-        replaced.append(launcher)
-    before = [getattr(owner, name) for owner, name, _ in replaced]
+    return replaced([(JITFunction, "__getitem__", lambda *_: lambda *_, **__: note_launch())])
+
+
+def without_device() -> AbstractContextManager[None]:
+    """Let blocks run without GPU and ranks: Megatron-core's layers believe their groups.
+
+    PyTorch implementations cut their work by threads of the process; a rank is taken to have one, as torchrun starts it, so
+    that a plan is the same wherever it is made.
+    """
+    return replaced(
+        [
+            (torch.distributed, "is_initialized", lambda: True),
+            (torch.cuda, "current_device", lambda: torch.device("meta")),
+            (torch, "get_num_threads", lambda: 1),
+        ]
+    )
+
+
+@contextmanager
+def replaced(attributes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Give objects other attributes inside the block: (object, name, value) each."""
+    before = [getattr(owner, name) for owner, name, _ in attributes]
     try:
-        for owner, name, value in replaced:
+        for owner, name, value in attributes:
             setattr(owner, name, value)
         yield
     finally:
-        for (owner, name, _), value in zip(replaced, before):
+        for (owner, name, _), value in zip(attributes, before):
             setattr(owner, name, value)
 
 

@@ -125,6 +125,24 @@ def test_a_pass_that_is_cut_leaves_what_weights_are_differentiated_by():
 
 
 def test_measuring_leaves_torch_as_it_was():
-    before = torch.distributed.is_initialized, torch.cuda.current_device, torch.get_default_dtype()
+    def settings():
+        return (
+            torch.distributed.is_initialized,
+            torch.cuda.current_device,
+            torch.get_num_threads,
+            torch.get_default_dtype(),
+        )
+
+    before = settings()
     block_bytes(small_config("*"), "*", CARD, Cut(tensor=2))
-    assert (torch.distributed.is_initialized, torch.cuda.current_device, torch.get_default_dtype()) == before
+    assert settings() == before
+
+
+@pytest.mark.parametrize("letter", ["M", "E"])
+def test_what_is_counted_does_not_depend_on_the_threads_of_the_process(letter):
+    config, threads, found = preset("tiny_cpu").model, torch.get_num_threads(), []
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        found.append(block_bytes.__wrapped__(config, letter, PLAIN))
+    torch.set_num_threads(threads)
+    assert found[0] == found[1]
