@@ -15,7 +15,7 @@ from amfm.data_pipeline.memory import OWN_SETTINGS
 RETURNED, KEPT = "returned", "kept"
 CARD = "card"  # on a card the C library has no part
 TITLES = {
-    CARD: "On a card",
+    CARD: "On a GPU",
     RETURNED: "Freed memory returned, as the C library does by itself",
     KEPT: "Freed memory kept, as amfm train does",
 }

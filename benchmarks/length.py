@@ -200,7 +200,7 @@ def _say_rates(seconds: dict[int, list[Seconds]]) -> str:
     cpu, fastest, wall = (", ".join(f"{row[name]:.2f}" for row in rows) for name in names)
     rates = ", ".join(f"{row['tokens_per_cpu_second']:,.0f}" for row in rows)
     return (
-        f"  {rates} tokens a second of CPU time; x the shortest rows {cpu} by CPU time ({fastest} between the fastest "
+        f"  {rates} tokens per second of CPU time; x the shortest rows {cpu} by CPU time ({fastest} between the fastest "
         f"steps), {wall} by wall time"
     )
 
@@ -250,7 +250,7 @@ def length(
         str | None, typer.Option(metavar="M,G,gla", help="Letters or names; default: all, and attention.")
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(metavar="1024,16384", help="Tokens a row; a step holds the longest row's.")
+        str | None, typer.Option(metavar="1024,16384", help="Tokens per row; a step holds the longest row's.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Timed steps of each, taking turns; default: 3.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one.")] = None,

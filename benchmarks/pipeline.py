@@ -105,7 +105,7 @@ def pipeline(
         (schedule, *(f"{value:.3f}" for value in (statistics.median(seconds), min(seconds), max(seconds))))
         for schedule, seconds in result["seconds"].items()
     ]
-    title = f"Seconds of a step, {result['stages']} stages, {result['micro_batches']} micro-batches, {rounds} rounds"
+    title = f"Seconds per step, {result['stages']} stages, {result['micro_batches']} micro-batches, {rounds} rounds"
     print_rows(title, ("schedule", "median", "lowest", "highest"), rows)
     ratio = result["ratio"]
     say(

@@ -205,7 +205,7 @@ def traced(
         )
         for row in rows
     ]
-    print_rows("Peak of a rank in a step, and what it hands to collectives", columns, lines)
+    print_rows("Peak memory of a rank per step, and what it hands to collectives", columns, lines)
     say(f"largest error {max(abs(row['error']) for row in rows):.1%}")
 
 

@@ -30,7 +30,7 @@ def data(
             min=1, help="Timed rounds of all that takes turns: readers, and preparation with the tokenizer alone."
         ),
     ] = 7,
-    actors: Annotated[int | None, typer.Option(min=1, help="Ray actors that prepare; default: one a core.")] = None,
+    actors: Annotated[int | None, typer.Option(min=1, help="Ray actors that prepare; default: one per core.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read samples beside megatron-core, MosaicML streaming, a memmap and zarr-python; prepare beside the tokenizer."""

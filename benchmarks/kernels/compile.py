@@ -19,13 +19,13 @@ BEGIN, END = "<!-- compile table: begin -->", "<!-- compile table: end -->"
 # Why a kernel misses the goal on sm_90: no spills, and wgmma wherever it multiplies.
 _SUMS = (
     "holds two sums of N x Q and one of Q x Q over a group's heads, 80 registers, next to k q^T and a block of states; "
-    "what spills is put away once a head"
+    "what spills is put away once per head"
 )
 REASONS = {
     "scan gradients": _SUMS,
     "mixer gradients": f"{_SUMS}, and the distances of tokens in the projection and its gradient are arguments",
     "gated norm, up to 8192 wide (Granite), backward": (
-        "holds 16 values of a row a thread, of y, gate, gradient and weight"
+        "holds 16 values of a row per thread, of y, gate, gradient and weight"
     ),
     "delta gradients, 2 steps a token": (
         "holds a product of scores next to three of the states for 32 columns of keys, which half the warps would double"
@@ -75,7 +75,7 @@ def table_of(result: dict[str, Any]) -> str:
     architectures = sorted({row["architecture"] for row in result["rows"]})
     head = " | ".join(f"sm_{architecture}" for architecture in architectures)
     lines = [
-        f"Triton {result['triton']}, bfloat16. Registers a thread / spilled bytes a thread / KiB of shared memory a program.",
+        f"Triton {result['triton']}, bfloat16. Registers per thread / spilled bytes per thread / KiB of shared memory per program.",
         "",
         f"| kernel | warps | {head} | wgmma on sm_90 |",
         "|---|---|" + "---|" * len(architectures) + "---|",
@@ -100,7 +100,7 @@ def _misses(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         if row["architecture"] != 90:
             continue
-        faults = [f"spills {row['spill_bytes']} bytes a thread"] if row["spill_bytes"] else []
+        faults = [f"spills {row['spill_bytes']} bytes per thread"] if row["spill_bytes"] else []
         faults += ["multiplies without wgmma"] if row["multiplies"] and not row["wgmma"] else []
         if faults:
             reason = next((text for name, text in REASONS.items() if row["kernel"].startswith(name)), "cause not found")
@@ -112,7 +112,7 @@ def _misses(rows: list[dict[str, Any]]) -> list[str]:
             named = ", ".join(f"{row['kernel']} ({row['spill_bytes']})" for row in many)
             found += [
                 *([""] if found else []),
-                f"Spills of more than {MANY_BYTES} bytes a thread on sm_{architecture}: {named}.",
+                f"Spills of more than {MANY_BYTES} bytes per thread on sm_{architecture}: {named}.",
             ]
     return found
 

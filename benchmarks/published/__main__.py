@@ -43,7 +43,7 @@ def published(
     print_rows("Published speeds and the plan's", *_table(rows))
     _say_errors(rows, halves)
     if any(row["is_stand_in"] for row in rows):
-        say("Lightning is planned with Nano's blocks; its error is of FLOPs a second")
+        say("Lightning is planned with Nano's blocks; its error is of FLOPs per second")
 
 
 def _table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
@@ -58,7 +58,7 @@ def _table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any,
         "error",
         "fitted",
         "exchanges",
-        "GFLOP a token, published",
+        "GFLOP per token, published",
         "counted",
         "why, where it is more than 20% off",
     )

@@ -21,13 +21,15 @@ MUON_PASSES = 8
 
 def step(
     *,
-    peer: Annotated[Literal["transformers", "none"], typer.Option(help="Whose step to time beside ours.")] = "none",
+    peer: Annotated[
+        Literal["transformers", "none"], typer.Option(help="Whose step to time side by side with ours.")
+    ] = "none",
     compiled: Annotated[
         bool, typer.Option(help="Also time our step with compiled blocks (minutes to compile).")
     ] = False,
-    muon: Annotated[bool, typer.Option(help="Time our step with Muon beside AdamW's instead, in float32.")] = False,
+    muon: Annotated[bool, typer.Option(help="Time our step with Muon against AdamW's instead, in float32.")] = False,
     micro_batches: Annotated[
-        int | None, typer.Option(min=1, help="With --muon: micro-batches a step, of 2,048 tokens; default: 8.")
+        int | None, typer.Option(min=1, help="With --muon: micro-batches per step, of 2,048 tokens; default: 8.")
     ] = None,
     model: Annotated[
         Path | None,
@@ -45,7 +47,7 @@ def step(
             raise ValueError(f"{flag} sets the step that --muon compares optimizers by; add it, or remove this")
     if muon and (compiled or peer != "none"):
         raise ValueError(
-            "--muon compares our two optimizers alone; beside it give --model, --micro-batches, --rounds, --threads"
+            "--muon compares our two optimizers alone; with it give --model, --micro-batches, --rounds, --threads"
         )
     if muon:
         compare_optimizers(model, micro_batches or MUON_PASSES, rounds or STEP_ROUNDS, threads, as_json=as_json)

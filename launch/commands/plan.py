@@ -25,53 +25,63 @@ SHOWN_LAYOUTS = 8
 LONGEST_SHOWN = 3
 
 
+GpusOption = Annotated[int, typer.Option(min=1, help="Accelerators, one rank each.")]
+GpuOption = Annotated[str, typer.Option(metavar="a100|h100|h200|b200|FILE.yaml", help="Which accelerator.")]
+TokensOption = Annotated[float | None, typer.Option(help="Tokens of the run; default: as train.steps says.")]
+MarginOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Headroom for fragmentation and small tensors, as a fraction of the rest.")
+]
+OverlapOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Part of ZeRO-3's gathers and of pipeline sends that overlaps with compute.")
+]
+ImbalanceOption = Annotated[
+    float, typer.Option(min=1, help="Routed rows of the fullest rank over the mean, where experts are spread.")
+]
+SearchOption = Annotated[
+    bool, typer.Option("--search", help="Rank layouts of all axes, not only ZeRO stages and micro-batch sizes.")
+]
+WriteOption = Annotated[
+    bool, typer.Option("--write-layout", help="With --search: write the fastest layout that fits into CONFIG.yaml.")
+]
+PictureOption = Annotated[
+    Path | None,
+    typer.Option(metavar="OUT", help="Also draw memory and step by part, and the pipeline: .png, .svg or .pdf."),
+]
+TraceOption = Annotated[
+    bool,
+    typer.Option("--trace", help="Also run steps of this run's ranks on simulated GPUs, and compare with the plan."),
+]
+RankOption = Annotated[
+    int | None, typer.Option(help="With --trace: which rank; default: one of the first and last pipeline stage.")
+]
+StageOption = Annotated[str | None, typer.Option(help="With --trace: which training stage; default: the first.")]
+TimelineOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="OUT.json",
+        help="With --trace: write what each rank computes and sends when, of every pipeline stage, for Perfetto.",
+    ),
+]
+
+
 def plan(
     path: ConfigOrPreset = None,
     overrides: OverridesArgument = None,
     *,
     preset: PresetOption = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Accelerators, one rank each.")],
-    gpu: Annotated[str, typer.Option(metavar="a100|h100|h200|b200|FILE.yaml", help="Which accelerator.")] = "h100",
-    tokens: Annotated[float | None, typer.Option(help="Tokens of the run; default: as train.steps says.")] = None,
-    margin: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Headroom for fragmentation and small tensors, as a fraction of the rest."),
-    ] = 0.1,
-    overlap: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Part of ZeRO-3's gathers and of pipeline sends that overlaps with compute."),
-    ] = 0.5,
-    imbalance: Annotated[
-        float, typer.Option(min=1, help="Routed rows of the fullest rank over the mean, where experts are spread.")
-    ] = 1.2,
-    search: Annotated[
-        bool, typer.Option("--search", help="Rank layouts of all axes, not only ZeRO stages and micro-batch sizes.")
-    ] = False,
-    write: Annotated[
-        bool,
-        typer.Option("--write-layout", help="With --search: write the fastest layout that fits into CONFIG.yaml."),
-    ] = False,
-    picture: Annotated[
-        Path | None,
-        typer.Option(metavar="OUT", help="Also draw memory and step by part, and the pipeline: .png, .svg or .pdf."),
-    ] = None,
-    trace: Annotated[
-        bool,
-        typer.Option(
-            "--trace", help="Also run steps of this run's ranks on simulated GPUs, and compare with the plan."
-        ),
-    ] = False,
-    rank: Annotated[
-        int | None, typer.Option(help="With --trace: which rank; default: one of the first and last pipeline stage.")
-    ] = None,
-    stage: Annotated[str | None, typer.Option(help="With --trace: which training stage; default: the first.")] = None,
-    timeline: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="OUT.json",
-            help="With --trace: write what each rank computes and sends when, of every pipeline stage, for Perfetto.",
-        ),
-    ] = None,
+    gpus: GpusOption,
+    gpu: GpuOption = "h100",
+    tokens: TokensOption = None,
+    margin: MarginOption = 0.1,
+    overlap: OverlapOption = 0.5,
+    imbalance: ImbalanceOption = 1.2,
+    search: SearchOption = False,
+    write: WriteOption = False,
+    picture: PictureOption = None,
+    trace: TraceOption = False,
+    rank: RankOption = None,
+    stage: StageOption = None,
+    timeline: TimelineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate parameters, FLOPs, memory and time of a run, and the layouts that fit, before you rent GPUs."""
@@ -207,17 +217,17 @@ def print_plan(made: Plan, title: str) -> None:
         for kind in kinds
     ]
     rows.append(("all", f"{counts.total:,}", f"{counts.active:,}", f"{sum(made.flops.values()):.3e}"))
-    print_rows(f"Model of {title}", ("part", "parameters", "active", "FLOPs a token"), rows)
+    print_rows(f"Model of {title}", ("part", "parameters", "active", "FLOPs per token"), rows)
     parts = [(name, f"{size / GIB:,.2f} GiB") for name, size in own.memory.parts.items()]
     parts.append(("all", f"{own.memory.total() / GIB:,.2f} of {made.hardware.memory_gib:,.1f} GiB"))
-    print_pairs(f"Memory of a rank, fullest in the {own.memory.phase}: {describe_layout(own)}", parts)
+    print_pairs(f"Peak memory of the fullest rank, in the {own.memory.phase}: {describe_layout(own)}", parts)
     times = describe_step(own)
     days = made.seconds() / SECONDS_A_DAY
-    times.append(("tokens a day", f"{made.tokens / days:.3e}"))
+    times.append(("tokens per day", f"{made.tokens / days:.3e}"))
     times.append(
         ("whole run", f"{made.tokens:.3e} tokens, {days:,.1f} days, {days * 24 * own.layout.ranks:,.0f} GPU-hours")
     )
-    print_pairs(f"A step on {own.layout.ranks} x {made.hardware.name}", times)
+    print_pairs(f"Step time on {own.layout.ranks} x {made.hardware.name}", times)
     print_replicas(made)
     if len(made.stages) > 1:
         print_stages(made)
@@ -225,7 +235,7 @@ def print_plan(made: Plan, title: str) -> None:
     print_layouts(made)
     if made.is_search and made.layouts and made.layouts[0].layout != own.layout:
         best = made.layouts[0]
-        print_pairs(f"A step of the fastest layout: {describe_layout(best)}", describe_step(best))
+        print_pairs(f"Step time of the fastest layout: {describe_layout(best)}", describe_step(best))
     print_left_out(made)
     if not made.is_own:
         say(
@@ -248,8 +258,11 @@ def print_replicas(made: Plan) -> None:
     rows = [
         ("memory of each host, two replicas", f"{cost.node_bytes / GIB:,.1f} GiB"),
         ("and the copy that each save makes", f"{cost.staged_bytes / GIB:,.1f} GiB"),
-        ("sent by each host to the next", f"{cost.sent_bytes / GIB:,.1f} GiB a replica"),
-        ("written beside training in", f"{cost.seconds:,.1f} s, of {cost.every_steps * made.own.step.total():,.1f} s"),
+        ("sent by each host to the next", f"{cost.sent_bytes / GIB:,.1f} GiB per replica"),
+        (
+            "written in the background in",
+            f"{cost.seconds:,.1f} s, of {cost.every_steps * made.own.step.total():,.1f} s",
+        ),
         ("lost by a failure at most", f"{cost.most_lost_seconds:,.0f} s of training{alone}"),
     ]
     where = f"on {cost.nodes} hosts" if cost.nodes > 1 else "on one host, which they do not outlive"
@@ -286,7 +299,7 @@ def print_layouts(made: Plan) -> None:
         for item, own in zip(shown, words)
     ]
     what = f"Layouts, fastest first; then near misses{'. All have ' + ' '.join(shared) if shared else ''}"
-    print_rows(what, ("layout", "GiB", "s a step", "MFU", "most of the step, or why it does not fit"), rows)
+    print_rows(what, ("layout", "GiB", "s per step", "MFU", "most of the step, or why it does not fit"), rows)
 
 
 def print_left_out(made: Plan) -> None:
@@ -322,7 +335,7 @@ def print_stages(made: Plan) -> None:
         )
         for entry in made.stages
     ]
-    print_rows("Stages", ("stage", "tokens", "steps", "rows", "GiB", "s a step", "MFU", "days", ""), rows)
+    print_rows("Stages", ("stage", "tokens", "steps", "rows", "GiB", "s per step", "MFU", "days", ""), rows)
 
 
 def print_chosen(made: Plan) -> None:
@@ -343,7 +356,7 @@ def print_chosen(made: Plan) -> None:
         if entry.chosen is not None
     ]
     if rows:
-        print_rows("Each stage in its own layout", ("stage", "layout", "GiB", "s a step", "MFU", "days"), rows)
+        print_rows("Each stage in its own layout", ("stage", "layout", "GiB", "s per step", "MFU", "days"), rows)
 
 
 def describe_layout(item: Estimate) -> str:

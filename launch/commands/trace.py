@@ -24,7 +24,7 @@ def print_trace(entry: TracedRank) -> None:
     print_launches(entry, place)
     waits = entry.traced["host_waits"]
     rows = [(line, f"{count:,}") for line, count in waits.items()]
-    print_rows(f"Waits of the host for the card in a step: {sum(waits.values()):,}", ("line", "times"), rows)
+    print_rows(f"Host waits for the GPU per step: {sum(waits.values()):,}", ("line", "times"), rows)
     compiled = entry.traced["compiled"]
     say(f"kernels compiled before the first step: {compiled['first']}; in the steps: {len(compiled['late'])}")
     for kernel in compiled["late"]:
@@ -46,7 +46,7 @@ def print_memory(entry: TracedRank, place: str) -> None:
     pairs += [(f"planned, {name}", f"{size / GIB:,.3f} GiB") for name, size in predicted.parts.items()]
     pairs.append(
         (
-            "peak of a step",
+            "peak per step",
             f"{predicted.total() / GIB:,.3f} GiB planned ({predicted.phase}), {entry.peak_bytes / GIB:,.3f} GiB traced "
             f"({traced['peak_phase']}), {entry.error():+.1%}",
         )
@@ -69,7 +69,7 @@ def print_flops(entry: TracedRank, place: str) -> None:
         both = planned.get(kind, 0.0), traced.get(kind, 0.0)
         ratio = f"{both[1] / both[0] - 1:+.1%}" if both[0] else ""
         rows.append((kind, f"{both[0]:.4g}", f"{both[1]:.4g}", ratio))
-    print_rows(f"FLOPs of a step, {place}", ("kind", "planned (as for MFU)", "traced", ""), rows)
+    print_rows(f"FLOPs per step, {place}", ("kind", "planned (as for MFU)", "traced", ""), rows)
 
 
 def print_bytes(entry: TracedRank, place: str) -> None:
@@ -85,8 +85,8 @@ def print_bytes(entry: TracedRank, place: str) -> None:
         found = traced.get((axis, collective), {"passes": 0, "once a step": 0})
         formula = f"{planned[axis, collective]:,.0f}" if (axis, collective) in planned else ""
         rows.append((axis, collective, formula, f"{found['passes']:,}", f"{found['once a step']:,}"))
-    columns = ("axis", "collective", "formula, mean of its stage", "traced, passes", "traced, once a step")
-    print_rows(f"Bytes handed to collectives in a step, {place}", columns, rows)
+    columns = ("axis", "collective", "formula, mean of its stage", "traced, passes", "traced, once per step")
+    print_rows(f"Bytes handed to collectives per step, {place}", columns, rows)
 
 
 def print_launches(entry: TracedRank, place: str) -> None:
@@ -103,8 +103,8 @@ def print_launches(entry: TracedRank, place: str) -> None:
         rows.append((kind, f"{both[0]:,}", f"{both[1]:,}", *shares))
     sums = Counter(triton=sum(launches["triton"].values()), other=sum(launches["other"].values()))
     rows.append(("all", f"{sums['triton']:,}", f"{sums['other']:,}", "", ""))
-    columns = ("kind", "Triton kernels", "others", "a block, forward", "a block, backward")
-    print_rows(f"Launches of a step, {place}", columns, rows)
+    columns = ("kind", "Triton kernels", "others", "per block, forward", "per block, backward")
+    print_rows(f"Kernel launches per step, {place}", columns, rows)
 
 
 def print_seconds(line: Timeline, planned: StepTime) -> None:
@@ -118,4 +118,4 @@ def print_seconds(line: Timeline, planned: StepTime) -> None:
         for name, (said, laid_out) in found.items()
     ]
     place = f"rank {entry.rank} of {entry.layout.ranks}, {entry.traced['micro_batches']} micro-batches"
-    print_rows(f"Seconds of a step, {place}", ("part", "planned", "timeline", "difference"), rows)
+    print_rows(f"Seconds per step, {place}", ("part", "planned", "timeline", "difference"), rows)

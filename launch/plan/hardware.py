@@ -21,13 +21,13 @@ GIB = 2**30
 
 
 class Hardware(BaseModel):
-    """One accelerator, its node and its network. Rates are per accelerator and second, links in one direction."""
+    """One accelerator, its node and its network. Rates are per accelerator and per second, links in one direction."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1, description="Shown in the plan.")
-    bf16_flops: float = Field(gt=0, description="Dense peak of bfloat16 products, operations a second.")
-    float32_flops: float = Field(gt=0, description="Peak of float32 products without TF32, operations a second.")
+    bf16_flops: float = Field(gt=0, description="Dense peak of bfloat16 products, operations per second.")
+    float32_flops: float = Field(gt=0, description="Peak of float32 products without TF32, operations per second.")
     memory_gib: float = Field(gt=0, description="Memory that a process can allocate, GiB.")
     memory_bytes_per_second: float = Field(gt=0, description="Memory bandwidth.")
     gpus_per_node: int = Field(8, gt=0, description="Accelerators that share the fast links.")
@@ -70,7 +70,7 @@ class Hardware(BaseModel):
         return self.model_copy(update=better | {name: values[name] / factor for name in costs})
 
     def peak_flops(self, precision: str) -> float:
-        """Dense peak of matrix products in the training precision, operations a second."""
+        """Dense peak of matrix products in the training precision, operations per second."""
         return self.bf16_flops if precision == "bf16" else self.float32_flops
 
     def ring_bytes_per_second(self, ranks: int, stride: int = 1) -> float:

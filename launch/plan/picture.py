@@ -148,7 +148,7 @@ def draw_steps(axes: Any, shown: list[tuple[str, Estimate]]) -> None:
             total, place, f" {total:,.3g} s, MFU {item.mfu:.1%}{'' if item.fits() else ', does not fit'}", va="center"
         )
     axes.set_xlim(0, 1.4 * max(bases))
-    axes.set_xlabel("seconds of a step of the slowest rank")
+    axes.set_xlabel("seconds per step, slowest rank")
     _finish(axes, shown, "Where a step's time goes")
 
 
@@ -186,7 +186,7 @@ def draw_pipeline(axes: Any, plan: Plan, name: str, item: Estimate) -> None:
     rest = (
         "" if drawn == num_micro_batches else f", as if the step had {drawn} of its {num_micro_batches} micro-batches"
     )
-    virtual = f", {layout.virtual_stages} pieces a rank" if layout.schedule == "interleaved" else ""
+    virtual = f", {layout.virtual_stages} model chunks per rank" if layout.schedule == "interleaved" else ""
     axes.set_title(f"Pipeline of {name.splitlines()[0]}: {layout.schedule}{virtual}{rest}", loc="left", fontsize=10)
     axes.legend(bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -68,7 +68,7 @@ def print_job(result: dict[str, Any]) -> None:
         for name, found in stages.get("speed", {}).get("speed", {}).items()
     ]
     if speed:
-        print_rows("Speed", ("configuration", "tokens a second", "MFU"), speed)
+        print_rows("Speed", ("configuration", "tokens per second", "MFU"), speed)
     longest = stages.get("profile", {}).get("kernels", [])[:10]
     if longest:
         rows = [(row["name"][:70], str(row["calls"]), f"{row['milliseconds']:.1f}") for row in longest]
