@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,13 @@ OverlapOption = Annotated[
 ]
 ImbalanceOption = Annotated[
     float, typer.Option(min=1, help="Routed rows of the fullest rank over the mean, where experts are spread.")
+]
+FailuresOption = Annotated[
+    float | None, typer.Option(help="Failures of the allocation per day: also print goodput, and how often to save.")
+]
+StorageOption = Annotated[
+    float | None,
+    typer.Option(help="With --failures-per-day: of the store of checkpoints; default: 2 per node, 100 at most."),
 ]
 SearchOption = Annotated[
     bool, typer.Option("--search", help="Rank layouts of all axes, not only ZeRO stages and micro-batch sizes.")
@@ -75,6 +83,8 @@ def plan(
     margin: MarginOption = 0.1,
     overlap: OverlapOption = 0.5,
     imbalance: ImbalanceOption = 1.2,
+    failures_per_day: FailuresOption = None,
+    storage_gb_per_second: StorageOption = None,
     search: SearchOption = False,
     write: WriteOption = False,
     picture: PictureOption = None,
@@ -91,6 +101,7 @@ def plan(
     hardware = load_hardware(gpu)
     check_trace_options(trace, search, rank, stage, timeline)
     check_write_options(write, search, overrides, preset)
+    check_failure_options(failures_per_day, storage_gb_per_second)
     if picture is not None:
         check_picture(picture)
     if tokens is not None and not tokens > 0:
@@ -99,7 +110,14 @@ def plan(
     from amfm.launch.plan.plan import make_plan, plan_as_dict
     from amfm.pretrain.checks.check_run import load_checked
 
-    assumptions = Assumptions(margin=margin, overlap=overlap, imbalance=imbalance)
+    storage = None if storage_gb_per_second is None else 1e9 * storage_gb_per_second
+    assumptions = Assumptions(
+        margin=margin,
+        overlap=overlap,
+        imbalance=imbalance,
+        failures_per_day=failures_per_day,
+        storage_bytes_per_second=storage,
+    )
     numbers = None if search else range(gpus, 0, -hardware.gpus_per_node)
     config = load_checked(path, overrides or [], world_size=numbers)
     made = make_plan(config, hardware, gpus, assumptions, tokens=tokens, search=search)
@@ -169,6 +187,18 @@ def check_trace_options(trace: bool, search: bool, rank: int | None, stage: str 
         raise ValueError(f"--timeline {timeline}: there is no folder {timeline.parent}; make it first")
 
 
+def check_failure_options(failures_per_day: float | None, storage_gb_per_second: float | None) -> None:
+    """Raise ValueError for rates that cannot be, and for a storage rate that nothing reads."""
+    for name, value in (
+        ("--failures-per-day", failures_per_day),
+        ("--storage-gb-per-second", storage_gb_per_second),
+    ):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} {value:g} must be greater than 0, for example 8")
+    if storage_gb_per_second is not None and failures_per_day is None:
+        raise ValueError("--storage-gb-per-second is read with --failures-per-day alone; give both")
+
+
 def check_write_options(write: bool, search: bool, overrides: list[str], preset: str | None) -> None:
     """Refuse to write a layout that was not searched for the file as it is. Raises ValueError."""
     if write and preset is not None:
@@ -229,6 +259,7 @@ def print_plan(made: Plan, title: str) -> None:
     )
     print_pairs(f"Step time on {own.layout.ranks} x {made.hardware.name}", times)
     print_replicas(made)
+    print_goodput(made)
     if len(made.stages) > 1:
         print_stages(made)
         print_chosen(made)
@@ -267,6 +298,43 @@ def print_replicas(made: Plan) -> None:
     ]
     where = f"on {cost.nodes} hosts" if cost.nodes > 1 else "on one host, which they do not outlive"
     print_pairs(f"Replicas every {cost.every_steps:,} steps {where}", rows)
+
+
+def print_goodput(made: Plan) -> None:
+    """Print what failures cost, part by part, and how often to save; nothing where no number of failures was given."""
+    from amfm.launch.plan.goodput import DAY_SECONDS, FIRST_STEPS_SECONDS, HANG_SHARE, START_SECONDS, Cadence
+
+    found = made.goodput
+    if found is None:
+        return
+    heartbeat, timeout = made.config.launch.heartbeat_seconds, made.config.train.timeout_seconds
+    patience = f"train.timeout_seconds={timeout:g}" if heartbeat is None else f"launch.heartbeat_seconds={heartbeat:g}"
+    parts = found.recovery
+    step = made.own.step.total()
+
+    def describe(cadence: Cadence) -> str:
+        every = f"every {cadence.every_steps:,} steps, {cadence.every_steps * step:,.0f} s"
+        return f"{cadence.goodput:.1%}, {every}; a failure loses {cadence.lost_seconds:,.0f} s of training"
+
+    days = made.seconds() / DAY_SECONDS
+    rows = [
+        ("a checkpoint", f"{found.checkpoint_bytes / 1e9:,.0f} GB at {found.storage_bytes_per_second / 1e9:,.0f} GB/s"),
+        ("the step waits for its copy", f"{found.stall_seconds:,.2f} s"),
+        ("it stands after", f"{found.save_seconds:,.0f} s"),
+        ("to notice", f"{parts.notice:,.0f} s, if {HANG_SHARE:.0%} hang until {patience}"),
+        ("to start all processes", f"{parts.start:,.0f} s (assumed {START_SECONDS:g})"),
+        ("to connect all ranks", f"{parts.connect:,.0f} s (assumed)"),
+        ("to verify and load", f"{parts.load:,.0f} s"),
+        ("first steps", f"{parts.first_steps:,.0f} s (assumed {FIRST_STEPS_SECONDS:g}, kernels cached)"),
+        ("to recover", f"{parts.total():,.0f} s, with a failure every {DAY_SECONDS / found.failures_per_day:,.0f} s"),
+    ]
+    if found.configured is not None:
+        rows.append(("goodput of checkpoints", describe(found.configured)))
+    rows.append(("goodput at the best interval", describe(found.best)))
+    if found.replicas is not None:
+        rows.append(("goodput with replicas", describe(found.replicas)))
+    rows.append(("whole run", f"{days / found.expected().goodput:,.1f} days instead of {days:,.1f}"))
+    print_pairs(f"Goodput at {found.failures_per_day:g} failures per day", rows)
 
 
 def describe_step(item: Estimate) -> list[tuple[str, str]]:

@@ -24,6 +24,8 @@ class Assumptions:
     sends that hides behind compute. `imbalance`: routed rows of the fullest expert rank over the mean. `sent_rows`: of the
     rows that amfm sends to experts, a token's to each rank once, the part that travels; less than 1 where a dispatcher sends
     it once to a node. `overlaps_experts`: whether they travel beside what the blocks compute, as amfm's do.
+    `failures_per_day`: of the whole allocation, None: goodput is not asked for; `storage_bytes_per_second`: of the store of
+    checkpoints, all ranks together, None: as `launch/plan/goodput.py` assumes.
     """
 
     margin: float = 0.1
@@ -31,6 +33,8 @@ class Assumptions:
     imbalance: float = 1.2
     sent_rows: float = 1.0
     overlaps_experts: bool = True
+    failures_per_day: float | None = None
+    storage_bytes_per_second: float | None = None
 
 
 SPREAD = 1.2  # by which efficiencies and costs may be better or worse than assumed

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, estimate_as_dict, mfu_range
+from amfm.launch.plan.goodput import Goodput, estimate_goodput
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.launch.plan.left_out import LeftOut, Tally, untried
@@ -58,7 +59,7 @@ class Plan:
     `layouts` and `near_misses` suit every stage, or after a search the first one, since each has its own then. `is_search`:
     whether layouts of all axes were tried. `is_own`: False where a stage's layout breaks a rule for so many ranks, and the
     best one found takes its place. `left_out`: why a search of the first stage has no other layouts. `tokens` may differ from the configuration's where the user asked for another number;
-    stages are scaled in proportion.
+    stages are scaled in proportion. `goodput`: of the first training stage, None where nobody asked for it.
     """
 
     config: RunConfig
@@ -73,6 +74,7 @@ class Plan:
     tokens: float
     assumptions: Assumptions
     left_out: tuple[LeftOut, ...] = ()
+    goodput: Goodput | None = None
 
     @property
     def own(self) -> Estimate:
@@ -138,6 +140,7 @@ def make_plan(
             StageEstimate(entry.stage, entry.estimate, here.fitting, best if best and best.fits() else None)
             for entry, here, best in zip(entries, found, chosen)
         ]
+    replicas = estimate_replicas(config, own[0], hardware)
     return Plan(
         config=config,
         hardware=hardware,
@@ -151,6 +154,7 @@ def make_plan(
         assumptions=assumptions,
         tokens=tokens or float(sum(stage.num_tokens() for stage in stages)),
         left_out=found[0].left_out,
+        goodput=estimate_goodput(config, own[0], hardware, assumptions, replicas),
     )
 
 
@@ -271,6 +275,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             "gpu_hours": seconds / 3600 * plan.own.layout.ranks,
         },
         "replicas": None if plan.replicas is None else plan.replicas.to_json(),
+        "goodput": None if plan.goodput is None else plan.goodput.to_json(),
         "advice": advise(plan),
         "layouts": [estimate_as_dict(item) for item in plan.layouts],
         "near_misses": [estimate_as_dict(item) for item in plan.near_misses],

@@ -14,7 +14,7 @@ from typing import Any
 from amfm.launch.plan.activations import FLOAT32_BYTES
 from amfm.launch.plan.estimate import Estimate
 from amfm.launch.plan.hardware import Hardware
-from amfm.launch.plan.layout import held_by_stages
+from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.pretrain.checkpoint.replicas.memory import GENERATIONS
 from amfm.pretrain.config.schema import RunConfig
 
@@ -44,17 +44,20 @@ class ReplicaCost:
         return {name: round(value) if name.endswith("_bytes") else value for name, value in asdict(self).items()}
 
 
+def saved_bytes_by_stage(config: RunConfig, layout: Layout) -> list[float]:
+    """Bytes that a rank of each pipeline stage writes into a checkpoint: float32 masters and moments, its share of them."""
+    stages = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
+    matrices = [held.own_matrices(layout) for held in stages]
+    return [FLOAT32_BYTES * (3 * held.share(layout) - own.dense - own.routed) for held, own in zip(stages, matrices)]
+
+
 def estimate_replicas(config: RunConfig, item: Estimate, hardware: Hardware) -> ReplicaCost | None:
     """Cost of a run's replicas in an estimated layout; None where it writes none."""
     every, saves = config.train.replica_every_steps, config.train.checkpoint_every_steps
     if every is None:
         return None
-    layout, muon = item.layout, config.optimizer.muon_settings()
-    stages = held_by_stages(config.model, layout, config.train.sequence_length, muon)
-    matrices = [held.own_matrices(layout) for held in stages]
-    rank_bytes = max(
-        FLOAT32_BYTES * (3 * held.share(layout) - own.dense - own.routed) for held, own in zip(stages, matrices)
-    )
+    layout = item.layout
+    rank_bytes = max(saved_bytes_by_stage(config, layout))
     on_node = min(layout.ranks, hardware.gpus_per_node)
     nodes = -(-layout.ranks // on_node)
     copies = 2 if nodes > 1 else 1

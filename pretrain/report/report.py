@@ -15,7 +15,9 @@ from amfm.data_pipeline.durable.naming import named
 from amfm.model.config.kinds import describe_symbol
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.monitor.panel import plural
 from amfm.pretrain.report.data import RunRecord, read_run
+from amfm.pretrain.report.goodput import measure_goodput
 from amfm.pretrain.report.numbers import count, duration, perplexity
 from amfm.pretrain.report.overlay import MAX_RUNS, compare_configs, overlay_plots, render_runs
 from amfm.pretrain.report.page import (
@@ -150,6 +152,12 @@ def make_cards(record: RunRecord) -> list[Card]:
         source = record.environment.get("peak", {}).get("source", "of the device's peak")
         cards.append(Card("MFU", f"{100 * mfu:.1f} %", source))
     cards.append(Card("Time", duration(record.seconds()), "inside training steps"))
+    goodput = measure_goodput(record)
+    if goodput is not None:
+        again = f", {plural(goodput.restarts, 'restart')}" if goodput.restarts else ""
+        cards.append(
+            Card("Goodput", f"{100 * goodput.share():.1f} %", f"in steps, of {duration(goodput.passed)}{again}")
+        )
     return cards
 
 
