@@ -18,7 +18,7 @@ from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
-from amfm.pretrain.inference.weights import read_weights
+from amfm.pretrain.inference.weights import Weights, read_weights
 
 # A character has at most four bytes, so never more byte pieces have to wait for one.
 MAX_PENDING = 4
@@ -51,6 +51,47 @@ class Sampling:
             raise ValueError(f"seed={self.seed} must fit into 64 bits; use a smaller number")
 
 
+class TextModel:
+    """A model with its tokenizer, loaded once, that continues texts."""
+
+    def __init__(self, weights: Weights, *, device: str = "cpu", backend: str = "auto") -> None:
+        self.origin, self.tokenizer = weights.origin, weights.tokenizer
+        self.model = weights.build(backend=backend, device=device)
+
+    def generate(self, prompt: str, max_new_tokens: int = 200, sampling: Sampling | None = None) -> str:
+        """Continue the prompt and return what follows it. Raises as `stream` does."""
+        return "".join(self.stream(prompt, max_new_tokens, sampling))
+
+    def stream(self, prompt: str, max_new_tokens: int = 200, sampling: Sampling | None = None) -> Iterator[str]:
+        """Yield pieces of what follows as soon as they are whole characters; ends at end-of-text.
+
+        Raises ValueError for an empty prompt or impossible settings.
+        """
+        sampling = sampling or Sampling()
+        check_request(max_new_tokens, sampling)
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ValueError(f"the prompt {prompt!a} must be Unicode; give it as UTF-8")
+        ids, tokenizer = self.tokenizer.encode(prompt), self.tokenizer
+        if not ids:
+            raise ValueError("the prompt is empty; give at least one character (training inserts no begin token)")
+        sizes = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
+        return stream_text(tokenizer, ids, generate_tokens(self.model, ids, max_new_tokens, sampling, **sizes))
+
+
+def load_text_model(
+    path: str | Path, *, device: str = "cpu", backend: str = "auto", report: Report = silent
+) -> TextModel:
+    """Load a checkpoint, the newest one of a run, or an imported model. Raises as `read_weights` does."""
+    return TextModel(read_weights(path, report), device=device, backend=backend)
+
+
+def check_request(max_new_tokens: int, sampling: Sampling) -> None:
+    """Raise ValueError for settings of a generation that are out of range."""
+    sampling.check()
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+
+
 def generate(
     checkpoint: str | Path,
     prompt: str,
@@ -66,21 +107,9 @@ def generate(
     `checkpoint`: a checkpoint, a run directory or an imported model. A token costs the same time and memory in Mamba2
     blocks however long the text is. Raises ValueError for an empty prompt or impossible settings.
     """
-    sampling = sampling or Sampling()
-    sampling.check()
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    weights = read_weights(checkpoint, report)
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise ValueError(f"the prompt {prompt!a} must be Unicode; give it as UTF-8")
-    ids = weights.tokenizer.encode(prompt)
-    if not ids:
-        raise ValueError("the prompt is empty; give at least one character (training inserts no begin token)")
-    model = weights.build(backend=backend, device=device)
-    tokens = generate_tokens(
-        model, ids, max_new_tokens, sampling, vocab_size=weights.tokenizer.vocab_size, eos_id=weights.tokenizer.eos_id
-    )
-    return stream_text(weights.tokenizer, ids, tokens)
+    check_request(max_new_tokens, sampling or Sampling())  # before the model is read, which takes time
+    model = load_text_model(checkpoint, device=device, backend=backend, report=report)
+    return model.stream(prompt, max_new_tokens, sampling)
 
 
 @torch.inference_mode()

@@ -1,0 +1,92 @@
+"""amfm from Python: load a configuration, plan it, prepare its data, train it, read its run, and generate with its model.
+
+For notebooks, tests and scripts on one machine; docs/python.md shows each function. They are thin: what they do is what the
+verb of the same name does, with objects in the place of printed tables, and they raise ValueError for settings and files that
+are wrong, RuntimeError for the machine's state. A run on several ranks or hosts is started by `amfm train --nproc` and
+`amfm launch`, from a notebook through `subprocess`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from amfm.launch.presets import choose_config
+from amfm.pretrain.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from amfm.data_pipeline.prepare.prepare import PrepareReport
+    from amfm.launch.plan.plan import Plan
+    from amfm.pretrain.inference.generate import TextModel
+    from amfm.pretrain.report.data import RunRecord
+
+
+def load(path: str | Path | None = None, *overrides: str, preset: str | None = None) -> RunConfig:
+    """Load and check a configuration: a file, or a preset by name, with overrides such as `"train.steps=20"`.
+
+    Raises ConfigError (a ValueError) with every problem, FileNotFoundError for a file that is not there.
+    """
+    from amfm.pretrain.checks.check_run import load_checked
+
+    given = None if path is None else Path(path)
+    return load_checked(*choose_config(given, overrides, preset))
+
+
+def plan(config: RunConfig, gpus: int, gpu: str = "h100", *, search: bool = False) -> Plan:
+    """Estimate parameters, memory and time of a run on so many GPUs, and the layouts that fit.
+
+    gpu: a name of the table (a100, h100, h200, b200) or a hardware file. search: rank layouts of all axes. Raises ValueError for
+    a GPU or a layout that cannot be.
+    """
+    from amfm.launch.plan.estimate import Assumptions
+    from amfm.launch.plan.hardware import load_hardware
+    from amfm.launch.plan.plan import make_plan
+    from amfm.pretrain.checks.check_run import check_run
+
+    hardware = load_hardware(gpu, "gpu")
+    check_run(config, None if search else range(gpus, 0, -hardware.gpus_per_node))
+    return make_plan(config, hardware, gpus, Assumptions(), search=search)
+
+
+def prepare(config: RunConfig) -> PrepareReport:
+    """Make or complete the token store of a configuration on this machine. Raises ValueError for settings and input."""
+    from amfm.data_pipeline.prepare.prepare import prepare as prepare_store
+
+    return prepare_store(config.data)
+
+
+def train(config: RunConfig) -> RunRecord:
+    """Train in this process, on one rank, resuming from `run.dir`; returns the run's record. Call it from the main thread.
+
+    Ends where the steps are done, or after Ctrl-C has saved. Raises ValueError for settings and data that do not fit and for
+    runs whose stages change their layout, RuntimeError where the run failed; its newest checkpoint stands.
+    """
+    from amfm.pretrain.launcher_protocol import DONE, INTERRUPTED
+    from amfm.pretrain.stages import fresh_starts
+    from amfm.pretrain.train import train as train_run
+
+    if anew := fresh_starts(config):
+        raise ValueError(f"ranks start anew after step {anew[0]}, which needs processes of their own; run `amfm train`")
+    if train_run(config) not in (DONE, INTERRUPTED):
+        raise RuntimeError(f"the run in {config.run.dir} failed: the end of its events.jsonl says why")
+    return read_run(config.run.dir)
+
+
+def read_run(run_dir: str | Path) -> RunRecord:
+    """Read the record of a run: `metrics` by step, `events`, `series("loss")`, `last("validation_loss")`.
+
+    Raises FileNotFoundError if it is not a run directory, ValueError if no step was logged yet.
+    """
+    from amfm.pretrain.report.data import read_run as read_record
+
+    return read_record(run_dir)
+
+
+def load_model(path: str | Path, *, device: str = "cpu", backend: str = "auto") -> TextModel:
+    """Load the model of a run's newest checkpoint, a checkpoint or an import; `generate(prompt)` continues a text.
+
+    Raises ValueError when the path is none of these, RuntimeError for damaged files.
+    """
+    from amfm.pretrain.inference.generate import load_text_model
+
+    return load_text_model(path, device=device, backend=backend)
