@@ -7,7 +7,7 @@ program: it runs in Jinja's sandbox for immutable values and sees messages and s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,11 @@ def read_template(folder: Path) -> ChatTemplate | None:
     source = settings.get("chat_template")
     if path.is_file():
         source = read_bounded(path, MAX_TEMPLATE_BYTES).decode("utf-8", errors="replace")
+    return make_template(source, settings)
+
+
+def make_template(source: object, settings: Mapping[str, Any]) -> ChatTemplate | None:
+    """The template of a text, or of several by name; None for neither. settings: with the texts of special tokens."""
     if isinstance(source, list):  # several by name
         named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
         source = named.get("default")

@@ -13,7 +13,7 @@ import tokenizers
 
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
-from amfm.launch.serve.chat import ChatTemplate, read_template
+from amfm.launch.serve.chat import ChatTemplate, make_template, read_template
 from amfm.pretrain.inference.generate import Sampling, stream_text
 from amfm.pretrain.inference.kept_states import SharedModel
 from amfm.pretrain.inference.weights import DESCRIPTION, Weights, read_weights
@@ -63,7 +63,8 @@ class ServedModel:
 def load_model(path: Path, *, device: str, backend: str, max_state_bytes: int) -> ServedModel:
     """Load what `amfm generate` accepts, or a transformers folder of a class that we export to.
 
-    Raises ValueError for anything else, and for a model without a tokenizer.
+    A run that continues a released model has that model's chat template. Raises ValueError for anything else, and for a model
+    without a tokenizer.
     """
     is_export = (path / "config.json").is_file() and not (path / DESCRIPTION).is_file()
     weights = read_export(path) if is_export else read_weights(path)
@@ -73,9 +74,13 @@ def load_model(path: Path, *, device: str, backend: str, max_state_bytes: int) -
         vocab_size=min(tokenizer.vocab_size, weights.model.vocab_size),
         max_state_bytes=max_state_bytes,
     )
+    end_ids = {tokenizer.eos_id, *(read_end_ids(path) if is_export else ())}
     template = read_template(path) if is_export else None
     fast = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")) if template is not None else None
-    end_ids = {tokenizer.eos_id, *(read_end_ids(path) if is_export else ())}
+    if weights.released is not None and not is_export:
+        template = make_template(weights.released.chat_template, weights.released.special_tokens)
+        fast = fast_tokenizer(tokenizer) if template is not None else None
+        end_ids |= set(list_ids(weights.released.generation.get("eos_token_id")))
     name = path.resolve().name
     return ServedModel(name, shared, tokenizer, end_ids=end_ids, template=template, chat_tokenizer=fast)
 
@@ -90,6 +95,20 @@ def read_export(path: Path) -> Weights:
 def read_end_ids(folder: Path) -> list[int]:
     """Read the ids that end a text by generation_config.json: a fine-tuned model ends its turns with another token."""
     path = folder / "generation_config.json"
-    found = read_object(path).get("eos_token_id") if path.is_file() else None
+    return list_ids(read_object(path).get("eos_token_id") if path.is_file() else None)
+
+
+def list_ids(found: object) -> list[int]:
+    """The ids of a field that holds one, several or none."""
     listed = found if isinstance(found, list) else [found]
     return [index for index in listed if isinstance(index, int) and not isinstance(index, bool)]
+
+
+def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer as the tokenizers library has it, in which control tokens that are written out are tokens."""
+    if tokenizer.kind == "huggingface":
+        return tokenizers.Tokenizer.from_buffer(tokenizer.to_bytes())
+    from amfm.data_pipeline.tokenizer.sentencepiece_model import read_sentencepiece_model
+    from amfm.pretrain.export.tokenizer import build_fast_tokenizer
+
+    return build_fast_tokenizer(read_sentencepiece_model(tokenizer.to_bytes()))

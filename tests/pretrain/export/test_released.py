@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from amfm.data_pipeline.config import DataConfig
+from amfm.launch.serve.served_model import load_model
 from amfm.pretrain.export.export import ExportReport, export_checkpoint
 from amfm.pretrain.export.import_huggingface import ImportReport, import_huggingface
 from amfm.pretrain.train import train
@@ -55,5 +56,8 @@ def test_what_a_released_model_brings_along_comes_through_import_training_and_ex
     check_usable(export_checkpoint(tmp_path / "import", tmp_path / "again", verify=False))
     run = tiny_config(data, tmp_path / "run", run__initial_weights=str(tmp_path / "import"), train__steps=1)
     assert train(run.model_copy(update={"schedule": run.schedule.model_copy(update={"warmup_steps": 0})})) == 0
+    served = load_model(tmp_path / "run", device="cpu", backend="torch", max_state_bytes=0)
+    assert served.render_chat([{"role": "user", "content": "hi"}]) == "<user>hi" and served.end_ids == {0, 2}
+    assert served.encode_chat("</s>") == [2]
     (tmp_path / "import" / "released.json").unlink()  # the run has its own copy
     check_usable(export_checkpoint(tmp_path / "run", tmp_path / "continued", verify=False))
