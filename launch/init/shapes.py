@@ -119,7 +119,6 @@ STYLES = {
     "qwen3next": "three Gated DeltaNet blocks to one of attention with rotary positions, SwiGLU experts",
     "turbos": "Mamba2 and attention with rotary positions and normed queries and keys, SwiGLU experts",
 }
-EXPORTS = {"nemotron": "nemotron_h", "granite": "granitemoehybrid", "qwen3next": "qwen3_next", "turbos": "own"}
 
 # Granite 4.0 H-Small (its public config.json), in the place of the 30B of the table.
 _GRANITE_30B: dict[str, Any] = {

@@ -22,7 +22,7 @@ import yaml
 from amfm.data_pipeline.prepare.hub import is_hub, parse_hub
 from amfm.data_pipeline.store.object_store import is_url
 from amfm.launch.init.machine import Choice, Machine, find_layout, larger_machines
-from amfm.launch.init.shapes import EXPORTS, STYLES, Size, bias_update_rate, model_section, size_of
+from amfm.launch.init.shapes import STYLES, Size, bias_update_rate, model_section, size_of
 from amfm.launch.init.text import DEFAULT, Text, look_at
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.pretrain.checks.check_run import load_checked
@@ -130,7 +130,7 @@ def compose(answers: Answers, text: Text) -> dict[str, Any]:
         "train": train,
         "optimizer": {"learning_rate": size.learning_rate, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
         "schedule": short_schedule() if answers.machine.is_cpu else schedule(size),
-        "export": {"target": EXPORTS[answers.style]},
+        "export": {"target": "auto"},
     }
 
 
@@ -202,7 +202,7 @@ REMARKS = {
     "train.recompute": "without it nothing fits",
     "optimizer.learning_rate": "lower it if the loss jumps",
     "parallel.zero_stage": "the layout is the plan's fastest that fits",
-    "export.target": "what amfm export writes",
+    "export.target": "what amfm export writes: the class of transformers that holds this model exactly, else our own",
 }
 
 

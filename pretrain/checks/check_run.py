@@ -321,7 +321,9 @@ def whole_batch_problems(config: RunConfig) -> Iterator[Problem]:
 def export_problems(config: RunConfig) -> Iterator[Problem]:
     """Check that the declared export class can hold the model."""
     for reason in explain_unfit(config.model, config.export.target):
-        yield whole_message(f"export.target={config.export.target} cannot hold this model: {reason}")
+        yield whole_message(
+            f"export.target={config.export.target} cannot hold this model: {reason} (export.target=auto trains it as it is)"
+        )
     own_tokenizer = config.data.tokenizer.model
     kind = "huggingface" if own_tokenizer is not None and own_tokenizer.endswith(".json") else "sentencepiece"
     for reason in unfit_tokenizer(config.export.target, kind):

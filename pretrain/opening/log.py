@@ -10,6 +10,7 @@ import torch
 
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.model.flops import count_parameters, flops_per_token
+from amfm.model.huggingface.targets import explain_unfit
 from amfm.pretrain.checkpoint.load import LoadedCheckpoint
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.event_log import read_events
@@ -64,6 +65,9 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     unbalanced = describe_unbalanced(run.config.model)
     if unbalanced is not None:
         run.tell("unbalanced_experts", f"warning: {unbalanced}", text=unbalanced)
+    if run.config.export.target == "auto":
+        for reason in explain_unfit(run.config.model, "own"):
+            run.say(f"this model trains, and amfm export will refuse it: {reason}")
     cause = find_restart_cause(describe_environment([RESTART_CAUSE, TORCHRUN_RESTARTS]), last_event)
     if cause is not None:
         run.record_event("restarted", cause=cause)

@@ -13,12 +13,13 @@ import pytest
 
 from amfm.launch.cli import run
 from amfm.launch.init.machine import find_machine
-from amfm.launch.init.shapes import EXPORTS, SIZES, STYLES, model_section
+from amfm.launch.init.shapes import SIZES, STYLES, model_section
 from amfm.launch.plan.estimate import Assumptions
 from amfm.launch.plan.plan import make_plan
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters
+from amfm.model.huggingface.targets import choose_target
 from amfm.pretrain.checks.check_run import load_checked
 from amfm.pretrain.config.file import load_config
 
@@ -105,6 +106,9 @@ def test_every_combination_fits_or_is_refused_with_what_fits(
         check_written(tmp_path / "run", text, size, style, remedy, capsys)
 
 
+EXPORTS = {"nemotron": "nemotron_h", "granite": "granitemoehybrid", "qwen3next": "qwen3_next", "turbos": "own"}
+
+
 def check_written(
     folder: Path, text: Path, size: str, style: str, hardware: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,7 +116,8 @@ def check_written(
     said = json.loads(capsys.readouterr().out)
     machine = find_machine(hardware)
     config = load_checked(said["config"], world_size=machine.ranks)
-    assert config.export.target == EXPORTS[style]
+    assert config.export.target == "auto", "a changed pattern trains under the same file"
+    assert choose_target(config.model) == EXPORTS[style]
     made = make_plan(config, machine.hardware, machine.ranks, Assumptions())
     assert made.is_own and made.own.fits(), made.own.reason
     head = Path(said["config"]).read_text().split("\n\n")[0]
