@@ -7,14 +7,15 @@ has no place for it. What it finds after a step goes into `result.found`, and so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from amfm.pretrain.micro_batch import LossShare, MicroBatch
 from amfm.pretrain.step_sums import StepResult
 
 
 class Hook:
-    """Does nothing; a subclass overrides the moments that it needs. Every rank calls each but `at_start`."""
+    """Does nothing; a subclass overrides the moments that it needs. Every rank calls each but `at_start` and `after_log`."""
 
     def at_start(self) -> None:
         """When the log is open, before the first step: the main rank alone calls it."""
@@ -27,6 +28,9 @@ class Hook:
 
     def after_step(self, result: StepResult) -> None:
         """After a step, before it may end the run."""
+
+    def after_log(self, metrics: Mapping[str, Any]) -> None:
+        """After the step's line is in metrics.jsonl: the main rank alone calls it, with what the line holds."""
 
     def after_edit(self) -> None:
         """After masters or weights were written to between steps."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from amfm.pretrain.config.schedules import schedule_specs
 from amfm.pretrain.config.schema import ScheduleConfig
 
 
@@ -11,12 +12,17 @@ def learning_rate(step: int, config: ScheduleConfig, *, peak: float, total_steps
     """Compute the learning rate of optimizer step number `step`, counted from 1 to `total_steps`.
 
     Warm-up rises linearly and reaches the peak at its last step; decays reach `min_ratio * peak` at the last step.
+    A schedule of a package gives the share of the peak after warm-up.
     `inverse_sqrt` (Vaswani et al. 2017, arXiv 1706.03762, section 5.3) falls no lower than `min_ratio * peak`.
     """
     assert 1 <= step <= total_steps, f"step {step} lies outside 1..{total_steps}"
     warmup_steps = config.warmup_length(total_steps)
     if step <= warmup_steps:
         return peak * step / warmup_steps
+    spec = schedule_specs().get(config.kind)
+    if spec is not None:
+        options = getattr(config.options, config.kind) or spec.options()
+        return peak * spec.load()(step, total_steps, config, options)
     if config.kind == "constant":
         return peak
     if config.kind == "inverse_sqrt":

@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from amfm.launch.cli import app
-from amfm.pretrain.config.fields import describe_fields
+from amfm.pretrain.config.fields import describe_fields, describe_sections
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -88,7 +88,7 @@ def command_line() -> typer.core.TyperGroup:
 
 @cache
 def settings() -> tuple[str, ...]:
-    return tuple(field.key for field in describe_fields())
+    return tuple(row.key for section in describe_sections() for row in (section, *section.fields))
 
 
 def find_command(words: list[str]) -> tuple[typer.core.TyperCommand | None, list[str]]:

@@ -11,6 +11,7 @@ A run with stages is checked stage by stage (checks/stages.py), each as a run of
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,8 +38,10 @@ from amfm.pretrain.checks.synthetic import synthetic_length_problems, synthetic_
 from amfm.pretrain.checks.tasks import task_layout_problems, task_problems
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.file import load_located
-from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.config.schedules import schedule_specs
+from amfm.pretrain.config.schema import RunConfig, ScheduleConfig
 from amfm.pretrain.recompute import recompute_problems
+from amfm.pretrain.schedule import learning_rate
 from amfm.pretrain.stages import RunStage, resolve_stages, stage_of, step_of_sample
 
 _MODEL_KEY = re.compile(r"model(\.[a-z_0-9]+)+")
@@ -262,6 +265,7 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
     if schedule.kind == "inverse_sqrt" and warmup_steps == 0:
         remedy = "use 100, say, or raise train.steps"
         yield Problem("schedule.warmup_steps", "must be at least 1 with schedule.kind=inverse_sqrt", remedy, "0")
+    yield from package_schedule_problems(schedule, steps)
     if schedule.kind != "wsd":
         for key, value in (("decay_steps", schedule.decay_steps), ("decay_shape", schedule.decay_shape)):
             if value != type(schedule).model_fields[key].default:
@@ -271,6 +275,25 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
         rule = f"schedule.warmup_steps={warmup_steps} and the decay must fit into train.steps={steps}"
         remedy = f"use at most {steps - warmup_steps}; for a short trial train.stop_after_steps keeps the schedule"
         yield Problem("schedule.decay_steps", rule, remedy, str(schedule.decay_steps))
+
+
+def package_schedule_problems(schedule: ScheduleConfig, steps: int) -> Iterator[Problem]:
+    """Find options of a package's schedule that is not chosen, and what the chosen one says that is not a rate."""
+    for name in schedule.options.packages_used():
+        if name != schedule.kind:
+            yield Problem(
+                f"schedule.options.{name}",
+                f"has no effect with schedule.kind={schedule.kind}",
+                f"set schedule.kind={name}, or remove it",
+            )
+    if schedule.kind not in schedule_specs():
+        return
+    first = schedule.warmup_length(steps) + 1
+    for step in sorted({first, (first + steps) // 2, steps}):
+        rate = learning_rate(step, schedule, peak=1.0, total_steps=steps)
+        if not (isinstance(rate, float) and 0 <= rate < math.inf):
+            rule = f"gives {rate!r} of the peak at step {step} of {steps}, which is not a rate"
+            yield Problem("schedule.kind", rule, "fix its package, or its options", schedule.kind)
 
 
 def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:

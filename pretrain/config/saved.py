@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from amfm.model.config.plugins import read_saved_sections
 from amfm.model.config.schema import read_saved_model
 from amfm.pretrain.config.hooks import RegisteredHooks
+from amfm.pretrain.config.schedules import ENTRY_POINTS, OURS, RegisteredSchedules, schedule_specs
 from amfm.pretrain.config.schema import RunConfig
 
 
 def packages_used(config: RunConfig) -> dict[str, str]:
-    """Name and version of the package behind each mixer and hook that is set, by the dotted key of its section."""
-    found = {f"model.mixers.{name}": package for name, package in config.model.mixers.packages_used().items()}
+    """Name and version of the package behind each mixer, hook and schedule that is used, by its dotted key."""
+    found = {
+        key: RegisteredSchedules.packages[kind]
+        for key, kind in schedule_kinds(config)
+        if kind in RegisteredSchedules.packages
+    }
+    found |= {f"model.mixers.{name}": package for name, package in config.model.mixers.packages_used().items()}
     return found | {f"hooks.{name}": package for name, package in config.hooks.packages_used().items()}
+
+
+def schedule_kinds(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """The schedules of a run, by dotted key."""
+    yield "schedule.kind", config.schedule.kind
+    for index, stage in enumerate(config.stages):
+        if stage.schedule is not None:
+            yield f"stages.{index}.schedule.kind", stage.schedule.kind
+
+
+def check_schedule(section: Any, packages: Mapping[str, str]) -> None:
+    """Raise ValueError where a run's or stage's schedule is one that nothing here registers, naming the package that did."""
+    schedule = section.get("schedule") if isinstance(section, Mapping) else None
+    kind = schedule.get("kind", OURS[0]) if isinstance(schedule, Mapping) else OURS[0]
+    if kind not in (*OURS, *schedule_specs()):
+        named = [package for key, package in packages.items() if key.endswith("schedule.kind")]
+        raise ValueError(
+            f"the saved schedule {kind} is of {named[0] if named else 'a package whose name was not saved'}, which is not "
+            f"installed here (nothing registers it under the entry point group {ENTRY_POINTS}); install it"
+        )
 
 
 def read_saved_config(manifest: Mapping[str, Any]) -> RunConfig:
@@ -26,6 +52,8 @@ def read_saved_config(manifest: Mapping[str, Any]) -> RunConfig:
     """
     saved, packages = dict(manifest["config"]), manifest.get("packages", {})
     saved["model"] = read_saved_model(saved.get("model"), packages)
+    for section in (saved, *(saved.get("stages") or ())):
+        check_schedule(section, packages)
     if "hooks" in saved:
         saved["hooks"] = read_saved_sections(saved["hooks"], RegisteredHooks, "hooks", packages)
     return RunConfig.model_validate(saved)

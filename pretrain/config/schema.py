@@ -7,7 +7,7 @@ documentation: docs/configuration.md and the editors' JSON Schema are generated 
 sections (model/config/schema.py, data_pipeline/config.py), since both work without this package.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,13 @@ from amfm.pretrain.config.convert import ConvertConfig
 from amfm.pretrain.config.hooks import RegisteredHooks
 from amfm.pretrain.config.launch import LaunchConfig
 from amfm.pretrain.config.pruning import ForgetConfig, PruneConfig
+from amfm.pretrain.config.schedules import OURS as OWN_SCHEDULES
+from amfm.pretrain.config.schedules import RegisteredSchedules, schedule_specs
+
+if TYPE_CHECKING:
+    ScheduleKind = str
+else:
+    ScheduleKind = Literal[(*OWN_SCHEDULES, *schedule_specs())]
 
 
 class RunSection(Section):
@@ -80,9 +87,9 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over the steps of the run."""
 
-    kind: Literal["wsd", "cosine", "constant", "inverse_sqrt"] = Field(
+    kind: ScheduleKind = Field(
         "wsd",
-        description="Warm-up, stable, decay; warm-up and cosine; warm-up and constant; warm-up, then the peak times sqrt(warm-up / step).",
+        description="Warm-up, stable, decay; warm-up and cosine; warm-up and constant; warm-up, then the peak times sqrt(warm-up / step); or a schedule of an installed package.",
     )
     warmup_steps: int | None = Field(
         None, ge=0, description="Linear rise from 0 to the peak; none: a twentieth of train.steps."
@@ -94,6 +101,7 @@ class ScheduleConfig(Section):
         "linear", description="wsd: form of the decay (sqrt: 1 - sqrt, Haegele et al. 2024, arXiv 2405.18392)."
     )
     min_ratio: float = Field(0.1, ge=0, le=1, description="Final rate over peak rate.")
+    options: RegisteredSchedules = RegisteredSchedules()
 
     def warmup_length(self, total_steps: int) -> int:
         """Steps of the rise: as configured, else a twentieth of the run."""

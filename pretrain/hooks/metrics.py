@@ -28,6 +28,8 @@ class Metrics(Hook):
         metrics = describe_step(run, result)
         if files.log is not None:
             files.log.write_metrics(metrics)
+            for hook in run.hooks:
+                hook.after_log(metrics)
         if files.display is not None:
             files.display.show(metrics)
         if result.skip is not None and result.anomaly is not None:
