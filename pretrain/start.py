@@ -153,6 +153,7 @@ def build_run(
         precision=config.train.precision,
         zero_stage=built.parallel.zero_stage,
         parallel=parallel,
+        sums_in_products=config.train.sums_in_products(),
         offload_optimizer=built.parallel.offload_optimizer,
     )
     heartbeat = Heartbeat(Path(config.run.dir), parallel.rank, config.launch.heartbeat_seconds)

@@ -22,10 +22,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WeightsHalf:
-    """What one operation left to compute: the gradients of `weights`, in their order."""
+    """What one operation left to compute: the gradients of `weights`, in their order; None for one that landed in its sum."""
 
     weights: Sequence[Tensor]
-    compute: Callable[[], Sequence[Tensor]]
+    compute: Callable[[], Sequence[Tensor | None]]
 
 
 Later = list[WeightsHalf]
@@ -48,8 +48,11 @@ def is_split(*weights: Tensor) -> bool:
     return bool(_passes) and all(weight.is_leaf and weight.requires_grad for weight in weights)
 
 
-def compute_later(weights: Sequence[Tensor], compute: Callable[[], Sequence[Tensor]]) -> None:
-    """Leave the gradients of `weights`, which `compute` gives in their order, for the weights' half of this pass."""
+def compute_later(weights: Sequence[Tensor], compute: Callable[[], Sequence[Tensor | None]]) -> None:
+    """Leave the gradients of `weights`, which `compute` gives in their order, for the weights' half of this pass.
+
+    None for a weight whose gradient it added to its sum (gradient_sum.py).
+    """
     assert _passes, "no pass is being split"
     _passes[-1].append(WeightsHalf(weights, compute))
 
@@ -65,7 +68,8 @@ def compute_now(later: Later, collect: Callable[[Tensor], None]) -> None:
     while later:
         half = later.pop()
         for weight, gradient in zip(half.weights, half.compute(), strict=True):
-            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+            if gradient is not None:
+                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
             uses[id(weight)] -= 1
             if not uses[id(weight)]:
                 collect(weight)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from amfm.kernels.common.gemm_precision import gemm_dtype
+from amfm.kernels.common.gradient_sum import GradientSum, add_outer, gradient_sum_of
 from amfm.kernels.common.split_backward import compute_later, is_split
 
 
@@ -22,10 +23,11 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 
     On processors that only emulate bfloat16 products the operands are widened to float32, in both passes, and the
     results rounded once; elsewhere this is torch's own linear. Where a schedule splits the backward pass, the weight's
-    gradient is computed later (kernels/common/split_backward.py).
+    gradient is computed later (kernels/common/split_backward.py); where it has a sum, it lands there (gradient_sum.py).
     """
-    if is_split(weight_OI):
-        product: Tensor = _SplitLinear.apply(x, weight_OI)
+    total = gradient_sum_of(weight_OI)
+    if total is not None or is_split(weight_OI):
+        product: Tensor = _Linear.apply(x, weight_OI, total)
         return product
     if gemm_dtype(x) == x.dtype:
         return functional.linear(x, weight_OI)
@@ -42,45 +44,61 @@ def linear_float32(x: Tensor, weight_OI: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.dtype == dtype:
-        return functional.linear(x, weight_OI.to(dtype))
-    result: Tensor = _Float32Linear.apply(x, weight_OI)
+        return linear(x, weight_OI.to(dtype))
+    result: Tensor = _Float32Linear.apply(x, weight_OI, gradient_sum_of(weight_OI))
     return result
 
 
-def linear_gradients(x: Tensor, weight_OI: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+def linear_gradients(
+    x: Tensor, weight_OI: Tensor, grad: Tensor, total: GradientSum | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and of the weight, from that of `linear`'s result, multiplied in the same dtype and rounded once.
 
     x [..., I], weight [O, I], grad [..., O] -> gradients of the shapes and dtypes of x and of the weight; None for a weight
-    whose gradient a split pass computes later. Blocks with a backward of their own (fused projections) call it directly.
+    whose gradient lands in `total`, or that a split pass computes later. Blocks with a backward of their own (fused
+    projections) call it directly.
     """
     dtype = gemm_dtype(x)
     grad_RO = grad.flatten(0, -2).to(dtype)
     grad_x = (grad_RO @ weight_OI.to(dtype)).to(x.dtype).view(x.shape)
+    return grad_x, _weights_half(x, weight_OI, grad if is_split(weight_OI) else grad_RO, total)
+
+
+def _weights_half(x: Tensor, weight_OI: Tensor, grad: Tensor, total: GradientSum | None) -> Tensor | None:
+    """`_weight_gradient`, now or later."""
     if is_split(weight_OI):
-        compute_later([weight_OI], lambda: [_weight_gradient(x, weight_OI, grad)])
-        return grad_x, None
-    return grad_x, _weight_gradient(x, weight_OI, grad)
+        compute_later([weight_OI], lambda: [_weight_gradient(x, weight_OI, grad, total)])
+        return None
+    return _weight_gradient(x, weight_OI, grad, total)
 
 
-def _weight_gradient(x: Tensor, weight_OI: Tensor, grad: Tensor) -> Tensor:
+def _weight_gradient(x: Tensor, weight_OI: Tensor, grad: Tensor, total: GradientSum | None) -> Tensor | None:
+    """The weight's gradient, or None where it was added to `total`."""
+    if total is not None:
+        place, adds = total.take()
+        add_outer(place, adds, grad.flatten(0, -2), x.flatten(0, -2))
+        return None
     dtype = gemm_dtype(x)
     product: Tensor = grad.flatten(0, -2).to(dtype).t() @ x.flatten(0, -2).to(dtype)
     return product.to(weight_OI.dtype)
 
 
-class _SplitLinear(torch.autograd.Function):
-    """`linear` whose backward pass may leave the weight's gradient for later."""
+class _Linear(torch.autograd.Function):
+    """`linear` whose weight's gradient may land in a sum, or be left for later."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, total: GradientSum | None) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
+        ctx.total = total
         dtype = gemm_dtype(x)
         return functional.linear(x.to(dtype), weight_OI.to(dtype)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight_OI = ctx.saved_tensors
-        return linear_gradients(x, weight_OI, grad)
+        if ctx.needs_input_grad[0]:
+            return *linear_gradients(x, weight_OI, grad, ctx.total), None
+        return None, _weights_half(x, weight_OI, grad, ctx.total), None
 
 
 class _WidenedLinear(torch.autograd.Function):
@@ -101,25 +119,38 @@ class _Float32Linear(torch.autograd.Function):
     """`linear_float32` of narrower numbers; backward widens them again, and rounds both gradients once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, total: GradientSum | None) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
+        ctx.total = total
         if x.device.type == "cuda" and weight_OI.dtype == x.dtype:
             logits = torch.mm(x.flatten(0, -2), weight_OI.t(), out_dtype=torch.float32)
             return logits.view(*x.shape[:-1], -1)
         return functional.linear(x.float(), weight_OI.float())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight_OI = ctx.saved_tensors
         grad_RO, x_RI = grad.flatten(0, -2), x.flatten(0, -2)
+        grad_weight: Tensor | None = None
         if x.device.type == "cuda" and x.dtype == weight_OI.dtype == torch.bfloat16:
             halves_R2O = split_in_halves(grad_RO)
             grad_x = torch.mm(halves_R2O, weight_OI.repeat(2, 1), out_dtype=torch.float32)
-            both_2OI = torch.mm(halves_R2O.t(), x_RI, out_dtype=torch.float32)
-            grad_weight = both_2OI.unflatten(0, (2, -1)).sum(0)
+            if ctx.total is None:
+                both_2OI = torch.mm(halves_R2O.t(), x_RI, out_dtype=torch.float32)
+                grad_weight = both_2OI.unflatten(0, (2, -1)).sum(0).to(weight_OI.dtype)
+            else:
+                place, adds = ctx.total.take()
+                for half_RO in halves_R2O.chunk(2, 1):
+                    add_outer(place, adds, half_RO, x_RI)
+                    adds = True
         else:
-            grad_x, grad_weight = grad_RO @ weight_OI.float(), grad_RO.t() @ x_RI.float()
-        return grad_x.to(x.dtype).view(x.shape), grad_weight.to(weight_OI.dtype)
+            grad_x = grad_RO @ weight_OI.float()
+            if ctx.total is None:
+                grad_weight = (grad_RO.t() @ x_RI.float()).to(weight_OI.dtype)
+            else:
+                place, adds = ctx.total.take()
+                add_outer(place, adds, grad_RO, x_RI.float())
+        return grad_x.to(x.dtype).view(x.shape), grad_weight, None
 
 
 def split_in_halves(wide_RO: Tensor) -> Tensor:

@@ -188,6 +188,7 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
         precision=config.train.precision,
         zero_stage=config.parallel.zero_stage,
         parallel=parallel,
+        sums_in_products=config.train.sums_in_products(),
         offload_optimizer=config.parallel.offload_optimizer,
     )
     del model

@@ -15,6 +15,7 @@ import torch
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
+from amfm.kernels.common.gradient_sum import gradient_sum_of
 from amfm.kernels.linear.op import linear, linear_gradients
 from amfm.model.parallel.groups import ProcessGroupCollection
 
@@ -32,7 +33,9 @@ def project_stream(x_BTD: Tensor, weights: Sequence[Tensor], groups: ProcessGrou
     Under sequence parallel backward gathers the tokens again, so that what is kept for it is this rank's share.
     """
     if groups.tp.size() > 1 and groups.sequence_parallel:
-        products: tuple[Tensor, ...] = _ProjectGathered.apply(x_BTD, groups.tp, *weights)
+        products: tuple[Tensor, ...] = _ProjectGathered.apply(
+            x_BTD, groups.tp, [gradient_sum_of(weight) for weight in weights], *weights
+        )
         return products
     x_BTD = enter_tensor_region(x_BTD, groups)
     return tuple(linear(x_BTD, weight) for weight in weights)
@@ -46,8 +49,8 @@ class _ProjectGathered(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, own_BTD: Tensor, group: Any, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
+    def forward(ctx: Any, own_BTD: Tensor, group: Any, totals: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.totals = group, totals
         ctx.save_for_backward(own_BTD, *weights)
         x_BTD = _gather(own_BTD, group)
         return tuple(linear(x_BTD, weight) for weight in weights)
@@ -56,9 +59,10 @@ class _ProjectGathered(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         own_BTD, *weights = ctx.saved_tensors
         x_BTD = _gather(own_BTD, ctx.group)
-        pairs = [linear_gradients(x_BTD, weight, grad) for weight, grad in zip(weights, grads, strict=True)]
+        given = zip(weights, grads, ctx.totals, strict=True)
+        pairs = [linear_gradients(x_BTD, weight, grad, total) for weight, grad, total in given]
         grad_BTD = sum((grad for grad, _ in pairs[1:]), start=pairs[0][0])
-        return _reduce_scatter(grad_BTD, ctx.group), None, *(grad for _, grad in pairs)
+        return _reduce_scatter(grad_BTD, ctx.group), None, None, *(grad for _, grad in pairs)
 
 
 def _gather(own_BTD: Tensor, group: Any, *, gradients_are_parts: bool = True) -> Tensor:

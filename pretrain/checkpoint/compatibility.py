@@ -52,6 +52,7 @@ MAY_CHANGE = (
     "train.compile",
     "train.recompute",
     "train.recompute_blocks",
+    "train.gradient_sums",
     "train.num_threads",
     "train.profile",
     "train.profile.*",

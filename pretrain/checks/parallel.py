@@ -46,6 +46,12 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
     if section.offload_optimizer and section.zero_stage == 0:
         rule = "moves what ZeRO spreads, and parallel.zero_stage is 0"
         yield Problem("parallel.offload_optimizer", rule, "use parallel.zero_stage=1 or higher, or false", "true")
+    if config.train.gradient_sums == "product" and section.zero_stage not in (1, 2):
+        rule = f"adds to the sums of ZeRO 1 and 2, and parallel.zero_stage is {section.zero_stage}"
+        yield Problem("train.gradient_sums", rule, "use auto, or parallel.zero_stage=1", "product")
+    if config.train.gradient_sums == "product" and config.train.compile:
+        rule = "is not for train.compile=true: compiled blocks hand their gradients to autograd"
+        yield Problem("train.gradient_sums", rule, "use auto, or train.compile=false", "product")
     if section.schedule != "1f1b" and section.pipeline == 1:
         rule = "orders pipeline stages, and parallel.pipeline is 1"
         yield Problem("parallel.schedule", rule, "remove it, or raise parallel.pipeline", section.schedule)

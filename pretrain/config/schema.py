@@ -189,6 +189,10 @@ class TrainConfig(Section):
         description="Blocks that keep only their input and are computed again in the backward pass: none, those of recompute_blocks, all.",
     )
     recompute_blocks: str = Field("", description="For recompute: selective, letters of model.pattern, such as `*E`.")
+    gradient_sums: Literal["auto", "product", "hook"] = Field(
+        "auto",
+        description="Where weight gradients join the float32 sum of a step: in the product that makes them, which under bf16 saves a rounding and their way through memory, or behind it, by a hook; auto: in the product under parallel.zero_stage 1 and 2, unless blocks are compiled.",
+    )
     num_threads: int | None = Field(
         None, gt=0, le=4096, description="CPU threads per rank; none: cores / ranks on this machine."
     )
@@ -197,6 +201,10 @@ class TrainConfig(Section):
         None,
         description="Library kernels that add in one order, and our kernels' own tiles instead of tuned ones; none: yes on a CPU, no on CUDA, where such library kernels are slower. Our kernels always add in one order.",
     )
+
+    def sums_in_products(self) -> bool:
+        """Whether products add weight gradients to the sums, where ZeRO 1 or 2 has some."""
+        return self.gradient_sums != "hook" and not self.compile
 
 
 class ParallelConfig(Section):

@@ -4,7 +4,8 @@ DeepSpeed cuts the flat weights of each parameter group over the ranks that shar
 with one group for some blocks (`group_parameters`), a reduce-scatter of that group's gradients leaves every rank exactly
 what it steps, and can start as soon as the last backward pass has left those blocks:
 
-    hook of a parameter      adds its gradient to one float32 sum a group and frees it; nothing is rounded to bf16
+    product of a weight      adds the weight's gradient to one float32 sum a group (kernels/common/gradient_sum.py)
+    hook of a parameter      learns that a pass has; what autograd was given it adds itself, and frees it
     last gradient in         the group's reduce-scatter starts, while earlier blocks are still differentiated. ZeRO 2 starts
                              one after every micro-batch and keeps this rank's range alone
     close                    what is summed over other ranks first (norms, routers, tied embeddings: groups of their own)
@@ -44,7 +45,9 @@ class Bucket:
 
     `places`: of its parameters in the module's order.
     `is_partial`: its gradients are summed over other ranks before those that share the weights. `wanted`: hooks that fire
-    until the group is complete. `sums`: the float32 sum of what was not reduced yet. `share`: this rank's reduced range.
+    until the group is complete. `sums`: the float32 sum of what was not reduced yet. `filled`: parameters whose place in it holds
+    something, by number. `landed`: those that a product has added to in a pass whose hook did not fire yet, and what it made
+    beside the sum. `share`: this rank's reduced range.
     """
 
     index: int
@@ -58,6 +61,8 @@ class Bucket:
     seen: int = 0
     wanted: int = 0
     sums: Tensor | None = None
+    filled: set[int] = field(default_factory=set)
+    landed: dict[int, Tensor | None] = field(default_factory=dict)
     share: Tensor | None = None
     running: list[tuple[Any, Tensor, Tensor]] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
@@ -68,19 +73,71 @@ class Bucket:
         return min(self.places)
 
     def view(self, number: int) -> Tensor:
-        """The place of its parameter of that number in the sum, which is made of zeros where it does not exist yet."""
+        """The place of its parameter of that number in the sum, whatever lies there."""
         parameter = self.parameters[number]
         if self.sums is None:
-            self.sums = torch.zeros(self.flat_size, dtype=torch.float32, device=parameter.device)
+            self.filled.clear()
+            self.sums = torch.empty(self.flat_size, dtype=torch.float32, device=parameter.device)
+            self.sums[self.offsets[-1] + self.parameters[-1].numel() :].zero_()  # behind the last parameter
         start = self.offsets[number]
         return self.sums[start : start + parameter.numel()].view(parameter.shape)
+
+    def add(self, number: int, gradient: Tensor) -> None:
+        """Add a gradient to the sum; the first one is stored."""
+        place = self.view(number)
+        if number in self.filled:
+            place.add_(gradient)
+        else:
+            place.copy_(gradient)
+            self.filled.add(number)
+
+    def total(self, number: int) -> Tensor:
+        """The sum of a parameter's gradients, zeros where it got none."""
+        place = self.view(number)
+        if number not in self.filled:
+            place.zero_()
+            self.filled.add(number)
+        return place
+
+    def take(self, number: int) -> tuple[Tensor, bool]:
+        """The place in which a product leaves a gradient, and whether it adds to what is there.
+
+        On a CPU gradients of a pass join each other before they join the sum, as autograd has them: so layouts and ways to
+        sum compare to the bit. It is a tensor beside the sum then, where the sum holds something already.
+        """
+        place, is_filled = self.view(number), number in self.filled
+        beside = self.landed.get(number)
+        if beside is not None:
+            return beside, True
+        if is_filled and number not in self.landed and place.device.type == "cpu":
+            beside = torch.empty_like(place)
+            self.landed[number] = beside
+            return beside, False
+        self.landed[number] = None
+        self.filled.add(number)
+        return place, is_filled
+
+
+@dataclass(frozen=True, eq=False)
+class BucketPlace:
+    """The sum of one parameter, as the products that make its gradient see it (kernels/common/gradient_sum.py)."""
+
+    buckets: GradientBuckets
+    bucket: Bucket
+    number: int
+
+    def take(self) -> tuple[Tensor, bool]:
+        """The place for a gradient, and whether to add to it."""
+        self.buckets.prepare(self.bucket)
+        return self.bucket.take(self.number)
 
 
 class GradientBuckets:
     """The buckets of one ZeRO 1 or 2 optimizer, from the first backward pass of a step to the next forward pass.
 
-    `partial`: parameters whose gradients other ranks hold parts of. `record`: called with (event, bucket) as things happen:
-    `reduce`, `reduced`, `gather` and `gathered`. Ranks that share weights must make the same calls.
+    `partial`: parameters whose gradients other ranks hold parts of. `in_products`: products add to the sums; else hooks alone.
+    `record`: called with (event, bucket) as things happen: `reduce`, `reduced`, `gather` and `gathered`. Ranks that share
+    weights must make the same calls.
     """
 
     def __init__(
@@ -90,6 +147,7 @@ class GradientBuckets:
         partial: Iterable[nn.Parameter],
         *,
         every_pass: bool,
+        in_products: bool = True,
         record: Callable[[str, int], None] | None = None,
     ) -> None:
         self.optimizer, self.every_pass = optimizer, every_pass
@@ -116,8 +174,10 @@ class GradientBuckets:
         for handle in optimizer._grad_acc_hooks:
             handle.remove()
         for bucket in self.buckets:
-            for parameter in bucket.parameters:
+            for number, parameter in enumerate(bucket.parameters):
                 parameter.register_post_accumulate_grad_hook(self.collect)
+                if in_products:
+                    parameter.gradient_sum = BucketPlace(self, bucket, number)  # type: ignore[attr-defined]
 
     def open(self, num_backwards: int) -> None:
         """Begin a step of so many backward passes."""
@@ -126,20 +186,30 @@ class GradientBuckets:
         for bucket in self.buckets:
             bucket.seen, bucket.wanted = 0, num_backwards * len(bucket.parameters)
             bucket.sums = bucket.share = None
+            bucket.landed.clear()
             bucket.norms.clear()
+
+    def prepare(self, bucket: Bucket) -> None:
+        """Make ready for a gradient: a sum of the pass before has travelled beside a forward pass, and two need not lie there."""
+        assert self.is_open, "a backward pass outside of ZeroEngine.accumulate"
+        if bucket.sums is None:
+            self._settle(bucket)
 
     @torch.no_grad()
     def collect(self, parameter: Tensor) -> None:
-        """Move a fresh gradient into its group's sum, and start what is complete."""
+        """Learn that a pass is over for a parameter: what autograd was given joins the sum, and what is complete starts.
+
+        Neither given nor landed in the sum: a split backward pass computes it later, and calls again.
+        """
         assert self.is_open, "a backward pass outside of ZeroEngine.accumulate"
-        if parameter.grad is None:
-            return  # autograd was given none: a split backward pass computes it later, and calls again
         bucket, number = self.places[id(parameter)]
+        if parameter.grad is None and number not in bucket.landed:
+            return
         assert bucket.seen < bucket.wanted, f"{bucket.names[number]} has more gradients than there are backward passes"
-        if bucket.sums is None:
-            # Its sum of the pass before has travelled beside a forward pass: two of them need not lie there.
-            self._settle(bucket)
-        bucket.view(number).add_(parameter.grad)
+        self.prepare(bucket)
+        for gradient in (bucket.landed.pop(number, None), parameter.grad):
+            if gradient is not None:
+                bucket.add(number, gradient)
         parameter.grad = None
         bucket.seen += 1
         is_complete = bucket.seen == bucket.wanted
@@ -161,9 +231,8 @@ class GradientBuckets:
     def _reduce(self, bucket: Bucket) -> None:
         """Start the reduction of what a bucket has summed up; the sum stays untouched, and alive, until it is done."""
         self._settle(bucket)
-        first = bucket.view(0)
-        views = [bucket.view(number) for number in range(len(bucket.parameters))]
-        bucket.norms.append(torch.stack(torch._foreach_norm(views)))
+        totals = [bucket.total(number) for number in range(len(bucket.parameters))]
+        bucket.norms.append(torch.stack(torch._foreach_norm(totals)))
         sums, bucket.sums = bucket.sums, None
         assert sums is not None
         self.record("reduce", bucket.index)
@@ -171,7 +240,7 @@ class GradientBuckets:
         if ranks == 1:
             bucket.running.append((None, sums, sums))
             return
-        share = torch.empty(bucket.flat_size // ranks, dtype=torch.float32, device=first.device)
+        share = torch.empty(bucket.flat_size // ranks, dtype=torch.float32, device=sums.device)
         work = torch.distributed.reduce_scatter_tensor(share, sums, group=bucket.group, async_op=True)
         bucket.running.append((work, sums, share))
 
@@ -211,7 +280,7 @@ class GradientBuckets:
     def gradient_of(self, parameter: nn.Parameter) -> Tensor:
         """This rank's float32 sum of a parameter's gradients, of what was not reduced yet."""
         bucket, number = self.places[id(parameter)]
-        return bucket.view(number)
+        return bucket.total(number)
 
     def _hand_over(self, index: int, share: Tensor) -> None:
         """Give a group's range to DeepSpeed, which clips it in place and steps with it."""

@@ -6,8 +6,9 @@ What happens to a gradient in a step:
         |
         |  backward, once for each micro-batch
         v
-    parameter.grad                      a hook moves each one into a float32 sum. ZeRO 1 and 2: one for each parameter group
-        |                               (`GradientBuckets`); ZeRO 0 and 3: of bf16 gradients (`Float32Accumulator`), which
+    float32 sum                         ZeRO 1 and 2: one for each parameter group (`GradientBuckets`), to which products of
+        |                               large weights add in their own kernels, and a hook what autograd was given of the
+        |                               others. ZeRO 0 and 3: a hook adds up bf16 gradients (`Float32Accumulator`); their sum
         |                               is rounded to bf16 once, at the end
         v
     sums over tensor, expert            where a rank saw only its tokens, heads or pipeline end, its gradient is a part
@@ -107,6 +108,7 @@ class ZeroEngine:
         zero_stage: int,
         clip_norm: float | None,
         partials: Sequence[PartialGradient],
+        sums_in_products: bool = True,
         record: Callable[[str, int], None] | None = None,
     ) -> None:
         self.deepspeed = engine
@@ -120,6 +122,7 @@ class ZeroEngine:
                 engine.optimizer,
                 [entry.parameter for entry in partials],
                 every_pass=zero_stage == 2,
+                in_products=sums_in_products,
                 record=record,
             )
             self.waits_by_part = hasattr(engine.module, "before_use")
@@ -252,6 +255,7 @@ def build_engine(
     parallel: Parallel,
     offload_optimizer: bool = False,
     bucket_elements: int = BUCKET_ELEMENTS,
+    sums_in_products: bool = True,
     record: Callable[[str, int], None] | None = None,
 ) -> ZeroEngine:
     """Put a module, built in float32 and alike on all data ranks, under DeepSpeed. Every rank must call this.
@@ -259,7 +263,8 @@ def build_engine(
     With bf16 the weights become bf16 copies of float32 masters; buffers (the router's balancing bias, say) stay
     float32, because they are state that small steps move. `offload_optimizer` (ZeRO 1-3): masters and moments stay in
     the memory of the host, where torch's fused AdamW steps them. `bucket_elements` (ZeRO 1 and 2): gradients that are
-    reduced together, at least, and `record` is told of the reductions and gathers (`GradientBuckets`).
+    reduced together, at least, `sums_in_products`: products add their weights' gradients to those sums, and `record` is told
+    of the reductions and gathers (`GradientBuckets`).
     """
     quiet_deepspeed()
     if parallel.device.type == "cpu":
@@ -306,6 +311,7 @@ def build_engine(
         zero_stage=zero_stage,
         clip_norm=optimizer.clip_grad_norm,
         partials=partials,
+        sums_in_products=sums_in_products,
         record=record,
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from amfm.kernels.common.gradient_sum import gradients_by_autograd
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.micro_batch import LossShare, MicroBatch
 from amfm.pretrain.monitor.corruption import StateWatch
@@ -63,11 +64,12 @@ def run_apart(run: Run, micro_batches: Sequence[MicroBatch], share: LossShare) -
         run.engine.module.train()
         gradients = {}
     else:
-        output = forward_micro_batch(run, micro_batches[0])
-        loss = share.apply(output)
-        assert loss is not None, "a batch has labels"
         named = {name: weight for name, weight in run.engine.module.named_parameters() if weight.requires_grad}
-        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        with gradients_by_autograd():
+            output = forward_micro_batch(run, micro_batches[0])
+            loss = share.apply(output)
+            assert loss is not None, "a batch has labels"
+            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         outputs, gradients = (
             [output],
             {f"gradient of {name}": value for name, value in zip(named, found) if value is not None},

@@ -17,6 +17,7 @@ from amfm.pretrain.hook import Hook
 from amfm.pretrain.run import Run
 from amfm.pretrain.step_sums import StepResult
 from amfm.pretrain.tasks.suite import TaskSuite
+from tests.helpers.spoiled_gradient import spoil_gradient
 
 
 class AfterStep(Hook):
@@ -90,12 +91,12 @@ def spoil_one_expert(run: Run) -> None:
     assert weight.shape[0] == run.config.model.moe.num_experts, name
 
     def spoil(gradient: Tensor) -> Tensor:
-        handle.remove()
+        stop()
         spoiled = gradient.clone()
         spoiled[1] = float("nan")
         return spoiled
 
-    handle = weight.register_hook(spoil)
+    stop = spoil_gradient(weight, spoil)
 
 
 def overflow(run: Run) -> None:

@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from amfm.kernels.common import gemm_precision
+from amfm.kernels.common.gradient_sum import gradients_by_autograd
 from amfm.kernels.common.split_backward import Later, compute_now, split_backward
 from amfm.kernels.linear.op import _Float32Linear, linear, linear_float32, split_in_halves
+from tests.helpers.gradient_place import Place
 
 # float32: sums of 63 products; bfloat16: one rounding of inputs' products, 8 bits of mantissa.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
@@ -87,22 +91,69 @@ def test_a_weight_gradient_that_is_computed_later_is_the_same_to_the_bit_and_add
     assert [one is weight for one in collected] == [True, True], "once a pass, however often it multiplied"
 
 
+@pytest.mark.parametrize("operation", [linear, linear_float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_weight_gradient_lands_in_its_sum_unrounded_and_autograd_gets_none(operation, dtype, recomputed, monkeypatch):
+    # Elsewhere a CPU's own products of bfloat16 are rounded.
+    monkeypatch.setattr(gemm_precision, "_MULTIPLIES_BF16", False)
+    torch.manual_seed(0)
+    x = torch.randn(2, 63, 24).to(dtype).requires_grad_()
+    weight = torch.randn(40, 24).to(dtype).requires_grad_()
+    grads = torch.randn(3, 2, 63, 40).to(torch.float32 if operation is linear_float32 else dtype)
+    operation(x, weight).backward(grads[0])
+    (wanted_x, wanted), x.grad, weight.grad = (x.grad, weight.grad), None, None
+    place = Place.of(weight)
+    fired: list[torch.Tensor | None] = []
+    weight.register_post_accumulate_grad_hook(lambda weight: fired.append(weight.grad))
+    for grad in grads:
+        # What a recomputed block saves are copies of its parameters.
+        y = checkpoint(operation, x, weight, use_reentrant=False) if recomputed else operation(x, weight)
+        y.backward(grad)
+        if place.passes == 1:
+            assert torch.equal(x.grad, wanted_x) and torch.equal(place.sum.to(dtype), wanted)
+    assert fired == [None] * 3 and place.passes == 3, "autograd comes to the weight once a pass, without a gradient"
+    exact = torch.einsum("pbto,bti->oi", grads.double(), x.detach().double())
+    assert (place.sum - exact).norm() <= 1e-6 * exact.norm(), "float32: sums of 378 products"
+    with gradients_by_autograd():
+        y = operation(x, weight)
+    y.backward(grads[0])
+    assert torch.equal(weight.grad, wanted) and place.passes == 3
+
+
+def test_a_weight_gradient_that_is_computed_later_lands_in_its_sum():
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(63, 24), torch.randn(40, 24).requires_grad_(), torch.randn(63, 40)
+    place = Place.of(weight)
+    later: Later = []
+    with split_backward(later):
+        (linear(x, weight) + linear(x, weight)).backward(grad)
+    assert place.passes == 0
+    collected: list[torch.Tensor] = []
+    compute_now(later, collected.append)
+    assert torch.equal(place.sum, 2 * (grad.T @ x)) and weight.grad is None
+    assert [one is weight for one in collected] == [True]
+
+
 class ProductWatch(TorchDispatchMode):
     """Notes the dtypes of every product's operands and result."""
 
     def __init__(self):
         super().__init__()
-        self.dtypes = []
+        self.dtypes, self.names = [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function._opname == "mm":
-            self.dtypes.append((args[0].dtype, args[1].dtype, result.dtype))
+        if function._opname in ("mm", "addmm"):
+            left, right = args[-3:-1] if "dtype" in function._overloadname else args[-2:]
+            self.names.append(function._opname)
+            self.dtypes.append((left.dtype, right.dtype, result.dtype))
         return result
 
 
-def test_float32_products_of_bfloat16_run_on_tensor_cores_in_both_passes_on_cuda():
-    """On fake tensors: which products a card would take. One forward, two backward."""
+@pytest.mark.parametrize("lands", [False, True])
+def test_float32_products_of_bfloat16_run_on_tensor_cores_in_both_passes_on_cuda(lands):
+    """On fake tensors: which products a card would take. One forward, two backward; each half of a gradient that lands."""
     with FakeTensorMode(), ProductWatch() as watch:
         x, weight, grad = (
             torch.empty(shape, dtype=dtype, device="cuda")
@@ -112,11 +163,14 @@ def test_float32_products_of_bfloat16_run_on_tensor_cores_in_both_passes_on_cuda
                 ((2, 21, 40), torch.float32),
             )
         )
-        y = _Float32Linear.forward(SimpleNamespace(save_for_backward=lambda *_: None), x, weight)
-        grads = _Float32Linear.backward(SimpleNamespace(saved_tensors=(x, weight)), grad)
+        total = Place(torch.empty(40, 64, device="cuda")) if lands else None
+        y = _Float32Linear.forward(SimpleNamespace(save_for_backward=lambda *_: None), x, weight, total)
+        grads = _Float32Linear.backward(SimpleNamespace(saved_tensors=(x, weight), total=total), grad)
     assert (y.dtype, y.shape) == (torch.float32, grad.shape)
-    assert [(each.dtype, each.shape) for each in grads] == [(torch.bfloat16, each.shape) for each in (x, weight)]
-    assert watch.dtypes == [(torch.bfloat16, torch.bfloat16, torch.float32)] * 3
+    assert (grads[0].dtype, grads[0].shape) == (torch.bfloat16, x.shape)
+    assert grads[1] is None if lands else (grads[1].dtype, grads[1].shape) == (torch.bfloat16, weight.shape)
+    assert watch.names == ["mm", "mm", *(["mm", "addmm"] if lands else ["mm"])]
+    assert watch.dtypes == [(torch.bfloat16, torch.bfloat16, torch.float32)] * len(watch.names)
 
 
 def test_halves_of_a_gradient_give_its_products_beyond_the_digits_of_bfloat16():

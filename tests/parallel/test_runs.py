@@ -16,6 +16,7 @@ from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step
 from amfm.pretrain.step_sums import StepResult
 from tests.helpers.spawn import run_ranks
+from tests.helpers.spoiled_gradient import spoil_gradient
 from tests.parallel.layouts import Layout, gather_weights, layout_config, outcomes_of
 from tests.pretrain.tiny_run import Trained, tiny_config, train_and_collect
 
@@ -64,9 +65,9 @@ def poison_and_signal(config: RunConfig, victim: str) -> tuple[StepResult, bool,
         is_last = run.parallel.rank == run.parallel.world_size - 1
         before = gather_weights(run)
         parameter = dict(run.model.named_parameters())[victim]
-        handle = parameter.register_hook(lambda gradient: gradient * float("nan") if is_last else gradient)
+        stop = spoil_gradient(parameter, lambda gradient: gradient * float("nan") if is_last else gradient)
         poisoned = train_step(run)
-        handle.remove()
+        stop()
         unmoved = all(torch.equal(tensor, before[name]) for name, tensor in gather_weights(run).items())
         if is_last:
             signals.received = signal.SIGTERM

@@ -15,6 +15,7 @@ from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step
 from amfm.pretrain.step_sums import StepResult
 from tests.helpers.spawn import run_ranks
+from tests.helpers.spoiled_gradient import spoil_gradient
 from tests.pretrain.tiny_run import Trained, collect_weights, tiny_config, train_and_collect
 
 # The same operations on the same numbers in the same order, but for reductions over ranks.
@@ -112,11 +113,11 @@ def poison_first_stage(data: DataConfig, folder: str) -> tuple[list[StepResult],
         run = start_run(config, signals)
         before = collect_weights(run)
         victim = dict(run.model.named_parameters()).get("blocks.0.mixer.out_proj.weight")
-        handle = None if victim is None else victim.register_hook(lambda gradient: gradient * float("nan"))
+        stop = None if victim is None else spoil_gradient(victim, lambda gradient: gradient * float("nan"))
         results = [train_step(run)]
         skipped = collect_weights(run)
-        if handle is not None:
-            handle.remove()
+        if stop is not None:
+            stop()
         results.append(train_step(run))
         after, received = collect_weights(run), count_received(run)
         close_run(run)

@@ -18,6 +18,7 @@ from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step
 from amfm.pretrain.step_sums import StepResult
 from tests.helpers.spawn import run_ranks
+from tests.helpers.spoiled_gradient import spoil_gradient
 from tests.pretrain.tiny_run import Trained, collect_weights, read_events, tiny_config, train_and_collect
 
 # float32 sums of another order: a few units in the last place of numbers around 1, and after AdamW's division of a
@@ -130,9 +131,9 @@ def poison_gradient(run: Run) -> StepResult:
     """One step in which the last rank alone has a NaN in the gradient of one matrix."""
     victim = dict(run.model.named_parameters())["blocks.3.mixer.down_proj.weight"]
     is_last = run.parallel.rank == run.parallel.world_size - 1
-    handle = victim.register_hook(lambda gradient: gradient * float("nan") if is_last else gradient)
+    stop = spoil_gradient(victim, lambda gradient: gradient * float("nan") if is_last else gradient)
     result = train_step(run)
-    handle.remove()
+    stop()
     return result
 
 

@@ -1,0 +1,100 @@
+"""Weight gradients that land in the sum of a step's micro-batches, in the product that makes them.
+
+A gradient of its own is written by its product and read again by whoever adds it up: 12 bytes a bfloat16 weight and micro-batch,
+and a rounding to bfloat16. So an optimizer may hang a `GradientSum` on a parameter, as its attribute `gradient_sum`. Operations
+that multiply by large weights look for it in the forward pass (`gradient_sum_of`), add their gradient to the place that it
+gives them in the backward pass, and give autograd none. The idea is Megatron-LM's `gradient_accumulation_fusion`.
+
+Autograd still comes to the parameter when all that multiplied by it are done, with or without a gradient: there the sum
+learns that a pass is in. A pass that is cut in two (split_backward.py) tells it later, by `collect`.
+
+Looked for in forward and not in backward, because what a recomputed block saves are copies of its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from amfm.kernels.common.gemm_precision import gemm_dtype
+
+
+class GradientSum(Protocol):
+    """Where the gradients of one weight are added up, in float32."""
+
+    def take(self) -> tuple[Tensor, bool]:
+        """The place for a gradient, in the weight's shape, and whether to add to what it holds: else to overwrite all of it.
+
+        For a backward pass, which must do so before anything else happens to the sum.
+        """
+        ...
+
+
+_aside: list[bool] = []  # an entry for each block of `gradients_by_autograd` around us, in whatever thread
+
+
+@contextmanager
+def gradients_by_autograd() -> Iterator[None]:
+    """Inside the block operations look for no sums: autograd gets all their gradients, as `torch.autograd.grad` needs.
+
+    Around the backward pass too, in which recomputed blocks must do what they did before.
+    """
+    _aside.append(True)
+    try:
+        yield
+    finally:
+        _aside.pop()
+
+
+def gradient_sum_of(weight: Tensor | None) -> GradientSum | None:
+    """The sum in which this weight's gradients of the present forward pass land; None: autograd gets them."""
+    if torch.compiler.is_compiling() or _aside or weight is None or not weight.requires_grad:
+        return None
+    found: GradientSum | None = getattr(weight, "gradient_sum", None)
+    return found
+
+
+def gradient_sums_of(*weights: Tensor) -> list[GradientSum] | None:
+    """The sums of weights whose gradients one operation makes together; None unless all have one."""
+    found = [total for weight in weights if (total := gradient_sum_of(weight)) is not None]
+    return found if len(found) == len(weights) else None
+
+
+def land(totals: Sequence[GradientSum], write: Callable[[Sequence[Tensor]], None]) -> None:
+    """Let `write` make gradients over the places of sums, or over tensors like them that are added to what lies there."""
+    taken = [total.take() for total in totals]
+    made = [torch.empty_like(place) if adds else place for place, adds in taken]
+    write(made)
+    for (place, adds), gradient in zip(taken, made, strict=True):
+        if adds:
+            place.add_(gradient)
+
+
+def add_outer(place: Tensor, adds: bool, left_RA: Tensor, right_RB: Tensor) -> None:
+    """place [A, B] += left^T right, or = where nothing is to be added to.
+
+    On CUDA one product of the library, which adds in float32 where it makes the result. On a CPU the sum must not depend on how
+    a library orders its additions, so the product is made first, in `gemm_dtype`: narrower than float32 it is rounded once.
+    """
+    if place.device.type == "cuda":
+        if left_RA.dtype != place.dtype and adds:
+            torch.addmm(place, left_RA.t(), right_RB, out_dtype=place.dtype, out=place)
+        elif left_RA.dtype != place.dtype:
+            torch.mm(left_RA.t(), right_RB, out_dtype=place.dtype, out=place)
+        elif adds:
+            place.addmm_(left_RA.t(), right_RB)
+        else:
+            torch.mm(left_RA.t(), right_RB, out=place)
+        return
+    dtype = gemm_dtype(left_RA)
+    left_AR, right_RB = left_RA.to(dtype).t(), right_RB.to(dtype)
+    if dtype == place.dtype and not adds:
+        torch.mm(left_AR, right_RB, out=place)
+    elif adds:
+        place.add_(left_AR @ right_RB)
+    else:
+        place.copy_(left_AR @ right_RB)
