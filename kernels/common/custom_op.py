@@ -2,7 +2,9 @@
 
 A backward operation says by its parameters what it needs: `d_y` is the gradient of the output y, a name of the forward
 operation's inputs is that input, and the name of another output is that output. So `differentiate` knows what to keep, which
-outputs take a gradient, and whose gradients the results are; a gradient is packed, in shape and dtype like its input.
+outputs take a gradient, and whose gradients the results are; a gradient is packed, in shape and dtype like its input. One that
+may land in a sum (gradient_sum.py) has two more arguments there: `weight_sum`, which backward overwrites, or adds to where
+`weight_adds` says so; its result is empty then.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+
+from amfm.kernels.common.gradient_sum import gradient_sum_of
 
 # Of backward's results and of what was kept, by name: gradients by the names of the inputs.
 Unpack = Callable[[tuple[Tensor, ...], Any], dict[str, Tensor | None]]
@@ -34,9 +38,15 @@ def gradients_like(backward: CustomOpDef, gradients: Sequence[str]) -> None:
 
     @fake_of(backward)
     def _(given: Any) -> Tensor | tuple[Tensor, ...]:
-        inputs = [getattr(given, name) for name in gradients]
-        like = tuple(inputs[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+        inputs = [(getattr(given, name), lands(given, name)) for name in gradients]
+        first = inputs[0][0]
+        like = tuple(first.new_empty(0) if x is None or landed else x.new_empty(x.shape) for x, landed in inputs)
         return like if len(like) > 1 else like[0]
+
+
+def lands(given: Any, name: str) -> bool:
+    """Whether the gradient of this argument lands in a sum, by a backward operation's arguments."""
+    return getattr(given, f"{name}_sum", None) is not None
 
 
 def differentiate(
@@ -54,9 +64,11 @@ def differentiate(
     `fake_of`. Where a gradient is missing that backward must have, it gets zeros; where all are, nothing is computed.
     """
     names, needed = _names(forward), _names(backward)
+    landing = [name for name in names if f"{name}_sum" in needed]
+    places = {f"{name}_{part}" for name in landing for part in ("sum", "adds")}
     optional = {each.name for each in backward._opoverload._schema.arguments if each.type.kind() == "OptionalType"}
     arriving = [name if (name := f"d_{output}") in needed else None for output in outputs]
-    unknown = set(needed) - set(names) - set(outputs) - set(arriving)
+    unknown = set(needed) - set(names) - set(outputs) - set(arriving) - places
     assert not unknown, (
         f"{backward}: {sorted(unknown)} are neither inputs nor outputs of {forward}, nor their gradients"
     )
@@ -70,6 +82,7 @@ def differentiate(
         tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
         ctx.tensors, ctx.others = list(tensors), {name: kept[name] for name in kept if name not in tensors}
         ctx.save_for_backward(*tensors.values())
+        ctx.totals = {name: total for name in landing if (total := gradient_sum_of(known[name])) is not None}
         ctx.made = [(result.shape, result.dtype, result.device) for result in results]
         ctx.absent = {name for name in gradients if known[name] is None}
         ctx.mark_non_differentiable(*(result for result, d in zip(results, arriving) if d is None))
@@ -82,13 +95,16 @@ def differentiate(
         for d, name, (shape, dtype, device) in zip(given, arriving, ctx.made, strict=True):
             if name:
                 kept[name] = torch.zeros(shape, dtype=dtype, device=device) if d is None and name not in optional else d
+        for name in landing:
+            taken = ctx.totals[name].take() if name in ctx.totals else (None, False)
+            kept[f"{name}_sum"], kept[f"{name}_adds"] = taken
         found = backward(*(kept[name] for name in needed))
         results = found if isinstance(found, tuple) else (found,)
         if unpack is None:
             into = {name: d for name, d in zip(gradients, results, strict=True) if name not in ctx.absent}
         else:
             into = unpack(results, SimpleNamespace(**kept))
-        return tuple(into.get(name) for name in names)
+        return tuple(None if name in ctx.totals else into.get(name) for name in names)
 
     forward.register_autograd(gradient, setup_context=keep)
 

@@ -208,10 +208,16 @@ def launches() -> Iterator[KernelLaunch]:
                 name = f"experts down backward, {activation}{pairs}, {label}"
                 by = constants | {"BY_ROW": by_row}
                 yield kernel_launch(name, kernels.down_backward_kernel, types, by, narrow)
+    outer = {**experts.OUTER_TILE, **experts.OPTIONS}
     for left, name in ((True, "d_down"), (False, "d_up")):
-        constants = {"GATHER_LEFT": left, "GATHER_RIGHT": not left, "DOT": tl.bfloat16}
-        config = {**experts.OUTER_TILE, **experts.OPTIONS}
-        yield kernel_launch(f"experts {name}", kernels.grouped_outer_kernel, types, constants, config)
+        for adds, into, way in (
+            (False, "*bf16", ""),
+            (False, "*fp32", ", stored in the sum"),
+            (True, "*fp32", ", added to the sum"),
+        ):
+            constants = {"GATHER_LEFT": left, "GATHER_RIGHT": not left, "ADD": adds, "DOT": tl.bfloat16}
+            kernel = kernels.grouped_outer_kernel
+            yield kernel_launch(f"experts {name}{way}", kernel, types | {"result": into}, constants, outer)
     for weighted, name in ((False, "experts sum over choices"), (True, "rows weighted sum")):
         constants = {"WEIGHTED": weighted} | ({} if weighted else {"weights": None})
         yield kernel_launch(name, kernels.sum_choices_kernel, types, constants, experts.SUM_TILE)

@@ -8,6 +8,7 @@ weight's gradient as a row sum of two tensors it has anyway, and the output befo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of, gradients_like
 from amfm.kernels.common.gemm_precision import gemm_dtype
+from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of, land
 from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.moe.reference import score_logits
 from amfm.kernels.moe.torch_grouped import (
@@ -144,6 +146,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x_RD, output[1], weights_S, token_ids_S, offsets_E, up_EFD, down_EDF)
+    # PyTorch's grouped product on a card rounds its result and cannot add to one.
+    ctx.totals = gradient_sums_of(up_EFD, down_EDF) if x_RD.device.type == "cpu" else None
 
 
 def _differentiate(ctx: Any, dy_RD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -155,13 +159,16 @@ def _differentiate(ctx: Any, dy_RD: Tensor | None, _: Tensor | None) -> tuple[Te
     d_up_EFD: Tensor | None = None
     d_down_EDF: Tensor | None = None
     if is_split(*saved[-2:]):
-        dx_RD, d_weights_S = _leave_weights(*given)
+        dx_RD, d_weights_S = _leave_weights(ctx.totals, *given)
+    elif ctx.totals is not None:
+        dx_RD, d_weights_S = _land_weights(ctx.totals, *given)
     else:
         dx_RD, d_weights_S, d_up_EFD, d_down_EDF = _backward(*given)
     return dx_RD, None if saved[2] is None else d_weights_S, None, None, d_up_EFD, d_down_EDF, None
 
 
 def _leave_weights(
+    totals: Sequence[GradientSum] | None,
     dy_RD: Tensor,
     x_RD: Tensor,
     hidden_SF: Tensor,
@@ -175,14 +182,52 @@ def _leave_weights(
     """Gradients of x [R, D] and of weights [S]; those of up and down are computed later (kernels/common/split_backward.py)."""
     given = (dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation)
     places = token_ids_S, offsets_E
+    weights_half: Callable[[], Sequence[Tensor | None]]
     if takes_grouped(x_RD, up_EFD, down_EDF):
         dx_SD, d_weights_S, active_SF, d_hidden_SF = grouped_input_gradients(*given)
         weights_half = partial(grouped_weight_gradients, dy_RD, x_RD, active_SF, d_hidden_SF, *places)
     else:
         dx_SD, d_weights_S, d_hidden_SF, active_SF = loop_backward(*given, gemm_dtype(x_RD), later=True)
-        factors = dy_RD, x_RD, d_hidden_SF, active_SF
-        weights_half = partial(loop_weight_gradients, *factors, *places, up_EFD, down_EDF)
+        write = partial(loop_weight_gradients, dy_RD, x_RD, d_hidden_SF, active_SF, *places)
+        weights_half = partial(_write_weights, write, totals, up_EFD, down_EDF)
     compute_later([up_EFD, down_EDF], weights_half)
+    dx_RD = dx_SD if token_ids_S is None else sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
+    return dx_RD.to(x_RD.dtype), d_weights_S
+
+
+def _write_weights(
+    write: Callable[[Sequence[Tensor]], None], totals: Sequence[GradientSum] | None, *weights: Tensor
+) -> Sequence[Tensor | None]:
+    """Gradients of weights, which `write` writes over what it is given; None for each where they land in sums."""
+    if totals is not None:
+        land(totals, write)
+        return [None] * len(weights)
+    made = [torch.empty_like(weight) for weight in weights]
+    write(made)
+    return made
+
+
+def _land_weights(
+    totals: Sequence[GradientSum],
+    dy_RD: Tensor,
+    x_RD: Tensor,
+    hidden_SF: Tensor,
+    weights_S: Tensor | None,
+    token_ids_S: Tensor | None,
+    offsets_E: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x [R, D] and of weights [S]; those of up and down land in their sums, expert by expert."""
+    found: list[Tensor] = []
+
+    def write(into: Sequence[Tensor]) -> None:
+        given = dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation
+        found.extend(loop_backward(*given, gemm_dtype(x_RD), into=into)[:2])
+
+    land(totals, write)
+    dx_SD, d_weights_S = found
     dx_RD = dx_SD if token_ids_S is None else sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
     return dx_RD.to(x_RD.dtype), d_weights_S
 

@@ -7,7 +7,7 @@ have, weights and their gradients are converted an expert at a time too, and row
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 
 import torch
@@ -71,11 +71,12 @@ def loop_backward(
     activation: str,
     dtype: torch.dtype,
     *,
+    into: Sequence[Tensor] | None = None,
     later: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x in sorted order [S, D] in `dtype`, of weights [S] (empty without them), of up and of down.
 
-    `later`: for up and down their factors, gradient of the hidden rows and weighted activations [S, F] in `dtype`, from
+    `into`: what those of up and down are written over, if not over new tensors. `later`: for up and down their factors, gradient of the hidden rows and weighted activations [S, F] in `dtype`, from
     which `loop_weight_gradients` makes them.
 
     With v = dy down: d_weight = <v, activation>, and weight * v goes through the activation's gradient. So the
@@ -89,7 +90,7 @@ def loop_backward(
         d_up_EFD = torch.empty_like(hidden_SF, dtype=dtype)
         d_down_EDF = x_RD.new_empty(hidden_SF.shape[0], down_EDF.shape[2], dtype=dtype)
     else:
-        d_up_EFD, d_down_EDF = torch.empty_like(up_EFD), torch.empty_like(down_EDF)
+        d_up_EFD, d_down_EDF = into or (torch.empty_like(up_EFD), torch.empty_like(down_EDF))
     for up, down, rows, dy, weights, kept, dx, d_weights, d_up, d_down in zip(
         up_EFD.unbind(0),
         down_EDF.unbind(0),
@@ -134,12 +135,11 @@ def loop_weight_gradients(
     active_SF: Tensor,
     token_ids_S: Tensor | None,
     offsets_E: Tensor,
-    up_EFD: Tensor,
-    down_EDF: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of up and down, from what `loop_backward` gives with `later`."""
+    into: Sequence[Tensor],
+) -> None:
+    """Write gradients over `into`, those of up and down, from what `loop_backward` gives with `later`."""
     counts = _count_rows(offsets_E)
-    d_up_EFD, d_down_EDF = torch.empty_like(up_EFD), torch.empty_like(down_EDF)
+    d_up_EFD, d_down_EDF = into
     for rows, dy, d_hidden, active, d_up, d_down in zip(
         _take_rows(x_RD.to(active_SF.dtype), token_ids_S, counts),
         _take_rows(dy_RD.to(active_SF.dtype), token_ids_S, counts),
@@ -154,7 +154,6 @@ def loop_weight_gradients(
             continue
         _multiply_outer(dy, active, d_down)
         _multiply_outer(d_hidden, rows, d_up)
-    return d_up_EFD, d_down_EDF
 
 
 def sum_by_token(rows_SD: Tensor, token_ids_S: Tensor, tokens: int) -> Tensor:

@@ -13,6 +13,8 @@ another order, to which results return (those that ranks sent, sorted by sender)
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ import triton
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of, gradients_like
+from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of
 from amfm.kernels.common.partial_sums import sum_first
 from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles
@@ -111,17 +114,29 @@ def _product(x: Tensor, weight_EBA: Tensor, sources: Tensor | None, tiles: Tenso
     return y
 
 
-def _outer(left: Tensor, right: Tensor, sources: Tensor | None, offsets_E: Tensor, *, gather_left: bool) -> Tensor:
-    """left^T right over each expert's rows: [E, A, B]; one of the two is gathered where there are sources."""
+def _outer(
+    left: Tensor,
+    right: Tensor,
+    sources: Tensor | None,
+    offsets_E: Tensor,
+    place: Tensor | None,
+    adds: bool,
+    *,
+    gather_left: bool,
+) -> Tensor:
+    """left^T right over each expert's rows: [E, A, B]; one of the two is gathered where there are sources.
+
+    Where there is a place it is written there, or added to what lies there, and the result is empty.
+    """
     experts, lefts, rights = offsets_E.shape[0], left.shape[1], right.shape[1]
-    result = left.new_empty(experts, lefts, rights)
+    result = left.new_empty(experts, lefts, rights) if place is None else place
     grid = (triton.cdiv(lefts, OUTER_TILE["BLOCK_M"]), triton.cdiv(rights, OUTER_TILE["BLOCK_N"]), experts)
     grouped_outer_kernel[grid](
         left, right, result, sources, offsets_E, lefts, rights,
         GATHER_LEFT=gather_left and sources is not None, GATHER_RIGHT=not gather_left and sources is not None,
-        DOT=dot_dtype(left.dtype), **_config("experts_outer", OUTER_TILE, left),
+        ADD=adds, DOT=dot_dtype(left.dtype), **_config("experts_outer", OUTER_TILE, left),
     )  # fmt: skip
-    return result
+    return result if place is None else left.new_empty(0)
 
 
 def sum_choices(rows_SD: Tensor, places: Tensor, weights_RK: Tensor | None, tokens: int, choices: int) -> Tensor:
@@ -187,7 +202,7 @@ def _(given: Any) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape), x.new_empty(rows, given.up_EFD.shape[1]), tiles
 
 
-@torch.library.custom_op("amfm::expert_feed_forward_triton_backward", mutates_args=())
+@torch.library.custom_op("amfm::expert_feed_forward_triton_backward", mutates_args=("up_EFD_sum", "down_EDF_sum"))
 def _backward(
     d_y: Tensor,
     x_RD: Tensor,
@@ -201,15 +216,29 @@ def _backward(
     up_EFD: Tensor,
     down_EDF: Tensor,
     swiglu: bool,
+    up_EFD_sum: Tensor | None,
+    up_EFD_adds: bool,
+    down_EDF_sum: Tensor | None,
+    down_EDF_adds: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights (empty without them), up and down."""
+    """Gradients of x, weights (empty without them), up and down (empty where they land)."""
+    into = (up_EFD_sum, up_EFD_adds), (down_EDF_sum, down_EDF_adds)
     if not len(hidden):
         no_weights = x_RD.new_empty(0) if weights_RK is None else torch.zeros_like(weights_RK)
-        return torch.zeros_like(x_RD), no_weights, torch.zeros_like(up_EFD), torch.zeros_like(down_EDF)
+        return torch.zeros_like(x_RD), no_weights, _no_rows(up_EFD, *into[0]), _no_rows(down_EDF, *into[1])
     d_y, x_RD, up_EFD, down_EDF = (tensor.contiguous() for tensor in (d_y, x_RD, up_EFD, down_EDF))
     d_hidden, active, d_weights = _open(d_y, x_RD, hidden, weights_RK, pairs, sources, tiles, down_EDF, swiglu)
-    d_up, d_down = _weight_gradients(d_y, x_RD, d_hidden, active, sources, offsets_E)
+    d_up, d_down = _weight_gradients(d_y, x_RD, d_hidden, active, sources, offsets_E, into)
     return _input_gradient(x_RD, d_hidden, weights_RK, sources, places, tiles, up_EFD), d_weights, d_up, d_down
+
+
+def _no_rows(weight: Tensor, place: Tensor | None, adds: bool) -> Tensor:
+    """Gradient of experts without any rows: zeros, or empty where they land."""
+    if place is None:
+        return torch.zeros_like(weight)
+    if not adds:
+        place.zero_()
+    return weight.new_empty(0)
 
 
 def _open(
@@ -247,12 +276,23 @@ def _open(
     return d_hidden, active, d_weights.view_as(weights_RK)
 
 
+# Of up and of down: the sum in which a gradient lands, if it does, and whether it is added to what lies there.
+Into = tuple[tuple[Tensor | None, bool], tuple[Tensor | None, bool]]
+NOWHERE: Into = ((None, False), (None, False))
+
+
 def _weight_gradients(
-    d_y: Tensor, x_RD: Tensor, d_hidden: Tensor, active: Tensor, sources: Tensor | None, offsets_E: Tensor
+    d_y: Tensor,
+    x_RD: Tensor,
+    d_hidden: Tensor,
+    active: Tensor,
+    sources: Tensor | None,
+    offsets_E: Tensor,
+    into: Into = NOWHERE,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of up and down; rows of d_y and x are gathered while they are loaded."""
-    d_down = _outer(d_y, active, sources, offsets_E, gather_left=True)
-    return _outer(d_hidden, x_RD, sources, offsets_E, gather_left=False), d_down
+    """Gradients of up and down, empty where they land; rows of d_y and x are gathered while they are loaded."""
+    d_down = _outer(d_y, active, sources, offsets_E, *into[1], gather_left=True)
+    return _outer(d_hidden, x_RD, sources, offsets_E, *into[0], gather_left=False), d_down
 
 
 def _input_gradient(
@@ -276,10 +316,27 @@ gradients_like(_backward, ("x_RD", "weights_RK", "up_EFD", "down_EDF"))
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     """Keep x, the hidden rows and the tiles, which are outputs only so that they can be kept."""
     x_RD, *others, up_EFD, down_EDF, ctx.swiglu, _ = inputs
+    ctx.totals = gradient_sums_of(up_EFD, down_EDF)
     _, hidden, tiles = output
     ctx.mark_non_differentiable(hidden, tiles)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x_RD, hidden, *others, tiles, up_EFD, down_EDF)
+
+
+def _take(totals: Sequence[GradientSum] | None) -> Into:
+    """Where gradients of up and down go."""
+    if totals is None:
+        return NOWHERE
+    up, down = totals
+    return up.take(), down.take()
+
+
+def _weights_half(
+    totals: Sequence[GradientSum] | None, compute: Callable[[Into], tuple[Tensor, Tensor]]
+) -> Sequence[Tensor | None]:
+    """Gradients of up and down, None where they land."""
+    found = compute(_take(totals))
+    return found if totals is None else (None, None)
 
 
 def _differentiate(ctx: Any, d_y: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -297,9 +354,12 @@ def _differentiate(ctx: Any, d_y: Tensor | None, *_: Tensor | None) -> tuple[Ten
         )
         d_x = _input_gradient(x_RD, d_hidden, weights_RK, sources, places, tiles, up_EFD.contiguous())
         later = d_y, x_RD, d_hidden, active, sources, offsets_E
-        compute_later([up_EFD, down_EDF], lambda: _weight_gradients(*later))
+        compute_later([up_EFD, down_EDF], partial(_weights_half, ctx.totals, partial(_weight_gradients, *later)))
     else:
-        d_x, d_weights, d_up, d_down = _backward(d_y, *saved, ctx.swiglu)
+        up_place, down_place = _take(ctx.totals)
+        d_x, d_weights, d_up, d_down = _backward(d_y, *saved, ctx.swiglu, *up_place, *down_place)
+        if ctx.totals is not None:
+            d_up = d_down = None
     return d_x, None if weights_RK is None else d_weights, None, None, None, None, d_up, d_down, None, None
 
 

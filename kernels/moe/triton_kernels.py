@@ -233,15 +233,29 @@ def down_backward_kernel(
 
 
 @triton.jit
+def _add_part(
+    corner, part, begin, left_lane, lefts, rights, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Add half of a tile's columns, from `begin` on, to what lies at the tile's corner."""
+    column = begin + tl.arange(0, BLOCK_N // 2)
+    place = tl.arange(0, BLOCK_M)[:, None] * rights + column[None, :]
+    mask = (left_lane[:, None] < lefts) & (tl.program_id(1) * BLOCK_N + column[None, :] < rights)
+    part += tl.load(corner + place, mask=mask, other=0.0)
+    tl.debug_barrier()  # threads that store a number need not be those that loaded it
+    tl.store(corner + place, part, mask=mask)
+
+
+@triton.jit
 def grouped_outer_kernel(
     left, right, result, sources, offsets, lefts, rights,
-    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, DOT: tl.constexpr,
+    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """result [E, lefts, rights] = left^T right over each expert's rows, zeros for an expert without rows.
+    """result [E, lefts, rights] = left^T right over each expert's rows, zeros for an expert without rows; += with ADD.
 
     Grid: (left blocks, right blocks, E). The sum over an expert's rows stays in one program, so that no two
-    write one element.
+    write one element. What is added to is read after the last product, in parts: a whole tile of it would leave room for
+    one program on a multiprocessor instead of two.
     """
     expert = tl.program_id(2).to(tl.int64)
     begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
@@ -265,9 +279,16 @@ def grouped_outer_kernel(
             other=0.0,
         )
         total = tl.dot(left_tile.to(DOT), right_tile.to(DOT), total, input_precision="tf32x3")
-    place = (expert * lefts + left_lane[:, None]) * rights + right_lane[None, :]
-    mask = (left_lane[:, None] < lefts) & (right_lane[None, :] < rights)
-    tl.store(result + place, total.to(result.dtype.element_ty), mask=mask)
+    if ADD:
+        # A wide scalar and narrow offsets: a tile of 64-bit addresses would take twice the registers.
+        corner = (expert * lefts + tl.program_id(0) * BLOCK_M) * rights + tl.program_id(1) * BLOCK_N
+        left_half, right_half = _halves(total)
+        _add_part(result + corner, left_half, 0, left_lane, lefts, rights, BLOCK_M, BLOCK_N)
+        _add_part(result + corner, right_half, BLOCK_N // 2, left_lane, lefts, rights, BLOCK_M, BLOCK_N)
+    else:
+        place = (expert * lefts + left_lane[:, None]) * rights + right_lane[None, :]
+        mask = (left_lane[:, None] < lefts) & (right_lane[None, :] < rights)
+        tl.store(result + place, total.to(result.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "rows"])

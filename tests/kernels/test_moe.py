@@ -12,6 +12,7 @@ from amfm.kernels.moe.losses import balance_loss, count_by_row, router_z_loss, s
 from amfm.kernels.moe.op import SCORES, expert_feed_forward, group_by_expert, grouped_feed_forward, route
 from amfm.kernels.moe.rows.op import choose_ranks
 from amfm.kernels.moe.torch_grouped import begins_aligned
+from tests.helpers.gradient_place import Place
 from tests.helpers.numbers import relative_rms
 from tests.helpers.registration import assert_registered
 
@@ -104,6 +105,48 @@ def split_gradients(backend, dtype, *, experts=5, empty=(), as_rows=False):
             compute_now(later, lambda weight: None)
         found.append([leaf.grad for leaf in leaves])
     return found
+
+
+def landed_gradients(backend, *, is_split, experts=5, empty=(), width=8):
+    """Of two passes the sums in which gradients of up and down landed, and what autograd gives of each pass."""
+    generator = torch.Generator().manual_seed(4)
+    up, down = (torch.randn(shape, generator=generator) for shape in ((experts, 2 * width, 16), (experts, 16, width)))
+    leaves = [up.requires_grad_(), down.requires_grad_()]
+    passes = []
+    for tokens in (21, 30):
+        x, logits = torch.randn(tokens, 16, generator=generator), torch.randn(tokens, experts, generator=generator)
+        logits[:, list(empty)] = -20
+        routing = route(logits, None, score="softmax", top_k=2, normalize=True, scaling=1.0, backend=backend)
+        passes.append((x, routing.expert_ids_RK, routing.weights_RK))
+
+    def differentiate(x, ids, weights):
+        x = x.clone().requires_grad_()
+        y = expert_feed_forward(x, ids, weights, *leaves, activation="swiglu", backend=backend)
+        y.backward(torch.ones_like(y))
+        return x.grad
+
+    wanted = []
+    for given in passes:
+        d_x = differentiate(*given)
+        wanted.append((d_x, *(leaf.grad for leaf in leaves)))
+        leaves[0].grad = leaves[1].grad = None
+    places = [Place.of(leaf) for leaf in leaves]
+    collected = []
+    for given, (d_x, *_) in zip(passes, wanted, strict=True):
+        later = []
+        with split_backward(later) if is_split else nullcontext():
+            assert torch.equal(differentiate(*given), d_x)
+        assert len(later) == is_split
+        compute_now(later, collected.append)
+    assert [leaf.grad for leaf in leaves] == [None, None] and len(collected) == 4 * is_split
+    return [place.sum for place in places], [[gradients[number] for gradients in wanted] for number in (1, 2)]
+
+
+@pytest.mark.parametrize("empty", [(), (0, 3)])
+@pytest.mark.parametrize("is_split", [False, True])
+def test_weight_gradients_land_in_their_sums_to_the_bit(is_split, empty, poisoned_memory):
+    for total, (first, second) in zip(*landed_gradients("torch", is_split=is_split, empty=empty), strict=True):
+        assert torch.equal(total, first + second)
 
 
 @pytest.mark.parametrize(("empty", "as_rows"), [((), False), ((0, 3), False), ((), True)])

@@ -23,7 +23,7 @@ from amfm.kernels.runtime.backend import triton_version
 from tests.helpers.interpreted_products import multiply_term_by_term
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.helpers.registration import assert_registered
-from tests.kernels.test_moe import run, run_with_lost_choices, split_gradients
+from tests.kernels.test_moe import landed_gradients, run, run_with_lost_choices, split_gradients
 
 FLOAT32 = 1e-5  # products over some fifty terms; a softmax's gradient cancels
 
@@ -81,6 +81,13 @@ def test_weight_gradients_that_are_computed_later_are_the_same_to_the_bit(empty,
     whole, split = split_gradients("triton", torch.float32, experts=3, empty=empty, as_rows=as_rows)
     for one, other in zip(whole, split):
         assert_bitwise(one, other)
+
+
+@pytest.mark.parametrize(("is_split", "empty", "width"), [(False, (0, 3), 37), (True, (), 8)])
+def test_weight_gradients_land_in_their_sums_to_the_bit(is_split, empty, width, poisoned_memory):
+    found = landed_gradients("triton", is_split=is_split, empty=empty, width=width)
+    for total, (first, second) in zip(*found, strict=True):
+        assert_bitwise(total, first + second)
 
 
 def run_router(backend, logits, bias, settings):
