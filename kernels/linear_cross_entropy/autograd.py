@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from amfm.kernels.common.custom_op import differentiate, fake_of
+from amfm.kernels.common.gradient_sum import gradient_sum_of
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
@@ -58,6 +59,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[2:])
+    ctx.total = gradient_sum_of(inputs[1])
 
 
 def _differentiate_loss(ctx: Any, d_total: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -66,4 +68,24 @@ def _differentiate_loss(ctx: Any, d_total: Tensor | None, *_: Tensor | None) -> 
         return (None,) * 6
     d_hidden_RD, d_weight_VD = ctx.saved_tensors
     # A scalar tensor does not change the dtype, and is multiplied in float32.
-    return (d_hidden_RD * d_total, d_weight_VD * d_total) + (None,) * 4
+    d_hidden_RD = d_hidden_RD * d_total
+    if ctx.total is None:
+        return (d_hidden_RD, d_weight_VD * d_total) + (None,) * 4
+    place, adds = ctx.total.take()
+    _add_scaled(place, adds, d_weight_VD, d_total)
+    return (d_hidden_RD,) + (None,) * 5
+
+
+def _add_scaled(place: Tensor, adds: bool, d_weight_VD: Tensor, scale: Tensor) -> None:
+    """place += or = scale times a gradient, in one pass over memory and without rounding the product to the gradient's dtype.
+
+    On a CPU product and sum round one after the other, as without a place to land in (`gradient_sum.add_outer`).
+    """
+    # A matrix, and not a scalar, widens what it is multiplied with.
+    scale = scale.to(place.dtype).view(1, 1)
+    if not adds:
+        torch.mul(d_weight_VD, scale, out=place)
+    elif place.device.type == "cpu":
+        place.add_(d_weight_VD * scale)
+    else:
+        place.addcmul_(d_weight_VD, scale)

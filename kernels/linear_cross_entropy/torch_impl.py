@@ -128,7 +128,7 @@ def _walk(rows: int, vocab: int, labels_R: Tensor, first_row: int) -> list[tuple
     return [(part, mine_R[part], local_R[part]) for part in parts]
 
 
-@torch.library.custom_op("amfm::linear_statistics_torch_backward", mutates_args=())
+@torch.library.custom_op("amfm::linear_statistics_torch_backward", mutates_args=("weight_VD_sum",))
 def _statistics_backward(
     d_log_sum_R: Tensor,
     d_target_R: Tensor,
@@ -137,8 +137,10 @@ def _statistics_backward(
     labels_R: Tensor,
     log_sum_R: Tensor,
     first_row: int,
+    weight_VD_sum: Tensor | None,
+    weight_VD_adds: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight; logits are computed again."""
+    """Gradients of hidden and weight, which is empty where it lands; logits are computed again."""
     hidden_RD, weight_VD = hidden_RD.contiguous(), weight_VD.contiguous()
     dtype = gemm_dtype(hidden_RD)
     weight, hidden = weight_VD.to(dtype), hidden_RD.to(dtype)
@@ -149,7 +151,10 @@ def _statistics_backward(
         d_logits = d_logits.scatter_add_(1, local, (d_target_R[part] * mine)[:, None]).to(dtype)
         torch.mm(d_logits, weight, out=d_hidden_RD[part])
         _accumulate_outer(d_weight, d_logits, hidden[part])
-    return d_hidden_RD.to(hidden_RD.dtype), d_weight.to(weight_VD.dtype)
+    if weight_VD_sum is None:
+        return d_hidden_RD.to(hidden_RD.dtype), d_weight.to(weight_VD.dtype)
+    weight_VD_sum.add_(d_weight) if weight_VD_adds else weight_VD_sum.copy_(d_weight)
+    return d_hidden_RD.to(hidden_RD.dtype), hidden_RD.new_empty(0)
 
 
 register_statistics(_statistics, _statistics_backward)

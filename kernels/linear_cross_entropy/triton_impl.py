@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from amfm.kernels.common.gradient_sum import add_outer
 from amfm.kernels.linear_cross_entropy.autograd import register_loss, register_statistics
 from amfm.kernels.linear_cross_entropy.triton_kernels import gradient_kernel, statistics_kernel, stored_gradient_kernel
 from amfm.kernels.runtime.backend import INTERPRETED
@@ -127,7 +128,7 @@ def _statistics(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, first_ro
     return _statistics_of(hidden_RD.contiguous(), weight_VD.contiguous(), labels_R.contiguous(), first_row, None)
 
 
-@torch.library.custom_op("amfm::linear_statistics_triton_backward", mutates_args=())
+@torch.library.custom_op("amfm::linear_statistics_triton_backward", mutates_args=("weight_VD_sum",))
 def _statistics_backward(
     d_log_sum_R: Tensor,
     d_target_R: Tensor,
@@ -136,8 +137,10 @@ def _statistics_backward(
     labels_R: Tensor,
     log_sum_R: Tensor,
     first_row: int,
+    weight_VD_sum: Tensor | None,
+    weight_VD_adds: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight, a slice of rows at a time."""
+    """Gradients of hidden and weight, which is empty where it lands, a slice of rows at a time."""
     hidden_RD, weight_VD, labels_R = hidden_RD.contiguous(), weight_VD.contiguous(), labels_R.contiguous()
     d_log_sum_R, d_target_R = d_log_sum_R.contiguous(), d_target_R.contiguous()
     (rows, model), vocab = hidden_RD.shape, weight_VD.shape[0]
@@ -154,8 +157,15 @@ def _statistics_backward(
             hidden.shape[0], vocab, model, first_row, DOT=dot_dtype(hidden_RD.dtype), **TILE, **PRODUCT_OPTIONS,
         )  # fmt: skip
         torch.mm(d_logits, weight_VD, out=d_hidden_RD[part])
-        d_weight_VD = _accumulate(d_weight_VD, d_logits, hidden)
+        if weight_VD_sum is None:
+            d_weight_VD = _accumulate(d_weight_VD, d_logits, hidden)
+        else:
+            add_outer(weight_VD_sum, weight_VD_adds or begin > 0, d_logits, hidden)
         del d_logits
+    if weight_VD_sum is not None:
+        if not rows and not weight_VD_adds:
+            weight_VD_sum.zero_()
+        return d_hidden_RD, hidden_RD.new_empty(0)
     if d_weight_VD is None:
         d_weight_VD = torch.zeros_like(weight_VD)
     return d_hidden_RD, d_weight_VD.to(weight_VD.dtype)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.causal_conv1d.triton_impl import convolve_rows, convolve_rows_backward, split_taps
-from amfm.kernels.common.custom_op import differentiate, fake_of
+from amfm.kernels.common.custom_op import differentiate, fake_of, lands
+from amfm.kernels.common.gradient_sum import add_outer
 from amfm.kernels.common.limits import DECAY_LIMITS
 from amfm.kernels.common.partial_sums import sum_first, sum_parts
 from amfm.kernels.common.scan_launch import differentiated
@@ -100,7 +101,7 @@ def _(given: Any) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.custom_op("amfm::mamba2_triton_backward", mutates_args=())
+@torch.library.custom_op("amfm::mamba2_triton_backward", mutates_args=("out_weight_sum",))
 def _backward(
     d_out: Tensor,
     projected: Tensor,
@@ -118,9 +119,11 @@ def _backward(
     numbers: list[int],
     epsilon: float,
     chunk_size: int,
+    out_weight_sum: Tensor | None,
+    out_weight_adds: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the projection, of the convolution's weight and bias as one, of A_log, dt_bias and D [3, H] (in this
-    order, in the dtype of A_log), of the norm's weight, and of the output's.
+    order, in the dtype of A_log), of the norm's weight, and of the output's, which is empty where it lands.
     """
     sizes, d_out = MixerSizes.of(numbers, epsilon), d_out.contiguous()
     z, inputs, dt = projected.split(sizes.parts(), dim=-1)
@@ -138,7 +141,11 @@ def _backward(
     d_y, normed = torch.empty_like(y), torch.empty_like(y)
     d_norm_weight = norm_rows_backward(d_normed, None, y, z, norm_weight, reciprocal, d_y, d_z, normed)
     del d_normed
-    d_out_weight = linear(d_out.flatten(0, -2).t(), normed.flatten(0, -2).t()).to(out_weight.dtype)
+    if out_weight_sum is None:
+        d_out_weight = linear(d_out.flatten(0, -2).t(), normed.flatten(0, -2).t()).to(out_weight.dtype)
+    else:
+        add_outer(out_weight_sum, out_weight_adds, d_out.flatten(0, -2), normed.flatten(0, -2))
+        d_out_weight = out_weight.new_empty(0)
     del normed, y
     d_y = d_y.view(x.shape)
     leaving, _ = walk_back(launch, C, gates, starts, d_y, None)
@@ -167,7 +174,7 @@ def _(given: Any) -> tuple[Tensor, ...]:
         conv_weight.new_empty(conv_weight.numel() + len(conv_weight)),
         A_log.new_empty(3, len(A_log)),
         given.norm_weight.new_empty(given.norm_weight.shape),
-        given.out_weight.new_empty(given.out_weight.shape),
+        given.out_weight.new_empty(0 if lands(given, "out_weight") else given.out_weight.shape),
     )
 
 

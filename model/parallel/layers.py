@@ -13,13 +13,13 @@ import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import layers as megatron_layers
 from torch import Tensor, nn
-from torch.nn import functional
 
+from amfm.kernels.embedding.op import embedding
 from amfm.kernels.linear.op import linear
 from amfm.kernels.norm.op import rms_norm
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.low_rank import LowRankUpdate
-from amfm.model.parallel.regions import project_stream
+from amfm.model.parallel.regions import leave_tensor_region, project_stream
 from amfm.model.parallel.shards import REPLICATED, Shard, ShardSpec, divide
 
 
@@ -168,15 +168,18 @@ class VocabEmbedding(megatron_layers.VocabParallelEmbedding):
             tp_group=groups.tp,
         )
         self.is_single_rank: bool = groups.tp.size() == 1
+        self.groups = groups
         self.shards = {"weight": Shard((ShardSpec(0, "tp", (vocab_size,)),))}
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Look up token ids [B, T] -> [B, T, D]."""
         if self.is_single_rank:
-            return functional.embedding(tokens_BT, self.weight)
-        rows: Tensor = super().forward(tokens_BT)
-        # Megatron's reduce-scatter puts tokens first.
-        return rows.transpose(0, 1) if self.reduce_scatter_embeddings else rows
+            return embedding(tokens_BT, self.weight)
+        # As Megatron's layer does, whose look-up is torch's. A row that another rank has is one of zeros.
+        is_other_BT = (tokens_BT < self.vocab_start_index) | (tokens_BT >= self.vocab_end_index)
+        own_BTD = embedding((tokens_BT - self.vocab_start_index).masked_fill(is_other_BT, 0), self.weight)
+        own_BTD = own_BTD.masked_fill(is_other_BT[..., None], 0.0)
+        return leave_tensor_region(own_BTD, self.groups)
 
 
 def stream_shard(groups: ProcessGroupCollection) -> Shard:

@@ -64,7 +64,7 @@ def make_leaves(case: MixerCase, dtype: torch.dtype, seed: int = 0) -> dict[str,
 
 
 def run_mixer(case: MixerCase, leaves: dict[str, Tensor], backend: str, *, keep: bool = True) -> dict[str, Tensor]:
-    """The output, and gradients of its weighted sum by name."""
+    """The output, and gradients of its weighted sum by name; None for one that landed elsewhere."""
     out = mamba2_mix(
         *(leaves.get(name) for name in NAMES),
         case.sizes(),
@@ -74,5 +74,5 @@ def run_mixer(case: MixerCase, leaves: dict[str, Tensor], backend: str, *, keep:
         backend=backend,
     )
     weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
-    gradients = torch.autograd.grad((out.double() * weights).sum(), [*leaves.values()])
+    gradients = torch.autograd.grad((out.double() * weights).sum(), [*leaves.values()], allow_unused=True)
     return {"out": out} | {f"d_{name}": gradient for name, gradient in zip(leaves, gradients)}

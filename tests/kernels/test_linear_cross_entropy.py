@@ -5,6 +5,7 @@ import torch
 
 from amfm.kernels.linear_cross_entropy import torch_impl
 from amfm.kernels.linear_cross_entropy.op import linear_cross_entropy, linear_statistics
+from tests.helpers.gradient_place import Place
 from tests.helpers.registration import assert_registered
 
 # Sums of up to a thousand terms in another order.
@@ -37,6 +38,31 @@ def test_torch_path_equals_the_reference_in_loss_and_gradients(sizes, ignored):
             assert (got - wanted).norm() <= max(tolerance, 1e-7 * (got.dtype == torch.float32)) * wanted.norm() + 1e-30
         if ignored == "all":
             assert results[1][0] == 0 and results[1][3].abs().max() == 0 and results[1][4].abs().max() == 0
+
+
+def landed_gradients(operation, backend, sizes):
+    """Of two passes the sum in which the weight's gradient landed, and what autograd gives of each pass."""
+    hidden, weight, labels = make_inputs(*sizes, torch.float32)
+
+    def differentiate(scale):
+        hidden.grad = weight.grad = None
+        found = operation(hidden * scale, weight, labels, backend=backend)
+        total = found.total if operation is linear_cross_entropy else (found[0] - 2 * found[1]).sum()
+        (total * 0.7).backward()
+        return hidden.grad, weight.grad
+
+    wanted = [differentiate(scale) for scale in (1.0, 0.5)]
+    place = Place.of(weight)
+    for scale, (d_hidden, _) in zip((1.0, 0.5), wanted):
+        d_again, none = differentiate(scale)
+        assert none is None and torch.equal(d_again, d_hidden)
+    return place.sum, [d_weight for _, d_weight in wanted]
+
+
+@pytest.mark.parametrize("operation", [linear_cross_entropy, linear_statistics])
+def test_the_weights_gradient_lands_in_its_sum_to_the_bit(operation, poisoned_memory):
+    total, (first, second) = landed_gradients(operation, "torch", (300, 33, 8))
+    assert torch.equal(total, first + second)
 
 
 def test_gradients_pass_gradcheck():

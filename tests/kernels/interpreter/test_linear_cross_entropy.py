@@ -7,7 +7,7 @@ from amfm.kernels.linear_cross_entropy import triton_impl
 from amfm.kernels.linear_cross_entropy.op import linear_cross_entropy, linear_statistics
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.helpers.registration import assert_registered
-from tests.kernels.test_linear_cross_entropy import make_inputs
+from tests.kernels.test_linear_cross_entropy import landed_gradients, make_inputs
 
 FLOAT32 = 1e-5  # sums of some hundred terms
 
@@ -43,6 +43,12 @@ def test_statistics_of_a_shard_equal_the_definition_twice_bitwise(sizes, poisone
     assert_all_near(once, run_statistics("reference", torch.float64, sizes), FLOAT32)
     for one, other in zip(once, again):
         assert_bitwise(one, other)
+
+
+@pytest.mark.parametrize("operation", [linear_cross_entropy, linear_statistics])
+def test_the_weights_gradient_lands_in_its_sum(operation, poisoned_memory):
+    total, (first, second) = landed_gradients(operation, "triton", (70, 33, 12))
+    assert_all_near([total], [first.double() + second.double()], FLOAT32)  # slice by slice, so in another order
 
 
 def test_registration_is_complete():

@@ -7,6 +7,7 @@ import torch
 
 from amfm.kernels.decay_scan import launch as scan_launch
 from amfm.kernels.mamba2 import triton_impl
+from tests.helpers.gradient_place import Place
 from tests.helpers.mixers import NAMES, MixerCase, make_leaves, run_mixer
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
@@ -32,6 +33,19 @@ def test_operation_equals_the_definition_twice_bitwise(case: MixerCase, poisoned
     for name, value in once.items():
         assert_near(value, expected[name], SUMS if name in ("d_A_log", "d_dt_bias") else FLOAT32, name)
         assert_bitwise(again[name], value, f"{name} repeated")
+
+
+def test_the_gradient_of_the_outputs_weight_lands_in_its_sum_to_the_bit(poisoned_memory: None) -> None:
+    case = MixerCase(T=33, P=20, N=12, model=7)
+    leaves = make_leaves(case, torch.float32)
+    wanted = run_mixer(case, leaves, "triton")
+    place = Place.of(leaves["out_weight"])
+    for _ in range(2):
+        found = run_mixer(case, leaves, "triton")
+    assert_bitwise(place.sum, 2 * wanted.pop("d_out_weight"))
+    assert found["d_out_weight"] is None
+    for name, value in wanted.items():
+        assert_bitwise(found[name], value, name)
 
 
 def test_states_made_again_and_shared_groups_change_nothing(
