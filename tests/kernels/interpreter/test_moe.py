@@ -353,7 +353,7 @@ def test_rows_of_nan_still_name_experts():
 def test_registration_is_complete():
     torch.manual_seed(3)
     logits, bias = torch.randn(6, 4, requires_grad=True), torch.randn(4)
-    assert_registered(triton_router._forward, logits, bias, False, 2, True, 1.0, 2, 1)
+    assert_registered(triton_router._forward, logits, bias, "softmax", 2, True, 1.0, 2, 1, 2)
     x, up, down = (torch.randn(*shape, requires_grad=True) for shape in ((6, 8), (4, 16, 8), (4, 8, 8)))
     weights = torch.rand(6, 2, requires_grad=True)
     ids = torch.randint(0, 4, (6, 2))

@@ -57,6 +57,14 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
             "parallel.offload_optimizer = true: moves what ZeRO spreads, and parallel.zero_stage is 0; use",
         ),
         (
+            ["train.gradient_sums=product", "parallel.zero_stage=3"],
+            "train.gradient_sums = product: adds to the sums of ZeRO 1 and 2, and parallel.zero_stage is 3; use auto, or",
+        ),
+        (
+            ["train.gradient_sums=product", "train.compile=true"],
+            "train.gradient_sums = product: is not for train.compile=true: compiled blocks hand their gradients to autograd;",
+        ),
+        (
             ["parallel.offload_optimizer=true", "optimizer.kind=muon"],
             "parallel.offload_optimizer = true: would have the host's processors multiply Muon's matrices; use false, or",
         ),
