@@ -80,12 +80,14 @@ def launches() -> Iterator[KernelLaunch]:
     types |= dict.fromkeys(("stride_b", "stride_t", "stride_dx"), "i32")
     types |= dict.fromkeys(("blocks_per_strip", "strips"), "i32")
     # Strides of a projection with 24 heads are multiples of 8 and not of 16 (`amfm.kernels.common.strides`).
-    flags = {"W": WIDTH, "BIAS": True, "DOCUMENTS": True, "UNIT": 8}
+    flags = {"W": WIDTH, "BIAS": True, "DOCUMENTS": True, "UNIT": 8, "SILU": True}
     for name, kernel, config in (
         ("forward", convolution_forward_kernel, convolution.FORWARD[0]),
         ("backward", convolution_backward_kernel, convolution.BACKWARD[0]),
     ):
         yield kernel_launch(f"convolution {name}, width {WIDTH}", kernel, types, flags, config)
+        bare = flags | {"W": 3, "BIAS": False, "SILU": False}
+        yield kernel_launch(f"convolution {name}, width 3 without SiLU", kernel, types, bare, config)
 
 
 def trials() -> Iterator[Sized]:
@@ -93,7 +95,7 @@ def trials() -> Iterator[Sized]:
 
     def trial(
         inputs: Inputs, rows: int, tokens: int, channels: int, width: int = 4, *, lengths: tuple[int, ...] = (),
-        before: int = 0, initial: bool = False, exact: str = "reference",
+        before: int = 0, initial: bool = False, activation: str = "silu", exact: str = "reference",
     ) -> Trial:  # fmt: skip
         x = slices(inputs.normal(rows, tokens, before + channels), before, channels)[1]
         leaves = {"x": x, "weight": inputs.normal(channels, width, scale=0.5), "bias": inputs.normal(channels)}
@@ -105,7 +107,7 @@ def trials() -> Iterator[Sized]:
             return {
                 "y": causal_conv1d(
                     given["x"], given["weight"], given["bias"], document_ids_BT=ids,
-                    initial_window_BWC=given.get("window"), backend=backend,
+                    initial_window_BWC=given.get("window"), activation=activation, backend=backend,
                 )
             }  # fmt: skip
 
@@ -115,6 +117,8 @@ def trials() -> Iterator[Sized]:
     yield Sized(
         "width 3 behind a window", "small", partial(trial, rows=2, tokens=40, channels=33, width=3, initial=True)
     )
+    bare = partial(trial, rows=2, tokens=50, channels=72, width=3, lengths=(1, 49), activation="none")
+    yield Sized("width 3 without SiLU", "small", bare)
     yield Sized("an unaligned slice", "small", partial(trial, rows=1, tokens=35, channels=41, before=7))
     long = partial(trial, rows=1, tokens=8205, lengths=(4000, 1, 4204), exact="torch")
     yield Sized("8448 channels of a projection", "long", partial(long, channels=8448, before=8192))

@@ -1,7 +1,7 @@
-"""Short causal depthwise convolution with SiLU, restarted at documents, and its one-token step.
+"""Short causal depthwise convolution, with SiLU or without, restarted at documents, and its one-token step.
 
 Source: Gu and Dao 2023 (arXiv 2312.00752), section 3.4, where it precedes the selective scan; Dao and Gu 2024
-(arXiv 2405.21060) convolves x, B and C together.
+(arXiv 2405.21060) convolves x, B and C together. LFM2 (arXiv 2511.23404) gates it instead of a SiLU.
 
 How: a token of another document counts as a zero input. The initial window is prepended to the row as W - 1
 tokens of its first document, so that no backend knows of it. Outputs for those tokens are cut off again.
@@ -21,6 +21,7 @@ from amfm.kernels.common.shapes import check_documents, check_float, check_shape
 from amfm.kernels.runtime.backend import resolve_backend
 
 WIDTHS = (2, 3, 4)
+ACTIVATIONS = ("silu", "none")
 
 
 def causal_conv1d(
@@ -30,9 +31,12 @@ def causal_conv1d(
     *,
     document_ids_BT: Tensor | None = None,
     initial_window_BWC: Tensor | None = None,
+    activation: str = "silu",
     backend: str = "torch",
 ) -> Tensor:
     """y_t = silu(bias + sum_w weight[:, w] x_(t-W+1+w)), over inputs of the token's own document only.
+
+    With `activation="none"` the sum itself.
 
     x [B, T, C]; weight [C, W] with W of 2, 3 or 4, its last column meeting the token itself; bias [C] or None.
     Document ids are integers [B, T], equal inside a document. initial_window [B, W - 1, C] holds the inputs before
@@ -44,6 +48,9 @@ def causal_conv1d(
     check_shape("x_BTC", x_BTC, (-1, -1, -1))
     B, T, C = x_BTC.shape
     W = _check_weights(weight_CW, bias_C, C, x_BTC)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    silu = activation == "silu"
     if T == 0:
         raise ValueError("x_BTC needs at least 1 token a row; got 0")
     check_documents(document_ids_BT, B, T, x_BTC)
@@ -58,16 +65,17 @@ def causal_conv1d(
             None if bias_C is None else bias_C.to(wide),
             document_ids_BT,
             None if initial_window_BWC is None else initial_window_BWC.to(wide),
+            silu=silu,
         )
         return y.to(x_BTC.dtype)
     document_ids_BT = drop_single_document(document_ids_BT)
     if initial_window_BWC is None:
-        return _find_convolution(backend)(x_BTC, weight_CW, bias_C, document_ids_BT)
+        return _find_convolution(backend)(x_BTC, weight_CW, bias_C, document_ids_BT, silu)
     # The window's tokens get the id of the row's first token: that is the document it belongs to.
     longer = torch.cat([initial_window_BWC.to(x_BTC.dtype), x_BTC], dim=1)
     if document_ids_BT is not None:
         document_ids_BT = torch.cat([document_ids_BT[:, :1].expand(-1, W - 1), document_ids_BT], dim=1)
-    return _find_convolution(backend)(longer, weight_CW, bias_C, document_ids_BT)[:, W - 1 :]
+    return _find_convolution(backend)(longer, weight_CW, bias_C, document_ids_BT, silu)[:, W - 1 :]
 
 
 def causal_conv1d_step(
@@ -89,7 +97,7 @@ def causal_conv1d_step(
     return F.silu(total).to(x_BC.dtype), inputs_BWC[:, 1:]
 
 
-def _find_convolution(backend: str) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:
+def _find_convolution(backend: str) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None, bool], Tensor]:
     """The implementation for a resolved backend; Triton is imported only where it is used."""
     if backend == "torch":
         return convolve

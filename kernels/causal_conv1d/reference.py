@@ -13,6 +13,8 @@ def convolve_by_steps(
     bias_C: Tensor | None,
     document_ids_BT: Tensor | None,
     initial_window_BWC: Tensor | None,
+    *,
+    silu: bool = True,
 ) -> Tensor:
     """y_t = silu(bias + sum_w weight_w x_(t-W+1+w)) over the inputs of the token's own document; missing ones are 0.
 
@@ -38,5 +40,5 @@ def convolve_by_steps(
                 own = (document_ids_BT[:, document] == document_ids_BT[:, t])[:, None]
                 value = torch.where(own, value, torch.zeros_like(value))
             total = total + weight_CW[:, w] * value
-        outputs.append(F.silu(total))
+        outputs.append(F.silu(total) if silu else total)
     return torch.stack(outputs, dim=1)

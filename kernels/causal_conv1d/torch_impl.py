@@ -1,4 +1,4 @@
-"""Causal depthwise convolution with SiLU as one convolution of PyTorch's, with a hand-written backward.
+"""Causal depthwise convolution, with SiLU or without, as one convolution of PyTorch's, with a hand-written backward.
 
 oneDNN convolves rows whose channels lie together in one pass, at a tenth of what W multiply-adds cost; what it knows
 nothing of, documents and the gradient of the weight, is done here.
@@ -20,12 +20,14 @@ from amfm.kernels.common.shapes import drop_single_document
 _NUMBERS = 1 << 18
 
 
-def convolve(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None) -> Tensor:
+def convolve(
+    x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None, silu: bool = True
+) -> Tensor:
     """Convolution of rows with nothing before them; one operation for the compiler, whose own fusion is slower.
 
     x [B, T, C] -> [B, T, C] in its dtype; sums are float32 (float64 for float64).
     """
-    return _forward(x_BTC, weight_CW, bias_C, document_ids_BT)[0]
+    return _forward(x_BTC, weight_CW, bias_C, document_ids_BT, silu)[0]
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -109,11 +111,11 @@ def _correlate(d_padded_BSC: Tensor, x_BTC: Tensor, W: int, document_ids_BT: Ten
 
 @torch.library.custom_op("amfm::causal_conv1d_torch", mutates_args=())
 def _forward(
-    x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None
+    x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """Output, and the sums before SiLU (float32): one more activation, so that backward does not convolve again.
 
-    The sums have W - 1 places more than a row; those behind its end belong to no token.
+    The sums have W - 1 places more than a row; those behind its end belong to no token. Without SiLU they are empty.
     """
     T, W, wide = x_BTC.shape[1], weight_CW.shape[1], _wide(x_BTC)
     weight, bias = weight_CW.to(wide), None if bias_C is None else bias_C.to(wide)
@@ -122,6 +124,8 @@ def _forward(
     if document_ids_BT is not None:
         _mend_edges(totals, x_BTC, weight, bias, document_ids_BT, step=-1)
     y_BTC = x_BTC.new_empty(x_BTC.shape)
+    if not silu:
+        return y_BTC.copy_(totals), longer.new_empty(0)
     if x_BTC.dtype == wide:
         torch.ops.aten.silu.out(totals, out=y_BTC)
     else:
@@ -133,20 +137,24 @@ def _forward(
 def _(given: Any) -> tuple[Tensor, ...]:
     x, W = given.x_BTC, given.weight_CW.shape[1]
     B, T, C = x.shape
-    return x.new_empty(x.shape), x.new_empty(B, T + W - 1, C, dtype=_wide(x))
+    kept = (B, T + W - 1, C) if given.silu else (0,)
+    return x.new_empty(x.shape), x.new_empty(kept, dtype=_wide(x))
 
 
 @torch.library.custom_op("amfm::causal_conv1d_torch_backward", mutates_args=())
 def _backward(
     d_y: Tensor, x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None,
-    longer: Tensor,
+    silu: bool, longer: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, of the weight and of a bias."""
     T, W, wide = x_BTC.shape[1], weight_CW.shape[1], longer.dtype
     weight = weight_CW.to(wide)
-    padded = torch.empty_like(longer)
+    padded = longer.new_empty(len(x_BTC), T + W - 1, x_BTC.shape[2])
     padded[:, T:] = 0
-    d_totals = torch.ops.aten.silu_backward.grad_input(d_y.to(wide), longer[:, :T], grad_input=padded[:, :T])
+    if silu:
+        d_totals = torch.ops.aten.silu_backward.grad_input(d_y.to(wide), longer[:, :T], grad_input=padded[:, :T])
+    else:
+        d_totals = padded[:, :T].copy_(d_y)
     # The gradient of a convolution is one with the taps in reverse order, over the tokens behind instead of
     # before.
     dx_BTC = _slide(padded, weight.flip(1), None)

@@ -34,10 +34,12 @@ FORWARD = _candidates((32, 128), (16, 128), (32, 64), (64, 64))
 BACKWARD = _candidates((16, 64), (8, 128), (16, 32), (32, 32))
 
 
-def convolve_triton(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None) -> Tensor:
+def convolve_triton(
+    x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None, silu: bool = True
+) -> Tensor:
     """As `torch_impl.convolve`, for float32, bfloat16 and float16. Saves its inputs only."""
     dot_dtype(x_BTC.dtype)  # refuses float64
-    return _forward(x_BTC, weight_CW, bias_C, document_ids_BT)
+    return _forward(x_BTC, weight_CW, bias_C, document_ids_BT, silu)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -46,9 +48,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("amfm::causal_conv1d_triton", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None, silu: bool) -> Tensor:
     """y [B, T, C] of x [B, T, C], weight [C, W], bias [C] or None and document ids [B, T] or None."""
-    return convolve_rows(x, weight, bias, documents)
+    return convolve_rows(x, weight, bias, documents, silu=silu)
 
 
 @fake_of(_forward)
@@ -56,7 +58,9 @@ def _(given: Any) -> Tensor:
     return given.x.new_empty(given.x.shape)
 
 
-def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+def convolve_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None, *, silu: bool = True
+) -> Tensor:
     """Launch the forward kernel: y [B, T, C], packed."""
     x, weight = _rows(x), weight.contiguous()
     documents = None if documents is None else documents.contiguous()
@@ -67,22 +71,29 @@ def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Ten
     grid = (B * triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(C, config["BLOCK_C"]))
     convolution_forward_kernel[grid](
         x, weight, bias, documents, y, T, C, x.stride(0) // unit, x.stride(1) // unit,
-        W=weight.shape[1], BIAS=bias is not None, DOCUMENTS=documents is not None, UNIT=unit, **config,
+        W=weight.shape[1], BIAS=bias is not None, DOCUMENTS=documents is not None, UNIT=unit, SILU=silu, **config,
     )  # fmt: skip
     return y
 
 
 @torch.library.custom_op("amfm::causal_conv1d_triton_backward", mutates_args=())
 def _backward(
-    d_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None
+    d_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x, and of weight and bias as one, [C * W + C]."""
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return d_x, convolve_rows_backward(d_y, x, weight, bias, documents, d_x)
+    return d_x, convolve_rows_backward(d_y, x, weight, bias, documents, d_x, silu=silu)
 
 
 def convolve_rows_backward(
-    d_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None, d_x: Tensor
+    d_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    documents: Tensor | None,
+    d_x: Tensor,
+    *,
+    silu: bool = True,
 ) -> Tensor:
     """Launch the backward kernel: write d_x [B, T, C], whose tokens may lie apart at one distance over all rows.
 
@@ -103,7 +114,8 @@ def convolve_rows_backward(
     partial = x.new_empty(B * strips, (W + 1) * C, dtype=torch.float32)
     convolution_backward_kernel[(B * strips, columns)](
         x, weight, bias, documents, d_y, d_x, partial, T, C, *(stride // unit for stride in strides),
-        blocks_per_strip, strips, W=W, BIAS=bias is not None, DOCUMENTS=documents is not None, UNIT=unit, **config,
+        blocks_per_strip, strips, W=W, BIAS=bias is not None, DOCUMENTS=documents is not None, UNIT=unit, SILU=silu,
+        **config,
     )  # fmt: skip
     return sum_first(partial, weight.dtype)
 

@@ -56,15 +56,19 @@ def _add_taps(x0, x1, x2, x3, w0, w1, w2, w3, bias, ids, t, T, DOCUMENTS: tl.con
 
 
 @triton.jit
-def _through_silu(dy, total):
-    """Compute the gradient of the sum before SiLU from that of the output."""
-    return silu_backward(dy, total, sigmoid(total))
+def _through_silu(dy, total, SILU: tl.constexpr):
+    """Compute the gradient of the sum before SiLU from that of the output; the same without SiLU."""
+    if SILU:
+        return silu_backward(dy, total, sigmoid(total))
+    else:
+        return dy
 
 
 @triton.jit
 def convolution_forward_kernel(
     x, weight, bias, ids, y, T, C, stride_b, stride_t,
-    W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, SILU: tl.constexpr = True,
 ):  # fmt: skip
     """y [B, T, C]; one program a block of tokens and of channels.
 
@@ -88,7 +92,9 @@ def convolution_forward_kernel(
     x0, x1 = load_values(x_row, t, T, stride_t, column, C), load_values(x_row, t - 1, T, stride_t, column, C)
     x2, x3 = load_values(x_row, t - 2, T, stride_t, column, C), load_values(x_row, t - 3, T, stride_t, column, C)
     total = _add_taps(x0, x1, x2, x3, w0, w1, w2, w3, start, ids_row, t, T, DOCUMENTS)
-    out = silu(total)
+    out = total
+    if SILU:
+        out = silu(total)
     where = y + (batch * T + t.to(tl.int64))[:, None] * C + column[None, :]
     tl.store(where, out.to(y.dtype.element_ty), mask=(t < T)[:, None] & (column < C)[None, :])
 
@@ -96,7 +102,8 @@ def convolution_forward_kernel(
 @triton.jit
 def convolution_backward_kernel(
     x, weight, bias, ids, d_y, d_x, partial, T, C, stride_b, stride_t, stride_dx, blocks_per_strip, strips,
-    W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, SILU: tl.constexpr = True,
 ):  # fmt: skip
     """d_x [B, T, C], and a part of the gradients of weight and bias for each strip of tokens.
 
@@ -131,7 +138,7 @@ def convolution_backward_kernel(
         next3 = load_values(x_row, t + 3, T, stride_t, column, C)
 
         total = _add_taps(here, back1, back2, back3, w0, w1, w2, w3, start, ids_row, t, T, DOCUMENTS)
-        e = _through_silu(load_values(dy_row, t, T, C, column, C), total)
+        e = _through_silu(load_values(dy_row, t, T, C, column, C), total, SILU)
         dx = e * w0[None, :]
         d_start += tl.sum(e, axis=0)
         d_w0 += tl.sum(e * here, axis=0)
@@ -142,13 +149,13 @@ def convolution_backward_kernel(
         # x_t also entered the sums of the three tokens behind it, each with its own tap and only inside the
         # document.
         total = _add_taps(next1, here, back1, back2, w0, w1, w2, w3, start, ids_row, t + 1, T, DOCUMENTS)
-        e = _through_silu(load_values(dy_row, t + 1, T, C, column, C), total)
+        e = _through_silu(load_values(dy_row, t + 1, T, C, column, C), total, SILU)
         dx += e * w1[None, :] * _reach(ids_row, t + 1, t, T, DOCUMENTS)
         total = _add_taps(next2, next1, here, back1, w0, w1, w2, w3, start, ids_row, t + 2, T, DOCUMENTS)
-        e = _through_silu(load_values(dy_row, t + 2, T, C, column, C), total)
+        e = _through_silu(load_values(dy_row, t + 2, T, C, column, C), total, SILU)
         dx += e * w2[None, :] * _reach(ids_row, t + 2, t, T, DOCUMENTS)
         total = _add_taps(next3, next2, next1, here, w0, w1, w2, w3, start, ids_row, t + 3, T, DOCUMENTS)
-        e = _through_silu(load_values(dy_row, t + 3, T, C, column, C), total)
+        e = _through_silu(load_values(dy_row, t + 3, T, C, column, C), total, SILU)
         dx += e * w3[None, :] * _reach(ids_row, t + 3, t, T, DOCUMENTS)
         where = d_x + (batch * T + t.to(tl.int64))[:, None] * stride_dx + column[None, :]
         tl.store(where, dx.to(d_x.dtype.element_ty), mask=(t < T)[:, None] & (column < C)[None, :])

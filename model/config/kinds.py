@@ -147,6 +147,7 @@ BUILT_IN = (
     ),
     Kind("plstm", "amfm.model.mixers.plstm:PlstmMixer", own.PlstmOptions),
     Kind("retnet", "amfm.model.mixers.retention:RetentionMixer", own.RetentionOptions),
+    Kind("short_conv", "amfm.model.mixers.short_conv:ShortConvMixer", own.ShortConvOptions, letter="C"),
     Kind("transnormer", "amfm.model.mixers.feature_maps:TransNormerMixer", own.TransNormerOptions),
     Kind("mla", "amfm.model.mixers.mla:MlaMixer", own.MlaOptions, letter="+"),
     Kind("window", "amfm.model.mixers.window:WindowMixer", own.WindowOptions, letter="W"),

@@ -249,6 +249,16 @@ class Mamba1Options(LinearOptions):
         return {"tensor": {"inner_size": self.inner_size}}
 
 
+class ShortConvOptions(MixerOptions):
+    """Gated short convolution of LFM2 (Liquid AI 2025, arXiv 2511.23404), as wide as the stream; letter `C`."""
+
+    conv_kernel: Literal[2, 3, 4] = Field(3, description="Width of the causal depthwise convolution between two gates.")
+
+    def lookback(self) -> tuple[int, str]:
+        """What the convolution reads."""
+        return self.conv_kernel - 1, "conv_kernel"
+
+
 class LightNetOptions(VectorGateOptions):
     """LightNet (Qin et al. 2024, arXiv 2405.21022): keys are shares of a running softmax, which decays what came before."""
 

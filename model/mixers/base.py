@@ -227,10 +227,11 @@ class LinearMixer(SequenceMixer):
 
 
 class ShortConvolution(nn.Module):
-    """The causal depthwise convolution with SiLU before a recurrence: weight [C of this rank, W]."""
+    """The causal depthwise convolution before a recurrence, with SiLU (or `none`): weight [C of this rank, W]."""
 
-    def __init__(self, cut: ShardSpec, width: int, num_ranks: int) -> None:
+    def __init__(self, cut: ShardSpec, width: int, num_ranks: int, activation: str = "silu") -> None:
         super().__init__()
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(sum(cut.local_segments(num_ranks)), width))
         self.shards = {"weight": Shard((cut,))}
 
@@ -242,6 +243,7 @@ class ShortConvolution(nn.Module):
             None,
             document_ids_BT=ids_BT,
             initial_window_BWC=window_BWC,
+            activation=self.activation,
             backend=backend,
         )
 

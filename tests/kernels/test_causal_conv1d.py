@@ -29,10 +29,11 @@ def documents(T: int, *starts: int) -> Tensor:
     return ids
 
 
-def run(tensors: list[Tensor], ids: Tensor | None, backend: str) -> list[Tensor]:
+def run(tensors: list[Tensor], ids: Tensor | None, backend: str, activation: str = "silu") -> list[Tensor]:
     x, weight, bias, *window = tensors
+    initial = window[0] if window else None
     y = causal_conv1d(
-        x, weight, bias, document_ids_BT=ids, initial_window_BWC=window[0] if window else None, backend=backend
+        x, weight, bias, document_ids_BT=ids, initial_window_BWC=initial, activation=activation, backend=backend
     )
     dy = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape)
     return [y, *torch.autograd.grad((y.double() * dy).sum(), tensors)]
@@ -50,6 +51,16 @@ def test_shifted_sums_equal_single_steps(
     assert_all_near(run(tensors, ids, "torch"), run(tensors, ids, "reference"), FLOAT64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_without_silu_it_is_the_sum_itself(dtype: torch.dtype, poisoned_memory: None) -> None:
+    ids = documents(63, 1, 2, 40)
+    wanted = run(make(2, 63, 5, 3, torch.float64, window=True), ids, "reference", "none")
+    found = run(make(2, 63, 5, 3, dtype, window=True), ids, "torch", "none")
+    assert_all_near(found, wanted, FLOAT64 if dtype == torch.float64 else FLOAT32)
+    with pytest.raises(ValueError, match="activation must be one of silu, none; got 'relu'"):
+        run(make(1, 3, 5, 3, dtype, window=False), None, "torch", "relu")
+
+
 def test_gradients_match_finite_differences() -> None:
     x, weight, bias, window = make(2, 6, 2, 4, torch.float64, window=True)
     ids = documents(6, 2, 3)
@@ -63,10 +74,11 @@ def test_gradients_match_finite_differences() -> None:
 def test_pytorch_knows_the_operation_and_its_gradient(dtype: torch.dtype, bias: bool) -> None:
     x, weight, bias_C = make(2, 6, 4, 4, dtype, window=False)
     given = bias_C if bias else None
-    assert_registered(_forward, x, weight, given, documents(6, 2))
-    _, longer = _forward(x, weight, given, None)
+    assert_registered(_forward, x, weight, given, documents(6, 2), True)
+    _, longer = _forward(x, weight, given, None, True)
     dy = torch.ones_like(x)
-    assert_registered(_backward, *(t if t is None else t.detach() for t in (dy, x, weight, given, None, longer)))
+    inputs = (t if t is None else t.detach() for t in (dy, x, weight, given, None))
+    assert_registered(_backward, *inputs, True, longer.detach())
 
 
 def test_in_a_compiled_graph_it_is_what_runs_without_one() -> None:

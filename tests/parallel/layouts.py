@@ -66,8 +66,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "mixers": MODEL
     | {
-        "pattern": "MEGK*PE",
+        "pattern": "MEGK*PEC",
         "mixers": {
+            "short_conv": {},
             "gated_deltanet": {
                 "num_heads": 8,
                 "num_key_heads": 2,

@@ -56,18 +56,20 @@ class GroupedRMSNorm(RMSNorm):
 
 
 class DepthwiseConv(nn.Module):
-    """Causal depthwise convolution [C, W] over x, B and C, with an optional bias."""
+    """Causal depthwise convolution [C, W] with an optional bias and SiLU."""
 
-    def __init__(self, channels: int, width: int, has_bias: bool) -> None:
+    def __init__(self, channels: int, width: int, has_bias: bool, has_silu: bool = True) -> None:
         super().__init__()
+        self.has_silu = has_silu
         self.weight = nn.Parameter(torch.zeros(channels, width))
         self.bias = nn.Parameter(torch.zeros(channels)) if has_bias else None
 
     def forward(self, inputs_BTC: Tensor, window_BWC: Tensor) -> tuple[Tensor, Tensor]:
-        """Convolve inputs [B, T, C] that follow a window of W - 1 earlier ones, apply SiLU; also returns the next window."""
+        """Convolve inputs [B, T, C] that follow a window of W - 1 earlier ones; also returns the next window."""
         seen_BSC = torch.cat([window_BWC, inputs_BTC], dim=1)
         y_BCT = F.conv1d(seen_BSC.transpose(1, 2), self.weight.unsqueeze(1), self.bias, groups=self.weight.shape[0])
-        return F.silu(y_BCT.transpose(1, 2)), seen_BSC[:, seen_BSC.shape[1] - window_BWC.shape[1] :]
+        y_BTC = y_BCT.transpose(1, 2)
+        return F.silu(y_BTC) if self.has_silu else y_BTC, seen_BSC[:, seen_BSC.shape[1] - window_BWC.shape[1] :]
 
 
 class Mamba2(nn.Module):

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks_amfm import RMSNorm, attend, gate_heads, gate_size, rope_frequencies, rotate
+from .blocks_amfm import DepthwiseConv, RMSNorm, attend, gate_heads, gate_size, rope_frequencies, rotate
+from .cache_amfm import empty_rows
 from .delta_mixers_amfm import DeltaNet, GatedDeltaNet, Kda
 from .linear_mixers_amfm import (
     Gla,
@@ -35,6 +36,7 @@ from .linear_mixers_amfm import (
 from .window_linear_amfm import WindowLinear
 
 LETTERS = {
+    "C": "short_conv",
     "G": "gated_deltanet",
     "H": "hgrn2",
     "K": "kda",
@@ -223,7 +225,37 @@ class Memories(nn.Module):
         return weights_BTK, memory_BTK
 
 
-SOFTMAX_MIXERS: dict[str, type[nn.Module]] = {"window": Window, "mla": Mla, "window_linear": WindowLinear}
+class ShortConv(nn.Module):
+    """Two gates around a short causal convolution (Liquid AI 2025, arXiv 2511.23404); the state is its last inputs."""
+
+    def __init__(self, options: dict[str, Any], config: Any) -> None:
+        super().__init__()
+        self.width, kernel = config.hidden_size, options["conv_kernel"]
+        self.in_proj = nn.Linear(self.width, 3 * self.width, bias=False)
+        self.conv = DepthwiseConv(self.width, kernel, has_bias=False, has_silu=False)
+        self.out_proj = nn.Linear(self.width, self.width, bias=False)
+        self.kept = kernel - 1
+
+    def forward(
+        self, x_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor, state: State | None
+    ) -> tuple[Tensor, State]:
+        """x [B, T, D] -> y [B, T, D] and the state after it."""
+        entry, exit_, values = self.in_proj(x_BTD).split(self.width, dim=-1)
+        inputs = entry * values
+        if mask_BT is not None:
+            inputs = inputs * mask_BT[:, :, None].to(inputs.dtype)
+        (window,) = state or (empty_rows(inputs, len(inputs), self.kept, self.width),)
+        mixed, window = self.conv(inputs, window)
+        return self.out_proj(exit_ * mixed), (window,)
+
+
+# Built from options and configuration alone: softmax over keys, or no recurrence.
+OTHER_MIXERS: dict[str, type[nn.Module]] = {
+    "window": Window,
+    "mla": Mla,
+    "window_linear": WindowLinear,
+    "short_conv": ShortConv,
+}
 LINEAR_MIXERS: dict[str, type[LinearMixer]] = {
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
@@ -249,8 +281,8 @@ def build_mixer(symbol: str, config: Any, order: int, count: int) -> nn.Module:
     """
     name = LETTERS.get(symbol, symbol.strip("{}"))
     options = config.mixers[name]
-    if name in SOFTMAX_MIXERS:
-        return SOFTMAX_MIXERS[name](options, config)
+    if name in OTHER_MIXERS:
+        return OTHER_MIXERS[name](options, config)
     depth = order / (count - 1 + 1e-5)
     if name != "mom":
         return LINEAR_MIXERS[name](options, config, depth)

@@ -27,33 +27,35 @@ def documents(T: int, *starts: int) -> Tensor:
     return ids
 
 
-def run(tensors: list[Tensor], ids: Tensor | None, backend: str) -> list[Tensor]:
+def run(tensors: list[Tensor], ids: Tensor | None, backend: str, activation: str = "silu") -> list[Tensor]:
     x, weight, bias, *window = tensors
+    initial = window[0] if window else None
     y = causal_conv1d(
-        x, weight, bias, document_ids_BT=ids, initial_window_BWC=window[0] if window else None, backend=backend
+        x, weight, bias, document_ids_BT=ids, initial_window_BWC=initial, activation=activation, backend=backend
     )
     dy = torch.linspace(-1, 2, y.numel()).view(y.shape)
     return [y, *torch.autograd.grad((y * dy).sum(), tensors)]
 
 
 @pytest.mark.parametrize(
-    ("T", "C", "W", "window", "starts"),
+    ("T", "C", "W", "window", "starts", "activation"),
     [
-        (1, 5, 4, False, None),
-        (63, 40, 4, False, (1, 2, 40)),
-        (40, 33, 3, True, (10,)),
-        (20, 8, 2, False, None),
-        (35, 5, 4, True, (1, 18)),
+        (1, 5, 4, False, None, "silu"),
+        (63, 40, 4, False, (1, 2, 40), "silu"),
+        (40, 33, 3, True, (10,), "silu"),
+        (40, 33, 3, True, (10,), "none"),
+        (20, 8, 2, False, None, "silu"),
+        (35, 5, 4, True, (1, 18), "silu"),
     ],
 )
 def test_tiles_equal_single_steps_twice_bitwise(
-    T: int, C: int, W: int, window: bool, starts: tuple[int, ...] | None, poisoned_memory: None
+    T: int, C: int, W: int, window: bool, starts: tuple[int, ...] | None, activation: str, poisoned_memory: None
 ) -> None:
     tensors = make(2, T, C, W, window=window)
     ids = None if starts is None else documents(T, *starts)
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    once, again = run(tensors, ids, "triton"), run(tensors, ids, "triton")
-    assert_all_near(once, run(exact, ids, "reference"), FLOAT32)
+    once, again = (run(tensors, ids, "triton", activation) for _ in range(2))
+    assert_all_near(once, run(exact, ids, "reference", activation), FLOAT32)
     for a, b in zip(once, again):
         assert_bitwise(a, b)
 
@@ -85,4 +87,4 @@ def test_meta_tensors_pass_through() -> None:
 
 def test_registration_is_complete() -> None:
     x, weight, bias = make(2, 5, 4, 4, window=False)
-    assert_registered(triton_impl._forward, x, weight, bias, None)
+    assert_registered(triton_impl._forward, x, weight, bias, None, True)

@@ -109,6 +109,20 @@ def deepseek_v3_config(**changes) -> ModelConfig:
     return kimi_linear_config(**(fields | changes))
 
 
+def lfm2_config(**changes) -> ModelConfig:
+    fields = {
+        "pattern": "C-C-*-",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "mixers": {"short_conv": {}},
+        "attention": AttentionConfig(
+            num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=True, positions="rope", rope=RopeConfig(theta=200.0)
+        ),
+        "feed_forward": FeedForwardConfig(hidden_size=20, activation="swiglu"),
+    }
+    return ModelConfig(**(fields | changes))
+
+
 def grouped(moe: MoeConfig | None, **changes) -> MoeConfig:
     assert moe is not None
     return moe.model_copy(update=changes)
@@ -208,6 +222,15 @@ CASES = {
         feed_forward=None,
         mixers={"mla": MLA | {"positions": "rope", "rope_theta": 300.0}},
         moe=grouped(KIMI_LINEAR.moe, shared_expert_hidden_size=32, expert_bias=True, normalize_probabilities=False),
+    ),
+    "lfm2, convolutions and attention, tied": lfm2_config(tie_embeddings=True),
+    "lfm2, wider convolutions alone": lfm2_config(
+        pattern="C-", attention=None, mixers={"short_conv": {"conv_kernel": 4}}
+    ),
+    "lfm2, attention alone, yarn": lfm2_config(
+        pattern="*-",
+        mixers={},
+        attention=lfm2_config().attention.model_copy(update={"rope": YARN}),
     ),
     "qwen3_5_moe, gated": gated(qwen3_5_moe_config()),
     "qwen3_5_moe, no gates, as many key heads": qwen3_5_moe_config(mixers=delta_mixers(num_key_heads=None)),

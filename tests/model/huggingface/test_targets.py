@@ -22,12 +22,27 @@ from tests.model.huggingface.cases import (
     granite_config,
     grouped,
     kimi_linear_config,
+    lfm2_config,
     nemotron_h_config,
     qwen3_5_moe_config,
     qwen3_next_config,
 )
 
+ROTARY = lfm2_config().attention
 UNFIT = {
+    "lfm2": {
+        "model.pattern=C-C*-": {"pattern": "C-C*-"},
+        "model.attention.qk_norm=false": {"attention": ROTARY.model_copy(update={"qk_norm": False})},
+        "model.attention.positions=none": {"attention": ROTARY.model_copy(update={"positions": "none"})},
+        "model.attention.rope.fraction=0.5": {
+            "attention": ROTARY.model_copy(update={"rope": RopeConfig(fraction=0.5)})
+        },
+        "model.attention.head_dim=8": {"attention": ROTARY.model_copy(update={"head_dim": 8})},
+        "model.attention.softmax_scale=0.3": {"attention": ROTARY.model_copy(update={"softmax_scale": 0.3})},
+        "model.attention.gate=element": {"attention": ROTARY.model_copy(update={"gate": "element"})},
+        "model.feed_forward.activation=squared_relu": {"feed_forward": FeedForwardConfig(hidden_size=20)},
+        "model.multipliers.logits=0.5": {"multipliers": MultipliersConfig(logits=0.5)},
+    },
     "kimi_linear": {
         "model.pattern=K-E": {"pattern": "K-E"},
         "model.mixers.kda.value_head_dim=5": {"mixers": {"kda": KDA | {"value_head_dim": 5}, "mla": MLA}},
@@ -149,6 +164,7 @@ BASES = {
     "qwen3_5_moe": qwen3_5_moe_config,
     "kimi_linear": kimi_linear_config,
     "deepseek_v3": deepseek_v3_config,
+    "lfm2": lfm2_config,
 }
 
 

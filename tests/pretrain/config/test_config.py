@@ -68,6 +68,7 @@ model.mixers.plstm.conv_kernel model.mixers.plstm.chunk_size model.mixers.plstm.
 model.mixers.plstm.value_head_dim
 model.mixers.retnet.conv_kernel model.mixers.retnet.chunk_size model.mixers.retnet.num_heads
 model.mixers.retnet.head_dim model.mixers.retnet.value_head_dim model.mixers.retnet.rope_theta
+model.mixers.short_conv.conv_kernel
 model.mixers.transnormer.conv_kernel model.mixers.transnormer.chunk_size model.mixers.transnormer.num_heads
 model.mixers.transnormer.head_dim model.mixers.transnormer.value_head_dim model.mixers.transnormer.positions
 model.mixers.transnormer.rope_theta

@@ -84,10 +84,18 @@ OWN: dict[str, Any] = {
         "router_group_merit": 1,
     },
 }
+LFM2: dict[str, Any] = {
+    **MODEL,
+    "pattern": "C-*-C-",
+    "mixers": {"short_conv": {}},
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "qk_norm": True, "positions": "rope"},
+    "feed_forward": {"hidden_size": 40, "activation": "swiglu"},
+}
 MODELS = {
     "nemotron_h": MODEL,
     "granitemoehybrid": GRANITE,
     "qwen3_next": QWEN3_NEXT,
+    "lfm2": LFM2,
     "own": OWN,
 }
 

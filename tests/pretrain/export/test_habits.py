@@ -50,6 +50,7 @@ MISSING: dict[str, dict[str, str]] = {
     "granitemoehybrid": _NATIVE | _UNCLASSIFIED,
     "qwen3_next": _NATIVE,
     "kimi_linear": _NATIVE | _UNCLASSIFIED,
+    "lfm2": _UNCLASSIFIED | _NATIVE | {"documents of a packed row are named by positions alone": "leave packing off"},
     "deepseek_v3": {"a misspelt argument is an error": "check their spelling"},
 }
 # All habits are tried on these; of the others what their README names.

@@ -1,0 +1,199 @@
+"""The transformers class `lfm2`: gated short convolutions, attention, gated feed-forwards.
+
+Read from transformers 5.24 (`configuration_lfm2.py`, `modeling_lfm2.py`). Every layer is a convolution or attention and a
+feed-forward, each after a norm; attention norms its query and key heads and rotates whole heads, whose halves are paired as
+ours. The class has no field for the size of a head: it is the stream's width over the heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.mixer_options import ShortConvOptions
+from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.entries import WeightEntry, WeightMap
+from amfm.model.huggingface.fields import (
+    flat_rope_fields,
+    require_fields,
+    rope_from_parameters,
+    rope_parameters,
+    unfit_gates,
+    unfit_multipliers,
+)
+from amfm.model.huggingface.hf_class import HfTarget
+from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER
+from amfm.model.huggingface.qwen3_next_weights import GatedEntry
+
+LAYER_TYPES = {"C": "conv", "*": "full_attention"}
+LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}
+
+
+def conv_options(config: ModelConfig) -> ShortConvOptions:
+    """Options of the convolution blocks, which the pattern has."""
+    options: ShortConvOptions = getattr(config.mixers, "short_conv")  # noqa: B009
+    return options
+
+
+def unfit_for_lfm2(config: ModelConfig) -> list[str]:
+    """List every choice that the class cannot hold, as value, rule and remedy."""
+    letters = config.letters
+    reasons = unfit_multipliers(config, "lfm2") + unfit_gates(config, "lfm2")
+    mixers, seconds = letters[0::2], letters[1::2]
+    if not (len(mixers) == len(seconds) and set(mixers) <= set(LAYER_TYPES) and set(seconds) <= {"-"}):
+        reasons.append(
+            f"model.pattern={''.join(letters)}: layers of lfm2 are pairs, C or * and then -; use such a pattern, or target own"
+        )
+    if "*" in letters and config.attention is not None:
+        reasons += _unfit_attention(config.hidden_size, config.attention)
+    if "-" in letters and config.feed_forward is not None and config.feed_forward.activation != "swiglu":
+        reasons.append(
+            f"model.feed_forward.activation={config.feed_forward.activation}: the feed-forward of lfm2 is gated; use swiglu, "
+            "or target own"
+        )
+    return reasons
+
+
+def _unfit_attention(hidden_size: int, attention: AttentionConfig) -> Iterator[str]:
+    if not attention.qk_norm:
+        yield "model.attention.qk_norm=false: lfm2 norms queries and keys; use true, or target own"
+    if attention.positions != "rope":
+        yield f"model.attention.positions={attention.positions}: attention of lfm2 is rotary; use rope, or target own"
+    if attention.rope.fraction != 1.0:
+        yield f"model.attention.rope.fraction={attention.rope.fraction}: lfm2 rotates whole heads; use 1.0, or target own"
+    if attention.head_dim * attention.num_heads != hidden_size:
+        rule = f"the heads of lfm2 are hidden_size / num_heads = {hidden_size / attention.num_heads:g} wide"
+        yield f"model.attention.head_dim={attention.head_dim}: {rule}; use that, or target own"
+    scale = attention.softmax_scale
+    if scale is not None and scale != attention.head_dim**-0.5:
+        rule = f"lfm2 scales by head_dim ** -0.5 = {attention.head_dim**-0.5:.6g}"
+        yield f"model.attention.softmax_scale={scale}: {rule}; leave it out, or target own"
+
+
+def lfm2_fields(config: ModelConfig) -> dict[str, Any]:
+    """Build the fields of config.json that are the class's own."""
+    mixers = config.letters[0::2]
+    assert config.feed_forward is not None, "every layer of lfm2 has a feed-forward"
+    fields: dict[str, Any] = {
+        "architectures": ["Lfm2ForCausalLM"],
+        "model_type": "lfm2",
+        "num_hidden_layers": len(mixers),
+        "layer_types": [LAYER_TYPES[letter] for letter in mixers],
+        "norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tie_embeddings,
+        "intermediate_size": config.feed_forward.hidden_size,
+        "block_auto_adjust_ff_dim": False,
+        "conv_bias": False,
+        "conv_L_cache": conv_options(config).conv_kernel if "C" in mixers else 3,
+        # A model without attention still needs sizes that the class accepts.
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    }
+    if "*" in mixers:
+        assert config.attention is not None, "the pattern has *, the configuration no attention section"
+        fields |= {
+            "num_attention_heads": config.attention.num_heads,
+            "num_key_value_heads": config.attention.num_kv_heads,
+            "rope_parameters": rope_parameters(config.attention),
+        }
+    return fields | flat_rope_fields(fields["rope_parameters"])
+
+
+def model_config_from_lfm2(fields: Mapping[str, Any]) -> ModelConfig:
+    """Build our configuration from config.json with the class's defaults filled in.
+
+    Raises ValueError where the class uses something that our model does not have.
+    """
+    require_fields(fields, {"conv_bias": False})
+    pattern = "".join(LETTERS[kind] + "-" for kind in fields["layer_types"])
+    return ModelConfig.model_validate(
+        {
+            "pattern": pattern,
+            "vocab_size": fields["vocab_size"],
+            "hidden_size": fields["hidden_size"],
+            "norm_epsilon": fields["norm_eps"],
+            "tie_embeddings": fields["tie_word_embeddings"],
+            "initializer_range": fields["initializer_range"],
+            "attention": _attention(fields) if "*" in pattern else None,
+            "mixers": {"short_conv": {"conv_kernel": fields["conv_L_cache"]}} if "C" in pattern else {},
+            "feed_forward": FeedForwardConfig(hidden_size=_inner_width(fields), activation="swiglu"),
+        }
+    )
+
+
+def _attention(fields: Mapping[str, Any]) -> AttentionConfig:
+    heads = fields["num_attention_heads"]
+    return AttentionConfig(
+        num_heads=heads,
+        num_kv_heads=fields["num_key_value_heads"],
+        head_dim=fields["hidden_size"] // heads,
+        qk_norm=True,
+        positions="rope",
+        rope=rope_from_parameters(fields.get("rope_parameters") or {}),
+    )
+
+
+def _inner_width(fields: Mapping[str, Any]) -> int:
+    """Width of the feed-forward: as it stands, or two thirds of it, scaled and rounded up to a multiple."""
+    width: int = fields["intermediate_size"]
+    if not fields["block_auto_adjust_ff_dim"]:
+        return width
+    scaled = int((fields["block_ffn_dim_multiplier"] or 1.0) * int(2 * width / 3))
+    multiple: int = fields["block_multiple_of"]
+    return -(-scaled // multiple) * multiple
+
+
+def lfm2_map(config: ModelConfig) -> WeightMap:
+    """Build the weight map of a model that fits the class."""
+    entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
+    for index, letter in enumerate(config.letters):
+        ours, layer = f"blocks.{index}.", f"model.layers.{index // 2}."
+        norm = "ffn_norm" if letter == "-" else "operator_norm"
+        entries.append(WeightEntry(f"{ours}norm.weight", (f"{layer}{norm}.weight",)))
+        entries += _BLOCKS[letter](f"{ours}mixer.", layer)
+    entries.append(WeightEntry("final_norm.weight", ("model.embedding_norm.weight",)))
+    if not config.tie_embeddings:
+        entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
+    return WeightMap(tuple(entries), {})
+
+
+def _conv_entries(ours: str, layer: str) -> Iterator[WeightEntry]:
+    for name in ("in_proj.weight", "out_proj.weight"):
+        yield WeightEntry(ours + name, (f"{layer}conv.{name}",))
+    yield WeightEntry(f"{ours}conv.weight", (f"{layer}conv.conv.weight",), "conv")
+
+
+def _attention_entries(ours: str, layer: str) -> Iterator[WeightEntry]:
+    theirs = {"o_proj": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm"}
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
+        yield WeightEntry(f"{ours}{name}.weight", (f"{layer}self_attn.{theirs.get(name, name)}.weight",))
+
+
+def _dense_entries(ours: str, layer: str) -> Iterator[WeightEntry]:
+    halves = (f"{layer}feed_forward.w1.weight", f"{layer}feed_forward.w3.weight")
+    yield GatedEntry(f"{ours}up_proj.weight", halves)
+    yield WeightEntry(f"{ours}down_proj.weight", (f"{layer}feed_forward.w2.weight",))
+
+
+_BLOCKS = {"C": _conv_entries, "*": _attention_entries, "-": _dense_entries}
+
+
+def limits(config: ModelConfig) -> list[str]:
+    """What the class does not do."""
+    packed = "Documents packed into one row run into each other in its convolutions: leave packing off."
+    return [*([packed] if "C" in config.letters else []), IGNORED_ARGUMENTS, NO_CLASSIFIER]
+
+
+CLASS = HfTarget(
+    name="lfm2",
+    model_type="lfm2",
+    class_name="Lfm2ForCausalLM",
+    unfit=unfit_for_lfm2,
+    fields=lfm2_fields,
+    read=model_config_from_lfm2,
+    weights=lfm2_map,
+    limits=limits,
+)
