@@ -66,3 +66,12 @@ def test_inspect_compares_two_runs(tmp_path, capsys):
     found = one_object(capsys.readouterr().out)
     assert found["train.steps"] == {"other": 100, "this": 7}
     assert found["last_step"] == {"other": 1, "this": 2}
+
+
+def test_inspect_of_a_run_shows_its_losses_and_what_went_wrong(tmp_path, capsys):
+    folder = make_run(tmp_path, [line(1, validation_loss=5.0), line(2, loss=4.5)])
+    events = [{"event": "start"}, {"event": "experts_collapsed"}, {"event": "experts_collapsed"}]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event | {"step": 1}) + "\n" for event in events))
+    assert run(["inspect", str(folder), "--json"]) == 0
+    found = one_object(capsys.readouterr().out)
+    assert (found["loss"], found["validation_loss"], found["warnings"]) == (4.5, 5.0, ["experts_collapsed"])

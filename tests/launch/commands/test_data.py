@@ -10,7 +10,7 @@ from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.data_pipeline.prepare.prepare import Progress
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.launch.cli import run
-from amfm.launch.commands.data import describe_progress
+from amfm.launch.commands.data import check_tokens, describe_progress
 from amfm.pretrain.config.file import load_config
 from tests.helpers.json_output import one_object
 from tests.helpers.tiny_store import make_tiny_store
@@ -31,6 +31,12 @@ def test_prepare_names_missing_text(base, capsys, tmp_path):
         run(["prepare", str(base), f"data.store={tmp_path}/store", f"data.sources.0.paths=[{tmp_path}/none.txt]"]) == 2
     )
     assert "none.txt" in capsys.readouterr().err
+
+
+def test_a_source_that_fills_no_row_is_refused():
+    check_tokens({"web": {"train": 129, "validation": 0}}, 128)
+    with pytest.raises(ValueError, match=r"source 'web' has 2 training tokens, and a row of train.sequence_length=128"):
+        check_tokens({"web": {"train": 2, "validation": 0}}, 128)
 
 
 def test_progress_of_a_preparation_names_rates_and_the_time_to_go():

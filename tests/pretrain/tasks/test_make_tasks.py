@@ -48,6 +48,13 @@ def test_the_verb_writes_what_lm_eval_reads(
     assert suite.kinds() == {"multiple_choice", "generate_until", "loglikelihood_rolling"}
 
 
+def test_tasks_of_a_folder_called_store_have_the_name_of_its_project(store: str, tmp_path: Path) -> None:
+    (tmp_path / "plays").mkdir()
+    (tmp_path / "plays" / "store").symlink_to(store)
+    names = make_tasks(tmp_path / "plays" / "store", tmp_path / "out", num_documents=1)
+    assert names == ["plays_continuation", "plays_next_word", "plays_text"]
+
+
 def test_too_little_held_out_text_and_odd_names_are_refused(data: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has \d+ words, and tasks need 432"):
         make_tasks(data.text_store(), tmp_path / "out")
