@@ -9,8 +9,8 @@ gradient where it arises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import pipelining
+from torch.distributed.pipelining import schedules
 
 from amfm.kernels.common.split_backward import Later, compute_now, split_backward
 from amfm.model.block import Stream
 from amfm.model.hybrid import HybridModel, ModelOutput
+from amfm.model.parallel.waits import waiting
 from amfm.model.pipeline_split import Piece
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.micro_batch import MicroBatch
@@ -209,6 +211,29 @@ class PieceStage(pipelining.PipelineStage):
                 entry.buffer = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
 
 
+@contextmanager
+def telling_waits() -> Iterator[None]:
+    """Inside, waits of a schedule for what it receives and sends count as such (model/parallel/waits.py).
+
+    A release of torch without the function that all schedules wait by leaves them in the passes.
+    """
+    module: Any = schedules
+    own = getattr(module, "_wait_batch_p2p", None)
+    if own is None:
+        yield
+        return
+
+    def wait(works: Any) -> None:
+        with waiting():
+            own(works)
+
+    module._wait_batch_p2p = wait
+    try:
+        yield
+    finally:
+        module._wait_batch_p2p = own
+
+
 class Pipeline:
     """This rank's pieces and the schedule that runs them. Every rank of the pipeline must make the same calls.
 
@@ -237,7 +262,8 @@ class Pipeline:
         """
         self._start(inputs, share)
         numbers = torch.arange(len(inputs))
-        self._schedule.step(index=numbers, target=numbers, return_outputs=False)
+        with telling_waits():
+            self._schedule.step(index=numbers, target=numbers, return_outputs=False)
         return self._finish()
 
     @torch.no_grad()

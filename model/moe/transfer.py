@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.waits import waiting
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ def exchange_counts(counts_P: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """
     counts_P = counts_P.contiguous()
     arrived_P = torch.empty_like(counts_P)
-    dist.all_to_all_single(arrived_P, counts_P, group=groups.ep)
+    with waiting():
+        dist.all_to_all_single(arrived_P, counts_P, group=groups.ep)
     beside = groups.expt_tp.size()
     if beside == 1:
         return arrived_P[None]
     arrived_XP = arrived_P.new_empty(beside * len(arrived_P), *arrived_P.shape[1:])
-    dist.all_gather_into_tensor(arrived_XP, arrived_P, group=groups.expt_tp)
+    with waiting():
+        dist.all_gather_into_tensor(arrived_XP, arrived_P, group=groups.expt_tp)
     return arrived_XP.unflatten(0, (beside, -1))
 
 
@@ -90,7 +93,8 @@ class RowTransfer:
 
     def wait(self) -> None:
         """Wait for the rows; on CUDA the stream waits, not the host."""
-        self.under_way.wait()
+        with waiting():
+            self.under_way.wait()
         self.under_way = None
 
 

@@ -29,6 +29,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from amfm.model.parallel.waits import waiting
 from amfm.pretrain.engine.gradients import GradientFault
 from amfm.pretrain.engine.optimizer import part_of
 from amfm.pretrain.parallel import set_deepspeed_accelerator
@@ -248,7 +249,8 @@ class GradientBuckets:
         """Wait for a bucket's reductions and add them up."""
         for work, _, share in bucket.running:
             if work is not None:
-                work.wait()
+                with waiting():
+                    work.wait()
             bucket.share = share if bucket.share is None else bucket.share.add_(share)
             self.record("reduced", bucket.index)
         bucket.running.clear()
@@ -334,7 +336,8 @@ class GradientBuckets:
 
     def _wait(self, index: int) -> None:
         if index in self.gathers:
-            self.gathers.pop(index).wait()
+            with waiting():
+                self.gathers.pop(index).wait()
             self.record("gathered", index)
 
 

@@ -2,7 +2,9 @@
 
 A host that queues work for a card runs ahead of it, so its clock tells how fast it queues. On a card the passes are
 therefore timed by two events in the stream that computes: a card that is slow, or that its host lets starve, is seen by
-them. They are read after the step's report, for which the host has waited anyway.
+them. They are read after the step's report, for which the host has waited anyway. What a rank waits for others inside its
+passes (model/parallel/waits.py: rows of experts, reductions and gathers, receives of a pipeline) is left out. Tensor and context
+collectives and ZeRO 3's gathers are in: ranks that share them still look alike.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from amfm.model.parallel.waits import DeviceWaits, HostWaits
 from amfm.pretrain.parallel import Parallel
 
 STRAGGLER_STEPS = 20
@@ -57,17 +60,22 @@ class Stopwatch(ABC):
 class HostClock(Stopwatch):
     """Times a step's passes by the host's clock, on which a CPU computes."""
 
+    def __init__(self) -> None:
+        self._waits = HostWaits()
+
     def start(self) -> None:
         """Note where the passes begin."""
+        self._waits.listen()
         self._began = self._ended = time.perf_counter()
 
     def stop(self) -> None:
         """Note where they end."""
         self._ended = time.perf_counter()
+        self._waits.stop()
 
     def seconds(self) -> float:
-        """Seconds from `start` to `stop`."""
-        return self._ended - self._began
+        """Seconds from `start` to `stop` without the waits for other ranks."""
+        return self._ended - self._began - self._waits.seconds()
 
 
 class DeviceClock(Stopwatch):
@@ -75,22 +83,25 @@ class DeviceClock(Stopwatch):
 
     def __init__(self) -> None:
         self._began, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._waits = DeviceWaits()
 
     def start(self) -> None:
         """Queue the first event, behind all that the stream has to do before the passes."""
+        self._waits.listen()
         self._began.record()
 
     def stop(self) -> None:
         """Queue the second one, behind the last backward pass."""
         self._ended.record()
+        self._waits.stop()
 
     def seconds(self) -> float:
-        """Seconds between the events.
+        """Seconds between the events without those of waits for other ranks.
 
         Waits for the second one, so ask after the host has waited for what is behind it.
         """
         self._ended.synchronize()
-        return self._began.elapsed_time(self._ended) / 1e3
+        return self._began.elapsed_time(self._ended) / 1e3 - self._waits.seconds()
 
 
 def clock_of(device: torch.device) -> Stopwatch:
@@ -111,8 +122,7 @@ class StepTimes:
     def find(self, parallel: Parallel, percent: float | None) -> list[Straggler]:
         """Find the slow ranks, slowest first, and start over. A rank's median step counts, so one pause names nobody.
 
-        Ranks that exchange activations (tensor, context, pipeline, expert) wait for each other and look alike: all of a
-        group are named. Every rank must call this.
+        Tensor and context ranks wait for each other and look alike: all of a group are named. Every rank must call this.
         """
         own = statistics.median(self.seconds)
         self.seconds.clear()

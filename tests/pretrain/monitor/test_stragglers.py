@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from amfm.model.parallel.waits import waiting
 from amfm.pretrain.monitor.stragglers import HostClock, clock_of
 
 
@@ -19,6 +20,36 @@ def test_the_host_times_what_a_cpu_computes_between_start_and_stop() -> None:
     taken = clock.seconds()
     time.sleep(0.05)
     assert clock.seconds() == taken >= 0.05
+
+
+def test_what_is_waited_for_inside_the_passes_is_not_a_ranks_own_work() -> None:
+    clock = clock_of(torch.device("cpu"))
+    for _ in range(2):  # waits of a step are not those of the next
+        with waiting():
+            time.sleep(0.05)  # nobody listens
+        with clock:
+            time.sleep(0.05)
+            with waiting():
+                time.sleep(0.2)
+        assert 0.05 <= clock.seconds() < 0.15
+
+
+@pytest.mark.gpu
+def test_a_stream_that_waits_for_another_is_not_busy() -> None:
+    """A kernel that sleeps in another stream stands for the exchange with a slow rank."""
+    clock, exchange = clock_of(torch.device("cuda")), torch.cuda.Stream()
+    square = torch.randn(4096, 4096, device="cuda")
+    square @ square
+    torch.cuda.synchronize()
+    with clock:
+        square @ square
+        with torch.cuda.stream(exchange):
+            torch.cuda._sleep(2_000_000_000)  # cycles: a second
+        with waiting():
+            torch.cuda.current_stream().wait_stream(exchange)
+        square @ square
+    torch.cuda.synchronize()
+    assert clock.seconds() < 0.3
 
 
 @pytest.mark.gpu
