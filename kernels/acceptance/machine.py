@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from amfm.kernels.attention.flash import activate_newest, restore
+
+FIRST_FP8 = 89  # compute capability from which products take FP8
 PACKAGES = (
     "torch",
     "triton",
@@ -32,8 +35,16 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "multiprocessors": properties.multi_processor_count,
             "driver": _driver_version(),
-        }
+        } | describe_presence(properties.major * 10 + properties.minor)
     return found | {"python": platform.python_version(), "cuda": torch.version.cuda, "versions": _versions()}
+
+
+def describe_presence(capability: int) -> dict[str, str]:
+    """Which FlashAttention PyTorch's attention would run on such a GPU, and whether its products take FP8; for a log line."""
+    name, reason = activate_newest(capability // 10)
+    restore()
+    takes_fp8 = hasattr(torch, "_scaled_mm") and capability >= FIRST_FP8
+    return {"flash_attention": f"{name} ({reason})" if reason else name, "fp8": "yes" if takes_fp8 else "no"}
 
 
 def _versions() -> dict[str, str]:

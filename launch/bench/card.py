@@ -12,7 +12,8 @@ import math
 import os
 import statistics
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ QUIET = ("run.tensorboard=false", "train.validate_every_steps=null", "train.chec
 # alone, then what the steps make of it.
 LIMITS = {"float32": (1e-4, 2e-2), "bf16": (5e-3, 5e-2)}
 STAGE_SECONDS = 1800.0
+FIXED_SEGMENTS = {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}
+# What keeps checks of kernels, kernels of Triton, and those of torch.compile, each in a folder.
+CACHES = {"XDG_CACHE_HOME": "user", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
 
 @dataclass
@@ -49,21 +53,23 @@ class Job:
     steps: int
     configs: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=lambda: dict(CONFIGS))
 
-    def train(self, name: str, run: str, *overrides: str, on_cpu: bool = False) -> list[dict[str, Any]]:
+    def train(
+        self, name: str, run: str, *overrides: str, on_cpu: bool = False, environment: Mapping[str, str] = {}
+    ) -> list[dict[str, Any]]:
         """Train a configuration into the job's folder, going on where it stands; returns a line of metrics a step.
 
-        Raises RuntimeError with the end of what the run said where it fails.
+        environment: variables of this run. Raises RuntimeError with the end of what the run said where it fails.
         """
         path, own = self.configs[name]
         directory = self.folder / run
         words = ["train", path, f"run.dir={directory}", *own, *QUIET, *overrides]
-        run_child(rank_command(words), hides_card=on_cpu or self.device == "cpu")
+        run_child(rank_command(words), hides_card=on_cpu or self.device == "cpu", variables=environment)
         return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_child(command: list[str], *, hides_card: bool) -> str:
+def run_child(command: list[str], *, hides_card: bool, variables: Mapping[str, str] = {}) -> str:
     """Run a command to its end and return its standard output. Raises RuntimeError with what it said where it fails."""
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if hides_card else {})
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if hides_card else {}) | dict(variables)
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=STAGE_SECONDS
@@ -145,17 +151,39 @@ def compare_resume(job: Job) -> dict[str, Any]:
 
 
 def compare_memory(job: Job) -> dict[str, Any]:
-    """The peak of a step beside what the plan predicts, for each configuration as it trains."""
+    """The peak of a step beside what the plan predicts, for each configuration as it trains.
+
+    On a card also what its allocator has reserved, with segments that grow (what `amfm` asks for) and of fixed sizes.
+    """
     result: dict[str, Any] = {"memory": {}, "faults": []}
     for name, (path, own) in job.configs.items():
         settings = (*_one_rank(job), "train.steps=3", *_short_schedule(3))
         words = ["plan", path, *own, *settings, "--gpus", "1", "--margin", "0", "--json"]
         planned = json.loads(run_child(rank_command(words), hides_card=True))
         lines = job.train(name, f"{name}_memory", *settings)
+        fixed = job.train(name, f"{name}_memory_fixed", *settings, environment=FIXED_SEGMENTS)
         result["memory"][name] = {
             "predicted_bytes": planned["memory"]["total_bytes"],
             "measured_bytes": lines[-1]["memory_bytes"],
+            "allocator": lines[-1].get("allocator"),
+            "allocator_fixed_segments": fixed[-1].get("allocator"),
         }
+    return result
+
+
+def time_first_start(job: Job) -> dict[str, Any]:
+    """Seconds of a start and one step with empty caches, where kernels are checked and compiled, and with those it has filled."""
+    result: dict[str, Any] = {"first_start": {}, "faults": []}
+    for name in job.configs:
+        caches = job.folder / f"{name}_caches"
+        environment = {variable: str(caches / folder) for variable, folder in CACHES.items()}
+        seconds = {}
+        for run in ("empty", "filled"):
+            began = time.perf_counter()
+            settings = (*_one_rank(job), "train.steps=2", "train.stop_after_steps=1", *_short_schedule(2))
+            job.train(name, f"{name}_{run}", *settings, environment=environment)
+            seconds[f"{run}_seconds"] = time.perf_counter() - began
+        result["first_start"][name] = seconds
     return result
 
 
@@ -182,6 +210,7 @@ def profile(job: Job) -> dict[str, Any]:
 STAGES: dict[str, Callable[[Job], dict[str, Any]]] = {
     "losses": compare_losses,
     "resume": compare_resume,
+    "first_start": time_first_start,
     "memory": compare_memory,
     "speed": measure_speed,
     "profile": profile,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from amfm.kernels.acceptance.machine import describe_presence
 from amfm.kernels.attention import flash
 from amfm.kernels.attention.flash import activate_newest, active, largest_head
 
@@ -33,3 +34,9 @@ def test_a_package_without_kernels_is_not_used_and_its_reason_is_said(
     sys.modules.pop("flash_attn_interface", None)
     assert name == "FA2" and "installed and cannot be used" in reason and "does not expose FA3" in reason
     assert active() is None
+
+
+def test_the_acceptance_says_in_one_line_which_attention_and_whether_fp8_there_is() -> None:
+    hopper, ampere = describe_presence(90), describe_presence(80)
+    assert hopper == {"flash_attention": "FA2 (FA3 is not installed (module flash_attn_interface))", "fp8": "yes"}
+    assert ampere["fp8"] == "no" and active() is None

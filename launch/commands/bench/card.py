@@ -15,7 +15,7 @@ def card(
     *,
     stage: Annotated[
         list[str] | None,
-        typer.Option(help="Only this stage: losses, resume, memory, speed, profile; may be given again."),
+        typer.Option(help="Only this stage: losses, resume, first_start, memory, speed, profile; may be given again."),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Steps of a comparison.")] = 10,
     device: Annotated[str, typer.Option(help="cuda; or cpu, a rehearsal that compares the CPU with itself.")] = "cuda",
@@ -49,6 +49,14 @@ def card(
         raise RuntimeError(f"the job is at fault on this {device}: {'; '.join(result['faults'])}")
 
 
+def describe_reserved(allocator: dict[str, int] | None) -> str:
+    """What an allocator has reserved, in GiB, with its retries; nothing on a CPU, which has none."""
+    if allocator is None:
+        return ""
+    retries = f", {allocator['alloc_retries']} retries" if allocator["alloc_retries"] else ""
+    return f"{allocator['reserved_bytes'] / 2**30:.3f}{retries}"
+
+
 def print_job(result: dict[str, Any]) -> None:
     """Print what each stage found: losses side by side, memory, speed, and the ten longest operations."""
     stages = result["stages"]
@@ -57,12 +65,24 @@ def print_job(result: dict[str, Any]) -> None:
         print_rows(f"Losses of {name}", ("step", *losses), rows)
     if "differing_steps" in stages.get("resume", {}):
         say(f"resume: {stages['resume']['steps']} steps, {len(stages['resume']['differing_steps'])} with other bits")
+    starts = [
+        (name, f"{found['empty_seconds']:.0f}", f"{found['filled_seconds']:.0f}")
+        for name, found in stages.get("first_start", {}).get("first_start", {}).items()
+    ]
+    if starts:
+        print_rows("Start and one step, seconds", ("configuration", "empty caches", "filled caches"), starts)
     memory = [
-        (name, f"{found['predicted_bytes'] / 2**30:.3f}", f"{found['measured_bytes'] / 2**30:.3f}")
+        (
+            name,
+            f"{found['predicted_bytes'] / 2**30:.3f}",
+            f"{found['measured_bytes'] / 2**30:.3f}",
+            *(describe_reserved(found[key]) for key in ("allocator", "allocator_fixed_segments")),
+        )
         for name, found in stages.get("memory", {}).get("memory", {}).items()
     ]
     if memory:
-        print_rows("Peak of a step, GiB", ("configuration", "planned", "measured"), memory)
+        columns = ("configuration", "planned", "measured", "reserved", "reserved, fixed segments")
+        print_rows("Peak of a step, GiB", columns, memory)
     speed = [
         (name, f"{found['tokens_per_second']:,.0f}", f"{found['mfu']:.1%}" if found["mfu"] is not None else "")
         for name, found in stages.get("speed", {}).get("speed", {}).items()

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from amfm.launch.bench.card import LIMITS, Job, judge_losses, run_stages
+from amfm.launch.bench.card import LIMITS, STAGES, Job, judge_losses, run_stages
 from amfm.launch.cli import run
-from amfm.launch.commands.bench.card import print_job
+from amfm.launch.commands.bench.card import describe_reserved, print_job
 
 CPU = [4.0, 3.5, 3.0]
 
@@ -34,6 +34,12 @@ def test_a_stage_that_fails_stops_no_other_and_stands_in_the_report(tmp_path: Pa
     assert any(line.startswith("FAULT in resume: exit code 2") for line in said)
 
 
+def test_what_an_allocator_reserved_is_in_gib_and_retries_are_named() -> None:
+    assert describe_reserved(None) == ""
+    assert describe_reserved({"reserved_bytes": 3 << 30, "alloc_retries": 0, "ooms": 0}) == "3.000"
+    assert describe_reserved({"reserved_bytes": 3 << 29, "alloc_retries": 2, "ooms": 0}) == "1.500, 2 retries"
+
+
 def test_what_cannot_begin_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "old").write_text("")
     for words, said in (
@@ -52,11 +58,13 @@ def test_what_cannot_begin_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_the_job_goes_through_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both sides are the CPU, so float32 gives equal losses, and a resume equal bits."""
     job = Job("cpu", tmp_path, 4, {"mqar": ("configs/probes/mqar.yaml", ("train.num_threads=1",))})
-    found = run_stages(job, ["losses", "resume", "memory", "speed", "profile"], tmp_path / "report.json", report=print)
+    found = run_stages(job, [*STAGES], tmp_path / "report.json", report=print)
     assert found["faults"] == []
     losses = found["stages"]["losses"]["losses"]["mqar"]
     assert losses["cpu float32"] == losses["beside: cpu float32"] and len(losses["cpu bf16"]) == 4
     assert found["stages"]["resume"]["steps"] == 4
+    starts = found["stages"]["first_start"]["first_start"]["mqar"]
+    assert starts["filled_seconds"] > 0 and starts["empty_seconds"] > 0
     assert found["stages"]["profile"]["kernels"][0]["milliseconds"] > 0
     print_job(found)
     assert "Longest operations" in " ".join(capsys.readouterr().out.split())
