@@ -1,10 +1,10 @@
 """A stand-in for Triton where it is not installed, as on macOS, so that a plan for GPUs can be made there too.
 
-Measuring a block runs the Python bodies of Triton operations and launches nothing. For that a kernel need not be compiled: its
-file has to be imported, and its launches counted. So while blocks are measured, and only where Triton is missing, an importer
-at the end of the list answers for `triton` and all modules below it. A name that it is asked for is a class that takes what it
-is given; what host code computes with is real (`cdiv`, `next_power_of_2`), and a kernel is an object whose launches can be
-counted. Nothing runs on a device through it, and it is gone again afterwards.
+Measuring a block runs the Python bodies of Triton operations and launches nothing. For that a kernel need not be
+compiled: its file has to be imported, and its launches counted. So while blocks are measured, and only where Triton is
+missing, an importer at the end of the list answers for `triton` and all modules below it. A name that it is asked for is
+a class that takes what it is given; what host code computes with is real (`cdiv`, `next_power_of_2`), and a kernel is an
+object whose launches can be counted. Nothing runs on a device through it, and it is gone again afterwards.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class PlannedAttention(PlannedBlock):
         line.mixing(tokens * 4 * seen * query, tokens * (2 * query + 2 * keys) * e)
 
     def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """Keys and values are gathered over the group in forward; their gradients are summed back to the owners in backward."""
+        """Keys and values, gathered over the group in forward; their gradients are summed back to the owners in backward."""
         dtype, size = element_type(self.config)
         heads = max(1, self.options.num_kv_heads // layout.tensor)
         keys = layout.stage_ranks * 2 * layout.tokens(self.config) * heads * self.options.head_dim * size

@@ -1,4 +1,4 @@
-"""What the planner asks of a block, and the answers of a kind that has no file here: those of one that is built without storage.
+"""What the planner asks of a block, and the answers of a kind that has no file here, from one built without storage.
 
 So a kind of a package is planned like our own. A kind whose formulas are known overrides what it knows better, in a file of
 its own (`kinds.py` has the table); nothing else in the plan knows one kind from another.

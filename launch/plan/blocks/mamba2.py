@@ -1,4 +1,4 @@
-"""What a Mamba2 block costs: projections, convolution and chunked scan; states and windows that pass between context ranks."""
+"""What a Mamba2 block costs: projections, convolution and scan; states and windows that pass between context ranks."""
 
 from __future__ import annotations
 
