@@ -23,7 +23,8 @@ esac
 if [ "$text" = --toy ]; then
     text=$work/text size=20m hardware=cpu
     amfm corpus python-sources "$text" --megabytes 1
-    overrides=(train.steps=4 train.global_batch_size=4 train.sequence_length=128 train.checkpoint_every_steps=2
+    # Of so little text a fiftieth may be no document at all.
+    overrides=(data.validation_fraction=0.1 train.steps=4 train.global_batch_size=4 train.sequence_length=128 train.checkpoint_every_steps=2
         train.validate_every_steps=4 train.validation_batches=1 schedule.warmup_steps=1 schedule.decay_steps=1 "${overrides[@]}")
 fi
 
@@ -32,7 +33,7 @@ if [ ! -e "$work/run.yaml" ]; then
     amfm init "$work" --size "$size" --style "$style" --data "$text" --hardware "$hardware"
 fi
 run=$work/runs/${style}_$size
-amfm prepare "$work/run.yaml"
+amfm prepare "$work/run.yaml" "${overrides[@]}"
 amfm train "$work/run.yaml" "${overrides[@]}"
 amfm evaluate "$run"
 amfm report "$run" --picture "$run/curves.svg"

@@ -24,7 +24,8 @@ esac
 
 if [ "$budget" = --toy ]; then
     amfm corpus python-sources "$text" --megabytes 1
-    overrides=(train.steps=4 train.global_batch_size=8 train.sequence_length=128 train.checkpoint_every_steps=2
+    # Of so little text a fiftieth may be no document at all.
+    overrides=(data.validation_fraction=0.1 train.steps=4 train.global_batch_size=8 train.sequence_length=128 train.checkpoint_every_steps=2
         train.validate_every_steps=4 train.validation_batches=1 schedule.warmup_steps=1 schedule.decay_steps=1 train.num_threads=1 "${overrides[@]}")
 else
     text=hub:HuggingFaceFW/fineweb-edu/$sample
@@ -35,7 +36,7 @@ if [ ! -e "$work/run.yaml" ]; then
     amfm init "$work" --size "$size" --style "$style" --data "$text" --hardware "$hardware"
 fi
 run=$work/runs/${style}_$size
-amfm prepare "$work/run.yaml"
+amfm prepare "$work/run.yaml" "${overrides[@]}"
 amfm train "$work/run.yaml" "${overrides[@]}" --nproc "$ranks"
 amfm evaluate "$run"
 amfm report "$run" --picture "$run/curves.svg"

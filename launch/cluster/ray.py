@@ -9,10 +9,12 @@ here.
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,24 @@ from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_P
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 30.0
 PLACEMENT_SECONDS = 60.0
+LOWEST_PORT = 20_000  # below are those of Ray's workers
+
+
+def find_port() -> int:
+    """A port that is free, for a process that listens there many seconds later.
+
+    It lies below those that the kernel gives to connections by itself: one of them would be taken again before long.
+    """
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:  # not Linux
+        first = 49_152
+    for port in random.sample(range(LOWEST_PORT, max(first, LOWEST_PORT + 1000)), 100):
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
+    raise RuntimeError(
+        f"no port between {LOWEST_PORT} and {first} is free for the ranks to meet; free some on this host"
+    )
 
 
 class RankHost:
@@ -41,9 +61,7 @@ class RankHost:
 
     def describe(self) -> tuple[str, str, int]:
         """Host name, address in the cluster, and a port that is free at this moment."""
-        with socket.create_server(("", 0)) as listener:
-            port = int(listener.getsockname()[1])
-        return socket.gethostname(), str(ray.util.get_node_ip_address()), port
+        return socket.gethostname(), str(ray.util.get_node_ip_address()), find_port()
 
     def run(self, command: list[str], variables: dict[str, str], directory: str, log: str) -> int:
         """Start the rank with its output appended to `log`, wait for it, and return its exit code."""
