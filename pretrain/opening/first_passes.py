@@ -102,10 +102,11 @@ def pass_once(config: RunConfig, parallel: Parallel, real: HybridModel, report: 
         ).to(parallel.device)
         for words, documents in (("", 1), (", rows of several documents", 3))
     }
+    has_sums = any(hasattr(weight, "gradient_sum") for weight in real.parameters())
     cuts = config.parallel.schedule == "zero_bubble" and config.parallel.pipeline > 1
     for part in parts_of(model, real, config):
         for offsets in part.find_offsets(real):
-            part.lay(model, offsets)
+            part.lay(model, offsets, has_sums=has_sums)
             for words, batch in batches.items():
                 report(f"checking and compiling the kernels of {part.words}{words}")
                 later: Later = []
@@ -170,6 +171,22 @@ def kind_of(config: RunConfig, index: int) -> tuple[str, bool]:
     return config.model.built_letters[index], index in converted
 
 
+@dataclass
+class SumAlone:
+    """The sum of one weight's gradients, as products of a run find one in its buckets (kernels/common/gradient_sum.py).
+
+    The first pass overwrites it and those after add to it, which are two kernels.
+    """
+
+    place: Tensor
+    is_filled: bool = False
+
+    def take(self) -> tuple[Tensor, bool]:
+        """The place for a gradient, and whether to add to it."""
+        was_filled, self.is_filled = self.is_filled, True
+        return self.place, was_filled
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of the model in words, what computes a number to differentiate from a micro-batch, and which weights it reads.
@@ -199,13 +216,16 @@ class Part:
         ]
         return [offsets for place, offsets in enumerate(found) if offsets not in found[:place]]
 
-    def lay(self, model: HybridModel, offsets: dict[str, int]) -> None:
-        """Move its weights so that they are off by as much."""
+    def lay(self, model: HybridModel, offsets: dict[str, int], *, has_sums: bool) -> None:
+        """Move its weights so that they are off by as much, and with `has_sums` give them sums for their gradients likewise."""
         for name, weight in model.named_parameters():
             offset = offsets.get(name.removeprefix(self.prefix), 0) if name.startswith(self.prefix) else 0
             if offset != weight.storage_offset():
                 storage = weight.new_empty(weight.numel() + offset)
                 weight.data = storage[offset:].view(weight.shape).copy_(weight.data)
+            if has_sums and name.startswith(self.prefix):
+                sums = torch.zeros(weight.numel() + offset, dtype=torch.float32, device=weight.device)
+                weight.gradient_sum = SumAlone(sums[offset:].view(weight.shape))  # type: ignore[attr-defined]
 
 
 def parts_of(model: HybridModel, real: HybridModel, config: RunConfig) -> Iterator[Part]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.opening import first_passes
 from amfm.pretrain.opening.alike_group import alike_groups, destroy
-from amfm.pretrain.opening.first_passes import compile_first
+from amfm.pretrain.opening.first_passes import Part, compile_first
 from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step
@@ -36,6 +36,8 @@ def pass_in_turn(folder: str) -> dict[str, Any]:
     with SignalWatch() as signals:
         parallel = initialize_parallel(config.parallel, timeout_seconds=60)
         model = first_passes.build_kinds(config, parallel)
+        for weight in model.parameters():
+            weight.gradient_sum = None  # there is one, as in buckets: those of the run must not be asked
         store = dist.distributed_c10d._get_default_store()
         if parallel.rank > 0:
             store.wait([f"done {parallel.rank - 1}"])
@@ -69,6 +71,22 @@ def test_a_rank_passes_its_blocks_while_all_others_wait_and_touches_nothing_of_t
         "the embedding",
     ]
     assert [words for words in last["heard"] if "rows" not in words] == ["block -", "the head"]
+
+
+def test_weights_and_their_sums_are_laid_as_those_of_the_run() -> None:
+    """Behind three others in a flat tensor: Triton compiles otherwise for what does not begin at 16 bytes."""
+    flat, real, model = torch.zeros(100, dtype=torch.bfloat16), torch.nn.Linear(4, 6), torch.nn.Linear(4, 6).bfloat16()
+    real.weight.data, real.bias.data = flat[3:27].view(6, 4), flat[32:38]
+    values = model.weight.detach().clone()
+    part = Part("both", torch.sum, "", ["", ""])
+    assert part.find_offsets(real) == [{"weight": 3, "bias": 0}]
+    part.lay(model, {"weight": 3, "bias": 0}, has_sums=True)
+    assert (model.weight.storage_offset(), model.bias.storage_offset()) == (3, 0)
+    assert torch.equal(model.weight, values)
+    total = model.weight.gradient_sum
+    (place, adds), (again, adds_now) = total.take(), total.take()
+    assert place is again and (adds, adds_now) == (False, True)
+    assert (place.shape, place.dtype, place.storage_offset()) == (values.shape, torch.float32, 3)
 
 
 @pytest.mark.slow
