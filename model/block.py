@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from amfm.model.build import build_mixer
@@ -40,6 +41,8 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
         self.mixer = build_mixer(index, config, groups, backend)
         self.updates = put_updates(self.mixer, config, groups, backend)
+        # Of a package's mixer: ours draw by seeds of their own (`set_draw_seed`).
+        self.has_dropout = any(isinstance(module, _DropoutNd) for module in self.mixer.modules())
 
     def forward(
         self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta, state: BlockState = None
@@ -53,9 +56,9 @@ class Block(nn.Module):
             # The sum is made outside: it is what the checkpoint keeps, one tensor in place of residual and delta.
             if delta_BTD is not None:
                 residual_BTD = residual_BTD + delta_BTD.to(residual_BTD.dtype)
-            # Forward passes draw nothing, and keeping generators copies a state from the device in each recomputed block.
+            # Keeping generators copies a state from the device in each recomputed block, for nothing where none draws.
             mixed: MixerOutput = checkpoint(
-                self._mix, residual_BTD, meta, use_reentrant=False, preserve_rng_state=False
+                self._mix, residual_BTD, meta, use_reentrant=False, preserve_rng_state=self.has_dropout
             )
             return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
         if delta_BTD is None:

@@ -105,8 +105,14 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
         run.saver.replicas.token = token
     run.heartbeat.board = NodeBoard.of_start(run.directory, token, rank, world_size)
     run.heartbeat.start()
-    built = run.built.config_of(config, run.stage)
-    compile_first(built, run.parallel, run.model, partial(note_compiling, run, report))
+    stage = stage_of(stages, run.progress.step)
+    built, shape = run.built.config_of(config, stage), (stage.micro_batch_size, stage.sequence_length)
+    try:
+        compile_first(built, run.parallel, run.model, shape, partial(note_compiling, run, report))
+    except ValueError as error:
+        run.record_event("failed", error=str(error))
+        run.heartbeat.close()  # or this rank would be taken for a lost one
+        raise
     return run
 
 

@@ -231,7 +231,8 @@ def compile_first(run: Any, tracer: Tracer) -> None:
     from amfm.pretrain.opening.first_passes import pass_once
 
     tracer.enter("first passes")
-    pass_once(run.config, run.parallel, run.model, lambda what: None)
+    shape = (run.config.train.micro_batch_size, run.config.train.sequence_length)
+    pass_once(run.config, run.parallel, run.model, shape, lambda what: None)
     gc.collect()
     tracer.compiled.close()
 

@@ -47,18 +47,20 @@ def compiles_anything(config: RunConfig, parallel: Parallel) -> bool:
     return config.train.compile or (parallel.device.type == "cuda" and choose_backend(config, parallel) == "triton")
 
 
-def compile_first(config: RunConfig, parallel: Parallel, real: HybridModel, report: Callable[[str], None]) -> None:
+def compile_first(
+    config: RunConfig, parallel: Parallel, real: HybridModel, shape: tuple[int, int], report: Callable[[str], None]
+) -> None:
     """Check and compile what the blocks of this rank need, and meet the other ranks. Every rank must call this.
 
-    config: as the model of the run, `real`, was built. report: hears of each part before it is compiled. Raises ValueError where kernels are wrong
-    on this device.
+    config: as the model of the run, `real`, was built. shape: rows of the next step's micro-batches, and their tokens. report:
+    hears of each part before it is compiled. Raises ValueError where kernels are wrong on this device.
     """
     if not compiles_anything(config, parallel):
         return
     began = time.perf_counter()
     groups = alike_groups(parallel.groups)
     try:
-        pass_once(config, replace(parallel, groups=groups), real, report)
+        pass_once(config, replace(parallel, groups=groups), real, shape, report)
     finally:
         destroy(groups)
     own_seconds = time.perf_counter() - began
@@ -85,17 +87,19 @@ def meet(parallel: Parallel) -> None:
     one.item()  # on a GPU the host has queued the sums and not waited for them
 
 
-def pass_once(config: RunConfig, parallel: Parallel, real: HybridModel, report: Callable[[str], None]) -> None:
+def pass_once(
+    config: RunConfig, parallel: Parallel, real: HybridModel, shape: tuple[int, int], report: Callable[[str], None]
+) -> None:
     """Pass numbers through each kind of block that this rank holds, forward and backward.
 
-    real: the model of the run, whose weights lie as those here will be laid. Blocks communicate over `parallel.groups`: of
+    real: the model of the run, whose weights lie as those here will be laid. shape: of a micro-batch. Blocks communicate over `parallel.groups`: of
     groups that answer alone, a rank may call this by itself.
     """
     with torch.random.fork_rng(devices=[]):
         model = build_kinds(config, parallel)
     batches = {
         words: MicroBatch.from_batch(
-            example_batch(config.train.micro_batch_size, config.train.sequence_length, documents),
+            example_batch(*shape, documents),
             parallel.groups.cp.rank(),
             parallel.groups.cp.size(),
             config.model.num_depths,

@@ -5,6 +5,8 @@ import torch
 
 from amfm.launch.plan.activations import Storage, recomputed_bytes
 from amfm.launch.plan.measured import block_bytes
+from amfm.model import block as block_file
+from amfm.model.build import build_mixer
 from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
@@ -42,6 +44,26 @@ def test_losses_and_gradients_keep_every_bit(letters, compiler):
     assert all(torch.equal(counts[block], other_counts[block]) for block in counts)
     for name, gradient in gradients.items():
         assert torch.equal(gradient, others[name]), name
+
+
+def test_a_mixer_with_dropout_drops_the_same_when_it_is_computed_again(monkeypatch):
+    """As a package's may: blocks of ours draw by seeds of their own, and keep no generators."""
+
+    def build_with_dropout(*given):
+        mixer = build_mixer(*given)
+        mixer.dropout = torch.nn.Dropout(0.5)
+        mixer.register_forward_hook(lambda own, _, mixed: mixed._replace(y_BTD=own.dropout(mixed.y_BTD)))
+        return mixer
+
+    assert not any(block.has_dropout for block in build("").blocks)
+    monkeypatch.setattr(block_file, "build_mixer", build_with_dropout)
+    found = []
+    for letters in ("", "M*E-"):
+        torch.manual_seed(5)
+        found.append(loss_and_gradients(build(letters)))
+    (loss, gradients, _), (other, others, _) = found
+    assert torch.equal(loss, other)
+    assert all(torch.equal(gradient, others[name]) for name, gradient in gradients.items())
 
 
 def kept_bytes(model, meta, tokens_BT):

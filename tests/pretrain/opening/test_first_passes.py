@@ -45,7 +45,7 @@ def pass_in_turn(folder: str) -> dict[str, Any]:
         before = digest(model)
         heard: list[str] = []
         groups = alike_groups(parallel.groups)
-        first_passes.pass_once(config, first_passes.replace(parallel, groups=groups), model, heard.append)
+        first_passes.pass_once(config, first_passes.replace(parallel, groups=groups), model, (2, 48), heard.append)
         destroy(groups)
         store.set(f"done {parallel.rank}", "")
         first_passes.meet(parallel)
@@ -105,4 +105,4 @@ def test_a_run_that_compiles_nothing_takes_no_passes(tmp_path: Path, monkeypatch
     config = tiny_config(tiny_data(tmp_path / "data"), tmp_path / "run")
     parallel = initialize_parallel(config.parallel, timeout_seconds=60)
     monkeypatch.setattr(first_passes, "pass_once", None)
-    compile_first(config, parallel, torch.nn.Identity(), pytest.fail)
+    compile_first(config, parallel, torch.nn.Identity(), (2, 48), pytest.fail)
