@@ -302,7 +302,7 @@ def print_replicas(made: Plan) -> None:
 
 def print_goodput(made: Plan) -> None:
     """Print what failures cost, part by part, and how often to save; nothing where no number of failures was given."""
-    from amfm.launch.plan.goodput import DAY_SECONDS, FIRST_STEPS_SECONDS, HANG_SHARE, START_SECONDS, Cadence
+    from amfm.launch.plan.failures.goodput import DAY_SECONDS, FIRST_STEPS_SECONDS, HANG_SHARE, START_SECONDS, Cadence
 
     found = made.goodput
     if found is None:

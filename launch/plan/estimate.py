@@ -25,7 +25,7 @@ class Assumptions:
     rows that amfm sends to experts, a token's to each rank once, the part that travels; less than 1 where a dispatcher sends
     it once to a node. `overlaps_experts`: whether they travel beside what the blocks compute, as amfm's do.
     `failures_per_day`: of the whole allocation, None: goodput is not asked for; `storage_bytes_per_second`: of the store of
-    checkpoints, all ranks together, None: as `launch/plan/goodput.py` assumes.
+    checkpoints, all ranks together, None: as `launch/plan/failures/goodput.py` assumes.
     """
 
     margin: float = 0.1

@@ -14,7 +14,7 @@ the weights, with bf16 and several micro-batches also as float32 sums. tests/lau
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import compress, pairwise
 
 from amfm.launch.plan.activations import (
@@ -26,13 +26,12 @@ from amfm.launch.plan.activations import (
     recomputed_bytes,
     stream_bytes,
 )
-from amfm.launch.plan.blocks.expert_traffic import expected_ranks, static_slots
+from amfm.launch.plan.blocks.cut import cut_of
 from amfm.launch.plan.exchange import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.in_flight import Moment, moments_of
 from amfm.launch.plan.layout import Layout, StageShare, count_routed, distinct_stages, held_by_stages
-from amfm.launch.plan.measured import Cut, block_bytes
-from amfm.model.config.kinds import kind_of
+from amfm.launch.plan.measured import block_bytes
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.bf16_adamw import CHUNK_BYTES, CHUNK_ELEMENTS
@@ -143,24 +142,6 @@ def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict
         "gradient share": e * share if stage == 3 else 0.0,
         "reduction bucket": FLOAT32_BYTES * min(held.parameters, DEEPSPEED_BUCKET_ELEMENTS) if stage == 3 else 0.0,
     }
-
-
-def cut_of(config: RunConfig, layout: Layout, letter: str, imbalance: float) -> Cut:
-    """How a block of this kind is cut in a layout, in the terms of `measured.py`; what does not concern the kind is left out.
-
-    Sequence mixers know nothing of experts, and channel mixers of context ranks, but for a capacity over whole rows.
-    """
-    is_split = layout.schedule == "zero_bubble"
-    cut = Cut(layout.tensor, layout.sequence_parallel and layout.tensor > 1, is_split=is_split)
-    if kind_of(letter).mixes == "sequence":
-        return replace(cut, context=layout.context)
-    moe = config.model.moe
-    if moe is None or layout.expert == 1 or not config.model.block_options(letter).routed_experts():
-        return cut
-    cut = replace(cut, expert=layout.expert, expert_tensor=layout.expert_tensor, in_halves=layout.overlap_experts)
-    if static_slots(config, layout) is not None:
-        return replace(cut, in_slots=True, context=layout.context)
-    return replace(cut, sent=expected_ranks(moe, layout.expert), rows=imbalance)
 
 
 def busiest_pass(

@@ -12,17 +12,18 @@ bytes against real steps, `amfm bench calibrate` and `python -m benchmarks.publi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, estimate_as_dict, mfu_range
-from amfm.launch.plan.goodput import Goodput, estimate_goodput
+from amfm.launch.plan.failures.goodput import Goodput, estimate_goodput
+from amfm.launch.plan.failures.replicas import ReplicaCost, estimate_replicas
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.launch.plan.left_out import LeftOut, Tally, untried
 from amfm.launch.plan.memory import bucketed_bytes, persistent_bytes, storage_of
 from amfm.launch.plan.ranking import Found, at_stage, choose_layouts, rank_layouts
-from amfm.launch.plan.replicas import ReplicaCost, estimate_replicas
 from amfm.launch.plan.search import LARGEST_CONTEXT, all_layouts, is_allowed, neighbour_layouts, with_layout
 from amfm.model.flops import Counts, count_parameters, flops_per_token
 from amfm.pretrain.checks.ranks import ranks_of_stage
@@ -123,15 +124,7 @@ def make_plan(
     chosen = choose_layouts(stages, found) if search else ()
     fits_ranks = [is_allowed(run, number) for run, number in zip(runs, numbers)]
     if not all(fits_ranks):
-        best = chosen or [found[0].nearest] * len(runs)
-        missing = [stage.name for stage, item in zip(stages, best) if item is None]
-        if missing:
-            raise ValueError(f"no layout of stage {missing[0]} obeys all rules for {ranks} ranks")
-        runs = [
-            with_layout(run, at_stage(item.layout, config, index, run))
-            for index, (run, item) in enumerate(zip(runs, best))
-            if item
-        ]
+        runs = lay_out(runs, chosen or [found[0].nearest] * len(runs), config, stages, ranks)
         numbers = [ranks] * len(runs)
     own = [with_range(run, Layout.of(run, number), hardware, assumptions) for run, number in zip(runs, numbers)]
     entries = [StageEstimate(stage, item) for stage, item in zip(stages, own)]
@@ -140,7 +133,6 @@ def make_plan(
             StageEstimate(entry.stage, entry.estimate, here.fitting, best if best and best.fits() else None)
             for entry, here, best in zip(entries, found, chosen)
         ]
-    replicas = estimate_replicas(config, own[0], hardware)
     return Plan(
         config=config,
         hardware=hardware,
@@ -154,8 +146,26 @@ def make_plan(
         assumptions=assumptions,
         tokens=tokens or float(sum(stage.num_tokens() for stage in stages)),
         left_out=found[0].left_out,
-        goodput=estimate_goodput(config, own[0], hardware, assumptions, replicas),
+        goodput=estimate_goodput(config, own[0], hardware, assumptions),
     )
+
+
+def lay_out(
+    runs: list[RunConfig],
+    best: Sequence[Estimate | None],
+    config: RunConfig,
+    stages: Sequence[RunStage],
+    ranks: int,
+) -> list[RunConfig]:
+    """Give each stage's run the layout that is best for it; raises ValueError for a stage without one."""
+    missing = [stage.name for stage, item in zip(stages, best) if item is None]
+    if missing:
+        raise ValueError(f"no layout of stage {missing[0]} obeys all rules for {ranks} ranks")
+    return [
+        with_layout(run, at_stage(item.layout, config, index, run))
+        for index, (run, item) in enumerate(zip(runs, best))
+        if item
+    ]
 
 
 def with_range(run: RunConfig, layout: Layout, hardware: Hardware, assumptions: Assumptions) -> Estimate:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
+from amfm.launch.plan.blocks.cut import cut_of
 from amfm.launch.plan.blocks.kinds import planned_block
 from amfm.launch.plan.communication import (
     all_to_all_seconds,
@@ -25,7 +26,6 @@ from amfm.launch.plan.expert_time import expert_exchange_seconds
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from amfm.launch.plan.measured import block_bytes
-from amfm.launch.plan.memory import cut_of
 from amfm.launch.plan.roofline import Roofline
 from amfm.model.config.pattern import block_kind
 from amfm.pretrain.config.schema import RunConfig

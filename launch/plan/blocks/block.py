@@ -15,10 +15,10 @@ import torch
 
 from amfm.launch.plan.activations import Storage
 from amfm.launch.plan.blocks.context_traffic import segment_states
+from amfm.launch.plan.blocks.cut import cut_of
 from amfm.launch.plan.exchange import Exchange, crossing
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.measured import block_bytes
-from amfm.launch.plan.memory import cut_of
 from amfm.launch.plan.roofline import Roofline
 from amfm.model.build import build_mixer
 from amfm.model.config.options import MixerOptions

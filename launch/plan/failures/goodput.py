@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from amfm.launch.plan.estimate import Assumptions, Estimate
+from amfm.launch.plan.failures.replicas import HASHED_BYTES_PER_SECOND, estimate_replicas, saved_bytes_by_stage
 from amfm.launch.plan.hardware import Hardware
-from amfm.launch.plan.replicas import HASHED_BYTES_PER_SECOND, ReplicaCost, saved_bytes_by_stage
 from amfm.pretrain.config.schema import RunConfig
 
 DAY_SECONDS = 86_400.0
@@ -92,7 +92,6 @@ def estimate_goodput(
     item: Estimate,
     hardware: Hardware,
     assumptions: Assumptions,
-    replicas: ReplicaCost | None,
 ) -> Goodput | None:
     """Goodput of a run; None where no number of failures is assumed. Raises ValueError where the run would never end."""
     failures_per_day = assumptions.failures_per_day
@@ -122,6 +121,7 @@ def estimate_goodput(
         trains = 1 - (lost + recovery.total()) / between
         return Cadence(every_steps, lost, max(0.0, trains) / (1 + waits / (every_steps * step)))
 
+    replicas = estimate_replicas(config, item, hardware)
     best_seconds = max(math.sqrt(2 * stall * between), save)
     every, copies = config.train.checkpoint_every_steps, config.train.replica_every_steps
     found = Goodput(

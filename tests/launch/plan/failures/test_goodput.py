@@ -7,7 +7,7 @@ import random
 import pytest
 
 from amfm.launch.plan.estimate import Assumptions
-from amfm.launch.plan.goodput import Goodput, estimate_goodput
+from amfm.launch.plan.failures.goodput import Goodput, estimate_goodput
 from tests.launch.plan.presets import H100, plan_of
 
 RANKS = 128
@@ -16,7 +16,7 @@ RANKS = 128
 def goodput_of(failures_per_day: float, *overrides: str, storage: float = 20e9) -> Goodput:
     plan = plan_of("nemotron3_nano_30b", *overrides, ranks=RANKS)
     assumptions = Assumptions(failures_per_day=failures_per_day, storage_bytes_per_second=storage)
-    found = estimate_goodput(plan.config, plan.own, H100, assumptions, plan.replicas)
+    found = estimate_goodput(plan.config, plan.own, H100, assumptions)
     assert found is not None
     return found
 

@@ -1,0 +1,1 @@
+"""What failures cost a run: replicas of checkpoints in memory, and goodput."""
