@@ -38,7 +38,7 @@ def test_a_kernel_that_crashes_is_found_and_a_right_one_is_not(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_check_that_cannot_run_is_an_error_and_not_a_verdict(tmp_path: Path) -> None:
-    with pytest.raises(CannotCheck, match=r"kernels of right could not be checked on this card.*no_such_module"):
+    with pytest.raises(CannotCheck, match=r"kernels of right could not be checked on this GPU.*no_such_module"):
         look_up("right", "cpu", "a card", [tmp_path], "tests.no_such_module")
     assert not [*tmp_path.glob("*.json")]
 
