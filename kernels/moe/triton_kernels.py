@@ -236,8 +236,8 @@ def down_backward_kernel(
 def _add_part(
     corner, part, begin, left_lane, lefts, rights, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Add half of a tile's columns, from `begin` on, to what lies at the tile's corner."""
-    column = begin + tl.arange(0, BLOCK_N // 2)
+    """Add a quarter of a tile's columns, from `begin` on, to what lies at the tile's corner."""
+    column = begin + tl.arange(0, BLOCK_N // 4)
     place = tl.arange(0, BLOCK_M)[:, None] * rights + column[None, :]
     mask = (left_lane[:, None] < lefts) & (tl.program_id(1) * BLOCK_N + column[None, :] < rights)
     part += tl.load(corner + place, mask=mask, other=0.0)
@@ -254,8 +254,8 @@ def grouped_outer_kernel(
     """result [E, lefts, rights] = left^T right over each expert's rows, zeros for an expert without rows; += with ADD.
 
     Grid: (left blocks, right blocks, E). The sum over an expert's rows stays in one program, so that no two
-    write one element. What is added to is read after the last product, in parts: a whole tile of it would leave room for
-    one program on a multiprocessor instead of two.
+    write one element. What is added to is read after the last product, a quarter of a tile at a time: a whole one, or
+    half of it on sm_100, would leave room for one program on a multiprocessor instead of two.
     """
     expert = tl.program_id(2).to(tl.int64)
     begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
@@ -283,8 +283,12 @@ def grouped_outer_kernel(
         # A wide scalar and narrow offsets: a tile of 64-bit addresses would take twice the registers.
         corner = (expert * lefts + tl.program_id(0) * BLOCK_M) * rights + tl.program_id(1) * BLOCK_N
         left_half, right_half = _halves(total)
-        _add_part(result + corner, left_half, 0, left_lane, lefts, rights, BLOCK_M, BLOCK_N)
-        _add_part(result + corner, right_half, BLOCK_N // 2, left_lane, lefts, rights, BLOCK_M, BLOCK_N)
+        first, second = _halves(left_half)
+        _add_part(result + corner, first, 0, left_lane, lefts, rights, BLOCK_M, BLOCK_N)
+        _add_part(result + corner, second, BLOCK_N // 4, left_lane, lefts, rights, BLOCK_M, BLOCK_N)
+        third, fourth = _halves(right_half)
+        _add_part(result + corner, third, BLOCK_N // 2, left_lane, lefts, rights, BLOCK_M, BLOCK_N)
+        _add_part(result + corner, fourth, 3 * BLOCK_N // 4, left_lane, lefts, rights, BLOCK_M, BLOCK_N)
     else:
         place = (expert * lefts + left_lane[:, None]) * rights + right_lane[None, :]
         mask = (left_lane[:, None] < lefts) & (right_lane[None, :] < rights)
