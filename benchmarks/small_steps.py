@@ -23,7 +23,7 @@ from amfm.pretrain.opening.model import build_model, build_pipeline
 from amfm.pretrain.parallel import Parallel, initialize_parallel, set_determinism
 from amfm.pretrain.pipeline import Pipeline
 from amfm.pretrain.step import count_valid_tokens
-from amfm.pretrain.step_sums import empty_sums
+from amfm.pretrain.step_sums import StepSums, empty_sums
 
 # Every core kind of block, small enough for a moment on a laptop, and with sizes that up to eight ranks divide.
 DEFAULTS: dict[str, Any] = {
@@ -109,6 +109,7 @@ def build_for_steps(config: RunConfig, parallel: Parallel) -> tuple[ZeroEngine, 
         precision=config.train.precision,
         zero_stage=config.parallel.zero_stage,
         parallel=parallel,
+        sums_in_products=config.train.sums_in_products(),
     )
     return engine, build_pipeline(config, parallel, engine)
 
@@ -118,6 +119,15 @@ def take_step(config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipelin
 
     Every rank must call this.
     """
+    sums = accumulate_gradients(config, parallel, engine, pipeline)
+    engine.step(config.optimizer.learning_rate)
+    engine.module.update_expert_bias(sums.expert_counts)
+
+
+def accumulate_gradients(
+    config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipeline: Pipeline | None
+) -> StepSums:
+    """Run the passes of one step and reduce gradients. Every rank must call this."""
     batches = random_batches(config, parallel)
     counts = count_valid_tokens(batches, parallel, config.model)
     share = LossShare.of_counts(counts, len(batches) * parallel.data_world_size, config.model)
@@ -136,8 +146,7 @@ def take_step(config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipelin
                 engine.backward(loss)
                 sums.add(output)
     sums.reduce(parallel, counts)
-    engine.step(config.optimizer.learning_rate)
-    engine.module.update_expert_bias(sums.expert_counts)
+    return sums
 
 
 def scaled_share(share: LossShare, engine: ZeroEngine, output: ModelOutput) -> torch.Tensor | None:
