@@ -97,6 +97,7 @@ def load_anchor(run: PublishedRun, presets: Path) -> Anchor:
         *(f"parallel.{key}={value}" for key, value in run.layout.items()),
         "parallel.zero_stage=1",
         *recompute,
+        "train.gradient_sums=hook",  # as the efficiencies were judged, and as FSDP, which cuts some of the rows
         f"train.sequence_length={run.sequence_length}",
         f"train.micro_batch_size={run.micro_batch_size}",
         f"train.global_batch_size={run.global_batch_size}",

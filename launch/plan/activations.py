@@ -32,8 +32,8 @@ class BlockBytes:
 
 @dataclass(frozen=True)
 class Storage:
-    """Precision and kernels of a run: `element_bytes` of a weight or activation (4 or 2), `backend` triton or torch, and
-    `state_bytes` of a master or moment.
+    """Precision and kernels of a run: `element_bytes` of a weight or activation (4 or 2), `backend` triton or torch,
+    `state_bytes` of a master or moment, and `lands`: products add weight gradients to the float32 sums of ZeRO 1 and 2.
 
     The backend matters because Triton and PyTorch implementations save different tensors and slice the head
     differently.
@@ -42,6 +42,7 @@ class Storage:
     element_bytes: int
     backend: str
     state_bytes: int = FLOAT32_BYTES
+    lands: bool = False
 
 
 def recomputed_bytes(block: BlockBytes, config: ModelConfig, storage: Storage, stream_ranks: int = 1) -> BlockBytes:

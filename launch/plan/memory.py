@@ -63,6 +63,8 @@ def storage_of(config: RunConfig, *, on_gpu: bool = True) -> Storage:
         2 if config.train.precision == "bf16" else 4,
         "triton" if backend == "triton" else "torch",
         2 if config.optimizer.state_dtype == "bf16" else FLOAT32_BYTES,
+        # On a CPU a product is added behind itself, at the cost of a hook.
+        backend == "triton" and config.train.sums_in_products(),
     )
 
 
@@ -168,9 +170,10 @@ def busiest_pass(
     kept_head *= held.heads  # the losses of prediction depths stay until the backward pass begins with them
     gathered, arriving = gathered_bytes(layout, storage, held)
     # Of routed experts all gradients are made at once, in the dtype of the weights, before they join the sums; those of halves
-    # lie beside each other.
+    # lie beside each other. Where products add to the sums nothing lies beside them.
     stored = held.routed_blocks - count_routed(model, repeated_letters(model, held))
-    expert_gradients = e * held.routed / max(1, stored) if storage.backend == "triton" else 0.0
+    is_apart = storage.backend == "triton" and not (storage.lands and is_bucketed)
+    expert_gradients = e * held.routed / max(1, stored) if is_apart else 0.0
     waiting = waiting_gradients(model, layout, held, e, expert_gradients, kept_head / max(1, held.heads))
     expert_gradients *= layout.expert_parts
 

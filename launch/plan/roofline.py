@@ -16,11 +16,14 @@ from amfm.model.config.structure import FeedForwardPart
 class Roofline:
     """Sum of roofline seconds of forward and backward operations on one device.
 
-    `forwards` is 2 where blocks are recomputed, so that every method counts the forward part once more.
+    `forwards` is 2 where blocks are recomputed, so that every method counts the forward part once more. `lands`: products
+    add a weight's gradient to its float32 sum, which they read and write, where others write it.
     """
 
-    def __init__(self, hardware: Hardware, precision: str, element_bytes: int, forwards: int = 1) -> None:
-        self.hardware, self.element_bytes, self.forwards = hardware, element_bytes, forwards
+    def __init__(
+        self, hardware: Hardware, precision: str, element_bytes: int, forwards: int = 1, *, lands: bool = False
+    ) -> None:
+        self.hardware, self.element_bytes, self.forwards, self.lands = hardware, element_bytes, forwards, lands
         self.peak = hardware.peak_flops(precision)
         self.bandwidth = hardware.memory_bytes_per_second * hardware.memory_efficiency
         self.seconds = 0.0
@@ -37,10 +40,13 @@ class Roofline:
         efficiency = hardware.grouped_efficiency if grouped or groups > 1 else hardware.product_efficiency
         peak = hardware.float32_flops if wide else self.peak
         size = FLOAT32_BYTES if wide else self.element_bytes
-        moved = size * (rows * (inputs + outputs) + groups * inputs * outputs)
-        self.seconds += (self.forwards + 2) * max(
-            2 * rows * inputs * outputs / (peak * efficiency), moved / self.bandwidth
-        )
+        arithmetic, weights = 2 * rows * inputs * outputs / (peak * efficiency), groups * inputs * outputs
+        for times, bytes_each in (
+            (self.forwards + 1, size),
+            (1, 2 * FLOAT32_BYTES if self.lands else size),
+        ):
+            moved = size * rows * (inputs + outputs) + bytes_each * weights
+            self.seconds += times * max(arithmetic, moved / self.bandwidth)
 
     def mixing(self, flops: float, moved: float) -> None:
         """Add attention or a scan, given forward `flops` and bytes moved.

@@ -82,12 +82,17 @@ class StepTime:
         return [(name, seconds) for name, seconds in hidden if seconds > 1e-6]  # less is rounding
 
 
+def lands(layout: Layout, storage: Storage) -> bool:
+    """Whether products add weight gradients to float32 sums, which ZeRO 1 and 2 have."""
+    return storage.lands and layout.zero_stage in (1, 2)
+
+
 def block_seconds(
     config: RunConfig, letter: str, layout: Layout, hardware: Hardware, storage: Storage, imbalance: float
 ) -> float:
     """Forward and backward seconds of a rank's part of one block for one micro-batch."""
     forwards = 2 if letter in layout.recompute else 1
-    line = Roofline(hardware, config.train.precision, storage.element_bytes, forwards)
+    line = Roofline(hardware, config.train.precision, storage.element_bytes, forwards, lands=lands(layout, storage))
     # The norm with its residual: two tensors read and two written; backward reads three and writes two.
     tokens = layout.tokens(config) / layout.stream_ranks
     line.passes(9 * tokens * config.model.hidden_size * storage.element_bytes)
@@ -99,7 +104,8 @@ def head_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage:
     """Seconds of final norm, logits, loss and both gradients; logits pass through memory in float32."""
     model, tokens = config.model, layout.tokens(config)
     vocab = model.vocab_size / layout.tensor
-    line = Roofline(hardware, config.train.precision, storage.element_bytes)
+    is_added = lands(layout, storage) and layout.tensor > 1  # a whole head's gradient is made before its scale is known
+    line = Roofline(hardware, config.train.precision, storage.element_bytes, lands=is_added)
     line.product(tokens, model.hidden_size, vocab)
     line.passes(4 * FLOAT32_BYTES * tokens * vocab + 9 * tokens * model.hidden_size * storage.element_bytes)
     return line.seconds
@@ -108,7 +114,7 @@ def head_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage:
 def depth_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage) -> float:
     """Seconds of what a depth of multi-token prediction has around its blocks: two norms and its projection."""
     hidden, tokens = config.model.hidden_size, layout.tokens(config)
-    line = Roofline(hardware, config.train.precision, storage.element_bytes)
+    line = Roofline(hardware, config.train.precision, storage.element_bytes, lands=lands(layout, storage))
     line.passes(2 * 6 * tokens / layout.stream_ranks * hidden * storage.element_bytes)
     line.product(tokens, 2 * hidden / layout.tensor, hidden)
     return line.seconds
@@ -199,7 +205,7 @@ def _estimate_stage(
         compute,
         communication,
         bubble,
-        optimizer_seconds(held, passes, layout, hardware, storage),
+        optimizer_seconds(held, passes, layout, hardware, storage, summed_behind(config, layout, storage, held)),
         exposed,
         gathers - hidden,
         beside,
@@ -229,13 +235,27 @@ def host_seconds(
     return max(0.0, launches * hardware.launch_seconds - compute) + waits * hardware.wait_seconds
 
 
-def optimizer_seconds(held: StageShare, passes: int, layout: Layout, hardware: Hardware, storage: Storage) -> float:
+def summed_behind(config: RunConfig, layout: Layout, storage: Storage, held: StageShare) -> float:
+    """Parameters of a rank whose gradients join the float32 sums behind the products that make them.
+
+    All of them, or where products add what they make: those of a head that no tensor ranks share, which is scaled on its way.
+    Vectors are too few to count, and of the embedding only the rows of a micro-batch's tokens are touched.
+    """
+    if not lands(layout, storage):
+        return held.parameters
+    return config.model.vocab_size * config.model.hidden_size * held.has_head * (layout.tensor == 1)
+
+
+def optimizer_seconds(
+    held: StageShare, passes: int, layout: Layout, hardware: Hardware, storage: Storage, summed: float
+) -> float:
     """Seconds of the optimizer on this rank's shard and of what surrounds it.
 
-    Around it: float32 sums of bf16 gradients over micro-batches, and the check for finite values. These and AdamW are bound
-    by memory; Muon moves less of it, and adds what `muon_seconds` says.
+    Around it: float32 sums over micro-batches of the gradients of `summed` parameters, and the check for finite values. These
+    and AdamW are bound by memory; Muon moves less of it, and adds what `muon_seconds` says.
     """
-    return _update_seconds(held, passes, layout, hardware, storage) + muon_seconds(held, layout, hardware, storage)
+    update = _update_seconds(held, passes, layout, hardware, storage, summed)
+    return update + muon_seconds(held, layout, hardware, storage)
 
 
 def muon_seconds(held: StageShare, layout: Layout, hardware: Hardware, storage: Storage) -> float:
@@ -257,15 +277,17 @@ def muon_seconds(held: StageShare, layout: Layout, hardware: Hardware, storage: 
     return seconds
 
 
-def _update_seconds(held: StageShare, passes: int, layout: Layout, hardware: Hardware, storage: Storage) -> float:
+def _update_seconds(
+    held: StageShare, passes: int, layout: Layout, hardware: Hardware, storage: Storage, summed: float
+) -> float:
     """Seconds that an elementwise update of this rank's shard, sums and checks of gradients take of the memory's bandwidth."""
     e, parameters = storage.element_bytes, held.parameters
     share = held.share(layout) if layout.zero_stage else parameters
     update = 7 * FLOAT32_BYTES if storage.state_bytes == FLOAT32_BYTES else STEP_BYTES
     if layout.zero_stage in (1, 2):
-        # Every pass adds its gradients to the float32 sums, which are read once more for the check.
+        # Every pass adds such gradients to the float32 sums, which are read once more for the check.
         moved = FLOAT32_BYTES * parameters + (update + e) * share
-        moved += passes * (e + 2 * FLOAT32_BYTES) * parameters
+        moved += passes * (e + 2 * FLOAT32_BYTES) * summed
         return moved / (hardware.memory_bytes_per_second * hardware.memory_efficiency)
     moved = e * parameters + (update + e) * share
     if e < FLOAT32_BYTES and passes > 1:

@@ -5,7 +5,7 @@ import pytest
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.memory import storage_of
 from amfm.launch.plan.time import estimate_step, left_after_pieces
-from amfm.model.flops import flops_per_token
+from amfm.model.flops import count_parameters, flops_per_token
 from amfm.pretrain.recompute import recomputed_letters
 from tests.launch.plan.presets import H100, PRESETS, preset
 
@@ -33,6 +33,26 @@ def test_a_step_is_never_faster_than_its_arithmetic_at_peak():
         tokens = train.global_batch_size * train.sequence_length
         assert step.total() > flops * tokens / H100.peak_flops(train.precision)
         assert step.reduction == step.exposed_gathers == 0.0
+
+
+def test_sums_in_products_take_the_bandwidth_of_products_and_no_pass_of_their_own():
+    config = preset("ladder_8b_a1b", "parallel.zero_stage=1")
+    behind = preset("ladder_8b_a1b", "parallel.zero_stage=1", "train.gradient_sums=hook")
+    layout = Layout(64, 1, 1)
+    inside, apart = (
+        estimate_step(each, layout, H100, storage_of(each), overlap=0.0, stage=0) for each in (config, behind)
+    )
+    # A bf16 gradient read, a float32 sum read and written, per pass and parameter; the head's is scaled on its way and stays.
+    model, parameters = config.model, count_parameters(config.model).total
+    head = model.vocab_size * model.hidden_size
+    moved = layout.micro_batches(config) * 10 * (parameters - head)
+    saved = moved / (H100.memory_bytes_per_second * H100.memory_efficiency)
+    assert apart.optimizer - inside.optimizer == pytest.approx(saved, rel=1e-3)
+    # Products that a GPU's memory bounds read and write the sums.
+    assert sum(inside.compute.values()) >= sum(apart.compute.values())
+    assert inside.total() < apart.total()
+    whole = (estimate_step(each, Layout(64, 3, 1), H100, storage_of(each), overlap=0.0) for each in (config, behind))
+    assert len({step.total() for step in whole}) == 1, "ZeRO 3 has no sums to add to"
 
 
 def test_a_reduction_hides_behind_a_backward_pass_and_zero_2_reduces_in_each():
