@@ -32,7 +32,7 @@ class Trained:
     num_buckets: int
 
 
-def build(zero_stage: int, bucket_elements: int, events: list[str]) -> ZeroEngine:
+def build(zero_stage: int, bucket_elements: int, events: list[str], *, in_products: bool = True) -> ZeroEngine:
     parallel = initialize_parallel(ParallelConfig(), timeout_seconds=60, num_threads=1)
     model = HybridModel(ModelConfig.model_validate(MODEL), parallel.groups)
     engine = build_engine(
@@ -42,6 +42,7 @@ def build(zero_stage: int, bucket_elements: int, events: list[str]) -> ZeroEngin
         zero_stage=zero_stage,
         parallel=parallel,
         bucket_elements=bucket_elements,
+        sums_in_products=in_products,
         record=lambda event, bucket: events.append(f"{event} {bucket}"),
     )
     first = model.blocks[0].norm.weight
@@ -51,10 +52,10 @@ def build(zero_stage: int, bucket_elements: int, events: list[str]) -> ZeroEngin
     return engine
 
 
-def train(zero_stage: int, bucket_elements: int = 1) -> Trained:
+def train(zero_stage: int, bucket_elements: int = 1, *, in_products: bool = True) -> Trained:
     """Steps on tokens of which data rank r of n takes every n-th micro-batch."""
     events: list[str] = []
-    engine = build(zero_stage, bucket_elements, events)
+    engine = build(zero_stage, bucket_elements, events, in_products=in_products)
     ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     tokens = torch.randint(0, MODEL["vocab_size"], (STEPS, 2 * PASSES, ROWS, TOKENS), generator=torch.manual_seed(0))
     meta = PackMeta.one_document_a_row(ROWS, TOKENS)
@@ -107,6 +108,19 @@ def test_reductions_start_before_the_last_backward_pass_ends(two_ranks: list[lis
         assert len(before) >= 3, "later blocks' gradients travel while the first block is differentiated"
         reduced = [event for event in each_pass.events[: each_pass.events.index("step")] if event.startswith("reduce ")]
         assert len(reduced) == PASSES * each_pass.num_buckets
+
+
+def train_both_ways() -> list[Trained]:
+    return [train(stage, in_products=in_products) for stage in STAGES for in_products in (True, False)]
+
+
+def test_sums_in_products_are_those_of_hooks_to_the_bit() -> None:
+    (found,) = run_ranks(train_both_ways, num_ranks=1)
+    for inside, behind in (found[:2], found[2:]):
+        assert inside.losses == behind.losses
+        assert inside.events == behind.events, "buckets are complete at the same moments"
+        for name, weight in behind.weights.items():
+            assert torch.equal(inside.weights[name], weight), name
 
 
 def train_in_one_bucket() -> list[str]:
