@@ -49,7 +49,7 @@ def must_answer(address: str) -> None:
 def _is_open(address: str) -> bool:
     """Whether the cluster at an address answers a program without a token; a process of its own asks it."""
     must_answer(address)
-    question = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    question = [sys.executable, "-P", "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
         answer = subprocess.run(
             question,

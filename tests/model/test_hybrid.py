@@ -210,7 +210,7 @@ def test_a_pipeline_stage_that_does_not_know_its_blocks_is_refused():
 
 
 def test_an_unsound_configuration_is_refused_before_anything_is_allocated():
-    huge = small_config("M", vocab_size=10**12).model_copy(update={"mamba": None})
+    huge = small_config("M").model_copy(update={"mamba": None, "vocab_size": 10**12})
     with pytest.raises(ValueError, match=r"model\.mamba is missing"):
         HybridModel(huge, single_rank_groups())
 

@@ -20,8 +20,8 @@ def test_the_compile_table_goes_between_its_markers(tmp_path) -> None:
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| walk | 4 | 64 / 136 / 2 | 64 / 8 / 2 | no |" in text
-    assert "walk: spills 8 bytes a thread and multiplies without wgmma" in text
-    assert "Spills of more than 128 bytes a thread on sm_80: walk (136)." in text
+    assert "walk: spills 8 bytes per thread and multiplies without wgmma" in text
+    assert "Spills of more than 128 bytes per thread on sm_80: walk (136)." in text
     document.write_text("nothing")
     with pytest.raises(ValueError, match="must hold the lines"):
         bench_kernels_compile.write_table(document, "table")

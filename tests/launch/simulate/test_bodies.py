@@ -142,14 +142,14 @@ TRITON = (
     lambda rows: scanned(decay, rows, False, leaf(2, 20, 2), leaf(2)),
     lambda rows: scanned(decay_vector, rows, True, channels=(16,)),
     lambda rows: rope._forward(rows(2, 6, 2, 8), torch.randn(2, 6, 1, 4), torch.randn(2, 6, 1, 4), leaf(8), 1e-5),
-    lambda rows: convolution._forward(rows(2, 9, 8), leaf(8, 4), leaf(8), None),
+    lambda rows: convolution._forward(rows(2, 9, 8), leaf(8, 4), leaf(8), None, True),
 )
 TORCH = (
     lambda rows: diagonal(diag_torch, rows),
     lambda rows: loss_torch._forward(rows(6, 8), leaf(10, 8), numbers(6, below=10), -100, 0.1, True),
     lambda rows: loss_torch._statistics(rows(6, 8), leaf(10, 8), numbers(6, below=10), 0),
     fed_by_torch,
-    lambda rows: convolution_torch._forward(rows(2, 9, 8), leaf(8, 4), leaf(8), None),
+    lambda rows: convolution_torch._forward(rows(2, 9, 8), leaf(8, 4), leaf(8), None, False),
 )
 
 
