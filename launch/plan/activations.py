@@ -73,12 +73,15 @@ def up_rows(units: int, activation: str) -> int:
     return 2 * units if activation == "swiglu" else units
 
 
-def head_bytes(config: ModelConfig, storage: Storage, tokens: float, tensor: int = 1) -> tuple[float, float]:
+def head_bytes(
+    config: ModelConfig, storage: Storage, tokens: float, tensor: int = 1, *, lands: bool = False
+) -> tuple[float, float]:
     """(kept, working) bytes of the head for `tokens` tokens in one pass; the loss makes its gradients in forward.
 
     Kept: gradients of hidden and weight. Working: one slice of float32 logits with its gradient, and the float32 sum of
     the weight's gradient. Slices keep the [tokens, vocab] logits from ever existing whole. With tensor parallelism
-    Triton kernels compute the logits again in backward, because a slice's softmax needs sums over all ranks first.
+    Triton kernels compute the logits again in backward, because a slice's softmax needs sums over all ranks first; where
+    the weight's gradient `lands` in its bucket's sum, their products add to it.
     """
     e, vocab, hidden = storage.element_bytes, config.vocab_size // tensor, config.hidden_size
     backend = storage.backend
@@ -94,5 +97,6 @@ def head_bytes(config: ModelConfig, storage: Storage, tokens: float, tensor: int
         sums += product
     rows = min(tokens, rows)
     if tensor > 1 and backend == "triton":
-        return tokens * hidden * 2 * e, tokens * hidden * e + rows * vocab * e + product + sums
+        own = 0.0 if lands else product + sums
+        return tokens * hidden * 2 * e, tokens * hidden * e + rows * vocab * e + own
     return tokens * hidden * 3 * e + product, rows * vocab * (FLOAT32_BYTES + e) + sums
