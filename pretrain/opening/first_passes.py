@@ -57,6 +57,10 @@ def compile_first(
     """
     if not compiles_anything(config, parallel):
         return
+    if config.train.compile and parallel.groups.tp.size() > 1:
+        # A compiled graph holds the group of its collectives, which must be the real one: the first step compiles it.
+        meet(parallel)
+        return
     began = time.perf_counter()
     groups = alike_groups(parallel.groups)
     try:
