@@ -43,8 +43,14 @@ _LOG = logging.getLogger(__name__)
 
 
 def compiles_anything(config: RunConfig, parallel: Parallel) -> bool:
-    """Whether the first passes of a run compile: with torch.compile, and Triton's kernels on a GPU."""
-    return config.train.compile or (parallel.device.type == "cuda" and choose_backend(config, parallel) == "triton")
+    """Whether the first passes of a run compile: with torch.compile, and Triton's kernels on a GPU.
+
+    Not with torch.compile over tensor ranks, which the first step compiles: a compiled graph holds the group of its
+    collectives, and that must be the real one.
+    """
+    if config.train.compile:
+        return parallel.groups.tp.size() == 1
+    return parallel.device.type == "cuda" and choose_backend(config, parallel) == "triton"
 
 
 def compile_first(
@@ -56,10 +62,6 @@ def compile_first(
     hears of each part before it is compiled. Raises ValueError where kernels are wrong on this device.
     """
     if not compiles_anything(config, parallel):
-        return
-    if config.train.compile and parallel.groups.tp.size() > 1:
-        # A compiled graph holds the group of its collectives, which must be the real one: the first step compiles it.
-        meet(parallel)
         return
     began = time.perf_counter()
     groups = alike_groups(parallel.groups)
