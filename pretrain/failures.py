@@ -25,6 +25,9 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, err
 # What the system's loader says of a library for which it has no room.
 NO_MEMORY = ("failed to map segment", "cannot allocate memory")
 
+# What Python and native libraries say where the system refuses a thread or a process.
+NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")
+
 
 def exit_code(error: ValueError | RuntimeError | OSError | MemoryError) -> int:
     """2 for what the user can correct, 3 for the machine's state; for an error that ended a start, or a whole verb."""
@@ -46,6 +49,11 @@ def describe(error: Exception) -> str:
     if isinstance(error, MemoryError):
         cause = str(error) or "MemoryError"
         return f"this host's memory is used up ({cause}); give this more of it, or start fewer processes"
+    if str(error) in NO_THREADS or (isinstance(error, BlockingIOError) and not error.filename):
+        return (
+            f"the system allows no further process or thread here ({error}); raise the limit of this user or job "
+            "(`ulimit -u`, pids.max of its cgroup), or start fewer ranks and readers"
+        )
     return str(error) or type(error).__name__
 
 

@@ -213,7 +213,10 @@ class Heartbeat:
         """Name who holds this rank up, by the beats of the others, if the storage gives them within LOOK_SECONDS."""
         found: list[list[Beat]] = []
         looker = threading.Thread(target=lambda: found.append(read_beats(self.directory)), daemon=True)
-        looker.start()
+        try:
+            looker.start()
+        except RuntimeError as error:  # the system may refuse threads, and this rank must end all the same
+            return f"who holds it up was not read: {error}"
         looker.join(LOOK_SECONDS)
         if not found:
             return f"{self.directory} does not answer, so the storage is the suspect"

@@ -147,13 +147,23 @@ class Readers:
         return self.place / "weights" / "weights.json", lambda: read_weights(self.place / "weights")
 
     def imported_config(self) -> tuple[Path, Callable[[], Any]]:
+        return self.imported("config.json")
+
+    def imported_weights(self) -> tuple[Path, Callable[[], Any]]:
+        return self.imported("model.safetensors")
+
+    def imported_tokenizer(self) -> tuple[Path, Callable[[], Any]]:
+        return self.imported("tokenizer_config.json")
+
+    def imported(self, file: str) -> tuple[Path, Callable[[], Any]]:
+        """A file of a transformers checkpoint."""
         from amfm.pretrain.export.import_huggingface import import_huggingface
 
         def read() -> None:
             shutil.rmtree(self.place / "imported", ignore_errors=True)
             import_huggingface(self.place / "exported", self.place / "imported")
 
-        return self.place / "exported" / "config.json", read
+        return self.place / "exported" / file, read
 
 
 def fuzz(name: str, path: Path, read: Callable[[], Any], count: int) -> dict[str, Any]:

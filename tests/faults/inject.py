@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -118,15 +119,24 @@ def remove_store(run: Run) -> None:
     store.rename(store.with_name("away"))
 
 
-def limited_group(name: str, num_bytes: int) -> Path:
-    """A memory cgroup with a limit, below the one of all processes here. Raises OSError where the system gives none."""
-    group = Path("/sys/fs/cgroup/memory", f"amfm-test-{os.getpid()}-{name}")
+LIMIT_FILES = {"memory": "memory.limit_in_bytes", "pids": "pids.max"}
+
+
+def limited_group(controller: str, name: str, limit: int) -> Path:
+    """A cgroup with a limit, below the one of all processes here. Raises OSError where the system gives none."""
+    group = Path("/sys/fs/cgroup", controller, f"amfm-test-{os.getpid()}-{name}")
     group.mkdir()
-    (group / "memory.limit_in_bytes").write_text(str(num_bytes))
+    (group / LIMIT_FILES[controller]).write_text(str(limit))
     return group
 
 
 def run_out_of_memory(run: Run) -> None:
     """The kernel kills this rank for want of memory, as in a job with a limit."""
-    (limited_group("rank", 64 << 20) / "cgroup.procs").write_text(str(os.getpid()))
+    (limited_group("memory", "rank", 64 << 20) / "cgroup.procs").write_text(str(os.getpid()))
     torch.ones(1 << 28)
+
+
+def run_out_of_threads(run: Run) -> None:
+    """This rank gets no further process or thread, as in a job with a limit that its other processes have used up."""
+    (limited_group("pids", "rank", 1) / "cgroup.procs").write_text(str(os.getpid()))
+    subprocess.Popen(["true"])

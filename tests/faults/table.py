@@ -75,6 +75,7 @@ TABLE = (
     Row(45, "NaN in one expert; numbers beyond bfloat16; other seeds, umask, environment", "skipped, or code 3; the same losses", (F + "test_in_a_run.py::test_numbers_that_overflow",)),
     Row(46, "a store replaced or removed under a run", "code 3; another one refused", (F + "test_in_a_run.py::test_a_store_that_is_replaced",)),
     Row(47, "no shared memory, a read-only package", "trains", (F + "test_in_a_run.py::test_a_run_needs_no_shared_memory",)),
+    Row(55, "a thread or process that the system refuses", "code 3 with the limits to raise, same end", (F + "test_in_a_run.py::test_a_rank_that_gets_no_further_thread", P + "test_failures.py::test_a_thread_or_process")),
     Row(48, "2,000 steps", "no more memory, descriptors, threads, processes", (F + "test_in_a_run.py::test_two_thousand_steps",)),
     Row(49, "a checkpoint of the oldest format", "loaded", (P + "checkpoint/test_damage.py::test_a_checkpoint_of_version_1",)),
     Row(50, "a link in the place of a log, a temporary name, a board; plots on a full disk; a run directory that was moved", "nothing of others written; a warning; named", (P + "monitor/test_metrics.py::test_a_link", P + "monitor/test_metrics.py::test_plots", P + "monitor/test_metrics.py::test_a_run_directory", P + "monitor/test_node_board.py::test_what_others")),

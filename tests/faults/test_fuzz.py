@@ -22,7 +22,7 @@ CHEAP = (
     *("yaml", "store_manifest", "journal", "metrics", "heartbeat", "checkpoint_manifest", "signed_checkpoint_manifest"),
     *("safetensors", "tokenizer_model", "tokenizer_json", "weights_description"),
 )
-DEAR = ("shard", "zarr_metadata", "imported_config")
+DEAR = ("shard", "zarr_metadata", "imported_config", "imported_weights", "imported_tokenizer")
 
 
 @pytest.fixture(scope="module")

@@ -184,9 +184,16 @@ def groups_removed() -> Iterator[None]:
     try:
         yield
     finally:
-        for group in Path("/sys/fs/cgroup/memory").glob("amfm-test-*"):
+        for group in Path("/sys/fs/cgroup").glob("*/amfm-test-*"):
             with suppress(OSError):
                 group.rmdir()
+
+
+def skip_without_group(controller: str) -> None:
+    try:
+        inject.limited_group(controller, "try", 1 << 20).rmdir()
+    except OSError as error:
+        pytest.skip(f"NOT TESTED: no {controller} cgroup can be made here: {error}")
 
 
 def run_out(place: str, settings: dict[str, Any], fault: str, ranks: int) -> Any:
@@ -202,10 +209,7 @@ def run_out(place: str, settings: dict[str, Any], fault: str, ranks: int) -> Any
 @pytest.mark.timeout(900)
 def test_a_rank_that_the_kernel_kills_for_memory_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
     """By a cgroup, as in a job with a limit."""
-    try:
-        inject.limited_group("try", 1 << 30).rmdir()
-    except OSError as error:
-        pytest.skip(f"NOT TESTED: no memory cgroup can be made here: {error}")
+    skip_without_group("memory")
     with groups_removed():
         (found,) = run_ranks(
             run_out, str(tmp_path), {"train__micro_batch_size": 1}, "run_out_of_memory", 2, num_ranks=1
@@ -213,6 +217,18 @@ def test_a_rank_that_the_kernel_kills_for_memory_is_named_and_nothing_is_lost(tm
     (ended, said), again, straight, is_same = found
     assert ended == [RUN_FAILED, -signal.SIGKILL] and "rank 1 on " in said
     assert again == straight == ([DONE] * 2, "") and is_same
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_rank_that_gets_no_further_thread_ends_in_words_and_nothing_is_lost(tmp_path: Path) -> None:
+    """By a cgroup: what starts a process or a thread afterwards is refused, and the save after it."""
+    skip_without_group("pids")
+    with groups_removed():
+        (found,) = run_ranks(run_out, str(tmp_path), {}, "run_out_of_threads", 1, num_ranks=1)
+    (ended, said), again, straight, is_same = found
+    assert ended == [RUN_FAILED] and "the system allows no further process or thread here" in said
+    assert again == straight == ([DONE], "") and is_same
 
 
 NO_SHARED_MEMORY = (

@@ -31,6 +31,11 @@ def test_memory_that_is_used_up_can_be_resumed() -> None:
     assert exit_code(raised.value) == 3
 
 
+@pytest.mark.parametrize("refusal", [RuntimeError("can't start new thread"), BlockingIOError(errno.EAGAIN, "Resource")])
+def test_a_thread_or_process_that_the_system_refuses_is_said_with_the_limits_to_raise(refusal: Exception) -> None:
+    assert "allows no further process or thread here" in describe(refusal) and "`ulimit -u`" in describe(refusal)
+
+
 def test_a_plug_in_that_exits_has_not_finished_the_run() -> None:
     with pytest.raises(RuntimeError, match=r"sys\.exit\(0\) was called at .*test_failures\.py:\d+ while") as raised:
         with while_running():
