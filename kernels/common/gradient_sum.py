@@ -74,6 +74,12 @@ def land(totals: Sequence[GradientSum], write: Callable[[Sequence[Tensor]], None
             place.add_(gradient)
 
 
+def land_product(total: GradientSum, product: Tensor) -> None:
+    """Add a gradient that was made in float32 to its sum."""
+    place, adds = total.take()
+    place.add_(product) if adds else place.copy_(product)
+
+
 def add_outer(place: Tensor, adds: bool, left_RA: Tensor, right_RB: Tensor) -> None:
     """place [A, B] += left^T right, or = where nothing is to be added to.
 

@@ -16,6 +16,9 @@ from torch.nn import functional
 from amfm.kernels.common.gemm_precision import gemm_dtype
 from amfm.kernels.common.gradient_sum import GradientSum, add_outer, gradient_sum_of
 from amfm.kernels.common.split_backward import compute_later, is_split
+from amfm.kernels.linear.low_precision import low_precision_gradients, low_precision_linear
+from amfm.kernels.linear.weight_gradient import weight_gradient
+from amfm.kernels.low_precision.recipe import Recipe, recipe_of
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
@@ -23,9 +26,12 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 
     On processors that only emulate bfloat16 products the operands are widened to float32, in both passes, and the
     results rounded once; elsewhere this is torch's own linear. Where a schedule splits the backward pass, the weight's
-    gradient is computed later (kernels/common/split_backward.py); where it has a sum, it lands there (gradient_sum.py).
+    gradient is computed later (kernels/common/split_backward.py); where it has a sum, it lands there (gradient_sum.py). A weight
+    with a recipe is multiplied by it (kernels/low_precision).
     """
-    total = gradient_sum_of(weight_OI)
+    total, recipe = gradient_sum_of(weight_OI), recipe_of(weight_OI)
+    if recipe is not None:
+        return low_precision_linear(x, weight_OI, recipe, total)
     if total is not None or is_split(weight_OI):
         product: Tensor = _Linear.apply(x, weight_OI, total)
         return product
@@ -50,14 +56,16 @@ def linear_float32(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def linear_gradients(
-    x: Tensor, weight_OI: Tensor, grad: Tensor, total: GradientSum | None = None
+    x: Tensor, weight_OI: Tensor, grad: Tensor, total: GradientSum | None = None, recipe: Recipe | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and of the weight, from that of `linear`'s result, multiplied in the same dtype and rounded once.
 
     x [..., I], weight [O, I], grad [..., O] -> gradients of the shapes and dtypes of x and of the weight; None for a weight
     whose gradient lands in `total`, or that a split pass computes later. Blocks with a backward of their own (fused
-    projections) call it directly.
+    projections) call it directly, with the sum and the recipe that they found in the forward pass.
     """
+    if recipe is not None:
+        return low_precision_gradients(x, weight_OI, grad, recipe, total)
     dtype = gemm_dtype(x)
     grad_RO = grad.flatten(0, -2).to(dtype)
     grad_x = (grad_RO @ weight_OI.to(dtype)).to(x.dtype).view(x.shape)
@@ -65,22 +73,11 @@ def linear_gradients(
 
 
 def _weights_half(x: Tensor, weight_OI: Tensor, grad: Tensor, total: GradientSum | None) -> Tensor | None:
-    """`_weight_gradient`, now or later."""
+    """`weight_gradient`, now or later."""
     if is_split(weight_OI):
-        compute_later([weight_OI], lambda: [_weight_gradient(x, weight_OI, grad, total)])
+        compute_later([weight_OI], lambda: [weight_gradient(x, weight_OI, grad, total)])
         return None
-    return _weight_gradient(x, weight_OI, grad, total)
-
-
-def _weight_gradient(x: Tensor, weight_OI: Tensor, grad: Tensor, total: GradientSum | None) -> Tensor | None:
-    """The weight's gradient, or None where it was added to `total`."""
-    if total is not None:
-        place, adds = total.take()
-        add_outer(place, adds, grad.flatten(0, -2), x.flatten(0, -2))
-        return None
-    dtype = gemm_dtype(x)
-    product: Tensor = grad.flatten(0, -2).to(dtype).t() @ x.flatten(0, -2).to(dtype)
-    return product.to(weight_OI.dtype)
+    return weight_gradient(x, weight_OI, grad, total)
 
 
 class _Linear(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from amfm.kernels.common.gradient_sum import gradient_sum_of
 from amfm.kernels.linear.op import linear, linear_gradients
+from amfm.kernels.low_precision.recipe import recipe_of
 from amfm.model.parallel.groups import ProcessGroupCollection
 
 
@@ -34,7 +35,7 @@ def project_stream(x_BTD: Tensor, weights: Sequence[Tensor], groups: ProcessGrou
     """
     if groups.tp.size() > 1 and groups.sequence_parallel:
         products: tuple[Tensor, ...] = _ProjectGathered.apply(
-            x_BTD, groups.tp, [gradient_sum_of(weight) for weight in weights], *weights
+            x_BTD, groups.tp, [(gradient_sum_of(weight), recipe_of(weight)) for weight in weights], *weights
         )
         return products
     x_BTD = enter_tensor_region(x_BTD, groups)
@@ -49,8 +50,8 @@ class _ProjectGathered(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, own_BTD: Tensor, group: Any, totals: Any, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.totals = group, totals
+    def forward(ctx: Any, own_BTD: Tensor, group: Any, found: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.found = group, found
         ctx.save_for_backward(own_BTD, *weights)
         x_BTD = _gather(own_BTD, group)
         return tuple(linear(x_BTD, weight) for weight in weights)
@@ -59,8 +60,8 @@ class _ProjectGathered(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         own_BTD, *weights = ctx.saved_tensors
         x_BTD = _gather(own_BTD, ctx.group)
-        given = zip(weights, grads, ctx.totals, strict=True)
-        pairs = [linear_gradients(x_BTD, weight, grad, total) for weight, grad, total in given]
+        given = zip(weights, grads, ctx.found, strict=True)
+        pairs = [linear_gradients(x_BTD, weight, grad, *found) for weight, grad, found in given]
         grad_BTD = sum((grad for grad, _ in pairs[1:]), start=pairs[0][0])
         return _reduce_scatter(grad_BTD, ctx.group), None, None, *(grad for _, grad in pairs)
 

@@ -1,0 +1,62 @@
+"""How the products of one weight take their operands in 8 or 4 bits: a description that the model hangs on the weight.
+
+A weight without one is multiplied as it always was. `weight.recipe = Recipe("fp8_block")` is all that a model does; operations
+that multiply by weights (`kernels/linear`, `kernels/moe`) look for it in the forward pass (`recipe_of`) and keep it for the
+backward pass, because what a recomputed block saves are copies of its parameters.
+
+Nothing of a recipe changes from step to step: all scales are functions of the tensor at hand, and so are the random numbers of
+nvfp4, which are drawn from the recipe's seed and the bits of what is rounded (`formats.draw_noise`). So a checkpoint holds
+nothing of it, and a block that is computed again, in whatever order a pipeline does so, rounds as it did before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from torch import Tensor
+
+RecipeName = Literal["fp8_block", "mxfp8", "nvfp4"]
+NAMES: tuple[RecipeName, ...] = get_args(RecipeName)
+# The first compute capability whose tensor cores take a recipe's operands.
+FIRST_CAPABILITY: Mapping[RecipeName, tuple[int, int]] = MappingProxyType(
+    {"fp8_block": (9, 0), "mxfp8": (10, 0), "nvfp4": (10, 0)}
+)
+# What both widths of a matrix must be a multiple of where a GPU multiplies by it; emulated, any width will do.
+WIDTH_MULTIPLE: Mapping[RecipeName, int] = MappingProxyType({"fp8_block": 16, "mxfp8": 32, "nvfp4": 16})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one weight is multiplied, in all three products: the output, the gradient of the input, that of the weight.
+
+    `name`: fp8_block, e4m3 in blocks of 128 (DeepSeek-V3, arXiv 2412.19437, section 3.3); mxfp8, e4m3 in blocks of 32 (OCP MX 1.0);
+    nvfp4, e2m1 in blocks of 16 (Abecassis et al. 2025, arXiv 2509.25149). `weight_gradient`: "bf16" takes the third product from
+    the operands as they came. `saved`: "fp8" keeps an expert's hidden rows before the activation as e4m3 in blocks of 128 along
+    the row. `emulate`: quantise, then multiply wide, on any device. `seed`: of nvfp4's random rounding, `seed_of` of the run's
+    seed and the weight's name.
+    """
+
+    name: RecipeName
+    weight_gradient: Literal["same", "bf16"] = "same"
+    saved: Literal["bf16", "fp8"] = "bf16"
+    emulate: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"a recipe's name must be one of {', '.join(NAMES)}; got {self.name!r}")
+
+
+def recipe_of(weight: Tensor | None) -> Recipe | None:
+    """How this weight is multiplied; None: as it is."""
+    found: Recipe | None = getattr(weight, "recipe", None)
+    return found
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A seed below 2^31 for one weight, out of the run's and the weight's name: the same on all ranks."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little") >> 1
