@@ -150,14 +150,19 @@ class BackgroundSaver:
 def copy_snapshot(snapshot: Snapshot, memory: dict[str, Tensor]) -> Snapshot:
     """Copy a snapshot to CPU memory that no later step touches.
 
-    `memory`: tensors of an earlier copy, overwritten where they fit; new pages cost several times the copy itself.
+    `memory`: tensors of an earlier copy, overwritten where they fit; new pages cost several times the copy itself. What comes
+    from a GPU goes to pinned memory, one copy behind the other, and is waited for once.
     """
     tensors = {}
+    on_gpu = False
     for key, tensor in snapshot.tensors.items():
         place = memory.get(key)
         if place is None or place.shape != tensor.shape or place.dtype != tensor.dtype:
-            place = torch.empty(tensor.shape, dtype=tensor.dtype)
-        tensors[key] = place.copy_(tensor.detach())
+            place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        tensors[key] = place.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        on_gpu |= tensor.is_cuda
+    if on_gpu:
+        torch.cuda.current_stream().synchronize()
     return dataclasses.replace(
         snapshot,
         tensors=tensors,

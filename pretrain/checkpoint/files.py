@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,6 @@ from amfm.data_pipeline.durable.files import sync
 from amfm.data_pipeline.durable.foreign_files import inside, parse_object, read_bounded, take, understood
 from amfm.data_pipeline.durable.naming import named
 from amfm.data_pipeline.progress import Report, silent
-from amfm.model.on_demand import BLOCK_NUMEL
 from amfm.pretrain.tensor_files import TensorFile, encode_header, tensor_bytes
 
 FORMAT = "amfm-checkpoint"
@@ -46,6 +45,7 @@ NO_DIGEST = "0" * 64
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 READ_PAUSES = (0.2, 1.0, 3.0)  # seconds before a file is read again that the storage did not give
 T = TypeVar("T")
+Take = Callable[[str, int, Tensor], None]  # the name of a stored tensor, the first of the numbers, and they
 
 
 @dataclass(frozen=True)
@@ -214,16 +214,24 @@ def upgrade_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def verify_file(
-    checkpoint_dir: Path, name: str, entry: Mapping[str, Any], report: Report = silent, before: int = 0, total: int = 0
+    checkpoint_dir: Path,
+    name: str,
+    entry: Mapping[str, Any],
+    report: Report = silent,
+    before: int = 0,
+    total: int = 0,
+    take: Take | None = None,
 ) -> str | None:
     """Verify one file of a checkpoint: returns what is wrong with it, or None.
 
-    Compares size and SHA-256 with the manifest's entry; then refuses a NaN or an infinity in any float tensor. `report`
-    hears of the bytes, after `before` of other files, of `total`. Raises StorageError where the storage does not give it.
+    Compares size and SHA-256 with the manifest's entry; refuses a NaN or an infinity in any float tensor. The file is read
+    once: `take` hears of each tensor's numbers as they pass, not yet known to be sound, and again from the start where
+    the storage failed in passing. `report` hears of the bytes, after `before` of other files, of `total`. Raises
+    StorageError where the storage does not give it.
     """
     path = checkpoint_dir / name
     try:
-        return read_patiently(path, lambda: find_fault(path, entry, report, before, total))
+        return read_patiently(path, lambda: find_fault(path, entry, report, before, total, take))
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     except StorageError:
@@ -232,30 +240,61 @@ def verify_file(
         return str(error)
 
 
-def find_fault(path: Path, entry: Mapping[str, Any], report: Report, before: int, total: int) -> str | None:
-    """Find what is wrong with a file by its entry, as `verify_file`. Raises OSError, and RuntimeError for a damaged head."""
+def find_fault(
+    path: Path, entry: Mapping[str, Any], report: Report, before: int, total: int, take: Take | None
+) -> str | None:
+    """Find what is wrong with a file by its entry, as `verify_file`. Raises OSError.
+
+    A digest that does not match is the fault to tell: whatever else is wrong follows from it.
+    """
     num_bytes = path.stat().st_size
     if num_bytes != entry["bytes"]:
         return f"{path}: {num_bytes} bytes, the manifest says {entry['bytes']}"
+    fault, parts = None, []
+    try:
+        tensors = TensorFile(path, RuntimeError).tensors
+        parts = sorted(tensors.items(), key=lambda part: part[1].first_byte)
+    except RuntimeError as error:
+        fault = str(error)
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK_BYTES):
-            digest.update(block)
-            before += len(block)
-            report(f"verifying {path.parent.name}", before, total)
+    # Pinned where a GPU takes the numbers, which is several times as fast.
+    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=take is not None and torch.cuda.is_available())
+    array: Any = buffer.numpy()
+    memory = memoryview(array)
+    with path.open("rb", buffering=0) as file:
+
+        def blocks(stop: int) -> Iterator[Tensor]:
+            """The bytes up to `stop`, hashed, in blocks of whole numbers."""
+            nonlocal before
+            while file.tell() < stop:
+                wanted, got = memory[: stop - file.tell()], 0
+                while got < len(wanted) and (count := file.readinto(wanted[got:])):
+                    got += count
+                digest.update(wanted[:got])
+                before += got
+                report(f"reading {path.parent.name}", before, total)
+                if got < len(wanted):
+                    return  # cut while it was read: the digest tells
+                yield buffer[:got]
+
+        for key, stored in parts:
+            for _ in blocks(stored.first_byte):
+                pass
+            start, kind = 0, key.startswith(FLOAT32_KINDS)
+            if kind and stored.dtype != torch.float32:
+                fault = fault or f"{path}: tensor {key} is {stored.dtype}, saved are float32"
+            for block in blocks(stored.first_byte + stored.numel * stored.dtype.itemsize):
+                numbers = block.view(stored.dtype)
+                if stored.dtype.is_floating_point and not bool(torch.isfinite(numbers).all()):
+                    fault = fault or f"{path}: tensor {key} holds NaN or infinity"
+                if take is not None and fault is None:
+                    take(key, start, numbers)
+                start += numbers.numel()
+        for _ in blocks(num_bytes):
+            pass
     if digest.hexdigest() != entry["sha256"]:
         return f"{path}: SHA-256 {digest.hexdigest()}, the manifest says {entry['sha256']}"
-    tensors = TensorFile(path, RuntimeError)
-    for key, stored in tensors.tensors.items():
-        if key.startswith(FLOAT32_KINDS) and stored.dtype != torch.float32:
-            return f"{path}: tensor {key} is {stored.dtype}, saved are float32"
-        starts = range(0, stored.numel, BLOCK_NUMEL) if stored.dtype.is_floating_point else ()
-        for start in starts:
-            numbers = tensors.numbers(key, start, min(stored.numel, start + BLOCK_NUMEL))
-            if not bool(torch.isfinite(numbers).all()):
-                return f"{path}: tensor {key} holds NaN or infinity"
-    tensors.close()
-    return None
+    return fault
 
 
 def find_foreign_files(checkpoint_dir: Path, manifest: Mapping[str, Any]) -> tuple[list[str], list[str]]:

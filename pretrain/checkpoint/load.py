@@ -2,8 +2,12 @@
 
 The checkpoint may have been saved by another number of ranks, another ZeRO stage and other parallel axes. It stores each
 parameter as shards that say which intervals of the whole parameter they hold (placement.py), so loading asks one question
-per range of masters and moments that this rank steps: which saved ranges overlap it? Each rank then reads those parts of
-the files and nothing else. At last the working weights are derived from the masters, as after an optimizer step.
+per range of masters and moments that this rank steps: which saved ranges overlap it? At last the working weights are derived
+from the masters, as after an optimizer step.
+
+Each file is verified by one rank, which reads it once: the digest is computed while the numbers go to their places
+(restore.py). A checkpoint that turns out to be damaged has then been restored in part; the one before fills the same places,
+all of them, before anything is computed with them.
 """
 
 from __future__ import annotations
@@ -12,35 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from amfm.data_pipeline.progress import Report, silent
 from amfm.pretrain.checkpoint.commit import RankFailure, examine_latest
 from amfm.pretrain.checkpoint.compatibility import check_resumable, understand_config
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
-from amfm.pretrain.checkpoint.files import (
-    StorageError,
-    find_foreign_files,
-    rank_file_name,
-    read_manifest,
-    verify_file,
-)
-from amfm.pretrain.checkpoint.fragments import (
-    create_state,
-    refresh_working_weights,
-    restore_group_settings,
-)
+from amfm.pretrain.checkpoint.files import StorageError, find_foreign_files, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.checkpoint.raised_rate import describe_raised_rate
-from amfm.pretrain.checkpoint.random_state import restore_random_state
-from amfm.pretrain.checkpoint.reader import RangeReader
+from amfm.pretrain.checkpoint.restore import Restore
 from amfm.pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.moments import FROZEN
 from amfm.pretrain.event_log import find_last_saved
 from amfm.pretrain.identity import collect_versions
 from amfm.pretrain.rank_group import RankGroup
-from amfm.pretrain.tensor_files import open_tensors
 
 GUIDE = ".guide_weight"  # end of the names of parameters that a run leaves behind
 
@@ -71,7 +60,7 @@ def load_newest(
 ) -> LoadedCheckpoint | None:
     """Load the newest checkpoint that verifies into the engine; None when there is none at all.
 
-    All ranks must call it; each verifies a share of the files. A broken checkpoint is passed over for the one before.
+    All ranks must call it; each reads and verifies a share of the files. A broken checkpoint is passed over for the one before.
     Raises RuntimeError when checkpoints exist but none verifies, naming each with its reason, and when there is none but
     there was (`refuse_lost`): training would otherwise start anew without a word. Raises ValueError when the newest sound one belongs to another model, dataset
     or schedule. The layout may be another than the one that saved: each rank reads what its shards and ranges need.
@@ -81,18 +70,22 @@ def load_newest(
     names = ranks.broadcast([path.name for path in list_checkpoints(checkpoints_dir)] if ranks.rank == 0 else None)
     skipped: list[str] = []
     for path in [checkpoints_dir / name for name in names]:
-        manifest, problems = verify_together(path, ranks, report)
+        manifest, problems = read_together(path, ranks)
         if manifest is None or problems:
             skipped.append(f"{path.name}: {'; '.join(problems)}")
             continue
         # A refusal here is an error and no reason to try an older checkpoint, which belongs to the same other run.
         changes = check_resumable(manifest, config, identities)
-        warnings = ranks.broadcast(list_warnings(checkpoints_dir, path, manifest, config) if ranks.rank == 0 else None)
         mismatches = find_mismatches(manifest, layout, ranks, may_lack_guides=config.model.guide is not None)
         if mismatches:
             raise RuntimeError(f"checkpoint {path} does not fit this model: " + "; ".join(mismatches))
-        report(f"loading {path.name}")
-        own_warnings = restore(path, manifest, layout, ranks.rank)
+        restored = Restore(path, manifest, layout, ranks)
+        problems = restored.read_own_files(report)
+        if problems:
+            skipped.append(f"{path.name}: {'; '.join(problems)}")
+            continue
+        warnings = ranks.broadcast(list_warnings(checkpoints_dir, path, manifest, config) if ranks.rank == 0 else None)
+        own_warnings = restored.finish(report)
         warnings += [text for share in ranks.all_gather(own_warnings) for text in share]
         # DeepSpeed counts steps itself; its counters go on from the saved ones.
         for name in ENGINE_COUNTERS:
@@ -124,14 +117,11 @@ def refuse_lost(checkpoints_dir: Path, ranks: RankGroup) -> None:
         )
 
 
-def verify_together(
-    checkpoint_dir: Path, ranks: RankGroup, report: Report = silent
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """Verify a checkpoint with all ranks, each its share of the files; the same answer everywhere.
+def read_together(checkpoint_dir: Path, ranks: RankGroup) -> tuple[dict[str, Any] | None, list[str]]:
+    """Read the manifest of a checkpoint on rank 0 and broadcast it; the same answer everywhere.
 
-    Rank 0 reads the manifest and broadcasts it. Returns the manifest, None when it is broken, and all problems. Raises
-    StorageError on all ranks where the storage does not answer, which is no damage: to pass over the checkpoint would write
-    another in its place. All ranks must call it.
+    Returns the manifest, None when it is broken, and all problems. Raises StorageError on all ranks where the storage does
+    not answer, which is no damage: to pass over the checkpoint would write another in its place. All ranks must call it.
     """
     manifest: dict[str, Any] | None = None
     problem, refused = RankFailure(), RankFailure()
@@ -143,25 +133,12 @@ def verify_together(
                 foreign, _ = find_foreign_files(checkpoint_dir, manifest)
             except StorageError as error:
                 refused.text = str(error)
-    manifest, text, storage = ranks.broadcast((manifest, problem.text, refused.text))
+    manifest, foreign, text, storage = ranks.broadcast((manifest, foreign, problem.text, refused.text))
     if storage is not None:
         raise StorageError(storage)
     if manifest is None:
         return None, [str(text)]
-    problems = [f"{checkpoint_dir / name}: is not in the manifest" for name in foreign]
-    own = list(manifest["files"].items())[ranks.rank :: ranks.world_size]
-    done, total = 0, sum(entry["bytes"] for _, entry in own)
-    for name, entry in own:
-        with refused.caught():
-            file_problem = verify_file(checkpoint_dir, name, entry, report, done, total)
-            if file_problem is not None:
-                problems.append(file_problem)
-        done += entry["bytes"]
-    told = ranks.all_gather((problems, refused.text))
-    storage = next((text for _, text in told if text is not None), None)
-    if storage is not None:
-        raise StorageError(storage)
-    return manifest, [text for share, _ in told for text in share]
+    return manifest, [f"{checkpoint_dir / name}: is not in the manifest" for name in foreign]
 
 
 def list_warnings(checkpoints_dir: Path, chosen: Path, manifest: dict[str, Any], config: RunConfig) -> list[str]:
@@ -219,43 +196,3 @@ def find_mismatches(
         surplus = {name for name in surplus if not name.endswith(GUIDE)}
     faults |= {f"{name} is in the checkpoint but not in the model" for name in surplus}
     return sorted(faults)
-
-
-@torch.no_grad()
-def restore(checkpoint_dir: Path, manifest: dict[str, Any], layout: EngineLayout, rank: int) -> list[str]:
-    """Fill masters, moments, frozen weights, counters, group settings, buffers and random state; returns warnings.
-
-    The files must have been verified and `find_mismatches` must have found nothing. All ranks must call it; each reads
-    what its own ranges need.
-    """
-    engine = layout.engine.deepspeed
-    reader = RangeReader(checkpoint_dir, manifest)
-    for part in layout.parts:
-        steps = {manifest["parameters"][span.name]["optimizer_step"] for span in part.spans}
-        assert len(steps) <= 1, f"parameters stepped together were saved with different counters: {sorted(steps)}"
-        flats = create_state(engine, part, steps.pop() if steps else 0)
-        for span in part.spans:
-            for kind, flat in flats.items():
-                place = flat[span.flat_start : span.flat_start + span.numel]
-                reader.fill(place, kind, span.name, layout.placements[span.name], span.start)
-    for fragment in layout.frozen_fragments():
-        reader.fill(fragment.tensors["weight"], "weight", fragment.name, layout.placements[fragment.name], 0)
-    for name, buffer in layout.buffers().items():
-        buffer.copy_(reader.buffer(name))
-    restore_group_settings(engine, manifest["groups"])
-    refresh_working_weights(engine)
-    return restore_rank_random_state(checkpoint_dir, manifest, rank)
-
-
-def restore_rank_random_state(checkpoint_dir: Path, manifest: dict[str, Any], rank: int) -> list[str]:
-    """Restore the random generators of this rank; a rank that did not exist keeps those it was seeded with.
-
-    Returns warnings.
-    """
-    saved_world_size = manifest["layout"]["world_size"]
-    if rank >= saved_world_size:
-        return [f"rank {rank} did not exist among the {saved_world_size} that saved; it keeps its own random state"]
-    with open_tensors(checkpoint_dir / rank_file_name(rank), RuntimeError) as file:
-        keys = [key for key in file.keys() if key.startswith("random/")]  # noqa: SIM118 - not a dict
-        restore_random_state({key.removeprefix("random/"): file.get_tensor(key) for key in keys})
-    return []
