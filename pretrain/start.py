@@ -30,8 +30,9 @@ from amfm.pretrain.fresh_start import needed_now
 from amfm.pretrain.hooks.build import build_hooks
 from amfm.pretrain.hooks.tasks import open_tasks
 from amfm.pretrain.identity import describe_start, require_same_on_all_ranks
+from amfm.pretrain.monitor.beats import clear_beats
 from amfm.pretrain.monitor.environment import find_peak
-from amfm.pretrain.monitor.heartbeat import Heartbeat, clear_beats
+from amfm.pretrain.monitor.heartbeat import Heartbeat
 from amfm.pretrain.monitor.metrics import check_plot_services
 from amfm.pretrain.monitor.node_board import NodeBoard
 from amfm.pretrain.monitor.ownership import Ownership, lock_directory

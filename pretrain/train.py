@@ -25,8 +25,8 @@ from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.failures import describe, is_bug, while_running
 from amfm.pretrain.fresh_start import announce_fresh_start, needed_now
 from amfm.pretrain.launcher_protocol import DONE, INTERRUPTED, NEXT_LAYOUT, RUN_FAILED
+from amfm.pretrain.monitor.beats import describe_lost
 from amfm.pretrain.monitor.guard import START_MARGIN_SECONDS, Guard
-from amfm.pretrain.monitor.heartbeat import describe_lost
 from amfm.pretrain.monitor.signals import SignalWatch, signal_name
 from amfm.pretrain.parallel import is_first_rank
 from amfm.pretrain.recovery import handle_anomaly

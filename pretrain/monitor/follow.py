@@ -20,7 +20,7 @@ from amfm.data_pipeline.durable.lines import parse_line
 from amfm.data_pipeline.durable.naming import named
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.monitor.heartbeat import Beat, describe_lost, read_beats
+from amfm.pretrain.monitor.beats import Beat, describe_lost, read_beats
 from amfm.pretrain.monitor.panel import RunState, plural
 from amfm.pretrain.stages import total_steps
 

@@ -21,36 +21,21 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-from amfm.data_pipeline.durable.lines import parse_line
+from amfm.pretrain.monitor.beats import PHASES, Beat, name_laggards, read_beats
 from amfm.pretrain.monitor.guard import Guard
+from amfm.pretrain.monitor.neighbours import LOOK_SECONDS as NEIGHBOUR_SECONDS
+from amfm.pretrain.monitor.neighbours import Neighbours
 from amfm.pretrain.monitor.node_board import NodeBoard
 
-# In the order in which a step passes them: who is in an earlier one than the others is waited for.
-PHASES = ("start", "compile", "data", "forward", "reduce", "optimizer", "validate", "tasks", "save")
+SILENT_SECONDS = 45.0  # without a beat, which comes every two: the process is gone or stopped, whatever its phase was
 HUNG = 3  # the exit code: the run failed and can be resumed
 WRITE_SECONDS = 2.0
 LOOK_SECONDS = 5.0  # for the words of the other ranks, from storage that may hang
+MANY_RANKS = 512  # from which on one rank of a node reads what the other nodes published
 LAST_WORDS = 1.5  # intervals between the last published beat of a rank that is dead and what it noted after it, at most
-MAX_BEATS_BYTES = 2**20  # of a node
-MAX_NAMED_HOSTS = 8  # in one message
-
-
-@dataclass(frozen=True)
-class Beat:
-    """Where one rank is: in which phase of which step, and when it was last seen (seconds since the epoch)."""
-
-    rank: int
-    host: str
-    step: int
-    phase: str
-    seen: float
-
-    def place(self) -> tuple[int, int]:
-        """Sort key of ranks by how far they are: step, then phase."""
-        return self.step, PHASES.index(self.phase)
 
 
 class Heartbeat:
@@ -74,12 +59,14 @@ class Heartbeat:
         self._closed = threading.Event()
         self._writer = threading.Thread(target=self._write_always, name="heartbeat", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._looker = threading.Thread(target=self._watch_neighbours, name="neighbours", daemon=True)
 
     def start(self) -> None:
         """Begin to write and to watch. Raises OSError where the first beat can't be written."""
         self._write()
         self._writer.start()
         self._watcher.start()
+        self._looker.start()
 
     def take_guard(self, guard: Guard) -> None:
         """Tell this guard from now on that the process runs Python, as often as the watchdog looks."""
@@ -120,14 +107,27 @@ class Heartbeat:
             time.sleep(self.interval / 2)
 
     def _other_beats(self, num_ranks: int) -> dict[int, Beat]:
-        """The last beats of the other ranks by rank: what nodes published, and what ranks of this node noted since."""
-        beats = {beat.rank: beat for beat in [*read_beats(self.directory), *self._node_beats()]}
+        """The last beats of the other ranks by rank: what nodes published, and what ranks of this node noted since.
+
+        Of many ranks one of each node looks at the other nodes: where all fail together, all would open every node's file.
+        """
+        published = read_beats(self.directory) if self._may_look() else []
+        beats = {beat.rank: beat for beat in [*published, *self._node_beats()]}
         return {rank: beats[rank] for rank in sorted(beats) if rank < num_ranks and rank != self.rank}
 
     def _node_beats(self) -> list[Beat]:
         """The beats on the board of this node, in rank order."""
         host = socket.gethostname()
         return [Beat(rank, host, step, PHASES[phase], seen) for rank, step, phase, seen in self.board.read()]
+
+    def _may_look(self) -> bool:
+        """Whether this rank may open the beats of all nodes."""
+        return self.board.num_slots <= MANY_RANKS or self._leads()
+
+    def _leads(self) -> bool:
+        """Whether this rank is the first of its node that gives signs of life."""
+        fresh = time.time() - 3 * self.interval
+        return self.rank == min([self.rank, *(rank for rank, _, _, seen in self.board.read() if seen > fresh)])
 
     def close(self) -> None:
         """End the threads and remove the file; nothing happens without a start."""
@@ -194,15 +194,35 @@ class Heartbeat:
                 awake_since = woken
             seconds = woken - max(self._place[2], awake_since)
             if self.timeout_seconds is not None and seconds > self.timeout_seconds:
-                self._end(seconds)
+                what = f"no progress for {seconds:.0f} s (launch.heartbeat_seconds={self.timeout_seconds:g})"
+                self._end(what, self._look_around())
 
-    def _end(self, seconds: float) -> None:
+    def _watch_neighbours(self) -> None:
+        """End the process when it waits and a neighbour gives no sign of life; a thread that may hang in the storage."""
+        if self.timeout_seconds is None:
+            return
+        neighbours = Neighbours(self.directory)
+        while not self._closed.wait(NEIGHBOUR_SECONDS):
+            waited = time.monotonic() - self._place[2]
+            if waited < NEIGHBOUR_SECONDS or not self._leads():
+                neighbours.forget()
+                continue
+            try:
+                beats = neighbours.look(self.rank, self._node_beats())
+            except OSError:
+                continue
+            gone = [
+                f"rank {beat.rank} on {beat.host} (for {silent:.0f} s, last at step {beat.step}, {beat.phase})"
+                for beat, silent in beats
+                if silent > SILENT_SECONDS
+            ]
+            if gone and time.monotonic() - self._place[2] > SILENT_SECONDS and not self._closed.is_set():
+                self._end(f"no progress for {waited:.0f} s", f"not seen any more: {', '.join(gone)}")
+
+    def _end(self, what: str, who: str) -> None:
         """Say what this rank waited for and who holds it up, and end the process with HUNG."""
         step, phase, _ = self._place
-        sys.stderr.write(
-            f"amfm: rank {self.rank} on {socket.gethostname()}: no progress for {seconds:.0f} s "
-            f"(launch.heartbeat_seconds={self.timeout_seconds:g}) at step {step}, {phase}; {self._look_around()}\n"
-        )
+        sys.stderr.write(f"amfm: rank {self.rank} on {socket.gethostname()}: {what} at step {step}, {phase}; {who}\n")
         # Where every thread stands tells a hung collective from a hung read. `_exit`, because a hung thread would keep
         # an orderly exit waiting.
         faulthandler.dump_traceback(all_threads=True)
@@ -211,6 +231,8 @@ class Heartbeat:
 
     def _look_around(self) -> str:
         """Name who holds this rank up, by the beats of the others, if the storage gives them within LOOK_SECONDS."""
+        if not self._may_look():
+            return name_laggards(self._node_beats(), self.rank, 3 * self.interval)
         found: list[list[Beat]] = []
         looker = threading.Thread(target=lambda: found.append(read_beats(self.directory)), daemon=True)
         try:
@@ -221,71 +243,3 @@ class Heartbeat:
         if not found:
             return f"{self.directory} does not answer, so the storage is the suspect"
         return name_laggards(found[0], self.rank, 3 * self.interval)
-
-
-def read_beats(directory: Path) -> list[Beat]:
-    """Read the last beat of every rank that has not ended in good order, in rank order; what can't be read is left out."""
-    found: dict[int, Beat] = {}
-    for path in directory.glob("rank-*.json"):
-        for beat in read_node(path):
-            # A file of a node whose first rank was not yet there may have stayed: the newer beat of a rank counts.
-            if beat.rank not in found or found[beat.rank].seen < beat.seen:
-                found[beat.rank] = beat
-    return [found[rank] for rank in sorted(found)]
-
-
-def read_node(path: Path) -> list[Beat]:
-    """Read the last beats of the ranks of a node; what no rank wrote is left out, and all of it where they ended just now."""
-    try:
-        with path.open("rb") as file:
-            lines = file.read(MAX_BEATS_BYTES).splitlines()
-    except OSError:
-        return []
-    return [beat for line in lines if (beat := parse_beat(line)) is not None]
-
-
-def parse_beat(line: bytes) -> Beat | None:
-    """The beat of a line; None where it is not what a rank wrote."""
-    try:
-        beat = Beat(**(parse_line(line) or {}))
-    except TypeError:
-        return None
-    kinds: tuple[type | tuple[type, ...], ...] = (int, str, int, str, (int, float))
-    is_whole = beat.phase in PHASES and all(isinstance(value, kind) for value, kind in zip(astuple(beat), kinds))
-    return beat if is_whole else None
-
-
-def clear_beats(run_dir: Path) -> None:
-    """Remove the beats that an earlier start left, which must be silent; before any rank of this start beats."""
-    for path in (run_dir / "heartbeats").glob("rank-*.json"):
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def describe_lost(beats: list[Beat]) -> str:
-    """Describe lost ranks, with host, step and phase; empty for none."""
-    return ", ".join(
-        f"rank {beat.rank} on {beat.host} is lost (last seen at step {beat.step}, {beat.phase})" for beat in beats
-    )
-
-
-def name_laggards(beats: list[Beat], own_rank: int, unseen_seconds: float) -> str:
-    """Name the ranks that the others wait for: those not seen for so long (stopped or gone), else those that are behind."""
-    now = time.time()
-    gone = [beat for beat in beats if now - beat.seen > unseen_seconds and beat.rank != own_rank]
-    if gone:
-        return "not seen any more: " + ", ".join(
-            f"rank {beat.rank} on {beat.host} (for {now - beat.seen:.0f} s, last at step {beat.step}, {beat.phase})"
-            for beat in gone
-        )
-    furthest = max((beat.place() for beat in beats), default=(0, 0))
-    behind = [beat for beat in beats if beat.place() < furthest]
-    if behind:
-        return "behind the others: " + ", ".join(
-            f"rank {beat.rank} on {beat.host} (at step {beat.step}, {beat.phase})" for beat in behind
-        )
-    if furthest[1] == PHASES.index("data"):
-        return "all ranks wait for data, so the storage of data.store is the suspect"
-    hosts = sorted({beat.host for beat in beats})
-    ends = "them" if not 2 <= len(hosts) <= MAX_NAMED_HOSTS else " and ".join((", ".join(hosts[:-1]), hosts[-1]))
-    return f"all ranks are at the same place, so the network between {ends} is the suspect"

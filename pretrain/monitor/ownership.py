@@ -26,7 +26,8 @@ from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.durable.lines import parse_line
 from amfm.data_pipeline.durable.locks import take_lock
 from amfm.data_pipeline.durable.naming import named
-from amfm.pretrain.monitor.heartbeat import WRITE_SECONDS, read_beats
+from amfm.pretrain.monitor.beats import read_beats
+from amfm.pretrain.monitor.heartbeat import WRITE_SECONDS
 
 OWNER_NAME = "owner.json"
 MAX_OWNER_BYTES = 4096

@@ -29,7 +29,7 @@ from amfm.data_pipeline.verify import verify_store
 from amfm.pretrain.checkpoint.files import encode_manifest, read_manifest, verify_checkpoint
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.inference.weights import read_weights
-from amfm.pretrain.monitor.heartbeat import read_beats
+from amfm.pretrain.monitor.beats import read_beats
 from amfm.pretrain.monitor.metrics import keep_until
 from amfm.pretrain.report.data import read_json_lines
 from amfm.pretrain.tensor_files import TensorFile

@@ -15,7 +15,7 @@ import torch.distributed
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints, inspect_checkpoint
 from amfm.pretrain.checkpoint.names import list_checkpoints
-from amfm.pretrain.monitor.heartbeat import read_beats
+from amfm.pretrain.monitor.beats import read_beats
 from tests.faults.attempt import Attempt, die_in
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from amfm.pretrain.launcher_protocol import RUN_FAILED
-from amfm.pretrain.monitor.heartbeat import HUNG, Beat
+from amfm.pretrain.monitor.beats import Beat
+from amfm.pretrain.monitor.heartbeat import HUNG
 from amfm.pretrain.monitor.ownership import Ownership, require_silence
 from tests.faults.disk import fault, with_faults
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from amfm.pretrain.config.file import load_config, resolved_yaml
+from amfm.pretrain.monitor.beats import Beat
 from amfm.pretrain.monitor.follow import FollowedRun, GrowingFile
-from amfm.pretrain.monitor.heartbeat import Beat
 from tests.pretrain.monitor.test_display import metrics_of
 
 

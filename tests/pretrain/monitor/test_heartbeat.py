@@ -11,7 +11,8 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from amfm.pretrain.monitor.heartbeat import HUNG, Beat, Heartbeat, clear_beats, describe_lost, name_laggards, read_beats
+from amfm.pretrain.monitor.beats import Beat, clear_beats, describe_lost, name_laggards, read_beats
+from amfm.pretrain.monitor.heartbeat import HUNG, Heartbeat
 from amfm.pretrain.monitor.node_board import NodeBoard
 
 HANG = (
@@ -42,7 +43,8 @@ WITHOUT_FOLDER = (
 LOOKS_OFTEN = (
     "import sys\n"
     "from pathlib import Path\n"
-    "from amfm.pretrain.monitor.heartbeat import Heartbeat, describe_lost\n"
+    "from amfm.pretrain.monitor.beats import describe_lost\n"
+    "from amfm.pretrain.monitor.heartbeat import Heartbeat\n"
     "heartbeat = Heartbeat(Path(sys.argv[1]), rank=0, timeout_seconds=2.0)\n"
     "heartbeat.interval = 0.25\n"
     "heartbeat.start()\n"
@@ -109,6 +111,47 @@ def test_a_rank_that_was_stopped_itself_gets_its_time_again(tmp_path: Path) -> N
     rank.send_signal(signal.SIGCONT)
     time.sleep(0.5)
     assert rank.communicate("go on\n")[0] == "closed\n" and rank.returncode == 0
+
+
+WAITS = (
+    "import sys, time\n"
+    "from pathlib import Path\n"
+    "from amfm.pretrain.monitor import heartbeat, neighbours\n"
+    "heartbeat.SILENT_SECONDS, heartbeat.NEIGHBOUR_SECONDS = 2.0, 0.2\n"
+    "beating = heartbeat.Heartbeat(Path(sys.argv[1]), rank=1, timeout_seconds=600.0)\n"
+    "beating.start()\n"
+    "beating.at(5, 'reduce')\n"
+    "print('waits', flush=True)\n"
+    "sys.stdin.readline()\n"
+    "beating.close()\n"
+)
+
+
+def test_a_neighbour_without_a_sign_of_life_ends_the_wait_long_before_a_phase_may_take_no_longer(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "heartbeats"
+    folder.mkdir()
+    alive, gone = (folder / f"rank-{rank}.json" for rank in (2, 3))
+    gone.write_text(json.dumps(asdict(beat(3, 5, "forward"))))
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", WAITS, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert waiting.stdout is not None and waiting.stdout.readline() == "waits\n"
+    # The next node of the ring beats, with a clock of its own; that the one after is silent is for its neighbour to see.
+    for number in range(20):
+        alive.with_suffix(".tmp").write_text(json.dumps(asdict(beat(2, 5, "forward", unseen_seconds=1e6 - number))))
+        alive.with_suffix(".tmp").rename(alive)
+        time.sleep(0.2)
+    assert waiting.poll() is None, waiting.communicate()
+    alive.unlink()  # it ended in order; now rank 3 is the next
+    assert waiting.wait(timeout=60) == HUNG
+    said = waiting.communicate()[1]
+    assert "at step 5, reduce; not seen any more: rank 3 on host3 (for " in said
 
 
 def unwatched(run_dir: Path, rank: int) -> Heartbeat:
