@@ -17,6 +17,7 @@ from amfm.kernels.causal_conv1d.op import WIDTHS, causal_conv1d
 from amfm.kernels.common.shapes import check_documents, check_float, check_shape
 from amfm.kernels.decay_scan.op import mamba2_scan
 from amfm.kernels.linear.op import linear
+from amfm.kernels.low_precision.recipe import recipe_of
 from amfm.kernels.mamba2.reference import mix_by_steps
 from amfm.kernels.mamba2.sizes import MixerSizes
 from amfm.kernels.norm.op import gated_rms_norm
@@ -72,7 +73,11 @@ def mamba2_mix(
     if backend == "triton":
         from amfm.kernels.mamba2.triton_impl import mix_triton
 
-        return mix_triton(projected_BTX, *weights, sizes, document_starts_BT, chunk_size, keep_states)
+        if recipe_of(out_weight_DI) is None:
+            return mix_triton(projected_BTX, *weights, sizes, document_starts_BT, chunk_size, keep_states)
+        # A product of few bits is an operation of its own: what it keeps are the codes of the normed rows.
+        normed_BTI = mix_triton(projected_BTX, *weights[:-1], None, sizes, document_starts_BT, chunk_size, keep_states)
+        return linear(normed_BTI, out_weight_DI)
     z_BTI, inputs_BTC, dt_BTH = projected_BTX.split(sizes.parts(), dim=-1)
     # Starts tell documents apart as ids do.
     convolved_BTC = causal_conv1d(inputs_BTC, conv_weight_CW, conv_bias_C, document_ids_BT=document_starts_BT)

@@ -35,13 +35,13 @@ def mix_triton(
     D_H: Tensor,
     dt_bias_H: Tensor,
     norm_weight_I: Tensor,
-    out_weight_DI: Tensor,
+    out_weight_DI: Tensor | None,
     sizes: MixerSizes,
     document_starts_BT: Tensor | None,
     chunk_size: int,
     keep_states: bool,
 ) -> Tensor:
-    """As `reference.mix_by_steps`, for float32, bfloat16 and float16.
+    """As `reference.mix_by_steps`, for float32, bfloat16 and float16; without an output weight the normed rows [B, T, I].
 
     Raises ValueError for sizes without a kernel, which are those of the scan and of the norm.
     """
@@ -51,7 +51,7 @@ def mix_triton(
         size = sizes.inner // sizes.norm_groups
         raise ValueError(f'backend "triton" norms groups of up to {LARGEST_GROUP} values; got {size}')
     tensors = (projected_BTX, conv_weight_CW, conv_bias_C, A_log_H, D_H, dt_bias_H, norm_weight_I, out_weight_DI)
-    keep_states = keep_states and differentiated(*tensors)
+    keep_states = keep_states and differentiated(*(tensor for tensor in tensors if tensor is not None))
     chunk = min(chunk_size, DECAY_LIMITS.chunk_sizes[-1])
     starts = None if document_starts_BT is None else document_starts_BT.contiguous()
     numbers = (sizes.heads, sizes.head_dim, sizes.groups, sizes.state, sizes.norm_groups)
@@ -67,7 +67,7 @@ def _forward(
     D: Tensor,
     dt_bias: Tensor,
     norm_weight: Tensor,
-    out_weight: Tensor,
+    out_weight: Tensor | None,
     starts: Tensor | None,
     numbers: list[int],
     epsilon: float,
@@ -83,7 +83,7 @@ def _forward(
     entering = launch.chunk_states(y) if keep_states else None
     walk(launch, C, B, x, Gates(dt, None, A_log, dt_bias), D, starts, None, y, entering)
     normed, _, reciprocal = norm_rows(y, z, norm_weight, sizes.epsilon, sizes.norm_groups, gated=True)
-    out = linear(normed, out_weight)
+    out = normed if out_weight is None else linear(normed, out_weight)
     return out, reciprocal, *((y.new_empty(0), y.new_empty(0)) if entering is None else (y, entering))
 
 
@@ -94,7 +94,7 @@ def _(given: Any) -> tuple[Tensor, ...]:
     chunks = (tokens + given.chunk_size - 1) // given.chunk_size
     states = (rows, chunks, sizes.heads, sizes.state, sizes.head_dim)
     return (
-        projected.new_empty(rows, tokens, len(given.out_weight)),
+        projected.new_empty(rows, tokens, sizes.inner if given.out_weight is None else len(given.out_weight)),
         projected.new_empty(rows * tokens, sizes.norm_groups, dtype=torch.float32),
         projected.new_empty((rows, tokens, sizes.inner) if given.keep_states else (0,)),
         projected.new_empty(states if given.keep_states else (0,)),
@@ -111,7 +111,7 @@ def _backward(
     D: Tensor,
     dt_bias: Tensor,
     norm_weight: Tensor,
-    out_weight: Tensor,
+    out_weight: Tensor | None,
     starts: Tensor | None,
     reciprocal: Tensor,
     y: Tensor,
@@ -123,7 +123,7 @@ def _backward(
     out_weight_adds: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the projection, of the convolution's weight and bias as one, of A_log, dt_bias and D [3, H] (in this
-    order, in the dtype of A_log), of the norm's weight, and of the output's, which is empty where it lands.
+    order, in the dtype of A_log), of the norm's weight, and of the output's, which is empty where it lands or is absent.
     """
     sizes, d_out = MixerSizes.of(numbers, epsilon), d_out.contiguous()
     z, inputs, dt = projected.split(sizes.parts(), dim=-1)
@@ -137,11 +137,13 @@ def _backward(
         y = projected.new_empty(*projected.shape[:2], sizes.inner)
         entering = launch.chunk_states(y)
         walk(launch, C, B, x, gates, D, starts, None, y, entering)
-    d_normed = linear(d_out, out_weight.t())
+    d_normed = d_out if out_weight is None else linear(d_out, out_weight.t())
     d_y, normed = torch.empty_like(y), torch.empty_like(y)
     d_norm_weight = norm_rows_backward(d_normed, None, y, z, norm_weight, reciprocal, d_y, d_z, normed)
     del d_normed
-    if out_weight_sum is None:
+    if out_weight is None:
+        d_out_weight = d_out.new_empty(0)
+    elif out_weight_sum is None:
         d_out_weight = linear(d_out.flatten(0, -2).t(), normed.flatten(0, -2).t()).to(out_weight.dtype)
     else:
         add_outer(out_weight_sum, out_weight_adds, d_out.flatten(0, -2), normed.flatten(0, -2))
@@ -174,7 +176,9 @@ def _(given: Any) -> tuple[Tensor, ...]:
         conv_weight.new_empty(conv_weight.numel() + len(conv_weight)),
         A_log.new_empty(3, len(A_log)),
         given.norm_weight.new_empty(given.norm_weight.shape),
-        given.out_weight.new_empty(0 if lands(given, "out_weight") else given.out_weight.shape),
+        given.norm_weight.new_empty(0)
+        if given.out_weight is None
+        else given.out_weight.new_empty(0 if lands(given, "out_weight") else given.out_weight.shape),
     )
 
 
@@ -190,7 +194,7 @@ def _unpack(results: tuple[Tensor, ...], kept: Any) -> dict[str, Tensor | None]:
         "D": d_D.to(kept.D.dtype),
         "dt_bias": d_dt_bias.to(kept.dt_bias.dtype),
         "norm_weight": d_norm_weight,
-        "out_weight": d_out_weight,
+        "out_weight": None if kept.out_weight is None else d_out_weight,
     }
 
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.common.shapes import check_float, check_shape
+from amfm.kernels.moe import low_precision
 from amfm.kernels.moe.grouping import Grouping, count_experts, group_by_expert
+from amfm.kernels.moe.low_precision import recipes_of
 from amfm.kernels.moe.reference import expert_feed_forward_reference, grouped_feed_forward_reference, route_reference
 from amfm.kernels.moe.rows.op import combine_choices, gather_choices, sort_choices
 from amfm.kernels.moe.rows.torch_impl import invert, reorder_rows
@@ -122,7 +124,8 @@ def grouped_feed_forward(
     if x_RD.device.type == "cpu" and not torch.compiler.is_compiling() and int(counts_E.sum()) != x_RD.shape[0]:
         raise ValueError(f"counts_E must add up to the {x_RD.shape[0]} rows of x_RD; got {int(counts_E.sum())}")
     backend = resolve_backend(backend, x_RD.device, "moe")
-    if backend == "triton" and _multiplies_by_torch(x_RD, up_EFD, down_EDF, len(x_RD)):
+    recipes = recipes_of(up_EFD, down_EDF)
+    if recipes is not None or (backend == "triton" and _multiplies_by_torch(x_RD, up_EFD, down_EDF, len(x_RD))):
         backend = "torch"
     if sources_R is not None:
         check_shape("sources_R", sources_R, (x_RD.shape[0],), x_RD)
@@ -137,6 +140,8 @@ def grouped_feed_forward(
         from amfm.kernels.moe.triton_experts import grouped_feed_forward_triton
 
         return grouped_feed_forward_triton(x_RD, sources_R, offsets_E, up_EFD, down_EDF, activation)
+    if recipes is not None:
+        return low_precision.feed_forward(x_RD, None, None, offsets_E, up_EFD, down_EDF, activation, recipes)
     return grouped_feed_forward_torch(x_RD, offsets_E, up_EFD, down_EDF, activation)
 
 
@@ -162,12 +167,13 @@ def expert_feed_forward(
     check_shape("expert_ids_RK", expert_ids_RK, (x_RD.shape[0], -1), x_RD)
     check_shape("weights_RK", weights_RK, tuple(expert_ids_RK.shape), x_RD)
     backend = resolve_backend(backend, x_RD.device, "moe")
-    if backend == "reference":
+    recipes = recipes_of(up_EFD, down_EDF)
+    if backend == "reference" and recipes is None:
         return expert_feed_forward_reference(x_RD, expert_ids_RK, weights_RK, up_EFD, down_EDF, activation=activation)
     # Lost choices are one expert more, which sorts last.
     num_experts = up_EFD.shape[0]
     num_sorted, rows = (num_experts, expert_ids_RK.numel()) if count is None else (num_experts + 1, count)
-    if backend == "triton":
+    if backend == "triton" and recipes is None:
         from amfm.kernels.moe.counting_sort import sort_pairs
         from amfm.kernels.moe.triton_experts import expert_feed_forward_triton
 
@@ -182,6 +188,8 @@ def expert_feed_forward(
     groups = group_by_expert(expert_ids_RK, num_sorted)
     weights_S = weights_RK.reshape(-1).index_select(0, groups.order[:rows])
     places = groups.token_ids[:rows], groups.offsets_E[:num_experts]
+    if recipes is not None:
+        return low_precision.feed_forward(x_RD, weights_S, *places, up_EFD, down_EDF, activation, recipes)
     return expert_feed_forward_torch(x_RD, weights_S, *places, up_EFD, down_EDF, activation)
 
 

@@ -33,15 +33,15 @@ def loop_forward(
 
     Rows without an expert do not exist; an expert without rows is skipped.
     """
-    counts = _count_rows(offsets_E)
+    counts = count_rows(offsets_E)
     y_SD = x_RD.new_empty(sum(counts), x_RD.shape[1], dtype=dtype)
     hidden_SF = x_RD.new_empty(sum(counts), up_EFD.shape[1])
     for count, up, down, rows, weights, kept, y in zip(
         counts,
         up_EFD.unbind(0),
         down_EDF.unbind(0),
-        _take_rows(x_RD.to(dtype), token_ids_S, counts),
-        _take_weights(weights_S, counts),
+        take_rows(x_RD.to(dtype), token_ids_S, counts),
+        take_weights(weights_S, counts),
         hidden_SF.split(counts),
         y_SD.split(counts),
         strict=True,
@@ -83,7 +83,7 @@ def loop_backward(
     output before weighting is not needed.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    counts = _count_rows(offsets_E)
+    counts = count_rows(offsets_E)
     dx_SD = x_RD.new_empty(hidden_SF.shape[0], x_RD.shape[1], dtype=dtype)
     d_weights_S = x_RD.new_empty(0) if weights_S is None else torch.empty_like(weights_S)
     if later:
@@ -94,9 +94,9 @@ def loop_backward(
     for up, down, rows, dy, weights, kept, dx, d_weights, d_up, d_down in zip(
         up_EFD.unbind(0),
         down_EDF.unbind(0),
-        _take_rows(x_RD.to(dtype), token_ids_S, counts),
-        _take_rows(dy_RD.to(dtype), token_ids_S, counts),
-        _take_weights(weights_S, counts),
+        take_rows(x_RD.to(dtype), token_ids_S, counts),
+        take_rows(dy_RD.to(dtype), token_ids_S, counts),
+        take_weights(weights_S, counts),
         hidden_SF.split(counts),
         dx_SD.split(counts),
         repeat(None) if weights_S is None else d_weights_S.split(counts),
@@ -138,11 +138,11 @@ def loop_weight_gradients(
     into: Sequence[Tensor],
 ) -> None:
     """Write gradients over `into`, those of up and down, from what `loop_backward` gives with `later`."""
-    counts = _count_rows(offsets_E)
+    counts = count_rows(offsets_E)
     d_up_EFD, d_down_EDF = into
     for rows, dy, d_hidden, active, d_up, d_down in zip(
-        _take_rows(x_RD.to(active_SF.dtype), token_ids_S, counts),
-        _take_rows(dy_RD.to(active_SF.dtype), token_ids_S, counts),
+        take_rows(x_RD.to(active_SF.dtype), token_ids_S, counts),
+        take_rows(dy_RD.to(active_SF.dtype), token_ids_S, counts),
         d_hidden_SF.split(counts),
         active_SF.split(counts),
         d_up_EFD.unbind(0),
@@ -194,13 +194,13 @@ def activation_backward(d_active: Tensor, hidden_SF: Tensor, factor: Tensor, act
     return grad
 
 
-def _count_rows(offsets_E: Tensor) -> list[int]:
+def count_rows(offsets_E: Tensor) -> list[int]:
     """Rows of each expert."""
     ends = offsets_E.tolist()
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def _take_rows(x_RD: Tensor, token_ids_S: Tensor | None, counts: list[int]) -> Iterator[Tensor]:
+def take_rows(x_RD: Tensor, token_ids_S: Tensor | None, counts: list[int]) -> Iterator[Tensor]:
     """Each expert's rows, gathered when it is their turn."""
     if token_ids_S is None:
         yield from x_RD.split(counts)
@@ -209,7 +209,7 @@ def _take_rows(x_RD: Tensor, token_ids_S: Tensor | None, counts: list[int]) -> I
             yield x_RD.index_select(0, token_ids)
 
 
-def _take_weights(weights_S: Tensor | None, counts: list[int]) -> Iterable[Tensor | None]:
+def take_weights(weights_S: Tensor | None, counts: list[int]) -> Iterable[Tensor | None]:
     """Each expert's weights as a column."""
     return repeat(None, len(counts)) if weights_S is None else weights_S.unsqueeze(1).split(counts)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from amfm.kernels.decay_scan import launch as scan_launch
+from amfm.kernels.linear.op import linear
+from amfm.kernels.low_precision.recipe import Recipe
 from amfm.kernels.mamba2 import triton_impl
 from tests.helpers.gradient_place import Place
 from tests.helpers.mixers import NAMES, MixerCase, make_leaves, run_mixer
@@ -46,6 +50,30 @@ def test_the_gradient_of_the_outputs_weight_lands_in_its_sum_to_the_bit(poisoned
     assert found["d_out_weight"] is None
     for name, value in wanted.items():
         assert_bitwise(found[name], value, name)
+
+
+def test_an_output_weight_with_a_recipe_multiplies_the_normed_rows_by_it() -> None:
+    case = MixerCase(T=33, P=20, N=12, model=7)
+    leaves = make_leaves(case, torch.float32)
+    weight = leaves["out_weight"]
+    weight.recipe = Recipe("fp8_block")  # type: ignore[attr-defined]
+    found = run_mixer(case, leaves, "triton")
+    # The normed rows through an output weight that changes nothing: products by ones and zeros are exact.
+    whole = replace(case, model=case.sizes().inner)
+    normed = run_mixer(whole, leaves | {"out_weight": torch.eye(whole.model).requires_grad_()}, "triton")["out"]
+    normed_rows = normed.detach().requires_grad_()
+    out = linear(normed_rows, weight)
+    assert_bitwise(found["out"], out)
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).float())
+    assert weight.grad is not None
+    assert_near(found["d_out_weight"], weight.grad.double(), FLOAT32)
+    assert_near(found["d_norm_weight"], _norm_weight_gradient(leaves, normed_rows), FLOAT32)
+
+
+def _norm_weight_gradient(leaves: dict[str, torch.Tensor], normed: torch.Tensor) -> torch.Tensor:
+    """Of the weight of a norm, from its rows and their gradient: they are products of the weight."""
+    assert normed.grad is not None
+    return (normed.grad.double() * normed.double() / leaves["norm_weight"].double()).sum((0, 1)).detach()
 
 
 def test_states_made_again_and_shared_groups_change_nothing(

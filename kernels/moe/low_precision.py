@@ -1,0 +1,221 @@
+"""Experts whose products take operands of 8 or 4 bits (kernels/low_precision), emulated, one expert after the other.
+
+Formulas as in README.md, each operand quantised from the wide numbers along what its product sums over. An expert's rows are a
+matrix of its own: no run along the tokens has rows of two experts, and its nvfp4 has factors of its own. Rows of zeros, which
+fill slots, change no scale of another row but lie in the runs along the tokens behind the last.
+
+    h = q(P x) q(up)^T          y = P^T q(w a) q(down)^T                       runs along rows
+    v = q(g) q(down)            dx = P^T q(dh) q(up)
+    d_down = q(g)^T q(w a)      d_up = q(dh)^T q(P x)                          runs along the tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of, land
+from amfm.kernels.common.split_backward import compute_later, is_split
+from amfm.kernels.low_precision.formats import Quantized, quantize
+from amfm.kernels.low_precision.products import input_gradient, output, quantize_columns, weight_gradient
+from amfm.kernels.low_precision.recipe import Recipe, recipe_of
+from amfm.kernels.moe.torch_loop import (
+    activate,
+    activation_backward,
+    count_rows,
+    open_activation,
+    sum_by_token,
+    take_rows,
+    take_weights,
+)
+
+
+@dataclass(frozen=True)
+class ExpertRecipes:
+    """How experts' up and down are multiplied: alike but for their seeds."""
+
+    up: Recipe
+    down: Recipe
+
+
+def recipes_of(up_EFD: Tensor, down_EDF: Tensor) -> ExpertRecipes | None:
+    """The recipes of both weights, None where they have none. Raises ValueError where they differ in more than their seeds."""
+    up, down = recipe_of(up_EFD), recipe_of(down_EDF)
+    if up is None and down is None:
+        return None
+    if up is None or down is None or replace(up, seed=0) != replace(down, seed=0):
+        raise ValueError(f"experts' up and down must have the same recipe, or none; got {up} and {down}")
+    return ExpertRecipes(up, down)
+
+
+def feed_forward(
+    x_RD: Tensor,
+    weights_S: Tensor | None,
+    token_ids_S: Tensor | None,
+    offsets_E: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    recipes: ExpertRecipes,
+) -> Tensor:
+    """As `torch_impl.expert_feed_forward_torch`; without token ids and weights as `grouped_feed_forward_torch`: [R, D].
+
+    Kept for backward: x, and the hidden rows in its dtype, or as codes with `saved: fp8`. Waits for the row counts.
+    """
+    totals = gradient_sums_of(up_EFD, down_EDF)
+    y_RD: Tensor = _Experts.apply(
+        x_RD, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation, recipes, totals
+    )
+    return y_RD
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        weights_S: Tensor | None,
+        token_ids_S: Tensor | None,
+        offsets_E: Tensor,
+        up_EFD: Tensor,
+        down_EDF: Tensor,
+        activation: str,
+        recipes: ExpertRecipes,
+        totals: Sequence[GradientSum] | None,
+    ) -> Tensor:
+        counts = count_rows(offsets_E)
+        y_SD = x_RD.new_empty(sum(counts), x_RD.shape[1], dtype=torch.float32)
+        hidden_SF = x_RD.new_empty(sum(counts), up_EFD.shape[1], dtype=torch.float32)
+        for rows, weights, hidden, y, up, down in zip(
+            take_rows(x_RD, token_ids_S, counts),
+            take_weights(weights_S, counts),
+            hidden_SF.split(counts),
+            y_SD.split(counts),
+            up_EFD,
+            down_EDF,
+            strict=True,
+        ):
+            if len(rows):
+                active = activate(hidden.copy_(output(rows, up, recipes.up)), activation)
+                if weights is not None:
+                    active.mul_(weights)
+                y.copy_(output(active, down, recipes.down))
+        ctx.activation, ctx.recipes, ctx.totals = activation, recipes, totals
+        ctx.save_for_backward(
+            x_RD, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, *_keep(hidden_SF, recipes.up, x_RD.dtype)
+        )
+        y_RD = y_SD if token_ids_S is None else sum_by_token(y_SD, token_ids_S, x_RD.shape[0])
+        return y_RD.to(x_RD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, *kept = ctx.saved_tensors
+        counts = count_rows(offsets_E)
+        hidden_SF = _restore(*kept)
+        active_SF = hidden_SF.new_empty(len(hidden_SF), down_EDF.shape[2])
+        dx_SD = hidden_SF.new_empty(len(hidden_SF), x_RD.shape[1])
+        d_weights_S = None if weights_S is None else torch.empty_like(weights_S)
+        begin = 0
+        for grads, weights, hidden, up, down in zip(
+            take_rows(dy_RD, token_ids_S, counts),
+            take_weights(weights_S, counts),
+            hidden_SF.split(counts),
+            up_EFD,
+            down_EDF,
+            strict=True,
+        ):
+            place = slice(begin, begin := begin + len(grads))
+            if not len(grads):
+                continue
+            active, factor = open_activation(hidden, ctx.activation)
+            d_active = input_gradient(grads, down, ctx.recipes.down)
+            if weights is not None and d_weights_S is not None:
+                d_weights_S[place] = torch.linalg.vecdot(d_active, active).to(d_weights_S.dtype)
+                d_active.mul_(weights)
+                active.mul_(weights)
+            active_SF[place] = active
+            # In place of the hidden rows, of which no other expert needs any.
+            hidden.copy_(activation_backward(d_active, hidden, factor, ctx.activation))
+            dx_SD[place] = input_gradient(hidden, up, ctx.recipes.up)
+        half = partial(
+            _weights_half,
+            dy_RD,
+            x_RD,
+            hidden_SF,
+            active_SF,
+            token_ids_S,
+            counts,
+            up_EFD,
+            down_EDF,
+            ctx.recipes,
+            ctx.totals,
+        )
+        d_up: Tensor | None = None
+        d_down: Tensor | None = None
+        if is_split(up_EFD, down_EDF):
+            compute_later([up_EFD, down_EDF], half)
+        elif ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
+            d_up, d_down = half()
+        dx_RD = dx_SD if token_ids_S is None else sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
+        return dx_RD.to(x_RD.dtype), d_weights_S, None, None, d_up, d_down, None, None, None
+
+
+def _weights_half(
+    dy_RD: Tensor,
+    x_RD: Tensor,
+    d_hidden_SF: Tensor,
+    active_SF: Tensor,
+    token_ids_S: Tensor | None,
+    counts: list[int],
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    recipes: ExpertRecipes,
+    totals: Sequence[GradientSum] | None,
+) -> Sequence[Tensor | None]:
+    """Gradients of up and down, None for each where they land in sums; zeros for an expert without rows."""
+
+    def write(into: Sequence[Tensor]) -> None:
+        for rows, grads, d_hidden, active, d_up, d_down in zip(
+            take_rows(x_RD, token_ids_S, counts),
+            take_rows(dy_RD, token_ids_S, counts),
+            d_hidden_SF.split(counts),
+            active_SF.split(counts),
+            *into,
+            strict=True,
+        ):
+            d_up.copy_(_outer(d_hidden, rows, recipes.up)) if len(rows) else d_up.zero_()
+            d_down.copy_(_outer(grads, active, recipes.down)) if len(rows) else d_down.zero_()
+
+    if totals is not None:
+        land(totals, write)
+        return None, None
+    made = torch.empty_like(up_EFD), torch.empty_like(down_EDF)
+    write(made)
+    return made
+
+
+def _outer(grad_SO: Tensor, rows_SI: Tensor, recipe: Recipe) -> Tensor:
+    """grad^T rows over an expert's rows, [O, I] float32."""
+    if recipe.weight_gradient == "bf16":
+        return grad_SO.float().t() @ rows_SI.float()
+    return weight_gradient(grad_SO, quantize_columns(rows_SI, recipe), recipe)
+
+
+def _keep(hidden_SF: Tensor, recipe: Recipe, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Hidden rows as they are saved: in `dtype`, or as codes and scales."""
+    if recipe.saved == "bf16":
+        return (hidden_SF.to(dtype),)
+    kept = quantize(hidden_SF, "fp8_block")
+    return kept.codes, kept.scales
+
+
+def _restore(rows_or_codes: Tensor, scales: Tensor | None = None) -> Tensor:
+    """A copy of the hidden rows [S, F] float32, out of what was saved."""
+    if scales is None:
+        return rows_or_codes.to(torch.float32, copy=True)
+    return Quantized.of_rows("fp8_block", rows_or_codes, scales).values()
