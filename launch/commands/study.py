@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amfm.launch.arguments import JsonOption, OverridesArgument
-from amfm.launch.console import print_json, print_rows, say
+from amfm.launch.console import print_json, print_rows, say, show_progress
 from amfm.launch.existing import require_exists
 from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
 
 if TYPE_CHECKING:
     from amfm.launch.study.grid import Cell
+    from amfm.launch.study.mixture.config import MixtureStudyConfig
     from amfm.launch.study.run import CellEnd, Room
     from amfm.launch.study.study import RunsConfig, SettingsStudyConfig, Study, StudyConfig
 
@@ -78,17 +79,108 @@ def settings(
     run_study(plan, cells, lambda slots: write_settings_results(plan, cells, slots), as_json=as_json)
 
 
+@study.command(epilog="Example: amfm study mixture configs/studies/mixture_three_sources.yaml --dry-run")
+def mixture(
+    path: StudyArgument,
+    overrides: OverridesArgument = None,
+    *,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train sampled mixtures of a run's sources, fit how losses depend on them, propose weights, and try the proposal."""
+    from amfm.data_pipeline.prepare.ray_token import choose_token
+
+    choose_token()
+    from amfm.launch.study.mixture.cells import open_search, sampled_cells, weights_of
+    from amfm.launch.study.mixture.config import load_mixture_study
+    from amfm.launch.study.table import read_result
+
+    plan = load_mixture_study(path, overrides or [])
+    search = open_search(plan)
+    cells = sampled_cells(plan, search)
+    if dry_run:
+        shares = [
+            {name: round(float(share), 3) for name, share in zip(search.sources, row)} for row in weights_of(cells)
+        ]
+        rows = [{"cell": cell.name, **row, "done": read_result(cell) is not None} for cell, row in zip(cells, shares)]
+        print_table(rows, as_json=as_json)
+        return
+    summary = find_mixture(plan, cells)
+    if as_json:
+        print_json(summary)
+    else:
+        print(Path(plan.config.dir, "study.md").read_text(encoding="utf-8"), end="")
+
+
+def find_mixture(plan: Study[MixtureStudyConfig], cells: Sequence[Cell]) -> dict[str, Any]:
+    """Train the sampled runs and those that try the proposal; writes study.json, study.md and study.png, returns the first."""
+    from amfm.launch.arguments import choose_device
+    from amfm.launch.study.mixture.cells import (
+        CANDIDATE_SEED,
+        CANDIDATES,
+        FIT,
+        compared_cells,
+        draw_mixtures,
+        open_search,
+    )
+    from amfm.launch.study.mixture.law import fit_law, propose
+    from amfm.launch.study.mixture.losses import measure_losses
+    from amfm.launch.study.mixture.plot import draw_mixture
+    from amfm.launch.study.mixture.result import Found, Tried, mixture_json, mixture_markdown
+
+    search, folder = open_search(plan), Path(plan.config.dir)
+
+    def measure(chosen: Sequence[Cell]) -> Tried:
+        train_all(plan, chosen)
+        with show_progress("evaluating") as progress:
+            tokens, device = plan.config.evaluation_tokens, choose_device("auto")
+            losses = measure_losses(chosen, search, folder, tokens, device=device, progress=progress)
+        return Tried.of(chosen, losses, search)
+
+    sampled = measure(cells)
+    fitted = sampled.only(FIT)
+    candidates = draw_mixtures(search, CANDIDATES, CANDIDATE_SEED)
+    proposal = propose(fitted.mixtures, fitted.losses, search.objective, candidates)
+    compared = measure(compared_cells(plan, search, proposal.mixture))
+    found = Found(search, sampled, fit_law(fitted.mixtures, fitted.losses), proposal, compared)
+    summary = mixture_json(found)
+    replace_files(folder, {"study.json": json.dumps(summary, indent=2) + "\n", "study.md": mixture_markdown(found)})
+    draw_mixture(found, folder / "study.png")
+    return summary
+
+
+def train_all(plan: Study[RunsConfig], cells: Sequence[Cell]) -> None:
+    """Train those of the cells that are not done; exits with RUN_FAILED where one failed, with DONE where a signal came."""
+    from amfm.launch.study.table import read_result
+
+    missing = [cell for cell in cells if read_result(cell) is None]
+    if not missing:
+        return
+    failures, went_through = run_missing(plan, cells, missing, room_of(plan.config))
+    for name, end in failures.items():
+        say(f"amfm study: cell {name} failed: {end.cause}")
+    if failures or not went_through:
+        say("amfm study: no law is fitted before all runs are done; the same command goes on")
+        raise typer.Exit(RUN_FAILED if failures else DONE)
+
+
+def room_of(config: RunsConfig) -> Room:
+    """What this machine has for the runs of a study."""
+    import torch
+
+    from amfm.launch.study.run import find_room
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return find_room(config.threads_per_run, config.runs_at_once, gpus)
+
+
 def run_study(
     plan: Study[RunsConfig], cells: Sequence[Cell], write: Callable[[int], dict[str, Any]], *, as_json: bool
 ) -> None:
     """Run what is missing, `write` the results given the runs at once, show them, and exit as the runs ended."""
-    import torch
-
-    from amfm.launch.study.run import find_room
     from amfm.launch.study.table import read_result
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    room = find_room(plan.config.threads_per_run, plan.config.runs_at_once, gpus)
+    room = room_of(plan.config)
     missing = [cell for cell in cells if read_result(cell) is None]
     failures, went_through = run_missing(plan, cells, missing, room) if missing else ({}, True)
     summary = write(room.slots)

@@ -22,7 +22,7 @@ from amfm.pretrain.report.numbers import short
 # Told apart by people who don't see all colours (Wong 2011, Nature Methods 8, 441), and by marker.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 MARKERS = "osv^DPX*"
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -49,7 +49,7 @@ def draw_study(rows: Sequence[Row], measures: Mapping[str, Measure], state_token
     panels.append((f"Decode state after {state_tokens:,} tokens", "a sequence", size_of))
     ratios = sorted({row.ratio: row.attention_share for row in rows}.items(), key=lambda pair: pair[1])
     places = {ratio: place for place, (ratio, _) in enumerate(ratios)}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         columns = 2
         lines = -(-len(panels) // columns)
         canvas = Figure(figsize=(5.2 * columns, 3.4 * lines + 0.4), layout="constrained")

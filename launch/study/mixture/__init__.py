@@ -1,0 +1,1 @@
+"""`amfm study mixture`: which share of the text each source should get."""
