@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -31,7 +31,11 @@ from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters
 from amfm.model.huggingface.shapes import weight_shapes
-from amfm.model.on_demand import OnDemand, Shape, Source
+from amfm.model.on_demand import OnDemand, Shape, Source, on_demand
+from amfm.pretrain.config.file import load_config
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.exchange.adopt import Expected, make_record
+from amfm.pretrain.exchange.state import TrainingState, write_run
 from amfm.pretrain.inference.weights import Weights, write_weights
 from benchmarks.command import main
 
@@ -72,6 +76,17 @@ def random_weights(config: ModelConfig) -> Weights:
     return Weights(config, state, train_tokenizer(TEXTS, TOKENIZER), "a benchmark")
 
 
+def random_training_state(config: RunConfig) -> TrainingState:
+    """A state of the run's model with moments, made when it is asked for, which a checkpoint can be written from."""
+    weights, expected = on_demand(random_weights(config.model).state), Expected(config)
+    parameters = {name: weights.sources[name] for name in expected.shapes}
+    buffers = {name: weights.sources[name] for name in expected.buffers}
+    record = {**make_record(config, expected, 1, 1), "state": {}, "identities": {}}
+    return TrainingState(
+        "a benchmark", dict.fromkeys(("weight", "exp_avg", "exp_avg_sq"), parameters), buffers, {}, record
+    )
+
+
 def measure(arguments: Sequence[str]) -> dict[str, float]:
     """Run an `amfm` command line; returns its seconds and its peak of resident memory in bytes.
 
@@ -88,20 +103,32 @@ def measure(arguments: Sequence[str]) -> dict[str, float]:
 
 
 def bench_export(
-    config: ModelConfig, times: Sequence[int], place: Path | None, *, report: Callable[[str], None]
+    config: ModelConfig,
+    times: Sequence[int],
+    place: Path | None,
+    *,
+    report: Callable[[str], None],
+    run: RunConfig | None = None,
+    file_format: str = "huggingface",
 ) -> dict[str, Any]:
     """Export and import the model with its blocks once, and as often as `times` says; returns peaks and seconds of each.
 
-    `place`: a folder on the disk to use; None: the system's folder for temporary files. Raises RuntimeError where the disk
-    has not twice the largest model free.
+    `place`: a folder on the disk to use; None: the system's folder for temporary files. `file_format`: another one than
+    huggingface moves a whole training state of `run`. Raises RuntimeError where the disk has not twice the largest free.
     """
     models = [deepen(config, number) for number in times]
+    bytes_each = 4 if file_format == "huggingface" else 12
     with tempfile.TemporaryDirectory(dir=place) as root:
-        needed = 2 * 4 * max(count_parameters(model).total for model in models)
+        needed = 2 * bytes_each * max(count_parameters(model).total for model in models)
         free = shutil.disk_usage(root).free
         if free < needed:
             raise RuntimeError(f"{root} has {free:,} bytes free and {needed:,} are needed; name another --folder")
-        rows = [_bench_model(model, Path(root, str(number)), report) for number, model in enumerate(models)]
+        rows = [
+            _bench_model(model, Path(root, str(number)), report)
+            if run is None
+            else _bench_state(run.model_copy(update={"model": model}), file_format, Path(root, str(number)), report)
+            for number, model in enumerate(models)
+        ]
     return {"rows": rows, "hardware": describe_hardware()}
 
 
@@ -121,6 +148,21 @@ def _bench_model(model: ModelConfig, folder: Path, report: Callable[[str], None]
     return {"parameters": number, "bytes": 4 * number, "export": exported, "import": imported}
 
 
+def _bench_state(run: RunConfig, file_format: str, folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
+    """Write a checkpoint with moments, export its training state, and import that, as `_bench_model` does with weights."""
+    number = count_parameters(run.model).total
+    start, out, back = (folder / name for name in ("start", "export", "import"))
+    report(f"writing {number / 1e9:.2f}B parameters with moments")
+    write_run(start, random_training_state(run))
+    report("exporting")
+    exported = measure(["export", str(start), str(out), "--format", file_format, "--json"])
+    shutil.rmtree(start)
+    report("importing")
+    imported = measure(["import", str(out), str(back), "--json"])
+    shutil.rmtree(folder)
+    return {"parameters": number, "bytes": 12 * number, "export": exported, "import": imported}
+
+
 def export(
     path: Annotated[
         Path, typer.Argument(metavar="CONFIG.yaml", help="The configuration, or run, whose model it is.")
@@ -128,11 +170,15 @@ def export(
     *,
     times: Annotated[str, typer.Option(metavar="1,3", help="Its blocks so many times over; one row each.")] = "1,3",
     folder: Annotated[Path | None, typer.Option(help="A folder on the disk to use; default: /tmp.")] = None,
+    file_format: Annotated[
+        Literal["huggingface", "dcp", "deepspeed-universal"],
+        typer.Option("--format", help="Weights for transformers, or whole training states with moments."),
+    ] = "huggingface",
     as_json: JsonOption = False,
 ) -> None:
     """Export and import a model and a deeper one, without the proof, and print the peaks of memory.
 
-    The disk needs twice the larger model in float32.
+    The disk needs twice the larger model in float32, and three times that with moments.
     """
     from benchmarks.models import read_model
 
@@ -141,7 +187,8 @@ def export(
         raise ValueError(f"--times {times} must be whole numbers from 1 on with commas between them, such as 1,3")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    result = bench_export(read_model(path), numbers, folder, report=say)
+    run = None if file_format == "huggingface" else load_config(path / "config.yaml" if path.is_dir() else path)
+    result = bench_export(read_model(path), numbers, folder, report=say, run=run, file_format=file_format)
     if as_json:
         print_json(result)
     else:
@@ -162,7 +209,7 @@ def print_export_table(result: dict[str, Any]) -> None:
         )
         for row in result["rows"]
     ]
-    columns = ("parameters", "float32 GiB", "export peak MiB", "export s", "import peak MiB", "import s")
+    columns = ("parameters", "GiB", "export peak MiB", "export s", "import peak MiB", "import s")
     print_rows("Memory of exports and imports", columns, rows)
     say(", ".join(f"{name} {value}" for name, value in result["hardware"].items()))
 

@@ -20,7 +20,7 @@ from amfm.launch.commands.client import (
     show_check,
 )
 from amfm.launch.console import print_json, print_pairs
-from amfm.launch.existing import require_model
+from amfm.launch.existing import require_exists, require_model
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.refusals import ClientName
 
@@ -33,11 +33,11 @@ ClientPythonOption = Annotated[
     typer.Option(metavar="PYTHON", help="Interpreter where that program is installed; default: the one of amfm."),
 ]
 FormatOption = Annotated[
-    Literal["huggingface", "deepspeed-universal", "megatron", "gguf"],
+    Literal["huggingface", "dcp", "deepspeed-universal", "megatron", "gguf"],
     typer.Option(
         "--format",
-        help="A model for transformers, a whole training state for DeepSpeed's loader, the tokens of a store as "
-        ".bin and .idx, or an export as a file for llama.cpp.",
+        help="A model for transformers, a whole training state for torch Distributed Checkpoint or DeepSpeed's loader, "
+        "the tokens of a store as .bin and .idx, or an export as a file for llama.cpp.",
     ),
 ]
 OptionalOutArgument = Annotated[
@@ -47,6 +47,13 @@ OptionalOutArgument = Annotated[
         help="The folder to write, which must not exist or be empty (gguf: the file). Left out with --check: CHECKPOINT is an export.",
     ),
 ]
+
+
+def require_if_given(path: Path | None) -> Path | None:
+    """Typer callback of an option whose path must exist."""
+    return None if path is None else require_exists(path)
+
+
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist or be empty.")]
 
 
@@ -85,8 +92,8 @@ def export(
     if file_format == "megatron":
         export_tokens(checkpoint, out, as_json=as_json)
         return
-    if file_format == "deepspeed-universal":
-        export_for_deepspeed(checkpoint, out, as_json=as_json)
+    if file_format in ("dcp", "deepspeed-universal"):
+        export_state(checkpoint, out, file_format, as_json=as_json)
         return
     with Waiting("amfm export") as waiting:
         report = export_checkpoint(checkpoint, out, target=target, verify=verify, report=waiting)
@@ -148,22 +155,22 @@ def check_export_options(
         check_installed(check, python or sys.executable)
 
 
-def export_for_deepspeed(checkpoint: Path, out: Path, *, as_json: bool) -> None:
-    """Write a universal checkpoint, which DeepSpeed loads with `load_universal`, and print what it is."""
-    from amfm.pretrain.export.universal import export_universal
+def export_state(
+    checkpoint: Path, out: Path, file_format: Literal["dcp", "deepspeed-universal"], *, as_json: bool
+) -> None:
+    """Write masters and moments for torch Distributed Checkpoint or DeepSpeed's loader, and print what was written."""
+    from amfm.pretrain.exchange.dcp import export_dcp
+    from amfm.pretrain.exchange.universal import export_universal
 
     with Waiting("amfm export") as waiting:
-        report = export_universal(checkpoint, out, waiting)
+        write = export_dcp if file_format == "dcp" else export_universal
+        report = write(checkpoint, out, waiting)
     if as_json:
         print_json({**asdict(report), "path": str(report.path)})
         return
-    pairs = [
-        ("folder", str(report.path)),
-        ("tag", report.tag),
-        ("tensors", f"{report.num_tensors:,}, with two moments each"),
-        ("bytes", f"{report.num_bytes:,}"),
-    ]
-    print_pairs("Export for DeepSpeed's universal loading", pairs)
+    pairs: list[tuple[str, object]] = [("folder", report.path), ("step", report.step)]
+    pairs += [("tensors", f"{report.num_tensors:,}"), ("bytes", f"{report.num_bytes:,}")]
+    print_pairs(f"Training state as {file_format}", pairs)
 
 
 def export_tokens(store_path: Path, out: Path, *, as_json: bool) -> None:
@@ -191,7 +198,7 @@ def import_(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="A folder that transformers wrote, an export, or a .tiktoken file.",
+            help="A folder that transformers wrote, an export, a training state of torch Distributed Checkpoint, or a .tiktoken file.",
             callback=require_model,
         ),
     ],
@@ -203,17 +210,34 @@ def import_(
     special: Annotated[
         list[str] | None, typer.Option(metavar="TOKEN=ID", help="Of a .tiktoken file: a special token, repeatable.")
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIG.yaml",
+            help="Of a training state that amfm did not write: the run that goes on with it.",
+            callback=require_if_given,
+        ),
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="With --config: the run's step; default: the optimizer's counter.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read a transformers checkpoint of a class that we export to, for continued pretraining, export or use.
 
-    A .tiktoken file becomes OUT/tokenizer.json.
+    A training state with moments becomes a run directory, which `amfm train OUT/config.yaml` goes on from. A .tiktoken
+    file becomes OUT/tokenizer.json.
     """
     if source.suffix == ".tiktoken":
         import_tokenizer(source, out, pattern, special or [], as_json=as_json)
         return
     if pattern is not None or special:
         raise ValueError(f"--pattern and --special are for a .tiktoken file, and {source} is none; leave them out")
+    if (source / ".metadata").is_file():
+        import_training_state(source, out, config, step, as_json=as_json)
+        return
+    if config is not None or step is not None:
+        raise ValueError(f"--config and --step are for a training state, and {source} is none; leave them out")
     from amfm.pretrain.export.import_huggingface import import_huggingface
 
     with Waiting("amfm import") as waiting:
@@ -242,6 +266,31 @@ def import_(
     pairs += [("left out", name) for name in report.skipped]
     pairs += [("kept", text) for text in report.kept] + [("dropped", text) for text in report.dropped]
     print_pairs("Import", pairs)
+
+
+def import_training_state(source: Path, out: Path, config: Path | None, step: int | None, *, as_json: bool) -> None:
+    """Read a training state of another program, and print what it became."""
+    from amfm.pretrain.config.file import load_config
+    from amfm.pretrain.exchange.read import import_state
+    from amfm.pretrain.exchange.state import WrittenRun
+
+    run = None if config is None else load_config(config)
+    with Waiting("amfm import") as waiting:
+        written = import_state(source, out, run, step=step, report=waiting)
+    if not isinstance(written, WrittenRun):
+        if as_json:
+            print_json({"path": str(out), "kind": "weights", "tensors": len(written.state)})
+        else:
+            pairs = [("folder", out), ("tensors", f"{len(written.state):,}"), ("use", f"run.initial_weights={out}")]
+            print_pairs("Import of weights without moments", pairs)
+        return
+    if as_json:
+        kept = {"path": str(written.path), "kind": "run", "checkpoint": str(written.checkpoint)}
+        print_json({**kept, "step": written.step, "tensors": written.num_tensors, "bytes": written.num_bytes})
+        return
+    pairs = [("run directory", written.path), ("checkpoint", written.checkpoint.name), ("step", written.step)]
+    pairs += [("tensors", f"{written.num_tensors:,}"), ("bytes", f"{written.num_bytes:,}")]
+    print_pairs("Import of a training state", [*pairs, ("go on", f"amfm train {written.path}/config.yaml")])
 
 
 def import_tokenizer(source: Path, out: Path, pattern: str | None, special: list[str], *, as_json: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from amfm.pretrain.checkpoint.files import read_manifest
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints, inspect_checkpoint, read_full_state
-from amfm.pretrain.export.universal import export_universal
+from amfm.pretrain.exchange.universal import export_universal
 from amfm.pretrain.parallel import initialize_parallel, set_determinism
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import digest_state, load, make_engine, run_steps, save

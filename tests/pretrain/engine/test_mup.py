@@ -23,7 +23,7 @@ from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.config.schema import OptimizerConfig
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.engine.optimizer import build_optimizer
-from amfm.pretrain.export.universal import export_universal
+from amfm.pretrain.exchange.universal import export_universal
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import Trained, tiny_config, tiny_data, train_and_collect

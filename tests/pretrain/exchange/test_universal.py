@@ -26,7 +26,7 @@ from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.engine.optimizer import build_optimizer
 from amfm.pretrain.engine.parts import list_parts
-from amfm.pretrain.export.universal import export_universal
+from amfm.pretrain.exchange.universal import export_universal
 from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks

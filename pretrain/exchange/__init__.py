@@ -1,0 +1,1 @@
+"""Training states, weights and moments, in the formats of other programs."""

@@ -1,0 +1,124 @@
+"""Takes a training state in that another program made: no record of ours is there, so a configuration says what it is of.
+
+The configuration gives the model, the data and the optimizer's settings, and the run goes on at a step of its own
+schedule: by default the optimizer's counter, so that bias corrections, rate and position in the text agree. Rows of the
+steps before count as read, because another program's order of the text cannot be continued.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from amfm.data_pipeline.loader.loader import PretrainLoader
+from amfm.model.hybrid import HybridModel
+from amfm.model.on_demand import Shape, Source
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.checkpoint.compatibility import digest_config
+from amfm.pretrain.config.file import without_secrets
+from amfm.pretrain.config.saved import packages_used
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.engine.optimizer import group_parameters
+from amfm.pretrain.exchange.state import TrainingState
+from amfm.pretrain.identity import collect_versions
+from amfm.pretrain.parallel import set_determinism
+from amfm.pretrain.run import Progress, identities_of
+from amfm.pretrain.stages import data_of_stages, last_stage, resolve_stages
+
+
+def check_adoptable(config: RunConfig) -> None:
+    """Raise ValueError for a run whose state nobody else has: Muon's, muP's groups, guides, a conversion's stage."""
+    refused = {
+        "optimizer.kind=muon": config.optimizer.kind == "muon",
+        "optimizer.state_dtype=bf16": config.optimizer.state_dtype == "bf16",
+        "model.mup": config.model.mup is not None,
+        "model.guide": config.model.guide is not None,
+        "convert": config.convert is not None,
+    }
+    found = [name for name, is_set in refused.items() if is_set]
+    if found:
+        raise ValueError(
+            f"{', '.join(found)}: a state of another program holds AdamW's float32 masters and moments of a plain model; leave it out, "
+            "or begin with the weights alone (import a checkpoint without an optimizer)"
+        )
+
+
+class Expected:
+    """What a state of a configuration's model has: shapes and group labels of parameters, and shapes of buffers."""
+
+    def __init__(self, config: RunConfig) -> None:
+        model = HybridModel(config.model, single_rank_groups(), device="meta", draws=False)
+        named: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.shapes: dict[str, Shape] = {name: tuple(parameter.shape) for name, parameter in named.items()}
+        self.buffers: dict[str, Shape] = {
+            name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in named
+        }
+        self.settings: dict[str, float] = {}
+        self.labels: dict[str, str] = {}
+        for group in group_parameters(model, config.optimizer.weight_decay):
+            self.settings[group["label"]] = group["weight_decay"]
+            self.labels |= dict.fromkeys(group["parameter_names"], group["label"])
+
+
+def adopt(
+    config: RunConfig,
+    origin: str,
+    tensors: Mapping[str, Mapping[str, Source]],
+    buffers: Mapping[str, Source],
+    optimizer_step: int,
+    *,
+    step: int | None = None,
+) -> TrainingState:
+    """Make the state of a run at `step` (None: the optimizer's counter) out of another program's tensors.
+
+    The data must be prepared. Raises ValueError where the run ends before that step.
+    """
+    config = without_secrets(config)
+    steps_done = optimizer_step if step is None else step
+    stages = resolve_stages(config)
+    if steps_done > stages[-1].last_step:
+        raise ValueError(
+            f"{origin} has done {optimizer_step} steps, and the run counts it as step {steps_done}, but ends at step "
+            f"{stages[-1].last_step}; raise train.steps, or give --step"
+        )
+    stage = last_stage(stages, steps_done)
+    loader = PretrainLoader(
+        data_of_stages(config, stages),
+        sequence_length=stages[0].sequence_length,
+        micro_batch_size=stages[0].micro_batch_size,
+        seed=config.train.seed,
+    )
+    loader.seek(stage.first_sample + stage.samples_before(steps_done + 1))
+    tokens = sum(use.tokens for use in loader.ledger())
+    state = {"progress": asdict(Progress(step=steps_done, tokens=tokens)), "loader": loader.state_dict()}
+    identities = identities_of(loader)
+    loader.close()
+    set_determinism(config.train.seed, config.train.deterministic)
+    record = make_record(config, Expected(config), steps_done, optimizer_step)
+    return TrainingState(origin, tensors, buffers, {}, {**record, "state": state, "identities": identities})
+
+
+def make_record(config: RunConfig, expected: Expected, step: int, optimizer_step: int) -> dict[str, Any]:
+    """Describe a state of a run as a checkpoint's manifest does, without its data state and identities."""
+    optimizer = config.optimizer
+    settings = {"lr": 0.0, "betas": [optimizer.beta1, optimizer.beta2], "eps": optimizer.epsilon}
+    dtype = "bfloat16" if config.train.precision == "bf16" else "float32"
+    return {
+        "step": step,
+        "saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "config_sha256": digest_config(config),
+        "config": config.model_dump(mode="json"),
+        "packages": packages_used(config),
+        "engine": {"global_steps": step, "global_samples": step, "micro_steps": step, "skipped_steps": 0},
+        "versions": collect_versions(),
+        "groups": {label: {**settings, "weight_decay": decay} for label, decay in expected.settings.items()},
+        "parameters": {
+            name: {"shape": list(shape), "dtype": dtype, "group": label, "optimizer_step": optimizer_step}
+            for (name, shape), label in zip(expected.shapes.items(), map(expected.labels.get, expected.shapes))
+        },
+        "buffers": {name: {"shape": list(shape), "dtype": "float32"} for name, shape in expected.buffers.items()},
+    }

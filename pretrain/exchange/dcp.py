@@ -1,0 +1,216 @@
+"""Training states as torch Distributed Checkpoint, by torch's own writer, in the names of torch's own state dicts.
+
+    model.NAME                            float32 masters and buffers
+    optimizer.state.NAME.exp_avg          moments (Muon: .momentum), and .step, as torch's AdamW keeps them
+    optimizer.param_groups.INDEX.KEY      settings of the groups; `params` names the members
+    amfm.record, amfm.random.KEY          what a run needs to go on, and no other program looks at
+
+So `dcp.load({"model": ..., "optimizer": get_optimizer_state_dict(...)})` in a program that has a module of the same names
+and AdamW restores both, sharded as that program is. A save plan of blocks of rows, whose data is read when torch's writer
+asks for it, keeps memory at one block.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from amfm.data_pipeline.progress import Report, silent
+from amfm.model.on_demand import Shape, Source, cut_rows, source_of
+from amfm.pretrain.engine.moments import FROZEN, MUON, moments_of
+from amfm.pretrain.exchange.dcp_folder import DcpFolder, read_json
+from amfm.pretrain.exchange.state import TrainingState, check_record, read_state
+from amfm.pretrain.export.export import check_free
+from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
+
+RECORD = "amfm.record"
+RANDOM = "amfm.random."
+
+
+@dataclass(frozen=True)
+class DcpReport:
+    """What was written: step, tensors and bytes."""
+
+    path: Path
+    step: int
+    num_tensors: int
+    num_bytes: int
+
+
+class StreamedPlanner(DefaultSavePlanner):
+    """Plans blocks of rows of sources, and reads each when the writer asks for it."""
+
+    def __init__(self, report: Report = silent) -> None:
+        super().__init__(flatten_sharded_tensors=False)
+        self.report = report
+        self.written: Tensor | None = None
+        self.done = self.total = 0
+
+    def create_local_plan(self) -> SavePlan:
+        """Plan all items of the state."""
+        items = [item for name, value in self.state_dict.items() for item in self._items(name, value)]
+        self.total = len(items)
+        self.plan = SavePlan(items, planner_data=self.mappings)
+        return self.plan
+
+    def _items(self, name: str, value: Any) -> Iterator[WriteItem]:
+        """List the blocks of a tensor, or the one item of another value."""
+        if not isinstance(value, Source):
+            yield WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO)
+            return
+        shape, properties = torch.Size(value.shape), TensorProperties(dtype=value.dtype)
+        for start, stop in cut_rows(value.num_rows, value.shape):
+            offsets = torch.Size([start, *([0] * (len(shape) - 1))] if shape else [])
+            sizes = torch.Size([stop - start, *shape[1:]] if shape else [])
+            data = TensorWriteData(ChunkStorageMetadata(offsets, sizes), properties, shape)
+            yield WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data)
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """Read a block, and give back the memory of the one before: the writer keeps what it wrote until the file ends."""
+        value = self.state_dict[write_item.index.fqn]
+        self.report("writing", self.done, self.total)
+        self.done += 1
+        if not isinstance(value, Source):
+            return self.transform_object(write_item, value)
+        if self.written is not None:
+            self.written.untyped_storage().resize_(0)
+        assert write_item.tensor_data is not None, "a source is planned with its place"
+        chunk = write_item.tensor_data.chunk
+        start, stop = (chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]) if chunk.sizes else (0, 1)
+        # A copy of its own: a view's memory is its owner's.
+        self.written = value.read(start, stop).clone(memory_format=torch.contiguous_format)
+        return self.written
+
+
+def export_dcp(checkpoint: str | Path, out_dir: str | Path, report: Report = silent) -> DcpReport:
+    """Write a checkpoint of any layout (or a run's newest) as torch Distributed Checkpoint; OUT is absent or whole.
+
+    Holds one block of rows. Raises ValueError when OUT is in use, RuntimeError when the checkpoint is damaged.
+    """
+    out = Path(out_dir)
+    check_free(out)
+    state = read_state(checkpoint, report)
+    with begin_export(out) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        # No copies ahead: the planner gives back the memory of each block when the next is asked for.
+        writer = FileSystemWriter(temporary, thread_count=1, per_thread_copy_ahead=0, sync_files=True)
+        save(state_dict(state), storage_writer=writer, planner=StreamedPlanner(report), no_dist=True)
+        sync_files(temporary)
+        num_bytes = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        put_in_place(temporary, out)
+    num_tensors = len(state.buffers) + sum(len(sources) for sources in state.tensors.values())
+    return DcpReport(out, state.record["step"], num_tensors, num_bytes)
+
+
+def state_dict(state: TrainingState) -> dict[str, Any]:
+    """Arrange a state as torch's state dicts of a model and its optimizer, with sources in the place of tensors."""
+    parameters = state.record["parameters"]
+    optimizer: dict[str, dict[str, Any]] = {}
+    for kind, name, source in state.keyed():
+        if kind != "weight":
+            optimizer.setdefault(name, {})[kind] = source
+    for name, own in optimizer.items():
+        own["step"] = source_of(torch.tensor(float(parameters[name]["optimizer_step"])))
+    return {
+        "model": {**state.tensors["weight"], **state.buffers},
+        "optimizer": {"state": optimizer, "param_groups": param_groups(state.record)},
+        "amfm": {
+            "record": json.dumps(state.record),
+            "random": {name: source_of(tensor) for name, tensor in state.random.items()},
+        },
+    }
+
+
+def param_groups(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """List the groups as torch writes AdamW's, with every setting that it asks for at loading.
+
+    Those of a group that Muon steps are ours.
+    """
+    adamw = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]
+    groups = []
+    for label, settings in record["groups"].items():
+        own = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        names = [name for name, entry in record["parameters"].items() if entry["group"] == label]
+        groups.append({**({} if label == MUON else adamw), **own, "params": names})
+    return groups
+
+
+def read_dcp(folder: DcpFolder) -> TrainingState:
+    """Read the state that `export_dcp` wrote, or a program that kept its record.
+
+    Raises ValueError naming tensors that are missing, surplus or of another shape.
+    """
+    record = read_json(folder, RECORD)
+    check_record(record, f"{folder.path}, {RECORD}")
+    groups = {name: entry["group"] for name, entry in record["parameters"].items()}
+    tensors, buffers = take_tensors(folder, shapes_of(record["parameters"]), groups, shapes_of(record["buffers"]))
+    random = {
+        name.removeprefix(RANDOM): folder.tensor(name).clone() for name in folder.tensors if name.startswith(RANDOM)
+    }
+    return TrainingState(str(folder.path), tensors, buffers, random, record)
+
+
+def shapes_of(entries: dict[str, dict[str, Any]]) -> dict[str, Shape]:
+    """Shapes of the parameters or buffers that a record describes."""
+    return {name: tuple(entry["shape"]) for name, entry in entries.items()}
+
+
+def take_tensors(
+    folder: DcpFolder, shapes: dict[str, Shape], groups: dict[str, str], buffers: dict[str, Shape]
+) -> tuple[dict[str, dict[str, Source]], dict[str, Source]]:
+    """Find masters and moments under their keys, by kind, and buffers.
+
+    `groups`: labels, which say what moments a parameter has. Raises ValueError naming what is missing, surplus or
+    misshaped.
+    """
+    keys = {
+        (kind, name): f"model.{name}" if kind == "weight" else f"optimizer.state.{name}.{kind}"
+        for name in shapes
+        for kind in ("weight", *moments_of(groups[name]))
+    }
+    wanted = {key: shapes[name] for (_, name), key in keys.items()}
+    wanted |= {f"model.{name}": shape for name, shape in buffers.items()}
+    faults = [f"{key} is missing" for key in wanted if key not in folder.tensors]
+    faults += [
+        f"{key} is {list(folder.shape(key))}, the model says {list(shape)}"
+        for key, shape in wanted.items()
+        if key in folder.tensors and folder.shape(key) != shape
+    ]
+    steps = {f"optimizer.state.{name}.step" for name in shapes if groups[name] != FROZEN}
+    surplus = folder.tensors.keys() - wanted.keys() - steps
+    faults += [f"{key} does not belong" for key in sorted(surplus) if not key.startswith("amfm.")]
+    if faults:
+        raise ValueError(
+            f"{folder.path} does not fit the model: looked for {len(wanted)} tensors, found {len(folder.tensors)}; "
+            + "; ".join(faults[:8])
+        )
+    tensors: dict[str, dict[str, Source]] = {}
+    for (kind, name), key in keys.items():
+        tensors.setdefault(kind, {})[name] = folder.source(key)
+    return tensors, {name: source_of(folder.tensor(f"model.{name}").clone()) for name in buffers}
+
+
+def read_step(folder: DcpFolder, names: Collection[str]) -> int:
+    """Read the optimizer's counter, which all parameters must share. Raises ValueError where they do not."""
+    keys = [f"optimizer.state.{name}.step" for name in names]
+    missing = [key for key in keys if key not in folder.tensors]
+    if missing:
+        raise ValueError(
+            f"{folder.path}: {missing[0]} is missing; AdamW's bias correction needs the step of each moment"
+        )
+    steps = {int(folder.tensor(key)) for key in keys}
+    if len(steps) != 1:
+        raise ValueError(f"{folder.path}: parameters were stepped {sorted(steps)} times; a run has one number for all")
+    return steps.pop()

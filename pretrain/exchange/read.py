@@ -1,0 +1,88 @@
+"""`amfm import` of a training state: what a folder is, and what it becomes.
+
+A state with AdamW's moments becomes a run directory whose checkpoint a run goes on from; one without becomes a weights
+folder, as the import of a transformers model does (`run.initial_weights`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.model.on_demand import OnDemand, Source
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.exchange.adopt import Expected, adopt, check_adoptable
+from amfm.pretrain.exchange.dcp import RECORD, read_dcp, read_step, take_tensors
+from amfm.pretrain.exchange.dcp_folder import DcpFolder, is_dcp
+from amfm.pretrain.exchange.state import TrainingState, WrittenRun, write_run
+from amfm.pretrain.export.export import check_free
+from amfm.pretrain.export.import_huggingface import write_model
+from amfm.pretrain.inference.weights import Weights
+
+
+def is_training_state(source: Path) -> bool:
+    """Whether a folder is a training state in a format of another program."""
+    return is_dcp(source)
+
+
+def import_state(
+    source: Path, out: Path, config: RunConfig | None = None, *, step: int | None = None, report: Report = silent
+) -> WrittenRun | Weights:
+    """Read a training state and write OUT: a run directory, or a weights folder where there are no moments.
+
+    `config`: of the run that goes on, for a state without our record; `step`: what it counts the state as. Raises
+    ValueError where the state is not whole, does not fit, or needs a configuration: then nothing is written.
+    """
+    check_free(out)
+    report(f"reading {source}")
+    read = _read_dcp(source, config, step)
+    if isinstance(read, Weights):
+        write_model(out, read)
+        return read
+    return write_run(out, read, report)
+
+
+def _read_dcp(source: Path, config: RunConfig | None, step: int | None) -> TrainingState | Weights:
+    """Read a folder of torch Distributed Checkpoint: with our record alone, without it by a configuration."""
+    folder = DcpFolder(source)
+    if RECORD in folder.values:
+        refuse_config(source, config, step)
+        return read_dcp(folder)
+    config = require_config(source, config)
+    expected = Expected(config)
+    has_moments = any(name.startswith("optimizer.") for name in folder.tensors)
+    labels = expected.labels if has_moments else dict.fromkeys(expected.labels, "frozen")
+    tensors, buffers = take_tensors(folder, expected.shapes, labels, expected.buffers)
+    if not has_moments:
+        return weights_of(config, source, tensors["weight"], buffers)
+    check_adoptable(config)
+    return adopt(config, str(source), tensors, buffers, read_step(folder, expected.shapes), step=step)
+
+
+def weights_of(
+    config: RunConfig, source: Path, weights: Mapping[str, Source], buffers: Mapping[str, Source]
+) -> Weights:
+    """Weights without an optimizer, with the tokenizer of the run's store."""
+    tokenizer = load_tokenizer(config.data.text_store())
+    return Weights(config.model, OnDemand({**weights, **buffers}), tokenizer, f"imported from {source}")
+
+
+def require_config(source: Path, config: RunConfig | None) -> RunConfig:
+    """Return the configuration. Raises ValueError where none was given."""
+    if config is None:
+        raise ValueError(
+            f"{source} has no record of an amfm run; name the configuration of the run that goes on with --config: its "
+            "model section describes these weights, and its data must be prepared"
+        )
+    return config
+
+
+def refuse_config(source: Path, config: RunConfig | None, step: int | None) -> None:
+    """Raise ValueError for a configuration or step that would have no effect."""
+    if config is not None or step is not None:
+        raise ValueError(
+            f"{source} has the record of an amfm run, whose configuration and step it goes on with; leave out --config and "
+            "--step"
+        )

@@ -1,0 +1,122 @@
+"""torch Distributed Checkpoint: plain torch reads it, what comes back is bit-equal, and a run goes on as if it had never left."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from amfm.launch.cli import run
+from amfm.pretrain.checkpoint.inspect import diff_checkpoints
+from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.exchange.dcp import export_dcp
+from amfm.pretrain.exchange.dcp_folder import DcpFolder
+from amfm.pretrain.exchange.read import import_state
+from tests.pretrain.exchange import plain_torch
+from tests.pretrain.exchange.conftest import Unbroken
+
+
+@pytest.fixture(scope="module")
+def exported(unbroken: Unbroken, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of step 2 as torch Distributed Checkpoint."""
+    return export_dcp(unbroken.checkpoint, tmp_path_factory.mktemp("dcp") / "out").path
+
+
+@pytest.fixture(scope="module")
+def from_torch(unbroken: Unbroken, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a program of plain torch saves that loaded it, and found every number as the checkpoint has it."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    file = unbroken.checkpoint / "rank-00000.safetensors"
+    command = [sys.executable, "-P", plain_torch.__file__, str(exported), str(file), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_round_trip_is_bit_equal_and_its_run_goes_on(unbroken: Unbroken, exported: Path, tmp_path: Path) -> None:
+    back = tmp_path / "back"
+    assert run(["import", str(exported), str(back)]) == 0
+    found = diff_checkpoints(unbroken.checkpoint, back / "checkpoints" / "step-00000002")
+    assert found["same"], found
+    unbroken.goes_on_in(back)
+
+
+def test_a_run_goes_on_from_what_plain_torch_saved(unbroken: Unbroken, from_torch: Path, tmp_path: Path) -> None:
+    file, back = tmp_path / "config.yaml", tmp_path / "back"
+    file.write_text(resolved_yaml(unbroken.config))
+    assert run(["import", str(from_torch), str(tmp_path / "none")]) == 2  # whose model is it?
+    assert run(["import", str(from_torch), str(back), "--config", str(file)]) == 0
+    found = diff_checkpoints(unbroken.checkpoint, back / "checkpoints" / "step-00000002")
+    assert not found["tensors"] and not found["optimizer_steps"] and not found["only_in_second"]
+    unbroken.goes_on_in(back)
+
+
+def test_weights_alone_become_a_weights_folder(unbroken: Unbroken, exported: Path, tmp_path: Path) -> None:
+    folder = DcpFolder(exported)
+    names = [name for name in folder.tensors if name.startswith("model.")]
+    alone = {name.removeprefix("model."): folder.tensor(name) for name in names}
+    dcp.save({"model": alone}, checkpoint_id=tmp_path / "alone", no_dist=True)
+    file = tmp_path / "config.yaml"
+    file.write_text(resolved_yaml(unbroken.config))
+    assert run(["import", str(tmp_path / "alone"), str(tmp_path / "weights"), "--config", str(file)]) == 0
+    assert (tmp_path / "weights" / "weights.safetensors").is_file()
+
+
+def test_what_is_missing_cut_or_another_model_s_is_named_and_nothing_is_written(
+    unbroken: Unbroken, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(folder: Path, *arguments: str) -> str:
+        assert run(["import", str(folder), str(tmp_path / "out"), *arguments]) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    without, cut = tmp_path / "without", tmp_path / "cut"
+    for copy in (without, cut):
+        shutil.copytree(exported, copy)
+    (without / "__0_0.distcp").unlink()
+    assert "__0_0.distcp is missing" in refused(without)
+    with (cut / "__0_0.distcp").open("r+b") as file:
+        file.truncate(1000)
+    assert "has 1000 bytes" in refused(cut)
+    assert "leave out --config" in refused(exported, "--config", str(Path(unbroken.config.run.dir, "config.yaml")))
+    other = {"model": {"embedding.weight": torch.zeros(7, 32), "strange": torch.zeros(2)}}
+    dcp.save(other, checkpoint_id=tmp_path / "other", no_dist=True)
+    config = unbroken.config.model_copy()
+    with pytest.raises(ValueError, match="looked for 27 tensors, found 2") as caught:
+        import_state(tmp_path / "other", tmp_path / "out", config)
+    assert "model.head.weight is missing" in str(caught.value) or "is missing" in str(caught.value)
+    with pytest.raises(ValueError, match=r"embedding.weight is \[7, 32\], the model says \[448, 32\]"):
+        other["model"] = {name: torch.zeros(shape) for name, shape in _shapes(exported).items()}
+        other["model"]["embedding.weight"] = torch.zeros(7, 32)
+        dcp.save(other, checkpoint_id=tmp_path / "shape", no_dist=True)
+        import_state(tmp_path / "shape", tmp_path / "out", config)
+
+
+def _shapes(exported: Path) -> dict[str, tuple[int, ...]]:
+    folder = DcpFolder(exported)
+    return {name.removeprefix("model."): folder.shape(name) for name in folder.tensors if name.startswith("model.")}
+
+
+class Evil:
+    """An object whose unpickling would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_metadata_runs_no_code(tmp_path: Path) -> None:
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "touched")))
+    with pytest.raises(ValueError, match="not the metadata of torch Distributed Checkpoint"):
+        DcpFolder(folder)
+    assert not (tmp_path / "touched").exists()
