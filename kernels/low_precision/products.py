@@ -20,6 +20,7 @@ from torch.nn import functional
 from amfm.kernels.common.gemm_precision import gemm_dtype
 from amfm.kernels.low_precision.formats import Quantized, quantize, turn
 from amfm.kernels.low_precision.recipe import Recipe
+from amfm.kernels.low_precision.watch import note_operands
 
 # Added to a recipe's seed, so that the roundings of one gradient for its two products are drawn apart.
 _INPUT_DRAW, _WEIGHT_DRAW = 1, 2
@@ -29,11 +30,13 @@ STEADY_ROWS = 4  # from here on a row of a product does not depend on how many o
 def output(x_RI: Tensor, weight_OI: Tensor, recipe: Recipe) -> Tensor:
     """x W^T, [R, O] float32. Raises ValueError on a GPU that was not told to emulate."""
     check_device(recipe, x_RI.device)
+    note_operands(recipe, input=x_RI, weight=weight_OI)
     return multiply(quantize(x_RI, recipe.name), quantize(weight_OI, recipe.name, weight=True))
 
 
 def input_gradient(grad_RO: Tensor, weight_OI: Tensor, recipe: Recipe) -> Tensor:
     """dy W, [R, I] float32."""
+    note_operands(recipe, gradient=grad_RO)
     rows = quantize(grad_RO, recipe.name, draw=_draw(recipe, _INPUT_DRAW))
     return multiply(rows, quantize(weight_OI.t(), recipe.name, weight=True))
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from amfm.launch.arguments import HelpAllOption, JsonOption, OverridesArgument, PresetOption, print_fields
 from amfm.launch.console import print_json, print_rows
 from amfm.launch.presets import choose_config
+
+if TYPE_CHECKING:
+    from amfm.pretrain.config.schema import RunConfig
 
 
 def config(
@@ -23,6 +26,9 @@ def config(
     schema: Annotated[bool, typer.Option("--schema", help="Print a JSON Schema of configuration files.")] = False,
     fields: Annotated[
         bool, typer.Option("--fields", help="List every setting with type, default and meaning.")
+    ] = False,
+    show_precision: Annotated[
+        bool, typer.Option("--show-precision", help="List what the matrices of each kind of block multiply in.")
     ] = False,
     reference: Annotated[bool, typer.Option("--reference", help="Print docs/configuration.md.")] = False,
     help_all: HelpAllOption = False,
@@ -39,7 +45,11 @@ def config(
     from amfm.pretrain.config.file import diff_configs, load_config, resolved_yaml
 
     resolved = load_checked(path, overrides or [], world_size=ranks)
-    if diff is not None:
+    if show_precision and diff is not None:
+        raise ValueError("--show-precision and --diff print different things; give one of them")
+    if show_precision:
+        print_precision(resolved, str(path), as_json=as_json)
+    elif diff is not None:
         differences = diff_configs(load_config(diff), resolved)
         if as_json:
             print_json({item.key: {"other": item.first, "this": item.second} for item in differences})
@@ -51,6 +61,21 @@ def config(
         print_json(resolved.model_dump(mode="json"))
     else:
         sys.stdout.write(resolved_yaml(resolved))
+
+
+def print_precision(resolved: RunConfig, title: str, *, as_json: bool) -> None:
+    """Print what the matrices of each kind of block make their products in."""
+    from amfm.model.low_precision import describe_indices, precision_table
+
+    rows = precision_table(resolved.model, resolved.low_precision, resolved.train.precision)
+    if as_json:
+        print_json([row._asdict() for row in rows])
+        return
+    lines = [
+        (row.kind, row.weight, row.precision, str(len(row.blocks)), describe_indices(row.blocks), f"{row.numel:,}")
+        for row in rows
+    ]
+    print_rows(f"Products of {title}", ("kind", "weight", "precision", "blocks", "which", "parameters in each"), lines)
 
 
 def print_about_schema(*, schema: bool, reference: bool, as_json: bool) -> None:

@@ -16,7 +16,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from amfm.model.config import mixer_options as own
 from amfm.model.config.attention import AttentionConfig
@@ -30,6 +30,19 @@ from amfm.model.config.window_linear import WindowLinearOptions
 ENTRY_POINTS = "amfm.mixers"
 
 
+class Products(NamedTuple):
+    """The weights of a kind of block, by their names below its mixer, whose products low precision may make in fewer bits.
+
+    out: an output projection that a recipe treats apart (`low_precision.out_projection`); None where there is none.
+    """
+
+    inner: tuple[str, ...] = ()
+    out: str | None = None
+
+
+NO_PRODUCTS = Products()
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of block as pattern, configuration and checks see it, without importing its mixer.
@@ -38,7 +51,7 @@ class Kind:
     section, whose class docstring and field descriptions become the documentation. refuses: axes over which it cannot be
     spread yet, with the reason. mixes: whether a token reads others, or its own channels alone. letter, aliases: in a
     pattern. title: in messages. is_core: its section is a field of the model's configuration. has_mup: muP's rules were
-    measured on it (docs/mup.md).
+    measured on it (docs/mup.md). products: of which low precision makes some in fewer bits (docs/low_precision.md).
     """
 
     name: str
@@ -51,6 +64,7 @@ class Kind:
     title: str = ""
     is_core: bool = False
     has_mup: bool = False
+    products: Products = NO_PRODUCTS
 
     @property
     def symbol(self) -> str:
@@ -73,6 +87,11 @@ class Kind:
         return found
 
 
+IN_OUT = Products(("in_proj.weight",), "out_proj.weight")
+QKVO = Products(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"))
+UP_DOWN = Products(("up_proj.weight", "down_proj.weight"))
+EXPERTS = Products(("experts.up", "experts.down", "shared.up_proj.weight", "shared.down_proj.weight"))
+
 CORE = (
     Kind(
         "mamba",
@@ -82,6 +101,7 @@ CORE = (
         title="Mamba2",
         is_core=True,
         has_mup=True,
+        products=IN_OUT,
     ),
     Kind(
         "attention",
@@ -91,6 +111,7 @@ CORE = (
         aliases="A",
         is_core=True,
         has_mup=True,
+        products=QKVO,
     ),
     Kind(
         "moe",
@@ -102,6 +123,7 @@ CORE = (
         title="mixture of experts",
         is_core=True,
         has_mup=True,
+        products=EXPERTS,
     ),
     Kind(
         "feed_forward",
@@ -113,45 +135,68 @@ CORE = (
         title="dense feed-forward",
         is_core=True,
         has_mup=True,
+        products=UP_DOWN,
     ),
 )
 BUILT_IN = (
     *CORE,
-    Kind("deltanet", "amfm.model.mixers.delta:DeltaNetMixer", own.DeltaNetOptions),
+    Kind("deltanet", "amfm.model.mixers.delta:DeltaNetMixer", own.DeltaNetOptions, products=IN_OUT),
     Kind(
         "gated_deltanet",
         "amfm.model.mixers.delta:GatedDeltaNetMixer",
         own.GatedDeltaNetOptions,
         letter="G",
         has_mup=True,
+        products=IN_OUT,
     ),
-    Kind("deltaproduct", "amfm.model.mixers.delta:DeltaProductMixer", own.DeltaProductOptions, letter="P"),
-    Kind("gla", "amfm.model.mixers.vector_gates:GlaMixer", own.GlaOptions),
-    Kind("hgrn2", "amfm.model.mixers.vector_gates:Hgrn2Mixer", own.Hgrn2Options, letter="H"),
-    Kind("kda", "amfm.model.mixers.kda:KdaMixer", own.KdaOptions, letter="K", has_mup=True),
-    Kind("hedgehog", "amfm.model.mixers.feature_maps:HedgehogMixer", own.HedgehogOptions),
-    Kind("lightning", "amfm.model.mixers.retention:LightningMixer", own.LightningOptions, letter="L"),
+    Kind(
+        "deltaproduct",
+        "amfm.model.mixers.delta:DeltaProductMixer",
+        own.DeltaProductOptions,
+        letter="P",
+        products=IN_OUT,
+    ),
+    Kind("gla", "amfm.model.mixers.vector_gates:GlaMixer", own.GlaOptions, products=IN_OUT),
+    Kind("hgrn2", "amfm.model.mixers.vector_gates:Hgrn2Mixer", own.Hgrn2Options, letter="H", products=IN_OUT),
+    Kind("kda", "amfm.model.mixers.kda:KdaMixer", own.KdaOptions, letter="K", has_mup=True, products=IN_OUT),
+    Kind("hedgehog", "amfm.model.mixers.feature_maps:HedgehogMixer", own.HedgehogOptions, products=IN_OUT),
+    Kind("lightning", "amfm.model.mixers.retention:LightningMixer", own.LightningOptions, letter="L", products=IN_OUT),
     Kind(
         "lightnet",
         "amfm.model.mixers.lightnet:LightNetMixer",
         own.LightNetOptions,
         refuses={"context": "its running softmax does not pass between ranks yet"},
+        products=IN_OUT,
     ),
-    Kind("mala", "amfm.model.mixers.mala:MalaMixer", own.MalaOptions),
-    Kind("mamba1", "amfm.model.mixers.mamba1:Mamba1Mixer", own.Mamba1Options),
+    Kind("mala", "amfm.model.mixers.mala:MalaMixer", own.MalaOptions, products=IN_OUT),
+    Kind("mamba1", "amfm.model.mixers.mamba1:Mamba1Mixer", own.Mamba1Options, products=IN_OUT),
     Kind(
         "mom",
         "amfm.model.mixers.mom:MomMixer",
         own.MomOptions,
         refuses={"context": "its memories do not pass between ranks yet"},
     ),
-    Kind("plstm", "amfm.model.mixers.plstm:PlstmMixer", own.PlstmOptions),
-    Kind("retnet", "amfm.model.mixers.retention:RetentionMixer", own.RetentionOptions),
-    Kind("short_conv", "amfm.model.mixers.short_conv:ShortConvMixer", own.ShortConvOptions, letter="C"),
-    Kind("transnormer", "amfm.model.mixers.feature_maps:TransNormerMixer", own.TransNormerOptions),
-    Kind("mla", "amfm.model.mixers.mla:MlaMixer", own.MlaOptions, letter="+"),
-    Kind("window", "amfm.model.mixers.window:WindowMixer", own.WindowOptions, letter="W"),
-    Kind("window_linear", "amfm.model.mixers.window_linear:WindowLinearMixer", WindowLinearOptions),
+    Kind("plstm", "amfm.model.mixers.plstm:PlstmMixer", own.PlstmOptions, products=IN_OUT),
+    Kind("retnet", "amfm.model.mixers.retention:RetentionMixer", own.RetentionOptions, products=IN_OUT),
+    Kind(
+        "short_conv", "amfm.model.mixers.short_conv:ShortConvMixer", own.ShortConvOptions, letter="C", products=IN_OUT
+    ),
+    Kind("transnormer", "amfm.model.mixers.feature_maps:TransNormerMixer", own.TransNormerOptions, products=IN_OUT),
+    Kind(
+        "mla",
+        "amfm.model.mixers.mla:MlaMixer",
+        own.MlaOptions,
+        letter="+",
+        products=Products(("q_proj.weight", "kv_up.weight", "out_proj.weight")),
+    ),
+    Kind(
+        "window",
+        "amfm.model.mixers.window:WindowMixer",
+        own.WindowOptions,
+        letter="W",
+        products=Products(("in_proj.weight", "out_proj.weight")),
+    ),
+    Kind("window_linear", "amfm.model.mixers.window_linear:WindowLinearMixer", WindowLinearOptions, products=QKVO),
 )
 # Kinds by their letters in a pattern, aliases among them.
 LETTERS = {letter: kind for kind in BUILT_IN for letter in f"{kind.letter or ''}{kind.aliases}"}

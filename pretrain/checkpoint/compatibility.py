@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "health.*",
     "kernels.*",
     "launch.*",
+    "low_precision.*",
     "parallel.*",
     "stages.*",
     "train.steps",

@@ -22,6 +22,7 @@ from amfm.model.config.checks import check_model
 from amfm.model.huggingface.targets import explain_unfit, unfit_tokenizer
 from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.checks.conversion import conversion_problems, routed_problems
+from amfm.pretrain.checks.low_precision import low_precision_problems
 from amfm.pretrain.checks.mixers import kernel_problems, training_problems
 from amfm.pretrain.checks.optimizer import optimizer_problems
 from amfm.pretrain.checks.parallel import layout_problems, pipeline_problems
@@ -124,6 +125,7 @@ def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
     problems += [*kernel_problems(config, config.kernels.backend), *task_layout_problems(config)]
     if not model:
         problems += [*export_problems(config), *pipeline_problems(config), *depth_problems(config)]
+        problems += low_precision_problems(config)
     if world_size is None:
         problems += whole_batch_problems(config)
     else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from amfm.data_pipeline.config import DataConfig
+from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.section import Section
@@ -366,6 +367,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     health: HealthConfig = HealthConfig()
     kernels: KernelsConfig = KernelsConfig()
+    low_precision: LowPrecisionConfig = LowPrecisionConfig()
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     prune: PruneConfig | None = Field(None, description="Set groups of weights to zero on the way; none: no pruning.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.hooks.experts import Experts
 from amfm.pretrain.hooks.metrics import Metrics
+from amfm.pretrain.hooks.quantization import build_quantization
 from amfm.pretrain.hooks.replicas import build_replicas
 from amfm.pretrain.hooks.state_watch import build_state_watch
 from amfm.pretrain.hooks.stragglers import Stragglers
@@ -22,5 +23,5 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
     add to its line. suite: the tasks of `evaluate`, on the main rank alone.
     """
     tasks = [Tasks(run, suite)] if run.config.evaluate.tasks else []
-    watched = [*build_state_watch(run), Validations(run), *tasks]
+    watched = [*build_state_watch(run), *build_quantization(run), Validations(run), *tasks]
     return (*build_table(run), *watched, Metrics(run), Stragglers(run), Experts(run), *build_replicas(run))

@@ -26,6 +26,7 @@ from amfm.data_pipeline.progress import format_seconds
 from amfm.kernels.common.split_backward import Later, compute_now, split_backward
 from amfm.model.block import Stream
 from amfm.model.hybrid import HybridModel
+from amfm.model.low_precision import hang_recipes
 from amfm.model.parallel.groups import AXES
 from amfm.model.pipeline_split import Piece, whole_piece
 from amfm.model.scheduled import set_step
@@ -147,6 +148,7 @@ def build_kinds(config: RunConfig, parallel: Parallel) -> HybridModel:
     )
     if config.convert is not None:
         prepare_stage(model, config.convert)
+    hang_recipes(model, config.low_precision)
     if config.train.compile:
         model.compile_blocks()
     model.recompute_blocks(recomputed_letters(config))
@@ -163,7 +165,7 @@ def build_kinds(config: RunConfig, parallel: Parallel) -> HybridModel:
 
 def pieces_of_kinds(config: RunConfig, held: tuple[Piece, ...]) -> tuple[Piece, ...]:
     """Pieces of one block each: the first of each kind among those held."""
-    kinds: dict[tuple[str, bool], int] = {}
+    kinds: dict[tuple[str, bool, bool], int] = {}
     for piece in held:
         for index in piece.blocks:
             kinds.setdefault(kind_of(config, index), index)
@@ -175,10 +177,11 @@ def pieces_of_kinds(config: RunConfig, held: tuple[Piece, ...]) -> tuple[Piece, 
     )
 
 
-def kind_of(config: RunConfig, index: int) -> tuple[str, bool]:
-    """What blocks have in common that launch the same kernels: their letter, and whether they are being converted."""
+def kind_of(config: RunConfig, index: int) -> tuple[str, bool, bool]:
+    """What blocks have in common that launch the same kernels: letter, whether they are being converted, and have a recipe."""
     converted = () if config.convert is None else config.convert.blocks or ()
-    return config.model.built_letters[index], index in converted
+    narrow = config.low_precision.narrow_blocks(config.model.letters)
+    return config.model.built_letters[index], index in converted, index in narrow
 
 
 @dataclass

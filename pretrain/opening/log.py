@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.model.huggingface.targets import explain_unfit
+from amfm.model.low_precision import precision_table
 from amfm.pretrain.checkpoint.load import LoadedCheckpoint
+from amfm.pretrain.checks.low_precision import warn_of_recipe
 from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.event_log import read_events
 from amfm.pretrain.inference.released import FILE as RELEASED
 from amfm.pretrain.inference.released import find_released
@@ -40,7 +44,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
         "parameters": counts.total,
         "active_parameters": counts.active,
         "flops_per_token": sum(flops_per_token(run.model.config, length).values()),
-    }
+    } | describe_products(run.config)
     environment = record_environment(run.parallel, run.peak, facts, keeps_freed_memory=run.keeps_freed_memory)
     # Whole or as they were: a full disk or a kill must not take from a run what it is.
     write_file_atomically(run.directory / "config.yaml", resolved_yaml(run.config).encode())
@@ -65,6 +69,9 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     unbalanced = describe_unbalanced(run.config.model)
     if unbalanced is not None:
         run.tell("unbalanced_experts", f"warning: {unbalanced}", text=unbalanced)
+    warning = warn_of_recipe(run.config.low_precision)
+    if warning is not None:
+        run.tell("low_precision", f"warning: {warning}", text=warning)
     if run.config.export.target == "auto":
         for reason in explain_unfit(run.config.model, "own"):
             run.say(f"this model trains, and amfm export will refuse it: {reason}")
@@ -85,6 +92,14 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
         for kind, texts in remarks.items():
             for text in texts:
                 run.tell("resume", f"{kind}: {text}", kind=kind, text=text)
+
+
+def describe_products(config: RunConfig) -> dict[str, Any]:
+    """What matrices multiply in, for environment.json; nothing of a run in which all keep its precision."""
+    if config.low_precision.recipe == "none":
+        return {}
+    rows = precision_table(config.model, config.low_precision, config.train.precision)
+    return {"products": [row._asdict() for row in rows]}
 
 
 def keep_released(run: Run) -> None:

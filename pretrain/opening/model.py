@@ -14,8 +14,10 @@ from amfm.kernels.attention.flash import OWN, activate_newest, restore
 from amfm.kernels.moe.experts_backend import use_experts_backend
 from amfm.kernels.runtime.backend import resolve_for_run
 from amfm.model.hybrid import HybridModel
+from amfm.model.low_precision import hang_recipes
 from amfm.model.pipeline_split import Piece, cut_pieces, pieces_of_rank
 from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checks.low_precision import check_device
 from amfm.pretrain.checks.mixers import check_kernels
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.convert.prepare import prepare_stage
@@ -69,7 +71,7 @@ def choose_flash(parallel: Parallel) -> None:
 def build_model(
     config: RunConfig, parallel: Parallel, remark: Callable[[str], None] = lambda _: None, *, draws: bool = True
 ) -> HybridModel:
-    """Build the model in float32 with its initial weights, compiled and recomputed as the run asks.
+    """Build the model in float32 with its initial weights, compiled, recomputed and narrowed as the run asks.
 
     With a pipeline it is this rank's part, and under tensor and expert parallelism its shard. Initial weights are
     random functions of the seed, the same on all layouts of ranks, or `run.initial_weights` when no checkpoint of the
@@ -78,6 +80,7 @@ def build_model(
     """
     backend = choose_backend(config, parallel)
     check_kernels(config, backend)
+    check_device(config, parallel.device)
     model = HybridModel(
         config.model,
         parallel.groups,
@@ -95,6 +98,7 @@ def build_model(
             remark(text)
     if config.convert is not None:
         prepare_stage(model, config.convert)
+    hang_recipes(model, config.low_precision)
     if config.train.compile:
         model.compile_blocks()
     model.recompute_blocks(recomputed_letters(config))

@@ -62,10 +62,16 @@ class RunRecord:
         return [step for step, _ in pairs], [value for _, value in pairs]
 
     def named_series(self, key: str) -> dict[str, tuple[list[int], list[float]]]:
-        """Collect name -> (steps, values) of a metric that holds one number a name (auxiliary losses, expert load)."""
+        """Collect name -> (steps, values) of a metric that holds one number a name (auxiliary losses, expert load).
+
+        `key`: dotted for one inside of another.
+        """
         found: dict[str, tuple[list[int], list[float]]] = {}
         for line in self.metrics:
-            for name, value in (line.get(key) or {}).items():
+            held: Any = line
+            for part in key.split("."):
+                held = held.get(part) or {}
+            for name, value in held.items():
                 if is_number(value):
                     steps, values = found.setdefault(str(name), ([], []))
                     steps.append(int(line["step"]))

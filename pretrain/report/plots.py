@@ -75,6 +75,7 @@ def make_plots(record: RunRecord) -> list[Plot]:
         mfu_plot,
         expert_load_plot,
         auxiliary_plot,
+        quantization_plot,
     ]
     return [plot for plot in (make(record) for make in makers) if plot is not None]
 
@@ -187,3 +188,21 @@ def auxiliary_plot(record: RunRecord) -> Plot | None:
         for number, (name, pair) in enumerate(found.items())
     )
     return Plot("auxiliary", "Auxiliary losses", "Weighted, as they are added to the loss.", "", curves)
+
+
+def quantization_plot(record: RunRecord) -> Plot | None:
+    """Map the numbers that quantising makes zero, in per cent: a row for each kind of operand, a column a measurement."""
+    zeroed = record.named_series("low_precision.zeroed")
+    if not zeroed:
+        return None
+    names = sorted(zeroed)
+    steps = sorted({step for own, _ in zeroed.values() for step in own})
+    edges = np.linspace(steps[0] - 0.5, steps[-1] + 0.5, min(MAX_COLUMNS, len(steps)) + 1).tolist()
+    rows = tuple(
+        tuple(mean_of_spans(zeroed[name][0], [100 * part for part in zeroed[name][1]], edges)) for name in names
+    )
+    recipe = record.config.low_precision.recipe
+    caption = (
+        f"Numbers of operands that {recipe} makes zero, which no code is left for beside larger ones of their block."
+    )
+    return Plot("quantization", "Zeroed by quantising", caption, "%", heat=HeatMap(tuple(names), tuple(edges), rows))

@@ -1,0 +1,110 @@
+"""Which weights of a model make their products by a recipe of low precision, and how the products learn of it.
+
+Pattern and settings decide (model/config/low_precision.py), and a recipe hangs on its weight as an attribute, as its gradient
+sum does: an operation that multiplies by a weight asks the weight (kernels/low_precision/recipe.py). So neither blocks nor
+mixers know of recipes, nothing is saved, and a model on which none hangs computes as before, to the bit and to the launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from amfm.kernels.low_precision.recipe import Recipe, seed_of
+from amfm.model.build import build_mixer
+from amfm.model.config.low_precision import LowPrecisionConfig, RecipeName
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.parallel.shards import Shard, parameter_shards
+
+
+class Matrix(NamedTuple):
+    """A weight of a mixer that has rows and columns: its name below the mixer, whole shape, and how ranks cut it."""
+
+    name: str
+    shape: tuple[int, ...]
+    shard: Shard
+
+
+class PrecisionRow(NamedTuple):
+    """Weights of one name in the blocks of one kind that make their products alike; `blocks`: their indices.
+
+    precision: a recipe, or that of the run. numel: numbers of one of them.
+    """
+
+    kind: str
+    weight: str
+    precision: str
+    blocks: tuple[int, ...]
+    numel: int
+
+
+@lru_cache(maxsize=256)
+def list_matrices(config: ModelConfig, letter: str) -> tuple[Matrix, ...]:
+    """The weights of a kind of block with rows and columns, of a mixer that is built without storage. No collectives."""
+    with torch.device("meta"):
+        mixer = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")
+    return tuple(
+        Matrix(name, tuple(weight.shape), shard) for name, weight, shard in parameter_shards(mixer) if weight.dim() > 1
+    )
+
+
+def narrow_matrices(
+    config: ModelConfig, settings: LowPrecisionConfig, letter: str
+) -> Iterator[tuple[Matrix, RecipeName]]:
+    """The weights of a narrow block of this kind that take a recipe, with it."""
+    recipes = settings.recipes_of(letter)
+    for matrix in list_matrices(config, letter):
+        if matrix.name in recipes:
+            yield matrix, recipes[matrix.name]
+
+
+def hang_recipes(model: HybridModel, settings: LowPrecisionConfig) -> None:
+    """Hang its recipe on each weight held here that takes one, in place; without a recipe nothing is touched. No collectives.
+
+    A seed is of the weight's name in the whole model, so random rounding does not depend on the layout of ranks.
+    """
+    letters = model.config.letters
+    for index in set(settings.narrow_blocks(letters)) & set(model.blocks.indices()):
+        weights = dict(model.blocks[index].mixer.named_parameters())
+        for name, recipe in settings.recipes_of(letters[index]).items():
+            if name in weights:
+                weights[name].recipe = Recipe(  # type: ignore[attr-defined]
+                    recipe,
+                    weight_gradient=settings.weight_gradient,
+                    emulate=settings.emulate,
+                    seed=seed_of(model.seed, f"blocks.{index}.mixer.{name}"),
+                )
+
+
+def precision_table(config: ModelConfig, settings: LowPrecisionConfig, precision: str) -> list[PrecisionRow]:
+    """What every matrix of the blocks makes its products in, rows in the order of the pattern; `precision`: the run's."""
+    narrow, letters = frozenset(settings.narrow_blocks(config.letters)), config.built_letters
+    rows = []
+    for letter in dict.fromkeys(letters):
+        recipes = settings.recipes_of(letter)
+        indices = [index for index, each in enumerate(letters) if each == letter]
+        for matrix in list_matrices(config, letter):
+            numel = torch.Size(matrix.shape).numel()
+            groups: dict[str, list[int]] = {}
+            for index in indices:
+                own = recipes.get(matrix.name, precision) if index in narrow else precision
+                groups.setdefault(own, []).append(index)
+            rows += [PrecisionRow(letter, matrix.name, own, tuple(found), numel) for own, found in groups.items()]
+    return rows
+
+
+def describe_indices(indices: tuple[int, ...]) -> str:
+    """Write numbers of blocks briefly: 0-12, 14; of every second one 0, 2, ..., 24."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index - runs[-1][-1] == 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    words = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return ", ".join(words) if len(words) <= 12 else f"{', '.join(words[:3])}, ..., {words[-1]}"
