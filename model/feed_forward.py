@@ -1,4 +1,4 @@
-"""Dense feed-forward: SwiGLU (Shazeer 2020, arXiv 2002.05202) or squared ReLU (So et al. 2021, arXiv 2109.08668).
+"""Dense feed-forward: SwiGLU (Shazeer 2020, arXiv 2002.05202), its limited form, or squared ReLU (So et al. 2021, arXiv 2109.08668).
 
 The inner width is cut over the tensor ranks, column-parallel up and row-parallel down (Shoeybi et al. 2019, arXiv
 1909.08053, section 3): the activation is pointwise, so a block needs one collective where it is entered and one where it
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from amfm.kernels.swiglu.gate import find_gate, name_activation
 from amfm.kernels.swiglu.op import squared_relu, swiglu
 from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.schema import GuideConfig
-from amfm.model.config.structure import DENSE, Activation, Structure
+from amfm.model.config.structure import DENSE, Activation, Structure, matrices_of
 from amfm.model.mixers.interface import BlockState, BuildContext, Mixer, MixerOutput
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
@@ -24,14 +25,14 @@ from amfm.model.structured import StructuredDown, StructuredUp
 
 
 def up_segments(hidden_size: int, activation: Activation) -> tuple[int, ...]:
-    """Row counts of the matrices stacked in an up projection: gate and up for SwiGLU, up alone for squared ReLU."""
-    return (hidden_size, hidden_size) if activation == "swiglu" else (hidden_size,)
+    """Row counts of the matrices stacked in an up projection: gate and up for gated units, up alone for squared ReLU."""
+    return (hidden_size,) * (matrices_of(activation) - 1)
 
 
 class FeedForward(nn.Module):
     """down(activation(up(x))); the inner width is sharded over the tensor-parallel ranks.
 
-    `name` is the setting of the inner width, for the error where the ranks do not divide it. Every rank of `groups.tp` must
+    `name` is the setting of the inner width, for the error where the ranks do not divide it; limit: of gate and up. Every rank of `groups.tp` must
     call it.
     """
 
@@ -44,11 +45,12 @@ class FeedForward(nn.Module):
         *,
         name: str,
         backend: str,
+        limit: float | None = None,
         structure: Structure = DENSE,
         guide: GuideConfig | None = None,
     ) -> None:
         super().__init__()
-        self.activation, self.backend, self.groups = activation, backend, groups
+        self.unit, self.backend, self.groups = find_gate(name_activation(activation, limit)), backend, groups
         segments = up_segments(inner_size, activation)
         self.up_proj: ColumnLinear | StructuredUp
         self.down_proj: RowLinear | StructuredDown
@@ -72,8 +74,10 @@ class FeedForward(nn.Module):
 
     def project_down(self, inner: Tensor) -> Tensor:
         """The second half: activation and down projection of inner rows, back to the stream [B, T, D]."""
-        activate = swiglu if self.activation == "swiglu" else squared_relu
-        inner = activate(inner, backend=self.backend)
+        if self.unit is None:
+            inner = squared_relu(inner, backend=self.backend)
+        else:
+            inner = swiglu(inner, self.unit, backend=self.backend)
         if isinstance(self.down_proj, StructuredDown):
             return self.down_proj.to_stream(inner)
         return leave_tensor_region(self.down_proj(inner), self.groups)
@@ -90,6 +94,7 @@ class FeedForwardMixer(FeedForward, Mixer):
             build.groups,
             name="model.feed_forward.hidden_size",
             backend=build.backend,
+            limit=options.activation_limit,
             structure=options.structure(),
             guide=build.guide,
         )

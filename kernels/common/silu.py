@@ -23,9 +23,36 @@ def silu(x):
 
 
 @triton.jit
+def steep_silu(x, ALPHA: tl.constexpr):
+    """Compute x sigmoid(ALPHA x), in float32."""
+    return x / (1.0 + tl.exp(-ALPHA * x))
+
+
+@triton.jit
 def silu_backward(grad, x, share):
     """Compute the gradient of x sigmoid(x) times `grad`, from x and `share`, its sigmoid, which gradients need anyway."""
     return grad * share * (1.0 + x * (1.0 - share))
+
+
+@triton.jit
+def limit_gate(gate, up, SHIFT: tl.constexpr, LIMIT: tl.constexpr):
+    """Limit gate from above and up from both sides, and shift up; NaN stays NaN. A limit of 0 is none."""
+    if LIMIT > 0.0:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    if SHIFT != 0.0:
+        up = up + SHIFT
+    return gate, up
+
+
+@triton.jit
+def pass_limit(grad, x, LIMIT: tl.constexpr, BOTH: tl.constexpr):
+    """The gradient of a limited x: zero above the limit, and with BOTH below its negative."""
+    if LIMIT > 0.0:
+        grad = tl.where(x > LIMIT, 0.0, grad)
+        if BOTH:
+            grad = tl.where(x < -LIMIT, 0.0, grad)
+    return grad
 
 
 @triton.jit

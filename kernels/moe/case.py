@@ -34,6 +34,7 @@ from amfm.kernels.moe.rows.op import (
     sort_choices,
     sort_rows,
 )
+from amfm.kernels.swiglu.gate import find_gate
 
 VALUE_BYTES = 2
 RANKS = 4  # that hold the experts of `sent_problem`
@@ -48,7 +49,7 @@ def experts_problem(
     backend and every run does the same work.
     """
     ids = torch.randn(tokens, experts, device=inputs.device).topk(top_k).indices
-    rows = 2 * width if activation == "swiglu" else width
+    rows = width if find_gate(activation) is None else 2 * width
     leaves = (
         inputs.normal(tokens, model),
         inputs.uniform(tokens, top_k),
@@ -200,12 +201,15 @@ def launches() -> Iterator[KernelLaunch]:
             constants = {"GATHER": False, "SCATTER": False, "sources": None, **shared, **strides}
             kernel = kernels.grouped_product_kernel
             yield kernel_launch(f"experts {way}, {label}", kernel, types, constants, product)
-        for swiglu, activation in ((True, "SwiGLU"), (False, "squared ReLU")):
-            constants = {"SWIGLU": swiglu, "GATHER": True, "WEIGHTED": True, **shared}
-            name, config = f"experts up, {activation}, {label}", narrow if swiglu else product
+        for activation, title in (
+            ("swiglu", "SwiGLU"), ("swiglu_oai@7.0", "limited SwiGLU"), ("squared_relu", "squared ReLU")
+        ):  # fmt: skip
+            unit = experts.unit_constants(activation)
+            constants = {**unit, "GATHER": True, "WEIGHTED": True, **shared}
+            name, config = f"experts up, {title}, {label}", narrow if unit["SWIGLU"] else product
             yield kernel_launch(name, kernels.up_kernel, types, constants, config)
             for by_row, pairs in ((False, ""), (True, ", some lost")):
-                name = f"experts down backward, {activation}{pairs}, {label}"
+                name = f"experts down backward, {title}{pairs}, {label}"
                 by = constants | {"BY_ROW": by_row}
                 yield kernel_launch(name, kernels.down_backward_kernel, types, by, narrow)
     outer = {**experts.OUTER_TILE, **experts.OPTIONS}
@@ -267,7 +271,7 @@ def trials() -> Iterator[Sized]:
         activation: str = "swiglu", exact: str = "reference",
     ) -> Trial:  # fmt: skip
         ids = torch.randn(tokens, chosen or experts, device=inputs.device).topk(top_k).indices
-        rows = 2 * width if activation == "swiglu" else width
+        rows = width if find_gate(activation) is None else 2 * width
         leaves = {"x": inputs.normal(tokens, model), "weights": inputs.uniform(tokens, top_k, low=0.1)}
         leaves["up"] = inputs.normal(experts, rows, model, scale=model**-0.5)
         leaves["down"] = inputs.normal(experts, model, width, scale=width**-0.5)
@@ -323,6 +327,7 @@ def trials() -> Iterator[Sized]:
 
     small = partial(trial, tokens=70, model=64, experts=6, width=48, top_k=2)
     yield Sized("SwiGLU, empty experts", "first", partial(small, chosen=4))
+    yield Sized("limited SwiGLU", "first", partial(small, activation="swiglu_oai@1.5"))
     yield Sized("squared ReLU", "first", partial(small, activation="squared_relu"))
     yield Sized("rows of several ranks", "first", partial(sent, tokens=70, model=64, experts=6, width=48))
     yield Sized("recycled choices", "first", partial(recycled, tokens=90, experts=12, top_k=2))

@@ -24,10 +24,10 @@ from amfm.kernels.moe.rows.op import combine_choices, gather_choices, sort_choic
 from amfm.kernels.moe.rows.torch_impl import invert, reorder_rows
 from amfm.kernels.moe.torch_impl import expert_feed_forward_torch, grouped_feed_forward_torch, route_torch
 from amfm.kernels.runtime.backend import resolve_backend
+from amfm.kernels.swiglu.gate import find_gate
 
 __all__ = ["Grouping", "Routing", "expert_feed_forward", "group_by_expert", "grouped_feed_forward", "route"]
 
-ACTIVATIONS = ("swiglu", "squared_relu")
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 
 
@@ -113,9 +113,9 @@ def grouped_feed_forward(
     Rows in another order come with `sources_R`, the row at each sorted place (`amfm.kernels.moe.rows.op.sort_rows`); results keep
     their order. Triton reads and writes them where they lie.
 
-    Shapes: x [R, D]; counts [E] integers that add up to R; up [E, F, D] with F = 2 * hidden for "swiglu" (gate rows
+    Shapes: x [R, D]; counts [E] integers that add up to R; up [E, F, D] with F = 2 * hidden for gated units (gate rows
     first) and hidden for "squared_relu"; down [E, D, hidden] -> [R, D]. Experts without rows get zero gradients.
-    Products accumulate in float32. Raises ValueError for wrong shapes, dtypes, or an unknown activation.
+    `activation`: a word of `amfm.kernels.swiglu.gate`. Products accumulate in float32. Raises ValueError for wrong shapes, dtypes, or an unknown activation.
     """
     _check_experts(x_RD, up_EFD, down_EDF, activation)
     check_shape("counts_E", counts_E, (up_EFD.shape[0],), x_RD)
@@ -228,15 +228,14 @@ def _check_route(
 
 def _check_experts(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor, activation: str) -> None:
     """Raise ValueError unless x [R, D], up [E, F, D] and down [E, D, hidden] fit each other and the activation."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    is_gated = find_gate(activation) is not None
     check_shape("x_RD", x_RD, (-1, -1))
     check_float("x_RD", x_RD)
     check_shape("up_EFD", up_EFD, (-1, -1, x_RD.shape[1]), x_RD)
     experts, width, model = up_EFD.shape
-    if activation == "swiglu" and width % 2:
-        raise ValueError(f"up_EFD must have an even number of rows for swiglu (gate, then up); got {width}")
-    check_shape("down_EDF", down_EDF, (experts, model, width // 2 if activation == "swiglu" else width), x_RD)
+    if is_gated and width % 2:
+        raise ValueError(f"up_EFD must have an even number of rows for {activation} (gate, then up); got {width}")
+    check_shape("down_EDF", down_EDF, (experts, model, width // 2 if is_gated else width), x_RD)
     check_float("up_EFD", up_EFD, x_RD)
     check_float("down_EDF", down_EDF, x_RD)
 
@@ -244,16 +243,16 @@ def _check_experts(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor, activation: s
 def feed_forward_flops(pairs: int, model: int, hidden: int, activation: str) -> int:
     """Floating point operations of one forward for `pairs` (token, choice) rows; backward takes twice as many.
 
-    SwiGLU has three matrices an expert (gate, up, down), the squared ReLU two.
+    Gated units have three matrices an expert (gate, up, down), the squared ReLU two.
     """
-    return 2 * pairs * model * hidden * (3 if activation == "swiglu" else 2)
+    return 2 * pairs * model * hidden * (2 if find_gate(activation) is None else 3)
 
 
 def feed_forward_bytes(
     tokens: int, top_k: int, model: int, hidden: int, experts: int, activation: str, size: int
 ) -> int:
     """Least bytes of one forward: x read, weights read, hidden and activation written and read, rows summed, y written."""
-    pairs, inner = tokens * top_k, hidden * (2 if activation == "swiglu" else 1)
+    pairs, inner = tokens * top_k, hidden * (1 if find_gate(activation) is None else 2)
     weights = experts * model * (inner + hidden)
     return size * (tokens * model + weights + pairs * (inner + 2 * hidden + 2 * model) + tokens * model)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amfm.kernels.swiglu.gate import find_gate
+from amfm.kernels.swiglu.reference import swiglu_reference
+
 
 def route_reference(
     logits_RE: Tensor,
@@ -59,11 +62,9 @@ def _experts_of_best_groups(appeal: list[float], num_groups: int, group_top_k: i
 
 
 def activate_reference(hidden_RF: Tensor, activation: str) -> Tensor:
-    """SwiGLU of [gate, up], or the squared ReLU."""
-    if activation == "swiglu":
-        gate, up = hidden_RF.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate) * up
-    return hidden_RF.relu().square()
+    """A gated unit of [gate, up], or the squared ReLU."""
+    unit = find_gate(activation)
+    return hidden_RF.relu().square() if unit is None else swiglu_reference(hidden_RF, unit)
 
 
 def grouped_feed_forward_reference(

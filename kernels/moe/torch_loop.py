@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amfm.kernels.moe.grouping import sort_stably
+from amfm.kernels.swiglu.gate import Gate, find_gate
 
 STEADY_ROWS = 4  # from here on a row of a product does not depend on how many others there are
 
@@ -165,18 +166,20 @@ def sum_by_token(rows_SD: Tensor, token_ids_S: Tensor, tokens: int) -> Tensor:
 
 
 def activate(hidden_RF: Tensor, activation: str) -> Tensor:
-    """SwiGLU of [gate, up], or the squared ReLU."""
-    if activation == "swiglu":
-        gate, up = hidden_RF.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-    return F.relu(hidden_RF).square_()
+    """A gated unit of [gate, up], or the squared ReLU."""
+    unit = find_gate(activation)
+    if unit is None:
+        return F.relu(hidden_RF).square_()
+    gate, up = unit.limited(*hidden_RF.chunk(2, dim=-1))
+    return _gate_factor(gate, unit).mul_(up)
 
 
 def open_activation(hidden_SF: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """The activation again, and the factor of it that its gradient needs: silu(gate), or max(x, 0)."""
-    if activation == "swiglu":
-        gate, up = hidden_SF.chunk(2, dim=-1)
-        factor = F.silu(gate)
+    unit = find_gate(activation)
+    if unit is not None:
+        gate, up = unit.limited(*hidden_SF.chunk(2, dim=-1))
+        factor = _gate_factor(gate, unit)
         return factor * up, factor
     factor = F.relu(hidden_SF)
     return factor.square(), factor
@@ -184,14 +187,25 @@ def open_activation(hidden_SF: Tensor, activation: str) -> tuple[Tensor, Tensor]
 
 def activation_backward(d_active: Tensor, hidden_SF: Tensor, factor: Tensor, activation: str) -> Tensor:
     """Gradient of the hidden rows; overwrites `d_active` and `factor`."""
-    if activation != "swiglu":
+    unit = find_gate(activation)
+    if unit is None:
         return factor.mul_(d_active).mul_(2)
-    gate, up = hidden_SF.chunk(2, dim=-1)
+    raw_gate, raw_up = hidden_SF.chunk(2, dim=-1)
+    gate, up = unit.limited(raw_gate, raw_up)
     grad = torch.empty_like(hidden_SF)
     d_gate, d_up = grad.chunk(2, dim=-1)
     torch.mul(d_active, factor, out=d_up)
-    torch.ops.aten.silu_backward.grad_input(d_active.mul_(up), gate, grad_input=d_gate)
+    torch.ops.aten.silu_backward.grad_input(d_active.mul_(up), unit.steep(gate), grad_input=d_gate)
+    if unit.limit is not None:
+        d_gate.masked_fill_(raw_gate > unit.limit, 0)
+        d_up.masked_fill_(raw_up.abs() > unit.limit, 0)
     return grad
+
+
+def _gate_factor(gate: Tensor, unit: Gate) -> Tensor:
+    """gate sigmoid(alpha gate), a new tensor."""
+    factor = F.silu(unit.steep(gate))
+    return factor if unit.alpha == 1.0 else factor.div_(unit.alpha)
 
 
 def count_rows(offsets_E: Tensor) -> list[int]:

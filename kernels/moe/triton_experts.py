@@ -37,6 +37,7 @@ from amfm.kernels.moe.triton_kernels import (
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import dot_dtype
 from amfm.kernels.runtime.tuning import Config, config_for, kept_until_retuned
+from amfm.kernels.swiglu.gate import SWIGLU, find_gate
 
 # The fixed warps and stages of a product; others are candidates (`_config`).
 OPTIONS = {"num_warps": 8, "num_stages": 3}
@@ -85,6 +86,12 @@ def _find_config(
         candidates += [tile | {"num_warps": 8, "num_stages": stages, "PERSISTENT": 1} for stages in (3, 4)]
         shape += ("descriptors",)
     return config_for(kernel, shape, candidates, device)
+
+
+def unit_constants(activation: str) -> dict[str, Any]:
+    """What the kernels that compute an activation are compiled for; of the squared ReLU, the constants of a unit do nothing."""
+    unit = find_gate(activation)
+    return {"SWIGLU": unit is not None, **(unit or SWIGLU).constants()}
 
 
 def _tile_bound(rows: int, experts: int, height: int) -> int:
@@ -165,7 +172,7 @@ def _forward(
     offsets_E: Tensor,
     up_EFD: Tensor,
     down_EDF: Tensor,
-    swiglu: bool,
+    activation: str,
     rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [R, D], hidden rows [S, F] before the activation, and the layer's tiles.
@@ -183,11 +190,12 @@ def _forward(
     if not rows:
         return torch.zeros_like(x_RD), hidden, offsets_E.new_empty(bound, 3)
     tiles = list_tiles(offsets_E, bound, height)
-    tile = narrow_tile(rows, experts) if swiglu else product_tile(rows, experts)
+    unit = unit_constants(activation)
+    tile = narrow_tile(rows, experts) if unit["SWIGLU"] else product_tile(rows, experts)
     up_kernel[(bound * triton.cdiv(width, tile["BLOCK_N"]),)](
         x_RD, up_EFD, hidden, active, weights_RK, pairs, sources, tiles, experts, width, model,
-        SWIGLU=swiglu, GATHER=sources is not None, WEIGHTED=weights_RK is not None, DOT=dot_dtype(x_RD.dtype),
-        **_config("experts_up_swiglu" if swiglu else "experts_up", tile, x_RD),
+        **unit, GATHER=sources is not None, WEIGHTED=weights_RK is not None, DOT=dot_dtype(x_RD.dtype),
+        **_config("experts_up_swiglu" if unit["SWIGLU"] else "experts_up", tile, x_RD),
     )  # fmt: skip
     if places is None:
         return _product(active, down_EDF, sources, tiles), hidden, tiles
@@ -215,7 +223,7 @@ def _backward(
     tiles: Tensor,
     up_EFD: Tensor,
     down_EDF: Tensor,
-    swiglu: bool,
+    activation: str,
     up_EFD_sum: Tensor | None,
     up_EFD_adds: bool,
     down_EDF_sum: Tensor | None,
@@ -227,7 +235,7 @@ def _backward(
         no_weights = x_RD.new_empty(0) if weights_RK is None else torch.zeros_like(weights_RK)
         return torch.zeros_like(x_RD), no_weights, _no_rows(up_EFD, *into[0]), _no_rows(down_EDF, *into[1])
     d_y, x_RD, up_EFD, down_EDF = (tensor.contiguous() for tensor in (d_y, x_RD, up_EFD, down_EDF))
-    d_hidden, active, d_weights = _open(d_y, x_RD, hidden, weights_RK, pairs, sources, tiles, down_EDF, swiglu)
+    d_hidden, active, d_weights = _open(d_y, x_RD, hidden, weights_RK, pairs, sources, tiles, down_EDF, activation)
     d_up, d_down = _weight_gradients(d_y, x_RD, d_hidden, active, sources, offsets_E, into)
     return _input_gradient(x_RD, d_hidden, weights_RK, sources, places, tiles, up_EFD), d_weights, d_up, d_down
 
@@ -250,7 +258,7 @@ def _open(
     sources: Tensor | None,
     tiles: Tensor,
     down_EDF: Tensor,
-    swiglu: bool,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the hidden rows, activations that hold the choice's weight already, and gradients of weights (or empty)."""
     weights_RK = None if weights_RK is None else weights_RK.contiguous()
@@ -258,14 +266,14 @@ def _open(
     # Of lost pairs there are no rows: parts of the others lie by row, and their sums are put to their pairs.
     has_lost = weights_RK is not None and weights_RK.numel() > rows
     tile = narrow_tile(rows, experts)
-    blocks = triton.cdiv(width, tile["BLOCK_N"])
+    unit, blocks = unit_constants(activation), triton.cdiv(width, tile["BLOCK_N"])
     d_hidden, active = torch.empty_like(hidden), x_RD.new_empty(rows, width)
     partials = x_RD.new_empty(0 if weights_RK is None else blocks, rows, dtype=torch.float32)
     down_backward_kernel[(len(tiles) * blocks,)](
         d_y, down_EDF, hidden, d_hidden, active, weights_RK, partials, pairs, sources, tiles,
         experts, rows, width, model,
-        SWIGLU=swiglu, GATHER=sources is not None, WEIGHTED=weights_RK is not None, BY_ROW=has_lost,
-        DOT=dot_dtype(x_RD.dtype), **_config("experts_down_backward_swiglu" if swiglu else "experts_down_backward", tile, x_RD),
+        **unit, GATHER=sources is not None, WEIGHTED=weights_RK is not None, BY_ROW=has_lost, DOT=dot_dtype(x_RD.dtype),
+        **_config("experts_down_backward_swiglu" if unit["SWIGLU"] else "experts_down_backward", tile, x_RD),
     )  # fmt: skip
     if weights_RK is None:
         return d_hidden, active, x_RD.new_empty(0)
@@ -315,7 +323,7 @@ gradients_like(_backward, ("x_RD", "weights_RK", "up_EFD", "down_EDF"))
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     """Keep x, the hidden rows and the tiles, which are outputs only so that they can be kept."""
-    x_RD, *others, up_EFD, down_EDF, ctx.swiglu, _ = inputs
+    x_RD, *others, up_EFD, down_EDF, ctx.activation, _ = inputs
     ctx.totals = gradient_sums_of(up_EFD, down_EDF)
     _, hidden, tiles = output
     ctx.mark_non_differentiable(hidden, tiles)
@@ -350,14 +358,14 @@ def _differentiate(ctx: Any, d_y: Tensor | None, *_: Tensor | None) -> tuple[Ten
     if is_split(up_EFD, down_EDF) and len(hidden):
         d_y, x_RD = d_y.contiguous(), x_RD.contiguous()
         d_hidden, active, d_weights = _open(
-            d_y, x_RD, hidden, weights_RK, pairs, sources, tiles, down_EDF.contiguous(), ctx.swiglu
+            d_y, x_RD, hidden, weights_RK, pairs, sources, tiles, down_EDF.contiguous(), ctx.activation
         )
         d_x = _input_gradient(x_RD, d_hidden, weights_RK, sources, places, tiles, up_EFD.contiguous())
         later = d_y, x_RD, d_hidden, active, sources, offsets_E
         compute_later([up_EFD, down_EDF], partial(_weights_half, ctx.totals, partial(_weight_gradients, *later)))
     else:
         up_place, down_place = _take(ctx.totals)
-        d_x, d_weights, d_up, d_down = _backward(d_y, *saved, ctx.swiglu, *up_place, *down_place)
+        d_x, d_weights, d_up, d_down = _backward(d_y, *saved, ctx.activation, *up_place, *down_place)
         if ctx.totals is not None:
             d_up = d_down = None
     return d_x, None if weights_RK is None else d_weights, None, None, None, None, d_up, d_down, None, None
@@ -375,7 +383,7 @@ def grouped_feed_forward_triton(
     row of x at each sorted place, whose result returns there; None where rows lie sorted by expert.
     """
     dot_dtype(x_RD.dtype)  # refuses float64
-    return _forward(x_RD, None, None, sources, None, offsets_E, up_EFD, down_EDF, activation == "swiglu", len(x_RD))[0]
+    return _forward(x_RD, None, None, sources, None, offsets_E, up_EFD, down_EDF, activation, len(x_RD))[0]
 
 
 def expert_feed_forward_triton(
@@ -388,4 +396,4 @@ def expert_feed_forward_triton(
     """
     dot_dtype(x_RD.dtype)
     sorting = pairs.pairs, pairs.tokens, pairs.places, pairs.offsets_E[: len(up_EFD)]
-    return _forward(x_RD, weights_RK, *sorting, up_EFD, down_EDF, activation == "swiglu", rows)[0]
+    return _forward(x_RD, weights_RK, *sorting, up_EFD, down_EDF, activation, rows)[0]

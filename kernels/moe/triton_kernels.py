@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amfm.kernels.common.silu import sigmoid, silu, silu_backward
+from amfm.kernels.common.silu import limit_gate, pass_limit, sigmoid, silu_backward, steep_silu
 
 
 @triton.jit
@@ -119,12 +119,13 @@ def _row_weights(weights, pairs, row, inside, WEIGHTED: tl.constexpr, BLOCK_M: t
 @triton.jit
 def up_kernel(
     x, up, hidden, active, weights, pairs, sources, tiles, experts, width, inner,
-    SWIGLU: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, DOT: tl.constexpr,
+    SWIGLU: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr,
+    GATHER: tl.constexpr, WEIGHTED: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """hidden [S, F] = x[sorted rows] up^T before the activation, and active [S, width] = weight * activation(hidden).
 
-    F is 2 * width for SwiGLU (gate, then up), else width.
+    F is 2 * width for gated units (gate, then up), which are SwiGLU by their constants, else width.
 
     Grid as in `grouped_product_kernel`. The hidden rows are kept for backward, the weighted activation goes
     into the next product.
@@ -146,7 +147,8 @@ def up_kernel(
                 x, source, inside, matrix, matrix + width * inner, column, width, inner, DOT, BLOCK_M, BLOCK_N, BLOCK_K
             )
             tl.store(hidden + place + width, second.to(hidden.dtype.element_ty), mask=stored)
-            result = silu(first) * second
+            gate, second = limit_gate(first, second, SHIFT, LIMIT)
+            result = steep_silu(gate, ALPHA) * second
         else:
             first = _multiply(x, source, inside, matrix, column, width, inner, 1, inner, DOT, BLOCK_M, BLOCK_N, BLOCK_K)
             positive = tl.maximum(first, 0.0)
@@ -166,7 +168,8 @@ def _halves(tile):
 
 @triton.jit
 def _open_part(
-    v, hidden, d_hidden, active, weight, lane, column, inside, width, features, SWIGLU: tl.constexpr
+    v, hidden, d_hidden, active, weight, lane, column, inside, width, features,
+    SWIGLU: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of the hidden rows and the weighted activation at some columns; returns row sums of v * activation."""
     stored = inside[:, None] & (column[None, :] < width)
@@ -174,15 +177,17 @@ def _open_part(
     first = tl.load(hidden + place, mask=stored, other=0.0).to(tl.float32)
     # Each result is stored before the next is made: together they would spill registers.
     if SWIGLU:
-        second = tl.load(hidden + width + place, mask=stored, other=0.0).to(tl.float32)
-        share = sigmoid(first)
-        activation = first * share
+        up = tl.load(hidden + width + place, mask=stored, other=0.0).to(tl.float32)
+        gate, second = limit_gate(first, up, SHIFT, LIMIT)
+        share = sigmoid(ALPHA * gate)
+        activation = gate * share
         result = activation * second
         partial = tl.sum(v * result, 1)
         tl.store(active + at, (result * weight).to(active.dtype.element_ty), mask=stored)
         v = v * weight
-        tl.store(d_hidden + width + place, (v * activation).to(d_hidden.dtype.element_ty), mask=stored)
-        d_first = silu_backward(v * second, first, share)
+        d_up = pass_limit(v * activation, up, LIMIT, True)
+        tl.store(d_hidden + width + place, d_up.to(d_hidden.dtype.element_ty), mask=stored)
+        d_first = pass_limit(silu_backward(v * second, ALPHA * gate, share), first, LIMIT, False)
     else:
         positive = tl.maximum(first, 0.0)
         result = positive * positive
@@ -196,7 +201,8 @@ def _open_part(
 @triton.jit(do_not_specialize=["rows"])
 def down_backward_kernel(
     d_y, down, hidden, d_hidden, active, weights, d_weights, pairs, sources, tiles, experts, rows, width, model,
-    SWIGLU: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, BY_ROW: tl.constexpr, DOT: tl.constexpr,
+    SWIGLU: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr,
+    GATHER: tl.constexpr, WEIGHTED: tl.constexpr, BY_ROW: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """d_hidden [S, F], the weighted activation [S, width] again, and one partial of d_weights [blocks, S] a column block.
@@ -223,10 +229,13 @@ def down_backward_kernel(
         weight = _row_weights(weights, pairs, row, inside, WEIGHTED, BLOCK_M)[:, None]
         left, right = _halves(v)
         column = block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        partial = _open_part(left, hidden, d_hidden, active, weight, lane, column, inside, width, features, SWIGLU)
-        partial += _open_part(
-            right, hidden, d_hidden, active, weight, lane, column + BLOCK_N // 2, inside, width, features, SWIGLU
+        partial = _open_part(
+            left, hidden, d_hidden, active, weight, lane, column, inside, width, features, SWIGLU, ALPHA, SHIFT, LIMIT
         )
+        partial += _open_part(
+            right, hidden, d_hidden, active, weight, lane, column + BLOCK_N // 2, inside, width, features,
+            SWIGLU, ALPHA, SHIFT, LIMIT,
+        )  # fmt: skip
         if WEIGHTED:
             place = row if BY_ROW else tl.load(pairs + row, mask=inside, other=0)
             tl.store(d_weights + block.to(tl.int64) * rows + place, partial, mask=inside)

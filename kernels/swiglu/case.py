@@ -20,9 +20,12 @@ from amfm.kernels.cases.problem import (
     formula_goals,
 )
 from amfm.kernels.cases.trial import Sized, Trial
+from amfm.kernels.swiglu.gate import GATES, SWIGLU, Gate
 from amfm.kernels.swiglu.op import squared_relu, squared_relu_bytes, swiglu, swiglu_bytes, swiglu_flops
 
 VALUE_BYTES = 2
+# Where a tenth of the numbers of trials passes the limit.
+LIMITED = GATES["swiglu_oai"]._replace(limit=1.5)
 
 
 def swiglu_problem(inputs: Inputs, rows: int, width: int) -> Problem:
@@ -79,15 +82,17 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 
 def launches() -> Iterator[KernelLaunch]:
-    """All four kernels."""
+    """All four kernels, SwiGLU's for two units."""
     from amfm.kernels.swiglu import triton_impl as activations
 
     types = dict.fromkeys(("gate_up", "x", "y", "d_y", "d_x", "d_gate_up"), "*bf16")
     types |= dict.fromkeys(("rows", "columns"), "i32:16")
     tile = {"BLOCK_R": activations.BLOCK_ROWS, "BLOCK_C": activations.BLOCK_COLUMNS}
+    for name, unit in (("SwiGLU", SWIGLU), ("limited SwiGLU", LIMITED)):
+        constants = tile | unit.constants()
+        yield kernel_launch(f"{name} forward", activations.swiglu_forward_kernel, types, constants)
+        yield kernel_launch(f"{name} backward", activations.swiglu_backward_kernel, types, constants)
     for name, kernel in (
-        ("SwiGLU forward", activations.swiglu_forward_kernel),
-        ("SwiGLU backward", activations.swiglu_backward_kernel),
         ("squared ReLU forward", activations.squared_relu_forward_kernel),
         ("squared ReLU backward", activations.squared_relu_backward_kernel),
     ):
@@ -97,15 +102,18 @@ def launches() -> Iterator[KernelLaunch]:
 def trials() -> Iterator[Sized]:
     """SwiGLU and the squared ReLU."""
 
-    def gated(inputs: Inputs, rows: int, width: int) -> Trial:
+    def gated(inputs: Inputs, rows: int, width: int, unit: Gate = SWIGLU) -> Trial:
         leaves = {"gate_up": inputs.normal(rows, 2 * width)}
-        return Trial(leaves, lambda given, backend: {"y": swiglu(given["gate_up"], backend=backend)}, exact="torch")
+        return Trial(
+            leaves, lambda given, backend: {"y": swiglu(given["gate_up"], unit, backend=backend)}, exact="torch"
+        )
 
     def squared(inputs: Inputs, rows: int, width: int) -> Trial:
         leaves = {"x": inputs.normal(rows, width)}
         return Trial(leaves, lambda given, backend: {"y": squared_relu(given["x"], backend=backend)}, exact="torch")
 
     yield Sized("SwiGLU", "first", partial(gated, rows=33, width=600))
+    yield Sized("limited SwiGLU", "first", partial(gated, rows=33, width=600, unit=LIMITED))
     yield Sized("squared ReLU", "first", partial(squared, rows=33, width=600))
     yield Sized("SwiGLU, one row of 7", "small", partial(gated, rows=1, width=7))
     yield Sized("SwiGLU, long", "long", partial(gated, rows=8205, width=12288))

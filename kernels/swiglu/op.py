@@ -11,12 +11,13 @@ from torch import Tensor
 
 from amfm.kernels.common.shapes import check_float
 from amfm.kernels.runtime.backend import resolve_backend
+from amfm.kernels.swiglu.gate import SWIGLU, Gate
 from amfm.kernels.swiglu.reference import squared_relu_reference, swiglu_reference
 from amfm.kernels.swiglu.torch_impl import squared_relu_torch, swiglu_torch
 
 
-def swiglu(gate_up: Tensor, *, backend: str = "torch") -> Tensor:
-    """silu(gate) * up, where the last dim of 2F holds gate, then up.
+def swiglu(gate_up: Tensor, unit: Gate = SWIGLU, *, backend: str = "torch") -> Tensor:
+    """silu(gate) * up, where the last dim of 2F holds gate, then up; or another gated unit of the two.
 
     Shapes: [..., 2F] -> [..., F], in the input's dtype, computed in float32. Saves only the input.
     Raises ValueError for an odd last dim or a dtype that is not floating point.
@@ -29,8 +30,8 @@ def swiglu(gate_up: Tensor, *, backend: str = "torch") -> Tensor:
     if backend == "triton":
         from amfm.kernels.swiglu.triton_impl import swiglu_triton
 
-        return swiglu_triton(gate_up)
-    return swiglu_torch(gate_up) if backend == "torch" else swiglu_reference(gate_up)
+        return swiglu_triton(gate_up, unit)
+    return swiglu_torch(gate_up, unit) if backend == "torch" else swiglu_reference(gate_up, unit)
 
 
 def squared_relu(x: Tensor, *, backend: str = "torch") -> Tensor:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amfm.kernels.swiglu.gate import SWIGLU, Gate
 
-def swiglu_reference(gate_up: Tensor) -> Tensor:
-    """gate * sigmoid(gate) * up, element by element.
+
+def swiglu_reference(gate_up: Tensor, unit: Gate = SWIGLU) -> Tensor:
+    """gate * sigmoid(alpha gate) * (up + shift), element by element, of limited gate and up; plain: gate sigmoid(gate) up.
 
     [..., 2F] -> [..., F] in the input's dtype; source: Shazeer 2020 (arXiv 2002.05202), section 2.
     """
     half = gate_up.shape[-1] // 2
     gate, up = gate_up[..., :half], gate_up[..., half:]
-    return gate / (1 + torch.exp(-gate)) * up
+    if unit.limit is not None:
+        gate, up = gate.clamp(max=unit.limit), up.clamp(-unit.limit, unit.limit)
+    return gate / (1 + torch.exp(-unit.alpha * gate)) * (up + unit.shift)
 
 
 def squared_relu_reference(x: Tensor) -> Tensor:

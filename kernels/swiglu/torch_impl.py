@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from amfm.kernels.swiglu.gate import SWIGLU, Gate
+
 
 def _wide(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in float64 where it is that."""
@@ -20,7 +22,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up with its gradient; saves the input [..., 2F]."""
+    """silu(gate) * up with its gradient; saves the input [..., 2F]. For units without a limit, alpha and shift."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -41,6 +43,36 @@ class _SwiGLU(torch.autograd.Function):
         return d_gate_up
 
 
+class _LimitedSwiGLU(torch.autograd.Function):
+    """Any unit with its gradient, which is zero where a limit holds; saves the input [..., 2F]."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, unit: Gate) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.unit = unit
+        return _compose(gate_up, unit)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gate_up,) = ctx.saved_tensors
+        unit: Gate = ctx.unit
+        raw_gate, raw_up = (_wide(half) for half in gate_up.chunk(2, dim=-1))
+        (gate, up), d_y = unit.limited(raw_gate, raw_up), _wide(grads[0])
+        steep = unit.steep(gate)
+        d_gate = torch.ops.aten.silu_backward(d_y * up, steep)
+        d_up = d_y * F.silu(steep) / unit.alpha
+        if unit.limit is not None:
+            d_gate = d_gate.masked_fill_(raw_gate > unit.limit, 0)
+            d_up = d_up.masked_fill_(raw_up.abs() > unit.limit, 0)
+        return torch.cat([d_gate, d_up], dim=-1).to(gate_up.dtype), None
+
+
+def _compose(gate_up: Tensor, unit: Gate) -> Tensor:
+    """A unit of wide numbers, rounded once."""
+    gate, up = unit.limited(*(_wide(half) for half in gate_up.chunk(2, dim=-1)))
+    return (F.silu(unit.steep(gate)) / unit.alpha * up).to(gate_up.dtype)
+
+
 class _SquaredReLU(torch.autograd.Function):
     """max(x, 0)^2 with gradient 2 max(x, 0) dy; saves the input."""
 
@@ -55,8 +87,10 @@ class _SquaredReLU(torch.autograd.Function):
         return F.relu(_wide(x)).mul(2).mul_(grads[0]).to(x.dtype)
 
 
-def swiglu_torch(gate_up: Tensor) -> Tensor:
+def swiglu_torch(gate_up: Tensor, unit: Gate = SWIGLU) -> Tensor:
     """As `swiglu_reference`, in float32 inside. A compiler fuses the plain composition better than the Function."""
+    if unit != SWIGLU:
+        return _compose(gate_up, unit) if torch.compiler.is_compiling() else _LimitedSwiGLU.apply(gate_up, unit)
     if torch.compiler.is_compiling():
         gate, up = gate_up.chunk(2, dim=-1)
         return (F.silu(_wide(gate)) * up).to(gate_up.dtype)

@@ -19,9 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import differentiate, fake_of
-from amfm.kernels.common.silu import sigmoid, silu, silu_backward
+from amfm.kernels.common.silu import limit_gate, pass_limit, sigmoid, silu_backward, steep_silu
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import dot_dtype
+from amfm.kernels.swiglu.gate import SWIGLU, Gate
 
 BLOCK_ROWS, BLOCK_COLUMNS = (16, 64) if INTERPRETED else (4, 1024)
 
@@ -38,8 +39,11 @@ def _tile(rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def swiglu_forward_kernel(gate_up, y, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """y [R, F] = silu(gate) * up of gate_up [R, 2F].
+def swiglu_forward_kernel(
+    gate_up, y, rows, columns,
+    ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y [R, F] = silu(gate) * up of gate_up [R, 2F], or another unit (`amfm.kernels.swiglu.gate`).
 
     One program a tile of y; gate stands in the first F columns of a row, up in the last F.
     """
@@ -47,25 +51,30 @@ def swiglu_forward_kernel(gate_up, y, rows, columns, BLOCK_R: tl.constexpr, BLOC
     gate_at = gate_up + row * 2 * columns + column
     gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_at + columns, mask=inside, other=0.0).to(tl.float32)
-    result = silu(gate) * up
+    gate, up = limit_gate(gate, up, SHIFT, LIMIT)
+    result = steep_silu(gate, ALPHA) * up
     tl.store(y + row * columns + column, result.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def swiglu_backward_kernel(gate_up, d_y, d_gate_up, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def swiglu_backward_kernel(
+    gate_up, d_y, d_gate_up, rows, columns,
+    ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Gradient [R, 2F] of gate and up.
 
     d_gate = dy up silu'(gate) and d_up = dy silu(gate), in one pass over gate, up and dy.
     """
     row, column, inside = _tile(rows, columns, BLOCK_R, BLOCK_C)
     place = row * 2 * columns + column
-    gate = tl.load(gate_up + place, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + place + columns, mask=inside, other=0.0).to(tl.float32)
+    raw_gate = tl.load(gate_up + place, mask=inside, other=0.0).to(tl.float32)
+    raw_up = tl.load(gate_up + place + columns, mask=inside, other=0.0).to(tl.float32)
+    gate, up = limit_gate(raw_gate, raw_up, SHIFT, LIMIT)
     grad = tl.load(d_y + row * columns + column, mask=inside, other=0.0).to(tl.float32)
-    share = sigmoid(gate)
-    d_gate = silu_backward(grad * up, gate, share)
+    share = sigmoid(ALPHA * gate)
+    d_gate = pass_limit(silu_backward(grad * up, ALPHA * gate, share), raw_gate, LIMIT, False)
     tl.store(d_gate_up + place, d_gate.to(d_gate_up.dtype.element_ty), mask=inside)
-    d_up = grad * gate * share
+    d_up = pass_limit(grad * gate * share, raw_up, LIMIT, True)
     tl.store(d_gate_up + place + columns, d_up.to(d_gate_up.dtype.element_ty), mask=inside)
 
 
@@ -94,20 +103,21 @@ def squared_relu_backward_kernel(x, d_y, d_x, rows, columns, BLOCK_R: tl.constex
     tl.store(d_x + place, (2.0 * positive * grad).to(d_x.dtype.element_ty), mask=inside)
 
 
-def _launch(kernel: Any, tensors: tuple[Tensor, ...], rows: int, columns: int) -> None:
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], rows: int, columns: int, **constants: Any) -> None:
     """Cover [rows, columns] with tiles; nothing to do where either is zero."""
     if rows and columns:
         grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))
-        kernel[grid](*tensors, rows, columns, BLOCK_R=BLOCK_ROWS, BLOCK_C=BLOCK_COLUMNS)
+        kernel[grid](*tensors, rows, columns, **constants, BLOCK_R=BLOCK_ROWS, BLOCK_C=BLOCK_COLUMNS)
 
 
 @torch.library.custom_op("amfm::swiglu_triton", mutates_args=())
-def _swiglu(gate_up: Tensor) -> Tensor:
-    """y [..., F] of gate_up [..., 2F]."""
+def _swiglu(gate_up: Tensor, alpha: float, shift: float, limit: float) -> Tensor:
+    """y [..., F] of gate_up [..., 2F]; a limit of 0 is none."""
     gate_up = gate_up.contiguous()
     columns = gate_up.shape[-1] // 2
     y = gate_up.new_empty(*gate_up.shape[:-1], columns)
-    _launch(swiglu_forward_kernel, (gate_up, y), gate_up[..., 0].numel(), columns)
+    constants = {"ALPHA": alpha, "SHIFT": shift, "LIMIT": limit}
+    _launch(swiglu_forward_kernel, (gate_up, y), gate_up[..., 0].numel(), columns, **constants)
     return y
 
 
@@ -117,12 +127,13 @@ def _(given: Any) -> Tensor:
 
 
 @torch.library.custom_op("amfm::swiglu_triton_backward", mutates_args=())
-def _swiglu_backward(gate_up: Tensor, d_y: Tensor) -> Tensor:
+def _swiglu_backward(gate_up: Tensor, d_y: Tensor, alpha: float, shift: float, limit: float) -> Tensor:
     """Gradient of gate_up [..., 2F] from that of y [..., F]."""
     gate_up, d_y = gate_up.contiguous(), d_y.contiguous()
     d_gate_up = torch.empty_like(gate_up)
     rows, columns = gate_up[..., 0].numel(), gate_up.shape[-1] // 2
-    _launch(swiglu_backward_kernel, (gate_up, d_y, d_gate_up), rows, columns)
+    constants = {"ALPHA": alpha, "SHIFT": shift, "LIMIT": limit}
+    _launch(swiglu_backward_kernel, (gate_up, d_y, d_gate_up), rows, columns, **constants)
     return d_gate_up
 
 
@@ -157,10 +168,10 @@ def _squared_relu_backward(x: Tensor, d_y: Tensor) -> Tensor:
 differentiate(_squared_relu, _squared_relu_backward, outputs=("y",), gradients=("x",))
 
 
-def swiglu_triton(gate_up: Tensor) -> Tensor:
+def swiglu_triton(gate_up: Tensor, unit: Gate = SWIGLU) -> Tensor:
     """As `swiglu_reference`, for float32, bfloat16 and float16."""
     dot_dtype(gate_up.dtype)  # refuses float64
-    return _swiglu(gate_up)
+    return _swiglu(gate_up, unit.alpha, unit.shift, unit.limit or 0.0)
 
 
 def squared_relu_triton(x: Tensor) -> Tensor:

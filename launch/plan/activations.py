@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from amfm.model.config.schema import ModelConfig
+from amfm.model.config.structure import Activation, matrices_of
 
 FLOAT32_BYTES = 4
 # Slices of the head's logits, in elements, and their least rows (kernels/linear_cross_entropy).
@@ -68,9 +69,9 @@ def depth_bytes(config: ModelConfig, storage: Storage, tensor: int, stream_ranks
     return kept if tensor == 1 else kept + 2 * hidden * e / tensor
 
 
-def up_rows(units: int, activation: str) -> int:
-    """Rows of the up projection for `units` hidden units: gate and up, twice as many, for SwiGLU."""
-    return 2 * units if activation == "swiglu" else units
+def up_rows(units: int, activation: Activation) -> int:
+    """Rows of the up projection for `units` hidden units: gate and up, twice as many, for gated units."""
+    return units * (matrices_of(activation) - 1)
 
 
 def head_bytes(

@@ -10,7 +10,7 @@ from amfm.launch.plan.activations import FLOAT32_BYTES, up_rows
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.model.config.schema import ModelConfig
-from amfm.model.config.structure import FeedForwardPart
+from amfm.model.config.structure import Activation, FeedForwardPart
 
 
 class Roofline:
@@ -64,7 +64,14 @@ class Roofline:
 
 
 def add_feed_forward(
-    line: Roofline, rows: float, width: int, units: float, activation: str, groups: int = 1, *, grouped: bool = False
+    line: Roofline,
+    rows: float,
+    width: int,
+    units: float,
+    activation: Activation,
+    groups: int = 1,
+    *,
+    grouped: bool = False,
 ) -> None:
     """Up and down projection with the activation between them, `units` hidden units wide on this rank."""
     up = up_rows(1, activation) * units

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from pydantic import Field
 
 from amfm.model.config.options import Axis, MixerOptions, Prunable, Weights, channel_dims
-from amfm.model.config.structure import Activation, FeedForwardPart, LinearKind, Structure
+from amfm.model.config.structure import Activation, FeedForwardPart, LinearKind, Structure, broken_limit
 
 
 class FeedForwardConfig(MixerOptions):
@@ -13,7 +15,13 @@ class FeedForwardConfig(MixerOptions):
 
     hidden_size: int = Field(gt=0, description="Inner width.")
     activation: Activation = Field(
-        "squared_relu", description="`swiglu` is gated and has a third matrix; `squared_relu` is not gated."
+        "squared_relu",
+        description="`swiglu` is gated and has a third matrix, `swiglu_oai` is that of gpt-oss, gate sigmoid(1.702 gate) (up + 1); `squared_relu` is not gated.",
+    )
+    activation_limit: float | None = Field(
+        None,
+        gt=0,
+        description="Gate at most this, and up between its negative and this, before they are multiplied: 7 in gpt-oss, 10 in DeepSeek-V4; none: no limit. Gated activations alone.",
     )
     linear_kind: LinearKind = Field(
         "dense",
@@ -35,6 +43,10 @@ class FeedForwardConfig(MixerOptions):
     def feed_forwards(self) -> tuple[FeedForwardPart, ...]:
         """Itself."""
         return (FeedForwardPart("", "", self.structure(), self.hidden_size, self.activation),)
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Only gated units have a limit."""
+        yield from broken_limit(self.activation, self.activation_limit)
 
     def cut_evenly(self) -> dict[Axis, dict[str, int]]:
         """Channels, and blocks of factors."""

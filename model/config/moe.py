@@ -15,7 +15,15 @@ from amfm.model.config.options import (
     channel_dims,
     must_divide,
 )
-from amfm.model.config.structure import DENSE, Activation, FeedForwardPart, LinearKind, Structure, matrices_of
+from amfm.model.config.structure import (
+    DENSE,
+    Activation,
+    FeedForwardPart,
+    LinearKind,
+    Structure,
+    broken_limit,
+    matrices_of,
+)
 
 
 class MoeConfig(MixerOptions):
@@ -36,6 +44,11 @@ class MoeConfig(MixerOptions):
     shared_expert_linear_rank: int | None = Field(None, gt=0, description="As feed_forward.linear_rank.")
     shared_expert_linear_blocks: int | None = Field(None, ge=2, description="As feed_forward.linear_blocks.")
     activation: Activation = Field("squared_relu", description="Of routed and shared experts.")
+    activation_limit: float | None = Field(
+        None,
+        gt=0,
+        description="Of routed and shared experts: gate at most this, and up between its negative and this, before they are multiplied: 7 in gpt-oss, 10 in DeepSeek-V4; none: no limit. Gated activations alone.",
+    )
     router: Literal["softmax", "sigmoid", "sqrt_softplus"] = Field(
         "sigmoid", description="How logits become scores; sqrt_softplus: the square root of log(1 + e^logit)."
     )
@@ -98,6 +111,7 @@ class MoeConfig(MixerOptions):
         """Every token finds top_k different experts in the groups it may use, and options have an effect."""
         if self.top_k > self.num_experts:
             yield "top_k", f"must be at most model.moe.num_experts={self.num_experts}; lower top_k"
+        yield from broken_limit(self.activation, self.activation_limit)
         yield from self._broken_groups()
         if self.shared_expert_gate and not self.shared_expert_hidden_size:
             rule = "needs model.moe.shared_expert_hidden_size above 0: there is no shared expert to gate"

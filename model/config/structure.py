@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Activation = Literal["swiglu", "squared_relu"]
+Activation = Literal["swiglu", "swiglu_oai", "squared_relu"]
 LinearKind = Literal["dense", "lowrank", "blockshuffle", "blockdense"]
 
 
@@ -158,5 +158,14 @@ class FeedForwardPart(NamedTuple):
 
 
 def matrices_of(activation: Activation) -> int:
-    """Matrices of a feed-forward: gate, up and down for SwiGLU, up and down for squared ReLU."""
-    return 3 if activation == "swiglu" else 2
+    """Matrices of a feed-forward: gate, up and down for gated units, up and down for squared ReLU."""
+    return 2 if activation == "squared_relu" else 3
+
+
+def broken_limit(activation: Activation, limit: float | None) -> Iterator[tuple[str, str]]:
+    """Yield the field and its rule where an activation has a limit that it does not read."""
+    if limit is not None and activation == "squared_relu":
+        yield (
+            "activation_limit",
+            "has no effect with activation=squared_relu, which is not gated; use swiglu, or remove it",
+        )

@@ -13,6 +13,8 @@ from amfm.model.config.schema import ModelConfig
 
 # transformers multiplies experts with torch's grouped product, whose rows must be whole 16 bytes, in bf16 too.
 EXPERT_SIZE_MULTIPLE = 8
+# Options, none unless set, that few classes have: what is said of all others.
+RARE_OPTIONS = {"activation_limit": "does not limit gate and up"}
 LAYER_NAMES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 LETTERS_OF_NAMES = {
     "mamba": "M",
@@ -58,6 +60,19 @@ def unfit_gates(config: ModelConfig, target: str) -> list[str]:
         reasons.append(
             f"model.moe.shared_expert_gate=true: the shared expert of {target} has no gate; use false, or target own"
         )
+    return reasons
+
+
+def unfit_rare_options(config: ModelConfig, target: str, holds: frozenset[str]) -> list[str]:
+    """List options of RARE_OPTIONS that blocks of the pattern set and the class does not hold."""
+    reasons = []
+    for kind in {kind_of(letter).name: kind_of(letter) for letter in config.built_letters}.values():
+        options = config.options_of(kind)
+        for name, rule in RARE_OPTIONS.items():
+            value = getattr(options, name, None)
+            if name not in holds and value not in (None, False):
+                said = str(value).lower() if value is True else value
+                reasons.append(f"model.{kind.section}.{name}={said}: {target} {rule}; leave it out, or target own")
     return reasons
 
 

@@ -67,7 +67,7 @@ class HfTarget(HfClass):
     that all classes share. length_names: further fields for the tokens per row. unfit_depths: what else keeps prediction depths
     out; None: the class has no place for them. unfit_tokenizer: why AutoTokenizer would not give the ids of a kind of tokenizer
     (sentencepiece or huggingface). refusals: programs that refuse a model of the class, by configuration and kind of tokenizer.
-    remarks: sentences for the model card. limits: what users of transformers expect and the class does not do. ships_code: its modelling files are written beside the weights.
+    holds: options of ours, by name, that few classes have and this one does (`fields.RARE_OPTIONS`). remarks: sentences for the model card. limits: what users of transformers expect and the class does not do. ships_code: its modelling files are written beside the weights.
     """
 
     name: Target
@@ -80,4 +80,5 @@ class HfTarget(HfClass):
     refusals: Callable[[ModelConfig, str], list[Refusal]] = no_refusals
     remarks: Callable[[ModelConfig], list[str]] = nothing_said
     limits: Callable[[ModelConfig], list[str]] = nothing_said
+    holds: frozenset[str] = frozenset()
     ships_code: bool = False

@@ -12,7 +12,7 @@ import torch
 
 from amfm.model.build import build_mixer
 from amfm.model.config.schema import ModelConfig
-from amfm.model.config.structure import Structure
+from amfm.model.config.structure import Activation, Structure, matrices_of
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.routed_updates import update_shapes
 
@@ -109,7 +109,7 @@ def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if moe.expert_bias:
         shapes["expert_bias"] = (moe.num_experts,)
     read, hidden = moe.latent_size or width, moe.expert_hidden_size
-    shapes["experts.up"] = (moe.num_experts, hidden * (2 if moe.activation == "swiglu" else 1), read)
+    shapes["experts.up"] = (moe.num_experts, hidden * (matrices_of(moe.activation) - 1), read)
     shapes["experts.down"] = (moe.num_experts, read, hidden)
     if moe.shared_expert_hidden_size:
         shared = moe.shared_expert_hidden_size
@@ -123,9 +123,9 @@ def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _mlp_shapes(
-    prefix: str, width: int, hidden: int, activation: str, structure: Structure, *, is_guided: bool
+    prefix: str, width: int, hidden: int, activation: Activation, structure: Structure, *, is_guided: bool
 ) -> dict[str, tuple[int, ...]]:
-    segments = (hidden, hidden) if activation == "swiglu" else (hidden,)
+    segments = (hidden,) * (matrices_of(activation) - 1)
     if structure.kind == "dense":
         return {f"{prefix}up_proj.weight": (sum(segments), width), f"{prefix}down_proj.weight": (width, hidden)}
     matrices = {"up": (width, segments), "down": (hidden, (width,))}

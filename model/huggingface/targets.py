@@ -10,6 +10,7 @@ from amfm.model.config.mup import without_mup
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.classes import NATIVE_TARGETS, TARGETS, WRITTEN
 from amfm.model.huggingface.depths import explain_left_out
+from amfm.model.huggingface.fields import unfit_rare_options
 from amfm.model.huggingface.hf_class import HfTarget, Target
 from amfm.model.huggingface.refusals import Refusal
 
@@ -35,7 +36,8 @@ def explain_unfit(config: ModelConfig, target: str) -> list[str]:
             "model.lora_mixer has low-rank updates that a router chooses among by token: no class holds them; convert without "
             "tune.routing, whose one update is merged into the weights"
         ]
-    return found.unfit(without_mup(config))
+    rare = [] if found.ships_code else unfit_rare_options(config, target, found.holds)
+    return found.unfit(without_mup(config)) + rare
 
 
 def choose_target(config: ModelConfig) -> Target:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from amfm.kernels.linear.op import linear_float32
 from amfm.kernels.moe.op import expert_feed_forward, route
+from amfm.kernels.swiglu.gate import name_activation
 from amfm.model.config.moe import MoeConfig
 from amfm.model.feed_forward import FeedForward, up_segments
 from amfm.model.mixers.interface import BlockState, BuildContext, Mixer, MixerOutput
@@ -67,6 +68,7 @@ class MoeMixer(Mixer):
         super().__init__()
         groups, backend = build.groups, build.backend
         self.section, self.backend, self.groups = moe, backend, groups
+        self.activation = name_activation(moe.activation, moe.activation_limit)
         # A tensor, so that compiled blocks of different seeds share their graph.
         self.draw_seed = torch.zeros((), dtype=torch.int64, device="cpu")
         self.router = Linear(build.hidden_size, moe.num_experts, groups)
@@ -85,6 +87,7 @@ class MoeMixer(Mixer):
                 groups,
                 name="model.moe.shared_expert_hidden_size",
                 backend=backend,
+                limit=moe.activation_limit,
                 structure=moe.shared_structure(),
                 guide=build.guide,
             )
@@ -148,7 +151,7 @@ class MoeMixer(Mixer):
             sum_gradients(chosen.weights_RK, self.groups),
             self.experts.up,
             self.experts.down,
-            activation=self.section.activation,
+            activation=self.activation,
             backend=self.backend,
         )
         y_BTD = leave_tensor_region(y_RD.view_as(narrow_BTD), self.groups)
@@ -169,7 +172,7 @@ class MoeMixer(Mixer):
             own_BTD.flatten(0, 1),
             ids_BTK.flatten(0, 1),
             weights_BTK.flatten(0, 1),
-            HeldExperts(self.experts.up, self.experts.down, self.groups, self.section.activation, self.backend),
+            HeldExperts(self.experts.up, self.experts.down, self.groups, self.activation, self.backend),
             while_out=lambda: None if shared is None else shared.project_up(x_BTD),
             while_home=lambda inner: (
                 None if shared is None or inner is None else self._gate_shared(x_BTD, shared.project_down(inner))

@@ -25,7 +25,7 @@ def run(
     backend, dtype, *, tokens=63, model=16, hidden=8, experts=5, top_k=2, activation="swiglu", empty=(), score="softmax"
 ):
     generator = torch.Generator().manual_seed(tokens * 100 + experts)
-    width = hidden * (2 if activation == "swiglu" else 1)
+    width = hidden * (1 if activation == "squared_relu" else 2)
 
     def make(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
@@ -50,7 +50,7 @@ def run(
     return routing, [y, *torch.autograd.grad(loss, (x, up, down, logits))]
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai@1.5", "squared_relu"])
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -183,10 +183,10 @@ def test_lost_choices_add_nothing_and_get_no_gradient(kept, activation, poisoned
     assert int((actual[2] != 0).sum()) <= kept
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai@1.5", "squared_relu"])
 def test_gradients_of_the_torch_path_pass_gradcheck(activation):
     torch.manual_seed(1)
-    width = 8 if activation == "swiglu" else 4
+    width = 4 if activation == "squared_relu" else 8
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     up = torch.randn(3, width, 6, dtype=torch.float64, requires_grad=True)
     down = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
@@ -217,7 +217,7 @@ def test_grouped_feed_forward_is_the_expert_path_without_gather_and_weights():
     torch.testing.assert_close(sorted_y, whole[groups.token_ids], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai@1.5", "squared_relu"])
 def test_grouped_products_of_a_card_compute_what_the_loop_does(activation, monkeypatch):
     """PyTorch's grouped product computes on CPUs too, so that the path of cards is held against the loop here."""
     sizes = {"tokens": 40, "model": 16, "hidden": 8, "experts": 6, "empty": (0, 3, 5)}

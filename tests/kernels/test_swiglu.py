@@ -3,14 +3,23 @@
 import pytest
 import torch
 
+from amfm.kernels.swiglu.gate import find_gate
 from amfm.kernels.swiglu.op import squared_relu, swiglu
 
 # One rounding an operation, a handful of operations.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6}
 
 
+def limited(x, backend="torch"):
+    return swiglu(x, find_gate("swiglu_oai@1.5"), backend=backend)
+
+
+def limited_silu(x, backend="torch"):
+    return swiglu(x, find_gate("swiglu@2.0"), backend=backend)
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (63, 10), (2, 3, 34)])
-@pytest.mark.parametrize("activation", [swiglu, squared_relu])
+@pytest.mark.parametrize("activation", [swiglu, limited, limited_silu, squared_relu])
 def test_torch_path_equals_the_formula_in_output_and_gradient(activation, shape):
     for dtype, tolerance in TOLERANCE.items():
         torch.manual_seed(0)
@@ -25,13 +34,13 @@ def test_torch_path_equals_the_formula_in_output_and_gradient(activation, shape)
             assert (got - wanted).norm() <= tolerance * wanted.norm() + 1e-30
 
 
-@pytest.mark.parametrize("activation", [swiglu, squared_relu])
+@pytest.mark.parametrize("activation", [swiglu, limited, squared_relu])
 def test_gradients_pass_gradcheck(activation):
     torch.manual_seed(1)
     assert torch.autograd.gradcheck(activation, torch.randn(5, 6, dtype=torch.float64, requires_grad=True))
 
 
-@pytest.mark.parametrize("activation", [swiglu, squared_relu])
+@pytest.mark.parametrize("activation", [swiglu, limited, squared_relu])
 def test_bfloat16_rounds_once(activation):
     torch.manual_seed(2)
     x = torch.randn(40, 32).bfloat16()
@@ -44,15 +53,43 @@ def test_large_inputs_stay_finite():
     assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("activation", [swiglu, squared_relu])
+@pytest.mark.parametrize("activation", [swiglu, limited, squared_relu])
 def test_compiled_result_is_the_eager_one(activation):
     x = torch.randn(4, 8)
     compiled = torch.compile(activation, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), activation(x))
 
 
+def test_the_limited_unit_and_its_gradient_are_those_of_gpt_oss():
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
+
+    torch.manual_seed(3)
+    theirs = GptOssExperts(GptOssConfig(num_local_experts=1, hidden_size=8, intermediate_size=8))
+    ours = (torch.randn(40, 32, dtype=torch.float64) * 5).requires_grad_()
+    # Their gates and ups stand by turns.
+    turned = torch.stack(ours.chunk(2, dim=-1), dim=-1).flatten(-2)
+    wanted, got = theirs._apply_gate(turned), swiglu(ours, find_gate(f"swiglu_oai@{theirs.limit}"))
+    assert (ours.abs() > theirs.limit).any()
+    torch.testing.assert_close(got, wanted, rtol=1e-14, atol=1e-14)
+    probe = torch.randn_like(wanted)
+    gradients = [torch.autograd.grad(y, ours, probe, retain_graph=True)[0] for y in (wanted, got)]
+    torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-13)
+
+
+def test_limits_keep_what_is_not_a_number():
+    x = torch.full((1, 2), float("nan"))
+    assert limited(x).isnan().all()
+
+
 def test_bad_input_is_refused_with_what_was_expected():
     with pytest.raises(ValueError, match="even last dim"):
         swiglu(torch.randn(2, 3))
+    for word, rule in (
+        ("gelu", "swiglu_oai, squared_relu"),
+        ("squared_relu@7.0", "must be one of"),
+        ("swiglu@0", "above 0"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            find_gate(word)
     with pytest.raises(ValueError, match="floating point"):
         squared_relu(torch.ones(2, 2, dtype=torch.int64))

@@ -15,6 +15,7 @@ from amfm.launch.plan.exchange import FLOAT32, INT64, Exchange, crossing, elemen
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.roofline import Roofline, add_feed_forward, add_part
 from amfm.model.config.moe import MoeConfig
+from amfm.model.config.structure import matrices_of
 
 
 class PlannedMoe(PlannedBlock):
@@ -101,5 +102,5 @@ def add_experts(line: Roofline, moe: MoeConfig, width: int, tokens: float, layou
         add_feed_forward(line, rows / parts, width, units, moe.activation, groups=experts, grouped=True)
     if parts > 1:
         # Of the two gradients one is read and added to, which is read and written.
-        weights = experts * units * width * (3 if moe.activation == "swiglu" else 2)
+        weights = experts * units * width * matrices_of(moe.activation)
         line.seconds += 3 * weights * line.element_bytes / line.bandwidth

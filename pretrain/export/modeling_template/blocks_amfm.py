@@ -263,26 +263,33 @@ def rotate(x_BTHK: Tensor, cos_BTF: Tensor, sin_BTF: Tensor) -> Tensor:
     return turned.to(x_BTHK.dtype)
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    """Apply SwiGLU to [gate, up] (the last dim halves; arXiv 2002.05202) or squared ReLU (arXiv 2109.08668)."""
-    if activation == "swiglu":
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    return F.relu(x).square()
+# Steepness of the gate's sigmoid, and what is added to up.
+GATES = {"swiglu": (1.0, 0.0), "swiglu_oai": (1.702, 1.0)}
+
+
+def activate(x: Tensor, activation: str, limit: float | None) -> Tensor:
+    """Apply a gated unit to [gate, up] (the last dim halves; arXiv 2002.05202) or squared ReLU (arXiv 2109.08668)."""
+    if activation not in GATES:
+        return F.relu(x).square()
+    gate, up = x.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    alpha, shift = GATES[activation]
+    return F.silu(gate) * up if activation == "swiglu" else gate * torch.sigmoid(alpha * gate) * (up + shift)
 
 
 class FeedForward(nn.Module):
     """Feed-forward block: down(activation(up(x)))."""
 
-    def __init__(self, width: int, hidden: int, activation: str) -> None:
+    def __init__(self, width: int, hidden: int, activation: str, limit: float | None) -> None:
         super().__init__()
-        self.activation = activation
-        self.up_proj = nn.Linear(width, hidden * (2 if activation == "swiglu" else 1), bias=False)
+        self.activation, self.limit = activation, limit
+        self.up_proj = nn.Linear(width, hidden * (2 if activation in GATES else 1), bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        return self.down_proj(activate(self.up_proj(x), self.activation))
+        return self.down_proj(activate(self.up_proj(x), self.activation, self.limit))
 
 
 class Experts(nn.Module):
@@ -291,8 +298,9 @@ class Experts(nn.Module):
     def __init__(self, section: dict[str, Any], width: int) -> None:
         super().__init__()
         hidden, experts = section["expert_hidden_size"], section["num_experts"]
-        self.activation = section["activation"]
-        self.up = nn.Parameter(torch.zeros(experts, hidden * (2 if self.activation == "swiglu" else 1), width))
+        # Exports of earlier versions have no limit.
+        self.activation, self.limit = section["activation"], section.get("activation_limit")
+        self.up = nn.Parameter(torch.zeros(experts, hidden * (2 if self.activation in GATES else 1), width))
         self.down = nn.Parameter(torch.zeros(experts, width, hidden))
 
     def forward(self, x_RD: Tensor, ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
@@ -301,15 +309,20 @@ class Experts(nn.Module):
         if torch.compiler.is_compiling():
             # A graph cannot depend on the choice: all experts compute, and weights of those not chosen are zero.
             for expert in range(self.up.shape[0]):
-                out = F.linear(activate(F.linear(x_RD, self.up[expert]), self.activation), self.down[expert])
+                out = self._run(x_RD, expert)
                 weight_R = torch.where(ids_RK == expert, weights_RK, 0.0).sum(dim=-1, keepdim=True)
                 y_RD = y_RD + (out * weight_R).to(x_RD.dtype)
             return y_RD
         for expert in ids_RK.unique().tolist():
             rows, choice = (ids_RK == expert).nonzero(as_tuple=True)
-            out = F.linear(activate(F.linear(x_RD[rows], self.up[expert]), self.activation), self.down[expert])
+            out = self._run(x_RD[rows], expert)
             y_RD = y_RD.index_add(0, rows, (out * weights_RK[rows, choice, None]).to(x_RD.dtype))
         return y_RD
+
+    def _run(self, x_RD: Tensor, expert: int) -> Tensor:
+        """One expert's feed-forward of rows."""
+        inner = activate(F.linear(x_RD, self.up[expert]), self.activation, self.limit)
+        return F.linear(inner, self.down[expert])
 
 
 class Router(nn.Linear):
@@ -349,7 +362,8 @@ class MixtureOfExperts(nn.Module):
             self.latent_up = nn.Linear(latent, width, bias=False)
         self.experts = Experts(section, latent or width)
         if section["shared_expert_hidden_size"]:
-            self.shared = FeedForward(width, section["shared_expert_hidden_size"], section["activation"])
+            size, limit = section["shared_expert_hidden_size"], section.get("activation_limit")
+            self.shared = FeedForward(width, size, section["activation"], limit)
         # Exports of earlier versions have no gate.
         self.has_gate = section.get("shared_expert_gate", False)
         if self.has_gate:

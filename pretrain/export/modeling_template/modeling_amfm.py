@@ -55,7 +55,8 @@ class AmfmBlock(GradientCheckpointingLayer):
         elif letter == "-":
             section = config.feed_forward
             assert section is not None, "the pattern has '-', the configuration no feed_forward section"
-            self.mixer = FeedForward(config.hidden_size, section["hidden_size"], section["activation"])
+            limit = section.get("activation_limit")
+            self.mixer = FeedForward(config.hidden_size, section["hidden_size"], section["activation"], limit)
         else:
             # Mixers with decays by depth count the blocks that mix over the sequence, not experts and feed-forward.
             sequence = [number for number, other in enumerate(letters) if other not in ("E", "-")]

@@ -42,6 +42,7 @@ SIZES = [
     ("sizes", "activation"),
     [
         *((sizes, "swiglu") for sizes in SIZES),
+        (SIZES[-1], "swiglu_oai@0.7"),
         *((sizes, "squared_relu") for sizes in SIZES[:2]),
         *(pytest.param(sizes, "squared_relu", marks=pytest.mark.slow) for sizes in SIZES[2:]),
     ],
@@ -362,9 +363,11 @@ def test_registration_is_complete():
     assert_registered(recycling.recycle_pairs, ids, 4, 2, torch.tensor(1), 4)
     pairs = sort_pairs(ids, 4)
     sorting = pairs.pairs, pairs.tokens, pairs.places, pairs.offsets_E
-    assert_registered(triton_experts._forward, x, weights, *sorting, up, down, True, 12)
+    assert_registered(triton_experts._forward, x, weights, *sorting, up, down, "swiglu", 12)
     rows = sort_pairs(ids[:, :1], 4)
-    assert_registered(triton_experts._forward, x, None, None, rows.pairs, None, rows.offsets_E, up, down, True, 6)
+    assert_registered(
+        triton_experts._forward, x, None, None, rows.pairs, None, rows.offsets_E, up, down, "swiglu_oai@7.0", 6
+    )
     assert_registered(rows_triton._spread, x, pairs.places, 12, 2, False)
     assert_registered(rows_triton._add, torch.randn(12, 8, requires_grad=True), pairs.places, 6, 2)
     assert_registered(rows_triton._combine, torch.randn(12, 8, requires_grad=True), pairs.places, weights, False)

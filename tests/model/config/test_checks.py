@@ -80,6 +80,10 @@ def rope(**fields):
             "expert_bias=true needs model.moe.router=sigmoid or sqrt_softplus",
         ),
         (
+            {"moe": {"activation": "squared_relu", "activation_limit": 7.0}},
+            r"model\.moe\.activation_limit=7\.0 has no effect with activation=squared_relu.*use swiglu, or remove it",
+        ),
+        (
             {"moe": {"overflow": "recycle"}},
             r"overflow=recycle needs model\.moe\.capacity_factor: .*set capacity_factor: 1\.5",
         ),

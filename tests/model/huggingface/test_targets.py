@@ -139,6 +139,9 @@ UNFIT = {
         "model.attention.gate=head": {"attention": QWEN3_NEXT.attention.model_copy(update={"gate": "head"})},
         "model.multipliers.logits=0.5": {"multipliers": MultipliersConfig(logits=0.5)},
         "model.moe.activation=squared_relu": {"moe": grouped(QWEN3_NEXT.moe, activation="squared_relu")},
+        "model.moe.activation_limit=7.0: qwen3_next does not limit": {
+            "moe": grouped(QWEN3_NEXT.moe, activation_limit=7.0)
+        },
         "model.moe.router=sigmoid": {"moe": grouped(QWEN3_NEXT.moe, router="sigmoid")},
         "model.moe.routed_scaling=2.5": {"moe": grouped(QWEN3_NEXT.moe, routed_scaling=2.5)},
         "model.moe.num_router_groups=2": {"moe": grouped(QWEN3_NEXT.moe, num_router_groups=2, router_group_top_k=2)},

@@ -29,11 +29,11 @@ model.attention.rope.yarn_beta_slow model.attention.rope.llama3.factor
 model.attention.rope.llama3.original_length model.attention.rope.llama3.slow_turns model.attention.rope.llama3.fast_turns
 model.moe.num_experts model.moe.top_k model.moe.expert_hidden_size model.moe.shared_expert_hidden_size
 model.moe.shared_expert_gate model.moe.shared_expert_linear_kind model.moe.shared_expert_linear_rank
-model.moe.shared_expert_linear_blocks model.moe.activation model.moe.router model.moe.normalize_probabilities model.moe.routed_scaling
+model.moe.shared_expert_linear_blocks model.moe.activation model.moe.activation_limit model.moe.router model.moe.normalize_probabilities model.moe.routed_scaling
 model.moe.num_router_groups model.moe.router_group_top_k model.moe.router_group_merit model.moe.expert_bias model.moe.bias_update_rate
 model.moe.auxiliary_loss_weight model.moe.sequence_loss_weight model.moe.balance_counts model.moe.z_loss_weight model.moe.latent_size
 model.moe.capacity_factor model.moe.overflow
-model.feed_forward.hidden_size model.feed_forward.activation model.feed_forward.linear_kind
+model.feed_forward.hidden_size model.feed_forward.activation model.feed_forward.activation_limit model.feed_forward.linear_kind
 model.feed_forward.linear_rank model.feed_forward.linear_blocks
 model.mixers.deltanet.conv_kernel model.mixers.deltanet.chunk_size model.mixers.deltanet.num_heads
 model.mixers.deltanet.head_dim model.mixers.deltanet.value_head_dim model.mixers.deltanet.num_key_heads

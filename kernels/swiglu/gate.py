@@ -1,0 +1,65 @@
+"""Gated units of feed-forwards: the constants of each, and the word by which settings and custom ops name it.
+
+All are silu(gate) up with changes that cost no memory traffic: the gate's sigmoid may be steeper, up may begin at 1, and both
+may be limited, because a product of two large numbers is what overflows first in low precision. An operation carries the unit
+as one word, `swiglu@7.0`: the layers between a setting and a kernel need not know what it has.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+UNGATED = "squared_relu"
+
+
+class Gate(NamedTuple):
+    """gate sigmoid(alpha gate) (up + shift), with gate at most `limit` and up between -limit and limit; None: no limit."""
+
+    alpha: float = 1.0
+    shift: float = 0.0
+    limit: float | None = None
+
+    def limited(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Limit gate and up, and shift up; where there is neither, what came is returned."""
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate, up + self.shift if self.shift else up
+
+    def steep(self, gate: Tensor) -> Tensor:
+        """alpha gate, of which silu is alpha times the unit's."""
+        return gate if self.alpha == 1.0 else gate * self.alpha
+
+    def constants(self) -> dict[str, Any]:
+        """Values for which Triton kernels are compiled (`amfm.kernels.common.silu`); a limit of 0 is none."""
+        return {"ALPHA": self.alpha, "SHIFT": self.shift, "LIMIT": self.limit or 0.0}
+
+
+# Shazeer 2020 (arXiv 2002.05202), section 2; OpenAI 2025 (arXiv 2508.10925), section 2.2, for the other.
+GATES = {"swiglu": Gate(), "swiglu_oai": Gate(1.702, 1.0)}
+SWIGLU = GATES["swiglu"]
+
+
+def name_activation(activation: str, limit: float | None) -> str:
+    """The word of an activation with a limit, as operations take it."""
+    return activation if limit is None else f"{activation}@{limit}"
+
+
+@functools.cache
+def find_gate(activation: str) -> Gate | None:
+    """The gated unit of a word; None for the squared ReLU.
+
+    Raises ValueError for an unknown activation, or a limit that is not above 0 or that the activation does not have.
+    """
+    name, _, limit = activation.partition("@")
+    if activation == UNGATED:
+        return None
+    if name not in GATES:
+        raise ValueError(f"activation must be one of {', '.join((*GATES, UNGATED))}; got {activation!r}")
+    if not limit:
+        return GATES[name]
+    if not float(limit) > 0:
+        raise ValueError(f"the limit of an activation must be above 0; got {activation!r}")
+    return GATES[name]._replace(limit=float(limit))
