@@ -21,6 +21,7 @@ import torch.distributed
 
 from amfm.pretrain.config.fields import flatten_settings
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.rank_group import RankGroup
 
 LIBRARIES = ("amfm-pretrain", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")
 OWN_PACKAGES = ("launch", "pretrain", "model", "kernels", "data_pipeline")
@@ -67,14 +68,14 @@ def require_same_on_all_ranks(record: Mapping[str, str]) -> None:
     world_size = torch.distributed.get_world_size()
     if world_size == 1:
         return
+    ranks = RankGroup(torch.distributed.get_rank(), world_size)
     digest = hashlib.sha256(json.dumps(list(record.items())).encode()).hexdigest()
-    digests: list[str] = [""] * world_size
-    torch.distributed.all_gather_object(digests, digest)
-    if len(set(digests)) == 1:
+    if len(ranks.merge({digest}, set.union)) == 1:
         return
-    records: list[tuple[str, Mapping[str, str]]] = [("", {})] * world_size
-    torch.distributed.all_gather_object(records, (socket.gethostname(), dict(record)))
-    raise ValueError(describe_difference(records))
+    # A record of each kind, and who has which.
+    kinds = ranks.merge({digest: dict(record)}, lambda known, more: more | known)
+    everyone = ranks.all_gather((socket.gethostname(), digest))
+    raise ValueError(describe_difference([(host, kinds[digest]) for host, digest in everyone]))
 
 
 def describe_difference(records: Sequence[tuple[str, Mapping[str, str]]]) -> str:

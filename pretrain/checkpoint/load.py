@@ -86,7 +86,7 @@ def load_newest(
             continue
         warnings = ranks.broadcast(list_warnings(checkpoints_dir, path, manifest, config) if ranks.rank == 0 else None)
         own_warnings = restored.finish(report)
-        warnings += [text for share in ranks.all_gather(own_warnings) for text in share]
+        warnings += [text for share in ranks.collect(own_warnings or None).values() for text in share]
         # DeepSpeed counts steps itself; its counters go on from the saved ones.
         for name in ENGINE_COUNTERS:
             setattr(engine.deepspeed, name, manifest["engine"][name])
@@ -187,10 +187,7 @@ def find_mismatches(
         if saved_group != FROZEN:
             faults.add(f"{name} is frozen, in the checkpoint in group {saved_group}")
     # Surplus in the checkpoint shows only against the names of all ranks together.
-    known: set[str] = set()
-    for own_names, own_faults in ranks.all_gather((list(shapes), faults)):
-        known |= set(own_names)
-        faults |= own_faults
+    known, faults = ranks.merge((set(shapes), faults), lambda one, other: (one[0] | other[0], one[1] | other[1]))
     surplus = saved_shapes.keys() - known
     if may_lack_guides:
         surplus = {name for name in surplus if not name.endswith(GUIDE)}

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint, joined from the reports of all ranks.
 
-Rank 0 alone joins, before the commit, and checks what no rank can see by itself: that ranks agree on what they share, and
-that what they wrote makes up every parameter. A gap found here is a bug, so it is an assertion, and the checkpoint that
+Reports are joined on their way to rank 0 (rank_tree.py), so that it gets what the manifest says and not each rank's copy of it.
+Rank 0 checks, before the commit, what no rank can see by itself: that what they wrote makes up every parameter. A gap found here is a bug, so it is an assertion, and the checkpoint that
 would have had it is never committed.
 """
 
@@ -38,48 +38,81 @@ def describe_tensor(shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
     return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
 
 
-def complete_manifest(manifest: dict[str, Any], reports: Sequence[RankReport]) -> dict[str, Any]:
-    """Join the reports into the manifest: parameters, shards, buffers, group settings, and files with digests.
+@dataclass(frozen=True)
+class JoinedReports:
+    """The reports of several ranks in one, on their way to rank 0: what ranks say alike stands there once.
 
-    Asserts that ranks agree on what they share, that the ranges tile each shard, and the shards cover each parameter.
+    shards: by name and place, each with the ranges (start, numel, rank) of all who wrote some. buffers: with the rank that
+    wrote each. files: by rank.
     """
-    parameters: dict[str, dict[str, Any]] = {}
-    shards: dict[str, dict[str, dict[str, Any]]] = {}
-    buffers: dict[str, dict[str, Any]] = {}
-    groups: dict[str, dict[str, Any]] = {}
-    files = {}
-    for rank, report in enumerate(reports):
+
+    parameters: dict[str, dict[str, Any]]
+    shards: dict[tuple[str, str], dict[str, Any]]
+    buffers: dict[str, tuple[int, dict[str, Any]]]
+    groups: dict[str, dict[str, Any]]
+    files: dict[int, FileEntry]
+
+    @classmethod
+    def of(cls, rank: int, report: RankReport) -> JoinedReports:
+        """The report of one rank."""
         assert report.file is not None, f"rank {rank} reports before it wrote"
-        file_name = rank_file_name(rank)
-        files[file_name] = {"bytes": report.file.num_bytes, "sha256": report.file.sha256}
-        merge(parameters, report.parameters, rank)
-        merge(groups, report.groups, rank)
-        buffers |= {name: {**entry, "file": file_name} for name, entry in report.buffers.items()}
+        shards = {
+            (name, str(shard["where"])): {**shard, "first": rank, "ranges": []} for name, shard in report.shards.items()
+        }
         for name, start, numel in report.ranges:
-            described = report.shards[name]
-            # Equal shards have one entry, whoever wrote which range of it.
-            known = shards.setdefault(name, {}).setdefault(str(described["where"]), {**described, "ranges": []})
-            known["ranges"].append([start, numel, file_name])
+            shards[name, str(report.shards[name]["where"])]["ranges"].append((start, numel, rank))
+        buffers = {name: (rank, entry) for name, entry in report.buffers.items()}
+        return cls(dict(report.parameters), shards, buffers, dict(report.groups), {rank: report.file})
+
+    def joined(self, other: JoinedReports) -> JoinedReports:
+        """Add the reports of other ranks to these, which change. Asserts that they agree on what they share."""
+        merge(self.parameters, other.parameters)
+        merge(self.groups, other.groups)
+        self.buffers.update(other.buffers)
+        self.files.update(other.files)
+        for key, shard in other.shards.items():
+            known = self.shards.setdefault(key, shard)
+            if known is not shard:
+                known["ranges"] += shard["ranges"]
+                if shard["first"] < known["first"]:  # equal shards are described by the lowest rank
+                    known.update(first=shard["first"], coordinates=shard["coordinates"])
+        return self
+
+
+def complete_manifest(manifest: dict[str, Any], reports: JoinedReports) -> dict[str, Any]:
+    """Complete the manifest with the reports of all ranks: parameters, shards, buffers, group settings, files with digests.
+
+    Asserts that the ranges tile each shard, and the shards cover each parameter.
+    """
+    shards: dict[str, list[dict[str, Any]]] = {name: [] for name in reports.parameters}
+    for (name, _), shard in sorted(reports.shards.items(), key=lambda entry: entry[1]["first"]):
+        # Equal shards have one entry, whoever wrote which range of it.
+        ranges = [[start, numel, rank_file_name(rank)] for start, numel, rank in sorted(shard["ranges"])]
+        shards[name].append({"where": shard["where"], "coordinates": shard["coordinates"], "ranges": ranges})
     complete = {
         **manifest,
-        "groups": groups,
-        "parameters": parameters,
-        "shards": {name: list(entries.values()) for name, entries in shards.items()},
-        "buffers": buffers,
-        "files": files,
+        "groups": reports.groups,
+        "parameters": reports.parameters,
+        "shards": shards,
+        "buffers": {
+            name: {**entry, "file": rank_file_name(rank)}
+            for name, (rank, entry) in sorted(reports.buffers.items(), key=lambda entry: entry[1][0])
+        },
+        "files": {
+            rank_file_name(rank): {"bytes": file.num_bytes, "sha256": file.sha256}
+            for rank, file in sorted(reports.files.items())
+        },
     }
-    for name, entries in complete["shards"].items():
-        for entry in entries:
-            entry["ranges"].sort()
+    for name in shards:
         shards_of_name = read_shards(complete, name)
-        for shard in shards_of_name:
-            check_tiling(name, shard)
-        check_cover(name, [shard.placement for shard in shards_of_name])
+        for saved in shards_of_name:
+            check_tiling(name, saved)
+        check_cover(name, [saved.placement for saved in shards_of_name])
     return complete
 
 
-def merge(known: dict[str, dict[str, Any]], given: dict[str, dict[str, Any]], rank: int) -> None:
-    """Merge one rank's entries into those of the ranks before it, with which they must agree."""
+def merge(known: dict[str, dict[str, Any]], given: dict[str, dict[str, Any]]) -> None:
+    """Merge other ranks' entries into those that are known, with which they must agree."""
     for name, entry in given.items():
         agreed = known.setdefault(name, entry)
-        assert agreed == entry, f"rank {rank} describes {name} as {entry}, a rank before it as {agreed}"
+        assert agreed == entry, f"ranks describe {name} as {agreed} and as {entry}"

@@ -77,11 +77,10 @@ class Restore:
                 if problem is not None:
                     problems.append(problem)
             done += entry["bytes"]
-        told = self.ranks.all_gather((problems, refused.text))
-        storage = next((text for _, text in told if text is not None), None)
-        if storage is not None:
-            raise StorageError(storage)
-        return [text for share, _ in told for text in share]
+        refusals = self.ranks.collect(refused.text)
+        if refusals:
+            raise StorageError(next(iter(refusals.values())))
+        return [text for share in self.ranks.collect(problems or None).values() for text in share]
 
     @torch.no_grad()
     def finish(self, report: Report = silent) -> list[str]:
@@ -145,7 +144,10 @@ class Restore:
         """
         rank, saved_world_size = self.ranks.rank, self.manifest["layout"]["world_size"]
         if rank >= saved_world_size:
-            return [f"rank {rank} did not exist among the {saved_world_size} that saved; it keeps its own random state"]
+            # One of them speaks for all: there may be thousands.
+            new = f"ranks {rank} to {self.ranks.world_size - 1}" if rank < self.ranks.world_size - 1 else f"rank {rank}"
+            text = f"{new} did not exist among the {saved_world_size} that saved; own random state is kept"
+            return [text] if rank == saved_world_size else []
         with open_tensors(self.checkpoint_dir / rank_file_name(rank), RuntimeError) as file:
             keys = [key for key in file.keys() if key.startswith("random/")]  # noqa: SIM118 - not a dict
             restore_random_state({key.removeprefix("random/"): file.get_tensor(key) for key in keys})

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +46,13 @@ from amfm.pretrain.checkpoint.commit import (
 from amfm.pretrain.checkpoint.compatibility import digest_config
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
 from amfm.pretrain.checkpoint.files import (
+    FileEntry,
     measure_tensors,
     rank_file_name,
     write_tensors,
 )
 from amfm.pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
-from amfm.pretrain.checkpoint.manifest import RankReport, complete_manifest, describe_tensor
+from amfm.pretrain.checkpoint.manifest import JoinedReports, RankReport, complete_manifest, describe_tensor
 from amfm.pretrain.checkpoint.names import checkpoint_name
 from amfm.pretrain.checkpoint.placement import list_axes
 from amfm.pretrain.checkpoint.random_state import collect_random_state
@@ -194,7 +196,7 @@ def write_snapshot(
     `remote`: gets a copy after the commit, on all ranks or none.
     """
     doing = f"checkpoint of step {snapshot.step} in {checkpoints_dir} was not saved"
-    needed_bytes = sum(ranks.gather(measure_tensors(snapshot.tensors, snapshot.metadata())))
+    needed_bytes = ranks.merge_to_first(measure_tensors(snapshot.tensors, snapshot.metadata()), operator.add)
     problem = RankFailure()
     remarks: list[str] = []
     temporary_dir = checkpoints_dir
@@ -204,22 +206,25 @@ def write_snapshot(
                 fence()
             make_folders(checkpoints_dir)
             remarks += remove_temporary(checkpoints_dir)
-            check_free_space(checkpoints_dir, needed_bytes + SPARE_BYTES)
+            check_free_space(checkpoints_dir, (needed_bytes or 0) + SPARE_BYTES)
             temporary_dir = make_temporary(checkpoints_dir, snapshot.step)
     # Raised on all ranks or none: one that left alone would leave the others in a collective.
     ranks.raise_together(problem.text, doing)
     # Rank 0 chose the name, which is another one where a leftover could not be deleted.
     temporary_dir = checkpoints_dir / ranks.broadcast(temporary_dir.name)
 
-    report = snapshot.report
+    file: FileEntry | None = None
     with problem.caught():
         path = temporary_dir / rank_file_name(ranks.rank)
-        report = dataclasses.replace(report, file=write_tensors(path, snapshot.tensors, snapshot.metadata()))
-    reports = ranks.gather(report)
-    all_written = all(text is None for text in ranks.all_gather(problem.text))
+        file = write_tensors(path, snapshot.tensors, snapshot.metadata())
+    all_written = not ranks.collect(problem.text)
+    joined = None
+    if all_written:
+        report = dataclasses.replace(snapshot.report, file=file)
+        joined = ranks.merge_to_first(JoinedReports.of(ranks.rank, report), JoinedReports.joined)
     saved = SavedCheckpoint(checkpoints_dir / checkpoint_name(snapshot.step))
     if ranks.rank == 0:
-        if all_written:
+        if joined is not None:
             with problem.caught():
                 # Marked before the rename, so that no pruning can meet the checkpoint without its mark.
                 if snapshot.marked:
@@ -227,7 +232,7 @@ def write_snapshot(
                 sync(temporary_dir)
                 if fence is not None:
                     fence()
-                saved = commit(temporary_dir, complete_manifest(snapshot.manifest, reports))
+                saved = commit(temporary_dir, complete_manifest(snapshot.manifest, joined))
                 remarks += [*saved.remarks, *remove_older(checkpoints_dir, snapshot.step, keep_last)]
         # Still there only after a failure, on any rank; nobody leaves before it is gone, or can't be.
         remarks += try_to_delete(temporary_dir, TEMPORARY_NAME)

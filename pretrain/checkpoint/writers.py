@@ -6,9 +6,12 @@ The choice depends on the layout alone, so it is agreed on once for an engine, a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
 from amfm.pretrain.rank_group import RankGroup
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,26 @@ class WriterAssignment:
 
     parameters: frozenset[str]
     buffers: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Who may write what: the lowest rank of a group that has it, by name and intervals of each shard, and by buffer.
+
+    What many ranks claim alike is one entry: joined, claims are as large as the checkpoint has shards, not as there are ranks.
+    """
+
+    writers: dict[tuple[str, object], int]
+    owners: dict[str, int]
+
+    def joined(self, other: Claims) -> Claims:
+        """The claims of both."""
+        return Claims(lowest(self.writers, other.writers), lowest(self.owners, other.owners))
+
+
+def lowest(known: dict[Key, int], more: dict[Key, int]) -> dict[Key, int]:
+    """Each key of both, with the lower number."""
+    return known | {key: min(rank, known.get(key, rank)) for key, rank in more.items()}
 
 
 def assign_writers(layout: EngineLayout, ranks: RankGroup) -> WriterAssignment:
@@ -30,14 +53,12 @@ def assign_writers(layout: EngineLayout, ranks: RankGroup) -> WriterAssignment:
     groups = {span.name: min(part.data_ranks) for part in layout.parts for span in part.spans}
     groups |= {name: min(ranks_of_shard) for name, ranks_of_shard in layout.frozen.items()}
     buffers = layout.buffer_names
-    claims = ranks.all_gather(([(name, placements[name].intervals, group) for name, group in groups.items()], buffers))
-    writers: dict[tuple[str, object], int] = {}
-    owners: dict[str, int] = {}
-    for rank, (shards, names) in enumerate(claims):
-        for name, intervals, group in shards:
-            writers[name, intervals] = min(group, writers.get((name, intervals), group))
-        for name in names:
-            owners.setdefault(name, rank)
+    own = Claims(
+        {(name, placements[name].intervals): group for name, group in groups.items()},
+        dict.fromkeys(buffers, ranks.rank),
+    )
+    agreed = ranks.merge(own, Claims.joined)
+    writers, owners = agreed.writers, agreed.owners
     return WriterAssignment(
         parameters=frozenset(
             name for name, group in groups.items() if writers[name, placements[name].intervals] == group

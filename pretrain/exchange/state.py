@@ -27,7 +27,7 @@ from amfm.model.on_demand import Shape, Source, cut_rows, source_of
 from amfm.pretrain.checkpoint.commit import commit, make_temporary
 from amfm.pretrain.checkpoint.files import MAPPINGS, FileEntry, rank_file_name
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, require_sound
-from amfm.pretrain.checkpoint.manifest import RankReport, complete_manifest, describe_tensor
+from amfm.pretrain.checkpoint.manifest import JoinedReports, RankReport, complete_manifest, describe_tensor
 from amfm.pretrain.checkpoint.random_state import collect_random_state
 from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
 from amfm.pretrain.config.file import resolved_yaml
@@ -169,4 +169,6 @@ def _write_tensors(folder: Path, state: TrainingState, report: Report) -> dict[s
         file=entry,
     )
     precision = state.record["config"]["train"]["precision"]
-    return complete_manifest({**state.record, "layout": {**ONE_RANK, "precision": precision}}, [written])
+    return complete_manifest(
+        {**state.record, "layout": {**ONE_RANK, "precision": precision}}, JoinedReports.of(0, written)
+    )

@@ -25,7 +25,7 @@ from amfm.data_pipeline.durable.deletion import try_to_delete
 from amfm.data_pipeline.store.node_cache import own_folder
 from amfm.pretrain.checkpoint.commit import TEMPORARY_NAME, RankFailure, commit, discard, remove_temporary
 from amfm.pretrain.checkpoint.files import rank_file_name, write_tensors
-from amfm.pretrain.checkpoint.manifest import complete_manifest
+from amfm.pretrain.checkpoint.manifest import JoinedReports, complete_manifest
 from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
 from amfm.pretrain.checkpoint.save import Snapshot
@@ -80,8 +80,8 @@ def write_replica(memory: NodeMemory, snapshot: Snapshot, ranks: RankGroup) -> S
         send_copies(temporary_dir, sizes, memory, ranks, failure)
         problem = first_problem(failure, ranks)
     if problem is None:
-        reports = ranks.gather(report)
-        manifest: dict[str, Any] = complete_manifest(snapshot.manifest, reports) if ranks.rank == 0 else {}
+        joined = ranks.merge_to_first(JoinedReports.of(ranks.rank, report), JoinedReports.joined)
+        manifest: dict[str, Any] = {} if joined is None else complete_manifest(snapshot.manifest, joined)
         manifest = ranks.broadcast(manifest)
         if memory.leads:
             with failure.caught():
@@ -98,8 +98,8 @@ def write_replica(memory: NodeMemory, snapshot: Snapshot, ranks: RankGroup) -> S
 
 def first_problem(failure: RankFailure, ranks: RankGroup) -> str | None:
     """What the first rank with a problem says, on all ranks; None where none has one. All ranks must call it."""
-    told = [f"rank {rank}: {text}" for rank, text in enumerate(ranks.all_gather(failure.text)) if text is not None]
-    return told[0] if told else None
+    told = ranks.collect(failure.text)
+    return next((f"rank {rank}: {text}" for rank, text in told.items()), None)
 
 
 def send_copies(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.shards import Shard, ShardSpec
 from amfm.pretrain.checkpoint.files import write_tensors
-from amfm.pretrain.checkpoint.manifest import RankReport, complete_manifest, describe_tensor
+from amfm.pretrain.checkpoint.manifest import JoinedReports, RankReport, complete_manifest, describe_tensor
 from amfm.pretrain.checkpoint.placement import Placement, check_cover, join_indices, place_shard, placement_from_json
 from amfm.pretrain.checkpoint.reader import RangeReader
 
@@ -121,7 +122,8 @@ def write_checkpoint(folder: Path, layout: Layout) -> dict[str, Any]:
         }
         entry = write_tensors(folder / f"rank-{rank:05d}.safetensors", tensors, {})
         reports.append(RankReport(parameters, shards, ranges, {}, {}, entry))
-    return complete_manifest({}, reports)
+    joined = reduce(JoinedReports.joined, (JoinedReports.of(rank, report) for rank, report in enumerate(reports)))
+    return complete_manifest({}, joined)
 
 
 def check_every_range(reader: RangeReader, layout: Layout) -> None:
