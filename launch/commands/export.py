@@ -54,6 +54,8 @@ def require_if_given(path: Path | None) -> Path | None:
     return None if path is None else require_exists(path)
 
 
+# Of a training state: torch Distributed Checkpoint, DeepSpeed's universal layout, the folder of its tag.
+TRAINING_STATES = (".metadata", "latest_universal", "zero/optimizer_state.pt")
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist or be empty.")]
 
 
@@ -198,7 +200,7 @@ def import_(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="A folder that transformers wrote, an export, a training state of torch Distributed Checkpoint, or a .tiktoken file.",
+            help="A folder that transformers wrote, an export, a training state of torch Distributed Checkpoint or DeepSpeed's universal layout, or a .tiktoken file.",
             callback=require_model,
         ),
     ],
@@ -233,7 +235,7 @@ def import_(
         return
     if pattern is not None or special:
         raise ValueError(f"--pattern and --special are for a .tiktoken file, and {source} is none; leave them out")
-    if (source / ".metadata").is_file():
+    if any((source / name).is_file() for name in TRAINING_STATES):
         import_training_state(source, out, config, step, as_json=as_json)
         return
     if config is not None or step is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,17 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from amfm.data_pipeline.progress import Report, silent
-from amfm.model.on_demand import Shape, Source, cut_rows, source_of
-from amfm.pretrain.engine.moments import FROZEN, MUON, moments_of
+from amfm.model.on_demand import OnDemand, Shape, Source, cut_rows, source_of
+from amfm.pretrain.engine.moments import FROZEN, MUON
 from amfm.pretrain.exchange.dcp_folder import DcpFolder, read_json
+from amfm.pretrain.exchange.fit import BUFFER, fit_tensors, one_step, shapes_of
 from amfm.pretrain.exchange.state import TrainingState, check_record, read_state
 from amfm.pretrain.export.export import check_free
 from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
 
-RECORD = "amfm.record"
-RANDOM = "amfm.random."
+OURS = "amfm."
+RECORD = f"{OURS}record"
+RANDOM = f"{OURS}random."
 
 
 @dataclass(frozen=True)
@@ -154,63 +156,35 @@ def read_dcp(folder: DcpFolder) -> TrainingState:
     """
     record = read_json(folder, RECORD)
     check_record(record, f"{folder.path}, {RECORD}")
-    groups = {name: entry["group"] for name, entry in record["parameters"].items()}
-    tensors, buffers = take_tensors(folder, shapes_of(record["parameters"]), groups, shapes_of(record["buffers"]))
+    labels = {name: entry["group"] for name, entry in record["parameters"].items()}
+    tensors, buffers = fit_dcp(folder, shapes_of(record["parameters"]), labels, shapes_of(record["buffers"]))
     random = {
         name.removeprefix(RANDOM): folder.tensor(name).clone() for name in folder.tensors if name.startswith(RANDOM)
     }
     return TrainingState(str(folder.path), tensors, buffers, random, record)
 
 
-def shapes_of(entries: dict[str, dict[str, Any]]) -> dict[str, Shape]:
-    """Shapes of the parameters or buffers that a record describes."""
-    return {name: tuple(entry["shape"]) for name, entry in entries.items()}
-
-
-def take_tensors(
-    folder: DcpFolder, shapes: dict[str, Shape], groups: dict[str, str], buffers: dict[str, Shape]
+def fit_dcp(
+    folder: DcpFolder, shapes: Mapping[str, Shape], labels: Mapping[str, str], buffers: Mapping[str, Shape]
 ) -> tuple[dict[str, dict[str, Source]], dict[str, Source]]:
-    """Find masters and moments under their keys, by kind, and buffers.
+    """Fit the folder's tensors to a model, as `fit_tensors` does."""
+    names = [name for name in folder.tensors if not name.startswith(OURS)]
+    steps = [key_of("step", name) for name in shapes if labels[name] != FROZEN]
+    found = OnDemand({name: folder.source(name) for name in names})
+    return fit_tensors(found, key_of, str(folder.path), shapes=shapes, labels=labels, buffers=buffers, ignored=steps)
 
-    `groups`: labels, which say what moments a parameter has. Raises ValueError naming what is missing, surplus or
-    misshaped.
-    """
-    keys = {
-        (kind, name): f"model.{name}" if kind == "weight" else f"optimizer.state.{name}.{kind}"
-        for name in shapes
-        for kind in ("weight", *moments_of(groups[name]))
-    }
-    wanted = {key: shapes[name] for (_, name), key in keys.items()}
-    wanted |= {f"model.{name}": shape for name, shape in buffers.items()}
-    faults = [f"{key} is missing" for key in wanted if key not in folder.tensors]
-    faults += [
-        f"{key} is {list(folder.shape(key))}, the model says {list(shape)}"
-        for key, shape in wanted.items()
-        if key in folder.tensors and folder.shape(key) != shape
-    ]
-    steps = {f"optimizer.state.{name}.step" for name in shapes if groups[name] != FROZEN}
-    surplus = folder.tensors.keys() - wanted.keys() - steps
-    faults += [f"{key} does not belong" for key in sorted(surplus) if not key.startswith("amfm.")]
-    if faults:
-        raise ValueError(
-            f"{folder.path} does not fit the model: looked for {len(wanted)} tensors, found {len(folder.tensors)}; "
-            + "; ".join(faults[:8])
-        )
-    tensors: dict[str, dict[str, Source]] = {}
-    for (kind, name), key in keys.items():
-        tensors.setdefault(kind, {})[name] = folder.source(key)
-    return tensors, {name: source_of(folder.tensor(f"model.{name}").clone()) for name in buffers}
+
+def key_of(kind: str, name: str) -> str:
+    """The key of a tensor in torch's state dicts of a model and its optimizer."""
+    return f"model.{name}" if kind in ("weight", BUFFER) else f"optimizer.state.{name}.{kind}"
 
 
 def read_step(folder: DcpFolder, names: Collection[str]) -> int:
     """Read the optimizer's counter, which all parameters must share. Raises ValueError where they do not."""
-    keys = [f"optimizer.state.{name}.step" for name in names]
+    keys = [key_of("step", name) for name in names]
     missing = [key for key in keys if key not in folder.tensors]
     if missing:
         raise ValueError(
             f"{folder.path}: {missing[0]} is missing; AdamW's bias correction needs the step of each moment"
         )
-    steps = {int(folder.tensor(key)) for key in keys}
-    if len(steps) != 1:
-        raise ValueError(f"{folder.path}: parameters were stepped {sorted(steps)} times; a run has one number for all")
-    return steps.pop()
+    return one_step({int(folder.tensor(key)) for key in keys}, folder.path)

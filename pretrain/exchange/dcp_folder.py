@@ -240,11 +240,6 @@ def _chunk_faults(name: str, found: TensorStorageMetadata, storage: dict[Metadat
     return []
 
 
-def is_dcp(path: Path) -> bool:
-    """Whether a folder looks like one of torch Distributed Checkpoint."""
-    return (path / METADATA).is_file()
-
-
 def read_json(folder: DcpFolder, name: str) -> dict[str, Any]:
     """Read a value that is a text with a JSON object in it. Raises ValueError for anything else."""
     where = folder.path / name

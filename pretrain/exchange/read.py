@@ -13,18 +13,15 @@ from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.model.on_demand import OnDemand, Source
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.engine.moments import FROZEN
 from amfm.pretrain.exchange.adopt import Expected, adopt, check_adoptable
-from amfm.pretrain.exchange.dcp import RECORD, read_dcp, read_step, take_tensors
-from amfm.pretrain.exchange.dcp_folder import DcpFolder, is_dcp
+from amfm.pretrain.exchange.dcp import RECORD, fit_dcp, read_dcp, read_step
+from amfm.pretrain.exchange.dcp_folder import DcpFolder
 from amfm.pretrain.exchange.state import TrainingState, WrittenRun, write_run
+from amfm.pretrain.exchange.universal import UniversalFolder, is_universal
 from amfm.pretrain.export.export import check_free
 from amfm.pretrain.export.import_huggingface import write_model
 from amfm.pretrain.inference.weights import Weights
-
-
-def is_training_state(source: Path) -> bool:
-    """Whether a folder is a training state in a format of another program."""
-    return is_dcp(source)
 
 
 def import_state(
@@ -37,7 +34,7 @@ def import_state(
     """
     check_free(out)
     report(f"reading {source}")
-    read = _read_dcp(source, config, step)
+    read = (_read_universal if is_universal(source) else _read_dcp)(source, config, step)
     if isinstance(read, Weights):
         write_model(out, read)
         return read
@@ -53,12 +50,25 @@ def _read_dcp(source: Path, config: RunConfig | None, step: int | None) -> Train
     config = require_config(source, config)
     expected = Expected(config)
     has_moments = any(name.startswith("optimizer.") for name in folder.tensors)
-    labels = expected.labels if has_moments else dict.fromkeys(expected.labels, "frozen")
-    tensors, buffers = take_tensors(folder, expected.shapes, labels, expected.buffers)
+    labels = expected.labels if has_moments else dict.fromkeys(expected.labels, FROZEN)
+    tensors, buffers = fit_dcp(folder, expected.shapes, labels, expected.buffers)
     if not has_moments:
         return weights_of(config, source, tensors["weight"], buffers)
     check_adoptable(config)
     return adopt(config, str(source), tensors, buffers, read_step(folder, expected.shapes), step=step)
+
+
+def _read_universal(source: Path, config: RunConfig | None, step: int | None) -> TrainingState:
+    """Read DeepSpeed's universal checkpoint: with our record alone, without it by a configuration."""
+    folder = UniversalFolder(source)
+    if folder.has_record():
+        refuse_config(source, config, step)
+        return folder.read()
+    config = require_config(source, config)
+    check_adoptable(config)
+    expected = Expected(config)
+    tensors, buffers = folder.fit(expected.shapes, expected.labels, expected.buffers)
+    return adopt(config, str(source), tensors, buffers, folder.step(expected.shapes), step=step)
 
 
 def weights_of(

@@ -9,35 +9,17 @@ import sys
 
 import torch
 import torch.distributed.checkpoint as dcp
+from plain_module import build
 from safetensors.torch import load_file
-from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict
-
-
-def build(tensors: dict[str, torch.Tensor]) -> nn.Module:
-    """A tree of modules with these parameters and buffers, filled with noise."""
-    root = nn.Module()
-    for key in [key for key in tensors if key.startswith(("weight/", "buffer/"))]:
-        path = key.split("/")[1].split(".")
-        place = root
-        for part in path[:-1]:
-            if not hasattr(place, part):
-                place.add_module(part, nn.Module())
-            place = getattr(place, part)
-        if key.startswith("buffer/"):
-            place.register_buffer(path[-1], torch.randn(4))
-        else:
-            place.register_parameter(path[-1], nn.Parameter(torch.empty(0)))
-    return root
 
 
 def main(folder: str, checkpoint_file: str, out: str) -> None:
     """Load, compare every number with the file, and save."""
     saved = load_file(checkpoint_file)
     metadata = dcp.FileSystemReader(folder).read_metadata()
-    model = build(saved)
-    for name, parameter in model.named_parameters():
-        parameter.data = torch.randn(metadata.state_dict_metadata[f"model.{name}"].size)
+    prefix, entries = "model.", metadata.state_dict_metadata
+    model = build(saved, {name.removeprefix(prefix): entries[name].size for name in entries if name.startswith(prefix)})
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors}])

@@ -18,7 +18,6 @@ from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.exchange.dcp import export_dcp
 from amfm.pretrain.exchange.dcp_folder import DcpFolder
 from amfm.pretrain.exchange.read import import_state
-from tests.pretrain.exchange import plain_torch
 from tests.pretrain.exchange.conftest import Unbroken
 
 
@@ -33,7 +32,7 @@ def from_torch(unbroken: Unbroken, exported: Path, tmp_path_factory: pytest.Temp
     """What a program of plain torch saves that loaded it, and found every number as the checkpoint has it."""
     out = tmp_path_factory.mktemp("plain") / "out"
     file = unbroken.checkpoint / "rank-00000.safetensors"
-    command = [sys.executable, "-P", plain_torch.__file__, str(exported), str(file), str(out)]
+    command = [sys.executable, str(Path(__file__).with_name("plain_torch.py")), str(exported), str(file), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out

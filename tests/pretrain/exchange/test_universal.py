@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +18,27 @@ from torch import Tensor
 from amfm.data_pipeline.config import DataConfig
 from amfm.launch.cli import run
 from amfm.model.hybrid import HybridModel
+from amfm.model.on_demand import source_of
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
 from amfm.pretrain.checkpoint.files import read_manifest
 from amfm.pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
+from amfm.pretrain.checkpoint.inspect import diff_checkpoints
 from amfm.pretrain.checkpoint.load import load_newest
 from amfm.pretrain.checkpoint.placement import place_whole
 from amfm.pretrain.checkpoint.reader import RangeReader
+from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.engine.optimizer import build_optimizer
 from amfm.pretrain.engine.parts import list_parts
+from amfm.pretrain.exchange import torch_file
 from amfm.pretrain.exchange.universal import export_universal
 from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks
+from tests.pretrain.exchange.conftest import Unbroken
 from tests.pretrain.tiny_run import tiny_config
 
 RATE = 1e-3
@@ -131,6 +140,67 @@ def test_one_rank_of_deepspeed_loads_it_and_steps_like_ours(exported: tuple[RunC
     # The same sums in the same order, but for the clipping coefficient.
     for difference in run_ranks(load_everywhere, config, str(out), num_ranks=1)[0].values():
         assert difference < 1e-7
+
+
+@pytest.fixture(scope="module", params=[1, pytest.param(3, marks=pytest.mark.slow)])
+def converted(unbroken: Unbroken, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """What DeepSpeed's converter makes of what a program without amfm saved that had loaded an export."""
+    place = tmp_path_factory.mktemp("plain")
+    export_universal(unbroken.checkpoint, place / "export")
+    file, script = unbroken.checkpoint / "rank-00000.safetensors", Path(__file__).with_name("plain_deepspeed.py")
+    load = [str(script), str(place / "export"), str(file), str(request.param), str(place / "saved")]
+    convert = ["-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", "--num_extract_workers", "1"]
+    convert += ["--num_merge_workers", "1", "--input_folder", str(place / "saved" / "global_step2")]
+    for command in (load, [*convert, "--output_folder", str(place / "converted")]):
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return place / "converted" if request.param == 1 else place / "export"
+
+
+def test_a_run_goes_on_from_what_deepspeed_alone_loaded_and_saved(
+    unbroken: Unbroken, converted: Path, tmp_path: Path
+) -> None:
+    file, back = tmp_path / "config.yaml", tmp_path / "back"
+    file.write_text(resolved_yaml(unbroken.config))
+    own = [] if (converted / "latest_universal").is_file() else ["--config", str(file)]
+    assert run(["import", str(converted), str(back), *own]) == 0
+    found = diff_checkpoints(unbroken.checkpoint, back / "checkpoints" / "step-00000002")
+    assert not found["tensors"] and not found["optimizer_steps"] and not found["only_in_second"]
+    unbroken.goes_on_in(back)
+
+
+def test_a_round_trip_is_bit_equal_and_what_is_not_whole_is_named(
+    exported: tuple[RunConfig, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = exported
+    assert run(["import", str(out), str(tmp_path / "back")]) == 0
+    step = "step-00000002"
+    found = diff_checkpoints(Path(config.run.dir, "checkpoints", step), tmp_path / "back" / "checkpoints" / step)
+    assert found["same"], found
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    zero = copy / "global_step2" / "zero"
+    (zero / "head.weight" / "exp_avg.pt").unlink()
+    (zero / "strange").mkdir()
+    torch.save({"param": torch.zeros(2)}, zero / "strange" / "fp32.pt")
+    assert run(["import", str(copy), str(tmp_path / "none")]) == 2
+    message = capsys.readouterr().err
+    assert "zero/head.weight/exp_avg.pt is missing" in message
+    assert "zero/strange/fp32.pt does not belong" in message
+    with (zero / "embedding.weight" / "fp32.pt").open("r+b") as file:
+        file.truncate(300)
+    assert run(["import", str(copy), str(tmp_path / "none")]) == 2
+    assert "fp32.pt is not a whole file of torch.save" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_tensor_beyond_a_block_goes_out_and_comes_in_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_file, "BLOCK_NUMEL", 8)
+    tensor = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    torch_file.write_param(tmp_path / "x.pt", source_of(tensor))
+    assert torch.equal(torch.load(tmp_path / "x.pt")["param"], tensor)
+    assert torch.equal(torch_file.read_param(tmp_path / "x.pt").read(1, 4), tensor[1:4])
 
 
 @pytest.mark.slow
