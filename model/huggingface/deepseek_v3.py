@@ -13,7 +13,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import WeightMap
 from amfm.model.huggingface.fields import require_fields
 from amfm.model.huggingface.hf_class import HfTarget
-from amfm.model.huggingface.latent_attention import (
+from amfm.model.huggingface.latent.layers import (
     LAYER_TYPES,
     LatentClass,
     expert_fields,
@@ -23,7 +23,7 @@ from amfm.model.huggingface.latent_attention import (
     unfit_blocks,
     unfit_layers,
 )
-from amfm.model.huggingface.latent_attention_weights import latent_map
+from amfm.model.huggingface.latent.weights import latent_map
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS
 
 KIND = LatentClass(

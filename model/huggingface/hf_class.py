@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from amfm.model.huggingface.entries import WeightMap
 
 Target = Literal[
-    "nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "kimi_linear", "deepseek_v3", "lfm2", "own"
+    "nemotron_h",
+    "granitemoehybrid",
+    "qwen3_next",
+    "qwen3_5_moe",
+    "kimi_linear",
+    "deepseek_v3",
+    "lfm2",
+    "lfm2_moe",
+    "own",
 ]
 # Classes that are read: those, and teachers of conversions.
 Source = Target | Literal["llama", "qwen3"]

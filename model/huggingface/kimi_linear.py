@@ -16,7 +16,7 @@ from amfm.model.config.mixer_options import KdaOptions
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import Form, Piece, WeightEntry, WeightMap
 from amfm.model.huggingface.hf_class import HfTarget
-from amfm.model.huggingface.latent_attention import (
+from amfm.model.huggingface.latent.layers import (
     LAYER_TYPES,
     LatentClass,
     expert_fields,
@@ -25,7 +25,7 @@ from amfm.model.huggingface.latent_attention import (
     unfit_blocks,
     unfit_layers,
 )
-from amfm.model.huggingface.latent_attention_weights import latent_map
+from amfm.model.huggingface.latent.weights import latent_map
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER, packed_rows
 from amfm.model.huggingface.qwen3_next_weights import RowsEntry
 from amfm.model.huggingface.refusals import Refusal

@@ -40,51 +40,64 @@ def conv_options(config: ModelConfig) -> ShortConvOptions:
 def unfit_for_lfm2(config: ModelConfig) -> list[str]:
     """List every choice that the class cannot hold, as value, rule and remedy."""
     letters = config.letters
-    reasons = unfit_multipliers(config, "lfm2") + unfit_gates(config, "lfm2")
     mixers, seconds = letters[0::2], letters[1::2]
+    reasons = unfit_layers(config, "lfm2")
     if not (len(mixers) == len(seconds) and set(mixers) <= set(LAYER_TYPES) and set(seconds) <= {"-"}):
         reasons.append(
             f"model.pattern={''.join(letters)}: layers of lfm2 are pairs, C or * and then -; use such a pattern, or target own"
         )
+    return reasons
+
+
+def unfit_layers(config: ModelConfig, target: str) -> list[str]:
+    """List what layers of either class cannot hold, but for their order."""
+    letters = config.letters
+    reasons = unfit_multipliers(config, target) + unfit_gates(config, target)
     if "*" in letters and config.attention is not None:
-        reasons += _unfit_attention(config.hidden_size, config.attention)
+        reasons += _unfit_attention(config.hidden_size, config.attention, target)
     if "-" in letters and config.feed_forward is not None and config.feed_forward.activation != "swiglu":
         reasons.append(
-            f"model.feed_forward.activation={config.feed_forward.activation}: the feed-forward of lfm2 is gated; use swiglu, "
+            f"model.feed_forward.activation={config.feed_forward.activation}: the feed-forward of {target} is gated; use swiglu, "
             "or target own"
         )
     return reasons
 
 
-def _unfit_attention(hidden_size: int, attention: AttentionConfig) -> Iterator[str]:
+def _unfit_attention(hidden_size: int, attention: AttentionConfig, target: str) -> Iterator[str]:
     if not attention.qk_norm:
-        yield "model.attention.qk_norm=false: lfm2 norms queries and keys; use true, or target own"
+        yield f"model.attention.qk_norm=false: {target} norms queries and keys; use true, or target own"
     if attention.positions != "rope":
-        yield f"model.attention.positions={attention.positions}: attention of lfm2 is rotary; use rope, or target own"
+        yield f"model.attention.positions={attention.positions}: attention of {target} is rotary; use rope, or target own"
     if attention.rope.fraction != 1.0:
-        yield f"model.attention.rope.fraction={attention.rope.fraction}: lfm2 rotates whole heads; use 1.0, or target own"
+        yield f"model.attention.rope.fraction={attention.rope.fraction}: {target} rotates whole heads; use 1.0, or target own"
     if attention.head_dim * attention.num_heads != hidden_size:
-        rule = f"the heads of lfm2 are hidden_size / num_heads = {hidden_size / attention.num_heads:g} wide"
+        rule = f"the heads of {target} are hidden_size / num_heads = {hidden_size / attention.num_heads:g} wide"
         yield f"model.attention.head_dim={attention.head_dim}: {rule}; use that, or target own"
     scale = attention.softmax_scale
     if scale is not None and scale != attention.head_dim**-0.5:
-        rule = f"lfm2 scales by head_dim ** -0.5 = {attention.head_dim**-0.5:.6g}"
+        rule = f"{target} scales by head_dim ** -0.5 = {attention.head_dim**-0.5:.6g}"
         yield f"model.attention.softmax_scale={scale}: {rule}; leave it out, or target own"
 
 
 def lfm2_fields(config: ModelConfig) -> dict[str, Any]:
     """Build the fields of config.json that are the class's own."""
-    mixers = config.letters[0::2]
     assert config.feed_forward is not None, "every layer of lfm2 has a feed-forward"
-    fields: dict[str, Any] = {
+    return layer_fields(config) | {
         "architectures": ["Lfm2ForCausalLM"],
         "model_type": "lfm2",
+        "intermediate_size": config.feed_forward.hidden_size,
+        "block_auto_adjust_ff_dim": False,
+    }
+
+
+def layer_fields(config: ModelConfig) -> dict[str, Any]:
+    """Build the fields of convolutions and attention, alike in both classes."""
+    mixers = config.letters[0::2]
+    fields: dict[str, Any] = {
         "num_hidden_layers": len(mixers),
         "layer_types": [LAYER_TYPES[letter] for letter in mixers],
         "norm_eps": config.norm_epsilon,
         "tie_word_embeddings": config.tie_embeddings,
-        "intermediate_size": config.feed_forward.hidden_size,
-        "block_auto_adjust_ff_dim": False,
         "conv_bias": False,
         "conv_L_cache": conv_options(config).conv_kernel if "C" in mixers else 3,
         # A model without attention still needs sizes that the class accepts.
@@ -107,21 +120,28 @@ def model_config_from_lfm2(fields: Mapping[str, Any]) -> ModelConfig:
 
     Raises ValueError where the class uses something that our model does not have.
     """
+    layers = read_layers(fields, "-" * len(fields["layer_types"]))
+    dense = FeedForwardConfig(hidden_size=_inner_width(fields), activation="swiglu")
+    return ModelConfig.model_validate(layers | {"feed_forward": dense})
+
+
+def read_layers(fields: Mapping[str, Any], seconds: str) -> dict[str, Any]:
+    """Read the sections of convolutions and attention, alike in both classes; `seconds`: the second letter of each layer.
+
+    Raises ValueError where the class uses something that our model does not have.
+    """
     require_fields(fields, {"conv_bias": False})
-    pattern = "".join(LETTERS[kind] + "-" for kind in fields["layer_types"])
-    return ModelConfig.model_validate(
-        {
-            "pattern": pattern,
-            "vocab_size": fields["vocab_size"],
-            "hidden_size": fields["hidden_size"],
-            "norm_epsilon": fields["norm_eps"],
-            "tie_embeddings": fields["tie_word_embeddings"],
-            "initializer_range": fields["initializer_range"],
-            "attention": _attention(fields) if "*" in pattern else None,
-            "mixers": {"short_conv": {"conv_kernel": fields["conv_L_cache"]}} if "C" in pattern else {},
-            "feed_forward": FeedForwardConfig(hidden_size=_inner_width(fields), activation="swiglu"),
-        }
-    )
+    pattern = "".join(LETTERS[kind] + second for kind, second in zip(fields["layer_types"], seconds, strict=True))
+    return {
+        "pattern": pattern,
+        "vocab_size": fields["vocab_size"],
+        "hidden_size": fields["hidden_size"],
+        "norm_epsilon": fields["norm_eps"],
+        "tie_embeddings": fields["tie_word_embeddings"],
+        "initializer_range": fields["initializer_range"],
+        "attention": _attention(fields) if "*" in pattern else None,
+        "mixers": {"short_conv": {"conv_kernel": fields["conv_L_cache"]}} if "C" in pattern else {},
+    }
 
 
 def _attention(fields: Mapping[str, Any]) -> AttentionConfig:
@@ -147,38 +167,50 @@ def _inner_width(fields: Mapping[str, Any]) -> int:
 
 
 def lfm2_map(config: ModelConfig) -> WeightMap:
-    """Build the weight map of a model that fits the class."""
+    """Build the weight map of a model that fits either class: the other one has blocks E too."""
     entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
     for index, letter in enumerate(config.letters):
         ours, layer = f"blocks.{index}.", f"model.layers.{index // 2}."
-        norm = "ffn_norm" if letter == "-" else "operator_norm"
+        norm = "operator_norm" if letter in LAYER_TYPES else "ffn_norm"
         entries.append(WeightEntry(f"{ours}norm.weight", (f"{layer}{norm}.weight",)))
-        entries += _BLOCKS[letter](f"{ours}mixer.", layer)
+        entries += _BLOCKS[letter](config, f"{ours}mixer.", layer)
     entries.append(WeightEntry("final_norm.weight", ("model.embedding_norm.weight",)))
     if not config.tie_embeddings:
         entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
     return WeightMap(tuple(entries), {})
 
 
-def _conv_entries(ours: str, layer: str) -> Iterator[WeightEntry]:
+def _conv_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
     for name in ("in_proj.weight", "out_proj.weight"):
         yield WeightEntry(ours + name, (f"{layer}conv.{name}",))
     yield WeightEntry(f"{ours}conv.weight", (f"{layer}conv.conv.weight",), "conv")
 
 
-def _attention_entries(ours: str, layer: str) -> Iterator[WeightEntry]:
+def _attention_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
     theirs = {"o_proj": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm"}
     for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
         yield WeightEntry(f"{ours}{name}.weight", (f"{layer}self_attn.{theirs.get(name, name)}.weight",))
 
 
-def _dense_entries(ours: str, layer: str) -> Iterator[WeightEntry]:
+def _dense_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
     halves = (f"{layer}feed_forward.w1.weight", f"{layer}feed_forward.w3.weight")
     yield GatedEntry(f"{ours}up_proj.weight", halves)
     yield WeightEntry(f"{ours}down_proj.weight", (f"{layer}feed_forward.w2.weight",))
 
 
-_BLOCKS = {"C": _conv_entries, "*": _attention_entries, "-": _dense_entries}
+def _expert_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    assert config.moe is not None, "the pattern has E, the configuration no moe section"
+    theirs = f"{layer}feed_forward."
+    yield WeightEntry(f"{ours}router.weight", (f"{theirs}gate.weight",))
+    if config.moe.expert_bias:
+        yield WeightEntry(f"{ours}expert_bias", (f"{theirs}expert_bias",))
+    experts = [f"{theirs}experts.{expert}." for expert in range(config.moe.num_experts)]
+    gated = tuple(f"{expert}{half}.weight" for expert in experts for half in ("w1", "w3"))
+    yield GatedEntry(f"{ours}experts.up", gated, "experts")
+    yield WeightEntry(f"{ours}experts.down", tuple(f"{expert}w2.weight" for expert in experts), "experts")
+
+
+_BLOCKS = {"C": _conv_entries, "*": _attention_entries, "-": _dense_entries, "E": _expert_entries}
 
 
 def limits(config: ModelConfig) -> list[str]:

@@ -216,6 +216,19 @@ def test_kimi_linear_is_its_public_configuration_in_the_class_of_transformers():
     assert counts.total == pytest.approx(48e9, rel=0.03)
 
 
+def test_lfm2_is_its_public_configuration_in_the_class_of_transformers():
+    kinds = ["full_attention" if layer in (2, 6, 10, 14, 18, 21) else "conv" for layer in range(24)]
+    # Sizes of the release are the class's defaults, but for its layers.
+    public = transformers.Lfm2MoeConfig(layer_types=kinds, num_hidden_layers=24)
+    preset = load("lfm2_8b_a1b").model
+    assert sizes_of(preset) == sizes_of(model_config_from_huggingface(public.to_dict()))
+    counts = count_parameters(preset)
+    assert counts.total == count_on_meta(lambda: transformers.Lfm2MoeForCausalLM(public))
+    # 8.3B total and 1.5B active, says its card.
+    assert counts.total == pytest.approx(8.3e9, rel=0.01)
+    assert counts.active == pytest.approx(1.5e9, rel=0.05)
+
+
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("ladder")])
 def test_ladder_rung_can_be_exported_to_the_native_class(name):
     config = load(name)

@@ -123,6 +123,19 @@ def lfm2_config(**changes) -> ModelConfig:
     return ModelConfig(**(fields | changes))
 
 
+def lfm2_moe_config(**changes) -> ModelConfig:
+    moe = MoeConfig(
+        num_experts=4,
+        top_k=2,
+        expert_hidden_size=16,
+        shared_expert_hidden_size=0,
+        activation="swiglu",
+        expert_bias=True,
+        routed_scaling=1.5,
+    )
+    return lfm2_config(**({"pattern": "C-CE*E", "moe": moe} | changes))
+
+
 def grouped(moe: MoeConfig | None, **changes) -> MoeConfig:
     assert moe is not None
     return moe.model_copy(update=changes)
@@ -231,6 +244,12 @@ CASES = {
         pattern="*-",
         mixers={},
         attention=lfm2_config().attention.model_copy(update={"rope": YARN}),
+    ),
+    "lfm2_moe, dense and sparse layers, tied": lfm2_moe_config(tie_embeddings=True),
+    "lfm2_moe, sparse layers alone, no bias, plain weights": lfm2_moe_config(
+        pattern="CE*E",
+        feed_forward=None,
+        moe=grouped(lfm2_moe_config().moe, expert_bias=False, normalize_probabilities=False),
     ),
     "qwen3_5_moe, gated": gated(qwen3_5_moe_config()),
     "qwen3_5_moe, no gates, as many key heads": qwen3_5_moe_config(mixers=delta_mixers(num_key_heads=None)),

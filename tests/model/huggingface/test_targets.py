@@ -23,12 +23,13 @@ from tests.model.huggingface.cases import (
     grouped,
     kimi_linear_config,
     lfm2_config,
+    lfm2_moe_config,
     nemotron_h_config,
     qwen3_5_moe_config,
     qwen3_next_config,
 )
 
-ROTARY = lfm2_config().attention
+ROTARY, SPARSE = lfm2_config().attention, lfm2_moe_config()
 UNFIT = {
     "lfm2": {
         "model.pattern=C-C*-": {"pattern": "C-C*-"},
@@ -42,6 +43,15 @@ UNFIT = {
         "model.attention.gate=element": {"attention": ROTARY.model_copy(update={"gate": "element"})},
         "model.feed_forward.activation=squared_relu": {"feed_forward": FeedForwardConfig(hidden_size=20)},
         "model.multipliers.logits=0.5": {"multipliers": MultipliersConfig(logits=0.5)},
+    },
+    "lfm2_moe": {
+        "model.pattern=CEC-*E": {"pattern": "CEC-*E"},
+        "model.pattern=C-C-*-": {"pattern": "C-C-*-"},
+        "model.attention.qk_norm=false": {"attention": ROTARY.model_copy(update={"qk_norm": False})},
+        "model.moe.shared_expert_hidden_size=16": {"moe": grouped(SPARSE.moe, shared_expert_hidden_size=16)},
+        "model.moe.router=softmax": {"moe": grouped(SPARSE.moe, router="softmax", expert_bias=False)},
+        "model.moe.latent_size=8": {"moe": grouped(SPARSE.moe, latent_size=8)},
+        "model.moe.activation=squared_relu": {"moe": grouped(SPARSE.moe, activation="squared_relu")},
     },
     "kimi_linear": {
         "model.pattern=K-E": {"pattern": "K-E"},
@@ -168,6 +178,7 @@ BASES = {
     "kimi_linear": kimi_linear_config,
     "deepseek_v3": deepseek_v3_config,
     "lfm2": lfm2_config,
+    "lfm2_moe": lfm2_moe_config,
 }
 
 

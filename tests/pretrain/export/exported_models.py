@@ -92,11 +92,17 @@ LFM2: dict[str, Any] = {
     "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "qk_norm": True, "positions": "rope"},
     "feed_forward": {"hidden_size": 40, "activation": "swiglu"},
 }
+LFM2_MOE: dict[str, Any] = {
+    **LFM2,
+    "pattern": "C-*ECE",
+    "moe": GRANITE["moe"] | {"router": "sigmoid", "expert_bias": True, "shared_expert_hidden_size": 0},
+}
 MODELS = {
     "nemotron_h": MODEL,
     "granitemoehybrid": GRANITE,
     "qwen3_next": QWEN3_NEXT,
     "lfm2": LFM2,
+    "lfm2_moe": LFM2_MOE,
     "own": OWN,
 }
 

@@ -38,6 +38,7 @@ _NATIVE = {
     "documents of a packed row are named by positions alone": "Documents packed into one row run into each other",
     "a misspelt argument is an error": "check their spelling",
 }
+_CONVOLVED = {"documents of a packed row are named by positions alone": "leave packing off"}
 _UNCLASSIFIED = {"a classifier reads the last token of padded rows": "no class for sequence classification"}
 MISSING: dict[str, dict[str, str]] = {
     "own": {},
@@ -50,7 +51,8 @@ MISSING: dict[str, dict[str, str]] = {
     "granitemoehybrid": _NATIVE | _UNCLASSIFIED,
     "qwen3_next": _NATIVE,
     "kimi_linear": _NATIVE | _UNCLASSIFIED,
-    "lfm2": _UNCLASSIFIED | _NATIVE | {"documents of a packed row are named by positions alone": "leave packing off"},
+    "lfm2": _UNCLASSIFIED | _NATIVE | _CONVOLVED,
+    "lfm2_moe": _UNCLASSIFIED | _NATIVE | _CONVOLVED,
     "deepseek_v3": {"a misspelt argument is an error": "check their spelling"},
 }
 # All habits are tried on these; of the others what their README names.

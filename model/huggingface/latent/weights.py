@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import Piece, WeightEntry, WeightMap
-from amfm.model.huggingface.latent_attention import LatentClass, mla_options
+from amfm.model.huggingface.latent.layers import LatentClass, mla_options
 from amfm.model.huggingface.qwen3_next_weights import GatedEntry
 from amfm.model.on_demand import Shape, cut_rows
 
