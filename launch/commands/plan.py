@@ -310,7 +310,8 @@ def describe_step(item: Estimate) -> list[tuple[str, str]]:
         (f"MFU, {each.name}", f"{each.mfu:.1%}: {each.assumes}") for each in item.mfu_range if each.name != "expected"
     ]
     expected = "MFU, expected; no GPU has measured it" if ends else "MFU"
-    return [*parts, *beside, ("all", f"{total:,.3f} s"), (expected, f"{item.mfu:.1%}"), *ends]
+    mixed = [] if item.mfu_mixed is None else [("MFU, each product at its own peak", f"{item.mfu_mixed:.1%}")]
+    return [*parts, *beside, ("all", f"{total:,.3f} s"), (expected, f"{item.mfu:.1%}"), *mixed, *ends]
 
 
 def print_layouts(made: Plan) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.low_precision import narrow_flops_per_token
 from amfm.launch.plan.memory import Memory, estimate_memory, storage_of
 from amfm.launch.plan.time import StepTime, estimate_step
 from amfm.model.flops import flops_per_token
@@ -55,7 +56,9 @@ class Estimate:
     """Memory, time and throughput of one layout. `reason` says why it does not fit; empty when it does.
 
     `train`: the keys of the `train` section that the layout decides. `mfu` counts model FLOPs (recomputation left out)
-    against the dense peak of all ranks; `tokens_per_second` is of the whole run. `mfu_range`: where it was asked for.
+    against the dense peak of all ranks, which is that of bf16 whatever products take; `mfu_mixed` counts each product against
+    the peak of its own precision, None where all have one. `tokens_per_second` is of the whole run. `mfu_range`: where it was
+    asked for.
     """
 
     layout: Layout
@@ -66,6 +69,7 @@ class Estimate:
     reason: str
     train: dict[str, Any]
     mfu_range: tuple[Scenario, ...] = ()
+    mfu_mixed: float | None = None
 
     def fits(self) -> bool:
         """Whether the fullest rank's bytes fit the device's memory."""
@@ -98,8 +102,27 @@ def estimate(config: RunConfig, layout: Layout, hardware: Hardware, assumptions:
     flops = sum(flops_per_token(config.model, train.sequence_length).values())
     seconds = step.total()
     mfu = flops * tokens / layout.ranks / seconds / hardware.peak_flops(train.precision)
-    reason = explain_misfit(memory, hardware)
-    return Estimate(layout, memory, step, mfu, tokens / seconds, reason, layout.train_settings(config.model))
+    mixed = mixed_peak_seconds(config, hardware)
+    return Estimate(
+        layout,
+        memory,
+        step,
+        mfu,
+        tokens / seconds,
+        explain_misfit(memory, hardware),
+        layout.train_settings(config.model),
+        mfu_mixed=None if mixed is None else mixed * tokens / layout.ranks / seconds,
+    )
+
+
+def mixed_peak_seconds(config: RunConfig, hardware: Hardware) -> float | None:
+    """Seconds of a token's FLOPs if each ran at the peak of its own precision; None where all run in the run's."""
+    narrow = narrow_flops_per_token(config.model, config.low_precision)
+    if not narrow:
+        return None
+    flops = sum(flops_per_token(config.model, config.train.sequence_length).values())
+    seconds = (flops - sum(narrow.values())) / hardware.peak_flops(config.train.precision)
+    return seconds + sum(part / hardware.recipe_peak(recipe) for recipe, part in narrow.items())
 
 
 def mfu_range(
@@ -147,6 +170,7 @@ def estimate_as_dict(item: Estimate) -> dict[str, Any]:
         "step": {
             "seconds": step.total(),
             "mfu": item.mfu,
+            **({} if item.mfu_mixed is None else {"mfu_mixed": item.mfu_mixed}),
             "tokens_per_second": item.tokens_per_second,
             "tokens_per_second_per_gpu": item.tokens_per_second / item.layout.ranks,
             "compute_seconds": step.compute,

@@ -14,8 +14,10 @@ from amfm.launch.plan.blocks.expert_traffic import expert_traffic
 from amfm.launch.plan.blocks.moe import add_experts
 from amfm.launch.plan.communication import exchange_seconds
 from amfm.launch.plan.hardware import Hardware
-from amfm.launch.plan.layout import Layout, StageShare
+from amfm.launch.plan.layout import Layout, StageShare, count_routed
+from amfm.launch.plan.low_precision import planned_recipes
 from amfm.launch.plan.roofline import Roofline, add_part
+from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import RunConfig
 
 
@@ -43,35 +45,55 @@ def expert_exchange_seconds(
     uneven = sent_rows * (imbalance if details else 1.0)
     travel = uneven * exchange_seconds(traffic.rows, layout, hardware) / blocks / 4
     beside_rows = uneven * exchange_seconds(details, layout, hardware) / blocks / 2 if details else 0.0
-    first, last, experts = computed_around(config, layout, hardware, storage, imbalance)
     # A backward pass that is cut in two has the gradients of inputs alone beside the exchanges.
     backward = 1 if layout.schedule == "zero_bubble" else 2
-    parts, longer = layout.expert_parts, travel + beside_rows
-    waited = waiting_seconds(longer, travel, first, experts, last, parts)
-    waited += waiting_seconds(travel, longer, backward * last, backward * experts, backward * first, parts)
+    parts, longer, waited = layout.expert_parts, travel + beside_rows, 0.0
+    narrow = held.narrow_letters(config.low_precision.narrow_blocks(config.model.letters))
+    num_narrow = count_routed(config.model, narrow)
+    for times, letter in ((blocks - num_narrow, None), (num_narrow, routed_letter(config.model, narrow))):
+        if times:
+            first, last, experts = computed_around(config, layout, hardware, storage, imbalance, letter)
+            once = waiting_seconds(longer, travel, first, experts, last, parts)
+            once += waiting_seconds(travel, longer, backward * last, backward * experts, backward * first, parts)
+            waited += times * once
     counts = exchange_seconds(traffic.counts, layout, hardware)
     whole = blocks * 2 * (travel + longer)
-    exposed = blocks * waited if is_overlapped else whole
+    exposed = waited if is_overlapped else whole
     return counts + exposed, whole - exposed
 
 
+def routed_letter(model: ModelConfig, letters: tuple[str, ...]) -> str | None:
+    """The letter among these whose blocks have a router; None where none has."""
+    return next((letter for letter in letters if model.block_options(letter).routed_experts()), None)
+
+
 def computed_around(
-    config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage, imbalance: float
+    config: RunConfig,
+    layout: Layout,
+    hardware: Hardware,
+    storage: Storage,
+    imbalance: float,
+    narrow_letter: str | None = None,
 ) -> tuple[float, float, float]:
     """Forward seconds of what a block computes while rows travel out, while they travel home, and of its experts between.
 
-    Both parts of a shared expert of two factors a matrix are taken to be equal.
+    Both parts of a shared expert of two factors a matrix are taken to be equal. `narrow_letter`: of a block with a recipe.
     """
     model, tokens = config.model, layout.tokens(config)
     moe = model.moe
     assert moe is not None, "check_model was not called: model.moe is missing"
-    up, down, experts = (Roofline(hardware, config.train.precision, storage.element_bytes) for _ in range(3))
+    recipes = {} if narrow_letter is None else planned_recipes(config.low_precision, narrow_letter)
+    wide_gradient = config.low_precision.weight_gradient == "bf16"
+    up, down, experts, whole = (
+        Roofline(hardware, config.train.precision, storage.element_bytes, recipes=recipes, wide_gradient=wide_gradient)
+        for _ in range(4)
+    )
     (shared,) = moe.feed_forwards()
     if shared.inner:
-        whole = Roofline(hardware, config.train.precision, storage.element_bytes)
         add_part(whole, model, layout, tokens, shared)
         if shared.structure.kind == "dense":
-            up.product(tokens, model.hidden_size, up_rows(1, shared.activation) * shared.inner / layout.tensor)
+            units = up_rows(1, shared.activation) * shared.inner / layout.tensor
+            up.product(tokens, model.hidden_size, units, weight=f"{shared.place}up_proj.weight")
         else:
             up.seconds = whole.seconds / 2
         down.seconds = whole.seconds - up.seconds

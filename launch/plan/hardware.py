@@ -1,6 +1,7 @@
 """What accelerators and their links can do: a small table with its sources, or a YAML file of the same fields.
 
-Peaks are of the vendors' data sheets, without sparsity: A100 80GB SXM, H100 SXM, H200 SXM and DGX B200 (NVIDIA).
+Peaks are of the vendors' data sheets, without sparsity: A100 80GB SXM, H100 SXM, H200 SXM and DGX B200 (NVIDIA). Efficiencies
+of FP8 are what DeepGEMM states for large shapes on H800, and below; those of FP4 are guesses.
 `memory_gib` is what the device reports to PyTorch, which is less than the name says. The efficiencies are assumptions, of
 amfm's own kernels as they were compiled and of cuBLAS, until a GPU has measured them; so is what collectives, the host and
 ranks of unequal speed cost. A file of one's own has none of those costs unless it says so: what `amfm bench calibrate` fits
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from amfm.model.config.low_precision import RecipeName
 from amfm.pretrain.config.file import read_schema
 
 GIB = 2**30
@@ -28,6 +30,9 @@ class Hardware(BaseModel):
     name: str = Field(min_length=1, description="Shown in the plan.")
     bf16_flops: float = Field(gt=0, description="Dense peak of bfloat16 products, operations per second.")
     float32_flops: float = Field(gt=0, description="Peak of float32 products without TF32, operations per second.")
+    fp8_flops: float | None = Field(None, gt=0, description="Dense peak of e4m3 products; null: it has none.")
+    mxfp8_flops: float | None = Field(None, gt=0, description="The same with scales of MX; null: it has none.")
+    fp4_flops: float | None = Field(None, gt=0, description="Dense peak of e2m1 products; null: it has none.")
     memory_gib: float = Field(gt=0, description="Memory that a process can allocate, GiB.")
     memory_bytes_per_second: float = Field(gt=0, description="Memory bandwidth.")
     gpus_per_node: int = Field(8, gt=0, description="Accelerators that share the fast links.")
@@ -36,6 +41,10 @@ class Hardware(BaseModel):
     hop_seconds: float = Field(3e-6, ge=0, description="Latency of one step of a ring.")
     product_efficiency: float = Field(0.70, gt=0, le=1, description="Of the peak, in large products.")
     grouped_efficiency: float = Field(0.55, gt=0, le=1, description="Of the peak, in grouped products of experts.")
+    fp8_efficiency: float = Field(0.60, gt=0, le=1, description="Of the peak, in large products of e4m3.")
+    fp8_grouped_efficiency: float = Field(0.50, gt=0, le=1, description="The same in grouped products of experts.")
+    fp4_efficiency: float = Field(0.45, gt=0, le=1, description="Of the peak, in large products of e2m1.")
+    fp4_grouped_efficiency: float = Field(0.40, gt=0, le=1, description="The same in grouped products of experts.")
     attention_efficiency: float = Field(0.50, gt=0, le=1, description="Of the peak, in attention and scans, forward.")
     attention_backward_efficiency: float | None = Field(None, gt=0, le=1, description="Backward; null: as forward.")
     memory_efficiency: float = Field(0.75, gt=0, le=1, description="Of the bandwidth, in passes over memory.")
@@ -73,6 +82,22 @@ class Hardware(BaseModel):
         """Dense peak of matrix products in the training precision, operations per second."""
         return self.bf16_flops if precision == "bf16" else self.float32_flops
 
+    def recipe_peak(self, recipe: RecipeName) -> float:
+        """Dense peak of products by a recipe of low precision, operations per second. Raises ValueError where it has none."""
+        peak = {"fp8_block": self.fp8_flops, "mxfp8": self.mxfp8_flops, "nvfp4": self.fp4_flops}[recipe]
+        if peak is None:
+            raise ValueError(
+                f"{self.name} has no products of low_precision.recipe={recipe}; plan for another accelerator (fp8_block: "
+                "--gpu h100, mxfp8 and nvfp4: --gpu b200), or with low_precision.emulate=true, which multiplies wide"
+            )
+        return peak
+
+    def recipe_efficiency(self, recipe: RecipeName, *, grouped: bool) -> float:
+        """Of that peak, in large products or in grouped products of experts."""
+        if recipe == "nvfp4":
+            return self.fp4_grouped_efficiency if grouped else self.fp4_efficiency
+        return self.fp8_grouped_efficiency if grouped else self.fp8_efficiency
+
     def ring_bytes_per_second(self, ranks: int, stride: int = 1) -> float:
         """Bytes a second that a ring of `ranks` ranks carries, link efficiency included.
 
@@ -101,6 +126,9 @@ ASSUMED: dict[str, float] = {
     "communicator_gib": 0.25,
 }
 
+# As far below DeepGEMM's as our grouped products of bf16 are taken to be below CUTLASS's.
+OWN_FP8_GROUPED = 0.42
+
 HARDWARE = {
     "a100": Hardware(
         name="A100 80GB SXM",
@@ -116,26 +144,33 @@ HARDWARE = {
         name="H100 SXM",
         bf16_flops=989e12,
         float32_flops=67e12,
+        fp8_flops=1979e12,
         memory_gib=79.1,
         memory_bytes_per_second=3.35e12,
         node_link_bytes_per_second=450e9,
         network_bytes_per_second=50e9,
+        fp8_grouped_efficiency=OWN_FP8_GROUPED,
         **ASSUMED,
     ),
     "h200": Hardware(
         name="H200 SXM",
         bf16_flops=989e12,
         float32_flops=67e12,
+        fp8_flops=1979e12,
         memory_gib=139.8,
         memory_bytes_per_second=4.8e12,
         node_link_bytes_per_second=450e9,
         network_bytes_per_second=50e9,
+        fp8_grouped_efficiency=OWN_FP8_GROUPED,
         **ASSUMED,
     ),
     "b200": Hardware(
         name="B200 (DGX)",
         bf16_flops=2250e12,
         float32_flops=75e12,
+        fp8_flops=4500e12,
+        mxfp8_flops=4500e12,
+        fp4_flops=9000e12,
         memory_gib=178.0,
         memory_bytes_per_second=8.0e12,
         node_link_bytes_per_second=900e9,

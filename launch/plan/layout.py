@@ -9,6 +9,7 @@ change them.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -154,7 +155,7 @@ class StageShare:
     holds. `dense` and `routed` are kept apart because ZeRO shards them over different groups; `parts` has both of the
     embedding, of each block and of the head, in the module's order. `largest_block` (parameters) is what ZeRO-3 may gather
     beyond its limit of live parameters. `matrices`: those that Muon steps, none with AdamW. `routed_blocks`: how many of `letters`
-    have a router.
+    have a router. `indices`: of the main blocks in the model, in the order of `letters`.
     """
 
     stage: int
@@ -169,6 +170,11 @@ class StageShare:
     matrices: MatrixShare = NO_MATRICES
     depths: int = 0
     routed_blocks: int = 0
+    indices: tuple[int, ...] = ()
+
+    def narrow_letters(self, narrow: Collection[int]) -> tuple[str, ...]:
+        """Letters of the blocks that make products by a recipe, `narrow` being the indices of all such blocks of the model."""
+        return tuple(letter for letter, index in zip(self.letters, self.indices) if index in narrow)
 
     @property
     def embeddings(self) -> int:
@@ -232,15 +238,16 @@ def held_by_stages(
     return _held(model, cuts, sequence_length, muon)
 
 
-def distinct_stages(stages: tuple[StageShare, ...]) -> tuple[StageShare, ...]:
-    """One stage for each distinct content, the first of them.
+def distinct_stages(stages: tuple[StageShare, ...], narrow: Collection[int] = ()) -> tuple[StageShare, ...]:
+    """One stage for each distinct content, the first of them; `narrow`: indices of blocks with a recipe of low precision.
 
     Under 1F1B an earlier stage holds more micro-batches in flight than a later one with the same blocks, and takes as
     long.
     """
     first: dict[object, StageShare] = {}
     for held in stages:
-        first.setdefault((held.letters, held.has_embedding, held.has_head), held)
+        alike = held.letters, held.has_embedding, held.has_head, held.narrow_letters(narrow)
+        first.setdefault(alike, held)
     return tuple(first.values())
 
 
@@ -256,7 +263,8 @@ def _held(model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonCo
     held = []
     for stage in range(layout.pipeline):
         pieces = pieces_of_rank(cut, stage, layout.pipeline)
-        own = tuple(letters[index] for piece in pieces for index in piece.blocks)
+        indices = tuple(index for piece in pieces for index in piece.blocks)
+        own = tuple(letters[index] for index in indices)
         is_first, is_last = any(piece.is_first for piece in pieces), any(piece.is_last for piece in pieces)
         depths = model.num_depths if is_last else 0
         # The last stage holds a copy of the table as its head where they are tied, and for prediction depths.
@@ -285,6 +293,7 @@ def _held(model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonCo
                 count_matrices(model, built, muon).divided(layout.tensor, width_ranks),
                 depths,
                 count_routed(model, own + depths * pattern.depth_letters),
+                indices,
             )
         )
     return tuple(held)

@@ -6,9 +6,14 @@ An operation takes the longer of its arithmetic at a stated part of the peak and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from amfm.launch.plan.activations import FLOAT32_BYTES, up_rows
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.low_precision import OPERAND_BYTES
+from amfm.model.config.low_precision import RecipeName
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.structure import Activation, FeedForwardPart
 
@@ -17,25 +22,47 @@ class Roofline:
     """Sum of roofline seconds of forward and backward operations on one device.
 
     `forwards` is 2 where blocks are recomputed, so that every method counts the forward part once more. `lands`: products
-    add a weight's gradient to its float32 sum, which they read and write, where others write it.
+    add a weight's gradient to its float32 sum, which they read and write, where others write it. `recipes`: of low precision,
+    by the names of weights; `wide_gradient`: their third product keeps the run's precision.
     """
 
     def __init__(
-        self, hardware: Hardware, precision: str, element_bytes: int, forwards: int = 1, *, lands: bool = False
+        self,
+        hardware: Hardware,
+        precision: str,
+        element_bytes: int,
+        forwards: int = 1,
+        *,
+        lands: bool = False,
+        recipes: Mapping[str, RecipeName] = MappingProxyType({}),
+        wide_gradient: bool = False,
     ) -> None:
+        self.recipes, self.wide_gradient = recipes, wide_gradient
         self.hardware, self.element_bytes, self.forwards, self.lands = hardware, element_bytes, forwards, lands
         self.peak = hardware.peak_flops(precision)
         self.bandwidth = hardware.memory_bytes_per_second * hardware.memory_efficiency
         self.seconds = 0.0
 
     def product(
-        self, rows: float, inputs: float, outputs: float, *, groups: int = 1, grouped: bool = False, wide: bool = False
+        self,
+        rows: float,
+        inputs: float,
+        outputs: float,
+        *,
+        groups: int = 1,
+        grouped: bool = False,
+        wide: bool = False,
+        weight: str = "",
     ) -> None:
         """Add [rows, in] x [in, out] and the two products of its backward pass; `groups` matrices share the rows.
 
         `grouped`: by a grouped kernel though it be of one matrix, as experts are. `wide`: in float32, as the router's logits
-        are.
+        are. `weight`: its name below the mixer, by which it may have a recipe.
         """
+        recipe = self.recipes.get(weight)
+        if recipe is not None:
+            self._narrow_product(rows, inputs, outputs, groups, recipe, grouped=grouped or groups > 1)
+            return
         hardware = self.hardware
         efficiency = hardware.grouped_efficiency if grouped or groups > 1 else hardware.product_efficiency
         peak = hardware.float32_flops if wide else self.peak
@@ -47,6 +74,28 @@ class Roofline:
         ):
             moved = size * rows * (inputs + outputs) + bytes_each * weights
             self.seconds += times * max(arithmetic, moved / self.bandwidth)
+
+    def _narrow_product(
+        self, rows: float, inputs: float, outputs: float, groups: int, recipe: RecipeName, *, grouped: bool
+    ) -> None:
+        """`product` by a recipe, with the passes that quantise its operands."""
+        hardware, e, b = self.hardware, self.element_bytes, OPERAND_BYTES[recipe]
+        flops, weights = 2 * rows * inputs * outputs, groups * inputs * outputs
+        rate = hardware.recipe_peak(recipe) * hardware.recipe_efficiency(recipe, grouped=grouped)
+        wide = self.peak * (hardware.grouped_efficiency if grouped else hardware.product_efficiency)
+        sums = 2 * FLOAT32_BYTES if self.lands else e
+        third = e if self.wide_gradient else b
+        for times, seconds, moved in (
+            (self.forwards, flops / rate, rows * (b * inputs + e * outputs) + b * weights),
+            (1, flops / rate, rows * (b * outputs + e * inputs) + b * weights),
+            (1, flops / (wide if self.wide_gradient else rate), third * rows * (inputs + outputs) + sums * weights),
+        ):
+            self.seconds += times * max(seconds, moved / self.bandwidth)
+        # Codes along rows, and along columns where the third product takes them; a weight's for either direction.
+        codes = b if self.wide_gradient else 2 * b
+        quantised = self.forwards * (rows * inputs * (e + codes) + weights * (e + b))
+        quantised += rows * outputs * (e + codes) + weights * (e + b)
+        self.seconds += quantised / self.bandwidth
 
     def mixing(self, flops: float, moved: float) -> None:
         """Add attention or a scan, given forward `flops` and bytes moved.
@@ -72,11 +121,12 @@ def add_feed_forward(
     groups: int = 1,
     *,
     grouped: bool = False,
+    weights: tuple[str, str] = ("", ""),
 ) -> None:
-    """Up and down projection with the activation between them, `units` hidden units wide on this rank."""
+    """Up and down projection with the activation between them, `units` hidden units wide on this rank; `weights`: their names."""
     up = up_rows(1, activation) * units
-    line.product(rows, width, up, groups=groups, grouped=grouped)
-    line.product(rows, units, width, groups=groups, grouped=grouped)
+    line.product(rows, width, up, groups=groups, grouped=grouped, weight=weights[0])
+    line.product(rows, units, width, groups=groups, grouped=grouped, weight=weights[1])
     line.passes(rows * (3 * up + 2 * units) * line.element_bytes)
 
 
@@ -85,7 +135,8 @@ def add_part(line: Roofline, model: ModelConfig, layout: Layout, tokens: float, 
     if not part.inner:
         return
     if part.structure.kind == "dense":
-        add_feed_forward(line, tokens, model.hidden_size, part.inner / layout.tensor, part.activation)
+        names = f"{part.place}up_proj.weight", f"{part.place}down_proj.weight"
+        add_feed_forward(line, tokens, model.hidden_size, part.inner / layout.tensor, part.activation, weights=names)
     else:
         _add_factored(line, model, layout, tokens, part)
 

@@ -8,6 +8,7 @@ the schedule cuts backward passes in two (Qi et al. 2023, arXiv 2401.10241, sect
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
@@ -25,6 +26,7 @@ from amfm.launch.plan.exchanges import reduction_exchanges
 from amfm.launch.plan.expert_time import expert_exchange_seconds
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
+from amfm.launch.plan.low_precision import planned_recipes
 from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.roofline import Roofline
 from amfm.model.config.pattern import block_kind
@@ -88,11 +90,26 @@ def lands(layout: Layout, storage: Storage) -> bool:
 
 
 def block_seconds(
-    config: RunConfig, letter: str, layout: Layout, hardware: Hardware, storage: Storage, imbalance: float
+    config: RunConfig,
+    letter: str,
+    layout: Layout,
+    hardware: Hardware,
+    storage: Storage,
+    imbalance: float,
+    *,
+    is_narrow: bool = False,
 ) -> float:
-    """Forward and backward seconds of a rank's part of one block for one micro-batch."""
+    """Forward and backward seconds of a rank's part of one block for one micro-batch; `is_narrow`: by its recipe."""
     forwards = 2 if letter in layout.recompute else 1
-    line = Roofline(hardware, config.train.precision, storage.element_bytes, forwards, lands=lands(layout, storage))
+    line = Roofline(
+        hardware,
+        config.train.precision,
+        storage.element_bytes,
+        forwards,
+        lands=lands(layout, storage),
+        recipes=planned_recipes(config.low_precision, letter) if is_narrow else {},
+        wide_gradient=config.low_precision.weight_gradient == "bf16",
+    )
     # The norm with its residual: two tensors read and two written; backward reads three and writes two.
     tokens = layout.tokens(config) / layout.stream_ranks
     line.passes(9 * tokens * config.model.hidden_size * storage.element_bytes)
@@ -140,10 +157,14 @@ def estimate_step(
     `overlaps_experts`: whether that runs beside what their blocks compute.
     """
     every = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
-    stages = distinct_stages(every) if stage is None else (every[stage],)
+    narrow = frozenset(config.low_precision.narrow_blocks(config.model.letters))
+    stages = distinct_stages(every, narrow) if stage is None else (every[stage],)
     block = {
-        letter: block_seconds(config, letter, layout, hardware, storage, imbalance)
+        (letter, False): block_seconds(config, letter, layout, hardware, storage, imbalance)
         for letter in {letter for held in stages for letter in held.letters}
+    } | {
+        (letter, True): block_seconds(config, letter, layout, hardware, storage, imbalance, is_narrow=True)
+        for letter in {letter for held in stages for letter in held.narrow_letters(narrow)}
     }
     found = []
     for held in stages:
@@ -157,9 +178,22 @@ def estimate_step(
             sent_rows=sent_rows,
             is_overlapped=overlaps_experts,
         )
-        found.append(_estimate_stage(config, layout, hardware, storage, held, block, overlap, experts))
+        blocks = seconds_by_letter(held, held.narrow_letters(narrow), block)
+        found.append(_estimate_stage(config, layout, hardware, storage, held, blocks, overlap, experts))
     # Stages wait for each other at every step, so the slowest sets the pace.
     return max(found, key=StepTime.total)
+
+
+def seconds_by_letter(
+    held: StageShare, narrow: tuple[str, ...], block: Mapping[tuple[str, bool], float]
+) -> dict[str, float]:
+    """Seconds of all blocks of a letter on a stage, of which those of the letters `narrow` have a recipe."""
+    found = {}
+    for letter in dict.fromkeys(held.letters):
+        number = narrow.count(letter)
+        found[letter] = (held.letters.count(letter) - number) * block[letter, False]
+        found[letter] += number * block[letter, True] if number else 0.0
+    return found
 
 
 def _estimate_stage(
@@ -172,15 +206,12 @@ def _estimate_stage(
     overlap: float,
     experts: tuple[float, float],
 ) -> StepTime:
-    """All parts of a step for one pipeline stage, from the seconds of each kind of block.
+    """All parts of a step for one pipeline stage, from the seconds of all blocks of each kind.
 
     `experts`: of a micro-batch's exchanges over the expert axis, what it waits for and what is hidden.
     """
     passes = layout.micro_batches(config)
-    compute = {
-        block_kind(letter): passes * held.letters.count(letter) * block[letter]
-        for letter in dict.fromkeys(held.letters)
-    }
+    compute = {block_kind(letter): passes * seconds for letter, seconds in block.items()}
     if held.has_head:
         compute["head"] = passes * held.heads * head_seconds(config, layout, hardware, storage)
     if held.depths:

@@ -25,8 +25,8 @@ class PlannedAttention(PlannedBlock):
         query = attention.num_heads / tensor * attention.head_dim
         keys = max(1, attention.num_kv_heads / tensor) * attention.head_dim
         gates = {"none": 0.0, "head": query / attention.head_dim, "element": query}[attention.gate]
-        line.product(tokens, hidden, query + 2 * keys + gates)
-        line.product(tokens, query, hidden)
+        line.product(tokens, hidden, query + 2 * keys + gates, weight="q_proj.weight")
+        line.product(tokens, query, hidden, weight="o_proj.weight")
         if gates:
             line.passes(tokens * (5 * query + 3 * gates) * e)
         if attention.qk_norm or attention.positions == "rope":

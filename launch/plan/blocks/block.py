@@ -46,8 +46,8 @@ class PlannedBlock:
         tokens, tensor = layout.tokens(self.config), layout.tensor
         kept = block_bytes(self.model, self.letter, storage, cut_of(self.config, layout, self.letter, imbalance)).kept
         sizes = measured_sizes(self.model, self.letter, self.config.train.sequence_length)
-        for outputs, inputs in sizes.matrices:
-            line.product(tokens, inputs, outputs / tensor)
+        for name, outputs, inputs in sizes.matrices:
+            line.product(tokens, inputs, outputs / tensor, weight=name)
         line.mixing(tokens * sizes.sequence_flops / tensor, tokens * kept)
         line.passes(2 * tokens * kept)
 
@@ -73,11 +73,11 @@ class PlannedBlock:
 class MeasuredSizes:
     """Sizes of one mixer, uncut.
 
-    `matrices`: [out, in] of each. `sequence_flops`: per token, of the recurrence or attention in forward. `state_numbers`:
+    `matrices`: name, out and in of each. `sequence_flops`: per token, of the recurrence or attention in forward. `state_numbers`:
     per row, of its decode state, which is what passes between context ranks.
     """
 
-    matrices: tuple[tuple[int, int], ...]
+    matrices: tuple[tuple[str, int, int], ...]
     sequence_flops: float
     state_numbers: int
 
@@ -89,7 +89,9 @@ def measured_sizes(config: ModelConfig, letter: str, sequence_length: int) -> Me
         mixer = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")
         state = mixer.empty_state(1)
     matrices = tuple(
-        (weight.shape[-2], weight.numel() // weight.shape[-2]) for weight in mixer.parameters() if weight.dim() > 1
+        (name, weight.shape[-2], weight.numel() // weight.shape[-2])
+        for name, weight in mixer.named_parameters()
+        if weight.dim() > 1
     )
     tensors = state.values() if isinstance(state, dict) else state or ()
     return MeasuredSizes(matrices, mixer.sequence_flops(sequence_length), sum(tensor.numel() for tensor in tensors))

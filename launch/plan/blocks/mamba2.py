@@ -25,8 +25,8 @@ class PlannedMamba2(PlannedBlock):
         tokens, tensor = layout.tokens(self.config), layout.tensor
         inner, groups = mamba.inner_size() / tensor, max(1, mamba.num_groups / tensor)
         channels = inner + 2 * groups * mamba.state_size
-        line.product(tokens, hidden, inner + channels + mamba.num_heads / tensor)
-        line.product(tokens, inner, hidden)
+        line.product(tokens, hidden, inner + channels + mamba.num_heads / tensor, weight="in_proj.weight")
+        line.product(tokens, inner, hidden, weight="out_proj.weight")
         line.passes(tokens * channels * 5 * e + tokens * inner * 8 * e)  # convolution, gated norm
         # Scores once per group, their product with x, and the state's way in and out.
         scan = 2 * mamba.chunk_size * (groups * mamba.state_size + inner) + 4 * inner * mamba.state_size

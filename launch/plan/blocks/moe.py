@@ -99,7 +99,16 @@ def add_experts(line: Roofline, moe: MoeConfig, width: int, tokens: float, layou
         rows *= imbalance * layout.expert_tensor / layout.tensor
     units, parts = moe.expert_hidden_size / layout.width_ranks, layout.expert_parts
     for _ in range(parts):
-        add_feed_forward(line, rows / parts, width, units, moe.activation, groups=experts, grouped=True)
+        add_feed_forward(
+            line,
+            rows / parts,
+            width,
+            units,
+            moe.activation,
+            groups=experts,
+            grouped=True,
+            weights=("experts.up", "experts.down"),
+        )
     if parts > 1:
         # Of the two gradients one is read and added to, which is read and written.
         weights = experts * units * width * matrices_of(moe.activation)
