@@ -15,6 +15,7 @@ import yaml
 
 from amfm.data_pipeline.batch import Batch
 from amfm.model.hybrid import ModelOutput
+from amfm.model.parallel.row_room import opened
 from amfm.pretrain.checks.check_run import load_checked
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine
@@ -134,7 +135,7 @@ def accumulate_gradients(
     sums = empty_sums(config.model, parallel.device)
     inputs = [move_batch(batch, parallel, config.model) for batch in batches]
     engine.module.train()
-    with engine.accumulate(len(inputs)):
+    with engine.accumulate(len(inputs)), opened(parallel.groups.row_room):
         if pipeline is not None:
             for output in pipeline.train(inputs, lambda output: scaled_share(share, engine, output)):
                 sums.add(output)

@@ -27,6 +27,7 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 from torch.distributed.rendezvous import rendezvous
 
 from amfm.model.parallel.groups import AXES, ProcessGroupCollection
+from amfm.model.parallel.row_room import RowRoom
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID
 from amfm.pretrain.rank_group import RankGroup
@@ -260,6 +261,7 @@ def initialize_parallel(
     torch.set_num_threads(num_threads or max(1, count_cores() // local_world_size))
     groups = ProcessGroupCollection.use_mpu_process_groups(AXES)
     groups.sequence_parallel, groups.overlap_experts = section.sequence_parallel, section.overlap_experts
+    groups.row_room = None if section.expert_room is None else RowRoom(section.expert_room, device)
     return Parallel(rank, world_size, local_rank, local_world_size, device, groups, DataParallelUnit())
 
 

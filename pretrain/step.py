@@ -24,17 +24,20 @@ from amfm.data_pipeline.batch import Batch
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import ModelOutput
 from amfm.model.loss import IGNORE_INDEX
+from amfm.model.parallel.row_room import opened
 from amfm.model.scheduled import set_step
 from amfm.pretrain.engine.engine import StepOutcome
 from amfm.pretrain.micro_batch import LossShare, MicroBatch, MicroBatches, look_ahead, send
 from amfm.pretrain.monitor.anomalies import StepAnomaly, describe_skip, judge_loss, remember_loss
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.run import Run
-from amfm.pretrain.step_sums import RankNews, StepReport, StepResult, empty_sums
+from amfm.pretrain.step_sums import RankNews, StepReport, StepResult, StepSums, empty_sums
 
 
 def train_step(run: Run) -> StepResult:
     """Train on the next global batch: accumulate its gradients, update the weights, advance `progress`.
+
+    Where rows of spread experts had less room than a router filled, that is done twice (model/parallel/row_room.py).
 
     Every rank must call this. A loss spike under `health.on_spike=skip` poisons the gradients before the update, and
     non-finite gradients leave the weights alone; either way all ranks skip together.
@@ -44,22 +47,15 @@ def train_step(run: Run) -> StepResult:
         batches = run.loader.take(work.num_rows, work.micro_rows)
     counts = count_valid_tokens(batches, run.parallel, run.config.model)
     share = LossShare.of_counts(counts, work.num_micro_batches, run.config.model)
-    sums = empty_sums(run.config.model, run.parallel.device, extra=run.config.own_losses())
     run.engine.module.train()
     set_step(run.model, run.progress.step, run.num_steps)
-    with run.engine.accumulate(len(batches)):
-        micro_batches = MicroBatches(batches, run.parallel, run.config.model)
-        for hook in run.hooks:
-            hook.before_passes(micro_batches, share)
-        with run.clock("forward"):
-            for output in forward_backward(run, micro_batches, share):
-                sums.add(output)
-        run.clock("reduce")
-        # Still inside `accumulate`: a step to be skipped must be poisoned before gradients are reduced.
-        report = sums.reduce(run.parallel, counts, gather_news(run))
-        anomaly = judge_loss(report.loss, run.progress.recent_losses, run.config.health)
-        if anomaly is not None and run.config.health.on_spike == "skip":
-            run.engine.skip_next_step()
+    sums, report, anomaly = take_passes(run, batches, counts, share)
+    room = run.parallel.groups.row_room
+    if room is not None and room.settle(report.missed):
+        run.engine.step(work.rate)  # refused on all ranks: it lets go of the gradients
+        run.tell("recount", "experts' rows had too little room: this step is computed again, with counted rows")
+        sums, report, anomaly = take_passes(run, batches, counts, share)
+        room.settle(report.missed)
     for hook in run.hooks:
         hook.before_update()
     run.clock("optimizer")
@@ -73,6 +69,33 @@ def train_step(run: Run) -> StepResult:
         losses = [float(loss / share.valid_tokens) for loss in sums.micro_losses]
         skip = describe_skip(run.parallel, batches, losses, run.engine.fault)
     return conclude(run, work, report, outcome, anomaly, skip)
+
+
+def take_passes(
+    run: Run, batches: Sequence[Batch], counts: Tensor, share: LossShare
+) -> tuple[StepSums, StepReport, StepAnomaly | None]:
+    """Forward and backward of a step's micro-batches: what they summed up, what that says, and whether it is a spike.
+
+    Gradients are reduced, and poisoned where the step is not to move anything: after a spike that `health.on_spike` skips, and
+    where rows of spread experts had no room. `counts`: of valid tokens. Every rank must call this.
+    """
+    sums = empty_sums(run.config.model, run.parallel.device, extra=run.config.own_losses())
+    room = run.parallel.groups.row_room
+    with run.engine.accumulate(len(batches)):
+        micro_batches = MicroBatches(batches, run.parallel, run.config.model)
+        for hook in run.hooks:
+            hook.before_passes(micro_batches, share)
+        with run.clock("forward"), opened(room):
+            for output in forward_backward(run, micro_batches, share):
+                sums.add(output)
+        run.clock("reduce")
+        # Still inside `accumulate`: a step to be skipped must be poisoned before gradients are reduced.
+        report = sums.reduce(run.parallel, counts, gather_news(run))
+        anomaly = judge_loss(report.loss, run.progress.recent_losses, run.config.health)
+        is_spike = anomaly is not None and run.config.health.on_spike == "skip"
+        if is_spike or (room is not None and room.was_short(report.missed)):
+            run.engine.skip_next_step()
+    return sums, report, anomaly
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from amfm.launch.bench.efficiencies import fit_efficiencies
-from amfm.launch.plan.blocks.expert_traffic import expected_ranks
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate
 from amfm.launch.plan.hardware import HARDWARE, Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig, MtpConfig
 from amfm.model.flops import flops_per_token
+from amfm.model.moe.spread import expected_ranks
 from amfm.pretrain.checks.check_run import load_checked
 from amfm.pretrain.config.schema import RunConfig
 from benchmarks.published.runs import PUBLISHED, PublishedRun
@@ -52,6 +52,7 @@ WITHOUT_LAYOUT = (
     "parallel.sequence_parallel=false",
     "parallel.expert=1",
     "parallel.overlap_experts=false",
+    "parallel.expert_room=null",
     "parallel.context=1",
     "parallel.pipeline=1",
     "parallel.schedule=1f1b",

@@ -9,7 +9,7 @@ communicate here. Ties go to the lower id in every backend, so that all choose a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -154,13 +154,16 @@ def expert_feed_forward(
     *,
     activation: str,
     count: int | None = None,
+    is_bound: bool = False,
     backend: str = "torch",
 ) -> Tensor:
     """Sum over each token's K chosen experts of weight times feed-forward.
 
     Shapes: x [R, D]; expert ids [R, K] integers in [0, E); weights [R, K]; up and down as `grouped_feed_forward` ->
     [R, D]. Saves x and the hidden rows before the activation for backward; no sorted copy, no output before weighting.
-    `count`: ids may be E too, a choice that adds nothing, and `count` of them are not; None: none is E.
+    `count`: ids may be E too, a choice that adds nothing, and `count` of them are not; None: none is E. `is_bound`: no more than
+    `count` are not, and how many, the device alone knows; such choices need weights of 0, and what they get for a gradient of
+    the weight is not to be read. Of more than `count`, a choice may add nothing.
     Raises ValueError for wrong shapes, dtypes, or an unknown activation.
     """
     _check_experts(x_RD, up_EFD, down_EDF, activation)
@@ -181,16 +184,32 @@ def expert_feed_forward(
             choices = sort_choices(expert_ids_RK, num_sorted, backend=backend)
             rows_SD = gather_choices(x_RD, choices, rows, expert_ids_RK.shape[1])
             offsets_E = choices.counts_E[:num_experts].cumsum(0).to(torch.int32)
+            offsets_E = _fill_up(offsets_E, rows) if is_bound else offsets_E
             y_SD = grouped_feed_forward_torch(rows_SD, offsets_E, up_EFD, down_EDF, activation)
             return combine_choices(y_SD, choices, weights_RK)
         pairs = sort_pairs(expert_ids_RK, num_sorted)
+        if is_bound:
+            is_lost_S = expert_ids_RK.flatten() == num_experts
+            places_S = pairs.places.masked_fill(is_lost_S, rows)  # or results of rows that nobody writes would be added
+            pairs = replace(pairs, places=places_S, offsets_E=pairs.offsets_E.clamp(max=rows))
         return expert_feed_forward_triton(x_RD, weights_RK, pairs, rows, up_EFD, down_EDF, activation)
     groups = group_by_expert(expert_ids_RK, num_sorted)
+    offsets_E = groups.offsets_E[:num_experts]
+    if is_bound and (x_RD.device.type == "cpu" or recipes is not None):
+        rows = int(offsets_E[-1])  # which a CPU reads without waiting, and emulated recipes read anyway
+    elif is_bound:
+        offsets_E = _fill_up(offsets_E, rows)
     weights_S = weights_RK.reshape(-1).index_select(0, groups.order[:rows])
-    places = groups.token_ids[:rows], groups.offsets_E[:num_experts]
+    places = groups.token_ids[:rows], offsets_E
     if recipes is not None:
         return low_precision.feed_forward(x_RD, weights_S, *places, up_EFD, down_EDF, activation, recipes)
     return expert_feed_forward_torch(x_RD, weights_S, *places, up_EFD, down_EDF, activation)
+
+
+def _fill_up(offsets_E: Tensor, rows: int) -> Tensor:
+    """Give the last expert all rows up to `rows`, for products that take no rows without an expert; their weights are 0."""
+    is_last_E = torch.arange(len(offsets_E), device=offsets_E.device) == len(offsets_E) - 1
+    return offsets_E.clamp(max=rows).masked_fill(is_last_E, rows)
 
 
 def _multiplies_by_torch(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor, rows: int) -> bool:

@@ -41,8 +41,8 @@ def expert_exchange_seconds(
     if traffic is None:
         return 0.0, 0.0
     details = traffic.details
-    # Slots are sent whoever fills them; of other rows the fullest rank's link has the most.
-    uneven = sent_rows * (imbalance if details else 1.0)
+    # Slots and places are sent whoever fills them; of other rows the fullest rank's link has the most.
+    uneven = sent_rows * (imbalance if details and layout.expert_room is None else 1.0)
     travel = uneven * exchange_seconds(traffic.rows, layout, hardware) / blocks / 4
     beside_rows = uneven * exchange_seconds(details, layout, hardware) / blocks / 2 if details else 0.0
     # A backward pass that is cut in two has the gradients of inputs alone beside the exchanges.

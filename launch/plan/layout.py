@@ -43,6 +43,7 @@ class Layout:
     schedule: str = "1f1b"
     recompute: frozenset[str] = frozenset()  # letters of the blocks that are computed again
     overlap_experts: bool = False
+    expert_room: float | None = None
 
     @classmethod
     def of(cls, config: RunConfig, ranks: int) -> Layout:
@@ -62,6 +63,7 @@ class Layout:
             section.schedule,
             recomputed_letters(config),
             section.overlap_experts,
+            section.expert_room,
         )
 
     @property
@@ -112,7 +114,7 @@ class Layout:
     def settings(self) -> dict[str, Any]:
         """The `parallel` section that requests this layout, as plain values.
 
-        `expert_tensor` and `overlap_experts` appear only with an expert axis, `schedule` and `virtual_stages` only with a pipeline.
+        `expert_tensor`, `overlap_experts` and `expert_room` appear only with an expert axis, `schedule` and `virtual_stages` only with a pipeline.
         """
         section: dict[str, Any] = {
             "tensor": self.tensor,
@@ -124,6 +126,7 @@ class Layout:
         }
         if self.expert > 1:
             section |= {"expert_tensor": self.expert_tensor, "overlap_experts": self.overlap_experts}
+            section |= {} if self.expert_room is None else {"expert_room": self.expert_room}
         if self.pipeline > 1:
             section |= {"schedule": self.schedule, "virtual_stages": self.virtual_stages}
         return section

@@ -37,9 +37,12 @@ from amfm.kernels.common.split_backward import Later, split_backward
 from amfm.launch.plan.activations import BlockBytes, Storage
 from amfm.launch.plan.stand_in_triton import triton_at_hand
 from amfm.model.block import Block
+from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
+from amfm.model.moe.spread import expected_ranks
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import AXES, ProcessGroupCollection, SingleRankGroup
+from amfm.model.parallel.row_room import RowRoom, count_places
 
 # Tokens of a rank's row whose pass is counted: chunks, windows and segments of the usual sizes, and not the width of a weight.
 COUNTED_TOKENS = 4608
@@ -52,8 +55,8 @@ QUIET = ("detach", "lift_fresh", "_unsafe_view", "alias")  # operations that lau
 class Cut:
     """What of a layout decides how large a block is on a rank: the ranks that share it, and what its experts get.
 
-    `in_slots`: whether rows to experts lie in slots of a capacity. Else `sent` rows of a token travel, once to each rank of
-    its experts, and the fullest rank gets `rows` times the mean. `in_halves`: of a micro-batch. `is_split`: whether weight
+    `in_slots`: whether rows to experts lie in slots of a capacity. Else they have `room` (`RowRoom`), or `sent` rows of a token
+    travel, once to each rank of its experts, and the fullest rank gets `rows` times the mean. `in_halves`: of a micro-batch. `is_split`: whether weight
     gradients are left for later.
     """
 
@@ -66,6 +69,7 @@ class Cut:
     in_slots: bool = False
     sent: float = 0.0
     rows: float = 1.0
+    room: float | None = None
     is_split: bool = False
 
     def groups(self) -> ProcessGroupCollection:
@@ -74,6 +78,7 @@ class Cut:
         sizes = {"tp": self.tensor, "cp": self.context, "ep": self.expert, "expt_tp": inside}
         groups = ProcessGroupCollection(**{axis: StandInGroup(sizes.get(axis, 1)) for axis in AXES})
         groups.sequence_parallel, groups.overlap_experts = self.is_sequence_parallel, self.in_halves
+        groups.row_room = None if self.room is None else RowRoom(self.room, torch.device("meta"))
         return groups
 
 
@@ -113,7 +118,8 @@ def _measure(config: ModelConfig, letter: str, dtype: torch.dtype, backend: str,
         stack.enter_context(without_device())
         stack.enter_context(torch.device("meta"))
         stack.enter_context(default_dtype(dtype))
-        block = Block(config.built_letters.index(letter), config, cut.groups(), backend)
+        groups = cut.groups()
+        block = Block(config.built_letters.index(letter), config, groups, backend)
         # Whether a mixer rotates its heads stands in a buffer.
         block.mixer.reset_buffers()
         stream = torch.float32 if config.residual_in_fp32 else dtype
@@ -123,7 +129,9 @@ def _measure(config: ModelConfig, letter: str, dtype: torch.dtype, backend: str,
             stack.enter_context(split_backward(later))
         live.stacked = frozenset(weight.shape for weight in block.parameters() if weight.dim() == 3)
         stack.enter_context(live)
-        stack.enter_context(HostAnswers(config.moe.top_k if config.moe is not None else 0, cut))
+        stack.enter_context(HostAnswers(config.moe, cut))
+        if groups.row_room is not None:
+            stack.enter_context(groups.row_room.opened())
         for parameter in block.parameters():
             parameter.register_hook(live.leave_out)
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
@@ -151,7 +159,7 @@ def pack_meta(context: int, *, has_documents: bool) -> PackMeta:
     documents = 2 if has_documents else 1  # PyTorch's kernels read on the host where documents begin
     tokens = COUNTED_TOKENS * context
     meta = PackMeta.from_document_ids((torch.arange(tokens) * documents // tokens)[None])
-    return meta.find_bounds() if context == 1 else meta.cut(0, context)
+    return meta.cut(0, context).find_bounds()
 
 
 def lacks_fake(error: RuntimeError) -> bool:
@@ -239,10 +247,15 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 class HostAnswers(TorchFunctionMode):
     """Answers what the host asks of values that meta tensors do not have, and what PyTorch asks of their device."""
 
-    def __init__(self, top_k: int, cut: Cut) -> None:
+    def __init__(self, moe: MoeConfig | None, cut: Cut) -> None:
         super().__init__()
         self.cut, tokens = cut, COUNTED_TOKENS // cut.tensor
-        self.sent, self.choices = tokens * cut.sent, tokens * top_k
+        self.sent, self.choices = tokens * cut.sent, 0 if moe is None else tokens * moe.top_k
+        self.places = 0  # for choices of a part's rows, under room
+        if cut.room is not None and moe is not None:
+            share, held = expected_ranks(moe, cut.expert) / cut.expert, moe.num_experts // cut.expert
+            own = tokens // (2 if cut.in_halves else 1)
+            self.places = count_places(cut.room, own, moe.top_k, share, cut.expert, held)[1] * cut.expert_tensor
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         """Call the function, or give what it would on a device."""
@@ -255,7 +268,7 @@ class HostAnswers(TorchFunctionMode):
     def _routed(self, shape: torch.Size) -> list[Any]:
         """Rows and choices by rank, of this rank and of those that send to it (model/moe/by_rank.py), or ends of experts."""
         if len(shape) == 1:
-            rows = round(self.choices * self.cut.rows)
+            rows = self.places or round(self.choices * self.cut.rows)
             return list(accumulate(rows // shape[0] + (number < rows % shape[0]) for number in range(shape[0])))
         sides, parts, ranks, _ = shape
         means = self.sent / parts / ranks, self.choices / parts / ranks

@@ -7,8 +7,9 @@ the stage before it unless a faster one gains more than that over the whole stag
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, explain_misfit, memory_of
 from amfm.launch.plan.hardware import GIB, Hardware
@@ -23,7 +24,8 @@ from amfm.pretrain.stages import RunStage
 
 NEAR_MISSES = 3
 KEPT_PARTS = ("weights", "masters", "moments", "gradients")  # that no recomputation spares
-LEAST_WAITING = 0.01  # of a step for experts' rows, below which halves are not tried
+LEAST_WAITING = 0.01  # of a step for experts' rows, below which halves are not tried; for the host, room for rows
+ROOM = 1.5  # even shares of places for rows, where the host shall not count them
 RESTART_SECONDS = 600.0  # of saving, starting all ranks and loading, where the layout changes
 
 
@@ -54,30 +56,25 @@ def rank_layouts(
     """Layouts that suit and fit every training stage, fastest in the first stage first; and the nearest misses.
 
     `recomputes`: a layout that does not fit is tried again with more blocks recomputed, and one that fits with spread experts
-    in halves, too. `tally`: counts what does not fit.
+    in halves, and with room for its rows, too. `tally`: counts what does not fit.
     """
     fitting: list[Estimate] = []
     misses: list[tuple[Layout, Memory, str]] = []
     room = hardware.memory_gib * GIB
     for layout in layouts:
-        for option in recomputed(runs[0], layout) if recomputes else (layout,):
-            memory, reason = memory_of_stages(config, runs, option, hardware, assumptions)
-            # Stop at the first option that fits, or when recomputation cannot help because what it never frees is too
-            # much alone.
-            if not reason or sum(memory.parts.get(name, 0.0) for name in KEPT_PARTS) > room:
-                break
+        options = recomputed(runs[0], layout) if recomputes else iter((layout,))
+        option, memory, reason = least_recomputed(config, runs, options, hardware, assumptions)
         if reason:
             misses.append((option, memory, reason))
             if tally is not None:
                 tally.overflow(option, memory, reason)
         else:
             found = estimate(runs[0], option, hardware, assumptions)
-            # Halves spare at most what is waited for. No rule and no other axis depends on them.
-            if recomputes and found.step.communication.get("expert", 0.0) > LEAST_WAITING * found.step.total():
-                halves = replace(option, overlap_experts=True)
-                other = estimate(runs[0], halves, hardware, assumptions)
+            for change in faster_choices(found, runs[0]) if recomputes else ():
+                option = replace(found.layout, **change)
+                other = estimate(runs[0], option, hardware, assumptions)
                 is_faster = other.step.total() < found.step.total()
-                if is_faster and not memory_of_stages(config, runs, halves, hardware, assumptions)[1]:
+                if is_faster and not memory_of_stages(config, runs, option, hardware, assumptions)[1]:
                     found = other
             fitting.append(found)
     fitting.sort(key=lambda item: item.step.total())
@@ -87,6 +84,40 @@ def rank_layouts(
         for layout, memory, reason in misses[:NEAR_MISSES]
     ]
     return Found(tuple(fitting), tuple(nearest))
+
+
+def least_recomputed(
+    config: RunConfig, runs: list[RunConfig], options: Iterator[Layout], hardware: Hardware, assumptions: Assumptions
+) -> tuple[Layout, Memory, str]:
+    """The first of options with ever more recomputation that fits, with its memory; else the last one and why it does not."""
+    first = next(options)
+    memory, reason = memory_of_stages(config, runs, first, hardware, assumptions)
+    if not reason or sum(memory.parts.get(name, 0.0) for name in KEPT_PARTS) > hardware.memory_gib * GIB:
+        return first, memory, reason  # what no recomputation frees is too much alone
+    *between, last = [first, *options]
+    # Where everything computed again does not fit, which most layouts find, nothing between does.
+    found = last, *memory_of_stages(config, runs, last, hardware, assumptions)
+    if found[2]:
+        return found
+    for option in between[1:]:
+        memory, reason = memory_of_stages(config, runs, option, hardware, assumptions)
+        if not reason:
+            return option, memory, reason
+    return found
+
+
+def faster_choices(found: Estimate, config: RunConfig) -> Iterator[dict[str, Any]]:
+    """What may make a layout with spread experts faster: no rule and no other axis depends on it.
+
+    Halves spare at most what is waited for, and room for rows the waits of the host that count them.
+    """
+    total = found.step.total()
+    if found.step.communication.get("expert", 0.0) > LEAST_WAITING * total:
+        yield {"overlap_experts": True}
+    moe = config.model.moe
+    is_counted = found.layout.expert > 1 and moe is not None and moe.capacity_factor is None
+    if is_counted and found.step.host > LEAST_WAITING * total:
+        yield {"expert_room": ROOM}
 
 
 def memory_of_stages(

@@ -34,6 +34,7 @@ from amfm.model.mixers.interface import BlockState, BuildContext, Mixer, MixerOu
 from amfm.model.moe.balance import auxiliary_losses
 from amfm.model.moe.capacity import Choices, limit_choices
 from amfm.model.moe.dispatch import dispatch_feed_forward
+from amfm.model.moe.spread import expected_ranks
 from amfm.model.moe.transfer import HeldExperts
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
@@ -78,6 +79,7 @@ class MoeMixer(Mixer):
         self.latent_down = Linear(build.hidden_size, width, groups) if moe.latent_size else None
         self.latent_up = Linear(width, build.hidden_size, groups) if moe.latent_size else None
         self.experts = Experts(moe, width, groups)
+        self.sent_share = expected_ranks(moe, groups.ep.size()) / groups.ep.size()
         self.shared = None
         if moe.shared_expert_hidden_size:
             self.shared = FeedForward(
@@ -172,7 +174,9 @@ class MoeMixer(Mixer):
             own_BTD.flatten(0, 1),
             ids_BTK.flatten(0, 1),
             weights_BTK.flatten(0, 1),
-            HeldExperts(self.experts.up, self.experts.down, self.groups, self.activation, self.backend),
+            HeldExperts(
+                self.experts.up, self.experts.down, self.groups, self.activation, self.backend, self.sent_share
+            ),
             while_out=lambda: None if shared is None else shared.project_up(x_BTD),
             while_home=lambda inner: (
                 None if shared is None or inner is None else self._gate_shared(x_BTD, shared.project_down(inner))

@@ -21,7 +21,8 @@ from amfm.model.parallel.waits import waiting
 class HeldExperts:
     """The experts that this rank holds, and the groups over which tokens come to them.
 
-    up [experts of this rank, F of this rank, D], down [experts of this rank, D, F of this rank].
+    up [experts of this rank, F of this rank, D], down [experts of this rank, D, F of this rank]. sent_share: of tokens, the part
+    that an even router sends to each rank of `groups.ep`.
     """
 
     up_eFD: Tensor
@@ -29,6 +30,7 @@ class HeldExperts:
     groups: ProcessGroupCollection
     activation: str
     backend: str
+    sent_share: float = 1.0
 
 
 def exchange_counts(counts_P: Tensor, groups: ProcessGroupCollection) -> Tensor:

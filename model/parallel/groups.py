@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from megatron.core import process_groups_config
 
+from amfm.model.parallel.row_room import RowRoom
+
 AXES = ["tp", "pp", "mp", "cp", "tp_cp", "ep", "expt_tp", "expt_dp", "tp_ep", "dp", "dp_cp", "embd"]
 
 
@@ -19,11 +21,13 @@ class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
     `dp` data, `dp_cp` data x context (all ranks whose dense gradients are summed), `mp` tensor x pipeline, `tp_cp`
     tensor x context, `tp_ep` tensor inside experts x expert, `embd` the first and the last stage (None between them).
     With `sequence_parallel` the stream between blocks is [B, T of this tensor rank, D]. With `overlap_experts` half of the
-    rows between experts travel while experts compute the other half.
+    rows between experts travel while experts compute the other half. With a `row_room` these rows have places, and nobody counts
+    them on the host.
     """
 
     sequence_parallel: bool = False
     overlap_experts: bool = False
+    row_room: RowRoom | None = None
 
 
 class SingleRankGroup:

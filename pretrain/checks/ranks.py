@@ -84,13 +84,13 @@ def nearest_layout(config: RunConfig, ranks: int) -> ParallelConfig | None:
         key=lambda values: sum(abs(math.log2(size / getattr(own, axis))) for axis, size in zip(axes, values)),
     )
     for values in islice(candidates, TRIED_LAYOUTS):
-        changed: dict[str, int | str | None] = dict(zip(axes, values))
+        changed: dict[str, int | float | str | None] = dict(zip(axes, values))
         if changed["tensor"] == 1:
             changed["sequence_parallel"] = False
         if changed["expert"] != own.expert:
             changed["expert_tensor"] = None
         if changed["expert"] == 1:
-            changed["overlap_experts"] = False
+            changed |= {"overlap_experts": False, "expert_room": None}
         if changed["pipeline"] == 1:
             changed |= {"schedule": "1f1b", "virtual_stages": 1}
         section = own.model_copy(update=changed)

@@ -225,6 +225,12 @@ class ParallelConfig(Section):
         False,
         description="Cut rows between spread experts in halves: one travels while experts compute the other. Reads experts' weights twice.",
     )
+    expert_room: float | None = Field(
+        None,
+        ge=1,
+        le=1e3,
+        description="Places for rows of spread experts, in even shares, so that the host need not count rows, such as 1.5; a step in which they do not suffice is computed again. none: the host counts rows.",
+    )
     context: int = Field(1, gt=0, description="Ranks that share the tokens of each row.")
     pipeline: int = Field(1, gt=0, description="Stages of consecutive blocks; `|` in model.pattern cuts them.")
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = Field(

@@ -28,6 +28,7 @@ from amfm.model.block import Stream
 from amfm.model.hybrid import HybridModel
 from amfm.model.low_precision import hang_recipes
 from amfm.model.parallel.groups import AXES
+from amfm.model.parallel.row_room import opened
 from amfm.model.pipeline_split import Piece, whole_piece
 from amfm.model.scheduled import set_step
 from amfm.pretrain.config.schema import RunConfig
@@ -122,7 +123,7 @@ def pass_once(
                 report(f"checking and compiling the kernels of {part.words}{words}")
                 later: Later = []
                 splits: AbstractContextManager[None] = split_backward(later) if cuts else nullcontext()
-                with splits:
+                with splits, opened(parallel.groups.row_room):
                     total = part.run(batch)
                     if total.requires_grad:  # the embedding of a conversion is frozen
                         total.backward()

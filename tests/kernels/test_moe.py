@@ -13,7 +13,7 @@ from amfm.kernels.moe.op import SCORES, expert_feed_forward, group_by_expert, gr
 from amfm.kernels.moe.rows.op import choose_ranks
 from amfm.kernels.moe.torch_grouped import begins_aligned
 from tests.helpers.gradient_place import Place
-from tests.helpers.numbers import relative_rms
+from tests.helpers.numbers import assert_bitwise, relative_rms
 from tests.helpers.registration import assert_registered
 
 # float64 sums of a few hundred products, in another order: a few hundred units in the last place.
@@ -156,8 +156,11 @@ def test_weight_gradients_that_are_computed_later_are_the_same_to_the_bit(dtype,
     assert all(torch.equal(one, other) for one, other in zip(whole, split))
 
 
-def run_with_lost_choices(backend, dtype, activation, kept):
-    """Output and gradients of 9 tokens with 3 of 5 experts each, of which all but `kept` choices are lost."""
+def run_with_lost_choices(backend, dtype, activation, kept, room=None):
+    """Output and gradients of 9 tokens with 3 of 5 experts each, of which all but `kept` choices are lost.
+
+    `room`: places for choices, of which only the device knows how many are filled.
+    """
     generator = torch.Generator().manual_seed(5)
 
     def make(*shape):
@@ -168,7 +171,11 @@ def run_with_lost_choices(backend, dtype, activation, kept):
     ids = torch.rand(9, 5, generator=generator).topk(3).indices
     ids.view(-1)[torch.randperm(27, generator=generator)[kept:]] = 5
     x, weights, up, down = leaves
-    y = expert_feed_forward(x, ids, weights, up, down, activation=activation, count=kept, backend=backend)
+    used = weights if room is None else torch.where(ids < 5, weights, 0.0)
+    count, is_bound = (kept, False) if room is None else (room, True)
+    y = expert_feed_forward(
+        x, ids, used, up, down, activation=activation, count=count, is_bound=is_bound, backend=backend
+    )
     slope = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).to(dtype).view(y.shape)
     return [y.detach(), *torch.autograd.grad(y, leaves, slope)]
 
@@ -181,6 +188,13 @@ def test_lost_choices_add_nothing_and_get_no_gradient(kept, activation, poisoned
     for name, one, other in zip(("y", "dx", "d_weights", "d_up", "d_down"), actual, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12, msg=name)
     assert int((actual[2] != 0).sum()) <= kept
+
+
+@pytest.mark.parametrize(("kept", "room"), [(0, 4), (16, 16), (16, 21), (27, 27)])
+def test_places_that_no_choice_fills_change_no_bit(kept, room, poisoned_memory):
+    wanted = run_with_lost_choices("torch", torch.float32, "swiglu", kept)
+    for one, other in zip(run_with_lost_choices("torch", torch.float32, "swiglu", kept, room), wanted, strict=True):
+        assert_bitwise(one, other)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai@1.5", "squared_relu"])

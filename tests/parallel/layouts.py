@@ -272,6 +272,10 @@ LAYOUTS = [
         4, {"tensor": 2, "sequence_parallel": True, "expert": 4, "overlap_experts": True, "zero_stage": 2}, "recycle"
     ),
     Layout(4, {"pipeline": 2, "expert": 2, "overlap_experts": True, "schedule": "zero_bubble"}),
+    # With room for rows, which suffices or does not.
+    Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 4, "expert_room": 4.0, "zero_stage": 2}),
+    Layout(4, {"pipeline": 2, "expert": 2, "expert_room": 1.1, "overlap_experts": True, "schedule": "zero_bubble"}),
+    Layout(4, {"context": 2, "expert": 2, "expert_room": 1.05}, settings={"train__recompute": "full"}),
     # Pipeline.
     Layout(2, {"pipeline": 2}, quick=True),
     Layout(2, {"pipeline": 2, "zero_stage": 0}),

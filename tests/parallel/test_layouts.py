@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
-from tests.parallel.layouts import LAYOUTS, LEARNING_RATE, STEPS, Layout, Outcome, one_rank, outcome_of
+import pytest
+import torch
+
+from tests.helpers.spawn import run_ranks
+from tests.parallel.layouts import LAYOUTS, LEARNING_RATE, STEPS, Layout, Outcome, one_rank, outcome_of, run_all
+from tests.pretrain.tiny_run import tiny_data
 
 # float32 sums in another order; AdamW divides by the root of the second moment, which keeps relative errors as they are.
 TOLERANCE = 1e-5
@@ -49,3 +55,15 @@ def test_a_quick_layout_trains_as_one_rank(layout: Layout) -> None:
 @pytest.mark.parametrize("layout", rows(quick=False), ids=lambda layout: layout.name)
 def test_a_layout_trains_as_one_rank(layout: Layout) -> None:
     assert_as_one_rank(layout)
+
+
+def test_a_step_whose_rows_have_no_room_is_computed_again_and_changes_no_bit(tmp_path: Path) -> None:
+    rooms = (None, 1.0, 8.0)
+    layouts = [Layout(2, {"expert": 2, "expert_room": room}) for room in rooms]
+    counted, *others = run_ranks(run_all, layouts, tiny_data(tmp_path / "data"), str(tmp_path), num_ranks=2)[0]
+    for other in others:
+        assert (other.losses, other.grad_norms) == (counted.losses, counted.grad_norms)
+        assert all(torch.equal(other.weights[name], weight) for name, weight in counted.weights.items())
+    events = [(tmp_path / f"run{number}" / "events.jsonl").read_text().splitlines() for number in range(len(rooms))]
+    recounts = [sum(json.loads(line)["event"] == "recount" for line in lines) for lines in events]
+    assert recounts == [0, 1, 0], "rows are counted after one step, as they would not have fitted for eight"

@@ -115,7 +115,7 @@ def add_choices(rows_SD: Tensor, choices: SortedChoices, tokens: int, top_k: int
     check_shape("places", choices.places, (tokens * top_k,), rows_SD)
     from amfm.kernels.moe.rows.triton_impl import add_rows_triton
 
-    return add_rows_triton(rows_SD, choices.places, tokens, top_k)
+    return add_rows_triton(rows_SD, choices.places, tokens, top_k, choices.has_gaps)
 
 
 def sort_rows(expert_S: Tensor, num_experts: int, *, backend: str = "torch") -> Tensor:

@@ -73,10 +73,10 @@ def spread_rows_triton(x_RD: Tensor, places: Tensor, count: int, top_k: int, has
     return _spread(x_RD, places, count, top_k, has_gaps)
 
 
-def add_rows_triton(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int) -> Tensor:
-    """Sums of rows [S, D] by token, [R, D], for float32, bfloat16 and float16; each row is some token's."""
+def add_rows_triton(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int, has_gaps: bool = False) -> Tensor:
+    """Sums of rows [S, D] by token, [R, D], for float32, bfloat16 and float16; without gaps each row is some token's."""
     dot_dtype(rows_SD.dtype)
-    return _add(rows_SD, places, tokens, top_k)
+    return _add(rows_SD, places, tokens, top_k, has_gaps)
 
 
 def combine_rows_triton(rows_SD: Tensor, places: Tensor, weights_RK: Tensor, has_gaps: bool = False) -> Tensor:
@@ -108,19 +108,22 @@ def _(x_RD: Tensor, places: Tensor, count: int, top_k: int, has_gaps: bool) -> T
 
 
 @torch.library.custom_op("amfm::add_rows_triton", mutates_args=())
-def _add(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int) -> Tensor:
-    """Each token's rows added up: [R, D]; also the gradient of what `_spread` copies, as that is of this sum."""
+def _add(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int, has_gaps: bool) -> Tensor:
+    """Each token's rows added up: [R, D]; also the gradient of what `_spread` copies, as that is of this sum.
+
+    Gaps concern backward alone.
+    """
     return sum_choices(rows_SD.contiguous(), places, None, tokens, top_k)
 
 
 @_add.register_fake
-def _(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int) -> Tensor:
+def _(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int, has_gaps: bool) -> Tensor:
     return rows_SD.new_empty(tokens, rows_SD.shape[1])
 
 
 def _save_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep the places."""
-    rows_SD, places, _, ctx.top_k = inputs
+    rows_SD, places, _, ctx.top_k, ctx.has_gaps = inputs
     ctx.rows = rows_SD.shape[0]
     ctx.save_for_backward(places)
 
@@ -128,7 +131,7 @@ def _save_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate_add(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
     """Gradient of the rows."""
     (places,) = ctx.saved_tensors
-    return _spread(d_y, places, ctx.rows, ctx.top_k, False), None, None, None
+    return _spread(d_y, places, ctx.rows, ctx.top_k, ctx.has_gaps), None, None, None, None
 
 
 _add.register_autograd(_differentiate_add, setup_context=_save_add)
@@ -144,7 +147,7 @@ def _save_spread(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate_spread(ctx: Any, d_rows: Tensor) -> tuple[Tensor | None, ...]:
     """Gradient of x."""
     (places,) = ctx.saved_tensors
-    return _add(d_rows, places, ctx.tokens, ctx.top_k), None, None, None, None
+    return _add(d_rows, places, ctx.tokens, ctx.top_k, True), None, None, None, None
 
 
 _spread.register_autograd(_differentiate_spread, setup_context=_save_spread)

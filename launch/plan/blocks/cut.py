@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from amfm.launch.plan.blocks.expert_traffic import expected_ranks, static_slots
+from amfm.launch.plan.blocks.expert_traffic import static_slots
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.measured import Cut
 from amfm.model.config.kinds import kind_of
+from amfm.model.moe.spread import expected_ranks
 from amfm.pretrain.config.schema import RunConfig
 
 
@@ -26,4 +27,6 @@ def cut_of(config: RunConfig, layout: Layout, letter: str, imbalance: float) -> 
     cut = replace(cut, expert=layout.expert, expert_tensor=layout.expert_tensor, in_halves=layout.overlap_experts)
     if static_slots(config, layout) is not None:
         return replace(cut, in_slots=True, context=layout.context)
+    if layout.expert_room is not None:
+        return replace(cut, room=layout.expert_room)
     return replace(cut, sent=expected_ranks(moe, layout.expert), rows=imbalance)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
 from typing import NamedTuple
 
 from amfm.kernels.moe.capacity import expert_capacity
@@ -11,6 +9,8 @@ from amfm.launch.plan.exchange import FLOAT32, INT64, Exchange, element_type
 from amfm.launch.plan.layout import Layout
 from amfm.model.config.moe import MoeConfig
 from amfm.model.moe.capacity import slots_for
+from amfm.model.moe.spread import expected_ranks
+from amfm.model.parallel.row_room import count_places
 from amfm.pretrain.config.schema import RunConfig
 
 
@@ -28,7 +28,8 @@ def expert_traffic(config: RunConfig, layout: Layout, blocks: int) -> ExpertTraf
     A token's row travels once to each rank that holds experts of its choice, and home again, forward and backward. Beside
     it go, out in forward and home in backward, the weights of its choices and their ids in float32. How many rows those
     are depends on the router; counted is what is expected of an even one. Under a capacity factor that makes slots, those
-    travel, a row each, filled or not. Where halves of a micro-batch overlap, each travels by itself.
+    travel, a row each, filled or not, and under `expert_room` the places that rows have between two ranks. Where halves of a
+    micro-batch overlap, each travels by itself.
     """
     moe = config.model.moe
     if layout.expert == 1 or moe is None or not blocks:
@@ -37,9 +38,9 @@ def expert_traffic(config: RunConfig, layout: Layout, blocks: int) -> ExpertTraf
     ranks, calls = layout.stage_ranks, blocks * layout.expert_parts
     slots = static_slots(config, layout)
     if slots is None:
-        rows = ranks // layout.tensor * layout.tokens(config) * expected_ranks(moe, layout.expert)
+        rows = ranks // layout.tensor * layout.tokens(config) * sent_rows(config, layout)
         details = Exchange("ep", "all_to_all", "float32", 2 * calls, 2 * blocks * rows * 2 * moe.top_k * FLOAT32)
-        numbers = layout.expert * 2 * layout.expert_parts
+        numbers = layout.expert * (2 if layout.expert_room is None else 1) * layout.expert_parts
     else:
         rows, details, numbers = ranks * slots * moe.num_experts, None, moe.num_experts
     moved = 4 * blocks * rows * (moe.latent_size or config.model.hidden_size) * size
@@ -50,26 +51,18 @@ def expert_traffic(config: RunConfig, layout: Layout, blocks: int) -> ExpertTraf
     )
 
 
-@lru_cache(maxsize=256)
-def expected_ranks(moe: MoeConfig, expert_ranks: int) -> float:
-    """Ranks on which the experts of a token's choices lie, as expected of an even router: rows that a token sends.
-
-    K different experts out of E leave out the e of one rank with probability C(E - e, K) / C(E, K), since so many of all
-    sets have none of them; P ranks are each reached with the rest of it. A router that draws from g of n groups of experts
-    first opens, of the groups on a rank, j with the probability of j among g draws out of n (hypergeometric); then K are
-    drawn from all experts of open groups, of which those on the rank are j groups' (of a group that is larger than a rank,
-    the rank's).
-    """
-    groups, best = moe.num_router_groups, moe.router_group_top_k
-    group_size = moe.num_experts // groups
-    held, inside = max(1, groups // expert_ranks), min(group_size, moe.num_experts // expert_ranks)
-    open_experts = best * group_size
-    reached = 0.0
-    for number in range(1, min(held, best) + 1):
-        opened = math.comb(held, number) * math.comb(groups - held, best - number) / math.comb(groups, best)
-        left_out = math.comb(open_experts - number * inside, moe.top_k) / math.comb(open_experts, moe.top_k)
-        reached += opened * (1 - left_out)
-    return expert_ranks * reached
+def sent_rows(config: RunConfig, layout: Layout) -> float:
+    """Rows that travel to experts, of a token: those of an even router, or places for more of them under `expert_room`."""
+    moe = config.model.moe
+    assert moe is not None, "experts are spread"
+    reached = expected_ranks(moe, layout.expert)
+    if layout.expert_room is None:
+        return reached
+    tokens, parts = layout.tokens(config) // layout.tensor, layout.expert_parts
+    sizes = [tokens - tokens // 2, tokens // 2] if parts == 2 else [tokens]
+    share, held = reached / layout.expert, moe.num_experts // layout.expert
+    places = (count_places(layout.expert_room, size, moe.top_k, share, layout.expert, held)[0] for size in sizes)
+    return layout.expert * sum(places) / tokens
 
 
 def has_certain_ranks(moe: MoeConfig, expert_ranks: int) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
 from amfm.launch.plan.blocks.block import PlannedBlock
-from amfm.launch.plan.blocks.expert_traffic import expected_ranks, static_slots
+from amfm.launch.plan.blocks.expert_traffic import sent_rows, static_slots
 from amfm.launch.plan.exchange import FLOAT32, INT64, Exchange, crossing, element_type, part_crossings
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.roofline import Roofline, add_feed_forward, add_part
@@ -49,9 +49,11 @@ class PlannedMoe(PlannedBlock):
         is_spread = layout.expert > 1
         if is_spread and static_slots(self.config, layout) is None:
             # To rows for other ranks and home from them, twice each; there sums over choices of products in expert order.
-            sent = expected_ranks(moe, layout.expert)
-            arrived = imbalance * layout.expert_tensor * (moe.top_k + sent)
-            line.passes(2 * routed * (3 * sent + arrived + 1) * width * e)
+            sent = sent_rows(self.config, layout)
+            # Places, which may be empty, are cleared before rows are put into them, and are as many on every rank.
+            touched, uneven = (3, imbalance) if layout.expert_room is None else (4, 1.0)
+            arrived = layout.expert_tensor * (imbalance * moe.top_k + uneven * sent)
+            line.passes(2 * routed * (touched * sent + arrived + 1) * width * e)
         elif not is_spread and storage.backend == "triton":
             # Sums over choices of products in expert order, of results and of gradients; rows are read where they lie.
             line.passes(2 * tokens * (moe.top_k + 1) * width * e)

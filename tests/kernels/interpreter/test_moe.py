@@ -77,6 +77,21 @@ def test_lost_choices_add_nothing_and_get_no_gradient(kept, activation, poisoned
         assert_bitwise(one, other)
 
 
+@pytest.mark.parametrize(("kept", "room"), [(0, 4), (16, 21), (27, 27)])
+def test_places_that_no_choice_fills_change_no_bit(kept, room, poisoned_memory):
+    wanted = run_with_lost_choices("triton", torch.float32, "squared_relu", kept)
+    found = run_with_lost_choices("triton", torch.float32, "squared_relu", kept, room)
+    for one, other in zip(found, wanted, strict=True):
+        assert_bitwise(one, other)
+
+
+def test_places_that_no_choice_fills_add_nothing_to_products_of_pytorch(monkeypatch, poisoned_memory):
+    monkeypatch.setattr(experts_backend, "_TOLD", ["torch"])
+    wanted = run_with_lost_choices("reference", torch.float64, "swiglu", 16)
+    found = run_with_lost_choices("triton", torch.float32, "swiglu", 16, 21)
+    assert_all_near(found, wanted, FLOAT32, ["y", "dx", "d_weights", "d_up", "d_down"])
+
+
 @pytest.mark.parametrize(("empty", "as_rows"), [((1,), False), ((), True)])
 def test_weight_gradients_that_are_computed_later_are_the_same_to_the_bit(empty, as_rows, poisoned_memory):
     whole, split = split_gradients("triton", torch.float32, experts=3, empty=empty, as_rows=as_rows)
@@ -369,5 +384,5 @@ def test_registration_is_complete():
         triton_experts._forward, x, None, None, rows.pairs, None, rows.offsets_E, up, down, "swiglu_oai@7.0", 6
     )
     assert_registered(rows_triton._spread, x, pairs.places, 12, 2, False)
-    assert_registered(rows_triton._add, torch.randn(12, 8, requires_grad=True), pairs.places, 6, 2)
+    assert_registered(rows_triton._add, torch.randn(12, 8, requires_grad=True), pairs.places, 6, 2, False)
     assert_registered(rows_triton._combine, torch.randn(12, 8, requires_grad=True), pairs.places, weights, False)

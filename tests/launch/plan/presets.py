@@ -27,6 +27,7 @@ ZERO_ALONE = (
     "parallel.sequence_parallel=false",
     "parallel.expert=1",
     "parallel.overlap_experts=false",
+    "parallel.expert_room=null",
     "parallel.pipeline=1",
     "parallel.schedule=1f1b",
     "parallel.virtual_stages=1",

@@ -4,8 +4,9 @@ from itertools import combinations
 
 import pytest
 
-from amfm.launch.plan.blocks.expert_traffic import expected_ranks, has_certain_ranks
+from amfm.launch.plan.blocks.expert_traffic import has_certain_ranks
 from amfm.model.config.moe import MoeConfig
+from amfm.model.moe.spread import expected_ranks
 
 
 def moe_of(experts, top_k, groups=1, best=1):

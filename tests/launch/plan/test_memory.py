@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from amfm.launch.plan.activations import head_bytes
-from amfm.launch.plan.blocks.expert_traffic import expected_ranks
 from amfm.launch.plan.exchange import BUCKET_ELEMENTS
 from amfm.launch.plan.in_flight import moments_of
 from amfm.launch.plan.layout import Layout, held_by_stages
@@ -26,6 +25,7 @@ from amfm.launch.plan.memory import (
 )
 from amfm.launch.plan.time import estimate_step
 from amfm.model.flops import count_parameters
+from amfm.model.moe.spread import expected_ranks
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.recompute import recomputed_letters
 from amfm.pretrain.start import close_run, start_run

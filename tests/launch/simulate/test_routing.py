@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from amfm.launch.plan.blocks.expert_traffic import expected_ranks
 from amfm.launch.simulate.routing import spread_choices
+from amfm.model.moe.spread import expected_ranks
 from tests.launch.plan.test_exchanges import moe_of
 
 

@@ -54,8 +54,11 @@ def test_a_composed_layout_sends_the_bytes_of_the_formulas_and_waits_where_it_ma
     assert_all_compiled_first(entry)
 
 
-def test_experts_under_a_capacity_factor_wait_for_nothing(small):
-    (entry,) = trace(small, 4, "parallel.expert=4", "model.moe.capacity_factor=1.5")
+@pytest.mark.parametrize(
+    "setting", ["model.moe.capacity_factor=1.5", "parallel.expert_room=1.3"], ids=lambda text: text.partition("=")[0]
+)
+def test_experts_whose_rows_need_no_counting_wait_for_nothing(small, setting):
+    (entry,) = trace(small, 4, "parallel.expert=4", setting)
     waits = unnumbered(entry.traced["host_waits"])
     assert waits == expected_waits(entry.config)
     assert not [line for line in waits if line.startswith("model/moe/")]

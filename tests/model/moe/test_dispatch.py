@@ -22,6 +22,7 @@ from amfm.model.moe.block import MoeMixer
 from amfm.model.moe.capacity import slots_for
 from amfm.model.moe.transfer import RowTransfer
 from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
+from amfm.model.parallel.row_room import RowRoom
 from amfm.model.parallel.shards import parameter_shards
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
@@ -239,6 +240,44 @@ def test_a_row_goes_once_to_each_rank_of_a_token_and_bytes_shrink_exactly_with_t
         # and choices there are for either rank, once.
         assert (rows.calls, rows.handed_bytes) == (2 * 6, 8 * sent * (4 * width + 2 * 2 * BASE.top_k))
         assert counts == Traffic("ep", "all_to_all", "int64", 2, 2 * 4 * 8, 2 * 2 * 8)
+
+
+ROOMY = {
+    "whole": ParallelConfig(expert=2, expert_tensor=2),
+    "halves": ParallelConfig(expert=4, overlap_experts=True),
+    "tokens of tensor ranks": ParallelConfig(tensor=2, sequence_parallel=True, expert=2),
+}
+
+
+def compare_room() -> list[tuple[str, bool, int, int, list[str]]]:
+    """Of counted rows and rows with room, as much as an even router's half more or any router's: what differs, and misses."""
+    found = []
+    for name, section in ROOMY.items():
+        parallel = initialize_parallel(section, timeout_seconds=60, num_threads=1)
+        layout = Layout(section, shunned=(2, 3))  # a rank of four gets nothing
+        counted = run_batches(CONFIGS["dropless"], layout, parallel.groups)
+        for shares in (1.0, 100.0):
+            room = parallel.groups.row_room = RowRoom(shares, parallel.device)
+            with room.opened():
+                own = run_batches(CONFIGS["dropless"], layout, parallel.groups)
+                used = int(room.missed)
+            room.settle(1)
+            with room.opened():
+                run_batches(CONFIGS["dropless"], layout, parallel.groups)
+                told = int(room.missed)
+            differing = [key for key, value in counted.gradients.items() if not torch.equal(own.gradients[key], value)]
+            differing += ["loss"] * (not torch.equal(own.loss, counted.loss))
+            found.append((name, shares > 1, used, told, differing))
+    return found
+
+
+def test_rows_with_room_are_those_that_are_counted_to_the_bit_and_what_has_no_room_is_noted() -> None:
+    ranks = run_ranks(compare_room, num_ranks=4)
+    for number, (name, is_enough, *_) in enumerate(ranks[0]):
+        used, told = (sum(found[number][place] for found in ranks) for place in (2, 3))
+        # What rows with room miss is known before the host counts: where they will, a step begins again.
+        assert (used == 0) == (told == 0) == is_enough, (name, used, told)
+        assert all(not found[number][4] for found in ranks) or not is_enough, (name, ranks[0][number][4])
 
 
 def order_of_events() -> list[str]:

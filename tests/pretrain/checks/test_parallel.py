@@ -23,6 +23,14 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
             "raise parallel.expert, or use false",
         ),
         (
+            ["parallel.expert_room=1.5"],
+            "parallel.expert_room = 1.5: is room for rows between expert ranks, and parallel.expert is 1; raise",
+        ),
+        (
+            ["model.pattern=M*E", MOE, "model.moe.capacity_factor=2", "parallel.expert=2", "parallel.expert_room=1.5"],
+            "parallel.expert_room = 1.5: is room for rows that are not limited, and model.moe.capacity_factor=2 gives",
+        ),
+        (
             ["parallel.tensor=2", "parallel.expert_tensor=1"],
             "parallel.expert_tensor = 1: must be parallel.tensor=2 while parallel.expert is 1; remove it, or raise",
         ),

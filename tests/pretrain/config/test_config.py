@@ -125,10 +125,10 @@ stages.*.rope.llama3.original_length stages.*.rope.llama3.slow_turns stages.*.ro
 stages.*.schedule.kind stages.*.schedule.warmup_steps stages.*.schedule.decay_steps stages.*.schedule.decay_shape
 stages.*.schedule.min_ratio
 stages.*.parallel.tensor stages.*.parallel.sequence_parallel stages.*.parallel.expert stages.*.parallel.expert_tensor
-stages.*.parallel.overlap_experts stages.*.parallel.context stages.*.parallel.pipeline stages.*.parallel.schedule
+stages.*.parallel.overlap_experts stages.*.parallel.expert_room stages.*.parallel.context stages.*.parallel.pipeline stages.*.parallel.schedule
 stages.*.parallel.virtual_stages stages.*.parallel.zero_stage stages.*.parallel.offload_optimizer
 parallel.tensor parallel.sequence_parallel parallel.expert parallel.expert_tensor parallel.overlap_experts
-parallel.context parallel.pipeline parallel.schedule parallel.virtual_stages parallel.zero_stage parallel.offload_optimizer
+parallel.expert_room parallel.context parallel.pipeline parallel.schedule parallel.virtual_stages parallel.zero_stage parallel.offload_optimizer
 health.on_nonfinite health.on_spike health.spike_ratio health.spike_window health.max_rollbacks
 health.straggler_percent
 health.check_state_every_steps
