@@ -90,10 +90,12 @@ class PackMeta:
     def find_bounds(self) -> PackMeta:
         """The same layout with `starts_BT` and `document_ends`, found once on the CPU for all blocks whose kernels take them.
 
-        Rows that are cut over context ranks, and rows without boundaries, need none. Reads values: call it before the layout
-        moves to a device.
+        Of rows that are cut over context ranks, the ends of each segment (`Segments.find_ends`); whole rows without boundaries need
+        none. Reads values: call it before the layout moves to a device.
         """
-        if self.single_document or self.segments is not None:
+        if self.segments is not None:
+            return replace(self, segments=self.segments.find_ends())
+        if self.single_document:
             return self
         starts_BT = first_tokens(self.document_ids_BT)
         num_rows, num_tokens = starts_BT.shape
@@ -111,7 +113,7 @@ class PackMeta:
             positions_BT=change(self.positions_BT),
             segments=None if self.segments is None else self.segments.map_tensors(change),
             starts_BT=None if self.starts_BT is None else change(self.starts_BT),
-            document_ends=None if ends is None else DocumentEnds(change(ends.offsets), ends.longest),
+            document_ends=None if ends is None else ends.map_tensors(change),
         )
 
     def boundaries_BT(self) -> Tensor | None:

@@ -16,6 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from amfm.kernels.attention.varlen import DocumentEnds
+from amfm.kernels.common.documents import first_tokens
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -23,13 +26,15 @@ class Segments:
 
     One from either end: in causal attention all ranks then see equally many keys. They stand one after the other in
     whatever is cut, [B, T / num_ranks, ...]. document_ids_BT [B, T] int32 are those of the whole rows. continues_BZ
-    [B, Z]: the segment's first token goes on with the document of the segment before it.
+    [B, Z]: the segment's first token goes on with the document of the segment before it. document_ends: of each of the two, for
+    attention to the keys up to its own end, where they were asked for (`find_ends`).
     """
 
     rank: int
     num_ranks: int
     document_ids_BT: Tensor
     continues_BZ: Tensor
+    document_ends: tuple[DocumentEnds, ...] = ()
 
     @classmethod
     def of_rows(cls, document_ids_BT: Tensor, rank: int, num_ranks: int) -> Segments:
@@ -47,7 +52,40 @@ class Segments:
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Segments:
         """Apply a function to every tensor: a move to a device, say."""
-        return replace(self, document_ids_BT=change(self.document_ids_BT), continues_BZ=change(self.continues_BZ))
+        return replace(
+            self,
+            document_ids_BT=change(self.document_ids_BT),
+            continues_BZ=change(self.continues_BZ),
+            document_ends=tuple(ends.map_tensors(change) for ends in self.document_ends),
+        )
+
+    def find_ends(self) -> Segments:
+        """The same segments with `document_ends`. Reads values: call it before they move to a device."""
+        starts_BT = first_tokens(self.document_ids_BT)
+        return replace(self, document_ends=tuple(self._ends_of(number, starts_BT) for number in self.own))
+
+    def _ends_of(self, number: int, starts_BT: Tensor) -> DocumentEnds:
+        """Documents of segment `number` of all rows: its queries, and keys of the row up to its end.
+
+        The first document's keys begin before the segment where it goes on; those before that are a document without queries.
+        """
+        begin, seen = number * self.length, (number + 1) * self.length
+        own_BL = starts_BT[:, begin:seen]
+        column_L = torch.arange(begin, seen)
+        is_first_BL = own_BL == column_L
+        is_first_BL[:, 0] = True
+        row_N, place_N = is_first_BL.nonzero().unbind(1)
+        queries_N, keys_N = row_N * self.length + place_N, row_N * seen + own_BL[row_N, place_N]
+        hidden_M = (own_BL[:, 0] > 0).nonzero().flatten()
+        queries_N = torch.cat([queries_N, hidden_M * self.length])
+        keys_N = torch.cat([keys_N, hidden_M * seen])
+        order_N, end = keys_N.argsort(), len(starts_BT)
+        offsets, key_offsets = (
+            torch.cat([places_N[order_N], torch.tensor([end * width])])
+            for places_N, width in ((queries_N, self.length), (keys_N, seen))
+        )
+        longest, longest_keys = (int(places.diff().max()) for places in (offsets, key_offsets))
+        return DocumentEnds(offsets.to(torch.int32), longest, key_offsets.to(torch.int32), longest_keys)
 
     @property
     def count(self) -> int:

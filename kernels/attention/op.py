@@ -42,7 +42,7 @@ def attention(
     Shapes: q [B, T, H, K], k and v [B, S, J, K] with J dividing H and S >= T -> [B, T, H, K]. The last T keys are those
     of the queries; S > T goes on from a cache, or from the part of a row that other ranks hold. `document_ids_BS` are
     those of the keys, integers that do not decrease inside a row. `scale` defaults to K ** -0.5. Softmax and sums in
-    float32 (float64 for float64). Backend "varlen" (`fastest_backend`) takes `document_ends` in place of ids, with S = T.
+    float32 (float64 for float64). Backend "varlen" (`fastest_backend`) takes `document_ends` in place of ids, with those of keys where S > T.
     Raises ValueError for wrong shapes and dtypes.
     Source: Dao 2023 (arXiv 2307.08691); Ainslie et al. 2023 (arXiv 2305.13245) for grouped queries; Beltagy et al. 2020
     (arXiv 2004.05150), section 3.1, for windows.
@@ -55,8 +55,10 @@ def attention(
         window = None
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if backend == "varlen":
-        if document_ends is None or q_BTHK.shape[1] != k_BSJK.shape[1]:
-            raise ValueError('attention backend "varlen" needs document_ends, and as many keys as queries')
+        if document_ends is None or (document_ends.key_offsets is None and q_BTHK.shape[1] != k_BSJK.shape[1]):
+            raise ValueError(
+                'attention backend "varlen" needs document_ends, with those of keys where there are more than queries'
+            )
         return attention_varlen(q_BTHK, k_BSJK, v_BSJK, document_ends, scale, window)
     backend = resolve_backend(backend, q_BTHK.device, "attention")
     if backend == "triton":
@@ -108,13 +110,14 @@ def fastest_backend(
     Without document boundaries PyTorch's scaled_dot_product_attention runs FlashAttention or cuDNN on CUDA, faster than
     our kernel can be. With boundaries it would need a mask of all queries and keys and be kept from those kernels; its
     variable-length attention needs none, where the ends of documents are known, this release has it and it takes such heads
-    (`refuse_varlen`). Else, with fewer queries than keys, and where library kernels are to be deterministic, ours runs, which
+    (`refuse_varlen`). So it is with fewer queries than keys, of which a cache gives no ends. Else, and where library kernels are to be deterministic, ours runs, which
     skips what is hidden. Each choice is logged once with its reason.
     """
     if backend != "triton" or q_BTHK.device.type != "cuda":
         return backend
     tokens = q_BTHK.shape[1]
-    if has_documents and tokens == keys and document_ends is not None:
+    has_ends = document_ends is not None and (tokens == keys or document_ends.key_offsets is not None)
+    if has_ends and (has_documents or tokens != keys):
         reason = refuse_varlen(q_BTHK.dtype, q_BTHK.shape[3])
         if reason is None:
             _note_choice("varlen", "PyTorch's FlashAttention takes documents laid end to end")

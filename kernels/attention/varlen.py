@@ -15,7 +15,8 @@ import functools
 import importlib.util
 import inspect
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,10 +34,21 @@ _VARLEN_ATTENTION: Any = importlib.import_module(_MODULE).varlen_attn if importl
 
 @dataclass(frozen=True)
 class DocumentEnds:
-    """Documents of all rows laid end to end: `offsets` [N + 1] int32, first token of each and the end; the longest one's tokens."""
+    """Documents of all rows laid end to end: `offsets` [N + 1] int32, first token of each and the end; the longest one's tokens.
+
+    Where there are more keys than queries, `offsets` are those of queries, and `key_offsets` and `longest_keys` the same of keys: a
+    document's last query is that of its last key, and a document may have keys alone.
+    """
 
     offsets: Tensor
     longest: int
+    key_offsets: Tensor | None = None
+    longest_keys: int = 0
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> DocumentEnds:
+        """Apply a function to every tensor."""
+        keys = None if self.key_offsets is None else change(self.key_offsets)
+        return replace(self, offsets=change(self.offsets), key_offsets=keys)
 
 
 def refuse_varlen(dtype: torch.dtype, head_dim: int) -> str | None:
@@ -70,18 +82,22 @@ def _refuse_release(version: str) -> str | None:
 
 
 def attention_varlen(
-    q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, ends: DocumentEnds, scale: float, window: int | None
+    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ends: DocumentEnds, scale: float, window: int | None
 ) -> Tensor:
-    """As `attention_reference` for rows of documents, queries and keys of the same tokens: [B, T, H, K].
+    """As `attention_reference` for rows of documents: [B, T, H, K].
 
-    Which documents there are is in `ends` alone. A window leaves each query `window` keys, its own among them.
+    Which documents there are is in `ends` alone. A window leaves each query `window` keys, its own among them. FlashAttention
+    lets the last query of a document see its last key, and each one before it one key less.
     """
-    tokens, heads = q_BTHK.shape[0] * q_BTHK.shape[1], q_BTHK.shape[2]
-    q, k, v = (x.reshape(tokens, *x.shape[2:]) for x in (q_BTHK, k_BTJK, v_BTJK))
+    heads = q_BTHK.shape[2]
+    q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BSJK, v_BSJK))
+    key_offsets, longest_keys = (
+        (ends.offsets, ends.longest) if ends.key_offsets is None else (ends.key_offsets, ends.longest_keys)
+    )
     before = -1 if window is None else window - 1
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         y: Tensor = _VARLEN_ATTENTION(
-            q, k, v, ends.offsets, ends.offsets, ends.longest, ends.longest,
+            q, k, v, ends.offsets, key_offsets, ends.longest, longest_keys,
             scale=scale, window_size=(before, 0), enable_gqa=heads != k.shape[1],
         )  # fmt: skip
     return y.view(q_BTHK.shape)

@@ -170,11 +170,12 @@ def _attend_segments(
     """Queries of this rank's segments to the keys of whole rows, which all context ranks gather: few heads, once."""
     k_BSJK, v_BSJK = gather_rows(torch.stack([k_BTJK, v_BTJK]), segments, groups).unbind()
     outputs = []
-    for number, q_BLHK in zip(segments.own, q_BTHK.chunk(2, dim=1)):
+    every_ends = segments.document_ends or (None, None)
+    for number, ends, q_BLHK in zip(segments.own, every_ends, q_BTHK.chunk(2, dim=1)):
         # Keys up to the segment's own end: causal attention aligns the last query with the last key.
         seen = (number + 1) * segments.length
         ids_BS = None if meta.single_document else segments.document_ids_BT[:, :seen]
-        outputs.append(_attend(q_BLHK, k_BSJK[:, :seen], v_BSJK[:, :seen], ids_BS, scale, backend))
+        outputs.append(_attend(q_BLHK, k_BSJK[:, :seen], v_BSJK[:, :seen], ids_BS, scale, backend, ends))
     return torch.cat(outputs, dim=1)
 
 

@@ -148,10 +148,11 @@ class MlaMixer(SequenceMixer):
         (latent_BSX,) = gather_rows(latent_BTX.unsqueeze(0), segments, self.build.groups)
         k_BSHK, v_BSHV = self._expand(latent_BSX)
         outputs = []
-        for number, q_BLHK in zip(segments.own, q_BTHK.chunk(2, dim=1)):
+        every_ends = segments.document_ends or (None, None)
+        for number, ends, q_BLHK in zip(segments.own, every_ends, q_BTHK.chunk(2, dim=1)):
             seen = (number + 1) * segments.length
             ids_BS = None if meta.single_document else segments.document_ids_BT[:, :seen]
-            outputs.append(self._attend(q_BLHK, k_BSHK[:, :seen], v_BSHV[:, :seen], ids_BS))
+            outputs.append(self._attend(q_BLHK, k_BSHK[:, :seen], v_BSHV[:, :seen], ids_BS, ends))
         return torch.cat(outputs, dim=1)
 
     def empty_state(self, num_rows: int) -> MixerState:

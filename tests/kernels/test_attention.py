@@ -184,6 +184,12 @@ def test_documents_on_cuda_go_to_variable_length_attention_where_it_serves(caplo
             (fake_query("cuda", 32), "triton"),
         ):
             assert fastest_backend("triton", query, **settings) == chosen
+    parts = DocumentEnds(ends.offsets, 54, torch.tensor([0, 64, 128], dtype=torch.int32), 64)
+    for has_documents in (True, False):  # of a row that context ranks share
+        found = fastest_backend(
+            "triton", fake_query("cuda", 64), has_documents=has_documents, keys=128, document_ends=parts
+        )
+        assert found == "varlen"
     assert "takes bfloat16 or float16, not torch.float32" in caplog.text
     assert "multiples of 8, not 20" in caplog.text
     assert "torch 2.9.1 does not have it; torch 2.10 and later do" in varlen._refuse_release("2.9.1")
@@ -200,6 +206,10 @@ def test_variable_length_attention_is_called_as_it_is_declared():
             gradients = torch.autograd.grad(y.sum(), leaves)
             assert y.shape == q.shape
             assert [x.shape for x in gradients] == [x.shape for x in leaves]
+        more = torch.empty(2, 48, 2, 16, dtype=torch.bfloat16, requires_grad=True)
+        parts = DocumentEnds(ends.offsets, 32, torch.tensor([0, 30, 48, 96], dtype=torch.int32), 48)
+        y = attention(leaves[0], more, more, document_ends=parts, backend="varlen")
+        assert (y.shape, torch.autograd.grad(y.sum(), more)[0].shape) == (q.shape, more.shape)
     with pytest.raises(ValueError, match="needs document_ends"):
         attention(*make_inputs(1, 6, 6, 4, 2, 8), backend="varlen")
 
