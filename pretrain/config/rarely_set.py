@@ -71,7 +71,6 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "model.mixers.mom": "mixer num_memories top_k shared_memory balance_loss_weight",
         "model.mixers.plstm": "conv_kernel chunk_size num_heads head_dim value_head_dim",
         "model.mixers.retnet": "conv_kernel chunk_size num_heads head_dim value_head_dim rope_theta",
-        "model.mixers.short_conv": "conv_kernel",
         "model.mixers.transnormer": "chunk_size value_head_dim positions rope_theta",
         "model.mixers.mla": "gate latent_norm_epsilon",
         "model.mixers.window": "num_heads num_kv_heads window head_dim qk_norm positions rope_theta gate",

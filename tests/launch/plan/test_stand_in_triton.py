@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from amfm.launch.plan.activations import Storage
 from amfm.launch.plan.measured import Cut, block_bytes
@@ -54,6 +57,10 @@ def plan_blocks() -> dict[str, Any]:
     return {name: vars(block) for name, block in found.items()} | {"step": own.step.total(), "mfu": own.mfu}
 
 
+@pytest.mark.skipif(
+    tuple(map(int, importlib.metadata.version("megatron-core").split(".")[:2])) >= (0, 17),
+    reason="NOT TESTED: this megatron-core imports Triton itself; where Triton is missing pip installs an older one",
+)
 def test_a_plan_for_gpus_is_the_same_where_triton_is_not_installed() -> None:
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_TRITON]
     apart = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])

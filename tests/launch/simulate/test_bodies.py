@@ -88,7 +88,7 @@ def fed(rows, counts, kept=16):
     pairs, tokens, places, _, offsets = counting_sort._sort(ids, 4)
     by_token = (leaf(8, 2), pairs, tokens, places) if counts else (None, None, pairs, None)
     return triton_experts._forward(
-        rows(8 if counts else 16, 8), *by_token, offsets, leaf(4, 16, 8), leaf(4, 8, 8), True, kept
+        rows(8 if counts else 16, 8), *by_token, offsets, leaf(4, 16, 8), leaf(4, 8, 8), "swiglu", kept
     )
 
 
@@ -124,7 +124,7 @@ TRITON = (
     lambda rows: norm._norm(rows(6, 8), rows(6, 8), leaf(8), 1e-5, 1, False),
     lambda rows: norm._norm(rows(6, 8), rows(6, 8), leaf(8), 1e-5, 2, True),
     lambda rows: diagonal(diag, rows, True),
-    lambda rows: swiglu._swiglu(rows(6, 8)),
+    lambda rows: swiglu._swiglu(rows(6, 8), 1.0, 0.0, 0.0),
     lambda rows: swiglu._squared_relu(rows(6, 8)),
     lambda rows: stepped(delta, rows, steps=(3,)),
     lambda rows: stepped(delta_vector, rows, channels=(16,)),

@@ -33,7 +33,7 @@ def pruned_weights(data: DataConfig, model: dict) -> Weights:
         state[f"blocks.{index}.mixer.down_proj.weight"][:, dead] = 0
     shared = model["moe"]["shared_expert_hidden_size"]
     for index in (1, 4):
-        rows = [3, 9, *((shared + 3, shared + 9) if model["moe"].get("activation") == "swiglu" else ())]
+        rows = [3, 9, *((shared + 3, shared + 9) if model["moe"].get("activation", "").startswith("swiglu") else ())]
         state[f"blocks.{index}.mixer.shared.up_proj.weight"][rows] = 0
         state[f"blocks.{index}.mixer.shared.down_proj.weight"][:, [3, 9]] = 0
     for index, dead in ((1, [0]), (4, [2, 3])):
