@@ -54,8 +54,11 @@ def require_if_given(path: Path | None) -> Path | None:
     return None if path is None else require_exists(path)
 
 
-# Of a training state: torch Distributed Checkpoint, DeepSpeed's universal layout, the folder of its tag.
-TRAINING_STATES = (".metadata", "latest_universal", "zero/optimizer_state.pt")
+# Of a training state: torch Distributed Checkpoint, DeepSpeed's universal layout or the folder of its tag, Megatron-Core's.
+TRAINING_STATES = (
+    *(".metadata", "latest_universal", "zero/optimizer_state.pt"),
+    *("metadata.json", "latest_checkpointed_iteration.txt"),
+)
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist or be empty.")]
 
 
@@ -200,7 +203,7 @@ def import_(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="A folder that transformers wrote, an export, a training state of torch Distributed Checkpoint or DeepSpeed's universal layout, or a .tiktoken file.",
+            help="A folder that transformers wrote, an export, a training state of torch Distributed Checkpoint, DeepSpeed's universal layout or Megatron-Core, or a .tiktoken file.",
             callback=require_model,
         ),
     ],

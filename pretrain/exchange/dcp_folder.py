@@ -47,6 +47,10 @@ class Unread:
     def __setstate__(self, _: Any) -> None:
         """Keep nothing."""
 
+    def __call__(self, *_: Any, **__: Any) -> Unread:
+        """Stand in for what it would make, too."""
+        return self
+
 
 class RecordReader(pickle.Unpickler):
     """Reads the records of Distributed Checkpoint out of a pickle, and calls nothing else."""
@@ -151,35 +155,41 @@ class DcpFolder:
         """Shape of a tensor."""
         return tuple(self.tensors[name].size)
 
-    def source(self, name: str) -> Source:
-        """A tensor in float32 whose rows are read when they are asked for. Raises ValueError for a dtype without one rule."""
+    def source(self, name: str, lead: tuple[int, ...] = ()) -> Source:
+        """A tensor in float32 whose rows are read when they are asked for, or the one at the places `lead` of a stack.
+
+        Raises ValueError for a dtype without one rule.
+        """
         found = self.tensors[name]
         if found.properties.dtype not in READ_TYPES:
             raise ValueError(
                 f"{self.path}: {name} is {str(found.properties.dtype).removeprefix('torch.')}; numbers are read in "
                 "float32, bfloat16, float16 or float64"
             )
-        return Source(
-            tuple(found.size), torch.float32, lambda start, stop: self._rows(name, found, start, stop).float()
-        )
+        shape = tuple(found.size)[len(lead) :]
+        return Source(shape, torch.float32, lambda start, stop: self._rows(name, found, lead, start, stop).float())
 
     def tensor(self, name: str) -> Tensor:
         """Read a whole small tensor in its own dtype."""
         found = self.tensors[name]
-        return self._rows(name, found, 0, found.size[0] if len(found.size) else 1)
+        return self._rows(name, found, (), 0, found.size[0] if len(found.size) else 1)
 
-    def _rows(self, name: str, found: TensorStorageMetadata, start: int, stop: int) -> Tensor:
-        """Read rows of a tensor from all chunks that have a part in them."""
-        if not len(found.size):
-            return self._chunk(name, found.chunks[0], found.properties.dtype)
-        rows = torch.zeros(stop - start, *found.size[1:], dtype=found.properties.dtype)
+    def _rows(self, name: str, found: TensorStorageMetadata, lead: tuple[int, ...], start: int, stop: int) -> Tensor:
+        """Read rows of a tensor, at places of a stack where there are `lead`, from all chunks that have a part in them."""
+        axis, dtype = len(lead), found.properties.dtype
+        if len(found.size) == axis:
+            chunk = next(chunk for chunk in found.chunks if _holds(chunk, lead))
+            return self._chunk(name, chunk, dtype)[tuple(place - first for place, first in zip(lead, chunk.offsets))]
+        rows = torch.zeros(stop - start, *found.size[axis + 1 :], dtype=dtype)
         for chunk in found.chunks:
-            low, high = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
-            if low >= high:
+            first, last = chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]
+            low, high = max(start, first), min(stop, last)
+            if low >= high or not _holds(chunk, lead):
                 continue
-            values = self._chunk(name, chunk, found.properties.dtype)
-            others = [slice(first, first + size) for first, size in zip(chunk.offsets[1:], chunk.sizes[1:])]
-            rows[(slice(low - start, high - start), *others)] = values[low - chunk.offsets[0] : high - chunk.offsets[0]]
+            values = self._chunk(name, chunk, dtype)[tuple(place - begun for place, begun in zip(lead, chunk.offsets))]
+            ends = zip(chunk.offsets[axis + 1 :], chunk.sizes[axis + 1 :])
+            others = [slice(begun, begun + size) for begun, size in ends]
+            rows[(slice(low - start, high - start), *others)] = values[low - first : high - first]
         return rows
 
     def _chunk(self, name: str, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> Tensor:
@@ -223,6 +233,11 @@ def read_metadata(path: Path) -> Metadata:
     except (pickle.UnpicklingError, EOFError, TypeError, ValueError, AttributeError, IndexError) as error:
         problem = error
     raise ValueError(f"{file} is not the metadata of torch Distributed Checkpoint ({problem}); copy the folder again")
+
+
+def _holds(chunk: ChunkStorageMetadata, lead: tuple[int, ...]) -> bool:
+    """Whether a chunk has a part of what lies at these places of a stack."""
+    return all(first <= place < first + size for place, first, size in zip(lead, chunk.offsets, chunk.sizes))
 
 
 def _chunk_faults(name: str, found: TensorStorageMetadata, storage: dict[MetadataIndex, Any]) -> list[str]:

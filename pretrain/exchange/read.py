@@ -17,6 +17,8 @@ from amfm.pretrain.engine.moments import FROZEN
 from amfm.pretrain.exchange.adopt import Expected, adopt, check_adoptable
 from amfm.pretrain.exchange.dcp import RECORD, fit_dcp, read_dcp, read_step
 from amfm.pretrain.exchange.dcp_folder import DcpFolder
+from amfm.pretrain.exchange.fit import BUFFER, fit_tensors
+from amfm.pretrain.exchange.megatron import MegatronFolder, is_megatron
 from amfm.pretrain.exchange.state import TrainingState, WrittenRun, write_run
 from amfm.pretrain.exchange.universal import UniversalFolder, is_universal
 from amfm.pretrain.export.export import check_free
@@ -34,7 +36,8 @@ def import_state(
     """
     check_free(out)
     report(f"reading {source}")
-    read = (_read_universal if is_universal(source) else _read_dcp)(source, config, step)
+    reader = _read_megatron if is_megatron(source) else _read_universal if is_universal(source) else _read_dcp
+    read = reader(source, config, step)
     if isinstance(read, Weights):
         write_model(out, read)
         return read
@@ -69,6 +72,26 @@ def _read_universal(source: Path, config: RunConfig | None, step: int | None) ->
     expected = Expected(config)
     tensors, buffers = folder.fit(expected.shapes, expected.labels, expected.buffers)
     return adopt(config, str(source), tensors, buffers, folder.step(expected.shapes), step=step)
+
+
+def _read_megatron(source: Path, config: RunConfig | None, step: int | None) -> TrainingState | Weights:
+    """Read a distributed checkpoint of Megatron-Core by a configuration."""
+    config = require_config(source, config)
+    folder, expected = MegatronFolder(source, config.model), Expected(config)
+    labels = expected.labels if folder.has_moments() else dict.fromkeys(expected.labels, FROZEN)
+    kinds = ("weight", "exp_avg", "exp_avg_sq") if folder.has_moments() else ("weight",)
+    tensors, buffers = fit_tensors(
+        folder.found(kinds),
+        lambda kind, name: f"{'weight' if kind == BUFFER else kind}/{name}",
+        str(folder.path),
+        shapes=expected.shapes,
+        labels=labels,
+        buffers=expected.buffers,
+    )
+    if not folder.has_moments():
+        return weights_of(config, source, tensors["weight"], buffers)
+    check_adoptable(config)
+    return adopt(config, str(folder.path), tensors, buffers, folder.step(), step=step)
 
 
 def weights_of(

@@ -1,0 +1,310 @@
+"""Megatron-Core's distributed checkpoints (`torch_dist`) of hybrid, attention and MoE models, read into our names.
+
+Their sharded state dicts are torch Distributed Checkpoint underneath. What differs (megatron-core 0.16.1, `sharded_state_dict`
+of models/, ssm/ and transformer/):
+
+- A layer of MambaModel is one block of ours, a layer of GPTModel two, attention and what follows.
+- Layers are numbered (`decoder.layers.3.mlp...`), or stacked in a first dimension (`decoder.layers.mlp...`); experts are
+  stacked behind that, or numbered.
+- A norm before a matrix has the name that Transformer Engine's fused layer gives it (`linear_qkv.layer_norm_weight`).
+- `linear_qkv` has, for each key-value head, its query heads, its key and its value; `linear_fc1` of gated layers is gate
+  and up, `in_proj` and `conv1d` of Mamba are cut into `z x B C dt` and `x B C`.
+- Moments have the model's keys behind `optimizer.state.exp_avg.`; float32 masters of bf16 weights behind
+  `optimizer.state.fp32_param.`. The counter is in `common.pt`.
+
+Every tensor must be taken, or it is refused by name: biases, other positions, depths of prediction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amfm.data_pipeline.durable.foreign_files import read_object
+from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.shapes import block_shapes
+from amfm.model.on_demand import OnDemand, Source
+from amfm.pretrain.exchange.common_file import read_common
+from amfm.pretrain.exchange.dcp_folder import DcpFolder
+from amfm.pretrain.exchange.fit import one_step
+
+DESCRIPTION, COMMON, LATEST = "metadata.json", "common.pt", "latest_checkpointed_iteration.txt"
+STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(fp32_param|exp_avg|exp_avg_sq)\.(.+)")
+MASTERS = "fp32_param"
+# Of the router: what it counted in the last step, which no run goes on from.
+COUNTS = ".local_tokens_per_expert"
+Rows = tuple[Source, int, int]  # from start to stop
+
+NORMS = {
+    "M": ("norm.weight", "mixer.in_proj.layer_norm_weight"),
+    "*": ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+    "-": ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    "E": ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+}
+# Of tensors that have the same form: our name in a block, theirs in a layer.
+PLAIN = {
+    "M": {name: f"mixer.{name}" for name in ("A_log", "D", "dt_bias", "norm.weight", "out_proj.weight")},
+    "*": {
+        "o_proj.weight": "self_attention.linear_proj.weight",
+        "q_norm.weight": "self_attention.q_layernorm.weight",
+        "k_norm.weight": "self_attention.k_layernorm.weight",
+    },
+    "-": {"up_proj.weight": "mlp.linear_fc1.weight", "down_proj.weight": "mlp.linear_fc2.weight"},
+    "E": {
+        "router.weight": "mlp.router.weight",
+        "expert_bias": "mlp.router.expert_bias",
+        "shared.up_proj.weight": "mlp.shared_experts.linear_fc1.weight",
+        "shared.down_proj.weight": "mlp.shared_experts.linear_fc2.weight",
+        "shared_gate.weight": "mlp.shared_experts.gate_weight",
+        "latent_down.weight": "mlp.fc1_latent_proj.weight",
+        "latent_up.weight": "mlp.fc2_latent_proj.weight",
+    },
+}
+PARTS = {
+    "in_proj.weight": ("mixer.in_proj.weight", ("z", "x", "B", "C", "dt")),
+    "conv.weight": ("mixer.conv1d.weight", ("x", "B", "C")),
+    "conv.bias": ("mixer.conv1d.bias", ("x", "B", "C")),
+}
+EXPERTS = {"experts.up": "linear_fc1.weight", "experts.down": "linear_fc2.weight"}
+
+
+def find_iteration(path: Path) -> Path:
+    """The folder of the newest iteration where a path is one of several; else the path itself."""
+    if (path / LATEST).is_file():
+        text = (path / LATEST).read_text(encoding="utf-8").strip()
+        return path / (f"iter_{int(text):07d}" if text.isdecimal() else "release")
+    return path
+
+
+def is_megatron(path: Path) -> bool:
+    """Whether a folder looks like a distributed checkpoint of Megatron-Core, or one of several."""
+    return (find_iteration(path) / DESCRIPTION).is_file()
+
+
+class MegatronFolder:
+    """A distributed checkpoint of Megatron-Core as tensors by our names, for a model that the configuration describes.
+
+    Raises ValueError where it is not whole, in another backend, or has a model that ours is not.
+    """
+
+    def __init__(self, path: Path, model: ModelConfig) -> None:
+        self.path, self.model = find_iteration(path), model
+        backend = read_object(self.path / DESCRIPTION).get("sharded_backend")
+        if backend != "torch_dist":
+            raise ValueError(
+                f"{self.path / DESCRIPTION} has sharded_backend={backend!r}; torch_dist is read: save it again with --ckpt-format "
+                "torch_dist"
+            )
+        check_fits(model, self.path)
+        self.folder = DcpFolder(self.path)
+        self.common = read_common(self.path / COMMON)
+        self.keys: dict[str, dict[str, str]] = {"weight": {}}
+        for key in self.folder.tensors:
+            matched = STATE_KEY.fullmatch(key)
+            kind, name = matched.groups() if matched else ("weight", key)
+            self.keys.setdefault(kind, {})[name] = key
+        self.refuse_buckets()
+        self.refuse_centred_norms()
+
+    def has_moments(self) -> bool:
+        """Whether AdamW's moments are there."""
+        return "exp_avg" in self.keys
+
+    def refuse_buckets(self) -> None:
+        """Raise ValueError for optimizer state that is cut by communication buffers and not by parameters."""
+        for key in self.folder.tensors:
+            if key.partition("optimizer.")[1] and STATE_KEY.fullmatch(key) is None:
+                raise ValueError(
+                    f"{self.path}: {key} is optimizer state by buffers of that run's ranks; save it by parameters, with "
+                    "--dist-ckpt-optim-fully-reshardable, or leave the optimizer out (--no-save-optim)"
+                )
+
+    def refuse_centred_norms(self) -> None:
+        """Raise ValueError for norms that add one to their weights, which our model does not have."""
+        if getattr(self.common.get("args"), "apply_layernorm_1p", False):
+            raise ValueError(
+                f"{self.path} was trained with --apply-layernorm-1p, and our norms add no one to their weights"
+            )
+
+    def step(self) -> int:
+        """The optimizer's counter. Raises ValueError where it is nowhere, or parameters differ in it."""
+        steps = set(find_steps(self.common.get("optimizer")))
+        if not steps and isinstance(self.common.get("iteration"), int):
+            steps = {self.common["iteration"]}
+        if not steps:
+            raise ValueError(f"{self.path / COMMON} has no step of the optimizer and no iteration; save it with both")
+        return one_step(steps, self.path / COMMON)
+
+    def found(self, kinds: Sequence[str]) -> OnDemand:
+        """All tensors of these kinds by kind and our name (`weight/NAME`); buffers count as weights.
+
+        Raises ValueError for tensors that belong to no block of the model.
+        """
+        sources: dict[str, Source] = {}
+        for kind in kinds:
+            reading = Reading(self, kind)
+            sources |= {f"{kind}/{name}": source for name, source in reading.model_tensors()}
+            left = [key for key in self.keys[kind] if key not in reading.taken and not key.endswith(COUNTS)]
+            if left:
+                raise ValueError(
+                    f"{self.path} does not fit the model: {', '.join(sorted(left)[:8])}{' ...' if len(left) > 8 else ''} of "
+                    f"{len(self.keys[kind])} tensors ({kind}) belong to no block of pattern {self.model.pattern}"
+                )
+        return OnDemand(sources)
+
+
+class Reading:
+    """Takes the tensors of one kind out of a folder, and remembers which."""
+
+    def __init__(self, megatron: MegatronFolder, kind: str) -> None:
+        self.folder, self.model = megatron.folder, megatron.model
+        # Masters in float32 stand for the weights that they step.
+        self.keys = megatron.keys[kind] | (megatron.keys.get(MASTERS, {}) if kind == "weight" else {})
+        self.is_pairs = "decoder.final_layernorm.weight" in megatron.keys["weight"]
+        self.taken: set[str] = set()
+
+    def model_tensors(self) -> Iterator[tuple[str, Source]]:
+        """Iterate over our names and sources; those that are not there are left out."""
+        yield from self.named("embedding.weight", self.whole("embedding.word_embeddings.weight"))
+        for index, letter in enumerate(self.model.letters):
+            layer = index // 2 if self.is_pairs else index
+            norm = next((found for name in NORMS[letter] if (found := self.at(layer, name))), None)
+            yield from self.named(f"blocks.{index}.norm.weight", norm)
+            for name in block_shapes(self.model, letter):
+                yield from self.named(f"blocks.{index}.mixer.{name}", self.block_tensor(layer, letter, name))
+        last = "decoder.final_layernorm.weight" if self.is_pairs else "decoder.final_norm.weight"
+        yield from self.named("final_norm.weight", self.whole(last))
+        if not self.model.tie_embeddings:
+            yield from self.named("head.weight", self.whole("output_layer.weight"))
+
+    def named(self, name: str, source: Source | None) -> Iterator[tuple[str, Source]]:
+        """A source under its name, where there is one."""
+        if source is not None:
+            yield name, source
+
+    def block_tensor(self, layer: int, letter: str, name: str) -> Source | None:
+        """The source of a tensor of ours in a block; None where it is not there."""
+        if name in PLAIN[letter]:
+            return self.at(layer, PLAIN[letter][name])
+        if name in PARTS:
+            base, parts = PARTS[name]
+            return flat_conv(self.at(layer, base) or self.joined([self.at(layer, f"{base}.{part}") for part in parts]))
+        if name in EXPERTS:
+            return self.experts(layer, EXPERTS[name])
+        fused = self.at(layer, "self_attention.linear_qkv.weight")
+        return None if fused is None else self.head_rows(fused, name)
+
+    def whole(self, key: str, lead: tuple[int, ...] = ()) -> Source | None:
+        """A tensor by its key; gated matrices may be two tensors, gate (`_w`) and up (`_v`)."""
+        if key in self.keys:
+            self.taken.add(key)
+            return self.folder.source(self.keys[key], lead)
+        if f"{key}_w" in self.keys:
+            return self.joined([self.whole(f"{key}_w", lead), self.whole(f"{key}_v", lead)])
+        return None
+
+    def at(self, layer: int, name: str) -> Source | None:
+        """A tensor of a layer, numbered or at its place of a stack."""
+        return self.whole(f"decoder.layers.{layer}.{name}") or self.whole(f"decoder.layers.{name}", (layer,))
+
+    def experts(self, layer: int, name: str) -> Source | None:
+        """The matrices of all experts, [E, out, in]: a stack, or tensors by number."""
+        stack = self.at(layer, f"mlp.experts.experts.{name}")
+        if stack is not None:
+            return stack
+        assert self.model.moe is not None, "the pattern has E, the configuration no moe section"
+        each = [self.at(layer, f"mlp.experts.experts.{number}.{name}") for number in range(self.model.moe.num_experts)]
+        present = [source for source in each if source is not None]
+        return stacked(present) if len(present) == len(each) else None
+
+    def joined(self, sources: Sequence[Source | None]) -> Source | None:
+        """Tensors below each other; None where one is missing."""
+        present = [source for source in sources if source is not None]
+        return join([(source, 0, source.num_rows) for source in present]) if len(present) == len(sources) else None
+
+    def head_rows(self, fused: Source, name: str) -> Source:
+        """Rows of queries, keys or values out of `linear_qkv`, whose groups are those of the key-value heads."""
+        attention = self.model.attention
+        assert attention is not None, "the pattern has *, the configuration no attention section"
+        groups, dim = attention.num_kv_heads, attention.head_dim
+        queries = attention.num_heads // groups * dim
+        first, size = {"q": (0, queries), "k": (queries, dim), "v": (queries + dim, dim)}[name[0]]
+        each = queries + 2 * dim
+        if fused.shape[0] != groups * each:
+            # Of another shape than the configuration's: the comparison of shapes names it.
+            return fused
+        return join([(fused, group * each + first, group * each + first + size) for group in range(groups)])
+
+
+def join(pieces: Sequence[Rows]) -> Source:
+    """Rows of several tensors below each other, as one tensor."""
+    shape = (sum(stop - start for _, start, stop in pieces), *pieces[0][0].shape[1:])
+
+    def read(start: int, stop: int) -> Tensor:
+        parts, begun = [], 0
+        for source, first, last in pieces:
+            low, high = max(start, begun), min(stop, begun + last - first)
+            if low < high:
+                parts.append(source.read(first + low - begun, first + high - begun))
+            begun += last - first
+        return torch.cat(parts)
+
+    return Source(shape, torch.float32, read)
+
+
+def stacked(sources: Sequence[Source]) -> Source:
+    """Tensors of one shape as a stack of them."""
+
+    def read(start: int, stop: int) -> Tensor:
+        return torch.stack([source.read(0, source.num_rows) for source in sources[start:stop]])
+
+    return Source((len(sources), *sources[0].shape), torch.float32, read)
+
+
+def flat_conv(source: Source | None) -> Source | None:
+    """The weights of a convolution over channels without the dimension of inputs per channel, which is 1."""
+    if source is None or len(source.shape) != 3 or source.shape[1] != 1:
+        return source
+    shape = (source.shape[0], source.shape[2])
+    return Source(shape, torch.float32, lambda start, stop: source.read(start, stop).squeeze(1))
+
+
+def find_steps(optimizer: Any) -> Iterator[int]:
+    """All counters of an optimizer's common state, wherever it keeps them."""
+    children: Iterable[tuple[Any, Any]] = optimizer.items() if isinstance(optimizer, Mapping) else ()
+    if isinstance(optimizer, list | tuple):
+        children = enumerate(optimizer)
+    for key, value in children:
+        if key in ("common_step", "step") and isinstance(value, int | float | Tensor):
+            yield int(value)
+        else:
+            yield from find_steps(value)
+
+
+def check_fits(model: ModelConfig, path: Path) -> None:
+    """Raise ValueError for blocks that Megatron-Core does not have in this form."""
+    unknown = sorted(set(model.letters) - set(NORMS))
+    if unknown or model.num_depths:
+        what = f"blocks {', '.join(unknown)}" if unknown else "depths of multi-token prediction"
+        raise ValueError(f"{path}: model.pattern={model.pattern} has {what}; of Megatron-Core M, *, - and E are read")
+    if model.attention is not None and model.attention.gate != "none":
+        raise ValueError(
+            f"{path}: model.attention.gate={model.attention.gate} is not read from Megatron-Core; leave it out"
+        )
+    factored = any(section is not None and kind != "dense" for section, kind in _structures(model))
+    if factored:
+        raise ValueError(f"{path}: Megatron-Core has no factored matrices; use linear_kind: dense")
+
+
+def _structures(model: ModelConfig) -> list[tuple[object, str]]:
+    """Sections with feed-forwards, and the form of their matrices."""
+    dense, moe = model.feed_forward, model.moe
+    return [
+        (dense, dense.linear_kind if dense is not None else "dense"),
+        (moe, moe.shared_expert_linear_kind if moe is not None else "dense"),
+    ]

@@ -1,0 +1,213 @@
+"""Models, AdamW's state and distributed checkpoints that megatron-core itself makes, on a CPU.
+
+It has no way without a GPU in a few places, which `on_cpu` stands in for: it asks which GPU is the current one, waits for
+its copies, builds a Mamba mixer only where mamba_ssm is installed, whose kernels no test here runs, and norms a
+hybrid by Transformer Engine. Its optimizer wrappers
+allocate on a GPU too; what they do to save is called here by itself: `get_param_id_to_sharded_param_map` and
+`optim_state_to_sharding_state` of dist_checkpointing give torch's AdamW the sharded keys that FP32Optimizer gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    optim_state_to_sharding_state,
+)
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.models.mamba import MambaModel
+from megatron.core.ssm import mamba_block, mamba_mixer
+from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+VOCAB, WIDTH, LENGTH = 448, 32, 48
+STEPS = 2
+
+
+def transformer_config(**settings: Any) -> TransformerConfig:
+    """A small transformer with grouped queries, RMSNorm and gated feed-forwards, initialized on the CPU."""
+    return TransformerConfig(
+        **{
+            "num_layers": 2,
+            "hidden_size": WIDTH,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "kv_channels": 8,
+            "ffn_hidden_size": 48,
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": 1e-5,
+            "activation_func": torch.nn.functional.silu,
+            "gated_linear_unit": True,
+            "add_bias_linear": False,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "use_cpu_initialization": True,
+            "bias_dropout_fusion": False,
+            "masked_softmax_fusion": False,
+            "bias_activation_fusion": False,
+            "apply_rope_fusion": False,
+            "gradient_accumulation_fusion": False,
+        }
+        | settings
+    )
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Let megatron-core build and save without a GPU."""
+    tracker = get_cuda_rng_tracker(inference_rng_tracker=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracker, "fork", lambda *_: nullcontext())
+        patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+        patch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        patch.setattr(mamba_mixer, "HAVE_MAMBA_SSM", True)
+        patch.setattr(mamba_mixer, "ExtendedRMSNorm", GatedNorm)
+        patch.setattr(mamba_block, "TENorm", WrappedTorchNorm)
+        # Of Transformer Engine, asked for without looking whether it is there.
+        patch.setattr(moe_utils, "te_general_gemm", None, raising=False)
+        yield
+
+
+class GatedNorm(torch.nn.Module):
+    """The weight of a Mamba mixer's norm, saved as megatron-core saves its own."""
+
+    def __init__(self, channels: int, **_: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(channels))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """As ExtendedRMSNorm has it: cut over tensor ranks in its channels."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets
+        )
+
+
+def hybrid(config: TransformerConfig, pattern: str) -> MambaModel:
+    """MambaModel of local layers, with an untied head."""
+    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear, core_attention=DotProductAttention, linear_proj=RowParallelLinear
+    )
+    layers = MambaStackSubmodules(
+        mamba_layer=ModuleSpec(
+            module=MambaLayer,
+            submodules=MambaLayerSubmodules(
+                norm=WrappedTorchNorm,
+                mixer=ModuleSpec(
+                    module=mamba_mixer.MambaMixer,
+                    submodules=mamba_mixer.MambaMixerSubmodules(
+                        in_proj=ColumnParallelLinear, out_proj=RowParallelLinear
+                    ),
+                ),
+                mamba_bda=get_bias_dropout_add,
+            ),
+        ),
+        attention_layer=ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=WrappedTorchNorm,
+                self_attention=ModuleSpec(
+                    module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                ),
+                self_attn_bda=get_bias_dropout_add,
+            ),
+        ),
+        mlp_layer=ModuleSpec(
+            module=MLPLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=WrappedTorchNorm,
+                mlp=ModuleSpec(module=MLP, submodules=linear),
+                mlp_bda=get_bias_dropout_add,
+            ),
+        ),
+        moe_layer=ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=WrappedTorchNorm,
+                mlp=get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts, moe_grouped_gemm=False),
+                mlp_bda=get_bias_dropout_add,
+            ),
+        ),
+    )
+    spec = ModuleSpec(module=MambaStack, submodules=layers)
+    return MambaModel(
+        config,
+        spec,
+        vocab_size=VOCAB,
+        max_sequence_length=LENGTH,
+        hybrid_override_pattern=pattern,
+        share_embeddings_and_output_weights=False,
+    )
+
+
+def gpt(config: TransformerConfig, *, num_experts: int | None = None) -> GPTModel:
+    """GPTModel of local layers, with rotary positions and an untied head."""
+    if num_experts is None or isinstance(config.moe_layer_freq, int):
+        spec = get_gpt_layer_local_spec(num_experts=num_experts, normalization="RMSNorm")
+    else:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    return GPTModel(
+        config,
+        spec,
+        vocab_size=VOCAB,
+        max_sequence_length=LENGTH,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+
+
+def adamw(model: torch.nn.Module, moments: Mapping[str, Mapping[str, torch.Tensor]]) -> torch.optim.AdamW:
+    """AdamW after STEPS steps, with the moments given by kind and parameter."""
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    for name, weight in model.named_parameters():
+        own = {kind: tensors[name] for kind, tensors in moments.items()}
+        optimizer.state[weight] = {"step": torch.tensor(float(STEPS)), **own}
+    return optimizer
+
+
+def save(model: torch.nn.Module, folder: Path, optimizer: torch.optim.AdamW | None = None, **metadata: Any) -> None:
+    """Write a distributed checkpoint of the model, and of the optimizer where there is one, into a new folder."""
+    folder.mkdir()
+    sharded = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": dp_cp_group()})
+    whole: dict[str, Any] = {"model": sharded, "iteration": STEPS}
+    if optimizer is not None:
+        state = optimizer.state_dict()
+        of_parameters = (weight for group in optimizer.param_groups for weight in group["params"])
+        places = get_param_id_to_sharded_param_map(sharded, of_parameters)
+        optim_state_to_sharding_state(state, places, exclude_keys=("step",))
+        state["state"]["common_step"] = STEPS
+        whole["optimizer"] = state
+    dist_checkpointing.save(whole, str(folder))
+
+
+def dp_cp_group() -> Any:
+    """The group of data and context ranks, which the sharded state dicts ask for."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
