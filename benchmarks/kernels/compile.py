@@ -51,7 +51,7 @@ def compile_kernels(architectures: Sequence[int] = ARCHITECTURES, *, report: Cal
     rows = []
     for number, case in enumerate(cases):
         report(f"compiling {case.name} ({number + 1} of {len(cases)})")
-        for architecture in architectures:
+        for architecture in [each for each in architectures if each >= case.first_architecture]:
             compiled = compile_ahead(case.kernel, case.signature, case.constants, architecture, **case.options)
             rows.append(
                 {
@@ -86,6 +86,8 @@ def table_of(result: dict[str, Any]) -> str:
     for name, rows in by_kernel.items():
         cells = " | ".join(
             f"{rows[a]['registers']} / {rows[a]['spill_bytes']} / {rows[a]['shared_bytes'] / 1024:.3g}"
+            if a in rows
+            else "-"
             for a in architectures
         )
         hopper = rows.get(90)

@@ -46,6 +46,7 @@ def main(words: list[str]) -> int:
         print(f"error: the card does not answer: {described.fault}", file=sys.stderr)
         return BAD_MACHINE
     machine = described.lines[0]
+    operations = _that_run(given, operations, machine["capability"] or DEFAULT_ARCHITECTURE)
     try:
         report = Report(given.out, machine)
     except ValueError as error:
@@ -94,6 +95,15 @@ def _operations(given: argparse.Namespace) -> list[str]:
         if name not in known:
             raise ValueError(f"--op {name}: there is no such operation; use {', '.join(known)}")
     return given.op or [*known]
+
+
+def _that_run(given: argparse.Namespace, operations: list[str], architecture: int) -> list[str]:
+    """Those of the operations that the card has instructions for; says which it leaves out."""
+    known = importlib.import_module(given.cases).OPERATIONS
+    for name in operations:
+        if known[name].first_architecture() > architecture:
+            print(f"{name} needs sm_{known[name].first_architecture()}: left out on this card", flush=True)
+    return [name for name in operations if known[name].first_architecture() <= architecture]
 
 
 def _compile(given: argparse.Namespace, machine: dict[str, Any], operations: list[str], report: Report) -> None:

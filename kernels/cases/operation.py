@@ -12,7 +12,10 @@ from amfm.kernels.cases.trial import Kind, Sized
 
 @dataclass(frozen=True)
 class KernelLaunch:
-    """One kernel as production launches it: arguments of `amfm.kernels.proof.ahead_of_time.compile_ahead`, and a name."""
+    """One kernel as production launches it: arguments of `amfm.kernels.proof.ahead_of_time.compile_ahead`, and a name.
+
+    `first_architecture`: the oldest that has what it needs, 90 for products of 8-bit numbers.
+    """
 
     name: str
     kernel: Any
@@ -20,6 +23,7 @@ class KernelLaunch:
     constants: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)
     multiplies: bool = False
+    first_architecture: int = 80
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class OperationCase:
     trials: Callable[[], Iterator[Sized]]
     on_card: Mapping[str, Callable[[Inputs, CardSizes], Problem]] = field(default_factory=dict)
     on_host: Mapping[str, Callable[[Inputs, HostSizes], Problem]] = field(default_factory=dict)
+
+    def first_architecture(self) -> int:
+        """The oldest architecture on which all of it runs."""
+        return max(launch.first_architecture for launch in self.launches())
 
     def trials_of(self, kinds: Collection[Kind] = ()) -> list[Sized]:
         """The trials of these kinds, all where none is named."""

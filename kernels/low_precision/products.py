@@ -1,86 +1,108 @@
-"""The three products of a weight with quantised operands: y = x W^T, the gradient of x, the gradient of W.
+"""The three products of a weight with a recipe, by codes on a GPU that multiplies them, else emulated.
 
-Each operand is quantised along the dimension that the product sums over, from the wide numbers, never from codes:
-
-    y  = x W^T      x in runs along the inputs,    W along the inputs
-    dx = dy W       dy in runs along the outputs,  W^T along the outputs
-    dW = dy^T x     both in runs along the tokens
-
-nvfp4 rounds gradients at random, and turns both operands of dW by a Hadamard matrix along the tokens. A weight whose blocks are
-square has the same numbers in both directions. Here operands are decoded and multiplied wide, on any device: e4m3 and
-e2m1 times their blocks' scales are bfloat16 exactly, so what differs from tensor cores is the order of sums.
+A GPU without `emulate` that cannot multiply a recipe's codes is an error: nothing falls back in silence. A CPU emulates, but for
+Triton's interpreter, which runs what a GPU would.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from amfm.kernels.common.gemm_precision import gemm_dtype
-from amfm.kernels.low_precision.formats import Quantized, quantize, turn
-from amfm.kernels.low_precision.recipe import Recipe
+from amfm.kernels.common.gradient_sum import GradientSum, land_product
+from amfm.kernels.low_precision import emulated
+from amfm.kernels.low_precision.formats import Quantized
+from amfm.kernels.low_precision.recipe import FIRST_CAPABILITY, KERNELS, Recipe
 from amfm.kernels.low_precision.watch import note_operands
+from amfm.kernels.runtime.backend import INTERPRETED, resolve_backend
 
-# Added to a recipe's seed, so that the roundings of one gradient for its two products are drawn apart.
-_INPUT_DRAW, _WEIGHT_DRAW = 1, 2
-STEADY_ROWS = 4  # from here on a row of a product does not depend on how many others there are
-
-
-def output(x_RI: Tensor, weight_OI: Tensor, recipe: Recipe) -> Tensor:
-    """x W^T, [R, O] float32. Raises ValueError on a GPU that was not told to emulate."""
-    check_device(recipe, x_RI.device)
-    note_operands(recipe, input=x_RI, weight=weight_OI)
-    return multiply(quantize(x_RI, recipe.name), quantize(weight_OI, recipe.name, weight=True))
+# What one matrix was made into for the gradient of a weight: codes, scales, and nvfp4's factor of the whole.
+Kept = tuple[Tensor | None, ...]
 
 
-def input_gradient(grad_RO: Tensor, weight_OI: Tensor, recipe: Recipe) -> Tensor:
-    """dy W, [R, I] float32."""
-    note_operands(recipe, gradient=grad_RO)
-    rows = quantize(grad_RO, recipe.name, draw=_draw(recipe, _INPUT_DRAW))
-    return multiply(rows, quantize(weight_OI.t(), recipe.name, weight=True))
+def multiplies_codes(recipe: Recipe, device: torch.device) -> bool:
+    """Whether kernels multiply codes here; the emulation does otherwise.
 
-
-def weight_gradient(grad_RO: Tensor, columns: Quantized, recipe: Recipe) -> Tensor:
-    """dy^T x, [O, I] float32, from what `quantize_columns` gives of x."""
-    return multiply(quantize_columns(grad_RO, recipe, draw=_draw(recipe, _WEIGHT_DRAW)), columns)
-
-
-def quantize_columns(x_RI: Tensor, recipe: Recipe, *, draw: int | None = None) -> Quantized:
-    """The transpose [I, R] of rows in runs along them: all that the weight's gradient needs of them."""
-    columns = turn(x_RI.t(), recipe.seed) if recipe.name == "nvfp4" else x_RI.t()
-    return quantize(columns, recipe.name, draw=draw)
-
-
-def multiply(left: Quantized, right: Quantized) -> Tensor:
-    """left [M, K] times the transpose of right [N, K]: [M, N] float32, sums in float32.
-
-    A CPU's library multiplies one to three rows by another routine, so these are part of a larger product: an expert's rows
-    are then what they are, however many rows of zeros a layout puts behind them.
+    Raises ValueError for a GPU that was not told to emulate and cannot multiply them.
     """
-    a, b = (_to_product(operand.decode()) for operand in (left, right))
-    rows = len(a)
-    if a.dtype == torch.float32:
-        product = torch.mm(functional.pad(a, (0, 0, 0, max(STEADY_ROWS - rows, 0))), b.t())[:rows]
-    else:
-        product = torch.mm(a, b.t(), out_dtype=torch.float32)
-    for operand in (left, right):
-        if operand.whole is not None:
-            product.mul_(operand.whole)
-    return product
+    if recipe.emulate or (device.type == "cpu" and not INTERPRETED) or device.type == "meta":
+        return False
+    if recipe.name not in KERNELS:
+        raise ValueError(f"no kernel multiplies by {recipe.name} yet; use low_precision.emulate=true, or {KERNELS[0]}")
+    if device.type == "cuda":
+        needed, found = FIRST_CAPABILITY[recipe.name], torch.cuda.get_device_capability(device)
+        if found < needed:
+            raise ValueError(
+                f"low_precision.recipe={recipe.name} needs compute capability {needed[0]}.{needed[1]}; this GPU has "
+                f"{found[0]}.{found[1]}. Use low_precision.emulate=true, or recipe: none"
+            )
+    resolve_backend("triton", device, "low_precision")
+    return True
 
 
-def check_device(recipe: Recipe, device: torch.device) -> None:
-    """Raise ValueError for a GPU without `emulate`: its own products are not written yet, and nothing falls back in silence."""
-    if device.type == "cuda" and not recipe.emulate:
-        raise ValueError(f"no kernel multiplies by {recipe.name} on this GPU; use low_precision.emulate=true")
+def output(x_RI: Tensor, weight_OI: Tensor, recipe: Recipe, *, keep: bool) -> tuple[Tensor, Kept]:
+    """x W^T, [R, O] in the dtype of x, and what the gradient of W needs of x if it is to be kept."""
+    if multiplies_codes(recipe, x_RI.device):
+        from amfm.kernels.low_precision import triton_impl as codes
+
+        note_operands(recipe, input=x_RI, weight=weight_OI)
+        rows, columns = codes.quantize_rows(x_RI, rows=True, columns=keep)
+        assert rows is not None
+        y_RO = codes.product(rows, codes.quantize_weight(weight_OI), x_RI.dtype)
+        return y_RO, () if columns is None else (columns.codes, columns.scales)
+    return emulated.output(x_RI, weight_OI, recipe).to(x_RI.dtype), keep_columns(x_RI, recipe) if keep else ()
 
 
-def _to_product(numbers: Tensor) -> Tensor:
-    """Decoded numbers as this machine multiplies them: bfloat16 on a GPU, where its sums are float32."""
-    return numbers.bfloat16() if numbers.device.type == "cuda" else numbers.to(gemm_dtype(numbers))
+def keep_columns(x_RI: Tensor, recipe: Recipe) -> Kept:
+    """What the gradient of W needs of x."""
+    if multiplies_codes(recipe, x_RI.device):
+        from amfm.kernels.low_precision import triton_impl as codes
+
+        _, columns = codes.quantize_rows(x_RI, columns=True)
+        assert columns is not None
+        return columns.codes, columns.scales
+    made = emulated.quantize_columns(x_RI, recipe)
+    return made.codes, made.scales, made.whole
 
 
-def _draw(recipe: Recipe, product: int) -> int | None:
-    """The seed of a gradient's random rounding for one of its products; None where it is rounded to the nearest."""
-    return recipe.seed + product if recipe.name == "nvfp4" else None
+def input_gradient(grad_RO: Tensor, weight_OI: Tensor, recipe: Recipe, *, keep: bool) -> tuple[Tensor, Kept]:
+    """dy W, [R, I] in the dtype of dy, and what the gradient of W needs of dy if it is to be kept."""
+    if multiplies_codes(recipe, grad_RO.device):
+        from amfm.kernels.low_precision import triton_impl as codes
+
+        note_operands(recipe, gradient=grad_RO)
+        rows, columns = codes.quantize_rows(grad_RO, rows=True, columns=keep)
+        assert rows is not None
+        dx_RI = codes.product(rows, codes.quantize_weight(weight_OI, transposed=True), grad_RO.dtype)
+        return dx_RI, () if columns is None else (columns.codes, columns.scales)
+    dx_RI = emulated.input_gradient(grad_RO, weight_OI, recipe).to(grad_RO.dtype)
+    return dx_RI, keep_gradient(grad_RO, recipe) if keep else ()
+
+
+def keep_gradient(grad_RO: Tensor, recipe: Recipe) -> Kept:
+    """What the gradient of W needs of dy."""
+    if multiplies_codes(recipe, grad_RO.device):
+        return keep_columns(grad_RO, recipe)
+    made = emulated.quantize_gradient_columns(grad_RO, recipe)
+    return made.codes, made.scales, made.whole
+
+
+def weight_gradient(
+    grad: Kept, x: Kept, rows: int, dtype: torch.dtype, recipe: Recipe, total: GradientSum | None
+) -> Tensor | None:
+    """dy^T x over `rows` tokens, [O, I] in `dtype`, from what was kept of both; None where it lands in `total`."""
+    (left, left_scales, *left_whole), (right, right_scales, *right_whole) = grad, x
+    assert left is not None and left_scales is not None and right is not None and right_scales is not None
+    if multiplies_codes(recipe, left.device):
+        from amfm.kernels.low_precision import triton_impl as codes
+
+        columns = codes.ColumnCodes(left, left_scales), codes.ColumnCodes(right, right_scales)
+        return codes.weight_gradient(*columns, rows, dtype, total)
+    product = emulated.multiply(
+        Quantized.of_rows(recipe.name, left, left_scales, *left_whole),
+        Quantized.of_rows(recipe.name, right, right_scales, *right_whole),
+    )
+    if total is not None:
+        land_product(total, product)
+        return None
+    return product.to(dtype)

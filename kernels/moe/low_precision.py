@@ -2,7 +2,8 @@
 
 Formulas as in README.md, each operand quantised from the wide numbers along what its product sums over. An expert's rows are a
 matrix of its own: no run along the tokens has rows of two experts, and its nvfp4 has factors of its own. Rows of zeros, which
-fill slots, change no scale of another row but lie in the runs along the tokens behind the last.
+fill slots, change no scale of another row but lie in the runs along the tokens behind the last. What kernels store between two
+products (h, v, dh, and w a for d_down) is rounded to the dtype of x, as they do (triton_fp8.py).
 
     h = q(P x) q(up)^T          y = P^T q(w a) q(down)^T                       runs along rows
     v = q(g) q(down)            dx = P^T q(dh) q(up)
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of, land
 from amfm.kernels.common.split_backward import compute_later, is_split
+from amfm.kernels.low_precision.emulated import input_gradient, output, quantize_columns, weight_gradient
 from amfm.kernels.low_precision.formats import Quantized, quantize
-from amfm.kernels.low_precision.products import input_gradient, output, quantize_columns, weight_gradient
 from amfm.kernels.low_precision.recipe import Recipe, recipe_of
 from amfm.kernels.moe.torch_loop import (
     activate,
@@ -101,7 +102,7 @@ class _Experts(torch.autograd.Function):
             strict=True,
         ):
             if len(rows):
-                active = activate(hidden.copy_(output(rows, up, recipes.up)), activation)
+                active = activate(hidden.copy_(output(rows, up, recipes.up).to(x_RD.dtype)), activation)
                 if weights is not None:
                     active.mul_(weights)
                 y.copy_(output(active, down, recipes.down))
@@ -133,14 +134,14 @@ class _Experts(torch.autograd.Function):
             if not len(grads):
                 continue
             active, factor = open_activation(hidden, ctx.activation)
-            d_active = input_gradient(grads, down, ctx.recipes.down)
+            d_active = input_gradient(grads, down, ctx.recipes.down).to(x_RD.dtype).float()
             if weights is not None and d_weights_S is not None:
                 d_weights_S[place] = torch.linalg.vecdot(d_active, active).to(d_weights_S.dtype)
                 d_active.mul_(weights)
                 active.mul_(weights)
-            active_SF[place] = active
+            active_SF[place] = active.to(x_RD.dtype)
             # In place of the hidden rows, of which no other expert needs any.
-            hidden.copy_(activation_backward(d_active, hidden, factor, ctx.activation))
+            hidden.copy_(activation_backward(d_active, hidden, factor, ctx.activation).to(x_RD.dtype))
             dx_SD[place] = input_gradient(hidden, up, ctx.recipes.up)
         half = partial(
             _weights_half,

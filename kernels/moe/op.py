@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.common.shapes import check_float, check_shape
+from amfm.kernels.low_precision.products import multiplies_codes
 from amfm.kernels.moe import low_precision
 from amfm.kernels.moe.grouping import Grouping, count_experts, group_by_expert
 from amfm.kernels.moe.low_precision import recipes_of
@@ -125,6 +126,11 @@ def grouped_feed_forward(
         raise ValueError(f"counts_E must add up to the {x_RD.shape[0]} rows of x_RD; got {int(counts_E.sum())}")
     backend = resolve_backend(backend, x_RD.device, "moe")
     recipes = recipes_of(up_EFD, down_EDF)
+    if recipes is not None and multiplies_codes(recipes.up, x_RD.device):
+        from amfm.kernels.moe import triton_fp8
+
+        offsets_E = counts_E.cumsum(0).to(torch.int32)
+        return triton_fp8.grouped(x_RD, sources_R, offsets_E, up_EFD, down_EDF, activation, recipes)
     if recipes is not None or (backend == "triton" and _multiplies_by_torch(x_RD, up_EFD, down_EDF, len(x_RD))):
         backend = "torch"
     if sources_R is not None:
@@ -176,11 +182,12 @@ def expert_feed_forward(
     # Lost choices are one expert more, which sorts last.
     num_experts = up_EFD.shape[0]
     num_sorted, rows = (num_experts, expert_ids_RK.numel()) if count is None else (num_experts + 1, count)
-    if backend == "triton" and recipes is None:
+    by_codes = recipes is not None and multiplies_codes(recipes.up, x_RD.device)
+    if by_codes or (backend == "triton" and recipes is None):
         from amfm.kernels.moe.counting_sort import sort_pairs
         from amfm.kernels.moe.triton_experts import expert_feed_forward_triton
 
-        if _multiplies_by_torch(x_RD, up_EFD, down_EDF, rows):
+        if not by_codes and _multiplies_by_torch(x_RD, up_EFD, down_EDF, rows):
             choices = sort_choices(expert_ids_RK, num_sorted, backend=backend)
             rows_SD = gather_choices(x_RD, choices, rows, expert_ids_RK.shape[1])
             offsets_E = choices.counts_E[:num_experts].cumsum(0).to(torch.int32)
@@ -192,6 +199,10 @@ def expert_feed_forward(
             is_lost_S = expert_ids_RK.flatten() == num_experts
             places_S = pairs.places.masked_fill(is_lost_S, rows)  # or results of rows that nobody writes would be added
             pairs = replace(pairs, places=places_S, offsets_E=pairs.offsets_E.clamp(max=rows))
+        if recipes is not None:
+            from amfm.kernels.moe import triton_fp8
+
+            return triton_fp8.chosen(x_RD, weights_RK, pairs, rows, up_EFD, down_EDF, activation, recipes)
         return expert_feed_forward_triton(x_RD, weights_RK, pairs, rows, up_EFD, down_EDF, activation)
     groups = group_by_expert(expert_ids_RK, num_sorted)
     offsets_E = groups.offsets_E[:num_experts]

@@ -303,6 +303,32 @@ def _weight_gradients(
     return _outer(d_hidden, x_RD, sources, offsets_E, *into[0], gather_left=False), d_down
 
 
+@torch.library.custom_op("amfm::expert_weight_gradients_triton", mutates_args=("up_EFD_sum", "down_EDF_sum"))
+def wide_weight_gradients(
+    d_y: Tensor,
+    x_RD: Tensor,
+    d_hidden: Tensor,
+    active: Tensor,
+    sources: Tensor | None,
+    offsets_E: Tensor,
+    up_EFD_sum: Tensor | None,
+    up_EFD_adds: bool,
+    down_EDF_sum: Tensor | None,
+    down_EDF_adds: bool,
+) -> tuple[Tensor, Tensor]:
+    """`_weight_gradients` as an operation of its own, for products of other operands (triton_fp8.py)."""
+    into = (up_EFD_sum, up_EFD_adds), (down_EDF_sum, down_EDF_adds)
+    return _weight_gradients(d_y, x_RD, d_hidden, active, sources, offsets_E, into)
+
+
+@fake_of(wide_weight_gradients)
+def _(given: Any) -> tuple[Tensor, ...]:
+    x, experts = given.x_RD, len(given.offsets_E)
+    up = (experts, given.d_hidden.shape[1], x.shape[1]) if given.up_EFD_sum is None else (0,)
+    down = (experts, x.shape[1], given.active.shape[1]) if given.down_EDF_sum is None else (0,)
+    return x.new_empty(up), x.new_empty(down)
+
+
 def _input_gradient(
     x_RD: Tensor,
     d_hidden: Tensor,

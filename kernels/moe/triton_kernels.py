@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from amfm.kernels.common.add_tile import add_tile, halves
 from amfm.kernels.common.silu import limit_gate, pass_limit, sigmoid, silu_backward, steep_silu
 
 
@@ -108,7 +109,7 @@ def grouped_product_kernel(
 
 
 @triton.jit
-def _row_weights(weights, pairs, row, inside, WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr):
+def row_weights(weights, pairs, row, inside, WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr):
     """The choice's weight of each sorted row, 1 without weights."""
     if WEIGHTED:
         pair = tl.load(pairs + row, mask=inside, other=0)
@@ -136,7 +137,7 @@ def up_kernel(
         row = begin + tl.arange(0, BLOCK_M)
         inside = row < end
         source = source_rows(sources, row, inside, GATHER)
-        weight = _row_weights(weights, pairs, row, inside, WEIGHTED, BLOCK_M)
+        weight = row_weights(weights, pairs, row, inside, WEIGHTED, BLOCK_M)
         column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         stored = inside[:, None] & (column[None, :] < width)
         features = width * 2 if SWIGLU else width
@@ -159,15 +160,7 @@ def up_kernel(
 
 
 @triton.jit
-def _halves(tile):
-    """Left and right half of a tile's columns."""
-    rows: tl.constexpr = tile.shape[0]
-    columns: tl.constexpr = tile.shape[1]
-    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, columns // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _open_part(
+def open_part(
     v, hidden, d_hidden, active, weight, lane, column, inside, width, features,
     SWIGLU: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
@@ -226,32 +219,19 @@ def down_backward_kernel(
         # Wide scalars and narrow offsets: tiles of 64-bit addresses would spill registers.
         hidden, d_hidden, active = hidden + begin * features, d_hidden + begin * features, active + begin * width
         lane = tl.arange(0, BLOCK_M)[:, None]
-        weight = _row_weights(weights, pairs, row, inside, WEIGHTED, BLOCK_M)[:, None]
-        left, right = _halves(v)
+        weight = row_weights(weights, pairs, row, inside, WEIGHTED, BLOCK_M)[:, None]
+        left, right = halves(v)
         column = block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        partial = _open_part(
+        partial = open_part(
             left, hidden, d_hidden, active, weight, lane, column, inside, width, features, SWIGLU, ALPHA, SHIFT, LIMIT
         )
-        partial += _open_part(
+        partial += open_part(
             right, hidden, d_hidden, active, weight, lane, column + BLOCK_N // 2, inside, width, features,
             SWIGLU, ALPHA, SHIFT, LIMIT,
         )  # fmt: skip
         if WEIGHTED:
             place = row if BY_ROW else tl.load(pairs + row, mask=inside, other=0)
             tl.store(d_weights + block.to(tl.int64) * rows + place, partial, mask=inside)
-
-
-@triton.jit
-def _add_part(
-    corner, part, begin, left_lane, lefts, rights, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """Add a quarter of a tile's columns, from `begin` on, to what lies at the tile's corner."""
-    column = begin + tl.arange(0, BLOCK_N // 4)
-    place = tl.arange(0, BLOCK_M)[:, None] * rights + column[None, :]
-    mask = (left_lane[:, None] < lefts) & (tl.program_id(1) * BLOCK_N + column[None, :] < rights)
-    part += tl.load(corner + place, mask=mask, other=0.0)
-    tl.debug_barrier()  # threads that store a number need not be those that loaded it
-    tl.store(corner + place, part, mask=mask)
 
 
 @triton.jit
@@ -263,8 +243,7 @@ def grouped_outer_kernel(
     """result [E, lefts, rights] = left^T right over each expert's rows, zeros for an expert without rows; += with ADD.
 
     Grid: (left blocks, right blocks, E). The sum over an expert's rows stays in one program, so that no two
-    write one element. What is added to is read after the last product, a quarter of a tile at a time: a whole one, or
-    half of it on sm_100, would leave room for one program on a multiprocessor instead of two.
+    write one element. What is added to is read after the last product (`add_tile`).
     """
     expert = tl.program_id(2).to(tl.int64)
     begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
@@ -291,13 +270,9 @@ def grouped_outer_kernel(
     if ADD:
         # A wide scalar and narrow offsets: a tile of 64-bit addresses would take twice the registers.
         corner = (expert * lefts + tl.program_id(0) * BLOCK_M) * rights + tl.program_id(1) * BLOCK_N
-        left_half, right_half = _halves(total)
-        first, second = _halves(left_half)
-        _add_part(result + corner, first, 0, left_lane, lefts, rights, BLOCK_M, BLOCK_N)
-        _add_part(result + corner, second, BLOCK_N // 4, left_lane, lefts, rights, BLOCK_M, BLOCK_N)
-        third, fourth = _halves(right_half)
-        _add_part(result + corner, third, BLOCK_N // 2, left_lane, lefts, rights, BLOCK_M, BLOCK_N)
-        _add_part(result + corner, fourth, 3 * BLOCK_N // 4, left_lane, lefts, rights, BLOCK_M, BLOCK_N)
+        left_over = lefts - tl.program_id(0) * BLOCK_M
+        right_over = rights - tl.program_id(1) * BLOCK_N
+        add_tile(result + corner, total, left_over, right_over, rights, BLOCK_M, BLOCK_N)
     else:
         place = (expert * lefts + left_lane[:, None]) * rights + right_lane[None, :]
         mask = (left_lane[:, None] < lefts) & (right_lane[None, :] < rights)

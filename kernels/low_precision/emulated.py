@@ -1,0 +1,84 @@
+"""The three products of a weight with quantised operands, decoded and multiplied wide: on any device, and what kernels are held against.
+
+Each operand is quantised along the dimension that the product sums over, from the wide numbers, never from codes:
+
+    y  = x W^T      x in runs along the inputs,    W along the inputs
+    dx = dy W       dy in runs along the outputs,  W^T along the outputs
+    dW = dy^T x     both in runs along the tokens
+
+nvfp4 rounds gradients at random, and turns both operands of dW by a Hadamard matrix along the tokens. A weight whose blocks are
+square has the same numbers in both directions. Codes times their blocks' scales are bfloat16 exactly, so what differs from
+tensor cores is the order of sums.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from amfm.kernels.common.gemm_precision import gemm_dtype
+from amfm.kernels.low_precision.formats import Quantized, quantize, turn
+from amfm.kernels.low_precision.recipe import Recipe
+from amfm.kernels.low_precision.watch import note_operands
+
+# Added to a recipe's seed, so that the roundings of one gradient for its two products are drawn apart.
+_INPUT_DRAW, _WEIGHT_DRAW = 1, 2
+STEADY_ROWS = 4  # from here on a row of a product does not depend on how many others there are
+
+
+def output(x_RI: Tensor, weight_OI: Tensor, recipe: Recipe) -> Tensor:
+    """x W^T, [R, O] float32."""
+    note_operands(recipe, input=x_RI, weight=weight_OI)
+    return multiply(quantize(x_RI, recipe.name), quantize(weight_OI, recipe.name, weight=True))
+
+
+def input_gradient(grad_RO: Tensor, weight_OI: Tensor, recipe: Recipe) -> Tensor:
+    """dy W, [R, I] float32."""
+    note_operands(recipe, gradient=grad_RO)
+    rows = quantize(grad_RO, recipe.name, draw=_draw(recipe, _INPUT_DRAW))
+    return multiply(rows, quantize(weight_OI.t(), recipe.name, weight=True))
+
+
+def weight_gradient(grad_RO: Tensor, columns: Quantized, recipe: Recipe) -> Tensor:
+    """dy^T x, [O, I] float32, from what `quantize_columns` gives of x."""
+    return multiply(quantize_gradient_columns(grad_RO, recipe), columns)
+
+
+def quantize_gradient_columns(grad_RO: Tensor, recipe: Recipe) -> Quantized:
+    """The transpose [O, R] of dy in runs along the tokens."""
+    return quantize_columns(grad_RO, recipe, draw=_draw(recipe, _WEIGHT_DRAW))
+
+
+def quantize_columns(x_RI: Tensor, recipe: Recipe, *, draw: int | None = None) -> Quantized:
+    """The transpose [I, R] of rows in runs along them: all that the weight's gradient needs of them."""
+    columns = turn(x_RI.t(), recipe.seed) if recipe.name == "nvfp4" else x_RI.t()
+    return quantize(columns, recipe.name, draw=draw)
+
+
+def multiply(left: Quantized, right: Quantized) -> Tensor:
+    """left [M, K] times the transpose of right [N, K]: [M, N] float32, sums in float32.
+
+    A CPU's library multiplies one to three rows by another routine, so these are part of a larger product: an expert's rows
+    are then what they are, however many rows of zeros a layout puts behind them.
+    """
+    a, b = (_to_product(operand.decode()) for operand in (left, right))
+    rows = len(a)
+    if a.dtype == torch.float32:
+        product = torch.mm(functional.pad(a, (0, 0, 0, max(STEADY_ROWS - rows, 0))), b.t())[:rows]
+    else:
+        product = torch.mm(a, b.t(), out_dtype=torch.float32)
+    for operand in (left, right):
+        if operand.whole is not None:
+            product.mul_(operand.whole)
+    return product
+
+
+def _to_product(numbers: Tensor) -> Tensor:
+    """Decoded numbers as this machine multiplies them: bfloat16 on a GPU, where its sums are float32."""
+    return numbers.bfloat16() if numbers.device.type == "cuda" else numbers.to(gemm_dtype(numbers))
+
+
+def _draw(recipe: Recipe, product: int) -> int | None:
+    """The seed of a gradient's random rounding for one of its products; None where it is rounded to the nearest."""
+    return recipe.seed + product if recipe.name == "nvfp4" else None

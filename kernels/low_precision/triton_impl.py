@@ -1,0 +1,266 @@
+"""fp8_block by our kernels on Hopper: operands as codes, the three products, one custom operation each.
+
+Operands of one product along rows are `RowCodes`, along the tokens `ColumnCodes`, weights `WeightCodes`. Where tokens belong to
+experts, `Tiles` says which rows are whose; without it they are one matrix, and a weight is one expert's. Codes are uint8 outside of kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from amfm.kernels.common.custom_op import fake_of
+from amfm.kernels.common.gradient_sum import GradientSum
+from amfm.kernels.low_precision.triton_kernels import (
+    fp8_outer_kernel,
+    fp8_product_kernel,
+    quantize_tiles_kernel,
+    quantize_weight_kernel,
+)
+from amfm.kernels.swiglu.gate import SWIGLU, find_gate
+
+RUN = 128
+E4M3 = torch.float8_e4m3fn
+QUANTIZE = {"num_warps": 16}
+PRODUCT = {"BLOCK_N": 128, "num_warps": 8, "num_stages": 4}
+OUTER = {"BLOCK_N": 128, "num_warps": 8, "num_stages": 4}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of 128 sorted rows [bound, 3] int32, as `counting_sort.list_tiles` makes them, and the ends of experts [E] int32."""
+
+    tiles: Tensor
+    offsets_E: Tensor
+
+
+@dataclass(frozen=True)
+class RowCodes:
+    """Codes [S, K] uint8 and scales [ceil(K / 128), S] float32."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+@dataclass(frozen=True)
+class ColumnCodes:
+    """Codes [tiles, K, 128] uint8 of the transposes of tiles, and scales [tiles, K] float32."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+@dataclass(frozen=True)
+class WeightCodes:
+    """Codes [E, N, K] uint8 and scales [E, ceil(N / 128), ceil(K / 128)] float32."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+def quantize_rows(
+    x: Tensor,
+    tiles: Tiles | None = None,
+    sources: Tensor | None = None,
+    *,
+    rows: bool = False,
+    columns: bool = False,
+    activation: str = "",
+    weights: Tensor | None = None,
+    pairs: Tensor | None = None,
+) -> tuple[RowCodes | None, ColumnCodes | None]:
+    """Codes of rows x [R, K] along rows and along columns, as asked, in one pass.
+
+    `sources` [S] int32: the row of x at each sorted place. `activation`, a word of `amfm.kernels.swiglu.gate`: quantise that of the
+    rows, which are 2 K wide before a gated unit. `weights`, a number for each pair [P], with `pairs` [S] int32: times the row's.
+    """
+    listed = None if tiles is None else tiles.tiles
+    experts = 1 if tiles is None else len(tiles.offsets_E)
+    made = _quantize_rows(x, weights, pairs, sources, listed, experts, activation, rows, columns)
+    return RowCodes(*made[:2]) if rows else None, ColumnCodes(*made[2:]) if columns else None
+
+
+@torch.library.custom_op("amfm::fp8_quantize_rows", mutates_args=())
+def _quantize_rows(
+    x: Tensor,
+    weights: Tensor | None,
+    pairs: Tensor | None,
+    sources: Tensor | None,
+    tiles: Tensor | None,
+    experts: int,
+    activation: str,
+    rows: bool,
+    columns: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = x.contiguous()
+    row_codes, row_scales, column_codes, column_scales = made = _empty_codes(
+        x, sources, tiles, activation, rows, columns
+    )
+    size, width = _rows_and_width(x, sources, activation)
+    count = _count_tiles(size, tiles)
+    if size:
+        grid = (count * triton.cdiv(width, RUN),)
+        quantize_tiles_kernel[grid](
+            x, weights, pairs, sources, tiles, row_codes, row_scales, column_codes,
+            column_scales, experts, size, width,
+            ACTIVATED=bool(activation), **gate_constants(activation), WEIGHTED=weights is not None, GATHER=sources is not None, TILED=tiles is not None,
+            ROWS=rows, COLUMNS=columns, **QUANTIZE,
+        )  # fmt: skip
+    return made
+
+
+def gate_constants(activation: str) -> dict[str, Any]:
+    """What kernels are compiled with for an activation; "" is none, and like one that is no gated unit."""
+    unit = find_gate(activation) if activation else None
+    return {"SWIGLU": unit is not None, **(unit or SWIGLU).constants()}
+
+
+def _rows_and_width(x: Tensor, sources: Tensor | None, activation: str) -> tuple[int, int]:
+    """Sorted rows, and numbers of each that are quantised."""
+    return len(x) if sources is None else len(sources), x.shape[1] // 2 if gate_constants(activation)[
+        "SWIGLU"
+    ] else x.shape[1]
+
+
+def _count_tiles(rows: int, tiles: Tensor | None) -> int:
+    return -(-rows // RUN) if tiles is None else len(tiles)
+
+
+def _empty_codes(
+    x: Tensor, sources: Tensor | None, tiles: Tensor | None, activation: str, rows: bool, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for row codes, their scales, column codes and theirs; empty for those that were not asked for."""
+    size, width = _rows_and_width(x, sources, activation)
+    count = _count_tiles(size, tiles)
+    return (
+        x.new_empty((size, width) if rows else (0, width), dtype=torch.uint8),
+        x.new_empty((-(-width // RUN), size) if rows else 0, dtype=torch.float32),
+        x.new_empty((count, width, RUN) if columns else (0, width, RUN), dtype=torch.uint8),
+        x.new_empty((count, width) if columns else 0, dtype=torch.float32),
+    )
+
+
+@fake_of(_quantize_rows)
+def _(given: Any) -> tuple[Tensor, ...]:
+    return _empty_codes(given.x, given.sources, given.tiles, given.activation, given.rows, given.columns)
+
+
+def quantize_weight(weight: Tensor, *, transposed: bool = False) -> WeightCodes:
+    """Codes of a weight [N, K], or of experts' [E, N, K]; `transposed`: of the transposes, [E, K, N]."""
+    return WeightCodes(*_quantize_weight(weight if weight.dim() == 3 else weight[None], transposed))
+
+
+@torch.library.custom_op("amfm::fp8_quantize_weight", mutates_args=())
+def _quantize_weight(weight_ENK: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    weight_ENK = weight_ENK.contiguous()
+    experts, rows, columns = weight_ENK.shape
+    codes, scales = made = _empty_weight(weight_ENK, transposed)
+    into: tuple[Tensor | None, ...] = (codes, None, scales, None)
+    if transposed:
+        into = None, codes, None, scales
+    grid = (triton.cdiv(rows, RUN), triton.cdiv(columns, RUN), experts)
+    quantize_weight_kernel[grid](
+        weight_ENK, *into, rows, columns, PLAIN=not transposed, TRANSPOSED=transposed, **QUANTIZE
+    )
+    return made
+
+
+def _empty_weight(weight_ENK: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    experts, *sizes = weight_ENK.shape
+    rows, columns = reversed(sizes) if transposed else sizes
+    scales = weight_ENK.new_empty(experts, -(-rows // RUN), -(-columns // RUN), dtype=torch.float32)
+    return weight_ENK.new_empty(experts, rows, columns, dtype=torch.uint8), scales
+
+
+@fake_of(_quantize_weight)
+def _(given: Any) -> tuple[Tensor, ...]:
+    return _empty_weight(given.weight_ENK, given.transposed)
+
+
+def product(
+    rows: RowCodes, weight: WeightCodes, dtype: torch.dtype, tiles: Tiles | None = None, sources: Tensor | None = None
+) -> Tensor:
+    """Rows [S, K] times the transpose of their expert's matrix [N, K]: [S, N] in `dtype`, to the rows that `sources` names."""
+    listed = None if tiles is None else tiles.tiles
+    return _product(rows.codes, rows.scales, weight.codes, weight.scales, listed, sources, dtype)
+
+
+@torch.library.custom_op("amfm::fp8_product", mutates_args=())
+def _product(
+    left: Tensor,
+    left_scales: Tensor,
+    right: Tensor,
+    right_scales: Tensor,
+    tiles: Tensor | None,
+    sources: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    rows, (experts, columns, inner) = len(left), right.shape
+    y = left.new_empty(rows, columns, dtype=dtype)
+    if rows:
+        fp8_product_kernel[(_count_tiles(rows, tiles) * triton.cdiv(columns, PRODUCT["BLOCK_N"]),)](
+            left.view(E4M3), left_scales, right.view(E4M3), right_scales, y, sources, tiles, experts, rows, columns, inner,
+            TILED=tiles is not None, SCATTER=sources is not None, **PRODUCT,
+        )  # fmt: skip
+    return y
+
+
+@fake_of(_product)
+def _(given: Any) -> Tensor:
+    y: Tensor = given.left.new_empty(len(given.left), given.right.shape[1], dtype=given.dtype)
+    return y
+
+
+def weight_gradient(
+    left: ColumnCodes,
+    right: ColumnCodes,
+    rows: int,
+    dtype: torch.dtype,
+    total: GradientSum | None,
+    tiles: Tiles | None = None,
+) -> Tensor | None:
+    """left^T right over each expert's rows, [E, N, K] in `dtype`, [N, K] without tiles; None where it lands in `total`."""
+    place, adds = (None, False) if total is None else total.take()
+    experts = 1 if tiles is None else len(tiles.offsets_E)
+    wide = None if place is None else place.view(experts, left.codes.shape[1], right.codes.shape[1])
+    offsets = None if tiles is None else tiles.offsets_E
+    made = _outer(left.codes, left.scales, right.codes, right.scales, offsets, rows, dtype, wide, adds)
+    if place is not None:
+        return None
+    return made[0] if tiles is None else made
+
+
+@torch.library.custom_op("amfm::fp8_outer", mutates_args=("place",))
+def _outer(
+    left: Tensor,
+    left_scales: Tensor,
+    right: Tensor,
+    right_scales: Tensor,
+    offsets_E: Tensor | None,
+    rows: int,
+    dtype: torch.dtype,
+    place: Tensor | None,
+    adds: bool,
+) -> Tensor:
+    experts = 1 if offsets_E is None else len(offsets_E)
+    lefts, rights = left.shape[1], right.shape[1]
+    result = left.new_empty(experts, lefts, rights, dtype=dtype) if place is None else place
+    fp8_outer_kernel[(triton.cdiv(lefts, RUN), triton.cdiv(rights, OUTER["BLOCK_N"]), experts)](
+        left.view(E4M3), left_scales, right.view(E4M3), right_scales, result, offsets_E, experts, rows, lefts, rights,
+        EXPERTS=triton.next_power_of_2(experts), TILED=offsets_E is not None, ADD=adds, **OUTER,
+    )  # fmt: skip
+    return result if place is None else left.new_empty(0, dtype=dtype)
+
+
+@fake_of(_outer)
+def _(given: Any) -> Tensor:
+    if given.place is not None:
+        empty: Tensor = given.left.new_empty(0, dtype=given.dtype)
+        return empty
+    experts = 1 if given.offsets_E is None else len(given.offsets_E)
+    made: Tensor = given.left.new_empty(experts, given.left.shape[1], given.right.shape[1], dtype=given.dtype)
+    return made

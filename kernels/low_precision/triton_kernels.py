@@ -1,0 +1,226 @@
+"""e4m3 in blocks of 128 in Triton: one pass that quantises rows and columns, one that quantises weights, and both products.
+
+Rows of activations and gradients come in tiles of 128 that never span two experts (`moe/counting_sort.list_tiles`); without
+experts they are one. Of a tile and 128 columns one program makes the codes along rows, for a product that sums over the width,
+and those along columns, for one that sums over the tokens. Tensor cores take 8-bit operands packed along the sum, so the latter are
+stored transposed, tile by tile [tiles, width, 128]: each tile begins aligned, however many rows the experts before it have.
+
+Rounding is by integers: Triton 3.9's interpreter casts to e4m3 wrongly (ties upwards, carries lost). Tensor cores of Hopper keep
+about 14 bits of a sum of 8-bit products (DeepSeek-V3, arXiv 2412.19437, section 3.3.2), so each 128 of a sum go to float32 by
+themselves, times the scales of both operands.
+"""
+
+# Triton reads a kernel's parameters from the call: they carry no types.
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN201, ANN202
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from amfm.kernels.common.add_tile import add_tile
+from amfm.kernels.common.silu import limit_gate, steep_silu
+
+RUN = tl.constexpr(128)
+
+
+@triton.jit
+def power_of_two_scale(largest):
+    """`formats.power_of_two_scales`: the scale and its reciprocal."""
+    exponent = tl.maximum(((largest.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8, 1)
+    return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _is_number(value):
+    """Whether it is no NaN, by its bits: of a comparison, compilers and NumPy make different things."""
+    return (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF) <= 0x7F800000
+
+
+@triton.jit
+def to_e4m3(value):
+    """`formats.to_e4m3`, as uint8."""
+    number = tl.where(_is_number(value), value, 0.0)
+    bits = tl.minimum(tl.maximum(number, -448.0), 448.0).to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960
+    small = (size.to(tl.float32, bitcast=True) * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
+    codes = tl.where(size < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)
+    return tl.where(_is_number(value), codes, 0x7F).to(tl.uint8)
+
+
+@triton.jit
+def _size(value):
+    """Absolute numbers; a NaN counts for no scale."""
+    return tl.where(_is_number(value), tl.abs(value), 0.0)
+
+
+@triton.jit
+def _tile(tiles, tile, rows, TILED: tl.constexpr):
+    """Expert, first row, and the row after the last, of a tile; of rows that are all one expert's without tiles."""
+    if TILED:
+        return tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1).to(tl.int64), tl.load(tiles + tile * 3 + 2)
+    return 0, tile.to(tl.int64) * 128, rows
+
+
+@triton.jit(do_not_specialize=["rows"])
+def quantize_tiles_kernel(
+    x, weights, pairs, sources, tiles, row_codes, row_scales, column_codes, column_scales, experts, rows, width,
+    ACTIVATED: tl.constexpr, SWIGLU: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr,
+    WEIGHTED: tl.constexpr, GATHER: tl.constexpr, TILED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Codes along rows [S, width] with scales [blocks, S], and along columns [tiles, width, 128] with scales [tiles, width].
+
+    ACTIVATED: the numbers are activations of x, with SWIGLU a gated unit of [., 2 width], else squared ReLUs. WEIGHTED: they are
+    times the weight of their row's pair. GATHER: rows of x come from `sources`. Lanes behind an expert's last row are zeros.
+    Grid: tiles times blocks of 128 columns, these innermost.
+    """
+    blocks = tl.cdiv(width, RUN)
+    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    expert, begin, end = _tile(tiles, tile, rows, TILED)
+    if expert < experts:
+        lane = tl.arange(0, RUN)
+        row, column = begin + lane, block * RUN + lane
+        is_row, is_column = row < end, column < width
+        inside = is_row[:, None] & is_column[None, :]
+        source = tl.load(sources + row, mask=is_row, other=0).to(tl.int64) if GATHER else row
+        features = width * 2 if SWIGLU else width
+        place = source[:, None] * features + column[None, :]
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        if SWIGLU:
+            up = tl.load(x + width + place, mask=inside, other=0.0).to(tl.float32)
+            gate, up = limit_gate(value, up, SHIFT, LIMIT)
+            value = steep_silu(gate, ALPHA) * up
+            if SHIFT != 0.0:  # of lanes that are nobody's too
+                value = tl.where(inside, value, 0.0)
+        elif ACTIVATED:
+            value = tl.maximum(value, 0.0)
+            value = value * value
+        if WEIGHTED:
+            pair = tl.load(pairs + row, mask=is_row, other=0)
+            value = value * tl.load(weights + pair, mask=is_row, other=0.0).to(tl.float32)[:, None]
+        if ROWS:
+            scale, factor = power_of_two_scale(tl.max(_size(value), 1))
+            # A wide scalar and narrow offsets: a tile of 64-bit addresses would spill registers.
+            place = lane[:, None] * width + column[None, :]
+            tl.store(row_codes + begin * width + place, to_e4m3(value * factor[:, None]), mask=inside)
+            tl.store(row_scales + block.to(tl.int64) * rows + row, scale, mask=is_row)
+        if COLUMNS:
+            scale, factor = power_of_two_scale(tl.max(_size(value), 0))
+            first = tile.to(tl.int64) * width
+            codes = tl.trans(to_e4m3(value * factor[None, :]))
+            place = column[:, None] * RUN + lane[None, :]
+            tl.store(column_codes + first * RUN + place, codes, mask=is_column[:, None])
+            tl.store(column_scales + first + column, scale, mask=is_column)
+
+
+@triton.jit
+def quantize_weight_kernel(
+    weight, codes, transposed, scales, transposed_scales, rows, columns, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr
+):  # fmt: skip
+    """Codes [E, rows, columns] of 128 x 128 blocks with scales [E, blocks, blocks], and the transposes of both.
+
+    Grid: (blocks of rows, blocks of columns, E).
+    """
+    expert = tl.program_id(2).to(tl.int64)
+    lane = tl.arange(0, RUN)
+    row, column = tl.program_id(0) * RUN + lane, tl.program_id(1) * RUN + lane
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    first = expert * rows * columns
+    place = row[:, None] * columns + column[None, :]
+    value = tl.load(weight + first + place, mask=inside, other=0.0).to(tl.float32)
+    scale, factor = power_of_two_scale(tl.max(tl.max(_size(value), 1), 0))
+    code = to_e4m3(value * factor)
+    down, across = tl.num_programs(0), tl.num_programs(1)
+    if PLAIN:
+        tl.store(codes + first + place, code, mask=inside)
+        tl.store(scales + (expert * down + tl.program_id(0)) * across + tl.program_id(1), scale)
+    if TRANSPOSED:
+        place = column[:, None] * rows + row[None, :]
+        tl.store(transposed + first + place, tl.trans(code), mask=tl.trans(inside))
+        tl.store(transposed_scales + (expert * across + tl.program_id(1)) * down + tl.program_id(0), scale)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def fp8_product_kernel(
+    left, left_scales, right, right_scales, y, sources, tiles, experts, rows, columns, inner,
+    TILED: tl.constexpr, SCATTER: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """y [S, columns] = rows of codes [S, inner] times the transpose of their expert's codes [columns, inner].
+
+    Scales as the two kernels above write them. SCATTER: results go to the rows that `sources` names. BLOCK_N divides 128, so that
+    a program has one scale of the weight at a time. Grid: tiles times column blocks, column blocks innermost.
+    """
+    blocks = tl.cdiv(columns, BLOCK_N)
+    expert, begin, end = _tile(tiles, tl.program_id(0) // blocks, rows, TILED)
+    if expert < experts:
+        lane = tl.arange(0, RUN)
+        row = begin + lane
+        is_row = row < end
+        first = tl.program_id(0) % blocks * BLOCK_N
+        column = first + tl.arange(0, BLOCK_N)
+        runs = tl.cdiv(inner, RUN)
+        matrix = tl.cast(expert, tl.int64)
+        right += matrix * columns * inner
+        right_scales += (matrix * tl.cdiv(columns, RUN) + first // RUN) * runs
+        left_place = row[:, None] * inner + lane[None, :]
+        right_place = column[None, :] * inner + lane[:, None]
+        total = tl.zeros((RUN, BLOCK_N), tl.float32)
+        for run in range(0, runs):
+            is_inner = lane < inner - run * RUN
+            a = tl.load(left + left_place, mask=is_row[:, None] & is_inner[None, :], other=0.0)
+            b = tl.load(right + right_place, mask=(column[None, :] < columns) & is_inner[:, None], other=0.0)
+            scale = tl.load(left_scales + tl.cast(run, tl.int64) * rows + row, mask=is_row, other=0.0)
+            scale = scale * tl.load(right_scales + run)
+            total += tl.dot(a, b, input_precision="tf32x3") * scale[:, None]
+            left_place += RUN
+            right_place += RUN
+        target = tl.load(sources + row, mask=is_row, other=0).to(tl.int64) if SCATTER else row
+        place = target[:, None] * columns + column[None, :]
+        tl.store(y + place, total.to(y.dtype.element_ty), mask=is_row[:, None] & (column[None, :] < columns))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def fp8_outer_kernel(
+    left, left_scales, right, right_scales, result, offsets, experts, rows, lefts, rights,
+    EXPERTS: tl.constexpr, TILED: tl.constexpr, ADD: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """result [E, lefts, rights] = left^T right over each expert's rows, zeros for an expert without rows; += with ADD.
+
+    Both come as codes along columns, [tiles, lefts or rights, 128]; an expert's tiles follow those of the experts before it.
+    Grid: (left blocks of 128, right blocks of BLOCK_N, E).
+    """
+    expert = tl.program_id(2).to(tl.int64)
+    if TILED:
+        each = tl.arange(0, EXPERTS)
+        ends = tl.load(offsets + each, mask=each < experts, other=0)
+        begins = tl.load(offsets + each - 1, mask=(each > 0) & (each < experts), other=0)
+        needed = tl.where(each < experts, (ends - begins + RUN - 1) // RUN, 0)
+        first = tl.sum(tl.where(each < expert, needed, 0), 0)
+        last = first + tl.sum(tl.where(each == expert, needed, 0), 0)
+    else:
+        first = 0
+        last = tl.cdiv(rows, RUN)
+    lane = tl.arange(0, RUN)
+    row, column = tl.program_id(0) * RUN + lane, tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    left_place = row[:, None] * RUN + lane[None, :]
+    right_place = column[None, :] * RUN + lane[:, None]
+    total = tl.zeros((RUN, BLOCK_N), tl.float32)
+    for tile in range(first, last):
+        at = tl.cast(tile, tl.int64)
+        a = tl.load(left + at * lefts * RUN + left_place, mask=row[:, None] < lefts, other=0.0)
+        b = tl.load(right + at * rights * RUN + right_place, mask=column[None, :] < rights, other=0.0)
+        left_scale = tl.load(left_scales + at * lefts + row, mask=row < lefts, other=0.0)
+        right_scale = tl.load(right_scales + at * rights + column, mask=column < rights, other=0.0)
+        total += tl.dot(a, b, input_precision="tf32x3") * left_scale[:, None] * right_scale[None, :]
+    if ADD:
+        # A wide scalar and narrow offsets: a tile of 64-bit addresses would take twice the registers.
+        corner = (expert * lefts + tl.program_id(0) * RUN) * rights + tl.program_id(1) * BLOCK_N
+        left_over = lefts - tl.program_id(0) * RUN
+        add_tile(result + corner, total, left_over, rights - tl.program_id(1) * BLOCK_N, rights, RUN, BLOCK_N)
+    else:
+        place = (expert * lefts + row[:, None]) * rights + column[None, :]
+        mask = (row[:, None] < lefts) & (column[None, :] < rights)
+        tl.store(result + place, total.to(result.dtype.element_ty), mask=mask)

@@ -1,0 +1,218 @@
+"""Products by weights with a recipe: `linear` and experts of fp8_block, held against the emulation.
+
+"reference" and "torch" are the emulation here, so that a trial asks whether codes and products are right, not how near
+8 bits come to 16: the tests of formulas and of errors ask that (tests/kernels/low_precision).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from amfm.kernels.cases.operation import KernelLaunch, OperationCase, kernel_launch
+from amfm.kernels.cases.problem import (
+    CardSizes,
+    Compute,
+    CountedProblem,
+    Inputs,
+    Minimum,
+    Problem,
+    bfloat16_inputs,
+    formula_goals,
+)
+from amfm.kernels.cases.trial import Sized, Trial
+from amfm.kernels.linear.low_precision import low_precision_linear
+from amfm.kernels.low_precision.recipe import Recipe
+from amfm.kernels.moe.case import experts_problem
+from amfm.kernels.moe.op import expert_feed_forward, feed_forward_flops
+
+# Of a number: as bfloat16, as a code with its part of a scale.
+WIDE, CODE = 2.0, 1 + 4 / 128
+
+
+def _recipe(backend: str) -> Recipe:
+    return Recipe("fp8_block", emulate=backend != "triton")
+
+
+def linear_problem(inputs: Inputs, rows: int, model: int, width: int) -> Problem:
+    """x W^T of x [R, model], W [width, model]; beside it the same in bfloat16.
+
+    Least bytes: x is read and written as codes of rows and columns, W as codes, these read once by each product.
+    """
+
+    def run(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+        return low_precision_linear(x, weight, _recipe(backend), None)
+
+    def quantised(numbers: int, directions: int) -> float:
+        return numbers * (WIDE + CODE * directions)
+
+    flops = 2 * rows * model * width
+    forward = (
+        quantised(rows * model, 2) + quantised(model * width, 1) + CODE * (rows + width) * model + WIDE * rows * width
+    )
+    backward = quantised(rows * width, 2) + quantised(model * width, 1) + CODE * (rows + model) * width
+    backward += WIDE * rows * model + CODE * rows * (model + width) + WIDE * model * width
+    return Problem(
+        f"{rows}x{model}x{width}",
+        (inputs.normal(rows, model), inputs.normal(width, model, scale=model**-0.5)),
+        run,
+        Minimum(int(forward), flops),
+        Minimum(int(backward), 2 * flops),
+        lambda: {"bfloat16": functional.linear},
+    )
+
+
+def low_precision_experts_problem(
+    inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int
+) -> Problem:
+    """`experts_problem` by fp8_block; beside it the same in bfloat16 by our kernels."""
+    wide = experts_problem(inputs, tokens, model, experts, width, top_k)
+
+    def run(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, backend: str) -> Tensor:
+        # Views: leaves stay without a recipe, or the peer would have it too.
+        return wide.run(x, weights, *_marked(up, down, backend), backend=backend)
+
+    def peers() -> dict[str, Compute]:
+        return {"bfloat16": wide.on("triton")}
+
+    pairs, flops = tokens * top_k, feed_forward_flops(tokens * top_k, model, width, "swiglu")
+    numbers = 3 * experts * model * width
+    # Rows read and written as codes, codes read, hidden rows written and read, activations as codes, results; weights and codes.
+    forward = pairs * (model * (WIDE + 2 * CODE + 2 * WIDE) + width * (4 * WIDE + 2 * CODE)) + numbers * (
+        WIDE + 2 * CODE
+    )
+    backward = 2 * forward + pairs * width * 10 * WIDE + numbers * WIDE
+    return Problem(wide.shape, wide.leaves, run, Minimum(int(forward), flops), Minimum(int(backward), 2 * flops), peers)
+
+
+def counted_problems() -> Iterator[CountedProblem]:
+    """A projection whose sizes have whole and broken blocks."""
+    problem = linear_problem(bfloat16_inputs(), 320, 256, 192)
+    yield CountedProblem("low_precision_linear", problem, *formula_goals(problem, 1.1))
+
+
+def launches() -> Iterator[KernelLaunch]:
+    """Every kernel of fp8_block, for projections and for 128 experts."""
+    from amfm.kernels.low_precision import triton_impl as codes
+    from amfm.kernels.low_precision import triton_kernels as kernels
+    from amfm.kernels.moe import triton_fp8
+
+    types = dict.fromkeys(("x", "weight", "y", "v", "hidden", "d_hidden", "active"), "*bf16")
+    scales = ("row_scales", "column_scales", "scales", "transposed_scales", "left_scales", "right_scales")
+    types |= dict.fromkeys((*scales, "weights", "d_weights"), "*fp32")
+    types |= dict.fromkeys(("row_codes", "column_codes", "codes", "transposed"), "*u8")
+    types |= dict.fromkeys(("left", "right"), "*fp8e4nv")
+    types |= dict.fromkeys(("pairs", "sources", "tiles", "offsets"), "*i32")
+    types |= dict.fromkeys(("rows", "experts"), "i32")
+    types |= dict.fromkeys(("width", "columns", "inner", "lefts", "rights"), "i32:16")
+    quantize, product, outer = kernels.quantize_tiles_kernel, kernels.fp8_product_kernel, kernels.fp8_outer_kernel
+    for tiled, whose in ((False, ""), (True, ", experts")):
+        absent: dict[str, Any] = {} if tiled else {"tiles": None, "sources": None}
+        constants: dict[str, Any] = {
+            "TILED": tiled,
+            "GATHER": tiled,
+            "ROWS": True,
+            "COLUMNS": True,
+            "ACTIVATED": False,
+            "WEIGHTED": False,
+        }
+        constants |= absent | {"weights": None, "pairs": None} | codes.gate_constants("")
+        yield kernel_launch(f"fp8 codes of rows and columns{whose}", quantize, types, constants, codes.QUANTIZE)
+        constants = {"TILED": tiled, "SCATTER": tiled} | absent
+        yield _multiplying(kernel_launch(f"fp8 product{whose}", product, types, constants, codes.PRODUCT))
+        for adds, into, way in ((False, "*bf16", ""), (True, "*fp32", ", added to the sum")):
+            constants = {"TILED": tiled, "ADD": adds, "EXPERTS": 128} | ({} if tiled else {"offsets": None})
+            launch = kernel_launch(
+                f"fp8 outer product{whose}{way}", outer, types | {"result": into}, constants, codes.OUTER
+            )
+            yield _multiplying(launch)
+    for activation in ("swiglu", "squared_relu"):
+        constants = {"TILED": True, "GATHER": False, "ROWS": True, "COLUMNS": False, "WEIGHTED": True}
+        constants |= {"ACTIVATED": True, "sources": None, "column_codes": None, "column_scales": None}
+        constants |= codes.gate_constants(activation)
+        yield kernel_launch(f"fp8 codes of activations, {activation}", quantize, types, constants, codes.QUANTIZE)
+        swiglu = codes.gate_constants(activation) | {"WEIGHTED": True, "BLOCK_M": codes.RUN}
+        yield kernel_launch(
+            f"fp8 experts open, {activation}", triton_fp8.open_kernel, types, swiglu, triton_fp8.OPEN_TILE
+        )
+    for transposed, way in ((False, ""), (True, ", transposed")):
+        constants = {"PLAIN": not transposed, "TRANSPOSED": transposed}
+        constants |= {"codes": None, "scales": None} if transposed else {"transposed": None, "transposed_scales": None}
+        yield kernel_launch(
+            f"fp8 codes of weights{way}", kernels.quantize_weight_kernel, types, constants, codes.QUANTIZE
+        )
+
+
+def _multiplying(launch: KernelLaunch) -> KernelLaunch:
+    """A launch that is held to wgmma on Hopper, the first to multiply 8 bits."""
+    return replace(launch, multiplies=True, first_architecture=90)
+
+
+def trials() -> Iterator[Sized]:
+    """Projections with broken blocks, and experts of whom some have no rows."""
+
+    def linear(inputs: Inputs, rows: int, model: int, width: int) -> Trial:
+        leaves = {"x": inputs.normal(rows, model), "weight": inputs.normal(width, model, scale=model**-0.5)}
+
+        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+            return {"y": low_precision_linear(given["x"], given["weight"], _recipe(backend), None)}
+
+        return Trial(leaves, run, exact="torch")
+
+    def experts(
+        inputs: Inputs, tokens: int, model: int, num_experts: int, width: int, *, chosen: int, relu: bool
+    ) -> Trial:
+        ids = torch.randn(tokens, chosen, device=inputs.device).topk(2).indices
+        leaves = {"x": inputs.normal(tokens, model), "weights": inputs.uniform(tokens, 2, low=0.1)}
+        leaves["up"] = inputs.normal(num_experts, width if relu else 2 * width, model, scale=model**-0.5)
+        leaves["down"] = inputs.normal(num_experts, model, width, scale=width**-0.5)
+        activation = "squared_relu" if relu else "swiglu"
+
+        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+            x, weights, up, down = given.values()
+            up, down = _marked(up, down, backend)
+            return {"y": expert_feed_forward(x, ids, weights, up, down, activation=activation, backend=backend)}
+
+        return Trial(leaves, run, exact="torch")
+
+    small = partial(experts, tokens=150, model=80, num_experts=5, width=48, chosen=4)
+    yield Sized("fp8 linear", "first", partial(linear, rows=200, model=192, width=144))
+    yield Sized("fp8 experts, SwiGLU, an empty one", "first", partial(small, relu=False))
+    yield Sized("fp8 experts, squared ReLU", "first", partial(small, relu=True))
+    yield Sized("fp8 linear, one row", "small", partial(linear, rows=1, model=16, width=48))
+    yield Sized("fp8 linear, long", "long", partial(linear, rows=8205, model=4096, width=8192))
+    long = partial(experts, tokens=8205, model=1024, num_experts=128, width=512, chosen=100)
+    yield Sized("fp8 experts, 28 of 128 empty", "long", partial(long, relu=False))
+
+
+def _marked(up: Tensor, down: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Views of experts' weights with the recipe."""
+    views = up.view_as(up), down.view_as(down)
+    for view in views:
+        view.recipe = _recipe(backend)  # type: ignore[attr-defined]
+    return views
+
+
+def _linear_on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+    return linear_problem(inputs, sizes.tokens, sizes.model, 2 * sizes.model)
+
+
+def _experts_on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+    return low_precision_experts_problem(
+        inputs, sizes.tokens, sizes.model, sizes.experts, sizes.expert_width, sizes.top_k
+    )
+
+
+CASE = OperationCase(
+    "low_precision",
+    launches,
+    counted_problems,
+    trials,
+    on_card={"low_precision_linear": _linear_on_card, "low_precision_experts": _experts_on_card},
+)

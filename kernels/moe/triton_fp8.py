@@ -1,0 +1,288 @@
+"""Experts whose products take e4m3 in blocks of 128, by kernels that multiply codes (kernels/low_precision).
+
+Forward: codes of the rows, up; activation, weight and codes of both in one pass, down, sum over choices. Backward: codes of the
+gradient along rows and columns, down; the activation's gradient, codes of it along rows and columns, up, sum; two outer products
+of column codes. Weights are quantised where they are multiplied, their transposes for gradients of inputs.
+
+Kept for backward: x and the hidden rows before the activation, as by `triton_experts.py`, or codes of the latter.
+"""
+
+# Triton reads a kernel's parameters from the call: they carry no types.
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN201
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from amfm.kernels.common.custom_op import fake_of
+from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of
+from amfm.kernels.common.partial_sums import sum_first
+from amfm.kernels.common.split_backward import compute_later, is_split
+from amfm.kernels.low_precision import triton_impl as codes
+from amfm.kernels.low_precision.formats import Quantized
+from amfm.kernels.low_precision.watch import note_operands
+from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles
+from amfm.kernels.moe.low_precision import ExpertRecipes
+from amfm.kernels.moe.triton_experts import NOWHERE, sum_choices, wide_weight_gradients
+from amfm.kernels.moe.triton_kernels import load_tile, open_part, row_weights
+from amfm.kernels.runtime.backend import INTERPRETED
+
+OPEN_TILE = {"BLOCK_N": 32} if INTERPRETED else {"BLOCK_N": 64, "num_warps": 8}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where sorted rows come from and go to: `sources` [S] rows of x, `pairs` [S] of sorted rows, `places` [R K] of pairs."""
+
+    sources: Tensor | None
+    pairs: Tensor | None = None
+    places: Tensor | None = None
+
+
+@triton.jit(do_not_specialize=["rows"])
+def open_kernel(
+    v, hidden, d_hidden, active, weights, d_weights, pairs, tiles, experts, rows, width,
+    SWIGLU: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr,
+    WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """As `down_backward_kernel`, where v [S, width], the gradient times down, lies in memory. Partials lie by sorted row."""
+    blocks = tl.cdiv(width, BLOCK_N)
+    expert, begin, end = load_tile(tiles, tl.program_id(0) // blocks)
+    if expert < experts:
+        block = tl.program_id(0) % blocks
+        row = begin + tl.arange(0, BLOCK_M)
+        inside = row < end
+        features = width * 2 if SWIGLU else width
+        hidden, d_hidden, active = hidden + begin * features, d_hidden + begin * features, active + begin * width
+        lane = tl.arange(0, BLOCK_M)[:, None]
+        weight = row_weights(weights, pairs, row, inside, WEIGHTED, BLOCK_M)[:, None]
+        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        is_there = inside[:, None] & (column[None, :] < width)
+        given = tl.load(v + begin * width + lane * width + column[None, :], mask=is_there, other=0.0).to(tl.float32)
+        part = open_part(
+            given, hidden, d_hidden, active, weight, lane, column, inside, width, features, SWIGLU, ALPHA, SHIFT, LIMIT
+        )
+        if WEIGHTED:
+            tl.store(d_weights + block.to(tl.int64) * rows + row, part, mask=inside)
+
+
+@torch.library.custom_op("amfm::fp8_list_tiles", mutates_args=())
+def _list_tiles(offsets_E: Tensor, rows: int) -> Tensor:
+    """Tiles of 128 rows, as many as `rows` rows can need."""
+    return list_tiles(offsets_E.contiguous(), _tile_bound(rows, len(offsets_E)), codes.RUN)
+
+
+def _tile_bound(rows: int, experts: int) -> int:
+    return -(-rows // codes.RUN) + min(experts, rows)
+
+
+@fake_of(_list_tiles)
+def _(given: Any) -> Tensor:
+    tiles: Tensor = given.offsets_E.new_empty(_tile_bound(given.rows, len(given.offsets_E)), 3)
+    return tiles
+
+
+@torch.library.custom_op("amfm::fp8_sum_choices", mutates_args=())
+def _sum_choices(rows_SD: Tensor, places: Tensor, tokens: int) -> Tensor:
+    """`triton_experts.sum_choices` of rows that hold their weight already."""
+    return sum_choices(rows_SD, places, None, tokens, len(places) // max(tokens, 1))
+
+
+@fake_of(_sum_choices)
+def _(given: Any) -> Tensor:
+    y: Tensor = given.rows_SD.new_empty(given.tokens, given.rows_SD.shape[1])
+    return y
+
+
+@torch.library.custom_op("amfm::fp8_open", mutates_args=())
+def _open(
+    v_SW: Tensor,
+    hidden_SF: Tensor,
+    weights_RK: Tensor | None,
+    pairs: Tensor | None,
+    tiles: Tensor,
+    experts: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the hidden rows, weighted activations, and gradients of weights (empty without them)."""
+    rows, width = v_SW.shape
+    d_hidden, active = torch.empty_like(hidden_SF), torch.empty_like(v_SW)
+    blocks = triton.cdiv(width, OPEN_TILE["BLOCK_N"])
+    partials = v_SW.new_empty(0 if weights_RK is None else blocks, rows, dtype=torch.float32)
+    if rows:
+        open_kernel[(len(tiles) * blocks,)](
+            v_SW, hidden_SF, d_hidden, active, weights_RK, partials, pairs, tiles, experts, rows, width,
+            **codes.gate_constants(activation), WEIGHTED=weights_RK is not None, BLOCK_M=codes.RUN, **OPEN_TILE,
+        )  # fmt: skip
+    if weights_RK is None or pairs is None:
+        return d_hidden, active, v_SW.new_empty(0)
+    d_weights = weights_RK.new_zeros(weights_RK.numel())
+    if rows:
+        d_weights.index_copy_(0, pairs[:rows].long(), sum_first(partials, weights_RK.dtype))
+    return d_hidden, active, d_weights.view_as(weights_RK)
+
+
+@fake_of(_open)
+def _(given: Any) -> tuple[Tensor, ...]:
+    weights = given.v_SW.new_empty(0) if given.weights_RK is None else torch.empty_like(given.weights_RK)
+    return torch.empty_like(given.hidden_SF), torch.empty_like(given.v_SW), weights
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        weights_RK: Tensor | None,
+        offsets_E: Tensor,
+        up_EFD: Tensor,
+        down_EDF: Tensor,
+        given: Places,
+        rows: int,
+        activation: str,
+        recipes: ExpertRecipes,
+        totals: Sequence[GradientSum] | None,
+    ) -> Tensor:
+        tiles = codes.Tiles(_list_tiles(offsets_E, rows), offsets_E)
+        x_RD, weights_RK = x_RD.contiguous(), None if weights_RK is None else weights_RK.contiguous()
+        x_codes, _ = codes.quantize_rows(x_RD, tiles, given.sources, rows=True)
+        assert x_codes is not None
+        note_operands(recipes.up, input=x_RD, weight=up_EFD.flatten(0, 1))
+        note_operands(recipes.down, weight=down_EDF.flatten(0, 1))
+        hidden_SF = codes.product(x_codes, codes.quantize_weight(up_EFD), x_RD.dtype, tiles)
+        active, _ = codes.quantize_rows(
+            hidden_SF, tiles, rows=True, activation=activation, weights=weights_RK, pairs=given.pairs
+        )
+        assert active is not None
+        down = codes.quantize_weight(down_EDF)
+        y_SD = codes.product(active, down, x_RD.dtype, tiles, None if given.pairs is not None else given.sources)
+        kept: tuple[Tensor, ...] = (hidden_SF,)
+        if recipes.up.saved == "fp8":
+            narrow, _ = codes.quantize_rows(hidden_SF, tiles, rows=True)
+            assert narrow is not None
+            kept = narrow.codes, narrow.scales
+        ctx.given, ctx.activation, ctx.recipes, ctx.totals = given, activation, recipes, totals
+        ctx.save_for_backward(x_RD, weights_RK, tiles.tiles, offsets_E, up_EFD, down_EDF, *kept)
+        return y_SD if given.places is None else _sum_choices(y_SD, given.places, len(x_RD))
+
+    @staticmethod
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, weights_RK, listed, offsets_E, up_EFD, down_EDF, *kept = ctx.saved_tensors
+        given, tiles, dtype = ctx.given, codes.Tiles(listed, offsets_E), x_RD.dtype
+        dy_RD, keep = dy_RD.contiguous(), ctx.recipes.up.weight_gradient == "same"
+        grads, grad_columns = codes.quantize_rows(dy_RD, tiles, given.sources, rows=True, columns=keep)
+        assert grads is not None
+        v_SW = codes.product(grads, codes.quantize_weight(down_EDF, transposed=True), dtype, tiles)
+        hidden_SF = _restore(dtype, *kept)
+        experts = len(offsets_E)
+        d_hidden, active, d_weights = _open(v_SW, hidden_SF, weights_RK, given.pairs, listed, experts, ctx.activation)
+        note_operands(ctx.recipes.down, input=active, gradient=dy_RD)
+        note_operands(ctx.recipes.up, gradient=d_hidden)
+        hidden_rows, hidden_columns = codes.quantize_rows(d_hidden, tiles, rows=True, columns=keep)
+        assert hidden_rows is not None
+        up = codes.quantize_weight(up_EFD, transposed=True)
+        dx_SD = codes.product(hidden_rows, up, dtype, tiles, None if given.pairs is not None else given.sources)
+        dx_RD = dx_SD if given.places is None else _sum_choices(dx_SD, given.places, len(x_RD))
+        weights = up_EFD, down_EDF
+        if keep:
+            _, active_columns = codes.quantize_rows(active, tiles, columns=True)
+            columns = hidden_columns, grad_columns, active_columns
+            half = partial(_weights_half, x_RD, given.sources, tiles, columns, weights, len(d_hidden), ctx.totals)
+        else:
+            half = partial(_wide_half, dy_RD, x_RD, d_hidden, active, given.sources, offsets_E, ctx.totals)
+        d_up: Tensor | None = None
+        d_down: Tensor | None = None
+        if is_split(*weights):
+            compute_later(weights, half)
+        elif any(ctx.needs_input_grad[3:5]):
+            d_up, d_down = half()
+        d_weights = None if weights_RK is None else d_weights
+        return dx_RD, d_weights, None, d_up, d_down, None, None, None, None, None
+
+
+def _restore(dtype: torch.dtype, rows_or_codes: Tensor, scales: Tensor | None = None) -> Tensor:
+    """Hidden rows out of what was saved."""
+    if scales is None:
+        return rows_or_codes
+    return Quantized.of_rows("fp8_block", rows_or_codes, scales.t()).values().to(dtype)
+
+
+def _weights_half(
+    x_RD: Tensor,
+    sources: Tensor | None,
+    tiles: codes.Tiles,
+    columns: Sequence[codes.ColumnCodes | None],
+    weights: tuple[Tensor, Tensor],
+    rows: int,
+    totals: Sequence[GradientSum] | None,
+) -> Sequence[Tensor | None]:
+    """Gradients of up and down from column codes; None for each where they land in sums."""
+    hidden, grads, active = columns
+    up, down = totals or (None, None)
+    _, x_columns = codes.quantize_rows(x_RD, tiles, sources, columns=True)
+    assert x_columns is not None and hidden is not None and grads is not None and active is not None
+    d_up = codes.weight_gradient(hidden, x_columns, rows, weights[0].dtype, up, tiles)
+    return d_up, codes.weight_gradient(grads, active, rows, weights[1].dtype, down, tiles)
+
+
+def _wide_half(
+    dy_RD: Tensor,
+    x_RD: Tensor,
+    d_hidden: Tensor,
+    active: Tensor,
+    sources: Tensor | None,
+    offsets_E: Tensor,
+    totals: Sequence[GradientSum] | None,
+) -> Sequence[Tensor | None]:
+    """The same from operands as they came."""
+    into = NOWHERE if totals is None else (totals[0].take(), totals[1].take())
+    (up, up_adds), (down, down_adds) = into
+    made = wide_weight_gradients(dy_RD, x_RD, d_hidden, active, sources, offsets_E, up, up_adds, down, down_adds)
+    return made if totals is None else (None, None)
+
+
+def feed_forward(
+    x_RD: Tensor,
+    weights_RK: Tensor | None,
+    given: Places,
+    offsets_E: Tensor,
+    rows: int,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    recipes: ExpertRecipes,
+) -> Tensor:
+    """Experts of `rows` sorted rows, as `triton_experts._forward` takes them: [R, D]."""
+    totals = gradient_sums_of(up_EFD, down_EDF)
+    y_RD: Tensor = _Experts.apply(
+        x_RD, weights_RK, offsets_E, up_EFD, down_EDF, given, rows, activation, recipes, totals
+    )
+    return y_RD
+
+
+def grouped(
+    x_RD: Tensor, sources: Tensor | None, offsets_E: Tensor, up_EFD: Tensor, down_EDF: Tensor, activation: str,
+    recipes: ExpertRecipes,
+) -> Tensor:  # fmt: skip
+    """As `triton_experts.grouped_feed_forward_triton`."""
+    given = Places(None if sources is None else sources.int())
+    return feed_forward(x_RD, None, given, offsets_E, len(x_RD), up_EFD, down_EDF, activation, recipes)
+
+
+def chosen(
+    x_RD: Tensor, weights_RK: Tensor, pairs: SortedPairs, rows: int, up_EFD: Tensor, down_EDF: Tensor, activation: str,
+    recipes: ExpertRecipes,
+) -> Tensor:  # fmt: skip
+    """As `triton_experts.expert_feed_forward_triton`."""
+    given = Places(pairs.tokens[:rows], pairs.pairs[:rows], pairs.places)
+    offsets_E = pairs.offsets_E[: len(up_EFD)]
+    return feed_forward(x_RD, weights_RK, given, offsets_E, rows, up_EFD, down_EDF, activation, recipes)
