@@ -1,7 +1,7 @@
 # amfm on a GPU node: the wheels of one CUDA version, pinned by constraints/, on a plain Python image.
 #
 #   docker build --build-arg CUDA=13.2 --tag amfm .        CUDA: a version of constraints/ (12.8, 13.0, 13.2)
-#   docker run --rm --gpus all amfm amfm doctor
+#   docker run --rm --gpus all --shm-size 64g amfm amfm doctor        --shm-size: NCCL and replicas need more than 64 MB
 #
 # PyTorch's wheels bring the CUDA libraries; the host needs the driver alone, one that serves that CUDA. For Slurm with pyxis: recipes/slurm_cluster.md.
 FROM python:3.12-slim-bookworm

@@ -8,6 +8,7 @@
 | kernels | operations on a CPU, counted in the interpreter, compiled ahead of time |
 | data | reading and preparing, beside megatron-core, MosaicML streaming and a memmap |
 | checkpoint, export | what saves, exports and imports cost |
+| restart | the parts of the time to recover from a killed rank |
 | pipeline | zero-bubble beside 1F1B |
 | published, traced | the plan beside published speeds, and beside ranks on simulated GPUs |
 | clients | other programs on our exports |

@@ -91,12 +91,16 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; a bug's exception passes through."""
-    # Said at each start by libraries below us, of things that we don't use or can't change.
+def quiet_libraries() -> None:
+    """Leave out what libraries below us say at each start, of things that we don't use or can't change."""
     warnings.filterwarnings("ignore", message=UNUSED_LIBRARIES)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # nvcc without a card, as on a login node
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; a bug's exception passes through."""
+    quiet_libraries()
     as_json = "--json" in arguments
     try:
         # With --json, usage errors come back as exceptions, to be said as JSON too.

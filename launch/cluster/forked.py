@@ -2,14 +2,15 @@
 
 An import of torch, DeepSpeed and Megatron-core takes a core for some ten seconds. Sixteen ranks on the cores of one machine would
 each do it, and wait for each other's; a forked rank has it already, and shares the memory. Only where that is safe: on Linux,
-without cards (a card's driver does not survive a fork), and while this process has one thread: a fork copies the locks of the
-others and not the threads. OpenMP is the one that bites: torch computes with a pool of threads that a forked process believes
+while no GPU's driver is awake (it does not survive a fork), and while this process has one thread: a fork copies the locks of
+the others and not the threads. OpenMP is the one that bites: torch computes with a pool of threads that a forked process believes
 to have and waits for, for ever. So a process that has computed is never forked (`has_other_threads` counts the system's
 threads, of which Python knows its own alone); its ranks are processes of their own.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -20,17 +21,37 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-# Of NVIDIA's and of AMD's driver; asking torch would wake them.
-CARDS = ("/dev/nvidiactl", "/dev/kfd")
+AMD_DRIVER = Path("/dev/kfd")  # which can't be asked whether it is awake
+NOT_INITIALIZED = 3  # CUDA's answer before anybody has woken its driver
 SETTLE_SECONDS = 0.25
 BUG = 1  # the interpreter's own exit code for an exception
 
 
 def can_fork() -> bool:
     """Whether ranks may be forked from this process as it is now."""
-    if not sys.platform.startswith("linux") or any(Path(device).exists() for device in CARDS):
+    return not why_not_fork()
+
+
+def why_not_fork() -> str:
+    """Why ranks may not be forked from this process as it is now, empty where they may."""
+    if not sys.platform.startswith("linux"):
+        return f"no forks on {sys.platform}"
+    if AMD_DRIVER.exists() or is_cuda_awake():
+        return "a GPU's driver does not survive a fork"
+    return "this process has other threads" if threading.active_count() > 1 or has_other_threads() else ""
+
+
+def is_cuda_awake() -> bool:
+    """Whether this process has initialized NVIDIA's driver, which then works in no fork of it; asking does not wake it."""
+    if "libcuda.so" not in Path("/proc/self/maps").read_text():
         return False
-    return threading.active_count() == 1 and not has_other_threads()
+    return ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != NOT_INITIALIZED
+
+
+def name_process(name: str) -> None:
+    """Name this process for `ps` and `pkill` (15 characters): a fork has the command line of what it was forked from."""
+    set_name = 15
+    ctypes.CDLL(None).prctl(set_name, name.encode(), 0, 0, 0)
 
 
 def has_other_threads() -> bool:

@@ -3,25 +3,28 @@
 How it works: the script only runs `amfm launch` again, which notices that it is inside an allocation and supervises
 attempts there (`supervise.py`). So restarts within a job need no queueing, and Slurm's own requeue serves the time
 limit: ranks are signalled before it, save and end well, and the job is queued again. One `srun` starts all ranks and,
-with --kill-on-bad-exit, ends them when one fails; nodes that are down don't count for the next attempt. Each rank writes a
-log of its own, because the lines of a thousand ranks in one file tell nothing; rank 0's is shown in the job's log.
+with --kill-on-bad-exit, ends them when one fails. Before each attempt another `srun` checks every node of the job that is up
+(node_check.py), `launch.spare_nodes` among them, and the first that pass get the ranks. Each rank writes a log of its own, because the lines of a thousand ranks in one file tell nothing; rank 0's is shown in the job's log.
 
 In a container (pyxis) the ranks run the image's Python in the same working directory, which must be mounted.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import secrets
 import shlex
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from amfm.launch.cluster.left_out import LeftOut
 from amfm.launch.cluster.lines import (
     check_variables,
     plain,
@@ -30,16 +33,20 @@ from amfm.launch.cluster.lines import (
     shell_line,
     with_variables,
 )
+from amfm.launch.cluster.node_check import MARK, blame_links, make_request, token_file
 from amfm.launch.cluster.orphans import ending_with_us
 from amfm.launch.cluster.rank_logs import Follower, find_message, first_message, rank_log
 from amfm.launch.cluster.supervise import Attempt, Outcome
 from amfm.launch.console import say
-from amfm.launch.rank_command import rank_command
+from amfm.launch.rank_command import isolated_python, rank_command
+from amfm.pretrain.checkpoint.files import replace_text
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, RESTART_CAUSE, RUN_FAILED
 
 FIRST_PORT, NUM_PORTS = 20_000, 12_000
 POLL_SECONDS = 0.5
+CHECK_SECONDS = 120.0
+CHECK_PORTS = 6_000  # between the ports of ranks and that of a check
 START_SECONDS = 120  # loading and a first step: an attempt that has less before its signal would save nothing new
 FAILED_TASK = re.compile(r"srun: error: .*\btasks? (\d+)")
 # Each task takes its number as a rank from the variables that Slurm sets for it.
@@ -58,7 +65,7 @@ def write_script(
     slurm = config.launch.slurm
     directives = {
         "job-name": ("run.name", config.run.name or Path(config.run.dir).name),
-        "nodes": ("--nodes", nodes),
+        "nodes": ("--nodes and launch.spare_nodes", nodes + config.launch.spare_nodes),
         "ntasks-per-node": ("--nproc-per-node", ranks_per_node),
         "gpus-per-node": ("launch.slurm.gpus", ranks_per_node if slurm.gpus else None),
         "mem": ("launch.slurm.memory", slurm.memory),
@@ -106,7 +113,8 @@ def submit(config: RunConfig, script: str) -> str:
         done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise RuntimeError(
-            f"sbatch is not on this machine; run this on a login node of the cluster, or submit {path} there"
+            f"sbatch is not on this machine; run this on a login node of the cluster, or submit {path} there; without Slurm: "
+            "--on torchrun --hosts FILE"
         ) from error
     if done.returncode:
         raise RuntimeError(f"sbatch refused {path}: {done.stderr.strip()}")
@@ -119,9 +127,14 @@ def is_inside_allocation() -> bool:
 
 
 def srun_command(
-    config: RunConfig, arguments: Sequence[str], attempt: int, nodes: int, ranks_per_node: int
+    config: RunConfig,
+    arguments: Sequence[str],
+    attempt: int,
+    nodes: int,
+    ranks_per_node: int,
+    names: Sequence[str] = (),
 ) -> list[str]:
-    """The srun command line of an attempt on `nodes` nodes.
+    """The srun command line of an attempt on `nodes` nodes, these by name where names are given.
 
     srun does not take the cores a task from the job (since Slurm 22.05), so they are said again. `%t` in the name of the
     logs is the rank.
@@ -131,6 +144,7 @@ def srun_command(
     words = [
         "srun",
         f"--nodes={nodes}",
+        *([f"--nodelist={','.join(names)}"] if names else []),
         f"--ntasks={nodes * ranks_per_node}",
         f"--ntasks-per-node={ranks_per_node}",
         *([f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []),
@@ -139,13 +153,19 @@ def srun_command(
         f"--output={log}/rank-%t.log",
         "--open-mode=append",
     ]
-    command = rank_command(arguments)
+    container, command = in_container(config, rank_command(arguments))
+    return [*words, *container, "bash", "-c", AS_RANK, "rank", *command]
+
+
+def in_container(config: RunConfig, command: list[str]) -> tuple[list[str], list[str]]:
+    """Options of srun for the container, if there is one, and the command with the image's Python."""
+    slurm, words = config.launch.slurm, []
     if slurm.container_image:
         words += [f"--container-image={slurm.container_image}", f"--container-workdir={os.getcwd()}"]
         command = [slurm.container_python, *command[1:]]
     if slurm.container_mounts:
         words.append(f"--container-mounts={slurm.container_mounts}")
-    return [*words, "bash", "-c", AS_RANK, "rank", *command]
+    return words, command
 
 
 class Allocation:
@@ -155,6 +175,9 @@ class Allocation:
         self.config, self.arguments, self.ranks_per_node = config, list(arguments), ranks_per_node
         self.job = os.environ["SLURM_JOB_ID"]
         self.variables = check_variables(config.launch.environment, "launch.environment")
+        self.left_out = LeftOut(Path(config.run.dir))
+        self.checked: list[str] = []  # for the attempt to come
+        self.running: list[str] = []
 
     def environment(self, attempt: Attempt) -> dict[str, str]:
         """Environment of an attempt: ranks meet on the first node, at a port derived from job and attempt.
@@ -166,7 +189,7 @@ class Allocation:
             "WORLD_SIZE": str(attempt.nodes * self.ranks_per_node),
             "LOCAL_WORLD_SIZE": str(self.ranks_per_node),
             GOES_ON: "1",
-            "MASTER_ADDR": address_of(self.hosts()[0]),
+            "MASTER_ADDR": address_of((self.checked or self.hosts())[0]),
             "MASTER_PORT": str(FIRST_PORT + number % NUM_PORTS),
         }
         if attempt.cause:
@@ -181,8 +204,21 @@ class Allocation:
         return [name for name in names if name not in down]
 
     def usable_nodes(self) -> int:
-        """Number of allocated nodes that are up."""
-        return len(self.hosts())
+        """Number of allocated nodes that are up and pass the check for the attempt to come, spares among them."""
+        up = [name for name in self.hosts() if name not in self.left_out.reasons]
+        for name in self.running:
+            if name not in up and name not in self.left_out.reasons:
+                self.left_out.lose(name)
+        self.running = []
+        if not up or set(up) == set(self.checked):
+            return len(up)
+        faults = check_nodes(self.config, up, self.ranks_per_node, os.environ | self.variables, self.job)
+        for name, texts in faults.items():
+            if texts:
+                self.left_out.leave_out(name, "; ".join(texts))
+        # Where no node answered, srun itself was stopped, by a signal for instance: that says nothing of any node.
+        self.checked = [name for name in up if faults.get(name) == []] if faults else up
+        return len(self.checked)
 
     def start(self, attempt: Attempt) -> Outcome:
         """Run one attempt to its end, showing rank 0's log and what srun says.
@@ -198,10 +234,14 @@ class Allocation:
         logs[0].parent.mkdir(parents=True, exist_ok=True)
         sizes = [log.stat().st_size if log.exists() else 0 for log in logs]
         shown, said = Follower(logs[0]), SrunOutput()
-        command = srun_command(self.config, self.arguments, attempt.number, attempt.nodes, self.ranks_per_node)
+        environment, self.running = self.environment(attempt), self.checked[: attempt.nodes]
+        self.checked = []
+        command = srun_command(
+            self.config, self.arguments, attempt.number, attempt.nodes, self.ranks_per_node, self.running
+        )
         with subprocess.Popen(
             ending_with_us(command),
-            env=self.environment(attempt),
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         ) as process:
@@ -235,6 +275,39 @@ class Allocation:
     def queue_again(self) -> None:
         """Requeue the job, whose time ended before the run was finished."""
         ask("scontrol", "requeue", self.job)
+
+
+def check_nodes(
+    config: RunConfig, names: Sequence[str], ranks_per_node: int, environment: Mapping[str, str], job: str
+) -> dict[str, list[str]]:
+    """What is wrong with each of these nodes of the job, by name, nothing for an empty list; who does not answer is missing."""
+    token = secrets.token_hex(16)
+    path = token_file(Path(config.run.dir))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, token)
+    port = FIRST_PORT + (int(job) + CHECK_PORTS) % NUM_PORTS
+    link = {"port": port, "connect": [address_of(names[0]), port], "expect": len(names) - 1}
+    request = make_request(config.run.dir, ranks_per_node, token) | {"link": link}
+    module = [*isolated_python(), "-m", "amfm.launch.cluster.node_check", json.dumps(request)]
+    container, command = in_container(config, module)
+    count = len(names)
+    srun = ["srun", f"--nodes={count}", f"--nodelist={','.join(names)}", f"--ntasks={count}", "--ntasks-per-node=1"]
+    try:
+        done = subprocess.run(
+            ending_with_us([*srun, "--kill-on-bad-exit=0", "--no-kill", *container, *command]),
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=CHECK_SECONDS,
+        )
+        said = done.stdout
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
+    answers = [json.loads(line.partition(MARK)[2]) for line in said.splitlines() if MARK in line]
+    found = {answer["node"]: answer["faults"] for answer in answers if "faults" in answer}
+    return blame_links(found, names[0])
 
 
 class SrunOutput:

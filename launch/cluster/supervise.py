@@ -63,7 +63,7 @@ def supervise(
 ) -> int:
     """Start the run on `nodes` nodes, start it again after each failure and for each layout, and return the exit code.
 
-    `start` runs one attempt to its end. `usable_nodes` says how many there are now; lost ones get
+    `start` runs one attempt to its end. `usable_nodes` says, before each, how many there are that can take ranks; lost ones get
     `launch.node_wait_seconds` to come back. On fewer nodes than wanted the run goes on with the most that can share
     its batch. Stops with the first cause when `launch.max_restarts` are used up, when the input is refused (code 2), when
     Ctrl-C came (130), and when failures follow each other without a newer checkpoint between them.
@@ -72,10 +72,8 @@ def supervise(
     cause: str | None = None
     causes: list[str] = []
     stuck = wasted = number = 0
-    has_started = False
     while wasted <= config.launch.max_restarts:
-        usable = wait_for_nodes(config, nodes, usable_nodes) if has_started else nodes
-        has_started = True
+        usable = wait_for_nodes(config, nodes, usable_nodes)
         before = newest_saved_step(config.run.dir)
         attempt = Attempt(number, fitting_nodes(config, usable, ranks_per_node, steps_done=max(0, before)), cause)
         if attempt.nodes < nodes:

@@ -20,9 +20,9 @@ from amfm.launch.rank_command import rank_command
 from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
 
 if TYPE_CHECKING:
+    from amfm.launch.cluster.hosts import RemoteHosts
     from amfm.launch.cluster.ray import RayCluster
     from amfm.launch.cluster.slurm import Allocation
-    from amfm.launch.cluster.torchrun import RemoteHosts
     from amfm.pretrain.config.schema import RunConfig
 
 DEFAULT_PORT = 29500
@@ -41,7 +41,7 @@ def launch(
     path: ConfigArgument,
     overrides: OverridesArgument = None,
     *,
-    on: Annotated[Literal["torchrun", "slurm", "ray"], typer.Option(help="Who starts the ranks.")],
+    on: Annotated[Literal["torchrun", "slurm", "ray", "kubernetes"], typer.Option(help="Who starts the ranks.")],
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
     nproc_per_node: Annotated[
         int | None, typer.Option(min=1, help="Ranks a node; default: the GPUs of this machine, or 1.")
@@ -66,6 +66,10 @@ def launch(
     address: Annotated[
         str | None, typer.Option(help="ray: an existing cluster, such as auto or HOST:6379; none: one on this machine.")
     ] = None,
+    form: Annotated[
+        Literal["jobset", "rayjob", "skypilot"] | None,
+        typer.Option(help="kubernetes: what --dry-run prints; default: jobset."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Start a run on many nodes and keep it alive: restarts from the newest checkpoint, on fewer nodes if it must."""
@@ -79,6 +83,8 @@ def launch(
     if goes_on and config.launch.min_nodes > 1:
         check_run(config, numbers[: nodes + 1 - min(nodes, config.launch.min_nodes)])
     check_options(on, nodes=nodes, hosts=hosts, node_rank=node_rank, master=master, address=address, dry_run=dry_run)
+    check_spares(config.launch.spare_nodes, on, nodes=nodes, node_rank=node_rank, form=form or "jobset")
+    check_kubernetes(on, form, dry_run=dry_run, doctor=doctor)
     options = [*(overrides or []), *(["--force"] if force else [])]
     work = Work(["train", str(path), *options], config.launch.max_restarts)
     misfit = describe_misfit(config, path, nodes * ranks) if dry_run and not doctor else None
@@ -90,6 +96,8 @@ def launch(
         done = launch_torchrun(
             config, work, nodes, ranks, hosts, shlex.split(remote_shell), node_rank, master, dry_run=dry_run
         )
+    elif on == "kubernetes":
+        done = show_manifest(config, [str(path), *options], form or "jobset", nodes, ranks)
     elif on == "slurm":
         done = launch_slurm(config, work, path, options, nodes, ranks, dry_run=dry_run)
     else:
@@ -167,6 +175,41 @@ def check_options(
         )
 
 
+def check_spares(spares: int, on: str, *, nodes: int, node_rank: int | None, form: str) -> None:
+    """Refuse spare nodes that cannot serve. Raises ValueError with the nearest number that works."""
+    if spares > nodes:
+        raise ValueError(f"launch.spare_nodes={spares} is more than --nodes {nodes}; lower it to {nodes} or less")
+    if spares and on == "ray":
+        raise ValueError(
+            f"launch.spare_nodes={spares} with --on ray: every node of the Ray cluster beyond --nodes is a spare already; "
+            "set it to 0"
+        )
+    if spares and on == "kubernetes" and form != "rayjob":
+        raise ValueError(
+            f"launch.spare_nodes={spares} with --form {form}: each node starts only itself; set it to 0, or use --form rayjob"
+        )
+    if spares and node_rank is not None:
+        raise ValueError(
+            f"launch.spare_nodes={spares} with --node-rank: each node starts only itself; set it to 0, or name the hosts with "
+            "--hosts FILE"
+        )
+
+
+def check_kubernetes(on: str, form: str | None, *, dry_run: bool, doctor: bool) -> None:
+    """Refuse what cannot take effect with Kubernetes, or without. Raises ValueError with the remedy."""
+    if on != "kubernetes":
+        if form is not None:
+            raise ValueError(f"--form {form} belongs to --on kubernetes; leave it out with --on {on}")
+        return
+    if not dry_run:
+        raise ValueError(
+            "--on kubernetes submits nothing by itself; add --dry-run and give what it prints to kubectl apply -f -, or "
+            "with --form skypilot to sky launch"
+        )
+    if doctor:
+        raise ValueError("--doctor with --on kubernetes is not written; run amfm doctor --cluster in the pods")
+
+
 def count_gpus() -> int:
     """Number of CUDA devices of this machine."""
     import torch
@@ -201,9 +244,9 @@ def launch_torchrun(
 
     What is one part of several, torchrun itself restarts. Returns the exit code, or what a dry run shows. Raises ValueError for a bad port and for too few hosts.
     """
+    from amfm.launch.cluster.hosts import HERE, RemoteHosts, read_hosts
     from amfm.launch.cluster.lines import check_variables, with_variables
-    from amfm.launch.cluster.supervise import Attempt
-    from amfm.launch.cluster.torchrun import HERE, NodeCommand, RemoteHosts, read_hosts, run_here
+    from amfm.launch.cluster.torchrun import NodeCommand, run_here
     from amfm.pretrain.stages import fresh_starts
 
     environment = check_variables(config.launch.environment, "launch.environment")
@@ -215,21 +258,32 @@ def launch_torchrun(
     number = int(port or DEFAULT_PORT)
     if hosts is not None or (nodes == 1 and not dry_run):
         names = [host or "localhost"] if hosts is None else read_hosts(hosts)
-        if len(names) < nodes:
-            raise ValueError(f"--nodes {nodes} and {hosts} names {len(names)} hosts; add hosts, or lower --nodes")
+        spares = config.launch.spare_nodes
+        if len(names) < nodes + spares:
+            counted = f"--nodes {nodes}" + (f" and launch.spare_nodes={spares}" if spares else "")
+            raise ValueError(
+                f"{counted} and {hosts or 'this machine alone'} names {len(names)} hosts; add hosts, or lower "
+                + (f"launch.spare_nodes to {len(names) - nodes}" if len(names) >= nodes else "--nodes")
+            )
         remote = RemoteHosts(
             work.arguments,
             names,
+            nodes=nodes,
             ranks_per_node=ranks,
             port=number,
             run_dir=config.run.dir,
             setup=None if hosts is None else config.launch.setup,
             remote_shell=HERE if hosts is None else remote_shell,
             environment=environment,
+            spares=spares,
+            keep_loaded=config.launch.keep_loaded,
         )
         if dry_run:
-            return show_commands(remote.commands(Attempt(0, nodes, None)))
-        return run_attempts(config, work, remote, nodes, ranks)
+            return show_commands(remote.commands())
+        try:
+            return run_attempts(config, work, remote, nodes, ranks)
+        finally:
+            remote.close()
     node_numbers = range(nodes) if node_rank is None else [node_rank]
     commands = [
         NodeCommand(work.arguments, nodes, ranks, node_number, host or "localhost", number, environment=environment)
@@ -241,6 +295,17 @@ def launch_torchrun(
         lines = [command.torchrun(max_restarts=restarts) for command in commands]
         return show_commands([with_variables(environment, line) for line in lines])
     return run_here(commands[0], max_restarts=restarts)
+
+
+def show_manifest(
+    config: RunConfig, arguments: list[str], form: Literal["jobset", "rayjob", "skypilot"], nodes: int, ranks: int
+) -> Shown:
+    """What a dry run for Kubernetes shows; GPUs are asked for unless the planned cluster has none (launch.slurm.gpus)."""
+    from amfm.launch.cluster.kubernetes import write_manifest
+
+    gpus = config.launch.slurm.gpus
+    text = write_manifest(form, config, arguments, nodes=nodes, ranks_per_node=ranks, gpus=gpus)
+    return Shown(text, {"manifest": text, "form": form})
 
 
 def launch_slurm(

@@ -23,6 +23,10 @@ def watch(
     stay: Annotated[
         bool, typer.Option("--stay", help="Go on watching after the run has ended, for its next start.")
     ] = False,
+    prometheus: Annotated[
+        str | None,
+        typer.Option(metavar="[HOST:]PORT", help="Serve /metrics for Prometheus instead; HOST: 127.0.0.1 by default."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show a run live from any machine that sees its directory: progress, pace, ranks, newest checkpoint, how it ended.
@@ -32,8 +36,12 @@ def watch(
     """
     from amfm.pretrain.monitor.follow import FollowedRun
 
+    if prometheus is not None and as_json:
+        raise ValueError("--prometheus serves until it is interrupted, and --json prints once; give one of them")
     run = FollowedRun(run_dir)
-    if as_json:
+    if prometheus is not None:
+        serve_metrics(run, prometheus)
+    elif as_json:
         print_json(run.to_json(run.final()))
     else:
         try:
@@ -42,6 +50,28 @@ def watch(
             say(f"amfm: no longer watching {run_dir}; the run is not touched")
             raise typer.Exit(INTERRUPTED) from None
     raise typer.Exit(RUN_FAILED if run.state in ("failed", "lost") else DONE)
+
+
+def serve_metrics(run: FollowedRun, address: str) -> None:
+    """Serve a run's numbers until Ctrl-C. Raises ValueError for what is no address, RuntimeError for one that can't be had."""
+    from amfm.launch.prometheus import make_server
+
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or not 0 <= int(port) < 2**16:
+        raise ValueError(f"--prometheus {address} must be PORT or HOST:PORT with a number below 65536; use 9464")
+    try:
+        server = make_server(run, host or "127.0.0.1", int(port))
+    except OSError as error:
+        raise RuntimeError(f"--prometheus {address}: {error.strerror}; name another port") from error
+    with server:
+        say(
+            f"amfm: {run.directory} at http://{server.server_address[0]!s}:{server.server_address[1]}/metrics; Ctrl-C ends"
+        )
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            say(f"amfm: no longer watching {run.directory}; the run is not touched")
+            raise typer.Exit(INTERRUPTED) from None
 
 
 def show_live(run: FollowedRun, *, stays: bool) -> None:

@@ -45,6 +45,20 @@ class SlurmConfig(Section):
     extra: tuple[str, ...] = Field((), description="Other #SBATCH options, such as --constraint=h100.")
 
 
+class KubernetesConfig(Section):
+    """What goes into the manifests of `amfm launch --on kubernetes --dry-run`."""
+
+    image: str | None = Field(None, description="Image of the pods, with amfm in it, as the Dockerfile builds it.")
+    namespace: str | None = Field(None, description="Namespace; none: that of kubectl's context.")
+    claim: str | None = Field(
+        None, description="PersistentVolumeClaim (ReadWriteMany) that holds configuration, store and run.dir."
+    )
+    mount: str = Field("/shared", description="Where the shared storage lies in each pod; also the working directory.")
+    shared_memory: str = Field("64Gi", description="Size of /dev/shm in each pod, whose default of 64 MB is too small.")
+    accelerator: str = Field("H100", description="GPU of a SkyPilot task, by SkyPilot's name.")
+    bucket: str | None = Field(None, description="Bucket that a SkyPilot task mounts there, such as s3://BUCKET.")
+
+
 class LaunchConfig(Section):
     """How `amfm launch` keeps a run alive on many nodes."""
 
@@ -62,6 +76,15 @@ class LaunchConfig(Section):
     node_wait_seconds: float = Field(
         60.0, ge=0, description="How long a new start waits for lost nodes before it continues with fewer."
     )
+    spare_nodes: int = Field(
+        0,
+        ge=0,
+        description="Nodes beyond those of the run that wait, with everything loaded, to take the place of one that is lost.",
+    )
+    keep_loaded: bool = Field(
+        True,
+        description="A server on each host of --on torchrun keeps Python and libraries loaded between attempts; false: each attempt loads them anew.",
+    )
     setup: str | None = Field(
         None, description="Shell line on every node before the ranks start, such as `source env/bin/activate`."
     )
@@ -70,3 +93,4 @@ class LaunchConfig(Section):
         description="Variables of every rank, such as {NCCL_SOCKET_IFNAME: ib0}; recorded with the run, so no secrets (those: setup).",
     )
     slurm: SlurmConfig = SlurmConfig()
+    kubernetes: KubernetesConfig = KubernetesConfig()

@@ -24,10 +24,10 @@ from amfm.pretrain.config.saved import packages_used
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.optimizer import group_parameters
 from amfm.pretrain.exchange.state import TrainingState
-from amfm.pretrain.identity import collect_versions
 from amfm.pretrain.parallel import set_determinism
 from amfm.pretrain.run import Progress, identities_of
 from amfm.pretrain.stages import data_of_stages, last_stage, resolve_stages
+from amfm.pretrain.versions import collect_versions
 
 
 def check_adoptable(config: RunConfig) -> None:

@@ -37,11 +37,20 @@ def main(words: list[str]) -> int:
     """Start the tasks, wait for all of them, and return the highest code."""
     options, command = split(words)
     per_node = int(options["ntasks-per-node"])
+    names = options.get("nodelist", ",".join(NODES)).split(",")
     tasks = []
     for number in range(int(options["ntasks"])):
-        places = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number % per_node)}
-        with Path(options["output"].replace("%t", str(number))).open("ab") as log:
-            tasks.append(subprocess.Popen(command, env=os.environ | places, stdout=log, stderr=log))
+        places = {
+            "SLURM_PROCID": str(number),
+            "SLURM_LOCALID": str(number % per_node),
+            "SLURM_NODEID": str(number // per_node),
+            "SLURMD_NODENAME": names[number // per_node],
+        }
+        if "output" in options:
+            with Path(options["output"].replace("%t", str(number))).open("ab") as log:
+                tasks.append(subprocess.Popen(command, env=os.environ | places, stdout=log, stderr=log))
+        else:
+            tasks.append(subprocess.Popen(command, env=os.environ | places))
     while any(task.poll() is None for task in tasks):
         if any(task.poll() for task in tasks) and options.get("kill-on-bad-exit") == "1":
             for task in tasks:
@@ -51,7 +60,7 @@ def main(words: list[str]) -> int:
     codes = [task.wait() for task in tasks]
     for number, code in enumerate(codes):
         if code:
-            sys.stderr.write(f"srun: error: {NODES[number // per_node]}: task {number}: Exited with exit code {code}\n")
+            sys.stderr.write(f"srun: error: {names[number // per_node]}: task {number}: Exited with exit code {code}\n")
     return max(code if code >= 0 else 128 - code for code in codes)
 
 

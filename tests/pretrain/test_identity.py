@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.pretrain.identity import OWN_PACKAGES, ROOT, collect_versions, describe_difference, digest_code
+from amfm.pretrain.identity import describe_difference
+from amfm.pretrain.versions import OWN_PACKAGES, ROOT, collect_versions, digest_code
 from tests.faults.attempt import Attempt
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import tiny_data

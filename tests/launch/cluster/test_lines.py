@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from amfm.launch.cluster.hosts import read_hosts
 from amfm.launch.cluster.lines import (
     check_host,
     remote_command,
@@ -16,7 +17,6 @@ from amfm.launch.cluster.lines import (
     with_variables,
 )
 from amfm.launch.cluster.slurm import write_script
-from amfm.launch.cluster.torchrun import NodeCommand, read_hosts
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.tiny_run import tiny_config
 
@@ -69,6 +69,3 @@ def test_words_stay_words_whatever_is_in_them() -> None:
     words = ["a b", "$(touch planted)", "it's", "-x", "new\nline", ""]
     assert shlex.split(shell_line([["cd", "/a b"], ["exec", *words]])) == ["cd", "/a b", "&&", "exec", *words]
     assert with_variables({"A": "b c"}, ["x"]) == ["env", "A=b c", "x"] and with_variables({}, ["x"]) == ["x"]
-    command = NodeCommand(["train", "a b.yaml"], 1, 1, 0, "first", 29500)
-    line = command.shell_line(directory="/a b", pid_file="run x/node.pid", cause="rank 1:\n `lost`")
-    assert "\n" not in line and shlex.split(line)[-2:] == ["train", "a b.yaml"]

@@ -111,13 +111,14 @@ def test_a_stage_of_another_layout_is_a_start_of_its_own(
 
 def test_a_lost_node_leaves_as_many_as_can_share_the_batch(config: RunConfig) -> None:
     script = Script(config, (3, "node lost", 10), (0, "", 20))
-    assert run(config, script, usable=lambda: 5, nodes=6) == 0
+    usable = iter([6])
+    assert run(config, script, usable=lambda: next(usable, 5), nodes=6) == 0
     assert [attempt.nodes for attempt in script.attempts] == [6, 3]
 
 
 def test_a_node_that_comes_back_in_time_is_waited_for(config: RunConfig) -> None:
     script = Script(config, (3, "node lost", 10), (0, "", 20))
-    answers = [2, 3]
+    answers = [3, 2, 3]
     assert run(config, script, usable=lambda: answers.pop(0)) == 0
     assert [attempt.nodes for attempt in script.attempts] == [3, 3]
 
@@ -140,7 +141,7 @@ def test_nodes_lost_before_ranks_start_cost_no_attempt(config: RunConfig) -> Non
             return Outcome(3, "no 3 nodes free", began=False)
         return script(attempt)
 
-    usable = iter([3, 2, 2, 2, 2])
+    usable = iter([3, 3, 2, 2, 2])
     # One failure without a checkpoint stands already: a second one that counted would end the run.
     assert supervise(config, start, nodes=3, ranks_per_node=1, usable_nodes=lambda: next(usable, 2)) == 0
     assert [(attempt.number, attempt.nodes) for attempt in script.attempts] == [(0, 3), (1, 2)] and refused == [3]

@@ -144,11 +144,14 @@ convert.transfer.steps convert.transfer.learning_rate convert.transfer.scale
 convert.tune.steps convert.tune.learning_rate convert.tune.rank convert.tune.alpha convert.tune.targets
 convert.tune.routing.num_experts convert.tune.routing.top_k convert.tune.routing.balance_weight
 convert.tune.routing.hard_from_step
-launch.heartbeat_seconds launch.max_restarts launch.min_nodes launch.node_wait_seconds launch.setup
+launch.heartbeat_seconds launch.max_restarts launch.min_nodes launch.node_wait_seconds launch.spare_nodes
+launch.keep_loaded launch.setup
 launch.environment
 launch.slurm.partition launch.slurm.account launch.slurm.qos launch.slurm.time_limit launch.slurm.gpus
 launch.slurm.cpus_per_task launch.slurm.cpu_bind launch.slurm.memory launch.slurm.modules launch.slurm.signal_seconds launch.slurm.requeue launch.slurm.container_image
 launch.slurm.container_mounts launch.slurm.container_python launch.slurm.extra
+launch.kubernetes.image launch.kubernetes.namespace launch.kubernetes.claim launch.kubernetes.mount
+launch.kubernetes.shared_memory launch.kubernetes.accelerator launch.kubernetes.bucket
 """
 
 

@@ -1,0 +1,208 @@
+"""What a node must pass before an attempt, in a few seconds: code, storage, clock, memory, devices, and the link to the first node.
+
+The launcher writes a token into the run directory and sends its own time and code; the node answers with what is wrong, one text
+a fault. A node that would fail, or make the others wait, an hour into the run is found before the ranks start. The whole
+examination is `amfm doctor --cluster`.
+
+    python -m amfm.launch.cluster.node_check REQUEST
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from amfm.launch.doctor.machine import has_cuda
+from amfm.pretrain.versions import collect_versions
+
+CLOCK_SECONDS = 60.0
+STORAGE_BYTES = 1 << 20
+STORAGE_SECONDS = 5.0
+LINK_SECONDS = 8.0
+MIN_MEMORY_BYTES = 1 << 29  # a rank
+MIN_SHARED_BYTES = 1 << 26  # of /dev/shm, a rank
+DEVICE_DIM = 512
+DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))  # looked for before torch is loaded, which takes seconds
+UNREACHED = "it does not reach"
+MARK = "amfm-node: "  # before an answer to the launcher, among what ranks print
+
+
+def make_request(run_dir: str, ranks_per_node: int, token: str) -> dict[str, Any]:
+    """What the launcher asks of a node, after it has written the token; `link` is added for each."""
+    return {
+        "run_dir": str(Path(run_dir).absolute()),
+        "ranks": ranks_per_node,
+        "token": token,
+        "time": time.time(),
+        "code": collect_versions(),
+    }
+
+
+def token_file(run_dir: Path) -> Path:
+    """Where the launcher's token lies."""
+    return run_dir / "launch" / "check-token"
+
+
+def check_node(request: Mapping[str, Any], received: float) -> list[str]:
+    """Everything that is wrong with this node, empty for nothing. `received`: when the request came"""
+    run_dir, ranks = Path(request["run_dir"]), int(request["ranks"])
+    faults: list[str] = []
+    faults += check_clock(request["time"], received)
+    faults += check_code(request["code"])
+    faults += check_storage(run_dir, request["token"])
+    faults += check_memory(ranks)
+    faults += check_devices(ranks)
+    faults += check_link(request["link"])
+    return faults
+
+
+def check_clock(expected: float, now: float) -> Iterator[str]:
+    """Heartbeats, logs and certificates assume clocks that agree roughly."""
+    if abs(now - expected) > CLOCK_SECONDS:
+        yield f"its clock is {abs(now - expected):.0f} s {'ahead' if now > expected else 'behind'}; set it (NTP)"
+
+
+def check_code(expected: Mapping[str, str]) -> Iterator[str]:
+    """Ranks of other code or libraries are refused by the run itself, later and for all of them."""
+    own = collect_versions()
+    for name, value in expected.items():
+        if own.get(name) != value:
+            yield f"{name} is {own.get(name)}, the launcher has {value}; install the same on every node"
+
+
+def check_storage(run_dir: Path, token: str) -> Iterator[str]:
+    """The run directory is the launcher's, and takes a file and gives it back."""
+    path = run_dir / "launch" / f"check-{socket.gethostname()}-{os.getpid()}"
+    deadline = time.monotonic() + STORAGE_SECONDS
+    try:
+        while (seen := read_text(token_file(run_dir))) != token:
+            if time.monotonic() > deadline:
+                what = "does not see the launcher's file" if seen is None else "sees an old file"
+                yield f"{run_dir} {what}: another or a stale mount; mount the shared storage again"
+                return
+            time.sleep(0.2)
+        content = os.urandom(STORAGE_BYTES)
+        with path.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        same = path.read_bytes() == content
+        path.unlink()
+        if not same:
+            yield f"{run_dir} gives back other bytes than were written"
+    except OSError as error:
+        yield f"{run_dir}: {error.strerror} (errno {error.errno})"
+
+
+def read_text(path: Path) -> str | None:
+    """Content of a small file, None where it is not there."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+def check_memory(ranks: int) -> Iterator[str]:
+    """Memory that another job, or what an attempt left behind, may hold."""
+    lines = (read_text(Path("/proc/meminfo")) or "").splitlines()
+    fields = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines) if rest}
+    free = fields.get("MemAvailable")
+    if free is not None and free < ranks * MIN_MEMORY_BYTES:
+        yield f"{free / 2**30:.1f} GiB of memory are free for {ranks} ranks; end what holds the rest"
+    shared = Path("/dev/shm")
+    if shared.is_dir() and shutil.disk_usage(shared).free < ranks * MIN_SHARED_BYTES:
+        yield f"/dev/shm has {shutil.disk_usage(shared).free / 2**20:.0f} MiB free for {ranks} ranks; enlarge or clear it"
+
+
+def check_link(link: Mapping[str, Any]) -> Iterator[str]:
+    """The first node listens, tells at which port, and lets so many come; each other one goes there and hears a byte."""
+    if link.get("expect"):
+        come = 0
+        with socket.create_server(("", link.get("port", 0)), backlog=max(16, link["expect"])) as listener:
+            tell(listening=listener.getsockname()[1])
+            deadline = time.monotonic() + 2 * LINK_SECONDS
+            while come < link["expect"] and (left := deadline - time.monotonic()) > 0:
+                listener.settimeout(left)
+                try:
+                    other, _ = listener.accept()
+                except TimeoutError:
+                    break
+                with other:
+                    other.sendall(b"!")
+                    come += 1
+    if "connect" not in link:
+        return
+    host, port = link["connect"]
+    deadline, reason = time.monotonic() + LINK_SECONDS, "no answer"
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())) as connection:
+                if connection.recv(1) == b"!":
+                    return
+        except OSError as error:
+            reason = str(error)
+        time.sleep(0.2)
+    yield f"{UNREACHED} {host} (port {port}): {reason}; look at its link, its interface and firewalls"
+
+
+def check_devices(ranks: int) -> Iterator[str]:
+    """Each rank's GPU is there, has memory, and multiplies as the processor does. Nothing to do without GPUs."""
+    if not any(device.exists() for device in DRIVERS) or not has_cuda():
+        return
+    import torch
+
+    count = torch.cuda.device_count()
+    if count < ranks and count != 1:
+        yield f"it has {count} GPUs for {ranks} ranks"
+        return
+    left = torch.randint(-4, 5, (DEVICE_DIM, DEVICE_DIM)).float()
+    expected = left @ left  # whole numbers below 2**24: exact in every order
+    for index in range(min(count, ranks)):
+        try:
+            found = (left.to(f"cuda:{index}") @ left.to(f"cuda:{index}")).cpu()
+        except RuntimeError as error:
+            yield f"GPU {index}: {str(error).splitlines()[0]}"
+            continue
+        if not torch.equal(found, expected):
+            yield f"GPU {index} multiplies wrongly: {int((found != expected).sum())} of {expected.numel()} numbers differ"
+
+
+def blame_links(faults: Mapping[str, Sequence[str]], first: str) -> dict[str, list[str]]:
+    """Faults by node, where a first node that none of several others reaches is the one at fault, and not all others."""
+    found = {name: list(texts) for name, texts in faults.items()}
+    unreached = [name for name, texts in found.items() if any(UNREACHED in text for text in texts)]
+    if len(unreached) > 1 and len(unreached) == len(found) - 1 and first in found:
+        found[first].append(f"none of {len(unreached)} others reaches it")
+        for name in unreached:
+            found[name] = [text for text in found[name] if UNREACHED not in text]
+    return found
+
+
+def tell(**answer: Any) -> None:
+    """Answer the launcher with one line; begun anew, since a rank may have left one unfinished."""
+    sys.stdout.write(f"\n{MARK}{json.dumps(answer)}\n")
+    sys.stdout.flush()
+
+
+def main(text: str) -> None:
+    """Check this node as the request says, and tell the launcher."""
+    received, request = time.time(), json.loads(text)
+    link = request["link"]
+    if "SLURM_NODEID" in os.environ and "port" in link:  # all nodes got the same request
+        chosen = ("port", "expect") if os.environ["SLURM_NODEID"] == "0" else ("connect",)
+        request["link"] = {name: link[name] for name in chosen}
+    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    tell(faults=check_node(request, received), node=node)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for the ranks, which save before a time limit
+    main(sys.argv[1])

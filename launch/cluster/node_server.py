@@ -1,0 +1,200 @@
+"""The program that the launcher runs on a node: it starts the node's ranks, attempt after attempt, without loading anything twice.
+
+It imports PyTorch, DeepSpeed and what else ranks need once, and forks the ranks of each attempt from that (forked.py). A rank
+computes and ends; this process never computes and has one thread, so that it can be forked again. Where it can't be (a library
+has started threads, a GPU's driver is awake), or `launch.keep_loaded` is false, ranks are processes of their own, and
+only this one stays.
+
+Orders come as lines of JSON on standard input: `check` (node_check.py), `start`, `signal`, `stop`. Answers go out among
+what the ranks print, as lines of JSON behind a mark. When the launcher or its remote shell is gone, standard input ends, and with it this
+process and its ranks.
+
+    python -m amfm.launch.cluster.node_server RANKS KEEP_LOADED ARGUMENTS...
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from amfm.launch.allocator import expand_segments
+from amfm.launch.cluster.forked import ForkedRank, name_process, why_not_fork
+from amfm.launch.cluster.node_check import main as check_this_node
+from amfm.launch.cluster.node_check import tell
+from amfm.launch.heavy_imports import heavy_imports
+from amfm.launch.rank_command import isolated_python, rank_command
+from amfm.pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID, RESTART_CAUSE
+from amfm.pretrain.monitor.signals import note_signals
+
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 10.0  # for the other ranks of the node to end by themselves after one failed
+RESETS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+RankProcess = subprocess.Popen[bytes] | ForkedRank
+
+
+def load() -> str:
+    """Import what ranks need, once; returns why they can't be forked from here, empty where they can."""
+    reason = why_not_fork()
+    if reason:
+        return reason
+    with heavy_imports():
+        # The command line imports launchers, not the reverse.
+        importlib.import_module("amfm.launch.cli").quiet_libraries()
+        for module in ("checks.check_run", "stages", "train"):
+            importlib.import_module(f"amfm.pretrain.{module}")
+    gc.freeze()  # what is shared with the ranks stays shared: the collector writes into what it looks at
+    return why_not_fork()
+
+
+class NodeServer:
+    """Obeys the launcher until its orders end. `arguments`: an `amfm` command line, of every rank."""
+
+    def __init__(self, num_ranks: int, arguments: Sequence[str], *, keep_loaded: bool) -> None:
+        self.num_ranks, self.arguments = num_ranks, list(arguments)
+        self.reason = load() if keep_loaded else "launch.keep_loaded=false"
+        self.ranks: list[RankProcess] = []
+        self.checker: RankProcess | None = None
+        self.failed_at: float | None = None
+
+    def serve(self) -> None:
+        """Obey orders and look after the ranks, until standard input ends."""
+        tell(ready=socket.gethostname(), loaded=not self.reason, reason=self.reason)
+        received = b""
+        while True:
+            is_busy = bool(self.ranks) or self.checker is not None
+            if select.select([0], [], [], POLL_SECONDS if is_busy else 60.0)[0]:
+                content = os.read(0, 1 << 16)
+                if not content:
+                    break
+                *lines, received = (received + content).split(b"\n")
+                for line in lines:
+                    if line.strip():
+                        self.obey(json.loads(line))
+            self.look_after_ranks()
+        self.kill()
+
+    def obey(self, order: Mapping[str, Any]) -> None:
+        """Carry out one order."""
+        if "check" in order:
+            self.checker = self.begin_check(order["check"])
+        elif "start" in order:
+            self.start(order["start"])
+        elif "signal" in order:
+            for rank in self.ranks:
+                rank.send_signal(order["signal"])
+        elif "stop" in order:
+            self.kill()
+
+    def begin_check(self, request: Mapping[str, Any]) -> RankProcess:
+        """Let a process of its own check the node, which answers by itself: it computes, and may hang."""
+        text = json.dumps(request)
+        if self.reason:
+            module = [*isolated_python(), "-m", "amfm.launch.cluster.node_check", text]
+            return subprocess.Popen(module, stdin=subprocess.DEVNULL)
+
+        def check() -> int:
+            check_this_node(text)
+            return 0
+
+        return self.fork(check, os.environ)
+
+    def fork(self, run: Callable[[], int], environment: Mapping[str, str]) -> ForkedRank:
+        """Fork a process that runs a function, with our output and no input."""
+
+        def without_orders() -> int:
+            nothing = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(nothing, 0)
+            os.close(nothing)
+            gc.unfreeze()
+            return run()
+
+        return ForkedRank(without_orders, environment, RESETS, is_first=True)
+
+    def start(self, attempt: Mapping[str, Any]) -> None:
+        """Start this node's ranks of an attempt: its place among `nodes` and where rank 0 listens."""
+        self.failed_at = None
+        self.ranks = [self.start_rank(local_rank, attempt) for local_rank in range(self.num_ranks)]
+
+    def start_rank(self, local_rank: int, attempt: Mapping[str, Any]) -> RankProcess:
+        """Start one rank with torchrun's variables; rank 0 listens for the others."""
+        rank = attempt["node"] * self.num_ranks + local_rank
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(attempt["nodes"] * self.num_ranks),
+            "LOCAL_WORLD_SIZE": str(self.num_ranks),
+            "MASTER_ADDR": attempt["master"],
+            "MASTER_PORT": str(attempt["port"]),
+            GOES_ON: "1",
+            LAUNCHER_PID: str(os.getpid()),
+            # `ssh -tt` gives ranks a terminal, but their lines go into the launcher's output: no panel that is redrawn.
+            "TERM": "dumb",
+        } | ({RESTART_CAUSE: attempt["cause"]} if attempt["cause"] else {})
+        if self.reason:
+            return subprocess.Popen(rank_command(self.arguments), env=environment, stdin=subprocess.DEVNULL)
+
+        def run() -> int:
+            name_process(f"amfm-rank-{rank}")
+            if self.arguments[:1] == ["train"]:
+                note_signals()
+            code: int = importlib.import_module("amfm.launch.cli").run(self.arguments)
+            return code
+
+        return self.fork(run, environment)
+
+    def look_after_ranks(self) -> None:
+        """Tell of the first rank that failed and of the end of all; the others of the node get GRACE_SECONDS."""
+        if self.checker is not None and self.checker.poll() is not None:
+            self.checker = None
+        if not self.ranks:
+            return
+        codes = [rank.poll() for rank in self.ranks]
+        if self.failed_at is None and any(codes):
+            self.failed_at = time.monotonic()
+            failed = next(local_rank for local_rank, code in enumerate(codes) if code)
+            tell(failed=failed, code=codes[failed])
+        if self.failed_at is not None and time.monotonic() > self.failed_at + GRACE_SECONDS:
+            self.kill()
+            codes = [rank.poll() for rank in self.ranks]
+        if all(code is not None for code in codes):
+            self.ranks = []
+            tell(ended=codes)
+
+    def kill(self) -> None:
+        """End all ranks at once, and the check."""
+        for process in [*self.ranks, *([self.checker] if self.checker is not None else [])]:
+            process.kill()
+            process.wait()
+
+
+def main() -> None:
+    """Serve as the command line says."""
+    num_ranks, keep_loaded, *arguments = sys.argv[1:]
+    with suppress(termios.error):  # no terminal
+        settings = termios.tcgetattr(0)
+        settings[3] &= ~termios.ECHO  # orders would come back as output
+        termios.tcsetattr(0, termios.TCSANOW, settings)
+    expand_segments(os.environ)
+    # To ask whether there are GPUs must not wake their driver, which no fork survives.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    NodeServer(int(num_ranks), arguments, keep_loaded=keep_loaded == "1").serve()
+    # Not by an orderly exit: libraries would report what stays, of objects that nobody collects any more.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

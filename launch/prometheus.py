@@ -1,0 +1,62 @@
+"""A run's numbers for Prometheus, read from its directory at each scrape: `amfm watch RUN --prometheus PORT`.
+
+The standard library's server and the text format, which is a line per number: nothing that a client library would add is needed.
+Gauges carry the names of metrics.jsonl; the state of the run is a gauge per state, 1 for the one that holds.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import get_args
+
+from amfm.pretrain.monitor.follow import FollowedRun, State
+from amfm.pretrain.monitor.metrics import flatten_numbers
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def format_metrics(run: FollowedRun) -> str:
+    """Look at the run, and write what there is: the newest step's numbers, state, checkpoint, and ranks that give signs of life."""
+    seen = run.look()
+    metrics = run.panel.metrics or {}
+    numbers = flatten_numbers(metrics)
+    own = {"step": metrics.get("step"), "checkpoint_step": run.panel.checkpoint_step}
+    own |= {"last_step": run.panel.last_step or None, "validation_loss": run.panel.validation_loss}
+    numbers |= {name: float(value) for name, value in own.items() if value is not None}
+    numbers |= {"ranks": float(len(seen.beats)), "hosts": float(len({beat.host for beat in seen.beats}))}
+    label = escape(
+        run.config.run.name if run.config is not None and run.config.run.name else run.directory.resolve().name
+    )
+    lines = [f'amfm_{re.sub("[^a-zA-Z0-9_]", "_", name)}{{run="{label}"}} {value!r}' for name, value in numbers.items()]
+    lines += [f'amfm_state{{run="{label}",state="{state}"}} {int(state == seen.state)}' for state in get_args(State)]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def escape(text: str) -> str:
+    """A label's value as the text format wants it."""
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def make_server(run: FollowedRun, host: str, port: int) -> ThreadingHTTPServer:
+    """A server that answers `/metrics`. Raises OSError where the address can't be had."""
+    lock = threading.Lock()  # a look changes what the run remembers
+
+    class Metrics(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path.split("?")[0] not in ("/metrics", "/"):
+                self.send_error(404, "only /metrics is here")
+                return
+            with lock:
+                body = format_metrics(run).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", CONTENT_TYPE)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Scrapes come every few seconds: nothing is said of them."""
+
+    return ThreadingHTTPServer((host, port), Metrics)

@@ -1,0 +1,37 @@
+"""Versions of what can change numbers: Python, libraries, and our own code, without importing any of it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from functools import cache
+from pathlib import Path
+
+LIBRARIES = ("amfm-pretrain", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")
+OWN_PACKAGES = ("launch", "pretrain", "model", "kernels", "data_pipeline")
+OWN_CODE = "amfm's source files"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def collect_versions() -> dict[str, str]:
+    """Collect the versions of Python and of libraries that can change numbers, and a digest of our code."""
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = "not installed as a distribution"
+    return versions | {OWN_CODE: digest_code(ROOT)}
+
+
+@cache
+def digest_code(root: Path) -> str:
+    """Digest our packages' source files, 12 hex digits: two checkouts of one version may differ.
+
+    Read once a process.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for package in OWN_PACKAGES for path in (root / package).rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]

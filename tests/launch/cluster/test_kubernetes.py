@@ -1,0 +1,163 @@
+"""Manifests hold to the schemas that JobSet, Kubernetes and SkyPilot publish, and say what the run needs.
+
+The schemas come with packages that are kept: kubeflow-trainer-api has those of JobSet and of Kubernetes' own API. SkyPilot's and
+KubeRay's are looked at where they are: an installed SkyPilot, and a file of KubeRay's custom resource named by KUBERAY_CRD.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from amfm.launch.cli import run
+from amfm.pretrain.config.file import resolved_yaml
+from tests.pretrain.tiny_run import tiny_config, tiny_data
+
+LAUNCH = {
+    "setup": "source /shared/env.sh",
+    "environment": {"NCCL_SOCKET_IFNAME": "ib0"},
+    "kubernetes": {"image": "registry/amfm:1", "claim": "runs", "namespace": "training", "bucket": "s3://runs"},
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    config = tiny_config(
+        tiny_data(tmp_path / "data"),
+        tmp_path / "run",
+        run__name="My Run_8B",
+        train__global_batch_size=32,
+        **{f"launch__{name}": value for name, value in LAUNCH.items()},
+    )
+    (tmp_path / "run.yaml").write_text(resolved_yaml(config))
+    return tmp_path / "run.yaml"
+
+
+def manifest(path: Path, form: str, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    words = [
+        "launch",
+        str(path),
+        *options,
+        "--on",
+        "kubernetes",
+        "--form",
+        form,
+        "--nodes",
+        "2",
+        "--nproc-per-node",
+        "8",
+    ]
+    assert run([*words, "--dry-run"]) == 0
+    made: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    return made
+
+
+def unknown_fields(given: Any, known: Any, place: str = "") -> list[str]:
+    """Where a manifest says what its schema does not know: models drop it on the way."""
+    if isinstance(given, dict):
+        return [
+            text
+            for key, value in given.items()
+            for text in unknown_fields(value, (known or {}).get(key), f"{place}.{key}")
+        ]
+    if isinstance(given, list):
+        pairs = zip(given, known if isinstance(known, list) else [None] * len(given))
+        return [
+            text
+            for number, (one, other) in enumerate(pairs)
+            for text in unknown_fields(one, other, f"{place}[{number}]")
+        ]
+    return [] if given == known else [f"{place}: {given!r}, not {known!r}"]
+
+
+def test_a_jobset_holds_to_its_schema_and_starts_a_torchrun_per_pod(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    made = manifest(path, "jobset", capsys)
+    parsed = models.JobsetV1alpha2JobSet.from_dict(made)
+    assert unknown_fields(made, parsed.to_dict()) == []
+    job = parsed.spec.replicated_jobs[0].template.spec
+    assert (job.parallelism, job.completions, job.completion_mode, job.backoff_limit) == (2, 2, "Indexed", 0)
+    (container,) = job.template.spec.containers
+    *_, line = container.command
+    assert line.startswith("source /shared/env.sh && exec amfm launch ")
+    assert line.endswith('--master my-run-8b-node-0-0.my-run-8b:29500 --node-rank "$JOB_COMPLETION_INDEX"')
+    assert made["metadata"] == {"name": "my-run-8b", "namespace": "training"}
+    assert {mount.mount_path for mount in container.volume_mounts} == {"/dev/shm", "/shared"}
+
+
+def test_a_rayjob_s_pods_hold_to_their_schema_and_its_workers_are_nodes_and_spares(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    made = manifest(path, "rayjob", capsys, "launch.spare_nodes=1")
+    cluster = made["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        parsed = models.IoK8sApiCoreV1PodTemplateSpec.from_dict(group["template"])
+        assert unknown_fields(group["template"], parsed.to_dict()) == []
+    assert cluster["workerGroupSpecs"][0]["replicas"] == 3
+    assert "--on ray --address auto --nodes 2 --nproc-per-node 8" in made["spec"]["entrypoint"]
+
+
+@pytest.mark.skipif("KUBERAY_CRD" not in os.environ, reason="KUBERAY_CRD names no file of KubeRay's RayJob resource")
+def test_a_rayjob_holds_to_kuberay_s_schema(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    validator = pytest.importorskip("openapi_schema_validator")
+    resource = yaml.safe_load(Path(os.environ["KUBERAY_CRD"]).read_text())
+    (version,) = [version for version in resource["spec"]["versions"] if version["name"] == "v1"]
+    made = manifest(path, "rayjob", capsys, "launch.spare_nodes=1")
+    validator.OAS30Validator(strict(version["schema"]["openAPIV3Schema"])).validate(made)
+
+
+def strict(schema: Any) -> Any:
+    """The schema as Kubernetes applies it with strict field validation: what it does not name is refused."""
+    if isinstance(schema, list):
+        return [strict(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: strict(value) for key, value in schema.items()}
+    if (
+        "properties" in made
+        and "additionalProperties" not in made
+        and "x-kubernetes-preserve-unknown-fields" not in made
+    ):
+        names = set(made["properties"])
+        if names != {"name"} and isinstance(made["properties"].get("type", {}), dict):
+            made["additionalProperties"] = False
+    return made
+
+
+def test_a_skypilot_task_holds_to_its_schema(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schemas = pytest.importorskip("sky.utils.schemas")
+    jsonschema = pytest.importorskip("jsonschema")
+    made = manifest(path, "skypilot", capsys)
+    jsonschema.validate(made, schemas.get_task_schema())
+    assert made["resources"] == {"image_id": "docker:registry/amfm:1", "accelerators": "H100:8"}
+
+
+def test_every_form_says_how_the_ranks_meet(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the packages of others."""
+    task = manifest(path, "skypilot", capsys)
+    assert task["num_nodes"] == 2 and '--node-rank "$SKYPILOT_NODE_RANK" --master "$(echo' in task["run"]
+    made = manifest(path, "jobset", capsys)
+    assert made["spec"]["network"] == {"enableDNSHostnames": True}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--on", "kubernetes"], "submits nothing by itself; add --dry-run"),
+        (["--on", "kubernetes", "--dry-run", "launch.kubernetes.image=null"], "launch.kubernetes.image is not set"),
+        (["--on", "kubernetes", "--dry-run", "launch.spare_nodes=1"], "set it to 0, or use --form rayjob"),
+        (["--on", "slurm", "--form", "jobset"], "--form jobset belongs to --on kubernetes"),
+    ],
+)
+def test_what_cannot_serve_is_refused_with_what_does(
+    words: list[str], message: str, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["launch", str(path), "--nodes", "2", "--nproc-per-node", "1", *words]) == 2
+    assert message in capsys.readouterr().err

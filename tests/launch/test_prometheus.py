@@ -1,0 +1,56 @@
+"""What a scrape gets of a run's directory, and what the dashboard asks for."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from amfm.launch.cli import run as amfm
+from amfm.launch.prometheus import make_server
+from amfm.pretrain.monitor.follow import FollowedRun
+
+METRICS = {
+    "step": 7, "loss": 2.5, "grad_norm": 0.5, "lr": 1e-3, "tokens": 700, "tokens_per_second": 10.0, "mfu": 0.25,
+    "memory_bytes": 5, "step_seconds": 1.0, "seconds": 9.0, "skipped": False, "expert_load": {"1": 1.25},
+}  # fmt: skip
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "events.jsonl").write_text('{"event": "start", "step": 0}\n{"event": "checkpoint", "step": 5}\n')
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(METRICS) + "\n")
+    return tmp_path
+
+
+def test_a_scrape_gets_the_newest_numbers_and_the_state(directory: Path) -> None:
+    with make_server(FollowedRun(directory), "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        text = urllib.request.urlopen(f"{address}/metrics").read().decode()
+        (directory / "metrics.jsonl").write_text(json.dumps(METRICS) + "\n" + json.dumps(METRICS | {"step": 8}) + "\n")
+        later = urllib.request.urlopen(f"{address}/metrics").read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{address}/other")
+        server.shutdown()
+    found = dict(line.rsplit(" ", 1) for line in text.splitlines())
+    name = f'run="{directory.name}"'
+    assert found[f"amfm_loss{{{name}}}"] == "2.5" and found[f"amfm_expert_load_1{{{name}}}"] == "1.25"
+    assert found[f"amfm_step{{{name}}}"] == "7.0" and found[f"amfm_checkpoint_step{{{name}}}"] == "5.0"
+    states = {key: value for key, value in found.items() if key.startswith("amfm_state")}
+    assert [key for key, value in states.items() if value == "1"] == [f'amfm_state{{{name},state="running"}}']
+    assert f"amfm_step{{{name}}} 8.0" in later
+    dashboard = (Path(__file__).parents[2] / "recipes/grafana_dashboard.json").read_text()
+    asked = {word for word in re.findall(r"amfm_[a-z_]+", dashboard) if not word.endswith("_load_")}
+    assert asked - {"amfm_validation_loss", "amfm_last_step"} <= {key.partition("{")[0] for key in found}
+
+
+def test_what_is_no_address_is_refused(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert amfm(["watch", str(directory), "--prometheus", "localhost:web"]) == 2
+    assert "must be PORT or HOST:PORT" in capsys.readouterr().err
+    assert amfm(["watch", str(directory), "--prometheus", "9464", "--json"]) == 2
