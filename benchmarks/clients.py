@@ -66,14 +66,35 @@ MODELS: dict[str, dict[str, Any]] = {
         "feed_forward": {"hidden_size": 128, "activation": "swiglu"},
         "moe": EXPERTS | {"activation": "swiglu", "router": "sigmoid", "expert_bias": True},
     },
-    # What no native class holds: gates and norms in attention beside Mamba2, then mixers that no program has.
+    "lfm2_moe": {
+        "pattern": "C-*ECE",
+        "hidden_size": 128,  # heads are its width over their number
+        "mixers": {"short_conv": {}},
+        "attention": ATTENTION | {"qk_norm": True, "positions": "rope", "rope": {"theta": 10000}},
+        "feed_forward": {"hidden_size": 128, "activation": "swiglu"},
+        "moe": EXPERTS
+        | {"activation": "swiglu", "router": "sigmoid", "expert_bias": True, "shared_expert_hidden_size": 0},
+    },
+    # What no native class holds: gates and norms in attention beside Mamba2, then blocks of four kinds, then mixers that no
+    # program has.
     "own": {
         "pattern": "ME*-M-",
         "mamba": MAMBA,
         "attention": ATTENTION | {"qk_norm": True, "gate": "head", "positions": "rope"},
         "feed_forward": {"hidden_size": 128, "activation": "swiglu"},
-        "moe": EXPERTS | {"router": "sigmoid", "expert_bias": True},
+        "moe": EXPERTS | {"activation": "swiglu", "router": "sigmoid", "expert_bias": True},
         "multipliers": {"logits": 0.5},
+    },
+    "own with latent attention": {
+        "pattern": "CE+-W-ME",
+        "mamba": MAMBA,
+        "mixers": {
+            "short_conv": {},
+            "mla": {"num_heads": 2, "latent_size": 64, "nope_head_dim": 64, "rope_head_dim": 32, "value_head_dim": 64},
+            "window": {"num_heads": 2, "head_dim": 32, "window": 64},
+        },
+        "feed_forward": {"hidden_size": 128, "activation": "swiglu"},
+        "moe": SWIGLU_EXPERTS,
     },
     "own with other mixers": {
         "pattern": "GEW-L-{gla}E",

@@ -36,7 +36,7 @@ from amfm.model.huggingface.limits import (
     NO_EMBEDDINGS,
     packed_rows,
 )
-from amfm.model.huggingface.refusals import OUR_CONVERTER, Refusal, misses_sentencepiece
+from amfm.model.huggingface.refusals import NO_SQUARED_RELU_EXPERTS, OUR_CONVERTER, Refusal, misses_sentencepiece
 from amfm.model.huggingface.shapes import block_shapes
 
 # The class clamps dt at run time to at least `time_step_min`; training does not. 0 fails in its initialisation (log).
@@ -312,11 +312,7 @@ def nemotron_h_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusa
         )
         refusals.append(Refusal("llama.cpp", rule))
     if "E" in letters:
-        rule = (
-            'experts of squared ReLU end with "is_act_and_mul=False is supported only for CUDA, XPU and ROCm"; serve it from '
-            "a card"
-        )
-        refusals.append(Refusal("vllm", rule))
+        refusals.append(Refusal("vllm", NO_SQUARED_RELU_EXPERTS))
     return refusals
 
 

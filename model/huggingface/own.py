@@ -95,9 +95,9 @@ def _their_name(name: str) -> str:
 
 
 def own_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
-    """Name the programs that read no modelling file of another's."""
+    """Name the programs that read no modelling file of another's; vLLM has a plug-in (`pretrain/export/plugin_files.py`)."""
     rule = "it reads classes that it has itself; use a pattern that a native class holds where it must read the model"
-    programs: tuple[ClientName, ...] = ("llama.cpp", "mlx-lm", "vllm")
+    programs: tuple[ClientName, ...] = ("llama.cpp", "mlx-lm")
     return [Refusal(program, rule) for program in programs]
 
 

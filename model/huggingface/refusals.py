@@ -18,6 +18,7 @@ PROGRAMS: dict[ClientName, str] = {
     "mlx-lm": "mlx-lm 0.32",
 }
 OUR_CONVERTER = "convert with `amfm export EXPORT FILE.gguf --format gguf`"
+NO_SQUARED_RELU_EXPERTS = 'experts of squared ReLU end with "is_act_and_mul=False is supported only for CUDA, XPU and ROCm"; serve it from a GPU'
 
 
 @dataclass(frozen=True)

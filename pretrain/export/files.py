@@ -34,9 +34,10 @@ from amfm.model.flops import count_parameters
 from amfm.model.huggingface.classes import NATIVE_TARGETS, WRITTEN
 from amfm.model.huggingface.config import TokenIds, huggingface_config
 from amfm.model.huggingface.hf_class import HfTarget, Target
-from amfm.model.huggingface.targets import explain_unfit, known_refusals
+from amfm.model.huggingface.targets import explain_unfit
 from amfm.model.huggingface.weights import weight_map
 from amfm.model.on_demand import Shape, on_demand
+from amfm.pretrain.export.plugin_files import PLUGIN_FOLDER, export_refusals, is_served, write_plugin
 from amfm.pretrain.export.tokenizer import write_tokenizer
 from amfm.pretrain.inference.released import Released
 from amfm.pretrain.inference.weights import Weights
@@ -95,7 +96,7 @@ class ExportPlan:
 
     def refusals(self) -> list[str]:
         """Programs that are known to refuse this export, with rule and remedy."""
-        return [str(found) for found in known_refusals(self.weights.model, self.target, self.weights.tokenizer.kind)]
+        return [str(found) for found in export_refusals(self.weights.model, self.target, self.weights.tokenizer.kind)]
 
 
 def write_export(plan: ExportPlan, folder: Path) -> None:
@@ -123,6 +124,7 @@ def write_export(plan: ExportPlan, folder: Path) -> None:
         template = Path(amfm.pretrain.export.modeling_template.__file__).parent
         for name in TEMPLATE_FILES:
             (folder / name).write_text((template / name).read_text(encoding="utf-8"), encoding="utf-8")
+        write_plugin(plan.weights.model, folder)
     (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
 
 
@@ -280,6 +282,14 @@ def model_card(plan: ExportPlan) -> str:
         lines += ["", remark]
     if plan.left_out is not None:
         lines += ["", f"Of the trained model {plan.left_out}."]
+    if plan.hf_class.ships_code and is_served(config):
+        serving = "brings a plug-in, which needs no installation; written for vLLM 0.32"
+        lines += [
+            "",
+            f"vLLM: this folder {serving}.",
+            "",
+            f"```\nPYTHONPATH=$PWD/{PLUGIN_FOLDER} vllm serve . --enforce-eager\n```",
+        ]
     limits = plan.hf_class.limits(config)
     if limits:
         lines += ["", "## What the class does not do", "", *(f"- {limit}" for limit in limits)]

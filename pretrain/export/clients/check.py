@@ -22,8 +22,8 @@ from typing import Any, Literal
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.model.config.schema import ModelConfig, read_saved_model
 from amfm.model.huggingface.refusals import ClientName
-from amfm.model.huggingface.targets import known_refusals
 from amfm.pretrain.export.files import OUR_DESCRIPTION
+from amfm.pretrain.export.plugin_files import PLUGIN_FOLDER, export_refusals
 from amfm.pretrain.export.tokenizer import MODEL_FILE
 
 SCRIPTS = Path(__file__).parent
@@ -114,7 +114,7 @@ def check_export(export: str | Path, name: ClientName, *, python: str | None = N
     interpreter = python or sys.executable
     check_installed(name, interpreter)
     expected = expected_refusal(folder, name)
-    is_bf16 = name == "vllm" and config["model_type"].startswith("qwen3")
+    is_bf16 = name == "vllm" and needs_bf16(config)
     tolerance = BF16_TOLERANCE if is_bf16 else TOLERANCE
     job: dict[str, Any] = {
         "export": str(folder),
@@ -129,7 +129,8 @@ def check_export(export: str | Path, name: ClientName, *, python: str | None = N
     reference, error = _run(sys.executable, SCRIPTS / "transformers_reference.py", job)
     if reference is None:
         raise RuntimeError(f"transformers cannot read {folder}: {error}")
-    found, error = _run(interpreter, SCRIPTS / CLIENTS[name].script, job | {"tokens": reference["tokens"]})
+    plugin = folder / PLUGIN_FOLDER if name == "vllm" else None
+    found, error = _run(interpreter, SCRIPTS / CLIENTS[name].script, job | {"tokens": reference["tokens"]}, plugin)
     if found is None:
         return ClientReport(name, "refused" if expected else "failed", expected=expected, error=error)
     difference = max(
@@ -148,6 +149,11 @@ def check_export(export: str | Path, name: ClientName, *, python: str | None = N
         expected=expected,
         details={key: value for key, value in found.items() if key not in known},
     )
+
+
+def needs_bf16(config: dict[str, Any]) -> bool:
+    """Whether the model has blocks that vLLM runs in bf16 alone on a CPU: Gated DeltaNet, of a native class or ours."""
+    return config["model_type"].startswith("qwen3") or "gated_deltanet" in (config.get("mixers") or {})
 
 
 def read_export(folder: Path) -> dict[str, Any]:
@@ -176,7 +182,7 @@ def expected_refusal(folder: Path, name: ClientName) -> str | None:
     except (KeyError, ValueError):
         return None  # written by another version, of which nothing is known
     kind = "sentencepiece" if (folder / MODEL_FILE).is_file() else "huggingface"
-    found = known_refusals(model, description["target"], kind)
+    found = export_refusals(model, description["target"], kind)
     return "; ".join(refusal.rule for refusal in found if refusal.client == name and not refusal.by_setting) or None
 
 
@@ -196,12 +202,16 @@ def find_problems(reference: dict[str, Any], found: dict[str, Any], difference: 
     return problems
 
 
-def _run(python: str, script: Path, job: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """Run a script in a fresh process; returns its result, or None and the last error that it printed."""
+def _run(
+    python: str, script: Path, job: dict[str, Any], plugin: Path | None = None
+) -> tuple[dict[str, Any] | None, str]:
+    """Run a script in a fresh process that finds a plug-in; returns its result, or None and the last error that it printed."""
     # A program's own log, caches and compiled files stay in the scratch folder or say nothing.
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "job.json").write_text(json.dumps(job), encoding="utf-8")
         environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        if plugin is not None and plugin.is_dir():
+            environment["PYTHONPATH"] = str(plugin)
         try:
             # -P: neither our folders nor the scripts' may stand in for modules that the program looks for.
             done = subprocess.run(

@@ -43,7 +43,7 @@ WIDE = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=32, qk_norm=True, p
         ),
         ("kimi_linear", kimi_linear_config(), ["kernel for cards"]),
         ("kimi_linear", kimi_linear_config(pattern="+-"), []),
-        ("own", nemotron_h_config(), ["classes that it has itself"] * 3),
+        ("own", nemotron_h_config(), ["classes that it has itself"] * 2),
     ],
 )
 def test_what_a_program_refused_is_said_of_models_like_it(

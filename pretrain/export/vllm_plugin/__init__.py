@@ -1,0 +1,1 @@
+"""The plug-in by which vLLM serves our own modelling file; `amfm export` copies it beside the weights, see plugin_files.py."""
