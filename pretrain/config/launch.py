@@ -53,7 +53,7 @@ class KubernetesConfig(Section):
     claim: str | None = Field(
         None, description="PersistentVolumeClaim (ReadWriteMany) that holds configuration, store and run.dir."
     )
-    mount: str = Field("/shared", description="Where the shared storage lies in each pod; also the working directory.")
+    mount: str = Field("/shared", description="Where the shared storage is in each pod; also the working directory.")
     shared_memory: str = Field("64Gi", description="Size of /dev/shm in each pod, whose default of 64 MB is too small.")
     accelerator: str = Field("H100", description="GPU of a SkyPilot task, by SkyPilot's name.")
     bucket: str | None = Field(None, description="Bucket that a SkyPilot task mounts there, such as s3://BUCKET.")
@@ -83,7 +83,7 @@ class LaunchConfig(Section):
     )
     keep_loaded: bool = Field(
         True,
-        description="A server on each host of --on torchrun keeps Python and libraries loaded between attempts; false: each attempt loads them anew.",
+        description="A server on each host of --on torchrun keeps Python and libraries loaded between attempts; false: each attempt loads them again.",
     )
     setup: str | None = Field(
         None, description="Shell line on every node before the ranks start, such as `source env/bin/activate`."
