@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from amfm.kernels.low_precision.recipe import Recipe, seed_of
+from amfm.kernels.low_precision.recipe import Recipe, recipe_of, seed_of
 from amfm.model.build import build_mixer
 from amfm.model.config.low_precision import LowPrecisionConfig, RecipeName
 from amfm.model.config.schema import ModelConfig
@@ -64,11 +64,14 @@ def narrow_matrices(
 
 
 def hang_recipes(model: HybridModel, settings: LowPrecisionConfig) -> None:
-    """Hang its recipe on each weight held here that takes one, in place; without a recipe nothing is touched. No collectives.
+    """Hang its recipe on each weight held here that takes one, in place of what hangs there. No collectives.
 
-    A seed is of the weight's name in the whole model, so random rounding does not depend on the layout of ranks.
+    Without a recipe nothing hangs anywhere. A seed is of the weight's name in the whole model, so random rounding does not depend on the layout of ranks.
     """
     letters = model.config.letters
+    for weight in model.parameters():
+        if recipe_of(weight) is not None:
+            del weight.recipe  # type: ignore[attr-defined]
     for index in set(settings.narrow_blocks(letters)) & set(model.blocks.indices()):
         weights = dict(model.blocks[index].mixer.named_parameters())
         for name, recipe in settings.recipes_of(letters[index]).items():

@@ -7,11 +7,13 @@ import typer
 from amfm.launch.commands.bench.calibrate import calibrate
 from amfm.launch.commands.bench.card import card
 from amfm.launch.commands.bench.kernels import kernels
+from amfm.launch.commands.bench.numerics import numerics
 
 VERBS = (
     (calibrate, "amfm bench calibrate own.yaml --threads 1"),
     (card, "amfm bench card --stage losses --stage resume"),
     (kernels, "amfm bench kernels --op decay_scan --json"),
+    (numerics, "amfm bench numerics configs/tiny_cpu.yaml --recipes fp8_block --steps 40"),
 )
 
 
