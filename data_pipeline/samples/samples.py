@@ -44,6 +44,10 @@ Int64 = npt.NDArray[np.int64]
 LOCATED_AHEAD = 512  # samples: from here on the cost of a place is that of its arithmetic
 
 
+class NoRowsError(ValueError):
+    """The sources have no row of a split: no documents, or none as long as a row."""
+
+
 @dataclass(frozen=True)
 class PhaseSettings:
     """Weights and row length from a global sample on."""
@@ -271,7 +275,7 @@ class SampleReader:
             empty = [name for name in sorted(phase.weights) if self.rows_per_epoch(name, length) == 0]
             kept = {name: weight for name, weight in phase.weights.items() if name not in empty}
             if empty and (self.settings.split == "train" or not kept):
-                raise ValueError(self._explain_empty(empty[0], length))
+                raise NoRowsError(self._explain_empty(empty[0], length))
             usable.append((phase.start_sample, kept))
         return usable
 
@@ -314,7 +318,8 @@ class SampleReader:
         if longest == 0:
             return (
                 f"source {source!r} has no {split} documents in the store {self.settings.store}; give more documents "
-                "(one file of text is one document) or raise data.validation_fraction, and run `amfm prepare CONFIG`"
+                "(one file of text is one document) or raise data.validation_fraction, and run `amfm prepare CONFIG`; or "
+                "hold nothing out, with data.validation_fraction=0"
             )
         return (
             f"train.sequence_length={length} must be below the {longest} tokens of the largest {split} part of source "

@@ -103,6 +103,20 @@ def parse_pattern(text: str) -> Pattern:
     return Pattern(tuple(letters), tuple(cuts), depths[0] if depths else (), len(depths))
 
 
+def explain_d(text: str) -> str | None:
+    """Say that `D` was read as a dense feed-forward, where a pattern of Megatron's would mean its sparse attention.
+
+    None where the pattern has no `D`, or a letter that Hunyuan alone has (`A`, `F`) shows whose it is.
+    """
+    written = re.sub(r"\{[^}]*\}", "", text)
+    if "D" not in written or set("AF") & set(written):
+        return None
+    return (
+        f"pattern {text}: D is read as Hunyuan's dense feed-forward (-); in Megatron's letters it is sparse attention (DSA), which "
+        "there is none of here; write - for the feed-forward to have this unsaid"
+    )
+
+
 def parse_letters(text: str) -> frozenset[str]:
     """Read kinds of block named as in a pattern, in any order. Raises ValueError for what names no block."""
     symbols = [_one_spelling(symbol) for symbol in re.findall(r"\{[^}]*\}|\S", text)]

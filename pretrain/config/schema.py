@@ -169,7 +169,9 @@ class TrainConfig(Section):
     )
     replica_folder: str = Field("/dev/shm", description="Folder in each node's memory for replica_every_steps.")
     validate_every_steps: int | None = Field(
-        None, gt=0, description="Measure validation loss every so many steps; none: only at the end."
+        None,
+        gt=0,
+        description="Measure validation loss every so many steps; none: only at the end, and not at all where no document is held out.",
     )
     validation_batches: int = Field(8, gt=0, description="Global batches per validation.")
     log_every_steps: int = Field(

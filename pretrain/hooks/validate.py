@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from amfm.data_pipeline.loader.loader import PretrainLoader
+from amfm.data_pipeline.samples.samples import NoRowsError
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.pretrain.accuracy import Accuracy, count_correct, measure_accuracy
 from amfm.pretrain.hook import Hook
@@ -116,7 +117,22 @@ class Validations(Hook):
     def __init__(self, run: Run) -> None:
         self.run = run
         data = data_of_stages(run.config, run.stages)
-        self.loaders = open_validations(run.config, data, run.parallel, run.stages)
+        self.loaders: dict[int, PretrainLoader] = {}
+        self.left_out: str | None = None
+        try:
+            self.loaders = open_validations(run.config, data, run.parallel, run.stages)
+        except NoRowsError as error:
+            # A run that asks for no validation loses the one at its end, not itself. All ranks read the same store.
+            if run.config.train.validate_every_steps is not None:
+                raise
+            self.left_out = str(error)
+
+    def at_start(self) -> None:
+        """Say that the validation at the end is left out, and why."""
+        if self.left_out is not None:
+            self.run.tell(
+                "not_validated", f"the validation at the end is left out: {self.left_out}", text=self.left_out
+            )
 
     @property
     def loader(self) -> PretrainLoader | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from amfm.data_pipeline.durable.files import write_file_atomically
+from amfm.model.config.pattern import explain_d
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.model.huggingface.targets import explain_unfit
 from amfm.model.low_precision import precision_table
@@ -66,6 +67,9 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     run.record_event("start", world_size=run.parallel.world_size, resumed_from=loaded and loaded.path.name)
     for text in run.remarks:
         run.tell("initial_weights", text, text=text)
+    ambiguous = explain_d(run.config.model.pattern)
+    if ambiguous is not None:
+        run.tell("pattern", f"warning: {ambiguous}", text=ambiguous)
     unbalanced = describe_unbalanced(run.config.model)
     if unbalanced is not None:
         run.tell("unbalanced_experts", f"warning: {unbalanced}", text=unbalanced)

@@ -139,6 +139,16 @@ def test_a_start_on_a_full_disk_leaves_the_records_of_the_run_as_they_were(data:
     assert [(tmp_path / name).read_bytes() for name in names] == before
 
 
+def test_a_run_that_never_validates_needs_no_validation_documents(tmp_path: Path) -> None:
+    data = make_tiny_store(tmp_path / "data", num_documents=40, mean_words=12, validation_fraction=0.0)
+    held = data.model_copy(update={"validation_fraction": 0.1})
+    assert train(tiny_config(held, tmp_path / "run", train__steps=3)) == 0
+    assert "has no validation documents" in read_events(tmp_path / "run", "not_validated")[0]["text"]
+    assert "validation_loss" not in read_metrics(tmp_path / "run")[-1]
+    with pytest.raises(ValueError, match=r"has no validation documents .* with data.validation_fraction=0"):
+        train(tiny_config(held, tmp_path / "other", train__steps=3, train__validate_every_steps=1))
+
+
 def test_validation_measures_the_same_text_each_time_and_changes_nothing(data: DataConfig, tmp_path: Path) -> None:
     with SignalWatch() as signals:
         run = start_run(tiny_config(data, tmp_path), signals)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amfm.model.config.kinds import CORE
-from amfm.model.config.pattern import MAX_BLOCKS, SHOWN_AROUND, Pattern, parse_pattern
+from amfm.model.config.pattern import MAX_BLOCKS, SHOWN_AROUND, Pattern, explain_d, parse_pattern
 
 HUNYUAN_LETTERS = {"A": "*", "F": "E", "D": "-"}
 SPELLINGS = {kind.symbol: [kind.symbol] for kind in CORE}
@@ -33,6 +33,13 @@ def test_repetition_and_both_alphabets_expand(text, letters):
 def test_turbos_preset_has_the_published_counts():
     assert parse_pattern("((MF)*8 AF)*7 MF").counts() == {"M": 57, "*": 7, "E": 64}
     assert parse_pattern("((ME)x8 *E)x7 ME") == parse_pattern("((MF)*8 AF)*7 MF")
+
+
+def test_a_d_that_megatron_would_read_otherwise_is_named():
+    assert "pattern MDMD/MD/MD: D is read as Hunyuan's dense feed-forward" in str(explain_d("MDMD/MD/MD"))
+    assert "sparse attention" in str(explain_d("M*D"))
+    for plain in ("M-M-/M-", "AMDF", "(AMFD)x2", "{gated_deltanet}M"):
+        assert explain_d(plain) is None
 
 
 def test_piece_cuts_are_block_indices():
