@@ -10,7 +10,7 @@ CLIENTS := .clients
 # Processes that share the tests; each has one thread, and tests start up to eight ranks of their own.
 WORKERS ?= 3
 
-.PHONY: quickstart install test test-seeds test-slow test-cluster test-peers test-mutation test-versions gpu check format docs constraints bench clients clean
+.PHONY: quickstart install test test-seeds test-slow test-cluster test-peers test-mutation test-versions gpu check format docs dist constraints bench clients clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/amfm doctor
@@ -34,7 +34,7 @@ $(VENV)/bin/python:
 	$(PIP) --upgrade pip
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(PIP) --editable .
+	$(PIP) --editable '.[all]'
 	touch $@
 
 # With all that `.installed` has, so that a fresh folder resolves its packages once.
@@ -112,6 +112,11 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Wheel and source distribution of the version in src/amfm/__init__.py.
+dist: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
+
 docs: $(VENV)/.installed
 	$(BIN)/amfm config --reference > docs/configuration.md
 	$(BIN)/amfm config --schema > configs/schema.json
@@ -121,7 +126,7 @@ docs: $(VENV)/.installed
 constraints:
 	for line in "12.8 torch==2.10.0 numpy<2.4" "13.0 torch==2.13.0" "13.2 torch==2.15.0"; do \
 		set -- $$line; cuda=$$1; shift; \
-		printf '%s\n' "$$@" | uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --no-annotate \
+		printf '%s\n' "$$@" | uv pip compile pyproject.toml --extra all --quiet --universal --python-version 3.11 --no-annotate \
 			--custom-compile-command "make constraints" --constraint - --output-file constraints/cuda-$$cuda.txt || exit 1; \
 	done
 
@@ -130,15 +135,11 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.data
 
 # Other programs on our exports, in environments of their own: about 4 GB of wheels the first time.
-clients: $(VENV)/.installed-tasks $(CLIENTS)/.installed $(PEERS)/.installed
+clients: $(VENV)/.installed $(CLIENTS)/.installed $(PEERS)/.installed
 	rm -rf runs/clients
 	$(BIN)/python -m benchmarks.clients --readers $(CLIENTS)/readers/bin/python --vllm $(CLIENTS)/vllm/bin/python \
 	  --folder runs/clients --out docs/benchmarks/clients.md
 	$(PEERS)/bin/python -m pytest -p no:cacheprovider -m "slow or not slow" -rs tests/pretrain/export/test_habits.py
-
-$(VENV)/.installed-tasks: $(VENV)/.installed
-	$(PIP) --editable '.[tasks]'
-	touch $@
 
 $(CLIENTS)/.installed: recipes/clients/readers.txt recipes/clients/vllm.txt
 	for name in readers vllm; do \

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from amfm.launch.presets import choose_config
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.extras import require_extra
 
 if TYPE_CHECKING:
     from amfm.data_pipeline.prepare.prepare import PrepareReport
@@ -50,6 +51,7 @@ def plan(config: RunConfig, gpus: int, gpu: str = "h100", *, search: bool = Fals
 
 def prepare(config: RunConfig) -> PrepareReport:
     """Make or complete the token store of a configuration on this machine. Raises ValueError for settings and input."""
+    require_extra("data", "prepare")
     from amfm.data_pipeline.prepare.prepare import prepare as prepare_store
 
     return prepare_store(config.data)

@@ -9,6 +9,7 @@ import typer
 
 from amfm.launch.console import print_rows
 from amfm.launch.existing import require_exists, require_model
+from amfm.pretrain.extras import require_extra
 
 
 def choose_device(name: str) -> str:
@@ -31,6 +32,7 @@ def check_picture(path: Path) -> None:
         )
     if not path.parent.is_dir():
         raise ValueError(f"--picture {path}: {path.parent} is not a folder; create it, or name another path")
+    require_extra("report", f"--picture {path}")
 
 
 ConfigArgument = Annotated[

@@ -27,6 +27,7 @@ from amfm.launch.commands import (
     launch,
     plan,
     profile,
+    recipes,
     serve,
     shrink,
     study,
@@ -37,10 +38,10 @@ from amfm.launch.commands import (
 from amfm.launch.commands.bench import verbs as bench
 from amfm.launch.console import UNUSED_LIBRARIES, print_json, say
 from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.extras import DISTRIBUTION, absent_extras_in_words
 from amfm.pretrain.failures import describe, exit_code, imports_in_words, is_bug, launches_in_words
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
 
-DISTRIBUTION = "amfm-pretrain"
 # Wrong options and arguments. Typer exports no name for this class: it has click inside in later releases, beside it before.
 USAGE_ERROR: Any = typer.BadParameter.__base__
 RESUMABLE_VERBS = ("train", "convert", "prepare", "launch", "study")
@@ -54,7 +55,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for module in (
-    *(init, config, doctor, data, plan, train, watch, launch, profile, tasks),
+    *(init, config, recipes, doctor, data, plan, train, watch, launch, profile, tasks),
     *(convert, evaluate, export, shrink, serve, bench, study),
 ):
     module.add_verbs(app)
@@ -105,7 +106,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         # With --json, usage errors come back as exceptions, to be said as JSON too.
         command = without_types_of_flags(typer.main.get_command(app))
-        with launches_in_words(), imports_in_words():
+        with launches_in_words(), imports_in_words(), absent_extras_in_words():
             code = command(args=list(arguments), prog_name="amfm", standalone_mode=not as_json)
         return code if isinstance(code, int) else DONE
     except SystemExit as end:

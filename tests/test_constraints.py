@@ -11,8 +11,12 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "constraints").glob("cuda-*.txt"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = ("data", "export", "report", "eval")
 DEPENDENCIES = [
-    Requirement(text) for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    Requirement(text)
+    for texts in (PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in EXTRAS))
+    for text in texts
 ]
 NODE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
 

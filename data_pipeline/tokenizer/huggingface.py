@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import tokenizers
 
 from amfm.data_pipeline.durable.foreign_files import read_object
+
+if TYPE_CHECKING:
+    import tokenizers
 
 
 class HuggingFaceTokenizer:
@@ -95,6 +98,8 @@ class HuggingFaceTokenizer:
 
 def parse_tokenizer(content: bytes) -> tokenizers.Tokenizer:
     """Build a tokenizer from the content of a tokenizer.json; ValueError where it is none."""
+    import tokenizers  # here: a run on a store with a SentencePiece model never needs it
+
     try:
         return tokenizers.Tokenizer.from_buffer(content)
     except BaseException as error:

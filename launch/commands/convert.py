@@ -9,6 +9,7 @@ import typer
 from amfm.data_pipeline.progress import Waiting
 from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument
 from amfm.launch.console import print_json, print_pairs, print_rows, say
+from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import DONE
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def convert(
 
     Each stage is a run below run.dir. Stopped at any point, the same command goes on.
     """
+    require_extra("report", "amfm convert")
     with Waiting("amfm convert") as waiting:
         waiting("loading PyTorch and DeepSpeed")
         from amfm.pretrain.config.errors import ConfigError

@@ -15,6 +15,7 @@ from amfm.launch.arguments import ConfigOrPreset, JsonOption, OverridesArgument,
 from amfm.launch.commands.synthetic import show_synthetic_row
 from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
 from amfm.launch.presets import choose_config
+from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import BAD_INPUT
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def prepare(
 ) -> None:
     """Train or load the tokenizer and turn all sources into the token store; does only what is missing."""
     path, overrides = choose_config(path, overrides, preset)
+    require_extra("data", "amfm prepare")
     from amfm.data_pipeline.prepare.prepare import prepare as prepare_store
     from amfm.pretrain.checks.check_run import load_checked
 

@@ -23,6 +23,7 @@ from amfm.launch.console import print_json, print_pairs
 from amfm.launch.existing import require_exists, require_model
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.refusals import ClientName
+from amfm.pretrain.extras import require_extra
 
 CheckOption = Annotated[
     ClientName | None,
@@ -100,6 +101,7 @@ def export(
     if file_format in ("dcp", "deepspeed-universal"):
         export_state(checkpoint, out, file_format, as_json=as_json)
         return
+    require_extra("export", "amfm export")
     with Waiting("amfm export") as waiting:
         report = export_checkpoint(checkpoint, out, target=target, verify=verify, report=waiting)
         if check is not None:
@@ -243,6 +245,7 @@ def import_(
         return
     if config is not None or step is not None:
         raise ValueError(f"--config and --step are for a training state, and {source} is none; leave them out")
+    require_extra("export", "amfm import")
     from amfm.pretrain.export.import_huggingface import import_huggingface
 
     with Waiting("amfm import") as waiting:

@@ -11,6 +11,7 @@ import typer
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_pairs, say
 from amfm.launch.init.shapes import SIZES, STYLES
+from amfm.pretrain.extras import require_extra
 
 if TYPE_CHECKING:
     from amfm.launch.init.write import Written
@@ -42,6 +43,7 @@ def init(
     path = folder / "run.yaml"
     if path.exists():  # before anything is asked
         raise ValueError(f"{path} is there already; name another folder, or move it away")
+    require_extra("data", "amfm init")
     given = {"size": size, "style": style, "data": data, "hardware": hardware}
     answers = {name: ask(name) if value is None else check(name, value) for name, value in given.items()}
     say("planning layouts ...")

@@ -13,6 +13,7 @@ import typer
 from amfm.launch.arguments import JsonOption, OverridesArgument
 from amfm.launch.console import print_json, print_rows, say, show_progress
 from amfm.launch.existing import require_exists
+from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def run_study(
     plan: Study[RunsConfig], cells: Sequence[Cell], write: Callable[[int], dict[str, Any]], *, as_json: bool
 ) -> None:
     """Run what is missing, `write` the results given the runs at once, show them, and exit as the runs ended."""
+    require_extra("report", "amfm study")
     from amfm.launch.study.table import read_result
 
     room = room_of(plan.config)

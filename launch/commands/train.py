@@ -21,6 +21,7 @@ from amfm.launch.console import print_json, print_pairs
 from amfm.launch.existing import require_all_exist
 from amfm.launch.heavy_imports import heavy_imports
 from amfm.launch.presets import choose_config
+from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import GOES_ON
 
 
@@ -117,6 +118,7 @@ def report(
         check_picture(picture)
     if out is not None:
         check_page(out)
+    require_extra("report", "amfm report")
     from amfm.pretrain.report.report import write_report
 
     page = write_report(run_dirs, out)

@@ -24,6 +24,8 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from amfm.pretrain.extras import DISTRIBUTION, EXTRAS
+
 GIB = 2**30
 MIN_FREE_GIB = 2.0
 MIN_MEMORY_GIB = 4.0
@@ -66,26 +68,36 @@ def examine_python() -> Finding:
     return Finding("python", "ok", found)
 
 
-def needed_packages() -> list[Requirement]:
-    """Requirements that amfm declares: of the installed distribution, else of pyproject.toml beside the code."""
+def declared_packages() -> list[tuple[str, Requirement]]:
+    """Requirements that amfm declares, each with its extra ("" for the core): of the installed distribution, else of pyproject.toml."""
+    extras = ("", *EXTRAS)
     try:
-        declared = importlib.metadata.requires("amfm-pretrain") or []
+        declared = [Requirement(text) for text in importlib.metadata.requires(DISTRIBUTION) or []]
     except importlib.metadata.PackageNotFoundError:
         import tomllib
 
-        project = Path(__file__).resolve().parent.parent.parent / "pyproject.toml"
-        declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
-    requirements = [Requirement(text) for text in declared]
-    return [item for item in requirements if item.marker is None or item.marker.evaluate({"extra": ""})]
+        file = Path(__file__).resolve().parent.parent.parent / "pyproject.toml"
+        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+        lists = {"": project["dependencies"]} | project["optional-dependencies"]
+        return [(extra, Requirement(text)) for extra in extras for text in lists[extra]]
+    found: dict[str, tuple[str, Requirement]] = {}
+    for extra in extras:
+        for item in declared:
+            if item.marker is None or item.marker.evaluate({"extra": extra}):
+                found.setdefault(item.name, (extra, item))
+    return list(found.values())
 
 
 def examine_packages() -> list[Finding]:
-    """Check that each required package is installed, in the range that amfm declares."""
+    """Check that each declared package is installed, in the range that amfm declares; those of extras may be absent."""
     findings = []
-    for need in needed_packages():
+    for extra, need in declared_packages():
         version = installed_version(need.name)
         wanted = f'pip install "{need.name}{need.specifier}"'
-        if version is None:
+        if version is None and extra:
+            remedy = f"pip install '{DISTRIBUTION}[{extra}]'"
+            findings.append(Finding(need.name, "warn", f"not installed; part of the extra `{extra}`", remedy))
+        elif version is None:
             findings.append(Finding(need.name, "fail", "not installed", wanted))
         elif not need.specifier.contains(version, prereleases=True):
             findings.append(Finding(need.name, "warn", f"{version}, outside {need.specifier}", wanted))

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
-
-import tokenizers
+from typing import TYPE_CHECKING
 
 from amfm.data_pipeline.durable.foreign_files import read_object
+from amfm.data_pipeline.tokenizer.huggingface import parse_tokenizer
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.launch.serve.chat import ChatTemplate, make_template, read_template
 from amfm.pretrain.inference.generate import Sampling, stream_text
 from amfm.pretrain.inference.kept_states import SharedModel
 from amfm.pretrain.inference.weights import DESCRIPTION, Weights, read_weights
+
+if TYPE_CHECKING:
+    import tokenizers
 
 
 class ServedModel:
@@ -76,7 +79,7 @@ def load_model(path: Path, *, device: str, backend: str, max_state_bytes: int) -
     )
     end_ids = {tokenizer.eos_id, *(read_end_ids(path) if is_export else ())}
     template = read_template(path) if is_export else None
-    fast = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")) if template is not None else None
+    fast = parse_tokenizer((path / "tokenizer.json").read_bytes()) if template is not None else None
     if weights.released is not None and not is_export:
         template = make_template(weights.released.chat_template, weights.released.special_tokens)
         fast = fast_tokenizer(tokenizer) if template is not None else None
@@ -107,7 +110,7 @@ def list_ids(found: object) -> list[int]:
 def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer as the tokenizers library has it, in which control tokens that are written out are tokens."""
     if tokenizer.kind == "huggingface":
-        return tokenizers.Tokenizer.from_buffer(tokenizer.to_bytes())
+        return parse_tokenizer(tokenizer.to_bytes())
     from amfm.data_pipeline.tokenizer.sentencepiece_model import read_sentencepiece_model
     from amfm.pretrain.export.tokenizer import build_fast_tokenizer
 

@@ -8,7 +8,6 @@ one JSON object, so that a kill damages the last line at most, and any program c
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 from amfm.data_pipeline.durable.files import replacing
 from amfm.data_pipeline.durable.lines import LineFile, read_lines
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.extras import describe_missing, is_installed
 
 Metrics = dict[str, Any]
 
@@ -127,10 +127,14 @@ def open_tensorboard(directory: Path, resumed_at_step: int) -> Any:
 
 def check_plot_services(config: RunConfig) -> None:
     """Refuse, on every rank and before any work, a plot service whose package is missing. Raises ValueError."""
-    if config.run.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+    if config.run.tensorboard and not is_installed("tensorboard"):
+        raise ValueError(
+            f"{describe_missing('run.tensorboard=true', 'tensorboard', 'report')}, or set run.tensorboard: false"
+        )
+    if config.run.wandb_project is not None and not is_installed("wandb"):
         raise ValueError(
             f"run.wandb_project={config.run.wandb_project} needs the wandb package, which is not installed; "
-            "pip install wandb, or remove run.wandb_project"
+            "pip install 'amfm-pretrain[wandb]', or remove run.wandb_project"
         )
 
 

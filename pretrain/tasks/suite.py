@@ -111,7 +111,7 @@ def require_lm_eval(setting: str) -> None:
     """Raise ValueError where lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
-            f"{setting} needs lm-eval, which is not installed; pip install 'amfm-pretrain[tasks]', or leave it out"
+            f"{setting} needs lm-eval, which is not installed; pip install 'amfm-pretrain[eval]', or leave it out"
         )
 
 

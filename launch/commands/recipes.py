@@ -1,0 +1,52 @@
+"""The verb that finds the recipes that come with amfm: recipes."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, print_rows
+
+FOLDER = Path(__file__).parents[2] / "recipes"  # amfm/recipes, which a clone has as src/amfm/recipes
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Print where this recipe is; default: list all.")
+    ] = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """List the recipes that come with amfm, or print the path of one, to run it."""
+    found = find_recipes()
+    if name is None:
+        if as_json:
+            print_json({"folder": str(FOLDER), "recipes": found})
+        else:
+            print_rows(f"Recipes in {FOLDER}", ("name", "what"), found.items())
+        return
+    if name not in found:
+        near = difflib.get_close_matches(name, found, n=1)
+        remedy = f"do you mean {near[0]}?" if near else f"use one of {', '.join(found)}"
+        raise ValueError(f"{name} is not a recipe; {remedy}")
+    path = FOLDER / f"{name}.sh"
+    if as_json:
+        print_json({"path": str(path)})
+    else:
+        print(path)
+
+
+def find_recipes() -> dict[str, str]:
+    """Name to the first line of each script."""
+    scripts = sorted(FOLDER.glob("*.sh"))
+    heads = {path.stem: path.read_text(encoding="utf-8").splitlines()[1] for path in scripts}
+    return {name: head.removeprefix("# ").partition(" Page: ")[0] for name, head in heads.items()}
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verb of this file."""
+    app.command(epilog="Example: amfm recipes one_gpu")(recipes)
