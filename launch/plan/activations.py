@@ -34,7 +34,7 @@ class BlockBytes:
 @dataclass(frozen=True)
 class Storage:
     """Precision and kernels of a run: `element_bytes` of a weight or activation (4 or 2), `backend` triton or torch,
-    `state_bytes` of a master or moment, and `lands`: products add weight gradients to the float32 sums of ZeRO 1 and 2.
+    `state_bytes` of a master or moment, of which a weight that Muon does not step has `num_moments`, and `lands`: products add weight gradients to the float32 sums of ZeRO 1 and 2.
 
     The backend matters because Triton and PyTorch implementations save different tensors and slice the head
     differently.
@@ -44,6 +44,7 @@ class Storage:
     backend: str
     state_bytes: int = FLOAT32_BYTES
     lands: bool = False
+    num_moments: int = 2
 
 
 def recomputed_bytes(block: BlockBytes, config: ModelConfig, storage: Storage, stream_ranks: int = 1) -> BlockBytes:

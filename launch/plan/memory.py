@@ -65,6 +65,7 @@ def storage_of(config: RunConfig, *, on_gpu: bool = True) -> Storage:
         2 if config.optimizer.state_dtype == "bf16" else FLOAT32_BYTES,
         # On a CPU a product is added behind itself, at the cost of a hook.
         backend == "triton" and config.train.sums_in_products(),
+        config.optimizer.num_moments(),
     )
 
 
@@ -132,7 +133,7 @@ def building_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[s
 
 
 def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
-    """Parts that live as long as the run: weights, masters, moments (two of AdamW's, one of Muon's), ZeRO-3's buffers."""
+    """Parts that live as long as the run: weights, masters, moments (two of AdamW's, one of Muon's, a package's own), ZeRO-3's buffers."""
     e, stage = storage.element_bytes, layout.zero_stage
     share = held.share(layout) if stage else held.parameters
     matrices = held.own_matrices(layout) if stage else held.matrices
@@ -140,7 +141,7 @@ def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict
     return {
         "weights": e * (share if stage == 3 else held.parameters),
         "masters": storage.state_bytes * share if has_masters else 0.0,
-        "moments": storage.state_bytes * (2 * share - matrices.dense - matrices.routed),
+        "moments": storage.state_bytes * (storage.num_moments * share - matrices.dense - matrices.routed),
         "gradient share": e * share if stage == 3 else 0.0,
         "reduction bucket": FLOAT32_BYTES * min(held.parameters, DEEPSPEED_BUCKET_ELEMENTS) if stage == 3 else 0.0,
     }

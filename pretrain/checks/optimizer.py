@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from amfm.pretrain.config.errors import Problem
+from amfm.pretrain.config.optimizers import optimizer_specs
 from amfm.pretrain.config.schema import RunConfig
 
 
 def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse Muon's settings beside another kind, Muon in the memory of the host, and bf16 states that nothing can hold."""
+    """Refuse settings of another kind than the chosen one, Muon in the memory of the host, and what a kind does not go with."""
     section = config.optimizer
     if section.muon is not None and section.kind != "muon":
         rule = f"has settings of Muon, and optimizer.kind is {section.kind}"
@@ -17,6 +18,13 @@ def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
     if section.kind == "muon" and config.parallel.offload_optimizer:
         rule = "would have the host's processors multiply Muon's matrices"
         yield Problem("parallel.offload_optimizer", rule, "use false, or optimizer.kind=adamw", "true")
+    for name in section.options.packages_used():
+        if name != section.kind:
+            rule = f"has no effect with optimizer.kind={section.kind}"
+            yield Problem(f"optimizer.options.{name}", rule, f"use optimizer.kind={name}, or remove it")
+    if section.kind in optimizer_specs() and config.model.mup is not None:
+        rule = f"scales the rates of AdamW and Muon, and optimizer.kind={section.kind} is neither"
+        yield Problem("model.mup", rule, "use optimizer.kind=adamw or muon, or remove model.mup")
     if section.state_dtype == "bf16":
         yield from _bf16_state_problems(config)
 
@@ -27,6 +35,9 @@ def _bf16_state_problems(config: RunConfig) -> Iterator[Problem]:
     if config.train.precision != "bf16":
         rule = f"keeps masters in bf16, and train.precision={config.train.precision} computes with float32 weights"
         yield Problem(key, rule, "use train.precision=bf16, or float32 states", "bf16")
+    if config.optimizer.kind in optimizer_specs():
+        rule = f"is AdamW's alone, and optimizer.kind is {config.optimizer.kind}"
+        yield Problem(key, rule, "use optimizer.kind=adamw, or float32", "bf16")
     if config.optimizer.kind == "muon":
         rule = "is AdamW's alone: Muon would orthogonalise a momentum that was rounded, which has not been tried"
         yield Problem(key, rule, "use optimizer.kind=adamw, or float32", "bf16")

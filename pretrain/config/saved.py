@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from amfm.model.config.plugins import read_saved_sections
 from amfm.model.config.schema import read_saved_model
 from amfm.pretrain.config.hooks import RegisteredHooks
-from amfm.pretrain.config.schedules import ENTRY_POINTS, OURS, RegisteredSchedules, schedule_specs
+from amfm.pretrain.config.optimizers import ENTRY_POINTS as OPTIMIZERS
+from amfm.pretrain.config.optimizers import OURS as OWN_OPTIMIZERS
+from amfm.pretrain.config.optimizers import RegisteredOptimizers, optimizer_specs
+from amfm.pretrain.config.schedules import ENTRY_POINTS as SCHEDULES
+from amfm.pretrain.config.schedules import OURS as OWN_SCHEDULES
+from amfm.pretrain.config.schedules import RegisteredSchedules, schedule_specs
 from amfm.pretrain.config.schema import RunConfig
 
 
 def packages_used(config: RunConfig) -> dict[str, str]:
-    """Name and version of the package behind each mixer, hook and schedule that is used, by its dotted key."""
+    """Name and version of the package behind each mixer, hook, schedule and optimizer that is used, by its dotted key."""
     found = {
         key: RegisteredSchedules.packages[kind]
         for key, kind in schedule_kinds(config)
         if kind in RegisteredSchedules.packages
     }
+    if config.optimizer.kind in RegisteredOptimizers.packages:
+        found["optimizer.kind"] = RegisteredOptimizers.packages[config.optimizer.kind]
     found |= {f"model.mixers.{name}": package for name, package in config.model.mixers.packages_used().items()}
     return found | {f"hooks.{name}": package for name, package in config.hooks.packages_used().items()}
 
@@ -33,13 +40,19 @@ def schedule_kinds(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def check_schedule(section: Any, packages: Mapping[str, str]) -> None:
     """Raise ValueError where a run's or stage's schedule is one that nothing here registers, naming the package that did."""
-    schedule = section.get("schedule") if isinstance(section, Mapping) else None
-    kind = schedule.get("kind", OURS[0]) if isinstance(schedule, Mapping) else OURS[0]
-    if kind not in (*OURS, *schedule_specs()):
-        named = [package for key, package in packages.items() if key.endswith("schedule.kind")]
+    known = (*OWN_SCHEDULES, *schedule_specs())
+    check_kind(section, "schedule", known, SCHEDULES, packages)
+
+
+def check_kind(section: Any, name: str, known: Sequence[str], group: str, packages: Mapping[str, str]) -> None:
+    """Raise ValueError where `kind` of a saved section is one that nothing here registers, naming the package that did."""
+    saved = section.get(name) if isinstance(section, Mapping) else None
+    kind = saved.get("kind", known[0]) if isinstance(saved, Mapping) else known[0]
+    if kind not in known:
+        named = [package for key, package in packages.items() if key.endswith(f"{name}.kind")]
         raise ValueError(
-            f"the saved schedule {kind} is of {named[0] if named else 'a package whose name was not saved'}, which is not "
-            f"installed here (nothing registers it under the entry point group {ENTRY_POINTS}); install it"
+            f"the saved {name} {kind} is of {named[0] if named else 'a package whose name was not saved'}, which is not "
+            f"installed here (nothing registers it under the entry point group {group}); install it"
         )
 
 
@@ -54,6 +67,7 @@ def read_saved_config(manifest: Mapping[str, Any]) -> RunConfig:
     saved["model"] = read_saved_model(saved.get("model"), packages)
     for section in (saved, *(saved.get("stages") or ())):
         check_schedule(section, packages)
+    check_kind(saved, "optimizer", (*OWN_OPTIMIZERS, *optimizer_specs()), OPTIMIZERS, packages)
     if "hooks" in saved:
         saved["hooks"] = read_saved_sections(saved["hooks"], RegisteredHooks, "hooks", packages)
     return RunConfig.model_validate(saved)

@@ -20,13 +20,17 @@ from amfm.model.huggingface.hf_class import Target
 from amfm.pretrain.config.convert import ConvertConfig
 from amfm.pretrain.config.hooks import RegisteredHooks
 from amfm.pretrain.config.launch import LaunchConfig
+from amfm.pretrain.config.optimizers import OURS as OWN_OPTIMIZERS
+from amfm.pretrain.config.optimizers import RegisteredOptimizers, optimizer_specs
 from amfm.pretrain.config.pruning import ForgetConfig, PruneConfig
 from amfm.pretrain.config.schedules import OURS as OWN_SCHEDULES
 from amfm.pretrain.config.schedules import RegisteredSchedules, schedule_specs
 
 if TYPE_CHECKING:
+    OptimizerKind = str
     ScheduleKind = str
 else:
+    OptimizerKind = Literal[(*OWN_OPTIMIZERS, *optimizer_specs())]
     ScheduleKind = Literal[(*OWN_SCHEDULES, *schedule_specs())]
 
 
@@ -64,9 +68,9 @@ class MuonConfig(Section):
 class OptimizerConfig(Section):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused where the device has it, or Muon for matrices."""
 
-    kind: Literal["adamw", "muon"] = Field(
+    kind: OptimizerKind = Field(
         "adamw",
-        description="muon: the matrices inside blocks are stepped by Muon, everything else by AdamW; likes 2 to 4 times AdamW's rate.",
+        description="muon: the matrices inside blocks are stepped by Muon, everything else by AdamW; likes 2 to 4 times AdamW's rate. Or an optimizer of an installed package.",
     )
     learning_rate: float = Field(gt=0, description="Peak rate.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
@@ -79,6 +83,12 @@ class OptimizerConfig(Section):
         "float32",
         description="Of masters and moments; bf16: 6 bytes per parameter instead of 12, with stochastic rounding (train.precision=bf16, ZeRO 1 to 3, adamw).",
     )
+    options: RegisteredOptimizers = RegisteredOptimizers()
+
+    def num_moments(self) -> int:
+        """Tensors that are kept for each weight which Muon does not step."""
+        spec = optimizer_specs().get(self.kind)
+        return 2 if spec is None else spec.num_moments
 
     def muon_settings(self) -> MuonConfig | None:
         """Settings of Muon where it is the kind: as given, or its defaults; None for AdamW."""

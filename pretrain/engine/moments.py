@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 MUON = "muon"  # label of the groups whose matrices Muon steps
+ONE = "one_"  # begins the labels of groups that a package's optimizer steps with one moment
 FROZEN = "frozen"  # of parameters that no optimizer steps: their weights are saved, without moments
 
 
 def moments_of(label: str) -> tuple[str, ...]:
-    """Name the moments of the parameters in groups with this label: AdamW's two, in torch's words, or Muon's momentum."""
+    """Name the moments of the parameters in groups with this label: AdamW's two, in torch's words, or one momentum."""
     if label == FROZEN:
         return ()
-    return ("momentum",) if label == MUON else ("exp_avg", "exp_avg_sq")
+    return ("momentum",) if label == MUON or label.startswith(ONE) else ("exp_avg", "exp_avg_sq")

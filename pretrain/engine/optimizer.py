@@ -17,10 +17,12 @@ from torch import nn
 from amfm.model.config.mup import WidthScales, width_scales
 from amfm.model.hybrid import HybridModel
 from amfm.model.matrices import MatrixStack
+from amfm.pretrain.config.optimizers import optimizer_specs
 from amfm.pretrain.config.schema import OptimizerConfig
 from amfm.pretrain.engine.bf16_adamw import Bf16AdamW
-from amfm.pretrain.engine.moments import MUON
+from amfm.pretrain.engine.moments import MUON, ONE
 from amfm.pretrain.engine.muon.optimizer import Muon
+from amfm.pretrain.engine.package_optimizer import PackageOptimizer
 
 NO_SCALES = WidthScales()
 NEVER_DECAY = ("bias", "A_log", "D")  # end of the name, after a dot or _; vectors never decay whatever their name
@@ -110,7 +112,7 @@ def build_optimizer(
     apart: Collection[nn.Parameter] = (),
 ) -> torch.optim.AdamW:
     """Build the configured optimizer over the groups of `group_parameters`: fused AdamW (Loshchilov and Hutter 2019, arXiv
-    1711.05101), AdamW with bf16 states, or Muon, which must be told its matrices, `stacks` (`list_matrices`).
+    1711.05101), AdamW with bf16 states, one of a package, or Muon, which must be told its matrices, `stacks` (`list_matrices`).
 
     The rate starts at zero: wrappers that step once to allocate their states must not move a weight, and the loop sets
     the schedule's rate before each step.
@@ -128,6 +130,12 @@ def build_optimizer(
     )
     settings: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.epsilon, "fused": True}
     muon = config.muon_settings()
+    spec = optimizer_specs().get(config.kind)
+    if spec is not None:
+        if spec.num_moments == 1:
+            groups = [group | {"label": f"{ONE}{group['label']}"} for group in groups]
+        options = getattr(config.options, config.kind) or spec.options()
+        return PackageOptimizer(groups, spec.load(), options, **settings)
     if config.state_dtype == "bf16":
         assert muon is None, "optimizer_problems refuses Muon with bf16 states"
         return Bf16AdamW(groups, **settings)

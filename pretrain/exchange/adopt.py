@@ -31,9 +31,9 @@ from amfm.pretrain.versions import collect_versions
 
 
 def check_adoptable(config: RunConfig) -> None:
-    """Raise ValueError for a run whose state nobody else has: Muon's, muP's groups, guides, a conversion's stage."""
+    """Raise ValueError for a run whose state nobody else has: that of another optimizer than AdamW, muP's groups, guides, a conversion's stage."""
     refused = {
-        "optimizer.kind=muon": config.optimizer.kind == "muon",
+        f"optimizer.kind={config.optimizer.kind}": config.optimizer.kind != "adamw",
         "optimizer.state_dtype=bf16": config.optimizer.state_dtype == "bf16",
         "model.mup": config.model.mup is not None,
         "model.guide": config.model.guide is not None,

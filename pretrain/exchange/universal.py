@@ -94,10 +94,11 @@ def check_exportable(state: TrainingState) -> None:
             f"{state.origin}: model.mup is set, and DeepSpeed has one learning rate for all groups of a universal checkpoint; "
             "go on with amfm, or export it with --format dcp, or the weights alone"
         )
-    if MUON in state.record["groups"]:
+    kind = state.record["config"].get("optimizer", {}).get("kind", "adamw")
+    if MUON in state.record["groups"] or kind != "adamw":
         raise ValueError(
-            f"{state.origin} was trained with optimizer.kind=muon, and DeepSpeed's universal loading asks for AdamW's moments, which "
-            "Muon's matrices do not have; export it with --format dcp, or the weights alone (--format huggingface)"
+            f"{state.origin} was trained with optimizer.kind={kind}, and DeepSpeed's universal loading asks for AdamW's moments, which "
+            "its matrices do not have; export it with --format dcp, or the weights alone (--format huggingface)"
         )
 
 
