@@ -74,7 +74,8 @@ class TokenizerConfig(Section):
     """A tokenizer file that is given, or SentencePiece trained on the sources."""
 
     model: str | None = Field(
-        None, description="A SentencePiece .model or Hugging Face tokenizer.json file; none: train a SentencePiece."
+        None,
+        description="A SentencePiece .model, a Hugging Face tokenizer.json or a file of an installed package; none: train a SentencePiece.",
     )
     eos_token: str | None = Field(
         None,

@@ -16,7 +16,7 @@ from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.data_pipeline.prepare.documents import Segment
 from amfm.data_pipeline.prepare.training_text import require_training_text, training_texts
-from amfm.data_pipeline.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, read_tokenizer_file, train_tokenizer
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file, tokenizer_files, train_tokenizer
 
 TOKENIZER_SETTINGS = "tokenizer_settings.json"
 
@@ -39,7 +39,7 @@ def choose_tokenizer(
         if given
         else {"trained": wanted.model_dump(mode="json", exclude={"model", "eos_token"})}
     )
-    files = [store / name for name in TOKENIZER_FILES if (store / name).exists()]
+    files = [store / name for name in tokenizer_files() if (store / name).exists()]
     if settings_file.exists() and files:
         before = read_object(settings_file)
         if before != settings:

@@ -23,6 +23,7 @@ from amfm.data_pipeline.store.manifest import MANIFEST
 from amfm.data_pipeline.store.object_store import is_url
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.tokenizer.huggingface import HuggingFaceTokenizer, read_tokenizer_json
+from amfm.data_pipeline.tokenizer.registered import ENTRY_POINTS, read_registered, tokenizer_entries
 
 Ids = npt.NDArray[np.int32]
 Offsets = npt.NDArray[np.int64]
@@ -31,7 +32,6 @@ TRAINING_THREADS = 4  # fixed: the merge of the trainer's sums depends on it, an
 MAX_TRAINING_LINE = 4096  # bytes; longer lines are cut, the trainer would drop them
 # Characters after which a text is cut at the next newline: few enough that sums of scores (round_scores) stay exact.
 BLOCK_CHARACTERS = 4000
-TOKENIZER_FILES = ("tokenizer.model", HuggingFaceTokenizer.file_name)
 
 
 class Tokenizer(Protocol):
@@ -186,6 +186,15 @@ def _none_if_negative(index: int) -> int | None:
     return None if index < 0 else int(index)
 
 
+def tokenizer_files() -> list[str]:
+    """Names that a tokenizer's file may have in a store."""
+    return [
+        "tokenizer.model",
+        HuggingFaceTokenizer.file_name,
+        *(f"tokenizer.{suffix}" for suffix in tokenizer_entries()),
+    ]
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a prepared store, or from a SentencePiece .model or a Hugging Face tokenizer.json file.
 
@@ -205,7 +214,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def read_tokenizer_file(path: Path, eos: str | int | None = None) -> Tokenizer:
-    """Load a SentencePiece .model file, or a tokenizer.json whose end-of-text token is `eos` (token or id).
+    """Load a SentencePiece .model file, a package's, or a tokenizer.json whose end-of-text token is `eos` (token or id).
 
     A .model names its own end; for a .json without `eos`, tokenizer_config.json beside it must.
     """
@@ -215,11 +224,16 @@ def read_tokenizer_file(path: Path, eos: str | int | None = None) -> Tokenizer:
         )
     if path.suffix == ".json":
         return read_tokenizer_json(path, eos)
-    content = path.read_bytes()
+    content, suffix = path.read_bytes(), path.suffix.removeprefix(".")
+    if suffix in tokenizer_entries():
+        return read_registered(suffix, content)
     try:
         return SentencePieceTokenizer(content)
     except RuntimeError as error:  # its words are those of C++
-        raise ValueError(f"{path} isn't a SentencePiece model, or is damaged; name a .model file") from error
+        remedy = "name a .model file"
+        if suffix != "model":
+            remedy += f", or install the package that registers {suffix!r} under the entry point group {ENTRY_POINTS}"
+        raise ValueError(f"{path} isn't a SentencePiece model, or is damaged; {remedy}") from error
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:

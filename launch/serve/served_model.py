@@ -109,9 +109,10 @@ def list_ids(found: object) -> list[int]:
 
 def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer as the tokenizers library has it, in which control tokens that are written out are tokens."""
-    if tokenizer.kind == "huggingface":
-        return parse_tokenizer(tokenizer.to_bytes())
     from amfm.data_pipeline.tokenizer.sentencepiece_model import read_sentencepiece_model
-    from amfm.pretrain.export.tokenizer import build_fast_tokenizer
+    from amfm.pretrain.export.tokenizer import build_fast_tokenizer, tokenizer_json
+
+    if tokenizer.kind != "sentencepiece":
+        return parse_tokenizer(tokenizer_json(tokenizer))
 
     return build_fast_tokenizer(read_sentencepiece_model(tokenizer.to_bytes()))

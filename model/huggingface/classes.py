@@ -1,7 +1,11 @@
-"""All classes of transformers that we read or write. The order of the native ones is the order in which `auto` tries them."""
+"""All classes of transformers that we read or write. The order of the native ones is the order in which `auto` tries them.
+
+Classes of packages are written where they are asked for by name.
+"""
 
 from __future__ import annotations
 
+from amfm.model.config.plugins import describe_entry, installed_specs
 from amfm.model.huggingface import (
     deepseek_v3,
     granitemoehybrid,
@@ -15,7 +19,7 @@ from amfm.model.huggingface import (
     qwen3_5_moe,
     qwen3_next,
 )
-from amfm.model.huggingface.hf_class import HfClass, HfTarget, Source, Target
+from amfm.model.huggingface.hf_class import ENTRY_POINTS, HfClass, HfTarget, Source, Target
 
 CLASSES: tuple[HfClass, ...] = (
     nemotron_h.CLASS,
@@ -30,8 +34,24 @@ CLASSES: tuple[HfClass, ...] = (
     llama.CLASS,
     qwen3.CLASS,
 )
-WRITTEN: dict[Target, HfTarget] = {found.name: found for found in CLASSES if isinstance(found, HfTarget)}
-BY_NAME: dict[Source, HfClass] = {found.name: found for found in CLASSES}
+
+
+def packaged_targets() -> dict[Target, HfTarget]:
+    """Load the targets of installed packages. Raises RuntimeError as mixers do, and for a name that is taken or not the entry's."""
+    found: dict[Target, HfTarget] = {}
+    for entry, target in installed_specs(ENTRY_POINTS, HfTarget):
+        if target.name != entry.name or target.name in {*found, *(ours.name for ours in CLASSES)}:
+            raise RuntimeError(
+                f"{describe_entry(entry)} registers the export target {target.name!r}, which must be the entry point's name and "
+                "new; fix or uninstall its package"
+            )
+        found[target.name] = target
+    return found
+
+
+OURS: dict[Target, HfTarget] = {found.name: found for found in CLASSES if isinstance(found, HfTarget)}
+WRITTEN: dict[Target, HfTarget] = OURS | packaged_targets()
+BY_NAME: dict[Source, HfClass] = {found.name: found for found in (*CLASSES, *WRITTEN.values())}
 BY_TYPE: dict[str, HfClass] = {found.model_type: found for found in CLASSES}
 TARGETS: tuple[Target, ...] = tuple(WRITTEN)
-NATIVE_TARGETS: tuple[Target, ...] = tuple(name for name, found in WRITTEN.items() if not found.ships_code)
+NATIVE_TARGETS: tuple[Target, ...] = tuple(name for name, found in OURS.items() if not found.ships_code)

@@ -3,13 +3,17 @@
 A class that is read has a model type, a reader of config.json and a weight map; one that is written too (`HfTarget`) also says
 which models fit it and what its config.json holds. Adding one takes its file, its name here and its row in `classes.py`. This
 file imports no torch, so that settings and the command line can name the classes.
+
+A package adds a class to write by an entry point of the group `amfm.export_targets`, whose name is the target's and which names
+an `HfTarget`. `auto` never chooses it, and what we read is read as before: installing a package changes no export of ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.refusals import Refusal
@@ -17,7 +21,8 @@ from amfm.model.huggingface.refusals import Refusal
 if TYPE_CHECKING:
     from amfm.model.huggingface.entries import WeightMap
 
-Target = Literal[
+ENTRY_POINTS = "amfm.export_targets"
+OurTarget = Literal[
     "nemotron_h",
     "granitemoehybrid",
     "qwen3_next",
@@ -28,6 +33,13 @@ Target = Literal[
     "lfm2_moe",
     "own",
 ]
+OURS: tuple[str, ...] = get_args(OurTarget)
+# Of packages by name alone: their code imports this file.
+PACKAGED = tuple(sorted({entry.name for entry in entry_points(group=ENTRY_POINTS)} - {*OURS}))
+if TYPE_CHECKING:
+    Target = OurTarget
+else:
+    Target = Literal[(*OURS, *PACKAGED)]
 # Classes that are read: those, and teachers of conversions.
 Source = Target | Literal["llama", "qwen3"]
 

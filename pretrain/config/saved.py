@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from amfm.model.config.plugins import read_saved_sections
+from amfm.model.config.plugins import list_packages, read_saved_sections
 from amfm.model.config.schema import read_saved_model
+from amfm.model.huggingface.hf_class import ENTRY_POINTS as TARGETS
+from amfm.model.huggingface.hf_class import OURS as OWN_TARGETS
+from amfm.model.huggingface.hf_class import PACKAGED, HfTarget
 from amfm.pretrain.config.hooks import RegisteredHooks
 from amfm.pretrain.config.optimizers import ENTRY_POINTS as OPTIMIZERS
 from amfm.pretrain.config.optimizers import OURS as OWN_OPTIMIZERS
@@ -18,7 +21,7 @@ from amfm.pretrain.config.schema import RunConfig
 
 
 def packages_used(config: RunConfig) -> dict[str, str]:
-    """Name and version of the package behind each mixer, hook, schedule and optimizer that is used, by its dotted key."""
+    """Name and version of the package behind each mixer, hook, schedule, optimizer and export target that is used, by its dotted key."""
     found = {
         key: RegisteredSchedules.packages[kind]
         for key, kind in schedule_kinds(config)
@@ -26,6 +29,8 @@ def packages_used(config: RunConfig) -> dict[str, str]:
     }
     if config.optimizer.kind in RegisteredOptimizers.packages:
         found["optimizer.kind"] = RegisteredOptimizers.packages[config.optimizer.kind]
+    if config.export.target in PACKAGED:
+        found["export.target"] = list_packages(TARGETS, HfTarget)[config.export.target]
     found |= {f"model.mixers.{name}": package for name, package in config.model.mixers.packages_used().items()}
     return found | {f"hooks.{name}": package for name, package in config.hooks.packages_used().items()}
 
@@ -41,17 +46,18 @@ def schedule_kinds(config: RunConfig) -> Iterator[tuple[str, str]]:
 def check_schedule(section: Any, packages: Mapping[str, str]) -> None:
     """Raise ValueError where a run's or stage's schedule is one that nothing here registers, naming the package that did."""
     known = (*OWN_SCHEDULES, *schedule_specs())
-    check_kind(section, "schedule", known, SCHEDULES, packages)
+    check_choice(section, "schedule.kind", known, SCHEDULES, packages)
 
 
-def check_kind(section: Any, name: str, known: Sequence[str], group: str, packages: Mapping[str, str]) -> None:
-    """Raise ValueError where `kind` of a saved section is one that nothing here registers, naming the package that did."""
+def check_choice(section: Any, key: str, known: Sequence[str], group: str, packages: Mapping[str, str]) -> None:
+    """Raise ValueError where a saved choice is one that nothing here registers, naming the package that did."""
+    name, _, field = key.partition(".")
     saved = section.get(name) if isinstance(section, Mapping) else None
-    kind = saved.get("kind", known[0]) if isinstance(saved, Mapping) else known[0]
-    if kind not in known:
-        named = [package for key, package in packages.items() if key.endswith(f"{name}.kind")]
+    choice = saved.get(field, known[0]) if isinstance(saved, Mapping) else known[0]
+    if choice not in known:
+        named = [package for used, package in packages.items() if used.endswith(key)]
         raise ValueError(
-            f"the saved {name} {kind} is of {named[0] if named else 'a package whose name was not saved'}, which is not "
+            f"the saved {name if field == 'kind' else key} {choice} is of {named[0] if named else 'a package whose name was not saved'}, which is not "
             f"installed here (nothing registers it under the entry point group {group}); install it"
         )
 
@@ -67,7 +73,8 @@ def read_saved_config(manifest: Mapping[str, Any]) -> RunConfig:
     saved["model"] = read_saved_model(saved.get("model"), packages)
     for section in (saved, *(saved.get("stages") or ())):
         check_schedule(section, packages)
-    check_kind(saved, "optimizer", (*OWN_OPTIMIZERS, *optimizer_specs()), OPTIMIZERS, packages)
+    check_choice(saved, "optimizer.kind", (*OWN_OPTIMIZERS, *optimizer_specs()), OPTIMIZERS, packages)
+    check_choice(saved, "export.target", ("auto", *OWN_TARGETS, *PACKAGED), TARGETS, packages)
     if "hooks" in saved:
         saved["hooks"] = read_saved_sections(saved["hooks"], RegisteredHooks, "hooks", packages)
     return RunConfig.model_validate(saved)

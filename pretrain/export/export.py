@@ -47,6 +47,7 @@ from amfm.pretrain.export.files import (
     sync_files,
     write_export,
 )
+from amfm.pretrain.export.tokenizer import tokenizer_json
 from amfm.pretrain.inference.merge import multiply_out
 from amfm.pretrain.inference.streamed_model import stream_model
 from amfm.pretrain.inference.weights import Weights, read_weights
@@ -170,6 +171,8 @@ def resolve_target(weights: Weights, asked: str) -> Target:
     reasons = explain_unfit(weights.model, asked)
     if weights.given_tokenizer is not None:
         reasons += unfit_tokenizer(asked, weights.given_tokenizer.kind)
+        if weights.given_tokenizer.kind != "sentencepiece":
+            tokenizer_json(weights.given_tokenizer)
     if reasons:
         raise ValueError(f"export target {asked} cannot hold this model: " + "; ".join(reasons))
     if asked == "auto":

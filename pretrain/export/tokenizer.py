@@ -8,6 +8,7 @@ beside it for readers that want it, our import among them.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,10 @@ def write_tokenizer(
         space_before = {"add_prefix_space": model.normalizer_spec.add_dummy_prefix}
         original = MODEL_FILE
     else:
-        plain = without_added_tokens(content)
+        plain = without_added_tokens(tokenizer_json(tokenizer))
         (folder / "tokenizer.json").write_bytes(plain)
         texts = {name: _token_text(plain, index) for name, index in special.items() if index is not None}
-        original = ORIGINAL_JSON
+        original = ORIGINAL_JSON if tokenizer.kind == "huggingface" else tokenizer.file_name
     (folder / original).write_bytes(content)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -76,6 +77,18 @@ def write_tokenizer(
         settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     return ["tokenizer.json", "tokenizer_config.json", original]
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> bytes:
+    """The tokenizer.json of a tokenizer that is none of SentencePiece. Raises ValueError for a package's that has none."""
+    if tokenizer.kind == "huggingface":
+        return tokenizer.to_bytes()
+    write: Callable[[], bytes] | None = getattr(tokenizer, "to_tokenizer_json", None)
+    if write is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.kind} of a package has no to_tokenizer_json(), which an export needs; add it to its class"
+        )
+    return write()
 
 
 def without_added_tokens(content: bytes) -> bytes:
