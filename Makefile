@@ -10,7 +10,7 @@ CLIENTS := .clients
 # Processes that share the tests; each has one thread, and tests start up to eight ranks of their own.
 WORKERS ?= 3
 
-.PHONY: quickstart install test test-seeds test-slow test-cluster test-peers test-mutation test-versions gpu check format docs dist constraints bench clients clean
+.PHONY: quickstart install test test-seeds test-slow test-cluster test-peers test-mutation test-versions gpu check format docs site dist constraints bench clients clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/amfm doctor
@@ -120,6 +120,15 @@ dist: $(VENV)/.installed-dev
 docs: $(VENV)/.installed
 	$(BIN)/amfm config --reference > docs/configuration.md
 	$(BIN)/amfm config --schema > configs/schema.json
+
+# All pages and the API reference as a site in build/site/html; a warning fails it.
+site: $(VENV)/.installed-site
+	$(BIN)/python docs/site/stage_pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
+
+$(VENV)/.installed-site: $(VENV)/.installed
+	$(PIP) --editable '.[site]'
+	touch $@
 
 # Pinned versions for GPU nodes, by the CUDA of PyTorch's wheels; needs uv and the package registry. The interpreter of
 # Triton 3.6, which torch 2.10 pins, needs numpy below 2.4.

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -60,8 +59,20 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     (packages,) = (folder / "lib").glob("python*/site-packages")
-    (packages / "shared.pth").write_text(sysconfig.get_paths()["purelib"])
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages, wheel, "kernels", cwd=folder)
+    (packages / "shared.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        packages,
+        wheel,
+        "kernels",
+        cwd=folder,
+    )
     return python
 
 

@@ -1,0 +1,59 @@
+"""Copy the pages of the site to build/site/pages: every tracked page, and the files and folders that pages link to.
+
+The copy has the repository's paths, so that links between pages, to recipes, examples and sources work as they stand. A link
+to a folder becomes one to its README.md, or to a list of what it holds.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "build" / "site" / "pages"
+LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
+FENCE = re.compile(r"^(```.*?^```)", re.DOTALL | re.MULTILINE)
+
+
+def stage() -> None:
+    """Write the folder again from the start."""
+    shutil.rmtree(PAGES, ignore_errors=True)
+    tracked = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in tracked.stdout.splitlines():
+        if not name.startswith((".github/", "tests/")):
+            parts = FENCE.split((ROOT / name).read_text())
+            write(name, "".join(part if part.startswith("```") else resolve_links(part, name) for part in parts))
+
+
+def resolve_links(text: str, page: str) -> str:
+    """Copy what a page links to, and let its links to folders lead to a page."""
+
+    def resolve(link: re.Match[str]) -> str:
+        before, target, anchor, after = link.groups()
+        path = (ROOT / page).parent / target
+        if "://" in target or target.startswith("mailto:") or not path.exists():
+            return link[0]
+        name = str(path.resolve().relative_to(ROOT))
+        if path.is_dir():
+            target = f"{target.rstrip('/')}/README.md"
+            if not (path / "README.md").exists():
+                listed = "".join(f"- {entry.name}\n" for entry in sorted(path.iterdir()) if entry.name != "__pycache__")
+                write(f"{name}/README.md", f"# {name}\n\n{listed}")
+        elif path.suffix != ".md":
+            (PAGES / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, PAGES / name)
+        return f"{before}{target}{anchor or ''}{after}"
+
+    return LINK.sub(resolve, text)
+
+
+def write(name: str, text: str) -> None:
+    """Write one page."""
+    (PAGES / name).parent.mkdir(parents=True, exist_ok=True)
+    (PAGES / name).write_text(text)
+
+
+if __name__ == "__main__":
+    stage()
