@@ -79,6 +79,7 @@ def hang_recipes(model: HybridModel, settings: LowPrecisionConfig) -> None:
                 weights[name].recipe = Recipe(  # type: ignore[attr-defined]
                     recipe,
                     weight_gradient=settings.weight_gradient,
+                    saved=settings.saved,
                     emulate=settings.emulate,
                     seed=seed_of(model.seed, f"blocks.{index}.mixer.{name}"),
                 )

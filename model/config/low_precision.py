@@ -41,6 +41,9 @@ class LowPrecisionConfig(Section):
     weight_gradient: Literal["same", "bf16"] = Field(
         "same", description="bf16: the product that makes the weights' gradients keeps train.precision."
     )
+    saved: Literal["bf16", "fp8"] = Field(
+        "bf16", description="Hidden rows of experts, kept for backward passes: fp8 as codes of e4m3 in blocks of 128."
+    )
     emulate: bool = Field(
         False,
         description="Quantise, then multiply wide: the same numbers on any device, slowly; for studies and tests.",

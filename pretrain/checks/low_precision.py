@@ -20,6 +20,7 @@ from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schema import RunConfig
 
 SECTION = "low_precision"
+HIDDEN = "experts.up"  # the weight whose products are kept hidden rows
 
 
 def low_precision_problems(config: RunConfig) -> Iterator[Problem]:
@@ -81,6 +82,9 @@ def place_problems(config: RunConfig) -> Iterator[Problem]:
     if section.out_projection is not None and not any(kind_of(letter).products.out for letter in chosen & present):
         rule = "is about output projections of Mamba2 and linear mixers, of which low_precision.letters names none"
         yield Problem(f"{SECTION}.out_projection", rule, "remove it", section.out_projection)
+    if section.saved != "bf16" and not any(HIDDEN in section.recipes_of(letter) for letter in chosen & present):
+        rule = "is about hidden rows of experts, which low_precision.letters does not name"
+        yield Problem(f"{SECTION}.saved", rule, "remove it, or name E", section.saved)
     if section.out_projection == "mxfp8" and section.recipe == "mxfp8":
         rule = "is what low_precision.recipe=mxfp8 does to all products"
         yield Problem(f"{SECTION}.out_projection", rule, "remove it, or use bf16", "mxfp8")

@@ -44,6 +44,10 @@ def test_a_recipe_that_suits_its_run_is_taken(base):
         (["low_precision.wide_first=5"], "low_precision.recipe = fp8_block: leaves no narrow block"),
         (["low_precision.letters=E", "low_precision.out_projection=bf16"], "low_precision.letters names none; remove"),
         (
+            ["low_precision.letters=M", "low_precision.saved=fp8"],
+            "low_precision.saved = fp8: is about hidden rows of experts",
+        ),
+        (
             ["low_precision.recipe=mxfp8", "low_precision.out_projection=mxfp8"],
             "is what low_precision.recipe=mxfp8 does to all products",
         ),
