@@ -25,6 +25,7 @@ def print_trace(entry: TracedRank) -> None:
     waits = entry.traced["host_waits"]
     rows = [(line, f"{count:,}") for line, count in waits.items()]
     print_rows(f"Host waits for the GPU per step: {sum(waits.values()):,}", ("line", "times"), rows)
+    print_capture(entry, place)
     compiled = entry.traced["compiled"]
     say(f"kernels compiled before the first step: {compiled['first']}; in the steps: {len(compiled['late'])}")
     for kernel in compiled["late"]:
@@ -105,6 +106,22 @@ def print_launches(entry: TracedRank, place: str) -> None:
     rows.append(("all", f"{sums['triton']:,}", f"{sums['other']:,}", "", ""))
     columns = ("kind", "Triton kernels", "others", "per block, forward", "per block, backward")
     print_rows(f"Kernel launches per step, {place}", columns, rows)
+
+
+def print_capture(entry: TracedRank, place: str) -> None:
+    """Print which kinds of block a CUDA graph could hold, and what keeps it from the others."""
+    from amfm.launch.simulate.trace import kind_of
+
+    rows = []
+    for letter, passes in entry.traced["capture"].items():
+        for which, found in passes.items():
+            if letter != "step":
+                why = [*(f"host reads: {line}" for line in found["host_reads"]), *found["changed"]]
+                rows.append(
+                    (kind_of(letter), which, f"{found['launches']:,}", "; ".join(why[:2]) or "could be captured")
+                )
+    columns = ("kind", "pass", "launches", "CUDA graph")
+    print_rows(f"Launches of two steps with other documents, {place}", columns, rows)
 
 
 def print_seconds(line: Timeline, planned: StepTime) -> None:

@@ -11,10 +11,11 @@ from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.opening.example_batch import example_batch
 
 DOCUMENTS = 3  # a row
+MORE_DOCUMENTS = 5  # a row of the step before those that are measured
 
 
-def simulated_batches(config: RunConfig, data_ranks: int) -> list[Batch]:
+def simulated_batches(config: RunConfig, data_ranks: int, documents: int = DOCUMENTS) -> list[Batch]:
     """A data rank's micro-batches of one step, the same batch each time."""
     train = config.train
     count = train.global_batch_size // train.micro_batch_size // data_ranks
-    return [example_batch(train.micro_batch_size, train.sequence_length, DOCUMENTS)] * count
+    return [example_batch(train.micro_batch_size, train.sequence_length, documents)] * count

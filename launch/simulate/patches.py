@@ -44,11 +44,11 @@ def replace(owner: Any, name: str, value: Any, reason: str) -> None:
 
 
 def install(
-    card: SimulatedCard, note_launch: Callable[[Any, Any, Any], None], read_list: Callable[[FakeTensor], list[Any]]
+    card: SimulatedCard, note_launch: Callable[[Any, Any, Any, Any], None], read_list: Callable[[FakeTensor], list[Any]]
 ) -> None:
     """Replace what has to be replaced before DeepSpeed is imported.
 
-    `note_launch` is called with each launched Triton kernel and its arguments; `read_list` answers `Tensor.tolist`.
+    `note_launch` is called with each launched Triton kernel, its grid and its arguments; `read_list` answers `Tensor.tolist`.
     """
     os.environ["DS_ACCELERATOR"] = "cuda"
     for name, answer in card.answers().items():
@@ -64,7 +64,7 @@ def install(
     replace(
         triton.runtime.jit.JITFunction,
         "__getitem__",
-        lambda kernel, grid: lambda *arguments, **named: note_launch(kernel, arguments, named),
+        lambda kernel, grid: lambda *arguments, **named: note_launch(kernel, grid, arguments, named),
         "a launch is counted and computes nothing: its results were allocated before it",
     )
 

@@ -29,7 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from amfm.launch.cluster.child import open_answers
 from amfm.launch.simulate import patches
-from amfm.launch.simulate.batches import simulated_batches
+from amfm.launch.simulate.batches import DOCUMENTS, MORE_DOCUMENTS, simulated_batches
 from amfm.launch.simulate.card import SimulatedCard
 from amfm.launch.simulate.tracer import DeviceWords, Tracer
 from amfm.pretrain.config.schema import RunConfig
@@ -126,6 +126,7 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
         tracer.enter("forward")
         tracer.memory.forget_peaks()
         tracer.begin_step()
+        tracer.capture.begin_step()
         tracer.memory.record_from(tracer.operations)
         train_step(run)
         report(f"step {number + 1} of {STEPS}")
@@ -134,6 +135,7 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     events = [] if tracer.log is None else tracer.log.events
     blocks = dict(tracer.blocks.passes)
     tracer.begin_step()
+    tracer.capture.begin_step()
     tracer.enter("checkpoint staging")
     stage_checkpoint(run)
     peaks = {**build_peaks, **step_peaks, "checkpoint staging": tracer.memory.peaks["checkpoint staging"]}
@@ -161,6 +163,7 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
         "mismatches": tracer.bodies.mismatches,
         "compiled": {"first": tracer.compiled.num_first(), "late": tracer.compiled.late},
         "compared": dict(tracer.bodies.compared),
+        "capture": tracer.capture.found(),
         "operations": tracer.operations,
         "patches": [vars(patch) for patch in patches.INSTALLED],
     }  # fmt: skip
@@ -196,11 +199,15 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     report("engine")
     stages = resolve_stages(config)
     with unset_fake_temporarily():
-        batches = simulated_batches(config, parallel.data_world_size)
+        # Other documents in the first step, for what a graph could not replay (capture.py).
+        steps = [
+            simulated_batches(config, parallel.data_world_size, documents) for documents in (MORE_DOCUMENTS, DOCUMENTS)
+        ]
     # Loader, heartbeat and signals of a run read files and clocks; the step needs no more of them than these stand-ins
     # have.
     loader: Any = types.SimpleNamespace(
-        sequence_length=config.train.sequence_length, take=lambda total, micro: list(batches)
+        sequence_length=config.train.sequence_length,
+        take=lambda total, micro: list(steps[min(tracer.capture.step, STEPS) - 1]),
     )
     heartbeat: Any = types.SimpleNamespace(at=lambda step, phase: tracer.enter(PHASES[phase]))
     nothing: Any = None

@@ -269,6 +269,7 @@ def trace_as_dict(entry: TracedRank) -> dict[str, Any]:
         "launches_a_block": {name: launches_a_block(traced, name) for name in ("forward", "backward")},
         "host_waits": traced["host_waits"],
         "kernels_compiled": traced["compiled"],
+        "capture": {kind_of(place): passes for place, passes in traced["capture"].items() if place != "step"},
         "fake_functions_compared": traced["compared"],
         "fake_functions_wrong": traced["mismatches"],
     }

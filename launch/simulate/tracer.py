@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amfm.launch.plan.measured import lacks_fake
 from amfm.launch.simulate.bodies import BodyRunner
+from amfm.launch.simulate.capture import CaptureCheck
 from amfm.launch.simulate.collectives import fill_received
 from amfm.launch.simulate.compiled import CompiledKernels
 from amfm.launch.simulate.count_collectives import CommunicationCounter
@@ -64,7 +65,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.memory, self.values, self.blocks = MemoryMeter(), KnownValues(), BlockTracker()
-        self.bodies, self.compiled = BodyRunner(), CompiledKernels()
+        self.bodies, self.compiled, self.capture = BodyRunner(), CompiledKernels(), CaptureCheck()
         self.operations = 0
         self.meant_meta = 0
         self.base_phase = "build"
@@ -99,9 +100,10 @@ class Tracer(TorchDispatchMode):
         self.base_phase = phase
         self.memory.enter(phase)
 
-    def note_launch(self, kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Count a launch of a Triton kernel for the current block, and note what a card would compile for it."""
+    def note_launch(self, kernel: Any, grid: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Count a launch of a Triton kernel for the current block, and note what a card would compile and capture of it."""
         self._note_launch(self.tally.triton_launches)
+        self.capture.launch(*self._place(), kernel.fn.__name__, (grid, *arguments, *named.values()))
         self.compiled.launch(kernel, arguments, named)
 
     def _note_launch(self, launches: Counter[str]) -> None:
@@ -110,10 +112,15 @@ class Tracer(TorchDispatchMode):
         launches[kind] += 1
         self.tally.launches_by_pass["backward" if self.blocks.is_backward() else "forward"][kind] += 1
 
+    def _place(self) -> tuple[str, str]:
+        """The current block's kind, and the pass of it."""
+        return self.blocks.current(), "backward" if self.blocks.is_backward() else "forward"
+
     def note_wait(self, what: str) -> None:
         """Count a point where the host waits for the card, under its source line."""
         line = f"{current_line()}: {what}"
         self.tally.host_waits[line] += 1
+        self.capture.read(*self._place(), line)
         if self.log is not None:
             self.log.host(line)
 
@@ -231,6 +238,7 @@ class Tracer(TorchDispatchMode):
             return
         if func.namespace != "amfm":
             self._note_launch(self.tally.other_launches)
+            self.capture.launch(*self._place(), str(func), (*args, *kwargs.values()), out)
         if self.log is not None:
             self.log.compute(func, args, kwargs, out, flops=flops, kind=kind, phase=self.memory.phase)
 

@@ -51,6 +51,8 @@ def test_a_composed_layout_sends_the_bytes_of_the_formulas_and_waits_where_it_ma
     assert entry.traced["mismatches"] == {}
     assert unnumbered(entry.traced["host_waits"]) == expected_waits(entry.config)
     assert compare_bytes(entry) == "equal"
+    (read,) = entry.traced["capture"]["E"]["forward"]["host_reads"]
+    assert read.startswith("model/moe/by_rank.py"), "splits of rows that are counted"
     assert_all_compiled_first(entry)
 
 
@@ -65,6 +67,9 @@ def test_experts_whose_rows_need_no_counting_wait_for_nothing(small, setting):
     found = {key: sum(sizes.values()) for key, sizes in traced_bytes(entry).items()}
     assert found == predicted_bytes(entry)
     assert_all_compiled_first(entry)
+    # So a CUDA graph could hold every block: with other documents all launches, scalars and sizes are the same.
+    passes = [entry.traced["capture"][letter][which] for letter in "M*-E" for which in ("forward", "backward")]
+    assert all(one["launches"] > 5 and not one["host_reads"] and not one["changed"] for one in passes), passes
 
 
 def test_trace_gives_json_a_picture_and_a_timeline(small, tmp_path, capsys):
@@ -79,6 +84,8 @@ def test_trace_gives_json_a_picture_and_a_timeline(small, tmp_path, capsys):
     names = {"predicted_bytes", "traced_bytes", "build_bytes", "bytes_by_axis", "flops", "launches", "host_waits"}
     assert names <= found.keys()
     assert found["bytes_by_axis"]["pp"]["send"]["passes"] > 0
+    captured = found["capture"]["moe"]["backward"]
+    assert captured["launches"] > 0 and captured["host_reads"] == captured["changed"] == []
     # Norm and residual included: more launches are more waiting of a card for its host.
     launches = found["launches_a_block"]
     assert launches["forward"]["mamba"] <= 10 and launches["backward"]["mamba"] <= 16, launches
