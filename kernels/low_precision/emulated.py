@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from amfm.kernels.common.gemm_precision import gemm_dtype
 from amfm.kernels.low_precision.formats import Quantized, quantize, turn
+from amfm.kernels.low_precision.kept_weights import made_once
 from amfm.kernels.low_precision.recipe import Recipe
 from amfm.kernels.low_precision.watch import note_operands
 
@@ -30,14 +31,23 @@ STEADY_ROWS = 4  # from here on a row of a product does not depend on how many o
 def output(x_RI: Tensor, weight_OI: Tensor, recipe: Recipe) -> Tensor:
     """x W^T, [R, O] float32."""
     note_operands(recipe, input=x_RI, weight=weight_OI)
-    return multiply(quantize(x_RI, recipe.name), quantize(weight_OI, recipe.name, weight=True))
+    return multiply(quantize(x_RI, recipe.name), _quantize_weight(weight_OI, recipe, transposed=False))
 
 
 def input_gradient(grad_RO: Tensor, weight_OI: Tensor, recipe: Recipe) -> Tensor:
     """dy W, [R, I] float32."""
     note_operands(recipe, gradient=grad_RO)
     rows = quantize(grad_RO, recipe.name, draw=_draw(recipe, _INPUT_DRAW))
-    return multiply(rows, quantize(weight_OI.t(), recipe.name, weight=True))
+    return multiply(rows, _quantize_weight(weight_OI, recipe, transposed=True))
+
+
+def _quantize_weight(weight_OI: Tensor, recipe: Recipe, *, transposed: bool) -> Quantized:
+    """The weight, or its transpose, in a weight's blocks."""
+    return made_once(
+        weight_OI,
+        f"{recipe.name} {transposed}",
+        lambda: quantize(weight_OI.t() if transposed else weight_OI, recipe.name, weight=True),
+    )
 
 
 def weight_gradient(grad_RO: Tensor, columns: Quantized, recipe: Recipe) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of
 from amfm.kernels.common.gradient_sum import GradientSum
+from amfm.kernels.low_precision.kept_weights import keeps_weights, made_once
 from amfm.kernels.low_precision.triton_kernels import (
     fp8_outer_kernel,
     fp8_product_kernel,
@@ -150,35 +151,48 @@ def _(given: Any) -> tuple[Tensor, ...]:
 
 
 def quantize_weight(weight: Tensor, *, transposed: bool = False) -> WeightCodes:
-    """Codes of a weight [N, K], or of experts' [E, N, K]; `transposed`: of the transposes, [E, K, N]."""
-    return WeightCodes(*_quantize_weight(weight if weight.dim() == 3 else weight[None], transposed))
+    """Codes of a weight [N, K], or of experts' [E, N, K]; `transposed`: of the transposes, [E, K, N].
+
+    Where codes are kept (kept_weights.py), both are made in one pass over the weight.
+    """
+    keeps = keeps_weights()
+
+    def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        matrices = weight if weight.dim() == 3 else weight[None]
+        return _quantize_weight(matrices, keeps or not transposed, keeps or transposed)
+
+    made = made_once(weight, "fp8_block codes", make)
+    return WeightCodes(*made[2:]) if transposed else WeightCodes(*made[:2])
 
 
 @torch.library.custom_op("amfm::fp8_quantize_weight", mutates_args=())
-def _quantize_weight(weight_ENK: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+def _quantize_weight(weight_ENK: Tensor, plain: bool, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes and scales, and those of the transposes; empty for those that were not asked for."""
     weight_ENK = weight_ENK.contiguous()
     experts, rows, columns = weight_ENK.shape
-    codes, scales = made = _empty_weight(weight_ENK, transposed)
-    into: tuple[Tensor | None, ...] = (codes, None, scales, None)
-    if transposed:
-        into = None, codes, None, scales
+    codes, scales, transposed_codes, transposed_scales = made = _empty_weight(weight_ENK, plain, transposed)
     grid = (triton.cdiv(rows, RUN), triton.cdiv(columns, RUN), experts)
     quantize_weight_kernel[grid](
-        weight_ENK, *into, rows, columns, PLAIN=not transposed, TRANSPOSED=transposed, **QUANTIZE
-    )
+        weight_ENK, codes, transposed_codes, scales, transposed_scales, rows, columns,
+        PLAIN=plain, TRANSPOSED=transposed, **QUANTIZE,
+    )  # fmt: skip
     return made
 
 
-def _empty_weight(weight_ENK: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    experts, *sizes = weight_ENK.shape
-    rows, columns = reversed(sizes) if transposed else sizes
-    scales = weight_ENK.new_empty(experts, -(-rows // RUN), -(-columns // RUN), dtype=torch.float32)
-    return weight_ENK.new_empty(experts, rows, columns, dtype=torch.uint8), scales
+def _empty_weight(weight_ENK: Tensor, plain: bool, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    experts, rows, columns = weight_ENK.shape
+    down, across = -(-rows // RUN), -(-columns // RUN)
+    return (
+        weight_ENK.new_empty((experts, rows, columns) if plain else 0, dtype=torch.uint8),
+        weight_ENK.new_empty((experts, down, across) if plain else 0, dtype=torch.float32),
+        weight_ENK.new_empty((experts, columns, rows) if transposed else 0, dtype=torch.uint8),
+        weight_ENK.new_empty((experts, across, down) if transposed else 0, dtype=torch.float32),
+    )
 
 
 @fake_of(_quantize_weight)
 def _(given: Any) -> tuple[Tensor, ...]:
-    return _empty_weight(given.weight_ENK, given.transposed)
+    return _empty_weight(given.weight_ENK, given.plain, given.transposed)
 
 
 def product(

@@ -141,9 +141,8 @@ def launches() -> Iterator[KernelLaunch]:
         yield kernel_launch(
             f"fp8 experts open, {activation}", triton_fp8.open_kernel, types, swiglu, triton_fp8.OPEN_TILE
         )
-    for transposed, way in ((False, ""), (True, ", transposed")):
-        constants = {"PLAIN": not transposed, "TRANSPOSED": transposed}
-        constants |= {"codes": None, "scales": None} if transposed else {"transposed": None, "transposed_scales": None}
+    for plain, transposed, way in ((True, False, ""), (False, True, ", transposed"), (True, True, ", both ways")):
+        constants = {"PLAIN": plain, "TRANSPOSED": transposed}
         yield kernel_launch(
             f"fp8 codes of weights{way}", kernels.quantize_weight_kernel, types, constants, codes.QUANTIZE
         )

@@ -15,7 +15,7 @@ from amfm.launch.plan.blocks.moe import add_experts
 from amfm.launch.plan.communication import exchange_seconds
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare, count_routed
-from amfm.launch.plan.low_precision import planned_recipes
+from amfm.launch.plan.low_precision import kept_passes, planned_recipes
 from amfm.launch.plan.roofline import Roofline, add_part
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import RunConfig
@@ -84,10 +84,14 @@ def computed_around(
     assert moe is not None, "check_model was not called: model.moe is missing"
     recipes = {} if narrow_letter is None else planned_recipes(config.low_precision, narrow_letter)
     wide_gradient = config.low_precision.weight_gradient == "bf16"
+    passes = kept_passes(config.low_precision, layout.micro_batches(config))
     up, down, experts, whole = (
-        Roofline(hardware, config.train.precision, storage.element_bytes, recipes=recipes, wide_gradient=wide_gradient)
+        Roofline(
+            hardware, config.train.precision, storage.element_bytes,
+            recipes=recipes, wide_gradient=wide_gradient, kept_passes=passes,
+        )
         for _ in range(4)
-    )
+    )  # fmt: skip
     (shared,) = moe.feed_forwards()
     if shared.inner:
         add_part(whole, model, layout, tokens, shared)

@@ -1,15 +1,18 @@
 """What a recipe of low precision does to a plan: bytes of its operands, and FLOPs that run at another peak.
 
 Products of a weight with a recipe run at that recipe's peak, and around them operands are quantised: activations and their
-gradients in a pass of their own that writes codes along both dimensions, weights once for each product that reads them. Memory
-is planned as without: codes of inputs take less than the bf16 that is counted for them.
+gradients in a pass of their own that writes codes along both dimensions, weights once for each product that reads them, or once a
+step. Memory is planned as without, but for codes of weights that are kept: codes of inputs take less than the bf16 that is
+counted for them.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from functools import lru_cache
 
+from amfm.launch.plan.layout import Layout, StageShare
 from amfm.model.config.low_precision import LowPrecisionConfig, RecipeName
 from amfm.model.config.schema import ModelConfig
 from amfm.model.low_precision import narrow_matrices
@@ -21,6 +24,25 @@ OPERAND_BYTES: dict[RecipeName, float] = {"fp8_block": 1 + 4 / 128, "mxfp8": 1 +
 def planned_recipes(settings: LowPrecisionConfig, letter: str) -> dict[str, RecipeName]:
     """Recipes of a narrow block's weights by name, as products run by them: none where they are emulated, which is wide."""
     return {} if settings.emulate else settings.recipes_of(letter)
+
+
+def kept_passes(settings: LowPrecisionConfig, micro_batches: int) -> int:
+    """Micro-batches that share a weight's codes, 0 where each product makes them."""
+    return micro_batches if settings.quantize_weights == "each_step" else 0
+
+
+def kept_code_bytes(model: ModelConfig, settings: LowPrecisionConfig, layout: Layout, held: StageShare) -> float:
+    """Bytes of the codes, in two directions, that a rank of a pipeline stage keeps of its weights during a step."""
+    if settings.quantize_weights != "each_step" or settings.emulate:
+        return 0.0
+    found = 0.0
+    for letter, times in Counter(held.narrow_letters(settings.narrow_blocks(model.letters))).items():
+        for matrix, recipe in narrow_matrices(model, settings, letter):
+            ranks = (
+                layout.expert * layout.expert_tensor if matrix.shard.per_expert and layout.expert > 1 else layout.tensor
+            )
+            found += times * 2 * OPERAND_BYTES[recipe] * math.prod(matrix.shape) / ranks
+    return found
 
 
 @lru_cache(maxsize=256)

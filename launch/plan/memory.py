@@ -31,6 +31,7 @@ from amfm.launch.plan.exchange import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.in_flight import Moment, moments_of
 from amfm.launch.plan.layout import Layout, StageShare, count_routed, distinct_stages, held_by_stages
+from amfm.launch.plan.low_precision import kept_code_bytes
 from amfm.launch.plan.measured import block_bytes
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import RunConfig
@@ -107,8 +108,9 @@ def estimate_memory(
 def estimate_stage(config: RunConfig, layout: Layout, storage: Storage, held: StageShare, imbalance: float) -> Memory:
     """Peak bytes of a rank of one pipeline stage, without margin: the fullest of its three phases."""
     stays = persistent_bytes(held, layout, storage)
+    codes = {"codes of weights": kept_code_bytes(config.model, config.low_precision, layout, held)}
     moments = {
-        "passes": stays | busiest_pass(config, layout, storage, held, imbalance),
+        "passes": stays | codes | busiest_pass(config, layout, storage, held, imbalance),
         "optimizer step": stays | step_bytes(held, layout, storage),
         "building": building_bytes(held, layout, storage),
     }

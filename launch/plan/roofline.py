@@ -23,7 +23,8 @@ class Roofline:
 
     `forwards` is 2 where blocks are recomputed, so that every method counts the forward part once more. `lands`: products
     add a weight's gradient to its float32 sum, which they read and write, where others write it. `recipes`: of low precision,
-    by the names of weights; `wide_gradient`: their third product keeps the run's precision.
+    by the names of weights; `wide_gradient`: their third product keeps the run's precision; `kept_passes`: micro-batches that use
+    the codes of a weight which are made once, 0 where each product makes them.
     """
 
     def __init__(
@@ -36,8 +37,9 @@ class Roofline:
         lands: bool = False,
         recipes: Mapping[str, RecipeName] = MappingProxyType({}),
         wide_gradient: bool = False,
+        kept_passes: int = 0,
     ) -> None:
-        self.recipes, self.wide_gradient = recipes, wide_gradient
+        self.recipes, self.wide_gradient, self.kept_passes = recipes, wide_gradient, kept_passes
         self.hardware, self.element_bytes, self.forwards, self.lands = hardware, element_bytes, forwards, lands
         self.peak = hardware.peak_flops(precision)
         self.bandwidth = hardware.memory_bytes_per_second * hardware.memory_efficiency
@@ -93,8 +95,11 @@ class Roofline:
             self.seconds += times * max(seconds, moved / self.bandwidth)
         # Codes along rows, and along columns where the third product takes them; a weight's for either direction.
         codes = b if self.wide_gradient else 2 * b
-        quantised = self.forwards * (rows * inputs * (e + codes) + weights * (e + b))
-        quantised += rows * outputs * (e + codes) + weights * (e + b)
+        quantised = self.forwards * rows * inputs * (e + codes) + rows * outputs * (e + codes)
+        if self.kept_passes:
+            quantised += weights * (e + 2 * b) / self.kept_passes
+        else:
+            quantised += weights * (self.forwards + 1) * (e + b)
         self.seconds += quantised / self.bandwidth
 
     def mixing(self, flops: float, moved: float) -> None:

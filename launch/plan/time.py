@@ -26,7 +26,7 @@ from amfm.launch.plan.exchanges import reduction_exchanges
 from amfm.launch.plan.expert_time import expert_exchange_seconds
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
-from amfm.launch.plan.low_precision import planned_recipes
+from amfm.launch.plan.low_precision import kept_passes, planned_recipes
 from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.roofline import Roofline
 from amfm.model.config.pattern import block_kind
@@ -109,6 +109,7 @@ def block_seconds(
         lands=lands(layout, storage),
         recipes=planned_recipes(config.low_precision, letter) if is_narrow else {},
         wide_gradient=config.low_precision.weight_gradient == "bf16",
+        kept_passes=kept_passes(config.low_precision, layout.micro_batches(config)),
     )
     # The norm with its residual: two tensors read and two written; backward reads three and writes two.
     tokens = layout.tokens(config) / layout.stream_ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.hooks.experts import Experts
+from amfm.pretrain.hooks.kept_weights import build_kept_weights
 from amfm.pretrain.hooks.metrics import Metrics
 from amfm.pretrain.hooks.quantization import build_quantization
 from amfm.pretrain.hooks.replicas import build_replicas
@@ -23,5 +24,5 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
     add to its line. suite: the tasks of `evaluate`, on the main rank alone.
     """
     tasks = [Tasks(run, suite)] if run.config.evaluate.tasks else []
-    watched = [*build_state_watch(run), *build_quantization(run), Validations(run), *tasks]
+    watched = [*build_state_watch(run), *build_quantization(run), *build_kept_weights(run), Validations(run), *tasks]
     return (*build_table(run), *watched, Metrics(run), Stragglers(run), Experts(run), *build_replicas(run))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from amfm.data_pipeline.config import DataConfig
+from amfm.kernels.low_precision import emulated
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.report.data import read_run
 from amfm.pretrain.report.plots import make_plots
@@ -80,6 +82,23 @@ def test_blocks_that_are_computed_again_round_as_before(
     whole: tuple[Path, Trained], data: DataConfig, tmp_path: Path
 ) -> None:
     assert_same_bits(train_and_collect(nvfp4(data, tmp_path / "run", train__recompute="full")), whole[1])
+
+
+def test_weights_quantised_once_a_step_give_the_same_bits_from_fewer_passes(
+    whole: tuple[Path, Trained], data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    made: list[str] = []
+    made_once = emulated.made_once
+
+    def note(weight: torch.Tensor, what: str, make: Callable[[], Any]) -> Any:
+        asked.append(what)
+        return made_once(weight, what, lambda: (made.append(what), make())[1])
+
+    monkeypatch.setattr(emulated, "made_once", note)
+    changes = {"low_precision__quantize_weights": "each_step", "train__recompute": "full"}
+    assert_same_bits(train_and_collect(nvfp4(data, tmp_path / "run", **changes)), whole[1])
+    assert len(made) <= len(asked) * 2 / 3, "forward, and forward again, ask for the same codes"
 
 
 def test_a_run_may_end_in_another_precision_and_says_so(data: DataConfig, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from amfm.kernels.common.split_backward import Later, compute_now, split_backwar
 from amfm.kernels.linear.op import linear
 from amfm.kernels.low_precision import triton_impl
 from amfm.kernels.low_precision.formats import quantize
+from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.kernels.low_precision.products import multiplies_codes
 from amfm.kernels.low_precision.recipe import Recipe
 from amfm.kernels.moe.counting_sort import list_tiles
@@ -50,10 +51,13 @@ def test_codes_of_rows_columns_and_weights_are_the_definitions_to_the_bit(rows, 
     wanted = quantize(x, "fp8_block", weight=True)
     for transposed in (False, True):
         found = triton_impl.quantize_weight(x, transposed=transposed)
-        codes = found.codes[0]
         exact = (wanted.codes.t(), wanted.scales.t()) if transposed else (wanted.codes, wanted.scales)
-        assert_bitwise(codes, exact[0].contiguous())
-        assert_bitwise(found.scales[0], exact[1].contiguous())
+        with keep_weights():  # both ways in one pass
+            kept = triton_impl.quantize_weight(x, transposed=transposed)
+            assert triton_impl.quantize_weight(x, transposed=transposed).codes is kept.codes
+        for made in (found, kept):
+            assert_bitwise(made.codes[0], exact[0].contiguous())
+            assert_bitwise(made.scales[0], exact[1].contiguous())
 
 
 def test_every_bfloat16_number_has_the_code_of_the_definition():
@@ -177,7 +181,7 @@ def test_registration_is_complete():
     x = torch.randn(130, 40)
     tiles = tiled([100, 30])
     assert_registered(triton_impl._quantize_rows, x, None, None, None, tiles.tiles, 2, "", True, True)
-    assert_registered(triton_impl._quantize_weight, torch.randn(2, 40, 40), True)
+    assert_registered(triton_impl._quantize_weight, torch.randn(2, 40, 40), False, True)
     rows, columns = triton_impl.quantize_rows(x, tiles, rows=True, columns=True)
     weight = triton_impl.quantize_weight(torch.randn(2, 24, 40))
     assert_registered(

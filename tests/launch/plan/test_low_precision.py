@@ -67,6 +67,17 @@ def test_blocks_that_stay_wide_take_what_they_took():
     assert found["moe"] == estimate_step(wide, layout, H100, storage_of(wide), overlap=0.0).compute["moe"]
 
 
+def test_weights_quantised_once_a_step_take_fewer_passes_and_room_for_their_codes():
+    narrow, kept = (preset("turbos_560b", FP8, *more) for more in ((), ("low_precision.quantize_weights=each_step",)))
+    layout = Layout.of(narrow, 2048)
+    first, second = (estimate(each, layout, H100, EVEN) for each in (narrow, kept))
+    codes = second.memory.parts["codes of weights"]
+    assert "codes of weights" not in first.memory.parts
+    # Nearly all of a rank's weights take the recipe: a byte and a 32nd in either direction, where bf16 takes two.
+    assert 0.9 < codes / second.memory.parts["weights"] < 1.04
+    assert second.step.total() < 0.95 * first.step.total()
+
+
 def test_the_flops_of_a_recipe_are_those_of_its_products():
     config = preset("ladder_8b_a1b", FP8)
     model, moe, mamba = config.model, config.model.moe, config.model.mamba
