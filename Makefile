@@ -148,6 +148,7 @@ clients: $(VENV)/.installed $(CLIENTS)/.installed $(PEERS)/.installed
 	rm -rf runs/clients
 	$(BIN)/python -m benchmarks.clients --readers $(CLIENTS)/readers/bin/python --vllm $(CLIENTS)/vllm/bin/python \
 	  --folder runs/clients --out docs/benchmarks/clients.md
+	AMFM_VLLM_PYTHON=$(CURDIR)/$(CLIENTS)/vllm/bin/python $(BIN)/python -m pytest -m slow tests/pretrain/export/clients
 	$(PEERS)/bin/python -m pytest -p no:cacheprovider -m "slow or not slow" -rs tests/pretrain/export/test_habits.py
 
 $(CLIENTS)/.installed: recipes/clients/readers.txt recipes/clients/vllm.txt

@@ -69,6 +69,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {
         "pattern": "C-*ECE",
         "hidden_size": 128,  # heads are its width over their number
+        "tie_embeddings": True,  # mlx-lm has no head of its own
         "mixers": {"short_conv": {}},
         "attention": ATTENTION | {"qk_norm": True, "positions": "rope", "rope": {"theta": 10000}},
         "feed_forward": {"hidden_size": 128, "activation": "swiglu"},

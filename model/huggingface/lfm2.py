@@ -26,6 +26,7 @@ from amfm.model.huggingface.fields import (
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER
 from amfm.model.huggingface.qwen3_next_weights import GatedEntry
+from amfm.model.huggingface.refusals import Refusal
 
 LAYER_TYPES = {"C": "conv", "*": "full_attention"}
 LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}
@@ -219,6 +220,14 @@ def limits(config: ModelConfig) -> list[str]:
     return [*([packed] if "C" in config.letters else []), IGNORED_ARGUMENTS, NO_CLASSIFIER]
 
 
+def refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
+    """Name the programs that are known to refuse a model of either class."""
+    if config.tie_embeddings:
+        return []
+    rule = 'it has no head beside the embedding and ends with "parameters not in model"; set model.tie_embeddings: true'
+    return [Refusal("mlx-lm", rule)]
+
+
 CLASS = HfTarget(
     name="lfm2",
     model_type="lfm2",
@@ -227,5 +236,6 @@ CLASS = HfTarget(
     fields=lfm2_fields,
     read=model_config_from_lfm2,
     weights=lfm2_map,
+    refusals=refusals,
     limits=limits,
 )

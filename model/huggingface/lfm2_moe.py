@@ -15,7 +15,7 @@ from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.fields import unfit_expert_sizes
 from amfm.model.huggingface.hf_class import HfTarget
-from amfm.model.huggingface.lfm2 import LAYER_TYPES, layer_fields, lfm2_map, limits, read_layers, unfit_layers
+from amfm.model.huggingface.lfm2 import LAYER_TYPES, layer_fields, lfm2_map, limits, read_layers, refusals, unfit_layers
 
 # What a mixture of the class must be, with the reason.
 EXPERTS = {
@@ -104,5 +104,6 @@ CLASS = HfTarget(
     fields=lfm2_moe_fields,
     read=model_config_from_lfm2_moe,
     weights=lfm2_map,
+    refusals=refusals,
     limits=limits,
 )

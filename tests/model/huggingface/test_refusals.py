@@ -13,6 +13,8 @@ from tests.model.huggingface.cases import (
     delta_mixers,
     granite_config,
     kimi_linear_config,
+    lfm2_config,
+    lfm2_moe_config,
     nemotron_h_config,
     qwen3_next_config,
 )
@@ -43,6 +45,8 @@ WIDE = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=32, qk_norm=True, p
         ),
         ("kimi_linear", kimi_linear_config(), ["kernel for cards"]),
         ("kimi_linear", kimi_linear_config(pattern="+-"), []),
+        ("lfm2", lfm2_config(), ["model.tie_embeddings: true"]),
+        ("lfm2_moe", lfm2_moe_config(tie_embeddings=True), []),
         ("own", nemotron_h_config(), ["classes that it has itself"] * 2),
     ],
 )
