@@ -1,4 +1,4 @@
-"""Verb convert: a trained model's softmax attention becomes a mixer of fixed state."""
+"""Verb convert: a trained model's softmax attention becomes a mixer of fixed state, or its feed-forwards become experts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import DONE
 
 if TYPE_CHECKING:
+    from amfm.pretrain.config.schema import RunConfig
     from amfm.pretrain.convert.measure import ConversionReport
     from amfm.pretrain.convert.stages import ConversionStage
 
@@ -26,7 +27,7 @@ def convert(
 ) -> None:
     """Replace a trained model's attention as the section `convert` says: transfer, tune, measure, and write the merged weights.
 
-    Each stage is a run below run.dir. Stopped at any point, the same command goes on.
+    With convert.upcycle, feed-forwards become experts instead, and nothing is trained. Each stage is a run below run.dir. Stopped at any point, the same command goes on.
     """
     require_extra("report", "amfm convert")
     with Waiting("amfm convert") as waiting:
@@ -43,6 +44,9 @@ def convert(
         except ConfigError as error:
             raise error.located(located.origins) from error
         config = located.config
+        if config.convert is not None and config.convert.upcycle is not None:
+            upcycle_model(config, waiting, as_json=as_json)
+            return
         waiting("reading the teacher")
         start = write_start(config, waiting)
     stages = list(conversion_stages(config))
@@ -61,6 +65,28 @@ def convert(
         waiting("writing the result")
         write_result(found, tuned, stages)
     print_conversion(found, as_json=as_json)
+
+
+def upcycle_model(config: RunConfig, waiting: Waiting, *, as_json: bool) -> None:
+    """Make experts of the teacher's feed-forwards, and print what came of it."""
+    from amfm.pretrain.convert.upcycle import upcycle
+
+    found = upcycle(config, waiting)
+    if as_json:
+        print_json({"result": str(found.result), **found.to_json()})
+        return
+    moe = found.model.moe
+    assert moe is not None, "an upcycled model has experts"
+    pairs: list[tuple[str, object]] = [
+        ("pattern", found.model.parsed_pattern.canonical()),
+        ("experts", f"{moe.num_experts} of width {moe.expert_hidden_size}, {moe.top_k} per token"),
+        ("parameters", f"{found.parameters[1]:,} ({found.active[1]:,} active); dense: {found.parameters[0]:,}"),
+        ("nats per token", f"{found.losses[1]:.4f}; dense: {found.losses[0]:.4f}, on {found.compared}"),
+        ("largest difference of logits", f"{found.max_logit_difference:.1e}"),
+        ("result", f"{found.result} (weights, model.yaml)"),
+        ("train on", f"run.initial_weights={found.result}, extends: {found.result}/model.yaml"),
+    ]
+    print_pairs("Upcycled model", pairs)
 
 
 def run_stage(stage: ConversionStage, place: str, nproc: int) -> int:

@@ -56,24 +56,65 @@ class TuneConfig(Section):
         return LoraMixerConfig(**self.routing.model_dump(), **own)
 
 
+class UpcycleConfig(Section):
+    """Sparse upcycling: feed-forwards of a dense model become experts (Komatsuzaki et al. 2023, arXiv 2212.05055).
+
+    Copies may be cut into slices of the inner width (He et al. 2024, arXiv 2410.07524): expert c * num_slices + g is slice
+    g of copy c, and a token takes whole copies at first. Without noise and reset the model computes what the dense one does.
+    """
+
+    num_copies: int = Field(ge=2, description="Copies of each feed-forward; there are num_copies x num_slices experts.")
+    num_slices: int = Field(
+        1, gt=0, description="Experts that a copy is cut into along its inner width, which this must divide."
+    )
+    top_copies: int = Field(
+        2, gt=0, description="Copies per token: model.moe.top_k becomes this times num_slices; at most num_copies."
+    )
+    router: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="How logits become scores; sigmoid comes with a balancing bias, which begins at 0."
+    )
+    noise: float = Field(
+        0.0, ge=0, description="Standard deviation of what is added to each expert's matrices, over that of the matrix."
+    )
+    reset: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of each expert's inner units that are drawn anew, with mean and deviation of the matrix (Nakamura et al. 2025, arXiv 2502.19261).",
+    )
+
+    def is_exact(self) -> bool:
+        """Whether the model computes what the dense one does."""
+        return self.noise == 0 and self.reset == 0
+
+
 class ConvertConfig(Section):
-    """Conversion of a trained model's softmax attention to a mixer of fixed state: `amfm convert` (docs/conversion.md)."""
+    """Conversion of a trained model's softmax attention to a mixer of fixed state, or of feed-forwards to experts: `amfm convert` (docs/conversion.md)."""
 
     teacher: str = Field(
         description="The trained model: a run, a checkpoint or an import. `model` describes it, and also has the options of the new mixer."
     )
     to: str = Field("window_linear", description="The mixer that attention becomes; its options are in model.mixers.")
     blocks: tuple[int, ...] | None = Field(
-        None, description="Blocks to convert, by their number in the pattern from 0; none: every attention block."
+        None,
+        description="Blocks to convert, by their number in the pattern from 0; none: every attention block (upcycle: every feed-forward).",
     )
-    keep: tuple[int, ...] = Field((), description="Attention blocks that are kept; instead of blocks.")
+    keep: tuple[int, ...] = Field((), description="Such blocks that are kept; instead of blocks.")
+    upcycle: UpcycleConfig | None = Field(
+        None, description="Make experts of the feed-forwards instead; nothing is trained, so without transfer and tune."
+    )
     transfer: TransferConfig | None = Field(
         None, description="Of window_linear with weights of its own; none: no such stage."
     )
-    tune: TuneConfig = Field(description="Of every conversion, and of its controls.")
+    tune: TuneConfig | None = Field(None, description="Of every conversion of attention, and of its controls.")
     stage: StageName | None = Field(
         None, description="Set by `amfm convert` in the runs of its stages, below run.dir; leave it out."
     )
+
+    def tuning(self) -> TuneConfig:
+        """The settings of tuning, which every conversion of attention has."""
+        assert self.tune is not None, "check_conversion asks for convert.tune"
+        return self.tune
 
     def own_losses(self) -> tuple[str, ...]:
         """Auxiliary losses that blocks give in this stage alone."""

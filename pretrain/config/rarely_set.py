@@ -19,6 +19,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "convert.transfer": "learning_rate scale",
         "convert.tune": "rank alpha targets",
         "convert.tune.routing": "num_experts top_k balance_weight hard_from_step",
+        "convert.upcycle": "num_copies num_slices top_copies router noise reset",
     },
     "docs/data.md": {
         "data": "packing shuffle mask_document_boundaries on_corruption",

@@ -24,7 +24,7 @@ def prepare_stage(model: HybridModel, convert: ConvertConfig) -> None:
         for mixer in converted_mixers(model, convert):
             mixer.transfer_scale = convert.transfer.scale
     else:
-        tune = convert.tune
+        tune = convert.tuning()
         if tune.routing is None:
             add_lora(model, tune.targets, rank=tune.rank, alpha=tune.alpha)
         for name, parameter in model.named_parameters():

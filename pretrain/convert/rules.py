@@ -9,9 +9,18 @@ from amfm.model.config.kinds import describe_symbol, registered_kinds
 from amfm.model.config.rope import Llama3Stretch
 from amfm.model.config.window_linear import WindowLinearOptions
 from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.config.convert import UpcycleConfig
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.convert.stages import ATTENTION, WINDOW_LINEAR, conversion_of, conversion_stages, converted_blocks
+from amfm.pretrain.convert.stages import (
+    ATTENTION,
+    EXPERTS,
+    FEED_FORWARD,
+    WINDOW_LINEAR,
+    conversion_of,
+    conversion_stages,
+    converted_blocks,
+)
 
 
 def check_conversion(config: RunConfig, world_size: int | None = None) -> None:
@@ -22,6 +31,8 @@ def check_conversion(config: RunConfig, world_size: int | None = None) -> None:
     problems = list(rule_problems(config))
     if problems:
         raise ConfigError(problems)
+    if config.convert is not None and config.convert.upcycle is not None:
+        return
     for stage in conversion_stages(config):
         check_run(stage.config, world_size)
 
@@ -49,14 +60,45 @@ def rule_problems(config: RunConfig) -> Iterator[Problem]:
     if config.model.num_depths:
         rule = "has depths of multi-token prediction, which a conversion does not tune"
         yield Problem("model.pattern", rule, "leave them out: the teacher's are ignored then", config.model.pattern)
+    if config.convert.upcycle is not None:
+        yield from upcycle_problems(config, config.convert.upcycle)
+        yield from block_problems(config, FEED_FORWARD)
+        return
+    if config.convert.tune is None:
+        yield Problem("convert.tune", "is missing", "name at least convert.tune.steps, or convert.upcycle")
+        return
     yield from routing_problems(config)
-    yield from block_problems(config)
+    yield from block_problems(config, ATTENTION)
     yield from mixer_problems(config)
+
+
+def upcycle_problems(config: RunConfig, upcycle: UpcycleConfig) -> Iterator[Problem]:
+    """Check that feed-forwards can be cut so, that tokens can take so many, and that nothing else is asked for."""
+    convert, dense = conversion_of(config), config.model.feed_forward
+    for name, given in (("to", convert.to), ("transfer", convert.transfer), ("tune", convert.tune)):
+        if given not in (None, WINDOW_LINEAR):
+            yield Problem(f"convert.{name}", "has no effect with convert.upcycle, which trains nothing", "remove it")
+    if EXPERTS in config.model.letters or config.model.moe is not None:
+        rule = "has experts already, and a model has one section for them"
+        yield Problem("model.pattern", rule, "give a dense teacher", config.model.pattern)
+    if upcycle.top_copies > upcycle.num_copies:
+        rule = f"is more than convert.upcycle.num_copies={upcycle.num_copies}"
+        yield Problem("convert.upcycle.top_copies", rule, "lower it to at most that", str(upcycle.top_copies))
+    if dense is None:
+        return
+    if dense.linear_kind != "dense":
+        rule = "are products of factors, and experts are dense"
+        yield Problem("model.feed_forward.linear_kind", rule, "give a teacher with dense matrices", dense.linear_kind)
+    if dense.hidden_size % upcycle.num_slices:
+        rule = f"must divide model.feed_forward.hidden_size={dense.hidden_size}"
+        yield Problem("convert.upcycle.num_slices", rule, "use a divisor", str(upcycle.num_slices))
+    if config.model.mup is not None:
+        yield Problem("model.mup", "has no rates for experts that were a feed-forward", "give a teacher without it")
 
 
 def routing_problems(config: RunConfig) -> Iterator[Problem]:
     """Check that the updates a router chooses among are the conversion's own, and that it can choose so many."""
-    routing = conversion_of(config).tune.routing
+    routing = conversion_of(config).tuning().routing
     if config.model.lora_mixer is not None:
         rule = "is what convert.tune.routing gives a model, and a teacher has none"
         yield Problem("model.lora_mixer", rule, "remove it, and give the teacher that the updates were made for")
@@ -64,7 +106,7 @@ def routing_problems(config: RunConfig) -> Iterator[Problem]:
         rule = f"is more than convert.tune.routing.num_experts={routing.num_experts}"
         yield Problem("convert.tune.routing.top_k", rule, "lower it to at most that", str(routing.top_k))
     if routing is not None and routing.hard_from_step is not None:
-        key, steps = "convert.tune.routing.hard_from_step", conversion_of(config).tune.steps
+        key, steps = "convert.tune.routing.hard_from_step", conversion_of(config).tuning().steps
         if routing.hard_from_step >= steps:
             rule = (
                 f"must be less than convert.tune.steps={steps}, or the choices that the result makes are never trained"
@@ -75,8 +117,9 @@ def routing_problems(config: RunConfig) -> Iterator[Problem]:
             yield Problem(key, rule, "lower top_k, or leave it out", str(routing.hard_from_step))
 
 
-def block_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check that the blocks are there, and that they are softmax attention."""
+def block_problems(config: RunConfig, wanted: str) -> Iterator[Problem]:
+    """Check that the blocks are there, and that they are of the kind that is converted: attention or feed-forward."""
+    what = "softmax attention" if wanted == ATTENTION else "feed-forward"
     convert, letters = conversion_of(config), config.model.letters
     if convert.blocks is not None and convert.keep:
         yield Problem("convert.keep", "is given beside convert.blocks, which says the same", "remove one of them")
@@ -85,16 +128,23 @@ def block_problems(config: RunConfig) -> Iterator[Problem]:
             if not 0 <= index < len(letters):
                 rule = f"must be below {len(letters)}, the number of blocks in model.pattern"
                 yield Problem(f"convert.{key}", rule, "count from 0", str(index))
-            elif letters[index] != ATTENTION:
-                rule = f"is {letters[index]} ({describe_symbol(letters[index])}), and only softmax attention (*) is converted"
-                attention = [str(place) for place, letter in enumerate(letters) if letter == ATTENTION]
-                yield Problem(f"convert.{key}", rule, f"use some of {', '.join(attention) or 'none'}", str(index))
-    if ATTENTION not in letters:
+            elif letters[index] != wanted:
+                rule = (
+                    f"is {letters[index]} ({describe_symbol(letters[index])}), and only {what} ({wanted}) is converted"
+                )
+                places = [str(place) for place, letter in enumerate(letters) if letter == wanted]
+                yield Problem(f"convert.{key}", rule, f"use some of {', '.join(places) or 'none'}", str(index))
+    if wanted not in letters:
         yield Problem(
-            "model.pattern", "has no softmax attention (*) to convert", "give another teacher", config.model.pattern
+            "model.pattern", f"has no {what} ({wanted}) to convert", "give another teacher", config.model.pattern
         )
     elif not converted_blocks(config):
-        yield Problem("convert.keep", "keeps every attention block", "leave out those to convert", str(convert.keep))
+        yield Problem(
+            "convert.keep",
+            f"keeps every {what.rsplit(maxsplit=1)[-1]} block",
+            "leave out those to convert",
+            str(convert.keep),
+        )
 
 
 def mixer_problems(config: RunConfig) -> Iterator[Problem]:

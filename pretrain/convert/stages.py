@@ -27,6 +27,7 @@ from amfm.pretrain.config.schema import RunConfig
 
 WINDOW_LINEAR = "window_linear"
 ATTENTION = find_kind("attention").symbol  # what is converted
+FEED_FORWARD, EXPERTS = find_kind("feed_forward").symbol, find_kind("moe").symbol  # what is upcycled, and to what
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ def converted_blocks(config: RunConfig) -> tuple[int, ...]:
     convert = conversion_of(config)
     if convert.blocks is not None:
         return tuple(sorted(set(convert.blocks)))
+    wanted = ATTENTION if convert.upcycle is None else FEED_FORWARD
     letters = config.model.letters
-    return tuple(index for index, letter in enumerate(letters) if letter == ATTENTION and index not in convert.keep)
+    return tuple(index for index, letter in enumerate(letters) if letter == wanted and index not in convert.keep)
 
 
 def converted_model(config: RunConfig) -> ModelConfig:
@@ -87,7 +89,7 @@ def conversion_stages(config: RunConfig) -> Iterator[ConversionStage]:
     start, transferred = folder_of(config, "start"), folder_of(config, "transferred")
     if convert.transfer is not None:
         yield _stage(config, "transfer", start, convert.transfer.steps, convert.transfer.learning_rate)
-    tune = convert.tune
+    tune = convert.tuning()
     yield _stage(config, "tune", start if convert.transfer is None else transferred, tune.steps, tune.learning_rate)
     if convert.to == WINDOW_LINEAR:
         yield _stage(config, "tune-window", start, tune.steps, tune.learning_rate)
@@ -101,7 +103,7 @@ def _stage(config: RunConfig, name: StageName, initial: Path, steps: int, rate: 
         # Routers are frozen, and so is the balance that they were trained with.
         model = model.model_copy(update={"moe": model.moe.model_copy(update={"bias_update_rate": 0.0})})
     if name != "transfer":
-        model = model.model_copy(update={"lora_mixer": convert.tune.routed()})
+        model = model.model_copy(update={"lora_mixer": convert.tuning().routed()})
     run_dir = str(folder_of(config, f"convert-{name}"))
     changes = {
         "model": model,

@@ -167,7 +167,8 @@ def stage_weights(stage: ConversionStage, report: Report = silent) -> Weights:
     frozen = {name for name, entry in manifest["parameters"].items() if entry["group"] == FROZEN}
     trained = {name: tensor for name, tensor in read_full_state(checkpoint, report).items() if name not in frozen}
     whole = {**first.state, **trained}
-    state = whole if convert.tune.routing else merge_lora(whole, convert.tune.alpha / convert.tune.rank)
+    tune = convert.tuning()
+    state = whole if tune.routing else merge_lora(whole, tune.alpha / tune.rank)
     model: ModelConfig = stage.config.model
     if model.moe is not None and first.model.moe is not None:
         model = model.model_copy(update={"moe": first.model.moe})

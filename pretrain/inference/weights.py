@@ -189,7 +189,8 @@ def merge_stage(state: OnDemand, convert: ConvertConfig, folder: Path) -> OnDema
             "report measures it: give convert-tune or result instead"
         )
     # Updates that a router chooses among are no matrix: they stay, and the model has a section for them.
-    return state if convert.tune.routing else merge_lora(state, convert.tune.alpha / convert.tune.rank)
+    tune = convert.tuning()
+    return state if tune.routing else merge_lora(state, tune.alpha / tune.rank)
 
 
 def write_weights(folder: Path, weights: Weights) -> None:

@@ -140,6 +140,8 @@ evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluat
 prune.groups prune.keep prune.method prune.start_step prune.every_steps prune.end_step
 forget.every_steps forget.until_step
 convert.teacher convert.to convert.blocks convert.keep convert.stage
+convert.upcycle.num_copies convert.upcycle.num_slices convert.upcycle.top_copies convert.upcycle.router
+convert.upcycle.noise convert.upcycle.reset
 convert.transfer.steps convert.transfer.learning_rate convert.transfer.scale
 convert.tune.steps convert.tune.learning_rate convert.tune.rank convert.tune.alpha convert.tune.targets
 convert.tune.routing.num_experts convert.tune.routing.top_k convert.tune.routing.balance_weight
