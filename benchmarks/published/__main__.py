@@ -28,7 +28,7 @@ def published(
     as_json: JsonOption = False,
 ) -> None:
     """Plan runs whose speed on H100 is published, and print the error of each: the table of docs/benchmarks/planning.md."""
-    from benchmarks.published.planning import anchor_as_dict, fit_halves, load_anchors
+    from benchmarks.published.planning import anchor_as_dict, fit_halves, load_anchors, load_fp8_anchors
 
     anchors = load_anchors(presets)
     rows = [anchor_as_dict(anchor) for anchor in anchors]
@@ -37,10 +37,12 @@ def published(
         halves, ratios = fit_halves(anchors)
         for row, ratio in zip(rows, ratios):
             row["error_of_the_other_halfs_fit"] = ratio - 1
+    narrow = [anchor_as_dict(anchor) for anchor in load_fp8_anchors(presets)]
     if as_json:
-        print_json(rows)
+        print_json([*rows, *narrow])
         return
     print_rows("Published speeds and the plan's", *_table(rows))
+    print_rows("In FP8, each beside a plan by a recipe", *_table(narrow))
     _say_errors(rows, halves)
     if any(row["is_stand_in"] for row in rows):
         say("Lightning is planned with Nano's blocks; its error is of FLOPs per second")

@@ -28,7 +28,7 @@ from amfm.model.flops import flops_per_token
 from amfm.model.moe.spread import expected_ranks
 from amfm.pretrain.checks.check_run import load_checked
 from amfm.pretrain.config.schema import RunConfig
-from benchmarks.published.runs import PUBLISHED, PublishedRun
+from benchmarks.published.runs import PUBLISHED, PUBLISHED_FP8, PublishedRun
 
 NATURAL_IMBALANCE = 1.2
 FITTED = (
@@ -41,6 +41,7 @@ FITTED = (
 THEIRS = HARDWARE["h100"].model_copy(
     update={
         "grouped_efficiency": 0.55,
+        "fp8_grouped_efficiency": 0.50,
         "attention_efficiency": 0.50,
         "attention_backward_efficiency": None,
         "all_to_all_efficiency": None,
@@ -84,8 +85,13 @@ class Anchor:
 
 
 def load_anchors(presets: Path) -> list[Anchor]:
-    """All published runs, with presets from the folder `presets`. Raises FileNotFoundError where one is missing."""
+    """All published runs in bf16, with presets from the folder `presets`. Raises FileNotFoundError where one is missing."""
     return [load_anchor(run, presets) for run in PUBLISHED]
+
+
+def load_fp8_anchors(presets: Path) -> list[Anchor]:
+    """Those in FP8, which are planned by a recipe of low precision."""
+    return [load_anchor(run, presets) for run in PUBLISHED_FP8]
 
 
 def load_anchor(run: PublishedRun, presets: Path) -> Anchor:
@@ -102,6 +108,7 @@ def load_anchor(run: PublishedRun, presets: Path) -> Anchor:
         f"train.sequence_length={run.sequence_length}",
         f"train.micro_batch_size={run.micro_batch_size}",
         f"train.global_batch_size={run.global_batch_size}",
+        *run.low_precision,
     ]
     config = load_checked(presets / f"{run.preset}.yaml", overrides, world_size=run.gpus)
     config = config.model_copy(update={"model": with_depths(config.model, run.depths)})

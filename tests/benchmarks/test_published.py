@@ -7,11 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from amfm.launch.plan.estimate import estimate
+from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.model.flops import count_parameters
 from amfm.pretrain.checks.check_run import load_checked
 from benchmarks.command import run
 from benchmarks.published.__main__ import LARGE_ERROR, published
-from benchmarks.published.planning import THEIRS, anchor_as_dict, fit_anchors, load_anchor, load_anchors, sent_rows
+from benchmarks.published.planning import (
+    THEIRS,
+    anchor_as_dict,
+    fit_anchors,
+    load_anchor,
+    load_anchors,
+    load_fp8_anchors,
+    sent_rows,
+)
 from benchmarks.published.runs import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +31,11 @@ CONFIGS = ROOT / "configs"
 @pytest.fixture(scope="module")
 def anchors():
     return load_anchors(CONFIGS)
+
+
+@pytest.fixture(scope="module")
+def rows(anchors):
+    return [anchor_as_dict(anchor) for anchor in (*anchors, *load_fp8_anchors(CONFIGS))]
 
 
 @pytest.mark.parametrize(
@@ -46,9 +61,8 @@ def test_counted_flops_are_the_published_ones_where_the_whole_model_is_planned(a
             assert anchor.flops_per_token == pytest.approx(published, rel=5e-2), anchor.published
 
 
-def test_a_row_that_is_far_off_names_its_cause_and_no_other_does(anchors):
-    for anchor in anchors:
-        row = anchor_as_dict(anchor)
+def test_a_row_that_is_far_off_names_its_cause_and_no_other_does(rows):
+    for row in rows:
         assert bool(row["cause"]) == (abs(row["error"]) > LARGE_ERROR), row
 
 
@@ -77,10 +91,17 @@ def test_the_fit_finds_efficiencies_that_explain_the_speeds():
     assert all(anchor.ratio(anchor.plan(found)) == pytest.approx(1, abs=0.02) for anchor in measured)
 
 
-def test_the_documentation_holds_what_the_command_prints(anchors):
+def test_a_run_in_fp8_is_planned_by_a_recipe():
+    for anchor in load_fp8_anchors(CONFIGS):
+        wide = anchor.config.model_copy(update={"low_precision": LowPrecisionConfig()})
+        plain = estimate(wide, anchor.layout, THEIRS, anchor.assumptions)
+        assert anchor.plan(THEIRS).tokens_per_second > 1.05 * plain.tokens_per_second
+        assert anchor.plan(THEIRS).mfu_mixed is not None and plain.mfu_mixed is None
+
+
+def test_the_documentation_holds_what_the_command_prints(rows):
     text = (ROOT / "docs" / "benchmarks" / "planning.md").read_text(encoding="utf-8")
-    for anchor in anchors:
-        row = anchor_as_dict(anchor)
+    for row in rows:
         planned = f"{row['predicted_tokens_per_second_per_gpu']:,.0f} ({row['error']:+.0%})"
         assert f"{row['published_tokens_per_second_per_gpu']:,} | {planned}" in text, row
 
