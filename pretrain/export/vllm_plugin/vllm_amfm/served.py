@@ -25,6 +25,24 @@ SERVED = ("mamba2", "attention", "moe", "feed_forward", "short_conv", "gated_del
 STATEFUL = ("mamba2", "short_conv", "gated_deltanet")
 ATTENDING = ("attention", "window", "mla")
 
+# Settings of each block that the plug-in reads, and those that matter in training alone; another one that is set is refused.
+KNOWN = {
+    "mamba2": "num_heads head_dim state_size num_groups conv_kernel conv_bias chunk_size keep_states a_init_min a_init_max "
+    "time_step_min time_step_max time_step_floor",
+    "attention": "num_heads num_kv_heads head_dim qk_norm positions rope softmax_scale gate",
+    "feed_forward": "hidden_size activation linear_kind",
+    "moe": "num_experts top_k expert_hidden_size shared_expert_hidden_size shared_expert_gate shared_expert_linear_kind "
+    "activation router normalize_probabilities routed_scaling num_router_groups router_group_top_k router_group_merit "
+    "expert_bias bias_update_rate auxiliary_loss_weight sequence_loss_weight balance_counts z_loss_weight latent_size "
+    "capacity_factor overflow",
+    "short_conv": "conv_kernel",
+    "gated_deltanet": "conv_kernel chunk_size num_heads head_dim value_head_dim num_key_heads allow_negative_eigenvalues",
+    "window": "num_heads num_kv_heads window head_dim qk_norm positions rope_theta gate",
+    "mla": "num_heads latent_size query_latent_size nope_head_dim rope_head_dim value_head_dim positions rope_theta gate "
+    "latent_norm_epsilon",
+}
+SECTIONS = {"mamba2": "mamba", "attention": "attention", "feed_forward": "feed_forward", "moe": "moe"}
+
 
 def block_names(fields: Mapping[str, Any]) -> list[str]:
     """Name the block of each place of the pattern."""
@@ -36,6 +54,9 @@ def unserved(fields: Mapping[str, Any]) -> list[str]:
     names = set(block_names(fields))
     mixers = fields.get("mixers") or {}
     reasons = [f"the block {name}: vLLM has no part that it could run on" for name in sorted(names - {*SERVED, "kda"})]
+    for name in sorted(names & set(SERVED)):
+        section = fields[SECTIONS[name]] if name in SECTIONS else mixers[name]
+        reasons += _unknown_settings(name, section)
     if "kda" in names:
         reasons.append("the block kda: vLLM's part for it needs a GPU, and was not tried")
     if "gated_deltanet" in names:
@@ -49,6 +70,14 @@ def unserved(fields: Mapping[str, Any]) -> list[str]:
                 "values lie in one cache; use narrower values"
             )
     return reasons
+
+
+def _unknown_settings(name: str, section: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in section.items():
+        if key not in KNOWN[name].split() and value not in (None, False):
+            yield f"the block {name}: {key}={value}, which the plug-in does not compute; leave it out"
+    if section.get("activation", "swiglu") not in ("swiglu", "squared_relu"):
+        yield f"the block {name}: activation={section['activation']}, which the plug-in does not compute; use swiglu"
 
 
 def _unserved_delta(options: Mapping[str, Any]) -> Iterator[str]:

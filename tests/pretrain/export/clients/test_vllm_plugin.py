@@ -26,17 +26,23 @@ VLLM = os.environ.get("AMFM_VLLM_PYTHON")
 ROPE = {"theta": 300.0, "fraction": 0.5}
 # Sizes of heads that vLLM's attention has on a CPU.
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
-SWIGLU = OWN["moe"] | {"latent_size": None, "expert_hidden_size": 32}
+SWIGLU = OWN["moe"] | {
+    "latent_size": None,
+    "expert_hidden_size": 32,
+    "activation": "swiglu",
+    "activation_limit": None,
+}
+PLAIN = OWN | {"feed_forward": {"hidden_size": 40, "activation": "swiglu"}, "moe": SWIGLU}
 SERVED: dict[str, dict[str, Any]] = {
-    "every choice of Mamba2, attention, experts": OWN
+    "every choice of Mamba2, attention, experts": PLAIN
     | {"attention": OWN["attention"] | {"head_dim": 32}, "moe": SWIGLU, "tie_embeddings": True},
-    "attention alone": OWN
+    "attention alone": PLAIN
     | {
         "pattern": "*-*E",
         "attention": HEADS | {"gate": "element", "positions": "rope", "rope": ROPE, "softmax_scale": 0.3},
         "moe": SWIGLU | {"router": "softmax", "expert_bias": False, "shared_expert_gate": False},
     },
-    "states of two kinds, latent attention, a window": OWN
+    "states of two kinds, latent attention, a window": PLAIN
     | {
         "pattern": "MC+-W",
         "mixers": {
@@ -56,7 +62,7 @@ SERVED: dict[str, dict[str, Any]] = {
     },
     "no attention": MODEL
     | {"pattern": "M-C-", "mixers": {"short_conv": {"conv_kernel": 4}}, "multipliers": {"residual": 0.5}},
-    "Gated DeltaNet": OWN
+    "Gated DeltaNet": PLAIN
     | {
         "pattern": "G-*-",
         "mixers": {"gated_deltanet": {"num_heads": 4, "num_key_heads": 2, "head_dim": 128, "value_head_dim": 128}},
@@ -73,7 +79,7 @@ def export_of(model: dict[str, Any], data: DataConfig, folder: Path) -> Path:
 
 
 def test_the_plugin_beside_the_weights_is_found_by_its_entry_point(data: DataConfig, tmp_path: Path) -> None:
-    export = export_of(OWN, data, tmp_path)
+    export = export_of(PLAIN, data, tmp_path)
     (installed,) = Distribution.discover(path=[str(export / "vllm_plugin")])
     (found,) = installed.entry_points
     assert (found.group, found.value) == ("vllm.general_plugins", "vllm_amfm:register")
@@ -103,6 +109,11 @@ def test_the_plugin_beside_the_weights_is_found_by_its_entry_point(data: DataCon
             {"pattern": "+-", "mixers": {"mla": sample_options("mla") | {"value_head_dim": 99}}},
             "value_head_dim=99 is above",
         ),
+        (
+            {"feed_forward": {"hidden_size": 48, "activation": "swiglu", "activation_limit": 7.0}},
+            "the block feed_forward: activation_limit=7.0",
+        ),
+        ({"feed_forward": {"hidden_size": 48, "activation": "swiglu_oai"}}, "activation=swiglu_oai"),
         ({"pattern": "*-"}, "heads of 8 in attention have no kernel on a CPU"),
         ({"pattern": "ME*-"}, "experts of squared ReLU"),
     ],
