@@ -85,7 +85,7 @@ def quantize_rows(
     return RowCodes(*made[:2]) if rows else None, ColumnCodes(*made[2:]) if columns else None
 
 
-@torch.library.custom_op("amfm::fp8_quantize_rows", mutates_args=())
+@torch.library.custom_op("amfm::fp8_quantize_rows_triton", mutates_args=())
 def _quantize_rows(
     x: Tensor,
     weights: Tensor | None,
@@ -165,7 +165,7 @@ def quantize_weight(weight: Tensor, *, transposed: bool = False) -> WeightCodes:
     return WeightCodes(*made[2:]) if transposed else WeightCodes(*made[:2])
 
 
-@torch.library.custom_op("amfm::fp8_quantize_weight", mutates_args=())
+@torch.library.custom_op("amfm::fp8_quantize_weight_triton", mutates_args=())
 def _quantize_weight(weight_ENK: Tensor, plain: bool, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes and scales, and those of the transposes; empty for those that were not asked for."""
     weight_ENK = weight_ENK.contiguous()
@@ -203,7 +203,7 @@ def product(
     return _product(rows.codes, rows.scales, weight.codes, weight.scales, listed, sources, dtype)
 
 
-@torch.library.custom_op("amfm::fp8_product", mutates_args=())
+@torch.library.custom_op("amfm::fp8_product_triton", mutates_args=())
 def _product(
     left: Tensor,
     left_scales: Tensor,
@@ -248,7 +248,7 @@ def weight_gradient(
     return made[0] if tiles is None else made
 
 
-@torch.library.custom_op("amfm::fp8_outer", mutates_args=("place",))
+@torch.library.custom_op("amfm::fp8_outer_triton", mutates_args=("place",))
 def _outer(
     left: Tensor,
     left_scales: Tensor,

@@ -75,7 +75,7 @@ def open_kernel(
             tl.store(d_weights + block.to(tl.int64) * rows + row, part, mask=inside)
 
 
-@torch.library.custom_op("amfm::fp8_list_tiles", mutates_args=())
+@torch.library.custom_op("amfm::fp8_list_tiles_triton", mutates_args=())
 def _list_tiles(offsets_E: Tensor, rows: int) -> Tensor:
     """Tiles of 128 rows, as many as `rows` rows can need."""
     return list_tiles(offsets_E.contiguous(), _tile_bound(rows, len(offsets_E)), codes.RUN)
@@ -91,7 +91,7 @@ def _(given: Any) -> Tensor:
     return tiles
 
 
-@torch.library.custom_op("amfm::fp8_sum_choices", mutates_args=())
+@torch.library.custom_op("amfm::fp8_sum_choices_triton", mutates_args=())
 def _sum_choices(rows_SD: Tensor, places: Tensor, tokens: int) -> Tensor:
     """`triton_experts.sum_choices` of rows that hold their weight already."""
     return sum_choices(rows_SD, places, None, tokens, len(places) // max(tokens, 1))
@@ -103,7 +103,7 @@ def _(given: Any) -> Tensor:
     return y
 
 
-@torch.library.custom_op("amfm::fp8_open", mutates_args=())
+@torch.library.custom_op("amfm::fp8_open_triton", mutates_args=())
 def _open(
     v_SW: Tensor,
     hidden_SF: Tensor,

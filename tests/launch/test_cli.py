@@ -30,6 +30,7 @@ def test_the_verbs_are_those_of_the_contract():
             "tasks",
             "shrink",
             "convert",
+            "recipes",
         ),
     }
 

@@ -38,7 +38,7 @@ def test_cases_for_cards_compute_what_float32_does(op: str) -> None:
         assert set(row) >= ROW
         # bfloat16 keeps eight bits at each of some ten steps.
         assert row["relative_error"] < 5e-2, row
-    if not INTERPRETED:
+    if not INTERPRETED and op != "low_precision_linear":  # which is emulated where no GPU multiplies by it
         assert any(f"{op}: triton cannot run here" in remark for remark in found["remarks"])
         assert any(fault.startswith(f"{op} did not run: ") for fault in found["faults"])
 

@@ -25,9 +25,12 @@ from amfm.kernels.diag_scan import torch_impl as diag_torch
 from amfm.kernels.diag_scan import triton_impl as diag
 from amfm.kernels.linear_cross_entropy import torch_impl as loss_torch
 from amfm.kernels.linear_cross_entropy import triton_impl as loss
+from amfm.kernels.low_precision import triton_impl as fp8
+from amfm.kernels.low_precision.recipe import Recipe
 from amfm.kernels.mamba2 import triton_impl as mamba2
-from amfm.kernels.moe import counting_sort, recycling, triton_experts, triton_router
+from amfm.kernels.moe import counting_sort, recycling, triton_experts, triton_fp8, triton_router
 from amfm.kernels.moe import torch_impl as experts_torch
+from amfm.kernels.moe.low_precision import ExpertRecipes
 from amfm.kernels.moe.rows import triton_impl as rows_triton
 from amfm.kernels.norm import triton_impl as norm
 from amfm.kernels.rope import triton_impl as rope
@@ -92,6 +95,27 @@ def fed(rows, counts, kept=16):
     )
 
 
+def fed_by_codes(rows, *, counts, weight_gradient):
+    """As `fed`, of codes in 8 bits."""
+    pairs, tokens, places, _, offsets = counting_sort._sort(numbers(8, 2, below=4), 4)
+    given = triton_fp8.Places(tokens, pairs, places) if counts else triton_fp8.Places(None, None, None)
+    x, weights = rows(8 if counts else 16, 8), leaf(8, 2) if counts else None
+    recipe = Recipe("fp8_block", weight_gradient=weight_gradient)
+    return triton_fp8._Experts.apply(
+        x, weights, offsets, leaf(4, 16, 8), leaf(4, 8, 8), given, 16, "swiglu", ExpertRecipes(recipe, recipe), None
+    )
+
+
+def multiplied(rows):
+    """The three products of a projection, of codes in 8 bits."""
+    x, dy, weight = rows(6, 8).detach(), rows(6, 10).detach(), leaf(10, 8).detach()
+    x_rows, x_columns = fp8.quantize_rows(x, rows=True, columns=True)
+    dy_rows, dy_columns = fp8.quantize_rows(dy, rows=True, columns=True)
+    fp8.product(dy_rows, fp8.quantize_weight(weight, transposed=True), torch.bfloat16)
+    fp8.weight_gradient(dy_columns, x_columns, 6, torch.bfloat16, None)
+    return fp8.product(x_rows, fp8.quantize_weight(weight), torch.bfloat16)
+
+
 def fed_by_torch(rows):
     offsets = torch.tensor([4, 8, 12, 16], dtype=torch.int32)
     return experts_torch._forward(
@@ -143,6 +167,9 @@ TRITON = (
     lambda rows: scanned(decay_vector, rows, True, channels=(16,)),
     lambda rows: rope._forward(rows(2, 6, 2, 8), torch.randn(2, 6, 1, 4), torch.randn(2, 6, 1, 4), leaf(8), 1e-5),
     lambda rows: convolution._forward(rows(2, 9, 8), leaf(8, 4), leaf(8), None, True),
+    multiplied,
+    lambda rows: fed_by_codes(rows, counts=True, weight_gradient="same"),
+    lambda rows: fed_by_codes(rows, counts=False, weight_gradient="bf16"),
 )
 TORCH = (
     lambda rows: diagonal(diag_torch, rows),

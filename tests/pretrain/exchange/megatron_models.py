@@ -9,6 +9,7 @@ allocate on a GPU too; what they do to save is called here by itself: `get_param
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -26,7 +27,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.mamba import MambaModel
-from megatron.core.ssm import mamba_block, mamba_mixer
+from megatron.core.ssm import mamba_mixer
 from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -85,7 +86,8 @@ def on_cpu() -> Iterator[None]:
         patch.setattr(torch.cuda, "synchronize", lambda *_: None)
         patch.setattr(mamba_mixer, "HAVE_MAMBA_SSM", True)
         patch.setattr(mamba_mixer, "ExtendedRMSNorm", GatedNorm)
-        patch.setattr(mamba_block, "TENorm", WrappedTorchNorm)
+        # Of newer versions the class is made in another module.
+        patch.setattr(sys.modules[MambaStack.__module__], "TENorm", WrappedTorchNorm)
         # Of Transformer Engine, asked for without looking whether it is there.
         patch.setattr(moe_utils, "te_general_gemm", None, raising=False)
         yield
