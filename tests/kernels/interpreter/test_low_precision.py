@@ -225,7 +225,7 @@ def run_experts(ids, leaves, activation, **how):
 
 
 @pytest.mark.parametrize(("activation", "options"), [
-    ("swiglu", {}), ("squared_relu", {"weight_gradient": "bf16"}), ("swiglu_oai@1.5", {"saved": "fp8"}),
+    pytest.param("swiglu", {}, marks=pytest.mark.slow), ("squared_relu", {"weight_gradient": "bf16"}), ("swiglu_oai@1.5", {"saved": "fp8"}),
 ])  # fmt: skip
 def test_experts_by_codes_are_the_emulation_twice_bitwise(activation, options, poisoned_memory):
     ids, leaves = expert_leaves(activation)
