@@ -82,13 +82,27 @@ class Cut:
         return groups
 
 
-@lru_cache(maxsize=4096)
 def block_bytes(config: ModelConfig, letter: str, storage: Storage, cut: Cut = Cut()) -> BlockBytes:
     """Bytes a token of the micro-batch that one block keeps and works with, its norm and its residual stream included.
 
     `letter` is the block's symbol in `model.pattern`. Cached: a search asks for the same blocks again and again. Raises
     ValueError for a mixer with an operation that has no fake function.
     """
+    return _block_bytes(without_stretch(config), letter, storage, cut)
+
+
+@lru_cache(maxsize=256)
+def without_stretch(config: ModelConfig) -> ModelConfig:
+    """The model with the rotary frequencies of its first stage: others, for longer texts, change no size."""
+    attention = config.attention
+    if attention is None or attention.rope.scaling != "ntk":
+        return config
+    rope = attention.rope.model_copy(update={"scaling": "none", "ntk_alpha": None})
+    return config.model_copy(update={"attention": attention.model_copy(update={"rope": rope})})
+
+
+@lru_cache(maxsize=4096)
+def _block_bytes(config: ModelConfig, letter: str, storage: Storage, cut: Cut) -> BlockBytes:
     dtype = torch.float32 if storage.element_bytes == 4 else torch.bfloat16
     # A run whose chunks or states Triton's kernels do not take has to ask for PyTorch's.
     backend = storage.backend if takes_kernels(config, letter) else "torch"

@@ -13,9 +13,10 @@ the weights, with bf16 and several micro-batches also as float32 sums. tests/lau
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import compress, pairwise
+from operator import mul
 
 from amfm.launch.plan.activations import (
     FLOAT32_BYTES,
@@ -88,7 +89,8 @@ def estimate_memory(
     stages = distinct_stages(
         held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
     )
-    found = [estimate_stage(config, layout, storage, held, imbalance) for held in stages]
+    sizes = block_sizes(config, layout, storage, imbalance, {letter for held in stages for letter in held.letters})
+    found = [estimate_stage(config, layout, storage, held, imbalance, sizes) for held in stages]
     fullest = max(found, key=Memory.total)
     parts = fullest.parts | {"margin": margin * fullest.total()}
     if hardware is not None:
@@ -105,12 +107,37 @@ def estimate_memory(
     return Memory({name: size for name, size in parts.items() if size > 0}, fullest.phase)
 
 
-def estimate_stage(config: RunConfig, layout: Layout, storage: Storage, held: StageShare, imbalance: float) -> Memory:
-    """Peak bytes of a rank of one pipeline stage, without margin: the fullest of its three phases."""
+def block_sizes(
+    config: RunConfig, layout: Layout, storage: Storage, imbalance: float, letters: Collection[str]
+) -> dict[str, BlockBytes]:
+    """Bytes of each kind of block on a rank, those that are computed again as such."""
+    sizes = {
+        letter: block_bytes(config.model, letter, storage, cut_of(config, layout, letter, imbalance))
+        for letter in letters
+    }
+    for letter in layout.recompute & sizes.keys():
+        sizes[letter] = recomputed_bytes(sizes[letter], config.model, storage, layout.stream_ranks)
+    return sizes
+
+
+def estimate_stage(
+    config: RunConfig,
+    layout: Layout,
+    storage: Storage,
+    held: StageShare,
+    imbalance: float,
+    sizes: Mapping[str, BlockBytes] | None = None,
+) -> Memory:
+    """Peak bytes of a rank of one pipeline stage, without margin: the fullest of its three phases.
+
+    `sizes`: those of `block_sizes`, where they are known.
+    """
+    if sizes is None:
+        sizes = block_sizes(config, layout, storage, imbalance, set(held.letters))
     stays = persistent_bytes(held, layout, storage)
     codes = {"codes of weights": kept_code_bytes(config.model, config.low_precision, layout, held)}
     moments = {
-        "passes": stays | codes | busiest_pass(config, layout, storage, held, imbalance),
+        "passes": stays | codes | busiest_pass(config, layout, storage, held, sizes),
         "optimizer step": stays | step_bytes(held, layout, storage),
         "building": building_bytes(held, layout, storage),
     }
@@ -150,20 +177,16 @@ def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict
 
 
 def busiest_pass(
-    config: RunConfig, layout: Layout, storage: Storage, held: StageShare, imbalance: float
+    config: RunConfig, layout: Layout, storage: Storage, held: StageShare, sizes: Mapping[str, BlockBytes]
 ) -> dict[str, float]:
-    """Parts at the fullest moment of forward and backward of a rank.
+    """Parts at the fullest moment of forward and backward of a rank, whose blocks have these sizes.
 
     Walks from the head to the first block: each block's backward pass frees its activations and adds its gradients, so
     the peak lies where their sum with the block's working space is largest. A pass that is cut in two leaves what the
     gradients of weights are made of.
     """
     model, tokens, e = config.model, layout.tokens(config), storage.element_bytes
-    kinds = set(held.letters)
-    routed = {letter for letter in kinds if model.block_options(letter).routed_experts()}
-    sizes = {letter: block_bytes(model, letter, storage, cut_of(config, layout, letter, imbalance)) for letter in kinds}
-    for letter in layout.recompute & kinds:
-        sizes[letter] = recomputed_bytes(sizes[letter], model, storage, layout.stream_ranks)
+    routed = {letter for letter in sizes if model.block_options(letter).routed_experts()}
     is_bucketed = layout.zero_stage in (1, 2)
     gradient_bytes = e + (FLOAT32_BYTES if layout.micro_batches(config) > 1 and e < FLOAT32_BYTES else 0)
     whole = bucketed_bytes(held, layout) if is_bucketed else held.parameters * gradient_bytes
@@ -187,34 +210,43 @@ def busiest_pass(
         return block_gradients / whole * gradients * sum(map(len, compress(held.pieces, passed)))
 
     last, is_cut = len(held.pieces) - 1, layout.schedule == "zero_bubble"
+    # A block's number of bytes, looked up once for all moments: working space with what its backward pass makes, and what is freed.
+    freed = {letter: tokens * ((size.left if is_cut else 0.0) - size.kept) for letter, size in sizes.items()}
+    works = {letter: tokens * size.working for letter, size in sizes.items()}
+    for letter in routed:
+        # A pass that is cut in two makes the weights' gradients when the rest of it is over.
+        works[letter] = max(works[letter], expert_gradients) if is_cut else works[letter] + expert_gradients
     # The head's gradient is the first of a pass.
     size = FLOAT32_BYTES if is_bucketed else e
     of_head = model.vocab_size * model.hidden_size * size / layout.tensor * held.has_head
     most: dict[tuple[int, bool, tuple[bool, ...]], float] = {}
     for (piece, is_forward, _, _, passed), activations in activations_of(config, layout, storage, held, sizes):
         most[piece, is_forward, passed] = max(activations, most.get((piece, is_forward, passed), 0.0))
-    # Gradients, activations, working space, logits and gathered weights at each moment.
-    moments = []
+    # Gradients, activations, working space, logits and gathered weights at the fullest moment.
+    fullest, fullest_sum = (0.0, 0.0, 0.0, 0.0, 0.0), -1.0
     for (piece, is_forward, passed), activations in most.items():
         if is_forward:
             if piece == last:
                 gradients = summed(passed, between)
                 if lands and layout.tensor > 1:  # the head's product adds to its sum while the logits are there
                     gradients = min(whole, gradients + of_head)
-                moments.append((gradients, activations, 0.0, kept_head + working_head, gathered))
+                moment = gradients, activations, 0.0, kept_head + working_head, gathered
+                if sum(moment) > fullest_sum:
+                    fullest, fullest_sum = moment, sum(moment)
             continue
         made = of_head + summed(passed, whole)
-        for place, letter in reversed(list(enumerate(held.pieces[piece]))):
-            made += 0.0 if passed[piece] else block_gradients
-            working = tokens * sizes[letter].working
-            if letter in routed:
-                # A pass that is cut in two makes the weights' gradients when the rest of it is over.
-                working = max(working, expert_gradients) if is_cut else working + expert_gradients
-            working += waiting[place] if piece == last else 0.0
-            moments.append((min(made, whole), activations, working, 0.0, gathered + arriving))
-            activations += tokens * ((sizes[letter].left if is_cut else 0.0) - sizes[letter].kept)
+        adds, waits = 0.0 if passed[piece] else block_gradients, piece == last
+        for place in range(len(held.pieces[piece]) - 1, -1, -1):
+            letter = held.pieces[piece][place]
+            made += adds
+            gradients = made if made < whole else whole
+            working = works[letter] + waiting[place] if waits else works[letter]
+            here = gradients + activations + working + gathered + arriving
+            if here > fullest_sum:
+                fullest, fullest_sum = (gradients, activations, working, 0.0, gathered + arriving), here
+            activations += freed[letter]
     names = ("gradients", "activations", "working space", "logits", "gathered weights")
-    return dict(zip(names, max(moments, key=sum)))
+    return dict(zip(names, fullest))
 
 
 def repeated_letters(model: ModelConfig, held: StageShare) -> tuple[str, ...]:
@@ -274,9 +306,9 @@ def activations_of(
         kept.append(tokens * own + (0.0 if is_end else stream))
         cut.append(tokens * sum(sizes[letter].left for letter in letters))
     for found in moments_of(layout, stage, layout.micro_batches(config)):
-        bytes_held = sum(times * size for times, size in zip(found.held, kept))
+        bytes_held = sum(map(mul, found.held, kept))
         if is_cut:
-            bytes_held += sum(times * size for times, size in zip(found.cut, cut))
+            bytes_held += sum(map(mul, found.cut, cut))
         yield found, bytes_held + stream
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from amfm.launch.plan.blocks.expert_traffic import static_slots
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.measured import Cut
@@ -17,16 +15,25 @@ def cut_of(config: RunConfig, layout: Layout, letter: str, imbalance: float) -> 
 
     Sequence mixers know nothing of experts, and channel mixers of context ranks, but for a capacity over whole rows.
     """
-    is_split = layout.schedule == "zero_bubble"
-    cut = Cut(layout.tensor, layout.sequence_parallel and layout.tensor > 1, is_split=is_split)
+    is_split, is_sequence_parallel = layout.schedule == "zero_bubble", layout.sequence_parallel and layout.tensor > 1
     if kind_of(letter).mixes == "sequence":
-        return replace(cut, context=layout.context)
+        return Cut(layout.tensor, is_sequence_parallel, layout.context, is_split=is_split)
     moe = config.model.moe
     if moe is None or layout.expert == 1 or not config.model.block_options(letter).routed_experts():
-        return cut
-    cut = replace(cut, expert=layout.expert, expert_tensor=layout.expert_tensor, in_halves=layout.overlap_experts)
-    if static_slots(config, layout) is not None:
-        return replace(cut, in_slots=True, context=layout.context)
-    if layout.expert_room is not None:
-        return replace(cut, room=layout.expert_room)
-    return replace(cut, sent=expected_ranks(moe, layout.expert), rows=imbalance)
+        return Cut(layout.tensor, is_sequence_parallel, is_split=is_split)
+    has_slots = static_slots(config, layout) is not None
+    is_counted = not has_slots and layout.expert_room is None
+    # Made at once, since a search makes hundreds of thousands.
+    return Cut(
+        layout.tensor,
+        is_sequence_parallel,
+        layout.context if has_slots else 1,
+        layout.expert,
+        layout.expert_tensor,
+        layout.overlap_experts,
+        has_slots,
+        sent=expected_ranks(moe, layout.expert) if is_counted else 0.0,
+        rows=imbalance if is_counted else 1.0,
+        room=None if has_slots else layout.expert_room,
+        is_split=is_split,
+    )

@@ -7,7 +7,7 @@ import torch
 
 from amfm.launch.plan.activations import Storage, up_rows
 from amfm.launch.plan.blocks.block import measured_sizes
-from amfm.launch.plan.measured import Cut, block_bytes, id_of
+from amfm.launch.plan.measured import Cut, _block_bytes, block_bytes, id_of
 from amfm.model.block import Block
 from amfm.model.config.kinds import registered_kinds
 from amfm.model.packing import PackMeta
@@ -143,6 +143,6 @@ def test_what_is_counted_does_not_depend_on_the_threads_of_the_process(letter):
     config, threads, found = preset("tiny_cpu").model, torch.get_num_threads(), []
     for number in (1, 3):
         torch.set_num_threads(number)
-        found.append(block_bytes.__wrapped__(config, letter, PLAIN))
+        found.append(_block_bytes.__wrapped__(config, letter, PLAIN, Cut()))
     torch.set_num_threads(threads)
     assert found[0] == found[1]

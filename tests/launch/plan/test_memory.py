@@ -10,6 +10,7 @@ from amfm.launch.plan.in_flight import moments_of
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.memory import (
+    block_sizes,
     bucket_sizes,
     bucketed_bytes,
     building_bytes,
@@ -58,9 +59,9 @@ def test_activations_grow_with_rows_and_one_micro_batch_needs_no_float32_sums():
     total = count_parameters(config.model).total
     # Under ZeRO 0 sums of float32 lie beside gradients of bf16; one micro-batch has no sums.
     (held,) = held_by_stages(config.model, Layout(8, 0, 1), config.train.sequence_length)
-    peaks = [
-        busiest_pass(given, Layout(8, 0, 1), storage_of(given), held, 1.0)["gradients"] for given in (config, single)
-    ]
+    layout, storage = Layout(8, 0, 1), storage_of(config)
+    sizes = block_sizes(config, layout, storage, 1.0, held.letters)
+    peaks = [busiest_pass(given, layout, storage, held, sizes)["gradients"] for given in (config, single)]
     assert peaks[0] == 6 * total and peaks[1] <= 2 * total
 
 
@@ -187,7 +188,9 @@ def test_a_pass_that_is_cut_leaves_what_the_gradients_of_weights_are_made_of():
     first, last = held_by_stages(config.model, layout, config.train.sequence_length)
 
     def planned(held, schedule):
-        return busiest_pass(config, replace(layout, schedule=schedule), storage, held, 1.0)["activations"]
+        ordered = replace(layout, schedule=schedule)
+        sizes = block_sizes(config, ordered, storage, 1.0, held.letters)
+        return busiest_pass(config, ordered, storage, held, sizes)["activations"]
 
     cut = {letter: cut_of(config, replace(layout, schedule="zero_bubble"), letter, 1.0) for letter in set(last.letters)}
     left = sum(block_bytes(config.model, letter, storage, cut[letter]).left for letter in last.letters)
