@@ -11,17 +11,18 @@ from tests.cluster.conftest import check_losses, write_run
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(bool(missing("slurm")), reason=missing("slurm")),
 ]
 
 
-def submit(nodes: Cluster, root: Path, *options: str) -> tuple[str, Path]:
+def submit(nodes: Cluster, root: Path, *options: str, count: int | None = None) -> tuple[str, Path]:
     """Submit root/run.yaml from the login node; returns the job's number and its log."""
     answer = nodes.run(
         0,
         *amfm(
-            "launch", root / "run.yaml", "--on", "slurm", "--nodes", str(nodes.count), "--nproc-per-node", "1", *options
+            *("launch", root / "run.yaml", "--on", "slurm", "--nodes", str(count or nodes.count)),
+            *("--nproc-per-node", "1", *options),
         ),
     )
     job = answer.split()[-1]
@@ -43,7 +44,7 @@ def finish(nodes: Cluster, job: str, log: Path) -> None:
         let_start(nodes, job)
         return state(nodes, job) == "COMPLETED"
 
-    wait_until(is_over, 600, log)
+    wait_until(is_over, 1500, log)
 
 
 def processes_of_ranks(nodes: Cluster) -> str:
@@ -56,11 +57,11 @@ def test_a_signal_while_ranks_load_is_answered_after_the_first_step_and_the_job_
     write_run(folder, folder / "run")
     with cluster(2, "slurm", folder=folder) as nodes:
         job, log = submit(nodes, folder)
-        wait_until(lambda: processes_of_ranks(nodes), 120, log)
+        wait_until(lambda: processes_of_ranks(nodes), 600, log)
         # What slurmctld sends before the time limit, to every rank of the step.
         nodes.run(0, "scancel", "--signal=USR1", job)
         assert not metrics(folder / "run"), "the signal came too late for this test"
-        wait_until(lambda: "is queued again" in log.read_text(), 300, log)
+        wait_until(lambda: "is queued again" in log.read_text(), 900, log)
         assert [line["step"] for line in metrics(folder / "run")] == [1]
         finish(nodes, job, log)
     check_losses(folder / "run", undisturbed)
@@ -73,9 +74,9 @@ def test_a_job_whose_limit_is_near_is_queued_again_instead_of_started(folder: Pa
     with cluster(1, "slurm", folder=folder) as nodes:
         # The limit is farther away than the signal alone, and nearer than signal and start together.
         job, log = submit(nodes, folder, "launch.slurm.time_limit=3", "launch.slurm.signal_seconds=60")
-        wait_until(lambda: len(metrics(folder / "run")) > 12, 300, log)
+        wait_until(lambda: len(metrics(folder / "run")) > 12, 900, log)
         nodes.run(1, "pkill", "-KILL", "-f", "amfm.launch train")
-        wait_until(lambda: "too little is left" in log.read_text(), 120, log)
+        wait_until(lambda: "too little is left" in log.read_text(), 400, log)
         wait_until(lambda: state(nodes, job) in ("PENDING", "RUNNING", "COMPLETED"), 60, log)
         nodes.run(0, "scontrol", "update", f"JobId={job}", "TimeLimit=60", check=False)
         finish(nodes, job, log)
@@ -88,7 +89,7 @@ def test_a_node_lost_after_a_checkpoint_leaves_the_other_which_goes_on_from_it(
     write_run(folder, folder / "run")
     with cluster(2, "slurm", folder=folder) as nodes:
         job, log = submit(nodes, folder)
-        wait_until(lambda: len(metrics(folder / "run")) > 22, 300, log)
+        wait_until(lambda: len(metrics(folder / "run")) > 22, 900, log)
         nodes.fault("lose", 2)
         finish(nodes, job, log)
         text = log.read_text()
@@ -98,11 +99,25 @@ def test_a_node_lost_after_a_checkpoint_leaves_the_other_which_goes_on_from_it(
     check_losses(folder / "run", undisturbed)
 
 
+def test_a_spare_node_of_the_job_takes_the_place_of_a_lost_one(folder: Path, undisturbed: list[float]) -> None:
+    write_run(folder, folder / "run", launch__spare_nodes=1)
+    with cluster(3, "slurm", folder=folder) as nodes:
+        job, log = submit(nodes, folder, count=2)
+        wait_until(lambda: len(metrics(folder / "run")) > 22, 900, log)
+        nodes.fault("lose", 2)
+        finish(nodes, job, log)
+        text = log.read_text()
+    assert "going on with" not in text, "the run keeps its size"
+    (restarted,) = events(folder / "run", "restarted")
+    assert "node2" in restarted["cause"]
+    check_losses(folder / "run", undisturbed)
+
+
 def test_a_cancelled_job_saves_its_last_step(folder: Path) -> None:
     write_run(folder, folder / "run")
     with cluster(1, "slurm", folder=folder) as nodes:
         job, log = submit(nodes, folder)
-        wait_until(lambda: len(metrics(folder / "run")) > 3, 300, log)
+        wait_until(lambda: len(metrics(folder / "run")) > 3, 900, log)
         nodes.run(0, "scancel", job)
         wait_until(lambda: state(nodes, job) == "CANCELLED", 60, log)
         last = metrics(folder / "run")[-1]["step"]
