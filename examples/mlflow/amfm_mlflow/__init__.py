@@ -1,0 +1,1 @@
+"""A tracker of amfm that logs a run to MLflow."""
