@@ -263,7 +263,7 @@ class RemoteHosts:
         path = token_file(self.run_dir)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, token)
-        request = make_request(str(self.run_dir), self.ranks_per_node, token)
+        request = make_request(str(self.run_dir), self.ranks_per_node, token, loads_anew=not self.keep_loaded)
         deadline = time.monotonic() + CHECK_SECONDS
         first = self.checked[0] if self.checked else servers[0]
         others = [server for server in servers if server is not first]

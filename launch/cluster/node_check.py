@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.launch.doctor.machine import has_cuda
-from amfm.pretrain.versions import collect_versions
+from amfm.pretrain.versions import collect_versions, digest_code
 
 CLOCK_SECONDS = 60.0
 STORAGE_BYTES = 1 << 20
@@ -35,8 +35,13 @@ UNREACHED = "it does not reach"
 MARK = "amfm-node: "  # before an answer to the launcher, among what ranks print
 
 
-def make_request(run_dir: str, ranks_per_node: int, token: str) -> dict[str, Any]:
-    """What the launcher asks of a node, after it has written the token; `link` is added for each."""
+def make_request(run_dir: str, ranks_per_node: int, token: str, *, loads_anew: bool) -> dict[str, Any]:
+    """What the launcher asks of a node, after it has written the token; `link` is added for each.
+
+    loads_anew: ranks run the code as it is now, and not as it was when the launcher began.
+    """
+    if loads_anew:
+        digest_code.cache_clear()
     return {
         "run_dir": str(Path(run_dir).absolute()),
         "ranks": ranks_per_node,

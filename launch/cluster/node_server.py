@@ -37,6 +37,7 @@ from amfm.launch.heavy_imports import heavy_imports
 from amfm.launch.rank_command import isolated_python, rank_command
 from amfm.pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID, RESTART_CAUSE
 from amfm.pretrain.monitor.signals import note_signals
+from amfm.pretrain.versions import collect_versions
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0  # for the other ranks of the node to end by themselves after one failed
@@ -54,6 +55,7 @@ def load() -> str:
         importlib.import_module("amfm.launch.cli").quiet_libraries()
         for module in ("checks.check_run", "stages", "train"):
             importlib.import_module(f"amfm.pretrain.{module}")
+    collect_versions()  # of the code that is loaded, and that ranks run whatever is edited later
     gc.freeze()  # what is shared with the ranks stays shared: the collector writes into what it looks at
     return why_not_fork()
 

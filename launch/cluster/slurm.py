@@ -287,7 +287,7 @@ def check_nodes(
     replace_text(path, token)
     port = FIRST_PORT + (int(job) + CHECK_PORTS) % NUM_PORTS
     link = {"port": port, "connect": [address_of(names[0]), port], "expect": len(names) - 1}
-    request = make_request(config.run.dir, ranks_per_node, token) | {"link": link}
+    request = make_request(config.run.dir, ranks_per_node, token, loads_anew=True) | {"link": link}
     module = [*isolated_python(), "-m", "amfm.launch.cluster.node_check", json.dumps(request)]
     container, command = in_container(config, module)
     count = len(names)
