@@ -54,7 +54,13 @@ def launches() -> Iterator[KernelLaunch]:
     from amfm.kernels.attention import triton_impl, triton_kernels
 
     types = dict.fromkeys(("q", "k", "v", "y", "d_y", "d_q", "d_k", "d_v"), "*bf16")
-    types |= {"log_sums": "*fp32", "deltas": "*fp32", "first_keys": "*i32", "document_ends": "*i32"}
+    types |= {
+        "sinks_log2": "*fp32",
+        "log_sums": "*fp32",
+        "deltas": "*fp32",
+        "first_keys": "*i32",
+        "document_ends": "*i32",
+    }
     types |= dict.fromkeys(("tokens", "keys", "heads", "size"), "i32:16") | {"kv_heads": "i32"}
     types |= {"scale": "fp32", "scale_log2": "fp32"}
     for size in (64, 128, 256):
@@ -64,22 +70,28 @@ def launches() -> Iterator[KernelLaunch]:
             ("d_q", triton_kernels.attention_query_gradient_kernel, triton_impl.query_candidates(size)[0]),
             ("d_k d_v", triton_kernels.attention_key_gradient_kernel, triton_impl.key_candidates(size)[0]),
         ):
-            yield kernel_launch(f"attention {part}, head {size}", kernel, types, constants, config)
+            for sinks in (False, True) if part == "forward" else (None,):
+                given = constants if sinks is None else {**constants, "SINKS": sinks}
+                given = given if sinks is not False else {**given, "sinks_log2": None}
+                name = f"attention {part}{', sinks' if sinks else ''}, head {size}"
+                yield kernel_launch(name, kernel, types, given, config)
 
 
 def attention_trial(
     inputs: Inputs, tokens: int, heads: int, kv_heads: int, size: int, *, keys: int | None = None,
-    lengths: tuple[int, ...] = (), window: int | None = None, exact: str = "reference",
+    lengths: tuple[int, ...] = (), window: int | None = None, sinks: bool = False, exact: str = "reference",
 ) -> Trial:  # fmt: skip
     """Causal attention; `keys` more than `tokens` are a cache before the queries."""
     keys = keys or tokens
     leaves = {"q": inputs.normal(1, tokens, heads, size)}
     leaves |= {name: inputs.normal(1, keys, kv_heads, size) for name in ("k", "v")}
+    leaves |= {"sinks": inputs.normal(heads)} if sinks else {}
     ids = documents(inputs, keys, *lengths) if lengths else None
 
     def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
-        q, k, v = given.values()
-        return {"y": attention(q, k, v, document_ids_BS=ids, window=window, backend=backend)}
+        q, k, v, *rest = given.values()
+        sinks_H = rest[0] if rest else None
+        return {"y": attention(q, k, v, sinks_H=sinks_H, document_ids_BS=ids, window=window, backend=backend)}
 
     return Trial(leaves, run, exact=exact)
 
@@ -109,12 +121,14 @@ def trials() -> Iterator[Sized]:
     for size in (64, 128):
         build = partial(attention_trial, tokens=200, heads=2, kv_heads=1, size=size, lengths=(70, 1, 129))
         yield Sized(f"head {size} with documents", "first", build)
+        yield Sized(f"head {size} with documents and sinks", "first", partial(build, sinks=True))
     yield Sized(
         "a query behind a cache", "small", partial(attention_trial, tokens=1, heads=4, kv_heads=2, size=8, keys=20)
     )
     yield Sized("uneven head", "small", partial(attention_trial, tokens=63, heads=2, kv_heads=2, size=20))
     windowed = partial(attention_trial, tokens=35, keys=70, heads=2, kv_heads=1, size=16, lengths=(20, 30, 19, 1))
     yield Sized("window and cache", "small", partial(windowed, window=18))
+    yield Sized("window and cache, sinks", "small", partial(windowed, window=18, sinks=True))
     packed = partial(packed_attention_trial, heads=4, kv_heads=2, size=64, lengths=(40, 1, 29))
     yield Sized("documents as a model has them", "small", packed)
     yield Sized("documents as a model has them, with a window", "small", partial(packed, window=13))

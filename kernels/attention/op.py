@@ -31,6 +31,7 @@ def attention(
     k_BSJK: Tensor,
     v_BSJK: Tensor,
     *,
+    sinks_H: Tensor | None = None,
     document_ids_BS: Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
@@ -42,12 +43,16 @@ def attention(
     Shapes: q [B, T, H, K], k and v [B, S, J, K] with J dividing H and S >= T -> [B, T, H, K]. The last T keys are those
     of the queries; S > T goes on from a cache, or from the part of a row that other ranks hold. `document_ids_BS` are
     those of the keys, integers that do not decrease inside a row. `scale` defaults to K ** -0.5. Softmax and sums in
-    float32 (float64 for float64). Backend "varlen" (`fastest_backend`) takes `document_ends` in place of ids, with those of keys where S > T.
-    Raises ValueError for wrong shapes and dtypes.
+    float32 (float64 for float64). Sinks [H]: each is the score of one more key of its head, which has no value and which
+    every query of every document sees. Backend "varlen" (`fastest_backend`) takes `document_ends` in place of ids, with
+    those of keys where S > T, and no sinks. Raises ValueError for wrong shapes and dtypes.
     Source: Dao 2023 (arXiv 2307.08691); Ainslie et al. 2023 (arXiv 2305.13245) for grouped queries; Beltagy et al. 2020
-    (arXiv 2004.05150), section 3.1, for windows.
+    (arXiv 2004.05150), section 3.1, for windows; OpenAI 2025 (arXiv 2508.10925), section 2.2, for sinks, after Miller 2023.
     """
     _check(q_BTHK, k_BSJK, v_BSJK, document_ids_BS)
+    if sinks_H is not None:
+        check_shape("sinks_H", sinks_H, (q_BTHK.shape[2],), q_BTHK)
+        check_float("sinks_H", sinks_H)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, the query's own key; got {window}")
     # A window as long as the row hides nothing, and full attention is the cheaper path.
@@ -55,6 +60,8 @@ def attention(
         window = None
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if backend == "varlen":
+        if sinks_H is not None:
+            raise ValueError('attention backend "varlen" has no sinks')
         if document_ends is None or (document_ends.key_offsets is None and q_BTHK.shape[1] != k_BSJK.shape[1]):
             raise ValueError(
                 'attention backend "varlen" needs document_ends, with those of keys where there are more than queries'
@@ -64,14 +71,13 @@ def attention(
     if backend == "triton":
         from amfm.kernels.attention.triton_impl import attention_triton
 
-        return attention_triton(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, scale, window)
+        return attention_triton(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, scale, window, sinks_H)
+    settings: dict[str, Any] = {"document_ids_BS": document_ids_BS, "scale": scale, "sinks_H": sinks_H}
     if backend == "reference":
-        return attention_reference(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=document_ids_BS, scale=scale, window=window)
+        return attention_reference(q_BTHK, k_BSJK, v_BSJK, window=window, **settings)
     if window is not None:
-        return window_attention_torch(
-            q_BTHK, k_BSJK, v_BSJK, document_ids_BS=document_ids_BS, scale=scale, window=window
-        )
-    return attention_torch(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=document_ids_BS, scale=scale)
+        return window_attention_torch(q_BTHK, k_BSJK, v_BSJK, window=window, **settings)
+    return attention_torch(q_BTHK, k_BSJK, v_BSJK, **settings)
 
 
 def window_sums(
@@ -103,7 +109,13 @@ def window_sums(
 
 
 def fastest_backend(
-    backend: str, q_BTHK: Tensor, *, has_documents: bool, keys: int, document_ends: DocumentEnds | None = None
+    backend: str,
+    q_BTHK: Tensor,
+    *,
+    has_documents: bool,
+    keys: int,
+    document_ends: DocumentEnds | None = None,
+    has_sinks: bool = False,
 ) -> str:
     """Backend on which a model's attention runs where its kernels are to run on `backend`: that, "torch" or "varlen".
 
@@ -116,6 +128,9 @@ def fastest_backend(
     if backend != "triton" or q_BTHK.device.type != "cuda":
         return backend
     tokens = q_BTHK.shape[1]
+    if has_sinks:
+        _note_choice("triton", "PyTorch's attention has no sinks; ours begins its sums with them")
+        return backend
     has_ends = document_ends is not None and (tokens == keys or document_ends.key_offsets is not None)
     if has_ends and (has_documents or tokens != keys):
         reason = refuse_varlen(q_BTHK.dtype, q_BTHK.shape[3])

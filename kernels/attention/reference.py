@@ -14,8 +14,11 @@ def attention_reference(
     document_ids_BS: Tensor | None,
     scale: float,
     window: int | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Softmax over the keys up to the query (the last keys align with the queries) of the query's document and window.
+
+    A sink is one more score of the head, whose weight is dropped.
 
     Shapes as in `attention`: q [B, T, H, K], k and v [B, S, J, K] -> [B, T, H, K], computed in the dtype of the
     inputs, so that float64 gives an exact yardstick. Differentiable by autograd; a Python step for each query,
@@ -38,7 +41,10 @@ def attention_reference(
             if window is not None:
                 begin = max(begin, end - window)
             scores_HS = torch.einsum("hk,shk->hs", q_BTHK[row, query], k_BSHK[row, begin:end]) * scale
-            outputs.append(torch.einsum("hs,shk->hk", scores_HS.softmax(-1), v_BSHK[row, begin:end]))
+            if sinks_H is not None:
+                scores_HS = torch.cat([scores_HS, sinks_H[:, None].to(scores_HS.dtype)], dim=1)
+            weights_HS = scores_HS.softmax(-1)[:, : end - begin]
+            outputs.append(torch.einsum("hs,shk->hk", weights_HS, v_BSHK[row, begin:end]))
         rows.append(torch.stack(outputs))
     return torch.stack(rows)
 

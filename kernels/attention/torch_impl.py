@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from amfm.kernels.attention.sinks import attend_with_sinks
 from amfm.kernels.common.gemm_precision import gemm_dtype
 
 # Documents shorter than this on average are masked rather than attended one by one.
@@ -17,22 +18,37 @@ _SHORT_DOCUMENT_TOKENS = 16
 
 
 def attention_torch(
-    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, *, document_ids_BS: Tensor | None, scale: float
+    q_BTHK: Tensor,
+    k_BSJK: Tensor,
+    v_BSJK: Tensor,
+    *,
+    document_ids_BS: Tensor | None,
+    scale: float,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """As `attention_reference`; bfloat16 is widened on processors that would emulate it."""
     dtype, wanted = gemm_dtype(q_BTHK), q_BTHK.dtype
     q_BTHK, k_BSJK, v_BSJK = q_BTHK.to(dtype), k_BSJK.to(dtype), v_BSJK.to(dtype)
     if document_ids_BS is None:
-        y_BTHK = _attend_last(q_BTHK, k_BSJK, v_BSJK, scale)
+        y_BTHK = _attend_last(q_BTHK, k_BSJK, v_BSJK, scale, sinks_H)
     elif q_BTHK.device.type == "cpu" and not torch.compiler.is_compiling():
-        y_BTHK = _attend_documents(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, scale)
+        y_BTHK = _attend_documents(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, scale, sinks_H)
     else:
-        y_BTHK = _attend(q_BTHK, k_BSJK, v_BSJK, _document_mask(document_ids_BS, q_BTHK.shape[1]), scale, causal=False)
+        y_BTHK = _attend(
+            q_BTHK, k_BSJK, v_BSJK, _document_mask(document_ids_BS, q_BTHK.shape[1]), scale, sinks_H, causal=False
+        )
     return y_BTHK.to(wanted)
 
 
 def _attend(
-    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, mask: Tensor | None, scale: float, *, causal: bool
+    q_BTHK: Tensor,
+    k_BSJK: Tensor,
+    v_BSJK: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sinks_H: Tensor | None,
+    *,
+    causal: bool,
 ) -> Tensor:
     """One call of PyTorch's attention on [B, T, H, K] tensors, causal or with a mask that is True where a key is
     seen.
@@ -41,6 +57,8 @@ def _attend(
     """
     grouped = q_BTHK.shape[2] != k_BSJK.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSJK, v_BSJK))
+    if sinks_H is not None:
+        return attend_with_sinks(q, k, v, sinks_H, mask, scale, causal=causal).transpose(1, 2)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2)
 
@@ -57,7 +75,9 @@ def _document_mask(document_ids_BS: Tensor, tokens: int) -> Tensor:
     return same.tril(keys - tokens)[:, None]
 
 
-def _attend_documents(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BS: Tensor, scale: float) -> Tensor:
+def _attend_documents(
+    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BS: Tensor, scale: float, sinks_H: Tensor | None
+) -> Tensor:
     """Attention document by document, [B, T, H, K], for CPU.
 
     Reads the ids on the host, which is free there and would wait for the device on a card; the length of the
@@ -69,9 +89,9 @@ def _attend_documents(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_i
     first = starts.reshape(-1).nonzero()[:, 0]
     # One document a row: the call without mask, which may use PyTorch's flash kernel.
     if first.numel() == batch:
-        return _attend_last(q_BTHK, k_BSJK, v_BSJK, scale)
+        return _attend_last(q_BTHK, k_BSJK, v_BSJK, scale, sinks_H)
     if first.numel() * _SHORT_DOCUMENT_TOKENS > batch * keys:
-        return _attend(q_BTHK, k_BSJK, v_BSJK, _document_mask(document_ids_BS, tokens), scale, causal=False)
+        return _attend(q_BTHK, k_BSJK, v_BSJK, _document_mask(document_ids_BS, tokens), scale, sinks_H, causal=False)
     begins = first.tolist()
     # Rows are laid end to end, so that one list of begins describes the documents of all rows; no document
     # spans two rows because each row begins one.
@@ -80,14 +100,14 @@ def _attend_documents(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_i
     queries = [min(length, max(0, begin % keys + length - (keys - tokens))) for begin, length in zip(begins, lengths)]
     q_parts = q_BTHK.reshape(1, batch * tokens, *q_BTHK.shape[2:]).split(queries, 1)
     k_parts, v_parts = (x.reshape(1, batch * keys, *x.shape[2:]).split(lengths, 1) for x in (k_BSJK, v_BSJK))
-    outputs = [_attend_last(q, k, v, scale) for q, k, v in zip(q_parts, k_parts, v_parts) if q.shape[1]]
+    outputs = [_attend_last(q, k, v, scale, sinks_H) for q, k, v in zip(q_parts, k_parts, v_parts) if q.shape[1]]
     return torch.cat(outputs, 1).view(q_BTHK.shape)
 
 
-def _attend_last(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, scale: float) -> Tensor:
+def _attend_last(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, scale: float, sinks_H: Tensor | None) -> Tensor:
     """Causal attention without documents, the queries being those of the last keys."""
     tokens, keys = q_BTHK.shape[1], k_BSJK.shape[1]
     # A single query sees every key and T = S is `is_causal`; only a cached prefix needs a mask. PyTorch aligns
     # `is_causal` with the first key, not with the last, so it can't be used there.
     mask = None if tokens in (1, keys) else _causal_mask(tokens, keys, q_BTHK.device)
-    return _attend(q_BTHK, k_BSJK, v_BSJK, mask, scale, causal=tokens == keys and tokens > 1)
+    return _attend(q_BTHK, k_BSJK, v_BSJK, mask, scale, sinks_H, causal=tokens == keys and tokens > 1)

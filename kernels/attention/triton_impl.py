@@ -27,6 +27,8 @@ from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import dot_dtype
 from amfm.kernels.runtime.tuning import Config, config_for
 
+LOG2_E = math.log2(math.e)
+
 
 def _candidates(interpreted: tuple[int, int], *tiles: tuple[int, int, int, int]) -> tuple[Config, ...]:
     """Queries and keys of a tile, warps and stages, the fixed ones first; small tiles in the interpreter.
@@ -101,9 +103,15 @@ def _constants(q_BTHK: Tensor, first_BT: Tensor | None) -> dict[str, Any]:
 
 @torch.library.custom_op("amfm::attention_triton", mutates_args=())
 def _forward(
-    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, first_BT: Tensor | None, ends_BS: Tensor | None, scale: float
+    q_BTHK: Tensor,
+    k_BSJK: Tensor,
+    v_BSJK: Tensor,
+    sinks_H: Tensor | None,
+    first_BT: Tensor | None,
+    ends_BS: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, T, H, K] and log-sum-exp in base 2 [B, H, T]."""
+    """Output [B, T, H, K] and log-sum-exp in base 2 [B, H, T], sinks among its terms."""
     q, k, v = q_BTHK.contiguous(), k_BSJK.contiguous(), v_BSJK.contiguous()
     tokens, keys, heads, kv_heads, size = _sizes(q, k)
     y = torch.empty_like(q)
@@ -111,8 +119,9 @@ def _forward(
     if q.numel():
         config = config_for("attention_forward", (q.dtype, size), forward_candidates(size), q.device)
         attention_forward_kernel[(triton.cdiv(tokens, config["BLOCK_M"]), q.shape[0] * heads)](
-            q, k, v, y, log_sums, first_BT, tokens, keys, heads, kv_heads, size, scale * math.log2(math.e),
-            **_constants(q, first_BT), **config,
+            q, k, v, y, log_sums, first_BT, None if sinks_H is None else sinks_H.float() * LOG2_E,
+            tokens, keys, heads, kv_heads, size, scale * LOG2_E,
+            SINKS=sinks_H is not None, **_constants(q, first_BT), **config,
         )  # fmt: skip
     return y, log_sums
 
@@ -130,19 +139,20 @@ def _backward(
     q_BTHK: Tensor,
     k_BSJK: Tensor,
     v_BSJK: Tensor,
+    sinks_H: Tensor | None,
     y: Tensor,
     log_sums: Tensor,
     first_BT: Tensor | None,
     ends_BS: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and sinks (empty without them)."""
     q, k, v, d_y = q_BTHK.contiguous(), k_BSJK.contiguous(), v_BSJK.contiguous(), d_y.contiguous()
     sizes = tokens, keys, heads, kv_heads, _ = _sizes(q, k)
     d_q, d_k, d_v, deltas = (torch.empty_like(x) for x in (q, k, v, log_sums))
     if not q.numel():
-        return d_q, d_k.zero_(), d_v.zero_()
-    scales, constants = (scale, scale * math.log2(math.e)), _constants(q, first_BT)
+        return d_q, d_k.zero_(), d_v.zero_(), q.new_empty(0) if sinks_H is None else torch.zeros_like(sinks_H)
+    scales, constants = (scale, scale * LOG2_E), _constants(q, first_BT)
     # First, because it also writes the deltas <dy, y> that the kernel for keys reads; launches of one stream
     # run in order.
     config = config_for("attention_queries", (q.dtype, sizes[4]), query_candidates(sizes[4]), q.device)
@@ -155,10 +165,13 @@ def _backward(
         q, k, v, d_y, log_sums, deltas, d_k, d_v, first_BT, ends_BS, *sizes, *scales,
         **constants, **config,
     )  # fmt: skip
-    return d_q, d_k, d_v
+    if sinks_H is None:
+        return d_q, d_k, d_v, q.new_empty(0)
+    weights_BHT = torch.exp2((sinks_H.float() * LOG2_E)[:, None] - log_sums)
+    return d_q, d_k, d_v, -(weights_BHT * deltas).sum((0, 2)).to(sinks_H.dtype)
 
 
-differentiate(_forward, _backward, outputs=("y", "log_sums"), gradients=("q_BTHK", "k_BSJK", "v_BSJK"))
+differentiate(_forward, _backward, outputs=("y", "log_sums"), gradients=("q_BTHK", "k_BSJK", "v_BSJK", "sinks_H"))
 
 
 def window_bounds(first_BT: Tensor, ends_BS: Tensor, window: int) -> tuple[Tensor, Tensor]:
@@ -180,6 +193,7 @@ def attention_triton(
     document_ids_BS: Tensor | None,
     scale: float,
     window: int | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """As `attention_reference`, for float32, bfloat16 and float16. Saves q, k, v, the output and its log-sum-exp."""
     # The kernels know document bounds only, so a window without documents is a window in one document.
@@ -191,4 +205,4 @@ def attention_triton(
         first_BT, ends_BS = document_bounds(document_ids_BS, q_BTHK.shape[1])
     if first_BT is not None and ends_BS is not None and window is not None:
         first_BT, ends_BS = window_bounds(first_BT, ends_BS, window)
-    return _forward(q_BTHK, k_BSJK, v_BSJK, first_BT, ends_BS, scale)[0]
+    return _forward(q_BTHK, k_BSJK, v_BSJK, sinks_H, first_BT, ends_BS, scale)[0]

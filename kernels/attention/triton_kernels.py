@@ -65,13 +65,15 @@ def _key_range(query_begin, first_keys, batch, tokens, keys, offset, DOCUMENTS: 
 
 @triton.jit
 def attention_forward_kernel(
-    q, k, v, y, log_sums, first_keys, tokens, keys, heads, kv_heads, size, scale_log2,
-    DOCUMENTS: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    q, k, v, y, log_sums, first_keys, sinks_log2, tokens, keys, heads, kv_heads, size, scale_log2,
+    DOCUMENTS: tl.constexpr, SINKS: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y [B, T, H, K] and the log-sum-exp in base 2 [B, H, T]. Grid: (query tiles, B * H).
 
     A program holds one tile of BLOCK_M queries of one head and walks the keys that any of them can see. q, k, v
-    and y are [B, T or S, heads, K] packed; `scale_log2` is scale * log2(e).
+    and y are [B, T or S, heads, K] packed; `scale_log2` is scale * log2(e). With SINKS the sums begin with e^sink, of a key
+    without a value: nothing else changes, in backward neither.
     """
     batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     kv_head, offset = head // (heads // kv_heads), keys - tokens
@@ -81,6 +83,9 @@ def attention_forward_kernel(
     q_tile = _load_heads(q, batch, query, head, tokens, heads, size, BLOCK_K).to(DOT)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
+    if SINKS:
+        peak = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_log2 + head)
+        total += 1.0
     result = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from amfm.kernels.attention.sinks import attend_with_sinks
 from amfm.kernels.common.gemm_precision import gemm_dtype
 
 # Smaller windows share blocks of this many tokens: a call for a few tokens costs as much as one for many.
@@ -40,7 +41,14 @@ class _Blocks(NamedTuple):
 
 
 def window_attention_torch(
-    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, *, document_ids_BS: Tensor | None, scale: float, window: int
+    q_BTHK: Tensor,
+    k_BSJK: Tensor,
+    v_BSJK: Tensor,
+    *,
+    document_ids_BS: Tensor | None,
+    scale: float,
+    window: int,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """As `attention_reference` with a window; bfloat16 is widened on processors that would emulate it.
 
@@ -49,6 +57,9 @@ def window_attention_torch(
     section 3.1.
     """
     q, k, v, mask = _cut_blocks(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, window)
+    if sinks_H is not None:
+        y = attend_with_sinks(q, k, v, sinks_H, mask, scale, causal=False)
+        return _join_blocks(y, q_BTHK).to(q_BTHK.dtype)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return _join_blocks(y, q_BTHK).to(q_BTHK.dtype)
 

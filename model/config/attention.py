@@ -30,6 +30,11 @@ class AttentionConfig(MixerOptions):
         description="Sigmoid of the input times each head's output before o_proj: one gate per channel (`element`, as in Qwen3-Next) or per head.",
     )
 
+    sinks: bool = Field(
+        False,
+        description="One learned score per head that takes a share of every query's attention and has no value, as in gpt-oss.",
+    )
+
     def broken_rules(self) -> Iterator[tuple[str, str]]:
         """Query heads share key-value heads evenly, and rotary positions rotate something."""
         yield from must_divide("num_kv_heads", self.num_kv_heads, "model.attention.num_heads", self.num_heads)
@@ -53,7 +58,7 @@ class AttentionConfig(MixerOptions):
         gates = {"none": 0, "head": self.num_heads, "element": self.num_heads * self.head_dim}
         projections = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
         matrices = hidden_size * (projections + gates[self.gate])
-        return Weights(matrices, matrices, 2 * self.head_dim * self.qk_norm)
+        return Weights(matrices, matrices, 2 * self.head_dim * self.qk_norm + self.num_heads * self.sinks)
 
     def sequence_flops(self, sequence_length: int) -> float:
         """Queries with keys and weights with values, over the (T + 1) / 2 keys that a token sees on average."""
@@ -73,6 +78,8 @@ class AttentionConfig(MixerOptions):
             "v_proj.weight": (0, count * keys, keys),
             "o_proj.weight": (1, count * rows, rows),
         }
+        if self.sinks:
+            dims["sinks"] = (0, count * queries, queries)
         if self.gate != "none":
             gates = rows if self.gate == "element" else queries
             dims["g_proj.weight"] = (0, count * gates, gates)

@@ -313,6 +313,11 @@ class WindowOptions(SharedKeyOptions):
         "none", description="Sigmoid of the input times each head's output: one gate per channel or per head."
     )
 
+    sinks: bool = Field(
+        False,
+        description="One learned score per head that takes a share of every query's attention and has no value, as in gpt-oss.",
+    )
+
     def broken_rules(self) -> Iterator[tuple[str, str]]:
         """Channels are rotated in pairs, too."""
         yield from super().broken_rules()
@@ -347,6 +352,11 @@ class MlaOptions(MixerOptions):
     )
     latent_norm_epsilon: float = Field(
         1e-6, gt=0, description="Of the norms of latents; transformers' classes use 1e-6 whatever rms_norm_eps is."
+    )
+
+    sinks: bool = Field(
+        False,
+        description="One learned score per head that takes a share of every query's attention and has no value, as in gpt-oss.",
     )
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from amfm.model.config.plugins import describe_entry, installed_specs
 from amfm.model.huggingface import (
     deepseek_v3,
+    gpt_oss,
     granitemoehybrid,
     kimi_linear,
     lfm2,
@@ -30,6 +31,7 @@ CLASSES: tuple[HfClass, ...] = (
     deepseek_v3.CLASS,
     lfm2.CLASS,
     lfm2_moe.CLASS,
+    gpt_oss.CLASS,
     own.CLASS,
     llama.CLASS,
     qwen3.CLASS,

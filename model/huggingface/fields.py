@@ -14,7 +14,7 @@ from amfm.model.config.schema import ModelConfig
 # transformers multiplies experts with torch's grouped product, whose rows must be whole 16 bytes, in bf16 too.
 EXPERT_SIZE_MULTIPLE = 8
 # Options, none unless set, that few classes have: what is said of all others.
-RARE_OPTIONS = {"activation_limit": "does not limit gate and up"}
+RARE_OPTIONS = {"activation_limit": "does not limit gate and up", "sinks": "has no sinks"}
 LAYER_NAMES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 LETTERS_OF_NAMES = {
     "mamba": "M",

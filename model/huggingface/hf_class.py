@@ -31,6 +31,7 @@ OurTarget = Literal[
     "deepseek_v3",
     "lfm2",
     "lfm2_moe",
+    "gpt_oss",
     "own",
 ]
 OURS: tuple[str, ...] = get_args(OurTarget)

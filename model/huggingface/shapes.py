@@ -84,6 +84,8 @@ def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     if attention.gate != "none":
         shapes["g_proj.weight"] = (queries if attention.gate == "element" else attention.num_heads, width)
+    if attention.sinks:
+        shapes["sinks"] = (attention.num_heads,)
     if attention.qk_norm:
         shapes |= {"q_norm.weight": (attention.head_dim,), "k_norm.weight": (attention.head_dim,)}
     return shapes

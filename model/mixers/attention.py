@@ -24,7 +24,7 @@ from amfm.model.parallel.context import gather_rows
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import ColumnLinear, RowLinear, project_layers
 from amfm.model.parallel.regions import leave_tensor_region
-from amfm.model.parallel.shards import Shard, divide, divide_units
+from amfm.model.parallel.shards import Shard, ShardSpec, divide, divide_units
 from amfm.model.segments import Segments
 
 
@@ -56,6 +56,9 @@ class AttentionMixer(Mixer):
         self.g_proj = gate_projection(
             section.gate, hidden, section.num_heads, self.head_dim, groups, name="model.attention.num_heads"
         )
+        self.sinks = None
+        if section.sinks:
+            self.sinks, self.shards = make_sinks(section.num_heads, groups, "model.attention.num_heads")
         self.q_norm = HeadNorm(self.head_dim) if section.qk_norm else None
         self.k_norm = HeadNorm(self.head_dim) if section.qk_norm else None
         self.attention_factor = 1.0
@@ -111,7 +114,9 @@ class AttentionMixer(Mixer):
             v_BSJK = torch.cat([state.v_BSJK, v_BSJK], dim=1)
             cache = AttentionCache(k_BSJK, v_BSJK)
         assert meta.segments is None or state is None, "rows that are cut over context ranks have no decode state"
-        o_BTHK = attend(q_BTHK, k_BSJK, v_BSJK, meta, self.groups, scale=self.scale, backend=self.backend)
+        o_BTHK = attend(
+            q_BTHK, k_BSJK, v_BSJK, meta, self.groups, scale=self.scale, backend=self.backend, sinks_H=self.sinks
+        )
         if gate_BTX:
             o_BTHK = gate_heads(o_BTHK, gate_BTX[0])
         return MixerOutput(leave_tensor_region(self.o_proj(o_BTHK.flatten(-2)), self.groups), cache)
@@ -120,6 +125,10 @@ class AttentionMixer(Mixer):
         """Build the cache before the first token: [B, 0, J, K], in the dtype of the weights."""
         empty = self.k_proj.weight.new_zeros(num_rows, 0, self.num_kv_heads, self.head_dim)
         return AttentionCache(empty, empty)
+
+    def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """Sinks begin at 0, the score of a key that says nothing."""
+        return torch.zeros(shape) if name == "sinks" else None
 
     def sequence_flops(self, sequence_length: int) -> float:
         """FLOPs a token of scores and of the values that they weigh."""
@@ -147,14 +156,15 @@ def attend(
     *,
     scale: float | None,
     backend: str,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Attend q [B, T, H, K] to the keys of whole rows, k and v [B, S, J, K] -> [B, T, H, K].
 
     Of rows that are cut over context ranks, k and v are this rank's, and all ranks of `groups.cp` must call.
     """
     if meta.segments is not None:
-        return _attend_segments(q_BTHK, k_BSJK, v_BSJK, meta, meta.segments, groups, scale, backend)
-    return _attend(q_BTHK, k_BSJK, v_BSJK, meta.boundaries_BT(), scale, backend, meta.document_ends)
+        return _attend_segments(q_BTHK, k_BSJK, v_BSJK, meta, meta.segments, groups, scale, backend, sinks_H)
+    return _attend(q_BTHK, k_BSJK, v_BSJK, meta.boundaries_BT(), scale, backend, sinks_H, meta.document_ends)
 
 
 def _attend_segments(
@@ -166,6 +176,7 @@ def _attend_segments(
     groups: ProcessGroupCollection,
     scale: float | None,
     backend: str,
+    sinks_H: Tensor | None,
 ) -> Tensor:
     """Queries of this rank's segments to the keys of whole rows, which all context ranks gather: few heads, once."""
     k_BSJK, v_BSJK = gather_rows(torch.stack([k_BTJK, v_BTJK]), segments, groups).unbind()
@@ -175,7 +186,7 @@ def _attend_segments(
         # Keys up to the segment's own end: causal attention aligns the last query with the last key.
         seen = (number + 1) * segments.length
         ids_BS = None if meta.single_document else segments.document_ids_BT[:, :seen]
-        outputs.append(_attend(q_BLHK, k_BSJK[:, :seen], v_BSJK[:, :seen], ids_BS, scale, backend, ends))
+        outputs.append(_attend(q_BLHK, k_BSJK[:, :seen], v_BSJK[:, :seen], ids_BS, scale, backend, sinks_H, ends))
     return torch.cat(outputs, dim=1)
 
 
@@ -186,12 +197,35 @@ def _attend(
     ids_BS: Tensor | None,
     scale: float | None,
     backend: str,
+    sinks_H: Tensor | None,
     ends: DocumentEnds | None = None,
 ) -> Tensor:
     """Attend q [B, T, H, K] to k, v [B, S, J, K] -> [B, T, H, K], by whatever is fastest for them on this device."""
     has_documents = ids_BS is not None
-    backend = fastest_backend(backend, q_BTHK, has_documents=has_documents, keys=k_BSJK.shape[1], document_ends=ends)
-    return attention(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=ids_BS, scale=scale, document_ends=ends, backend=backend)
+    backend = fastest_backend(
+        backend,
+        q_BTHK,
+        has_documents=has_documents,
+        keys=k_BSJK.shape[1],
+        document_ends=ends,
+        has_sinks=sinks_H is not None,
+    )
+    return attention(
+        q_BTHK,
+        k_BSJK,
+        v_BSJK,
+        sinks_H=sinks_H,
+        document_ids_BS=ids_BS,
+        scale=scale,
+        document_ends=ends,
+        backend=backend,
+    )
+
+
+def make_sinks(num_heads: int, groups: ProcessGroupCollection, name: str) -> tuple[nn.Parameter, dict[str, Shard]]:
+    """Make the sinks [H of this rank] of an attention, zeros, and say how they are cut; name: the setting of the heads."""
+    sinks = nn.Parameter(torch.zeros(divide(num_heads, groups, name)))
+    return sinks, {"sinks": Shard((ShardSpec(0, "tp", (num_heads,)),))}
 
 
 class HeadNorm(nn.Module):

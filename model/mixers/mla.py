@@ -18,6 +18,7 @@ from amfm.kernels.linear.op import linear
 from amfm.kernels.rope.frequencies import rope_frequencies
 from amfm.kernels.rope.op import qk_norm_rope
 from amfm.model.config.mixer_options import MlaOptions
+from amfm.model.mixers.attention import make_sinks
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
 from amfm.model.mixers.output_gate import gate_heads, gate_projection
 from amfm.model.packing import PackMeta
@@ -54,6 +55,9 @@ class MlaMixer(SequenceMixer):
         self.q_proj = ColumnLinear(width or hidden, (heads * self.key_size,), groups, name=name, units=(heads,))
         self.g_proj = gate_projection(options.gate, hidden, heads, options.value_head_dim, groups, name=name)
         self.out_proj = RowLinear(heads * options.value_head_dim, hidden, groups, name=name)
+        self.sinks = None
+        if options.sinks:
+            self.sinks, self.shards = make_sinks(heads, groups, name)
         self.inverse_frequencies: Tensor | None
         self.register_buffer("inverse_frequencies", None, persistent=False)
 
@@ -125,9 +129,14 @@ class MlaMixer(SequenceMixer):
         """Attend with heads whose keys and values differ in width, [B, T, H, V], by the fastest backend for them."""
         has_documents, keys = ids_BS is not None, k_BSHK.shape[1]
         backend = fastest_backend(
-            self.build.backend, q_BTHK, has_documents=has_documents, keys=keys, document_ends=ends
+            self.build.backend,
+            q_BTHK,
+            has_documents=has_documents,
+            keys=keys,
+            document_ends=ends,
+            has_sinks=self.sinks is not None,
         )
-        return _attend_padded(q_BTHK, k_BSHK, v_BSHV, ids_BS, self.key_size**-0.5, backend, ends)
+        return _attend_padded(q_BTHK, k_BSHK, v_BSHV, ids_BS, self.key_size**-0.5, backend, self.sinks, ends)
 
     def _attend_latents(self, q_BTHK: Tensor, latent_BSX: Tensor) -> Tensor:
         """Attend within one document without expanding: all heads read the latents as one key and value head."""
@@ -140,7 +149,7 @@ class MlaMixer(SequenceMixer):
         # Our Triton kernel has no heads of this width, and one query needs none.
         backend = "torch" if self.build.backend == "triton" else self.build.backend
         c_BS1r = latent_BS1X[..., : options.latent_size]
-        o_BTHr = _attend_padded(q_BTHX, latent_BS1X, c_BS1r, None, self.key_size**-0.5, backend)
+        o_BTHr = _attend_padded(q_BTHX, latent_BS1X, c_BS1r, None, self.key_size**-0.5, backend, self.sinks)
         return torch.einsum("bthr,hvr->bthv", o_BTHr, of_values_HVr)
 
     def _attend_segments(self, q_BTHK: Tensor, latent_BTX: Tensor, meta: PackMeta, segments: Segments) -> Tensor:
@@ -154,6 +163,10 @@ class MlaMixer(SequenceMixer):
             ids_BS = None if meta.single_document else segments.document_ids_BT[:, :seen]
             outputs.append(self._attend(q_BLHK, k_BSHK[:, :seen], v_BSHV[:, :seen], ids_BS, ends))
         return torch.cat(outputs, dim=1)
+
+    def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """Sinks begin at 0."""
+        return torch.zeros(shape) if name == "sinks" else None
 
     def empty_state(self, num_rows: int) -> MixerState:
         """Build the state before the first token: no latents, [B, 0, r + R]."""
@@ -173,6 +186,7 @@ def _attend_padded(
     ids_BS: Tensor | None,
     scale: float,
     backend: str,
+    sinks_H: Tensor | None,
     ends: DocumentEnds | None = None,
 ) -> Tensor:
     """Attend with kernels that take heads of one width: zeros fill up the narrower ones, which changes no product."""
@@ -180,5 +194,5 @@ def _attend_padded(
     width = max(key_size, value_size)
     q, k = (functional.pad(x, (0, width - key_size)) for x in (q_BTHK, k_BSJK))
     v = functional.pad(v_BSJV, (0, width - value_size))
-    y = attention(q, k, v, document_ids_BS=ids_BS, scale=scale, document_ends=ends, backend=backend)
+    y = attention(q, k, v, sinks_H=sinks_H, document_ids_BS=ids_BS, scale=scale, document_ends=ends, backend=backend)
     return y[..., :value_size]

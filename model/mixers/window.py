@@ -14,7 +14,7 @@ from amfm.kernels.attention.op import attention
 from amfm.kernels.rope.frequencies import rope_frequencies
 from amfm.kernels.rope.op import qk_norm_rope
 from amfm.model.config.mixer_options import WindowOptions
-from amfm.model.mixers.attention import HeadNorm
+from amfm.model.mixers.attention import HeadNorm, make_sinks
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
 from amfm.model.mixers.output_gate import gate_heads, gate_projection
 from amfm.model.packing import PackMeta
@@ -51,6 +51,9 @@ class WindowMixer(SequenceMixer):
             options.gate, hidden, options.num_heads, size, groups, name="model.mixers.window.num_heads"
         )
         self.out_proj = RowLinear(options.num_heads * size, hidden, groups, name="model.mixers.window.num_heads")
+        self.sinks = None
+        if options.sinks:
+            self.sinks, self.shards = make_sinks(options.num_heads, groups, "model.mixers.window.num_heads")
         self.q_norm = HeadNorm(size) if options.qk_norm else None
         self.k_norm = HeadNorm(size) if options.qk_norm else None
         self.inverse_frequencies: Tensor | None
@@ -102,7 +105,10 @@ class WindowMixer(SequenceMixer):
 
     def _attend(self, q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ids_BS: Tensor | None) -> Tensor:
         window, backend = self.options.window, self.build.backend
-        return attention(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=ids_BS, window=window, backend=backend)
+        sinks_H = self.sinks
+        return attention(
+            q_BTHK, k_BSJK, v_BSJK, sinks_H=sinks_H, document_ids_BS=ids_BS, window=window, backend=backend
+        )
 
     def _go_on(
         self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, meta: PackMeta, state: MixerState
@@ -129,6 +135,10 @@ class WindowMixer(SequenceMixer):
         ids_RS = torch.cat([torch.where(seen_RW, own_RL[:, :1], -1), own_RL], dim=1)
         o_RLHK = self._attend(q_RLHK, k_RSJK, v_RSJK, ids_RS)
         return o_RLHK.reshape(q_BTHK.shape)
+
+    def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """Sinks begin at 0."""
+        return torch.zeros(shape) if name == "sinks" else None
 
     def empty_state(self, num_rows: int) -> MixerState:
         """Build slots for the keys and values of window - 1 tokens, zeros until tokens fill them."""

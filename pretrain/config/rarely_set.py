@@ -56,6 +56,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
     "docs/mixers.md": {
         "model": "depth_scaled_init residual_in_fp32 logits_z_loss_weight",
         "model.mamba": "conv_kernel conv_bias a_init_min a_init_max time_step_min time_step_max time_step_floor",
+        "model.attention": "sinks",
         "model.attention.rope": "scaling ntk_alpha yarn_factor yarn_original_length yarn_beta_fast yarn_beta_slow",
         "model.attention.rope.llama3": "factor original_length slow_turns fast_turns",
         "model.feed_forward": "activation_limit",
@@ -74,8 +75,8 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "model.mixers.plstm": "conv_kernel chunk_size num_heads head_dim value_head_dim",
         "model.mixers.retnet": "conv_kernel chunk_size num_heads head_dim value_head_dim rope_theta",
         "model.mixers.transnormer": "chunk_size value_head_dim positions rope_theta",
-        "model.mixers.mla": "gate latent_norm_epsilon",
-        "model.mixers.window": "num_heads num_kv_heads window head_dim qk_norm positions rope_theta gate",
+        "model.mixers.mla": "gate sinks latent_norm_epsilon",
+        "model.mixers.window": "num_heads num_kv_heads window head_dim qk_norm positions rope_theta gate sinks",
         "model.mixers.window_linear": "qk_norm softmax_scale",
         "model.mtp": "detach",
     },

@@ -177,6 +177,9 @@ def weight_problems(options: WindowLinearOptions, attention: AttentionConfig) ->
     if attention.positions == "rope" and rope.scaling not in ("none", "llama3"):
         rule = "stretches positions, which window_linear cannot, and the teacher's weights were trained for it"
         yield Problem("model.attention.rope.scaling", rule, "give a teacher with none or llama3", rope.scaling)
+    if attention.sinks:
+        rule = "gives heads a sink, which window_linear has not, and the teacher's weights were trained with it"
+        yield Problem("model.attention.sinks", rule, "give a teacher without sinks", "true")
     wanted: dict[str, object] = {
         "num_heads": attention.num_heads,
         "kv_heads": attention.num_kv_heads,

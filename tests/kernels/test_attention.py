@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amfm.kernels.attention import varlen
+from amfm.kernels.attention import sinks, varlen
 from amfm.kernels.attention.op import _log_choice, attention, fastest_backend, window_sums
 from amfm.kernels.attention.varlen import DocumentEnds, refuse_varlen
 from tests.helpers.determinism import without_determinism
@@ -23,10 +23,17 @@ def make_inputs(batch, tokens, keys, heads, kv_heads, size, seed=0):
 
 
 def run(backend, dtype, inputs, documents, scale=None, window=None):
+    """Output and gradients of q, k, v and, where they are a fourth input, sinks."""
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
-    y = attention(*leaves, document_ids_BS=documents, scale=scale, window=window, backend=backend)
+    sinks = leaves[3] if len(leaves) > 3 else None
+    y = attention(*leaves[:3], sinks_H=sinks, document_ids_BS=documents, scale=scale, window=window, backend=backend)
     probe = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
     return [y.detach(), *torch.autograd.grad((y * probe).sum(), leaves)]
+
+
+def make_inputs_with_sinks(*shape):
+    generator = torch.Generator().manual_seed(1)
+    return [*make_inputs(*shape), 2 * torch.randn(shape[3], generator=generator, dtype=torch.float64)]
 
 
 def make_documents(batch, lengths):
@@ -81,6 +88,60 @@ def test_windows_equal_the_reference_in_outputs_and_gradients(shape, lengths, wi
     for dtype, tolerance in TOLERANCE.items():
         for got, want in zip(run("torch", dtype, inputs, documents, scale=0.3, window=window), wanted):
             assert (got - want).norm() <= tolerance * want.norm() + tolerance  # dq of a lone key is exactly zero
+
+
+SINKS = [
+    ((1, 1, 1, 1, 1, 4), None, None),
+    ((2, 63, 63, 4, 1, 8), None, None),
+    ((2, 1, 20, 4, 2, 8), None, None),
+    ((1, 7, 20, 4, 4, 8), None, None),
+    ((2, 63, 63, 4, 1, 8), [1, 30, 32], None),
+    ((2, 20, 20, 2, 2, 8), [1, 1, 3, 1, 2, 12], None),
+    ((2, 63, 63, 4, 2, 8), [1, 30, 32], 7),
+    ((1, 130, 130, 2, 1, 4), None, 3),
+    ((2, 30, 63, 4, 1, 8), [1, 30, 32], 40),
+]
+
+
+@pytest.mark.parametrize("by_wider_heads", [False, True])
+@pytest.mark.parametrize(("shape", "lengths", "window"), SINKS)
+def test_sinks_equal_the_reference_in_outputs_and_gradients(shape, lengths, window, by_wider_heads, monkeypatch):
+    """Through PyTorch's own backward on processors, and as it is done on other devices."""
+    if by_wider_heads:
+        monkeypatch.setattr(sinks, "_has_log_sums", lambda q: False)
+    inputs = make_inputs_with_sinks(*shape)
+    documents = None if lengths is None else make_documents(shape[0], lengths)
+    wanted = run("reference", torch.float64, inputs, documents, scale=0.3, window=window)
+    for dtype, tolerance in TOLERANCE.items():
+        got = run("torch", dtype, inputs, documents, scale=0.3, window=window)
+        for one, want in zip(got, wanted, strict=True):
+            assert (one - want).norm() <= tolerance * want.norm() + tolerance
+
+
+def test_the_reference_with_sinks_is_the_eager_attention_of_gpt_oss():
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+    q, k, v, sinks_H = make_inputs_with_sinks(2, 23, 23, 4, 2, 8)
+    module = SimpleNamespace(sinks=sinks_H, num_key_value_groups=2, training=False)
+    mask = torch.full((23, 23), -torch.inf, dtype=torch.float64).triu(1)
+    theirs, _ = eager_attention_forward(module, *(x.transpose(1, 2) for x in (q, k, v)), mask, 0.3)
+    ours = attention(q, k, v, sinks_H=sinks_H, scale=0.3, backend="reference")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_sink_of_no_weight_changes_no_bit_and_has_no_gradient(window):
+    inputs = make_inputs(2, 40, 40, 4, 2, 8)
+    expanded = [inputs[0], *(x.repeat_interleave(2, dim=2) for x in inputs[1:])]
+    plain = run("torch", torch.float32, expanded, None, window=window)
+    *others, d_sinks = run("torch", torch.float32, [*expanded, torch.full((4,), -1e4)], None, window=window)
+    assert all(torch.equal(one, other) for one, other in zip(plain, others, strict=True))
+    assert not d_sinks.any()
+
+
+def test_gradients_with_sinks_pass_gradcheck():
+    inputs = [x.requires_grad_() for x in make_inputs_with_sinks(1, 6, 6, 2, 1, 4)]
+    assert torch.autograd.gradcheck(lambda q, k, v, z: attention(q, k, v, sinks_H=z), inputs)
 
 
 def test_a_window_hides_every_bit_of_what_came_before():
@@ -138,6 +199,16 @@ def test_compiled_graph_masks_documents():
     torch.testing.assert_close(compiled(*inputs), attention(*inputs, document_ids_BS=documents), rtol=1e-5, atol=1e-6)
 
 
+def test_compiled_graphs_have_sinks():
+    leaves = [x.float().requires_grad_() for x in make_inputs_with_sinks(2, 24, 24, 4, 2, 8)]
+    compiled = torch.compile(lambda q, k, v, z: attention(q, k, v, sinks_H=z), fullgraph=True, backend="aot_eager")
+    y = compiled(*leaves)
+    wanted = attention(*leaves[:3], sinks_H=leaves[3])
+    torch.testing.assert_close(y, wanted)
+    gradients = (torch.autograd.grad(made.square().sum(), leaves) for made in (y, wanted))
+    torch.testing.assert_close(*gradients)
+
+
 def test_bad_input_is_refused_with_what_was_expected():
     q, k, v = make_inputs(1, 6, 6, 4, 2, 8)
     with pytest.raises(ValueError, match="v_BSJK must have shape"):
@@ -148,6 +219,11 @@ def test_bad_input_is_refused_with_what_was_expected():
         attention(q, k[:, :3], v[:, :3])
     with pytest.raises(ValueError, match=r"document_ids_BS must have shape \[1, 6\]"):
         attention(q[:, :3], k, v, document_ids_BS=torch.zeros(1, 3, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"sinks_H must have shape \[4\]"):
+        attention(q, k, v, sinks_H=torch.zeros(2))
+    with pytest.raises(ValueError, match="no sinks"):
+        ends = DocumentEnds(torch.tensor([0, 6], dtype=torch.int32), 6)
+        attention(q, k, v, sinks_H=torch.zeros(4), document_ends=ends, backend="varlen")
     with pytest.raises(ValueError, match="document_ids_BS must be int32"):
         attention(q, k, v, document_ids_BS=torch.zeros(1, 6))
 
@@ -167,6 +243,7 @@ def test_models_leave_rows_without_boundaries_on_cuda_to_pytorch_and_say_so(capl
     assert caplog.messages == ["attention -> torch: without document boundaries PyTorch's FlashAttention is faster"]
     assert fastest_backend("triton", fake_query("cuda", 64), has_documents=True, keys=64) == "triton"
     assert fastest_backend("triton", fake_query("cuda", 32), has_documents=False, keys=64) == "triton"
+    assert fastest_backend("triton", fake_query("cuda", 64), has_documents=False, keys=64, has_sinks=True) == "triton"
     for backend in ("triton", "torch", "reference"):
         assert fastest_backend(backend, fake_query("cpu", 64), has_documents=False, keys=64) == backend
 

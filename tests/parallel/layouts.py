@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "latent": MODEL
     | {
         "tie_embeddings": True,
-        "attention": MODEL["attention"] | {"gate": "element"},
+        "attention": MODEL["attention"] | {"gate": "element", "sinks": True},
         "moe": MODEL["moe"] | {"latent_size": 12, "activation": "swiglu", "shared_expert_gate": True},
         "multipliers": {"embedding": 2.0, "residual": 0.5, "logits": 0.5},
     },
@@ -94,6 +94,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
                 "value_head_dim": 5,
                 "positions": "rope",
                 "gate": "element",
+                "sinks": True,
             },
         },
     },

@@ -176,6 +176,8 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.norm_epsilon)
             self.k_norm = RMSNorm(self.head_dim, config.norm_epsilon)
         self.qk_norm = section["qk_norm"]
+        # Exports of earlier versions have no sinks.
+        self.sinks = nn.Parameter(torch.zeros(self.num_heads)) if section.get("sinks", False) else None
 
     def forward(self, x_BTD: Tensor, mask: Any, positions_BT: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """x [B, T, D] -> y [B, T, D] and (keys, values) [B, J, S, K] of all S tokens so far; mask: as the backend takes it."""
@@ -209,12 +211,16 @@ def attend(module: Any, q_BHTK: Tensor, k_BJSK: Tensor, v_BJSV: Tensor, mask: An
 def attend_eagerly(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Attention as products and a softmax in float32, with a mask that is added."""
+    """Attention as products and a softmax in float32, with a mask that is added, and the module's sinks where it has them."""
     key, value = (part.repeat_interleave(module.num_key_value_groups, dim=1) for part in (key, value))
     scores = (query @ key.transpose(2, 3)).float() * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1).to(value.dtype)
+    if module.sinks is not None:
+        # One more score per head, whose weight is dropped.
+        sinks = module.sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : key.shape[2]].to(value.dtype)
     return (weights @ value).transpose(1, 2), weights
 
 

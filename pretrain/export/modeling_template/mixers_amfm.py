@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks_amfm import DepthwiseConv, RMSNorm, attend, gate_heads, gate_size, rope_frequencies, rotate
+from .blocks_amfm import DepthwiseConv, RMSNorm, attend, attend_eagerly, gate_heads, gate_size, rope_frequencies, rotate
 from .cache_amfm import empty_rows
 from .delta_mixers_amfm import DeltaNet, GatedDeltaNet, Kda
 from .linear_mixers_amfm import (
@@ -61,6 +61,9 @@ class Window(nn.Module):
         self.gate = options.get("gate", "none")
         if self.gate != "none":
             self.g_proj = nn.Linear(config.hidden_size, self.heads * gate_size(self.gate, self.size), bias=False)
+        # Exports of earlier versions have no sinks.
+        self.sinks = nn.Parameter(torch.zeros(self.heads)) if options.get("sinks", False) else None
+        self.num_key_value_groups = self.heads // self.kv_heads
         if options["qk_norm"]:
             self.q_norm = RMSNorm(self.size, config.norm_epsilon)
             self.k_norm = RMSNorm(self.size, config.norm_epsilon)
@@ -81,19 +84,19 @@ class Window(nn.Module):
         behind_TS = slots[self.kept :, None] - slots[None, :]
         is_near_TS = (behind_TS >= 0) & (behind_TS <= self.kept)
         allowed = (is_near_TS & is_text_BS[:, None, None, :]) | (behind_TS == 0)
-        repeat = self.heads // self.kv_heads
-        # Key heads are repeated for the query heads that share them.
-        o_BHTK = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2).repeat_interleave(repeat, dim=1),
-            v.transpose(1, 2).repeat_interleave(repeat, dim=1),
-            attn_mask=allowed,
-        )
+        o_BTHK = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), allowed)
         first = k.shape[1] - self.kept
-        o_BTHK = o_BHTK.transpose(1, 2)
         if self.gate != "none":
             o_BTHK = gate_heads(o_BTHK, self.g_proj(x_BTD))
         return self.out_proj(o_BTHK.flatten(2)), (k[:, first:], v[:, first:], is_text_BS[:, first:])
+
+    def _attend(self, q_BHTK: Tensor, k_BJSK: Tensor, v_BJSK: Tensor, allowed: Tensor) -> Tensor:
+        """Attend [B, T, H, K] to the keys that a mask allows; key heads are repeated for the query heads that share them."""
+        if self.sinks is not None:
+            mask = torch.zeros_like(allowed, dtype=torch.float32).masked_fill(~allowed, -torch.inf)
+            return attend_eagerly(self, q_BHTK, k_BJSK, v_BJSK, mask, self.size**-0.5)[0]
+        k_BHSK, v_BHSK = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (k_BJSK, v_BJSK))
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=allowed).transpose(1, 2)
 
     def _project(self, x_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute queries [B, T, H, K], keys and values [B, T, J, K], normed and rotated as the options say."""
@@ -134,6 +137,7 @@ class Mla(nn.Module):
         self.gate = options["gate"]
         if self.gate != "none":
             self.g_proj = nn.Linear(width, self.heads * gate_size(self.gate, self.value), bias=False)
+        self.sinks = nn.Parameter(torch.zeros(self.heads)) if options.get("sinks", False) else None
         self.out_proj = nn.Linear(self.heads * self.value, width, bias=False)
 
     def forward(self, x_BTD: Tensor, mask: Any, positions_BT: Tensor, state: State | None) -> tuple[Tensor, State]:

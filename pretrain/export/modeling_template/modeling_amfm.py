@@ -113,9 +113,23 @@ class AmfmPreTrainedModel(PreTrainedModel):
         found = [letter for letter in self.config.letters() if LETTERS.get(letter, letter.strip("{}")) in others]
         if found:
             raise ValueError(
-                f"flash attention does not serve the block {found[0]} of the pattern; use attn_implementation='sdpa'"
+                f"flash attention does not serve the block {found[0]} of the pattern; use attn_implementation="
+                f"'{'eager' if self._has_sinks() else 'sdpa'}'"
             )
+        if self._has_sinks():
+            raise ValueError("flash attention has no sinks here; use attn_implementation='eager'")
         return super()._flash_attn_can_dispatch(*args, **kwargs)
+
+    def _sdpa_can_dispatch(self, *args: Any, **kwargs: Any) -> bool:
+        """Refuse PyTorch's attention where heads have sinks, which it does not take; transformers then takes `eager`."""
+        if self._has_sinks():
+            raise ValueError("PyTorch's attention has no sinks; use attn_implementation='eager'")
+        return super()._sdpa_can_dispatch(*args, **kwargs)
+
+    def _has_sinks(self) -> bool:
+        """Whether attention that reads the mask of the chosen implementation has sinks."""
+        sections = {"*": self.config.attention or {}, "+": self.config.mixers.get("mla", {})}
+        return any(sections.get(letter, {}).get("sinks", False) for letter in self.config.letters())
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -145,6 +159,9 @@ class AmfmPreTrainedModel(PreTrainedModel):
             init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log_())
         elif isinstance(module, DeltaNet) and module.has_decay:
             init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log_())
+        sinks = getattr(module, "sinks", None)
+        if isinstance(sinks, Tensor):
+            init.zeros_(sinks)
         bias = getattr(module, "dt_bias", None)
         if isinstance(bias, Tensor):
             # Time steps log-uniform in 0.001 to 0.1; the bias is their inverse softplus.

@@ -7,7 +7,7 @@ from amfm.kernels.attention import triton_impl
 from amfm.kernels.attention.triton_impl import document_bounds
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.helpers.registration import assert_registered
-from tests.kernels.test_attention import make_documents, make_inputs, run
+from tests.kernels.test_attention import make_documents, make_inputs, make_inputs_with_sinks, run
 
 FLOAT32 = 1e-5  # softmax-weighted sums of at most a hundred values
 
@@ -53,6 +53,33 @@ def test_windows_equal_the_definition_twice_bitwise(shape, lengths, window, pois
         assert_bitwise(one, other)
 
 
+@pytest.mark.parametrize(
+    ("shape", "lengths", "window"),
+    [
+        ((1, 1, 1, 1, 1, 4), None, None),
+        ((1, 7, 20, 4, 2, 8), None, None),
+        ((2, 63, 63, 2, 1, 20), [1, 30, 32], None),
+        ((2, 35, 70, 2, 1, 8), [20, 30, 19, 1], 18),
+    ],
+)
+def test_sinks_equal_the_definition_twice_bitwise(shape, lengths, window, poisoned_memory):
+    inputs = make_inputs_with_sinks(*shape)
+    documents = None if lengths is None else make_documents(shape[0], lengths)
+    once, again = (run("triton", torch.float32, inputs, documents, scale=0.3, window=window) for _ in range(2))
+    assert_all_near(once, run("reference", torch.float64, inputs, documents, scale=0.3, window=window), FLOAT32)
+    for one, other in zip(once, again):
+        assert_bitwise(one, other)
+
+
+def test_a_sink_of_no_weight_changes_no_bit():
+    inputs = make_inputs(1, 40, 40, 2, 1, 8)
+    plain = run("triton", torch.float32, inputs, None)
+    *others, d_sinks = run("triton", torch.float32, [*inputs, torch.full((2,), -1e4)], None)
+    for one, other in zip(plain, others, strict=True):
+        assert_bitwise(one, other)
+    assert not d_sinks.any()
+
+
 def test_changing_one_document_leaves_every_bit_of_the_others():
     inputs = make_inputs(1, 60, 60, 2, 1, 8)
     documents = make_documents(1, [18, 20, 22])
@@ -80,4 +107,5 @@ def test_bounds_name_the_first_token_of_a_document_and_the_one_after_its_last():
 def test_registration_is_complete():
     q, k, v = (x.float().requires_grad_() for x in make_inputs(1, 5, 5, 2, 1, 4))
     first, ends = document_bounds(torch.zeros(1, 5, dtype=torch.int64), 5)
-    assert_registered(triton_impl._forward, q, k, v, first, ends, 0.5)
+    assert_registered(triton_impl._forward, q, k, v, None, first, ends, 0.5)
+    assert_registered(triton_impl._forward, q, k, v, torch.zeros(2, requires_grad=True), first, ends, 0.5)

@@ -136,6 +136,32 @@ def lfm2_moe_config(**changes) -> ModelConfig:
     return lfm2_config(**({"pattern": "C-CE*E", "moe": moe} | changes))
 
 
+def gpt_oss_window(**changes) -> dict:
+    options = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": 7, "rope_theta": 200.0, "sinks": True}
+    return {"window": options | changes}
+
+
+def gpt_oss_config(**changes) -> ModelConfig:
+    fields = {
+        "pattern": "WE*E",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "mixers": gpt_oss_window(),
+        "attention": AttentionConfig(
+            num_heads=4, num_kv_heads=2, head_dim=6, positions="rope", rope=RopeConfig(theta=200.0), sinks=True
+        ),
+        "moe": MoeConfig(
+            num_experts=4,
+            top_k=2,
+            expert_hidden_size=16,
+            activation="swiglu_oai",
+            activation_limit=0.5,
+            router="softmax",
+        ),
+    }
+    return ModelConfig(**(fields | changes))
+
+
 def grouped(moe: MoeConfig | None, **changes) -> MoeConfig:
     assert moe is not None
     return moe.model_copy(update=changes)
@@ -251,6 +277,11 @@ CASES = {
         feed_forward=None,
         moe=grouped(lfm2_moe_config().moe, expert_bias=False, normalize_probabilities=False),
     ),
+    "gpt_oss, windows and attention by turns": gpt_oss_config(),
+    "gpt_oss, windows alone, tied": gpt_oss_config(pattern="WE", attention=None, tie_embeddings=True),
+    "gpt_oss, attention alone, yarn": gpt_oss_config(
+        pattern="*E", mixers={}, attention=gpt_oss_config().attention.model_copy(update={"rope": YARN})
+    ),
     "qwen3_5_moe, gated": gated(qwen3_5_moe_config()),
     "qwen3_5_moe, no gates, as many key heads": qwen3_5_moe_config(mixers=delta_mixers(num_key_heads=None)),
 }
@@ -265,7 +296,7 @@ def build_ours(config: ModelConfig, seed: int = 0) -> HybridModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight") or name.endswith((".D", "conv.bias")):
+            if name.endswith(("norm.weight", ".D", "conv.bias", "sinks")):
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
             elif not name.endswith(("A_log", "dt_bias")):
                 parameter.mul_(6.0)

@@ -19,6 +19,8 @@ from tests.model.huggingface.cases import (
     QWEN3_NEXT,
     deepseek_v3_config,
     delta_mixers,
+    gpt_oss_config,
+    gpt_oss_window,
     granite_config,
     grouped,
     kimi_linear_config,
@@ -30,7 +32,33 @@ from tests.model.huggingface.cases import (
 )
 
 ROTARY, SPARSE = lfm2_config().attention, lfm2_moe_config()
+SINKS = gpt_oss_config().attention
+GPT_OSS = gpt_oss_config().moe
 UNFIT = {
+    "gpt_oss": {
+        "model.pattern=WEE*": {"pattern": "WEE*"},
+        "model.attention.sinks=false": {"attention": SINKS.model_copy(update={"sinks": False})},
+        "model.attention.qk_norm=true": {"attention": SINKS.model_copy(update={"qk_norm": True})},
+        "model.attention.rope.fraction=0.5": {
+            "attention": SINKS.model_copy(update={"rope": RopeConfig(theta=200.0, fraction=0.5)})
+        },
+        "model.attention.rope.scaling=ntk: gpt_oss rotates windows as attention": {
+            "attention": SINKS.model_copy(update={"rope": RopeConfig(theta=200.0, scaling="ntk", ntk_alpha=2.0)})
+        },
+        "model.attention.softmax_scale=0.3": {"attention": SINKS.model_copy(update={"softmax_scale": 0.3})},
+        "model.attention.gate=element": {"attention": SINKS.model_copy(update={"gate": "element"})},
+        "model.mixers.window.sinks=false": {"mixers": gpt_oss_window(sinks=False)},
+        "model.mixers.window.gate=head": {"mixers": gpt_oss_window(gate="head")},
+        "model.mixers.window.num_kv_heads=1": {"mixers": gpt_oss_window(num_kv_heads=1)},
+        "model.mixers.window.rope_theta=300.0": {"mixers": gpt_oss_window(rope_theta=300.0)},
+        "model.moe.activation=swiglu: its experts have this unit": {"moe": grouped(GPT_OSS, activation="swiglu")},
+        "model.moe.activation_limit=none": {"moe": grouped(GPT_OSS, activation_limit=None)},
+        "model.moe.router=sigmoid": {"moe": grouped(GPT_OSS, router="sigmoid")},
+        "model.moe.normalize_probabilities=false": {"moe": grouped(GPT_OSS, normalize_probabilities=False)},
+        "model.moe.shared_expert_hidden_size=8": {"moe": grouped(GPT_OSS, shared_expert_hidden_size=8)},
+        "model.moe.expert_hidden_size=12": {"moe": grouped(GPT_OSS, expert_hidden_size=12)},
+        "model.multipliers.logits=0.5": {"multipliers": MultipliersConfig(logits=0.5)},
+    },
     "lfm2": {
         "model.pattern=C-C*-": {"pattern": "C-C*-"},
         "model.attention.qk_norm=false": {"attention": ROTARY.model_copy(update={"qk_norm": False})},
@@ -41,6 +69,7 @@ UNFIT = {
         "model.attention.head_dim=8": {"attention": ROTARY.model_copy(update={"head_dim": 8})},
         "model.attention.softmax_scale=0.3": {"attention": ROTARY.model_copy(update={"softmax_scale": 0.3})},
         "model.attention.gate=element": {"attention": ROTARY.model_copy(update={"gate": "element"})},
+        "model.attention.sinks=true: lfm2 has no sinks": {"attention": ROTARY.model_copy(update={"sinks": True})},
         "model.feed_forward.activation=squared_relu": {"feed_forward": FeedForwardConfig(hidden_size=20)},
         "model.multipliers.logits=0.5": {"multipliers": MultipliersConfig(logits=0.5)},
     },
@@ -179,6 +208,7 @@ BASES = {
     "deepseek_v3": deepseek_v3_config,
     "lfm2": lfm2_config,
     "lfm2_moe": lfm2_moe_config,
+    "gpt_oss": gpt_oss_config,
 }
 
 

@@ -22,6 +22,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "rope_head_dim": 4,
         "positions": "rope",
         "gate": "head",
+        "sinks": True,
     },
     "window_linear": {
         "window": 3,
@@ -31,7 +32,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "meta_tokens": 2,
         "output_gate": "head",
     },
-    "window": {"window": 6, "num_kv_heads": 2, "qk_norm": True, "gate": "element"},
+    "window": {"window": 6, "num_kv_heads": 2, "qk_norm": True, "gate": "element", "sinks": True},
     "gated_deltanet": {"num_key_heads": 2},
 }
 

@@ -22,7 +22,7 @@ model.mamba.num_heads model.mamba.head_dim model.mamba.state_size model.mamba.nu
 model.mamba.conv_bias model.mamba.chunk_size model.mamba.keep_states model.mamba.a_init_min model.mamba.a_init_max
 model.mamba.time_step_min model.mamba.time_step_max model.mamba.time_step_floor
 model.attention.num_heads model.attention.num_kv_heads model.attention.head_dim model.attention.qk_norm
-model.attention.positions model.attention.softmax_scale model.attention.gate
+model.attention.positions model.attention.softmax_scale model.attention.gate model.attention.sinks
 model.attention.rope.theta model.attention.rope.fraction model.attention.rope.scaling model.attention.rope.ntk_alpha
 model.attention.rope.yarn_factor model.attention.rope.yarn_original_length model.attention.rope.yarn_beta_fast
 model.attention.rope.yarn_beta_slow model.attention.rope.llama3.factor
@@ -74,10 +74,10 @@ model.mixers.transnormer.head_dim model.mixers.transnormer.value_head_dim model.
 model.mixers.transnormer.rope_theta
 model.mixers.mla.num_heads model.mixers.mla.latent_size model.mixers.mla.query_latent_size
 model.mixers.mla.nope_head_dim model.mixers.mla.rope_head_dim model.mixers.mla.value_head_dim model.mixers.mla.positions
-model.mixers.mla.rope_theta model.mixers.mla.gate model.mixers.mla.latent_norm_epsilon
+model.mixers.mla.rope_theta model.mixers.mla.gate model.mixers.mla.sinks model.mixers.mla.latent_norm_epsilon
 model.mixers.window.num_heads model.mixers.window.num_kv_heads model.mixers.window.window model.mixers.window.head_dim
 model.mixers.window.qk_norm model.mixers.window.positions model.mixers.window.rope_theta
-model.mixers.window.gate
+model.mixers.window.gate model.mixers.window.sinks
 model.mixers.window_linear.num_heads model.mixers.window_linear.num_kv_heads model.mixers.window_linear.window
 model.mixers.window_linear.head_dim model.mixers.window_linear.preset model.mixers.window_linear.features
 model.mixers.window_linear.gate model.mixers.window_linear.combine model.mixers.window_linear.linear_positions

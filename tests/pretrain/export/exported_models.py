@@ -58,6 +58,7 @@ OWN: dict[str, Any] = {
         "head_dim": 8,
         "qk_norm": True,
         "gate": "head",
+        "sinks": True,
         "positions": "rope",
         "rope": {
             "theta": 300.0,
@@ -97,12 +98,27 @@ LFM2_MOE: dict[str, Any] = {
     "pattern": "C-*ECE",
     "moe": GRANITE["moe"] | {"router": "sigmoid", "expert_bias": True, "shared_expert_hidden_size": 0},
 }
+GPT_OSS: dict[str, Any] = {
+    **MODEL,
+    "pattern": "WE*E",
+    "mixers": {"window": {"window": 5, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "sinks": True}},
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "positions": "rope", "sinks": True},
+    "moe": {
+        "num_experts": 6,
+        "top_k": 2,
+        "expert_hidden_size": 16,
+        "activation": "swiglu_oai",
+        "activation_limit": 0.5,
+        "router": "softmax",
+    },
+}
 MODELS = {
     "nemotron_h": MODEL,
     "granitemoehybrid": GRANITE,
     "qwen3_next": QWEN3_NEXT,
     "lfm2": LFM2,
     "lfm2_moe": LFM2_MOE,
+    "gpt_oss": GPT_OSS,
     "own": OWN,
 }
 

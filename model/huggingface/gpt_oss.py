@@ -1,0 +1,281 @@
+"""The transformers class `gpt_oss`: attention with sinks, over windows or whole rows, and experts with limited gates.
+
+Read from transformers 5.24 (`configuration_gpt_oss.py`, `modeling_gpt_oss.py`). Every layer is attention, over a window (`W`)
+or not (`*`), and experts; both kinds of attention have the same heads and rotations, whose halves are paired as ours. A router
+takes the softmax of the chosen logits, which is ours of all, normalized. The class also has biases on its projections, router
+and experts, which our layers have not: an export writes those of router and experts as zeros, and released models are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.mixer_options import WindowOptions
+from amfm.model.config.moe import MoeConfig
+from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.entries import WeightEntry, WeightMap
+from amfm.model.huggingface.fields import (
+    flat_rope_fields,
+    require_fields,
+    rope_from_parameters,
+    rope_parameters,
+    unfit_expert_sizes,
+    unfit_gates,
+    unfit_multipliers,
+)
+from amfm.model.huggingface.gpt_oss_weights import StackedEntry, TransposedEntry, TurnedEntry
+from amfm.model.huggingface.hf_class import HfTarget
+from amfm.model.huggingface.limits import IGNORED_ARGUMENTS
+
+LAYER_TYPES = {"W": "sliding_attention", "*": "full_attention"}
+LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}
+ALPHA = 1.702
+# What the router and the experts of ours must be.
+ROUTING: dict[str, tuple[object, str]] = {
+    "activation": ("swiglu_oai", "its experts have this unit"),
+    "router": ("softmax", "it scores experts with a softmax"),
+    "normalize_probabilities": (True, "its softmax is that of the chosen experts"),
+    "routed_scaling": (1.0, "it has no such factor"),
+    "num_router_groups": (1, "it does not group experts"),
+    "shared_expert_hidden_size": (0, "it has no shared expert"),
+    "latent_size": (None, "its experts read the full width"),
+}
+
+
+def window_options(config: ModelConfig) -> WindowOptions:
+    """Options of the windows, which the pattern has."""
+    options: WindowOptions = getattr(config.mixers, "window")  # noqa: B009
+    return options
+
+
+def unfit_for_gpt_oss(config: ModelConfig) -> list[str]:
+    """List every choice that the class cannot hold, as value, rule and remedy."""
+    letters = config.letters
+    mixers, seconds = letters[0::2], letters[1::2]
+    reasons = [
+        reason.replace("target granitemoehybrid or own", "target own")
+        for reason in unfit_multipliers(config, "gpt_oss")
+    ]
+    if not (len(mixers) == len(seconds) and set(mixers) <= set(LAYER_TYPES) and set(seconds) <= {"E"}):
+        rule = "layers of gpt_oss are pairs, W or * and then E"
+        return [f"model.pattern={''.join(letters)}: {rule}; use such a pattern, or target own", *reasons]
+    reasons += unfit_gates(config, "gpt_oss")
+    if "*" in letters and config.attention is not None:
+        reasons += _unfit_attention(config.attention)
+    if "W" in letters:
+        reasons += _unfit_window(config, window_options(config))
+    if config.moe is not None:
+        reasons += _unfit_experts(config, config.moe)
+    return reasons
+
+
+def _unfit_attention(attention: AttentionConfig) -> Iterator[str]:
+    key = "model.attention"
+    wanted: dict[str, tuple[object, str]] = {
+        "sinks": (True, "every head of gpt_oss has a sink"),
+        "qk_norm": (False, "gpt_oss does not norm queries and keys"),
+        "positions": ("rope", "attention of gpt_oss is rotary"),
+    }
+    yield from _differences(key, attention, wanted)
+    if attention.rope.fraction != 1.0:
+        yield f"{key}.rope.fraction={attention.rope.fraction}: gpt_oss rotates whole heads; use 1.0, or target own"
+    scale = attention.softmax_scale
+    if scale is not None and scale != attention.head_dim**-0.5:
+        rule = f"gpt_oss scales by head_dim ** -0.5 = {attention.head_dim**-0.5:.6g}"
+        yield f"{key}.softmax_scale={scale}: {rule}; leave it out, or target own"
+
+
+def _unfit_window(config: ModelConfig, options: WindowOptions) -> Iterator[str]:
+    """What windows have else, and in what they differ from attention: the class has one set of heads and rotations."""
+    key, attention = "model.mixers.window", config.attention
+    wanted: dict[str, tuple[object, str]] = {
+        "sinks": (True, "every head of gpt_oss has a sink"),
+        "qk_norm": (False, "gpt_oss does not norm queries and keys"),
+        "positions": ("rope", "attention of gpt_oss is rotary"),
+        "gate": ("none", "attention of gpt_oss has no gate"),
+    }
+    yield from _differences(key, options, wanted)
+    if attention is None or "*" not in config.letters:
+        return
+    if attention.rope.scaling != "none":
+        rule = "gpt_oss rotates windows as attention, and ours are not stretched"
+        yield f"model.attention.rope.scaling={attention.rope.scaling}: {rule}; use none, or target own"
+    for name, value, other in (
+        ("num_heads", options.num_heads, attention.num_heads),
+        ("num_kv_heads", options.kv_heads(), attention.num_kv_heads),
+        ("head_dim", options.head_dim, attention.head_dim),
+        ("rope_theta", options.rope_theta, attention.rope.theta),
+    ):
+        if value != other:
+            yield f"{key}.{name}={value}: windows of gpt_oss have that of attention; use {other}, or target own"
+
+
+def _unfit_experts(config: ModelConfig, moe: MoeConfig) -> Iterator[str]:
+    yield from _differences("model.moe", moe, ROUTING)
+    if moe.activation_limit is None:
+        yield "model.moe.activation_limit=none: gpt_oss limits gate and up; use 7.0, or target own"
+    yield from unfit_expert_sizes(config, moe)
+
+
+def _differences(key: str, options: object, wanted: Mapping[str, tuple[object, str]]) -> Iterator[str]:
+    for name, (value, rule) in wanted.items():
+        found = getattr(options, name)
+        if found != value:
+            shown, remedy = (str(each).lower() if isinstance(each, bool) else each for each in (found, value))
+            remedy = "leave it out" if value is None else f"use {remedy}"
+            yield f"{key}.{name}={shown}: {rule}; {remedy}, or target own"
+
+
+def gpt_oss_fields(config: ModelConfig) -> dict[str, Any]:
+    """Build the fields of config.json that are the class's own."""
+    mixers, moe = config.letters[0::2], config.moe
+    assert moe is not None, "every layer of gpt_oss has experts"
+    fields: dict[str, Any] = {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "num_hidden_layers": len(mixers),
+        "layer_types": [LAYER_TYPES[letter] for letter in mixers],
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "intermediate_size": moe.expert_hidden_size,
+        "swiglu_alpha": ALPHA,
+        "swiglu_limit": moe.activation_limit,
+        # The class asks for one without any windows, too.
+        "sliding_window": 128,
+    }
+    if "W" in mixers:
+        window = window_options(config)
+        fields |= {
+            "sliding_window": window.window,
+            "num_attention_heads": window.num_heads,
+            "num_key_value_heads": window.kv_heads(),
+            "head_dim": window.head_dim,
+            "rope_parameters": {"rope_type": "default", "rope_theta": window.rope_theta},
+        }
+    if "*" in mixers:
+        assert config.attention is not None, "the pattern has *, the configuration no attention section"
+        fields |= {
+            "num_attention_heads": config.attention.num_heads,
+            "num_key_value_heads": config.attention.num_kv_heads,
+            "head_dim": config.attention.head_dim,
+            "rope_parameters": rope_parameters(config.attention),
+        }
+    return fields | flat_rope_fields(fields["rope_parameters"])
+
+
+def model_config_from_gpt_oss(fields: Mapping[str, Any]) -> ModelConfig:
+    """Build our configuration from config.json with the class's defaults filled in.
+
+    Raises ValueError where the class uses something that our model does not have, such as the biases of released models.
+    """
+    require_fields(fields, {"attention_bias": False, "swiglu_alpha": ALPHA, "hidden_act": "silu"})
+    pattern = "".join(LETTERS[kind] + "E" for kind in fields["layer_types"])
+    rope = rope_from_parameters(fields.get("rope_parameters") or {})
+    if "W" in pattern and rope.scaling != "none":
+        raise ValueError(
+            f"config.json: rope_type={rope.scaling} cannot be imported with sliding_attention: our windows are not stretched"
+        )
+    heads = {
+        "num_heads": fields["num_attention_heads"],
+        "num_kv_heads": fields["num_key_value_heads"],
+        "head_dim": fields["head_dim"],
+        "sinks": True,
+    }
+    window = {"window": fields["sliding_window"], "positions": "rope", "rope_theta": rope.theta, **heads}
+    return ModelConfig.model_validate(
+        {
+            "pattern": pattern,
+            "vocab_size": fields["vocab_size"],
+            "hidden_size": fields["hidden_size"],
+            "norm_epsilon": fields["rms_norm_eps"],
+            "tie_embeddings": fields["tie_word_embeddings"],
+            "initializer_range": fields["initializer_range"],
+            "attention": {"positions": "rope", "rope": rope, **heads} if "*" in pattern else None,
+            "mixers": {"window": window} if "W" in pattern else {},
+            "moe": MoeConfig(
+                num_experts=fields["num_local_experts"],
+                top_k=fields["num_experts_per_tok"],
+                expert_hidden_size=fields["intermediate_size"],
+                activation="swiglu_oai",
+                activation_limit=fields["swiglu_limit"],
+                router="softmax",
+            ),
+        }
+    )
+
+
+def gpt_oss_map(config: ModelConfig) -> WeightMap:
+    """Build the weight map of a model that fits the class."""
+    entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
+    zeros: dict[str, tuple[int, ...]] = {}
+    for index, letter in enumerate(config.letters):
+        ours, layer = f"blocks.{index}.", f"model.layers.{index // 2}."
+        norm = "post_attention_layernorm" if letter == "E" else "input_layernorm"
+        entries.append(WeightEntry(f"{ours}norm.weight", (f"{layer}{norm}.weight",)))
+        entries += _BLOCKS[letter](config, f"{ours}mixer.", layer)
+        if letter == "E":
+            zeros |= _biases(config, f"{layer}mlp.")
+    entries.append(WeightEntry("final_norm.weight", ("model.norm.weight",)))
+    if not config.tie_embeddings:
+        entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
+    return WeightMap(tuple(entries), zeros)
+
+
+def _attention_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "sinks"):
+        yield WeightEntry(ours + name, (f"{layer}self_attn.{name}",))
+
+
+def _window_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    window = window_options(config)
+    keys = window.kv_heads() * window.head_dim
+    names = tuple(f"{layer}self_attn.{name}_proj.weight" for name in "qkv")
+    yield StackedEntry(f"{ours}in_proj.weight", names, sizes=(window.num_heads * window.head_dim, keys, keys))
+    yield WeightEntry(f"{ours}out_proj.weight", (f"{layer}self_attn.o_proj.weight",))
+    yield WeightEntry(f"{ours}sinks", (f"{layer}self_attn.sinks",))
+
+
+def _expert_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    yield WeightEntry(f"{ours}router.weight", (f"{layer}mlp.router.weight",))
+    yield TurnedEntry(f"{ours}experts.up", (f"{layer}mlp.experts.gate_up_proj",))
+    yield TransposedEntry(f"{ours}experts.down", (f"{layer}mlp.experts.down_proj",))
+
+
+def _biases(config: ModelConfig, theirs: str) -> dict[str, tuple[int, ...]]:
+    """Biases that the class always has."""
+    assert config.moe is not None, "the pattern has E, the configuration no moe section"
+    experts = config.moe.num_experts
+    return {
+        f"{theirs}router.bias": (experts,),
+        f"{theirs}experts.gate_up_proj_bias": (experts, 2 * config.moe.expert_hidden_size),
+        f"{theirs}experts.down_proj_bias": (experts, config.hidden_size),
+    }
+
+
+_BLOCKS = {"W": _window_entries, "*": _attention_entries, "E": _expert_entries}
+
+
+def limits(config: ModelConfig) -> list[str]:
+    """What the class does not do."""
+    return [
+        "PyTorch's `sdpa` does not serve its sinks: the class takes `eager`, or FlashAttention 3 and 4 where they are installed.",
+        IGNORED_ARGUMENTS,
+    ]
+
+
+CLASS = HfTarget(
+    name="gpt_oss",
+    model_type="gpt_oss",
+    class_name="GptOssForCausalLM",
+    unfit=unfit_for_gpt_oss,
+    fields=gpt_oss_fields,
+    read=model_config_from_gpt_oss,
+    weights=gpt_oss_map,
+    limits=limits,
+    holds=frozenset(("sinks", "activation_limit")),
+)
