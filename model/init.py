@@ -152,7 +152,7 @@ def _normal_piece(
 def _special_values(name: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
     """The first value of a parameter that is not drawn from `_deviation`'s normal distribution; None for one that is."""
     generator = _generator(seed, name)
-    if name.endswith(("norm.weight", "mixer.D")):
+    if name.endswith(("norm.weight", ".D")):
         return torch.ones(shape)
     if name.endswith(("conv.bias", "lora.up")):
         return torch.zeros(shape)

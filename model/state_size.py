@@ -7,6 +7,8 @@ from what decoding allocates.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,13 @@ def state_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype = torch
 
 def count_bytes(state: object) -> int:
     """Sum the bytes of all tensors in nested tuples and dictionaries."""
+    return sum(tensor.nbytes for tensor in state_tensors(state))
+
+
+def state_tensors(state: object) -> Iterator[Tensor]:
+    """Iterate over all tensors in nested tuples and dictionaries."""
     if isinstance(state, Tensor):
-        return state.nbytes
+        yield state
     parts = state.values() if isinstance(state, dict) else state if isinstance(state, tuple) else ()
-    return sum(count_bytes(part) for part in parts)
+    for part in parts:
+        yield from state_tensors(part)

@@ -37,13 +37,13 @@ def check_model(config: ModelConfig) -> None:
             "such as /*E, or remove model.mtp"
         )
     for symbol in dict.fromkeys((*pattern.counts(), *pattern.depth_letters)):
-        kind = kind_of(symbol)
-        if config.options_of(kind) is None:
-            raise ValueError(
-                f"model.pattern has {symbol!r} ({describe_symbol(symbol)}) but model.{kind.section} is missing; "
-                f"add model.{kind.section} or take {symbol!r} out of the pattern"
-            )
-        _check_wrapped(config, kind)
+        for kind in kind_of(symbol).parts:
+            if config.options_of(kind) is None:
+                raise ValueError(
+                    f"model.pattern has {symbol!r} ({describe_symbol(symbol)}) but model.{kind.section} is missing; "
+                    f"add model.{kind.section} or take {symbol!r} out of the pattern"
+                )
+            _check_wrapped(config, kind)
     if config.mup is not None:
         check_mup(config)
     for kind, options in config.sections():

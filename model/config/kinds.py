@@ -16,6 +16,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 from amfm.model.config import mixer_options as own
@@ -24,6 +25,7 @@ from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions
+from amfm.model.config.parallel_heads import ParallelOptions
 from amfm.model.config.plugins import describe_entry, installed_specs
 from amfm.model.config.window_linear import WindowLinearOptions
 
@@ -67,6 +69,11 @@ class Kind:
     products: Products = NO_PRODUCTS
 
     @property
+    def parts(self) -> tuple[Kind, ...]:
+        """The kinds whose sections it reads: itself, but for one of parallel heads."""
+        return (self,)
+
+    @property
     def symbol(self) -> str:
         """Its symbol in a pattern: its letter, or `{name}`."""
         return self.letter or f"{{{self.name}}}"
@@ -80,6 +87,11 @@ class Kind:
         """Name it in words."""
         return self.title or self.name.replace("_", " ")
 
+    def read(self, model: Any) -> MixerOptions | None:
+        """Its options in a model's configuration; None where the section is missing."""
+        options: MixerOptions | None = attrgetter(self.section)(model)
+        return options
+
     def load(self) -> type[Any]:
         """Import the class of its mixer."""
         module, _, name = self.mixer.partition(":")
@@ -91,6 +103,34 @@ IN_OUT = Products(("in_proj.weight",), "out_proj.weight")
 QKVO = Products(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"))
 UP_DOWN = Products(("up_proj.weight", "down_proj.weight"))
 EXPERTS = Products(("experts.up", "experts.down", "shared.up_proj.weight", "shared.down_proj.weight"))
+
+
+@dataclass(frozen=True)
+class ParallelKind(Kind):
+    """Sequence mixers that read one norm side by side, `(M&*)`: their outputs are added in one residual block."""
+
+    branches: tuple[Kind, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Kind, ...]:
+        """The mixers, in order."""
+        return self.branches
+
+    @property
+    def symbol(self) -> str:
+        """As it stands in a pattern."""
+        return self.name
+
+    def describe(self) -> str:
+        """Name it in words."""
+        return " and ".join(kind.describe() for kind in self.branches) + " in parallel"
+
+    def read(self, model: Any) -> MixerOptions | None:
+        """Those of all mixers, where none is missing."""
+        options = [kind.read(model) for kind in self.branches]
+        names = tuple(kind.name for kind in self.branches)
+        return None if None in options else ParallelOptions(names=names, branches=tuple(options))
+
 
 CORE = (
     Kind(
@@ -241,6 +281,10 @@ def find_kind(name: str) -> Kind:
 
 def kind_of(symbol: str) -> Kind:
     """Look up the kind of a block by its symbol in a pattern; raises as `find_kind` does."""
+    if symbol.startswith("("):
+        branches = tuple(kind_of(part) for part in symbol.strip("()").split("&"))
+        mixer = "amfm.model.mixers.parallel:ParallelMixer"
+        return ParallelKind(symbol, mixer, ParallelOptions, branches=branches)
     return LETTERS[symbol] if symbol in LETTERS else find_kind(symbol.strip("{}"))
 
 
@@ -254,5 +298,7 @@ def list_kinds() -> str:
 
 def describe_symbol(symbol: str) -> str:
     """Name a kind of block in words, from its symbol in a pattern."""
+    if symbol.startswith("("):
+        return " and ".join(map(describe_symbol, symbol.strip("()").split("&"))) + " in parallel"
     kind = LETTERS.get(symbol)
     return kind.describe() if kind else symbol.strip("{}").replace("_", " ")

@@ -4,14 +4,16 @@ Grammar (spaces mean nothing):
 
     pattern = blocks { "/" blocks }
     blocks  = item { item }
-    item    = letter | "{" name "}" | "|" | "(" blocks ")" [ repeat ]
+    item    = letter | "{" name "}" | "|" | "(" blocks ")" [ repeat ] | "(" mixer { "&" mixer } ")" [ repeat ]
+    mixer   = letter | "{" name "}"
     repeat  = ( "*" | "x" ) digits
 
 Letters are Megatron's `M` Mamba2, `*` attention, `E` mixture of experts, `-` dense feed-forward; Hunyuan's `A`, `F` and
 `D` mean `*`, `E` and `-`. Other sequence mixers stand under their name in braces, `{retnet}`, and some have a letter too.
 Whether a name is registered is checked later (`model/config/checks.py`), so parsing needs no installed package. A `*` that
 a digit follows is a repetition and must follow a `)`; every other `*` is an attention block. So `(ME)*8` is eight pairs,
-`(ME)*E` is a pair, an attention block and an `E`, and `M*8` is refused: a single letter is repeated as `(M)*8`. Each `/`
+`(ME)*E` is a pair, an attention block and an `E`, and `M*8` is refused: a single letter is repeated as `(M)*8`. `(M&*)` is one
+block, whose mixers read the same norm and are added (`model/mixers/parallel.py`): different kinds that mix tokens. Each `/`
 begins a depth of multi-token prediction (`model/mtp.py`) behind the main blocks; all depths have the same blocks.
 
 The parser keeps the position of every item, so that errors point at the character with a caret. Repetitions are expanded
@@ -119,9 +121,9 @@ def explain_d(text: str) -> str | None:
 
 def parse_letters(text: str) -> frozenset[str]:
     """Read kinds of block named as in a pattern, in any order. Raises ValueError for what names no block."""
-    symbols = [_one_spelling(symbol) for symbol in re.findall(r"\{[^}]*\}|\S", text)]
+    symbols = [_one_spelling(symbol) for symbol in re.findall(r"\([^)]*\)|\{[^}]*\}|\S", text)]
     for symbol in symbols:
-        if symbol not in LETTERS and not symbol.startswith("{"):
+        if symbol not in LETTERS and not symbol.startswith(("{", "(")):
             raise ValueError(f"{symbol!r} is no letter of a block; use some of {list_kinds()}")
     return frozenset(symbols)
 
@@ -171,6 +173,8 @@ class _Parser:
             symbol = self.text[position]
             if symbol == ")" and opened_at is not None:
                 return items, position
+            if symbol == "&":
+                raise self.error(position, "'&' joins two mixers that alone stand in parentheses, as in (M&*)")
             if symbol.isspace():
                 position += 1
                 continue
@@ -197,7 +201,7 @@ class _Parser:
 
     def group(self, opened_at: int) -> tuple[list[tuple[str, int]], int]:
         """Read a parenthesised sequence and apply its repetition; returns the items and the position after it."""
-        items, closed_at = self.sequence(opened_at + 1, opened_at)
+        items, closed_at = self.parallel(opened_at) or self.sequence(opened_at + 1, opened_at)
         if not items:
             raise self.error(opened_at, "empty parentheses; put blocks between them or remove them")
         position = closed_at + 1
@@ -214,6 +218,35 @@ class _Parser:
         if len(digits) > 9 or times * len(items) > MAX_BLOCKS:
             raise self.error(position + 1, f"more than {MAX_BLOCKS} blocks; use a smaller repetition")
         return items * times, end
+
+    def parallel(self, opened_at: int) -> tuple[list[tuple[str, int]], int] | None:
+        """Read the parentheses of `(M&*)` as one item, and where they close; None where they hold blocks one after the other."""
+        closed_at = self.text.find(")", opened_at)
+        inside = self.text[opened_at + 1 : closed_at if closed_at > 0 else len(self.text)]
+        if "&" not in inside or "(" in inside:
+            return None
+        if closed_at < 0:
+            raise self.error(opened_at, "this parenthesis is never closed; add ')'")
+        symbols, position = list[str](), opened_at + 1
+        for part in inside.split("&"):
+            begin = position + len(part) - len(part.lstrip())
+            symbols.append(self.branch(begin, part.strip(), symbols))
+            position += len(part) + 1
+        return [(f"({'&'.join(symbols)})", opened_at)], closed_at
+
+    def branch(self, position: int, text: str, before: list[str]) -> str:
+        """Read one mixer of parallel ones, behind those before it."""
+        example = "an '&' stands between two mixers, as in (M&*)"
+        if not text:
+            raise self.error(position, example)
+        symbol, end = self.name(position) if text[0] == "{" else (self.letter(position), position + 1)
+        if end < position + len(text) or symbol == "|":
+            raise self.error(min(end, position + len(text) - 1), f"{example}: one letter or {{name}} on each side")
+        if symbol in LETTERS and LETTERS[symbol].mixes == "channels":
+            raise self.error(position, f"parallel mixers are those of tokens, and {symbol!r} reads each by itself")
+        if symbol in before:
+            raise self.error(position, f"parallel mixers are of different kinds; take this {symbol!r} out")
+        return symbol
 
     def name(self, opened_at: int) -> tuple[str, int]:
         """Read a mixer in braces; returns its letter or `{name}`, and the position after it."""

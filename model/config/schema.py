@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from operator import attrgetter
 from typing import Any, ClassVar
 
 from pydantic import Field, create_model
@@ -96,7 +95,7 @@ class ModelConfig(Section):
 
     pattern: str = Field(
         min_length=1,
-        description="Blocks in order: M Mamba2, * attention, E MoE, - dense; or Hunyuan's A, M, F, D; other mixers by letter or `{name}` (docs/mixers.md). `(MF)*8 AF` or `((ME)x8 *E)x7 ME` repeats, `|` cuts pipeline stages; `ME/*E/*E` has two depths of multi-token prediction.",
+        description="Blocks in order: M Mamba2, * attention, E MoE, - dense; or Hunyuan's A, M, F, D; other mixers by letter or `{name}`, several side by side as `(M&*)` (docs/mixers.md). `(MF)*8 AF` or `((ME)x8 *E)x7 ME` repeats, `|` cuts pipeline stages; `ME/*E/*E` has two depths of multi-token prediction.",
     )
     vocab_size: int = Field(gt=0, le=10_000_000, description="Rows of the embedding; at least the tokenizer's.")
     hidden_size: int = Field(gt=0, le=1_000_000, description="Width of the residual stream.")
@@ -128,8 +127,7 @@ class ModelConfig(Section):
 
     def options_of(self, kind: Kind) -> MixerOptions | None:
         """The options of a kind of block; None where its section is missing."""
-        options: MixerOptions | None = attrgetter(kind.section)(self)
-        return options
+        return kind.read(self)
 
     def with_options(self, kind: Kind, options: MixerOptions) -> "ModelConfig":
         """The same model with other options for a kind of block."""
@@ -156,7 +154,7 @@ class ModelConfig(Section):
 
         Raises ValueError where the text is not a pattern, or names a kind that nothing registers.
         """
-        found = {kind_of(symbol).name: None for symbol in self.built_letters}
+        found = {part.name: None for symbol in self.built_letters for part in kind_of(symbol).parts}
         for name in list(found):
             options = self.options_of(find_kind(name))
             if options is not None and options.wraps() in all_kinds():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from amfm.model.config.plugins import describe_entry, installed_specs
 from amfm.model.huggingface import (
     deepseek_v3,
-    gpt_oss,
+    falcon_h1,
     granitemoehybrid,
     kimi_linear,
     lfm2,
@@ -20,6 +20,7 @@ from amfm.model.huggingface import (
     qwen3_5_moe,
     qwen3_next,
 )
+from amfm.model.huggingface.gpt_oss import target as gpt_oss
 from amfm.model.huggingface.hf_class import ENTRY_POINTS, HfClass, HfTarget, Source, Target
 
 CLASSES: tuple[HfClass, ...] = (
@@ -32,6 +33,7 @@ CLASSES: tuple[HfClass, ...] = (
     lfm2.CLASS,
     lfm2_moe.CLASS,
     gpt_oss.CLASS,
+    falcon_h1.CLASS,
     own.CLASS,
     llama.CLASS,
     qwen3.CLASS,

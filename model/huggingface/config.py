@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from amfm.model.config.kinds import CORE
+from amfm.model.config.kinds import CORE, kind_of
 from amfm.model.config.mup import without_mup
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.classes import BY_TYPE, WRITTEN
@@ -45,7 +45,7 @@ def huggingface_config(
 
 def _drop_unused_sections(config: ModelConfig) -> ModelConfig:
     """Drop the sections whose letter the pattern lacks: config.json must not depend on what nothing reads."""
-    letters = config.built_letters
+    letters = {part.symbol for letter in config.built_letters for part in kind_of(letter).parts}
     used = {name: getattr(config.mixers, name) for name in registered_mixers(config).values()}
     unused = {kind.section: None for kind in CORE if kind.symbol not in letters}
     return config.model_copy(update=unused | {"mixers": type(config.mixers)(**used)})

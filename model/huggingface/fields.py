@@ -66,7 +66,8 @@ def unfit_gates(config: ModelConfig, target: str) -> list[str]:
 def unfit_rare_options(config: ModelConfig, target: str, holds: frozenset[str]) -> list[str]:
     """List options of RARE_OPTIONS that blocks of the pattern set and the class does not hold."""
     reasons = []
-    for kind in {kind_of(letter).name: kind_of(letter) for letter in config.built_letters}.values():
+    used = {part.name: part for letter in config.built_letters for part in kind_of(letter).parts}
+    for kind in used.values():
         options = config.options_of(kind)
         for name, rule in RARE_OPTIONS.items():
             value = getattr(options, name, None)
@@ -161,13 +162,14 @@ def registered_mixers(config: ModelConfig) -> dict[str, str]:
     """Find the names of the registered mixers that a model uses, wrapped ones too, by their symbol in the pattern."""
     found: dict[str, str] = {}
     for symbol in dict.fromkeys(config.built_letters):
-        kind = kind_of(symbol)
-        if kind.is_core:
-            continue
-        found[symbol] = kind.name
-        inside = config.block_options(symbol).wraps()
-        if inside is not None:
-            found[f"{symbol} over {inside}"] = inside
+        for kind in kind_of(symbol).parts:
+            if kind.is_core:
+                continue
+            found[kind.symbol] = kind.name
+            options = config.options_of(kind)
+            inside = None if options is None else options.wraps()
+            if inside is not None:
+                found[f"{kind.symbol} over {inside}"] = inside
     return found
 
 

@@ -32,6 +32,7 @@ OurTarget = Literal[
     "lfm2",
     "lfm2_moe",
     "gpt_oss",
+    "falcon_h1",
     "own",
 ]
 OURS: tuple[str, ...] = get_args(OurTarget)

@@ -126,7 +126,14 @@ class AttentionCache(NamedTuple):
 # Of a registered mixer: tensors [B, ...] by name.
 MixerState = dict[str, Tensor]
 
-BlockState = MambaState | AttentionCache | MixerState | None
+
+class ParallelState(NamedTuple):
+    """Of one block of parallel mixers: the state of each, in order."""
+
+    branches: tuple[BlockState, ...]
+
+
+BlockState = MambaState | AttentionCache | MixerState | ParallelState | None
 
 
 class DecodeState(NamedTuple):

@@ -22,6 +22,7 @@ from torch import Tensor
 from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.interface import DecodeState
 from amfm.model.packing import PackMeta
+from amfm.model.state_size import count_bytes
 from amfm.pretrain.inference.generate import Sampling, choose_token
 
 PROMPT_PIECE = 256  # tokens of a prompt in one pass: other requests get a turn between two, and logits stay small
@@ -72,13 +73,7 @@ class KeptStates:
 
 def state_bytes(state: DecodeState) -> int:
     """Count the bytes of the tensors of a decode state."""
-    tensors = [
-        tensor
-        for block in state.blocks
-        if block is not None
-        for tensor in (block.values() if isinstance(block, dict) else block)
-    ]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return count_bytes(state.blocks)
 
 
 class SharedModel:

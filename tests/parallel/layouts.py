@@ -98,6 +98,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
             },
         },
     },
+    "parallel": MODEL
+    | {
+        "pattern": "(M&*)E(W&M)-",
+        "mixers": {"window": {"num_heads": 8, "num_kv_heads": 2, "window": 20, "head_dim": 4, "sinks": True}},
+    },
     "mtp": MODEL | {"pattern": "ME*-/*E/*E"},
     "mtp_shared": MODEL | {"pattern": "MEM*-/*E/*E", "tie_embeddings": True, "mtp": {"shared": True}},
     "recycle": MODEL | {"moe": MODEL["moe"] | {"capacity_factor": 1.0, "overflow": "recycle"}},
@@ -320,6 +325,10 @@ LAYOUTS = [
     Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "mla", quick=True),
     Layout(4, {"tensor": 4, "sequence_parallel": True, "zero_stage": 2}, "mla"),
     Layout(4, {"pipeline": 2, "context": 2}, "mla"),
+    # Mixers side by side, each with ranks of its own kind.
+    Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "parallel", quick=True),
+    Layout(4, {"pipeline": 2, "zero_stage": 2}, "parallel", {"train__recompute": "full"}),
+    Layout(4, {"zero_stage": 3}, "parallel"),
     # Matrices that Muon steps as wholes.
     Layout(2, {"zero_stage": 0}, "muon"),
     Layout(2, {"expert": 2}, "muon"),

@@ -24,6 +24,7 @@ from amfm.model.build import build_mixer
 from amfm.model.config.options import MixerOptions
 from amfm.model.config.schema import ModelConfig
 from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.state_size import state_tensors
 from amfm.pretrain.config.schema import RunConfig
 
 
@@ -93,5 +94,5 @@ def measured_sizes(config: ModelConfig, letter: str, sequence_length: int) -> Me
         for name, weight in mixer.named_parameters()
         if weight.dim() > 1
     )
-    tensors = state.values() if isinstance(state, dict) else state or ()
-    return MeasuredSizes(matrices, mixer.sequence_flops(sequence_length), sum(tensor.numel() for tensor in tensors))
+    numbers = sum(tensor.numel() for tensor in state_tensors(state))
+    return MeasuredSizes(matrices, mixer.sequence_flops(sequence_length), numbers)

@@ -78,5 +78,9 @@ class AmfmConfig(PretrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def letters(self) -> list[str]:
-        """Split the pattern into its blocks, in order, by letter or `{name}`."""
-        return re.findall(r"\{[a-z0-9_]+\}|.", self.pattern)
+        """Split the pattern into its blocks, in order, by letter, `{name}` or `(M&*)` of mixers side by side."""
+        return re.findall(r"\([^)]*\)|\{[a-z0-9_]+\}|.", self.pattern)
+
+    def mixer_symbols(self) -> list[str]:
+        """List the mixers of all blocks, those side by side one after the other."""
+        return [symbol for letter in self.letters() for symbol in letter.strip("()").split("&")]

@@ -37,30 +37,70 @@ NOT_RETURNED = {
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
+def make_mixer(letter: str, index: int, config: AmfmConfig) -> nn.Module:
+    """Make the mixer of a letter or `{name}` in the block of this index."""
+    if letter == "M":
+        return Mamba2(config)
+    if letter == "*":
+        return Attention(config, index)
+    if letter == "E":
+        return MixtureOfExperts(config)
+    if letter == "-":
+        section = config.feed_forward
+        assert section is not None, "the pattern has '-', the configuration no feed_forward section"
+        limit = section.get("activation_limit")
+        return FeedForward(config.hidden_size, section["hidden_size"], section["activation"], limit)
+    # Mixers with decays by depth count the blocks that mix over the sequence, not experts and feed-forward.
+    sequence = [number for number, other in enumerate(config.letters()) if other not in ("E", "-")]
+    return build_mixer(letter, config, sequence.index(index), len(sequence))
+
+
+def run_mixer(mixer: nn.Module, x_BTD: Tensor, stretch: Stretch, state: BlockState) -> tuple[Tensor, BlockState]:
+    """Give a mixer what it takes of a stretch of text: y [B, T, D], and the state after it."""
+    found: tuple[Tensor, BlockState]
+    if isinstance(mixer, MixtureOfExperts | FeedForward):
+        return mixer(x_BTD), state
+    if isinstance(mixer, Mamba2):
+        found = mixer(x_BTD, stretch.text_BT, state)
+    elif isinstance(mixer, Attention | Mla):
+        found = mixer(x_BTD, stretch.attention_mask, stretch.positions_BT, state)
+    else:
+        found = mixer(x_BTD, stretch.text_BT, stretch.positions_BT, state)
+    return found
+
+
+class ParallelMixers(nn.Module):
+    """Mixers of the same input, whose outputs are added; their states stand one behind the other in one tuple."""
+
+    def __init__(self, letter: str, index: int, config: AmfmConfig) -> None:
+        super().__init__()
+        symbols = letter.strip("()").split("&")
+        self.branches = nn.ModuleList(make_mixer(symbol, index, config) for symbol in symbols)
+        self.sizes: list[int] = []
+
+    def forward(self, x_BTD: Tensor, stretch: Stretch, state: BlockState) -> tuple[Tensor, BlockState]:
+        """x [B, T, D] -> y [B, T, D] and the state after it."""
+        outputs, parts, begin = [], [], 0
+        for number, branch in enumerate(self.branches):
+            own = None
+            if state is not None:
+                own, begin = state[begin : begin + self.sizes[number]], begin + self.sizes[number]
+            y_BTD, following = run_mixer(branch, x_BTD, stretch, own)
+            outputs.append(y_BTD)
+            parts.append(following or ())
+        self.sizes = [len(part) for part in parts]
+        return torch.stack(outputs).sum(dim=0), tuple(tensor for part in parts for tensor in part)
+
+
 class AmfmBlock(GradientCheckpointingLayer):
     """Residual block: x + multiplier * mixer(norm(x)), the mixer as the letter of the pattern says."""
 
     def __init__(self, index: int, config: AmfmConfig) -> None:
         super().__init__()
-        letters = config.letters()
-        self.letter = letter = letters[index]
+        self.letter = letter = config.letters()[index]
         self.multiplier = config.multipliers["residual"]
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        if letter == "M":
-            self.mixer: nn.Module = Mamba2(config)
-        elif letter == "*":
-            self.mixer = Attention(config, index)
-        elif letter == "E":
-            self.mixer = MixtureOfExperts(config)
-        elif letter == "-":
-            section = config.feed_forward
-            assert section is not None, "the pattern has '-', the configuration no feed_forward section"
-            limit = section.get("activation_limit")
-            self.mixer = FeedForward(config.hidden_size, section["hidden_size"], section["activation"], limit)
-        else:
-            # Mixers with decays by depth count the blocks that mix over the sequence, not experts and feed-forward.
-            sequence = [number for number, other in enumerate(letters) if other not in ("E", "-")]
-            self.mixer = build_mixer(letter, config, sequence.index(index), len(sequence))
+        self.mixer = ParallelMixers(letter, index, config) if letter[0] == "(" else make_mixer(letter, index, config)
 
     def forward(
         self, x_BTD: Tensor, stretches: list[Stretch], state: BlockState = None, *, keeps_state: bool = False
@@ -74,14 +114,10 @@ class AmfmBlock(GradientCheckpointingLayer):
 
     def _mix(self, x_BTD: Tensor, stretch: Stretch, state: BlockState) -> tuple[Tensor, BlockState]:
         normed_BTD = self.norm(x_BTD)
-        if self.letter == "M":
-            y_BTD, state = self.mixer(normed_BTD, stretch.text_BT, state)
-        elif isinstance(self.mixer, Attention | Mla):
-            y_BTD, state = self.mixer(normed_BTD, stretch.attention_mask, stretch.positions_BT, state)
-        elif self.letter in ("E", "-"):
-            y_BTD = self.mixer(normed_BTD)
+        if isinstance(self.mixer, ParallelMixers):
+            y_BTD, state = self.mixer(normed_BTD, stretch, state)
         else:
-            y_BTD, state = self.mixer(normed_BTD, stretch.text_BT, stretch.positions_BT, state)
+            y_BTD, state = run_mixer(self.mixer, normed_BTD, stretch, state)
         return x_BTD + y_BTD * self.multiplier, state
 
 
@@ -110,7 +146,7 @@ class AmfmPreTrainedModel(PreTrainedModel):
     def _flash_attn_can_dispatch(self, *args: Any, **kwargs: Any) -> bool:
         """Refuse flash attention where blocks could not use it: their masks, or widths of values, are their own."""
         others = ("window", "window_linear", "mla")
-        found = [letter for letter in self.config.letters() if LETTERS.get(letter, letter.strip("{}")) in others]
+        found = [letter for letter in self.config.mixer_symbols() if LETTERS.get(letter, letter.strip("{}")) in others]
         if found:
             raise ValueError(
                 f"flash attention does not serve the block {found[0]} of the pattern; use attn_implementation="
@@ -129,7 +165,7 @@ class AmfmPreTrainedModel(PreTrainedModel):
     def _has_sinks(self) -> bool:
         """Whether attention that reads the mask of the chosen implementation has sinks."""
         sections = {"*": self.config.attention or {}, "+": self.config.mixers.get("mla", {})}
-        return any(sections.get(letter, {}).get("sinks", False) for letter in self.config.letters())
+        return any(sections.get(letter, {}).get("sinks", False) for letter in self.config.mixer_symbols())
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -24,6 +24,10 @@ for hunyuan, megatron in HUNYUAN_LETTERS.items():
         ("*E-D A\nF", "*E--*E"),
         ("((M)x2(E)x3)x2", "MMEEE" * 2),
         ("(M*)*2", "M*M*"),
+        ("( M & A ) E", ("(M&*)", "E")),
+        ("((M&*)-)x2", ("(M&*)", "-") * 2),
+        ("(M&*)*2", ("(M&*)",) * 2),
+        ("({retnet}&W&*)|M", ("({retnet}&W&*)", "M")),
     ],
 )
 def test_repetition_and_both_alphabets_expand(text, letters):
@@ -82,6 +86,18 @@ def test_piece_cuts_are_block_indices():
         ("(M)x" + "9" * 5000, 5, f"more than {MAX_BLOCKS}"),
         ("((M)x4096)x2", 12, f"more than {MAX_BLOCKS}"),
         ("(M)x²", 4, "no block is called 'x'"),
+        ("M&*", 2, "alone stand in parentheses"),
+        ("((M&*)&W)", 7, "alone stand in parentheses"),
+        ("(M&*", 1, "never closed"),
+        ("(M&)", 4, "stands between two mixers"),
+        ("(&M)", 2, "stands between two mixers"),
+        ("(M*&W)", 3, "one letter or {name} on each side"),
+        ("(M&|)", 4, "one letter or {name} on each side"),
+        ("(M&E)", 4, "'E' reads each by itself"),
+        ("(M& D)", 5, "'-' reads each by itself"),
+        ("(*&A)", 4, "of different kinds"),
+        ("(M&q)", 4, "no block is called 'q'"),
+        ("(M&{Re})", 4, "braces hold the name"),
     ],
 )
 def test_bad_pattern_names_position_and_rule(text, position, rule):

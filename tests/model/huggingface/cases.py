@@ -162,6 +162,20 @@ def gpt_oss_config(**changes) -> ModelConfig:
     return ModelConfig(**(fields | changes))
 
 
+def falcon_h1_config(**changes) -> ModelConfig:
+    fields = {
+        "pattern": "((M&*)-)x2",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "mamba": Mamba2Config(num_heads=6, head_dim=4, state_size=5, num_groups=2, chunk_size=16),
+        "attention": AttentionConfig(
+            num_heads=4, num_kv_heads=2, head_dim=8, positions="rope", rope=RopeConfig(theta=200.0)
+        ),
+        "feed_forward": FeedForwardConfig(hidden_size=20, activation="swiglu"),
+    }
+    return ModelConfig(**(fields | changes))
+
+
 def grouped(moe: MoeConfig | None, **changes) -> MoeConfig:
     assert moe is not None
     return moe.model_copy(update=changes)
@@ -281,6 +295,13 @@ CASES = {
     "gpt_oss, windows alone, tied": gpt_oss_config(pattern="WE", attention=None, tie_embeddings=True),
     "gpt_oss, attention alone, yarn": gpt_oss_config(
         pattern="*E", mixers={}, attention=gpt_oss_config().attention.model_copy(update={"rope": YARN})
+    ),
+    "falcon_h1, two groups": falcon_h1_config(),
+    "falcon_h1, tied, yarn, attention first, scaled": falcon_h1_config(
+        pattern="(*&M)-",
+        tie_embeddings=True,
+        multipliers=MultipliersConfig(embedding=2.0, logits=0.5),
+        attention=falcon_h1_config().attention.model_copy(update={"rope": YARN, "softmax_scale": 0.25}),
     ),
     "qwen3_5_moe, gated": gated(qwen3_5_moe_config()),
     "qwen3_5_moe, no gates, as many key heads": qwen3_5_moe_config(mixers=delta_mixers(num_key_heads=None)),

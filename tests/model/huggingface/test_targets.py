@@ -19,6 +19,7 @@ from tests.model.huggingface.cases import (
     QWEN3_NEXT,
     deepseek_v3_config,
     delta_mixers,
+    falcon_h1_config,
     gpt_oss_config,
     gpt_oss_window,
     granite_config,
@@ -34,9 +35,27 @@ from tests.model.huggingface.cases import (
 ROTARY, SPARSE = lfm2_config().attention, lfm2_moe_config()
 SINKS = gpt_oss_config().attention
 GPT_OSS = gpt_oss_config().moe
+SIDE_BY_SIDE = falcon_h1_config().attention
 UNFIT = {
+    "falcon_h1": {
+        "model.pattern=(M&*)(M&*)-": {"pattern": "(M&*)(M&*)-"},
+        "model.pattern=M-*-": {"pattern": "M-*-"},
+        "model.attention.qk_norm=true": {"attention": SIDE_BY_SIDE.model_copy(update={"qk_norm": True})},
+        "model.attention.positions=none": {
+            "attention": SIDE_BY_SIDE.model_copy(update={"positions": "none", "rope": RopeConfig()})
+        },
+        "model.attention.rope.fraction=0.5": {
+            "attention": SIDE_BY_SIDE.model_copy(update={"rope": RopeConfig(fraction=0.5)})
+        },
+        "model.attention.gate=head": {"attention": SIDE_BY_SIDE.model_copy(update={"gate": "head"})},
+        "model.attention.sinks=true: falcon_h1 has no sinks": {
+            "attention": SIDE_BY_SIDE.model_copy(update={"sinks": True})
+        },
+        "model.feed_forward.activation=squared_relu": {"feed_forward": FeedForwardConfig(hidden_size=20)},
+        "model.multipliers.residual=0.5": {"multipliers": MultipliersConfig(residual=0.5)},
+    },
     "gpt_oss": {
-        "model.pattern=WEE*": {"pattern": "WEE*"},
+        "model.pattern=W*EE": {"pattern": "W*EE"},
         "model.attention.sinks=false": {"attention": SINKS.model_copy(update={"sinks": False})},
         "model.attention.qk_norm=true": {"attention": SINKS.model_copy(update={"qk_norm": True})},
         "model.attention.rope.fraction=0.5": {
@@ -209,6 +228,7 @@ BASES = {
     "lfm2": lfm2_config,
     "lfm2_moe": lfm2_moe_config,
     "gpt_oss": gpt_oss_config,
+    "falcon_h1": falcon_h1_config,
 }
 
 

@@ -22,7 +22,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "rope_head_dim": 4,
         "positions": "rope",
         "gate": "head",
-        "sinks": True,
     },
     "window_linear": {
         "window": 3,
@@ -32,7 +31,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "meta_tokens": 2,
         "output_gate": "head",
     },
-    "window": {"window": 6, "num_kv_heads": 2, "qk_norm": True, "gate": "element", "sinks": True},
+    "window": {"window": 6, "num_kv_heads": 2, "qk_norm": True, "gate": "element"},
     "gated_deltanet": {"num_key_heads": 2},
 }
 
@@ -54,6 +53,10 @@ ROTARY_FORMS = (
 )
 
 
+# Mixers with an option that changes their parts, and two side by side.
+OTHERS = ("mla with sinks", "window with sinks", "gated_deltanet beside window")
+
+
 def sample_options(name: str) -> dict[str, Any]:
     """Options of a small mixer."""
     fields = registered_kinds()[name].options.model_fields
@@ -61,18 +64,27 @@ def sample_options(name: str) -> dict[str, Any]:
 
 
 def sample_names() -> list[str]:
-    """Every registered mixer, and `mom over X` for every linear one."""
+    """Every registered mixer, `mom over X` for every linear one, and OTHERS."""
     inside = [spec.name for spec in registered_kinds().values() if issubclass(spec.options, LinearOptions)]
-    return [*registered_kinds(), *(f"mom over {name}" for name in inside)]
+    return [*registered_kinds(), *(f"mom over {name}" for name in inside), *OTHERS]
 
 
 def registered_name(sample: str) -> str:
-    """The mixer of a sample."""
+    """The mixer of a sample, the first of two."""
     return sample.partition(" ")[0]
 
 
 def mixer_config(sample: str, blocks: int = 2) -> ModelConfig:
     """A model of so many blocks of one mixer and nothing else."""
+    if " beside " in sample:
+        names = sample.split(" beside ")
+        symbols = "&".join(registered_kinds()[name].symbol for name in names)
+        return small_config(f"({symbols})" * blocks, mixers={name: sample_options(name) for name in names})
+    if sample.endswith(" with sinks"):
+        name = registered_name(sample)
+        return small_config(
+            registered_kinds()[name].symbol * blocks, mixers={name: sample_options(name) | {"sinks": True}}
+        )
     name, _, inside = sample.partition(" over ")
     mixers = {name: sample_options(name)}
     if name == "mom":

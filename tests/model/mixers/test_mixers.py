@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from amfm.model.config.kinds import registered_kinds
+from amfm.model.config.pattern import block_kind
+from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
@@ -23,7 +25,7 @@ from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.model.mixers.samples import mixer_config, registered_name, sample_names
-from tests.model.small_models import cut_batch, loss_of, meta_of, packed_batch, small_model
+from tests.model.small_models import ATTENTION, cut_batch, loss_of, meta_of, packed_batch, small_config, small_model
 
 # float64: the same sums in another order.
 EXACT = 1e-10
@@ -153,7 +155,8 @@ def test_the_state_has_the_bytes_that_are_counted(name: str) -> None:
         output = model(
             torch.ones(1, 19, dtype=torch.long), PackMeta.one_document_a_row(1, 19), state=model.empty_state(1)
         )
-    held = sum(tensor.nbytes for block in output.state.blocks for tensor in block.values())
+    states = [own for block in output.state.blocks for own in getattr(block, "branches", (block,))]
+    held = sum(tensor.nbytes for state in states for tensor in state.values())
     assert held == state_bytes(config, 19)
 
 
@@ -163,13 +166,23 @@ def test_parameters_are_counted_without_the_model(name: str) -> None:
     counted = count_parameters(config)
     assert counted.total == sum(weight.numel() for weight in small_model(config).parameters())
     assert counted.active <= counted.total
-    assert flops_per_token(config, 64)[registered_name(name)] > 6 * 0.5 * counted.active_by_kind[registered_name(name)]
+    kind = block_kind(config.letters[0])
+    assert flops_per_token(config, 64)[kind] > 6 * 0.5 * counted.active_by_kind[kind]
+
+
+def spread_config(name: str) -> ModelConfig:
+    """The model of a sample, or of the core's mixers side by side, with sinks."""
+    return (
+        mixer_config(name)
+        if name in NAMES
+        else small_config(name, attention=ATTENTION.model_copy(update={"sinks": True}))
+    )
 
 
 def run_spread(name: str, section: ParallelConfig) -> dict[str, Tensor]:
     """What `run_model` gives, of whole weights, on every rank."""
     groups = initialize_parallel(section, timeout_seconds=60, num_threads=1).groups
-    model = HybridModel(mixer_config(name), groups, seed=1).double()
+    model = HybridModel(spread_config(name), groups, seed=1).double()
     found = run_model(model, groups=groups)
     sum_partial_gradients(find_partial_gradients(model, groups), groups)
     if groups.cp.size() > 1:
@@ -194,7 +207,7 @@ LAYOUTS = [
     for name in NAMES
     for kind in SECTIONS
     if ("context" if kind == "context" else "tensor") not in registered_kinds()[registered_name(name)].refuses
-]
+] + [("(M&*)", "tokens too"), ("(M&*)", "context")]
 
 
 # Tensor ranks that cut tokens too do all that is done without; one mixer shows the difference, which is not its own.
@@ -214,7 +227,7 @@ def spread(slow: bool) -> dict[tuple[str, str], list[dict[str, Tensor]]]:
     [pytest.param(*layout, marks=pytest.mark.slow if layout in SLOW_LAYOUTS else ()) for layout in LAYOUTS],
 )
 def test_two_ranks_compute_what_one_does(name: str, kind: str) -> None:
-    model = HybridModel(mixer_config(name), single_rank_groups(), seed=1).double()
+    model = HybridModel(spread_config(name), single_rank_groups(), seed=1).double()
     expected = run_model(model) | {f"weight of {key}": weight.detach() for key, weight in model.named_parameters()}
     for rank, actual in enumerate(spread((name, kind) in SLOW_LAYOUTS)[name, kind]):
         logits_BTV = expected["logits"]

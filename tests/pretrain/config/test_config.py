@@ -74,7 +74,7 @@ model.mixers.transnormer.head_dim model.mixers.transnormer.value_head_dim model.
 model.mixers.transnormer.rope_theta
 model.mixers.mla.num_heads model.mixers.mla.latent_size model.mixers.mla.query_latent_size
 model.mixers.mla.nope_head_dim model.mixers.mla.rope_head_dim model.mixers.mla.value_head_dim model.mixers.mla.positions
-model.mixers.mla.rope_theta model.mixers.mla.gate model.mixers.mla.sinks model.mixers.mla.latent_norm_epsilon
+model.mixers.mla.rope_theta model.mixers.mla.gate model.mixers.mla.latent_norm_epsilon model.mixers.mla.sinks
 model.mixers.window.num_heads model.mixers.window.num_kv_heads model.mixers.window.window model.mixers.window.head_dim
 model.mixers.window.qk_norm model.mixers.window.positions model.mixers.window.rope_theta
 model.mixers.window.gate model.mixers.window.sinks

@@ -112,6 +112,12 @@ GPT_OSS: dict[str, Any] = {
         "router": "softmax",
     },
 }
+FALCON_H1: dict[str, Any] = {
+    **MODEL,
+    "pattern": "((M&*)-)x2",
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "positions": "rope"},
+    "feed_forward": {"hidden_size": 40, "activation": "swiglu"},
+}
 MODELS = {
     "nemotron_h": MODEL,
     "granitemoehybrid": GRANITE,
@@ -119,6 +125,7 @@ MODELS = {
     "lfm2": LFM2,
     "lfm2_moe": LFM2_MOE,
     "gpt_oss": GPT_OSS,
+    "falcon_h1": FALCON_H1,
     "own": OWN,
 }
 

@@ -53,6 +53,7 @@ MISSING: dict[str, dict[str, str]] = {
     "kimi_linear": _NATIVE | _UNCLASSIFIED,
     "lfm2": _UNCLASSIFIED | _NATIVE | _CONVOLVED,
     "lfm2_moe": _UNCLASSIFIED | _NATIVE | _CONVOLVED,
+    "falcon_h1": _NATIVE | _UNCLASSIFIED,
     "gpt_oss": {"a misspelt argument is an error": "check their spelling"},
     "deepseek_v3": {"a misspelt argument is an error": "check their spelling"},
 }

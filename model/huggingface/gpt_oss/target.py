@@ -25,7 +25,7 @@ from amfm.model.huggingface.fields import (
     unfit_gates,
     unfit_multipliers,
 )
-from amfm.model.huggingface.gpt_oss_weights import StackedEntry, TransposedEntry, TurnedEntry
+from amfm.model.huggingface.gpt_oss.weights import StackedEntry, TransposedEntry, TurnedEntry
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS
 

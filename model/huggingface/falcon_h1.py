@@ -1,0 +1,213 @@
+"""The transformers class `falcon_h1`: Mamba2 and attention side by side, then a gated feed-forward.
+
+Read from transformers 5.24 (`configuration_falcon_h1.py`, `modeling_falcon_h1.py`). Every layer is `(M&*)` and `-`. Of the
+class's fourteen multipliers those of embedding and logits are ours, and that of keys is our `softmax_scale`. The others are
+written as 1, and a model that has them is refused: each multiplies a matrix, and a map of weights reads no numbers of config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.schema import ModelConfig, MultipliersConfig
+from amfm.model.huggingface.entries import CONV_FORMS, WeightEntry, WeightMap
+from amfm.model.huggingface.fields import (
+    flat_rope_fields,
+    require_fields,
+    rope_from_parameters,
+    rope_parameters,
+    unfit_multipliers,
+)
+from amfm.model.huggingface.hf_class import HfTarget
+from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER, packed_rows
+from amfm.model.huggingface.qwen3_next_weights import GatedEntry
+from amfm.model.huggingface.shapes import block_shapes
+
+HEADS = ("(M&*)", "(*&M)")
+ONES: dict[str, Any] = {
+    "mlp_multipliers": [1.0, 1.0],
+    "attention_out_multiplier": 1.0,
+    "attention_in_multiplier": 1.0,
+    "ssm_multipliers": [1.0] * 5,
+    "ssm_in_multiplier": 1.0,
+    "ssm_out_multiplier": 1.0,
+}
+
+
+def unfit_for_falcon_h1(config: ModelConfig) -> list[str]:
+    """List every choice that the class cannot hold, as value, rule and remedy."""
+    letters = config.letters
+    mixers, seconds = letters[0::2], letters[1::2]
+    if not (len(mixers) == len(seconds) and mixers[0] in HEADS and {*mixers} == {mixers[0]} and {*seconds} == {"-"}):
+        rule = "layers of falcon_h1 are pairs, (M&*) and then -"
+        return [f"model.pattern={''.join(letters)}: {rule}; use such a pattern, or target own"]
+    reasons = [
+        reason.replace("target granitemoehybrid or own", "target own")
+        for reason in unfit_multipliers(config, "falcon_h1")
+        if "multipliers.residual" in reason
+    ]
+    if config.attention is not None:
+        reasons += _unfit_attention(config.attention)
+    if config.feed_forward is not None and config.feed_forward.activation != "swiglu":
+        reasons.append(
+            f"model.feed_forward.activation={config.feed_forward.activation}: the feed-forward of falcon_h1 is gated; use "
+            "swiglu, or target own"
+        )
+    return reasons
+
+
+def _unfit_attention(attention: AttentionConfig) -> Iterator[str]:
+    if attention.qk_norm:
+        yield "model.attention.qk_norm=true: falcon_h1 does not norm queries and keys; use false, or target own"
+    if attention.positions != "rope":
+        yield f"model.attention.positions={attention.positions}: attention of falcon_h1 is rotary; use rope, or target own"
+    if attention.rope.fraction != 1.0:
+        yield f"model.attention.rope.fraction={attention.rope.fraction}: falcon_h1 rotates whole heads; use 1.0, or target own"
+    if attention.gate != "none":
+        yield f"model.attention.gate={attention.gate}: attention of falcon_h1 has no gate; use none, or target own"
+
+
+def falcon_h1_fields(config: ModelConfig) -> dict[str, Any]:
+    """Build the fields of config.json that are the class's own."""
+    mamba, attention, dense = config.mamba, config.attention, config.feed_forward
+    assert mamba is not None and attention is not None and dense is not None, "every layer has all three"
+    rope = rope_parameters(attention)
+    fields: dict[str, Any] = {
+        "architectures": ["FalconH1ForCausalLM"],
+        "model_type": "falcon_h1",
+        "num_hidden_layers": len(config.letters) // 2,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tie_embeddings,
+        "intermediate_size": dense.hidden_size,
+        "hidden_act": "silu",
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "projectors_bias": False,
+        "mamba_d_ssm": mamba.inner_size(),
+        "mamba_n_heads": mamba.num_heads,
+        "mamba_d_head": mamba.head_dim,
+        "mamba_n_groups": mamba.num_groups,
+        "mamba_d_state": mamba.state_size,
+        "mamba_d_conv": mamba.conv_kernel,
+        "mamba_conv_bias": mamba.conv_bias,
+        "mamba_chunk_size": mamba.chunk_size,
+        "mamba_proj_bias": False,
+        "mamba_rms_norm": True,
+        "mamba_norm_before_gate": False,
+        # JSON cannot spell infinity.
+        "time_step_limit": [0.0, 1e30],
+        "rope_parameters": rope,
+        "embedding_multiplier": config.multipliers.embedding,
+        "lm_head_multiplier": config.multipliers.logits,
+        "key_multiplier": 1.0,
+    }
+    if attention.softmax_scale is not None:
+        fields["key_multiplier"] = _rounded(attention.softmax_scale * attention.head_dim**0.5)
+    return fields | ONES | flat_rope_fields(rope)
+
+
+def _rounded(factor: float) -> float:
+    """A factor to 12 digits, so that it comes back as it was."""
+    return float(f"{factor:.12g}")
+
+
+def model_config_from_falcon_h1(fields: Mapping[str, Any]) -> ModelConfig:
+    """Build our configuration from config.json with the class's defaults filled in.
+
+    Raises ValueError where the class uses something that our model does not have.
+    """
+    require_fields(
+        fields,
+        {
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "projectors_bias": False,
+            "mamba_proj_bias": False,
+            "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
+            **ONES,
+        },
+    )
+    heads = fields["num_attention_heads"]
+    head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
+    scale = float(fields["key_multiplier"])
+    return ModelConfig(
+        pattern=f"((M&*)-)x{fields['num_hidden_layers']}",
+        vocab_size=fields["vocab_size"],
+        hidden_size=fields["hidden_size"],
+        norm_epsilon=fields["rms_norm_eps"],
+        tie_embeddings=fields["tie_word_embeddings"],
+        initializer_range=fields["initializer_range"],
+        multipliers=MultipliersConfig(embedding=fields["embedding_multiplier"], logits=fields["lm_head_multiplier"]),
+        mamba=Mamba2Config(
+            num_heads=fields["mamba_n_heads"],
+            head_dim=fields["mamba_d_head"],
+            state_size=fields["mamba_d_state"],
+            num_groups=fields["mamba_n_groups"],
+            conv_kernel=fields["mamba_d_conv"],
+            conv_bias=fields["mamba_conv_bias"],
+            chunk_size=fields["mamba_chunk_size"],
+        ),
+        attention=AttentionConfig(
+            num_heads=heads,
+            num_kv_heads=fields["num_key_value_heads"],
+            head_dim=head_dim,
+            positions="rope",
+            rope=rope_from_parameters(fields.get("rope_parameters") or {}),
+            softmax_scale=None if scale == 1.0 else _rounded(scale * head_dim**-0.5),
+        ),
+        feed_forward=FeedForwardConfig(hidden_size=fields["intermediate_size"], activation="swiglu"),
+    )
+
+
+def falcon_h1_map(config: ModelConfig) -> WeightMap:
+    """Build the weight map of a model that fits the class."""
+    entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
+    for index, letter in enumerate(config.letters):
+        ours, layer = f"blocks.{index}.", f"model.layers.{index // 2}."
+        norm = "pre_ff_layernorm" if letter == "-" else "input_layernorm"
+        entries.append(WeightEntry(f"{ours}norm.weight", (f"{layer}{norm}.weight",)))
+        entries += _dense_entries(ours, layer) if letter == "-" else _head_entries(config, letter, ours, layer)
+    entries.append(WeightEntry("final_norm.weight", ("model.final_layernorm.weight",)))
+    if not config.tie_embeddings:
+        entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
+    return WeightMap(tuple(entries), {})
+
+
+def _head_entries(config: ModelConfig, letter: str, ours: str, layer: str) -> Iterator[WeightEntry]:
+    for number, symbol in enumerate(letter.strip("()").split("&")):
+        place, theirs = f"{ours}mixer.branches.{number}.", "mamba" if symbol == "M" else "self_attn"
+        for name in block_shapes(config, symbol):
+            other, form = CONV_FORMS.get(name, (name, "same"))
+            yield WeightEntry(place + name, (f"{layer}{theirs}.{other}",), form)
+
+
+def _dense_entries(ours: str, layer: str) -> Iterator[WeightEntry]:
+    halves = tuple(f"{layer}feed_forward.{name}_proj.weight" for name in ("gate", "up"))
+    yield GatedEntry(f"{ours}mixer.up_proj.weight", halves)
+    yield WeightEntry(f"{ours}mixer.down_proj.weight", (f"{layer}feed_forward.down_proj.weight",))
+
+
+def limits(config: ModelConfig) -> list[str]:
+    """What the class does not do."""
+    return [packed_rows("Mamba2"), NO_CLASSIFIER, IGNORED_ARGUMENTS]
+
+
+CLASS = HfTarget(
+    name="falcon_h1",
+    model_type="falcon_h1",
+    class_name="FalconH1ForCausalLM",
+    unfit=unfit_for_falcon_h1,
+    fields=falcon_h1_fields,
+    read=model_config_from_falcon_h1,
+    weights=falcon_h1_map,
+    limits=limits,
+)

@@ -1,0 +1,1 @@
+"""The transformers class `gpt_oss`: what it holds and reads, and how it stores weights."""
