@@ -9,6 +9,7 @@ from amfm.model.config.plugins import describe_entry, installed_specs
 from amfm.model.huggingface import (
     deepseek_v3,
     falcon_h1,
+    gpt_oss,
     granitemoehybrid,
     kimi_linear,
     lfm2,
@@ -20,7 +21,6 @@ from amfm.model.huggingface import (
     qwen3_5_moe,
     qwen3_next,
 )
-from amfm.model.huggingface.gpt_oss import target as gpt_oss
 from amfm.model.huggingface.hf_class import ENTRY_POINTS, HfClass, HfTarget, Source, Target
 
 CLASSES: tuple[HfClass, ...] = (

@@ -25,7 +25,7 @@ from amfm.pretrain.export.modeling_template.modeling_amfm import AmfmForCausalLM
 from amfm.pretrain.inference.weights import read_weights, write_weights
 from tests.helpers.numbers import assert_near, relative_rms
 from tests.model.mixers.samples import ROTARY_FORMS, WINDOW_LINEAR_FORMS, mixer_config, sample_names, sample_options
-from tests.model.small_models import small_config, small_model
+from tests.model.small_models import ATTENTION, FEED_FORWARD, MOE, small_config, small_model
 from tests.pretrain.export.exported_models import random_weights
 from tests.pretrain.tiny_run import MODEL
 
@@ -84,6 +84,17 @@ def test_logits_of_every_form_of_a_conversion_equal_ours(name: str) -> None:
 def test_logits_with_rotary_positions_equal_ours(name: str, positions: str) -> None:
     options = sample_options(name) | {"positions": positions, "rope_theta": 100.0}
     assert_same_logits(small_config(f"{{{name}}}" * 2, mixers={name: options}))
+
+
+@torch.no_grad()
+def test_sinks_limits_and_the_cores_mixers_side_by_side_give_the_same_logits() -> None:
+    config = small_config(
+        "(M&*)E-*",
+        attention=ATTENTION.model_copy(update={"sinks": True}),
+        moe=MOE.model_copy(update={"activation": "swiglu_oai", "activation_limit": 0.2}),
+        feed_forward=FEED_FORWARD.model_copy(update={"activation_limit": 0.3}),
+    )
+    assert_same_logits(config)
 
 
 def assert_same_logits(config: ModelConfig) -> None:

@@ -45,8 +45,9 @@ SECTIONS = {"mamba2": "mamba", "attention": "attention", "feed_forward": "feed_f
 
 
 def block_names(fields: Mapping[str, Any]) -> list[str]:
-    """Name the block of each place of the pattern."""
-    return [LETTERS.get(symbol, symbol.strip("{}")) for symbol in re.findall(r"\{[a-z0-9_]+\}|.", fields["pattern"])]
+    """Name the block of each place of the pattern; of mixers side by side, which are not served, `(M&*)` itself."""
+    symbols = re.findall(r"\([^)]*\)|\{[a-z0-9_]+\}|.", fields["pattern"])
+    return [LETTERS.get(symbol, symbol.strip("{}")) for symbol in symbols]
 
 
 def unserved(fields: Mapping[str, Any]) -> list[str]:

@@ -114,6 +114,8 @@ def test_the_plugin_beside_the_weights_is_found_by_its_entry_point(data: DataCon
             "the block feed_forward: activation_limit=7.0",
         ),
         ({"feed_forward": {"hidden_size": 48, "activation": "swiglu_oai"}}, "activation=swiglu_oai"),
+        ({"pattern": "(M&*)-"}, "the block (M&*): vLLM has no part"),
+        ({"pattern": "*-", "attention": MODEL["attention"] | {"sinks": True}}, "sinks=True"),
         ({"pattern": "*-"}, "heads of 8 in attention have no kernel on a CPU"),
         ({"pattern": "ME*-"}, "experts of squared ReLU"),
     ],
