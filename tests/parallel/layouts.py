@@ -101,7 +101,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "parallel": MODEL
     | {
         "pattern": "(M&*)E(W&M)-",
-        "mixers": {"window": {"num_heads": 8, "num_kv_heads": 2, "window": 20, "head_dim": 4, "sinks": True}},
+        "mixers": {"window": {"num_heads": 8, "num_kv_heads": 2, "window": 12, "head_dim": 4, "sinks": True}},
     },
     "mtp": MODEL | {"pattern": "ME*-/*E/*E"},
     "mtp_shared": MODEL | {"pattern": "MEM*-/*E/*E", "tie_embeddings": True, "mtp": {"shared": True}},
@@ -326,7 +326,7 @@ LAYOUTS = [
     Layout(4, {"tensor": 4, "sequence_parallel": True, "zero_stage": 2}, "mla"),
     Layout(4, {"pipeline": 2, "context": 2}, "mla"),
     # Mixers side by side, each with ranks of its own kind.
-    Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "parallel", quick=True),
+    Layout(2, {"context": 2}, "parallel", quick=True),
     Layout(4, {"pipeline": 2, "zero_stage": 2}, "parallel", {"train__recompute": "full"}),
     Layout(4, {"zero_stage": 3}, "parallel"),
     # Matrices that Muon steps as wholes.
