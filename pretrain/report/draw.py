@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 
 from amfm.pretrain.report.colours import THEMED, Colours
-from amfm.pretrain.report.numbers import short
+from amfm.pretrain.report.numbers import distinct, short
 from amfm.pretrain.report.plots import Curve, HeatMap, Plot
 from amfm.pretrain.report.thin import keep_extremes
 
@@ -25,18 +26,32 @@ MAX_POINTS = 800
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 
 
+class TickLabels(Formatter):
+    """Labels in three digits, or as many as tell them apart."""
+
+    def __call__(self, value: float, position: int | None = None) -> str:
+        """One label by itself."""
+        return short(value)
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        """All labels of an axis."""
+        return distinct(values)
+
+
 def draw_plot(plot: Plot, axes: Any, colours: Colours) -> None:
     """Draw a plot on a pair of axes; the horizontal one is steps, in whole numbers."""
     if plot.heat is not None:
         draw_heat(plot.heat, plot.unit, axes)
     else:
+        for step in plot.events:
+            axes.axvline(step, color=colours.ink, linewidth=0.7, alpha=0.35, linestyle=(0, (1, 2)))
         for curve in plot.curves:
             draw_curve(curve, axes, colours)
         shape_values(plot, axes, colours)
         if sum(bool(curve.name) for curve in plot.curves) > 1:
             axes.legend(loc="best")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(short))
+    axes.xaxis.set_major_formatter(TickLabels())
     axes.set_xlabel("step")
 
 
@@ -64,7 +79,7 @@ def shape_values(plot: Plot, axes: Any, colours: Colours) -> None:
         # Within one decade a locator of powers finds one tick or none.
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high / low > 20 else MaxNLocator(5))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(short))
+    axes.yaxis.set_major_formatter(TickLabels())
     if plot.lowest is not None:
         axes.set_ylim(bottom=plot.lowest)
     if plot.highest is not None:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 MAX_LISTED = 8
 
 
-def short(value: float, _position: int | None = None) -> str:
+def short(value: float, _position: int | None = None, *, digits: int = 3) -> str:
     """Format a number for tick labels in three digits and a unit prefix: 12345 -> 12.3k."""
-    return _scaled(value, "k", "M", "G", "T")
+    return _scaled(value, "k", "M", "G", "T", digits=digits)
+
+
+def distinct(values: Sequence[float]) -> list[str]:
+    """Format tick labels in as many digits, three at least, as make no two of them the same."""
+    for digits in range(3, 7):
+        labels = [short(value, digits=digits) for value in values]
+        if len(set(labels)) == len(set(values)):
+            break
+    return labels
 
 
 def count(value: float) -> str:
@@ -17,12 +27,12 @@ def count(value: float) -> str:
     return _scaled(value, "k", "M", "B", "T")
 
 
-def _scaled(value: float, *letters: str) -> str:
-    """Format in three digits and the letter of the largest power of a thousand below the value."""
+def _scaled(value: float, *letters: str, digits: int = 3) -> str:
+    """Format in so many digits and the letter of the largest power of a thousand below the value."""
     for power in range(len(letters), 0, -1):
         if abs(value) >= 1000**power:
-            return f"{value / 1000**power:.3g}{letters[power - 1]}"
-    return f"{value:.3g}"
+            return f"{value / 1000**power:.{digits}g}{letters[power - 1]}"
+    return f"{value:.{digits}g}"
 
 
 def perplexity(loss: float) -> str:

@@ -17,7 +17,7 @@ from amfm.pretrain.report.data import RunRecord
 from amfm.pretrain.report.draw import DASHES
 from amfm.pretrain.report.numbers import count, plain
 from amfm.pretrain.report.page import Table
-from amfm.pretrain.report.plots import Curve, Plot
+from amfm.pretrain.report.plots import Curve, Plot, cap_outliers
 from amfm.pretrain.report.thin import smooth
 
 NUM_COLOURS = 6
@@ -63,13 +63,13 @@ def read_fullest(record: RunRecord) -> Series:
 
 
 MEASURES = (
-    Measure("loss", "Training loss", "Smoothed.", "nats a token", read_key("loss")),
-    Measure("validation", "Validation loss", "", "nats a token", read_key("validation_loss"), is_rare=True),
-    Measure("bits", "Validation, bits a byte", "Comparable where tokenizers differ.", "bits a byte", read_key("validation_bits_per_byte"), is_rare=True),
+    Measure("loss", "Training loss", "Smoothed.", "nats per token", read_key("loss")),
+    Measure("validation", "Validation loss", "", "nats per token", read_key("validation_loss"), is_rare=True),
+    Measure("bits", "Validation, bits per byte", "Comparable where tokenizers differ.", "bits per byte", read_key("validation_bits_per_byte"), is_rare=True),
     Measure("accuracy", "Validation accuracy", "Of labelled tokens.", "share right", read_key("validation_accuracy"), lowest=0, is_rare=True),
     Measure("rate", "Learning rate", "As it was applied.", "", read_key("lr"), lowest=0, is_exact=True),
     Measure("gradient", "Gradient norm", "Before clipping, smoothed.", "", read_key("grad_norm"), is_log=True),
-    Measure("throughput", "Throughput", "All ranks together, smoothed.", "tokens a second", read_key("tokens_per_second"), lowest=0),
+    Measure("throughput", "Throughput", "All ranks together, smoothed.", "tokens per second", read_key("tokens_per_second"), lowest=0),
     Measure("mfu", "MFU", "Model FLOPs over the peak of each run's devices, smoothed.", "%", read_key("mfu", 100.0), lowest=0),
     Measure("experts", "Expert load", "Tokens of the fullest expert over the mean, in the worst block, smoothed.", "fullest / mean", read_fullest),
 )  # fmt: skip
@@ -89,15 +89,18 @@ def overlay_plots(records: Sequence[RunRecord]) -> list[Plot]:
                 curves.append(Curve(names[number], steps, shown, series, dash, dots=measure.is_rare, run=number))
         if curves:
             is_log = measure.is_log and min(min(curve.values) for curve in curves) > 0
+            spread = [value for curve in curves for value in curve.values]
+            highest, remark = cap_outliers(spread) if measure.name in ("throughput", "mfu") else (None, "")
             plots.append(
                 Plot(
                     measure.name,
                     measure.title,
-                    measure.caption,
+                    measure.caption + remark,
                     measure.unit,
                     tuple(curves),
                     is_log=is_log,
                     lowest=measure.lowest,
+                    highest=highest,
                 )
             )
     return plots
@@ -130,9 +133,13 @@ def render_runs(records: Sequence[RunRecord]) -> str:
             *("-" if loss is None else f"{loss:.4f}" for loss in losses),
             "-" if speed is None else count(speed),
         ]
-        rows.append(f"<tr><td>{button}</td>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+        rows.append(
+            f"<tr><td>{button}</td>"
+            + "".join(f'<td data-label="{label}">{escape(cell)}</td>' for label, cell in zip(head[1:], cells))
+            + "</tr>"
+        )
     titles = "".join(f"<th>{title}</th>" for title in head)
-    return f'<div class="panel numbers"><table><tr>{titles}</tr>{"".join(rows)}</table></div>'
+    return f'<div class="panel numbers runs"><table><tr>{titles}</tr>{"".join(rows)}</table></div>'
 
 
 def compare_configs(records: Sequence[RunRecord]) -> Table:

@@ -7,7 +7,7 @@
 (() => {
   const page = JSON.parse(document.getElementById("plots-data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
-  const HEIGHT = 238, TOP = 20, BOTTOM = 22, RIGHT = 12;
+  const HEIGHT = 252, TOP = 20, BOTTOM = 36, RIGHT = 12;
   const DASHES = ["", "7 3", "2 2.5"];
   const AXES = { steps: "step", tokens: "tokens", hours: "hours inside steps" };
   // Of matplotlib's viridis, every eighth: dark is even, bright is full.
@@ -17,10 +17,17 @@
 
   // ---- numbers
 
-  function short(value) {
+  function short(value, digits = 3) {
     for (const [size, letter] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]])
-      if (Math.abs(value) >= size) return trim((value / size).toPrecision(3)) + letter;
-    return Math.abs(value) < 1e-3 && value !== 0 ? trimPower(value.toExponential(1)) : trim(value.toPrecision(3));
+      if (Math.abs(value) >= size) return trim((value / size).toPrecision(digits)) + letter;
+    return Math.abs(value) < 1e-3 && value !== 0 ? trimPower(value.toExponential(digits - 2)) : trim(value.toPrecision(digits));
+  }
+  // Labels of one axis: in as many digits as make no two of them the same.
+  function distinct(values) {
+    for (let digits = 3; ; digits++) {
+      const labels = values.map((value) => short(value, digits));
+      if (new Set(labels).size === values.length || digits === 6) return labels;
+    }
   }
   function exact(value) {
     if (Math.abs(value) >= 1e5) return Math.round(value).toLocaleString("en-US");
@@ -133,7 +140,7 @@
     const { host, plot } = figure, width = host.clientWidth, window = view.window ?? spread();
     const [low, high] = plot.heat ? [0, plot.heat.names.length] : heights(figure, window);
     const marks = plot.heat ? [] : plot.log ? logTicks(low, high) : ticks(low, high, 4);
-    const labels = plot.heat ? plot.heat.names : marks.map(short);
+    const labels = plot.heat ? plot.heat.names : distinct(marks);
     const left = 10 + 6.1 * Math.max(...labels.map((label) => label.length), 2);
     const scale = plot.log ? Math.log : (value) => value;
     figure.x = (value) => left + ((value - window[0]) / (window[1] - window[0])) * (width - left - RIGHT);
@@ -144,17 +151,23 @@
     figure.svg?.remove();
     const svg = (figure.svg = add(host, "svg", { viewBox: `0 0 ${width} ${HEIGHT}`, height: HEIGHT, "aria-hidden": "true" }));
     add(svg, "text", { x: left, y: 11, class: "unit" }, plot.unit);
-    for (const value of marks) {
+    marks.forEach((value, index) => {
       add(svg, "line", { x1: left, x2: width - RIGHT, y1: figure.y(value), y2: figure.y(value), class: "grid" });
-      add(svg, "text", { x: left - 6, y: figure.y(value) + 3.5, "text-anchor": "end" }, short(value));
-    }
-    for (const value of ticks(window[0], window[1], width < 420 ? 4 : 6, view.axis === "steps" ? 1 : 0)) {
+      add(svg, "text", { x: left - 6, y: figure.y(value) + 3.5, "text-anchor": "end" }, labels[index]);
+    });
+    const across = ticks(window[0], window[1], width < 420 ? 4 : 6, view.axis === "steps" ? 1 : 0), named = distinct(across);
+    across.forEach((value, index) => {
       add(svg, "line", { x1: figure.x(value), x2: figure.x(value), y1: TOP, y2: HEIGHT - BOTTOM, class: "grid" });
       const anchor = figure.x(value) > width - 30 ? "end" : "middle";
-      add(svg, "text", { x: figure.x(value), y: HEIGHT - 7, "text-anchor": anchor }, short(value));
-    }
+      add(svg, "text", { x: figure.x(value), y: HEIGHT - 21, "text-anchor": anchor, class: "tick" }, named[index]);
+    });
+    add(svg, "text", { x: (left + width - RIGHT) / 2, y: HEIGHT - 5, "text-anchor": "middle", class: "unit" }, AXES[view.axis]);
     const clip = add(add(svg, "clipPath", { id: `clip-${plot.name}` }), "rect", { x: left, y: TOP - 4, width: Math.max(0, width - left - RIGHT + 4), height: HEIGHT - BOTTOM - TOP + 8 });
     const inside = add(svg, "g", { "clip-path": `url(#${clip.parentNode.id})` });
+    for (const [step] of plot.events) {
+      const at = figure.x(fromStep(0, step));
+      add(inside, "line", { x1: at, x2: at, y1: TOP, y2: HEIGHT - BOTTOM, class: "event" });
+    }
     if (plot.heat) drawHeat(figure, inside, svg);
     else for (const curve of shown(figure)) drawCurve(figure, inside, curve, window);
     if (plot.limit !== null && plot.limit >= low && plot.limit <= high)
@@ -218,10 +231,25 @@
       html(line, "span", "name", name);
       html(line, "b", "", text);
     }
+    for (const [name, text] of around(figure)) {
+      const line = html(figure.tip, "div", "around", "");
+      html(line, "span", "name", name);
+      html(line, "b", "", text);
+    }
     // Beside the line, on the side with more room, and never out of the figure.
     const width = figure.tip.offsetWidth, isRight = at > (figure.left + figure.right) / 2;
     const left = isRight ? at - 12 - width : at + 12;
     figure.tip.style.left = `${Math.max(0, Math.min(left, figure.host.clientWidth - width))}px`;
+  }
+  // What a reader asks of any curve: the learning rate there, and what happened near the line.
+  function around(figure) {
+    const { steps, rates } = page.runs[0], found = [];
+    if (page.runs.length > 1) return found;
+    const places = steps.map((step) => fromStep(0, step)), index = nearest(places, view.cursor.place);
+    if (rates.length && figure.plot.name !== "rate") found.push(["learning rate", exact(rates[index])]);
+    for (const [step, text] of figure.plot.events)
+      if (Math.abs(figure.x(fromStep(0, step)) - figure.x(view.cursor.place)) < 5) found.push([`step ${step}`, text]);
+    return found.slice(0, 4);
   }
   function pointCurves(figure) {
     return shown(figure).map((curve) => {

@@ -25,15 +25,16 @@ def describe_page(records: Sequence[RunRecord], plots: Sequence[Plot]) -> dict[s
 
 
 def describe_places(record: RunRecord) -> dict[str, list[float]]:
-    """Tabulate tokens and hours inside steps at MAX_PLACES of a run's steps; empty lists where one was not logged."""
+    """Tabulate tokens, hours inside steps and rates at MAX_PLACES of a run's steps; empty lists where one was not logged."""
     lines = record.metrics
     every = max(1, len(lines) // MAX_PLACES)
     places = sorted({*range(0, len(lines), every), len(lines) - 1})
     seconds = list(accumulate(float(line["seconds"]) if is_number(line.get("seconds")) else 0.0 for line in lines))
-    tokens = [lines[place].get("tokens") for place in places]
+    tokens, rates = ([lines[place].get(name) for place in places] for name in ("tokens", "lr"))
     return {
         "steps": [int(lines[place]["step"]) for place in places],
         "tokens": [float(value) for value in tokens if is_number(value)] if all(map(is_number, tokens)) else [],
+        "rates": [_rounded(value, 5) for value in rates if is_number(value)] if all(map(is_number, rates)) else [],
         "hours": [_rounded(seconds[place] / 3600, 6) for place in places] if seconds[-1] > 0 else [],
     }
 
@@ -49,6 +50,7 @@ def describe_plot(plot: Plot) -> dict[str, Any]:
         "lowest": plot.lowest,
         "highest": plot.highest,
         "limit": plot.limit,
+        "events": [[step, text] for step, text in plot.events.items()],
         "curves": [describe_curve(curve, limit) for curve in plot.curves],
         "heat": None if plot.heat is None else describe_heat(plot.heat),
     }

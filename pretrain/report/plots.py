@@ -7,8 +7,8 @@ the run has no such measurement, and no empty figure is shown.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,6 +17,19 @@ from amfm.pretrain.report.thin import mean_of_spans, smooth
 
 MAX_COLUMNS = 240
 MIN_SMOOTHED = 20
+MAX_EVENTS = 60
+# Of every run: what would cover the others.
+QUIET = (
+    "checkpoint",
+    "validation",
+    "tasks",
+    "replicas",
+    "resume",
+    "initial_weights",
+    "pattern",
+    "low_precision",
+    "end",
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,8 @@ class HeatMap:
 class Plot:
     """A figure: title, one line on what to see in it, the unit of its values, and curves or a map.
 
-    `lowest` and `highest` fix an end of the vertical axis; `limit` is a dashed line across.
+    `lowest` and `highest` fix an end of the vertical axis; `limit` is a dashed line across. `events`: steps at which something
+    happened that a curve may show, by what it was.
     """
 
     name: str
@@ -62,10 +76,11 @@ class Plot:
     highest: float | None = None
     limit: float | None = None
     heat: HeatMap | None = None
+    events: Mapping[int, str] = field(default_factory=dict)
 
 
 def make_plots(record: RunRecord) -> list[Plot]:
-    """Make every plot for which the run has measurements, in the order of the page."""
+    """Make every plot for which the run has measurements, in the order of the page, with the run's events on each."""
     makers: list[Callable[[RunRecord], Plot | None]] = [
         loss_plot,
         accuracy_plot,
@@ -77,11 +92,48 @@ def make_plots(record: RunRecord) -> list[Plot]:
         auxiliary_plot,
         quantization_plot,
     ]
-    return [plot for plot in (make(record) for make in makers) if plot is not None]
+    events = mark_events(record)
+    return [replace(plot, events=events) for plot in (make(record) for make in makers) if plot is not None]
+
+
+def mark_events(record: RunRecord) -> dict[int, str]:
+    """Collect what happened to a run, by step: all events but those of a quiet run. Of many, the newest MAX_EVENTS."""
+    steps = record.series("loss")[0]
+    found: dict[int, list[str]] = {}
+    for event in record.events:
+        name, step = str(event.get("event")), event.get("step")
+        is_first_start = name == "start" and not step
+        if (
+            isinstance(step, int)
+            and not is_first_start
+            and name not in QUIET
+            and steps
+            and steps[0] <= step <= steps[-1]
+        ):
+            said = found.setdefault(step, [])
+            if name not in said:
+                said.append(name)
+    newest = sorted(found)[-MAX_EVENTS:]
+    return {step: ", ".join(found[step]).replace("_", " ") for step in newest}
+
+
+def cap_outliers(values: Sequence[float]) -> tuple[float | None, str]:
+    """Choose where an axis ends that a few spikes would rule, and say in words how many lie above; None: all fit.
+
+    A spike is above twice the value that 95 of 100 stay below: a first step that compiled, a step after a pause of the host.
+    """
+    if len(values) < MIN_SMOOTHED:
+        return None, ""
+    usual = float(np.quantile(np.asarray(values, dtype=np.float64), 0.95))
+    top = 1.25 * usual
+    above = sum(value > top for value in values)
+    if usual <= 0 or max(values) <= 2 * usual:
+        return None, ""
+    return top, f" {above} of {len(values):,} steps are above the axis."
 
 
 def loss_plot(record: RunRecord) -> Plot | None:
-    """Plot training loss, faint for each step and strong smoothed, and validation loss, in nats a token."""
+    """Plot training loss, faint for each step and strong smoothed, and validation loss, in nats per token."""
     steps, losses = record.series("loss")
     if not losses:
         return None
@@ -90,7 +142,7 @@ def loss_plot(record: RunRecord) -> Plot | None:
     if validation:
         curves.append(Curve("validation", validated, validation, series=1, dots=True))
     caption = "Negative log-likelihood of a token; perplexity is its exponential."
-    return Plot("loss", "Loss", caption, "nats a token", tuple(curves))
+    return Plot("loss", "Loss", caption, "nats per token", tuple(curves))
 
 
 def smoothed_curves(
@@ -135,12 +187,14 @@ def gradient_norm_plot(record: RunRecord) -> Plot | None:
 
 
 def throughput_plot(record: RunRecord) -> Plot | None:
-    """Plot tokens a second of all ranks."""
+    """Plot tokens per second of all ranks."""
     steps, speeds = record.series("tokens_per_second")
     if not speeds:
         return None
     curves = smoothed_curves(steps, speeds, "each step", "smoothed", series=4)
-    return Plot("throughput", "Throughput", "All ranks together.", "tokens a second", curves, lowest=0)
+    highest, remark = cap_outliers(speeds)
+    caption = f"All ranks together.{remark}"
+    return Plot("throughput", "Throughput", caption, "tokens per second", curves, lowest=0, highest=highest)
 
 
 def mfu_plot(record: RunRecord) -> Plot | None:
@@ -153,14 +207,15 @@ def mfu_plot(record: RunRecord) -> Plot | None:
     caption = "Model FLOPs utilisation: the model's arithmetic over the device's peak."
     if is_measured and len(starts) > 1:
         caption += f" The peak was measured at each of {len(starts)} starts, so levels may jump there."
+    highest, remark = cap_outliers([100 * share for share in shares])
     curves = smoothed_curves(steps, [100 * share for share in shares], "each step", "smoothed", series=5)
-    return Plot("mfu", "MFU", caption, "%", curves, lowest=0)
+    return Plot("mfu", "MFU", caption + remark, "%", curves, lowest=0, highest=highest)
 
 
 def expert_load_plot(record: RunRecord) -> Plot | None:
     """Map the tokens of the fullest expert over the mean: a row for each MoE block, a column for each span of steps.
 
-    1 is even load. The largest value possible is experts / choices a token: every token takes the same ones.
+    1 is even load. The largest value possible is experts / choices per token: every token takes the same ones.
     """
     loads = record.named_series("expert_load")
     if not loads:

@@ -118,7 +118,7 @@ def render_overlay(records: Sequence[RunRecord]) -> str:
 def make_cards(record: RunRecord) -> list[Card]:
     """Make the cards of the summary: what the model is, how far it came, how good and how fast it is.
 
-    Losses are in nats a token, speed and MFU medians of the newer half of the steps since the newest start. Cards without a measurement are left
+    Losses are in nats per token, speed and MFU medians of the newer half of the steps since the newest start. Cards without a measurement are left
     out, or show a dash.
     """
     config = record.config
@@ -133,14 +133,14 @@ def make_cards(record: RunRecord) -> list[Card]:
     lengths = ", ".join(dict.fromkeys(f"{stage.sequence_length:,}" for stage in record.stages))
     cards = [
         Card("Steps", f"{record.last_step():,}", f"of {record.num_steps:,}"),
-        Card("Parameters", count(counts.total), f"{count(counts.active)} active a token"),
+        Card("Parameters", count(counts.total), f"{count(counts.active)} active per token"),
         Card("Model", f"{len(pattern.letters)} blocks", blocks),
         Card("Tokens", count(tokens) if tokens is not None else "-", f"rows of {lengths}"),
-        Card("Training loss", f"{loss:.4f}" if loss is not None else "-", "newest step, nats a token"),
+        Card("Training loss", f"{loss:.4f}" if loss is not None else "-", "newest step, nats per token"),
     ]
     if validation is not None:
         bits = record.last("validation_bits_per_byte")
-        beside = "" if bits is None else f", {bits:.4f} bits a byte"
+        beside = "" if bits is None else f", {bits:.4f} bits per byte"
         cards.append(Card("Validation loss", f"{validation:.4f}", f"perplexity {perplexity(validation)}{beside}"))
     tokens, rows = record.last("validation_accuracy"), record.last("validation_row_accuracy")
     if tokens is not None and rows is not None:
@@ -182,7 +182,7 @@ def describe_model(record: RunRecord) -> Table:
         for kind in kinds
     ]
     total = ("all", f"{counts.total:,}", f"{counts.active:,}", *(count(sum(column.values())) for column in flops))
-    header = ("part", "parameters", "active", *(f"training FLOPs a token, rows of {length:,}" for length in lengths))
+    header = ("part", "parameters", "active", *(f"training FLOPs per token, rows of {length:,}" for length in lengths))
     return Table(f"Pattern {config.model.parsed_pattern.canonical()}", header, (*rows, total))
 
 

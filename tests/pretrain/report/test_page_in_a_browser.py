@@ -32,7 +32,7 @@ const host = document.getElementById("plot-loss"), box = host.getBoundingClientR
 const send = (kind, share) => host.dispatchEvent(new PointerEvent(kind, {bubbles: true, pointerId: 1, pointerType: "mouse",
   button: 0, clientX: box.left + share * box.width, clientY: box.top + 100}));
 host.setPointerCapture = () => {};
-const ticks = () => [...document.querySelectorAll("#plot-throughput svg text[y='231']")].map((text) => text.textContent);
+const ticks = () => [...document.querySelectorAll("#plot-throughput svg text.tick")].map((text) => text.textContent);
 """
 
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here; the page's data are tested without one")

@@ -12,7 +12,7 @@ from amfm.model.flops import flops_per_token
 from amfm.pretrain.config.file import load_config, resolved_yaml
 from amfm.pretrain.report.data import read_run
 from amfm.pretrain.report.goodput import measure_goodput
-from amfm.pretrain.report.numbers import count, plain
+from amfm.pretrain.report.numbers import count, distinct, plain
 from amfm.pretrain.report.page import show_time
 from amfm.pretrain.report.picture import draw_picture
 from amfm.pretrain.report.report import describe_model, write_report
@@ -237,7 +237,7 @@ def test_each_row_length_of_the_stages_has_its_own_arithmetic(tmp_path):
     run = make_run(tmp_path, [line(1)], "train.steps=null", f"stages={stages}")
     record = read_run(run)
     table = describe_model(record)
-    assert table.header[3:] == ("training FLOPs a token, rows of 128", "training FLOPs a token, rows of 256")
+    assert table.header[3:] == ("training FLOPs per token, rows of 128", "training FLOPs a token, rows of 256")
     for column, length in ((3, 128), (4, 256)):
         expected = flops_per_token(record.config.model, length)
         cells = {row[0]: row[column] for row in table.rows}
@@ -265,3 +265,23 @@ def test_goodput_counts_what_failures_cost_and_no_pause_between_two_calls(tmp_pa
     assert measure_goodput(read_run(run)) == (50.0, 120.0, 1)
     page = write_report([run]).read_text()
     assert "41.7 %" in page and "in steps, of 2 min, 1 restart<" in page
+
+
+def test_labels_of_an_axis_differ() -> None:
+    assert distinct([1.10e-4, 1.104e-4, 1.108e-4]) == ["0.00011", "0.0001104", "0.0001108"]
+    assert distinct([0.0, 500.0, 1000.0, 12345.0]) == ["0", "500", "1k", "12.3k"]
+
+
+def test_spikes_do_not_rule_the_speed_and_events_are_on_every_plot(tmp_path) -> None:
+    lines = [line(step, tokens_per_second=12_000.0 if step == 51 else 1000.0 + step % 7) for step in range(1, 101)]
+    run = make_run(tmp_path, lines)
+    events = [("start", 0), ("checkpoint", 50), ("start", 50), ("resume", 50), ("skipped_step", 70), ("end", 100)]
+    (run / "events.jsonl").write_text(
+        "".join(json.dumps({"time": 0, "event": event, "step": step}) + "\n" for event, step in events)
+    )
+    page = write_report([run]).read_text()
+    assert "1 of 100 steps are above the axis" in page
+    plots = {plot["name"]: plot for plot in data_of(page)["plots"]}
+    assert 1000 < plots["throughput"]["highest"] < 1500 and plots["mfu"]["highest"] is None
+    assert all(plot["events"] == [[50, "start"], [70, "skipped step"]] for plot in plots.values())
+    assert set(data_of(page)["runs"][0]["rates"]) == {1e-3}
