@@ -80,7 +80,7 @@ class UpcycleConfig(Section):
         0.0,
         ge=0,
         lt=1,
-        description="Share of each expert's inner units that are drawn anew, with mean and deviation of the matrix (Nakamura et al. 2025, arXiv 2502.19261).",
+        description="Share of each expert's inner units that are drawn again, with mean and deviation of the matrix (Nakamura et al. 2025, arXiv 2502.19261).",
     )
 
     def is_exact(self) -> bool:
