@@ -17,7 +17,7 @@ import torch.distributed
 
 from amfm.pretrain.config.fields import flatten_settings
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.versions import collect_versions
 
 SHOWN_RANKS = 4

@@ -30,7 +30,7 @@ from amfm.model.parallel.groups import AXES, ProcessGroupCollection
 from amfm.model.parallel.row_room import RowRoom
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 
 DATA_PARALLEL = ParallelConfig()
 

@@ -50,7 +50,7 @@ from amfm.pretrain.parallel import (
     set_determinism,
     start_process_group,
 )
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.run import Run, identities_of
 from amfm.pretrain.saving import resume
 from amfm.pretrain.stages import Built, RunStage, data_of_stages, last_stage, resolve_stages, stage_of

@@ -31,7 +31,7 @@ from amfm.pretrain.checkpoint.save import Snapshot, ranks_of, take_snapshot, wri
 from amfm.pretrain.checkpoint.writers import assign_writers
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 
 Saved = SavedCheckpoint | SavedReplica | SentCopy
 

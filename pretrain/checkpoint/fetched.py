@@ -13,7 +13,7 @@ from amfm.data_pipeline.durable.files import sync
 from amfm.data_pipeline.durable.naming import named
 from amfm.pretrain.checkpoint.commit import LATEST_NAME, TEMPORARY_NAME, RankFailure
 from amfm.pretrain.checkpoint.files import replace_text
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 
 FETCH_BYTES = 1 << 24
 

@@ -28,7 +28,7 @@ from amfm.pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.moments import FROZEN
 from amfm.pretrain.event_log import find_last_saved
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.versions import collect_versions
 
 GUIDE = ".guide_weight"  # end of the names of parameters that a run leaves behind

@@ -29,7 +29,7 @@ from amfm.pretrain.checkpoint.commit import RankFailure, is_marked, make_tempora
 from amfm.pretrain.checkpoint.fetched import commit_fetched, copy_verified
 from amfm.pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 
 # What we write below the URL; nothing else there is looked at or removed.
 OBJECT_NAME = re.compile(r"(step-\d{8,})/(manifest\.json|keep|rank-\d{5}\.safetensors)")

@@ -22,7 +22,7 @@ from amfm.pretrain.checkpoint.files import StorageError, rank_file_name, verify_
 from amfm.pretrain.checkpoint.fragments import create_state, refresh_working_weights, restore_group_settings
 from amfm.pretrain.checkpoint.random_state import restore_random_state
 from amfm.pretrain.checkpoint.reader import RangeReader
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.tensor_files import open_tensors
 
 

@@ -61,7 +61,7 @@ from amfm.pretrain.checkpoint.writers import WriterAssignment, assign_writers
 from amfm.pretrain.config.saved import packages_used
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.versions import collect_versions
 
 # Room for the manifest, directories and the `latest` file, beyond the tensors.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 
 Key = TypeVar("Key")
 

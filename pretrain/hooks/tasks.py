@@ -24,7 +24,7 @@ from amfm.pretrain.checks.tasks import SETTING
 from amfm.pretrain.config.schema import EvaluateConfig, ParallelConfig, RunConfig
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.parallel import Parallel
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.run import Run
 from amfm.pretrain.stages import is_due
 from amfm.pretrain.step_sums import StepResult

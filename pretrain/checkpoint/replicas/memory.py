@@ -24,7 +24,7 @@ from amfm.pretrain.checkpoint.commit import RankFailure
 from amfm.pretrain.checkpoint.files import read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.checkpoint.replicas.nodes import Nodes
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 
 OWN_NAME = re.compile(r"amfm-[0-9a-f]{12}-[0-9a-f]{32}")
 GENERATIONS = 2  # the old one goes when the new one stands on all nodes

@@ -19,7 +19,7 @@ from amfm.pretrain.checkpoint.files import MANIFEST_NAME, rank_file_name, read_m
 from amfm.pretrain.checkpoint.names import checkpoint_name, newest_saved_step
 from amfm.pretrain.checkpoint.replicas.memory import Generation, NodeMemory
 from amfm.pretrain.checkpoint.replicas.nodes import find_holders, share_out
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 
 
 def recover(memory: NodeMemory, run_dir: Path, read_token: Callable[[], object], ranks: RankGroup) -> None:

@@ -29,7 +29,7 @@ from amfm.pretrain.checkpoint.manifest import JoinedReports, complete_manifest
 from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
 from amfm.pretrain.checkpoint.save import Snapshot
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.tensor_files import tensor_bytes
 
 BLOCK_BYTES = 1 << 24  # sent at a time

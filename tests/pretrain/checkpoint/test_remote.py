@@ -22,7 +22,7 @@ from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.monitor.signals import SignalWatch
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.train import run_steps, train
 from tests.helpers.killing_proxy import Gate, killing_proxy
@@ -35,7 +35,7 @@ PUSH = """
 import os, sys
 from pathlib import Path
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
-from amfm.pretrain.rank_group import RankGroup
+from amfm.pretrain.ranks.group import RankGroup
 while place := sys.stdin.readline().strip():
     pid = os.fork()
     if pid == 0:

@@ -1,7 +1,7 @@
 """Exchange of small Python objects between ranks, on the default process group or on one of its own.
 
 For names, reports and errors, which are pickled; tensors go through their own collectives (parallel.py). Objects travel over a
-tree (rank_tree.py). `raise_together` is how a failure of one rank becomes an error of all: a rank that raised alone would
+tree (tree.py). `raise_together` is how a failure of one rank becomes an error of all: a rank that raised alone would
 leave the others waiting.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from amfm.pretrain.rank_tree import RankTree, down, up
+from amfm.pretrain.ranks.tree import RankTree, down, up
 
 T = TypeVar("T")
 

@@ -1,0 +1,1 @@
+"""How ranks talk about small things: objects exchanged by all, over a tree of nodes."""
