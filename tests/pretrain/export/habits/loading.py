@@ -106,11 +106,12 @@ def generate(export: Exported) -> Any:
 
 @habit("accelerate")
 def a_model_made_without_memory_takes_its_weights(export: Exported) -> None:
+    loaded = export.model()
     with torch.device("meta"):
-        model = type(export.model())(export.model().config)
-    model.load_state_dict(export.model().state_dict(), assign=True)
+        model = type(loaded)(loaded.config)
+    model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
-    assert torch.equal(model.eval()(tokens()).logits, export.model()(tokens()).logits)
+    assert torch.equal(model.eval()(tokens()).logits, loaded(tokens()).logits)
 
 
 @habit()
