@@ -81,7 +81,7 @@ def test_planned_mfu_of_presets() -> None:
 
 def test_predictions_of_the_readme() -> None:
     table = rows("README.md", "preset")
-    assert len(table) == 5
+    assert len(table) == 6
     for preset, gpus, memory, mfu in table:
         planned = headers(re.findall(r"`(.*)`", preset)[0])[0]
         assert (gpus, memory, mfu) == (f"{planned.gpus:,}", f"{planned.gib} GiB", planned.mfu), preset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,8 @@ def assert_complete(model: HybridModel, stacks: list[MatrixStack]) -> None:
         if name in filled:
             assert filled[name] == parameter.numel(), f"{name} is not covered"
         elif parameter.dim() > 1 and min(parameter.shape[-2:]) > 1 and not name.startswith(("embedding.", "head.")):
-            outside.add(name.partition(".mixer.")[2].removeprefix("inner.") or name)
+            own = re.sub(r"^(inner|branches\.\d+)\.", "", name.partition(".mixer.")[2])
+            outside.add(own or name)
     assert outside <= NOT_MATRICES
 
 

@@ -144,7 +144,10 @@ def scanned(module, rows, keep, *absent, channels=()):
 TRITON = (
     lambda rows: mixed(rows, True),
     lambda rows: mixed(rows, False),
-    lambda rows: attention._forward(rows(2, 20, 4, 16), rows(2, 20, 2, 16), rows(2, 20, 2, 16), None, None, 0.25),
+    lambda rows: attention._forward(rows(2, 20, 4, 16), rows(2, 20, 2, 16), rows(2, 20, 2, 16), None, None, None, 0.25),
+    lambda rows: attention._forward(
+        rows(2, 20, 4, 16), rows(2, 20, 2, 16), rows(2, 20, 2, 16), float32(4), None, None, 0.25
+    ),
     lambda rows: norm._norm(rows(6, 8), rows(6, 8), leaf(8), 1e-5, 1, False),
     lambda rows: norm._norm(rows(6, 8), rows(6, 8), leaf(8), 1e-5, 2, True),
     lambda rows: diagonal(diag, rows, True),
