@@ -16,11 +16,15 @@ from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.schema import ModelConfig, MultipliersConfig
 from amfm.model.huggingface.entries import CONV_FORMS, WeightEntry, WeightMap
 from amfm.model.huggingface.fields import (
+    GATED,
+    NO_QK_NORM,
+    WHOLE_HEADS,
+    Wanted,
     flat_rope_fields,
     require_fields,
     rope_from_parameters,
     rope_parameters,
-    unfit_multipliers,
+    unfit_settings,
 )
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER, packed_rows
@@ -28,6 +32,12 @@ from amfm.model.huggingface.qwen3_next_weights import GatedEntry
 from amfm.model.huggingface.shapes import block_shapes
 
 HEADS = ("(M&*)", "(*&M)")
+MULTIPLIERS: Wanted = {"residual": (1.0, "the output of a block has no factor")}
+ATTENDING: Wanted = {
+    **NO_QK_NORM,
+    "positions": ("rope", "attention is rotary"),
+    "gate": ("none", "attention has no gate"),
+}
 ONES: dict[str, Any] = {
     "mlp_multipliers": [1.0, 1.0],
     "attention_out_multiplier": 1.0,
@@ -45,30 +55,12 @@ def unfit_for_falcon_h1(config: ModelConfig) -> list[str]:
     if not (len(mixers) == len(seconds) and mixers[0] in HEADS and {*mixers} == {mixers[0]} and {*seconds} == {"-"}):
         rule = "layers of falcon_h1 are pairs, (M&*) and then -"
         return [f"model.pattern={''.join(letters)}: {rule}; use such a pattern, or target own"]
-    reasons = [
-        reason.replace("target granitemoehybrid or own", "target own")
-        for reason in unfit_multipliers(config, "falcon_h1")
-        if "multipliers.residual" in reason
-    ]
-    if config.attention is not None:
-        reasons += _unfit_attention(config.attention)
-    if config.feed_forward is not None and config.feed_forward.activation != "swiglu":
-        reasons.append(
-            f"model.feed_forward.activation={config.feed_forward.activation}: the feed-forward of falcon_h1 is gated; use "
-            "swiglu, or target own"
-        )
-    return reasons
-
-
-def _unfit_attention(attention: AttentionConfig) -> Iterator[str]:
-    if attention.qk_norm:
-        yield "model.attention.qk_norm=true: falcon_h1 does not norm queries and keys; use false, or target own"
-    if attention.positions != "rope":
-        yield f"model.attention.positions={attention.positions}: attention of falcon_h1 is rotary; use rope, or target own"
-    if attention.rope.fraction != 1.0:
-        yield f"model.attention.rope.fraction={attention.rope.fraction}: falcon_h1 rotates whole heads; use 1.0, or target own"
-    if attention.gate != "none":
-        yield f"model.attention.gate={attention.gate}: attention of falcon_h1 has no gate; use none, or target own"
+    attention = config.attention
+    assert attention is not None, "every layer has all three"
+    reasons = unfit_settings("model.multipliers", config.multipliers, "falcon_h1", MULTIPLIERS)
+    reasons += unfit_settings("model.attention", attention, "falcon_h1", ATTENDING)
+    reasons += unfit_settings("model.attention.rope", attention.rope, "falcon_h1", WHOLE_HEADS)
+    return reasons + unfit_settings("model.feed_forward", config.feed_forward, "falcon_h1", GATED)
 
 
 def falcon_h1_fields(config: ModelConfig) -> dict[str, Any]:

@@ -15,6 +15,15 @@ from amfm.model.config.schema import ModelConfig
 EXPERT_SIZE_MULTIPLE = 8
 # Options, none unless set, that few classes have: what is said of all others.
 RARE_OPTIONS = {"activation_limit": "does not limit gate and up", "sinks": "has no sinks"}
+# What a class wants of settings, by name, and why.
+Wanted = Mapping[str, tuple[object, str]]
+GATED: Wanted = {"activation": ("swiglu", "the feed-forward is gated")}
+NORMED_ROTARY: Wanted = {
+    "qk_norm": (True, "queries and keys are normed"),
+    "positions": ("rope", "attention is rotary"),
+}
+NO_QK_NORM: Wanted = {"qk_norm": (False, "queries and keys are not normed")}
+WHOLE_HEADS: Wanted = {"fraction": (1.0, "whole heads are rotated")}
 LAYER_NAMES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 LETTERS_OF_NAMES = {
     "mamba": "M",
@@ -39,10 +48,31 @@ def unfit_expert_sizes(config: ModelConfig, moe: MoeConfig) -> list[str]:
     ]
 
 
-def unfit_multipliers(config: ModelConfig, target: str) -> list[str]:
+def unfit_settings(key: str, options: object, target: str, wanted: Wanted, other: str = "own") -> list[str]:
+    """List settings of a section that are not as a class wants them; none for a section that is not there."""
+    reasons = []
+    for name, (value, rule) in wanted.items() if options is not None else ():
+        found = getattr(options, name)
+        if found != value:
+            shown, use = (str(each).lower() if isinstance(each, bool) else each for each in (found, value))
+            remedy = "leave it out" if value is None else f"use {use}"
+            reasons.append(f"{key}.{name}={shown}: in {target}, {rule}; {remedy}, or target {other}")
+    return reasons
+
+
+def unfit_softmax_scale(attention: AttentionConfig, target: str, other: str = "own") -> list[str]:
+    """Say that a class scales by the size of a head, where the attention does not."""
+    scale, usual = attention.softmax_scale, attention.head_dim**-0.5
+    if scale in (None, usual):
+        return []
+    rule = f"{target} scales by head_dim ** -0.5 = {usual:.6g}"
+    return [f"model.attention.softmax_scale={scale}: {rule}; leave it out, or target {other}"]
+
+
+def unfit_multipliers(config: ModelConfig, target: str, *, other: str = "own") -> list[str]:
     """List the constant factors in the forward pass, which most classes have not."""
     return [
-        f"model.multipliers.{name}={value}: {target} has no such factor; use 1.0, or target granitemoehybrid or own"
+        f"model.multipliers.{name}={value}: {target} has no such factor; use 1.0, or target {other}"
         for name, value in config.multipliers
         if value != 1.0
     ]
@@ -177,8 +207,3 @@ def unfit_mixers(config: ModelConfig, target: str) -> list[str]:
     """List registered mixers, which a class of Mamba2 and attention has not."""
     symbols = " ".join(symbol for symbol in config.parsed_pattern.counts() if not kind_of(symbol).is_core)
     return [f"model.pattern has {symbols}: {target} has no such block; use target own"] if symbols else []
-
-
-def qk_norm_reason(target: str) -> str:
-    """Say that a class has no norm on queries and keys."""
-    return f"model.attention.qk_norm=true: {target} has no norm on queries and keys; use false, or target own"

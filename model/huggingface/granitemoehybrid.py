@@ -17,21 +17,37 @@ from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import ModelConfig, MultipliersConfig
 from amfm.model.huggingface.entries import CONV_FORMS, WeightEntry, WeightMap
 from amfm.model.huggingface.fields import (
+    GATED,
     LAYER_NAMES,
+    NO_QK_NORM,
+    WHOLE_HEADS,
+    Wanted,
     flat_rope_fields,
     letters_of,
-    qk_norm_reason,
     require_fields,
     rope_from_parameters,
     rope_parameters,
     unfit_expert_sizes,
     unfit_gates,
     unfit_mixers,
+    unfit_settings,
 )
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER, packed_rows
 from amfm.model.huggingface.refusals import Refusal, misses_sentencepiece
 from amfm.model.huggingface.shapes import block_shapes
+
+# Classes that hold what this one does not.
+EITHER = "nemotron_h or own"
+EXPERTS: Wanted = {
+    "activation": ("swiglu", "experts are gated"),
+    "router": ("softmax", "a softmax scores experts"),
+    "normalize_probabilities": (True, "the softmax is over the chosen experts, which is the normalized one"),
+    "routed_scaling": (1.0, "there is no such factor"),
+    "num_router_groups": (1, "experts are not grouped"),
+    "expert_bias": (False, "the router has no bias"),
+    "latent_size": (None, "experts read the full width"),
+}
 
 
 def unfit_for_granite(config: ModelConfig) -> list[str]:
@@ -39,13 +55,11 @@ def unfit_for_granite(config: ModelConfig) -> list[str]:
     letters = config.letters
     reasons = unfit_mixers(config, "granitemoehybrid") or _unfit_pairs(letters)
     reasons += unfit_gates(config, "granitemoehybrid")
-    if "E" in letters:
-        reasons += _unfit_granite_experts(config)
-    if "-" in letters and config.feed_forward is not None and config.feed_forward.activation != "swiglu":
-        reasons.append(
-            f"model.feed_forward.activation={config.feed_forward.activation}: the feed-forward of granitemoehybrid is "
-            "gated; use swiglu, or target nemotron_h or own"
-        )
+    if "E" in letters and config.moe is not None:
+        reasons += unfit_settings("model.moe", config.moe, "granitemoehybrid", EXPERTS, EITHER)
+        reasons += unfit_expert_sizes(config, config.moe)
+    if "-" in letters:
+        reasons += unfit_settings("model.feed_forward", config.feed_forward, "granitemoehybrid", GATED, EITHER)
     if "*" in letters:
         reasons += _unfit_granite_attention(config)
     if "M" in letters and config.mamba is not None and config.mamba.inner_size() % config.hidden_size:
@@ -69,44 +83,6 @@ def _unfit_pairs(letters: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _unfit_granite_experts(config: ModelConfig) -> list[str]:
-    moe = config.moe
-    if moe is None:
-        return []
-    other = "target nemotron_h or own"
-    reasons: list[str] = []
-    if moe.activation != "swiglu":
-        reasons.append(
-            f"model.moe.activation={moe.activation}: experts of granitemoehybrid are gated; use swiglu, or {other}"
-        )
-    if moe.router != "softmax":
-        reasons.append(
-            f"model.moe.router={moe.router}: granitemoehybrid scores experts with a softmax; use softmax, or {other}"
-        )
-    if not moe.normalize_probabilities:
-        reasons.append(
-            "model.moe.normalize_probabilities=false: granitemoehybrid takes the softmax over the chosen experts, which "
-            f"is the normalised one; use true, or {other}"
-        )
-    if moe.routed_scaling != 1.0:
-        reasons.append(
-            f"model.moe.routed_scaling={moe.routed_scaling}: granitemoehybrid has no such factor; use 1.0, or {other}"
-        )
-    if moe.num_router_groups != 1:
-        reasons.append(
-            f"model.moe.num_router_groups={moe.num_router_groups}: granitemoehybrid does not group experts; "
-            f"use 1, or {other}"
-        )
-    if moe.expert_bias:
-        reasons.append(f"model.moe.expert_bias=true: the router of granitemoehybrid has no bias; use false, or {other}")
-    if moe.latent_size is not None:
-        reasons.append(
-            f"model.moe.latent_size={moe.latent_size}: experts of granitemoehybrid read the full width; "
-            f"leave it out, or {other}"
-        )
-    return reasons + unfit_expert_sizes(config, moe)
-
-
 def _unfit_granite_attention(config: ModelConfig) -> list[str]:
     attention = config.attention
     if attention is None:
@@ -118,13 +94,9 @@ def _unfit_granite_attention(config: ModelConfig) -> list[str]:
             f"{attention.num_heads * attention.head_dim}: granitemoehybrid has no field for the head size and takes "
             f"model.hidden_size={config.hidden_size} over num_heads; make the product equal, or target nemotron_h or own"
         )
-    if attention.qk_norm:
-        reasons.append(qk_norm_reason("granitemoehybrid"))
-    if attention.positions == "rope" and attention.rope.fraction != 1.0:
-        reasons.append(
-            f"model.attention.rope.fraction={attention.rope.fraction}: granitemoehybrid rotates whole heads; "
-            "use 1.0, or target own"
-        )
+    reasons += unfit_settings("model.attention", attention, "granitemoehybrid", NO_QK_NORM)
+    if attention.positions == "rope":
+        reasons += unfit_settings("model.attention.rope", attention.rope, "granitemoehybrid", WHOLE_HEADS)
     return reasons
 
 

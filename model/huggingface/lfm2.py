@@ -16,12 +16,17 @@ from amfm.model.config.mixer_options import ShortConvOptions
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import WeightEntry, WeightMap
 from amfm.model.huggingface.fields import (
+    GATED,
+    NORMED_ROTARY,
+    WHOLE_HEADS,
     flat_rope_fields,
     require_fields,
     rope_from_parameters,
     rope_parameters,
     unfit_gates,
     unfit_multipliers,
+    unfit_settings,
+    unfit_softmax_scale,
 )
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER
@@ -56,28 +61,18 @@ def unfit_layers(config: ModelConfig, target: str) -> list[str]:
     reasons = unfit_multipliers(config, target) + unfit_gates(config, target)
     if "*" in letters and config.attention is not None:
         reasons += _unfit_attention(config.hidden_size, config.attention, target)
-    if "-" in letters and config.feed_forward is not None and config.feed_forward.activation != "swiglu":
-        reasons.append(
-            f"model.feed_forward.activation={config.feed_forward.activation}: the feed-forward of {target} is gated; use swiglu, "
-            "or target own"
-        )
+    if "-" in letters:
+        reasons += unfit_settings("model.feed_forward", config.feed_forward, target, GATED)
     return reasons
 
 
 def _unfit_attention(hidden_size: int, attention: AttentionConfig, target: str) -> Iterator[str]:
-    if not attention.qk_norm:
-        yield f"model.attention.qk_norm=false: {target} norms queries and keys; use true, or target own"
-    if attention.positions != "rope":
-        yield f"model.attention.positions={attention.positions}: attention of {target} is rotary; use rope, or target own"
-    if attention.rope.fraction != 1.0:
-        yield f"model.attention.rope.fraction={attention.rope.fraction}: {target} rotates whole heads; use 1.0, or target own"
+    yield from unfit_settings("model.attention", attention, target, NORMED_ROTARY)
+    yield from unfit_settings("model.attention.rope", attention.rope, target, WHOLE_HEADS)
     if attention.head_dim * attention.num_heads != hidden_size:
         rule = f"the heads of {target} are hidden_size / num_heads = {hidden_size / attention.num_heads:g} wide"
         yield f"model.attention.head_dim={attention.head_dim}: {rule}; use that, or target own"
-    scale = attention.softmax_scale
-    if scale is not None and scale != attention.head_dim**-0.5:
-        rule = f"{target} scales by head_dim ** -0.5 = {attention.head_dim**-0.5:.6g}"
-        yield f"model.attention.softmax_scale={scale}: {rule}; leave it out, or target own"
+    yield from unfit_softmax_scale(attention, target)
 
 
 def lfm2_fields(config: ModelConfig) -> dict[str, Any]:

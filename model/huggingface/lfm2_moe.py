@@ -13,17 +13,17 @@ from typing import Any
 from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.fields import unfit_expert_sizes
+from amfm.model.huggingface.fields import Wanted, unfit_expert_sizes, unfit_settings
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.lfm2 import LAYER_TYPES, layer_fields, lfm2_map, limits, read_layers, refusals, unfit_layers
 
 # What a mixture of the class must be, with the reason.
-EXPERTS = {
-    "activation": ("swiglu", "its experts are gated"),
-    "router": ("sigmoid", "it scores experts with a sigmoid"),
-    "num_router_groups": (1, "it does not group experts"),
-    "shared_expert_hidden_size": (0, "it has no shared expert"),
-    "latent_size": (None, "its experts read the full width"),
+EXPERTS: Wanted = {
+    "activation": ("swiglu", "experts are gated"),
+    "router": ("sigmoid", "a sigmoid scores experts"),
+    "num_router_groups": (1, "experts are not grouped"),
+    "shared_expert_hidden_size": (0, "there is no shared expert"),
+    "latent_size": (None, "experts read the full width"),
 }
 
 
@@ -39,18 +39,8 @@ def unfit_for_lfm2_moe(config: ModelConfig) -> list[str]:
             "first E; use such a pattern, target lfm2 without E, or own"
         )
     if "E" in letters and config.moe is not None:
-        reasons += _unfit_experts(config, config.moe)
+        reasons += unfit_settings("model.moe", config.moe, "lfm2_moe", EXPERTS) + unfit_expert_sizes(config, config.moe)
     return reasons
-
-
-def _unfit_experts(config: ModelConfig, moe: MoeConfig) -> list[str]:
-    reasons = []
-    for name, (value, rule) in EXPERTS.items():
-        found = getattr(moe, name)
-        if found != value:
-            remedy = "leave it out" if value is None else f"use {value}"
-            reasons.append(f"model.moe.{name}={found}: of lfm2_moe, {rule}; {remedy}, or target own")
-    return reasons + unfit_expert_sizes(config, moe)
 
 
 def lfm2_moe_fields(config: ModelConfig) -> dict[str, Any]:

@@ -20,13 +20,16 @@ from amfm.model.huggingface.depths import count_depths, depth_fields, nemotron_h
 from amfm.model.huggingface.entries import CONV_FORMS, WeightEntry, WeightMap
 from amfm.model.huggingface.fields import (
     LAYER_NAMES,
+    NO_QK_NORM,
+    Wanted,
     letters_of,
-    qk_norm_reason,
     require_fields,
     unfit_expert_sizes,
     unfit_gates,
     unfit_mixers,
     unfit_multipliers,
+    unfit_settings,
+    unfit_softmax_scale,
 )
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.limits import (
@@ -42,56 +45,39 @@ from amfm.model.huggingface.shapes import block_shapes
 # The class clamps dt at run time to at least `time_step_min`; training does not. 0 fails in its initialisation (log).
 # `time_step_limit` is left at its default (0, infinity), which JSON cannot spell.
 NO_CLAMP_TIME_STEP = 1e-30
+# Classes that hold what this one does not.
+EITHER = "granitemoehybrid or own"
+EXPERTS: Wanted = {
+    "activation": ("squared_relu", "experts are not gated"),
+    "router": ("sigmoid", "a sigmoid scores experts"),
+}
+GROUPS: Wanted = {"router_group_merit": (2, "groups are ranked by their two best experts")}
+PLAIN: Wanted = {"activation": ("squared_relu", "the feed-forward is not gated")}
+POSITIONS: Wanted = {"positions": ("none", "attention has no positions")}
 
 
 def unfit_for_nemotron_h(config: ModelConfig) -> list[str]:
     """List every choice that the class cannot hold, as value, rule and remedy."""
     letters = config.letters
     reasons = unfit_mixers(config, "nemotron_h") + unfit_gates(config, "nemotron_h")
-    reasons += unfit_multipliers(config, "nemotron_h")
+    reasons += unfit_multipliers(config, "nemotron_h", other=EITHER)
     if "E" in letters and config.moe is not None:
         moe = config.moe
-        if moe.activation != "squared_relu":
-            reasons.append(
-                f"model.moe.activation={moe.activation}: experts of nemotron_h are not gated; "
-                "use squared_relu, or target granitemoehybrid or own"
-            )
-        if moe.router != "sigmoid":
-            reasons.append(
-                f"model.moe.router={moe.router}: nemotron_h scores experts with a sigmoid; "
-                "use sigmoid, or target granitemoehybrid or own"
-            )
-        if moe.router_group_merit != 2:
-            reasons.append(
-                f"model.moe.router_group_merit={moe.router_group_merit}: nemotron_h ranks groups by their two best experts; "
-                "leave it out, or target own"
-            )
+        reasons += unfit_settings("model.moe", moe, "nemotron_h", EXPERTS, EITHER)
+        reasons += unfit_settings("model.moe", moe, "nemotron_h", GROUPS)
         if moe.num_experts < 2 * moe.num_router_groups:
             reasons.append(
                 f"model.moe.num_experts={moe.num_experts} in num_router_groups={moe.num_router_groups}: nemotron_h ranks "
                 "groups by their two best experts and needs two in each; use fewer groups or more experts, or target own"
             )
         reasons += unfit_expert_sizes(config, moe)
-    if "-" in letters and config.feed_forward is not None and config.feed_forward.activation != "squared_relu":
-        reasons.append(
-            f"model.feed_forward.activation={config.feed_forward.activation}: the feed-forward of nemotron_h is not "
-            "gated; use squared_relu, or target own"
-        )
+    if "-" in letters:
+        reasons += unfit_settings("model.feed_forward", config.feed_forward, "nemotron_h", PLAIN)
     if "*" in letters and config.attention is not None:
         attention = config.attention
-        if attention.positions != "none":
-            reasons.append(
-                f"model.attention.positions={attention.positions}: attention of nemotron_h has no positions; "
-                "use none, or target granitemoehybrid or own"
-            )
-        if attention.qk_norm:
-            reasons.append(qk_norm_reason("nemotron_h"))
-        scale = attention.softmax_scale
-        if scale is not None and scale != attention.head_dim**-0.5:
-            reasons.append(
-                f"model.attention.softmax_scale={scale}: nemotron_h scales by head_dim ** -0.5 = "
-                f"{attention.head_dim**-0.5:.6g}; leave it out, or target granitemoehybrid or own"
-            )
+        reasons += unfit_settings("model.attention", attention, "nemotron_h", POSITIONS, EITHER)
+        reasons += unfit_settings("model.attention", attention, "nemotron_h", NO_QK_NORM)
+        reasons += unfit_softmax_scale(attention, "nemotron_h", EITHER)
     return reasons
 
 

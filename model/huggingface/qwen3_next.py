@@ -17,12 +17,17 @@ from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.depths import QWEN3_NEXT_DEPTH, count_depths, depth_fields
 from amfm.model.huggingface.fields import (
+    GATED,
+    NORMED_ROTARY,
+    Wanted,
     flat_rope_fields,
     require_fields,
     rope_from_parameters,
     rope_parameters,
     unfit_expert_sizes,
     unfit_multipliers,
+    unfit_settings,
+    unfit_softmax_scale,
 )
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, packed_rows
@@ -30,6 +35,15 @@ from amfm.model.huggingface.qwen3_next_weights import delta_options, qwen3_next_
 from amfm.model.huggingface.refusals import OUR_CONVERTER, Refusal, refused_tokenizer
 
 LAYER_TYPES = {"G": "linear_attention", "*": "full_attention"}
+# What a mixture of the class must be.
+EXPERTS: Wanted = {
+    "activation": ("swiglu", "experts are gated"),
+    "router": ("softmax", "a softmax scores experts"),
+    "routed_scaling": (1.0, "there is no such factor"),
+    "num_router_groups": (1, "experts are not grouped"),
+    "expert_bias": (False, "the router has no bias"),
+    "latent_size": (None, "experts read the full width"),
+}
 LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}
 
 
@@ -42,12 +56,10 @@ def unfit_for_qwen3_next(config: ModelConfig) -> list[str]:
     if "*" in letters and config.attention is not None:
         reasons += _unfit_attention(config.attention)
     if "E" in letters and config.moe is not None:
-        reasons += _unfit_experts(config, config.moe)
-    if "-" in letters and config.feed_forward is not None and config.feed_forward.activation != "swiglu":
-        reasons.append(
-            f"model.feed_forward.activation={config.feed_forward.activation}: the feed-forward of qwen3_next is gated; "
-            "use swiglu, or target own"
-        )
+        reasons += unfit_settings("model.moe", config.moe, "qwen3_next", EXPERTS)
+        reasons += unfit_expert_sizes(config, config.moe)
+    if "-" in letters:
+        reasons += unfit_settings("model.feed_forward", config.feed_forward, "qwen3_next", GATED)
     return reasons
 
 
@@ -78,46 +90,12 @@ def _unfit_delta(config: ModelConfig) -> list[str]:
 
 
 def _unfit_attention(attention: AttentionConfig) -> list[str]:
-    reasons = []
-    if not attention.qk_norm:
-        reasons.append("model.attention.qk_norm=false: qwen3_next norms queries and keys; use true, or target own")
-    if attention.positions != "rope":
-        reasons.append(
-            f"model.attention.positions={attention.positions}: attention of qwen3_next is rotary; use rope, or target own"
-        )
+    reasons = unfit_settings("model.attention", attention, "qwen3_next", NORMED_ROTARY)
     if attention.gate == "head":
         reasons.append(
             "model.attention.gate=head: qwen3_next gates every element of a head; use element, or target own"
         )
-    scale = attention.softmax_scale
-    if scale is not None and scale != attention.head_dim**-0.5:
-        reasons.append(
-            f"model.attention.softmax_scale={scale}: qwen3_next scales by head_dim ** -0.5 = "
-            f"{attention.head_dim**-0.5:.6g}; leave it out, or target own"
-        )
-    return reasons
-
-
-def _unfit_experts(config: ModelConfig, moe: MoeConfig) -> list[str]:
-    wanted = {
-        "activation": ("swiglu", "its experts are gated"),
-        "router": ("softmax", "it scores experts with a softmax"),
-        "routed_scaling": (1.0, "it has no such factor"),
-        "num_router_groups": (1, "it does not group experts"),
-        "expert_bias": (False, "its router has no bias"),
-        "latent_size": (None, "its experts read the full width"),
-    }
-    reasons = []
-    for name, (value, rule) in wanted.items():
-        found = getattr(moe, name)
-        if found != value:
-            remedy = "leave it out" if value is None else f"use {_spell(value)}"
-            reasons.append(f"model.moe.{name}={_spell(found)}: of qwen3_next, {rule}; {remedy}, or target own")
-    return reasons + unfit_expert_sizes(config, moe)
-
-
-def _spell(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return reasons + unfit_softmax_scale(attention, "qwen3_next")
 
 
 def qwen3_next_fields(config: ModelConfig) -> dict[str, Any]:

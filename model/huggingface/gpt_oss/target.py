@@ -17,6 +17,9 @@ from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import WeightEntry, WeightMap
 from amfm.model.huggingface.fields import (
+    NO_QK_NORM,
+    WHOLE_HEADS,
+    Wanted,
     flat_rope_fields,
     require_fields,
     rope_from_parameters,
@@ -24,6 +27,8 @@ from amfm.model.huggingface.fields import (
     unfit_expert_sizes,
     unfit_gates,
     unfit_multipliers,
+    unfit_settings,
+    unfit_softmax_scale,
 )
 from amfm.model.huggingface.gpt_oss.weights import StackedEntry, TransposedEntry, TurnedEntry
 from amfm.model.huggingface.hf_class import HfTarget
@@ -33,14 +38,20 @@ LAYER_TYPES = {"W": "sliding_attention", "*": "full_attention"}
 LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}
 ALPHA = 1.702
 # What the router and the experts of ours must be.
-ROUTING: dict[str, tuple[object, str]] = {
-    "activation": ("swiglu_oai", "its experts have this unit"),
-    "router": ("softmax", "it scores experts with a softmax"),
-    "normalize_probabilities": (True, "its softmax is that of the chosen experts"),
-    "routed_scaling": (1.0, "it has no such factor"),
-    "num_router_groups": (1, "it does not group experts"),
-    "shared_expert_hidden_size": (0, "it has no shared expert"),
-    "latent_size": (None, "its experts read the full width"),
+ROUTING: Wanted = {
+    "activation": ("swiglu_oai", "experts have this unit"),
+    "router": ("softmax", "a softmax scores experts"),
+    "normalize_probabilities": (True, "the softmax is over the chosen experts"),
+    "routed_scaling": (1.0, "there is no such factor"),
+    "num_router_groups": (1, "experts are not grouped"),
+    "shared_expert_hidden_size": (0, "there is no shared expert"),
+    "latent_size": (None, "experts read the full width"),
+}
+# What attention of either kind must be.
+ATTENDING: Wanted = {
+    "sinks": (True, "every head has a sink"),
+    **NO_QK_NORM,
+    "positions": ("rope", "attention is rotary"),
 }
 
 
@@ -54,10 +65,7 @@ def unfit_for_gpt_oss(config: ModelConfig) -> list[str]:
     """List every choice that the class cannot hold, as value, rule and remedy."""
     letters = config.letters
     mixers, seconds = letters[0::2], letters[1::2]
-    reasons = [
-        reason.replace("target granitemoehybrid or own", "target own")
-        for reason in unfit_multipliers(config, "gpt_oss")
-    ]
+    reasons = unfit_multipliers(config, "gpt_oss")
     if not (len(mixers) == len(seconds) and set(mixers) <= set(LAYER_TYPES) and set(seconds) <= {"E"}):
         rule = "layers of gpt_oss are pairs, W or * and then E"
         return [f"model.pattern={''.join(letters)}: {rule}; use such a pattern, or target own", *reasons]
@@ -71,32 +79,16 @@ def unfit_for_gpt_oss(config: ModelConfig) -> list[str]:
     return reasons
 
 
-def _unfit_attention(attention: AttentionConfig) -> Iterator[str]:
-    key = "model.attention"
-    wanted: dict[str, tuple[object, str]] = {
-        "sinks": (True, "every head of gpt_oss has a sink"),
-        "qk_norm": (False, "gpt_oss does not norm queries and keys"),
-        "positions": ("rope", "attention of gpt_oss is rotary"),
-    }
-    yield from _differences(key, attention, wanted)
-    if attention.rope.fraction != 1.0:
-        yield f"{key}.rope.fraction={attention.rope.fraction}: gpt_oss rotates whole heads; use 1.0, or target own"
-    scale = attention.softmax_scale
-    if scale is not None and scale != attention.head_dim**-0.5:
-        rule = f"gpt_oss scales by head_dim ** -0.5 = {attention.head_dim**-0.5:.6g}"
-        yield f"{key}.softmax_scale={scale}: {rule}; leave it out, or target own"
+def _unfit_attention(attention: AttentionConfig) -> list[str]:
+    reasons = unfit_settings("model.attention", attention, "gpt_oss", ATTENDING)
+    reasons += unfit_settings("model.attention.rope", attention.rope, "gpt_oss", WHOLE_HEADS)
+    return reasons + unfit_softmax_scale(attention, "gpt_oss")
 
 
 def _unfit_window(config: ModelConfig, options: WindowOptions) -> Iterator[str]:
     """What windows have else, and in what they differ from attention: the class has one set of heads and rotations."""
     key, attention = "model.mixers.window", config.attention
-    wanted: dict[str, tuple[object, str]] = {
-        "sinks": (True, "every head of gpt_oss has a sink"),
-        "qk_norm": (False, "gpt_oss does not norm queries and keys"),
-        "positions": ("rope", "attention of gpt_oss is rotary"),
-        "gate": ("none", "attention of gpt_oss has no gate"),
-    }
-    yield from _differences(key, options, wanted)
+    yield from unfit_settings(key, options, "gpt_oss", {**ATTENDING, "gate": ("none", "attention has no gate")})
     if attention is None or "*" not in config.letters:
         return
     if attention.rope.scaling != "none":
@@ -113,19 +105,10 @@ def _unfit_window(config: ModelConfig, options: WindowOptions) -> Iterator[str]:
 
 
 def _unfit_experts(config: ModelConfig, moe: MoeConfig) -> Iterator[str]:
-    yield from _differences("model.moe", moe, ROUTING)
+    yield from unfit_settings("model.moe", moe, "gpt_oss", ROUTING)
     if moe.activation_limit is None:
         yield "model.moe.activation_limit=none: gpt_oss limits gate and up; use 7.0, or target own"
     yield from unfit_expert_sizes(config, moe)
-
-
-def _differences(key: str, options: object, wanted: Mapping[str, tuple[object, str]]) -> Iterator[str]:
-    for name, (value, rule) in wanted.items():
-        found = getattr(options, name)
-        if found != value:
-            shown, remedy = (str(each).lower() if isinstance(each, bool) else each for each in (found, value))
-            remedy = "leave it out" if value is None else f"use {remedy}"
-            yield f"{key}.{name}={shown}: {rule}; {remedy}, or target own"
 
 
 def gpt_oss_fields(config: ModelConfig) -> dict[str, Any]:

@@ -15,11 +15,26 @@ from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.mixer_options import MlaOptions
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.fields import require_fields, unfit_expert_sizes, unfit_multipliers
+from amfm.model.huggingface.fields import (
+    GATED,
+    Wanted,
+    require_fields,
+    unfit_expert_sizes,
+    unfit_multipliers,
+    unfit_settings,
+)
 
 LAYER_TYPES = {"K": "linear_attention", "+": "full_attention"}
 LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}
 LATENT_EPSILON = 1e-6
+# What a mixture of both classes must be.
+EXPERTS: Wanted = {
+    "activation": ("swiglu", "experts are gated"),
+    "router": ("sigmoid", "a sigmoid scores experts"),
+    "router_group_merit": (2, "groups are ranked by their two best experts"),
+    "shared_expert_gate": (False, "the shared expert has no gate"),
+    "latent_size": (None, "experts read the full width"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,10 +69,7 @@ def unfit_layers(config: ModelConfig, kind: LatentClass) -> list[str]:
     mixers, seconds = letters[0::2], letters[1::2]
     is_paired = len(mixers) == len(seconds) and set(mixers) <= set(kind.mixers) and set(seconds) <= set("E-")
     first_sparse = seconds.index("E") if "E" in seconds else len(seconds)
-    reasons = [
-        reason.replace("target granitemoehybrid or own", "target own")
-        for reason in unfit_multipliers(config, kind.name)
-    ]
+    reasons = unfit_multipliers(config, kind.name)
     if is_paired and not (kind.is_dense_first and "-" in seconds[first_sparse:]):
         return reasons
     order = ", with all - before the first E" if kind.is_dense_first else ""
@@ -74,11 +86,8 @@ def unfit_blocks(config: ModelConfig, kind: LatentClass) -> list[str]:
     reasons = _unfit_latents(mla_options(config), kind) if "+" in letters else []
     if "E" in letters and config.moe is not None:
         reasons += _unfit_experts(config, config.moe, kind.name)
-    if "-" in letters and config.feed_forward is not None and config.feed_forward.activation != "swiglu":
-        reasons.append(
-            f"model.feed_forward.activation={config.feed_forward.activation}: the feed-forward of {kind.name} is gated; use "
-            "swiglu, or target own"
-        )
+    if "-" in letters:
+        reasons += unfit_settings("model.feed_forward", config.feed_forward, kind.name, GATED)
     return reasons
 
 
@@ -96,19 +105,7 @@ def _unfit_latents(options: MlaOptions, kind: LatentClass) -> list[str]:
 
 
 def _unfit_experts(config: ModelConfig, moe: MoeConfig, target: str) -> list[str]:
-    reasons = []
-    wanted = {
-        "activation": ("swiglu", "its experts are gated"),
-        "router": ("sigmoid", "it scores experts with a sigmoid"),
-        "router_group_merit": (2, "it ranks groups by their two best experts"),
-        "shared_expert_gate": (False, "its shared expert has no gate"),
-        "latent_size": (None, "its experts read the full width"),
-    }
-    for name, (value, rule) in wanted.items():
-        found = getattr(moe, name)
-        if found != value:
-            remedy = "leave it out" if value is None else f"use {str(value).lower()}"
-            reasons.append(f"model.moe.{name}={str(found).lower()}: of {target}, {rule}; {remedy}, or target own")
+    reasons = unfit_settings("model.moe", moe, target, EXPERTS)
     if moe.shared_expert_hidden_size % moe.expert_hidden_size:
         reasons.append(
             f"model.moe.shared_expert_hidden_size={moe.shared_expert_hidden_size}: the shared expert of {target} is as wide as "

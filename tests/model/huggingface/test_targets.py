@@ -70,7 +70,9 @@ UNFIT = {
         "model.mixers.window.gate=head": {"mixers": gpt_oss_window(gate="head")},
         "model.mixers.window.num_kv_heads=1": {"mixers": gpt_oss_window(num_kv_heads=1)},
         "model.mixers.window.rope_theta=300.0": {"mixers": gpt_oss_window(rope_theta=300.0)},
-        "model.moe.activation=swiglu: its experts have this unit": {"moe": grouped(GPT_OSS, activation="swiglu")},
+        "model.moe.activation=swiglu: in gpt_oss, experts have this unit": {
+            "moe": grouped(GPT_OSS, activation="swiglu")
+        },
         "model.moe.activation_limit=none": {"moe": grouped(GPT_OSS, activation_limit=None)},
         "model.moe.router=sigmoid": {"moe": grouped(GPT_OSS, router="sigmoid")},
         "model.moe.normalize_probabilities=false": {"moe": grouped(GPT_OSS, normalize_probabilities=False)},
@@ -213,7 +215,7 @@ UNFIT = {
     "qwen3_5_moe": {
         "model.pattern=GE*-": {"pattern": "GE*-"},
         "model.moe.normalize_probabilities=false": {"moe": grouped(QWEN3_NEXT.moe, normalize_probabilities=False)},
-        "of qwen3_5_moe, it scores experts with a softmax": {"moe": grouped(QWEN3_NEXT.moe, router="sigmoid")},
+        "in qwen3_5_moe, a softmax scores experts": {"moe": grouped(QWEN3_NEXT.moe, router="sigmoid")},
     },
 }
 
