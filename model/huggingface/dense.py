@@ -13,7 +13,7 @@ from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import WeightEntry, WeightMap
-from amfm.model.huggingface.fields import require_fields, rope_from_parameters
+from amfm.model.huggingface.fields import read_sizes, require_fields, rope_from_parameters
 from amfm.model.huggingface.qwen3_next_weights import GatedEntry
 
 
@@ -29,11 +29,7 @@ def model_config_from_dense(fields: Mapping[str, Any]) -> ModelConfig:
     heads = fields["num_attention_heads"]
     return ModelConfig(
         pattern=f"(*-)x{fields['num_hidden_layers']}",
-        vocab_size=fields["vocab_size"],
-        hidden_size=fields["hidden_size"],
-        norm_epsilon=fields["rms_norm_eps"],
-        tie_embeddings=fields["tie_word_embeddings"],
-        initializer_range=fields["initializer_range"],
+        **read_sizes(fields),
         attention=AttentionConfig(
             num_heads=heads,
             num_kv_heads=fields["num_key_value_heads"],

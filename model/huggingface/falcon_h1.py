@@ -12,7 +12,6 @@ from typing import Any
 
 from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.feed_forward import FeedForwardConfig
-from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.schema import ModelConfig, MultipliersConfig
 from amfm.model.huggingface.entries import CONV_FORMS, WeightEntry, WeightMap
 from amfm.model.huggingface.fields import (
@@ -21,6 +20,9 @@ from amfm.model.huggingface.fields import (
     WHOLE_HEADS,
     Wanted,
     flat_rope_fields,
+    mamba_fields,
+    read_mamba,
+    read_sizes,
     require_fields,
     rope_from_parameters,
     rope_parameters,
@@ -83,13 +85,7 @@ def falcon_h1_fields(config: ModelConfig) -> dict[str, Any]:
         "mlp_bias": False,
         "projectors_bias": False,
         "mamba_d_ssm": mamba.inner_size(),
-        "mamba_n_heads": mamba.num_heads,
-        "mamba_d_head": mamba.head_dim,
-        "mamba_n_groups": mamba.num_groups,
-        "mamba_d_state": mamba.state_size,
-        "mamba_d_conv": mamba.conv_kernel,
-        "mamba_conv_bias": mamba.conv_bias,
-        "mamba_chunk_size": mamba.chunk_size,
+        **mamba_fields(mamba),
         "mamba_proj_bias": False,
         "mamba_rms_norm": True,
         "mamba_norm_before_gate": False,
@@ -133,21 +129,9 @@ def model_config_from_falcon_h1(fields: Mapping[str, Any]) -> ModelConfig:
     scale = float(fields["key_multiplier"])
     return ModelConfig(
         pattern=f"((M&*)-)x{fields['num_hidden_layers']}",
-        vocab_size=fields["vocab_size"],
-        hidden_size=fields["hidden_size"],
-        norm_epsilon=fields["rms_norm_eps"],
-        tie_embeddings=fields["tie_word_embeddings"],
-        initializer_range=fields["initializer_range"],
+        **read_sizes(fields),
         multipliers=MultipliersConfig(embedding=fields["embedding_multiplier"], logits=fields["lm_head_multiplier"]),
-        mamba=Mamba2Config(
-            num_heads=fields["mamba_n_heads"],
-            head_dim=fields["mamba_d_head"],
-            state_size=fields["mamba_d_state"],
-            num_groups=fields["mamba_n_groups"],
-            conv_kernel=fields["mamba_d_conv"],
-            conv_bias=fields["mamba_conv_bias"],
-            chunk_size=fields["mamba_chunk_size"],
-        ),
+        mamba=read_mamba(fields),
         attention=AttentionConfig(
             num_heads=heads,
             num_kv_heads=fields["num_key_value_heads"],

@@ -7,6 +7,7 @@ from typing import Any
 
 from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.kinds import kind_of
+from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.rope import Llama3Stretch, RopeConfig
 from amfm.model.config.schema import ModelConfig
@@ -24,6 +25,15 @@ NORMED_ROTARY: Wanted = {
 }
 NO_QK_NORM: Wanted = {"qk_norm": (False, "queries and keys are not normed")}
 WHOLE_HEADS: Wanted = {"fraction": (1.0, "whole heads are rotated")}
+MAMBA_NAMES = {
+    "num_heads": "mamba_n_heads",
+    "head_dim": "mamba_d_head",
+    "state_size": "mamba_d_state",
+    "num_groups": "mamba_n_groups",
+    "conv_kernel": "mamba_d_conv",
+    "conv_bias": "mamba_conv_bias",
+    "chunk_size": "mamba_chunk_size",
+}
 LAYER_NAMES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 LETTERS_OF_NAMES = {
     "mamba": "M",
@@ -114,6 +124,27 @@ def require_fields(fields: Mapping[str, Any], expected: Mapping[str, Any]) -> No
             raise ValueError(
                 f"config.json: {name}={fields[name]} cannot be imported; our model has {name}={value} only"
             )
+
+
+def read_sizes(fields: Mapping[str, Any], epsilon: str = "rms_norm_eps") -> dict[str, Any]:
+    """Read what classes say alike of a model around its blocks; `epsilon`: the name of the norms' own."""
+    return {
+        "vocab_size": fields["vocab_size"],
+        "hidden_size": fields["hidden_size"],
+        "norm_epsilon": fields[epsilon],
+        "tie_embeddings": fields["tie_word_embeddings"],
+        "initializer_range": fields["initializer_range"],
+    }
+
+
+def mamba_fields(mamba: Mamba2Config) -> dict[str, Any]:
+    """Build the fields of Mamba2 that granitemoehybrid and falcon_h1 name alike."""
+    return {theirs: getattr(mamba, ours) for ours, theirs in MAMBA_NAMES.items()}
+
+
+def read_mamba(fields: Mapping[str, Any]) -> Mamba2Config:
+    """Read what `mamba_fields` builds."""
+    return Mamba2Config.model_validate({ours: fields[theirs] for ours, theirs in MAMBA_NAMES.items()})
 
 
 def rope_parameters(attention: AttentionConfig) -> dict[str, Any]:

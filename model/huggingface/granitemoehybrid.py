@@ -11,7 +11,6 @@ from typing import Any
 
 from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.feed_forward import FeedForwardConfig
-from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import ModelConfig, MultipliersConfig
@@ -24,6 +23,9 @@ from amfm.model.huggingface.fields import (
     Wanted,
     flat_rope_fields,
     letters_of,
+    mamba_fields,
+    read_mamba,
+    read_sizes,
     require_fields,
     rope_from_parameters,
     rope_parameters,
@@ -149,16 +151,7 @@ def granite_fields(config: ModelConfig) -> dict[str, Any]:
         fields |= _granite_attention_fields(config.attention)
     if config.mamba is not None:
         mamba = config.mamba
-        fields |= {
-            "mamba_n_heads": mamba.num_heads,
-            "mamba_d_head": mamba.head_dim,
-            "mamba_expand": mamba.inner_size() // config.hidden_size,
-            "mamba_d_state": mamba.state_size,
-            "mamba_n_groups": mamba.num_groups,
-            "mamba_d_conv": mamba.conv_kernel,
-            "mamba_conv_bias": mamba.conv_bias,
-            "mamba_chunk_size": mamba.chunk_size,
-        }
+        fields |= mamba_fields(mamba) | {"mamba_expand": mamba.inner_size() // config.hidden_size}
     return fields
 
 
@@ -194,27 +187,13 @@ def model_config_from_granite(fields: Mapping[str, Any]) -> ModelConfig:
     second = "E" if fields["num_local_experts"] else "-"
     return ModelConfig(
         pattern="".join(mixer + second for mixer in mixers),
-        vocab_size=fields["vocab_size"],
-        hidden_size=fields["hidden_size"],
-        norm_epsilon=fields["rms_norm_eps"],
-        tie_embeddings=fields["tie_word_embeddings"],
-        initializer_range=fields["initializer_range"],
+        **read_sizes(fields),
         multipliers=MultipliersConfig(
             embedding=fields.get("embedding_multiplier", 1.0),
             residual=fields.get("residual_multiplier", 1.0),
             logits=1.0 / fields.get("logits_scaling", 1.0),
         ),
-        mamba=Mamba2Config(
-            num_heads=fields["mamba_n_heads"],
-            head_dim=fields["mamba_d_head"],
-            state_size=fields["mamba_d_state"],
-            num_groups=fields["mamba_n_groups"],
-            conv_kernel=fields["mamba_d_conv"],
-            conv_bias=fields["mamba_conv_bias"],
-            chunk_size=fields["mamba_chunk_size"],
-        )
-        if "M" in mixers
-        else None,
+        mamba=read_mamba(fields) if "M" in mixers else None,
         attention=_granite_attention(fields) if "*" in mixers else None,
         feed_forward=FeedForwardConfig(hidden_size=fields["shared_intermediate_size"], activation="swiglu")
         if second == "-"

@@ -20,6 +20,7 @@ from amfm.model.huggingface.fields import (
     NORMED_ROTARY,
     WHOLE_HEADS,
     flat_rope_fields,
+    read_sizes,
     require_fields,
     rope_from_parameters,
     rope_parameters,
@@ -30,7 +31,7 @@ from amfm.model.huggingface.fields import (
 )
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER
-from amfm.model.huggingface.qwen3_next_weights import GatedEntry
+from amfm.model.huggingface.qwen3_next_weights import GatedEntry, gated_experts
 from amfm.model.huggingface.refusals import Refusal
 
 LAYER_TYPES = {"C": "conv", "*": "full_attention"}
@@ -130,11 +131,7 @@ def read_layers(fields: Mapping[str, Any], seconds: str) -> dict[str, Any]:
     pattern = "".join(LETTERS[kind] + second for kind, second in zip(fields["layer_types"], seconds, strict=True))
     return {
         "pattern": pattern,
-        "vocab_size": fields["vocab_size"],
-        "hidden_size": fields["hidden_size"],
-        "norm_epsilon": fields["norm_eps"],
-        "tie_embeddings": fields["tie_word_embeddings"],
-        "initializer_range": fields["initializer_range"],
+        **read_sizes(fields, "norm_eps"),
         "attention": _attention(fields) if "*" in pattern else None,
         "mixers": {"short_conv": {"conv_kernel": fields["conv_L_cache"]}} if "C" in pattern else {},
     }
@@ -200,10 +197,7 @@ def _expert_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[Weig
     yield WeightEntry(f"{ours}router.weight", (f"{theirs}gate.weight",))
     if config.moe.expert_bias:
         yield WeightEntry(f"{ours}expert_bias", (f"{theirs}expert_bias",))
-    experts = [f"{theirs}experts.{expert}." for expert in range(config.moe.num_experts)]
-    gated = tuple(f"{expert}{half}.weight" for expert in experts for half in ("w1", "w3"))
-    yield GatedEntry(f"{ours}experts.up", gated, "experts")
-    yield WeightEntry(f"{ours}experts.down", tuple(f"{expert}w2.weight" for expert in experts), "experts")
+    yield from gated_experts(ours, theirs, config.moe.num_experts, ("w1", "w3", "w2"))
 
 
 _BLOCKS = {"C": _conv_entries, "*": _attention_entries, "-": _dense_entries, "E": _expert_entries}

@@ -21,6 +21,7 @@ from amfm.model.huggingface.fields import (
     NORMED_ROTARY,
     Wanted,
     flat_rope_fields,
+    read_sizes,
     require_fields,
     rope_from_parameters,
     rope_parameters,
@@ -178,11 +179,7 @@ def model_config_from_qwen3_next(fields: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig.model_validate(
         {
             "pattern": pattern,
-            "vocab_size": fields["vocab_size"],
-            "hidden_size": fields["hidden_size"],
-            "norm_epsilon": fields["rms_norm_eps"],
-            "tie_embeddings": fields["tie_word_embeddings"],
-            "initializer_range": fields["initializer_range"],
+            **read_sizes(fields),
             "attention": _attention(fields) if "*" in pattern else None,
             "mixers": {"gated_deltanet": _delta(fields)} if "G" in pattern else {},
             "moe": _moe(fields) if "E" in pattern else None,

@@ -285,10 +285,7 @@ def _expert_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[Weig
     assert config.moe is not None, "the pattern has E, the configuration no moe section"
     theirs = f"{layer}mlp."
     yield WeightEntry(f"{ours}router.weight", (f"{theirs}gate.weight",))
-    experts = [f"{theirs}experts.{expert}." for expert in range(config.moe.num_experts)]
-    gated = tuple(f"{expert}{half}_proj.weight" for expert in experts for half in ("gate", "up"))
-    yield GatedEntry(f"{ours}experts.up", gated, "experts")
-    yield WeightEntry(f"{ours}experts.down", tuple(f"{expert}down_proj.weight" for expert in experts), "experts")
+    yield from gated_experts(ours, theirs, config.moe.num_experts, ("gate_proj", "up_proj", "down_proj"))
     if config.moe.shared_expert_hidden_size:
         shared = f"{theirs}shared_expert."
         yield GatedEntry(f"{ours}shared.up_proj.weight", (f"{shared}gate_proj.weight", f"{shared}up_proj.weight"))
@@ -296,6 +293,14 @@ def _expert_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[Weig
         yield after_gate(f"{ours}shared.down_proj.weight", (f"{shared}down_proj.weight",))
     if config.moe.shared_expert_gate:
         yield WeightEntry(f"{ours}shared_gate.weight", (f"{theirs}shared_expert_gate.weight",))
+
+
+def gated_experts(ours: str, theirs: str, num_experts: int, names: tuple[str, str, str]) -> Iterator[WeightEntry]:
+    """Entries of the routed experts, stored one by one; `names`: of an expert's gate, up and down matrices."""
+    experts, (*halves, down) = [f"{theirs}experts.{expert}." for expert in range(num_experts)], names
+    gated = tuple(f"{expert}{half}.weight" for expert in experts for half in halves)
+    yield GatedEntry(f"{ours}experts.up", gated, "experts")
+    yield WeightEntry(f"{ours}experts.down", tuple(f"{expert}{down}.weight" for expert in experts), "experts")
 
 
 def _gate_zeros(config: ModelConfig, theirs: str) -> dict[str, tuple[int, ...]]:

@@ -21,6 +21,7 @@ from amfm.model.huggingface.fields import (
     WHOLE_HEADS,
     Wanted,
     flat_rope_fields,
+    read_sizes,
     require_fields,
     rope_from_parameters,
     rope_parameters,
@@ -173,11 +174,7 @@ def model_config_from_gpt_oss(fields: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig.model_validate(
         {
             "pattern": pattern,
-            "vocab_size": fields["vocab_size"],
-            "hidden_size": fields["hidden_size"],
-            "norm_epsilon": fields["rms_norm_eps"],
-            "tie_embeddings": fields["tie_word_embeddings"],
-            "initializer_range": fields["initializer_range"],
+            **read_sizes(fields),
             "attention": {"positions": "rope", "rope": rope, **heads} if "*" in pattern else None,
             "mixers": {"window": window} if "W" in pattern else {},
             "moe": MoeConfig(

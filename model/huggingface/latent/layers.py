@@ -18,6 +18,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.fields import (
     GATED,
     Wanted,
+    read_sizes,
     require_fields,
     unfit_expert_sizes,
     unfit_multipliers,
@@ -208,11 +209,8 @@ def model_config_from_latent(
     return ModelConfig.model_validate(
         {
             "pattern": pattern,
-            "vocab_size": fields["vocab_size"],
-            "hidden_size": fields["hidden_size"],
-            "norm_epsilon": fields["rms_norm_eps"],
+            **read_sizes(fields),
             "tie_embeddings": kind.ties_head and fields["tie_word_embeddings"],
-            "initializer_range": fields["initializer_range"],
             "mixers": sections,
             "moe": _moe(fields, kind) if "E" in pattern else None,
             "feed_forward": FeedForwardConfig(hidden_size=dense_size, activation="swiglu") if "-" in pattern else None,

@@ -15,7 +15,7 @@ from torch import Tensor
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import Piece, WeightEntry, WeightMap
 from amfm.model.huggingface.latent.layers import LatentClass, mla_options
-from amfm.model.huggingface.qwen3_next_weights import GatedEntry
+from amfm.model.huggingface.qwen3_next_weights import GatedEntry, gated_experts
 from amfm.model.on_demand import Shape, cut_rows
 
 
@@ -119,11 +119,7 @@ def _expert_entries(config: ModelConfig, ours: str, theirs: str, names: tuple[st
     yield WeightEntry(f"{ours}router.weight", (f"{theirs}gate.weight",))
     if config.moe.expert_bias:
         yield WeightEntry(f"{ours}expert_bias", (f"{theirs}gate.e_score_correction_bias",))
-    gate, up, down = names
-    experts = [f"{theirs}experts.{expert}." for expert in range(config.moe.num_experts)]
-    gated = tuple(f"{expert}{half}.weight" for expert in experts for half in (gate, up))
-    yield GatedEntry(f"{ours}experts.up", gated, "experts")
-    yield WeightEntry(f"{ours}experts.down", tuple(f"{expert}{down}.weight" for expert in experts), "experts")
+    yield from gated_experts(ours, theirs, config.moe.num_experts, names)
     if config.moe.shared_expert_hidden_size:
         yield from _gated_entries(f"{ours}shared.", f"{theirs}shared_experts.")
 
