@@ -47,9 +47,7 @@ def output(x_RI: Tensor, weight_OI: Tensor, recipe: Recipe, *, keep: bool) -> tu
 
         note_operands(recipe, input=x_RI, weight=weight_OI)
         rows, columns = codes.quantize_rows(x_RI, rows=True, columns=keep)
-        assert rows is not None
-        y_RO = codes.product(rows, codes.quantize_weight(weight_OI), x_RI.dtype)
-        return y_RO, () if columns is None else (columns.codes, columns.scales)
+        return codes.product(rows, codes.quantize_weight(weight_OI), x_RI.dtype), columns if keep else ()
     return emulated.output(x_RI, weight_OI, recipe).to(x_RI.dtype), keep_columns(x_RI, recipe) if keep else ()
 
 
@@ -58,9 +56,7 @@ def keep_columns(x_RI: Tensor, recipe: Recipe) -> Kept:
     if multiplies_codes(recipe, x_RI.device):
         from amfm.kernels.low_precision import triton_impl as codes
 
-        _, columns = codes.quantize_rows(x_RI, columns=True)
-        assert columns is not None
-        return columns.codes, columns.scales
+        return codes.quantize_rows(x_RI, columns=True)[1]
     made = emulated.quantize_columns(x_RI, recipe)
     return made.codes, made.scales, made.whole
 
@@ -72,9 +68,8 @@ def input_gradient(grad_RO: Tensor, weight_OI: Tensor, recipe: Recipe, *, keep: 
 
         note_operands(recipe, gradient=grad_RO)
         rows, columns = codes.quantize_rows(grad_RO, rows=True, columns=keep)
-        assert rows is not None
-        dx_RI = codes.product(rows, codes.quantize_weight(weight_OI, transposed=True), grad_RO.dtype)
-        return dx_RI, () if columns is None else (columns.codes, columns.scales)
+        weight = codes.quantize_weight(weight_OI, transposed=True)
+        return codes.product(rows, weight, grad_RO.dtype), columns if keep else ()
     dx_RI = emulated.input_gradient(grad_RO, weight_OI, recipe).to(grad_RO.dtype)
     return dx_RI, keep_gradient(grad_RO, recipe) if keep else ()
 

@@ -6,8 +6,7 @@ experts, `Tiles` says which rows are whose; without it they are one matrix, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,7 +21,7 @@ from amfm.kernels.low_precision.triton_kernels import (
     quantize_tiles_kernel,
     quantize_weight_kernel,
 )
-from amfm.kernels.swiglu.gate import SWIGLU, find_gate
+from amfm.kernels.swiglu.gate import unit_constants
 
 RUN = 128
 E4M3 = torch.float8_e4m3fn
@@ -31,32 +30,28 @@ PRODUCT = {"BLOCK_N": 128, "num_warps": 8, "num_stages": 4}
 OUTER = {"BLOCK_N": 128, "num_warps": 8, "num_stages": 4}
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """Tiles of 128 sorted rows [bound, 3] int32, as `counting_sort.list_tiles` makes them, and the ends of experts [E] int32."""
 
     tiles: Tensor
     offsets_E: Tensor
 
 
-@dataclass(frozen=True)
-class RowCodes:
+class RowCodes(NamedTuple):
     """Codes [S, K] uint8 and scales [ceil(K / 128), S] float32."""
 
     codes: Tensor
     scales: Tensor
 
 
-@dataclass(frozen=True)
-class ColumnCodes:
+class ColumnCodes(NamedTuple):
     """Codes [tiles, K, 128] uint8 of the transposes of tiles, and scales [tiles, K] float32."""
 
     codes: Tensor
     scales: Tensor
 
 
-@dataclass(frozen=True)
-class WeightCodes:
+class WeightCodes(NamedTuple):
     """Codes [E, N, K] uint8 and scales [E, ceil(N / 128), ceil(K / 128)] float32."""
 
     codes: Tensor
@@ -73,8 +68,8 @@ def quantize_rows(
     activation: str = "",
     weights: Tensor | None = None,
     pairs: Tensor | None = None,
-) -> tuple[RowCodes | None, ColumnCodes | None]:
-    """Codes of rows x [R, K] along rows and along columns, as asked, in one pass.
+) -> tuple[RowCodes, ColumnCodes]:
+    """Codes of rows x [R, K] along rows and along columns in one pass; empty for those that were not asked for.
 
     `sources` [S] int32: the row of x at each sorted place. `activation`, a word of `amfm.kernels.swiglu.gate`: quantise that of the
     rows, which are 2 K wide before a gated unit. `weights`, a number for each pair [P], with `pairs` [S] int32: times the row's.
@@ -82,7 +77,7 @@ def quantize_rows(
     listed = None if tiles is None else tiles.tiles
     experts = 1 if tiles is None else len(tiles.offsets_E)
     made = _quantize_rows(x, weights, pairs, sources, listed, experts, activation, rows, columns)
-    return RowCodes(*made[:2]) if rows else None, ColumnCodes(*made[2:]) if columns else None
+    return RowCodes(*made[:2]), ColumnCodes(*made[2:])
 
 
 @torch.library.custom_op("amfm::fp8_quantize_rows_triton", mutates_args=())
@@ -108,23 +103,16 @@ def _quantize_rows(
         quantize_tiles_kernel[grid](
             x, weights, pairs, sources, tiles, row_codes, row_scales, column_codes,
             column_scales, experts, size, width,
-            ACTIVATED=bool(activation), **gate_constants(activation), WEIGHTED=weights is not None, GATHER=sources is not None, TILED=tiles is not None,
-            ROWS=rows, COLUMNS=columns, **QUANTIZE,
+            ACTIVATED=bool(activation), **unit_constants(activation), WEIGHTED=weights is not None,
+            GATHER=sources is not None, TILED=tiles is not None, ROWS=rows, COLUMNS=columns, **QUANTIZE,
         )  # fmt: skip
     return made
 
 
-def gate_constants(activation: str) -> dict[str, Any]:
-    """What kernels are compiled with for an activation; "" is none, and like one that is no gated unit."""
-    unit = find_gate(activation) if activation else None
-    return {"SWIGLU": unit is not None, **(unit or SWIGLU).constants()}
-
-
 def _rows_and_width(x: Tensor, sources: Tensor | None, activation: str) -> tuple[int, int]:
     """Sorted rows, and numbers of each that are quantised."""
-    return len(x) if sources is None else len(sources), x.shape[1] // 2 if gate_constants(activation)[
-        "SWIGLU"
-    ] else x.shape[1]
+    of_row = 2 if unit_constants(activation)["SWIGLU"] else 1
+    return len(x if sources is None else sources), x.shape[1] // of_row
 
 
 def _count_tiles(rows: int, tiles: Tensor | None) -> int:
@@ -200,7 +188,7 @@ def product(
 ) -> Tensor:
     """Rows [S, K] times the transpose of their expert's matrix [N, K]: [S, N] in `dtype`, to the rows that `sources` names."""
     listed = None if tiles is None else tiles.tiles
-    return _product(rows.codes, rows.scales, weight.codes, weight.scales, listed, sources, dtype)
+    return _product(*rows, *weight, listed, sources, dtype)
 
 
 @torch.library.custom_op("amfm::fp8_product_triton", mutates_args=())
@@ -242,7 +230,7 @@ def weight_gradient(
     experts = 1 if tiles is None else len(tiles.offsets_E)
     wide = None if place is None else place.view(experts, left.codes.shape[1], right.codes.shape[1])
     offsets = None if tiles is None else tiles.offsets_E
-    made = _outer(left.codes, left.scales, right.codes, right.scales, offsets, rows, dtype, wide, adds)
+    made = _outer(*left, *right, offsets, rows, dtype, wide, adds)
     if place is not None:
         return None
     return made[0] if tiles is None else made

@@ -34,7 +34,7 @@ from amfm.kernels.moe.rows.op import (
     sort_choices,
     sort_rows,
 )
-from amfm.kernels.swiglu.gate import find_gate
+from amfm.kernels.swiglu.gate import find_gate, unit_constants
 
 VALUE_BYTES = 2
 RANKS = 4  # that hold the experts of `sent_problem`
@@ -176,8 +176,8 @@ def launches() -> Iterator[KernelLaunch]:
     import triton.language as tl
 
     from amfm.kernels.moe import persistent
-    from amfm.kernels.moe import triton_experts as experts
     from amfm.kernels.moe import triton_kernels as kernels
+    from amfm.kernels.moe import triton_products as products
     from amfm.kernels.moe.rows import triton_impl as copies
 
     inputs = ("x", "weight", "up", "down", "hidden", "d_y", "left", "right", "rows_SD")
@@ -187,8 +187,8 @@ def launches() -> Iterator[KernelLaunch]:
     sizes = ("columns", "inner", "width", "rows", "model", "lefts", "rights", "tokens")
     types |= dict.fromkeys((*sizes, "weight_expert", "weight_row", "weight_column"), "i32:16")
     for rows, label in ((64, "64 rows an expert"), (1024, "1024 rows an expert")):
-        product = {**experts.product_tile(rows * 128, 128), **experts.OPTIONS}
-        narrow = {**experts.narrow_tile(rows * 128, 128), **experts.OPTIONS}
+        product = {**products.product_tile(rows * 128, 128), **products.OPTIONS}
+        narrow = {**products.narrow_tile(rows * 128, 128), **products.OPTIONS}
         shared = {"DOT": tl.bfloat16}
         for strides, way in (({"weight_column": 1}, "down"), ({"weight_row": 1}, "up backward")):
             constants = {"SCATTER": False, "TRANSPOSED": way != "down", "sources": None, **shared}
@@ -204,7 +204,7 @@ def launches() -> Iterator[KernelLaunch]:
         for activation, title in (
             ("swiglu", "SwiGLU"), ("swiglu_oai@7.0", "limited SwiGLU"), ("squared_relu", "squared ReLU")
         ):  # fmt: skip
-            unit = experts.unit_constants(activation)
+            unit = unit_constants(activation)
             constants = {**unit, "GATHER": True, "WEIGHTED": True, **shared}
             name, config = f"experts up, {title}, {label}", narrow if unit["SWIGLU"] else product
             yield kernel_launch(name, kernels.up_kernel, types, constants, config)
@@ -212,7 +212,7 @@ def launches() -> Iterator[KernelLaunch]:
                 name = f"experts down backward, {title}{pairs}, {label}"
                 by = constants | {"BY_ROW": by_row}
                 yield kernel_launch(name, kernels.down_backward_kernel, types, by, narrow)
-    outer = {**experts.OUTER_TILE, **experts.OPTIONS}
+    outer = {**products.OUTER_TILE, **products.OPTIONS}
     for left, name in ((True, "d_down"), (False, "d_up")):
         for adds, into, way in (
             (False, "*bf16", ""),
@@ -224,7 +224,7 @@ def launches() -> Iterator[KernelLaunch]:
             yield kernel_launch(f"experts {name}{way}", kernel, types | {"result": into}, constants, outer)
     for weighted, name in ((False, "experts sum over choices"), (True, "rows weighted sum")):
         constants = {"WEIGHTED": weighted} | ({} if weighted else {"weights": None})
-        yield kernel_launch(name, kernels.sum_choices_kernel, types, constants, experts.SUM_TILE)
+        yield kernel_launch(name, kernels.sum_choices_kernel, types, constants, products.SUM_TILE)
     types |= {"x": "*bf16", "d_rows": "*bf16"}
     yield kernel_launch("rows spread", copies.spread_rows_kernel, types, {}, copies.COPY_TILE)
     yield kernel_launch("rows weighted sum, backward", copies.combine_backward_kernel, types, {}, copies.COPY_TILE)

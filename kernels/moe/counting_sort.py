@@ -137,9 +137,15 @@ def limit_pairs_kernel(ids, places, offsets, kept, pairs, experts, capacity, BLO
     tl.store(kept + pair, tl.where(number < capacity, expert, experts).to(kept.dtype.element_ty), mask=inside)
 
 
-def list_tiles(offsets_E: Tensor, bound: int, height: int) -> Tensor:
-    """Tiles of `height` rows over experts' rows, [bound, 3] int32: what products of a layer share (`list_tiles_kernel`)."""
+def tile_bound(rows: int, experts: int, height: int) -> int:
+    """Most tiles of `height` rows that `rows` sorted rows can need: each expert wastes less than one."""
+    return -(-rows // height) + min(experts, rows)
+
+
+def list_tiles(offsets_E: Tensor, rows: int, height: int) -> Tensor:
+    """Tiles of `height` rows over experts' `rows` rows, [bound, 3] int32: what products of a layer share (`list_tiles_kernel`)."""
     experts = len(offsets_E)
+    bound = tile_bound(rows, experts, height)
     tiles = offsets_E.new_empty(bound, 3)
     list_tiles_kernel[(triton.cdiv(bound, ROWS),)](
         offsets_E, tiles, experts, bound, EXPERTS=triton.next_power_of_2(experts), ROWS=ROWS, BLOCK_M=height

@@ -31,6 +31,7 @@ from amfm.kernels.linear.low_precision import low_precision_linear
 from amfm.kernels.low_precision.recipe import Recipe
 from amfm.kernels.moe.case import experts_problem
 from amfm.kernels.moe.op import expert_feed_forward, feed_forward_flops
+from amfm.kernels.swiglu.gate import unit_constants
 
 # Of a number: as bfloat16, as a code with its part of a scale.
 WIDE, CODE = 2.0, 1 + 4 / 128
@@ -122,7 +123,7 @@ def launches() -> Iterator[KernelLaunch]:
             "ACTIVATED": False,
             "WEIGHTED": False,
         }
-        constants |= absent | {"weights": None, "pairs": None} | codes.gate_constants("")
+        constants |= absent | {"weights": None, "pairs": None} | unit_constants("")
         yield kernel_launch(f"fp8 codes of rows and columns{whose}", quantize, types, constants, codes.QUANTIZE)
         constants = {"TILED": tiled, "SCATTER": tiled} | absent
         yield _multiplying(kernel_launch(f"fp8 product{whose}", product, types, constants, codes.PRODUCT))
@@ -135,9 +136,9 @@ def launches() -> Iterator[KernelLaunch]:
     for activation in ("swiglu", "squared_relu"):
         constants = {"TILED": True, "GATHER": False, "ROWS": True, "COLUMNS": False, "WEIGHTED": True}
         constants |= {"ACTIVATED": True, "sources": None, "column_codes": None, "column_scales": None}
-        constants |= codes.gate_constants(activation)
+        constants |= unit_constants(activation)
         yield kernel_launch(f"fp8 codes of activations, {activation}", quantize, types, constants, codes.QUANTIZE)
-        swiglu = codes.gate_constants(activation) | {"WEIGHTED": True, "BLOCK_M": codes.RUN}
+        swiglu = unit_constants(activation) | {"WEIGHTED": True, "BLOCK_M": codes.RUN}
         yield kernel_launch(
             f"fp8 experts open, {activation}", triton_fp8.open_kernel, types, swiglu, triton_fp8.OPEN_TILE
         )

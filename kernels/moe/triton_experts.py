@@ -25,141 +25,18 @@ from amfm.kernels.common.custom_op import fake_of, gradients_like
 from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of
 from amfm.kernels.common.partial_sums import sum_first
 from amfm.kernels.common.split_backward import compute_later, is_split
-from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles
-from amfm.kernels.moe.persistent import launch_persistent, takes_descriptors
-from amfm.kernels.moe.triton_kernels import (
-    down_backward_kernel,
-    grouped_outer_kernel,
-    grouped_product_kernel,
-    sum_choices_kernel,
-    up_kernel,
+from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles, tile_bound
+from amfm.kernels.moe.triton_kernels import down_backward_kernel, up_kernel
+from amfm.kernels.moe.triton_products import (
+    multiply,
+    multiply_outer,
+    narrow_tile,
+    product_config,
+    product_tile,
+    sum_choices,
 )
-from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import dot_dtype
-from amfm.kernels.runtime.tuning import Config, config_for, kept_until_retuned
-from amfm.kernels.swiglu.gate import SWIGLU, find_gate
-
-# The fixed warps and stages of a product; others are candidates (`_config`).
-OPTIONS = {"num_warps": 8, "num_stages": 3}
-OUTER_TILE = (
-    {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32} if INTERPRETED else {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
-)
-SUM_TILE = {"BLOCK_M": 16, "BLOCK_N": 64} if INTERPRETED else {"BLOCK_M": 4, "BLOCK_N": 512}
-
-
-def product_tile(rows: int, experts: int) -> dict[str, int]:
-    """Tile of a product: half-height tiles for few rows an expert, where most of a full one would be padding.
-
-    Follows from sizes alone, never from counts, which only the device knows.
-    """
-    if INTERPRETED:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
-    return {"BLOCK_M": 128 if rows >= 256 * experts else 64, "BLOCK_N": 128, "BLOCK_K": 64}
-
-
-def narrow_tile(rows: int, experts: int) -> dict[str, int]:
-    """Tile of a product that holds two results (gate and up) or the activation's gradient: wider ones spill registers."""
-    tile = product_tile(rows, experts)
-    return {**tile, "BLOCK_N": min(tile["BLOCK_N"], 64)}
-
-
-def _config(kernel: str, tile: dict[str, int], x: Tensor, *, has_descriptors: bool = False) -> Config:
-    """Configuration of a product with this tile for rows like x."""
-    return _find_config(kernel, *tile.values(), x.dtype, x.device, has_descriptors)
-
-
-@kept_until_retuned
-def _find_config(
-    kernel: str, height: int, width: int, depth: int, dtype: torch.dtype, device: torch.device, has_descriptors: bool
-) -> Config:
-    """A product's tile keeps its height and width; what it takes of the inner size at a time may change, and warps and stages.
-
-    With descriptors the persistent kernel is a candidate too.
-    """
-    tile = {"BLOCK_M": height, "BLOCK_N": width, "BLOCK_K": depth}
-    halved = {**tile, "BLOCK_K": max(16, depth // 2)}
-    candidates = [tile | OPTIONS]
-    candidates += [tile | {"num_warps": warps, "num_stages": stages} for warps, stages in ((8, 4), (4, 3))]
-    candidates += [halved | {"num_warps": warps, "num_stages": 4} for warps in (8, 4)]
-    shape: tuple[object, ...] = (dtype, height, width)
-    if has_descriptors:
-        candidates += [tile | {"num_warps": 8, "num_stages": stages, "PERSISTENT": 1} for stages in (3, 4)]
-        shape += ("descriptors",)
-    return config_for(kernel, shape, candidates, device)
-
-
-def unit_constants(activation: str) -> dict[str, Any]:
-    """What the kernels that compute an activation are compiled for; of the squared ReLU, the constants of a unit do nothing."""
-    unit = find_gate(activation)
-    return {"SWIGLU": unit is not None, **(unit or SWIGLU).constants()}
-
-
-def _tile_bound(rows: int, experts: int, height: int) -> int:
-    """Most tiles of `height` rows that `rows` sorted rows can need: each expert wastes less than one."""
-    return -(-rows // height) + min(experts, rows)
-
-
-def _product(x: Tensor, weight_EBA: Tensor, sources: Tensor | None, tiles: Tensor) -> Tensor:
-    """Sorted rows times the transpose of their expert's matrix: [S, B]; the matrix may be a transposed view.
-
-    Results go to the rows that `sources` names. The matrix is addressed by its three strides, so that backward's transpose of
-    `up` needs no copy.
-    """
-    experts, columns, inner = weight_EBA.shape
-    rows = len(x)
-    y = x.new_empty(rows, columns)
-    tile = product_tile(rows, experts)
-    config = _config("experts_product", tile, x, has_descriptors=takes_descriptors(x, weight_EBA))
-    if config.get("PERSISTENT"):
-        launch_persistent(x, weight_EBA, y, sources, tiles, {k: v for k, v in config.items() if k != "PERSISTENT"})
-        return y
-    grid = (len(tiles) * triton.cdiv(columns, tile["BLOCK_N"]),)
-    grouped_product_kernel[grid](
-        x, weight_EBA, y, sources, tiles, experts, columns, inner, *weight_EBA.stride(),
-        GATHER=False, SCATTER=sources is not None, DOT=dot_dtype(x.dtype), **config,
-    )  # fmt: skip
-    return y
-
-
-def _outer(
-    left: Tensor,
-    right: Tensor,
-    sources: Tensor | None,
-    offsets_E: Tensor,
-    place: Tensor | None,
-    adds: bool,
-    *,
-    gather_left: bool,
-) -> Tensor:
-    """left^T right over each expert's rows: [E, A, B]; one of the two is gathered where there are sources.
-
-    Where there is a place it is written there, or added to what lies there, and the result is empty.
-    """
-    experts, lefts, rights = offsets_E.shape[0], left.shape[1], right.shape[1]
-    result = left.new_empty(experts, lefts, rights) if place is None else place
-    grid = (triton.cdiv(lefts, OUTER_TILE["BLOCK_M"]), triton.cdiv(rights, OUTER_TILE["BLOCK_N"]), experts)
-    grouped_outer_kernel[grid](
-        left, right, result, sources, offsets_E, lefts, rights,
-        GATHER_LEFT=gather_left and sources is not None, GATHER_RIGHT=not gather_left and sources is not None,
-        ADD=adds, DOT=dot_dtype(left.dtype), **_config("experts_outer", OUTER_TILE, left),
-    )  # fmt: skip
-    return result if place is None else left.new_empty(0)
-
-
-def sum_choices(rows_SD: Tensor, places: Tensor, weights_RK: Tensor | None, tokens: int, choices: int) -> Tensor:
-    """Each token's rows added up, by weight where there are weights: [R, D] in the dtype of the rows.
-
-    places [R * K] int32: the row of each pair; from S on, of a pair without a row. Sums are float32, in the order of a token's
-    choices.
-    """
-    rows, model = rows_SD.shape
-    y = rows_SD.new_empty(tokens, model)
-    if y.numel():
-        grid = (triton.cdiv(tokens, SUM_TILE["BLOCK_M"]), triton.cdiv(model, SUM_TILE["BLOCK_N"]))
-        sum_choices_kernel[grid](
-            rows_SD, places, weights_RK, y, tokens, rows, model, choices, WEIGHTED=weights_RK is not None, **SUM_TILE
-        )
-    return y
+from amfm.kernels.swiglu.gate import unit_constants
 
 
 @torch.library.custom_op("amfm::expert_feed_forward_triton", mutates_args=())
@@ -186,27 +63,27 @@ def _forward(
     width = down_EDF.shape[2]
     hidden, active = x_RD.new_empty(rows, features), x_RD.new_empty(rows, width)
     height = product_tile(rows, experts)["BLOCK_M"]
-    bound = _tile_bound(rows, experts, height)
+    bound = tile_bound(rows, experts, height)
     if not rows:
         return torch.zeros_like(x_RD), hidden, offsets_E.new_empty(bound, 3)
-    tiles = list_tiles(offsets_E, bound, height)
+    tiles = list_tiles(offsets_E, rows, height)
     unit = unit_constants(activation)
     tile = narrow_tile(rows, experts) if unit["SWIGLU"] else product_tile(rows, experts)
     up_kernel[(bound * triton.cdiv(width, tile["BLOCK_N"]),)](
         x_RD, up_EFD, hidden, active, weights_RK, pairs, sources, tiles, experts, width, model,
         **unit, GATHER=sources is not None, WEIGHTED=weights_RK is not None, DOT=dot_dtype(x_RD.dtype),
-        **_config("experts_up_swiglu" if unit["SWIGLU"] else "experts_up", tile, x_RD),
+        **product_config("experts_up_swiglu" if unit["SWIGLU"] else "experts_up", tile, x_RD),
     )  # fmt: skip
     if places is None:
-        return _product(active, down_EDF, sources, tiles), hidden, tiles
-    y_SD = _product(active, down_EDF, None, tiles)
+        return multiply(active, down_EDF, sources, tiles), hidden, tiles
+    y_SD = multiply(active, down_EDF, None, tiles)
     return sum_choices(y_SD, places, None, len(x_RD), len(places) // len(x_RD)), hidden, tiles
 
 
 @fake_of(_forward)
 def _(given: Any) -> tuple[Tensor, ...]:
     x, rows, experts = given.x_RD, given.rows, len(given.offsets_E)
-    tiles = given.offsets_E.new_empty(_tile_bound(rows, experts, product_tile(rows, experts)["BLOCK_M"]), 3)
+    tiles = given.offsets_E.new_empty(tile_bound(rows, experts, product_tile(rows, experts)["BLOCK_M"]), 3)
     return x.new_empty(x.shape), x.new_empty(rows, given.up_EFD.shape[1]), tiles
 
 
@@ -230,13 +107,14 @@ def _backward(
     down_EDF_adds: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights (empty without them), up and down (empty where they land)."""
-    into = (up_EFD_sum, up_EFD_adds), (down_EDF_sum, down_EDF_adds)
     if not len(hidden):
         no_weights = x_RD.new_empty(0) if weights_RK is None else torch.zeros_like(weights_RK)
-        return torch.zeros_like(x_RD), no_weights, _no_rows(up_EFD, *into[0]), _no_rows(down_EDF, *into[1])
+        d_up, d_down = _no_rows(up_EFD, up_EFD_sum, up_EFD_adds), _no_rows(down_EDF, down_EDF_sum, down_EDF_adds)
+        return torch.zeros_like(x_RD), no_weights, d_up, d_down
     d_y, x_RD, up_EFD, down_EDF = (tensor.contiguous() for tensor in (d_y, x_RD, up_EFD, down_EDF))
     d_hidden, active, d_weights = _open(d_y, x_RD, hidden, weights_RK, pairs, sources, tiles, down_EDF, activation)
-    d_up, d_down = _weight_gradients(d_y, x_RD, d_hidden, active, sources, offsets_E, into)
+    into = up_EFD_sum, up_EFD_adds, down_EDF_sum, down_EDF_adds
+    d_up, d_down = _weight_gradients(d_y, x_RD, d_hidden, active, sources, offsets_E, *into)
     return _input_gradient(x_RD, d_hidden, weights_RK, sources, places, tiles, up_EFD), d_weights, d_up, d_down
 
 
@@ -273,7 +151,7 @@ def _open(
         d_y, down_EDF, hidden, d_hidden, active, weights_RK, partials, pairs, sources, tiles,
         experts, rows, width, model,
         **unit, GATHER=sources is not None, WEIGHTED=weights_RK is not None, BY_ROW=has_lost, DOT=dot_dtype(x_RD.dtype),
-        **_config("experts_down_backward_swiglu" if unit["SWIGLU"] else "experts_down_backward", tile, x_RD),
+        **product_config("experts_down_backward_swiglu" if unit["SWIGLU"] else "experts_down_backward", tile, x_RD),
     )  # fmt: skip
     if weights_RK is None:
         return d_hidden, active, x_RD.new_empty(0)
@@ -284,27 +162,11 @@ def _open(
     return d_hidden, active, d_weights.view_as(weights_RK)
 
 
-# Of up and of down: the sum in which a gradient lands, if it does, and whether it is added to what lies there.
-Into = tuple[tuple[Tensor | None, bool], tuple[Tensor | None, bool]]
-NOWHERE: Into = ((None, False), (None, False))
+# Of up, then of down: the sum in which a gradient lands, if it does, and whether it is added to what lies there.
+Into = tuple[Tensor | None, bool, Tensor | None, bool]
 
 
 def _weight_gradients(
-    d_y: Tensor,
-    x_RD: Tensor,
-    d_hidden: Tensor,
-    active: Tensor,
-    sources: Tensor | None,
-    offsets_E: Tensor,
-    into: Into = NOWHERE,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of up and down, empty where they land; rows of d_y and x are gathered while they are loaded."""
-    d_down = _outer(d_y, active, sources, offsets_E, *into[1], gather_left=True)
-    return _outer(d_hidden, x_RD, sources, offsets_E, *into[0], gather_left=False), d_down
-
-
-@torch.library.custom_op("amfm::expert_weight_gradients_triton", mutates_args=("up_EFD_sum", "down_EDF_sum"))
-def wide_weight_gradients(
     d_y: Tensor,
     x_RD: Tensor,
     d_hidden: Tensor,
@@ -316,9 +178,15 @@ def wide_weight_gradients(
     down_EDF_sum: Tensor | None,
     down_EDF_adds: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`_weight_gradients` as an operation of its own, for products of other operands (triton_fp8.py)."""
-    into = (up_EFD_sum, up_EFD_adds), (down_EDF_sum, down_EDF_adds)
-    return _weight_gradients(d_y, x_RD, d_hidden, active, sources, offsets_E, into)
+    """Gradients of up and down, empty where they land; rows of d_y and x are gathered while they are loaded."""
+    d_down = multiply_outer(d_y, active, sources, offsets_E, down_EDF_sum, down_EDF_adds, gather_left=True)
+    return multiply_outer(d_hidden, x_RD, sources, offsets_E, up_EFD_sum, up_EFD_adds, gather_left=False), d_down
+
+
+# As an operation of its own, for products of other operands (triton_fp8.py).
+wide_weight_gradients = torch.library.custom_op(
+    "amfm::expert_weight_gradients_triton", _weight_gradients, mutates_args=("up_EFD_sum", "down_EDF_sum")
+)
 
 
 @fake_of(wide_weight_gradients)
@@ -339,8 +207,8 @@ def _input_gradient(
     up_EFD: Tensor,
 ) -> Tensor:
     if weights_RK is None or places is None:
-        return _product(d_hidden, up_EFD.transpose(1, 2), sources, tiles)
-    d_rows = _product(d_hidden, up_EFD.transpose(1, 2), None, tiles)
+        return multiply(d_hidden, up_EFD.transpose(1, 2), sources, tiles)
+    d_rows = multiply(d_hidden, up_EFD.transpose(1, 2), None, tiles)
     return sum_choices(d_rows, places, None, x_RD.shape[0], weights_RK.shape[1])
 
 
@@ -360,16 +228,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _take(totals: Sequence[GradientSum] | None) -> Into:
     """Where gradients of up and down go."""
     if totals is None:
-        return NOWHERE
+        return None, False, None, False
     up, down = totals
-    return up.take(), down.take()
+    return *up.take(), *down.take()
 
 
-def _weights_half(
-    totals: Sequence[GradientSum] | None, compute: Callable[[Into], tuple[Tensor, Tensor]]
+def weights_half(
+    totals: Sequence[GradientSum] | None, compute: Callable[[*Into], tuple[Tensor, Tensor]]
 ) -> Sequence[Tensor | None]:
     """Gradients of up and down, None where they land."""
-    found = compute(_take(totals))
+    found = compute(*_take(totals))
     return found if totals is None else (None, None)
 
 
@@ -388,10 +256,9 @@ def _differentiate(ctx: Any, d_y: Tensor | None, *_: Tensor | None) -> tuple[Ten
         )
         d_x = _input_gradient(x_RD, d_hidden, weights_RK, sources, places, tiles, up_EFD.contiguous())
         later = d_y, x_RD, d_hidden, active, sources, offsets_E
-        compute_later([up_EFD, down_EDF], partial(_weights_half, ctx.totals, partial(_weight_gradients, *later)))
+        compute_later([up_EFD, down_EDF], partial(weights_half, ctx.totals, partial(_weight_gradients, *later)))
     else:
-        up_place, down_place = _take(ctx.totals)
-        d_x, d_weights, d_up, d_down = _backward(d_y, *saved, ctx.activation, *up_place, *down_place)
+        d_x, d_weights, d_up, d_down = _backward(d_y, *saved, ctx.activation, *_take(ctx.totals))
         if ctx.totals is not None:
             d_up = d_down = None
     return d_x, None if weights_RK is None else d_weights, None, None, None, None, d_up, d_down, None, None

@@ -30,22 +30,34 @@ from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.low_precision import triton_impl as codes
 from amfm.kernels.low_precision.formats import Quantized
 from amfm.kernels.low_precision.watch import note_operands
-from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles
+from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles, tile_bound
 from amfm.kernels.moe.low_precision import ExpertRecipes
-from amfm.kernels.moe.triton_experts import NOWHERE, sum_choices, wide_weight_gradients
+from amfm.kernels.moe.rows.triton_impl import add_rows_triton
+from amfm.kernels.moe.triton_experts import weights_half, wide_weight_gradients
 from amfm.kernels.moe.triton_kernels import load_tile, open_part, row_weights
 from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.swiglu.gate import unit_constants
 
 OPEN_TILE = {"BLOCK_N": 32} if INTERPRETED else {"BLOCK_N": 64, "num_warps": 8}
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where sorted rows come from and go to: `sources` [S] rows of x, `pairs` [S] of sorted rows, `places` [R K] of pairs."""
+    """Where sorted rows come from and go to: `sources` [S] rows of x, `pairs` [S] of sorted rows, `places` [R K] of pairs.
+
+    Results of rows without pairs return to their sources; those of pairs are summed by token.
+    """
 
     sources: Tensor | None
     pairs: Tensor | None = None
     places: Tensor | None = None
+
+    def product(self, rows: codes.RowCodes, weight: codes.WeightCodes, tiles: codes.Tiles, like_RD: Tensor) -> Tensor:
+        """Rows times their experts' matrices, back where they came from: [R, D] of these tokens, in their dtype."""
+        if self.places is None:
+            return codes.product(rows, weight, like_RD.dtype, tiles, self.sources)
+        y_SD = codes.product(rows, weight, like_RD.dtype, tiles)
+        return add_rows_triton(y_SD, self.places, len(like_RD), len(self.places) // max(len(like_RD), 1))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -78,29 +90,13 @@ def open_kernel(
 @torch.library.custom_op("amfm::fp8_list_tiles_triton", mutates_args=())
 def _list_tiles(offsets_E: Tensor, rows: int) -> Tensor:
     """Tiles of 128 rows, as many as `rows` rows can need."""
-    return list_tiles(offsets_E.contiguous(), _tile_bound(rows, len(offsets_E)), codes.RUN)
-
-
-def _tile_bound(rows: int, experts: int) -> int:
-    return -(-rows // codes.RUN) + min(experts, rows)
+    return list_tiles(offsets_E.contiguous(), rows, codes.RUN)
 
 
 @fake_of(_list_tiles)
 def _(given: Any) -> Tensor:
-    tiles: Tensor = given.offsets_E.new_empty(_tile_bound(given.rows, len(given.offsets_E)), 3)
+    tiles: Tensor = given.offsets_E.new_empty(tile_bound(given.rows, len(given.offsets_E), codes.RUN), 3)
     return tiles
-
-
-@torch.library.custom_op("amfm::fp8_sum_choices_triton", mutates_args=())
-def _sum_choices(rows_SD: Tensor, places: Tensor, tokens: int) -> Tensor:
-    """`triton_experts.sum_choices` of rows that hold their weight already."""
-    return sum_choices(rows_SD, places, None, tokens, len(places) // max(tokens, 1))
-
-
-@fake_of(_sum_choices)
-def _(given: Any) -> Tensor:
-    y: Tensor = given.rows_SD.new_empty(given.tokens, given.rows_SD.shape[1])
-    return y
 
 
 @torch.library.custom_op("amfm::fp8_open_triton", mutates_args=())
@@ -121,7 +117,7 @@ def _open(
     if rows:
         open_kernel[(len(tiles) * blocks,)](
             v_SW, hidden_SF, d_hidden, active, weights_RK, partials, pairs, tiles, experts, rows, width,
-            **codes.gate_constants(activation), WEIGHTED=weights_RK is not None, BLOCK_M=codes.RUN, **OPEN_TILE,
+            **unit_constants(activation), WEIGHTED=weights_RK is not None, BLOCK_M=codes.RUN, **OPEN_TILE,
         )  # fmt: skip
     if weights_RK is None or pairs is None:
         return d_hidden, active, v_SW.new_empty(0)
@@ -155,24 +151,19 @@ class _Experts(torch.autograd.Function):
         tiles = codes.Tiles(_list_tiles(offsets_E, rows), offsets_E)
         x_RD, weights_RK = x_RD.contiguous(), None if weights_RK is None else weights_RK.contiguous()
         x_codes, _ = codes.quantize_rows(x_RD, tiles, given.sources, rows=True)
-        assert x_codes is not None
         note_operands(recipes.up, input=x_RD, weight=up_EFD.flatten(0, 1))
         note_operands(recipes.down, weight=down_EDF.flatten(0, 1))
         hidden_SF = codes.product(x_codes, codes.quantize_weight(up_EFD), x_RD.dtype, tiles)
         active, _ = codes.quantize_rows(
             hidden_SF, tiles, rows=True, activation=activation, weights=weights_RK, pairs=given.pairs
         )
-        assert active is not None
-        down = codes.quantize_weight(down_EDF)
-        y_SD = codes.product(active, down, x_RD.dtype, tiles, None if given.pairs is not None else given.sources)
+        y_RD = given.product(active, codes.quantize_weight(down_EDF), tiles, x_RD)
         kept: tuple[Tensor, ...] = (hidden_SF,)
         if recipes.up.saved == "fp8":
-            narrow, _ = codes.quantize_rows(hidden_SF, tiles, rows=True)
-            assert narrow is not None
-            kept = narrow.codes, narrow.scales
+            kept, _ = codes.quantize_rows(hidden_SF, tiles, rows=True)
         ctx.given, ctx.activation, ctx.recipes, ctx.totals = given, activation, recipes, totals
-        ctx.save_for_backward(x_RD, weights_RK, tiles.tiles, offsets_E, up_EFD, down_EDF, *kept)
-        return y_SD if given.places is None else _sum_choices(y_SD, given.places, len(x_RD))
+        ctx.save_for_backward(x_RD, weights_RK, *tiles, up_EFD, down_EDF, *kept)
+        return y_RD
 
     @staticmethod
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
@@ -180,7 +171,6 @@ class _Experts(torch.autograd.Function):
         given, tiles, dtype = ctx.given, codes.Tiles(listed, offsets_E), x_RD.dtype
         dy_RD, keep = dy_RD.contiguous(), ctx.recipes.up.weight_gradient == "same"
         grads, grad_columns = codes.quantize_rows(dy_RD, tiles, given.sources, rows=True, columns=keep)
-        assert grads is not None
         v_SW = codes.product(grads, codes.quantize_weight(down_EDF, transposed=True), dtype, tiles)
         hidden_SF = _restore(dtype, *kept)
         experts = len(offsets_E)
@@ -188,17 +178,15 @@ class _Experts(torch.autograd.Function):
         note_operands(ctx.recipes.down, input=active, gradient=dy_RD)
         note_operands(ctx.recipes.up, gradient=d_hidden)
         hidden_rows, hidden_columns = codes.quantize_rows(d_hidden, tiles, rows=True, columns=keep)
-        assert hidden_rows is not None
-        up = codes.quantize_weight(up_EFD, transposed=True)
-        dx_SD = codes.product(hidden_rows, up, dtype, tiles, None if given.pairs is not None else given.sources)
-        dx_RD = dx_SD if given.places is None else _sum_choices(dx_SD, given.places, len(x_RD))
+        dx_RD = given.product(hidden_rows, codes.quantize_weight(up_EFD, transposed=True), tiles, x_RD)
         weights = up_EFD, down_EDF
         if keep:
             _, active_columns = codes.quantize_rows(active, tiles, columns=True)
             columns = hidden_columns, grad_columns, active_columns
             half = partial(_weights_half, x_RD, given.sources, tiles, columns, weights, len(d_hidden), ctx.totals)
         else:
-            half = partial(_wide_half, dy_RD, x_RD, d_hidden, active, given.sources, offsets_E, ctx.totals)
+            wide = partial(wide_weight_gradients, dy_RD, x_RD, d_hidden, active, given.sources, offsets_E)
+            half = partial(weights_half, ctx.totals, wide)
         d_up: Tensor | None = None
         d_down: Tensor | None = None
         if is_split(*weights):
@@ -220,7 +208,7 @@ def _weights_half(
     x_RD: Tensor,
     sources: Tensor | None,
     tiles: codes.Tiles,
-    columns: Sequence[codes.ColumnCodes | None],
+    columns: Sequence[codes.ColumnCodes],
     weights: tuple[Tensor, Tensor],
     rows: int,
     totals: Sequence[GradientSum] | None,
@@ -229,25 +217,8 @@ def _weights_half(
     hidden, grads, active = columns
     up, down = totals or (None, None)
     _, x_columns = codes.quantize_rows(x_RD, tiles, sources, columns=True)
-    assert x_columns is not None and hidden is not None and grads is not None and active is not None
     d_up = codes.weight_gradient(hidden, x_columns, rows, weights[0].dtype, up, tiles)
     return d_up, codes.weight_gradient(grads, active, rows, weights[1].dtype, down, tiles)
-
-
-def _wide_half(
-    dy_RD: Tensor,
-    x_RD: Tensor,
-    d_hidden: Tensor,
-    active: Tensor,
-    sources: Tensor | None,
-    offsets_E: Tensor,
-    totals: Sequence[GradientSum] | None,
-) -> Sequence[Tensor | None]:
-    """The same from operands as they came."""
-    into = NOWHERE if totals is None else (totals[0].take(), totals[1].take())
-    (up, up_adds), (down, down_adds) = into
-    made = wide_weight_gradients(dy_RD, x_RD, d_hidden, active, sources, offsets_E, up, up_adds, down, down_adds)
-    return made if totals is None else (None, None)
 
 
 def feed_forward(

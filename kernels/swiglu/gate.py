@@ -42,6 +42,12 @@ GATES = {"swiglu": Gate(), "swiglu_oai": Gate(1.702, 1.0)}
 SWIGLU = GATES["swiglu"]
 
 
+def unit_constants(activation: str) -> dict[str, Any]:
+    """Values for which kernels that compute an activation are compiled; of the squared ReLU, and of none (""), a unit's do nothing."""
+    unit = find_gate(activation or UNGATED)
+    return {"SWIGLU": unit is not None, **(unit or SWIGLU).constants()}
+
+
 def name_activation(activation: str, limit: float | None) -> str:
     """The word of an activation with a limit, as operations take it."""
     return activation if limit is None else f"{activation}@{limit}"

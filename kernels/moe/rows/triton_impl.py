@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import differentiate, fake_of
-from amfm.kernels.moe.triton_experts import sum_choices
+from amfm.kernels.moe.triton_products import sum_choices
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import dot_dtype
 

@@ -216,7 +216,7 @@ def test_the_persistent_product_equals_the_one_of_the_default(is_transposed, sca
     if x.device.type == "cuda" and not takes_descriptors(x, weight):
         pytest.skip("this card has no copy engine")
     tile = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16}
-    tiles = counting_sort.list_tiles(offsets, 6, 16)
+    tiles = counting_sort.list_tiles(offsets, 45, 16)
     sources = torch.randperm(45, generator=generator).int() if scatters else None
     y = torch.full((45, 48), torch.nan)
     launch_persistent(x, weight, y, sources, tiles, tile | {"num_warps": 4, "num_stages": 1})
