@@ -114,7 +114,7 @@ def test_a_spare_node_of_the_job_takes_the_place_of_a_lost_one(folder: Path, und
 
 
 def test_a_cancelled_job_saves_its_last_step(folder: Path) -> None:
-    write_run(folder, folder / "run")
+    write_run(folder, folder / "run", train__checkpoint_every_steps=None)  # no other checkpoint may stand for it
     with cluster(1, "slurm", folder=folder) as nodes:
         job, log = submit(nodes, folder)
         wait_until(lambda: len(metrics(folder / "run")) > 3, 900, log)

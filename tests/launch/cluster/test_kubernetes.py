@@ -1,7 +1,8 @@
 """Manifests hold to the schemas that JobSet, Kubernetes and SkyPilot publish, and say what the run needs.
 
 The schemas come with packages that are kept: kubeflow-trainer-api has those of JobSet and of Kubernetes' own API. SkyPilot's and
-KubeRay's are looked at where they are: an installed SkyPilot, and a file of KubeRay's custom resource named by KUBERAY_CRD.
+KubeRay's are looked at where they are: an installed SkyPilot, and KubeRay's custom resource in a file named by KUBERAY_CRD
+(helm-chart/kuberay-operator/crds/ray.io_rayjobs.yaml of its repository), with openapi-schema-validator installed.
 """
 
 from __future__ import annotations
@@ -106,11 +107,14 @@ def test_a_rayjob_s_pods_hold_to_their_schema_and_its_workers_are_nodes_and_spar
 
 @pytest.mark.skipif("KUBERAY_CRD" not in os.environ, reason="KUBERAY_CRD names no file of KubeRay's RayJob resource")
 def test_a_rayjob_holds_to_kuberay_s_schema(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    validator = pytest.importorskip("openapi_schema_validator")
+    validators = pytest.importorskip("openapi_schema_validator")
     resource = yaml.safe_load(Path(os.environ["KUBERAY_CRD"]).read_text())
     (version,) = [version for version in resource["spec"]["versions"] if version["name"] == "v1"]
+    validator = validators.OAS30Validator(strict(version["schema"]["openAPIV3Schema"]))
     made = manifest(path, "rayjob", capsys, "launch.spare_nodes=1")
-    validator.OAS30Validator(strict(version["schema"]["openAPIV3Schema"])).validate(made)
+    validator.validate(made)
+    made["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["image"] = "of the container"
+    assert not validator.is_valid(made), "a field that the schema does not name"
 
 
 def strict(schema: Any) -> Any:
@@ -119,16 +123,9 @@ def strict(schema: Any) -> Any:
         return [strict(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {key: strict(value) for key, value in schema.items()}
-    if (
-        "properties" in made
-        and "additionalProperties" not in made
-        and "x-kubernetes-preserve-unknown-fields" not in made
-    ):
-        names = set(made["properties"])
-        if names != {"name"} and isinstance(made["properties"].get("type", {}), dict):
-            made["additionalProperties"] = False
-    return made
+    is_open = {"additionalProperties", "x-kubernetes-preserve-unknown-fields"} & schema.keys()
+    closed = {"additionalProperties": False} if "properties" in schema and "type" in schema and not is_open else {}
+    return {key: strict(value) for key, value in schema.items()} | closed
 
 
 def test_a_skypilot_task_holds_to_its_schema(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
