@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from amfm.launch.plan.buckets import bucketed_bytes
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, estimate_as_dict, mfu_range
 from amfm.launch.plan.failures.goodput import Goodput, estimate_goodput
 from amfm.launch.plan.failures.replicas import ReplicaCost, estimate_replicas
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.launch.plan.left_out import LeftOut, Tally, untried
-from amfm.launch.plan.memory import bucketed_bytes, persistent_bytes, storage_of
+from amfm.launch.plan.memory import persistent_bytes, storage_of
 from amfm.launch.plan.ranking import Found, at_stage, choose_layouts, rank_layouts
 from amfm.launch.plan.search import LARGEST_CONTEXT, all_layouts, is_allowed, neighbour_layouts, with_layout
 from amfm.model.flops import Counts, count_parameters, flops_per_token

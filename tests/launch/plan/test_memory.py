@@ -5,14 +5,11 @@ from dataclasses import replace
 import pytest
 
 from amfm.launch.plan.activations import head_bytes
-from amfm.launch.plan.exchange import BUCKET_ELEMENTS
 from amfm.launch.plan.in_flight import moments_of
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.memory import (
     block_sizes,
-    bucket_sizes,
-    bucketed_bytes,
     building_bytes,
     busiest_pass,
     cut_of,
@@ -20,7 +17,6 @@ from amfm.launch.plan.memory import (
     persistent_bytes,
     product_bytes,
     reduction_bytes,
-    resting_bytes,
     storage_of,
     waiting_gradients,
 )
@@ -224,25 +220,6 @@ def test_pieces_of_unequal_size_are_held_in_unequal_numbers():
     last = held_by_stages(config.model, layout, config.train.sequence_length)[1]
     assert sum(last.pieces, ()) == last.letters and len(last.pieces) == 2
     assert sum(map(sum, last.parts)) == pytest.approx(last.parameters)
-
-
-def test_a_share_and_two_buckets_of_gradients_lie_there_under_zero_2():
-    config = preset("ladder_1b_a300m")
-    layout = Layout(8, 2, 1)
-    (held,) = held_by_stages(config.model, layout, config.train.sequence_length)
-    (sizes,) = bucket_sizes(held, layout)
-    assert sum(sizes) == pytest.approx(held.parameters) and min(sizes[:-1]) >= 50_000_000
-    assert resting_bytes(held, layout) == pytest.approx(4 * (held.parameters / 8 + sizes[0]))
-    assert resting_bytes(held, layout) < bucketed_bytes(held, layout) < 4 * held.parameters
-    assert resting_bytes(held, replace(layout, zero_stage=1)) == 4 * held.parameters
-    small = preset("ladder_20m")
-    (alone,) = held_by_stages(small.model, layout, small.train.sequence_length)
-    # Of one bucket, too, the share of the passes before lies beside the sum.
-    assert bucketed_bytes(alone, layout) == resting_bytes(alone, layout) == pytest.approx(4.5 * alone.parameters)
-    dense, spread = bucket_sizes(held, replace(layout, expert=4))
-    assert sum(dense) + sum(spread) == pytest.approx(held.parameters)
-    exact = replace(held, parts=((BUCKET_ELEMENTS - 4.0, 0.0), (4.0, 0.0), (3.0, 0.0)))
-    assert bucket_sizes(exact, layout) == [[BUCKET_ELEMENTS, 3.0]], "a bucket that is full is closed"
 
 
 def test_an_axis_takes_its_part_of_memory_and_adds_its_exchange():
