@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 
 def print_goodput(made: Plan) -> None:
     """Print what failures cost, part by part, and how often to save; nothing where no number of failures was given."""
-    from amfm.launch.plan.failures.goodput import DAY_SECONDS, FIRST_STEPS_SECONDS, HANG_SHARE, START_SECONDS, Cadence
+    from amfm.launch.plan.failures import goodput
+    from amfm.launch.plan.failures.goodput import DAY_SECONDS, FIRST_STEPS_SECONDS, START_SECONDS, Cadence
 
     found = made.goodput
     if found is None:
         return
     heartbeat, timeout = made.config.launch.heartbeat_seconds, made.config.train.timeout_seconds
     patience = f"train.timeout_seconds={timeout:g}" if heartbeat is None else f"launch.heartbeat_seconds={heartbeat:g}"
+    silent = f"{goodput.SILENT_SHARE:.0%} fall silent for {goodput.silent_seconds(made.config):g} s"
     parts = found.recovery
     step = made.own.step.total()
 
@@ -31,7 +33,7 @@ def print_goodput(made: Plan) -> None:
         ("a checkpoint", f"{found.checkpoint_bytes / 1e9:,.0f} GB at {found.storage_bytes_per_second / 1e9:,.0f} GB/s"),
         ("the step waits for its copy", f"{found.stall_seconds:,.2f} s"),
         ("it stands after", f"{found.save_seconds:,.0f} s"),
-        ("to notice", f"{parts.notice:,.0f} s, if {HANG_SHARE:.0%} hang until {patience}"),
+        ("to notice", f"{parts.notice:,.0f} s, if {silent} and {goodput.HANG_SHARE:.0%} hang until {patience}"),
         ("to start all processes", f"{parts.start:,.0f} s (assumed {START_SECONDS:g})"),
         ("to connect all ranks", f"{parts.connect:,.0f} s (assumed)"),
         ("to verify and load", f"{parts.load:,.0f} s"),

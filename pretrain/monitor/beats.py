@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -76,15 +77,20 @@ def describe_lost(beats: list[Beat]) -> str:
     )
 
 
+def describe_unseen(gone: Sequence[tuple[Beat, float]]) -> str:
+    """Describe ranks without a sign of life, each with the seconds since its last one."""
+    return "not seen any more: " + ", ".join(
+        f"rank {beat.rank} on {beat.host} (for {silent:.0f} s, last at step {beat.step}, {beat.phase})"
+        for beat, silent in gone
+    )
+
+
 def name_laggards(beats: list[Beat], own_rank: int, unseen_seconds: float) -> str:
     """Name the ranks that the others wait for: those not seen for so long (stopped or gone), else those that are behind."""
     now = time.time()
-    gone = [beat for beat in beats if now - beat.seen > unseen_seconds and beat.rank != own_rank]
+    gone = [(beat, now - beat.seen) for beat in beats if now - beat.seen > unseen_seconds and beat.rank != own_rank]
     if gone:
-        return "not seen any more: " + ", ".join(
-            f"rank {beat.rank} on {beat.host} (for {now - beat.seen:.0f} s, last at step {beat.step}, {beat.phase})"
-            for beat in gone
-        )
+        return describe_unseen(gone)
     furthest = max((beat.place() for beat in beats), default=(0, 0))
     behind = [beat for beat in beats if beat.place() < furthest]
     if behind:

@@ -24,13 +24,12 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from amfm.pretrain.monitor.beats import PHASES, Beat, name_laggards, read_beats
+from amfm.pretrain.monitor.beats import PHASES, Beat, describe_unseen, name_laggards, read_beats
 from amfm.pretrain.monitor.guard import Guard
 from amfm.pretrain.monitor.neighbours import LOOK_SECONDS as NEIGHBOUR_SECONDS
-from amfm.pretrain.monitor.neighbours import Neighbours
+from amfm.pretrain.monitor.neighbours import SILENT_SECONDS, Neighbours
 from amfm.pretrain.monitor.node_board import NodeBoard
 
-SILENT_SECONDS = 45.0  # without a beat, which comes every two: the process is gone or stopped, whatever its phase was
 HUNG = 3  # the exit code: the run failed and can be resumed
 WRITE_SECONDS = 2.0
 LOOK_SECONDS = 5.0  # for the words of the other ranks, from storage that may hang
@@ -211,13 +210,9 @@ class Heartbeat:
                 beats = neighbours.look(self.rank, self._node_beats())
             except OSError:
                 continue
-            gone = [
-                f"rank {beat.rank} on {beat.host} (for {silent:.0f} s, last at step {beat.step}, {beat.phase})"
-                for beat, silent in beats
-                if silent > SILENT_SECONDS
-            ]
+            gone = [(beat, silent) for beat, silent in beats if silent > SILENT_SECONDS]
             if gone and time.monotonic() - self._place[2] > SILENT_SECONDS and not self._closed.is_set():
-                self._end(f"no progress for {waited:.0f} s", f"not seen any more: {', '.join(gone)}")
+                self._end(f"no progress for {waited:.0f} s", describe_unseen(gone))
 
     def _end(self, what: str, who: str) -> None:
         """Say what this rank waited for and who holds it up, and end the process with HUNG."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from amfm.pretrain.monitor.beats import Beat, read_node
 
 LOOK_SECONDS = 4.0
+SILENT_SECONDS = 45.0  # without a beat, which comes every two: the process is gone or stopped, whatever its phase was
 
 
 class Neighbours:

@@ -24,13 +24,15 @@ from amfm.launch.plan.estimate import Assumptions, Estimate
 from amfm.launch.plan.failures.replicas import HASHED_BYTES_PER_SECOND, estimate_replicas, saved_bytes_by_stage
 from amfm.launch.plan.hardware import Hardware
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.monitor.neighbours import SILENT_SECONDS
 
 DAY_SECONDS = 86_400.0
 STAGED_BYTES_PER_SECOND = 5e9  # of one rank, into memory that is not pinned
 NODE_STORAGE_BYTES_PER_SECOND = 2e9
 MOST_STORAGE_BYTES_PER_SECOND = 100e9
 CRASH_SECONDS = 10.0
-HANG_SHARE = 0.1  # of failures; the others end a process, which is noticed at once
+# Of failures; the others end a process, which is noticed at once. Silent: a node is gone, or a rank stopped, without a word.
+SILENT_SHARE, HANG_SHARE = 0.05, 0.05
 START_SECONDS = 45.0
 COMMUNICATOR_SECONDS, COMMUNICATOR_SECONDS_PER_RANK = 20.0, 0.006
 FIRST_STEPS_SECONDS = 30.0
@@ -87,6 +89,17 @@ class Goodput:
         return asdict(self) | {"recovery_seconds": self.recovery.total()}
 
 
+def hang_seconds(config: RunConfig) -> float:
+    """Until a rank that lives and gets no further is noticed: by its own watch, or by a collective's limit."""
+    return config.launch.heartbeat_seconds or config.train.timeout_seconds
+
+
+def silent_seconds(config: RunConfig) -> float:
+    """Until a rank without a sign of life is noticed: by its neighbours, who look only where ranks are watched."""
+    watch = config.launch.heartbeat_seconds
+    return hang_seconds(config) if watch is None else min(SILENT_SECONDS, watch)
+
+
 def estimate_goodput(
     config: RunConfig,
     item: Estimate,
@@ -108,7 +121,7 @@ def estimate_goodput(
     save = max(rank_bytes / HASHED_BYTES_PER_SECOND, total_bytes / storage)
     between = DAY_SECONDS / failures_per_day
     recovery = Recovery(
-        notice=CRASH_SECONDS + HANG_SHARE * (config.launch.heartbeat_seconds or config.train.timeout_seconds),
+        notice=CRASH_SECONDS + SILENT_SHARE * silent_seconds(config) + HANG_SHARE * hang_seconds(config),
         start=START_SECONDS,
         connect=COMMUNICATOR_SECONDS + COMMUNICATOR_SECONDS_PER_RANK * ranks,
         # Verified, then restored: read twice.

@@ -63,5 +63,13 @@ def test_replicas_lose_less_than_checkpoints_and_a_run_that_can_not_end_is_refus
         goodput_of(900.0, *keys)
 
 
+@pytest.mark.parametrize(
+    ("heartbeat", "seconds"), [("900", 10 + 2.25 + 45), ("20", 10 + 1 + 1), ("null", 10 + 60 + 60)]
+)
+def test_a_silent_node_is_noticed_by_its_neighbours_where_ranks_are_watched(heartbeat: str, seconds: float) -> None:
+    found = goodput_of(1.0, f"launch.heartbeat_seconds={heartbeat}", "train.timeout_seconds=1200")
+    assert found.recovery.notice == pytest.approx(seconds)
+
+
 def test_nobody_asked_costs_nothing() -> None:
     assert plan_of("tiny_cpu", ranks=1).goodput is None
