@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import get_args
 
@@ -26,12 +27,19 @@ def format_metrics(run: FollowedRun) -> str:
     own |= {"last_step": run.panel.last_step or None, "validation_loss": run.panel.validation_loss}
     numbers |= {name: float(value) for name, value in own.items() if value is not None}
     numbers |= {"ranks": float(len(seen.beats)), "hosts": float(len({beat.host for beat in seen.beats}))}
-    label = escape(
-        run.config.run.name if run.config is not None and run.config.run.name else run.directory.resolve().name
+    name = run.config.run.name if run.config is not None and run.config.run.name else run.directory.resolve().name
+    states = (
+        f'amfm_state{{run="{escape(name)}",state="{state}"}} {int(state == seen.state)}\n' for state in get_args(State)
     )
-    lines = [f'amfm_{re.sub("[^a-zA-Z0-9_]", "_", name)}{{run="{label}"}} {value!r}' for name, value in numbers.items()]
-    lines += [f'amfm_state{{run="{label}",state="{state}"}} {int(state == seen.state)}' for state in get_args(State)]
-    return "".join(f"{line}\n" for line in lines)
+    return format_gauges(name, numbers) + "".join(states)
+
+
+def format_gauges(run_name: str, numbers: Mapping[str, float]) -> str:
+    """A line of the text format for each number of a run."""
+    label = escape(run_name)
+    return "".join(
+        f'amfm_{re.sub("[^a-zA-Z0-9_]", "_", name)}{{run="{label}"}} {value!r}\n' for name, value in numbers.items()
+    )
 
 
 def escape(text: str) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.durable.files import write_file_atomically
+from amfm.launch.prometheus import format_gauges
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.monitor.metrics import flatten_numbers
 from amfm.pretrain.run import Run
@@ -24,8 +24,4 @@ class Prometheus(Hook):
     def after_log(self, metrics: Mapping[str, Any]) -> None:
         """Replace the file by the step's numbers."""
         numbers = flatten_numbers(metrics) | {"step": float(metrics["step"])}
-        lines = [
-            f'amfm_{re.sub(r"[^a-zA-Z0-9_]", "_", key)}{{run="{self.name}"}} {value!r}\n'
-            for key, value in numbers.items()
-        ]
-        write_file_atomically(self.path, "".join(lines).encode())
+        write_file_atomically(self.path, format_gauges(self.name, numbers).encode())
