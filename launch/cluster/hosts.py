@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import secrets
 import shlex
 import signal
 import subprocess
@@ -31,13 +30,12 @@ from typing import Any
 from amfm.launch.cluster.interrupt import forward_to_ranks
 from amfm.launch.cluster.left_out import LeftOut
 from amfm.launch.cluster.lines import check_host, remote_command, shell_line, with_variables
-from amfm.launch.cluster.node_check import MARK, blame_links, make_request, token_file
+from amfm.launch.cluster.node_check import MARK, blame_links, make_request
 from amfm.launch.cluster.orphans import ending_with_us
 from amfm.launch.cluster.rank_logs import find_message, is_telling
 from amfm.launch.cluster.supervise import Attempt, Outcome
 from amfm.launch.console import say
 from amfm.launch.rank_command import isolated_python
-from amfm.pretrain.checkpoint.files import replace_text
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED
 
 GRACE_SECONDS = 15.0  # for ranks of other hosts to end by themselves after one failed
@@ -259,11 +257,7 @@ class RemoteHosts:
         """
         if self.is_here or not servers:
             return list(servers)
-        token = secrets.token_hex(16)
-        path = token_file(self.run_dir)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, token)
-        request = make_request(str(self.run_dir), self.ranks_per_node, token, loads_anew=not self.keep_loaded)
+        request = make_request(self.run_dir, self.ranks_per_node, loads_anew=not self.keep_loaded)
         deadline = time.monotonic() + CHECK_SECONDS
         first = self.checked[0] if self.checked else servers[0]
         others = [server for server in servers if server is not first]

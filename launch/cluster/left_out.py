@@ -10,8 +10,8 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.launch.console import say
-from amfm.pretrain.checkpoint.files import replace_text
 
 MAX_LOSSES = 2  # the first one may be anybody's
 
@@ -50,4 +50,5 @@ class LeftOut:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self.path, json.dumps({"left_out": self.reasons, "losses": dict(self.losses)}, indent=1) + "\n")
+        text = json.dumps({"left_out": self.reasons, "losses": dict(self.losses)}, indent=1) + "\n"
+        write_file_atomically(self.path, text.encode())

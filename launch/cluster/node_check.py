@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.launch.doctor.machine import has_cuda
 from amfm.pretrain.versions import collect_versions, digest_code
 
@@ -35,15 +37,18 @@ UNREACHED = "it does not reach"
 MARK = "amfm-node: "  # before an answer to the launcher, among what ranks print
 
 
-def make_request(run_dir: str, ranks_per_node: int, token: str, *, loads_anew: bool) -> dict[str, Any]:
-    """What the launcher asks of a node, after it has written the token; `link` is added for each.
+def make_request(run_dir: Path, ranks_per_node: int, *, loads_anew: bool) -> dict[str, Any]:
+    """Write a new token, and return what the launcher asks of each node; `link` is added for each.
 
     loads_anew: ranks run the code as it is now, and not as it was when the launcher began.
     """
     if loads_anew:
         digest_code.cache_clear()
+    token, path = secrets.token_hex(16), token_file(run_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file_atomically(path, token.encode())
     return {
-        "run_dir": str(Path(run_dir).absolute()),
+        "run_dir": str(run_dir.absolute()),
         "ranks": ranks_per_node,
         "token": token,
         "time": time.time(),

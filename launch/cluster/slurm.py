@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shlex
 import subprocess
 import sys
@@ -33,13 +32,12 @@ from amfm.launch.cluster.lines import (
     shell_line,
     with_variables,
 )
-from amfm.launch.cluster.node_check import MARK, blame_links, make_request, token_file
+from amfm.launch.cluster.node_check import MARK, blame_links, make_request
 from amfm.launch.cluster.orphans import ending_with_us
 from amfm.launch.cluster.rank_logs import Follower, find_message, first_message, rank_log
 from amfm.launch.cluster.supervise import Attempt, Outcome
 from amfm.launch.console import say
 from amfm.launch.rank_command import isolated_python, rank_command
-from amfm.pretrain.checkpoint.files import replace_text
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, RESTART_CAUSE, RUN_FAILED
 
@@ -281,13 +279,9 @@ def check_nodes(
     config: RunConfig, names: Sequence[str], ranks_per_node: int, environment: Mapping[str, str], job: str
 ) -> dict[str, list[str]]:
     """What is wrong with each of these nodes of the job, by name, nothing for an empty list; who does not answer is missing."""
-    token = secrets.token_hex(16)
-    path = token_file(Path(config.run.dir))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, token)
     port = FIRST_PORT + (int(job) + CHECK_PORTS) % NUM_PORTS
     link = {"port": port, "connect": [address_of(names[0]), port], "expect": len(names) - 1}
-    request = make_request(config.run.dir, ranks_per_node, token, loads_anew=True) | {"link": link}
+    request = make_request(Path(config.run.dir), ranks_per_node, loads_anew=True) | {"link": link}
     module = [*isolated_python(), "-m", "amfm.launch.cluster.node_check", json.dumps(request)]
     container, command = in_container(config, module)
     count = len(names)

@@ -8,56 +8,47 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from amfm.launch.cluster.lines import check_host
 from amfm.launch.cluster.local import forward_signals
 from amfm.launch.cluster.orphans import ending_with_us
+from amfm.launch.rank_command import isolated_python, rank_command
 from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
 
 
-@dataclass(frozen=True)
-class NodeCommand:
-    """Command of one node: its share of the ranks of `arguments` (an `amfm` command line)."""
+def torchrun_command(
+    arguments: Sequence[str],
+    *,
+    nodes: int,
+    ranks_per_node: int,
+    node_rank: int,
+    master: str,
+    port: int,
+    max_restarts: int,
+) -> list[str]:
+    """The command line of one node's torchrun, which sets rank variables and stops the node's ranks when one fails.
 
-    arguments: Sequence[str]
-    nodes: int
-    ranks_per_node: int
-    node_rank: int
-    master: str
-    port: int
-    environment: Mapping[str, str] = field(default_factory=dict)
-    python: str = sys.executable
-
-    def torchrun(self, *, max_restarts: int) -> list[str]:
-        """The torchrun command line; torchrun sets rank variables and stops the node's ranks when one fails.
-
-        Raises ValueError for a master that is no host name.
-        """
-        check_host(self.master, "--master")
-        return [
-            self.python,
-            *("-P", "-m", "torch.distributed.run"),
-            f"--nnodes={self.nodes}",
-            f"--nproc-per-node={self.ranks_per_node}",
-            f"--node-rank={self.node_rank}",
-            f"--master-addr={self.master}",
-            f"--master-port={self.port}",
-            f"--max-restarts={max_restarts}",
-            # As a program: torchrun's own way to start Python would look into the working directory.
-            *("--no-python", self.python, "-P", "-m", "amfm.launch"),
-            *self.arguments,
-        ]
+    `arguments`: an `amfm` command line, of every rank. Raises ValueError for a master that is no host name.
+    """
+    check_host(master, "--master")
+    return [
+        *isolated_python(),
+        *("-m", "torch.distributed.run"),
+        f"--nnodes={nodes}",
+        f"--nproc-per-node={ranks_per_node}",
+        f"--node-rank={node_rank}",
+        f"--master-addr={master}",
+        f"--master-port={port}",
+        f"--max-restarts={max_restarts}",
+        # As a program: torchrun's own way to start Python would look into the working directory.
+        *("--no-python", *rank_command(arguments)),
+    ]
 
 
-def run_here(command: NodeCommand, *, max_restarts: int) -> int:
-    """Run this node's torchrun and return the exit code; torchrun itself restarts its ranks."""
-    process = subprocess.Popen(
-        ending_with_us(command.torchrun(max_restarts=max_restarts)),
-        env=os.environ | dict(command.environment),
-    )
+def run_here(command: Sequence[str], environment: Mapping[str, str] = {}) -> int:
+    """Run this node's torchrun, with more variables if given, and return the exit code; torchrun itself restarts its ranks."""
+    process = subprocess.Popen(ending_with_us(command), env=os.environ | dict(environment))
     with forward_signals(lambda number: signal_children(process.pid, number)):
         code = process.wait()
     return RUN_FAILED if code else DONE

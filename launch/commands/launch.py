@@ -246,7 +246,7 @@ def launch_torchrun(
     """
     from amfm.launch.cluster.hosts import HERE, RemoteHosts, read_hosts
     from amfm.launch.cluster.lines import check_variables, with_variables
-    from amfm.launch.cluster.torchrun import NodeCommand, run_here
+    from amfm.launch.cluster.torchrun import run_here, torchrun_command
     from amfm.pretrain.stages import fresh_starts
 
     environment = check_variables(config.launch.environment, "launch.environment")
@@ -284,17 +284,23 @@ def launch_torchrun(
             return run_attempts(config, work, remote, nodes, ranks)
         finally:
             remote.close()
-    node_numbers = range(nodes) if node_rank is None else [node_rank]
-    commands = [
-        NodeCommand(work.arguments, nodes, ranks, node_number, host or "localhost", number, environment=environment)
-        for node_number in node_numbers
-    ]
     # torchrun counts a start in another layout, or without guides, as a restart too.
     restarts = 0 if nodes == 1 or work.max_restarts is None else work.max_restarts + len(fresh_starts(config))
+    commands = [
+        torchrun_command(
+            work.arguments,
+            nodes=nodes,
+            ranks_per_node=ranks,
+            node_rank=node_number,
+            master=host or "localhost",
+            port=number,
+            max_restarts=restarts,
+        )
+        for node_number in (range(nodes) if node_rank is None else [node_rank])
+    ]
     if dry_run:
-        lines = [command.torchrun(max_restarts=restarts) for command in commands]
-        return show_commands([with_variables(environment, line) for line in lines])
-    return run_here(commands[0], max_restarts=restarts)
+        return show_commands([with_variables(environment, command) for command in commands])
+    return run_here(commands[0], environment)
 
 
 def show_manifest(

@@ -13,7 +13,7 @@ import pytest
 
 import amfm
 from amfm.launch.cluster.local import run_command
-from amfm.launch.cluster.torchrun import NodeCommand, run_here
+from amfm.launch.cluster.torchrun import run_here, torchrun_command
 from amfm.launch.rank_command import rank_command
 
 SOURCE = Path(amfm.__path__[0]).parent
@@ -38,13 +38,13 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_local_ranks_and_torchruns_ranks_are_apart_from_the_working_directory(planted: Path) -> None:
     assert run_command(rank_command(["--help"]), 2) == 0
-    assert run_here(NodeCommand(["--help"], 1, 1, 0, "localhost", 0), max_restarts=0) == 0
+    of_one = {"nodes": 1, "ranks_per_node": 1, "node_rank": 0, "master": "localhost", "port": 0, "max_restarts": 0}
+    assert run_here(torchrun_command(["--help"], **of_one)) == 0
 
 
 # Where a path of the interpreter is no start of a command line, or one that is given by the user.
 ELSEWHERE = {
     ("launch/doctor/machine.py", "printed"),
-    ("launch/cluster/torchrun.py", "the start of a command line that goes on with -P"),
     ("launch/commands/export.py", "check_installed starts it with -P"),
     ("pretrain/export/clients/check.py", "_run and check_installed start it with -P"),
     ("pretrain/export/clients/gguf_file.py", "with -P below"),

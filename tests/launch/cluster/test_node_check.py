@@ -11,13 +11,11 @@ import pytest
 
 from amfm.launch.cluster import node_check
 from amfm.launch.cluster.left_out import LeftOut
-from amfm.launch.cluster.node_check import blame_links, check_code, check_link, check_node, make_request, token_file
+from amfm.launch.cluster.node_check import blame_links, check_code, check_link, check_node, make_request
 
 
 def request(run_dir: Path, **changes: Any) -> dict[str, Any]:
-    token_file(run_dir).parent.mkdir(parents=True)
-    token_file(run_dir).write_text("newest")
-    return make_request(str(run_dir), 1, "newest", loads_anew=True) | {"link": {}} | changes
+    return make_request(run_dir, 1, loads_anew=True) | {"link": {}} | changes
 
 
 def test_a_node_like_the_launcher_s_passes_and_leaves_nothing(tmp_path: Path) -> None:
