@@ -74,6 +74,18 @@ def land(totals: Sequence[GradientSum], write: Callable[[Sequence[Tensor]], None
             place.add_(gradient)
 
 
+def make_or_land(
+    totals: Sequence[GradientSum] | None, weights: Sequence[Tensor], write: Callable[[Sequence[Tensor]], None]
+) -> Sequence[Tensor | None]:
+    """Gradients of weights, which `write` makes over what it is given; None for each where they land in sums."""
+    if totals is not None:
+        land(totals, write)
+        return [None] * len(weights)
+    made = [torch.empty_like(weight) for weight in weights]
+    write(made)
+    return made
+
+
 def land_product(total: GradientSum, product: Tensor) -> None:
     """Add a gradient that was made in float32 to its sum."""
     place, adds = total.take()

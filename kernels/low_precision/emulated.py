@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from amfm.kernels.common.gemm_precision import gemm_dtype
+from amfm.kernels.common.steady_product import steady_product
 from amfm.kernels.low_precision.formats import Quantized, quantize, turn
 from amfm.kernels.low_precision.kept_weights import made_once
 from amfm.kernels.low_precision.recipe import Recipe
@@ -25,7 +25,6 @@ from amfm.kernels.low_precision.watch import note_operands
 
 # Added to a recipe's seed, so that the roundings of one gradient for its two products are drawn apart.
 _INPUT_DRAW, _WEIGHT_DRAW = 1, 2
-STEADY_ROWS = 4  # from here on a row of a product does not depend on how many others there are
 
 
 def output(x_RI: Tensor, weight_OI: Tensor, recipe: Recipe) -> Tensor:
@@ -69,15 +68,11 @@ def quantize_columns(x_RI: Tensor, recipe: Recipe, *, draw: int | None = None) -
 def multiply(left: Quantized, right: Quantized) -> Tensor:
     """left [M, K] times the transpose of right [N, K]: [M, N] float32, sums in float32.
 
-    A CPU's library multiplies one to three rows by another routine, so these are part of a larger product: an expert's rows
-    are then what they are, however many rows of zeros a layout puts behind them.
+    On a CPU an expert's rows are what they are, however many rows of zeros a layout puts behind them.
     """
     a, b = (_to_product(operand.decode()) for operand in (left, right))
-    rows = len(a)
-    if a.dtype == torch.float32:
-        product = torch.mm(functional.pad(a, (0, 0, 0, max(STEADY_ROWS - rows, 0))), b.t())[:rows]
-    else:
-        product = torch.mm(a, b.t(), out_dtype=torch.float32)
+    is_wide = a.dtype == torch.float32
+    product = steady_product(a, b.t()) if is_wide else torch.mm(a, b.t(), out_dtype=torch.float32)
     for operand in (left, right):
         if operand.whole is not None:
             product.mul_(operand.whole)

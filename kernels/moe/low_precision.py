@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of, land
+from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of, make_or_land
 from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.low_precision.emulated import input_gradient, output, quantize_columns, weight_gradient
 from amfm.kernels.low_precision.formats import Quantized, quantize
@@ -29,8 +29,9 @@ from amfm.kernels.moe.torch_loop import (
     activate,
     activation_backward,
     count_rows,
+    loop_weight_gradients,
     open_activation,
-    sum_by_token,
+    return_rows,
     take_rows,
     take_weights,
 )
@@ -110,8 +111,7 @@ class _Experts(torch.autograd.Function):
         ctx.save_for_backward(
             x_RD, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, *_keep(hidden_SF, recipes.up, x_RD.dtype)
         )
-        y_RD = y_SD if token_ids_S is None else sum_by_token(y_SD, token_ids_S, x_RD.shape[0])
-        return y_RD.to(x_RD.dtype)
+        return return_rows(y_SD, token_ids_S, x_RD)
 
     @staticmethod
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
@@ -143,68 +143,26 @@ class _Experts(torch.autograd.Function):
             # In place of the hidden rows, of which no other expert needs any.
             hidden.copy_(activation_backward(d_active, hidden, factor, ctx.activation).to(x_RD.dtype))
             dx_SD[place] = input_gradient(hidden, up, ctx.recipes.up)
-        half = partial(
-            _weights_half,
-            dy_RD,
-            x_RD,
-            hidden_SF,
-            active_SF,
-            token_ids_S,
-            counts,
-            up_EFD,
-            down_EDF,
-            ctx.recipes,
-            ctx.totals,
-        )
+        outer = partial(_outer, recipe=ctx.recipes.up), partial(_outer, recipe=ctx.recipes.down)
+        given = dy_RD, x_RD, hidden_SF, active_SF, token_ids_S, offsets_E
+        write = partial(loop_weight_gradients, *given, outer=outer)
+        half = partial(make_or_land, ctx.totals, [up_EFD, down_EDF], write)
         d_up: Tensor | None = None
         d_down: Tensor | None = None
         if is_split(up_EFD, down_EDF):
             compute_later([up_EFD, down_EDF], half)
         elif ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
             d_up, d_down = half()
-        dx_RD = dx_SD if token_ids_S is None else sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
-        return dx_RD.to(x_RD.dtype), d_weights_S, None, None, d_up, d_down, None, None, None
+        dx_RD = return_rows(dx_SD, token_ids_S, x_RD)
+        return dx_RD, d_weights_S, None, None, d_up, d_down, None, None, None
 
 
-def _weights_half(
-    dy_RD: Tensor,
-    x_RD: Tensor,
-    d_hidden_SF: Tensor,
-    active_SF: Tensor,
-    token_ids_S: Tensor | None,
-    counts: list[int],
-    up_EFD: Tensor,
-    down_EDF: Tensor,
-    recipes: ExpertRecipes,
-    totals: Sequence[GradientSum] | None,
-) -> Sequence[Tensor | None]:
-    """Gradients of up and down, None for each where they land in sums; zeros for an expert without rows."""
-
-    def write(into: Sequence[Tensor]) -> None:
-        for rows, grads, d_hidden, active, d_up, d_down in zip(
-            take_rows(x_RD, token_ids_S, counts),
-            take_rows(dy_RD, token_ids_S, counts),
-            d_hidden_SF.split(counts),
-            active_SF.split(counts),
-            *into,
-            strict=True,
-        ):
-            d_up.copy_(_outer(d_hidden, rows, recipes.up)) if len(rows) else d_up.zero_()
-            d_down.copy_(_outer(grads, active, recipes.down)) if len(rows) else d_down.zero_()
-
-    if totals is not None:
-        land(totals, write)
-        return None, None
-    made = torch.empty_like(up_EFD), torch.empty_like(down_EDF)
-    write(made)
-    return made
-
-
-def _outer(grad_SO: Tensor, rows_SI: Tensor, recipe: Recipe) -> Tensor:
-    """grad^T rows over an expert's rows, [O, I] float32."""
+def _outer(grad_SO: Tensor, rows_SI: Tensor, out_OI: Tensor, recipe: Recipe) -> None:
+    """Write grad^T rows over an expert's rows into `out`, from float32."""
     if recipe.weight_gradient == "bf16":
-        return grad_SO.float().t() @ rows_SI.float()
-    return weight_gradient(grad_SO, quantize_columns(rows_SI, recipe), recipe)
+        out_OI.copy_(grad_SO.t() @ rows_SI)
+    else:
+        out_OI.copy_(weight_gradient(grad_SO, quantize_columns(rows_SI, recipe), recipe))
 
 
 def _keep(hidden_SF: Tensor, recipe: Recipe, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of, gradients_like
 from amfm.kernels.common.gemm_precision import gemm_dtype
-from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of, land
+from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of, land, make_or_land
 from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.moe.reference import score_logits
 from amfm.kernels.moe.torch_grouped import (
@@ -27,7 +27,7 @@ from amfm.kernels.moe.torch_grouped import (
     grouped_weight_gradients,
     takes_grouped,
 )
-from amfm.kernels.moe.torch_loop import loop_backward, loop_forward, loop_weight_gradients, sum_by_token
+from amfm.kernels.moe.torch_loop import loop_backward, loop_forward, loop_weight_gradients, return_rows
 
 
 def choose_experts(appeal_RE: Tensor, top_k: int, num_groups: int, group_top_k: int, group_merit: int = 2) -> Tensor:
@@ -105,8 +105,7 @@ def _forward(
         y_SD, hidden_SF = grouped_forward(*given)
     else:
         y_SD, hidden_SF = loop_forward(*given, gemm_dtype(x_RD))
-    y_RD = y_SD if token_ids_S is None else sum_by_token(y_SD, token_ids_S, x_RD.shape[0])
-    return y_RD.to(x_RD.dtype), hidden_SF
+    return return_rows(y_SD, token_ids_S, x_RD), hidden_SF
 
 
 @fake_of(_forward)
@@ -133,8 +132,7 @@ def _backward(
         dx_SD, d_weights_S, d_up_EFD, d_down_EDF = grouped_backward(*given)
     else:
         dx_SD, d_weights_S, d_up_EFD, d_down_EDF = loop_backward(*given, gemm_dtype(x_RD))
-    dx_RD = dx_SD if token_ids_S is None else sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
-    return dx_RD.to(x_RD.dtype), d_weights_S, d_up_EFD, d_down_EDF
+    return return_rows(dx_SD, token_ids_S, x_RD), d_weights_S, d_up_EFD, d_down_EDF
 
 
 gradients_like(_backward, ("x_RD", "weights_S", "up_EFD", "down_EDF"))
@@ -189,22 +187,9 @@ def _leave_weights(
     else:
         dx_SD, d_weights_S, d_hidden_SF, active_SF = loop_backward(*given, gemm_dtype(x_RD), later=True)
         write = partial(loop_weight_gradients, dy_RD, x_RD, d_hidden_SF, active_SF, *places)
-        weights_half = partial(_write_weights, write, totals, up_EFD, down_EDF)
+        weights_half = partial(make_or_land, totals, [up_EFD, down_EDF], write)
     compute_later([up_EFD, down_EDF], weights_half)
-    dx_RD = dx_SD if token_ids_S is None else sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
-    return dx_RD.to(x_RD.dtype), d_weights_S
-
-
-def _write_weights(
-    write: Callable[[Sequence[Tensor]], None], totals: Sequence[GradientSum] | None, *weights: Tensor
-) -> Sequence[Tensor | None]:
-    """Gradients of weights, which `write` writes over what it is given; None for each where they land in sums."""
-    if totals is not None:
-        land(totals, write)
-        return [None] * len(weights)
-    made = [torch.empty_like(weight) for weight in weights]
-    write(made)
-    return made
+    return return_rows(dx_SD, token_ids_S, x_RD), d_weights_S
 
 
 def _land_weights(
@@ -228,8 +213,7 @@ def _land_weights(
 
     land(totals, write)
     dx_SD, d_weights_S = found
-    dx_RD = dx_SD if token_ids_S is None else sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
-    return dx_RD.to(x_RD.dtype), d_weights_S
+    return return_rows(dx_SD, token_ids_S, x_RD), d_weights_S
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -7,17 +7,19 @@ have, weights and their gradients are converted an expert at a time too, and row
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from amfm.kernels.common.steady_product import steady_product
 from amfm.kernels.moe.grouping import sort_stably
 from amfm.kernels.swiglu.gate import Gate, find_gate
 
-STEADY_ROWS = 4  # from here on a row of a product does not depend on how many others there are
+# Writes left^T right over its third argument.
+Outer = Callable[[Tensor, Tensor, Tensor], object]
 
 
 def loop_forward(
@@ -50,11 +52,11 @@ def loop_forward(
         if count == 0:
             continue
         hidden = kept if kept.dtype == dtype else torch.empty_like(kept, dtype=dtype)
-        _multiply(rows, up.to(dtype).T, hidden)
+        steady_product(rows, up.to(dtype).T, hidden)
         active = activate(hidden, activation)
         if weights is not None:
             active.mul_(weights)
-        _multiply(active, down.to(dtype).T, y)
+        steady_product(active, down.to(dtype).T, y)
         if hidden is not kept:
             kept.copy_(hidden)
     return y_SD, hidden_SF
@@ -111,7 +113,7 @@ def loop_backward(
             continue
         hidden = kept.to(dtype)
         active, factor = open_activation(hidden, activation)
-        d_active = _multiply(dy, down.to(dtype), torch.empty_like(active))
+        d_active = steady_product(dy, down.to(dtype), torch.empty_like(active))
         if weights is not None and d_weights is not None:
             d_weights.copy_(torch.linalg.vecdot(d_active.to(wide), active.to(wide)))
             d_active.mul_(weights)
@@ -125,7 +127,7 @@ def loop_backward(
             d_up.copy_(d_hidden)
         else:
             _multiply_outer(d_hidden, rows, d_up)
-        _multiply(d_hidden, up.to(dtype), dx)
+        steady_product(d_hidden, up.to(dtype), dx)
     return dx_SD, d_weights_S, d_up_EFD, d_down_EDF
 
 
@@ -137,10 +139,16 @@ def loop_weight_gradients(
     token_ids_S: Tensor | None,
     offsets_E: Tensor,
     into: Sequence[Tensor],
+    *,
+    outer: tuple[Outer, Outer] | None = None,
 ) -> None:
-    """Write gradients over `into`, those of up and down, from what `loop_backward` gives with `later`."""
+    """Write gradients over `into`, those of up and down, from what `loop_backward` gives with `later`.
+
+    `outer`: how up's and how down's are multiplied, if not as they are (low_precision.py). Zeros for an expert without rows.
+    """
     counts = count_rows(offsets_E)
     d_up_EFD, d_down_EDF = into
+    outer_up, outer_down = outer or (_multiply_outer, _multiply_outer)
     for rows, dy, d_hidden, active, d_up, d_down in zip(
         take_rows(x_RD.to(active_SF.dtype), token_ids_S, counts),
         take_rows(dy_RD.to(active_SF.dtype), token_ids_S, counts),
@@ -153,8 +161,14 @@ def loop_weight_gradients(
             d_up.zero_()
             d_down.zero_()
             continue
-        _multiply_outer(dy, active, d_down)
-        _multiply_outer(d_hidden, rows, d_up)
+        outer_down(dy, active, d_down)
+        outer_up(d_hidden, rows, d_up)
+
+
+def return_rows(rows_SD: Tensor, token_ids_S: Tensor | None, like_RD: Tensor) -> Tensor:
+    """Sorted rows where those of `like_RD` came from and in their dtype: summed by token where there are ids."""
+    rows_RD = rows_SD if token_ids_S is None else sum_by_token(rows_SD, token_ids_S, len(like_RD))
+    return rows_RD.to(like_RD.dtype)
 
 
 def sum_by_token(rows_SD: Tensor, token_ids_S: Tensor, tokens: int) -> Tensor:
@@ -234,15 +248,3 @@ def _multiply_outer(left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.mm(left.T, right, out=out)
     else:
         out.copy_(torch.mm(left.T, right))
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """left @ right into `out`; very few rows as part of a larger product.
-
-    oneMKL multiplies one to three rows by another routine, which adds up in another order. A token's result would then
-    depend, in its last bit, on how many tokens of other documents chose its expert.
-    """
-    rows = left.shape[0]
-    if rows >= STEADY_ROWS:
-        return torch.mm(left, right, out=out)
-    return out.copy_(torch.mm(F.pad(left, (0, 0, 0, STEADY_ROWS - rows)), right)[:rows])
