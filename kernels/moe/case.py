@@ -40,22 +40,28 @@ VALUE_BYTES = 2
 RANKS = 4  # that hold the experts of `sent_problem`
 
 
+def expert_leaves(
+    inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int, activation: str = "swiglu",
+    *, low: float = 0.0,
+) -> dict[str, Tensor]:  # fmt: skip
+    """x [R, D], weights [R, K] float32 from `low` to 1, up [E, F, D], down [E, D, width]."""
+    rows = width if find_gate(activation) is None else 2 * width
+    leaves = {"x": inputs.normal(tokens, model), "weights": inputs.uniform(tokens, top_k, low=low)}
+    leaves["up"] = inputs.normal(experts, rows, model, scale=model**-0.5)
+    leaves["down"] = inputs.normal(experts, model, width, scale=width**-0.5)
+    return leaves
+
+
 def experts_problem(
     inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int, activation: str = "swiglu"
 ) -> Problem:
     """Experts of inner width `width` over tokens whose choices are random and given.
 
-    Leaves: x [R, D], weights [R, K] float32, up [E, F, D], down [E, D, width]. Choices are fixed, so that every
-    backend and every run does the same work.
+    Leaves as `expert_leaves`. Choices are fixed, so that every backend and every run does the same work.
     """
     ids = torch.randn(tokens, experts, device=inputs.device).topk(top_k).indices
-    rows = width if find_gate(activation) is None else 2 * width
-    leaves = (
-        inputs.normal(tokens, model),
-        inputs.uniform(tokens, top_k),
-        inputs.normal(experts, rows, model, scale=model**-0.5),
-        inputs.normal(experts, model, width, scale=width**-0.5),
-    )
+    leaves = tuple(expert_leaves(inputs, tokens, model, experts, width, top_k, activation).values())
+    rows = leaves[2].shape[1]
 
     def run(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, backend: str) -> Tensor:
         return expert_feed_forward(x, ids, weights, up, down, activation=activation, backend=backend)
@@ -263,32 +269,29 @@ def _recycle_launches() -> Iterator[KernelLaunch]:
     yield kernel_launch("recycle draw", draw, types, {"ROUNDS": ROUNDS}, recycling.DRAW_TILE)
 
 
+def experts_trial(
+    inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int, *, chosen: int | None = None,
+    activation: str = "swiglu", exact: str = "reference",
+) -> Trial:  # fmt: skip
+    """Experts over tokens that choose among the first `chosen` of them, or among all."""
+    ids = torch.randn(tokens, chosen or experts, device=inputs.device).topk(top_k).indices
+    leaves = expert_leaves(inputs, tokens, model, experts, width, top_k, activation, low=0.1)
+
+    def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+        x, weights, up, down = given.values()
+        return {"y": expert_feed_forward(x, ids, weights, up, down, activation=activation, backend=backend)}
+
+    return Trial(leaves, run, exact=exact)
+
+
 def trials() -> Iterator[Sized]:
     """Both activations, with experts that nobody chose, and one expert that all chose."""
-
-    def trial(
-        inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int, *, chosen: int | None = None,
-        activation: str = "swiglu", exact: str = "reference",
-    ) -> Trial:  # fmt: skip
-        ids = torch.randn(tokens, chosen or experts, device=inputs.device).topk(top_k).indices
-        rows = width if find_gate(activation) is None else 2 * width
-        leaves = {"x": inputs.normal(tokens, model), "weights": inputs.uniform(tokens, top_k, low=0.1)}
-        leaves["up"] = inputs.normal(experts, rows, model, scale=model**-0.5)
-        leaves["down"] = inputs.normal(experts, model, width, scale=width**-0.5)
-
-        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
-            x, weights, up, down = given.values()
-            return {"y": expert_feed_forward(x, ids, weights, up, down, activation=activation, backend=backend)}
-
-        return Trial(leaves, run, exact=exact)
 
     def sent(inputs: Inputs, tokens: int, model: int, experts: int, width: int, *, slots: int | None = None) -> Trial:
         """Rows as ranks exchange them, the second half first, some choices lost."""
         ids = torch.randn(tokens, experts, device=inputs.device).topk(2).indices
         ids[: tokens // 4, 1] = experts
-        leaves = {"x": inputs.normal(tokens, model), "weights": inputs.uniform(tokens, 2, low=0.1)}
-        leaves["up"] = inputs.normal(experts, 2 * width, model, scale=model**-0.5)
-        leaves["down"] = inputs.normal(experts, model, width, scale=width**-0.5)
+        leaves = expert_leaves(inputs, tokens, model, experts, width, 2, low=0.1)
         counts = torch.bincount(ids.flatten(), minlength=experts + 1)[:experts]
         count = int(counts.sum()) if slots is None else experts * slots
         of_row = torch.arange(experts, device=inputs.device)
@@ -325,16 +328,16 @@ def trials() -> Iterator[Sized]:
 
         return Trial({"x": inputs.normal(tokens, top_k, dtype=torch.float32)}, run, exact="torch")
 
-    small = partial(trial, tokens=70, model=64, experts=6, width=48, top_k=2)
+    small = partial(experts_trial, tokens=70, model=64, experts=6, width=48, top_k=2)
     yield Sized("SwiGLU, empty experts", "first", partial(small, chosen=4))
     yield Sized("limited SwiGLU", "first", partial(small, activation="swiglu_oai@1.5"))
     yield Sized("squared ReLU", "first", partial(small, activation="squared_relu"))
     yield Sized("rows of several ranks", "first", partial(sent, tokens=70, model=64, experts=6, width=48))
     yield Sized("recycled choices", "first", partial(recycled, tokens=90, experts=12, top_k=2))
     yield Sized("rows in slots", "small", partial(sent, tokens=40, model=50, experts=4, width=37, slots=40))
-    yield Sized("one expert", "small", partial(trial, tokens=7, model=50, experts=1, width=37, top_k=1))
+    yield Sized("one expert", "small", partial(experts_trial, tokens=7, model=50, experts=1, width=37, top_k=1))
     yield Sized("4096 recycled choices of 128 experts", "long", partial(recycled, tokens=4096, experts=128, top_k=1))
-    long = partial(trial, tokens=8205, model=1024, top_k=8, exact="torch")
+    long = partial(experts_trial, tokens=8205, model=1024, top_k=8, exact="torch")
     yield Sized("128 experts, 28 of them empty", "long", partial(long, experts=128, width=512, chosen=100))
     yield Sized("8 experts, squared ReLU", "long", partial(long, experts=8, width=1536, activation="squared_relu"))
 

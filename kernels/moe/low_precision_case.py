@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,8 +28,8 @@ from amfm.kernels.cases.problem import (
 from amfm.kernels.cases.trial import Sized, Trial
 from amfm.kernels.linear.low_precision import low_precision_linear
 from amfm.kernels.low_precision.recipe import Recipe
-from amfm.kernels.moe.case import experts_problem
-from amfm.kernels.moe.op import expert_feed_forward, feed_forward_flops
+from amfm.kernels.moe.case import experts_problem, experts_trial
+from amfm.kernels.moe.op import feed_forward_flops
 from amfm.kernels.swiglu.gate import unit_constants
 
 # Of a number: as bfloat16, as a code with its part of a scale.
@@ -165,30 +164,23 @@ def trials() -> Iterator[Sized]:
 
         return Trial(leaves, run, exact="torch")
 
-    def experts(
-        inputs: Inputs, tokens: int, model: int, num_experts: int, width: int, *, chosen: int, relu: bool
-    ) -> Trial:
-        ids = torch.randn(tokens, chosen, device=inputs.device).topk(2).indices
-        leaves = {"x": inputs.normal(tokens, model), "weights": inputs.uniform(tokens, 2, low=0.1)}
-        leaves["up"] = inputs.normal(num_experts, width if relu else 2 * width, model, scale=model**-0.5)
-        leaves["down"] = inputs.normal(num_experts, model, width, scale=width**-0.5)
-        activation = "squared_relu" if relu else "swiglu"
+    def experts(inputs: Inputs, **sizes: Any) -> Trial:
+        wide = experts_trial(inputs, **sizes, top_k=2, exact="torch")
 
-        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
-            x, weights, up, down = given.values()
-            up, down = _marked(up, down, backend)
-            return {"y": expert_feed_forward(x, ids, weights, up, down, activation=activation, backend=backend)}
+        def run(given: Mapping[str, Tensor], backend: str) -> Mapping[str, Tensor]:
+            up, down = _marked(given["up"], given["down"], backend)
+            return wide.run({**given, "up": up, "down": down}, backend)
 
-        return Trial(leaves, run, exact="torch")
+        return replace(wide, run=run)
 
-    small = partial(experts, tokens=150, model=80, num_experts=5, width=48, chosen=4)
+    small = partial(experts, tokens=150, model=80, experts=5, width=48, chosen=4)
     yield Sized("fp8 linear", "first", partial(linear, rows=200, model=192, width=144))
-    yield Sized("fp8 experts, SwiGLU, an empty one", "first", partial(small, relu=False))
-    yield Sized("fp8 experts, squared ReLU", "first", partial(small, relu=True))
+    yield Sized("fp8 experts, SwiGLU, an empty one", "first", small)
+    yield Sized("fp8 experts, squared ReLU", "first", partial(small, activation="squared_relu"))
     yield Sized("fp8 linear, one row", "small", partial(linear, rows=1, model=16, width=48))
     yield Sized("fp8 linear, long", "long", partial(linear, rows=8205, model=4096, width=8192))
-    long = partial(experts, tokens=8205, model=1024, num_experts=128, width=512, chosen=100)
-    yield Sized("fp8 experts, 28 of 128 empty", "long", partial(long, relu=False))
+    long = partial(experts, tokens=8205, model=1024, experts=128, width=512, chosen=100)
+    yield Sized("fp8 experts, 28 of 128 empty", "long", long)
 
 
 def _marked(up: Tensor, down: Tensor, backend: str) -> tuple[Tensor, Tensor]:
