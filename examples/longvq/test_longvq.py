@@ -13,7 +13,7 @@ from amfm_longvq.spec import SPEC, LongVqOptions
 from torch import Tensor
 from torch.nn import functional
 
-from amfm.model.config.schema import MixersConfig
+from amfm.model.config.schema import RegisteredMixers
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
@@ -22,7 +22,7 @@ H, K, V = 3, 4, 5
 
 
 def make_mixer(**options: object) -> LongVqMixer:
-    build = BuildContext(10, 1e-5, 0, 1, single_rank_groups(), "torch", MixersConfig())
+    build = BuildContext(10, 1e-5, 0, 1, single_rank_groups(), "torch", RegisteredMixers())
     section = LongVqOptions(num_heads=H, head_dim=K, value_head_dim=V, chunk_size=8, **options)
     made = LongVqMixer(section, build).double()
     generator = torch.Generator().manual_seed(0)

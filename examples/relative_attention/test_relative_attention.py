@@ -13,7 +13,7 @@ from amfm_relative_attention.mixer import RelativeAttentionMixer
 from amfm_relative_attention.spec import SPEC, RelativeAttentionOptions
 from torch import Tensor
 
-from amfm.model.config.schema import MixersConfig
+from amfm.model.config.schema import RegisteredMixers
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
@@ -23,7 +23,7 @@ H, K, W = 2, 6, 5
 
 @pytest.fixture
 def mixer() -> RelativeAttentionMixer:
-    build = BuildContext(10, 1e-5, 0, 1, single_rank_groups(), "torch", MixersConfig())
+    build = BuildContext(10, 1e-5, 0, 1, single_rank_groups(), "torch", RegisteredMixers())
     made = RelativeAttentionMixer(RelativeAttentionOptions(num_heads=H, head_dim=K, max_distance=W), build).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from amfm_s4d.mixer import S4DMixer
 from amfm_s4d.spec import SPEC, S4DOptions
 
-from amfm.model.config.schema import MixersConfig
+from amfm.model.config.schema import RegisteredMixers
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
@@ -21,7 +21,7 @@ OPTIONS = S4DOptions(num_heads=3, head_dim=8, value_head_dim=4, chunk_size=8)
 
 @pytest.fixture
 def mixer() -> S4DMixer:
-    build = BuildContext(10, 1e-5, 0, 1, single_rank_groups(), "torch", MixersConfig())
+    build = BuildContext(10, 1e-5, 0, 1, single_rank_groups(), "torch", RegisteredMixers())
     made = S4DMixer(OPTIONS, build).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

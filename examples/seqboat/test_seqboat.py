@@ -11,7 +11,7 @@ from amfm_seqboat.mixer import SeqBoatMixer
 from amfm_seqboat.spec import SPEC, SeqBoatOptions
 from torch import Tensor
 
-from amfm.model.config.schema import MixersConfig
+from amfm.model.config.schema import RegisteredMixers
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
@@ -20,7 +20,7 @@ H, K, WINDOW, D = 2, 4, 3, 10
 
 
 def make_mixer(capacity: float = 1.0) -> SeqBoatMixer:
-    build = BuildContext(D, 1e-5, 0, 1, single_rank_groups(), "torch", MixersConfig())
+    build = BuildContext(D, 1e-5, 0, 1, single_rank_groups(), "torch", RegisteredMixers())
     options = SeqBoatOptions(num_heads=H, head_dim=K, window=WINDOW, capacity=capacity, chunk_size=4)
     made = SeqBoatMixer(options, build).double()
     generator = torch.Generator().manual_seed(0)

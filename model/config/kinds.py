@@ -12,7 +12,6 @@ the class is loaded when a model is built.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,7 +25,7 @@ from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions
 from amfm.model.config.parallel_heads import ParallelOptions
-from amfm.model.config.plugins import describe_entry, installed_specs
+from amfm.model.config.plugins import list_packages, load_named, specs_by_name
 from amfm.model.config.window_linear import WindowLinearOptions
 
 ENTRY_POINTS = "amfm.mixers"
@@ -94,8 +93,7 @@ class Kind:
 
     def load(self) -> type[Any]:
         """Import the class of its mixer."""
-        module, _, name = self.mixer.partition(":")
-        found: type[Any] = getattr(importlib.import_module(module), name)
+        found: type[Any] = load_named(self.mixer)
         return found
 
 
@@ -248,19 +246,16 @@ def all_kinds() -> dict[str, Kind]:
 
     Raises RuntimeError for an entry point that cannot be imported, is not a Kind, wants a letter or takes another's name.
     """
-    kinds = {kind.name: kind for kind in BUILT_IN}
-    for entry, kind in installed_specs(ENTRY_POINTS, Kind):
-        if kind.name in kinds:
-            raise RuntimeError(
-                f"{describe_entry(entry)} registers a mixer {kind.name!r}, which there is already; uninstall one"
-            )
+    ours = {kind.name: kind for kind in BUILT_IN}
+    others = specs_by_name(ENTRY_POINTS, Kind, ours, "a mixer")
+    for kind in others.values():
         if kind.letter or kind.aliases or kind.is_core:
             raise RuntimeError(
-                f"{describe_entry(entry)} wants letters ({kind.letter}{kind.aliases}) or a core section, which our own kinds "
-                f"alone have: a package's block is written {{{kind.name}}}, with its options at model.mixers.{kind.name}"
+                f"the mixer {kind.name!r} of {list_packages(ENTRY_POINTS, Kind)[kind.name]} wants letters "
+                f"({kind.letter}{kind.aliases}) or a core section, which our own kinds alone have: a package's block is "
+                f"written {{{kind.name}}}, with its options at model.mixers.{kind.name}"
             )
-        kinds[kind.name] = kind
-    return kinds
+    return ours | others
 
 
 def registered_kinds() -> dict[str, Kind]:

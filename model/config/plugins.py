@@ -9,12 +9,13 @@ that is not set is not written, and one that is set is saved with the name of it
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from pydantic import SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer
 
 from amfm.model.config.section import Section
 
@@ -51,6 +52,24 @@ def installed_specs(group: str, kind: type[S]) -> Iterator[tuple[EntryPoint, S]]
         yield entry, spec
 
 
+def specs_by_name(group: str, kind: type[S], taken: Collection[str], what: str) -> dict[str, S]:
+    """Collect the specs of a group by name, each `what` with its article. Raises RuntimeError also for a name that is taken."""
+    specs: dict[str, S] = {}
+    for entry, spec in installed_specs(group, kind):
+        if spec.name in specs or spec.name in taken:
+            raise RuntimeError(
+                f"{describe_entry(entry)} registers {what} {spec.name!r}, which there is already; uninstall one"
+            )
+        specs[spec.name] = spec
+    return specs
+
+
+def load_named(path: str) -> Any:
+    """Import what `package.module:name` names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def what_changed(error: Exception) -> str:
     """Say what has another name now, where an error says that a package was written for an older amfm; else nothing."""
     missing = (getattr(error, "name", None) or "").split(".")
@@ -79,6 +98,26 @@ class PluginSections(Section):
     def packages_used(self) -> dict[str, str]:
         """The packages of the sections that are set, by the sections' names."""
         return {name: package for name, package in self.packages.items() if getattr(self, name) is not None}
+
+
+P = TypeVar("P", bound=PluginSections)
+
+
+def with_sections(fields: Mapping[str, tuple[type[Section], str]]) -> Callable[[type[P]], type[P]]:
+    """Decorate a section of sections: an optional field for each, of its type and description.
+
+    So files, overrides, the schema and its pages treat sections of packages like ours.
+    """
+    optional: dict[str, Any] = {
+        name: (kind | None, Field(None, description=words)) for name, (kind, words) in fields.items()
+    }
+
+    def add(base: type[P]) -> type[P]:
+        made: type[P] = create_model(base.__name__, __base__=base, __module__=base.__module__, **optional)
+        made.__doc__ = base.__doc__
+        return made
+
+    return add
 
 
 def read_saved_sections(saved: Any, schema: type[PluginSections], key: str, packages: Mapping[str, str]) -> Any:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from pydantic import Field, create_model
+from pydantic import Field
 
 from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.feed_forward import FeedForwardConfig
@@ -14,7 +14,7 @@ from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions
 from amfm.model.config.pattern import Pattern, parse_pattern
-from amfm.model.config.plugins import PluginSections, list_packages, read_saved_sections
+from amfm.model.config.plugins import PluginSections, list_packages, read_saved_sections, with_sections
 from amfm.model.config.section import Section
 from amfm.model.config.structure import DENSE
 
@@ -72,22 +72,12 @@ class MtpConfig(Section):
     )
 
 
-class MixersConfig(PluginSections):
+@with_sections({name: (kind.options, f"Needed by {kind.symbol}.") for name, kind in registered_kinds().items()})
+class RegisteredMixers(PluginSections):
     """Options of registered mixers, by name; needed by their letter or `{name}` in the pattern."""
 
     group: ClassVar[str] = ENTRY_POINTS
     packages: ClassVar[Mapping[str, str]] = list_packages(ENTRY_POINTS, Kind)
-
-
-# A field a registered mixer, so that files, overrides, the schema and its pages treat plugins like our own.
-_MIXER_FIELDS: dict[str, Any] = {
-    kind.name: (kind.options | None, Field(None, description=f"Needed by {kind.symbol}."))
-    for kind in registered_kinds().values()
-}
-RegisteredMixers: type[MixersConfig] = create_model(
-    "RegisteredMixers", __base__=MixersConfig, __module__=__name__, **_MIXER_FIELDS
-)
-RegisteredMixers.__doc__ = MixersConfig.__doc__
 
 
 class ModelConfig(Section):

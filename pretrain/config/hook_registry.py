@@ -10,13 +10,12 @@ of it is saved: what it does is a function of the step and the masters.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from amfm.model.config.plugins import describe_entry, installed_specs
+from amfm.model.config.plugins import list_packages, load_named, specs_by_name
 from amfm.model.config.section import Section
 from amfm.pretrain.config.pruning import ForgetConfig, PruneConfig
 
@@ -57,8 +56,7 @@ class HookSpec:
 
     def load(self) -> type[Any]:
         """Import the class."""
-        module, _, name = self.hook.partition(":")
-        found: type[Any] = getattr(importlib.import_module(module), name)
+        found: type[Any] = load_named(self.hook)
         return found
 
     def explain_unfit(self) -> str | None:
@@ -85,14 +83,9 @@ def hook_specs() -> dict[str, HookSpec]:
 
     Raises RuntimeError as mixers do, for a name that is taken, and for an interface that this program does not have.
     """
-    specs: dict[str, HookSpec] = {}
-    for entry, spec in installed_specs(ENTRY_POINTS, HookSpec):
-        if spec.name in {*specs, *(own.name for own in BUILT_IN)}:
-            raise RuntimeError(
-                f"{describe_entry(entry)} registers a hook {spec.name!r}, which there is already; uninstall one"
-            )
+    specs = specs_by_name(ENTRY_POINTS, HookSpec, [own.name for own in BUILT_IN], "a hook")
+    for spec in specs.values():
         unfit = spec.explain_unfit()
         if unfit is not None:
-            raise RuntimeError(f"{describe_entry(entry)} {unfit}")
-        specs[spec.name] = spec
+            raise RuntimeError(f"the hook {spec.name!r} of {list_packages(ENTRY_POINTS, HookSpec)[spec.name]} {unfit}")
     return specs

@@ -11,15 +11,12 @@ decay). It must depend on nothing else: a run that resumes has only these.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, create_model
-
-from amfm.model.config.plugins import PluginSections, describe_entry, installed_specs, list_packages
+from amfm.model.config.plugins import PluginSections, list_packages, load_named, specs_by_name, with_sections
 from amfm.model.config.section import Section
 
 ENTRY_POINTS = "amfm.optimizers"
@@ -41,36 +38,19 @@ class OptimizerSpec:
 
     def load(self) -> Callable[..., None]:
         """Import the function."""
-        module, _, name = self.update.partition(":")
-        found: Callable[..., None] = getattr(importlib.import_module(module), name)
+        found: Callable[..., None] = load_named(self.update)
         return found
 
 
 @cache
 def optimizer_specs() -> dict[str, OptimizerSpec]:
     """Collect the optimizers of installed packages by name. Raises RuntimeError as mixers do, and for a name that is taken."""
-    specs: dict[str, OptimizerSpec] = {}
-    for entry, spec in installed_specs(ENTRY_POINTS, OptimizerSpec):
-        if spec.name in {*specs, *OURS}:
-            raise RuntimeError(
-                f"{describe_entry(entry)} registers an optimizer {spec.name!r}, which there is already; uninstall one"
-            )
-        specs[spec.name] = spec
-    return specs
+    return specs_by_name(ENTRY_POINTS, OptimizerSpec, OURS, "an optimizer")
 
 
-class OptimizersConfig(PluginSections):
+@with_sections({name: (spec.options, "None: its defaults.") for name, spec in optimizer_specs().items()})
+class RegisteredOptimizers(PluginSections):
     """Options of optimizers of installed packages, by name; `kind` chooses one (entry point group `amfm.optimizers`)."""
 
     group: ClassVar[str] = ENTRY_POINTS
     packages: ClassVar[Mapping[str, str]] = list_packages(ENTRY_POINTS, OptimizerSpec)
-
-
-_FIELDS: dict[str, Any] = {
-    spec.name: (spec.options | None, Field(None, description="None: its defaults."))
-    for spec in optimizer_specs().values()
-}
-RegisteredOptimizers: type[OptimizersConfig] = create_model(
-    "RegisteredOptimizers", __base__=OptimizersConfig, __module__=__name__, **_FIELDS
-)
-RegisteredOptimizers.__doc__ = OptimizersConfig.__doc__

@@ -10,15 +10,12 @@ It must be a pure function of its arguments: a run that resumes asks it again.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from pydantic import Field, create_model
-
-from amfm.model.config.plugins import PluginSections, describe_entry, installed_specs, list_packages
+from amfm.model.config.plugins import PluginSections, list_packages, load_named, specs_by_name, with_sections
 from amfm.model.config.section import Section
 
 ENTRY_POINTS = "amfm.schedules"
@@ -39,36 +36,19 @@ class ScheduleSpec:
 
     def load(self) -> Callable[..., float]:
         """Import the function."""
-        module, _, name = self.factor.partition(":")
-        found: Callable[..., float] = getattr(importlib.import_module(module), name)
+        found: Callable[..., float] = load_named(self.factor)
         return found
 
 
 @cache
 def schedule_specs() -> dict[str, ScheduleSpec]:
     """Collect the schedules of installed packages by name. Raises RuntimeError as mixers do, and for a name that is taken."""
-    specs: dict[str, ScheduleSpec] = {}
-    for entry, spec in installed_specs(ENTRY_POINTS, ScheduleSpec):
-        if spec.name in {*specs, *OURS}:
-            raise RuntimeError(
-                f"{describe_entry(entry)} registers a schedule {spec.name!r}, which there is already; uninstall one"
-            )
-        specs[spec.name] = spec
-    return specs
+    return specs_by_name(ENTRY_POINTS, ScheduleSpec, OURS, "a schedule")
 
 
-class SchedulesConfig(PluginSections):
+@with_sections({name: (spec.options, "None: its defaults.") for name, spec in schedule_specs().items()})
+class RegisteredSchedules(PluginSections):
     """Options of schedules of installed packages, by name; `kind` chooses one (entry point group `amfm.schedules`)."""
 
     group: ClassVar[str] = ENTRY_POINTS
     packages: ClassVar[Mapping[str, str]] = list_packages(ENTRY_POINTS, ScheduleSpec)
-
-
-_FIELDS: dict[str, Any] = {
-    spec.name: (spec.options | None, Field(None, description="None: its defaults."))
-    for spec in schedule_specs().values()
-}
-RegisteredSchedules: type[SchedulesConfig] = create_model(
-    "RegisteredSchedules", __base__=SchedulesConfig, __module__=__name__, **_FIELDS
-)
-RegisteredSchedules.__doc__ = SchedulesConfig.__doc__

@@ -52,7 +52,7 @@ def test_a_hook_that_raises_names_itself_its_package_and_the_moment(data: DataCo
     [
         (
             "",
-            r"of older \(group amfm.hooks\) is written for interface 1 of hooks, and this amfm has 2: .*Class\(options, run\)",
+            r"the hook 'looking' of older 1\.2 is written for interface 1 of hooks, and this amfm has 2: .*Class\(options, run\)",
         ),
         (", interface=3", r"is written for interface 3 of hooks, and this amfm has 2; install a newer amfm"),
     ],
