@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,6 @@ from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
 
 if TYPE_CHECKING:
     from amfm.launch.study.grid import Cell
-    from amfm.launch.study.mixture.config import MixtureStudyConfig
     from amfm.launch.study.run import CellEnd, Room
     from amfm.launch.study.study import RunsConfig, SettingsStudyConfig, Study, StudyConfig
 
@@ -92,8 +90,13 @@ def mixture(
     from amfm.data_pipeline.prepare.ray_token import choose_token
 
     choose_token()
+    from amfm.launch.arguments import choose_device
     from amfm.launch.study.mixture.cells import open_search, sampled_cells, weights_of
     from amfm.launch.study.mixture.config import load_mixture_study
+    from amfm.launch.study.mixture.find import find_mixture
+    from amfm.launch.study.mixture.losses import measure_losses
+    from amfm.launch.study.mixture.plot import draw_mixture
+    from amfm.launch.study.mixture.result import Tried, mixture_json, mixture_markdown
     from amfm.launch.study.table import read_result
 
     plan = load_mixture_study(path, overrides or [])
@@ -106,48 +109,23 @@ def mixture(
         rows = [{"cell": cell.name, **row, "done": read_result(cell) is not None} for cell, row in zip(cells, shares)]
         print_table(rows, as_json=as_json)
         return
-    summary = find_mixture(plan, cells)
-    if as_json:
-        print_json(summary)
-    else:
-        print(Path(plan.config.dir, "study.md").read_text(encoding="utf-8"), end="")
-
-
-def find_mixture(plan: Study[MixtureStudyConfig], cells: Sequence[Cell]) -> dict[str, Any]:
-    """Train the sampled runs and those that try the proposal; writes study.json, study.md and study.png, returns the first."""
-    from amfm.launch.arguments import choose_device
-    from amfm.launch.study.mixture.cells import (
-        CANDIDATE_SEED,
-        CANDIDATES,
-        FIT,
-        compared_cells,
-        draw_mixtures,
-        open_search,
-    )
-    from amfm.launch.study.mixture.law import fit_law, propose
-    from amfm.launch.study.mixture.losses import measure_losses
-    from amfm.launch.study.mixture.plot import draw_mixture
-    from amfm.launch.study.mixture.result import Found, Tried, mixture_json, mixture_markdown
-
-    search, folder = open_search(plan), Path(plan.config.dir)
+    device = choose_device("auto")
 
     def measure(chosen: Sequence[Cell]) -> Tried:
         train_all(plan, chosen)
         with show_progress("evaluating") as progress:
-            tokens, device = plan.config.evaluation_tokens, choose_device("auto")
-            losses = measure_losses(chosen, search, folder, tokens, device=device, progress=progress)
+            losses = measure_losses(chosen, search, plan.config.evaluation_tokens, device=device, progress=progress)
         return Tried.of(chosen, losses, search)
 
-    sampled = measure(cells)
-    fitted = sampled.only(FIT)
-    candidates = draw_mixtures(search, CANDIDATES, CANDIDATE_SEED)
-    proposal = propose(fitted.mixtures, fitted.losses, search.objective, candidates)
-    compared = measure(compared_cells(plan, search, proposal.mixture))
-    found = Found(search, sampled, fit_law(fitted.mixtures, fitted.losses), proposal, compared)
+    found = find_mixture(plan, search, cells, measure)
     summary = mixture_json(found)
-    replace_files(folder, {"study.json": json.dumps(summary, indent=2) + "\n", "study.md": mixture_markdown(found)})
-    draw_mixture(found, folder / "study.png")
-    return summary
+    texts = {"study.json": json.dumps(summary, indent=2) + "\n", "study.md": mixture_markdown(found)}
+    replace_files(Path(plan.config.dir), texts)
+    draw_mixture(found, Path(plan.config.dir, "study.png"))
+    if as_json:
+        print_json(summary)
+    else:
+        print(texts["study.md"], end="")
 
 
 def train_all(plan: Study[RunsConfig], cells: Sequence[Cell]) -> None:
@@ -271,11 +249,11 @@ def write_settings_results(plan: Study[SettingsStudyConfig], cells: Sequence[Cel
 
 def replace_files(folder: Path, texts: Mapping[str, str]) -> None:
     """Write files of a folder, each in the place of the last one in a rename."""
+    from amfm.data_pipeline.durable.files import write_file_atomically
+
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        temporary = folder / f"{name}.part"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+        write_file_atomically(folder / name, text.encode())
 
 
 def print_cells(cells: Sequence[Cell], state_tokens: int, *, as_json: bool) -> None:

@@ -100,6 +100,11 @@ def draw_mixtures(search: Search, count: int, seed: int) -> Array:
     raise ConfigError([Problem("largest", rule, "raise them", "")])
 
 
+def draw_candidates(search: Search) -> Array:
+    """The mixtures [CANDIDATES, S] among which the proposal is looked for."""
+    return draw_mixtures(search, CANDIDATES, CANDIDATE_SEED)
+
+
 def sampled_cells(study: Study[MixtureStudyConfig], search: Search) -> list[Cell]:
     """Runs of the sampled mixtures: those that the law is fitted to, then those that check it."""
     config = study.config

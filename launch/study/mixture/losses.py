@@ -1,19 +1,19 @@
 """Held-out loss of every source under every finished run: on the same text, whatever the run's mixture is.
 
 Validation in a run draws its rows by the run's own mixture, so that runs would be judged by different text. What was measured
-is kept in `DIR/losses`, a file per run, for the next call.
+is kept in the run's folder for the next call, so that it goes where the run goes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.launch.study.grid import Cell
 from amfm.launch.study.mixture.cells import Search
@@ -25,7 +25,6 @@ Array = NDArray[np.float64]
 def measure_losses(
     cells: Sequence[Cell],
     search: Search,
-    folder: Path,
     max_tokens: int,
     *,
     device: str,
@@ -35,7 +34,7 @@ def measure_losses(
     rows = []
     for number, cell in enumerate(cells):
         progress(number, len(cells), cell.name)
-        found = losses_of_cell(cell, folder, max_tokens, device)
+        found = losses_of_cell(cell, max_tokens, device)
         missing = [name for name in search.sources if name not in found]
         if missing:
             raise ValueError(
@@ -47,17 +46,14 @@ def measure_losses(
     return np.array(rows)
 
 
-def losses_of_cell(cell: Cell, folder: Path, max_tokens: int, device: str) -> dict[str, float]:
+def losses_of_cell(cell: Cell, max_tokens: int, device: str) -> dict[str, float]:
     """Loss by source of one run, measured now or by an earlier call with as many tokens."""
-    path = folder / "losses" / f"{cell.name}.json"
+    path = Path(cell.config.run.dir, "held_out.json")
     if path.is_file():
         kept = read_object(path)
         if kept.get("max_tokens") == max_tokens:
             return dict(kept["losses"])
     by_source = evaluate_checkpoint(cell.config.run.dir, max_tokens=max_tokens, device=device).by_source
     losses = {name: source.loss for name, source in by_source.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"max_tokens": max_tokens, "losses": losses}) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_file_atomically(path, json.dumps({"max_tokens": max_tokens, "losses": losses}).encode() + b"\n")
     return losses

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from amfm.data_pipeline.durable.files import replacing
 from amfm.launch.study.mixture.cells import CHECK, FIT
 from amfm.launch.study.mixture.result import Found
 from amfm.launch.study.plots import COLOURS, STYLE
@@ -22,9 +22,8 @@ def draw_mixture(found: Found, path: Path) -> None:
         left, right = canvas.subplots(1, 2)
         draw_prediction(left, found)
         draw_shares(right, found)
-        part = path.with_suffix(".png.part")
-        canvas.savefig(part, format="png", dpi=130, metadata={"Software": None})
-    os.replace(part, path)
+        with replacing(path) as file:
+            canvas.savefig(file, format="png", dpi=130, metadata={"Software": None})
 
 
 def draw_prediction(panel: Axes, found: Found) -> None:

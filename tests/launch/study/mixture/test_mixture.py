@@ -12,10 +12,8 @@ import pytest
 from amfm.data_pipeline.config import DataConfig
 from amfm.launch.cli import run
 from amfm.launch.study.mixture.cells import (
-    CANDIDATE_SEED,
-    CANDIDATES,
     compared_cells,
-    draw_mixtures,
+    draw_candidates,
     open_search,
     sampled_cells,
     weights_of,
@@ -76,9 +74,8 @@ def test_a_study_goes_from_sampled_runs_to_a_proposal_that_was_tried(
     search, cells = open_search(study), sampled_cells(study, open_search(study))
     for cell in cells:
         assert train(cell.config) == 0
-    losses = measure_losses(cells, search, tmp_path / "study", 500, device="cpu", progress=lambda *_: None)
-    candidates = draw_mixtures(search, CANDIDATES, CANDIDATE_SEED)
-    proposal = propose(weights_of(cells)[:4], losses[:4], search.objective, candidates)
+    losses = measure_losses(cells, search, 500, device="cpu", progress=lambda *_: None)
+    proposal = propose(weights_of(cells)[:4], losses[:4], search.objective, draw_candidates(search))
     compared = compared_cells(study, search, proposal.mixture)
     assert [cell.mixer for cell in compared] == ["proposal", "equal", "configured"]
     for cell in compared:
