@@ -1,10 +1,10 @@
-"""Paths of a command line, judged before anything heavy is imported: what is not there is answered at once, with near names."""
+"""Paths and names of a command line, judged before anything heavy is imported: what is not there is answered with near names."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -60,3 +60,9 @@ def rank_names(name: str, names: Sequence[str]) -> list[str]:
     ]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.7)
     return list(dict.fromkeys([*(other for other in close if other in begun), *begun, *close]))
+
+
+def nearest_or_all(name: str, names: Collection[str]) -> str:
+    """What to write in the place of a name that is unknown: the nearest of those that are known, or all of them."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"do you mean {near[0]}?" if near else f"use one of {', '.join(names)}"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from amfm.launch.existing import require
+from amfm.launch.existing import nearest_or_all, require
 
 FOLDER = Path(__file__).parents[1] / "configs"  # amfm/configs, which a clone has as src/amfm/configs
 APART = ("anchors", "base", "studies")  # not runs: models of published speeds, files to extend, settings of studies
@@ -23,9 +22,7 @@ def preset_path(name: str) -> Path:
     names = preset_names()
     if name in names:
         return FOLDER / f"{name}.yaml"
-    near = difflib.get_close_matches(name, names, n=1)
-    remedy = f"do you mean {near[0]}?" if near else f"use one of {', '.join(names)}"
-    raise ValueError(f"--preset {name}: amfm brings no such preset along; {remedy}")
+    raise ValueError(f"--preset {name}: amfm brings no such preset along; {nearest_or_all(name, names)}")
 
 
 def choose_config(path: Path | None, overrides: Sequence[str] | None, preset: str | None) -> tuple[Path, list[str]]:

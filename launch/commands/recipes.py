@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_rows
+from amfm.launch.existing import nearest_or_all
 
 FOLDER = Path(__file__).parents[2] / "recipes"  # amfm/recipes, which a clone has as src/amfm/recipes
 
@@ -30,9 +30,7 @@ def recipes(
             print_rows(f"Recipes in {FOLDER}", ("name", "what"), found.items())
         return
     if name not in found:
-        near = difflib.get_close_matches(name, found, n=1)
-        remedy = f"do you mean {near[0]}?" if near else f"use one of {', '.join(found)}"
-        raise ValueError(f"{name} is not a recipe; {remedy}")
+        raise ValueError(f"{name} is not a recipe; {nearest_or_all(name, found)}")
     path = FOLDER / f"{name}.sh"
     if as_json:
         print_json({"path": str(path)})
