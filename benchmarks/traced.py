@@ -17,9 +17,9 @@ import typer
 
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_rows, say
-from amfm.launch.plan.communication import PARTS
+from amfm.launch.plan.exchanges.seconds import PARTS
+from amfm.launch.plan.exchanges.step import depends_on_router
 from amfm.launch.plan.hardware import HARDWARE
-from amfm.launch.plan.traffic import depends_on_router
 from amfm.launch.simulate.trace import TracedRank, predicted_bytes, trace_run, traced_bytes
 from amfm.pretrain.checks.check_run import load_checked
 from benchmarks.command import main

@@ -1,6 +1,6 @@
 """One exchange of a stage's ranks, and what a region that tensor ranks share hands in where a stream enters or leaves it.
 
-`exchanges.py` adds them up for a pass, `blocks/` has those of each kind of block.
+`exchanges/stage.py` adds them up for a pass, `blocks/` has those of each kind of block.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from __future__ import annotations
 from amfm.launch.plan.activations import Storage, up_rows
 from amfm.launch.plan.blocks.expert_traffic import expert_traffic
 from amfm.launch.plan.blocks.moe import add_experts
-from amfm.launch.plan.communication import exchange_seconds
+from amfm.launch.plan.exchanges.seconds import exchange_seconds
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare, count_routed
 from amfm.launch.plan.low_precision import kept_passes, planned_recipes

@@ -28,8 +28,8 @@ from amfm.launch.plan.activations import (
     stream_bytes,
 )
 from amfm.launch.plan.blocks.cut import cut_of
-from amfm.launch.plan.buckets import bucketed_bytes, resting_bytes
 from amfm.launch.plan.exchange import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS
+from amfm.launch.plan.exchanges.buckets import bucketed_bytes, resting_bytes
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.in_flight import Moment, moments_of
 from amfm.launch.plan.layout import Layout, StageShare, count_routed, distinct_stages, held_by_stages

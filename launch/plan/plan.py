@@ -2,7 +2,7 @@
 
 How it works: a layout (`layout.py`) says how many ranks each axis has and what one rank of every pipeline stage holds.
 From that and the configuration alone `memory.py` adds up the bytes of the fullest rank and `time.py` the seconds of the
-slowest stage: operations at their roofline (`hardware.py`), collectives by the bytes of `exchanges.py` on the declared
+slowest stage: operations at their roofline (`hardware.py`), collectives by the bytes of `exchanges/` on the declared
 links. `search.py` lists layouts that obey every rule of a run; here they are estimated, ranked and explained.
 
 Why formulas: nothing is allocated and no model is built, so that a laptop plans 2,048 cards and a search tries thousands
@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from amfm.launch.plan.buckets import bucketed_bytes
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, estimate_as_dict, mfu_range
+from amfm.launch.plan.exchanges.buckets import bucketed_bytes
 from amfm.launch.plan.failures.goodput import Goodput, estimate_goodput
 from amfm.launch.plan.failures.replicas import ReplicaCost, estimate_replicas
 from amfm.launch.plan.hardware import GIB, Hardware

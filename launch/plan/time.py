@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
 from amfm.launch.plan.blocks.cut import cut_of
 from amfm.launch.plan.blocks.kinds import planned_block
-from amfm.launch.plan.communication import (
+from amfm.launch.plan.exchanges.seconds import (
     all_to_all_seconds,
     axis_place,
     exchange_seconds,
@@ -22,7 +22,7 @@ from amfm.launch.plan.communication import (
     ring_seconds,
     total_seconds,
 )
-from amfm.launch.plan.exchanges import reduction_exchanges
+from amfm.launch.plan.exchanges.stage import reduction_exchanges
 from amfm.launch.plan.expert_time import expert_exchange_seconds
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages

@@ -91,8 +91,8 @@ def planned_traffic(config: RunConfig, ranks: int, rank: int, context_rank: int)
 
     Windows of convolutions go to neighbours, of which the context ranks at both ends have one: theirs is no mean. Must run after process groups exist: without them Megatron-core's layers take every group for one rank.
     """
+    from amfm.launch.plan.exchanges.step import check_countable, stage_bytes
     from amfm.launch.plan.layout import Layout
-    from amfm.launch.plan.traffic import check_countable, stage_bytes
 
     layout = Layout.of(config, ranks)
     try:

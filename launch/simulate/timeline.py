@@ -2,7 +2,7 @@
 
 How it works: every rank has one stream that computes and one for each axis that sends, as process groups of NCCL have. An
 operation takes the longer of its arithmetic and its bytes, a collective the seconds that the plan gives its bytes on the
-declared links (`launch/plan/communication.py`). An exchange begins when its axis is free and what the rank computed before
+declared links (`launch/plan/exchanges/seconds.py`). An exchange begins when its axis is free and what the rank computed before
 it is done; where the trace waits for one, computing goes on at its end. A receive ends when the send of the traced rank
 that it belongs to has ended; of a rank that was not traced it is taken to be there in time. Weights that a step gathers and
 the next one awaits are laid out at its beginning, as they are in every step but the first. Nothing is said of the host.
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amfm.launch.plan.communication import PARTS, collective_seconds
 from amfm.launch.plan.estimate import Assumptions
+from amfm.launch.plan.exchanges.seconds import PARTS, collective_seconds
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.memory import storage_of
 from amfm.launch.plan.time import StepTime, estimate_step

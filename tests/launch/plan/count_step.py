@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from amfm.launch.plan.exchanges.step import check_exact, expected_bytes
 from amfm.launch.plan.layout import Layout
-from amfm.launch.plan.traffic import check_exact, expected_bytes
 from amfm.launch.simulate.count_collectives import CommunicationCounter, Traffic, sum_traffic
 from amfm.pretrain.config.schema import RunConfig
 from benchmarks.small_steps import begin_ranks, build_for_steps, load_small, take_step

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from amfm.launch.plan.blocks.expert_traffic import expert_traffic
-from amfm.launch.plan.exchanges import pass_exchanges
+from amfm.launch.plan.exchanges.stage import pass_exchanges
+from amfm.launch.plan.exchanges.step import NEWS, step_exchanges
 from amfm.launch.plan.layout import Layout, held_by_stages
-from amfm.launch.plan.traffic import NEWS, step_exchanges
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.step_sums import empty_sums
 from benchmarks.small_steps import load_small

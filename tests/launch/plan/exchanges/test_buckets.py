@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from amfm.launch.plan.buckets import bucket_sizes, bucketed_bytes, resting_bytes
 from amfm.launch.plan.exchange import BUCKET_ELEMENTS
+from amfm.launch.plan.exchanges.buckets import bucket_sizes, bucketed_bytes, resting_bytes
 from amfm.launch.plan.layout import Layout, held_by_stages
 from tests.launch.plan.presets import preset
 

@@ -1,6 +1,6 @@
 """Expected collective traffic of a training step, in bytes handed in by all ranks.
 
-How it works: the exchanges of passes and of whole gradients are those of `exchanges.py`, which the plan times too,
+How it works: the exchanges of passes and of whole gradients are those of `stage.py`, which the plan times too,
 added up over stages and micro-batches. Only what a built model knows is added here: gradients that are partial sums
 over an axis, and the parameter groups that ZeRO pads one by one. So are the few numbers that end a step. `amfm bench
 communication` counts the same bytes in a real step; they agree to the byte, or the formula is wrong. Cases whose bytes
@@ -17,7 +17,7 @@ from torch import nn
 from amfm.launch.plan.blocks.expert_traffic import has_certain_ranks, static_slots
 from amfm.launch.plan.blocks.kinds import planned_block
 from amfm.launch.plan.exchange import BUCKET_ELEMENTS, FLOAT32, INT64, Exchange
-from amfm.launch.plan.exchanges import pass_exchanges, reduction_exchanges
+from amfm.launch.plan.exchanges.stage import pass_exchanges, reduction_exchanges
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import AXES, ProcessGroupCollection

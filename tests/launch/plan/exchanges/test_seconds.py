@@ -2,7 +2,7 @@
 
 import pytest
 
-from amfm.launch.plan.communication import all_to_all_seconds, ring_seconds
+from amfm.launch.plan.exchanges.seconds import all_to_all_seconds, ring_seconds
 from tests.launch.plan.presets import H100
 
 

@@ -1,9 +1,9 @@
 """Seconds of collectives on the declared links: rings for gathers and reductions, all ranks at once for all-to-all.
 
-How it works: `exchanges.py` says which bytes a stage hands to which collective; here each row is timed with the links
+How it works: `stage.py` says which bytes a stage hands to which collective; here each row is timed with the links
 between the ranks of its axis. Ranks are numbered with the tensor axis innermost, so an axis of `ranks` neighbours lies
 `stride` ranks apart, which decides whether it stays inside a node. Nothing overlaps but what `overlap` says; of the expert
-axis `expert_time.py` says more.
+axis `../expert_time.py` says more.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from amfm.launch.plan.exchange import Exchange
-from amfm.launch.plan.exchanges import pass_exchanges
+from amfm.launch.plan.exchanges.stage import pass_exchanges
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare
 from amfm.pretrain.config.schema import RunConfig
