@@ -16,7 +16,7 @@ from torch import Tensor
 
 from amfm.kernels.common.steady_product import steady_product
 from amfm.kernels.moe.grouping import sort_stably
-from amfm.kernels.swiglu.gate import Gate, find_gate
+from amfm.kernels.swiglu.gate import find_gate
 
 # Writes left^T right over its third argument.
 Outer = Callable[[Tensor, Tensor, Tensor], object]
@@ -185,7 +185,7 @@ def activate(hidden_RF: Tensor, activation: str) -> Tensor:
     if unit is None:
         return F.relu(hidden_RF).square_()
     gate, up = unit.limited(*hidden_RF.chunk(2, dim=-1))
-    return _gate_factor(gate, unit).mul_(up)
+    return unit.factor(gate).mul_(up)
 
 
 def open_activation(hidden_SF: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -193,7 +193,7 @@ def open_activation(hidden_SF: Tensor, activation: str) -> tuple[Tensor, Tensor]
     unit = find_gate(activation)
     if unit is not None:
         gate, up = unit.limited(*hidden_SF.chunk(2, dim=-1))
-        factor = _gate_factor(gate, unit)
+        factor = unit.factor(gate)
         return factor * up, factor
     factor = F.relu(hidden_SF)
     return factor.square(), factor
@@ -210,16 +210,8 @@ def activation_backward(d_active: Tensor, hidden_SF: Tensor, factor: Tensor, act
     d_gate, d_up = grad.chunk(2, dim=-1)
     torch.mul(d_active, factor, out=d_up)
     torch.ops.aten.silu_backward.grad_input(d_active.mul_(up), unit.steep(gate), grad_input=d_gate)
-    if unit.limit is not None:
-        d_gate.masked_fill_(raw_gate > unit.limit, 0)
-        d_up.masked_fill_(raw_up.abs() > unit.limit, 0)
+    unit.pass_limits(d_gate, d_up, raw_gate, raw_up)
     return grad
-
-
-def _gate_factor(gate: Tensor, unit: Gate) -> Tensor:
-    """gate sigmoid(alpha gate), a new tensor."""
-    factor = F.silu(unit.steep(gate))
-    return factor if unit.alpha == 1.0 else factor.div_(unit.alpha)
 
 
 def count_rows(offsets_E: Tensor) -> list[int]:

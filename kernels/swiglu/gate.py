@@ -11,6 +11,7 @@ import functools
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn import functional
 
 UNGATED = "squared_relu"
 
@@ -31,6 +32,17 @@ class Gate(NamedTuple):
     def steep(self, gate: Tensor) -> Tensor:
         """alpha gate, of which silu is alpha times the unit's."""
         return gate if self.alpha == 1.0 else gate * self.alpha
+
+    def factor(self, gate: Tensor) -> Tensor:
+        """gate sigmoid(alpha gate), a new tensor."""
+        factor = functional.silu(self.steep(gate))
+        return factor if self.alpha == 1.0 else factor.div_(self.alpha)
+
+    def pass_limits(self, d_gate: Tensor, d_up: Tensor, raw_gate: Tensor, raw_up: Tensor) -> None:
+        """Set gradients to zero where a limit held the numbers that came."""
+        if self.limit is not None:
+            d_gate.masked_fill_(raw_gate > self.limit, 0)
+            d_up.masked_fill_(raw_up.abs() > self.limit, 0)
 
     def constants(self) -> dict[str, Any]:
         """Values for which Triton kernels are compiled (`amfm.kernels.common.silu`); a limit of 0 is none."""

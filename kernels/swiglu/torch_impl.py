@@ -21,56 +21,36 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up with its gradient; saves the input [..., 2F]. For units without a limit, alpha and shift."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(_wide(gate)).mul_(up).to(gate_up.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        gate, d_y = _wide(gate), grads[0]
-        d_gate_up = torch.empty_like(gate_up)
-        # Views: both gradients are written where they stay, without a concatenation.
-        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
-        d_gate.copy_(torch.ops.aten.silu_backward(_wide(d_y) * up, gate))
-        d_up.copy_(F.silu(gate).mul_(d_y))
-        return d_gate_up
+def _halves(gate_up: Tensor, unit: Gate) -> tuple[Tensor, Tensor]:
+    """Gate and up in float32 at least; up as it is where it is only multiplied, which widens it there."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return _wide(gate), up if unit == SWIGLU else _wide(up)
 
 
-class _LimitedSwiGLU(torch.autograd.Function):
-    """Any unit with its gradient, which is zero where a limit holds; saves the input [..., 2F]."""
+class _GatedUnit(torch.autograd.Function):
+    """A gated unit with its gradient, which is zero where a limit holds; saves the input [..., 2F]."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, unit: Gate) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.unit = unit
-        return _compose(gate_up, unit)
+        gate, up = unit.limited(*_halves(gate_up, unit))
+        return unit.factor(gate).mul_(up).to(gate_up.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (gate_up,) = ctx.saved_tensors
-        unit: Gate = ctx.unit
-        raw_gate, raw_up = (_wide(half) for half in gate_up.chunk(2, dim=-1))
-        (gate, up), d_y = unit.limited(raw_gate, raw_up), _wide(grads[0])
+        (gate_up,), (d_y,), unit = ctx.saved_tensors, grads, ctx.unit
+        raw_gate, raw_up = _halves(gate_up, unit)
+        gate, up = unit.limited(raw_gate, raw_up)
+        d_gate_up = torch.empty_like(gate_up)
+        # Views: both gradients are written where they stay, without a concatenation.
+        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
         steep = unit.steep(gate)
-        d_gate = torch.ops.aten.silu_backward(d_y * up, steep)
-        d_up = d_y * F.silu(steep) / unit.alpha
-        if unit.limit is not None:
-            d_gate = d_gate.masked_fill_(raw_gate > unit.limit, 0)
-            d_up = d_up.masked_fill_(raw_up.abs() > unit.limit, 0)
-        return torch.cat([d_gate, d_up], dim=-1).to(gate_up.dtype), None
-
-
-def _compose(gate_up: Tensor, unit: Gate) -> Tensor:
-    """A unit of wide numbers, rounded once."""
-    gate, up = unit.limited(*(_wide(half) for half in gate_up.chunk(2, dim=-1)))
-    return (F.silu(unit.steep(gate)) / unit.alpha * up).to(gate_up.dtype)
+        d_gate.copy_(torch.ops.aten.silu_backward(_wide(d_y) * up, steep))
+        wide_d_up = F.silu(steep).mul_(d_y)
+        d_up.copy_(wide_d_up if unit.alpha == 1.0 else wide_d_up.div_(unit.alpha))
+        unit.pass_limits(d_gate, d_up, raw_gate, raw_up)
+        return d_gate_up, None
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -89,12 +69,10 @@ class _SquaredReLU(torch.autograd.Function):
 
 def swiglu_torch(gate_up: Tensor, unit: Gate = SWIGLU) -> Tensor:
     """As `swiglu_reference`, in float32 inside. A compiler fuses the plain composition better than the Function."""
-    if unit != SWIGLU:
-        return _compose(gate_up, unit) if torch.compiler.is_compiling() else _LimitedSwiGLU.apply(gate_up, unit)
     if torch.compiler.is_compiling():
-        gate, up = gate_up.chunk(2, dim=-1)
-        return (F.silu(_wide(gate)) * up).to(gate_up.dtype)
-    return _SwiGLU.apply(gate_up)
+        gate, up = unit.limited(*_halves(gate_up, unit))
+        return (unit.factor(gate) * up).to(gate_up.dtype)
+    return _GatedUnit.apply(gate_up, unit)
 
 
 def squared_relu_torch(x: Tensor) -> Tensor:
