@@ -57,8 +57,11 @@ def require_if_given(path: Path | None) -> Path | None:
 
 # Of a training state: torch Distributed Checkpoint, DeepSpeed's universal layout or the folder of its tag, Megatron-Core's.
 TRAINING_STATES = (
-    *(".metadata", "latest_universal", "zero/optimizer_state.pt"),
-    *("metadata.json", "latest_checkpointed_iteration.txt"),
+    ".metadata",
+    "latest_universal",
+    "zero/optimizer_state.pt",
+    "metadata.json",
+    "latest_checkpointed_iteration.txt",
 )
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist or be empty.")]
 

@@ -31,8 +31,8 @@ from amfm.data_pipeline.progress import Report, silent
 from amfm.model.on_demand import OnDemand, Shape, Source, cut_rows, source_of
 from amfm.pretrain.engine.moments import FROZEN, MUON
 from amfm.pretrain.exchange.dcp_folder import DcpFolder, read_json
-from amfm.pretrain.exchange.fit import BUFFER, fit_tensors, one_step, shapes_of
-from amfm.pretrain.exchange.state import TrainingState, check_record, read_state
+from amfm.pretrain.exchange.fit import BUFFER, Fitted, fit_tensors, one_step, shapes_of
+from amfm.pretrain.exchange.state import TrainingState, check_record, read_state, with_tuples
 from amfm.pretrain.export.export import check_free
 from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
 
@@ -143,48 +143,56 @@ def param_groups(record: dict[str, Any]) -> list[dict[str, Any]]:
     adamw = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]
     groups = []
     for label, settings in record["groups"].items():
-        own = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
         names = [name for name, entry in record["parameters"].items() if entry["group"] == label]
-        groups.append({**({} if label == MUON else adamw), **own, "params": names})
+        groups.append({**({} if label == MUON else adamw), **with_tuples(settings), "params": names})
     return groups
 
 
-def read_dcp(folder: DcpFolder) -> TrainingState:
-    """Read the state that `export_dcp` wrote, or a program that kept its record.
+class DcpStates:
+    """A training state in a folder of torch Distributed Checkpoint, to read."""
 
-    Raises ValueError naming tensors that are missing, surplus or of another shape.
-    """
-    record = read_json(folder, RECORD)
-    check_record(record, f"{folder.path}, {RECORD}")
-    labels = {name: entry["group"] for name, entry in record["parameters"].items()}
-    tensors, buffers = fit_dcp(folder, shapes_of(record["parameters"]), labels, shapes_of(record["buffers"]))
-    random = {
-        name.removeprefix(RANDOM): folder.tensor(name).clone() for name in folder.tensors if name.startswith(RANDOM)
-    }
-    return TrainingState(str(folder.path), tensors, buffers, random, record)
+    def __init__(self, path: Path) -> None:
+        self.path, self.folder = path, DcpFolder(path)
 
+    def has_record(self) -> bool:
+        """Whether an amfm run's record is there."""
+        return RECORD in self.folder.values
 
-def fit_dcp(
-    folder: DcpFolder, shapes: Mapping[str, Shape], labels: Mapping[str, str], buffers: Mapping[str, Shape]
-) -> tuple[dict[str, dict[str, Source]], dict[str, Source]]:
-    """Fit the folder's tensors to a model, as `fit_tensors` does."""
-    names = [name for name in folder.tensors if not name.startswith(OURS)]
-    steps = [key_of("step", name) for name in shapes if labels[name] != FROZEN]
-    found = OnDemand({name: folder.source(name) for name in names})
-    return fit_tensors(found, key_of, str(folder.path), shapes=shapes, labels=labels, buffers=buffers, ignored=steps)
+    def has_moments(self) -> bool:
+        """Whether an optimizer's state is there."""
+        return any(name.startswith("optimizer.") for name in self.folder.tensors)
+
+    def read(self) -> TrainingState:
+        """Read the state that `export_dcp` wrote, or a program that kept its record.
+
+        Raises ValueError naming tensors that are missing, surplus or of another shape.
+        """
+        record = read_json(self.folder, RECORD)
+        check_record(record, f"{self.path}, {RECORD}")
+        labels = {name: entry["group"] for name, entry in record["parameters"].items()}
+        tensors, buffers = self.fit(shapes_of(record["parameters"]), labels, shapes_of(record["buffers"]))
+        names = [name for name in self.folder.tensors if name.startswith(RANDOM)]
+        random = {name.removeprefix(RANDOM): self.folder.tensor(name).clone() for name in names}
+        return TrainingState(str(self.path), tensors, buffers, random, record)
+
+    def fit(self, shapes: Mapping[str, Shape], labels: Mapping[str, str], buffers: Mapping[str, Shape]) -> Fitted:
+        """Fit the folder's tensors to a model, as `fit_tensors` does."""
+        names = [name for name in self.folder.tensors if not name.startswith(OURS)]
+        steps = [key_of("step", name) for name in shapes if labels[name] != FROZEN]
+        found = OnDemand({name: self.folder.source(name) for name in names})
+        return fit_tensors(found, key_of, str(self.path), shapes=shapes, labels=labels, buffers=buffers, ignored=steps)
+
+    def step(self, names: Collection[str]) -> int:
+        """The optimizer's counter, which all parameters must share. Raises ValueError where they do not."""
+        keys = [key_of("step", name) for name in names]
+        missing = [key for key in keys if key not in self.folder.tensors]
+        if missing:
+            raise ValueError(
+                f"{self.path}: {missing[0]} is missing; AdamW's bias correction needs the step of each moment"
+            )
+        return one_step({int(self.folder.tensor(key)) for key in keys}, self.path)
 
 
 def key_of(kind: str, name: str) -> str:
     """The key of a tensor in torch's state dicts of a model and its optimizer."""
     return f"model.{name}" if kind in ("weight", BUFFER) else f"optimizer.state.{name}.{kind}"
-
-
-def read_step(folder: DcpFolder, names: Collection[str]) -> int:
-    """Read the optimizer's counter, which all parameters must share. Raises ValueError where they do not."""
-    keys = [key_of("step", name) for name in names]
-    missing = [key for key in keys if key not in folder.tensors]
-    if missing:
-        raise ValueError(
-            f"{folder.path}: {missing[0]} is missing; AdamW's bias correction needs the step of each moment"
-        )
-    return one_step({int(folder.tensor(key)) for key in keys}, folder.path)

@@ -11,6 +11,8 @@ BUFFER = "buffer"
 MAX_FAULTS = 8
 # From kind (`weight`, a moment, `buffer`) and name to the key that a format has for it.
 KeyOf = Callable[[str, str], str]
+# Masters and moments by kind and name, and buffers.
+Fitted = tuple[dict[str, dict[str, Source]], dict[str, Source]]
 
 
 def fit_tensors(
@@ -22,7 +24,7 @@ def fit_tensors(
     labels: Mapping[str, str],
     buffers: Mapping[str, Shape],
     ignored: Collection[str] = (),
-) -> tuple[dict[str, dict[str, Source]], dict[str, Source]]:
+) -> Fitted:
     """Find masters and moments, by kind and name, and buffers under the keys of a format.
 
     `labels`: of the parameters' groups, which say what moments each has. Raises ValueError naming what is missing, surplus

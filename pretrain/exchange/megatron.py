@@ -18,7 +18,7 @@ Every tensor must be taken, or it is refused by name: biases, other positions, d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ from torch import Tensor
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.shapes import block_shapes
-from amfm.model.on_demand import OnDemand, Source
+from amfm.model.on_demand import OnDemand, Shape, Source
 from amfm.pretrain.exchange.common_file import read_common
 from amfm.pretrain.exchange.dcp_folder import DcpFolder
-from amfm.pretrain.exchange.fit import one_step
+from amfm.pretrain.exchange.fit import BUFFER, Fitted, fit_tensors, one_step
 
 DESCRIPTION, COMMON, LATEST = "metadata.json", "common.pt", "latest_checkpointed_iteration.txt"
 STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(fp32_param|exp_avg|exp_avg_sq)\.(.+)")
@@ -131,14 +131,19 @@ class MegatronFolder:
                 f"{self.path} was trained with --apply-layernorm-1p, and our norms add no one to their weights"
             )
 
-    def step(self) -> int:
-        """The optimizer's counter. Raises ValueError where it is nowhere, or parameters differ in it."""
+    def step(self, names: Collection[str]) -> int:
+        """The optimizer's counter, one for all parameters. Raises ValueError where it is nowhere, or parameters differ in it."""
         steps = set(find_steps(self.common.get("optimizer")))
         if not steps and isinstance(self.common.get("iteration"), int):
             steps = {self.common["iteration"]}
         if not steps:
             raise ValueError(f"{self.path / COMMON} has no step of the optimizer and no iteration; save it with both")
         return one_step(steps, self.path / COMMON)
+
+    def fit(self, shapes: Mapping[str, Shape], labels: Mapping[str, str], buffers: Mapping[str, Shape]) -> Fitted:
+        """Fit the folder's tensors to the model, as `fit_tensors` does."""
+        found = self.found(("weight", "exp_avg", "exp_avg_sq") if self.has_moments() else ("weight",))
+        return fit_tensors(found, key_of, str(self.path), shapes=shapes, labels=labels, buffers=buffers)
 
     def found(self, kinds: Sequence[str]) -> OnDemand:
         """All tensors of these kinds by kind and our name (`weight/NAME`); buffers count as weights.
@@ -156,6 +161,11 @@ class MegatronFolder:
                     f"{len(self.keys[kind])} tensors ({kind}) belong to no block of pattern {self.model.pattern}"
                 )
         return OnDemand(sources)
+
+
+def key_of(kind: str, name: str) -> str:
+    """The key of a tensor in `MegatronFolder.found`."""
+    return f"{'weight' if kind == BUFFER else kind}/{name}"
 
 
 class Reading:

@@ -97,6 +97,11 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
     read_saved_config(record)
 
 
+def with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    """Convert settings from JSON to torch's form, in which pairs (betas) are tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+
 @dataclass(frozen=True)
 class WrittenRun:
     """A run directory that was written: its checkpoint, step, and how many tensors and bytes."""

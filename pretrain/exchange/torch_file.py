@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from amfm.data_pipeline.durable.naming import named
 from amfm.model.on_demand import BLOCK_NUMEL, Source, cut_rows
+from amfm.pretrain.exchange.dcp_folder import READ_TYPES
 from amfm.pretrain.tensor_files import tensor_bytes
 
 PARAM = "param"
-READ_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def write_param(path: Path, source: Source) -> None:

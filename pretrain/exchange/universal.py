@@ -26,8 +26,8 @@ from amfm.data_pipeline.durable.foreign_files import inside, read_object
 from amfm.data_pipeline.progress import Report, silent
 from amfm.model.on_demand import OnDemand, Shape, Source, source_of
 from amfm.pretrain.engine.moments import FROZEN, MUON
-from amfm.pretrain.exchange.fit import fit_tensors, one_step, shapes_of
-from amfm.pretrain.exchange.state import TrainingState, check_record, read_state
+from amfm.pretrain.exchange.fit import Fitted, fit_tensors, one_step, shapes_of
+from amfm.pretrain.exchange.state import TrainingState, check_record, read_state, with_tuples
 from amfm.pretrain.exchange.torch_file import read_param, write_param
 from amfm.pretrain.export.export import check_free
 from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
@@ -139,11 +139,6 @@ def describe_optimizer(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    """Convert settings from JSON to torch's form, in which pairs (betas) are tuples."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-
-
 def describe_model(state: TrainingState) -> dict[str, Any]:
     """Collect what no parameter owns: counters, and as client state our buffers, progress and configuration.
 
@@ -186,6 +181,10 @@ class UniversalFolder:
     def has_record(self) -> bool:
         """Whether an amfm run's record is there."""
         return (self.path / OWN / RECORD).is_file()
+
+    def has_moments(self) -> bool:
+        """True: one without moments is refused by their names."""
+        return True
 
     def found(self) -> OnDemand:
         """All tensors by the names of their files."""
@@ -235,9 +234,7 @@ class UniversalFolder:
         random = {key.removeprefix("random/"): value for key, value in held.items() if key.startswith("random/")}
         return TrainingState(str(self.path), tensors, buffers, random, record)
 
-    def fit(
-        self, shapes: Mapping[str, Shape], labels: Mapping[str, str], buffers: Mapping[str, Shape]
-    ) -> tuple[dict[str, dict[str, Source]], dict[str, Source]]:
+    def fit(self, shapes: Mapping[str, Shape], labels: Mapping[str, str], buffers: Mapping[str, Shape]) -> Fitted:
         """Fit the folder's tensors to a model, as `fit_tensors` does.
 
         Buffers are where DeepSpeed's converter puts them, among the parameters, else in the module's file.

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.cache_utils import Cache
 
-BlockState = tuple[Tensor, ...] | None
+# Tensors, or a state for each of several mixers side by side.
+BlockState = tuple[Any, ...] | None
 
 
 class AmfmCache(Cache):
@@ -49,7 +51,7 @@ class AmfmCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows of the states; -1 before the first token."""
-        return next((state[0].shape[0] for state in self.states if state), -1)
+        return next((part.shape[0] for part in tree_leaves(self.states) if isinstance(part, Tensor)), -1)
 
     @property
     def is_croppable(self) -> bool:
@@ -93,7 +95,7 @@ class AmfmCache(Cache):
         self._change(lambda part: part[indices])
 
     def _change(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.states = [state and tuple(function(part) for part in state) for state in self.states]
+        self.states = tree_map_only(Tensor, function, self.states)
 
 
 def as_own_cache(cache: Any, num_blocks: int) -> AmfmCache:

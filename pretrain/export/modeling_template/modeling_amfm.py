@@ -70,26 +70,18 @@ def run_mixer(mixer: nn.Module, x_BTD: Tensor, stretch: Stretch, state: BlockSta
 
 
 class ParallelMixers(nn.Module):
-    """Mixers of the same input, whose outputs are added; their states stand one behind the other in one tuple."""
+    """Mixers of the same input, whose outputs are added; their states are a tuple of one for each."""
 
     def __init__(self, letter: str, index: int, config: AmfmConfig) -> None:
         super().__init__()
         symbols = letter.strip("()").split("&")
         self.branches = nn.ModuleList(make_mixer(symbol, index, config) for symbol in symbols)
-        self.sizes: list[int] = []
 
     def forward(self, x_BTD: Tensor, stretch: Stretch, state: BlockState) -> tuple[Tensor, BlockState]:
         """x [B, T, D] -> y [B, T, D] and the state after it."""
-        outputs, parts, begin = [], [], 0
-        for number, branch in enumerate(self.branches):
-            own = None
-            if state is not None:
-                own, begin = state[begin : begin + self.sizes[number]], begin + self.sizes[number]
-            y_BTD, following = run_mixer(branch, x_BTD, stretch, own)
-            outputs.append(y_BTD)
-            parts.append(following or ())
-        self.sizes = [len(part) for part in parts]
-        return torch.stack(outputs).sum(dim=0), tuple(tensor for part in parts for tensor in part)
+        states = (None,) * len(self.branches) if state is None else state
+        found = [run_mixer(branch, x_BTD, stretch, own) for branch, own in zip(self.branches, states, strict=True)]
+        return torch.stack([y_BTD for y_BTD, _ in found]).sum(dim=0), tuple(own for _, own in found)
 
 
 class AmfmBlock(GradientCheckpointingLayer):

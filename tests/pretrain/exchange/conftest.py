@@ -30,6 +30,16 @@ class Unbroken:
         assert all(found.weights[name].equal(value) for name, value in self.trained.weights.items())
 
 
+class Evil:
+    """An object whose unpickling would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
 @pytest.fixture(scope="session")
 def unbroken(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
     """Trained once for the session; nothing writes to it."""

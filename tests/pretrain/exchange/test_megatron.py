@@ -22,7 +22,7 @@ from amfm.pretrain.exchange.common_file import read_common
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
-from tests.pretrain.exchange.conftest import Unbroken
+from tests.pretrain.exchange.conftest import Evil, Unbroken
 from tests.pretrain.tiny_run import MODEL, tiny_config
 
 MOE: dict[str, Any] = {
@@ -170,16 +170,6 @@ def test_logits_of_gpt_models_are_equal(data: DataConfig, tmp_path: Path) -> Non
             ours = read_weights(tmp_path / f"{name}-in").build()(IDS_BT, PackMeta.one_document_a_row(1, 24))
         # Two float32 implementations that add in another order; logits of order 1.
         assert torch.allclose(ours.logits_BTV, logits[name], atol=1e-5, rtol=1e-5), name
-
-
-class Evil:
-    """An object whose unpickling would write a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.path,)
 
 
 def test_common_state_runs_no_code(tmp_path: Path) -> None:

@@ -94,16 +94,25 @@ def test_sinks_limits_and_the_cores_mixers_side_by_side_give_the_same_logits() -
         moe=MOE.model_copy(update={"activation": "swiglu_oai", "activation_limit": 0.2}),
         feed_forward=FEED_FORWARD.model_copy(update={"activation_limit": 0.3}),
     )
-    assert_same_logits(config)
+    theirs = assert_same_logits(config)
+    tokens_BT, other = sample_tokens(), AmfmForCausalLM(theirs.config).eval()
+    other.load_state_dict(theirs.state_dict())
+    whole_BTV = theirs(tokens_BT).logits
+    cache = theirs(tokens_BT[:, :9], use_cache=True).cache
+    assert cache.batch_size == 2
+    # A cache is no model's own, and beam search changes its rows.
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert_near(other(tokens_BT[[1, 0], 9:], cache=cache).logits, whole_BTV[[1, 0], 9:], FLOAT32, "the other rows")
 
 
-def assert_same_logits(config: ModelConfig) -> None:
+def assert_same_logits(config: ModelConfig) -> AmfmForCausalLM:
     ours = small_model(config, dtype=torch.float32).eval()
     fields = huggingface_config(config, "own", TokenIds(None, None, None), max_position_embeddings=64)
     theirs = AmfmForCausalLM(AmfmConfig(**fields)).eval()
     theirs.load_state_dict(weight_map(config, "own").to_theirs(ours.state_dict()))
     expected_BTV = ours(sample_tokens(), PackMeta.one_document_a_row(2, TOKENS)).logits_BTV
     assert_near(theirs(sample_tokens()).logits, expected_BTV, FLOAT32, "logits")
+    return theirs
 
 
 @pytest.mark.parametrize("name", DECODED)

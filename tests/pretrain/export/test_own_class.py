@@ -17,9 +17,10 @@ from amfm.model.huggingface.config import TokenIds, huggingface_config
 from amfm.model.huggingface.weights import weight_map
 from amfm.pretrain.export.export import export_checkpoint
 from amfm.pretrain.export.import_huggingface import import_huggingface
-from amfm.pretrain.export.modeling_template import configuration_amfm
+from amfm.pretrain.export.modeling_template import configuration_amfm, mixers_amfm
 from amfm.pretrain.export.modeling_template.configuration_amfm import AmfmConfig
 from amfm.pretrain.export.modeling_template.modeling_amfm import AmfmForCausalLM
+from amfm.pretrain.export.vllm_plugin.vllm_amfm import served
 from amfm.pretrain.inference.weights import read_weights, write_weights
 from tests.model.mixers.samples import sample_options
 from tests.pretrain.export.exported_models import MODELS, random_weights
@@ -37,7 +38,8 @@ def build(pattern: str, attention: str = "sdpa") -> AmfmForCausalLM:
 
 
 def test_the_files_and_the_export_agree_on_their_version() -> None:
-    assert configuration_amfm.MODELING_VERSION == own.MODELING_VERSION
+    assert configuration_amfm.MODELING_VERSION == served.VERSION == own.MODELING_VERSION
+    assert served.LETTERS.items() >= mixers_amfm.LETTERS.items()
 
 
 def test_an_export_of_the_first_version_is_imported_and_refused_by_newer_files(

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import PretrainedConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from .served import ATTENDING, STATEFUL, attention_sizes, block_names, unserved
+from .served import ATTENDING, STATEFUL, VERSION, attention_sizes, block_names, unserved
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-VERSION = 2
 
 
 class AmfmConfig(PretrainedConfig):

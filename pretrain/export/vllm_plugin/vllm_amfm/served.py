@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+# Of the modelling files whose config.json is read.
+VERSION = 2
 LETTERS = {
     "M": "mamba2",
     "*": "attention",

@@ -1,7 +1,4 @@
-"""Blocks with a state of one size, on vLLM's parts: Mamba2, the gated short convolution, Gated DeltaNet.
-
-`NAMES` are the weights of each under our names, and how they are called there.
-"""
+"""Blocks with a state of one size, on vLLM's parts: Mamba2, the gated short convolution, Gated DeltaNet."""
 
 from __future__ import annotations
 
