@@ -1,4 +1,4 @@
-"""Command lines of ranks and of every other amfm process, started apart from the working directory.
+"""Command lines of ranks and of every other amfm process, started apart from the working directory; variables of ranks.
 
 `python -m amfm.launch` searches the working directory first and would run a user's `amfm.py` or `amfm/` in place of ours, on
 every rank. `-P` turns that off; installed packages, editable installs and PYTHONPATH stay. A clone that is not installed is
@@ -19,3 +19,15 @@ def isolated_python() -> list[str]:
 def rank_command(arguments: Sequence[str]) -> list[str]:
     """Command line of a process that runs an `amfm` command line."""
     return [*isolated_python(), "-m", "amfm.launch", *arguments]
+
+
+def rank_variables(rank: int, num_ranks: int, ranks_per_node: int, master: str, port: int) -> dict[str, str]:
+    """The variables that torchrun sets for a rank; consecutive ranks share a node, and rank 0 is met at `master`."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank % ranks_per_node),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(ranks_per_node),
+        "MASTER_ADDR": master,
+        "MASTER_PORT": str(port),
+    }

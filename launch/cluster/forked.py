@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -122,6 +123,9 @@ class ForkedRank:
     def kill(self) -> None:
         """Kill it, if it runs."""
         self.send_signal(signal.SIGKILL)
+
+
+RankProcess = subprocess.Popen[bytes] | ForkedRank
 
 
 def become_rank(

@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from amfm.launch.cluster.forked import ForkedRank, can_fork
+from amfm.launch.cluster.forked import ForkedRank, RankProcess, can_fork
 from amfm.launch.heavy_imports import heavy_imports
-from amfm.launch.rank_command import rank_command
+from amfm.launch.rank_command import rank_command, rank_variables
 from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.checks.ranks import ranks_of_stage
 from amfm.pretrain.config.schema import RunConfig
@@ -33,7 +33,6 @@ from amfm.pretrain.launcher_protocol import DONE, GOES_ON, INTERRUPTED, LAUNCHER
 from amfm.pretrain.monitor.signals import take_noted
 from amfm.pretrain.stages import resolve_stages, stage_of
 
-RankProcess = subprocess.Popen[bytes] | ForkedRank
 GRACE_SECONDS = 30.0  # what the other ranks get to end by themselves after one failed
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 HOST = "127.0.0.1"
@@ -155,12 +154,7 @@ def environment_of(rank: int, num_ranks: int, port: int, environment: Mapping[st
     """Variables that torchrun would set for a rank, and the process number of the launcher."""
     return {
         **environment,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": HOST,
-        "MASTER_PORT": str(port),
+        **rank_variables(rank, num_ranks, num_ranks, HOST, port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         LAUNCHER_PID: str(os.getpid()),
     }

@@ -20,7 +20,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import termios
@@ -30,11 +29,11 @@ from contextlib import suppress
 from typing import Any
 
 from amfm.launch.allocator import expand_segments
-from amfm.launch.cluster.forked import ForkedRank, name_process, why_not_fork
+from amfm.launch.cluster.forked import ForkedRank, RankProcess, name_process, why_not_fork
 from amfm.launch.cluster.node_check import main as check_this_node
 from amfm.launch.cluster.node_check import tell
 from amfm.launch.heavy_imports import heavy_imports
-from amfm.launch.rank_command import isolated_python, rank_command
+from amfm.launch.rank_command import isolated_python, rank_command, rank_variables
 from amfm.pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID, RESTART_CAUSE
 from amfm.pretrain.monitor.signals import note_signals
 from amfm.pretrain.versions import collect_versions
@@ -42,7 +41,6 @@ from amfm.pretrain.versions import collect_versions
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0  # for the other ranks of the node to end by themselves after one failed
 RESETS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-RankProcess = subprocess.Popen[bytes] | ForkedRank
 
 
 def load() -> str:
@@ -72,7 +70,7 @@ class NodeServer:
 
     def serve(self) -> None:
         """Obey orders and look after the ranks, until standard input ends."""
-        tell(ready=socket.gethostname(), loaded=not self.reason, reason=self.reason)
+        tell(ready=True, reason=self.reason)
         received = b""
         while True:
             is_busy = bool(self.ranks) or self.checker is not None
@@ -131,15 +129,10 @@ class NodeServer:
 
     def start_rank(self, local_rank: int, attempt: Mapping[str, Any]) -> RankProcess:
         """Start one rank with torchrun's variables; rank 0 listens for the others."""
-        rank = attempt["node"] * self.num_ranks + local_rank
+        rank, num_ranks = attempt["node"] * self.num_ranks + local_rank, attempt["nodes"] * self.num_ranks
         environment = {
             **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(local_rank),
-            "WORLD_SIZE": str(attempt["nodes"] * self.num_ranks),
-            "LOCAL_WORLD_SIZE": str(self.num_ranks),
-            "MASTER_ADDR": attempt["master"],
-            "MASTER_PORT": str(attempt["port"]),
+            **rank_variables(rank, num_ranks, self.num_ranks, attempt["master"], attempt["port"]),
             GOES_ON: "1",
             LAUNCHER_PID: str(os.getpid()),
             # `ssh -tt` gives ranks a terminal, but their lines go into the launcher's output: no panel that is redrawn.
@@ -166,8 +159,7 @@ class NodeServer:
         codes = [rank.poll() for rank in self.ranks]
         if self.failed_at is None and any(codes):
             self.failed_at = time.monotonic()
-            failed = next(local_rank for local_rank, code in enumerate(codes) if code)
-            tell(failed=failed, code=codes[failed])
+            tell(failed=True)
         if self.failed_at is not None and time.monotonic() > self.failed_at + GRACE_SECONDS:
             self.kill()
             codes = [rank.poll() for rank in self.ranks]

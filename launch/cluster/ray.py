@@ -27,7 +27,7 @@ from amfm.data_pipeline.prepare.ray_actors import start_ray
 from amfm.launch.cluster.interrupt import forward_to_ranks
 from amfm.launch.cluster.rank_logs import Follower, last_words, rank_log
 from amfm.launch.cluster.supervise import Attempt, Outcome
-from amfm.launch.rank_command import rank_command
+from amfm.launch.rank_command import rank_command, rank_variables
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
 
 POLL_SECONDS = 0.5
@@ -170,14 +170,7 @@ class RayCluster:
     def _variables(self, attempt: Attempt, rank: int, places: Sequence[tuple[str, str, int]]) -> dict[str, str]:
         """torchrun's variables for a rank; all ranks meet at rank 0's address and free port."""
         _, address, port = places[0]
-        variables = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank % self.ranks_per_node),
-            "WORLD_SIZE": str(len(places)),
-            "LOCAL_WORLD_SIZE": str(self.ranks_per_node),
-            "MASTER_ADDR": address,
-            "MASTER_PORT": str(port),
-        }
+        variables = rank_variables(rank, len(places), self.ranks_per_node, address, port)
         if "GPU" in self.need:
             # Ray shows each actor its own card, which is then number 0.
             variables["LOCAL_RANK"] = "0"

@@ -48,15 +48,13 @@ def kept_code_bytes(model: ModelConfig, settings: LowPrecisionConfig, layout: La
 @lru_cache(maxsize=256)
 def narrow_flops_per_token(model: ModelConfig, settings: LowPrecisionConfig) -> dict[RecipeName, float]:
     """FLOPs a token, forward and backward, of all products by each recipe; nothing where they are emulated."""
-    found: Counter[RecipeName] = Counter()
+    found: dict[RecipeName, float] = {}
     blocks = Counter(model.letters[index] for index in settings.narrow_blocks(model.letters))
     products = 2 if settings.weight_gradient == "bf16" else 3
     for letter, times in blocks.items() if not settings.emulate else ():
         for matrix, recipe in narrow_matrices(model, settings, letter):
-            numel = 1.0
-            for size in matrix.shape:
-                numel *= size
+            numel = float(math.prod(matrix.shape))
             if matrix.shard.per_expert and model.moe is not None:
                 numel *= model.moe.top_k / model.moe.num_experts
-            found[recipe] += times * 2 * products * numel  # type: ignore[assignment]
-    return dict(found)
+            found[recipe] = found.get(recipe, 0.0) + times * 2 * products * numel
+    return found

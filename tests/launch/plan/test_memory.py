@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from amfm.launch.plan.activations import head_bytes
+from amfm.launch.plan.blocks.cut import cut_of
 from amfm.launch.plan.in_flight import moments_of
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.launch.plan.measured import block_bytes
@@ -12,7 +13,6 @@ from amfm.launch.plan.memory import (
     block_sizes,
     building_bytes,
     busiest_pass,
-    cut_of,
     estimate_memory,
     persistent_bytes,
     product_bytes,

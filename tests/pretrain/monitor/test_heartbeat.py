@@ -116,7 +116,7 @@ def test_a_rank_that_was_stopped_itself_gets_its_time_again(tmp_path: Path) -> N
 WAITS = (
     "import sys, time\n"
     "from pathlib import Path\n"
-    "from amfm.pretrain.monitor import heartbeat, neighbours\n"
+    "from amfm.pretrain.monitor import heartbeat\n"
     "heartbeat.SILENT_SECONDS, heartbeat.NEIGHBOUR_SECONDS = 2.0, 0.2\n"
     "beating = heartbeat.Heartbeat(Path(sys.argv[1]), rank=1, timeout_seconds=600.0)\n"
     "beating.start()\n"
