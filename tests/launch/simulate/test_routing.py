@@ -5,7 +5,7 @@ import torch
 
 from amfm.launch.simulate.routing import spread_choices
 from amfm.model.moe.spread import expected_ranks
-from tests.launch.plan.test_exchanges import moe_of
+from tests.launch.plan.blocks.test_expert_traffic import moe_of
 
 
 @pytest.mark.parametrize(
