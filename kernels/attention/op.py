@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amfm.kernels.attention.log_sums import note_log_sums
 from amfm.kernels.attention.reference import attention_reference, window_sums_reference
 from amfm.kernels.attention.torch_impl import attention_torch
 from amfm.kernels.attention.varlen import DocumentEnds, attention_varlen, refuse_varlen
@@ -36,6 +37,7 @@ def attention(
     scale: float | None = None,
     window: int | None = None,
     document_ends: DocumentEnds | None = None,
+    highest_H: Tensor | None = None,
     backend: str = "torch",
 ) -> Tensor:
     """softmax(scale * q k^T) v over the keys of the query's document up to the query itself, or the last `window` of them.
@@ -45,7 +47,8 @@ def attention(
     those of the keys, integers that do not decrease inside a row. `scale` defaults to K ** -0.5. Softmax and sums in
     float32 (float64 for float64). Sinks [H]: each is the score of one more key of its head, which has no value and which
     every query of every document sees. Backend "varlen" (`fastest_backend`) takes `document_ends` in place of ids, with
-    those of keys where S > T, and no sinks. Raises ValueError for wrong shapes and dtypes.
+    those of keys where S > T, no sinks and no `highest_H`: a tensor [H], raised in place to the largest log-sum-exp of each
+    head's queries, of keys alone. Raises ValueError for wrong shapes and dtypes.
     Source: Dao 2023 (arXiv 2307.08691); Ainslie et al. 2023 (arXiv 2305.13245) for grouped queries; Beltagy et al. 2020
     (arXiv 2004.05150), section 3.1, for windows; OpenAI 2025 (arXiv 2508.10925), section 2.2, for sinks, after Miller 2023.
     """
@@ -60,8 +63,8 @@ def attention(
         window = None
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if backend == "varlen":
-        if sinks_H is not None:
-            raise ValueError('attention backend "varlen" has no sinks')
+        if sinks_H is not None or highest_H is not None:
+            raise ValueError('attention backend "varlen" has no sinks, and does not give its sums')
         if document_ends is None or (document_ends.key_offsets is None and q_BTHK.shape[1] != k_BSJK.shape[1]):
             raise ValueError(
                 'attention backend "varlen" needs document_ends, with those of keys where there are more than queries'
@@ -71,7 +74,9 @@ def attention(
     if backend == "triton":
         from amfm.kernels.attention.triton_impl import attention_triton
 
-        return attention_triton(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, scale, window, sinks_H)
+        return attention_triton(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, scale, window, sinks_H, highest_H)
+    if highest_H is not None:
+        note_log_sums(highest_H, q_BTHK, k_BSJK, document_ids_BS=document_ids_BS, scale=scale, window=window)
     settings: dict[str, Any] = {"document_ids_BS": document_ids_BS, "scale": scale, "sinks_H": sinks_H}
     if backend == "reference":
         return attention_reference(q_BTHK, k_BSJK, v_BSJK, window=window, **settings)
@@ -116,6 +121,7 @@ def fastest_backend(
     keys: int,
     document_ends: DocumentEnds | None = None,
     has_sinks: bool = False,
+    gives_sums: bool = False,
 ) -> str:
     """Backend on which a model's attention runs where its kernels are to run on `backend`: that, "torch" or "varlen".
 
@@ -130,6 +136,9 @@ def fastest_backend(
     tokens = q_BTHK.shape[1]
     if has_sinks:
         _note_choice("triton", "PyTorch's attention has no sinks; ours begins its sums with them")
+        return backend
+    if gives_sums:
+        _note_choice("triton", "PyTorch's attention keeps its log-sum-exp to itself; ours hands it out")
         return backend
     has_ends = document_ends is not None and (tokens == keys or document_ends.key_offsets is not None)
     if has_ends and (has_documents or tokens != keys):

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from amfm.kernels.attention.log_sums import of_keys_alone, raise_highest
 from amfm.kernels.attention.triton_kernels import (
     attention_forward_kernel,
     attention_key_gradient_kernel,
@@ -194,6 +195,7 @@ def attention_triton(
     scale: float,
     window: int | None = None,
     sinks_H: Tensor | None = None,
+    highest_H: Tensor | None = None,
 ) -> Tensor:
     """As `attention_reference`, for float32, bfloat16 and float16. Saves q, k, v, the output and its log-sum-exp."""
     # The kernels know document bounds only, so a window without documents is a window in one document.
@@ -205,4 +207,7 @@ def attention_triton(
         first_BT, ends_BS = document_bounds(document_ids_BS, q_BTHK.shape[1])
     if first_BT is not None and ends_BS is not None and window is not None:
         first_BT, ends_BS = window_bounds(first_BT, ends_BS, window)
-    return _forward(q_BTHK, k_BSJK, v_BSJK, sinks_H, first_BT, ends_BS, scale)[0]
+    y_BTHK, log_sums_BHT = _forward(q_BTHK, k_BSJK, v_BSJK, sinks_H, first_BT, ends_BS, scale)
+    if highest_H is not None:
+        raise_highest(highest_H, of_keys_alone(log_sums_BHT, sinks_H))
+    return y_BTHK

@@ -7,7 +7,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from amfm.model.config.options import Axis, MixerOptions, OutputGate, Prunable, Weights, must_divide
+from amfm.model.config.options import (
+    QK_NORM_AND_CLIP,
+    Axis,
+    MixerOptions,
+    OutputGate,
+    Prunable,
+    Weights,
+    must_divide,
+)
 from amfm.model.config.rope import RopeConfig
 
 
@@ -52,6 +60,10 @@ class AttentionConfig(MixerOptions):
     def cut_or_copied(self) -> dict[str, int]:
         """Key-value heads may be fewer than tensor ranks."""
         return {"num_kv_heads": self.num_kv_heads}
+
+    def qk_clip(self) -> str:
+        """By its queries, unless they are normed."""
+        return QK_NORM_AND_CLIP if self.qk_norm else ""
 
     def weights(self, hidden_size: int, *, is_guided: bool) -> Weights:
         """q, k, v and o, a gate; the norms of queries and keys."""

@@ -16,7 +16,7 @@ from amfm.kernels.common.limits import (
     VECTOR_GATE_LIMITS,
     ScanLimits,
 )
-from amfm.model.config.options import Axis, MixerOptions, OutputGate
+from amfm.model.config.options import QK_NORM_AND_CLIP, Axis, MixerOptions, OutputGate
 
 
 class LinearOptions(MixerOptions, ABC):
@@ -324,6 +324,10 @@ class WindowOptions(SharedKeyOptions):
         if self.positions == "rope" and self.head_dim % 2:
             yield "head_dim", "must be even with positions: rope; add one, or use positions: none"
 
+    def qk_clip(self) -> str:
+        """By its queries, unless they are normed."""
+        return QK_NORM_AND_CLIP if self.qk_norm else ""
+
     def lookback(self) -> tuple[int, str]:
         """What the window reads."""
         return self.window - 1, "window"
@@ -363,6 +367,10 @@ class MlaOptions(MixerOptions):
         """Channels are rotated in pairs."""
         if self.positions == "rope" and self.rope_head_dim % 2:
             yield "rope_head_dim", "must be even with positions: rope; add one, or use positions: none"
+
+    def qk_clip(self) -> str:
+        """By queries and keys; the norms of latents come before the matrices of heads."""
+        return ""
 
     def cut_evenly(self) -> dict[Axis, dict[str, int]]:
         """Heads."""

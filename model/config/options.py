@@ -98,6 +98,10 @@ class MixerOptions(Section):
         """What its scan's Triton kernels take, tokens a chunk, and a head's state (rows, columns); None: not known, or no scan."""
         return None
 
+    def qk_clip(self) -> str | None:
+        """What QK-clip can do about its scores: "" where it bounds them, else why it cannot; None: no softmax of queries and keys."""
+        return None
+
     def feed_forwards(self) -> tuple[FeedForwardPart, ...]:
         """The dense feed-forwards inside, whose matrices may be factored."""
         return ()
@@ -116,6 +120,9 @@ class MixerOptions(Section):
     def prunable(self, groups: str) -> Prunable | None:
         """The groups of weights of this name (channels, experts, heads) that it can lose; None where it has none."""
         return None
+
+
+QK_NORM_AND_CLIP = "has qk_norm, by which the length of queries has no effect on its scores"
 
 
 def must_divide(field: str, part: int, whole_key: str, whole: int) -> Iterator[tuple[str, str]]:

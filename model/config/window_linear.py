@@ -122,6 +122,10 @@ class WindowLinearOptions(SharedKeyOptions):
         """Tokens before a query of which keys are kept: those of its window, and with a joint sum the one that left it."""
         return self.window - (self.branches().combine == "average")
 
+    def qk_clip(self) -> str:
+        """Not tried."""
+        return "joins its window's sum with linear attention to older tokens, which reads the same queries"
+
     def lookback(self) -> tuple[int, str]:
         """What window and late tokens read."""
         return self.kept_tokens(), "window"

@@ -17,7 +17,7 @@ from amfm.kernels.rope.frequencies import Llama3Numbers
 from amfm.kernels.rope.op import qk_norm_rope, rope_frequencies
 from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.rope import Llama3Stretch, RopeConfig
-from amfm.model.mixers.interface import AttentionCache, BlockState, BuildContext, Mixer, MixerOutput
+from amfm.model.mixers.interface import AttentionCache, BlockState, BuildContext, MixerOutput, SoftmaxMixer
 from amfm.model.mixers.output_gate import gate_heads, gate_projection
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import gather_rows
@@ -28,7 +28,7 @@ from amfm.model.parallel.shards import Shard, ShardSpec, divide, divide_units
 from amfm.model.segments import Segments
 
 
-class AttentionMixer(Mixer):
+class AttentionMixer(SoftmaxMixer):
     """q, k, v projections, optional norm a head, optional rotary positions, attention inside each document, optional gate,
     o_proj.
 
@@ -115,7 +115,15 @@ class AttentionMixer(Mixer):
             cache = AttentionCache(k_BSJK, v_BSJK)
         assert meta.segments is None or state is None, "rows that are cut over context ranks have no decode state"
         o_BTHK = attend(
-            q_BTHK, k_BSJK, v_BSJK, meta, self.groups, scale=self.scale, backend=self.backend, sinks_H=self.sinks
+            q_BTHK,
+            k_BSJK,
+            v_BSJK,
+            meta,
+            self.groups,
+            scale=self.scale,
+            backend=self.backend,
+            sinks_H=self.sinks,
+            highest_H=self.noted_logits(),
         )
         if gate_BTX:
             o_BTHK = gate_heads(o_BTHK, gate_BTX[0])
@@ -125,6 +133,10 @@ class AttentionMixer(Mixer):
         """Build the cache before the first token: [B, 0, J, K], in the dtype of the weights."""
         empty = self.k_proj.weight.new_zeros(num_rows, 0, self.num_kv_heads, self.head_dim)
         return AttentionCache(empty, empty)
+
+    def scale_logits(self, factors_H: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Queries alone: keys are those of several heads."""
+        return {self.q_proj.weight: factors_H.repeat_interleave(self.head_dim)}
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """Sinks begin at 0, the score of a key that says nothing."""
@@ -157,14 +169,15 @@ def attend(
     scale: float | None,
     backend: str,
     sinks_H: Tensor | None = None,
+    highest_H: Tensor | None = None,
 ) -> Tensor:
     """Attend q [B, T, H, K] to the keys of whole rows, k and v [B, S, J, K] -> [B, T, H, K].
 
     Of rows that are cut over context ranks, k and v are this rank's, and all ranks of `groups.cp` must call.
     """
     if meta.segments is not None:
-        return _attend_segments(q_BTHK, k_BSJK, v_BSJK, meta, meta.segments, groups, scale, backend, sinks_H)
-    return _attend(q_BTHK, k_BSJK, v_BSJK, meta.boundaries_BT(), scale, backend, sinks_H, meta.document_ends)
+        return _attend_segments(q_BTHK, k_BSJK, v_BSJK, meta, meta.segments, groups, scale, backend, sinks_H, highest_H)
+    return _attend(q_BTHK, k_BSJK, v_BSJK, meta.boundaries_BT(), scale, backend, sinks_H, highest_H, meta.document_ends)
 
 
 def _attend_segments(
@@ -177,6 +190,7 @@ def _attend_segments(
     scale: float | None,
     backend: str,
     sinks_H: Tensor | None,
+    highest_H: Tensor | None,
 ) -> Tensor:
     """Queries of this rank's segments to the keys of whole rows, which all context ranks gather: few heads, once."""
     k_BSJK, v_BSJK = gather_rows(torch.stack([k_BTJK, v_BTJK]), segments, groups).unbind()
@@ -186,7 +200,9 @@ def _attend_segments(
         # Keys up to the segment's own end: causal attention aligns the last query with the last key.
         seen = (number + 1) * segments.length
         ids_BS = None if meta.single_document else segments.document_ids_BT[:, :seen]
-        outputs.append(_attend(q_BLHK, k_BSJK[:, :seen], v_BSJK[:, :seen], ids_BS, scale, backend, sinks_H, ends))
+        outputs.append(
+            _attend(q_BLHK, k_BSJK[:, :seen], v_BSJK[:, :seen], ids_BS, scale, backend, sinks_H, highest_H, ends)
+        )
     return torch.cat(outputs, dim=1)
 
 
@@ -198,6 +214,7 @@ def _attend(
     scale: float | None,
     backend: str,
     sinks_H: Tensor | None,
+    highest_H: Tensor | None,
     ends: DocumentEnds | None = None,
 ) -> Tensor:
     """Attend q [B, T, H, K] to k, v [B, S, J, K] -> [B, T, H, K], by whatever is fastest for them on this device."""
@@ -209,6 +226,7 @@ def _attend(
         keys=k_BSJK.shape[1],
         document_ends=ends,
         has_sinks=sinks_H is not None,
+        gives_sums=highest_H is not None,
     )
     return attention(
         q_BTHK,
@@ -218,6 +236,7 @@ def _attend(
         document_ids_BS=ids_BS,
         scale=scale,
         document_ends=ends,
+        highest_H=highest_H,
         backend=backend,
     )
 

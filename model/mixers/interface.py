@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import GuideConfig
@@ -106,6 +106,25 @@ class SequenceMixer(Mixer):
     @abstractmethod
     def sequence_flops(self, sequence_length: int) -> float:
         """Forward FLOPs a token of mixing over the sequence, of the heads on this rank."""
+
+
+class SoftmaxMixer(Mixer):
+    """A mixer with the softmax of scores of queries and keys, whose largest log-sum-exps a run may have it note.
+
+    num_heads: of this rank. highest_logits_H: who wants to know them puts a tensor [H] here, and forward passes in training
+    raise it in place.
+    """
+
+    num_heads: int
+    highest_logits_H: Tensor | None = None
+
+    def noted_logits(self) -> Tensor | None:
+        """The tensor to raise in this pass; None where nobody wants to know, and outside of training."""
+        return self.highest_logits_H if self.training else None
+
+    @abstractmethod
+    def scale_logits(self, factors_H: Tensor) -> dict[nn.Parameter, Tensor]:
+        """The weights whose rows [rows of this rank], times these factors, multiply the scores of each head by its own."""
 
 
 class MambaState(NamedTuple):

@@ -9,7 +9,7 @@ folding, so positions live in a separate part of the key that all heads share.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from amfm.kernels.attention.op import attention, fastest_backend
@@ -19,7 +19,7 @@ from amfm.kernels.rope.frequencies import rope_frequencies
 from amfm.kernels.rope.op import qk_norm_rope
 from amfm.model.config.mixer_options import MlaOptions
 from amfm.model.mixers.attention import make_sinks
-from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
+from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer, SoftmaxMixer
 from amfm.model.mixers.output_gate import gate_heads, gate_projection
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import gather_rows
@@ -29,7 +29,7 @@ from amfm.model.parallel.shards import divide
 from amfm.model.segments import Segments
 
 
-class MlaMixer(SequenceMixer):
+class MlaMixer(SoftmaxMixer, SequenceMixer):
     """c = norm(W_down x), and one rotary key k_r for all heads; a head's keys [W_uk c; k_r] and values W_uv c.
 
     Sizes: r latent, N and R the two parts of a key, V a value. Training expands keys and values. The decode state has c and
@@ -127,7 +127,7 @@ class MlaMixer(SequenceMixer):
         self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, ids_BS: Tensor | None, ends: DocumentEnds | None = None
     ) -> Tensor:
         """Attend with heads whose keys and values differ in width, [B, T, H, V], by the fastest backend for them."""
-        has_documents, keys = ids_BS is not None, k_BSHK.shape[1]
+        has_documents, keys, highest_H = ids_BS is not None, k_BSHK.shape[1], self.noted_logits()
         backend = fastest_backend(
             self.build.backend,
             q_BTHK,
@@ -135,8 +135,10 @@ class MlaMixer(SequenceMixer):
             keys=keys,
             document_ends=ends,
             has_sinks=self.sinks is not None,
+            gives_sums=highest_H is not None,
         )
-        return _attend_padded(q_BTHK, k_BSHK, v_BSHV, ids_BS, self.key_size**-0.5, backend, self.sinks, ends)
+        scale = self.key_size**-0.5
+        return _attend_padded(q_BTHK, k_BSHK, v_BSHV, ids_BS, scale, backend, self.sinks, ends, highest_H)
 
     def _attend_latents(self, q_BTHK: Tensor, latent_BSX: Tensor) -> Tensor:
         """Attend within one document without expanding: all heads read the latents as one key and value head."""
@@ -164,6 +166,18 @@ class MlaMixer(SequenceMixer):
             outputs.append(self._attend(q_BLHK, k_BSHK[:, :seen], v_BSHV[:, :seen], ids_BS, ends))
         return torch.cat(outputs, dim=1)
 
+    def scale_logits(self, factors_H: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Half (the root) to a head's queries and keys without position; all of it to its rotated queries, whose key all share."""
+        options, roots_H = self.options, factors_H.sqrt()
+        sizes = (options.nope_head_dim, options.rope_head_dim, options.value_head_dim)
+        plain, turned, values = (
+            x_H[:, None].expand(-1, size) for x_H, size in zip((roots_H, factors_H, torch.ones_like(roots_H)), sizes)
+        )
+        return {
+            self.q_proj.weight: torch.cat([plain, turned], dim=1).flatten(),
+            self.kv_up.weight: torch.cat([plain, values], dim=1).flatten(),
+        }
+
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """Sinks begin at 0."""
         return torch.zeros(shape) if name == "sinks" else None
@@ -188,11 +202,22 @@ def _attend_padded(
     backend: str,
     sinks_H: Tensor | None,
     ends: DocumentEnds | None = None,
+    highest_H: Tensor | None = None,
 ) -> Tensor:
     """Attend with kernels that take heads of one width: zeros fill up the narrower ones, which changes no product."""
     key_size, value_size = k_BSJK.shape[-1], v_BSJV.shape[-1]
     width = max(key_size, value_size)
     q, k = (functional.pad(x, (0, width - key_size)) for x in (q_BTHK, k_BSJK))
     v = functional.pad(v_BSJV, (0, width - value_size))
-    y = attention(q, k, v, sinks_H=sinks_H, document_ids_BS=ids_BS, scale=scale, document_ends=ends, backend=backend)
+    y = attention(
+        q,
+        k,
+        v,
+        sinks_H=sinks_H,
+        document_ids_BS=ids_BS,
+        scale=scale,
+        document_ends=ends,
+        highest_H=highest_H,
+        backend=backend,
+    )
     return y[..., :value_size]

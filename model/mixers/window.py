@@ -8,14 +8,14 @@ rows.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amfm.kernels.attention.op import attention
 from amfm.kernels.rope.frequencies import rope_frequencies
 from amfm.kernels.rope.op import qk_norm_rope
 from amfm.model.config.mixer_options import WindowOptions
 from amfm.model.mixers.attention import HeadNorm, make_sinks
-from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
+from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer, SoftmaxMixer
 from amfm.model.mixers.output_gate import gate_heads, gate_projection
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_windows
@@ -25,7 +25,7 @@ from amfm.model.parallel.shards import divide, divide_units
 from amfm.model.segments import Segments
 
 
-class WindowMixer(SequenceMixer):
+class WindowMixer(SoftmaxMixer, SequenceMixer):
     """Causal grouped-query attention to the last `window` tokens of the document, the token itself among them.
 
     The decode state has the keys and values of window - 1 tokens, whatever the text's length. Context ranks get those
@@ -105,9 +105,15 @@ class WindowMixer(SequenceMixer):
 
     def _attend(self, q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ids_BS: Tensor | None) -> Tensor:
         window, backend = self.options.window, self.build.backend
-        sinks_H = self.sinks
         return attention(
-            q_BTHK, k_BSJK, v_BSJK, sinks_H=sinks_H, document_ids_BS=ids_BS, window=window, backend=backend
+            q_BTHK,
+            k_BSJK,
+            v_BSJK,
+            sinks_H=self.sinks,
+            document_ids_BS=ids_BS,
+            window=window,
+            highest_H=self.noted_logits(),
+            backend=backend,
         )
 
     def _go_on(
@@ -135,6 +141,12 @@ class WindowMixer(SequenceMixer):
         ids_RS = torch.cat([torch.where(seen_RW, own_RL[:, :1], -1), own_RL], dim=1)
         o_RLHK = self._attend(q_RLHK, k_RSJK, v_RSJK, ids_RS)
         return o_RLHK.reshape(q_BTHK.shape)
+
+    def scale_logits(self, factors_H: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Rows of queries, which come before keys and values."""
+        weight, factors = self.in_proj.weight, factors_H.repeat_interleave(self.options.head_dim)
+        others = factors.new_ones(2 * self.num_kv_heads * self.options.head_dim)
+        return {weight: torch.cat([factors, others])}
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """Sinks begin at 0."""

@@ -42,7 +42,8 @@ def conversion_problems(config: RunConfig) -> Iterator[Problem]:
     if parallel.pipeline > 1 and parallel.schedule != "1f1b":
         rule = "computes gradients of weights apart, and most of them are frozen in a conversion"
         yield Problem("parallel.schedule", rule, "use 1f1b", parallel.schedule)
-    editing = {"prune": config.prune, "forget": config.forget, "model.guide": config.model.guide}
+    editing = {name: getattr(config, name) for name in ("prune", "forget", "qk_clip")}
+    editing |= {"model.guide": config.model.guide}
     for key, value in (editing | {f"hooks.{name}": getattr(config.hooks, name) for name in hook_specs()}).items():
         if value is not None:
             rule = "changes weights that a conversion keeps as they are"

@@ -1,7 +1,8 @@
-"""Rules of pruning, forgetting and hooks: groups that the model has and can lose, in whole numbers, in steps of the run."""
+"""Rules of pruning, forgetting, QK-clip and hooks: groups that the model has and can lose, in whole numbers, in steps of the run."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from amfm.model.config.structure import DENSE
@@ -13,7 +14,7 @@ from amfm.pretrain.config.schema import RunConfig
 
 
 def editing_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
-    """Find what is wrong with `prune` and `forget`; `steps` are those of the whole run."""
+    """Find what is wrong with `prune`, `forget` and `qk_clip`; `steps` are those of the whole run."""
     prune, forget = config.prune, config.forget
     if prune is not None:
         if prune.start_step >= prune.end_step:
@@ -34,6 +35,32 @@ def editing_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
                 f"must be less than the {steps} steps of the run, or it ends with an embedding that has learnt nothing"
             )
             yield Problem("forget.until_step", rule, "lower it", str(forget.until_step))
+    if config.qk_clip is not None:
+        yield from qk_clip_problems(config, config.qk_clip.limit)
+
+
+def qk_clip_problems(config: RunConfig, limit: float) -> Iterator[Problem]:
+    """Find blocks whose scores QK-clip cannot bound, and what it would fight with."""
+    answers = [(kind, options.qk_clip()) for kind, options in kinds_in_use(config)]
+    if all(answer is None for _, answer in answers):
+        rule = "has nothing to bound: no block of model.pattern has a softmax of queries and keys"
+        yield Problem("qk_clip", rule, "remove it")
+    for kind, answer in answers:
+        if answer:
+            yield Problem(
+                "qk_clip", f"cannot bound the scores of {kind.symbol}: model.{kind.section} {answer}", "remove it"
+            )
+    lengths = [config.train.sequence_length, *(stage.sequence_length or 0 for stage in config.stages)]
+    if limit <= math.log(max(lengths)):
+        rule = f"is not above {math.log(max(lengths)):.3g}, the log-sum-exp of {max(lengths)} scores of 0"
+        yield Problem("qk_clip.limit", rule, "raise it", str(limit))
+    updates = config.model.lora_mixer
+    if updates is not None and "q" in updates.targets:
+        rule = "scales the queries' weights, and model.lora_mixer adds updates to queries that it does not scale"
+        yield Problem("qk_clip", rule, "remove it, or q from model.lora_mixer.targets")
+    if config.optimizer.state_dtype == "bf16":
+        rule = "scales masters by factors near 1, and bf16 masters have no number between 0.996 and 1"
+        yield Problem("qk_clip", rule, "remove it, or use optimizer.state_dtype=float32")
 
 
 def hook_problems(config: RunConfig, steps: int) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Sections about weights that a run edits between steps: pruning and forgetting."""
+"""Sections about weights that a run edits beside its optimizer: pruning, forgetting and QK-clip."""
 
 from __future__ import annotations
 
@@ -33,3 +33,13 @@ class ForgetConfig(Section):
 
     every_steps: int = Field(gt=0, description="Steps from one new embedding to the next.")
     until_step: int = Field(gt=0, description="Last step after which the embedding is re-initialized; none after it.")
+
+
+class QkClipConfig(Section):
+    """QK-clip (Kimi Team 2025, arXiv 2507.20534, section 2.1): attention heads whose scores grow too large get smaller queries."""
+
+    limit: float = Field(
+        100.0,
+        gt=0,
+        description="Largest score of a head before its queries are scaled down; measured as the log-sum-exp of a query, which is a little more.",
+    )

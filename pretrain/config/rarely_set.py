@@ -86,6 +86,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
     "docs/optimizers.md": {
         "optimizer": "epsilon state_dtype",
         "optimizer.muon": "momentum rounds update_rms per_head",
+        "qk_clip": "limit",
         "schedule": "decay_shape",
     },
     "docs/parallelism.md": {

@@ -22,7 +22,7 @@ from amfm.pretrain.config.hooks import RegisteredHooks
 from amfm.pretrain.config.launch import LaunchConfig
 from amfm.pretrain.config.optimizers import OURS as OWN_OPTIMIZERS
 from amfm.pretrain.config.optimizers import RegisteredOptimizers, optimizer_specs
-from amfm.pretrain.config.pruning import ForgetConfig, PruneConfig
+from amfm.pretrain.config.pruning import ForgetConfig, PruneConfig, QkClipConfig
 from amfm.pretrain.config.schedules import OURS as OWN_SCHEDULES
 from amfm.pretrain.config.schedules import RegisteredSchedules, schedule_specs
 
@@ -390,6 +390,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     prune: PruneConfig | None = Field(None, description="Set groups of weights to zero on the way; none: no pruning.")
     forget: ForgetConfig | None = Field(None, description="Re-initialise the embedding on the way; none: never.")
+    qk_clip: QkClipConfig | None = Field(None, description="Bound the scores of attention; none: they may grow.")
     hooks: RegisteredHooks = RegisteredHooks()
     convert: ConvertConfig | None = Field(None, description="Of `amfm convert`; none: train what `model` says.")
     launch: LaunchConfig = LaunchConfig()

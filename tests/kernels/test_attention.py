@@ -67,6 +67,19 @@ def test_torch_path_equals_the_reference_in_outputs_and_gradients(shape, lengths
             assert (got - want).norm() <= tolerance * want.norm() + tolerance  # dq of a lone key is exactly zero
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("shape", "lengths"), [((2, 200, 231, 4, 2, 8), [30, 1, 200]), ((1, 1, 63, 2, 1, 8), None)])
+def test_the_largest_log_sums_of_heads_are_those_of_keys_alone(shape, lengths, window):
+    q, k, v, sinks_H = make_inputs_with_sinks(*shape)
+    documents = None if lengths is None else make_documents(shape[0], lengths)
+    sums = window_sums(q, k, v, window=window or shape[2], document_ids_BS=documents, backend="reference")
+    wanted_H = (sums.highest_BTH + sums.mass_BTH.log()).amax((0, 1))
+    known_H = torch.tensor([100.0, -100.0, -100.0, -100.0], dtype=torch.float64)[: shape[3]]
+    attention(q, k, v, sinks_H=sinks_H, document_ids_BS=documents, window=window, highest_H=known_H)
+    assert known_H[0] == 100, "what is higher already stays"
+    torch.testing.assert_close(known_H[1:], wanted_H[1:], rtol=1e-12, atol=0)
+
+
 WINDOWS = [
     ((1, 1, 1, 1, 1, 4), None, 1),
     ((2, 63, 63, 4, 1, 8), None, 1),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from amfm.kernels.attention import triton_impl
+from amfm.kernels.attention.op import attention
 from amfm.kernels.attention.triton_impl import document_bounds
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.helpers.registration import assert_registered
@@ -69,6 +70,16 @@ def test_sinks_equal_the_definition_twice_bitwise(shape, lengths, window, poison
     assert_all_near(once, run("reference", torch.float64, inputs, documents, scale=0.3, window=window), FLOAT32)
     for one, other in zip(once, again):
         assert_bitwise(one, other)
+
+
+@pytest.mark.parametrize("window", [None, 18])
+def test_the_largest_log_sums_are_those_of_keys_alone(window, poisoned_memory):
+    *inputs, sinks_H = (x.float() for x in make_inputs_with_sinks(2, 35, 70, 2, 1, 8))
+    given = {"sinks_H": sinks_H, "document_ids_BS": make_documents(2, [20, 30, 19, 1]), "window": window}
+    found, expected = torch.full((2, 2), -torch.inf).unbind()
+    attention(*inputs, **given, highest_H=found, backend="triton")
+    attention(*inputs, **given, highest_H=expected, backend="torch")
+    torch.testing.assert_close(found, expected, rtol=FLOAT32, atol=FLOAT32)
 
 
 def test_a_sink_of_no_weight_changes_no_bit():

@@ -28,7 +28,9 @@ class Operations(TorchDispatchMode):
 @without_determinism()
 def test_documents_on_a_card_go_to_variable_length_attention_as_those_of_attention_do():
     """Kimi Linear's heads of 192 channels, whose values fill up to as many; on fake tensors."""
-    mixer = SimpleNamespace(build=SimpleNamespace(backend="triton"), key_size=192, sinks=None)
+    mixer = SimpleNamespace(
+        build=SimpleNamespace(backend="triton"), key_size=192, sinks=None, noted_logits=lambda: None
+    )
     with FakeTensorMode(), Operations() as operations:
         q, k, v, ids = (
             torch.empty(shape, dtype=dtype, device="cuda")

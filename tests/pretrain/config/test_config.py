@@ -138,7 +138,7 @@ low_precision.weight_gradient low_precision.saved low_precision.quantize_weights
 export.target export.max_position_embeddings
 evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size
 prune.groups prune.keep prune.method prune.start_step prune.every_steps prune.end_step
-forget.every_steps forget.until_step
+forget.every_steps forget.until_step qk_clip.limit
 convert.teacher convert.to convert.blocks convert.keep convert.stage
 convert.upcycle.num_copies convert.upcycle.num_slices convert.upcycle.top_copies convert.upcycle.router
 convert.upcycle.noise convert.upcycle.reset
