@@ -202,11 +202,16 @@ def tell(**answer: Any) -> None:
     sys.stdout.flush()
 
 
+def read_answers(printed: str) -> list[dict[str, Any]]:
+    """What nodes told, among all that was printed."""
+    return [json.loads(line.partition(MARK)[2]) for line in printed.splitlines() if MARK in line]
+
+
 def main(text: str) -> None:
     """Check this node as the request says, and tell the launcher."""
     received, request = time.time(), json.loads(text)
     link = request["link"]
-    if "SLURM_NODEID" in os.environ and "port" in link:  # all nodes got the same request
+    if "SLURM_NODEID" in os.environ and {"port", "connect"} <= link.keys():  # all nodes got the same request
         chosen = ("port", "expect") if os.environ["SLURM_NODEID"] == "0" else ("connect",)
         request["link"] = {name: link[name] for name in chosen}
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())

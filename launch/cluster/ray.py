@@ -1,13 +1,15 @@
-"""Launch on Ray: one actor a rank in a placement group of whole nodes; the actor starts the rank and waits for it.
+"""Launch on Ray: one actor per rank in a placement group of whole nodes; the actor starts the rank and waits for it.
 
-How it works: a STRICT_SPREAD placement group reserves one bundle a node. Each actor starts its rank as a process of its
-own, so that a rank that crashes leaves an actor to report its exit code. Ray tells of lost nodes; `supervise.py`
-decides about another attempt. Ranks write to log files in the run directory, which all nodes share; rank 0's is shown
-here.
+How it works: a STRICT_SPREAD placement group reserves one bundle per node. The first actor of each node checks it
+(node_check.py); who fails is left out by name, and the group is placed again on others. Each actor starts its rank as a
+process of its own, so that a rank that crashes leaves an actor to report its exit code. Ray tells of lost nodes;
+`supervise.py` decides about another attempt. Ranks write to log files in the run directory, which all nodes share; rank
+0's is shown here.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import socket
@@ -16,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayError
@@ -25,14 +27,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from amfm.data_pipeline.prepare.ray_actors import start_ray
 from amfm.launch.cluster.interrupt import forward_to_ranks
+from amfm.launch.cluster.left_out import LeftOut
+from amfm.launch.cluster.node_check import blame_links, make_request, read_answers
 from amfm.launch.cluster.rank_logs import Follower, last_words, rank_log
 from amfm.launch.cluster.supervise import Attempt, Outcome
-from amfm.launch.rank_command import rank_command, rank_variables
+from amfm.launch.rank_command import isolated_python, rank_command, rank_variables
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 30.0
 PLACEMENT_SECONDS = 60.0
+CHECK_SECONDS = 120.0
 LOWEST_PORT = 20_000  # below are those of Ray's workers
 
 
@@ -53,15 +58,40 @@ def find_port() -> int:
     )
 
 
+class Place(NamedTuple):
+    """Where an actor is: Ray's number of the node, host, address in the cluster, two free ports, the GPUs it may use."""
+
+    node: str
+    host: str
+    address: str
+    port: int
+    check_port: int
+    gpus: str
+
+
 class RankHost:
     """Ray actor that owns the process of one rank; the rank ends when the actor does (LAUNCHER_PID)."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
 
-    def describe(self) -> tuple[str, str, int]:
-        """Host name, address in the cluster, and a port that is free at this moment."""
-        return socket.gethostname(), str(ray.util.get_node_ip_address()), find_port()
+    def describe(self) -> Place:
+        """Where this actor is."""
+        node, gpus = ray.get_runtime_context().get_node_id(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return Place(node, socket.gethostname(), ray.util.get_node_ip_address(), find_port(), find_port(), gpus)
+
+    def check(self, request: str, gpus: str) -> list[str]:
+        """What is wrong with this node and these GPUs, found in a process that holds nothing of them afterwards."""
+        done = subprocess.run(
+            [*isolated_python(), "-m", "amfm.launch.cluster.node_check", request],
+            env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        found = [answer["faults"] for answer in read_answers(done.stdout) if "faults" in answer]
+        return found[0] if found else [f"its check ended with code {done.returncode}"]
 
     def run(self, command: list[str], variables: dict[str, str], directory: str, log: str) -> int:
         """Start the rank with its output appended to `log`, wait for it, and return its exit code."""
@@ -99,23 +129,29 @@ class RayCluster:
         self.need = {"GPU" if gpus else "CPU": float(ranks_per_node)}
         self.environment = dict(environment)
         self.actors: list[Any] = []
+        self.running: set[str] = set()  # Ray's numbers of the nodes that had ranks last
+        self.left_out = LeftOut(Path(run_dir))
         if not ray.is_initialized():
             start_ray(address)
 
     def usable_nodes(self) -> int:
-        """Number of live nodes whose total resources hold a node's ranks."""
-        return sum(
-            1
-            for node in ray.nodes()
-            if node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in self.need.items())
-        )
+        """Number of live nodes whose total resources hold a node's ranks, and which are not left out."""
+        nodes = ray.nodes()
+        for node in nodes:
+            if not node["Alive"] and node["NodeID"] in self.running:
+                self.running.remove(node["NodeID"])
+                self.left_out.lose(node["NodeName"])
+        alive = [node for node in nodes if node["Alive"] and node["NodeName"] not in self.left_out.reasons]
+        return sum(all(node["Resources"].get(name, 0) >= count for name, count in self.need.items()) for node in alive)
 
     def start(self, attempt: Attempt) -> Outcome:
         """Run one attempt to its end; the first rank that fails, or whose node is lost, ends it for all.
 
         Actors and the placement group are released whatever happens.
         """
-        group = placement_group([self.need] * attempt.nodes, strategy="STRICT_SPREAD")
+        avoided = [node["NodeID"] for node in ray.nodes() if node["NodeName"] in self.left_out.reasons]
+        selectors = [{"ray.io/node-id": f"!in({','.join(avoided)})"}] * attempt.nodes if avoided else None
+        group = placement_group([self.need] * attempt.nodes, strategy="STRICT_SPREAD", bundle_label_selector=selectors)
         try:
             if not self._is_placed(group, attempt.nodes):
                 usable = self.usable_nodes()
@@ -157,20 +193,43 @@ class RayCluster:
             ).remote()
             for rank in range(num_ranks)
         ]
-        places = ray.get([actor.describe.remote() for actor in self.actors], timeout=max(60.0, self.wait_seconds))
+        references = [actor.describe.remote() for actor in self.actors]
+        places: list[Place] = ray.get(references, timeout=max(60.0, self.wait_seconds))
+        if failed := self._check(places):
+            return Outcome(RUN_FAILED, f"{', '.join(failed)} did not pass the check", began=False)
+        self.running = {place.node for place in places}
         logs = [str(rank_log(self.run_dir, attempt.number, rank)) for rank in range(num_ranks)]
         running = {
             actor.run.remote(self.command, self._variables(attempt, rank, places), os.getcwd(), logs[rank]): rank
             for rank, actor in enumerate(self.actors)
         }
         with forward_to_ranks(self._forward) as interrupt:
-            ended = self._wait(running, [place[0] for place in places], logs)
+            ended = self._wait(running, [place.host for place in places], logs)
         return interrupt.outcome(ended)
 
-    def _variables(self, attempt: Attempt, rank: int, places: Sequence[tuple[str, str, int]]) -> dict[str, str]:
+    def _check(self, places: Sequence[Place]) -> list[str]:
+        """Check all nodes at once, and their links to the first; returns the names of those that fail, which are left out."""
+        request = make_request(Path(self.run_dir), self.ranks_per_node, loads_anew=True)
+        names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
+        waiting = {}
+        for rank in range(0, len(places), self.ranks_per_node):
+            link: dict[str, Any] = {"connect": [places[0].address, places[0].check_port]}
+            if rank == 0:
+                link = {"port": places[0].check_port, "expect": len(places) // self.ranks_per_node - 1}
+            gpus = ",".join(place.gpus for place in places[rank : rank + self.ranks_per_node] if place.gpus)
+            check = self.actors[rank].check.remote(json.dumps(request | {"link": link}), gpus)
+            waiting[check] = names[places[rank].node]
+        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=CHECK_SECONDS)
+        late = [f"it did not answer the check within {CHECK_SECONDS:.0f} s"]
+        faults = {name: ray.get(check) if check in done else late for check, name in waiting.items()}
+        failed = {name: texts for name, texts in blame_links(faults, names[places[0].node]).items() if texts}
+        for name, texts in failed.items():
+            self.left_out.leave_out(name, "; ".join(texts))
+        return list(failed)
+
+    def _variables(self, attempt: Attempt, rank: int, places: Sequence[Place]) -> dict[str, str]:
         """torchrun's variables for a rank; all ranks meet at rank 0's address and free port."""
-        _, address, port = places[0]
-        variables = rank_variables(rank, len(places), self.ranks_per_node, address, port)
+        variables = rank_variables(rank, len(places), self.ranks_per_node, places[0].address, places[0].port)
         if "GPU" in self.need:
             # Ray shows each actor its own card, which is then number 0.
             variables["LOCAL_RANK"] = "0"

@@ -32,7 +32,7 @@ from amfm.launch.cluster.lines import (
     shell_line,
     with_variables,
 )
-from amfm.launch.cluster.node_check import MARK, blame_links, make_request
+from amfm.launch.cluster.node_check import blame_links, make_request, read_answers
 from amfm.launch.cluster.orphans import ending_with_us
 from amfm.launch.cluster.rank_logs import Follower, find_message, first_message, rank_log
 from amfm.launch.cluster.supervise import Attempt, Outcome
@@ -299,8 +299,7 @@ def check_nodes(
         said = done.stdout
     except subprocess.TimeoutExpired as error:
         said = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
-    answers = [json.loads(line.partition(MARK)[2]) for line in said.splitlines() if MARK in line]
-    found = {answer["node"]: answer["faults"] for answer in answers if "faults" in answer}
+    found = {answer["node"]: answer["faults"] for answer in read_answers(said) if "faults" in answer}
     return blame_links(found, names[0])
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from amfm.pretrain import schedule
 from tests.cluster.cluster import amfm, cluster, events, metrics, missing, wait_until
 from tests.cluster.conftest import check_losses, write_run
 
@@ -41,3 +43,22 @@ def test_a_cluster_that_refuses_our_token_is_said_with_the_remedy(folder: Path) 
         assert nodes.start(1, log, *bare, *amfm(*words)).wait(timeout=900) == 2
     text = log.read_text()
     assert "set RAY_AUTH_MODE=token" in text and "Traceback" not in text
+
+
+def test_a_node_with_other_code_is_left_out_by_name_and_the_others_go_on(
+    folder: Path, undisturbed: list[float]
+) -> None:
+    write_run(folder, folder / "run", launch__node_wait_seconds=1.0)
+    log, source = folder / "launch.log", Path(schedule.__file__).resolve()
+    (folder / "other.py").write_text(source.read_text() + "\n# another commit\n")
+    words = ("launch", folder / "run.yaml", "--on", "ray", "--address", HEAD, "--nodes", "3", "--nproc-per-node", "1")
+    with cluster(3, "ray", folder=folder) as nodes:
+        nodes.run(2, "mount", "--bind", str(folder / "other.py"), str(source))
+        launcher = nodes.start(1, log, "env", "-u", "RAY_AUTH_MODE", *amfm(*words))
+        assert launcher.wait(timeout=1500) == 0, log.read_text()[-4000:]
+    said, left = log.read_text(), json.loads((folder / "run/launch/left_out.json").read_text())["left_out"]
+    assert left.keys() == {"10.77.0.12"} and "amfm's source files is" in left["10.77.0.12"]
+    # Once: the next group was placed on the two others, though Ray has three.
+    assert said.count("10.77.0.12 did not pass the check; looking again, which counts as no attempt") == 1
+    assert "going on with 2 of 3 nodes" in said and not events(folder / "run", "restarted")
+    check_losses(folder / "run", undisturbed)

@@ -65,14 +65,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for_step(run_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        lines = read_lines(run_dir / "metrics.jsonl")
-        if lines and lines[-1]["step"] >= step:
-            return
+def wait_for_step(run_dir: Path, step: int, launcher: subprocess.Popen[str]) -> None:
+    while not (lines := read_lines(run_dir / "metrics.jsonl")) or lines[-1]["step"] < step:
+        assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.05)
-    raise TimeoutError(f"{run_dir} did not come to step {step}")
 
 
 def rank_processes(config_path: Path) -> list[psutil.Process]:
@@ -81,7 +77,7 @@ def rank_processes(config_path: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_a_run_survives_a_lost_worker_and_a_lost_node_with_the_losses_of_an_undisturbed_one(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -89,16 +85,15 @@ def test_a_run_survives_a_lost_worker_and_a_lost_node_with_the_losses_of_an_undi
     path, run_dir = tmp_path / "disturbed.yaml", Path(config.run.dir)
     command = [sys.executable, "-m", "amfm.launch", "launch", str(path), "--on", "ray", "--nodes", "3"]
     launcher = subprocess.Popen([*command, "--address", cluster.address], stderr=subprocess.PIPE, text=True)
-    wait_for_step(run_dir, 25)
+    wait_for_step(run_dir, 25, launcher)
     rank_processes(path)[1].kill()
     before = len(read_lines(run_dir / "events.jsonl"))
-    deadline = time.monotonic() + 120
     while len([event for event in read_lines(run_dir / "events.jsonl") if event["event"] == "start"]) < 2:
-        assert time.monotonic() < deadline, launcher.poll()
+        assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.1)
-    wait_for_step(run_dir, 60)
+    wait_for_step(run_dir, 60, launcher)
     os.kill(cluster.list_all_nodes()[-1].all_processes["raylet"][0].process.pid, signal.SIGKILL)
-    _, errors = launcher.communicate(timeout=240)
+    _, errors = launcher.communicate()
     assert launcher.returncode == 0, errors
     assert before, "events are written"
 

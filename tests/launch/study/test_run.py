@@ -19,7 +19,7 @@ from amfm.pretrain.monitor.ownership import lock_directory
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS = 300
 CELLS = ("Mamba2-none-text-seed0", "Mamba2-1to1-text-seed0")
@@ -38,7 +38,7 @@ def write_study(folder: Path, **train: Any) -> list[str]:
 
 
 def call(command: list[str]) -> tuple[int, dict[str, Any], str]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, json.loads(done.stdout), done.stderr
 
 
@@ -52,9 +52,7 @@ def cell_processes(folder: Path) -> list[psutil.Process]:
 
 
 def wait_until(happens: Any) -> None:
-    deadline = time.monotonic() + 240
     while not happens():
-        assert time.monotonic() < deadline, "it did not happen in four minutes"
         time.sleep(0.05)
 
 
@@ -110,7 +108,7 @@ def test_a_signal_lets_the_running_cell_save_and_the_rest_wait(tmp_path, name):
         os.killpg(process.pid, signal.SIGINT)  # as the keyboard does: to everything that the terminal started
     else:
         process.terminate()
-    _, remarks = process.communicate(timeout=120)
+    _, remarks = process.communicate()
     assert process.returncode == 0
     assert "stopped as a signal asked; the same command goes on" in remarks
     assert len(read_events(first, "signal")) == 1 and not second.exists()
