@@ -88,7 +88,7 @@ def run_amfm(*arguments: str, packages: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2000)
 def test_installed_it_is_a_section_of_a_run_that_a_cut_does_not_change_and_shrink_takes_out(
     data: DataConfig, tmp_path: Path
 ) -> None:

@@ -130,7 +130,7 @@ def test_a_launcher_that_is_killed_at_a_boundary_leaves_nothing_running_and_cost
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.002)
     os.kill(killed.pid, signal.SIGKILL)
-    _, alive = psutil.wait_procs(running(path), timeout=120)
+    _, alive = psutil.wait_procs(running(path), timeout=900)
     assert not alive, f"{[process.cmdline() for process in alive]} went on without their launcher"
     finish(start(path, launcher))
     check_against(whole, tmp_path / "run")

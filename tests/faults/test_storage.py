@@ -109,7 +109,7 @@ def test_storage_that_hangs_under_the_loader_is_named_and_the_run_goes_on_after_
     jobs = {"data": tiny_data(tmp_path / "data").model_dump(mode="json"), "runs": runs}
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     child = [sys.executable, "-m", "tests.faults.storage_child", str(tmp_path)]
-    done = subprocess.run(child, env=with_faults(rules), check=True, timeout=250, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(child, env=with_faults(rules), check=True, timeout=900, stderr=subprocess.PIPE, text=True)
     results = json.loads((tmp_path / "results.json").read_text())
     assert [results[name]["codes"] for name in runs] == [[0], [RUN_FAILED], [0]]
     assert "amfm: rank 0 on " in done.stderr and "no progress for " in done.stderr

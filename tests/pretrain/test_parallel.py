@@ -36,7 +36,7 @@ TURBOS = {"tensor": 2, "sequence_parallel": True, "expert": 32, "pipeline": 16}
 
 def simulate(ranks: int, section: dict[str, Any]) -> dict[str, list[int]]:
     command = [*isolated_python(), "-W", "ignore", "-c", SIMULATED, str(ranks), json.dumps(section)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900)
     found: dict[str, list[int]] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -215,7 +215,7 @@ def test_what_is_wrong_in_every_stage_alike_is_said_once(two_sources: DataConfig
     assert "in stage" not in str(caught.value)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(2000)
 def test_a_run_across_four_stages_resumes_bitwise_inside_each(two_sources: DataConfig, tmp_path: Path) -> None:
     straight = train_and_collect(staged(two_sources, tmp_path / "straight"))
     assert [line["stage"] for line in straight.metrics[::3]] == ["pretraining", "annealing", "long", "longest"]

@@ -71,8 +71,8 @@ def test_a_loader_in_a_forked_or_spawned_process_gives_the_same_rows(config, met
     results = context.Queue()
     child = context.Process(target=read_in_a_child, args=(config, results))
     child.start()
-    rows = results.get(timeout=60)
-    child.join(timeout=60)
+    rows = results.get(timeout=900)
+    child.join(timeout=900)
     parent.close()
     assert child.exitcode == 0 and rows == stream(load(config), 3, 8)
 

@@ -108,7 +108,7 @@ def test_a_reading_process_fetches_blocks_before_their_rows_are_due(server, remo
     server.seen.clear()
     loader = PretrainLoader(config, sequence_length=64, micro_batch_size=8, seed=1)
     taken = [batch.tokens_BT.tolist() for batch in loader.take(16)]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 900
     while server.gets("/tokens/") < num_blocks and time.monotonic() < deadline:
         time.sleep(0.1)
     fetched = server.gets("/tokens/")

@@ -193,7 +193,7 @@ def test_a_store_that_was_read_works_in_forked_and_spawned_processes(prepared, m
     results = context.Queue()
     process = context.Process(target=sum_tokens, args=(store, results))
     process.start()
-    assert results.get(timeout=60) == expected
+    assert results.get(timeout=900) == expected
     process.join()
 
 

@@ -32,7 +32,7 @@ def record_child(place: Path, *arguments: str) -> Path:
     place.mkdir(exist_ok=True)
     environment = with_record(place / "record", place / "watched")
     command = [sys.executable, "-m", "tests.faults.crash.record_child", str(place), *arguments]
-    subprocess.run(command, env=environment, check=True, timeout=250)
+    subprocess.run(command, env=environment, check=True, timeout=900)
     return place
 
 

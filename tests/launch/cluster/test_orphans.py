@@ -25,7 +25,7 @@ def test_a_child_ends_when_its_launcher_is_killed() -> None:
     assert word == "ready" and child.ppid() == launcher.pid
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
-    gone, alive = psutil.wait_procs([child], timeout=240)
+    gone, alive = psutil.wait_procs([child], timeout=900)
     for process in alive:
         process.kill()
     assert gone == [child]

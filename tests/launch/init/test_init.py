@@ -196,7 +196,7 @@ def test_at_a_terminal_it_asks(tmp_path: Path, text: Path) -> None:
     main, other = pty.openpty()
     with subprocess.Popen(command, stdin=other, stdout=subprocess.PIPE, stderr=other, text=True) as process:
         os.write(main, f"150m\n\n{text}\n1xh100\n".encode())
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=900) == 0
     os.close(other)
     os.close(main)
     config = load_checked(tmp_path / "run" / "run.yaml", world_size=1)

@@ -35,7 +35,7 @@ def test_what_is_typed_is_continued(imported, tmp_path):
     with serving(imported, ActingServer) as server:
         flags = [*FLAGS, f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000000", "--dump-dom"]
         shown = subprocess.run(
-            [BROWSER, *flags, f"{server.url}/"], capture_output=True, text=True, timeout=120, check=True
+            [BROWSER, *flags, f"{server.url}/"], capture_output=True, text=True, timeout=900, check=True
         )
     found = re.search(r'data-seen="([^"]*)"', shown.stdout)
     assert found is not None, shown.stdout[-2000:]
