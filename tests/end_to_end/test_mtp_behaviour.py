@@ -16,8 +16,8 @@ from amfm.model.loss import IGNORE_INDEX
 from amfm.model.mtp import Ahead
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
+from tests.end_to_end.plays import play_bytes
 
-ROOT = Path(__file__).parents[2]
 STEPS, ROWS, TOKENS, RATE = 200, 16, 64, 4e-3
 VALIDATION_ROWS = 512
 MODEL = {
@@ -36,25 +36,20 @@ class Outcome(NamedTuple):
     agreed: float = 0.0
 
 
-def read_bytes() -> Tensor:
-    """Text that is always there: the program itself, its files in the order of their names."""
-    files = sorted(path for room in ("pretrain", "model", "launch") for path in (ROOT / room).rglob("*.py"))
-    return torch.frombuffer(bytearray(b"\n".join(path.read_bytes() for path in files)), dtype=torch.uint8).long()
-
-
 def look_ahead(rows: Tensor) -> Ahead:
     return Ahead.of_rows(rows[:, :-1], rows[:, 1:], torch.zeros_like(rows[:, 1:]), 1)
 
 
-def train(text: Tensor, **model: object) -> Outcome:
-    """200 steps of 1,024 bytes at a cosine to a tenth; measured on the text's last tenth."""
+def train(folder: Path, **model: object) -> Outcome:
+    """200 steps of 1,024 bytes of the plays at a cosine to a tenth; measured on two plays that it has not seen."""
+    text, held_out = play_bytes(folder)
     torch.manual_seed(0)
     hybrid = HybridModel(ModelConfig.model_validate(MODEL | model), single_rank_groups(), seed=0)
     config, generator = hybrid.config, torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(hybrid.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    end, meta = len(text) * 9 // 10, PackMeta.one_document_a_row(ROWS, TOKENS)
+    meta = PackMeta.one_document_a_row(ROWS, TOKENS)
     for step in range(STEPS):
-        starts = torch.randint(0, end - TOKENS - 1, (ROWS, 1), generator=generator)
+        starts = torch.randint(0, len(text) - TOKENS - 1, (ROWS, 1), generator=generator)
         rows = text[starts + torch.arange(TOKENS + 1)]
         ahead = [look_ahead(rows)] * config.num_depths
         output = hybrid(rows[:, :-1], meta, rows[:, 1:], ahead=ahead)
@@ -67,8 +62,8 @@ def train(text: Tensor, **model: object) -> Outcome:
         optimizer.param_groups[0]["lr"] = RATE * share
         optimizer.step()
         optimizer.zero_grad()
-    starts = torch.randint(end, len(text) - TOKENS - 1, (VALIDATION_ROWS, 1), generator=generator)
-    return measure(hybrid.eval(), text[starts + torch.arange(TOKENS + 1)])
+    starts = torch.randint(0, len(held_out) - TOKENS - 1, (VALIDATION_ROWS, 1), generator=generator)
+    return measure(hybrid.eval(), held_out[starts + torch.arange(TOKENS + 1)])
 
 
 @torch.no_grad()
@@ -89,14 +84,12 @@ def measure(model: HybridModel, rows: Tensor) -> Outcome:
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_a_depth_drafts_what_the_model_says_and_costs_it_nothing() -> None:
-    text = read_bytes()
-    plain = train(text, pattern="*-*-")
-    joint = train(text, pattern="*-*-/*-")
-    detached = train(text, pattern="*-*-/*-", mtp={"detach": True})
-    # How often a draft agrees depends on the text: on Shakespeare's plays it is 0.786 (0.844 in the prototype, which asked for
-    # 0.75), on program text 0.667, with about as many accepted (0.41 and 0.39).
-    assert joint.accepted > 0.35
-    assert joint.agreed > 0.6 and detached.agreed > 0.6
+def test_a_depth_drafts_what_the_model_says_and_costs_it_nothing(plays: Path) -> None:
+    plain = train(plays, pattern="*-*-")
+    joint = train(plays, pattern="*-*-/*-")
+    detached = train(plays, pattern="*-*-/*-", mtp={"detach": True})
+    # Measured: 0.41 accepted; 0.784 and 0.761 agreed. The plays do not change, as a program's own text would.
+    assert joint.accepted > 0.38
+    assert joint.agreed > 0.75 and detached.agreed > 0.72
     assert joint.loss < plain.loss + 0.03
     assert detached.loss == pytest.approx(plain.loss, abs=0.03)
