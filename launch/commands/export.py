@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,11 +35,19 @@ ClientPythonOption = Annotated[
     typer.Option(metavar="PYTHON", help="Interpreter where that program is installed; default: the one of amfm."),
 ]
 FormatOption = Annotated[
-    Literal["huggingface", "dcp", "deepspeed-universal", "megatron", "gguf"],
+    Literal[
+        "huggingface",
+        "dcp",
+        "deepspeed-universal",
+        "megatron-deepspeed",
+        "megatron-deepspeed-plain",
+        "megatron",
+        "gguf",
+    ],
     typer.Option(
         "--format",
-        help="A model for transformers, a whole training state for torch Distributed Checkpoint or DeepSpeed's loader, "
-        "the tokens of a store as .bin and .idx, or an export as a file for llama.cpp.",
+        help="A model for transformers, a whole training state for torch Distributed Checkpoint, DeepSpeed's loader or "
+        "Megatron-DeepSpeed (-plain: its --no-pipeline-parallel), the tokens of a store as .bin and .idx, or an export as a file for llama.cpp.",
     ),
 ]
 OptionalOutArgument = Annotated[
@@ -101,7 +110,7 @@ def export(
     if file_format == "megatron":
         export_tokens(checkpoint, out, as_json=as_json)
         return
-    if file_format in ("dcp", "deepspeed-universal"):
+    if file_format != "huggingface":
         export_state(checkpoint, out, file_format, as_json=as_json)
         return
     require_extra("export", "amfm export")
@@ -165,18 +174,25 @@ def check_export_options(
         check_installed(check, python or sys.executable)
 
 
-def export_state(
-    checkpoint: Path, out: Path, file_format: Literal["dcp", "deepspeed-universal"], *, as_json: bool
-) -> None:
+# The model of Megatron-DeepSpeed whose names a format has; None: ours.
+NAMES: dict[str, Literal["pipeline", "plain"] | None] = {
+    "deepspeed-universal": None,
+    "megatron-deepspeed": "pipeline",
+    "megatron-deepspeed-plain": "plain",
+}
+
+
+def export_state(checkpoint: Path, out: Path, file_format: str, *, as_json: bool) -> None:
     """Write masters and moments for torch Distributed Checkpoint or DeepSpeed's loader, and print what was written."""
     from amfm.pretrain.exchange.dcp import export_dcp
     from amfm.pretrain.exchange.universal import export_universal
 
     with Waiting("amfm export") as waiting:
-        write = export_dcp if file_format == "dcp" else export_universal
+        write = export_dcp if file_format == "dcp" else partial(export_universal, gpt=NAMES[file_format])
         report = write(checkpoint, out, waiting)
     if as_json:
-        print_json({**asdict(report), "path": str(report.path)})
+        given = {key: value for key, value in asdict(report).items() if value is not None}
+        print_json({**given, "path": str(report.path)})
         return
     pairs: list[tuple[str, object]] = [("folder", report.path), ("step", report.step)]
     pairs += [("tensors", f"{report.num_tensors:,}"), ("bytes", f"{report.num_bytes:,}")]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import pickle
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from amfm.data_pipeline.durable.foreign_files import take
-from amfm.pretrain.exchange.dcp_folder import Unread
 
 # What rebuilds tensors and containers; nothing of it opens files or calls what a file names.
 KNOWN = {
@@ -24,6 +25,20 @@ KNOWN = {
     ("torch._utils", "_rebuild_tensor"),
     ("torch._utils", "_rebuild_parameter"),
 }
+
+
+class Unread:
+    """Stands in for an object of a type that is not read; takes any state and keeps none."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Keep nothing."""
+
+    def __setstate__(self, _: Any) -> None:
+        """Keep nothing."""
+
+    def __call__(self, *_: Any, **__: Any) -> Unread:
+        """Stand in for what it would make, too."""
+        return self
 
 
 class CommonReader(pickle.Unpickler):
@@ -41,16 +56,28 @@ class CommonReader(pickle.Unpickler):
 
 
 def read_common(path: Path) -> dict[str, Any]:
-    """Read the common state; {} where there is none. Raises ValueError where the file is damaged or something else."""
+    """Read such a file; {} where there is none. Tensors are mapped, not read. Raises ValueError where the file is damaged or something else."""
     if not path.is_file():
         return {}
     try:
-        found = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_Pickle)
+        found = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_Pickle, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a whole file of torch.save ({str(error)[:200]}); copy the folder again"
         ) from error
     return take({"common state": found}, "common state", dict, path)
+
+
+def find_steps(optimizer: Any) -> Iterator[int]:
+    """All counters of an optimizer's common state, wherever it keeps them."""
+    children: Iterable[tuple[Any, Any]] = optimizer.items() if isinstance(optimizer, Mapping) else ()
+    if isinstance(optimizer, list | tuple):
+        children = enumerate(optimizer)
+    for key, value in children:
+        if key in ("common_step", "step") and isinstance(value, int | float | Tensor):
+            yield int(value)
+        else:
+            yield from find_steps(value)
 
 
 def _load(file: BinaryIO, **options: Any) -> Any:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +31,11 @@ from amfm.model.on_demand import OnDemand, Shape, Source, cut_rows, source_of
 from amfm.pretrain.engine.moments import FROZEN, MUON
 from amfm.pretrain.exchange.dcp_folder import DcpFolder, read_json
 from amfm.pretrain.exchange.fit import BUFFER, Fitted, fit_tensors, one_step, shapes_of
-from amfm.pretrain.exchange.state import TrainingState, check_record, read_state, with_tuples
-from amfm.pretrain.export.export import check_free
-from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
+from amfm.pretrain.exchange.state import ExportedState, TrainingState, check_record, export_state, with_tuples
 
 OURS = "amfm."
 RECORD = f"{OURS}record"
 RANDOM = f"{OURS}random."
-
-
-@dataclass(frozen=True)
-class DcpReport:
-    """What was written: step, tensors and bytes."""
-
-    path: Path
-    step: int
-    num_tensors: int
-    num_bytes: int
 
 
 class StreamedPlanner(DefaultSavePlanner):
@@ -96,24 +83,17 @@ class StreamedPlanner(DefaultSavePlanner):
         return self.written
 
 
-def export_dcp(checkpoint: str | Path, out_dir: str | Path, report: Report = silent) -> DcpReport:
-    """Write a checkpoint of any layout (or a run's newest) as torch Distributed Checkpoint; OUT is absent or whole.
+def export_dcp(checkpoint: str | Path, out_dir: str | Path, report: Report = silent) -> ExportedState:
+    """Write a checkpoint (or a run's newest) as torch Distributed Checkpoint, as `export_state` says; holds one block of rows."""
 
-    Holds one block of rows. Raises ValueError when OUT is in use, RuntimeError when the checkpoint is damaged.
-    """
-    out = Path(out_dir)
-    check_free(out)
-    state = read_state(checkpoint, report)
-    with begin_export(out) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+    def write(folder: Path, state: TrainingState) -> None:
         # No copies ahead: the planner gives back the memory of each block when the next is asked for.
-        writer = FileSystemWriter(temporary, thread_count=1, per_thread_copy_ahead=0, sync_files=True)
-        save(state_dict(state), storage_writer=writer, planner=StreamedPlanner(report), no_dist=True)
-        sync_files(temporary)
-        num_bytes = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-        put_in_place(temporary, out)
-    num_tensors = len(state.buffers) + sum(len(sources) for sources in state.tensors.values())
-    return DcpReport(out, state.record["step"], num_tensors, num_bytes)
+        writer = FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0, sync_files=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            save(state_dict(state), storage_writer=writer, planner=StreamedPlanner(report), no_dist=True)
+
+    return export_state(checkpoint, Path(out_dir), write, report)
 
 
 def state_dict(state: TrainingState) -> dict[str, Any]:

@@ -1,25 +1,25 @@
 """Reads the folder that torch Distributed Checkpoint writes, without a process group and without unpickling at large.
 
-torch's own reader finds and reads the chunks of a tensor. What is ours: `.metadata` is a pickle, which can run any code, so
-only the record types that torch puts there are read, and names of everything else become empty stand-ins; values that are
-no tensors are read with `weights_only`. Before anything is used, every file that the metadata names must be there in full
-length, and the chunks of each tensor must add up to it.
+`.metadata` is a pickle, which can run any code, so only the record types that torch puts there are read, and names of
+everything else become empty stand-ins; values that are no tensors are read with `weights_only`. Before anything is used,
+every file that the metadata names must be there in full length, and the chunks of each tensor must add up to it.
 
-Tensors come some rows at a time. Memory holds the chunks of the last reads, up to CACHE_BYTES, and at least one chunk.
+Tensors come some rows at a time. torch's own reader loads a whole chunk, which is a whole matrix where one rank saved it;
+here torch says where in its file the numbers of a chunk begin, and only the rows that are asked for are read.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import pickle
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -27,29 +27,16 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from amfm.data_pipeline.durable.foreign_files import inside, parse_object, take
+from amfm.data_pipeline.durable.naming import named
 from amfm.model.on_demand import Source
+from amfm.pretrain.exchange.common_file import Unread
+from amfm.pretrain.exchange.torch_file import READ_TYPES, find_numbers, read_numbers
 
 METADATA = ".metadata"
-CACHE_BYTES = 1 << 29
 RECORD_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-READ_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class Unread:
-    """Stands in for an object of a type that is not read; takes any state and keeps none."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        """Keep nothing."""
-
-    def __setstate__(self, _: Any) -> None:
-        """Keep nothing."""
-
-    def __call__(self, *_: Any, **__: Any) -> Unread:
-        """Stand in for what it would make, too."""
-        return self
 
 
 class RecordReader(pickle.Unpickler):
@@ -69,40 +56,6 @@ class RecordReader(pickle.Unpickler):
         return Unread
 
 
-class OneTarget(LoadPlanner):
-    """The planner of a single read: where the tensor, or the bytes, go."""
-
-    def __init__(self, target: Tensor | None = None) -> None:
-        self.target, self.read = target, b""
-
-    def set_up_planner(self, *_: Any, **__: Any) -> None:
-        """Nothing is planned."""
-
-    def create_local_plan(self) -> LoadPlan:
-        """No plan beside the one that is given to the reader."""
-        return LoadPlan([])
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """As it is."""
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """As it is."""
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Take bytes."""
-        self.read = value.getvalue()
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """Name the tensor to copy into."""
-        assert self.target is not None, "a tensor is read into one"
-        return self.target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing is left to do."""
-
-
 class DcpFolder:
     """A folder of torch Distributed Checkpoint: its tensors by name, and the names of its other values.
 
@@ -115,9 +68,8 @@ class DcpFolder:
         entries = self.metadata.state_dict_metadata
         self.tensors = {name: found for name, found in entries.items() if isinstance(found, TensorStorageMetadata)}
         self.values = {name for name, found in entries.items() if isinstance(found, BytesStorageMetadata)}
-        self.reader = FileSystemReader(path)
-        self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
-        self.kept: OrderedDict[MetadataIndex, Tensor] = OrderedDict()
+        # Where the numbers of chunks begin in their files.
+        self.begins: dict[MetadataIndex, int] = {}
         self.check()
 
     def check(self) -> None:
@@ -144,11 +96,10 @@ class DcpFolder:
 
     def value(self, name: str) -> Any:
         """Read a value that is no tensor: numbers, texts and containers of them. Raises ValueError for other objects."""
-        planner = OneTarget()
-        self._read(MetadataIndex(name), LoadItemType.BYTE_IO, torch.Size([]), planner)
         try:
-            return torch.load(io.BytesIO(planner.read), weights_only=True)
-        except pickle.UnpicklingError as error:
+            with self._saved(MetadataIndex(name)) as saved:
+                return torch.load(saved, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{self.path}: {name} holds an object that is not read: {error}") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -176,46 +127,57 @@ class DcpFolder:
 
     def _rows(self, name: str, found: TensorStorageMetadata, lead: tuple[int, ...], start: int, stop: int) -> Tensor:
         """Read rows of a tensor, at places of a stack where there are `lead`, from all chunks that have a part in them."""
-        axis, dtype = len(lead), found.properties.dtype
+        axis = len(lead)
         if len(found.size) == axis:
             chunk = next(chunk for chunk in found.chunks if _holds(chunk, lead))
-            return self._chunk(name, chunk, dtype)[tuple(place - first for place, first in zip(lead, chunk.offsets))]
-        rows = torch.zeros(stop - start, *found.size[axis + 1 :], dtype=dtype)
+            return self._part(name, found, chunk, [place - first for place, first in zip(lead, chunk.offsets)], ())
+        rows = torch.zeros(stop - start, *found.size[axis + 1 :], dtype=found.properties.dtype)
         for chunk in found.chunks:
             first, last = chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]
             low, high = max(start, first), min(stop, last)
             if low >= high or not _holds(chunk, lead):
                 continue
-            values = self._chunk(name, chunk, dtype)[tuple(place - begun for place, begun in zip(lead, chunk.offsets))]
+            corner = [*(place - begun for place, begun in zip(lead, chunk.offsets)), low - first]
             ends = zip(chunk.offsets[axis + 1 :], chunk.sizes[axis + 1 :])
             others = [slice(begun, begun + size) for begun, size in ends]
-            rows[(slice(low - start, high - start), *others)] = values[low - first : high - first]
+            shape = (high - low, *chunk.sizes[axis + 1 :])
+            rows[(slice(low - start, high - start), *others)] = self._part(name, found, chunk, corner, shape)
         return rows
 
-    def _chunk(self, name: str, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> Tensor:
-        """Read one chunk, or take it from those that were read last."""
-        index = MetadataIndex(name, chunk.offsets)
-        if index in self.kept:
-            self.kept.move_to_end(index)
-            return self.kept[index]
-        room = CACHE_BYTES - math.prod(chunk.sizes) * dtype.itemsize
-        while self.kept and sum(kept.nbytes for kept in self.kept.values()) > max(0, room):
-            self.kept.popitem(last=False)
-        target = torch.empty(chunk.sizes, dtype=dtype)
-        self._read(index, LoadItemType.TENSOR, chunk.sizes, OneTarget(target))
-        self.kept[index] = target
-        return target
+    def _part(
+        self,
+        name: str,
+        found: TensorStorageMetadata,
+        chunk: ChunkStorageMetadata,
+        corner: Sequence[int],
+        shape: tuple[int, ...],
+    ) -> Tensor:
+        """Read numbers of a chunk that lie behind each other, from a corner of its first dimensions on."""
+        index, dtype = MetadataIndex(name, chunk.offsets), found.properties.dtype
+        if index not in self.begins:
+            where = f"{self.path}: {name}"
+            with self._saved(index) as saved:
+                held, begin = find_numbers(saved, where)
+            if held.shape != chunk.sizes or held.dtype != dtype:
+                raise ValueError(f"{where} is {list(held.shape)} of {held.dtype} in its file; copy the folder again")
+            self.begins[index] = self.metadata.storage_data[index].offset + begin
+        before = sum(place * math.prod(chunk.sizes[axis + 1 :]) for axis, place in enumerate(corner))
+        return read_numbers(self._file(index), self.begins[index] + before * dtype.itemsize, shape, dtype)
 
-    def _read(self, index: MetadataIndex, kind: LoadItemType, sizes: torch.Size, planner: OneTarget) -> None:
-        """Let torch's reader read one item. Raises ValueError for what it cannot read."""
-        origin = torch.Size([0] * len(sizes))
-        item = ReadItem(kind, index, origin, index, origin, sizes)
-        try:
-            self.reader.read_data(LoadPlan([item]), planner)
-        except (RuntimeError, AssertionError, EOFError, pickle.UnpicklingError) as error:
+    def _file(self, index: MetadataIndex) -> Path:
+        """The file of an item."""
+        return inside(self.path, self.metadata.storage_data[index].relative_path)
+
+    @contextmanager
+    def _saved(self, index: MetadataIndex) -> Iterator[Any]:
+        """An item as it was saved, a file inside of a file. Raises ValueError where an extension of torch changed its bytes."""
+        info, file = self.metadata.storage_data[index], self._file(index)
+        if getattr(info, "transform_descriptors", None):
             raise ValueError(
-                f"{self.path}: {index.fqn} is damaged ({str(error)[:200]}); copy the folder again"
-            ) from error
+                f"{self.path}: {index.fqn} was saved by the extension {', '.join(info.transform_descriptors)}; save it without"
+            )
+        with named(file), file.open("rb") as stream:
+            yield _create_file_view(stream, info.offset, info.length)
 
 
 def read_metadata(path: Path) -> Metadata:

@@ -18,27 +18,23 @@ Every tensor must be taken, or it is refused by name: biases, other positions, d
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.shapes import block_shapes
 from amfm.model.on_demand import OnDemand, Shape, Source
-from amfm.pretrain.exchange.common_file import read_common
+from amfm.pretrain.exchange.common_file import find_steps, read_common
 from amfm.pretrain.exchange.dcp_folder import DcpFolder
 from amfm.pretrain.exchange.fit import BUFFER, Fitted, fit_tensors, one_step
+from amfm.pretrain.exchange.rows import drop_channel_dim, join, part_of, stacked
 
 DESCRIPTION, COMMON, LATEST = "metadata.json", "common.pt", "latest_checkpointed_iteration.txt"
 STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(fp32_param|exp_avg|exp_avg_sq)\.(.+)")
 MASTERS = "fp32_param"
 # Of the router: what it counted in the last step, which no run goes on from.
 COUNTS = ".local_tokens_per_expert"
-Rows = tuple[Source, int, int]  # from start to stop
 
 NORMS = {
     "M": ("norm.weight", "mixer.in_proj.layer_norm_weight"),
@@ -203,7 +199,9 @@ class Reading:
             return self.at(layer, PLAIN[letter][name])
         if name in PARTS:
             base, parts = PARTS[name]
-            return flat_conv(self.at(layer, base) or self.joined([self.at(layer, f"{base}.{part}") for part in parts]))
+            return drop_channel_dim(
+                self.at(layer, base) or self.joined([self.at(layer, f"{base}.{part}") for part in parts])
+            )
         if name in EXPERTS:
             return self.experts(layer, EXPERTS[name])
         fused = self.at(layer, "self_attention.linear_qkv.weight")
@@ -241,59 +239,8 @@ class Reading:
         """Rows of queries, keys or values out of `linear_qkv`, whose groups are those of the key-value heads."""
         attention = self.model.attention
         assert attention is not None, "the pattern has *, the configuration no attention section"
-        groups, dim = attention.num_kv_heads, attention.head_dim
-        queries = attention.num_heads // groups * dim
-        first, size = {"q": (0, queries), "k": (queries, dim), "v": (queries + dim, dim)}[name[0]]
-        each = queries + 2 * dim
-        if fused.shape[0] != groups * each:
-            # Of another shape than the configuration's: the comparison of shapes names it.
-            return fused
-        return join([(fused, group * each + first, group * each + first + size) for group in range(groups)])
-
-
-def join(pieces: Sequence[Rows]) -> Source:
-    """Rows of several tensors below each other, as one tensor."""
-    shape = (sum(stop - start for _, start, stop in pieces), *pieces[0][0].shape[1:])
-
-    def read(start: int, stop: int) -> Tensor:
-        parts, begun = [], 0
-        for source, first, last in pieces:
-            low, high = max(start, begun), min(stop, begun + last - first)
-            if low < high:
-                parts.append(source.read(first + low - begun, first + high - begun))
-            begun += last - first
-        return torch.cat(parts)
-
-    return Source(shape, torch.float32, read)
-
-
-def stacked(sources: Sequence[Source]) -> Source:
-    """Tensors of one shape as a stack of them."""
-
-    def read(start: int, stop: int) -> Tensor:
-        return torch.stack([source.read(0, source.num_rows) for source in sources[start:stop]])
-
-    return Source((len(sources), *sources[0].shape), torch.float32, read)
-
-
-def flat_conv(source: Source | None) -> Source | None:
-    """The weights of a convolution over channels without the dimension of inputs per channel, which is 1."""
-    if source is None or len(source.shape) != 3 or source.shape[1] != 1:
-        return source
-    shape = (source.shape[0], source.shape[2])
-    return Source(shape, torch.float32, lambda start, stop: source.read(start, stop).squeeze(1))
-
-
-def find_steps(optimizer: Any) -> Iterator[int]:
-    """All counters of an optimizer's common state, wherever it keeps them."""
-    children: Iterable[tuple[Any, Any]] = optimizer.items() if isinstance(optimizer, Mapping) else ()
-    if isinstance(optimizer, list | tuple):
-        children = enumerate(optimizer)
-    for key, value in children:
-        if key in ("common_step", "step") and isinstance(value, int | float | Tensor):
-            yield int(value)
-        else:
-            yield from find_steps(value)
+        dim, groups = attention.head_dim, attention.num_kv_heads
+        return part_of(fused, [attention.num_heads * dim, groups * dim, groups * dim], "qkv".index(name[0]), groups)
 
 
 def check_fits(model: ModelConfig, path: Path) -> None:

@@ -47,7 +47,10 @@ def _read(source: Path, config: RunConfig | None, step: int | None) -> TrainingS
         return _adopt(MegatronFolder(source, config.model), source, config, step)
     folder = UniversalFolder(source) if is_universal(source) else DcpStates(source)
     if not folder.has_record():
-        return _adopt(folder, source, require_config(source, config), step)
+        config = require_config(source, config)
+        if isinstance(folder, UniversalFolder):
+            folder.name_parameters(config.model)
+        return _adopt(folder, source, config, step)
     refuse_config(source, config, step)
     return folder.read()
 

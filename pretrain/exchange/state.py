@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from amfm.pretrain.checkpoint.random_state import collect_random_state
 from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.saved import read_saved_config
+from amfm.pretrain.export.export import check_free
 from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
 from amfm.pretrain.tensor_files import TensorFile, TensorWriter
 
@@ -55,6 +56,10 @@ class TrainingState:
         for kind, sources in self.tensors.items():
             for name, source in sources.items():
                 yield kind, name, source
+
+    def num_tensors(self) -> int:
+        """Count masters, moments and buffers."""
+        return len(self.buffers) + sum(len(sources) for sources in self.tensors.values())
 
     def num_bytes(self) -> int:
         """Bytes of masters, moments and buffers."""
@@ -103,6 +108,35 @@ def with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class ExportedState:
+    """A folder that was written: step, tensors and bytes. tag: of the folder inside of it that DeepSpeed finds by itself."""
+
+    path: Path
+    step: int
+    num_tensors: int
+    num_bytes: int
+    tag: str | None = None
+
+
+def export_state(
+    checkpoint: str | Path, out: Path, write: Callable[[Path, TrainingState], str | None], report: Report
+) -> ExportedState:
+    """Let `write` put the state of a checkpoint of any layout, or of a run's newest, into a folder; OUT is absent or whole.
+
+    `write` returns the tag, where the format has one. Raises ValueError when OUT is in use, RuntimeError when the
+    checkpoint is damaged.
+    """
+    check_free(out)
+    state = read_state(checkpoint, report)
+    with begin_export(out) as temporary:
+        tag = write(temporary, state)
+        sync_files(temporary)
+        num_bytes = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        put_in_place(temporary, out)
+    return ExportedState(out, state.record["step"], state.num_tensors(), num_bytes, tag)
+
+
+@dataclass(frozen=True)
 class WrittenRun:
     """A run directory that was written: its checkpoint, step, and how many tensors and bytes."""
 
@@ -130,9 +164,8 @@ def write_run(out: Path, state: TrainingState, report: Report = silent) -> Writt
         (temporary / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
         sync_files(temporary)
         put_in_place(temporary, out)
-    num_tensors = len(state.buffers) + sum(len(sources) for sources in state.tensors.values())
     checkpoint = out / "checkpoints" / saved.name
-    return WrittenRun(out, checkpoint, state.record["step"], num_tensors, state.num_bytes())
+    return WrittenRun(out, checkpoint, state.record["step"], state.num_tensors(), state.num_bytes())
 
 
 def _write_tensors(folder: Path, state: TrainingState, report: Report) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One tensor in a file of `torch.save`, written and read some rows at a time.
+"""Tensors in files of `torch.save`, written and read some rows at a time.
 
 torch can leave out the bytes of a tensor while it saves the rest of a file (`skip_data`), and tells where they belong when
 the file is loaded under a fake mode: so a tensor larger than memory goes out and comes in by blocks, and the file stays
@@ -9,30 +9,32 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from amfm.data_pipeline.durable.naming import named
-from amfm.model.on_demand import BLOCK_NUMEL, Source, cut_rows
-from amfm.pretrain.exchange.dcp_folder import READ_TYPES
+from amfm.model.on_demand import BLOCK_NUMEL, Shape, Source, cut_rows
 from amfm.pretrain.tensor_files import tensor_bytes
 
 PARAM = "param"
+READ_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def write_param(path: Path, source: Source) -> None:
-    """Write `{"param": tensor}`; one larger than a block goes out by blocks of rows, without a checksum in the archive."""
+def write_param(path: Path, source: Source, extras: Mapping[str, Any]) -> None:
+    """Write `{"param": tensor}` and what else is to say; one larger than a block goes out by blocks of rows, without a checksum in the archive."""
     if math.prod(source.shape) <= BLOCK_NUMEL:
-        torch.save({PARAM: source.read(0, source.num_rows).clone()}, path)
+        torch.save({PARAM: source.read(0, source.num_rows).clone(), **extras}, path)
         return
     with FakeTensorMode():
         empty = torch.empty(source.shape, dtype=source.dtype)
     with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save({PARAM: empty}, path)
-    _, start = locate(path)
+        torch.save({PARAM: empty, **extras}, path)
+    _, start = find_numbers(path, path)
     with named(path), path.open("r+b") as file:
         file.seek(start)
         for first, last in cut_rows(source.num_rows, source.shape):
@@ -44,37 +46,46 @@ def read_param(path: Path) -> Source:
 
     Raises ValueError where the file is cut or damaged, or holds something else.
     """
-    tensor, start = locate(path)
+    tensor, begin = find_numbers(path, path)
     shape, dtype = tuple(tensor.shape), tensor.dtype
+    if dtype not in READ_TYPES:
+        raise ValueError(f"{path} holds {dtype}, not floating-point numbers; give a universal checkpoint")
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    if path.stat().st_size < start + tensor.nbytes:
-        raise ValueError(f"{path} is cut: it has {path.stat().st_size} bytes, {start + tensor.nbytes} are in use")
+    if path.stat().st_size < begin + tensor.nbytes:
+        raise ValueError(f"{path} is cut: it has {path.stat().st_size} bytes, {begin + tensor.nbytes} are in use")
 
     def read(first: int, last: int) -> Tensor:
-        raw = bytearray((last - first) * row_bytes if shape else dtype.itemsize)
-        with named(path), path.open("rb") as file:
-            file.seek(start + first * row_bytes)
-            file.readinto(raw)
-        return torch.frombuffer(raw, dtype=dtype).view(last - first, *shape[1:]).float()
+        rows = (last - first, *shape[1:]) if shape else ()
+        return read_numbers(path, begin + first * row_bytes, rows, dtype).float()
 
     return Source(shape, torch.float32, read)
 
 
-def locate(path: Path) -> tuple[Tensor, int]:
-    """A stand-in for the tensor of a file, without numbers, and the byte at which it begins."""
+def read_numbers(path: Path, begin: int, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Read numbers that lie behind each other from a byte of a file on."""
+    raw = bytearray(math.prod(shape) * dtype.itemsize)
+    with named(path), path.open("rb") as file:
+        file.seek(begin)
+        file.readinto(raw)
+    return torch.frombuffer(raw, dtype=dtype).view(shape) if raw else torch.empty(shape, dtype=dtype)
+
+
+def find_numbers(saved: Path | BinaryIO, where: object) -> tuple[Tensor, int]:
+    """A stand-in for the tensor that torch saved, without numbers, and the byte at which they begin.
+
+    Raises ValueError where it is damaged, or saved in another way.
+    """
     try:
         with FakeTensorMode():
-            found = torch.load(path, weights_only=True)
+            found = torch.load(saved, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise ValueError(
-            f"{path} is not a whole file of torch.save ({str(error)[:200]}); copy the folder again"
+            f"{where} is not a whole file of torch.save ({str(error)[:200]}); copy the folder again"
         ) from error
     tensor = found.get(PARAM) if isinstance(found, dict) else found
-    if not isinstance(tensor, Tensor) or tensor.dtype not in READ_TYPES or not tensor.is_contiguous():
-        raise ValueError(
-            f"{path} holds no tensor of floating-point numbers under {PARAM!r}; give a universal checkpoint"
-        )
+    if not isinstance(tensor, Tensor) or not tensor.is_contiguous():
+        raise ValueError(f"{where} holds no tensor whose numbers lie in order, alone or as {PARAM!r}; save it so")
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if offset is None:
-        raise ValueError(f"{path} was not written as an archive; save it with torch 1.6 or later")
+        raise ValueError(f"{where} was not written as an archive; save it with torch 1.6 or later")
     return tensor, int(offset) + int(tensor.storage_offset()) * tensor.dtype.itemsize

@@ -5,32 +5,45 @@
     TAG/zero/NAME/step.pt                        the optimizer's counter
     TAG/amfm/                                    record, buffers and generators of an amfm run, for the way back
 
-For moving a run to and from a program that holds the same model under DeepSpeed, without expert or tensor
-parallelism there (its loader cuts neither our stacked experts nor our fused matrices). The checkpoint may come from any
-layout. The file names and keys are those that `load_checkpoint` of DeepSpeed 0.19 asks for with
-`{"checkpoint": {"load_universal": true}}` in its configuration, and those that its `ds_to_universal` writes.
+For moving a run to and from a program that holds the same model under DeepSpeed: one of ours, without expert or tensor
+parallelism there (its loader cuts neither our stacked experts nor our fused matrices), or Megatron-DeepSpeed's GPT model,
+whose names and forms are in `megatron_deepspeed.py`. The checkpoint may come from any layout. The file names and keys are
+those that `load_checkpoint` of DeepSpeed 0.19 asks for with `{"checkpoint": {"load_universal": true}}` in its
+configuration, and those that its `ds_to_universal` writes; of ZeRO 3 that writes flat tensors, and one step for all.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from amfm.data_pipeline.durable.foreign_files import inside, read_object
 from amfm.data_pipeline.progress import Report, silent
+from amfm.model.config.schema import ModelConfig
 from amfm.model.on_demand import OnDemand, Shape, Source, source_of
+from amfm.pretrain.config.saved import read_saved_config
 from amfm.pretrain.engine.moments import FROZEN, MUON
+from amfm.pretrain.exchange.common_file import find_steps, read_common
 from amfm.pretrain.exchange.fit import Fitted, fit_tensors, one_step, shapes_of
-from amfm.pretrain.exchange.state import TrainingState, check_record, read_state, with_tuples
+from amfm.pretrain.exchange.megatron_deepspeed import (
+    FUSED,
+    GptKind,
+    GptNames,
+    check_expressible,
+    describe_client,
+    find_blocks,
+    find_kind,
+    name_for_export,
+)
+from amfm.pretrain.exchange.names import OwnNames
+from amfm.pretrain.exchange.state import ExportedState, TrainingState, check_record, export_state, with_tuples
 from amfm.pretrain.exchange.torch_file import read_param, write_param
-from amfm.pretrain.export.export import check_free
-from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
+from amfm.pretrain.stages import last_stage, resolve_stages
 from amfm.pretrain.tensor_files import TensorFile, write_tensors
 
 # Our kinds by DeepSpeed's names.
@@ -38,46 +51,38 @@ STATES = {"fp32": "weight", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 FILES = {kind: name for name, kind in STATES.items()}
 LATEST, OWN, RECORD, TENSORS = "latest_universal", "amfm", "record.json", "state.safetensors"
 UNIVERSAL_VERSION = 0.2
+# Of ZeRO 0 to 2, and of ZeRO 3, which asks under another name.
+MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
 
-@dataclass(frozen=True)
-class UniversalReport:
-    """What was written: `tag` names the folder inside `path`, as `load_checkpoint(path)` finds it by itself."""
+def export_universal(
+    checkpoint: str | Path, out_dir: str | Path, report: Report = silent, *, gpt: GptKind | None = None
+) -> ExportedState:
+    """Write a checkpoint (or a run's newest) for DeepSpeed, as `export_state` says; holds one block of rows.
 
-    path: Path
-    tag: str
-    step: int
-    num_tensors: int
-    num_bytes: int
-
-
-def export_universal(checkpoint: str | Path, out_dir: str | Path, report: Report = silent) -> UniversalReport:
-    """Write a checkpoint (or a run's newest) for DeepSpeed; OUT is absent or whole.
-
-    Holds one block of rows at a time. Raises ValueError when OUT is in use, the run has `model.mup` or Muon trained it, RuntimeError
-    when the checkpoint is damaged.
+    `gpt`: in the names of that model of Megatron-DeepSpeed, None: in ours. Raises ValueError when the run has `model.mup`
+    or Muon trained it, or Megatron-DeepSpeed has no such model.
     """
-    out = Path(out_dir)
-    check_free(out)
-    state = read_state(checkpoint, report)
-    check_exportable(state)
-    record = state.record
-    tag = f"global_step{record['step']}"
-    with begin_export(out) as temporary:
-        folder = temporary / tag
-        write_parameters(folder / "zero", state, report)
+
+    def write(out: Path, state: TrainingState) -> str:
+        check_exportable(state)
+        record, names, client = state.record, OwnNames(), {}
+        if gpt is not None:
+            config = read_saved_config(record)
+            names = name_for_export(config.model, gpt, state.origin)
+            stage = last_stage(resolve_stages(config), record["step"])
+            client = describe_client(record, config.model, stage.sequence_length)
+        tag = f"global_step{record['step']}"
+        folder = out / tag
+        write_parameters(folder / "zero", state, names, report)
         write_own(folder / OWN, state)
         torch.save(describe_optimizer(record), folder / "zero" / "optimizer_state.pt")
-        model_state = describe_model(state)
-        torch.save(model_state, folder / "mp_rank_00_model_states.pt")
-        # ZeRO 3 asks under another name.
-        torch.save(model_state, folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
-        (temporary / LATEST).write_text(tag, encoding="utf-8")
-        sync_files(temporary)
-        num_bytes = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-        put_in_place(temporary, out)
-    num_tensors = sum(len(sources) for sources in state.tensors.values())
-    return UniversalReport(out, tag, record["step"], num_tensors, num_bytes)
+        for name in MODEL_STATES:
+            torch.save(describe_model(state) | client, folder / name)
+        (out / LATEST).write_text(tag, encoding="utf-8")
+        return tag
+
+    return export_state(checkpoint, Path(out_dir), write, report)
 
 
 def check_exportable(state: TrainingState) -> None:
@@ -102,16 +107,17 @@ def check_exportable(state: TrainingState) -> None:
         )
 
 
-def write_parameters(folder: Path, state: TrainingState, report: Report) -> None:
+def write_parameters(folder: Path, state: TrainingState, names: OwnNames, report: Report) -> None:
     """Write float32 masters, moments and step of every parameter, each in a folder of its name."""
-    parameters = state.record["parameters"]
-    for number, (name, entry) in enumerate(parameters.items()):
-        report("writing parameters and moments", number, len(parameters))
+    steps = {names.theirs(name): entry["optimizer_step"] for name, entry in state.record["parameters"].items()}
+    tensors = {file_name: names.write(state.tensors[kind]) for file_name, kind in STATES.items()}
+    for number, (name, step) in enumerate(steps.items()):
+        report("writing parameters and moments", number, len(steps))
         place = folder / name
         place.mkdir(parents=True)
-        for file_name, kind in STATES.items():
-            write_param(place / f"{file_name}.pt", state.tensors[kind][name])
-        torch.save(torch.tensor(float(entry["optimizer_step"])), place / "step.pt")
+        for file_name, sources in tensors.items():
+            write_param(place / f"{file_name}.pt", sources[name], names.extras(name))
+        torch.save(torch.tensor(float(step)), place / "step.pt")
 
 
 def write_own(folder: Path, state: TrainingState) -> None:
@@ -176,7 +182,8 @@ class UniversalFolder:
         zero = self.path / "zero"
         if not zero.is_dir():
             raise ValueError(f"{zero} is missing; give a folder that DeepSpeed's ds_to_universal wrote, or its tag's")
-        self.names = sorted(entry.name for entry in zero.iterdir() if entry.is_dir())
+        self.folders = sorted(entry.name for entry in zero.iterdir() if entry.is_dir())
+        self.names = OwnNames()
 
     def has_record(self) -> bool:
         """Whether an amfm run's record is there."""
@@ -186,42 +193,75 @@ class UniversalFolder:
         """True: one without moments is refused by their names."""
         return True
 
-    def found(self) -> OnDemand:
-        """All tensors by the names of their files."""
-        files = [(kind, name, self.path / key_of(kind, name)) for name in self.names for kind in STATES.values()]
-        return OnDemand({key_of(kind, name): read_param(file) for kind, name, file in files if file.is_file()})
+    def name_parameters(self, model: ModelConfig) -> None:
+        """Read parameters by Megatron-DeepSpeed's names where the folder has them.
+
+        Raises ValueError where its GPT model is not the one that is described, or its order of rows is not known.
+        """
+        gpt = find_kind(self.folders)
+        if gpt is None:
+            return
+        check_expressible(model, self.path)
+        assert model.attention is not None, "each layer has attention"
+        states = self.states()
+        self.names = GptNames(model, gpt, find_blocks(model.attention, read_common(states).get("args"), states))
+
+    def key_of(self, kind: str, name: str) -> str:
+        """The file of a tensor of ours below the folder of the tag, and which part of it where it has several."""
+        theirs = self.names.theirs(name)
+        return place_of(kind, theirs) + (f" ({name})" if theirs.endswith(FUSED) else "")
+
+    def found(self, shapes: Mapping[str, Shape]) -> OnDemand:
+        """All tensors by keys: those of parameters of these shapes, and what else is there."""
+        sources: dict[str, Source] = {}
+        known = {self.names.theirs(name) for name in shapes}
+        for kind in STATES.values():
+            files = {name: self.path / place_of(kind, name) for name in self.folders}
+            held = {name: read_param(file) for name, file in files.items() if file.is_file()}
+            sources |= {self.key_of(kind, name): source for name, source in self.names.read(held, shapes)}
+            sources |= {place_of(kind, name): source for name, source in held.items() if name not in known}
+        return OnDemand(sources)
 
     def step(self, names: Collection[str]) -> int:
         """The optimizer's counter. Raises ValueError where it is missing, or parameters differ in it."""
-        steps = set()
-        for name in names:
-            file = self.path / "zero" / name / "step.pt"
-            if not file.is_file():
-                raise ValueError(f"{file} is missing; AdamW's bias correction needs the step of each moment")
-            value = torch.load(file, weights_only=True)
-            steps.add(int(value))
-        return one_step(steps, self.path)
+        files = [self.path / "zero" / self.names.theirs(name) / "step.pt" for name in names]
+        missing = [file for file in files if not file.is_file()]
+        if len(missing) == len(files):
+            # Of ZeRO 3: one for all, beside the groups' settings.
+            missing = [self.path / "zero" / "optimizer_state.pt"]
+            state = read_common(missing[0]).get("optimizer_state_dict")
+            steps = list(find_steps(state))
+            if steps:
+                return one_step(set(steps), missing[0])
+        if missing:
+            raise ValueError(f"{missing[0]} has no step; AdamW's bias correction needs that of each moment")
+        return one_step({int(torch.load(file, weights_only=True)) for file in files}, self.path)
 
     def module(self, buffers: Mapping[str, Shape]) -> dict[str, Source]:
-        """Read buffers from the module that DeepSpeed saves with ZeRO 0 to 2. Raises ValueError where they are not there."""
+        """Read buffers from the module that DeepSpeed saves. Raises ValueError where they are not there."""
         if not buffers:
             return {}
-        file = self.path / "mp_rank_00_model_states.pt"
-        try:
-            held = torch.load(file, weights_only=True, map_location="cpu", mmap=True)["module"]
-            values = {name: held[name].float().clone() for name in buffers}
-        except (OSError, KeyError, TypeError, RuntimeError, AttributeError, pickle.UnpicklingError) as error:
+        file = self.states()
+        module = read_common(file).get("module")
+        held = module if isinstance(module, Mapping) else {}
+        missing = [name for name in buffers if not isinstance(held.get(name), Tensor)]
+        if missing:
             raise ValueError(
-                f"{file} does not hold the buffers of the model, {next(iter(buffers))} first ({str(error)[:200]}); convert a "
-                "checkpoint of ZeRO 1 or 2, whose files of the model have them"
-            ) from error
-        return {name: source_of(value) for name, value in values.items()}
+                f"{file} does not hold the buffers of the model, {missing[0]} first; convert a checkpoint whose files of the "
+                "model have them"
+            )
+        return {name: source_of(held[name].float().clone()) for name in buffers}
+
+    def states(self) -> Path:
+        """The file of the model's states."""
+        return next((self.path / name for name in MODEL_STATES if (self.path / name).is_file()), self.path)
 
     def read(self) -> TrainingState:
         """Read the state that `export_universal` wrote. Raises ValueError naming what is missing, surplus or misshaped."""
         file = self.path / OWN / RECORD
         record = read_object(file)
         check_record(record, str(file))
+        self.name_parameters(read_saved_config(record).model)
         labels = {name: entry["group"] for name, entry in record["parameters"].items()}
         tensors, _ = self.fit(shapes_of(record["parameters"]), labels, {})
         own = TensorFile(self.path / OWN / TENSORS)
@@ -239,14 +279,15 @@ class UniversalFolder:
 
         Buffers are where DeepSpeed's converter puts them, among the parameters, else in the module's file.
         """
-        found, apart = self.found(), {name: shape for name, shape in buffers.items() if name not in self.names}
+        apart = {name: shape for name, shape in buffers.items() if name not in self.folders}
         within = {name: shape for name, shape in buffers.items() if name not in apart}
-        tensors, own = fit_tensors(found, key_of, str(self.path), shapes=shapes, labels=labels, buffers=within)
+        found = self.found({**shapes, **within})
+        tensors, own = fit_tensors(found, self.key_of, str(self.path), shapes=shapes, labels=labels, buffers=within)
         return tensors, own | self.module(apart)
 
 
-def key_of(kind: str, name: str) -> str:
-    """The file of a tensor below the folder of the tag."""
+def place_of(kind: str, name: str) -> str:
+    """The file of a tensor below the folder of the tag, by the name of its folder."""
     return f"zero/{name}/{FILES.get(kind, 'fp32')}.pt"
 
 

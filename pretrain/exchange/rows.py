@@ -1,0 +1,78 @@
+"""Tensors made of rows of others, read on demand: what formats fuse, cut, stack or pad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from amfm.model.on_demand import Shape, Source
+
+Rows = tuple[Source, int, int]  # from start to stop
+
+
+def join(pieces: Sequence[Rows]) -> Source:
+    """Rows of several tensors below each other, as one tensor."""
+    shape = (sum(stop - start for _, start, stop in pieces), *pieces[0][0].shape[1:])
+
+    def read(start: int, stop: int) -> Tensor:
+        parts, begun = [], 0
+        for source, first, last in pieces:
+            low, high = max(start, begun), min(stop, begun + last - first)
+            if low < high:
+                parts.append(source.read(first + low - begun, first + high - begun))
+            begun += last - first
+        return torch.cat(parts)
+
+    return Source(shape, torch.float32, read)
+
+
+def interleave(sources: Sequence[Source], blocks: int) -> Source:
+    """Tensors as one of so many blocks of rows, each with an equal part of every tensor; their rows must divide."""
+    cuts = [(source, source.num_rows // blocks) for source in sources]
+    return join([(source, block * rows, (block + 1) * rows) for block in range(blocks) for source, rows in cuts])
+
+
+def part_of(fused: Source, rows: Sequence[int], index: int, blocks: int) -> Source:
+    """One of the tensors, of so many rows each, that `interleave` made one."""
+    if fused.num_rows != sum(rows):
+        # Of another shape than the configuration's: the comparison of shapes names it.
+        return fused
+    each = [number // blocks for number in rows]
+    first, size, block = sum(each[:index]), each[index], sum(each)
+    return join([(fused, at * block + first, at * block + first + size) for at in range(blocks)])
+
+
+def stacked(sources: Sequence[Source]) -> Source:
+    """Tensors of one shape as a stack of them."""
+
+    def read(start: int, stop: int) -> Tensor:
+        return torch.stack([source.read(0, source.num_rows) for source in sources[start:stop]])
+
+    return Source((len(sources), *sources[0].shape), torch.float32, read)
+
+
+def pad(source: Source, num_rows: int) -> Source:
+    """A tensor with rows of zeros behind its own, up to so many."""
+    missing = num_rows - source.num_rows
+    zeros = Source(
+        (missing, *source.shape[1:]), source.dtype, lambda start, stop: torch.zeros(stop - start, *source.shape[1:])
+    )
+    return join([(source, 0, source.num_rows), (zeros, 0, missing)]) if missing > 0 else source
+
+
+def unflatten(source: Source, shape: Shape) -> Source:
+    """A tensor that was saved flat, in its shape; one with another number of elements as it is."""
+    row = torch.Size(shape[1:]).numel()
+    if len(shape) < 2 or source.shape != (shape[0] * row,):
+        return source
+    return Source(shape, source.dtype, lambda start, stop: source.read(start * row, stop * row).view(-1, *shape[1:]))
+
+
+def drop_channel_dim(source: Source | None) -> Source | None:
+    """The weights of a convolution over channels without the dimension of inputs per channel, which is 1."""
+    if source is None or len(source.shape) != 3 or source.shape[1] != 1:
+        return source
+    shape = (source.shape[0], source.shape[2])
+    return Source(shape, torch.float32, lambda start, stop: source.read(start, stop).squeeze(1))
