@@ -135,9 +135,12 @@ class ClientBench:
     processor_seconds: float
 
     def is_as_expected(self) -> bool:
-        """Whether every program agrees or refuses as known, and the three ways to measure tasks agree."""
+        """Whether every program agrees, or refuses or misreads as known, and the three ways to measure tasks agree."""
         outcomes = [report for row in self.reports.values() for report in row.values()]
-        return all(report.outcome in ("equal", "refused") for report in outcomes) and not self.task_differences()
+        return (
+            all(report.outcome in ("equal", "refused", "misread") for report in outcomes)
+            and not self.task_differences()
+        )
 
     def task_differences(self) -> list[str]:
         """Tasks whose values differ by more than rounding between the ways, relatively above 1e-4."""
@@ -277,9 +280,10 @@ def to_markdown(bench: ClientBench, hardware: str, command: str) -> str:
         cells = []
         for client in clients:
             report = row[client]
-            if report.max_difference is None:
+            if report.outcome in ("refused", "misread", "failed"):
+                words = describe(report) if report.error is None else f"Its words: `{report.error}`"
                 known = f"{report.expected}. " if report.expected else ""
-                notes.append(f"{name}, {client}, {report.outcome}: {known}Its words: `{report.error}`")
+                notes.append(f"{name}, {client}, {report.outcome}: {known}{words}")
                 cells.append(f"{report.outcome} [{len(notes)}]")
             else:
                 cells.append(describe(report))

@@ -276,7 +276,7 @@ def granite_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
         f"model.mamba.num_groups={groups} gives other numbers without a word, because it norms all groups together; train with "
         "num_groups: 1 for mlx-lm"
     )
-    return [*refusals, Refusal("mlx-lm", rule)]
+    return [*refusals, Refusal("mlx-lm", rule, misreads=True)]
 
 
 def _limits(config: ModelConfig) -> list[str]:

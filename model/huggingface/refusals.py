@@ -23,11 +23,15 @@ NO_SQUARED_RELU_EXPERTS = 'experts of squared ReLU end with "is_act_and_mul=Fals
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a program does not take, as program, rule and remedy. by_setting: a setting helps, which `--check` gives it."""
+    """What a program does not take, as program, rule and remedy.
+
+    by_setting: a setting helps, which `--check` gives it. misreads: it computes something else without a word.
+    """
 
     client: ClientName
     rule: str
     by_setting: bool = False
+    misreads: bool = False
 
     def __str__(self) -> str:
         return f"{PROGRAMS[self.client]}: {self.rule}"

@@ -5,7 +5,7 @@ interpreter where it is installed, on a script beside this file that imports not
 given those before it, and continued greedily. Texts are tokenized too: a program that cuts them into other tokens
 answers questions that nobody asked, however right its arithmetic is.
 
-A refusal that is known (`amfm.model.huggingface.refusals`) is told as one, with the program's own words.
+A refusal or misreading that is known (`amfm.model.huggingface.refusals`) is told as one, with the program's own words.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.model.config.schema import ModelConfig, read_saved_model
-from amfm.model.huggingface.refusals import ClientName
+from amfm.model.huggingface.refusals import ClientName, Refusal
 from amfm.pretrain.export.files import OUR_DESCRIPTION
 from amfm.pretrain.export.plugin_files import PLUGIN_FOLDER, export_refusals
 from amfm.pretrain.export.tokenizer import MODEL_FILE
@@ -72,13 +72,14 @@ CLIENTS: dict[ClientName, Client] = {
 class ClientReport:
     """What a program made of an export.
 
-    outcome: equal (within `tolerance`, the same continuation and tokens); differs, with `problems`; refused, for a reason
-    that is known (`expected`); failed, for one that is not. max_difference: of 64 log-probabilities, in nats. error: the
+    outcome: equal (within `tolerance`, the same continuation and tokens); differs, with `problems`; misread, which is a
+    difference by a fault of the program that is known (`expected`); refused, for a reason that is known; failed, for one
+    that is not. max_difference: of 64 log-probabilities, in nats. error: the
     program's words. details: what the script of the program adds.
     """
 
     client: ClientName
-    outcome: Literal["equal", "differs", "refused", "failed"]
+    outcome: Literal["equal", "differs", "misread", "refused", "failed"]
     version: str | None = None
     max_difference: float | None = None
     tolerance: float = TOLERANCE
@@ -113,7 +114,8 @@ def check_export(export: str | Path, name: ClientName, *, python: str | None = N
     config = read_export(folder)
     interpreter = python or sys.executable
     check_installed(name, interpreter)
-    expected = expected_refusal(folder, name)
+    known = known_faults(folder, name)
+    expected = "; ".join(refusal.rule for refusal in known) or None
     is_bf16 = name == "vllm" and needs_bf16(config)
     tolerance = BF16_TOLERANCE if is_bf16 else TOLERANCE
     job: dict[str, Any] = {
@@ -138,16 +140,17 @@ def check_export(export: str | Path, name: ClientName, *, python: str | None = N
         for ours, theirs in zip(reference["log_probabilities"], found["log_probabilities"], strict=True)
     )
     problems = find_problems(reference, found, difference, tolerance)
-    known = {"version", "log_probabilities", "continuation", "text_lengths"}
+    compared = {"version", "log_probabilities", "continuation", "text_lengths"}
+    differs: Literal["misread", "differs"] = "misread" if any(refusal.misreads for refusal in known) else "differs"
     return ClientReport(
         name,
-        "differs" if problems else "equal",
+        differs if problems else "equal",
         version=found["version"],
         max_difference=difference,
         tolerance=tolerance,
         problems=tuple(problems),
         expected=expected,
-        details={key: value for key, value in found.items() if key not in known},
+        details={key: value for key, value in found.items() if key not in compared},
     )
 
 
@@ -171,19 +174,19 @@ def read_export(folder: Path) -> dict[str, Any]:
     return read_object(folder / "config.json")
 
 
-def expected_refusal(folder: Path, name: ClientName) -> str | None:
-    """Look up whether the program is known to refuse or misread this export; None for an export that lacks our description."""
+def known_faults(folder: Path, name: ClientName) -> list[Refusal]:
+    """Look up why the program is known to refuse or misread this export; empty for an export that lacks our description."""
     path = folder / OUR_DESCRIPTION
     if not path.is_file():
-        return None
+        return []
     description = read_object(path)
     try:
         model = ModelConfig.model_validate(read_saved_model(description["model"], {}))
     except (KeyError, ValueError):
-        return None  # written by another version, of which nothing is known
+        return []  # written by another version, of which nothing is known
     kind = "sentencepiece" if (folder / MODEL_FILE).is_file() else "huggingface"
     found = export_refusals(model, description["target"], kind)
-    return "; ".join(refusal.rule for refusal in found if refusal.client == name and not refusal.by_setting) or None
+    return [refusal for refusal in found if refusal.client == name and not refusal.by_setting]
 
 
 def find_problems(reference: dict[str, Any], found: dict[str, Any], difference: float, tolerance: float) -> list[str]:

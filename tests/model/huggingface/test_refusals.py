@@ -45,8 +45,8 @@ WIDE = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=32, qk_norm=True, p
         ),
         ("kimi_linear", kimi_linear_config(), ["kernel for cards"]),
         ("kimi_linear", kimi_linear_config(pattern="+-"), []),
-        ("lfm2", lfm2_config(), ["model.tie_embeddings: true"]),
-        ("lfm2_moe", lfm2_moe_config(tie_embeddings=True), []),
+        ("lfm2", lfm2_config(), ["rotary kernel (lfm2.py:176", "model.tie_embeddings: true"]),
+        ("lfm2_moe", lfm2_moe_config(tie_embeddings=True), ["rotary kernel (lfm2.py:176"]),
         ("own", nemotron_h_config(), ["classes that it has itself"] * 2),
     ],
 )
