@@ -43,8 +43,8 @@ class OperationCase:
     on_host: Mapping[str, Callable[[Inputs, HostSizes], Problem]] = field(default_factory=dict)
 
     def first_architecture(self) -> int:
-        """The oldest architecture on which all of it runs."""
-        return max(launch.first_architecture for launch in self.launches())
+        """The oldest architecture on which all of it runs; 0 without kernels."""
+        return max((launch.first_architecture for launch in self.launches()), default=0)
 
     def trials_of(self, kinds: Collection[Kind] = ()) -> list[Sized]:
         """The trials of these kinds, all where none is named."""
