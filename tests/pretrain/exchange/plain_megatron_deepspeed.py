@@ -169,6 +169,7 @@ def main(job_folder: str, folder: str, out: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    deepspeed.init_distributed("gloo")  # a PipelineModule asks for it before `initialize` would
     job = json.loads(Path(job_folder, "job.json").read_text())
     model = Gpt(job) if job["kind"] == "plain" else pipeline(job)
     groups = [
