@@ -52,8 +52,8 @@ def add_carried_state(
         is_first_BT1 = (document_ids_BT == document_ids_BT[:, :1])[..., None]
         # The entering state belongs to the row's first document; later ones start from zero.
         decay_BTH = torch.where(is_first_BT1, decay_BTH, torch.zeros_like(decay_BTH))
-    carried_BTHP = _Carry.apply(C_BTGN, state_BHPN.to(wide), decay_BTH)
-    return (y_BTHP.to(wide) + carried_BTHP).to(y_BTHP.dtype)
+    added_BTHP: Tensor = _AddCarried.apply(y_BTHP, C_BTGN, state_BHPN.to(wide), decay_BTH)
+    return added_BTHP
 
 
 def decay_read(q_BTHK: Tensor, g: Tensor, *, document_ids_BT: Tensor | None = None) -> Tensor:
@@ -79,34 +79,39 @@ def decay_read(q_BTHK: Tensor, g: Tensor, *, document_ids_BT: Tensor | None = No
     return q_BTHK.to(wide) * (b if g.dim() == 4 else b[..., None]).exp2()
 
 
-class _Carry(torch.autograd.Function):
-    """decay_t state C_t. Saves its inputs and multiplies again in backward: outputs are wider than all of them."""
+class _AddCarried(torch.autograd.Function):
+    """y_t + decay_t state C_t. Saves the last three and multiplies again in backward: the product is wider than all of them.
+
+    y and the product stay in their own dtypes in memory; an operation that reads them widens them to that of the decays.
+    """
 
     @staticmethod
-    def forward(ctx: Any, C_BTGN: Tensor, state_BHPN: Tensor, decay_BTH: Tensor) -> Tensor:
+    def forward(ctx: Any, y_BTHP: Tensor, C_BTGN: Tensor, state_BHPN: Tensor, decay_BTH: Tensor) -> Tensor:
         ctx.save_for_backward(C_BTGN, state_BHPN, decay_BTH)
-        return _multiply(C_BTGN, state_BHPN).mul_(decay_BTH[..., None])
+        read_BTHP = _multiply(C_BTGN, state_BHPN)
+        return torch.addcmul(y_BTHP, read_BTHP, decay_BTH[..., None], out=torch.empty_like(y_BTHP))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_BTHP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, d_BTHP: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         C_BTGN, state_BHPN, decay_BTH = ctx.saved_tensors
         (B, T, G, N), (_, H, P, _) = C_BTGN.shape, state_BHPN.shape
-        d_decay_BTH = (_multiply(C_BTGN, state_BHPN) * d_BTHP).sum(-1)
+        d_decay_BTH = (_multiply(C_BTGN, state_BHPN).to(decay_BTH.dtype) * d_BTHP).sum(-1)
         # Heads of a group share C, so their P channels stand side by side in one product, X = R P columns.
         products = gemm_dtype(C_BTGN)
-        d_BGTX = (d_BTHP * decay_BTH[..., None]).reshape(B, T, G, -1).transpose(1, 2).to(products)
+        decayed_BTHP = torch.mul(d_BTHP, decay_BTH[..., None], out=d_BTHP.new_empty(d_BTHP.shape, dtype=products))
+        d_BGTX = decayed_BTHP.view(B, T, G, -1).transpose(1, 2)
         C_BGTN = C_BTGN.transpose(1, 2).to(products)
         state_BGXN = state_BHPN.reshape(B, G, -1, N).to(products)
         d_state_BHPN = (d_BGTX.transpose(-1, -2) @ C_BGTN).reshape(B, H, P, N).to(state_BHPN.dtype)
         d_C_BTGN = (d_BGTX @ state_BGXN).transpose(1, 2).to(C_BTGN.dtype)
-        return d_C_BTGN, d_state_BHPN, d_decay_BTH
+        return d_BTHP, d_C_BTGN, d_state_BHPN, d_decay_BTH
 
 
 def _multiply(C_BTGN: Tensor, state_BHPN: Tensor) -> Tensor:
-    """state C_t for each head, [B, T, H, P] in the dtype of the state, as one product a group."""
+    """state C_t for each head, [B, T, H, P] in the dtype of products, as one product a group."""
     (B, T, G, N), (_, H, P, _) = C_BTGN.shape, state_BHPN.shape
     products = gemm_dtype(C_BTGN)
     state_BGXN = state_BHPN.reshape(B, G, -1, N).to(products)
     out_BGTX = C_BTGN.transpose(1, 2).to(products) @ state_BGXN.transpose(-1, -2)
-    return out_BGTX.transpose(1, 2).reshape(B, T, H, P).to(state_BHPN.dtype)
+    return out_BGTX.transpose(1, 2).reshape(B, T, H, P)
