@@ -19,7 +19,7 @@ from amfm.model.parallel.row_room import opened
 from amfm.pretrain.checks.check_run import load_checked
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine
-from amfm.pretrain.micro_batch import LossShare, move_batch
+from amfm.pretrain.micro_batch import LossShare, MicroBatches
 from amfm.pretrain.opening.model import build_model, build_pipeline
 from amfm.pretrain.parallel import Parallel, initialize_parallel, set_determinism
 from amfm.pretrain.pipeline import Pipeline
@@ -133,7 +133,7 @@ def accumulate_gradients(
     counts = count_valid_tokens(batches, parallel, config.model)
     share = LossShare.of_counts(counts, len(batches) * parallel.data_world_size, config.model)
     sums = empty_sums(config.model, parallel.device)
-    inputs = [move_batch(batch, parallel, config.model) for batch in batches]
+    inputs = MicroBatches(batches, parallel, config.model)[:]
     engine.module.train()
     with engine.accumulate(len(inputs)), opened(parallel.groups.row_room):
         if pipeline is not None:

@@ -72,6 +72,11 @@ CASES = (
     ),
     Case("expert, halves", 8, ("parallel.expert=4", "parallel.overlap_experts=true")),
     Case(
+        "expert, rows in turns",
+        8,
+        ("parallel.expert=4", "parallel.overlap_experts=rows", "train.micro_batch_size=2"),
+    ),
+    Case(
         "expert, capacity, halves",
         8,
         ("parallel.expert=4", "parallel.overlap_experts=true", "model.moe.capacity_factor=1.5"),

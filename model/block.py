@@ -8,8 +8,8 @@ states) collects in `Stream` on the way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -24,6 +24,9 @@ from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import RMSNorm
 from amfm.model.routed_updates import put_updates
+
+# Pauses where rows travel; at the end the residual and the mixer's output.
+BlockSteps = Generator[None, None, tuple[Tensor, MixerOutput]]
 
 
 class Block(nn.Module):
@@ -67,6 +70,27 @@ class Block(nn.Module):
             normed_BTD, residual_BTD = self.norm.add(delta_BTD, residual_BTD)
         mixed = self._run_mixer(normed_BTD, meta, state)
         return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
+
+    def steps(self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta) -> BlockSteps:
+        """Do what `forward` does, up to each place where the mixer's rows travel and something else may run.
+
+        Of a mixer that `travels`, in training; hooks of the modules do not see it. Each is continued by `advance`.
+        """
+        assert not self.recomputes, "checked: blocks in turns keep their activations"
+        if delta_BTD is None:
+            normed_BTD = self.norm(residual_BTD)
+        else:
+            normed_BTD, residual_BTD = self.norm.add(delta_BTD, residual_BTD)
+        mixed = yield from self.mixer.steps(normed_BTD.to(self.norm.weight.dtype), meta)
+        return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
+
+    def advance(self, steps: BlockSteps) -> tuple[Tensor, MixerOutput] | None:
+        """Run one of its steps: None where rows have set out and more follows, at the end what `forward` returns."""
+        try:
+            return next(steps)
+        except StopIteration as end:
+            done: tuple[Tensor, MixerOutput] = end.value
+            return done
 
     def _mix(self, residual_BTD: Tensor, meta: PackMeta) -> MixerOutput:
         return self._run_mixer(self.norm(residual_BTD), meta, None)
@@ -115,6 +139,24 @@ class Stream:
     expert_counts: dict[int, Tensor] = field(default_factory=dict)
     states: list[BlockState] = field(default_factory=list)
 
+    def add(self, index: int, residual_BTD: Tensor, mixed: MixerOutput) -> None:
+        """Go on behind the block of this index, which made this of the stream."""
+        self.residual_BTD, self.delta_BTD = residual_BTD, mixed.y_BTD
+        self.states.append(mixed.state)
+        if mixed.expert_counts_E is not None:
+            self.add_counts(index, mixed.expert_counts_E)
+        self.add_auxiliary(mixed.auxiliary or {})
+
+    def add_counts(self, index: int, counts_E: Tensor) -> None:
+        """Add choices of a block's experts; one that all depths of multi-token prediction share is passed several times."""
+        before_E = self.expert_counts.get(index)
+        self.expert_counts[index] = counts_E if before_E is None else before_E + counts_E
+
+    def add_auxiliary(self, losses: dict[str, Tensor]) -> None:
+        """Add auxiliary losses by name."""
+        for name, value in losses.items():
+            self.auxiliary[name] = self.auxiliary[name] + value if name in self.auxiliary else value
+
 
 def pass_through(
     stream: Stream, blocks: Iterable[tuple[int, Block]], meta: PackMeta, states: Sequence[BlockState] | None = None
@@ -123,19 +165,16 @@ def pass_through(
 
     Returns a new Stream; the one given is not changed. states: of all blocks, by index.
     """
-    residual_BTD, delta_BTD = stream.residual_BTD, stream.delta_BTD
-    auxiliary, expert_counts, following = dict(stream.auxiliary), dict(stream.expert_counts), list(stream.states)
+    passed = replace(
+        stream,
+        auxiliary=dict(stream.auxiliary),
+        expert_counts=dict(stream.expert_counts),
+        states=list(stream.states),
+    )
     for index, block in blocks:
-        residual_BTD, mixed = block(residual_BTD, delta_BTD, meta, None if states is None else states[index])
-        delta_BTD = mixed.y_BTD
-        following.append(mixed.state)
-        if mixed.expert_counts_E is not None:
-            # A block that all depths of multi-token prediction share is passed several times.
-            before_E = expert_counts.get(index)
-            expert_counts[index] = mixed.expert_counts_E if before_E is None else before_E + mixed.expert_counts_E
-        for name, value in (mixed.auxiliary or {}).items():
-            auxiliary[name] = auxiliary[name] + value if name in auxiliary else value
-    return Stream(residual_BTD, delta_BTD, auxiliary, expert_counts, following)
+        state = None if states is None else states[index]
+        passed.add(index, *block(passed.residual_BTD, passed.delta_BTD, meta, state))
+    return passed
 
 
 def multiply(x: Tensor, multiplier: float) -> Tensor:

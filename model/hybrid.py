@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from amfm.kernels.linear_cross_entropy.op import CrossEntropy
 from amfm.kernels.runtime.backend import resolve_backend
-from amfm.model.block import Block, Blocks, Stream, multiply, pass_through
+from amfm.model.block import Block, Blocks, Stream, multiply
 from amfm.model.config.checks import check_model
 from amfm.model.config.mup import logits_multiplier
 from amfm.model.config.rope import RopeConfig
@@ -41,6 +41,7 @@ from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import ColumnLinear, RMSNorm, VocabEmbedding
 from amfm.model.parallel.regions import enter_tensor_region
 from amfm.model.pipeline_split import Piece, whole_piece
+from amfm.model.turns import pass_rows
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,9 @@ class HybridModel(nn.Module):
         context ranks than the model's. Every rank of `groups.tp`, `groups.cp` and the expert groups must call.
         """
         _check_cut(meta, self.groups)
-        return pass_through(stream, self._gathered(indices), meta, None if state is None else state.blocks)
+        order = list(indices)
+        states = None if state is None else state.blocks
+        return pass_rows(stream, lambda: self._gathered(order), meta, states, training=self.training)
 
     def _gathered(self, indices: Iterable[int]) -> Iterator[tuple[int, Block]]:
         """Yield blocks with their indices, each when its weights are there."""

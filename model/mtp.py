@@ -22,13 +22,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from amfm.model.block import Block, Blocks, Stream, pass_through
+from amfm.model.block import Block, Blocks, Stream
 from amfm.model.config.schema import ModelConfig
 from amfm.model.loss import IGNORE_INDEX
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import RMSNorm, RowLinear
 from amfm.model.parallel.regions import enter_tensor_region, leave_tensor_region
+from amfm.model.turns import pass_rows
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class MtpDepth(nn.Module):
         part_BTD = self.in_proj(self._own_part(enter_tensor_region(joined_BTX, self.groups)))
         first_BTD = leave_tensor_region(part_BTD, self.groups).to(start.residual_BTD.dtype)
         begun = Stream(first_BTD, None, start.auxiliary, start.expert_counts)
-        stream = pass_through(begun, self.numbered_blocks(), meta)
+        stream = pass_rows(begun, self.numbered_blocks, meta, training=self.training)
         assert stream.delta_BTD is not None, "a depth has at least one block"
         return stream, self.norm.add(stream.delta_BTD, stream.residual_BTD)[0].to(dtype)
 

@@ -28,7 +28,7 @@ class PackMeta:
     all rows laid end to end, where they were asked for (`find_bounds`). single_document: no row has a boundary, so blocks may
     take the path without masks. first_continues: each row's first token goes on with the document that a decode state holds.
     segments: where ids and positions are those of this rank's part of the rows, T its tokens; the other fields stay those of
-    whole rows.
+    whole rows. halves: the layouts of the first and second half of the rows, where these pass blocks in turns (`with_halves`).
     """
 
     document_ids_BT: Tensor
@@ -38,6 +38,7 @@ class PackMeta:
     segments: Segments | None = None
     starts_BT: Tensor | None = None
     document_ends: DocumentEnds | None = None
+    halves: tuple[PackMeta, ...] = ()
 
     @classmethod
     def from_document_ids(cls, document_ids_BT: Tensor, positions_BT: Tensor | None = None) -> PackMeta:
@@ -75,6 +76,7 @@ class PackMeta:
         Cut tokens and labels alike, with `segments.take`. No collectives: every rank has the whole rows. Positions stay those
         of the whole rows, so rotary embeddings need nothing more. Raises ValueError where rows cannot be cut evenly.
         """
+        assert not self.halves, "rows are cut before they are halved"
         if num_ranks == 1:
             return self
         segments = Segments.of_rows(self.document_ids_BT, rank, num_ranks)
@@ -93,8 +95,9 @@ class PackMeta:
         Of rows that are cut over context ranks, the ends of each segment (`Segments.find_ends`); whole rows without boundaries need
         none. Reads values: call it before the layout moves to a device.
         """
+        halves = tuple(half.find_bounds() for half in self.halves)
         if self.segments is not None:
-            return replace(self, segments=self.segments.find_ends())
+            return replace(self, segments=self.segments.find_ends(), halves=halves)
         if self.single_document:
             return self
         starts_BT = first_tokens(self.document_ids_BT)
@@ -102,7 +105,24 @@ class PackMeta:
         first_N = (starts_BT == torch.arange(num_tokens)).flatten().nonzero().flatten()
         offsets = torch.cat([first_N, torch.tensor([num_rows * num_tokens])])
         ends = DocumentEnds(offsets.to(torch.int32), int(offsets.diff().max()))
-        return replace(self, starts_BT=starts_BT, document_ends=ends)
+        return replace(self, starts_BT=starts_BT, document_ends=ends, halves=halves)
+
+    def with_halves(self) -> PackMeta:
+        """The same layout with those of both halves of an even number of rows, which then pass blocks in turns (model/turns.py)."""
+        half = len(self.document_ids_BT) // 2
+        assert 2 * half == len(self.document_ids_BT), "checked: micro-batches in turns have an even number of rows"
+        halves = tuple(
+            replace(
+                self,
+                document_ids_BT=self.document_ids_BT[rows],
+                positions_BT=self.positions_BT[rows],
+                segments=None if self.segments is None else self.segments.of_some(rows),
+                starts_BT=None,
+                document_ends=None,
+            )
+            for rows in (slice(half), slice(half, None))
+        )
+        return replace(self, halves=halves)
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackMeta:
         """Apply a function to every tensor of the layout: a move to a device, say. Shapes and values must stay."""
@@ -114,6 +134,7 @@ class PackMeta:
             segments=None if self.segments is None else self.segments.map_tensors(change),
             starts_BT=None if self.starts_BT is None else change(self.starts_BT),
             document_ends=None if ends is None else ends.map_tensors(change),
+            halves=tuple(half.map_tensors(change) for half in self.halves),
         )
 
     def boundaries_BT(self) -> Tensor | None:

@@ -50,6 +50,15 @@ class Segments:
         continues_BZ[:, 1:] = document_ids_BT[:, length::length] == document_ids_BT[:, length - 1 : -1 : length]
         return cls(rank, num_ranks, document_ids_BT, continues_BZ)
 
+    def of_some(self, rows: slice) -> Segments:
+        """The same segments of some of the rows."""
+        return replace(
+            self,
+            document_ids_BT=self.document_ids_BT[rows],
+            continues_BZ=self.continues_BZ[rows],
+            document_ends=(),
+        )
+
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Segments:
         """Apply a function to every tensor: a move to a device, say."""
         return replace(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import overload
 
 import torch
@@ -34,11 +35,13 @@ class MicroBatch:
     ahead: tuple[Ahead, ...] = ()
 
     @classmethod
-    def from_batch(cls, batch: Batch, rank: int, num_ranks: int, num_depths: int = 0) -> MicroBatch:
+    def from_batch(
+        cls, batch: Batch, rank: int, num_ranks: int, num_depths: int = 0, *, takes_turns: bool = False
+    ) -> MicroBatch:
         """Cut out what one of `num_ranks` context ranks has of a batch of the loader, on the CPU like the batch.
 
         The loader has counted the documents, so that nothing is searched for here. Raises ValueError where rows cannot
-        be cut evenly.
+        be cut evenly. takes_turns: both halves of the rows pass blocks in turns.
         """
         ahead = look_ahead(batch, num_depths)
         meta = PackMeta(
@@ -46,6 +49,8 @@ class MicroBatch:
             positions_BT=batch.positions_BT,
             single_document=batch.num_documents == len(batch.tokens_BT),
         ).cut(rank, num_ranks)
+        if takes_turns:
+            meta = meta.with_halves()
         if meta.segments is None:
             return cls(batch.tokens_BT, batch.labels_BT, meta, ahead)
         take = meta.segments.take
@@ -78,10 +83,11 @@ def look_ahead(batch: Batch, num_depths: int) -> tuple[Ahead, ...]:
     return tuple(Ahead.of_rows(*rows, depth) for depth in range(1, num_depths + 1))
 
 
-def move_batch(batch: Batch, parallel: Parallel, model: ModelConfig) -> MicroBatch:
+def move_batch(batch: Batch, parallel: Parallel, model: ModelConfig, *, takes_turns: bool = False) -> MicroBatch:
     """Prepare a batch of the loader for this rank: cut for its place in the context group, and copied to its device."""
     group = parallel.groups.cp
-    return MicroBatch.from_batch(batch, group.rank(), group.size(), model.num_depths).to(parallel.device)
+    own = MicroBatch.from_batch(batch, group.rank(), group.size(), model.num_depths, takes_turns=takes_turns)
+    return own.to(parallel.device)
 
 
 class MicroBatches(Sequence[MicroBatch]):
@@ -93,7 +99,8 @@ class MicroBatches(Sequence[MicroBatch]):
     """
 
     def __init__(self, batches: Sequence[Batch], parallel: Parallel, model: ModelConfig) -> None:
-        self._batches, self._parallel, self._model = batches, parallel, model
+        self._batches = batches
+        self._move = partial(move_batch, parallel=parallel, model=model, takes_turns=parallel.groups.takes_turns)
         self._ready: list[MicroBatch] = []
 
     def __len__(self) -> int:
@@ -108,7 +115,7 @@ class MicroBatches(Sequence[MicroBatch]):
         if isinstance(number, slice):
             return [self[each] for each in range(*number.indices(len(self)))]
         for batch in self._batches[len(self._ready) : range(len(self))[number] + 1]:
-            self._ready.append(move_batch(batch, self._parallel, self._model))
+            self._ready.append(self._move(batch))
         return self._ready[number]
 
 

@@ -260,7 +260,8 @@ def initialize_parallel(
         place_megatron_buffers_on_cpu()
     torch.set_num_threads(num_threads or max(1, count_cores() // local_world_size))
     groups = ProcessGroupCollection.use_mpu_process_groups(AXES)
-    groups.sequence_parallel, groups.overlap_experts = section.sequence_parallel, section.overlap_experts
+    groups.sequence_parallel, groups.overlap_experts = section.sequence_parallel, section.overlap_experts is True
+    groups.takes_turns = section.overlap_experts == "rows"
     groups.row_room = None if section.expert_room is None else RowRoom(section.expert_room, device)
     return Parallel(rank, world_size, local_rank, local_world_size, device, groups, DataParallelUnit())
 

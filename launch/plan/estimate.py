@@ -83,10 +83,12 @@ def memory_of(config: RunConfig, layout: Layout, assumptions: Assumptions, hardw
     return estimate_memory(config, layout, storage, margin=margin, imbalance=imbalance, hardware=hardware)
 
 
-def estimate(config: RunConfig, layout: Layout, hardware: Hardware, assumptions: Assumptions) -> Estimate:
-    """Memory and time of one layout; the configuration is a run without stages."""
+def estimate(
+    config: RunConfig, layout: Layout, hardware: Hardware, assumptions: Assumptions, memory: Memory | None = None
+) -> Estimate:
+    """Memory and time of one layout; the configuration is a run without stages. `memory`: what `memory_of` says, where it was asked."""
     storage = storage_of(config)
-    memory = memory_of(config, layout, assumptions, hardware)
+    memory = memory or memory_of(config, layout, assumptions, hardware)
     step = estimate_step(
         config,
         layout,

@@ -4,10 +4,15 @@ How it works: a block with spread experts sends rows out, computes its experts, 
 same with gradients. The shared expert is cut around that: its up projection is computed while rows travel out, its
 activation and down projection while they travel home, and backward the other way round. With `overlap_experts` rows travel
 in two halves, so that one half travels beside the experts of the other. `waiting_seconds` lays such a pass out: one link
-sends in order, computing waits where it needs what has not arrived.
+sends in order, computing waits where it needs what has not arrived. Where halves of the rows pass all blocks in turns
+(model/turns.py), `seconds_in_turns` does that for the blocks of a piece.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 from amfm.launch.plan.activations import Storage, up_rows
 from amfm.launch.plan.blocks.expert_traffic import expert_traffic
@@ -31,11 +36,15 @@ def expert_exchange_seconds(
     imbalance: float,
     sent_rows: float,
     is_overlapped: bool,
+    block: Mapping[tuple[str, bool], float] = MappingProxyType({}),
 ) -> tuple[float, float]:
     """Seconds of a micro-batch's exchanges over the expert axis: what computing waits for, and what is hidden beside it.
 
-    `sent_rows`: the part of planned rows that travels. `is_overlapped`: whether anything is computed meanwhile.
+    `sent_rows`: the part of planned rows that travels. `is_overlapped`: whether anything is computed meanwhile. `block`: seconds
+    of a block by letter, and whether it has a recipe.
     """
+    if layout.turns > 1 and is_overlapped:
+        return turns_exchange_seconds(config, layout, hardware, storage, held, imbalance, sent_rows, block)
     blocks = held.routed_blocks
     traffic = expert_traffic(config, layout, blocks)
     if traffic is None:
@@ -60,6 +69,99 @@ def expert_exchange_seconds(
     whole = blocks * 2 * (travel + longer)
     exposed = waited if is_overlapped else whole
     return counts + exposed, whole - exposed
+
+
+class Stop(NamedTuple):
+    """What one half of the rows computes at a block of experts, and before it, and how long its rows are on their way.
+
+    `before`: blocks before it up to where rows set out, and what follows the experts of the last such block; `first` may be
+    computed while they travel, `experts` once they have arrived, `last` while sums travel home.
+    """
+
+    before: float
+    first: float
+    experts: float
+    last: float
+    out: float
+    home: float
+
+
+def turns_exchange_seconds(
+    config: RunConfig,
+    layout: Layout,
+    hardware: Hardware,
+    storage: Storage,
+    held: StageShare,
+    imbalance: float,
+    sent_rows: float,
+    block: Mapping[tuple[str, bool], float],
+) -> tuple[float, float]:
+    """`expert_exchange_seconds` of a micro-batch whose rows pass the blocks of each piece in halves."""
+    turn, blocks = layout.one_turn(), held.routed_blocks
+    traffic = expert_traffic(config, turn, blocks)
+    if traffic is None:
+        return 0.0, 0.0
+    uneven = sent_rows * (imbalance if traffic.details and layout.expert_room is None else 1.0)
+    travel = uneven * exchange_seconds(traffic.rows, turn, hardware) / blocks / 4
+    beside = uneven * exchange_seconds(traffic.details, turn, hardware) / blocks / 2 if traffic.details else 0.0
+    narrow = held.narrow_letters(config.low_precision.narrow_blocks(config.model.letters))
+    first, last, experts = computed_around(
+        config, turn, hardware, storage, imbalance, routed_letter(config.model, narrow)
+    )
+    is_cut, waited = layout.schedule == "zero_bubble", 0.0
+    for letters in passed_together(config.model, held):
+        for is_forward in (True, False):
+            stops, gap = [], 0.0
+            back = 1.0 if is_forward or is_cut else 2.0
+            for letter in letters if is_forward else reversed(letters):
+                again = letter in layout.recompute
+                whole = block[letter, letter in narrow] / layout.turns / (4 if again else 3)
+                own = whole * (1.0 if is_forward else back + again)
+                if not config.model.block_options(letter).routed_experts():
+                    gap += own
+                    continue
+                around = max(0.0, own - back * (first + last + experts)) / 2
+                stop = Stop(gap + around, back * first, back * experts, back * last, travel + beside, travel)
+                stops.append(
+                    stop if is_forward else stop._replace(first=stop.last, last=stop.first, out=travel, home=stop.out)
+                )
+                gap = around
+            waited += seconds_in_turns(stops, gap)
+    counts = layout.turns * exchange_seconds(traffic.counts, turn, hardware)
+    whole = layout.turns * blocks * 2 * (2 * travel + beside)
+    return counts + waited, whole - waited
+
+
+def passed_together(model: ModelConfig, held: StageShare) -> list[tuple[str, ...]]:
+    """Letters of the blocks that halves pass in turns without joining between: of a piece, and of a prediction depth."""
+    depth = model.parsed_pattern.depth_letters if held.depths else ()
+    *others, last = held.pieces
+    own = last[: len(last) - held.depths * len(depth)]
+    return [*others, own, *[tuple(depth)] * held.depths]
+
+
+def seconds_in_turns(stops: Sequence[Stop], after: float) -> float:
+    """Seconds that computing waits while two halves pass these blocks of experts in turns, `after` being what follows them.
+
+    One link sends in the order in which rows set out.
+    """
+    now, link = 0.0, 0.0
+    home = [0.0, 0.0]  # when each half's sums arrive
+    for stop in stops:
+        arrived = []
+        for half in range(2):
+            now = max(now, home[half]) + stop.before
+            link = max(link, now) + stop.out
+            arrived.append(link)
+            now += stop.first
+        for half in range(2):
+            now = max(now, arrived[half]) + stop.experts
+            link = max(link, now) + stop.home
+            home[half] = link
+            now += stop.last
+    for half in range(2):
+        now = max(now, home[half]) + after
+    return now - 2 * (sum(stop.before + stop.first + stop.experts + stop.last for stop in stops) + after)
 
 
 def routed_letter(model: ModelConfig, letters: tuple[str, ...]) -> str | None:

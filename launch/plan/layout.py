@@ -10,9 +10,9 @@ change them.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from amfm.launch.plan.matrices import NO_MATRICES, MatrixShare, count_matrices
 from amfm.model.config.schema import ModelConfig
@@ -42,7 +42,7 @@ class Layout:
     virtual_stages: int = 1
     schedule: str = "1f1b"
     recompute: frozenset[str] = frozenset()  # letters of the blocks that are computed again
-    overlap_experts: bool = False
+    overlap_experts: bool | Literal["rows"] = False
     expert_room: float | None = None
 
     @classmethod
@@ -101,7 +101,18 @@ class Layout:
     @property
     def expert_parts(self) -> int:
         """Parts of a micro-batch whose rows travel to experts by themselves: halves where each overlaps with the other."""
-        return 2 if self.overlap_experts else 1
+        return 2 if self.overlap_experts is True else 1
+
+    @property
+    def turns(self) -> int:
+        """Parts in which a micro-batch's rows pass each block: halves in turns, or all at once."""
+        return 2 if self.overlap_experts == "rows" else 1
+
+    def one_turn(self) -> Layout:
+        """The layout in which a micro-batch is what passes a block at once; of anything else than blocks it says nothing."""
+        if self.turns == 1:
+            return self
+        return replace(self, micro_batch_size=self.micro_batch_size // self.turns, overlap_experts=False)
 
     def micro_batches(self, config: RunConfig) -> int:
         """Micro-batches that a data rank accumulates in one step, at least 1."""

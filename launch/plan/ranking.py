@@ -69,13 +69,13 @@ def rank_layouts(
             if tally is not None:
                 tally.overflow(option, memory, reason)
         else:
-            found = estimate(runs[0], option, hardware, assumptions)
+            found = estimate(runs[0], option, hardware, assumptions, memory)
             for change in faster_choices(found, runs[0]) if recomputes else ():
                 option = replace(found.layout, **change)
-                other = estimate(runs[0], option, hardware, assumptions)
-                is_faster = other.step.total() < found.step.total()
-                if is_faster and not memory_of_stages(config, runs, option, hardware, assumptions)[1]:
-                    found = other
+                other = estimate(runs[0], option, hardware, assumptions, found.memory)
+                if other.step.total() < found.step.total():
+                    memory, reason = memory_of_stages(config, runs, option, hardware, assumptions)
+                    found = found if reason else replace(other, memory=memory)
             fitting.append(found)
     fitting.sort(key=lambda item: item.step.total())
     misses.sort(key=lambda miss: (miss[1].total() <= room, miss[1].total()))  # broken rules last
@@ -107,13 +107,16 @@ def least_recomputed(
 
 
 def faster_choices(found: Estimate, config: RunConfig) -> Iterator[dict[str, Any]]:
-    """What may make a layout with spread experts faster: no rule and no other axis depends on it.
+    """What may make a layout with spread experts faster, and no other axis depends on.
 
-    Halves spare at most what is waited for, and room for rows the waits of the host that count them.
+    Halves, of experts' rows or in turns of all rows, spare at most what is waited for, and room for rows the waits of the host
+    that count them.
     """
     total = found.step.total()
     if found.step.communication.get("expert", 0.0) > LEAST_WAITING * total:
         yield {"overlap_experts": True}
+        if is_allowed(with_layout(config, replace(found.layout, overlap_experts="rows")), found.layout.ranks):
+            yield {"overlap_experts": "rows"}
     moe = config.model.moe
     is_counted = found.layout.expert > 1 and moe is not None and moe.capacity_factor is None
     if is_counted and found.step.host > LEAST_WAITING * total:

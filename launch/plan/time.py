@@ -100,6 +100,10 @@ def block_seconds(
     is_narrow: bool = False,
 ) -> float:
     """Forward and backward seconds of a rank's part of one block for one micro-batch; `is_narrow`: by its recipe."""
+    if layout.turns > 1:
+        turn = layout.one_turn()
+        once = block_seconds(config, letter, turn, hardware, storage, imbalance, is_narrow=is_narrow)
+        return layout.turns * once
     forwards = 2 if letter in layout.recompute else 1
     line = Roofline(
         hardware,
@@ -178,6 +182,7 @@ def estimate_step(
             imbalance=imbalance,
             sent_rows=sent_rows,
             is_overlapped=overlaps_experts,
+            block=block,
         )
         blocks = seconds_by_letter(held, held.narrow_letters(narrow), block)
         found.append(_estimate_stage(config, layout, hardware, storage, held, blocks, overlap, experts))
@@ -262,8 +267,8 @@ def host_seconds(
         forwards, times = 2 if letter in layout.recompute else 1, held.letters.count(letter)
         cut = cut_of(config, layout, letter, 1.0)
         forward, backward = block_bytes(model, letter, storage, cut).launches
-        launches += times * (forwards * forward + backward)
-        waits += times * forwards * (cut.sent > 0)
+        launches += layout.turns * times * (forwards * forward + backward)
+        waits += layout.turns * times * forwards * (cut.sent > 0)
     return max(0.0, launches * hardware.launch_seconds - compute) + waits * hardware.wait_seconds
 
 

@@ -77,13 +77,13 @@ class BlockTracker:
         return torch._C._current_autograd_node() is not None
 
     @contextmanager
-    def inside(self, kind: str) -> Iterator[None]:
-        """Count what runs in the `with` block as part of a block of this kind."""
+    def inside(self, kind: str, *, begins: bool = True) -> Iterator[None]:
+        """Count what runs in the `with` block as part of a block of this kind; `begins`: it is a pass, not one's continuation."""
         # Recomputation runs a block's forward inside backward: its nodes must not shift the numbers of the first pass.
         is_recomputed = self.is_backward()
         if not is_recomputed:
             self._mark(kind)
-            self.passes[kind] = self.passes.get(kind, 0) + 1
+            self.passes[kind] = self.passes.get(kind, 0) + begins
         self.stack.append(kind)
         try:
             yield
@@ -92,12 +92,12 @@ class BlockTracker:
             if not is_recomputed:
                 self._mark(self.stack[-1] if self.stack else OUTSIDE)
 
-    def wrap(self, owner: Any, name: str, kind: str) -> None:
-        """Replace a method of an object by one that runs inside the block `kind`."""
+    def wrap(self, owner: Any, name: str, kind: str, *, begins: bool = True) -> None:
+        """Replace a method of an object by one that runs inside the block `kind`; `begins` as of `inside`."""
         method: Callable[..., Any] = getattr(owner, name)
 
         def run(*args: Any, **keywords: Any) -> Any:
-            with self.inside(kind):
+            with self.inside(kind, begins=begins):
                 return method(*args, **keywords)
 
         setattr(owner, name, run)

@@ -181,6 +181,8 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     for _, block in model.all_blocks():
         tracer.blocks.wrap(block, "forward", block.letter)
         tracer.blocks.wrap(block, "_mix", block.letter)
+        tracer.blocks.wrap(block, "steps", block.letter)  # a pass, whose parts follow
+        tracer.blocks.wrap(block, "advance", block.letter, begins=False)
     tracer.blocks.wrap(model, "embed", "embedding")
     tracer.blocks.wrap(model, "finish", "head")
     report("model")

@@ -10,6 +10,7 @@ default that does nothing, so that they ask every block alike. A package's mixer
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,6 +61,15 @@ class Mixer(Float32Buffers):
 
         Every rank of `groups.tp` and `groups.cp` must call.
         """
+
+    @property
+    def travels(self) -> bool:
+        """Whether its rows travel to other ranks and other work may run meanwhile: then it has `steps`."""
+        return False
+
+    def steps(self, x_BTD: Tensor, meta: PackMeta) -> Generator[None, None, MixerOutput]:
+        """Mix as `forward` does without a state, pausing where rows have set out."""
+        raise NotImplementedError(f"{type(self).__name__} has no steps")
 
     def empty_state(self, num_rows: int) -> BlockState:
         """Build the state before the first token of `num_rows` rows: tensors [B, ...] on the device of the weights."""

@@ -20,20 +20,21 @@ A token's way through it:
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from amfm.kernels.linear.op import linear_float32
-from amfm.kernels.moe.op import expert_feed_forward, route
+from amfm.kernels.moe.op import Routing, expert_feed_forward, route
 from amfm.kernels.swiglu.gate import name_activation
 from amfm.model.config.moe import MoeConfig
 from amfm.model.feed_forward import FeedForward, up_segments
 from amfm.model.mixers.interface import BlockState, BuildContext, Mixer, MixerOutput
 from amfm.model.moe.balance import auxiliary_losses
 from amfm.model.moe.capacity import Choices, limit_choices
-from amfm.model.moe.dispatch import dispatch_feed_forward
+from amfm.model.moe.dispatch import Dispatched, dispatch_feed_forward, dispatch_steps
 from amfm.model.moe.spread import expected_ranks
 from amfm.model.moe.transfer import HeldExperts
 from amfm.model.packing import PackMeta
@@ -110,6 +111,24 @@ class MoeMixer(Mixer):
         Counts are those that the router made, before a capacity limit: they say what it must be balanced against. Every rank
         of `groups.tp`, `groups.cp`, `groups.ep` and `groups.expt_tp` must call.
         """
+        logits_RE, routing, chosen = self._choose(x_BTD, meta)
+        compute = self._dispatched if self.travels else self._routed
+        return self._finish(x_BTD, logits_RE, routing, *compute(x_BTD, chosen))
+
+    @property
+    def travels(self) -> bool:
+        """Whether experts are spread over ranks."""
+        return self.groups.ep.size() > 1
+
+    def steps(self, x_BTD: Tensor, meta: PackMeta) -> Generator[None, None, MixerOutput]:
+        """Mix as `forward` does, pausing when rows have set out to their experts, and when sums have set out home."""
+        logits_RE, routing, chosen = self._choose(x_BTD, meta)
+        way = self._way(x_BTD, chosen)
+        sums_RD, shared_BTD = yield from dispatch_steps(**way)
+        return self._finish(x_BTD, logits_RE, routing, self._widen(x_BTD, sums_RD), shared_BTD)
+
+    def _choose(self, x_BTD: Tensor, meta: PackMeta) -> tuple[Tensor, Routing, Choices]:
+        """Logits of the router, what it chose, and what a capacity leaves of that."""
         logits_RE = gather_stream(self._logits(x_BTD), self.groups).flatten(0, 1)
         moe = self.section
         routing = route(
@@ -131,12 +150,18 @@ class MoeMixer(Mixer):
                 chosen = replace(chosen, expert_ids_RK=chosen.expert_ids_RK.clamp(max=moe.num_experts - 1))
         else:
             chosen = Choices(routing.expert_ids_RK, routing.weights_RK)
-        compute = self._dispatched if self.groups.ep.size() > 1 else self._routed
-        y_BTD, shared_BTD = compute(x_BTD, chosen)
+        return logits_RE, routing, chosen
+
+    def _finish(
+        self, x_BTD: Tensor, logits_RE: Tensor, routing: Routing, y_BTD: Tensor, shared_BTD: Tensor | None
+    ) -> MixerOutput:
+        """Add the shared expert's output to the routed ones', and the losses that balance the router."""
         if shared_BTD is not None:
             y_BTD = y_BTD + shared_BTD
-        auxiliary = auxiliary_losses(logits_RE, routing, x_BTD.shape[0], moe, self.groups) if self.training else {}
-        return MixerOutput(y_BTD, None, auxiliary, routing.counts_E)
+        losses = (
+            auxiliary_losses(logits_RE, routing, x_BTD.shape[0], self.section, self.groups) if self.training else {}
+        )
+        return MixerOutput(y_BTD, None, losses, routing.counts_E)
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
         """Router logits [B, T, E] in float32 at least: bf16 would tie experts that differ, and choose by their number."""
@@ -163,6 +188,11 @@ class MoeMixer(Mixer):
 
     def _dispatched(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
         """Compute the same where experts are spread over ranks; the shared expert computes while rows travel, half each way."""
+        sums_RD, shared_BTD = dispatch_feed_forward(**self._way(x_BTD, chosen))
+        return self._widen(x_BTD, sums_RD), shared_BTD
+
+    def _way(self, x_BTD: Tensor, chosen: Choices) -> Dispatched:
+        """What `dispatch_feed_forward` is given: this rank's rows, their choices, and the shared expert as the other work."""
         shared = self.shared
         narrow_BTD = x_BTD if self.latent_down is None else self.latent_down(x_BTD)
         own_BTD = scatter_tokens(narrow_BTD, self.groups)
@@ -170,21 +200,24 @@ class MoeMixer(Mixer):
             slice_tokens(choices_RK.unflatten(0, (x_BTD.shape[0], -1)), self.groups)
             for choices_RK in (chosen.expert_ids_RK, chosen.weights_RK)
         )
-        y_RD, shared_BTD = dispatch_feed_forward(
-            own_BTD.flatten(0, 1),
-            ids_BTK.flatten(0, 1),
-            weights_BTK.flatten(0, 1),
-            HeldExperts(
+        return {
+            "x_RD": own_BTD.flatten(0, 1),
+            "expert_ids_RK": ids_BTK.flatten(0, 1),
+            "weights_RK": weights_BTK.flatten(0, 1),
+            "experts": HeldExperts(
                 self.experts.up, self.experts.down, self.groups, self.activation, self.backend, self.sent_share
             ),
-            while_out=lambda: None if shared is None else shared.project_up(x_BTD),
-            while_home=lambda inner: (
+            "while_out": lambda: None if shared is None else shared.project_up(x_BTD),
+            "while_home": lambda inner: (
                 None if shared is None or inner is None else self._gate_shared(x_BTD, shared.project_down(inner))
             ),
-            slots=chosen.slots(own_BTD.shape[0] * own_BTD.shape[1], self.section.num_experts),
-        )
-        y_BTD = gather_tokens(y_RD.view_as(own_BTD), self.groups)
-        return y_BTD if self.latent_up is None else self.latent_up(y_BTD), shared_BTD
+            "slots": chosen.slots(own_BTD.shape[0] * own_BTD.shape[1], self.section.num_experts),
+        }
+
+    def _widen(self, x_BTD: Tensor, sums_RD: Tensor) -> Tensor:
+        """The sums of this rank's tokens, of all of them and at full width."""
+        y_BTD = gather_tokens(sums_RD.unflatten(0, (x_BTD.shape[0], -1)), self.groups)
+        return y_BTD if self.latent_up is None else self.latent_up(y_BTD)
 
     def _gate_shared(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
         """Output of the shared expert times sigmoid of its gate, one number a token, where it has one."""

@@ -8,7 +8,8 @@ An expert, or a rank, that gets nothing is no exception. Results do not depend o
 
 What runs beside: the caller's work `while_out` is done while rows are on their way out, `while_home` while results come home. With
 `groups.overlap_experts` tokens, or slots, are cut in two halves: experts compute the first while the second travels out, and
-the second while the first comes home. Backward mirrors it, because a transfer's gradient starts where the transfer ended.
+the second while the first comes home. And a caller may do other work wherever rows have set out (`dispatch_steps`; model/turns.py
+lets the other half of a micro-batch's rows pass blocks there). Backward mirrors it, because a transfer's gradient starts where the transfer ended.
 
 The module is left out of compiled graphs: the number of rows differs at each call. Every rank of both groups must call, forward
 and backward.
@@ -16,8 +17,8 @@ and backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Generator
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -26,36 +27,57 @@ from amfm.model.moe.by_rank import RowsByRank
 from amfm.model.moe.by_slot import RowsBySlot
 from amfm.model.moe.transfer import HeldExperts
 
-Half = TypeVar("Half")
-Whole = TypeVar("Whole")
+
+class Dispatched(TypedDict):
+    """What travels and what is done meanwhile.
+
+    x [R, D], of this rank alone; expert ids [R, K] in the numbering of all experts, where the number of experts itself marks a
+    lost choice, which sends nothing; weights [R, K]. `while_home` gets what `while_out` gave. `slots`: of each rank for each
+    expert, at least as many as it has choices of one; None: rows go by rank.
+    """
+
+    x_RD: Tensor
+    expert_ids_RK: Tensor
+    weights_RK: Tensor
+    experts: HeldExperts
+    while_out: Callable[[], Any]
+    while_home: Callable[[Any], Any]
+    slots: NotRequired[int | None]
 
 
 @torch.compiler.disable
-def dispatch_feed_forward(
+def dispatch_feed_forward(**way: Unpack[Dispatched]) -> tuple[Tensor, Any]:
+    """Sum weight times expert over each token's choices, [R, D], and call the other work while rows travel; returns both.
+
+    Sums are in float32 at least. Four all-to-alls of rows at most, each once more in backward: out over `ep`, over `expt_tp` and
+    back, home over `ep`.
+    """
+    steps = dispatch_steps(**way)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            done: tuple[Tensor, Any] = end.value
+            return done
+
+
+def dispatch_steps(
     x_RD: Tensor,
     expert_ids_RK: Tensor,
     weights_RK: Tensor,
     experts: HeldExperts,
-    *,
-    while_out: Callable[[], Half],
-    while_home: Callable[[Half], Whole],
+    while_out: Callable[[], Any],
+    while_home: Callable[[Any], Any],
     slots: int | None = None,
-) -> tuple[Tensor, Whole]:
-    """Sum weight times expert over each token's choices, and call the other work while rows travel; returns both.
-
-    `slots`: of each rank for each expert, at least as many as it has choices of one; None: rows go by rank. `while_home` gets
-    what `while_out` gave.
-
-    Shapes: x [R, D], of this rank alone; expert ids [R, K] in the numbering of all experts, where the number of experts
-    itself marks a lost choice, which sends nothing; weights [R, K] -> [R, D]. Sums are in float32 at least.
-
-    Four all-to-alls of rows at most, each once more in backward: out over `ep`, over `expt_tp` and back, home over `ep`.
-    """
+) -> Generator[None, None, tuple[Tensor, Any]]:
+    """The same, pausing when rows have set out, and when sums have set out home: whoever calls may do more there."""
     num_parts = 2 if experts.groups.overlap_experts else 1
     given = x_RD, expert_ids_RK, weights_RK, experts, num_parts
     rows: RowsByRank | RowsBySlot = RowsByRank(*given) if slots is None else RowsBySlot(*given, slots)
     half = while_out()
+    yield
     for part in rows.parts:
         part.compute()
     other = while_home(half)
+    yield
     return rows.collect(), other

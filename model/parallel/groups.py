@@ -21,12 +21,14 @@ class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
     `dp` data, `dp_cp` data x context (all ranks whose dense gradients are summed), `mp` tensor x pipeline, `tp_cp`
     tensor x context, `tp_ep` tensor inside experts x expert, `embd` the first and the last stage (None between them).
     With `sequence_parallel` the stream between blocks is [B, T of this tensor rank, D]. With `overlap_experts` half of the
-    rows between experts travel while experts compute the other half. With a `row_room` these rows have places, and nobody counts
+    rows between experts travel while experts compute the other half. With `takes_turns` both halves of a micro-batch's rows pass
+    the blocks in turns (model/turns.py). With a `row_room` these rows have places, and nobody counts
     them on the host.
     """
 
     sequence_parallel: bool = False
     overlap_experts: bool = False
+    takes_turns: bool = False
     row_room: RowRoom | None = None
 
 

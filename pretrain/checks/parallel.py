@@ -17,12 +17,14 @@ from amfm.model.pipeline_split import cut_pieces
 from amfm.pretrain.checks.mixers import kinds_in_use, longest_lookback, refusal_problems
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.schema import ParallelConfig, RunConfig
+from amfm.pretrain.recompute import recomputed_letters
 
 
 def layout_problems(config: RunConfig) -> Iterator[Problem]:
     """Check the rules that hold for any number of ranks; the pattern need not parse for it."""
     yield from ineffective_problems(config)
     yield from excluded_problems(config)
+    yield from turn_problems(config)
     yield from refusal_problems(config)
     yield from share_problems(config)
 
@@ -91,6 +93,31 @@ def excluded_problems(config: RunConfig) -> Iterator[Problem]:
         )
         rule = f"does not go with parallel.pipeline={section.pipeline}: {reason}"
         yield Problem("parallel.zero_stage", rule, "use 0, 1 or 2, or parallel.pipeline=1", str(stage))
+
+
+def turn_problems(config: RunConfig) -> Iterator[Problem]:
+    """Refuse halves of rows that pass blocks in turns where there is no half, or a block that cannot stop on its way."""
+    section, train, key = config.parallel, config.train, "parallel.overlap_experts"
+    if section.overlap_experts != "rows":
+        return
+    if train.micro_batch_size % 2:
+        rule = "takes an even number of rows, which pass blocks in two halves, and parallel.overlap_experts is rows"
+        remedy = f"use {train.micro_batch_size + 1}, or parallel.overlap_experts=true"
+        yield Problem("train.micro_batch_size", rule, remedy, str(train.micro_batch_size))
+    again = "".join(
+        sorted(letter for letter in recomputed_letters(config) if config.model.block_options(letter).routed_experts())
+    )
+    if again:
+        rule = f"stops blocks of routed experts on their way, and train.recompute computes {again} again as a whole"
+        yield Problem(
+            key, rule, f"recompute other blocks only, or use true in place of rows, which leaves {again} whole", "rows"
+        )
+    if train.compile:
+        rule = "stops blocks of routed experts on their way, and train.compile=true compiles them as a whole"
+        yield Problem(key, rule, "use true, or train.compile=false", "rows")
+    if config.model.lora_mixer is not None:
+        rule = "stops blocks on their way, and the routed updates of model.lora_mixer hang on whole ones"
+        yield Problem(key, rule, "use true", "rows")
 
 
 def share_problems(config: RunConfig) -> Iterator[Problem]:

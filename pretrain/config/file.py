@@ -26,7 +26,7 @@ from pydantic import BaseModel, ValidationError
 
 from amfm.model.config.plugins import PluginSections
 from amfm.pretrain.config.errors import ConfigError, Origin, Problem
-from amfm.pretrain.config.fields import describe_fields, section_at, section_of
+from amfm.pretrain.config.fields import describe_fields, section_at, section_of, show_value
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.config.yaml_tree import Entry, TreeReader, merge, read_tree
 
@@ -265,7 +265,7 @@ def explain_choice(parts: Parts, given: object, value: str, schema: Schema) -> P
     """Describe a value that is not among the allowed ones; the remedy is the nearest in spelling, else the first."""
     parent = section_at(parts[:-1], schema)
     assert parent is not None, f"no section holds {parts}"
-    allowed = [str(item) for item in literal_values(parent.model_fields[str(parts[-1])].annotation)]
+    allowed = [show_value(item) for item in literal_values(parent.model_fields[str(parts[-1])].annotation)]
     near = difflib.get_close_matches(str(given), allowed, n=1)
     key, names = ".".join(str(part) for part in parts), ", ".join(allowed)
     return Problem(

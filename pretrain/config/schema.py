@@ -233,9 +233,9 @@ class ParallelConfig(Section):
     expert_tensor: int | None = Field(
         None, gt=0, description="Ranks that share each routed expert; none: `tensor`, or 1 with `expert` above 1."
     )
-    overlap_experts: bool = Field(
+    overlap_experts: Literal[False, True, "rows"] = Field(
         False,
-        description="Cut rows between spread experts in halves: one travels while experts compute the other. Reads experts' weights twice.",
+        description="What else runs while rows of spread experts travel and the shared expert computes. true: rows are cut in halves, and experts compute one while the other travels (reads experts' weights twice). rows: a micro-batch's rows pass all blocks in two halves in turns, as two micro-batches of half as many would.",
     )
     expert_room: float | None = Field(
         None,

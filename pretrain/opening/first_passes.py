@@ -111,6 +111,7 @@ def pass_once(
             parallel.groups.cp.rank(),
             parallel.groups.cp.size(),
             config.model.num_depths,
+            takes_turns=parallel.groups.takes_turns,
         ).to(parallel.device)
         for words, documents in (("", 1), (", rows of several documents", 3))
     }

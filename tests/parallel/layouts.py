@@ -278,6 +278,14 @@ LAYOUTS = [
         4, {"tensor": 2, "sequence_parallel": True, "expert": 4, "overlap_experts": True, "zero_stage": 2}, "recycle"
     ),
     Layout(4, {"pipeline": 2, "expert": 2, "overlap_experts": True, "schedule": "zero_bubble"}),
+    # In turns: halves of four rows are the micro-batches of one rank.
+    Layout(2, {"expert": 2, "overlap_experts": "rows", "zero_stage": 2}, "mtp", {"train__micro_batch_size": 4}),
+    Layout(
+        4,
+        {"pipeline": 2, "context": 2, "expert": 2, "overlap_experts": "rows", "schedule": "zero_bubble"},
+        "latent",
+        {"train__micro_batch_size": 4},
+    ),
     # With room for rows, which suffices or does not.
     Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 4, "expert_room": 4.0, "zero_stage": 2}),
     Layout(4, {"pipeline": 2, "expert": 2, "expert_room": 1.1, "overlap_experts": True, "schedule": "zero_bubble"}),

@@ -15,6 +15,7 @@ def cut_of(config: RunConfig, layout: Layout, letter: str, imbalance: float) -> 
 
     Sequence mixers know nothing of experts, and channel mixers of context ranks, but for a capacity over whole rows.
     """
+    layout = layout.one_turn()
     is_split, is_sequence_parallel = layout.schedule == "zero_bubble", layout.sequence_parallel and layout.tensor > 1
     if kind_of(letter).mixes == "sequence":
         return Cut(layout.tensor, is_sequence_parallel, layout.context, is_split=is_split)
@@ -30,7 +31,7 @@ def cut_of(config: RunConfig, layout: Layout, letter: str, imbalance: float) -> 
         layout.context if has_slots else 1,
         layout.expert,
         layout.expert_tensor,
-        layout.overlap_experts,
+        layout.expert_parts > 1,
         has_slots,
         sent=expected_ranks(moe, layout.expert) if is_counted else 0.0,
         rows=imbalance if is_counted else 1.0,

@@ -48,7 +48,7 @@ def tensor_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Ite
         return
     hidden = config.model.hidden_size
     for letter, times in Counter(held.letters).items():
-        yield from planned_block(config, letter).tensor_exchanges(layout, times)
+        yield from planned_block(config, letter).tensor_exchanges(layout.one_turn(), layout.turns * times)
     # The embedding's sum goes one way, the gradient of the head's input the other.
     if held.embeddings:
         yield from crossing(config, layout, hidden, times=held.embeddings)
@@ -67,7 +67,7 @@ def tensor_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Ite
 
 def expert_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
     """What spread experts exchange; with x expert-tensor ranks each row goes to all of them, and x parts of it come back."""
-    traffic = expert_traffic(config, layout, held.routed_blocks)
+    traffic = expert_traffic(config, layout.one_turn(), layout.turns * held.routed_blocks)
     if traffic is None:
         return
     yield from filter(None, traffic)
@@ -82,7 +82,7 @@ def context_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> It
     """Context parallelism: what blocks of which a token reads others hand on, and routers' expert counts."""
     if layout.context > 1:
         for letter, times in Counter(held.letters).items():
-            yield from planned_block(config, letter).context_exchanges(layout, times)
+            yield from planned_block(config, letter).context_exchanges(layout.one_turn(), layout.turns * times)
 
 
 def pipeline_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:

@@ -38,6 +38,7 @@ TWO_RANKS_MORE = [
     "expert=2 model.moe.num_experts=2",
     f"expert=2 overlap_experts=true {ONE_CHOICE}",
     "expert=2 overlap_experts=true expert_room=2",
+    f"expert=2 overlap_experts=rows train.micro_batch_size=2 {ONE_CHOICE}",
     "expert=2 overlap_experts=true model.moe.capacity_factor=1.5",
     f"tensor=2 sequence_parallel=true {FACTORED} model.guide.share=0.5",
     "tensor=2 model.pattern=M/*E",

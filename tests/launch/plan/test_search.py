@@ -6,12 +6,13 @@ import time
 import pytest
 
 from amfm.launch.cli import run
+from amfm.launch.plan.estimate import Assumptions, estimate, estimate_as_dict
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.search import recomputed
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.stages import resolve_stages
-from tests.launch.plan.presets import CONFIGS, preset
+from tests.launch.plan.presets import CONFIGS, H100, preset
 
 
 def test_a_search_recomputes_no_more_than_it_must_and_tries_every_schedule(capsys):
@@ -25,9 +26,20 @@ def test_a_search_recomputes_no_more_than_it_must_and_tries_every_schedule(capsy
     # A layout appears once: with the least recomputation that fits.
     layouts = [(str(item["parallel"]), item["train"]["micro_batch_size"]) for item in found["layouts"]]
     assert len(layouts) == len(set(layouts))
-    # Experts in halves only where they are spread, and where that is faster.
-    halves = {item["parallel"].get("overlap_experts", False): item["parallel"]["expert"] for item in found["layouts"]}
-    assert halves.keys() == {False, True} and halves[True] > 1
+    # Experts in halves, and rows in turns, only where experts are spread, and where that is faster.
+    ways = {item["parallel"].get("overlap_experts", False): item for item in found["layouts"]}
+    assert {False} < ways.keys() <= {False, True, "rows"}
+    assert all(item["parallel"]["expert"] > 1 for way, item in ways.items() if way)
+    turns = [item for item in found["layouts"] if item["parallel"].get("overlap_experts") == "rows"]
+    assert all(item["train"]["micro_batch_size"] % 2 == 0 for item in turns)
+    # A search asks once for what it needs several times; a layout by itself has the same memory and seconds.
+    config = preset("nemotron3_nano_30b")
+    for item in ways.values():
+        train = config.train.model_copy(update=item["train"])
+        parallel = ParallelConfig.model_validate(item["parallel"])
+        alone = config.model_copy(update={"parallel": parallel, "train": train})
+        again = estimate_as_dict(estimate(alone, Layout.of(alone, 16), H100, Assumptions()))
+        assert again["memory"] == item["memory"] and again["step"] == item["step"]
     # Why not the others: counted, with an example, or not tried, with a reason.
     why = {entry["what"]: entry for entry in found["left_out"]}
     broken = [entry for what, entry in why.items() if what.startswith("breaks a rule of parallel.")]

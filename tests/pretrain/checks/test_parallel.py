@@ -23,6 +23,29 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
             "raise parallel.expert, or use false",
         ),
         (
+            [
+                "model.pattern=M*E",
+                MOE,
+                "parallel.expert=2",
+                "parallel.overlap_experts=rows",
+                "train.micro_batch_size=1",
+            ],
+            "train.micro_batch_size = 1: takes an even number of rows, which pass blocks in two halves, and "
+            "parallel.overlap_experts is rows; use 2, or parallel.overlap_experts=true",
+        ),
+        (
+            ["model.pattern=M*E", MOE, "parallel.expert=2", "parallel.overlap_experts=rows", "train.recompute=full"],
+            "parallel.overlap_experts = rows: stops blocks of routed experts on their way, and train.recompute computes E again",
+        ),
+        (
+            ["model.pattern=M*E", MOE, "parallel.expert=2", "parallel.overlap_experts=rows", "train.compile=true"],
+            "parallel.overlap_experts = rows: stops blocks of routed experts on their way, and train.compile=true compiles",
+        ),
+        (
+            ["model.pattern=M*E", MOE, "parallel.expert=2", "parallel.overlap_experts=half"],
+            "parallel.overlap_experts=half: must be one of: false, true, rows; use for example false",
+        ),
+        (
             ["parallel.expert_room=1.5"],
             "parallel.expert_room = 1.5: is room for rows between expert ranks, and parallel.expert is 1; raise",
         ),
