@@ -119,7 +119,23 @@ def _types() -> dict[str, str]:
 
     Shared by the kernels of both kinds of gate; arguments have one name throughout.
     """
-    wide = ["q", "k", "v", "o", "d_o", "d_q", "d_k", "d_v", "inverse", "scores", "entering", "leaving", "errors"]
+    wide = [
+        "q",
+        "k",
+        "v",
+        "o",
+        "d_o",
+        "d_q",
+        "d_k",
+        "d_v",
+        "inverse",
+        "scores",
+        "entering",
+        "leaving",
+        "errors",
+        "erase",
+        "d_erase",
+    ]
     wide += ["q_start", "k_start", "k_end", "by_read", "by_found"]
     floats = ["beta", "g", "enter", "leave", "carry", "decay", "initial", "final"]
     floats += ["d_final", "d_initial", "d_beta", "d_g"]
@@ -137,7 +153,7 @@ def _channel_launches(types: dict[str, str]) -> Iterator[KernelLaunch]:
     from amfm.kernels.delta_scan.vector.triton_forward import vector_prepare_kernel, vector_walk_kernel
 
     chunk = VECTOR_DELTA_LIMITS.chunk_sizes[-1]
-    common = {"Q": chunk, "DOT": tl.bfloat16}
+    common, keys = {"Q": chunk, "DOT": tl.bfloat16}, {"ERASE": False, "erase": None}
     halved = {"LEVELS": chunk.bit_length() - 1, "DOCUMENTS": True}
     whole, largest = {"BLOCK_K": STATE_SIZE}, {"BLOCK_K": VECTOR_DELTA_LIMITS.key_dim}
     walk, walk_largest = (vector.walk_candidates(rows["BLOCK_K"])[0] for rows in (whole, largest))
@@ -145,14 +161,16 @@ def _channel_launches(types: dict[str, str]) -> Iterator[KernelLaunch]:
     states = {"INITIAL": False, "initial": None, "OUTPUT": False, "SAVE": True, "o": None}
     back = {"D_FINAL": False, "d_final": None}
     kernels: tuple[tuple[str, Any, dict[str, Any], Config], ...] = (
-        ("prepare", vector_prepare_kernel, halved | {"PRECISION": "tf32"}, vector.PREPARE[0]),
+        ("prepare", vector_prepare_kernel, halved | keys | {"PRECISION": "tf32"}, vector.PREPARE[0]),
+        ("prepare, erase", vector_prepare_kernel, halved | {"ERASE": True, "PRECISION": "tf32"}, vector.PREPARE[0]),
         ("walk", vector_walk_kernel, outputs | whole, walk),
         ("walk, states only", vector_walk_kernel, states | whole, walk),
         ("walk back", backward.vector_walk_back_kernel, back | whole, walk),
         ("walk, K = 256", vector_walk_kernel, outputs | largest, walk_largest),
         ("walk back, K = 256", backward.vector_walk_back_kernel, back | largest, walk_largest),
         ("gradients of pairs", backward.vector_pairs_kernel, {}, vector.PAIRS[0]),
-        ("gradients", backward.vector_gradients_kernel, halved, vector.GRADIENTS[0]),
+        ("gradients", backward.vector_gradients_kernel, halved | keys | {"d_erase": None}, vector.GRADIENTS[0]),
+        ("gradients, erase", backward.vector_gradients_kernel, halved | {"ERASE": True}, vector.GRADIENTS[0]),
     )
     for name, kernel, special, config in kernels:
         yield kernel_launch(f"delta of channels {name}", kernel, types, common | special, config)
@@ -164,13 +182,15 @@ def trials() -> Iterator[Sized]:
 
     def delta_trial(
         inputs: Inputs, tokens: int, key_heads: int, heads: int, *, steps: int = 1, key: int = 128, value: int = 128,
-        channels: bool = False, lengths: tuple[int, ...] = (), initial: bool = False, exact: str = "reference",
+        channels: bool = False, erases: bool = False, lengths: tuple[int, ...] = (), initial: bool = False, exact: str = "reference",
     ) -> Trial:  # fmt: skip
         T, G, H, N = tokens, key_heads, heads, steps
         keys = F.normalize(torch.randn(1, T, N, G, key, device=inputs.device), dim=-1)
         leaves = {"q": inputs.normal(1, T, G, key, scale=key**-0.5), "k": keys.to(inputs.dtype).requires_grad_()}
         leaves |= {"v": inputs.normal(1, T, N, H, value), "beta": inputs.uniform(1, T, N, H)}
         leaves["g"] = inputs.uniform(1, T, H, *((key,) if channels else ()), low=-0.5, high=0.0)
+        if erases:
+            leaves["erase"] = inputs.normal(1, T, H, key, scale=key**-0.5)
         if initial:
             leaves["initial"] = inputs.normal(1, H, key, value, dtype=torch.float32)
         ids = documents(inputs, T, *lengths) if lengths else None
@@ -178,7 +198,7 @@ def trials() -> Iterator[Sized]:
         def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
             out = delta_scan(
                 *(given[name] for name in ("q", "k", "v", "beta", "g")), document_ids_BT=ids,
-                initial_state_BHKV=given.get("initial"), backend=backend,
+                initial_state_BHKV=given.get("initial"), erase_BTHK=given.get("erase"), backend=backend,
             )  # fmt: skip
             return {"o": out.o_BTHV, "final state": out.final_state_BHKV}
 
@@ -189,6 +209,7 @@ def trials() -> Iterator[Sized]:
     yield Sized(
         "gates of channels, with documents", "first", partial(with_documents, key_heads=2, heads=2, channels=True)
     )
+    yield Sized("erase by channel", "first", partial(with_documents, key_heads=2, heads=2, channels=True, erases=True))
     yield Sized("two steps a token", "small", partial(delta_trial, tokens=50, key_heads=1, heads=2, steps=2))
     yield Sized("uneven sizes", "small", partial(delta_trial, tokens=100, key_heads=2, heads=2, key=72, value=40))
     long = partial(delta_trial, tokens=8205, lengths=(4000, 1, 4204), exact="torch")

@@ -21,10 +21,11 @@ from amfm.kernels.delta_scan.reference import delta_by_steps
 from amfm.kernels.delta_scan.torch_impl import chunked_delta
 from amfm.kernels.runtime.backend import resolve_backend
 
-# (q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, g_BTHK or None, initial_state_BHKV or None, document_ids_BT or None, chunk_size)
-# -> (o_BTHV in the dtype of v, the last state [B, H, K, V]); beta, g and states are float32, or float64 with v.
+# (q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, g_BTHK or None, initial_state_BHKV or None, document_ids_BT or None, chunk_size,
+# erase_BTHK or None) -> (o_BTHV in the dtype of v, the last state [B, H, K, V]); beta, g and states are float32, or float64 with v.
 DeltaFunction = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int], tuple[Tensor, Tensor]
+    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, Tensor | None],
+    tuple[Tensor, Tensor],
 ]
 
 
@@ -48,6 +49,7 @@ def delta_scan(
     beta_BTNH: Tensor,
     g_BTH: Tensor | None = None,
     *,
+    erase_BTHK: Tensor | None = None,
     document_ids_BT: Tensor | None = None,
     initial_state_BHKV: Tensor | None = None,
     chunk_size: int = 64,
@@ -60,7 +62,8 @@ def delta_scan(
     k [B, T, N, G, K], v [B, T, N, H, V] in one dtype, with G dividing H; the caller normalises k to length 1. beta
     [B, T, N, H] in (0, 1), or (0, 2) for states that may change sign; g [B, T, H] <= 0 is the log of the decay, absent
     for none. g [B, T, H, K] has a decay a key channel (Kimi Delta Attention) and asks for N = 1, G = H and a chunk_size that
-    is a power of two. Document ids are integers [B, T], equal inside a document. The initial state belongs to the document of
+    is a power of two. erase [B, T, H, K], with such gates alone, is what the state is asked with in place of k, so that S <- S +
+    beta k (v - S^T erase)^T (Gated DeltaNet-2). Document ids are integers [B, T], equal inside a document. The initial state belongs to the document of
     each row's first token. beta, g and states are taken in float32 (float64 for float64 inputs). A chunk holds chunk_size
     steps, which changes speed and rounding, not meaning.
 
@@ -72,7 +75,7 @@ def delta_scan(
     Raises ValueError for shapes, dtypes or devices that do not fit. Sources: Yang et al. 2024 (arXiv 2406.06484), Yang
     et al. 2024 (arXiv 2412.06464), Siems et al. 2025 (arXiv 2502.10297), Kimi Team 2025 (arXiv 2510.26692).
     """
-    check_delta(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH)
+    check_delta(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, erase_BTHK)
     B, _, _, H, V = v_BTNHV.shape
     K = q_BTGK.shape[3]
     check_row(document_ids_BT, initial_state_BHKV, (B, H, K, V), chunk_size, v_BTNHV)
@@ -90,7 +93,7 @@ def delta_scan(
         initial = torch.cat([start, identity], dim=-1)
     g = None if g_BTH is None else g_BTH.to(wide)
     documents = drop_single_document(document_ids_BT)
-    o, final = scan(q_BTGK, k_BTNGK, values, beta_BTNH.to(wide), g, initial, documents, chunk_size)
+    o, final = scan(q_BTGK, k_BTNGK, values, beta_BTNH.to(wide), g, initial, documents, chunk_size, erase_BTHK)
     if not with_transfer:
         return DeltaScanOutput(o, final, None, None)
     return DeltaScanOutput(o[..., :V], final[..., :V], o[..., V:], final[..., V:])
@@ -103,18 +106,19 @@ def delta_step(
     beta_BNH: Tensor,
     g_BH: Tensor | None,
     state_BHKV: Tensor,
+    erase_BHK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token of `delta_scan` for decoding: from the state before it to (o [B, H, V], the state after it, float32).
 
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     q, k, v, beta = (x[:, None] for x in (q_BGK, k_BNGK, v_BNHV, beta_BNH))
-    g = None if g_BH is None else g_BH[:, None]
-    check_delta(q, k, v, beta, g)
+    g, erase = (None if x is None else x[:, None] for x in (g_BH, erase_BHK))
+    check_delta(q, k, v, beta, g, erase)
     B, _, H, V = v_BNHV.shape
     check_shape("state_BHKV", state_BHKV, (B, H, q_BGK.shape[-1], V), v_BNHV)
     check_float("state_BHKV", state_BHKV)
-    o_BTHV, state = _reference_scan(q, k, v, beta, g, state_BHKV, None, 1)
+    o_BTHV, state = _reference_scan(q, k, v, beta, g, state_BHKV, None, 1, erase)
     return o_BTHV[:, 0], state
 
 
@@ -138,6 +142,7 @@ def _reference_scan(
     initial: Tensor | None,
     documents_BT: Tensor | None,
     chunk_size: int,
+    erase: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`delta_by_steps` in float32 (float64 for float64 inputs).
 
@@ -146,13 +151,18 @@ def _reference_scan(
     del chunk_size
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     gates = None if g is None else g.to(wide)
-    start = None if initial is None else initial.to(wide)
-    o, final = delta_by_steps(q.to(wide), k.to(wide), v.to(wide), beta.to(wide), gates, start, documents_BT)
+    start, asked = (None if x is None else x.to(wide) for x in (initial, erase))
+    o, final = delta_by_steps(q.to(wide), k.to(wide), v.to(wide), beta.to(wide), gates, start, documents_BT, asked)
     return o.to(v.dtype), final
 
 
 def check_delta(
-    q_BTGK: Tensor, k_BTNGK: Tensor, v_BTNHV: Tensor, beta_BTNH: Tensor, g_BTH: Tensor | None = None
+    q_BTGK: Tensor,
+    k_BTNGK: Tensor,
+    v_BTNHV: Tensor,
+    beta_BTNH: Tensor,
+    g_BTH: Tensor | None = None,
+    erase_BTHK: Tensor | None = None,
 ) -> None:
     """Raise ValueError unless these are inputs of `delta_scan`.
 
@@ -184,6 +194,11 @@ def check_delta(
     elif g_BTH is not None:
         check_shape("g_BTH", g_BTH, (B, T, H), v_BTNHV)
         check_float("g_BTH", g_BTH)
+    if erase_BTHK is not None:
+        if g_BTH is None or g_BTH.dim() != 4:
+            raise ValueError("erase_BTHK needs a gate of each key channel, g_BTHK")
+        check_shape("erase_BTHK", erase_BTHK, (B, T, H, K), v_BTNHV)
+        check_float("erase_BTHK", erase_BTHK, v_BTNHV)
 
 
 def delta_flops(

@@ -14,6 +14,7 @@ def delta_by_steps(
     g_BTH: Tensor | None,
     initial_state_BHKV: Tensor | None,
     document_ids_BT: Tensor | None,
+    erase_BTHK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the delta rule step by step.
 
@@ -21,7 +22,8 @@ def delta_by_steps(
     S^T q_t.
 
     q [B, T, G, K], k [B, T, N, G, K], v [B, T, N, H, V], beta [B, T, N, H]; g has one number a head, [B, T, H],
-    or, as [B, T, H, K], one a key channel. S = 0 before the first token of each document. Returns o [B, T, H,
+    or, as [B, T, H, K], one a key channel. erase [B, T, H, K], with N = 1 and G = H, is what the state is asked with in place
+    of k. S = 0 before the first token of each document. Returns o [B, T, H,
     V] and the state [B, H, K, V] after the last token, in the dtype of the inputs, differentiable by autograd.
     """
     B, T, G, K = q_BTGK.shape
@@ -39,7 +41,8 @@ def delta_by_steps(
         for j in range(N):
             k_BHK = k_BTNGK[:, t, j].repeat_interleave(H // G, dim=1)
             # What the state answers to the key now; the step moves it towards v by beta.
-            remembered_BHV = torch.einsum("bhkv,bhk->bhv", state, k_BHK)
+            asked_BHK = k_BHK if erase_BTHK is None else erase_BTHK[:, t]
+            remembered_BHV = torch.einsum("bhkv,bhk->bhv", state, asked_BHK)
             change_BHV = beta_BTNH[:, t, j, :, None] * (v_BTNHV[:, t, j] - remembered_BHV)
             state = state + k_BHK[..., None] * change_BHV[:, :, None]
         outputs.append(torch.einsum("bhkv,bhk->bhv", state, q_BTGK[:, t].repeat_interleave(H // G, dim=1)))

@@ -30,6 +30,11 @@ class ChunkedRows:
     v: Tensor  # [c, B, H, M, V]
     beta: Tensor  # [c, B, H, M, 1]
 
+    @property
+    def asked(self) -> Tensor:
+        """What each step asks the state with: its key."""
+        return self.k
+
     def heads_first(self, x_BTH: Tensor) -> Tensor:
         """[B, T, heads, ...] as [c, B, heads, Q, ...].
 

@@ -36,6 +36,7 @@ def chunked_delta(
     initial_state_BHKV: Tensor | None,
     document_ids_BT: Tensor | None,
     chunk_size: int,
+    erase_BTHK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`delta_by_steps` in chunks of `chunk_size` steps; beta, g and the state are float32 (float64 for float64 inputs).
 
@@ -49,7 +50,7 @@ def chunked_delta(
     if g_BTH is not None and g_BTH.dim() == 4:
         g_BTH = cut_gates(g_BTH, document_ids_BT)
     rows = (q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH)
-    arguments = (*rows, initial_state_BHKV, document_ids_BT, chunk_tokens)
+    arguments = (*rows, initial_state_BHKV, document_ids_BT, chunk_tokens, erase_BTHK)
     if torch.compiler.is_compiling():
         return compose_delta(*arguments)
     return _ChunkedDelta.apply(*arguments)
@@ -64,19 +65,22 @@ def compose_delta(
     initial_state_BHKV: Tensor | None,
     document_ids_BT: Tensor | None,
     chunk_tokens: int,
+    erase_BTHK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same as `chunked_delta` as a plain composition of differentiable operations, for the compiler."""
     B, _, _, H, V = v_BTNHV.shape
     terms: Terms | VectorTerms
     if g_BTH is not None and g_BTH.dim() == 4:
-        terms = VectorTerms.of(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, chunk_tokens, composed=True)
+        terms = VectorTerms.of(
+            q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, chunk_tokens, composed=True, erase_BTHK=erase_BTHK
+        )
     else:
         terms = Terms.of(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, document_ids_BT, chunk_tokens)
     strict = (terms.interactions() * terms.beta.mT).tril(-1)
     identity = torch.eye(strict.shape[-1], dtype=strict.dtype, device=strict.device)
     # Of all chunks at once, before the loop: it does not depend on the state.
     inverse = torch.linalg.solve_triangular(strict + identity, identity.expand_as(strict), upper=False)
-    into, out_of, carry = terms.from_start(terms.k), terms.to_end(terms.k).mT, terms.carry()
+    into, out_of, carry = terms.from_start(terms.asked), terms.to_end(terms.k).mT, terms.carry()
     if initial_state_BHKV is None:
         state = terms.v.new_zeros(B, H, q_BTGK.shape[-1], V)
     else:
@@ -103,11 +107,11 @@ class _Piece(NamedTuple):
     def terms(
         self, inputs: Sequence[Tensor | None], chunk_tokens: int, scores: Tensor | None = None
     ) -> Terms | VectorTerms:
-        """Terms of this piece of (q, k, v, beta, g, document ids); of gates a channel with the scores from forward."""
-        q, k, v, beta, g, documents = (None if x is None else x[self.rows, self.tokens] for x in inputs)
+        """Terms of this piece of (q, k, v, beta, g, erase, document ids); of gates a channel with the scores from forward."""
+        q, k, v, beta, g, erase, documents = (None if x is None else x[self.rows, self.tokens] for x in inputs)
         assert q is not None and k is not None and v is not None and beta is not None, "only gates may be absent"
         if g is not None and g.dim() == 4:
-            return VectorTerms.of(q, k, v, beta, g, chunk_tokens, scores)
+            return VectorTerms.of(q, k, v, beta, g, chunk_tokens, scores, erase_BTHK=erase)
         return Terms.of(q, k, v, beta, g, documents, chunk_tokens)
 
     def resume(self, state_BHKV: Tensor, document_ids_BT: Tensor | None) -> Tensor:
@@ -160,8 +164,9 @@ class _ChunkedDelta(torch.autograd.Function):
         initial: Tensor | None,
         documents_BT: Tensor | None,
         chunk_tokens: int,
+        erase: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        inputs = (q, k, v, beta, g, documents_BT)
+        inputs = (q, k, v, beta, g, erase, documents_BT)
         B, T, _, H, V = v.shape
         o = torch.empty(B, T, H, V, dtype=beta.dtype, device=v.device)
         final = torch.empty(B, H, q.shape[-1], V, dtype=beta.dtype, device=v.device)
@@ -205,7 +210,7 @@ def _walk(terms: Terms | VectorTerms, state: Tensor) -> tuple[Tensor, Tensor, _W
     entering, last = state.new_empty(terms.sizes.chunks, *state.shape), state.new_empty(state.shape)
     entering[0] = state
     chunks = zip(
-        *map(_by_chunk, (terms.v, terms.from_start(terms.k), inverse, errors)),
+        *map(_by_chunk, (terms.v, terms.from_start(terms.asked), inverse, errors)),
         _by_chunk((terms.to_end(terms.k) * terms.beta).mT),
         _by_chunk(terms.carry().expand(-1, *state.shape[:2], -1, -1)),
         itertools.pairwise((*_by_chunk(entering), last.flatten(0, 1))),
@@ -236,7 +241,7 @@ def _walk_back(
     chunks = zip(
         *map(_by_chunk, (d_changes, d_entering, d_v, terms.to_end(terms.k))),
         _by_chunk((walked.inverse * terms.beta).mT),
-        _by_chunk(terms.from_start(terms.k).mT),
+        _by_chunk(terms.from_start(terms.asked).mT),
         _by_chunk(terms.carry().expand(-1, *d_state.shape[:2], -1, -1)),
         itertools.pairwise(_by_chunk(d_states)),
         strict=True,
@@ -267,18 +272,20 @@ class _Gradients(NamedTuple):
     v: Tensor
     beta: Tensor
     g: Tensor | None
+    erase: Tensor | None = None
 
 
 def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs of `_ChunkedDelta.forward`, pieces and their chunks from last to first."""
-    q, k, v, beta, g, documents_BT, o, final, *saved = ctx.saved_tensors
-    inputs = (q, k, v, beta, g, documents_BT)
+    q, k, v, beta, g, erase, documents_BT, o, final, *saved = ctx.saved_tensors
+    inputs = (q, k, v, beta, g, erase, documents_BT)
     if d_o is None:
         d_o = torch.zeros_like(o)
     size = len(_Walked._fields)
     walked = [_Walked(*saved[i : i + size]) for i in range(0, len(saved), size)]
-    d_g = None if g is None else torch.empty_like(g)
-    total = _Gradients(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(beta), d_g)
+    d_g, d_erase = (None if x is None else torch.empty_like(x) for x in (g, erase))
+    own = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(beta)
+    total = _Gradients(*own, d_g, d_erase)
     d_initial = torch.empty_like(final)
     for pieces in reversed(_cut_pieces(v, ctx.chunk_tokens, ctx.matrices)):
         rows = pieces[0].rows
@@ -298,7 +305,8 @@ def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Ten
                 if whole is not None and part is not None:
                     whole[place] = part
         d_initial[rows] = d_state
-    return (*total, None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype), None, None, None)
+    d_start = None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
+    return (*total[:5], d_start, None, None, total.erase)
 
 
 def _differentiate(
@@ -345,16 +353,17 @@ def _differentiate_vector(
     d_q = torch.matmul(d_o_heads, entering.mT).mul_(terms.start)
     d_found = torch.matmul(d_v, entering.mT).mul_(terms.start).neg_()
     d_written = torch.matmul(changes, leaving.mT).mul_(terms.end)
-    d_starts = (d_q * terms.q).addcmul_(d_found, terms.k)
+    d_starts = (d_q * terms.q).addcmul_(d_found, terms.asked)
     d_starts[..., -1, :] += (entering * leaving).sum(-1).mul_(terms.start[..., -1, :])
     d_ends = d_written * terms.k
     d_scores = torch.stack([torch.matmul(d_o_heads, changes.mT), torch.matmul(d_v, changes.mT).neg_()], dim=3)
-    sums = ScoreSums(*(x.flatten(0, 2) for x in (d_q, d_found.add_(d_written), d_starts, d_ends)))
+    # Where keys ask, one sum is that of both.
+    d_k, d_asked = (d_found.add_(d_written),) * 2 if terms.erase is None else (d_written, d_found)
+    sums = ScoreSums(*(x.flatten(0, 2) for x in (d_q, d_k, d_asked, d_starts, d_ends)))
     terms.score_gradients(d_scores.flatten(0, 2), sums)
     _add_product(d_changes, terms.interactions().mT, d_v, -1.0)
     d_beta = d_changes.mul_(errors).sum(-1)
     lead = d_q.shape[:3]
-    d_q, d_k, d_g = (x.unflatten(0, lead) for x in (sums.q, sums.k, sums.starts))
-    d_q, d_g = terms.tokens_first(d_q), terms.tokens_first(d_g)
-    d_k, d_v, d_beta = (terms.tokens_first(x, 1) for x in (d_k, d_v, d_beta))
-    return _Gradients(d_q, d_k, d_v, d_beta, d_g), d_state
+    d_q, d_g, d_erase = (terms.tokens_first(x.unflatten(0, lead)) for x in (sums.q, sums.starts, sums.asked))
+    d_k, d_v, d_beta = (terms.tokens_first(x, 1) for x in (sums.k.unflatten(0, lead), d_v, d_beta))
+    return _Gradients(d_q, d_k, d_v, d_beta, d_g, None if terms.erase is None else d_erase), d_state

@@ -57,6 +57,7 @@ def delta_scan_triton(
     initial_state_BHKV: Tensor | None,
     document_ids_BT: Tensor | None,
     chunk_size: int,
+    erase_BTHK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `torch_impl.chunked_delta`, for float32, bfloat16 and float16; beta, gates and states are float32.
 
@@ -66,7 +67,8 @@ def delta_scan_triton(
     if g_BTH is not None and g_BTH.dim() == 4:
         steps = (k_BTNGK, v_BTNHV, beta_BTNH)
         k, v, beta = (x.squeeze(2) for x in steps)
-        return delta_vector_triton(q_BTGK, k, v, beta, g_BTH, initial_state_BHKV, document_ids_BT, chunk_size)
+        rows = (q_BTGK, k, v, beta, g_BTH, erase_BTHK)
+        return delta_vector_triton(*rows, initial_state_BHKV, document_ids_BT, chunk_size)
     dot_dtype(v_BTNHV.dtype)  # refuses float64
     DELTA_LIMITS.check(chunk_size, q_BTGK.shape[-1], v_BTNHV.shape[-1])
     chunk = min(chunk_size, DELTA_LIMITS.chunk_sizes[-1])

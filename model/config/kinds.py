@@ -197,6 +197,7 @@ BUILT_IN = (
     Kind("gla", "amfm.model.mixers.vector_gates:GlaMixer", own.GlaOptions, products=IN_OUT),
     Kind("hgrn2", "amfm.model.mixers.vector_gates:Hgrn2Mixer", own.Hgrn2Options, letter="H", products=IN_OUT),
     Kind("kda", "amfm.model.mixers.kda:KdaMixer", own.KdaOptions, letter="K", has_mup=True, products=IN_OUT),
+    Kind("gdn2", "amfm.model.mixers.kda:Gdn2Mixer", own.Gdn2Options, products=IN_OUT),
     Kind("hedgehog", "amfm.model.mixers.feature_maps:HedgehogMixer", own.HedgehogOptions, products=IN_OUT),
     Kind("lightning", "amfm.model.mixers.retention:LightningMixer", own.LightningOptions, letter="L", products=IN_OUT),
     Kind(

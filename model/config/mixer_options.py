@@ -159,21 +159,30 @@ class Hgrn2Options(VectorGateOptions):
     """HGRN2 (Qin et al. 2024, arXiv 2404.07904): a forget gate per key channel, and what it forgets is the key; letter `H`."""
 
 
-class KdaOptions(VectorGateOptions):
-    """Kimi Delta Attention (Kimi Team 2025, arXiv 2510.26692): the delta rule with a decay per key channel; letter `K`."""
+class ChannelDeltaOptions(VectorGateOptions):
+    """What every delta rule with a decay a key channel can choose."""
 
     conv_kernel: Literal[0, 2, 3, 4] = Field(4, description="Width of the causal convolution over q, k and v; 0: none.")
     gate_rank: int | None = Field(
         None, gt=0, description="Inner width of the low-rank projections of decay and output gate; none: head_dim."
-    )
-    allow_negative_eigenvalues: bool = Field(
-        False, description="beta in (0, 2) and not (0, 1), so that a state may change sign (arXiv 2411.12537)."
     )
     scan_limits: ClassVar[ScanLimits | None] = VECTOR_DELTA_LIMITS
 
     def rank(self) -> int:
         """Inside of the low-rank projections."""
         return self.gate_rank or self.head_dim
+
+
+class KdaOptions(ChannelDeltaOptions):
+    """Kimi Delta Attention (Kimi Team 2025, arXiv 2510.26692): the delta rule with a decay per key channel; letter `K`."""
+
+    allow_negative_eigenvalues: bool = Field(
+        False, description="beta in (0, 2) and not (0, 1), so that a state may change sign (arXiv 2411.12537)."
+    )
+
+
+class Gdn2Options(ChannelDeltaOptions):
+    """Gated DeltaNet-2: Kimi Delta Attention with a gate per key channel that erases and one per value channel that writes."""
 
 
 class FeatureMapOptions(HeadOptions):

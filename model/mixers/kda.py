@@ -1,8 +1,9 @@
-"""Kimi Delta Attention: the delta rule after a decay of each key channel.
+"""Kimi Delta Attention, and Gated DeltaNet-2: the delta rule after a decay of each key channel.
 
 Gated DeltaNet forgets a whole head's state at one rate; here each key channel has its own, as in GLA, so a head can drop some
 features and keep others. The gates come from low-rank projections, whose narrow insides every tensor rank computes whole and
-whose outputs are cut by head.
+whose outputs are cut by head. Gated DeltaNet-2 also has vectors in place of beta: one says which key channels erase what the
+state holds, one which value channels are written.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from amfm.kernels.linear.op import linear
-from amfm.model.config.mixer_options import KdaOptions
+from amfm.model.config.mixer_options import ChannelDeltaOptions, KdaOptions
 from amfm.model.mixers.base import LinearMixer, Part
 from amfm.model.mixers.delta import unit_length
 from amfm.model.mixers.head_norm import GatedHeadNorm
@@ -30,10 +31,10 @@ class KdaMixer(LinearMixer):
     and multiplied by sigmoid(U2 U1 x). Source: Kimi Team 2025, arXiv 2510.26692, section 3.
     """
 
-    options: KdaOptions
+    options: ChannelDeltaOptions
     recurrence = DeltaRecurrence()
 
-    def __init__(self, options: KdaOptions, build: BuildContext) -> None:
+    def __init__(self, options: ChannelDeltaOptions, build: BuildContext) -> None:
         super().__init__(options, build)
         heads = options.num_heads
         by_key = ShardSpec(0, "tp", (heads * self.key_dim,), (heads,))
@@ -54,14 +55,12 @@ class KdaMixer(LinearMixer):
         """q, k, v and beta by head; the insides of the decay's and the output gate's projections whole."""
         heads, inside = self.options.num_heads, Part(self.options.rank(), None)
         keys, values = Part(heads * self.key_dim, heads), Part(heads * self.value_dim, heads)
-        return {
-            "q": keys,
-            "k": keys,
-            "v": values,
-            "beta": Part(heads, heads),
-            "decay_inside": inside,
-            "gate_inside": inside,
-        }
+        shared = {"decay_inside": inside, "gate_inside": inside}
+        return {"q": keys, "k": keys, "v": values, **self.strengths(), **shared}
+
+    def strengths(self) -> dict[str, Part]:
+        """What says how strongly a token erases and writes: beta by head."""
+        return {"beta": Part(self.options.num_heads, self.options.num_heads)}
 
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
         """Pointwise in time; beta and the decay in float32 for bf16."""
@@ -70,13 +69,18 @@ class KdaMixer(LinearMixer):
         q_BTHK = unit_length(self.heads(parts["q"])) * self.key_dim**-0.5
         k_BTHK = unit_length(self.heads(parts["k"]))
         wide = torch.promote_types(q_BTHK.dtype, torch.float32)
-        beta_BTH = parts["beta"].to(wide).sigmoid()
-        if self.options.allow_negative_eigenvalues:
-            beta_BTH = 2.0 * beta_BTH
         step_BTX = linear(parts["decay_inside"], self.decay_proj).to(wide) + self.dt_bias.to(wide)
         g_BTHK = -self.A_log.to(wide).exp()[:, None] * self.heads(functional.softplus(step_BTX))
-        # One delta rule a token.
-        k_BTNHK, v_BTNHV, beta_BTNH = (x.unsqueeze(2) for x in (k_BTHK, self.heads(parts["v"]), beta_BTH))
+        return self.written(q_BTHK, k_BTHK, self.heads(parts["v"]), g_BTHK, parts)
+
+    def written(
+        self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, g_BTHK: Tensor, parts: dict[str, Tensor]
+    ) -> ScanRows:
+        """Say how strongly tokens erase and write: one delta rule a token."""
+        beta_BTH = parts["beta"].to(g_BTHK.dtype).sigmoid()
+        if isinstance(self.options, KdaOptions) and self.options.allow_negative_eigenvalues:
+            beta_BTH = 2.0 * beta_BTH
+        k_BTNHK, v_BTNHV, beta_BTNH = (x.unsqueeze(2) for x in (k_BTHK, v_BTHV, beta_BTH))
         return ScanRows(q_BTHK, k_BTNHK, v_BTNHV, g_BTHK, beta_BTNH)
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
@@ -88,3 +92,26 @@ class KdaMixer(LinearMixer):
         if name == "A_log":
             return first_decay_rates(shape, generator)
         return first_time_steps(shape, generator) if name == "dt_bias" else None
+
+
+class Gdn2Mixer(KdaMixer):
+    """S <- diag(e^g) S, then S <- S + k (w * v - S^T (b * k))^T, with b = sigmoid(W_b x) by key channel, w = sigmoid(W_w x) by value channel.
+
+    All else as Kimi Delta Attention; b = w = beta makes it that. b stays below 1: beyond, steps that are no contraction would make
+    the state grow without bound. Source: Gated DeltaNet-2 as flash-linear-attention has it (fla/ops/gdn2).
+    """
+
+    def strengths(self) -> dict[str, Part]:
+        """b and w by head, with a number each channel."""
+        heads = self.options.num_heads
+        return {"erase": Part(heads * self.key_dim, heads), "write": Part(heads * self.value_dim, heads)}
+
+    def written(
+        self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, g_BTHK: Tensor, parts: dict[str, Tensor]
+    ) -> ScanRows:
+        """Gates in float32 for bf16, and what they multiply in the dtype of the rows."""
+        wide = g_BTHK.dtype
+        erase_BTHK = (k_BTHK.to(wide) * self.heads(parts["erase"]).to(wide).sigmoid()).to(k_BTHK.dtype)
+        v_BTHV = (v_BTHV.to(wide) * self.heads(parts["write"]).to(wide).sigmoid()).to(v_BTHV.dtype)
+        ones_BTNH = g_BTHK.new_ones(*v_BTHV.shape[:2], 1, self.num_heads)
+        return ScanRows(q_BTHK, k_BTHK.unsqueeze(2), v_BTHV.unsqueeze(2), g_BTHK, ones_BTNH, erase_BTHK)

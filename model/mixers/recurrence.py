@@ -1,7 +1,8 @@
 """The two recurrences that carry linear mixers, as a mixer uses them: whole rows, segments of rows, one token.
 
 Decay: S_t = diag(e^(g_t)) S_(t-1) + k_t v_t^T, with one decay a head or one a key channel (kernels/decay_scan).
-Delta: S <- diag(e^(g_t)) S, with one decay a head, one a key channel or none, then for each micro-step S <- (I - beta k k^T) S + beta k v^T (kernels/delta_scan).
+Delta: S <- diag(e^(g_t)) S, with one decay a head, one a key channel or none, then for each micro-step S <- (I - beta k e^T) S + beta k v^T, where e is k or a vector of its own
+(kernels/delta_scan).
 Both read o_t = S_t^T q_t, and both are affine in the state that enters a row: S_out = P S_in + F with P and F of the row
 alone. That is what context parallelism lives on (model/parallel/context.py). For a decay P is a factor, for a delta rule a
 K x K matrix, which costs about K / V more work and is computed only where rows are cut.
@@ -26,7 +27,7 @@ class ScanRows(NamedTuple):
 
     Decay: q and k [B, T, H, K], v [B, T, H, V], g [B, T, H] or [B, T, H, K], all of one H. Delta: q [B, T, G, K],
     k [B, T, N, G, K] of unit length, v [B, T, N, H, V], g [B, T, H], [B, T, H, K] (then N = 1, G = H) or None, beta
-    [B, T, N, H].
+    [B, T, N, H], erase [B, T, H, K] (with such g) or None.
     """
 
     q: Tensor
@@ -34,6 +35,7 @@ class ScanRows(NamedTuple):
     v: Tensor
     g: Tensor | None = None
     beta: Tensor | None = None
+    erase: Tensor | None = None
 
 
 class ScanSettings(NamedTuple):
@@ -112,13 +114,15 @@ class DeltaRecurrence(Recurrence):
     def scan(self, rows: ScanRows, how: ScanSettings, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
         """As in the base class."""
         assert rows.beta is not None, "a delta recurrence needs beta"
-        scanned = delta_scan(rows.q, rows.k, rows.v, rows.beta, rows.g, initial_state_BHKV=state_BHKV, **how._asdict())
+        inputs = (rows.q, rows.k, rows.v, rows.beta, rows.g)
+        scanned = delta_scan(*inputs, erase_BTHK=rows.erase, initial_state_BHKV=state_BHKV, **how._asdict())
         return scanned.o_BTHV, scanned.final_state_BHKV
 
     def scan_with_transfer(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
         """As in the base class; about K / V more work than `scan`."""
         assert rows.beta is not None, "a delta recurrence needs beta"
-        scanned = delta_scan(rows.q, rows.k, rows.v, rows.beta, rows.g, with_transfer=True, **how._asdict())
+        inputs = (rows.q, rows.k, rows.v, rows.beta, rows.g)
+        scanned = delta_scan(*inputs, erase_BTHK=rows.erase, with_transfer=True, **how._asdict())
         read_BTHK, transfer_BHKK = scanned.read_BTHK, scanned.transfer_BHKK
         assert read_BTHK is not None and transfer_BHKK is not None, "delta_scan gives both with_transfer"
         return OpenScan(scanned.o_BTHV, read_with(read_BTHK), scanned.final_state_BHKV, transfer_BHKK)
@@ -126,7 +130,7 @@ class DeltaRecurrence(Recurrence):
     def step(self, rows: ScanRows, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
         """As in the base class."""
         assert rows.beta is not None, "a delta recurrence needs beta"
-        return delta_step(rows.q, rows.k, rows.v, rows.beta, rows.g, state_BHKV)
+        return delta_step(rows.q, rows.k, rows.v, rows.beta, rows.g, state_BHKV, rows.erase)
 
     def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
         """Forward FLOPs a token; 3 for each state number (decay, q times it, add) and 4 more in each step.

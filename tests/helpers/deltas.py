@@ -28,10 +28,11 @@ class DeltaCase:
     gated: bool = True
     channels: bool = False  # a gate of each key channel
     transfer: bool = False
+    erases: bool = False  # by a vector of its own, not the key; with channels
 
     def __str__(self) -> str:
         flags = f"docs{len(self.lengths)}-init{int(self.initial)}-gate{int(self.gated) + int(self.channels)}-transfer{int(self.transfer)}"
-        return f"T{self.T}-N{self.N}-G{self.G}-H{self.H}-{flags}"
+        return f"T{self.T}-N{self.N}-G{self.G}-H{self.H}-{flags}{'-erase' * self.erases}"
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,20 @@ class DeltaInputs:
     g: Tensor | None
     initial: Tensor | None
     documents: Tensor | None
+    erase: Tensor | None = None
 
     def leaves(self) -> dict[str, Tensor]:
         """The tensors that get gradients, by name."""
-        named = {name: getattr(self, name) for name in ("q", "k", "v", "beta", "g", "initial")}
+        named = {name: getattr(self, name) for name in ("q", "k", "v", "beta", "g", "erase", "initial")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def cut(self, start: int, end: int, initial: Tensor | None = None) -> DeltaInputs:
         """Tokens start to end, entered by another state."""
         q, k, v, beta = (tensor[:, start:end] for tensor in (self.q, self.k, self.v, self.beta))
-        g, documents = (None if tensor is None else tensor[:, start:end] for tensor in (self.g, self.documents))
-        return DeltaInputs(q, k, v, beta, g, initial, documents)
+        g, documents, erase = (
+            None if tensor is None else tensor[:, start:end] for tensor in (self.g, self.documents, self.erase)
+        )
+        return DeltaInputs(q, k, v, beta, g, initial, documents, erase)
 
 
 def make_delta_documents(case: DeltaCase) -> Tensor | None:
@@ -82,6 +86,8 @@ def make_delta_inputs(case: DeltaCase, dtype: torch.dtype, seed: int = 0) -> Del
     q, k, v = draw(B, T, G, K), F.normalize(draw(B, T, N, G, K), dim=-1), draw(B, T, N, H, V)
     gates = (B, T, H, K) if case.channels else (B, T, H)
     beta, g, initial = 2 * torch.sigmoid(draw(B, T, N, H)), -0.2 * draw(*gates).abs(), draw(B, H, K, V)
+    # Of each channel of the key a share, as a gate gives it.
+    erase = k[:, :, 0] * torch.sigmoid(draw(B, T, G, K)) if case.erases else None
     q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
     return DeltaInputs(
         q,
@@ -91,6 +97,7 @@ def make_delta_inputs(case: DeltaCase, dtype: torch.dtype, seed: int = 0) -> Del
         g.to(wide).requires_grad_() if case.gated else None,
         initial.to(wide).requires_grad_() if case.initial else None,
         make_delta_documents(case),
+        None if erase is None else erase.to(dtype).requires_grad_(),
     )
 
 
@@ -102,6 +109,7 @@ def call_delta(case: DeltaCase, inputs: DeltaInputs, backend: str) -> DeltaScanO
         inputs.v,
         inputs.beta,
         inputs.g,
+        erase_BTHK=inputs.erase,
         document_ids_BT=inputs.documents,
         initial_state_BHKV=inputs.initial,
         chunk_size=case.chunk,

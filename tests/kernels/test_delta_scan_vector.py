@@ -25,6 +25,9 @@ CASES = [
     # More heads than a piece of work holds, and chunks longer than the row.
     DeltaCase(B=3, T=40, G=40, H=40, K=2, V=3, chunk=64, channels=True, lengths=(16, 3, 21), initial=True),
     DeltaCase(T=150, G=4, H=4, chunk=16, channels=True, lengths=(40, 110), initial=True),
+    DeltaCase(T=1, G=1, H=1, channels=True, erases=True, initial=True),
+    DeltaCase(T=63, G=2, H=2, channels=True, erases=True, lengths=(1, 1, 61), transfer=True),
+    DeltaCase(B=3, T=100, G=40, H=40, K=2, V=3, chunk=16, channels=True, erases=True, lengths=(40, 60), initial=True),
 ]
 
 
@@ -37,11 +40,12 @@ def test_chunks_equal_single_steps(case: DeltaCase, poisoned_memory: None, one_t
 
 
 def test_composition_for_the_compiler_equals_the_definition() -> None:
-    case = CASES[2]
+    case = replace(CASES[2], erases=True)
     x = make_delta_inputs(replace(case, transfer=False), torch.float64)
     expected = run_delta(replace(case, transfer=False), x, "reference")
     assert x.g is not None
-    o, final = compose_delta(x.q, x.k, x.v, x.beta, cut_gates(x.g, x.documents), x.initial, x.documents, case.chunk)
+    rows = (x.q, x.k, x.v, x.beta, cut_gates(x.g, x.documents))
+    o, final = compose_delta(*rows, x.initial, x.documents, case.chunk, x.erase)
     assert_near(o, expected["o"], FLOAT64, "o")
     assert_near(final, expected["final"], FLOAT64, "final state")
 
@@ -52,6 +56,15 @@ def test_equal_gates_of_all_channels_are_the_gate_of_a_head() -> None:
     assert inputs.g is not None
     spread = replace(inputs, g=inputs.g[..., None].expand(-1, -1, -1, case.K))
     expected, actual = call_delta(case, inputs, "torch"), call_delta(case, spread, "torch")
+    assert_near(actual.o_BTHV, expected.o_BTHV, FLOAT64, "o")
+    assert_near(actual.final_state_BHKV, expected.final_state_BHKV, FLOAT64, "final state")
+
+
+def test_a_key_that_erases_in_full_is_the_delta_rule() -> None:
+    case = DeltaCase(T=63, G=2, H=2, channels=True, lengths=(20, 43), initial=True)
+    inputs = make_delta_inputs(case, torch.float64)
+    expected = call_delta(case, inputs, "torch")
+    actual = call_delta(case, replace(inputs, erase=inputs.k[:, :, 0]), "torch")
     assert_near(actual.o_BTHV, expected.o_BTHV, FLOAT64, "o")
     assert_near(actual.final_state_BHKV, expected.final_state_BHKV, FLOAT64, "final state")
 
@@ -92,14 +105,14 @@ def test_a_document_never_feels_another(dtype: torch.dtype) -> None:
 
 
 def test_steps_continue_a_scan() -> None:
-    case = DeltaCase(T=9, G=2, H=2, channels=True)
+    case = DeltaCase(T=9, G=2, H=2, channels=True, erases=True)
     inputs = make_delta_inputs(case, torch.float64)
     whole = call_delta(case, inputs, "torch")
     state = call_delta(case, inputs.cut(0, 4), "torch").final_state_BHKV
-    assert inputs.g is not None
+    assert inputs.g is not None and inputs.erase is not None
     for t in range(4, 9):
         token = (inputs.q[:, t], inputs.k[:, t], inputs.v[:, t], inputs.beta[:, t], inputs.g[:, t])
-        o, state = delta_step(*token, state)
+        o, state = delta_step(*token, state, inputs.erase[:, t])
         assert_near(o, whole.o_BTHV[:, t], FLOAT64, f"token {t}")
     assert_near(state, whole.final_state_BHKV, FLOAT64, "state")
 
@@ -120,3 +133,5 @@ def test_what_such_gates_cannot_have_is_refused(changes: dict[str, int], message
     inputs = make_delta_inputs(DeltaCase(T=5, G=2, H=2), torch.float32)
     with pytest.raises(ValueError, match=r"g_BTHK must have shape \[2, 5, 2, 8\]; got \[2, 5, 2, 7\]"):
         delta_scan(inputs.q, inputs.k, inputs.v, inputs.beta, wrong)
+    with pytest.raises(ValueError, match=r"erase_BTHK needs a gate of each key channel"):
+        delta_scan(inputs.q, inputs.k, inputs.v, inputs.beta, inputs.g, erase_BTHK=inputs.q)

@@ -34,7 +34,8 @@ class VectorTerms(ChunkedRows):
     g_NQK: Tensor
     start: Tensor  # e^b, [c, B, H, Q, K]
     end: Tensor  # e^(b_end - b), [c, B, H, Q, K]
-    scores: Tensor  # of queries and of keys with keys up to them, decayed; [c, B, H, 2, Q, Q], zeros above the diagonal
+    scores: Tensor  # of queries and of what is asked with keys up to them, decayed; [c, B, H, 2, Q, Q], zeros above the diagonal
+    erase: Tensor | None = None  # [c, B, H, Q, K], in place of k where the state is asked
 
     @classmethod
     def of(
@@ -47,6 +48,7 @@ class VectorTerms(ChunkedRows):
         chunk_tokens: int,
         scores: Tensor | None = None,
         *,
+        erase_BTHK: Tensor | None = None,
         composed: bool = False,
     ) -> VectorTerms:
         """Cut rows into chunks of `chunk_tokens` tokens, a power of two, or of fewer for short rows.
@@ -60,20 +62,27 @@ class VectorTerms(ChunkedRows):
         q, k = steps_of_heads(q_BTHK.unsqueeze(2), s, wide), steps_of_heads(k_BTNHK, s, wide)
         v, beta = steps_of_heads(v_BTNHV, s, wide), steps_of_heads(beta_BTNH.unsqueeze(-1), s, wide)
         g = steps_of_heads(g_BTHK.unsqueeze(2), s, wide)
+        erase = None if erase_BTHK is None else steps_of_heads(erase_BTHK.unsqueeze(2), s, wide)
+        asked = k if erase is None else erase
         lead, g_NQK = (s.chunks, B, H), g.flatten(0, 2)
         if composed:
-            both, start, end = compose_scores((q, k), k, g)
-            return cls(s, 1, q, k, v, beta, g_NQK, start.exp(), end.exp(), torch.stack(both, dim=3))
+            both, start, end = compose_scores((q, asked), k, g)
+            return cls(s, 1, q, k, v, beta, g_NQK, start.exp(), end.exp(), torch.stack(both, dim=3), erase)
         if scores is None:
-            of_pairs, factors = _score(q.flatten(0, 2), k.flatten(0, 2), g_NQK)
+            of_pairs, factors = _score(q.flatten(0, 2), asked.flatten(0, 2), k.flatten(0, 2), g_NQK)
             scores = of_pairs.view(*lead, 2, s.Q, s.Q)
         else:
             factors = whole_factors(g_NQK)
         start, end = (x.reshape(*lead, s.Q, K) for x in (factors[:, 1], factors[:, 0]))
-        return cls(s, 1, q, k, v, beta, g_NQK, start, end, scores)
+        return cls(s, 1, q, k, v, beta, g_NQK, start, end, scores, erase)
+
+    @property
+    def asked(self) -> Tensor:
+        """What each token asks the state with: its key, or what stands in its place."""
+        return self.k if self.erase is None else self.erase
 
     def interactions(self) -> Tensor:
-        """k_i . k_j with the decay between them, [c, B, H, Q, Q]. Only j < i counts.
+        """asked_i . k_j with the decay between them, [c, B, H, Q, Q]. Only j < i counts.
 
         A copy, because the walk scales it in place and the scores are kept.
         """
@@ -101,11 +110,11 @@ class VectorTerms(ChunkedRows):
         From the largest halves to single tokens, the reverse of forward; the diagonal has no decay and comes
         last.
         """
-        q, k = self.q.flatten(0, 2), self.k.flatten(0, 2)
-        both = torch.stack([q, k], dim=1)
+        q, k, asked = (x.flatten(0, 2) for x in (self.q, self.k, self.asked))
+        both = torch.stack([q, asked], dim=1)
         *levels, _ = walk_levels(self.g_NQK)
         for size, factors in reversed(levels):
-            _differentiate_level(both, size, factors, d_scores, sums)
+            _differentiate_level(both, k, size, factors, d_scores, sums)
         own = d_scores[:, 0].diagonal(dim1=1, dim2=2)[..., None]
         sums.q.addcmul_(own, k)
         sums.k.addcmul_(own, q)
@@ -113,13 +122,14 @@ class VectorTerms(ChunkedRows):
 
 @dataclass
 class ScoreSums:
-    """Gradients [N, Q, K] of q, k, and of the sums of gates from a block's start to each token and from it to the end.
+    """Gradients [N, Q, K] of q, k, asked, and of the sums of gates from a block's start to each token and from it to the end.
 
-    Once all levels are done, `starts` is the gradient of the gates.
+    Once all levels are done, `starts` is the gradient of the gates. Where keys ask, asked is the tensor of k.
     """
 
     q: Tensor
     k: Tensor
+    asked: Tensor
     starts: Tensor
     ends: Tensor
 
@@ -130,13 +140,13 @@ def whole_factors(g_NQK: Tensor) -> Tensor:
     return factors
 
 
-def _score(q_NQK: Tensor, k_NQK: Tensor, g_NQK: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores [N, 2, Q, Q] of queries and keys with keys before them (queries also with their own), and the whole factors.
+def _score(q_NQK: Tensor, asked_NQK: Tensor, k_NQK: Tensor, g_NQK: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [N, 2, Q, Q] of queries and of what asks with keys before them (queries also with their own), and the whole factors.
 
     Returns scores and factors as `walk_levels` gives them for the whole chunk.
     """
     N, Q, _ = q_NQK.shape
-    both = torch.stack([q_NQK, k_NQK], dim=1)
+    both = torch.stack([q_NQK, asked_NQK], dim=1)
     scores = q_NQK.new_zeros(N, 2, Q, Q)
     scores[:, 0].diagonal(dim1=1, dim2=2).copy_((q_NQK * k_NQK).sum(-1))
     for size, factors in walk_levels(g_NQK):
@@ -150,13 +160,15 @@ def _score(q_NQK: Tensor, k_NQK: Tensor, g_NQK: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _second_halves(both_N2QK: Tensor, size: int, factors: Tensor) -> Tensor:
-    """Queries and then keys of second halves, decayed from the middle of their block: [N, pairs, 2 size, K]."""
+    """Queries and then what asks of second halves, decayed from the middle of their block: [N, pairs, 2 size, K]."""
     N, _, Q, K = both_N2QK.shape
     seconds = both_N2QK.view(N, 2, Q // (2 * size), 2, size, K)[:, :, :, 1].transpose(1, 2)
     return (seconds * factors[:, :, 1].unsqueeze(2)).flatten(2, 3)
 
 
-def _differentiate_level(both: Tensor, size: int, factors: Tensor, d_scores: Tensor, sums: ScoreSums) -> None:
+def _differentiate_level(
+    both: Tensor, k_NQK: Tensor, size: int, factors: Tensor, d_scores: Tensor, sums: ScoreSums
+) -> None:
     """Add what the pairs of one level give to the gradients in `sums`.
 
     The sums of a level were made from those of its halves, so their gradients are handed down first.
@@ -164,16 +176,15 @@ def _differentiate_level(both: Tensor, size: int, factors: Tensor, d_scores: Ten
     (d_first, d_second), d_to_end = halves(sums.starts, size), halves(sums.ends, size)[0]
     d_first[:, :, -1] += d_second.sum(2)
     d_second[:, :, -1] += d_to_end.sum(2)
-    keys, queries = halves(both[:, 1], size)
+    keys, asked = halves(k_NQK, size)[0], halves(both[:, 1], size)[1]
     own_queries = halves(both[:, 0], size)[1]
     blocks = [blocks_below(d_scores[:, which], size).permute(0, 3, 1, 2) for which in (0, 1)]
     d_block = torch.cat(blocks, dim=2)
     of_seconds = spread_rows(d_block, keys * factors[:, :, 0]).unflatten(2, (2, size)) * factors[:, :, 1].unsqueeze(2)
-    of_queries, of_later_keys = of_seconds.unbind(2)
+    of_queries, of_asked = of_seconds.unbind(2)
     of_keys = torch.matmul(d_block.transpose(-1, -2), _second_halves(both, size, factors)).mul_(factors[:, :, 0])
     halves(sums.q, size)[1].add_(of_queries)
-    first_keys, second_keys = halves(sums.k, size)
-    first_keys.add_(of_keys)
-    second_keys.add_(of_later_keys)
-    d_second.addcmul_(of_queries, own_queries).addcmul_(of_later_keys, queries)
+    halves(sums.k, size)[0].add_(of_keys)
+    halves(sums.asked, size)[1].add_(of_asked)
+    d_second.addcmul_(of_queries, own_queries).addcmul_(of_asked, asked)
     d_to_end.addcmul_(of_keys, keys)

@@ -157,13 +157,14 @@ def states_products(
 
 @triton.jit
 def vector_gradients_kernel(
-    q, k, beta, g, firsts, d_o, d_v, errors, by_read, by_found, entering, leaving, d_q, d_k, d_beta, d_g,
+    q, k, beta, g, erase, firsts, d_o, d_v, errors, by_read, by_found, entering, leaving, d_q, d_k, d_beta, d_g, d_erase,
     T, H, K, V, chunks, stride_qb, stride_qt, stride_kb, stride_kt,
     Q: tl.constexpr, LEVELS: tl.constexpr, PART: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
+    DOCUMENTS: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
     """d_q, d_k, d_g and PART channels' share of d_beta [parts, B, T, H] of one chunk and head, V walked BLOCK_V columns at a time.
 
+    With ERASE, what asks the state is apart from what writes to it, and so is its gradient d_erase.
     The gate's gradient is made of products of what reads and what is written with their gradients; those of a token with
     itself have no exponent and come last.
 
@@ -182,6 +183,9 @@ def vector_gradients_kernel(
     )  # fmt: skip
     q_base, k_base = q + batch * stride_qb + h * K + part, k + batch * stride_kb + h * K + part
     g_base = g + row * (H * K) + h * K + part
+    asked_base, asked_stride = k_base, stride_kt
+    if ERASE:
+        asked_base, asked_stride = erase + row * (H * K) + h * K + part, H * K
     beta_base = beta + row * H + h
     lane, column = tl.arange(0, Q)[:, None], tl.arange(0, PART)[None, :]
     starts = load_gates(g_base, firsts, row, start, T, H * K, width, Q, PART, DOCUMENTS)
@@ -208,13 +212,17 @@ def vector_gradients_kernel(
         Q, LEVELS, PART, DOT, DOCUMENTS, True,
     )  # fmt: skip
     dw_tile = add_pairs(
-        dw_tile, by_found + own_base, k_base, stride_kt, beta_base, g_base, firsts, row, start, T, H, K, width,
+        dw_tile, by_found + own_base, asked_base, asked_stride, beta_base, g_base, firsts, row, start, T, H, K, width,
         Q, LEVELS, PART, DOT, DOCUMENTS, True,
     )  # fmt: skip
     q_tile = load_operand(q_base, start, T, stride_qt, width, Q, PART, DOT).to(tl.float32)
     k_tile = load_operand(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
     write = tl.load(beta_base + (start + lane) * H, mask=lane < T - start, other=0.0)
-    d_b = q_tile * dq_tile + k_tile * (dk_tile - write * dw_tile)
+    if ERASE:
+        asked = load_operand(asked_base, start, T, asked_stride, width, Q, PART, DOT).to(tl.float32)
+        d_b = q_tile * dq_tile + asked * dk_tile - k_tile * (write * dw_tile)
+    else:
+        d_b = q_tile * dq_tile + k_tile * (dk_tile - write * dw_tile)
     d_gate = sum_later(d_b, d_end, firsts, row, start, T, Q, DOT, DOCUMENTS)
     inside = lane < T - start
     diagonal = by_read + own_base + tl.cast(start, tl.int64) * (H * Q) + lane * (H * Q + 1)
@@ -226,5 +234,8 @@ def vector_gradients_kernel(
     tl.store(d_beta + at, tl.sum(k_tile * dw_tile, axis=1), mask=tl.arange(0, Q) < T - start)
     inside = inside & (column < width)
     tl.store(d_q + where, dq_tile.to(d_q.dtype.element_ty), mask=inside)
+    if ERASE:
+        tl.store(d_erase + where, dk_tile.to(d_erase.dtype.element_ty), mask=inside)
+        dk_tile = tl.zeros_like(dk_tile)
     tl.store(d_k + where, (dk_tile + write * dw_tile).to(d_k.dtype.element_ty), mask=inside)
     tl.store(d_g + where, d_gate, mask=inside)

@@ -22,16 +22,17 @@ from amfm.kernels.delta_scan.triton_forward import invert_unit_lower
 
 @triton.jit
 def vector_prepare_kernel(
-    q, k, beta, g, firsts, q_start, k_start, k_end, inverse, scores, decay,
+    q, k, beta, g, erase, firsts, q_start, k_start, k_end, inverse, scores, decay,
     T, H, K, chunks, stride_qb, stride_qt, stride_kb, stride_kt,
     Q: tl.constexpr, LEVELS: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
+    DOCUMENTS: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
     """What the walks take of a chunk of Q = 2^LEVELS tokens, so that they only multiply; one program a chunk and head.
 
     With the gates summed up to each token (starts) and after it (ends): q_start = e^starts q, k_start = e^starts k and
     k_end = beta e^ends k, all [B, T, H, K]; decay [B, chunks, H, K], e to the sum over the chunk; inverse and scores
-    [B, T, H, Q], the rows of (I + A diag(beta))^-1 and P diag(beta). PART channels at a time.
+    [B, T, H, Q], the rows of (I + A diag(beta))^-1 and P diag(beta). PART channels at a time. With ERASE its rows stand for k
+    in k_start and as the first factor of A.
 
     Grid: (B * chunks, H). All results but the float32 decay are in the dtype of v; scores and inverse are
     summed over parts of K on chip.
@@ -50,6 +51,11 @@ def vector_prepare_kernel(
         q_base, k_base = q + batch * stride_qb + h * K + part, k + batch * stride_kb + h * K + part
         q_tile = load_operand(q_base, start, T, stride_qt, width, Q, PART, DOT).to(tl.float32)
         k_tile = load_operand(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
+        asked = k_tile
+        if ERASE:
+            asked = load_operand(erase + row * (H * K) + h * K + part, start, T, H * K, width, Q, PART, DOT).to(
+                tl.float32
+            )
         read += tl.where(lane == token, tl.sum(q_tile * k_tile, axis=1)[:, None], 0.0)
         g_base = g + row * (H * K) + h * K + part
         starts = load_gates(g_base, firsts, row, start, T, H * K, width, Q, PART, DOCUMENTS)
@@ -62,14 +68,17 @@ def vector_prepare_kernel(
             keys = (k_tile * power).to(DOT)
             product = tl.dot((q_tile * power).to(DOT), tl.trans(keys), input_precision="tf32x3")
             read += tl.where(between, product, 0.0)
-            product = tl.dot(keys, tl.trans(keys), input_precision="tf32x3")
+            rows = keys
+            if ERASE:
+                rows = (asked * power).to(DOT)
+            product = tl.dot(rows, tl.trans(keys), input_precision="tf32x3")
             overlap += tl.where(between, product, 0.0)
             starts, ends = join_halves(starts, ends, half, Q, PART)
         where = here + part + (lane * (H * K) + column)
         inside = (lane < T - start) & (column < width)
         power = tl.exp(starts)
         tl.store(q_start + where, (q_tile * power).to(q_start.dtype.element_ty), mask=inside)
-        tl.store(k_start + where, (k_tile * power).to(k_start.dtype.element_ty), mask=inside)
+        tl.store(k_start + where, (asked * power).to(k_start.dtype.element_ty), mask=inside)
         tl.store(k_end + where, (k_tile * tl.exp(ends) * write).to(k_end.dtype.element_ty), mask=inside)
         place = ((batch * chunks + c) * H + h) * K + part + column
         tl.store(decay + place, tl.exp(last_row(starts, Q)), mask=column < width)

@@ -47,6 +47,7 @@ def delta_vector_triton(
     v_BTHV: Tensor,
     beta_BTH: Tensor,
     g_BTHK: Tensor,
+    erase_BTHK: Tensor | None,
     initial_state_BHKV: Tensor | None,
     document_ids_BT: Tensor | None,
     chunk_size: int,
@@ -60,7 +61,7 @@ def delta_vector_triton(
     VECTOR_DELTA_LIMITS.check(chunk_size, q_BTHK.shape[-1], v_BTHV.shape[-1])
     chunk = min(chunk_size, VECTOR_DELTA_LIMITS.chunk_sizes[-1])
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
-    return _forward(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTHK, initial_state_BHKV, firsts, chunk)
+    return _forward(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTHK, erase_BTHK, initial_state_BHKV, firsts, chunk)
 
 
 def _launch(q: Tensor, v: Tensor, chunk_size: int) -> ScanLaunch:
@@ -80,14 +81,16 @@ class _Prepared(NamedTuple):
     decay: Tensor
 
 
-def _prepare(launch: ScanLaunch, q: Tensor, k: Tensor, beta: Tensor, g: Tensor, firsts: Tensor | None) -> _Prepared:
+def _prepare(
+    launch: ScanLaunch, q: Tensor, k: Tensor, beta: Tensor, g: Tensor, erase: Tensor | None, firsts: Tensor | None
+) -> _Prepared:
     """Launch `vector_prepare_kernel` over all chunks and heads."""
     (B, T, H, K), chunks = q.shape, launch.chunks
     keys, pairs = (q.new_empty(B, T, H, size) for size in (K, launch.Q))
     decay = g.new_empty(B, chunks, H, K)
     prepared = _Prepared(keys, torch.empty_like(keys), torch.empty_like(keys), pairs, torch.empty_like(pairs), decay)
     vector_prepare_kernel[(B * chunks, H)](
-        q, k, beta, g, firsts, *prepared, T, H, K, chunks, *outer_strides(q, k),
+        q, k, beta, g, erase, firsts, *prepared, T, H, K, chunks, *outer_strides(q, k), ERASE=erase is not None,
         LEVELS=launch.levels, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", DOCUMENTS=firsts is not None,
         **launch.config("vector_delta_prepare", PREPARE, q),
     )  # fmt: skip
@@ -124,6 +127,7 @@ def _forward(
     v: Tensor,
     beta: Tensor,
     g: Tensor,
+    erase: Tensor | None,
     initial: Tensor | None,
     firsts: Tensor | None,
     chunk_size: int,
@@ -132,7 +136,7 @@ def _forward(
     q, k, v, beta, g = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), beta.contiguous(), g.contiguous()
     launch = _launch(q, v, chunk_size)
     o = v.new_empty(v.shape)
-    return o, _walk(launch, _prepare(launch, q, k, beta, g, firsts), v, pack(initial), o=o)
+    return o, _walk(launch, _prepare(launch, q, k, beta, g, pack(erase), firsts), v, pack(initial), o=o)
 
 
 @fake_of(_forward)
@@ -151,16 +155,17 @@ def _backward(
     v: Tensor,
     beta: Tensor,
     g: Tensor,
+    erase: Tensor | None,
     initial: Tensor | None,
     firsts: Tensor | None,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, beta, g and the initial state; that of an absent one is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, beta, g, erase and the initial state; that of an absent one is empty."""
     q, k, v, beta, g = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), beta.contiguous(), g.contiguous()
-    d_o, d_final = d_o.contiguous(), pack(d_final)
+    d_o, d_final, erase = d_o.contiguous(), pack(d_final), pack(erase)
     launch = _launch(q, v, chunk_size)
     (B, T, H, V), K = v.shape, q.shape[3]
-    p = _prepare(launch, q, k, beta, g, firsts)
+    p = _prepare(launch, q, k, beta, g, erase, firsts)
     entering, leaving = launch.chunk_states(v), launch.chunk_states(v)
     errors, d_v = torch.empty_like(d_o), torch.empty_like(d_o)
     _walk(launch, p, v, pack(initial), None, entering, errors)
@@ -178,13 +183,13 @@ def _backward(
     config = launch.config("vector_delta_gradients", GRADIENTS, v)
     parts = triton.cdiv(K, config["PART"])
     d_q, d_k, d_g = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, g))
-    d_beta = beta.new_empty(parts, B, T, H)
+    d_beta, d_erase = beta.new_empty(parts, B, T, H), q.new_empty(0) if erase is None else torch.empty_like(erase)
     vector_gradients_kernel[(B * launch.chunks, H * parts)](
-        q, k, beta, g, firsts, d_o, d_v, errors, p.scores, p.inverse, entering, leaving, d_q, d_k, d_beta, d_g,
-        *launch.sizes, *outer_strides(q, k), LEVELS=launch.levels, DOCUMENTS=firsts is not None, **config,
+        q, k, beta, g, erase, firsts, d_o, d_v, errors, p.scores, p.inverse, entering, leaving, d_q, d_k, d_beta, d_g, d_erase,
+        *launch.sizes, *outer_strides(q, k), ERASE=erase is not None, LEVELS=launch.levels, DOCUMENTS=firsts is not None, **config,
     )  # fmt: skip
     d_beta = d_beta[0] if parts == 1 else d_beta.sum(0)
-    return d_q, d_k, d_v, d_beta, d_g, q.new_empty(0) if initial is None else d_initial.to(initial.dtype)
+    return d_q, d_k, d_v, d_beta, d_g, d_erase, q.new_empty(0) if initial is None else d_initial.to(initial.dtype)
 
 
-differentiate(_forward, _backward, outputs=("o", "final"), gradients=("q", "k", "v", "beta", "g", "initial"))
+differentiate(_forward, _backward, outputs=("o", "final"), gradients=("q", "k", "v", "beta", "g", "erase", "initial"))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .blocks_amfm import DepthwiseConv, RMSNorm, attend, attend_eagerly, gate_heads, gate_size, rope_frequencies, rotate
 from .cache_amfm import empty_rows
-from .delta_mixers_amfm import DeltaNet, GatedDeltaNet, Kda
+from .delta_mixers_amfm import DeltaNet, GatedDeltaNet, Gdn2, Kda
 from .linear_mixers_amfm import (
     Gla,
     Hedgehog,
@@ -264,6 +264,7 @@ LINEAR_MIXERS: dict[str, type[LinearMixer]] = {
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "deltaproduct": GatedDeltaNet,
+    "gdn2": Gdn2,
     "gla": Gla,
     "hedgehog": Hedgehog,
     "hgrn2": Hgrn2,

@@ -47,6 +47,7 @@ CASES = [
     ),
     # Keys and values over more than one block, neither a power of two.
     DeltaCase(B=1, T=40, G=1, H=1, K=40, V=72, chunk=32, channels=True, initial=True),
+    DeltaCase(B=1, T=35, G=2, H=2, K=40, V=20, chunk=16, channels=True, erases=True, lengths=(3, 32), initial=True),
 ]
 
 
@@ -168,10 +169,11 @@ def test_registration_is_complete() -> None:
 
 
 def test_registration_of_the_rule_with_channels_is_complete() -> None:
-    case = DeltaCase(B=1, T=9, G=1, H=1, chunk=16, channels=True, lengths=(4, 5), initial=True)
+    case = DeltaCase(B=1, T=9, G=1, H=1, chunk=16, channels=True, erases=True, initial=True)
     x = make_delta_inputs(case, torch.float32)
     k, v, beta = (tensor.squeeze(2) for tensor in (x.k, x.v, x.beta))
-    assert_registered(vector_triton._forward, x.q, k, v, beta, x.g, x.initial, None, 16)
+    for erase in (None, x.erase):
+        assert_registered(vector_triton._forward, x.q, k, v, beta, x.g, erase, x.initial, None, 16)
 
 
 KERNELS = pytest.mark.parametrize(

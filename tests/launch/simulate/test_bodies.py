@@ -129,10 +129,10 @@ def diagonal(module, rows, *last):
     return module._forward(x, dt, float32(6, 4), B, C, float32(6), float32(2, 6, 4), None, 16, *last)
 
 
-def stepped(module, rows, *, steps=(), channels=()):
+def stepped(module, rows, *, steps=(), channels=(), erase=()):
     q, k, v = rows(2, 20, 2, 16), rows(2, 20, *steps, 2, 16), rows(2, 20, *steps, 2, 8)
     beta, g = leaf(2, 20, *steps, 2), float32(2, 20, 2, *channels)
-    return module._forward(q, k, v, beta, g, float32(2, 2, 16, 8), None, 16)
+    return module._forward(q, k, v, beta, g, *erase, float32(2, 2, 16, 8), None, 16)
 
 
 def scanned(module, rows, keep, *absent, channels=()):
@@ -154,7 +154,8 @@ TRITON = (
     lambda rows: swiglu._swiglu(rows(6, 8), 1.0, 0.0, 0.0),
     lambda rows: swiglu._squared_relu(rows(6, 8)),
     lambda rows: stepped(delta, rows, steps=(3,)),
-    lambda rows: stepped(delta_vector, rows, channels=(16,)),
+    lambda rows: stepped(delta_vector, rows, channels=(16,), erase=(None,)),
+    lambda rows: stepped(delta_vector, rows, channels=(16,), erase=(rows(2, 20, 2, 16),)),
     lambda rows: loss._forward(rows(6, 8), leaf(10, 8), numbers(6, below=10), -100, 0.1, True),
     lambda rows: loss._statistics(rows(6, 8), leaf(10, 8), numbers(6, below=10), 0),
     lambda rows: fed(rows, True),

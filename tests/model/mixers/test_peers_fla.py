@@ -100,6 +100,15 @@ def read_delta_product(rows: ScanRows) -> Tensor:
     ]
 
 
+def read_gated_delta_2(rows: ScanRows) -> Tensor:
+    """The peer multiplies keys and values by gates itself: what ours asks with, over the key, is one; values are written whole."""
+    from fla.ops.gdn2.naive import naive_recurrent_gdn2
+
+    assert rows.erase is not None
+    k, v = rows.k[:, :, 0], rows.v[:, :, 0]
+    return naive_recurrent_gdn2(rows.q, k, v, rows.g, rows.erase / k, torch.ones_like(v), scale=1.0)[0]
+
+
 def read_decay_a_channel(rows: ScanRows) -> Tensor:
     from fla.ops.gla.naive import naive_recurrent_gla
 
@@ -140,6 +149,7 @@ PEERS: list[tuple[str, Read, dict[str, Any]]] = [
     ("gated_deltanet", read_gated_delta_chunks, {}),
     ("deltaproduct", read_delta_product, {}),
     ("deltaproduct", read_delta_product, {"num_steps": 3, "decay": False, "allow_negative_eigenvalues": False}),
+    ("gdn2", read_gated_delta_2, {}),
     ("gla", read_decay_a_channel, {}),
     ("hgrn2", read_decay_a_channel, {}),
     ("lightnet", read_decay_a_channel, {}),

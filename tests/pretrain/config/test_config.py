@@ -51,6 +51,8 @@ model.mixers.hgrn2.conv_kernel model.mixers.hgrn2.chunk_size model.mixers.hgrn2.
 model.mixers.hgrn2.value_head_dim
 model.mixers.kda.conv_kernel model.mixers.kda.chunk_size model.mixers.kda.num_heads model.mixers.kda.head_dim
 model.mixers.kda.value_head_dim model.mixers.kda.gate_rank model.mixers.kda.allow_negative_eigenvalues
+model.mixers.gdn2.conv_kernel model.mixers.gdn2.chunk_size model.mixers.gdn2.num_heads model.mixers.gdn2.head_dim
+model.mixers.gdn2.value_head_dim model.mixers.gdn2.gate_rank
 model.mixers.hedgehog.conv_kernel model.mixers.hedgehog.chunk_size model.mixers.hedgehog.num_heads
 model.mixers.hedgehog.head_dim model.mixers.hedgehog.value_head_dim model.mixers.hedgehog.positions
 model.mixers.hedgehog.rope_theta
