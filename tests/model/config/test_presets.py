@@ -229,6 +229,34 @@ def test_lfm2_is_its_public_configuration_in_the_class_of_transformers():
     assert counts.active == pytest.approx(1.5e9, rel=0.05)
 
 
+def test_gpt_oss_has_the_sizes_of_its_public_configuration_without_its_biases():
+    # Sizes of the larger release are the class's defaults; rows up to its original length need no stretch.
+    public = transformers.GptOssConfig(
+        num_hidden_layers=24,
+        num_local_experts=32,
+        attention_bias=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 150_000.0},
+    )
+    preset = load("gpt_oss_20b_like").model
+    assert sizes_of(preset) == sizes_of(model_config_from_huggingface(public.to_dict()))
+    counts = count_parameters(preset)
+    biases = 24 * 32 * (1 + 2 * 2880 + 2880)
+    assert counts.total == count_on_meta(lambda: transformers.GptOssForCausalLM(public)) - biases
+    # 20.9B total and 3.6B active, says its card, the embedding's table left out.
+    assert counts.total == pytest.approx(20.9e9, rel=0.005)
+    assert counts.active - counts.active_by_kind["embedding"] == pytest.approx(3.6e9, rel=0.01)
+
+
+def test_falcon_h1_has_the_size_in_its_name_in_the_class_of_transformers():
+    preset = load("falcon_h1_7b_like").model
+    fields = huggingface_config(preset, "falcon_h1", TokenIds(None, None, None), max_position_embeddings=4096)
+    fields.pop("architectures")
+    theirs = transformers.FalconH1Config(**fields)
+    total = count_parameters(preset).total
+    assert total == count_on_meta(lambda: transformers.FalconH1ForCausalLM(theirs))
+    assert total == pytest.approx(7.59e9, rel=0.002)
+
+
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("ladder")])
 def test_ladder_rung_can_be_exported_to_the_native_class(name):
     config = load(name)
