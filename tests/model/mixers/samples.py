@@ -33,6 +33,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "window": {"window": 6, "num_kv_heads": 2, "qk_norm": True, "gate": "element"},
     "gated_deltanet": {"num_key_heads": 2},
+    # Of examples/, where they are installed.
+    "seqboat": {"inner_size": 10, "window": 3},
+    "longvq": {"window": 3, "num_codes": 6},
+    "lssl": {"conv_kernel": 0},
+    "monarch": {"max_tokens": 40, "filter_size": 6, "bands": 3},
+    "s4d": {"conv_kernel": 0},
 }
 
 # Forms of window_linear: the presets, with what none of them has.
@@ -40,6 +46,7 @@ WINDOW_LINEAR_FORMS: dict[str, dict[str, Any]] = {
     "learned": {},
     "lolcats": {"preset": "lolcats", "feature_size": 3},
     "liger": {"preset": "liger", "meta_tokens": 1},
+    "lizard": {"preset": "lizard", "feature_size": 3, "meta_tokens": 2},
     "fading channels in one sum": {"features": "softmax", "gate": "key", "meta_tokens": 2},
     "average without decay": {"preset": "liger", "gate": "none", "linear_weight": 0.3, "linear_positions": "rotary"},
 }

@@ -32,8 +32,10 @@ EXACT = 1e-10
 # bfloat16 weights and activations carry 2^-9 each.
 BFLOAT16 = 2e-2
 NAMES = sample_names()
-# Mixers that sort tokens: what one document or later token changes moves where chunks begin for others, and so rounding.
-SORTED = tuple(name for name in NAMES if registered_name(name) == "mom")
+# Mixers that sort tokens: what one document or later token changes moves where chunks begin for others, and so rounding. The
+# last transforms whole documents: rounding of all tokens meets in each, and so does that of gradients, which are no zeros then.
+SORTED = tuple(name for name in NAMES if registered_name(name) in ("mom", "seqboat", "monarch"))
+LEAST_GRADIENT = {"monarch": 1e-12}
 DOCUMENTS = ((7, 1, 13, 3), (24,))
 
 
@@ -91,7 +93,7 @@ def test_no_gradient_reaches_another_document_row_or_later_token(name: str) -> N
     x_BTD = torch.randn(2, 24, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5), requires_grad=True)
     meta = meta_of(packed_batch(DOCUMENTS)[2])
     mixer(x_BTD, meta).y_BTD[0, 8:15].sum().backward()
-    reached_BT = x_BTD.grad.abs().sum(-1) > 0
+    reached_BT = x_BTD.grad.abs().sum(-1) > LEAST_GRADIENT.get(name, 0.0)
     assert not bool(reached_BT[1].any()), "the other row"
     assert not bool(reached_BT[0, :8].any()), "documents before"
     assert not bool(reached_BT[0, 15:].any()), "tokens after"
