@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from amfm.kernels.common.limits import DIAG_LIMITS, ScanLimits
 from amfm.model.config.kinds import Kind
-from amfm.model.config.options import MixerOptions
+from amfm.model.config.options import Axis, MixerOptions
 
 
 class SeqBoatOptions(MixerOptions):
-    """Moving averages for all tokens, attention among those that ask for it."""
+    """Moving averages for all tokens, a gated attention unit for those that ask for it."""
 
-    num_heads: int = Field(gt=0, description="Heads of the attention.")
-    head_dim: int = Field(64, gt=0, description="Channels a head.")
+    inner_size: int = Field(gt=0, description="Channels of the unit's values and of their gate.")
+    head_dim: int = Field(
+        64, gt=0, description="Channels of its one head of queries and keys, which share a projection."
+    )
     window: int = Field(64, gt=1, description="Active tokens that an active token sees, itself among them.")
+    attention: Literal["softmax", "relu2"] = Field(
+        "softmax", description="Its weights: softmax, or relu(q k / window + bias)^2."
+    )
     averages: int = Field(2, gt=0, description="Moving averages a channel of the stream.")
     capacity: float = Field(
         1.0,
@@ -26,17 +33,17 @@ class SeqBoatOptions(MixerOptions):
         64, gt=0, description="Tokens a chunk of the averages; changes speed and rounding, not meaning."
     )
 
+    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
+        """Values and gates by channel; queries and keys are whole on every rank."""
+        return {"tensor": {"inner_size": self.inner_size}}
+
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """The share of tokens that ask for attention: a metric, without a gradient."""
+        return ("active",)
+
     def scan(self) -> tuple[ScanLimits, int, tuple[int, int]] | None:
         """One number a channel and average."""
         return DIAG_LIMITS, self.chunk_size, (1, 1)
 
 
-SPEC = Kind(
-    "seqboat",
-    "amfm_seqboat.mixer:SeqBoatMixer",
-    SeqBoatOptions,
-    refuses={
-        "context": "its window counts the active tokens before, on whatever rank they are",
-        "tensor": "whether a token is active is decided from all channels of the stream",
-    },
-)
+SPEC = Kind("seqboat", "amfm_seqboat.mixer:SeqBoatMixer", SeqBoatOptions)
