@@ -1,37 +1,47 @@
-"""What configurations know of attention over codes; read without torch."""
+"""What configurations know of LongVQ; read without torch."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
-from amfm.kernels.common.limits import DECAY_LIMITS
+from amfm.kernels.common.limits import DECAY_LIMITS, ScanLimits
 from amfm.model.config.kinds import Kind
-from amfm.model.config.mixer_options import HeadOptions
+from amfm.model.config.options import Axis, MixerOptions
 
 
-class LongVqOptions(HeadOptions):
-    """Softmax attention to codes in place of keys: a state of num_codes x (value_head_dim + 1) numbers a head."""
+class LongVqOptions(MixerOptions):
+    """Moving averages that choose what to attend to: exact places in a window, codes in place of keys before it."""
 
-    conv_kernel: Literal[0, 2, 3, 4] = Field(
-        4, description="Width of the causal convolution over q, k, v and the gate; 0: none."
-    )
+    num_heads: int = Field(1, gt=0, description="Heads.")
+    head_dim: int = Field(64, gt=0, description="Channels of a head's queries and keys, which share a projection.")
+    value_head_dim: int = Field(gt=0, description="Channels of a head's values and of their gate.")
+    window: int = Field(64, gt=0, description="Keys that have a bias by distance, the token's own among them.")
     num_codes: int = Field(64, gt=1, description="Codes a head.")
+    averages: int = Field(2, gt=0, description="Moving averages a channel of the stream.")
     commit_weight: float = Field(
         0.1,
         ge=0,
         description="Of the loss that draws keys and their codes together; 0: none, and codes learn from scores alone.",
     )
-    scan_limits = DECAY_LIMITS
+    chunk_size: int = Field(
+        64, gt=0, description="Tokens a chunk of the scans; changes speed and rounding, not meaning."
+    )
 
-    def state_shape(self) -> tuple[int, int]:
-        """A row a code; the count of its keys beside the sum of their values."""
-        return self.num_codes, self.value_dim() + 1
+    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
+        """Heads."""
+        return {"tensor": {"num_heads": self.num_heads}}
+
+    def lookback(self) -> tuple[int, str]:
+        """What window and late tokens read."""
+        return self.window, "window"
 
     def auxiliary_names(self) -> tuple[str, ...]:
         """The commitment, if it has a weight."""
         return ("commit",) if self.commit_weight else ()
+
+    def scan(self) -> tuple[ScanLimits, int, tuple[int, int]] | None:
+        """A row a code; the count of its keys beside the sum of their values."""
+        return DECAY_LIMITS, self.chunk_size, (self.num_codes, self.value_head_dim + 1)
 
 
 SPEC = Kind("longvq", "amfm_longvq.mixer:LongVqMixer", LongVqOptions)
