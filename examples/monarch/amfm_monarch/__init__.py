@@ -1,0 +1,1 @@
+"""Monarch Mixer's sequence mixer as a block of amfm."""
