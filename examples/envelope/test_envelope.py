@@ -18,39 +18,51 @@ from amfm_envelope.spec import SPEC, EnvelopeOptions
 from torch import Tensor
 
 from amfm.data_pipeline.config import DataConfig
+from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step
+from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.tiny_run import MODEL, read_events, tiny_config, tiny_data
 
 OPTIONS = EnvelopeOptions(keep=0.5, strength=2.0, start_step=1, end_step=3)
 
 
-def energy(x: Tensor, z: Tensor, kept: int, strength: float) -> Tensor:
-    """|x - z|^2 / 2 + strength / 2 |x|^2 of the k-support norm, in the form that sorts (Argyriou et al. 2012, arXiv 1204.5043)."""
-    size = x.abs().sort(descending=True).values
-    for r in range(kept):
-        rest = size[kept - r - 1 :].sum() / (r + 1)
-        before = torch.inf if r == kept - 1 else size[kept - r - 2]
-        if before > rest >= size[kept - r - 1]:
-            break
-    squared = size[: kept - r - 1].square().sum() + (r + 1) * rest.square()
-    return 0.5 * (x - z).square().sum() + 0.5 * strength * squared
+def energy(x: Tensor, z: Tensor, prices: Tensor, budget: float, strength: float) -> Tensor:
+    """|x - z|^2 / 2 + strength / 2 min over u of sum x_i^2 / u_i, in the form that sorts (after arXiv 1204.5043, with prices).
+
+    The largest |x_i| / sqrt(d_i) have u_i = 1, the others share what these leave in proportion to it.
+    """
+    order = (x.abs() / prices.sqrt()).argsort(descending=True)
+    size, d = x.abs()[order], prices[order]
+    best = torch.tensor(torch.inf, dtype=x.dtype)
+    for whole in range(len(x)):
+        left = budget - d[:whole].sum()
+        share = left / (d[whole:].sqrt() * size[whole:]).sum()
+        if left > 0 and share * size[whole] / d[whole].sqrt() <= 1 + 1e-12:
+            # Feasible, and of all such the least is the minimum.
+            squared = size[:whole].square().sum() + (d[whole:].sqrt() * size[whole:]).sum().square() / left
+            best = torch.minimum(best, squared)
+    return 0.5 * (x - z).square().sum() + 0.5 * strength * best
 
 
+@pytest.mark.parametrize("priced", [False, True])
 @pytest.mark.parametrize("strength", [0.1, 1.0, 5.0])
-def test_a_step_is_the_minimum_of_the_penalised_distance(strength: float) -> None:
-    z = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).abs()
-    x = proximal_step(z, 4, strength)
-    least = energy(x, z, 4, strength)
+def test_a_step_is_the_minimum_of_the_penalised_distance(strength: float, priced: bool) -> None:
+    z = torch.randn(13, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).abs()
+    prices = torch.ones_like(z)
+    if priced:
+        prices = torch.rand(13, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 3 + 0.2
+    x = proximal_step(z, prices, 4.0, strength)
+    least = energy(x, z, prices, 4.0, strength)
     generator = torch.Generator().manual_seed(1)
     for size in (1e-1, 1e-3):
         for _ in range(50):
-            other = (x + size * torch.randn(12, dtype=torch.float64, generator=generator)).clamp(min=0)
+            other = (x + size * torch.randn(13, dtype=torch.float64, generator=generator)).clamp(min=0)
             # Strictly convex: anything else is higher by half the squared distance.
-            assert energy(other, z, 4, strength) >= least + 0.5 * (other - x).square().sum() - 1e-12
-    factors = shrink_factors(z, 4, strength)
+            assert energy(other, z, prices, 4.0, strength) >= least + 0.5 * (other - x).square().sum() - 1e-12
+    factors = shrink_factors(z, prices, 4.0, strength)
     torch.testing.assert_close(factors * z, x * (1 + strength), rtol=1e-12, atol=1e-14)
     assert float(factors.max()) <= 1 + 1e-12
 
@@ -74,6 +86,54 @@ def test_as_a_hook_it_shrinks_and_then_leaves_so_many_channels(data: DataConfig,
     events = read_events(tmp_path, "hook")
     assert [(event["step"], event["name"]) for event in events] == [(step, "envelope") for step in (1, 2, 3)]
     assert events[0]["shrunk"] > 0 and events[2]["zero"] == 24 + 8
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return make_tiny_store(tmp_path_factory.mktemp("words"), num_documents=4000, mean_words=40)
+
+
+def train_pruned(words: DataConfig, folder: Path, seed: int, *, priced: bool) -> tuple[float, float]:
+    """The loss of the last 50 steps, on text never seen, after half of the weights of heads and channels went; the share left."""
+    options = EnvelopeOptions(
+        groups="heads and channels",
+        budget="weights",
+        keep=0.5,
+        strength=2.0,
+        start_step=150,
+        every_steps=5,
+        end_step=250,
+    )
+    wide = MODEL | {"pattern": "*-*-", "feed_forward": {"hidden_size": 96}}
+    wide["attention"] = {"num_heads": 8, "num_kv_heads": 8, "head_dim": 4}
+    config = tiny_config(words, folder, train__steps=350, train__seed=seed, train__global_batch_size=16)
+    config = config.model_copy(update={"model": ModelConfig.model_validate(wide)})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": 16})})
+    with SignalWatch() as signals:
+        run = start_run(config, signals)
+        hook = EnvelopeHook(options, run)
+        if not priced:
+            hook.prices = torch.ones_like(hook.prices)
+        losses = []
+        for _ in range(350):
+            losses.append(train_step(run))
+            hook.after_step(losses[-1])
+        squares = run.open_masters().sum_groups(hook.plan.groupings, hook.plan.num_groups)
+        close_run(run)
+    return sum(result.loss for result in losses[-50:]) / 50, float(hook.costs[squares > 0].sum() / hook.costs.sum())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_groups_that_pay_for_their_weights_leave_a_better_model_of_the_same_size(
+    words: DataConfig, tmp_path: Path, seed: int
+) -> None:
+    (priced, left), (alike, left_alike) = (
+        train_pruned(words, tmp_path / str(paid), seed, priced=paid) for paid in (True, False)
+    )
+    print(f"seed {seed}: {priced:.4f} with {left:.3f} of the weights, {alike:.4f} with {left_alike:.3f}")
+    assert 0.48 < left <= 0.5 and 0.48 < left_alike <= 0.5
 
 
 def run_amfm(*arguments: str, packages: Path) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
+from amfm.model.huggingface.shapes import weight_shapes
 from amfm.pretrain.checkpoint.masters import MasterView
 from amfm.pretrain.hook import Hook
-from amfm.pretrain.pruning.groups import plan_groups
+from amfm.pretrain.pruning.groups import GroupPlan, plan_groups
 from amfm.pretrain.pruning.prune import choose_groups
 from amfm.pretrain.run import Run
 from amfm.pretrain.step_sums import StepResult
@@ -17,11 +21,21 @@ HALVINGS = 80  # of an interval of float64 numbers
 
 
 class EnvelopeHook(Hook):
-    """Shrinks groups towards the largest of each block while the penalty rises, then sets the others to zero."""
+    """Shrinks groups towards the largest of each block, or of the model, while the penalty rises; then the others go to zero."""
 
     def __init__(self, options: EnvelopeOptions, run: Run) -> None:
         self.options, self.run = options, run
-        self.plan = plan_groups(run.config.model, options.groups)
+        self.plan = GroupPlan()
+        for kind in options.kinds():
+            for unit in plan_groups(run.config.model, kind).units:
+                self.plan.add(unit.place.removesuffix(unit.groups.place), unit.letter, unit.groups)
+        self.costs = count_weights(self.plan, weight_shapes(run.config.model))
+        # Norms compete within a block, or, in units of weights, in the whole model.
+        self.budgets = [slice(unit.first, unit.first + unit.count) for unit in self.plan.units]
+        if options.budget == "weights":
+            self.budgets = [slice(0, self.plan.num_groups)]
+        # What a group counts in the penalty: its share of its budget, 1 on average.
+        self.prices = torch.cat([self.costs[own] / self.costs[own].mean() for own in self.budgets])
 
     def after_step(self, result: StepResult) -> None:
         """Shrink, or choose, if the step is one for it; nothing before and after."""
@@ -39,41 +53,69 @@ class EnvelopeHook(Hook):
         options = self.options
         squares = view.sum_groups(self.plan.groupings, self.plan.num_groups)
         if step == options.end_step:
-            chosen = choose_groups(self.plan, squares, 1 - options.keep)
+            chosen = self.choose(squares)
             view.zero_groups(self.plan.groupings, chosen)
-            return {"zero": int(chosen.sum()), "of": self.plan.num_groups}
+            left = round(100 * float(self.costs[~chosen].sum() / self.costs.sum()))
+            return {"zero": int(chosen.sum()), "of": self.plan.num_groups, "percent_of_weights_left": left}
         done = (step - options.start_step + 1) / (options.end_step - options.start_step)
         factors = torch.ones_like(squares)
-        for unit in self.plan.units:
-            own = slice(unit.first, unit.first + unit.count)
-            norms = squares[own].sqrt()
-            factors[own] = shrink_factors(norms, round(options.keep * unit.count), done * options.strength)
+        for own in self.budgets:
+            prices = self.prices[own]
+            budget = options.keep * float(prices.sum())
+            factors[own] = shrink_factors(squares[own].sqrt(), prices, budget, done * options.strength)
         view.scale_groups(self.plan.groupings, factors)
         return {"shrunk": int((factors < 1).sum()), "of": self.plan.num_groups}
 
+    def choose(self, squares: Tensor) -> Tensor:
+        """Choose the groups that go to zero, [groups] bool, those that the penalty shrinks most first."""
+        if self.options.budget == "groups":
+            return choose_groups(self.plan, squares, 1 - self.options.keep)
+        order = (squares / self.prices).sqrt()
+        first = torch.zeros(self.plan.num_groups, dtype=torch.bool)
+        for unit in self.plan.units:  # a block without any group would be none
+            first[unit.first + order[unit.first : unit.first + unit.count].argmax()] = True
+        left = self.options.keep * float(self.costs.sum()) - float(self.costs[first].sum())
+        chosen = ~first
+        for group in order.argsort(descending=True, stable=True).tolist():
+            if chosen[group] and self.costs[group] <= left:
+                chosen[group] = False
+                left -= float(self.costs[group])
+        return chosen
 
-def envelope_shares(norms: Tensor, kept: int, strength: float) -> Tensor:
-    """u [n] in [0, 1] with sum `kept`: u_i = clip(c z_i - strength, 0, 1), c found by halving. For fewer than n kept groups.
 
-    Groups of zero norm get nothing, and what then is left over nobody gets.
+def count_weights(plan: GroupPlan, shapes: Mapping[str, Sequence[int]]) -> Tensor:
+    """Count the weights of each group of a plan, [groups] float64, from the shapes of whole parameters by name."""
+    counts = torch.zeros(plan.num_groups, dtype=torch.float64)
+    for name, grouping in plan.groupings.items():
+        shape = shapes[name]
+        each = math.prod(shape) / shape[grouping.dim]
+        counts += each * torch.bincount(grouping.groups_at(torch.arange(shape[grouping.dim])), minlength=len(counts))
+    return counts
+
+
+def envelope_shares(norms: Tensor, prices: Tensor, budget: float, strength: float) -> Tensor:
+    """u [n] in [0, 1] with sum of prices_i u_i = budget: u_i = clip(c z_i / sqrt(prices_i) - strength, 0, 1), c by halving.
+
+    For budgets below the sum of prices. Groups of zero norm get nothing, and what then is left over nobody gets.
     """
-    low, high = torch.zeros((), dtype=norms.dtype), (1 + strength) / norms[norms > 0].min()
+    sizes = norms / prices.sqrt()
+    low, high = torch.zeros((), dtype=norms.dtype), (1 + strength) / sizes[sizes > 0].min()
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        is_less = (middle * norms - strength).clamp(0, 1).sum() < kept
+        is_less = (prices * (middle * sizes - strength).clamp(0, 1)).sum() < budget
         low, high = (middle, high) if is_less else (low, middle)
-    return (high * norms - strength).clamp(0, 1)
+    return (high * sizes - strength).clamp(0, 1)
 
 
-def proximal_step(norms: Tensor, kept: int, strength: float) -> Tensor:
-    """The norms x that minimise |x - z|^2 / 2 + strength / 2 times the squared k-support norm of x, k = `kept`."""
-    shares = envelope_shares(norms, kept, strength)
+def proximal_step(norms: Tensor, prices: Tensor, budget: float, strength: float) -> Tensor:
+    """The x that minimise |x - z|^2 / 2 + strength / 2 min over u of sum x_i^2 / u_i, sum of prices_i u_i = budget, u <= 1."""
+    shares = envelope_shares(norms, prices, budget, strength)
     return norms * shares / (shares + strength)
 
 
-def shrink_factors(norms: Tensor, kept: int, strength: float) -> Tensor:
+def shrink_factors(norms: Tensor, prices: Tensor, budget: float, strength: float) -> Tensor:
     """What each group is multiplied by: the proximal step, without what it takes off every kept group alike."""
     if not (norms > 0).any():
         return torch.ones_like(norms)
-    shares = envelope_shares(norms, kept, strength)
+    shares = envelope_shares(norms, prices, budget, strength)
     return shares * (1 + strength) / (shares + strength)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
 
@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 class EnvelopeOptions(HookOptions):
     """A penalty of group norms that leaves about so many groups of each block, and a choice at its end; after WGSEF."""
 
-    groups: PrunedGroups = Field("channels", description="As `prune.groups`.")
-    keep: float = Field(gt=0, lt=1, description="Share of the groups of each block that is left in the end.")
+    groups: PrunedGroups | Literal["heads and channels"] = Field(
+        "channels", description="As `prune.groups`, or both kinds, which then share one budget."
+    )
+    budget: Literal["groups", "weights"] = Field(
+        "groups",
+        description="What `keep` is a share of: the groups of each block, or the weights of all groups of the model, so that a group costs what it holds.",
+    )
+    keep: float = Field(gt=0, lt=1, description="Share of the budget that is left in the end.")
     strength: float = Field(1.0, gt=0, description="Of the penalty when it is fully on; near 0 it chooses nothing.")
     start_step: int = Field(
         gt=0, description="Step after which the penalty begins to rise, in proportion to the steps."
@@ -27,6 +33,10 @@ class EnvelopeOptions(HookOptions):
     end_step: int = Field(
         gt=0, description="Step after which all but the largest groups go to zero, and the penalty ends."
     )
+
+    def kinds(self) -> tuple[PrunedGroups, ...]:
+        """The kinds of group."""
+        return cast("tuple[PrunedGroups, ...]", tuple(self.groups.split(" and ")))
 
     def broken_rules(self, config: RunConfig, steps: int) -> Iterator[tuple[str, str, str]]:
         """Steps in order, no other pruning, and the rules of groups that `prune` has."""
@@ -46,12 +56,17 @@ class EnvelopeOptions(HookOptions):
                 "leaves the router's bias alone, so it would still choose what is zero",
                 "use prune for experts",
             )
+        if self.groups == "heads and channels" and self.budget == "groups":
+            yield "groups", "compares groups of two sizes, which a budget of groups counts alike", "use budget: weights"
         # Imported late: checks read this section.
         from amfm.pretrain.checks.pruning import group_problems
 
-        as_prune = PruneConfig(groups=self.groups, keep=self.keep, start_step=1, every_steps=1, end_step=2)
-        for problem in group_problems(config, as_prune):
-            yield problem.key.removeprefix("prune."), problem.rule, problem.remedy
+        for kind in self.kinds():
+            as_prune = PruneConfig(groups=kind, keep=self.keep, start_step=1, every_steps=1, end_step=2)
+            for problem in group_problems(config, as_prune):
+                # A budget of weights need not be a whole number of groups.
+                if self.budget == "groups" or problem.key != "prune.keep":
+                    yield problem.key.removeprefix("prune."), problem.rule, problem.remedy
 
 
 SPEC = HookSpec("envelope", "amfm_envelope.hook:EnvelopeHook", EnvelopeOptions, interface=2)
