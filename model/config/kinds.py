@@ -25,7 +25,7 @@ from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions
 from amfm.model.config.parallel_heads import ParallelOptions
-from amfm.model.config.plugins import list_packages, load_named, specs_by_name
+from amfm.model.config.plugins import how_to_install, list_packages, load_named, specs_by_name
 from amfm.model.config.window_linear import WindowLinearOptions
 
 ENTRY_POINTS = "amfm.mixers"
@@ -270,7 +270,7 @@ def find_kind(name: str) -> Kind:
     if name not in kinds:
         raise ValueError(
             f"no mixer is called {name!r}; there are {list_kinds()} and what packages register under the entry point group "
-            f"{ENTRY_POINTS}: install the package, or take another"
+            f"{ENTRY_POINTS}: {how_to_install(name, 'install the package')}, or take another"
         )
     return kinds[name]
 

@@ -20,6 +20,18 @@ from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_s
 from amfm.model.config.section import Section
 
 SPEC_NAME = re.compile(r"[a-z][a-z0-9_]*")
+# Folders of examples/ that register a mixer or hook of a name, for messages where they are not installed.
+EXAMPLES = {
+    "envelope": ("envelope",),
+    "longvq": ("seqboat", "longvq"),
+    "lssl": ("s4d",),
+    "mlflow": ("mlflow",),
+    "monarch": ("monarch",),
+    "prometheus": ("prometheus",),
+    "relative_attention": ("relative_attention",),
+    "s4d": ("s4d",),
+    "seqboat": ("seqboat",),
+}
 
 
 class Spec(Protocol):
@@ -80,6 +92,16 @@ def what_changed(error: Exception) -> str:
     return ""
 
 
+def how_to_install(name: str, otherwise: str) -> str:
+    """The command that installs the package of this name, where it is one of ours in examples/."""
+    folders = EXAMPLES.get(name)
+    if folders is None:
+        return otherwise
+    package = f"amfm-{folders[-1].replace('_', '-')}"
+    command = " ".join(f"./examples/{folder}" for folder in folders)
+    return f"install {package}, which registers it: `pip install {command}` in a checkout of amfm"
+
+
 class PluginSections(Section):
     """The base of a section of sections, one a mixer or hook, which installed packages add to.
 
@@ -132,7 +154,7 @@ def read_saved_sections(saved: Any, schema: type[PluginSections], key: str, pack
             package = packages.get(f"{key}.{name}", "a package whose name was not saved with it")
             raise ValueError(
                 f"the saved section {key}.{name} is of {package}, which is not installed here (nothing registers {name!r} "
-                f"under the entry point group {schema.group}); install it"
+                f"under the entry point group {schema.group}); {how_to_install(name, 'install it')}"
             )
     return {name: value for name, value in saved.items() if name in schema.model_fields}
 

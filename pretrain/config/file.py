@@ -24,7 +24,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from amfm.model.config.plugins import PluginSections
+from amfm.model.config.plugins import PluginSections, how_to_install
 from amfm.pretrain.config.errors import ConfigError, Origin, Problem
 from amfm.pretrain.config.fields import describe_fields, section_at, section_of, show_value
 from amfm.pretrain.config.schema import RunConfig
@@ -304,7 +304,8 @@ def nearest_key(parts: Parts, schema: Schema) -> str:
     if elsewhere:
         return f"{known}; elsewhere there is {' or '.join(elsewhere)}"
     if issubclass(section, PluginSections):
-        return f"install the package that registers it under the entry point group {section.group}; {known}"
+        unknown = f"install the package that registers it under the entry point group {section.group}"
+        return f"{how_to_install(word, unknown)}; {known}"
     return known
 
 

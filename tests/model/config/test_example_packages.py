@@ -1,0 +1,35 @@
+"""Settings of a package of examples/ that is not installed name the package and the command that installs it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from amfm.model.config.kinds import find_kind
+from amfm.model.config.plugins import EXAMPLES
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.file import load_config
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_table_has_every_mixer_and_hook_of_examples() -> None:
+    found = {}
+    for file in ROOT.glob("examples/*/pyproject.toml"):
+        project = tomllib.loads(file.read_text())["project"]
+        folders = [name.removeprefix("amfm-").replace("-", "_") for name in project["dependencies"] if "amfm-" in name]
+        folders = [name for name in folders if name != "pretrain"] + [file.parent.name]
+        for group in ("amfm.mixers", "amfm.hooks"):
+            found |= dict.fromkeys(project.get("entry-points", {}).get(group, {}), tuple(folders))
+    assert found == EXAMPLES
+
+
+def test_a_block_and_a_section_that_are_not_there_come_with_the_command(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"install amfm-longvq.*`pip install \./examples/seqboat \./examples/longvq`"):
+        find_kind("longvq")
+    text = (ROOT / "configs" / "tiny_cpu.yaml").read_text()
+    (tmp_path / "run.yaml").write_text(text + "\nhooks:\n  envelope: {keep: 0.5}\n")
+    with pytest.raises(ConfigError, match=r"hooks\.envelope.*`pip install \./examples/envelope`"):
+        load_config(tmp_path / "run.yaml", [])
