@@ -1,4 +1,4 @@
-"""The options of the mixer that a conversion puts in the place of softmax attention, and its three presets. No torch here."""
+"""The options of the mixer that a conversion puts in the place of softmax attention, and its presets. No torch here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from amfm.model.config.options import OutputGate
 from amfm.model.config.rope import Llama3Stretch
 
 Features = Literal["hedgehog", "softmax"]
-DecayGate = Literal["none", "key", "learned"]
+DecayGate = Literal["none", "key", "learned", "channel"]
 Combination = Literal["joint", "average"]
 LinearPositions = Literal["none", "rotary"]
 
@@ -32,6 +32,7 @@ BRANCHES = {
     "learned": Branches("hedgehog", "learned", "joint", "none"),
     "lolcats": Branches("hedgehog", "none", "joint", "rotary"),
     "liger": Branches("softmax", "key", "average", "none"),
+    "lizard": Branches("hedgehog", "channel", "joint", "none"),
 }
 
 
@@ -40,9 +41,9 @@ class WindowLinearOptions(SharedKeyOptions):
 
     window: int = Field(64, ge=2, description="Keys that a token's softmax sees, including its own.")
     head_dim: int = Field(64, gt=0, description="Channels per head.")
-    preset: Literal["learned", "lolcats", "liger"] = Field(
+    preset: Literal["learned", "lolcats", "liger", "lizard"] = Field(
         "learned",
-        description="Default of the next four fields: `learned` hedgehog, learned, joint, none; `lolcats` hedgehog, none, joint, rotary (arXiv 2410.10254); `liger` softmax, key, average, none (arXiv 2503.01496).",
+        description="Default of the next four fields: `learned` hedgehog, learned, joint, none; `lolcats` hedgehog, none, joint, rotary (arXiv 2410.10254); `liger` softmax, key, average, none (arXiv 2503.01496); `lizard` hedgehog, channel, joint, none, with meta_tokens, such as 4 (arXiv 2507.09025).",
     )
     features: Features | None = Field(
         None,
@@ -50,7 +51,7 @@ class WindowLinearOptions(SharedKeyOptions):
     )
     gate: DecayGate | None = Field(
         None,
-        description="What older tokens fade by: nothing, `key` logsigmoid(k) / 16 per channel, `learned` one number per head from the input. none: the preset's.",
+        description="What older tokens fade by: nothing, `key` logsigmoid(k) / 16 per channel, `learned` one number per head from the input, `channel` one per feature from the input. none: the preset's.",
     )
     combine: Combination | None = Field(
         None,
@@ -91,6 +92,10 @@ class WindowLinearOptions(SharedKeyOptions):
         set_ones = {name: getattr(self, name) for name in preset._fields if getattr(self, name) is not None}
         return preset._replace(**set_ones)
 
+    def fades_by_channel(self) -> bool:
+        """Whether each row of a state has a decay of its own."""
+        return self.branches().gate in ("key", "channel")
+
     def broken_rules(self) -> Iterator[tuple[str, str]]:
         """Heads are shared and rotated evenly; forms that do not exist, and fields that nothing reads."""
         yield from super().broken_rules()
@@ -113,9 +118,11 @@ class WindowLinearOptions(SharedKeyOptions):
             yield "feature_size", "has no effect with features: softmax, which has no matrix; remove it"
         if self.linear_positions == "rotary" and self.positions == "none":
             yield "linear_positions", "needs positions: rope; set that, or use none"
+        if self.preset == "lizard" and not self.meta_tokens:
+            yield "meta_tokens", "is Lizard's memory, without which it is preset: learned with gate: channel; use 4"
         if self.linear_weight != 0.5 and form.combine == "joint":
             yield "linear_weight", "has no effect with combine: joint; remove it, or use combine: average"
-        if form.gate == "key" and self.chunk_size & (self.chunk_size - 1):
+        if self.fades_by_channel() and self.chunk_size & (self.chunk_size - 1):
             yield "chunk_size", "must be a power of two with a decay a key channel; use 16, 32 or 64"
 
     def kept_tokens(self) -> int:
@@ -140,5 +147,5 @@ class WindowLinearOptions(SharedKeyOptions):
 
     def scan(self) -> tuple[ScanLimits, int, tuple[int, int]]:
         """A scan with a decay a head, or a key channel."""
-        limits = VECTOR_GATE_LIMITS if self.branches().gate == "key" else DECAY_LIMITS
+        limits = VECTOR_GATE_LIMITS if self.fades_by_channel() else DECAY_LIMITS
         return limits, self.chunk_size, self.state_shape()

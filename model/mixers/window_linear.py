@@ -8,8 +8,10 @@ largest of them, and l = phi(q_i) phi(k_j) e^(g_(j+1) + ... + g_i) for older tok
     average    o = (1 - c) softmax(s) v + c sum l v, with l over all tokens and no denominator
 
 `joint` with hedgehog features is LoLCATs (Zhang et al. 2024, arXiv 2410.10254), `average` with decays made of the keys
-Liger (Lan et al. 2025, arXiv 2503.01496). The default is joint with a learned decay a head in place of positions, after
-the abstract of Lizard (arXiv 2507.09025), whose exact gate is not ours to claim. docs/conversion.md has what they gave.
+Liger (Lan et al. 2025, arXiv 2503.01496). `joint` with a learned decay a feature and a few meta tokens is Lizard (Nguyen et
+al. 2025, arXiv 2507.09025) as far as its abstract says; the default has one decay a head and no such tokens. The chunked
+scan is Lizard's hardware-aware form: decays join the features, with exponents that stay below zero. docs/conversion.md has
+what they gave.
 
 While a conversion trains the features (`transfer_scale`), the mixer hands on what softmax attention gives and its own
 output's distance from it as the loss `transfer`: each block then learns from the teacher's stream, apart from all others.
@@ -78,8 +80,9 @@ class WindowLinearMixer(SequenceMixer):
         self.q_norm = HeadNorm(size) if options.qk_norm else None
         self.k_norm = HeadNorm(size) if options.qk_norm else None
         self.decay_proj: ColumnLinear | None = None
-        if self.form.gate == "learned":
-            self.decay_proj = ColumnLinear(hidden, (kv_heads,), groups, name=kv_name, units=(kv_heads,))
+        if self.form.gate in ("learned", "channel"):
+            decays = kv_heads * (options.num_features() if self.form.gate == "channel" else 1)
+            self.decay_proj = ColumnLinear(hidden, (decays,), groups, name=kv_name, units=(kv_heads,))
         self.shards: dict[str, Shard] = {}
         by_head = Shard((ShardSpec(0, "tp", (options.num_heads,)),))
         by_key_head = Shard((ShardSpec(0, "tp", (kv_heads,), (kv_heads,)),))
@@ -170,6 +173,8 @@ class WindowLinearMixer(SequenceMixer):
         decay: Tensor | None = None
         if self.decay_proj is not None:
             decay = functional.logsigmoid(others.pop(0).to(wide) + DECAY_BIAS)
+            if self.form.gate == "channel":
+                decay = decay.unflatten(-1, (self.num_kv_heads, -1))
         elif self.form.gate == "key":
             decay = functional.logsigmoid(plain_k.to(wide)) / KEY_DECAY_DIVISOR
         rows = Rows(
@@ -374,8 +379,8 @@ class WindowLinearMixer(SequenceMixer):
         if self.form.combine == "joint":
             state["features"] = weight.new_zeros(num_rows, self.kept, kv_heads, self.options.num_features())
             if self.form.gate != "none":
-                shape = slots.shape if self.form.gate == "key" else slots.shape[:3]
-                state["decay"] = torch.zeros(shape, device=weight.device)
+                decays = [self.options.num_features()] if self.options.fades_by_channel() else []
+                state["decay"] = torch.zeros(*slots.shape[:3], *decays, device=weight.device)
         return state
 
     def sequence_flops(self, sequence_length: int) -> float:

@@ -204,4 +204,5 @@ def weight_problems(options: WindowLinearOptions, attention: AttentionConfig) ->
 def has_new_weights(options: WindowLinearOptions) -> bool:
     """Whether the mixer has weights that softmax attention has not."""
     form = options.branches()
-    return form.features == "hedgehog" or form.gate == "learned" or form.combine == "joint" or options.meta_tokens > 0
+    has_gate = form.gate in ("learned", "channel")
+    return form.features == "hedgehog" or has_gate or form.combine == "joint" or options.meta_tokens > 0

@@ -19,6 +19,7 @@ PRESETS = {
     "learned": {"features": "hedgehog", "gate": "learned", "combine": "joint", "linear_positions": "none"},
     "lolcats": {"features": "hedgehog", "gate": "none", "combine": "joint", "linear_positions": "rotary"},
     "liger": {"features": "softmax", "gate": "key", "combine": "average", "linear_positions": "none"},
+    "lizard": {"features": "hedgehog", "gate": "channel", "combine": "joint", "linear_positions": "none"},
 }
 
 
@@ -45,14 +46,15 @@ class WindowLinear(nn.Module):
         if options["qk_norm"]:
             self.q_norm = RMSNorm(self.size, config.norm_epsilon)
             self.k_norm = RMSNorm(self.size, config.norm_epsilon)
-        if self.options["gate"] == "learned":
-            self.decay_proj = nn.Linear(width, self.kv_heads, bias=False)
         self.num_features = self.size
         if self.options["features"] == "hedgehog":
             rows = options["feature_size"] or self.size
             self.num_features = 2 * rows
             self.query_features = nn.Parameter(torch.zeros(self.heads, rows, self.size))
             self.key_features = nn.Parameter(torch.zeros(self.kv_heads, rows, self.size))
+        if self.options["gate"] in ("learned", "channel"):
+            decays = self.num_features if self.options["gate"] == "channel" else 1
+            self.decay_proj = nn.Linear(width, self.kv_heads * decays, bias=False)
         if self.is_joint:
             self.window_weight = nn.Parameter(torch.zeros(self.heads))
         if options["meta_tokens"]:
@@ -86,7 +88,7 @@ class WindowLinear(nn.Module):
         return self.o_proj(o.flatten(2)), (*kept, matrix)
 
     def _project(self, x_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, ...]:
-        """Compute q, its features, k, v, the features of k, and log decays of key heads, [B, T, J, 1] or [B, T, J, K]."""
+        """Compute q, its features, k, v, the features of k, and log decays of key heads, [B, T, J, 1] or [B, T, J, F]."""
         q, k, v = (proj(x_BTD).unflatten(-1, (-1, self.size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.options["qk_norm"]:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -100,8 +102,8 @@ class WindowLinear(nn.Module):
             cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         seen_q, seen_k = (q, k) if self.options["linear_positions"] == "rotary" else (plain_q, plain_k)
-        if self.options["gate"] == "learned":
-            fading = F.logsigmoid(self.decay_proj(x_BTD).float() + 4.0)[..., None]
+        if self.options["gate"] in ("learned", "channel"):
+            fading = F.logsigmoid(self.decay_proj(x_BTD).float() + 4.0).unflatten(-1, (self.kv_heads, -1))
         elif self.options["gate"] == "key":
             fading = F.logsigmoid(plain_k.float()) / 16.0
         else:

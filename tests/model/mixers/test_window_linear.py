@@ -79,6 +79,9 @@ def over_all_pairs(mixer: WindowLinearMixer, x_BTD: Tensor, meta: PackMeta) -> T
         fading = spread(torch.nn.functional.logsigmoid(k) / 16)
     elif form.gate == "learned":
         fading = fading + spread(torch.nn.functional.logsigmoid(x_BTD @ mixer.decay_proj.weight.T + 4))[..., None]
+    elif form.gate == "channel":
+        decays = (x_BTD @ mixer.decay_proj.weight.T).unflatten(-1, (options.kv_heads(), -1))
+        fading = spread(torch.nn.functional.logsigmoid(decays + 4))
     summed = fading.cumsum(1)
     between = (summed[:, :, None] - summed[:, None]).exp()
     distance = torch.arange(24)[:, None] - torch.arange(24)
@@ -185,7 +188,7 @@ def run_forms(names: list[str]) -> dict[tuple[str, str], dict[str, Tensor]]:
 
 @pytest.mark.slow  # the suite of mixers runs one form on two ranks
 def test_two_ranks_transfer_and_tune_as_one_does() -> None:
-    names = ["learned", "liger", "fading channels in one sum"]
+    names = ["learned", "lizard", "liger", "fading channels in one sum"]
     for found in run_ranks(run_forms, names):
         for (name, kind), actual in found.items():
             model = HybridModel(config_of(FORMS[name]), single_rank_groups(), seed=1).double()
