@@ -1,4 +1,4 @@
-"""Low-rank updates of which a router chooses some for each token: what LoRA-Mixer puts beside attention's projections.
+"""Low-rank updates of which a router chooses some for each token: what LoRA-Mixer puts beside projections of attention and SSMs.
 
     y = W x + (alpha / r) sum over the top k of E of p_e B_e A_e x
 
@@ -7,12 +7,18 @@ E updates lie behind each other, as one of rank E r (model/parallel/low_rank.py)
 weights p of the chosen, and zeros: E r is small beside the width, and products of whole matrices are quicker than the
 sorting that would spare the zeros. So names, first values, cuts over tensor ranks and freezing are those of one update, and
 no collective is added to those that the router of experts has. For the first `hard_from_step` steps of training all E count,
-by the softmax, so that each gets gradients before choices are hard. After LoRA-Mixer, whose balance loss could not be read:
-ours is that of the experts' router (Fedus et al. 2021, arXiv 2101.03961, section 2.2).
+by the softmax, so that each gets gradients before choices are hard. After LoRA-Mixer, of whose Specialization Balance Loss
+no more than the idea could be read, balance over all tokens and sharpness of each. Ours is the balance of the experts' router
+(Fedus et al. 2021, arXiv 2101.03961, section 2.2), and
+
+    w min(1, H(mean over tokens of p) / log E) mean over tokens of H(p)
+
+with the entropy H, the first factor a constant to the gradient: sharpness waits until choices are balanced.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,7 +28,7 @@ from amfm.kernels.linear.op import linear_float32
 from amfm.kernels.moe.losses import balance_loss
 from amfm.kernels.moe.op import route
 from amfm.model.build import build_mixer
-from amfm.model.config.lora_mixer import BALANCE, LoraMixerConfig
+from amfm.model.config.lora_mixer import BALANCE, SPECIALIZATION, LoraMixerConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.mixers.interface import MixerOutput
 from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
@@ -30,7 +36,7 @@ from amfm.model.parallel.layers import ColumnLinear, Linear, RowLinear
 from amfm.model.parallel.low_rank import LowRankUpdate
 from amfm.model.parallel.regions import gather_stream, sum_gradients
 
-PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "in": "in_proj", "out": "out_proj"}
 # Ends of the names of what this adds to a model.
 ENDS = (".lora.down", ".lora.up", ".updates.router.weight")
 
@@ -102,10 +108,23 @@ class RoutedUpdates(nn.Module):
         gates = gates_BTE.repeat_interleave(section.rank, dim=-1).to(x_BTD.dtype)
         for update in self.updates:
             update.gates = gates
-        if not (self.training and section.balance_weight):
-            return {}
-        loss = balance_loss(routing.scores_RE, routing.counts_E, section.top_k)
-        return {BALANCE: section.balance_weight * loss}
+        losses: dict[str, Tensor] = {}
+        if self.training and section.balance_weight:
+            loss = balance_loss(routing.scores_RE, routing.counts_E, section.top_k)
+            losses[BALANCE] = section.balance_weight * loss
+        if self.training and section.specialization_weight:
+            losses[SPECIALIZATION] = section.specialization_weight * sharpness_loss(routing.scores_RE)
+        return losses
+
+
+def sharpness_loss(scores_RE: Tensor) -> Tensor:
+    """Mean entropy of tokens' scores [R, E], times the entropy of the mean over the largest there is."""
+
+    def entropy(p: Tensor) -> Tensor:
+        return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
+
+    balanced = entropy(scores_RE.mean(0)).detach() / math.log(scores_RE.shape[1])
+    return balanced.clamp(max=1.0) * entropy(scores_RE).mean()
 
 
 def put_updates(
@@ -119,8 +138,9 @@ def put_updates(
 
 
 def projections_of(mixer: nn.Module, targets: tuple[str, ...]) -> dict[str, ColumnLinear | RowLinear]:
-    """The projections `targets` (q, k, v, o) that a mixer has, by their names."""
-    names = {PROJECTIONS[target] for target in targets}
+    """The projections `targets` (q, k, v, o, in, out) that a mixer has and applies updates of, by their names."""
+    has_both = getattr(mixer, "has_in_out_updates", False)
+    names = {PROJECTIONS[target] for target in targets if has_both or target not in ("in", "out")}
     return {
         name: layer
         for name, layer in mixer.named_children()

@@ -50,6 +50,7 @@ class LinearMixer(SequenceMixer):
     `groups.tp` and `groups.cp` must call it.
     """
 
+    has_in_out_updates = True
     recurrence: Recurrence
 
     def __init__(self, options: LinearOptions, build: BuildContext) -> None:
@@ -127,11 +128,14 @@ class LinearMixer(SequenceMixer):
         Every rank of `groups.tp` must call.
         """
         own = [self.in_proj.weight] + ([] if self.shared_proj is None else [self.shared_proj])
-        products = project_stream(x_BTD, [*own, *others], self.build.groups)
-        parts = dict(zip(self._cut_sizes, products[0].split(list(self._cut_sizes.values()), dim=-1)))
+        lora = self.in_proj.lora
+        read = own if lora is None else [*own, lora.down]
+        products = project_stream(x_BTD, [*read, *others], self.build.groups)
+        cut = products[0] if lora is None else products[0] + lora.raise_rank(products[len(own)])
+        parts = dict(zip(self._cut_sizes, cut.split(list(self._cut_sizes.values()), dim=-1)))
         if self.shared_proj is not None:
             parts |= zip(self._whole_sizes, products[1].split(list(self._whole_sizes.values()), dim=-1))
-        return parts, products[len(own) :]
+        return parts, products[len(read) :]
 
     def mix(self, parts: dict[str, Tensor], meta: PackMeta) -> Tensor:
         """Mix whole rows of documents: outputs [B, T, H, V] of the recurrence. Replaces parts by their convolution."""

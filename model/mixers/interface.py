@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,10 @@ class Mixer(Float32Buffers):
 
     `shards` says how its own parameters are cut over ranks. A parameter that it does not name is replicated, with equal
     gradients on all ranks. Documents must not read each other: where `meta.boundaries_BT()` is not None, whatever looks at
-    other tokens resets there.
+    other tokens resets there. `has_in_out_updates`: low-rank updates of `in_proj` and `out_proj` are applied (model/lora.py).
     """
+
+    has_in_out_updates: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:

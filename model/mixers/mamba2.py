@@ -29,8 +29,8 @@ from amfm.model.mixers.interface import BlockState, BuildContext, MambaState, Mi
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_states, receive_windows
 from amfm.model.parallel.groups import ProcessGroupCollection
-from amfm.model.parallel.layers import ColumnLinear, RowLinear
-from amfm.model.parallel.regions import leave_tensor_region, project_stream, sum_parts
+from amfm.model.parallel.layers import ColumnLinear, RowLinear, project_layers
+from amfm.model.parallel.regions import leave_tensor_region, sum_parts
 from amfm.model.parallel.shards import Shard, ShardSpec, divide, divide_units
 from amfm.model.segments import Segments
 
@@ -42,6 +42,8 @@ class Mamba2Mixer(Mixer):
     and the norm sums the squares of a group over them. dt is not clamped. A, dt and the state are computed in float32 for
     bf16 weights. The convolution, the state and the decay restart at each document.
     """
+
+    has_in_out_updates = True
 
     def __init__(self, mamba: Mamba2Config, build: BuildContext) -> None:
         super().__init__()
@@ -76,8 +78,8 @@ class Mamba2Mixer(Mixer):
 
         Every rank of `groups.tp` and `groups.cp` must call.
         """
-        (projected_BTX,) = project_stream(x_BTD, [self.in_proj.weight], self.groups)
-        if self.is_one_operation and state is None and meta.segments is None:
+        (projected_BTX,) = project_layers(x_BTD, [self.in_proj], self.groups)
+        if self.is_one_operation and state is None and meta.segments is None and self.out_proj.lora is None:
             mixed_BTD = self._mix(projected_BTX, meta.document_starts_BT())
             return MixerOutput(leave_tensor_region(mixed_BTD, self.groups), None)
         num_rows, num_tokens, _ = projected_BTX.shape

@@ -26,6 +26,9 @@ class RoutingConfig(Section):
     num_experts: int = Field(ge=2, description="Updates of each projection.")
     top_k: int = Field(2, gt=0, description="Updates per token; at most num_experts.")
     balance_weight: float = Field(0.01, ge=0, description="Weight of the loss that balances the router.")
+    specialization_weight: float = Field(
+        0.0, ge=0, description="Weight of the loss that makes a token's choice sharp once choices are balanced."
+    )
     hard_from_step: int | None = Field(
         None,
         gt=0,
@@ -41,7 +44,9 @@ class TuneConfig(Section):
     rank: int = Field(8, gt=0, description="Rank of the updates.")
     alpha: float = Field(16.0, gt=0, description="Updates count alpha / rank times.")
     targets: tuple[Projection, ...] = Field(
-        ("q", "k", "v", "o"), min_length=1, description="Projections with an update."
+        ("q", "k", "v", "o"),
+        min_length=1,
+        description="Projections with an update: `q`, `k`, `v`, `o` of attention, `in` and `out` of Mamba2 and of linear mixers.",
     )
     routing: RoutingConfig | None = Field(
         None,

@@ -63,5 +63,5 @@ def new_weights(model: HybridModel, convert: ConvertConfig) -> list[str]:
 
 
 def is_of_attention(name: str) -> bool:
-    """Whether softmax attention has a weight of this name too."""
+    """Whether softmax attention has a weight of window_linear's too."""
     return name.partition(".")[0] in (*PROJECTIONS.values(), "g_proj", "q_norm", "k_norm")

@@ -18,6 +18,7 @@ from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.numbers import assert_near
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
+from tests.model.mixers.samples import sample_options
 from tests.model.small_models import cut_batch, loss_of, small_config, small_model
 
 # float64: the same sums in another order.
@@ -87,7 +88,32 @@ def test_gradients_are_those_of_the_merged_weights_factors() -> None:
     assert_near(found[f"{layer}.lora.down"], 3.0 * lora.up.T @ d_weight, EXACT, "down")
 
 
+@pytest.mark.parametrize("symbol", ["M", "gated_deltanet", "gla", "mamba1"])
+def test_updates_of_ssm_projections_compute_what_merged_weights_do_with_gradients(symbol: str) -> None:
+    if symbol == "M":
+        config = small_config("M")
+    else:
+        config = small_config(f"{{{symbol}}}", mixers={symbol: sample_options(symbol)})
+    updated, merged = small_model(config), small_model(config)
+    names = add_lora(updated, ("in", "out"), rank=2, alpha=6.0)
+    assert names == ["blocks.0.mixer.in_proj", "blocks.0.mixer.out_proj"]
+    for name in names:
+        torch.nn.init.normal_(updated.get_submodule(name).lora.up, generator=torch.Generator().manual_seed(3))
+    merged.load_state_dict(merge_lora(updated.state_dict(), 3.0))
+    tokens_BT, labels_BT, meta = cut_batch(DOCUMENTS, single_rank_groups())
+    losses = [loss_of(model(tokens_BT, meta, labels_BT)) for model in (updated, merged)]
+    assert_near(losses[0], losses[1], EXACT, "loss")
+    for loss in losses:
+        loss.backward()
+    for name in names:
+        layer, d_weight = updated.get_submodule(name), merged.get_parameter(f"{name}.weight").grad
+        assert_near(layer.lora.up.grad, 3.0 * d_weight @ layer.lora.down.T, EXACT, f"up of {name}")
+        assert_near(layer.lora.down.grad, 3.0 * layer.lora.up.T @ d_weight, EXACT, f"down of {name}")
+
+
 def test_blocks_without_such_projections_get_none() -> None:
+    window = small_config("W", mixers={"window": sample_options("window")})
+    assert add_lora(small_model(window), ("in", "out"), rank=2, alpha=4.0) == []
     assert add_lora(small_model(small_config("M-")), ("q", "k"), rank=2, alpha=4.0) == []
 
 

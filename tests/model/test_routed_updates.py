@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.parallel.layers import ColumnLinear, RowLinear
 from amfm.model.parallel.shards import parameter_shards
-from amfm.model.routed_updates import RoutedUpdates
+from amfm.model.routed_updates import RoutedUpdates, sharpness_loss
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.numbers import assert_near
@@ -85,6 +86,22 @@ def test_outputs_and_gradients_are_those_of_the_sum_over_the_chosen(top_k: int) 
     theirs = torch.autograd.grad(expected.square().sum() + expected_balance, trained)
     for actual, wanted in zip(ours, theirs, strict=True):
         assert_near(actual, wanted, EXACT, "gradients")
+
+
+def test_tokens_are_asked_to_decide_as_far_as_choices_are_balanced() -> None:
+    scores = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    scores.requires_grad_()
+
+    def entropy(row: list[float]) -> float:
+        return -sum(p * math.log(p) for p in row if p > 0)
+
+    rows = scores.tolist()
+    balanced = entropy([sum(column) / 4 for column in zip(*rows)]) / math.log(3)
+    found = sharpness_loss(scores)
+    assert abs(float(found) - balanced * sum(map(entropy, rows)) / 4) < 1e-12
+    (gradient,) = torch.autograd.grad(found, scores)
+    expected = -balanced * (scores[:3].detach().log() + 1) / 4
+    assert_near(gradient[:3], expected, EXACT, "the balance is a constant")
 
 
 def test_all_updates_count_until_choices_harden_and_never_outside_of_training() -> None:
