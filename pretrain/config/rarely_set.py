@@ -14,11 +14,11 @@ RARELY_SET: dict[str, dict[str, str]] = {
     "docs/conversion.md": {
         "model.mixers.window_linear": "preset features gate combine linear_positions linear_weight feature_size meta_tokens rope_theta rope_fraction output_gate chunk_size",
         "model.mixers.window_linear.rope_llama3": "factor original_length slow_turns fast_turns",
-        "model.lora_mixer": "num_experts top_k rank alpha targets balance_weight hard_from_step",
+        "model.lora_mixer": "num_experts top_k rank alpha targets balance_weight specialization_weight hard_from_step",
         "convert": "to blocks stage",
         "convert.transfer": "learning_rate scale",
         "convert.tune": "rank alpha targets",
-        "convert.tune.routing": "num_experts top_k balance_weight hard_from_step",
+        "convert.tune.routing": "num_experts top_k balance_weight specialization_weight hard_from_step",
         "convert.upcycle": "num_copies num_slices top_copies router noise reset",
     },
     "docs/data.md": {

@@ -91,7 +91,7 @@ model.mixers.window_linear.rope_llama3.original_length model.mixers.window_linea
 model.mixers.window_linear.rope_llama3.fast_turns
 model.guide.share model.guide.skip
 model.lora_mixer.num_experts model.lora_mixer.top_k model.lora_mixer.rank model.lora_mixer.alpha model.lora_mixer.targets
-model.lora_mixer.balance_weight model.lora_mixer.hard_from_step
+model.lora_mixer.balance_weight model.lora_mixer.specialization_weight model.lora_mixer.hard_from_step
 model.multipliers.embedding model.multipliers.residual model.multipliers.logits model.mup.base_hidden_size
 model.mtp.loss_weight model.mtp.shared model.mtp.detach
 data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
@@ -146,7 +146,7 @@ convert.upcycle.num_copies convert.upcycle.num_slices convert.upcycle.top_copies
 convert.upcycle.noise convert.upcycle.reset
 convert.transfer.steps convert.transfer.learning_rate convert.transfer.scale
 convert.tune.steps convert.tune.learning_rate convert.tune.rank convert.tune.alpha convert.tune.targets
-convert.tune.routing.num_experts convert.tune.routing.top_k convert.tune.routing.balance_weight
+convert.tune.routing.num_experts convert.tune.routing.top_k convert.tune.routing.balance_weight convert.tune.routing.specialization_weight
 convert.tune.routing.hard_from_step
 launch.heartbeat_seconds launch.max_restarts launch.min_nodes launch.node_wait_seconds launch.spare_nodes
 launch.keep_loaded launch.setup
