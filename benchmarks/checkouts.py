@@ -1,4 +1,4 @@
-"""This checkout's training step beside that of another one: `python -m benchmarks.step` of each, a process a turn.
+"""This checkout's training step vs. that of another one: `python -m benchmarks.step` of each, a process a turn.
 
 Settings, weights and data of the step are those that each checkout has itself, so their first losses are compared. Turns
 alternate in order, and a ratio is that of two neighbouring turns: a machine that drifts slows both.
@@ -31,8 +31,8 @@ def bench_checkouts(
     """Time our variants in both checkouts, `pairs` turns each of `rounds` steps; memory is treated as training does.
 
     `variants` by name: `seconds` here and there, a median a turn; `rate`, how many times as fast as there this checkout is,
-    median of the pairs, with `rate_min` and `rate_max`; `first_losses`, `same_loss`. Raises ValueError for a folder that is no
-    checkout, RuntimeError where a turn fails, with what it said.
+    median of the pairs, with `rate_min` and `rate_max`; `first_losses`, `same_loss`. Raises ValueError for a folder
+    that is not a checkout, RuntimeError where a turn fails, with what it said.
     """
     if not (other / "launch" / "__main__.py").is_file():
         raise ValueError(

@@ -1,8 +1,8 @@
 """Checkpoint benchmark: blocking and background saves, ours and torch's, and replicas in memory, side by side.
 
-What training waits for is the stall. A background save copies the state and lets a thread write it while steps go on;
-those steps share processors and memory with the thread, so their time is shown beside that of steps alone. Variants
-take turns in every round, so that a drift of the machine favours none.
+What training waits for is the stall. A background save copies the state and lets a thread write it while steps
+continue; those steps share processors and memory with the thread, so their time is shown next to that of steps alone.
+Variants take turns in every round, so that a drift of the machine favours none.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def save_beside(trainer: Trainer, saver: BackgroundSaver, begin: Callable[[], ob
     begun = time.perf_counter()
     begin()
     timings.stall.append(time.perf_counter() - begun)
-    # Training goes on beside the writer, as in a run: its steps tell what the thread costs them.
+    # Training continues next to the writer, as in a run: its steps tell what the thread costs them.
     assert saver.pending is not None, "a save was begun"
     step_until(saver.pending.done, trainer, timings)
     saver.wait()
@@ -176,7 +176,7 @@ def bench_checkpoint(
     """Measure all variants and return medians, and each stall's ratio to our blocking save.
 
     Variants take turns. The first round warms up files and memory; it is left out of the medians, and its stall stands
-    beside them, because a run pays it once. `place`: a folder on the disk to measure; None: the system's folder for
+    next to them, because a run pays it once. `place`: a folder on the disk to measure; None: the system's folder for
     temporary files.
     """
     trainer = Trainer(num_threads)
@@ -232,7 +232,7 @@ def checkpoint(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time saving 234 MB of state: waiting for the disk, beside training, and torch's own checkpoints."""
+    """Time saving 234 MB of state: waiting for the disk, during training, and torch's own checkpoints."""
 
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

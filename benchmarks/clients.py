@@ -1,9 +1,9 @@
 """Other programs on our exports, side by side: a small model of each class, and two of our own, is trained, exported and read by each.
 
-Everything goes through the command that users type: corpus, prepare, tasks, train, export and its check, in processes of
-their own. The programs live in environments that `make clients` builds, because their pins exclude each other and ours.
-Beside the readers, tasks of lm-eval are measured in the loop, on the checkpoint and by lm-eval on the export: one number
-three ways.
+Everything goes through the command that users type: corpus, prepare, tasks, train, export and its check, in separate
+processes. The programs live in environments that `make clients` builds, because their pins exclude each other and ours.
+Next to the readers, tasks of lm-eval are measured in the loop, on the checkpoint and by lm-eval on the export: one
+number three ways.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe": EXPERTS
         | {"activation": "swiglu", "router": "sigmoid", "expert_bias": True, "shared_expert_hidden_size": 0},
     },
-    # What no native class holds: gates and norms in attention beside Mamba2, then blocks of four kinds, then mixers that no
-    # program has.
+    # What no native class holds: gates and norms in attention together with Mamba2, then blocks of four kinds, then
+    # mixers that no program has.
     "own": {
         "pattern": "ME*-M-",
         "mamba": MAMBA,
@@ -248,7 +248,7 @@ def run_command(folder: Path, command: Sequence[str], *, ours: bool = False) -> 
 
 
 def describe(report: ClientReport) -> str:
-    """Say in a few words what a program made of an export."""
+    """Report in a few words what a program made of an export."""
     if report.max_difference is None:
         return f"{report.outcome}: {report.expected or report.error}"
     rounding = ", bf16" if report.tolerance > 1e-2 else ""

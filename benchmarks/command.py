@@ -1,4 +1,4 @@
-"""A function as a program of its own, with options, messages and exit codes as `amfm` has them."""
+"""A function as a separate program, with options, messages and exit codes as `amfm` has them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Export benchmark: peak memory and time of `amfm export` and `amfm import`, for one model and deeper ones of the same blocks.
 
-How it works: weights of the right shapes are written to a folder, and the two verbs run on it as somebody would start
-them, each a process of its own whose peak the system tells its parent. Tensors go through both some rows at a time, so
-the peaks of a model and of one three times as deep are the same. The proof of an export, which loads the whole model with
-transformers, is left out (`--no-verify`).
+How it works: weights of the right shapes are written to a folder, and the two verbs run on it as someone would start
+them, each a separate process whose peak the system tells its parent. Tensors go through both some rows at a time, so
+the peaks of a model and of one three times as deep are the same. The verification of an export, which loads the whole
+model with transformers, is left out (`--no-verify`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ TEXTS = [f"Line {number}: the quick brown fox jumps over {number * 7} lazy dogs.
 
 
 def deepen(config: ModelConfig, times: int) -> ModelConfig:
-    """The same model with its blocks so many times over, without depths of multi-token prediction."""
+    """The same model with its blocks this many times over, without depths of multi-token prediction."""
     plain = config.without_depths()
     deeper = plain.model_copy(update={"pattern": "".join(plain.letters) * times})
     check_model(deeper)
@@ -176,7 +176,7 @@ def export(
     ] = "huggingface",
     as_json: JsonOption = False,
 ) -> None:
-    """Export and import a model and a deeper one, without the proof, and print the peaks of memory.
+    """Export and import a model and a deeper one, without the verification, and print the peaks of memory.
 
     The disk needs twice the larger model in float32, and three times that with moments.
     """

@@ -1,8 +1,8 @@
 """Treatments of freed memory in CPU benchmarks: returned to the system, or kept for later.
 
-It weighs as much as the arithmetic. By itself glibc gives large blocks back, and each new page costs a fault;
-transformers trains so. `amfm train` keeps them. The C library takes the setting once, so each treatment needs a process
-of its own.
+It weighs as much as the arithmetic. On its own glibc gives large blocks back, and each new page costs a fault;
+transformers trains so. `amfm train` keeps them. The C library takes the setting once, so each treatment needs a
+separate process.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import platform
 from amfm.data_pipeline.memory import OWN_SETTINGS
 
 RETURNED, KEPT = "returned", "kept"
-CARD = "card"  # on a card the C library has no part
+CARD = "card"  # on a GPU the C library has no part
 TITLES = {
     CARD: "On a GPU",
-    RETURNED: "Freed memory returned, as the C library does by itself",
+    RETURNED: "Freed memory returned, as the C library does on its own",
     KEPT: "Freed memory kept, as amfm train does",
 }
 

@@ -1,4 +1,4 @@
-"""Training speed by row length: a model of one mixer, the same tokens a step cut into few long or many short rows.
+"""Training speed by row length: a model of one mixer, the same tokens per step cut into few long or many short rows.
 
 How it works: a linear mixer costs a token the same at every length; attention costs it what came before. With the
 tokens of a step fixed, the rate over lengths shows this without a model of the machine. Lengths take turns within a
@@ -118,7 +118,9 @@ def bench_lengths(
     num_threads: int | None,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure tokens a second by row length for each mixer; returns rates, ratios to the shortest rows, and a mark."""
+    """Measure tokens per second by row length for each mixer; returns rates, ratios to the shortest rows, and a
+    mark.
+    """
     configs = [length_config(symbol) for symbol in symbols]
     parallel = initialize_parallel(timeout_seconds=600, num_threads=num_threads)
     device = parallel.device
@@ -270,7 +272,7 @@ def length(
 
 
 def print_length_table(result: dict[str, Any]) -> None:
-    """Print a line for each mixer of `bench_lengths`: tokens a second at the shortest rows, then ratios to it."""
+    """Print a line for each mixer of `bench_lengths`: tokens per second at the shortest rows, then ratios to it."""
     rows = []
     for name, figures in result["mixers"].items():
         shortest, *longer = figures["rows"]

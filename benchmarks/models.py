@@ -2,7 +2,7 @@
 
 What a change of structure is worth: the models of two configurations, of a checkpoint before and after `amfm shrink`, or of
 one sequence mixer each (those of `python -m benchmarks.length`). They take turns, upwards and downwards, so that a drift of the machine slows all of them, and each step is compared with the first
-model's of its own round. CPU time beside wall time tells more on a machine that others load.
+model's of its own round. CPU time vs. wall time tells more on a machine that others load.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def read_model(path: Path) -> ModelConfig:
         return ModelConfig.model_validate(read_saved_model(description["model"], description.get("packages", {})))
     file = path / "config.yaml" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{path} is no configuration, run directory or weights folder")
+        raise ValueError(f"{path} is not a configuration, run directory or weights folder")
     return load_located(file, ()).config.model
 
 

@@ -24,7 +24,7 @@ from benchmarks.command import main
 from benchmarks.small_steps import begin_ranks, build_for_steps, load_small, take_step
 
 SCHEDULES = ("1f1b", "zero_bubble")
-# Large enough that products take most of the time, small enough for some seconds a step on a laptop.
+# Large enough that products take most of the time, small enough for some seconds per step on a laptop.
 SIZES = (
     "model.pattern=ME*-ME*-",
     "model.hidden_size=256",

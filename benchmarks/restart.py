@@ -47,12 +47,12 @@ SETTINGS = [
 def restart(
     *,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    other: Annotated[Path | None, typer.Option(metavar="CHECKOUT", help="Another checkout, timed beside.")] = None,
+    other: Annotated[Path | None, typer.Option(metavar="CHECKOUT", help="Another checkout, timed in turns.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time the parts of a recovery."""
     variants: dict[str, tuple[Path, list[str]]] = {
-        "everything anew": (ROOT, ["launch.keep_loaded=false"]),
+        "everything again": (ROOT, ["launch.keep_loaded=false"]),
         "kept loaded": (ROOT, []),
     }
     if other is not None:
@@ -108,7 +108,7 @@ def follow_recovery(launcher: subprocess.Popen[bytes], run_dir: Path, log: Path)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not sign():
             if time.monotonic() > deadline or launcher.poll() is not None:
-                raise RuntimeError(f"the run did not go on: {log.read_text(errors='replace')[-3000:]}")
+                raise RuntimeError(f"the run did not continue: {log.read_text(errors='replace')[-3000:]}")
             time.sleep(0.01)
         return time.monotonic()
 

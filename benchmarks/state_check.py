@@ -1,4 +1,4 @@
-"""What `health.check_state_every_steps` costs a run: steps that are checked beside steps that are not, in turns.
+"""What `health.check_state_every_steps` costs a run: steps that are checked vs. steps that are not, in turns.
 
 How it works: a real run on a synthetic task, in rounds of four steps. The first is checked (its first micro-batch is run
 twice, and the state compared after it), the second compares the state that has rested since, the other two do nothing. So a

@@ -1,9 +1,9 @@
-"""The plan beside simulated ranks over a table of layouts: peaks of memory, bytes by axis, and waits of the host.
+"""The plan vs. simulated ranks over a table of layouts: peaks of memory, bytes by axis, and waits of the host.
 
 How it works: each case is a smaller ladder_1b, of its widths, on 8 or 16 ranks under other axes, ZeRO stages, schedules,
-recomputation or blocks. Its ranks take real steps on fake tensors, so no card is needed, and no number depends on the machine. Rows
-are those of the preset, 4,096 tokens; a micro-batch is one row, and a step has `pipeline + 1` of them or as many as its
-schedule asks for.
+recomputation or blocks. Its ranks take real steps on fake tensors, so no GPU is needed, and no number depends on the
+machine. Rows are those of the preset, 4,096 tokens; a micro-batch is one row, and a step has `pipeline + 1` of them or
+as many as its schedule asks for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.command import main
 
 PRESET = "ladder_1b_a300m"
 EXPECTED_WITHIN = 0.01  # of expected bytes: a simulated router's choices are draws
-# Six of its blocks and 16 of its experts, so that a trace takes seconds; a row a micro-batch.
+# Six of its blocks and 16 of its experts, so that a trace takes seconds; a row per micro-batch.
 SETTINGS = (
     "model.pattern=(ME)*2 *E",
     "model.moe.num_experts=16",
@@ -43,7 +43,7 @@ HEADS = "num_heads=16"
 
 @dataclass(frozen=True)
 class Case:
-    """A layout of the table: its name there, ranks, and settings beside the preset's."""
+    """A layout of the table: its name there, ranks, and settings next to the preset's."""
 
     name: str
     ranks: int
@@ -143,7 +143,7 @@ def trace_cases(presets: Path, cases: Iterable[Case], report: Callable[[str], No
 
 
 def row_of(case: Case, entry: TracedRank) -> dict[str, Any]:
-    """What a traced rank says beside the plan, as JSON values."""
+    """What a traced rank says vs. the plan, as JSON values."""
     return {
         "case": case.name,
         "ranks": case.ranks,
@@ -188,11 +188,11 @@ def traced(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Trace ranks of a small model in many layouts, and print planned beside traced memory and bytes."""
+    """Trace ranks of a small model in many layouts, and print planned vs. traced memory and bytes."""
     unknown = set(only or ()) - {case.name for case in CASES}
     if unknown:
         raise ValueError(
-            f"--only {unknown.pop()!r} is no layout of the table; use one of {', '.join(case.name for case in CASES)}"
+            f"--only {unknown.pop()!r} is not a layout of the table; use one of {', '.join(case.name for case in CASES)}"
         )
     rows = trace_cases(presets, [case for case in CASES if not only or case.name in only], say)
     if as_json:

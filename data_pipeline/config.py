@@ -48,14 +48,14 @@ class SourceConfig(Section):
     max_tokens: int | None = Field(
         None,
         gt=0,
-        description="Stop at the first part with which the store has so many tokens of the source; of many files only as many as needed are read. none: all of them.",
+        description="Stop at the first part with which the store has this many tokens of the source; of many files only as many as needed are read. none: all of them.",
     )
 
 
 class PhaseConfig(Section):
     """Other weights or rows of another length from a global sample on.
 
-    With other weights every source goes on where it was: nothing is lost or repeated. With another length each source
+    With other weights every source continues where it was: nothing is lost or repeated. With another length each source
     begins a new epoch, because its tokens are cut into other rows.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 
-# mallopt(3): the free memory at which the heap shrinks, and how many requests may be served by maps of their own.
+# mallopt(3): the free memory at which the heap shrinks, and how many requests may be served by their own maps.
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 KEPT_BYTES = 2**30
 OWN_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
@@ -14,9 +14,9 @@ OWN_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRES
 def keep_freed_memory() -> bool:
     """Let glibc keep what is freed, and say whether it does.
 
-    By itself it gives large blocks back at once and maps them anew for the next request, a page fault every 4 KiB: a
-    fifth of a float32 training step on a CPU. False where there is another C library, or where the environment has settings of
-    its own (OWN_SETTINGS), which stay as they are.
+    On its own it gives large blocks back at once and maps them again for the next request, a page fault every 4 KiB: a
+    fifth of a float32 training step on a CPU. False where there is another C library, or where the environment has its
+    own settings (OWN_SETTINGS), which stay as they are.
     """
     if any(name in os.environ for name in OWN_SETTINGS):
         return False

@@ -1,9 +1,9 @@
-"""Says what a long piece of work is doing, and how long it will take, when it takes long.
+"""Reports what a long piece of work is doing, and how long it will take, when it takes long.
 
-Reading a checkpoint, building a model or proving an export take a blink on a laptop and many minutes at size. So nothing
-is said of what ends soon; after that there is a line now and then on standard error, plain on a terminal and in a log
-file alike. The work itself only calls a `Report`; a thread speaks, so that work which can't report (a library's) is named
-too.
+Reading a checkpoint, building a model or verifying an export take a blink on a laptop and many minutes at size. So
+nothing is said of what ends soon; after that there is a line now and then on standard error, plain on a terminal and in
+a log file alike. The work itself only calls a `Report`; a thread speaks, so that work which can't report (a library's)
+is named too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Report(Protocol):
 
 
 def silent(what: str, done: int = 0, total: int = 0) -> None:
-    """A report to nobody."""
+    """A report to no one."""
 
 
 class Waiting:
@@ -52,7 +52,7 @@ class Waiting:
         self.thread: threading.Thread | None = None
 
     def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
-        """Note what is done now; the clock of the time left starts anew with other words."""
+        """Note what is done now; the clock of the time left restarts with other words."""
         if what != self.what:
             self.what, self.began = what, time.monotonic()
         self.done, self.total = done, total
@@ -69,7 +69,7 @@ class Waiting:
         self.end()
 
     def end(self) -> None:
-        """Say nothing more; may be called twice."""
+        """Report nothing more; may be called twice."""
         self.ended.set()
         if self.thread is not None:
             self.thread.join()

@@ -29,7 +29,7 @@ def verify_store(path: str | Path, *, full: bool = True, report: Report = silent
 
     Quick: the manifest, the tokenizer, the presence and size of every shard, the crc32c of their indices and the
     document ends. Full also reads everything: the crc32c of each chunk, the digest of each part, ids inside the
-    vocabulary, an end token at each document end. ValueError when the path is no store.
+    vocabulary, an end token at each document end. ValueError when the path is not a store.
     """
     problems: list[str] = []
     try:

@@ -1,4 +1,4 @@
-"""Each example is a package of its own; its tests import it without an install."""
+"""Each example is its own package; its tests import it without an install."""
 
 from __future__ import annotations
 

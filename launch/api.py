@@ -34,7 +34,7 @@ def load(path: str | Path | None = None, *overrides: str, preset: str | None = N
 
 
 def plan(config: RunConfig, gpus: int, gpu: str = "h100", *, search: bool = False) -> Plan:
-    """Estimate parameters, memory and time of a run on so many GPUs, and the layouts that fit.
+    """Estimate parameters, memory and time of a run on this many GPUs, and the layouts that fit.
 
     gpu: a name of the table (a100, h100, h200, b200) or a hardware file. search: rank layouts of all axes. Raises ValueError for
     a GPU or a layout that cannot be.
@@ -68,7 +68,7 @@ def train(config: RunConfig) -> RunRecord:
     from amfm.pretrain.train import train as train_run
 
     if anew := fresh_starts(config):
-        raise ValueError(f"ranks start anew after step {anew[0]}, which needs processes of their own; run `amfm train`")
+        raise ValueError(f"ranks restart after step {anew[0]}, which needs separate processes; run `amfm train`")
     if train_run(config) not in (DONE, INTERRUPTED):
         raise RuntimeError(f"the run in {config.run.dir} failed: the end of its events.jsonl says why")
     return read_run(config.run.dir)

@@ -44,7 +44,7 @@ ConfigOrPreset = Annotated[
 ]
 PresetOption = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Take a configuration that amfm brings along in place of CONFIG.yaml."),
+    typer.Option(metavar="NAME", help="Use a preset that comes with amfm instead of CONFIG.yaml."),
 ]
 
 
@@ -58,7 +58,7 @@ CheckpointArgument = Annotated[
     Path,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="A run directory (its newest checkpoint), a checkpoint, or an import.",
+        help="A run directory (newest checkpoint), a checkpoint or an import.",
         callback=require_model,
     ),
 ]

@@ -42,13 +42,14 @@ from amfm.pretrain.extras import DISTRIBUTION, absent_extras_in_words
 from amfm.pretrain.failures import describe, exit_code, imports_in_words, is_bug, launches_in_words
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
 
-# Wrong options and arguments. Typer exports no name for this class: it has click inside in later releases, beside it before.
+# Wrong options and arguments. Typer exports no name for this class: it has click inside in later releases, next to it
+# before.
 USAGE_ERROR: Any = typer.BadParameter.__base__
 RESUMABLE_VERBS = ("train", "convert", "prepare", "launch", "study")
 
 app = typer.Typer(
     name="amfm",
-    help="Pretrain hybrid Mamba2 + attention + mixture-of-experts language models out of one YAML file.",
+    help="Pretrain hybrid Mamba2, attention and mixture-of-experts language models from one YAML file.",
     epilog="Example: amfm prepare configs/tiny_cpu.yaml, then amfm train configs/tiny_cpu.yaml train.stop_after_steps=20",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -96,7 +97,7 @@ def quiet_libraries() -> None:
     """Leave out what libraries below us say at each start, of things that we don't use or can't change."""
     warnings.filterwarnings("ignore", message=UNUSED_LIBRARIES)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # nvcc without a card, as on a login node
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # nvcc without a GPU, as on a login node
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ from amfm.data_pipeline.terminal import printable
 
 # How a warning of megatron-core begins, at each import, about libraries that we don't use.
 UNUSED_LIBRARIES = "Transformer Engine and Apex are not installed"
-BAR_WIDTH = 16  # of a progress bar, also where the remark beside it is long
+BAR_WIDTH = 16  # of a progress bar, also where the remark next to it is long
 
 
 def print_json(value: object) -> None:

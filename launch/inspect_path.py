@@ -18,7 +18,7 @@ from typing import Any
 from amfm.data_pipeline.durable.foreign_files import read_object, take
 from amfm.data_pipeline.progress import Report, silent
 
-# Events that somebody who looks at a run should know of.
+# Events that someone who looks at a run should know of.
 WARNINGS = {"experts_collapsed", "unbalanced_experts", "rolled_back", "gave_up", "failed"}
 
 

@@ -44,7 +44,7 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
         self.mixer = build_mixer(index, config, groups, backend)
         self.updates = put_updates(self.mixer, config, groups, backend)
-        # Of a package's mixer: ours draw by seeds of their own (`set_draw_seed`).
+        # Of a package's mixer: ours draw by their own seeds (`set_draw_seed`).
         self.has_dropout = any(isinstance(module, _DropoutNd) for module in self.mixer.modules())
 
     def forward(
@@ -140,7 +140,7 @@ class Stream:
     states: list[BlockState] = field(default_factory=list)
 
     def add(self, index: int, residual_BTD: Tensor, mixed: MixerOutput) -> None:
-        """Go on behind the block of this index, which made this of the stream."""
+        """Continue behind the block of this index, which made this of the stream."""
         self.residual_BTD, self.delta_BTD = residual_BTD, mixed.y_BTD
         self.states.append(mixed.state)
         if mixed.expert_counts_E is not None:

@@ -100,5 +100,5 @@ class FeedForwardMixer(FeedForward, Mixer):
         )
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:  # type: ignore[override]
-        """Mix x [B, T, D] -> y [B, T, D], each token by itself."""
+        """Mix x [B, T, D] -> y [B, T, D], each token on its own."""
         return MixerOutput(super().forward(x_BTD))

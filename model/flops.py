@@ -1,9 +1,9 @@
 """Parameter and FLOP counts of a model, from its configuration alone: nothing is allocated.
 
 Kinds: `mamba`, `attention`, `moe`, `feed_forward`, registered mixers by name, `embedding`, `head`, `final_norm`, and `mtp` for
-all of multi-token prediction; a block's norm counts with the block. The four kinds with a section of their own are counted in closed form, so that a launcher can
-show sizes without importing torch. A registered mixer is counted by building one on the meta device, so that a plugin need
-not repeat its own shapes in a formula; torch is imported only then.
+all of multi-token prediction; a block's norm counts with the block. The four kinds with a separate section are counted
+in closed form, so that a launcher can show sizes without importing torch. A registered mixer is counted by building one
+on the meta device, so that a plugin need not repeat its own shapes in a formula; torch is imported only then.
 
 FLOPs are those of the model and not of the program that computes it: recomputed activations, the chunked form of a scan
 and padding do not count. A utilisation computed from them can therefore be compared between kernels and settings.
@@ -125,7 +125,9 @@ def _routed_updates(config: ModelConfig, letter: str) -> int:
 
 @lru_cache(maxsize=256)
 def _measured(config: ModelConfig, letter: str, sequence_length: int) -> tuple[int, float]:
-    """(parameters, forward operations a token) of a mixer whose options count nothing, counted on one that is built."""
+    """(parameters, forward operations per token) of a mixer whose options count nothing, counted on one that is
+    built.
+    """
     import torch
 
     from amfm.model.build import build_mixer

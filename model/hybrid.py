@@ -101,7 +101,7 @@ class HybridModel(nn.Module):
         has_first = any(piece.is_first for piece in self.pieces)
         has_last = any(piece.is_last for piece in self.pieces)
         indices = [index for piece in self.pieces for index in piece.blocks]
-        # Called with the part whose weights a pass comes to: an engine may still be gathering them.
+        # Called with the part whose weights per pass comes to: an engine may still be gathering them.
         self.before_use: Callable[[str], None] = use_at_once
         self.embedding: VocabEmbedding | None = None
         self.final_norm: RMSNorm | None = None
@@ -168,9 +168,9 @@ class HybridModel(nn.Module):
     ) -> ModelOutput:
         """Compute logits of tokens [B, T]; with labels [B, T] (-100: masked) the loss instead, without making logits.
 
-        predicts: beside the loss also the most likely tokens, which does make logits. ahead: what each depth of multi-token
-        prediction reads and learns; without it there are no such losses. state: from `empty_state` or the
-        previous output; the tokens continue it, so give rows of one document whose positions go on,
+        predicts: besides the loss also the most likely tokens, which does make logits. ahead: what each depth of
+        multi-token prediction reads and learns; without it there are no such losses. state: from `empty_state` or the
+        previous output; the tokens continue it, so give rows of one document whose positions continue,
         `PackMeta.one_document_a_row(rows, tokens, start=state.length)`.
         """
         if state is not None:
@@ -223,8 +223,8 @@ class HybridModel(nn.Module):
     ) -> ModelOutput:
         """Apply final norm and head to the stream after the last block: logits, or with labels the loss and predictions.
 
-        ahead, with the layout of the rows: depths of multi-token prediction go on from the normed stream. Every rank of
-        `groups.tp` must call, with depths those of the blocks' groups too; all get the same result.
+        ahead, with the layout of the rows: depths of multi-token prediction continue from the normed stream. Every rank
+        of `groups.tp` must call, with depths those of the blocks' groups too; all get the same result.
         """
         assert self.final_norm is not None, "the last piece of the pipeline has the head"
         assert stream.delta_BTD is not None, "a piece has at least one block"
@@ -307,7 +307,7 @@ class HybridModel(nn.Module):
     def set_rope(self, rope: RopeConfig | None) -> None:
         """Set the rotary positions of every attention block; None or the present ones change nothing.
 
-        Parameters stay as they are: it is how a trained model goes on with longer rows. Changes `config` too.
+        Parameters stay as they are: it is how a trained model continues with longer rows. Changes `config` too.
         """
         attention = self.config.attention
         if rope is None or attention is None or attention.rope == rope:
@@ -334,7 +334,7 @@ class HybridModel(nn.Module):
 
 
 def use_at_once(part: str) -> None:
-    """What `HybridModel.before_use` does where nobody gathers weights: nothing."""
+    """What `HybridModel.before_use` does where no one gathers weights: nothing."""
 
 
 def _check_groups(groups: ProcessGroupCollection, *, has_pieces: bool) -> None:

@@ -3,7 +3,7 @@
 No generator runs from one parameter to the next, so a model starts equal on any layout of ranks, a pipeline rank draws its
 own blocks only, and a block starts equal wherever else the pattern changes. Experts are drawn one by one under their global
 number, so that an expert rank draws only those it holds. A large matrix is drawn in pieces along the dimension that ranks
-cut, each from a generator of its own, and a rank draws the pieces that it holds a part of: no process holds a matrix whole,
+cut, each from its own generator, and a rank draws the pieces that it holds a part of: no process holds a matrix whole,
 and drawing takes the less time the more ranks share it. Values are drawn in float32 on the CPU, whose generator gives
 the same numbers on every machine, and are then copied into the parameter's dtype and device.
 

@@ -1,6 +1,6 @@
-"""Low-rank updates beside projections of mixers: put in before a fine-tune, merged into the weights after it.
+"""Low-rank updates next to projections of mixers: put in before a fine-tune, merged into the weights after it.
 
-The update is a module `lora` of the layer it stands beside, so that all other weights keep their names: weights without it
+The update is a module `lora` of the layer next to it, so that all other weights keep their names: weights without it
 load into a model before it gets one, and `merge_lora` gives back a state with exactly the names of such a model. What is
 frozen is said by `requires_grad` alone; engine and checkpoints go by that.
 """
@@ -24,7 +24,8 @@ _DOWN, _UP = ".lora.down", ".lora.up"
 
 
 def add_lora(model: HybridModel, targets: Collection[str], *, rank: int, alpha: float) -> list[str]:
-    """Put an update of this rank, times alpha / rank, beside the projections `targets` (q, k, v, o, in, out) of every mixer with them.
+    """Put an update of this rank, times alpha / rank, next to the projections `targets` (q, k, v, o, in, out) of every
+    mixer with them.
 
     Updates start at zero: the model computes what it did. Returns the names of the layers that got one. No collectives;
     every rank must call this before an engine takes the model.

@@ -2,7 +2,7 @@
 
 In training the logits [B, T, V] would be the largest tensor of all, and only their cross entropy is wanted. So the loss is
 computed from hidden states and weight, a part of the vocabulary at a time (kernels/linear_cross_entropy), and logits are
-made only where somebody asks for them: in decoding, evaluation of a task, and comparison with other implementations.
+made only where someone asks for them: in decoding, evaluation of a task, and comparison with other implementations.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _vocab_parallel(
     z_loss_weight: float,
     backend: str,
 ) -> CrossEntropy:
-    """Cross entropy with a sharded vocabulary: no rank holds logits, and three numbers a token are reduced.
+    """Cross entropy with a sharded vocabulary: no rank holds logits, and three numbers per token are reduced.
 
     Each rank gives the log sum exp of its rows and the label's logit, 0 where the label is another rank's row. The log sums
     are joined relative to their maximum over the ranks, which keeps exp within range and carries no gradient.

@@ -56,8 +56,9 @@ class Ahead:
 class MtpDepth(nn.Module):
     """One depth, or with `model.mtp.shared` all of them: two norms, in_proj [D, 2 D], blocks, and the norm before the head.
 
-    Tensor ranks cut in_proj along its input: each multiplies its part of both norms' outputs. The blocks' indices go on
-    behind the main model's, so that expert counts and draws are their own. Every rank of the blocks' groups must call.
+    Tensor ranks cut in_proj along its input: each multiplies its part of both norms' outputs. The blocks' indices
+    continue behind the main model's, so that expert counts and draws are their own. Every rank of the blocks' groups
+    must call.
     """
 
     def __init__(self, number: int, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:

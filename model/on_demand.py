@@ -1,8 +1,8 @@
-"""Tensors by name that are read or computed when somebody asks for them, whole or a few rows; nothing is kept.
+"""Tensors by name that are read or computed when someone asks for them, whole or a few rows; nothing is kept.
 
 A model of 560B parameters is 2.2 TB in float32. What goes through such a mapping (a checkpoint to an export, an import to
 the part of one rank) needs the memory of the rows that it asks for at once, however large the model is. Whoever takes a
-dictionary of tensors takes this too: a name gives a whole tensor, made anew each time.
+dictionary of tensors takes this too: a name gives a whole tensor, made again each time.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ class PackMeta:
     document_ids_BT [B, T] int32, nondecreasing inside a row. positions_BT [B, T] int32, the place inside the document.
     starts_BT [B, T] int32, the place in the row of the first token of each token's document, and document_ends, the same of
     all rows laid end to end, where they were asked for (`find_bounds`). single_document: no row has a boundary, so blocks may
-    take the path without masks. first_continues: each row's first token goes on with the document that a decode state holds.
+    take the path without masks. first_continues: each row's first token continues with the document that a decode state
+    holds.
     segments: where ids and positions are those of this rank's part of the rows, T its tokens; the other fields stay those of
     whole rows. halves: the layouts of the first and second half of the rows, where these pass blocks in turns (`with_halves`).
     """
@@ -125,7 +126,7 @@ class PackMeta:
         return replace(self, halves=halves)
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackMeta:
-        """Apply a function to every tensor of the layout: a move to a device, say. Shapes and values must stay."""
+        """Apply a function to every tensor of the layout: such as a move to a device. Shapes and values must stay."""
         ends = self.document_ends
         return replace(
             self,

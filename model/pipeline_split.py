@@ -67,7 +67,9 @@ def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int) -> tu
 
 
 def piece_costs(config: ModelConfig, sequence_length: int) -> list[float]:
-    """FLOPs a token of each block; the last with those of the head and the prediction depths; the embedding costs none."""
+    """FLOPs per token of each block; the last with those of the head and the prediction depths; the embedding costs
+    none.
+    """
     costs = [block_flops(config, letter, sequence_length) for letter in config.letters]
     costs[-1] += head_flops(config) + depth_flops(config, sequence_length)
     return costs

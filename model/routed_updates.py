@@ -1,10 +1,11 @@
-"""Low-rank updates of which a router chooses some for each token: what LoRA-Mixer puts beside projections of attention and SSMs.
+"""Low-rank updates of which a router chooses some for each token: what LoRA-Mixer puts next to projections of attention
+and SSMs.
 
     y = W x + (alpha / r) sum over the top k of E of p_e B_e A_e x
 
 A block has one router, which reads what its mixer reads, so that all projections of a token choose alike. The factors of the
 E updates lie behind each other, as one of rank E r (model/parallel/low_rank.py), between whose factors each token has the
-weights p of the chosen, and zeros: E r is small beside the width, and products of whole matrices are quicker than the
+weights p of the chosen, and zeros: E r is small next to the width, and products of whole matrices are quicker than the
 sorting that would spare the zeros. So names, first values, cuts over tensor ranks and freezing are those of one update, and
 no collective is added to those that the router of experts has. For the first `hard_from_step` steps of training all E count,
 by the softmax, so that each gets gradients before choices are hard. After LoRA-Mixer, of whose Specialization Balance Loss
@@ -63,7 +64,7 @@ class RoutedUpdates(nn.Module):
         # A tuple: they belong to their layers, and have their names from there.
         self.updates = tuple(updates)
         self.soft = False
-        # Where somebody measures: tokens by update [E], added up over calls.
+        # Where someone measures: tokens by update [E], added up over calls.
         self.measured: Tensor | None = None
         self._balance: dict[str, Tensor] = {}
         mixer.register_forward_pre_hook(self._before_mixer)
@@ -130,7 +131,7 @@ def sharpness_loss(scores_RE: Tensor) -> Tensor:
 def put_updates(
     mixer: nn.Module, config: ModelConfig, groups: ProcessGroupCollection, backend: str
 ) -> RoutedUpdates | None:
-    """Put updates beside the projections of a mixer, where `model.lora_mixer` asks for them; returns their router."""
+    """Put updates next to the projections of a mixer, where `model.lora_mixer` asks for them; returns their router."""
     routed = config.lora_mixer
     if routed is None or not projections_of(mixer, routed.targets):
         return None

@@ -1,7 +1,7 @@
 """Layers that depend on the step: what a step sets before its first forward pass.
 
 The setting is a function of the seed and the step alone, the same on all ranks, so there is nothing to save, and a resumed
-run goes on with what an uninterrupted one has.
+run continues with what an uninterrupted one has.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ class Segments:
 
     One from either end: in causal attention all ranks then see equally many keys. They stand one after the other in
     whatever is cut, [B, T / num_ranks, ...]. document_ids_BT [B, T] int32 are those of the whole rows. continues_BZ
-    [B, Z]: the segment's first token goes on with the document of the segment before it. document_ends: of each of the two, for
-    attention to the keys up to its own end, where they were asked for (`find_ends`).
+    [B, Z]: the segment's first token continues with the document of the segment before it. document_ends: of each of
+    the two, for attention to the keys up to its own end, where they were asked for (`find_ends`).
     """
 
     rank: int
@@ -60,7 +60,7 @@ class Segments:
         )
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Segments:
-        """Apply a function to every tensor: a move to a device, say."""
+        """Apply a function to every tensor: such as a move to a device."""
         return replace(
             self,
             document_ids_BT=change(self.document_ids_BT),
@@ -76,7 +76,8 @@ class Segments:
     def _ends_of(self, number: int, starts_BT: Tensor) -> DocumentEnds:
         """Documents of segment `number` of all rows: its queries, and keys of the row up to its end.
 
-        The first document's keys begin before the segment where it goes on; those before that are a document without queries.
+        The first document's keys begin before the segment where it continues; those before that are a document without
+        queries.
         """
         begin, seen = number * self.length, (number + 1) * self.length
         own_BL = starts_BT[:, begin:seen]
@@ -117,7 +118,7 @@ class Segments:
         return torch.cat([parts[number] for number in self.own], dim=1)
 
     def as_rows(self, x_BT: Tensor) -> Tensor:
-        """View this rank's segments as rows of their own: [B, T / num_ranks, ...] -> [2 B, T / (2 num_ranks), ...].
+        """View this rank's segments as their own rows: [B, T / num_ranks, ...] -> [2 B, T / (2 num_ranks), ...].
 
         Rows alternate: the first segment of row 0, its second, the first of row 1; `unflatten(0, (B, 2))` inverts it.
         """

@@ -8,9 +8,9 @@ stream; the other one is cut as the dense matrix would be.
     down   each rank has the columns, or blocks, of the first that its channels feed. Low rank sums h and has the whole
            second on the stream; the block kinds have the columns of the second that these blocks feed, and sum y
 
-So there are as many collectives as around dense matrices, and low rank sends r numbers a token in place of the stream's
-width. The order of a block shuffle's inner channels is ours to choose: channel = (block, row), without the transposition
-at the end, so that a rank's channels are whole blocks and `down` finds its own.
+So there are as many collectives as around dense matrices, and low rank sends r numbers per token in place of the
+stream's width. The order of a block shuffle's inner channels is ours to choose: channel = (block, row), without the
+transposition at the end, so that a rank's channels are whole blocks and `down` finds its own.
 
 Self-guided training adds to each such layer a dense matrix, `guide_weight`, which begins as the product of the factors
 and fades as the step says (`set_step`). A skipped step adds zero times its sum, so that every parameter has a gradient in
@@ -20,7 +20,7 @@ First values: low rank begins as a dense matrix does, in law. It takes singular 
 from the quantiles of the law of Marchenko and Pastur, the largest r of them, so that nothing is decomposed at a start;
 blocks are orthogonal, so that the product's singular values are 1 at every width (over the root of the depth where a dense
 matrix's would be), as published. Scaled down to a dense matrix's mean square, 0.4 at width 96, block shuffle learnt much
-more slowly: 2.26 nats a byte where dense had 2.06 after 220 steps.
+more slowly: 2.26 nats per byte where dense had 2.06 after 220 steps.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""Two halves of a micro-batch's rows pass the blocks in turns: the rows of one travel to experts beside what the other computes.
+"""Two halves of a micro-batch's rows pass the blocks in turns: the rows of one travel to experts next to what the other
+computes.
 
 Experts that are spread over ranks make a block wait for rows, twice in each direction. Rows of a micro-batch do not know of each
-other, so one half can go on while the other waits: each half runs until it would wait and then lets the other run.
+other, so one half can continue while the other waits: each half runs until it would wait and then lets the other run.
 
     half 1   mixers, router, send | wait, experts, send home |  wait, next mixers, router, send   |
     half 2                        | mixers, router, send     | wait, experts, send home           | wait, next mixers ...
 
-So a half's rows travel out beside the other's mixers or experts, and home beside its experts or next mixers. Autograd runs the
-nodes that were made last first, which is the same turns backwards: gradients travel beside computing as well.
+So a half's rows travel out next to the other's mixers or experts, and home next to its experts or next mixers. Autograd
+runs the nodes that were made last first, which is the same turns backwards: gradients travel in parallel with computing
+as well.
 
 Every number is that of two micro-batches of half the rows: capacities and balance losses are a half's, and losses are averaged.
 The order of all collectives is the same on all ranks, because it follows from the blocks alone.

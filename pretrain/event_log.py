@@ -11,8 +11,8 @@ from amfm.data_pipeline.durable.lines import read_lines
 ENDS = ("end", "signal")  # the last word of a start that ended in good order
 
 VANISHED = (
-    "all ranks ended with code 0 and the run's events tell of no end: a plug-in or a library ended the process; the same command "
-    "goes on from the newest checkpoint"
+    "all ranks ended with code 0 and the run's events report no end: a plug-in or a library ended the process; the same command "
+    "continues from the newest checkpoint"
 )
 
 
@@ -24,7 +24,7 @@ def read_events(run_dir: Path) -> Iterator[dict[str, Any]]:
 
 
 def find_last_saved(run_dir: Path) -> int | None:
-    """The step of the newest checkpoint that a run's events tell of; None where they tell of none."""
+    """The step of the newest checkpoint that a run's events report; None where they report none."""
     saved = [event.get("step") for event in read_events(run_dir) if event.get("event") == "checkpoint"]
     return max((step for step in saved if isinstance(step, int)), default=None)
 

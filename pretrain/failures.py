@@ -1,8 +1,7 @@
 """What an error means, judged in one place: exit code and words, by the phase that it came up in.
 
-While a command starts, what its user can correct (a setting, a path) ends with 2 and everything else of the machine
-with
-3. Once a run is under way nothing is the settings' fault any more: whatever the machine refuses ends with 3, so that a
+While a command starts, what its user can correct (a setting, a path) ends with 2, and everything else of the
+machine with 3. Once a run is under way nothing is the settings' fault any more: whatever the machine refuses ends with 3, so that a
 supervisor starts again from the newest checkpoint. A bug (AssertionError, TypeError, ...) is neither and keeps its
 traceback. Messages of the system carry the path they are about (`amfm.data_pipeline.durable.naming.named`).
 """
@@ -60,10 +59,10 @@ def describe(error: Exception) -> str:
 def choose_remedy(number: int | None) -> str:
     """Choose what helps against an error of the operating system, by its number."""
     if number in FULL:
-        return "make room and go on"
+        return "make room and continue"
     if number in CORRECTABLE:
         return "name another path, or make this one readable and writable"
-    return "the storage failed; go on when it answers again"
+    return "the storage failed; continue when it answers again"
 
 
 @contextmanager
@@ -108,7 +107,7 @@ def launches_in_words() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Triton's errors are no RuntimeErrors. It need not be installed, and then nothing of it is raised.
+        # Triton's errors are not RuntimeErrors. It need not be installed, and then nothing of it is raised.
         if not any(base.__module__.partition(".")[0] == "triton" for base in type(error).__mro__):
             raise
         from amfm.kernels.runtime.launch_failure import describe_launch_failure

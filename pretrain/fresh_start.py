@@ -1,4 +1,4 @@
-"""Where ranks must be built anew inside a run: the next stage has a layout of its own, or the guides are gone."""
+"""Where ranks must be rebuilt inside a run: the next stage has its own layout, or the guides are gone."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ def needed_now(run: Run) -> Built:
 
 
 def announce_fresh_start(run: Run) -> None:
-    """Record and say that the ranks start anew for the next step, and why; everything is saved."""
+    """Record and say that the ranks restart for the next step, and why; everything is saved."""
     saved, needed = f"saved at step {run.progress.step}", needed_now(run)
     if needed.parallel == run.built.parallel:
-        run.tell("guide_removed", f"{saved}: the factored matrices go on without guides; ranks start anew")
+        run.tell("guide_removed", f"{saved}: the factored matrices continue without guides; ranks restart")
         return
     stage = stage_of(run.stages, run.progress.step)
     run.tell(
         "next_layout",
-        f"{saved}: stage {stage.name} has a layout of its own, {describe_parallel(needed.parallel)}; "
-        "its ranks start anew",
+        f"{saved}: stage {stage.name} has its own layout, {describe_parallel(needed.parallel)}; its ranks restart",
         stage=stage.name,
         parallel=needed.parallel.model_dump(mode="json"),
     )

@@ -1,4 +1,4 @@
-"""A hook: something that a run does beside training, at a few moments.
+"""A hook: something that a run does besides training, at a few moments.
 
 Hooks know the run; the step and the loop know no hook. Every rank builds the same ones and calls them in the same order
 (hooks/build.py), so a hook may use collectives. What it keeps is a function of the step and the masters: a checkpoint

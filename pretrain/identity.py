@@ -2,7 +2,7 @@
 
 All ranks compare it at the start: ranks that were started by hand or by a scheduler with other settings, another store
 or another checkout would train together without a word. Every checkpoint carries it (`config`, `identities`,
-`versions`), and a start that goes on from one says what changed.
+`versions`), and a start that continues from one says what changed.
 """
 
 from __future__ import annotations

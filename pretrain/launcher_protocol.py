@@ -7,8 +7,8 @@ from __future__ import annotations
 
 DONE = 0
 BAD_INPUT = 2  # settings and files: the same command would be refused again
-RUN_FAILED = 3  # the machine's state: the same command may go on
-NEXT_LAYOUT = 4  # saved where another layout begins, or a model without guides: the same command goes on, anew
+RUN_FAILED = 3  # the machine's state: the same command may continue
+NEXT_LAYOUT = 4  # saved where another layout begins, or a model without guides: the same command continues, again
 INTERRUPTED = 130  # Ctrl-C, as shells count it: a script must not take the run for finished
 
 LAUNCHER_PID = "AMFM_LAUNCHER_PID"  # of launch/cluster/local.py: its ranks end with it

@@ -93,7 +93,7 @@ def move_batch(batch: Batch, parallel: Parallel, model: ModelConfig, *, takes_tu
 class MicroBatches(Sequence[MicroBatch]):
     """The micro-batches of a step, each prepared for this rank when it is first asked for.
 
-    By then the one before it is queued: a card computes that one while the host finds documents, cuts and fills pinned
+    By then the one before it is queued: a GPU computes that one while the host finds documents, cuts and fills pinned
     memory for this one, and its first product waits for one micro-batch instead of for all of a step. On a CPU the
     order is the same.
     """

@@ -165,7 +165,8 @@ def is_first_rank() -> bool:
 
 
 def record_collectives(folder: Path) -> None:
-    """Have torch write its record of the last collectives into a folder, a file a rank, when one times out under NCCL.
+    """Have torch write its record of the last collectives into a folder, a file per rank, when one times out under
+    NCCL.
 
     Which rank came to which collective is what a hang is explained by (torch's flight recorder); variables that are set
     already win. Call it before the ranks meet; the folder must be there when it is needed.
@@ -268,11 +269,11 @@ def initialize_parallel(
 
 @contextmanager
 def axis_groups() -> Iterator[None]:
-    """Inside the block Megatron-core's groups are of NCCL alone on cards, and a rank's groups of size 1 are one.
+    """Inside the block Megatron-core's groups are of NCCL alone on GPUs, and a rank's groups of size 1 are one.
 
     The default group also carries objects between processors, over gloo, and every group inherits that: at 1,024 ranks
     a mesh of sockets for each of 2,652 groups, above what a process may open. Axes carry tensors of the device only. A
-    group of one rank talks to nobody, and making it costs every rank a round through the store: with many axes of size
+    group of one rank talks to no one, and making it costs every rank a round through the store: with many axes of size
     1 that was most groups. All ranks must enter.
     """
     rank, own = torch.distributed.get_rank(), parallel_state.create_group

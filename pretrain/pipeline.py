@@ -278,7 +278,7 @@ class Pipeline:
     def _start(self, inputs: Sequence[MicroBatch], share: Share | None) -> None:
         """Set what the pieces look up.
 
-        A schedule, whose buffers have fixed shapes, is built anew when the shape changes.
+        A schedule, whose buffers have fixed shapes, is rebuilt when the shape changes.
         """
         self.current.shape = rows, tokens = tuple(inputs[0].tokens_BT.shape)
         if self._shape != (len(inputs), rows, tokens):

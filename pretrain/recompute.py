@@ -2,7 +2,7 @@
 
 A recomputed block keeps its input alone and runs its forward pass again before its backward pass (Chen et al. 2016,
 arXiv 1604.06174): memory for about a third more arithmetic in that block. The choice is by kind of block, because kinds
-differ in what they keep. The numbers of a step do not depend on it, so a resumed run may choose anew.
+differ in what they keep. The numbers of a step do not depend on it, so a resumed run may choose again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def recompute_problems(config: RunConfig) -> Iterator[Problem]:
     """Check that `recompute_blocks` has an effect and that the pipeline schedule can recompute at all."""
     train, schedule, key = config.train, config.parallel.schedule, "train.recompute_blocks"
     if schedule == "zero_bubble" and train.recompute != "none":
-        # torch's checkpoints hand copies of saved parameters to a backward pass, whose gradients nobody would collect.
+        # torch's checkpoints hand copies of saved parameters to a backward pass, whose gradients no one would collect.
         rule = (
             "does not go with parallel.schedule=zero_bubble, which puts gradients off to parameters that it "
             "no longer has"

@@ -1,4 +1,4 @@
-"""What follows a step with non-finite gradients or a loss spike: go on, go back to the newest checkpoint, or end."""
+"""What follows a step with non-finite gradients or a loss spike: continue, go back to the newest checkpoint, or end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def handle_anomaly(run: Run, anomaly: StepAnomaly) -> bool:
 
 
 def roll_back(run: Run, anomaly: StepAnomaly) -> bool:
-    """Restore the newest checkpoint's weights and go on with the data after this step; False when that is not possible.
+    """Restore the newest checkpoint's weights and continue with the data after this step; False when that is not
+    possible.
 
     The data that led here is not read again, and the steps since the checkpoint count as skipped, so that schedule,
     stages and data stay functions of the step. Saves at once: a restart must not meet the old data again. Every rank

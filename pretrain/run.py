@@ -72,7 +72,7 @@ class Run:
     loader: this rank's micro-batches of training text. peak: the device's arithmetic, for MFU. stages: all training
     stages; stage: the one the model is set to. built: what ranks, model and engine were built by. phases: the clock of
     a step. profiler: traces the steps that `train.profile` names. pipeline: runs the schedule where the model is cut
-    over ranks. hooks: what it does beside training, in the order of hooks/build.py. saved_step: of the newest
+    over ranks. hooks: what it does besides training, in the order of hooks/build.py. saved_step: of the newest
     checkpoint that was begun, None after a rollback. remarks: on the weights that it began with. keeps_freed_memory:
     whether this process does.
     """
@@ -139,7 +139,7 @@ class Run:
         return MasterView(self.saver.layout, self.saver.writers, self.parallel.rank)
 
     def note_edit(self) -> None:
-        """Tell every hook that masters or weights were written to between steps: it is no silent corruption."""
+        """Tell every hook that masters or weights were written to between steps: it is not a silent corruption."""
         for hook in self.hooks:
             hook.after_edit()
 

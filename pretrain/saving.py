@@ -75,7 +75,7 @@ def restore_newest_weights(run: Run) -> int | None:
     unfit = run.built.explain_unfit(Built.for_step_after(loaded.step, run.config, run.stages))
     if unfit is not None:
         # Newer checkpoints are damaged, and this model has no place for what the older one holds.
-        raise RuntimeError(f"{loaded.path} is {unfit}; the same command goes on from it")
+        raise RuntimeError(f"{loaded.path} is {unfit}; the same command continues from it")
     then = Progress(**loaded.state["progress"])
     # Whether or not they were skipped already, when they were taken.
     run.progress.skipped_steps = then.skipped_steps + run.progress.step - loaded.step
@@ -113,7 +113,7 @@ def save_if_due(run: Run, result: StepResult) -> None:
 
 
 def collect_state(run: Run) -> dict[str, Any]:
-    """What a checkpoint holds beside the engine's state, after the hooks had their look. Every rank must call this."""
+    """What a checkpoint holds besides the engine's state, after the hooks had their look. Every rank must call this."""
     run.clock("save")
     for hook in run.hooks:
         hook.before_save()

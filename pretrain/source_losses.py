@@ -1,8 +1,9 @@
-"""Losses by source of text, and in bits a byte beside nats a token.
+"""Losses by source of text, and in bits per byte next to nats per token.
 
-A loss in nats a token depends on the tokenizer: longer tokens are harder to guess and there are fewer of them. Divided
-by the text that a token stands for it does not, so models with different tokenizers compare. The text of a token is the
-average of its source and split, as the store's manifest has it; sources that came as tokens (.idx) have none.
+A loss in nats per token depends on the tokenizer: longer tokens are harder to guess and there are fewer of them.
+Divided by the text that a token stands for it does not, so models with different tokenizers compare. The text of a
+token is the average of its source and split, as the store's manifest has it; sources that came as tokens (.idx) have
+none.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ IGNORED = -100  # label of a token that is not predicted
 
 @dataclass(frozen=True)
 class SourceLoss:
-    """Mean negative log-likelihood a token in nats, the tokens predicted, and bits a byte where the bytes are known."""
+    """Mean negative log-likelihood a token in nats, the tokens predicted, and bits per byte where the bytes are
+    known.
+    """
 
     loss: float
     tokens: int
@@ -51,7 +54,7 @@ def losses_of(sums: Mapping[str, tuple[float, int]], store: TokenStore, split: S
 
 
 def bits_per_byte(sums: Mapping[str, tuple[float, int]], store: TokenStore, split: Split) -> float | None:
-    """Bits a byte over all sources, from the nats and tokens of each; None where the bytes of one are not known."""
+    """Bits per byte over all sources, from the nats and tokens of each; None where the bytes of one are not known."""
     num_bytes = 0.0
     for name, (_, tokens) in sums.items():
         per_token = store.bytes_per_token(name, split)

@@ -29,7 +29,7 @@ class RunStage:
     first_step, first_sample: steps done and rows drawn by all stages before it. micro_batch_size, global_batch_size: in
     rows of sequence_length tokens. peak: highest learning rate, which its schedule spreads over num_steps. weights: of
     the data mixture, None where it does not change. ramp: of the batch size, in the first stage only. parallel: its
-    layout; where it differs from that of the stage before, the ranks are started anew.
+    layout; where it differs from that of the stage before, the ranks are started again.
     """
 
     index: int
@@ -136,7 +136,7 @@ def recompute_of(
 ) -> tuple[Literal["none", "selective", "full"], str]:
     """What a stage recomputes, and the letters of its blocks.
 
-    A stage that says what anew does not inherit the letters.
+    A stage that says what again does not inherit the letters.
     """
     inherited = before or config.train
     given = section.recompute_blocks
@@ -174,9 +174,9 @@ def stage_of(stages: tuple[RunStage, ...], steps_done: int) -> RunStage:
 
 @dataclass(frozen=True)
 class Built:
-    """What ranks, model and engine are built by for a step; where the next one needs another, the ranks start anew.
+    """What ranks, model and engine are built by for a step; where the next one needs another, the ranks restart.
 
-    guided: whether factored matrices have dense ones beside them (`model.guide`), which vanish in the middle of a run.
+    guided: whether factored matrices have dense ones next to them (`model.guide`), which vanish in the middle of a run.
     """
 
     parallel: ParallelConfig
@@ -184,7 +184,7 @@ class Built:
 
     @classmethod
     def for_step_after(cls, steps_done: int, config: RunConfig, stages: tuple[RunStage, ...]) -> Built:
-        """What the step after so many needs."""
+        """What the step after this many needs."""
         guide = config.model.guide
         guided = guide is not None and steps_done < guide.last_step(stages[-1].last_step)
         return cls(stage_of(stages, steps_done).parallel, guided)
@@ -200,12 +200,12 @@ class Built:
         return None
 
 
-# Events of ranks that start anew in good order.
+# Events of ranks that restart in good order.
 FRESH_START_EVENTS = ("next_layout", "guide_removed")
 
 
 def fresh_starts(config: RunConfig) -> list[int]:
-    """Steps after which a run starts its ranks anew: the next step is built by something else."""
+    """Steps after which a run starts its ranks again: the next step is built by something else."""
     stages = resolve_stages(config)
     total = stages[-1].last_step
     changes = {stage.first_step for stage in stages[1:]}

@@ -230,7 +230,7 @@ def forward_micro_batch(run: Run, given: MicroBatch, *, predicts: bool = False) 
 def count_valid_tokens(batches: Sequence[Batch], parallel: Parallel, model: ModelConfig) -> Tensor:
     """Count the labels that are not masked, over all micro-batches of all data ranks. Every rank must call this.
 
-    First those of the main loss, then those of each depth of multi-token prediction; on the device, where nobody waits.
+    First those of the main loss, then those of each depth of multi-token prediction; on the device, where no one waits.
     """
     own = [sum(int(batch.loss_mask_BT.sum()) for batch in batches)]
     ahead = [look_ahead(batch, model.num_depths) for batch in batches]

@@ -165,7 +165,7 @@ def encode(news: RankNews, parallel: Parallel) -> Tensor:
     vector = torch.zeros(len(values), dtype=torch.float64, device=parallel.device)
     for place, value in enumerate(values):
         if value:
-            vector[place] = float(value)  # a launch on a card, and no copy that the host waits for
+            vector[place] = float(value)  # a launch on a GPU, and no copy that the host waits for
     return vector
 
 
@@ -174,7 +174,7 @@ def empty_sums(config: ModelConfig, device: torch.device, *, extra: Sequence[str
 
     Every auxiliary loss, every block with a router, every prediction depth.
 
-    extra: auxiliary losses that the run's blocks give beside those of its model section.
+    extra: auxiliary losses that the run's blocks give besides those of its model section.
     """
     zero = torch.zeros((), device=device)
     sums = StepSums(zero.clone(), zero.clone(), mtp_nll=[zero.clone() for _ in range(config.num_depths)])

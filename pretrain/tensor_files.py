@@ -1,6 +1,6 @@
 """Safetensors files: what is cut, damaged or cannot be written gives one message that names the file.
 
-The library raises errors of a kind of its own, for files of somebody else that it cannot read and for a full disk
+The library raises errors of its own kind, for files of someone else that it cannot read and for a full disk
 alike. It maps files, and every page that was touched then counts as memory of the process; so what may be larger than
 memory is read by positions (`TensorFile`) and written in parts, in any order (`TensorWriter`).
 """
@@ -146,10 +146,10 @@ class TensorWriter:
     def put(self, name: str, first_row: int, rows: Tensor) -> None:
         """Write rows of a tensor from `first_row` on, in the dtype that was announced for it."""
         dtype, shape = self.tensors[name]
-        assert tuple(rows.shape[1:]) == shape[1:], f"{name}: {tuple(rows.shape)} are no rows of {shape}"
+        assert tuple(rows.shape[1:]) == shape[1:], f"{name}: {tuple(rows.shape)} are not rows of {shape}"
         data = tensor_bytes(rows.to(dtype))
         place = len(self.header) + self.places[name] + first_row * math.prod(shape[1:]) * dtype.itemsize
-        # Opened anew: an export has hundreds of files, and a process may open a thousand.
+        # Opened again: an export has hundreds of files, and a process may open a thousand.
         with named(self.path), self.path.open("r+b", buffering=0) as file:
             while data:
                 count = os.pwrite(file.fileno(), data, place)

@@ -1,6 +1,6 @@
 """The training loop, from a configuration to a finished run.
 
-`train` builds a run (start.py), steps it to its end (step.py) and closes it. What it does beside that is a hook
+`train` builds a run (start.py), steps it to its end (step.py) and closes it. What it does besides that is a hook
 (hook.py): validation, tasks, the log and everything else that looks at a run or edits it between steps.
 
 Every rank runs the same lines. What one rank alone knows (a signal, a NaN, a damaged sample) is reduced or gathered
@@ -11,8 +11,8 @@ loader's cursor, the engine and the random generators. Learning rate, batch size
 functions of the step, so the loop has no state of its own.
 
 A step with non-finite gradients or a loss spike is a `StepAnomaly`. The step itself was skipped on every rank or
-applied on every rank; `handle_anomaly` then goes on, goes back to the newest checkpoint's weights, or ends the run, as
-the section `health` says (recovery.py).
+applied on every rank; `handle_anomaly` then continues, goes back to the newest checkpoint's weights, or ends the run,
+as the section `health` says (recovery.py).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from amfm.pretrain.step import train_step
 
 
 def train(config: RunConfig) -> int:
-    """Train, resuming by itself from `run.dir`, and return the exit code. Every rank must call this.
+    """Train, resuming on its own from `run.dir`, and return the exit code. Every rank must call this.
 
     0: the steps asked for are done, or SIGTERM or SIGUSR1 asked to stop, and everything is saved. 130: Ctrl-C, saved.
     3: an anomaly ended the run (`handle_anomaly`), or `train.checkpoint_store` does not take its last checkpoint; the
-    newest checkpoint stands. 4: the next step needs ranks that are built anew, and everything is saved: the same
-    command goes on.
+    newest checkpoint stands. 4: the next step needs ranks that are rebuilt, and everything is saved: the same
+    command continues.
 
     Raises ValueError for settings and data that do not fit, OSError while it starts, RuntimeError for the machine's
     state and for all that ends a run under way; where another rank is gone, the message names it.
@@ -118,10 +118,10 @@ def finish(run: Run) -> int:
 
 
 def leave_for_fresh_start(run: Run) -> int:
-    """Save and end where ranks must be built anew; returns the exit code. Every rank must call this."""
+    """Save and end where ranks must be rebuilt; returns the exit code. Every rank must call this."""
     save(run)
     finish_saving(run)
-    # One that came since the last step's reduction, while this was saved, is nobody's after this process.
+    # One that came since the last step's reduction, while this was saved, belongs to no one after this process.
     (number,) = run.parallel.max_over_all([run.signals.received])
     if number:
         return stop_on_signal(run, number)
@@ -134,5 +134,5 @@ def stop_on_signal(run: Run, number: int) -> int:
     save(run)
     finish_saving(run)
     name = signal_name(number)
-    run.tell("signal", f"{name}: saved at step {run.progress.step}; the same command goes on from there", name=name)
+    run.tell("signal", f"{name}: saved at step {run.progress.step}; the same command continues from there", name=name)
     return INTERRUPTED if number == signal.SIGINT else DONE

@@ -4,9 +4,9 @@
 
 NEW is the working tree where it is not given; `--keep` keeps what OLD gave, for the next time. Each side makes its own
 token store, trains `RUNS` (one plain, two with every side feature that goes together, two ranks among them), is stopped
-halfway and goes on. Compared are the store's files, exit codes, each line of metrics.jsonl and events.jsonl in order, and
-each file of each checkpoint that is left; not times, memory, rates and settings that OLD does not have. At last NEW goes
-on from the run directories that OLD left halfway. Prints what differs and exits with 1; 0 when nothing does.
+halfway and continues. Compared are the store's files, exit codes, each line of metrics.jsonl and events.jsonl in order,
+and each file of each checkpoint that is left; not times, memory, rates and settings that OLD does not have. At last NEW
+continues from the run directories that OLD left halfway. Prints what differs and exits with 1; 0 when nothing does.
 
 A commit is unpacked into a temporary folder. Import names may differ (`pretrain.x` or `amfm.pretrain.x`): this file itself
 is the program that runs in each side, and finds them.

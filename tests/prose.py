@@ -1,9 +1,11 @@
-"""Words and lengths of the pages: `python tests/prose.py [PAGE ...]` prints what breaks a rule and exits with 1 if anything does.
+"""Words of pages and of Python, lengths of paragraphs: `python tests/prose.py [FILE ...]` prints what breaks a rule and exits with 1.
 
-The rules are the word list in CONTRIBUTING.md: in each row, the code spans of the first column are patterns that pages do
-not use, and the second column is what to write instead. A pattern is a regular expression for whole words, in any case;
-the names of `WORDS` stand for alternatives. Code, link targets and the pages of `EXEMPT` are not checked. Paragraphs and
-list items have at most `LONGEST` characters.
+The rules are the word list in CONTRIBUTING.md: in each row, the code spans of the first column are patterns that are not
+used, and the second column is what to write instead. A pattern is a regular expression for whole words, in any case; the
+names of `WORDS` stand for alternatives. In pages, code, link targets and the files of `EXEMPT` are not checked, and
+paragraphs and list items have at most `LONGEST` characters. In Python, comments, docstrings and strings of several words
+are checked (help, messages, descriptions of settings), without code spans and the expressions of f-strings; rows whose
+third column begins with `PAGES_ALONE` do not apply there.
 
 A file of our own because the kept linters do not fit: vale's packages download a binary from GitHub at their first call, and
 proselint checks its own rules only.
@@ -11,32 +13,40 @@ proselint checks its own rules only.
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("*.md", "docs/**/*.md", "examples/**/*.md", "recipes/**/*.md")
+# Texts that models continue in tests and checks.
+PROMPTS = ("pretrain/export/clients/check.py", "tests/pretrain/export/habits/trainer.py")
 # What was measured stays as it was written.
-EXEMPT = ("docs/log/", "docs/benchmarks/")
+EXEMPT = ("docs/log/", "docs/benchmarks/", "tests/prose.py", "tests/test_prose.py", *PROMPTS)
 LONGEST = 700  # about six lines of a browser
 HEADING = "## Words"
+PAGES_ALONE = "*pages*"
+# From Python 3.12 on an f-string is several tokens.
+STRINGS = {tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
 WORDS = {
     "MEASURE": "tokens|bytes|bits|nats|numbers|weights|FLOPs|operations|multiply-adds|steps|pairs|samples|lines|hours|minutes"
-    "|seconds|[kKMG]i?B|one|memory|files?|line|collective|core|requests?|times|choices|pieces|runs|registers|launches",
+    "|seconds|[kKMG]i?B|one|memory|files?|line|collective|core|requests?|choices|pieces|registers|programs?|gates?",
     "UNIT": "(?:parameter|token|byte|second|minute|hour|day|step|rank|node|host|GPU|head|layer|block|thread|file|function"
     "|sample|expert|channel|seed|run|dtype|word|row|group|page|stage|element|document|operation|folder|class|key|axis)",
 }
 
 
 class Rule(NamedTuple):
-    """A pattern that pages do not use, and what to write instead."""
+    """A pattern that is not used, what to write instead, and whether the rule is for pages alone."""
 
     pattern: re.Pattern[str]
     instead: str
+    pages_alone: bool
 
 
 def read_rules(contributing: str) -> list[Rule]:
@@ -44,12 +54,13 @@ def read_rules(contributing: str) -> list[Rule]:
     section = contributing.split(f"\n{HEADING}\n", 1)[1].split("\n## ", 1)[0]
     rules = []
     for row in re.findall(r"^\| (`.*)$", section, re.MULTILINE):
-        habits, instead, *_ = re.split(r"(?<!\\)\|", row)
+        habits, instead, example, *_ = re.split(r"(?<!\\)\|", row)
         for habit in re.findall(r"`([^`]+)`", habits):
             pattern = habit.replace("\\|", "|")
             for name, words in WORDS.items():
                 pattern = pattern.replace(name, f"(?:{words})")
-            rules.append(Rule(re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE), instead.strip()))
+            whole_words = re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE)
+            rules.append(Rule(whole_words, instead.strip(), example.strip().startswith(PAGES_ALONE)))
     return rules
 
 
@@ -76,6 +87,31 @@ def strip_code(block: str) -> str:
     return re.sub(r"\]\([^)]*\)", "]", re.sub(r"(`+).+?\1", "``", block))
 
 
+def find_words(source: str) -> Iterator[tuple[int, str]]:
+    """The comments, docstrings and strings of several words of a Python file, with their line numbers.
+
+    Without code spans, paths, flags, tags of HTML, and of f-strings without their expressions.
+    """
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT or (token.type in STRINGS and " " in token.string):
+            text = re.sub(r"(`+)[^`]*\1|\{[^{}]*\}|<[^>]*>|--\w+|\S*[/_]\S*|\w+\.\w[\w.]*", "``", token.string)
+            yield token.start[0], " ".join(text.replace("# ", "").split())
+
+
+def find_habits(file: str, line: int, block: str, rules: list[Rule]) -> Iterator[str]:
+    """What breaks a rule in a block of words, one line per finding."""
+    for rule in rules:
+        for match in rule.pattern.finditer(block):
+            context = block[max(0, match.start() - 30) : match.end() + 20]
+            yield f"{file}:{line}: '{match[0]}' in '{context}': write {rule.instead}"
+
+
+def check_source(file: str, source: str, rules: list[Rule]) -> list[str]:
+    """What breaks a rule in the words of a Python file, one line per finding."""
+    some = [rule for rule in rules if not rule.pages_alone]
+    return [finding for line, block in find_words(source) for finding in find_habits(file, line, block, some)]
+
+
 def check(page: str, text: str, rules: list[Rule]) -> list[str]:
     """What breaks a rule in a page, one line per finding."""
     found = []
@@ -84,28 +120,28 @@ def check(page: str, text: str, rules: list[Rule]) -> list[str]:
         end = text.find("\n## ", start + 1)
         text = text[:start] + "\n" * text.count("\n", start, end) + text[end:]
     for line, block in find_blocks(text):
-        for rule in rules:
-            for match in rule.pattern.finditer(block):
-                context = block[max(0, match.start() - 30) : match.end() + 20]
-                found.append(f"{page}:{line}: '{match[0]}' in '{context}': write {rule.instead}")
+        found += find_habits(page, line, block, rules)
         if len(block) > LONGEST and not block.startswith("|"):
             found.append(f"{page}:{line}: a paragraph of {len(block)} characters, at most {LONGEST}; split it")
     return found
 
 
 def main(pages: list[str]) -> int:
-    """Check the pages that are named, or all that git knows; returns the exit code."""
+    """Check the files that are named, or all that git knows; returns the exit code."""
     rules = read_rules((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     if not pages:
-        patterns = [f":(glob){pattern}" for pattern in PAGES]
+        patterns = [f":(glob){pattern}" for pattern in (*PAGES, "**/*.py")]
         listed = subprocess.run(
             ["git", "ls-files", "--", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
         )
         pages = [page for page in listed.stdout.splitlines() if not page.startswith(EXEMPT)]
-    found = [finding for page in pages for finding in check(page, (ROOT / page).read_text(encoding="utf-8"), rules)]
+    found = []
+    for page in pages:
+        check_file = check_source if page.endswith(".py") else check
+        found += check_file(page, (ROOT / page).read_text(encoding="utf-8"), rules)
     for finding in found:
         print(finding, file=sys.stderr)
-    print(f"{len(pages)} pages, {len(rules)} patterns, {len(found)} findings")
+    print(f"{len(pages)} files, {len(rules)} patterns, {len(found)} findings")
     return int(bool(found))
 
 

@@ -60,7 +60,7 @@ def full_folders(lines: dict[PurePosixPath, int]) -> list[str]:
     """Folders with too many Python files."""
     files = Counter(path.parent for path in lines if path.name != "__init__.py" and path.parts[0] in PRODUCT + BESIDE)
     return [
-        f"{folder} holds {number} files, at most {MOST_FILES}; give what belongs together a folder of its own"
+        f"{folder} holds {number} files, at most {MOST_FILES}; move what belongs together into a folder"
         for folder, number in sorted(files.items())
         if number > MOST_FILES
     ]

@@ -2,7 +2,7 @@
 
 Pages are the Markdown files at the root and below docs/, examples/ and recipes/, and the scripts of recipes/.
 Nothing is run: verbs and flags are looked up in the command line's own description, settings in the schema. The examples
-under `--help` are held to the same.
+under `--help` are checked against the same.
 """
 
 import importlib
@@ -44,6 +44,12 @@ FOREIGN_FLAGS = {
     *("--toy", "--mem", "--cpus-per-task", "--container-image", "--container-mounts"),
     *("--model", "--model_args", "--include_path", "--batch_size"),  # lm_eval
     "--logdir",  # tensorboard
+    *(
+        "--no-pipeline-parallel",
+        "--swiglu",
+        "--squared-relu",
+        "--untie-embeddings-and-output-weights",
+    ),  # Megatron-DeepSpeed
     "--seed-offset",  # of our tests
 }
 

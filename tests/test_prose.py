@@ -1,10 +1,10 @@
-"""The word list of CONTRIBUTING.md finds what it should, and nothing in code or link targets."""
+"""The word list of CONTRIBUTING.md finds what it should in pages and in Python, and nothing in code or link targets."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.prose import LONGEST, check, read_rules
+from tests.prose import LONGEST, check, check_source, read_rules
 
 RULES = read_rules((Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8"))
 
@@ -36,3 +36,29 @@ def test_a_habit_is_found_once(text: str) -> None:
 )
 def test_plain_english_and_code_pass(text: str) -> None:
     assert check("page.md", text, RULES) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""Seconds of a step beside the plan."""',
+        "size = 1  # bytes a parameter",
+        'raise ValueError(f"{path} is no file; name another")',
+        "x = 1  # the run\ny = 2  # goes on from there",
+    ],
+)
+def test_a_habit_in_comments_docstrings_and_messages_is_found_once(source: str) -> None:
+    assert len(check_source("file.py", source, RULES)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "card = beside.card['card']",
+        'key = "beside"',
+        'f"{card.name} has `a card` at kernels/proof/card.py <b class=card>"',
+        '"""The manifest says so; values lie in [0, 1)."""',
+    ],
+)
+def test_python_outside_of_words_passes(source: str) -> None:
+    assert check_source("file.py", source, RULES) == []

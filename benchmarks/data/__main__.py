@@ -33,7 +33,7 @@ def data(
     actors: Annotated[int | None, typer.Option(min=1, help="Ray actors that prepare; default: one per core.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read samples beside megatron-core, MosaicML streaming, a memmap and zarr-python; prepare beside the tokenizer."""
+    """Read samples vs. megatron-core, MosaicML streaming, a memmap and zarr-python; prepare vs. the tokenizer."""
     from benchmarks.data.bench import bench_data, collect_text
     from benchmarks.data.files import BenchData
 
@@ -109,7 +109,7 @@ def _print_readers(result: dict[str, Any]) -> None:
     sample = result["sample"]
     title = (
         f"A sample of {sample['tokens']:,} tokens, medians of {result['rounds']} rounds in turns; "
-        f"{result['text_megabytes']} MB of text, {result['tokens_per_document']} tokens a document"
+        f"{result['text_megabytes']} MB of text, {result['tokens_per_document']} tokens per document"
     )
     print_rows(title, columns, rows)
 

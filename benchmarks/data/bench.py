@@ -1,7 +1,7 @@
 """`python -m benchmarks.data`: sample readers of ours and of public peers, preparation, first batch of a huge store, cold reads.
 
 How it works: one text is tokenized once and written in every format, so that all readers give the same tokens. Readers
-take turns in rounds, the first of which is not counted; CPU seconds are compared, and wall seconds stand beside them.
+take turns in rounds, the first of which is not counted; CPU seconds are compared, and wall seconds stand next to them.
 What needs a clean process (the first batch, the tokenizer alone) runs in a child.
 """
 
@@ -123,7 +123,7 @@ def _open_readers(
     readers += [streaming] if streaming else []
     readers.append(memmap_reader(settings, store, prefix.with_suffix(".bin")))
     readers += [zarr_reader(settings, stores[preset]) for preset in ("fast", "small")]
-    missing = "MosaicML streaming isn't installed: pip install mosaicml-streaming, in an environment of its own"
+    missing = "MosaicML streaming isn't installed: pip install mosaicml-streaming, in a separate environment"
     return readers, [] if streaming else [missing]
 
 

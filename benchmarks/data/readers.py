@@ -3,7 +3,7 @@
 How it works: a reader is a function from a sample number to `batch` complete samples (int64 tokens and labels [T], a
 bool or float loss mask and positions), built over the same text. Formats without documents get plain windows, so that
 they do the least work that training could need. Ours and one of GPTDataset's settings also keep documents apart; only
-ours verifies a checksum of what it reads. Each reader states its bytes a token on disk, because compression is paid for
+ours verifies a checksum of what it reads. Each reader states its bytes per token on disk, because compression is paid for
 in time.
 """
 

@@ -30,7 +30,7 @@ def kernels(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time each operation on a CPU beside transformers' PyTorch code (on a GPU: amfm bench kernels)."""
+    """Time each operation on a CPU vs. transformers' PyTorch code (on a GPU: amfm bench kernels)."""
     if audit and compile_table is not None:
         raise ValueError("--audit and --compile-table measure different things; give one of them")
     if compile_table is not None:

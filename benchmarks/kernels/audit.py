@@ -2,7 +2,7 @@
 
 Counting needs a process that interprets from its start, so `audit_kernels` starts one: this file as a module. Bytes are
 those that memory must move, each address once a launch; `requested_bytes` are all that programs ask for, which the
-card's cache has to serve. FLOPs are those of the products, padding included, in the interpreter's tiles. Times are
+GPU's cache has to serve. FLOPs are those of the products, padding included, in the interpreter's tiles. Times are
 predicted by the roofline of an H100 at rates that it reaches in practice, not at its peaks.
 """
 
@@ -24,7 +24,7 @@ from benchmarks import ROOT
 
 
 def audit_kernels(names: list[str] | None = None) -> dict[str, Any]:
-    """Count every operation in a child process and return `rows` and the card that the prediction is for.
+    """Count every operation in a child process and return `rows` and the GPU that the prediction is for.
 
     Rows: `op`, `pass`, `shape`, `backend`, `bytes`, `minimum_bytes`, `requested_bytes`, `flops`, `minimum_flops`,
     `milliseconds` (predicted), `roofline_fraction` (the minimum's time over the predicted), `launches`, `goal`,
@@ -69,7 +69,7 @@ def _row(
     goal: Goal | None,
     library: Minimum = NOTHING,
 ) -> dict[str, Any]:
-    """Figures of one pass: what its launches moved and multiplied, with library products added, beside the minimum."""
+    """Figures of one pass: what its launches moved and multiplied, with library products added, vs. the minimum."""
     flops = sum(launch.dot_flops for launch in launches) + library.operations
     moved = sum(launch.distinct_bytes for launch in launches) + library.bytes
     seconds = max(flops / FLOPS_A_SECOND, moved / BYTES_A_SECOND)

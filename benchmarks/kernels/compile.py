@@ -1,8 +1,8 @@
-"""Compile every kernel ahead of time for cards that need not be here, and table what each takes.
+"""Compile every kernel ahead of time for GPUs that need not be here, and table what each takes.
 
-How it works: Triton compiles a kernel for an architecture without the card; registers, spills, shared memory and the
+How it works: Triton compiles a kernel for an architecture without the GPU; registers, spills, shared memory and the
 use of wgmma are read from the result. That finds on a laptop or in CI what would otherwise show as a slow kernel on a
-rented card. The table stands between two markers of docs/benchmarks/kernels_ahead_of_time.md.
+rented GPU. The table stands between two markers of docs/benchmarks/kernels_ahead_of_time.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 90, 100)
-# Spills that a card's first cache holds beside a kernel's tiles.
+# Spills that a GPU's first cache holds besides a kernel's tiles.
 MANY_BYTES = 128
 BEGIN, END = "<!-- compile table: begin -->", "<!-- compile table: end -->"
 
@@ -27,7 +27,7 @@ REASONS = {
     "gated norm, up to 8192 wide (Granite), backward": (
         "holds 16 values of a row per thread, of y, gate, gradient and weight"
     ),
-    "delta gradients, 2 steps a token": (
+    "delta gradients, 2 steps per token": (
         "holds a product of scores next to three of the states for 32 columns of keys, which half the warps would double"
     ),
     "attention d_k d_v, head 256": (
@@ -97,7 +97,7 @@ def table_of(result: dict[str, Any]) -> str:
 
 
 def _misses(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each kernel that spills on sm_90 or multiplies there without wgmma, and one for each other card."""
+    """A line for each kernel that spills on sm_90 or multiplies there without wgmma, and one for each other GPU."""
     lines = []
     for row in rows:
         if row["architecture"] != 90:

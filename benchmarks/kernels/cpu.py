@@ -5,8 +5,8 @@ all of them; a figure is a median. Element-wise operations of ours are timed a s
 fused, where there is a C++ compiler; what compiles does so in the warm-up, outside of the timed rounds. Before each pass
 all threads write a tensor larger than a cache, so that neither warm caches nor sleeping threads are timed.
 
-What the C library does with freed memory weighs as much as the arithmetic, so both ways are timed, each in a process of
-its own, in turns: `returned`, glibc as it comes and as transformers' trainer runs, and `kept`, as `amfm train` runs.
+What the C library does with freed memory weighs as much as the arithmetic, so both ways are timed, each in a separate
+process, in turns: `returned`, glibc as it comes and as transformers' trainer runs, and `kept`, as `amfm train` runs.
 """
 
 from __future__ import annotations

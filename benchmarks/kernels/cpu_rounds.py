@@ -128,7 +128,7 @@ def _direction(output: Tensor) -> Tensor:
 def median_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Root mean square of the difference over that of ours, of output and gradients: the median over these tensors.
 
-    The median, for single numbers a head cancel and keep few digits in any implementation.
+    The median, for single numbers per head cancel and keep few digits in any implementation.
     """
     return statistics.median(
         float((b.float() - a.float()).norm() / a.float().norm().clamp_min(1e-30)) for a, b in zip(ours, theirs)

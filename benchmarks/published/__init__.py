@@ -1,1 +1,3 @@
-"""Published training speeds beside the plan's, and what fitting the efficiencies would change: `python -m benchmarks.published`."""
+"""Published training speeds vs. the plan's, and what fitting the efficiencies would change: `python -m
+benchmarks.published`.
+"""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.published`: the plan beside published training speeds."""
+"""`python -m benchmarks.published`: the plan vs. published training speeds."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def published(
         print_json([*rows, *narrow])
         return
     print_rows("Published speeds and the plan's", *_table(rows))
-    print_rows("In FP8, each beside a plan by a recipe", *_table(narrow))
+    print_rows("In FP8, each vs. a plan by a recipe", *_table(narrow))
     _say_errors(rows, halves)
     if any(row["is_stand_in"] for row in rows):
         say("Lightning is planned with Nano's blocks; its error is of FLOPs per second")

@@ -1,11 +1,11 @@
-"""Published training speeds beside what the plan says of the same model, cards, layout, batch and recomputation.
+"""Published training speeds vs. what the plan says of the same model, GPUs, layout, batch and recomputation.
 
 How it works: a published run becomes a configuration and a layout once; the plan's formulas then give its step with any
 hardware. Four things differ from a plan of amfm. Kernels are theirs (`THEIRS`): CUTLASS and Transformer Engine multiply
 experts, FlashAttention-3 attends, and DeepEP sends. The published systems dispatch with DeepEP or HybridEP, which send a token
 once to each node that has some of its experts (to each rank inside a node, as amfm always does). None says that its
-exchanges run beside the shared expert, so all of them are waited for. And natural routing is planned with the fullest rank at
-1.2 times the mean.
+exchanges run in parallel with the shared expert, so all of them are waited for. And natural routing is planned with the
+fullest rank at 1.2 times the mean.
 
 `fit_halves` fits the efficiencies of the hardware on every other run and plans the rest with them, then the other way round:
 what it prints of a run never comes from a fit that knew this run.
@@ -156,7 +156,9 @@ def fit_anchors(anchors: list[Anchor]) -> Hardware:
 
 
 def anchor_as_dict(anchor: Anchor) -> dict[str, Any]:
-    """Planned beside published speed, by the data sheet's numbers, as `python -m benchmarks.published --json` prints them."""
+    """Planned vs. published speed, by the data sheet's numbers, as `python -m benchmarks.published --json` prints
+    them.
+    """
     run, found = anchor.published, anchor.plan(THEIRS)
     return {
         "name": run.name,

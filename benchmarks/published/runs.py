@@ -1,8 +1,8 @@
-"""Training runs on H100 whose speed is published, as rows that the plan can be held against.
+"""Training runs on H100 whose speed is published, as rows that the plan can be compared with.
 
-How it works: a row names a preset, the published layout, batch and recomputation, and tokens and model FLOPs a second and
-card. Rows are all BF16 on H100; each says whether its router was balanced by force, because natural routing keeps the fullest
-rank busy longer. A model that is planned with another one's blocks is marked: then the FLOPs a second are compared, not the
+How it works: a row names a preset, the published layout, batch and recomputation, and tokens and model FLOPs per second and
+GPU. Rows are all BF16 on H100; each says whether its router was balanced by force, because natural routing keeps the fullest
+rank busy longer. A model that is planned with another one's blocks is marked: then the FLOPs per second are compared, not the
 tokens.
 
 Sources: NeMo Automodel's benchmark examples (examples/llm_benchmark) and Megatron Bridge's model verification cards and
@@ -22,7 +22,7 @@ TERA = 1e12
 class PublishedRun:
     """One published run. `recompute`: `none`, `full`, or the letters of the blocks that are computed again.
 
-    `tokens_per_second`, `flops_per_second`: of one card, as published. `layout`: keys of the `parallel` section.
+    `tokens_per_second`, `flops_per_second`: of one GPU, as published. `layout`: keys of the `parallel` section.
     `depths`: of multi-token prediction, behind the preset's main blocks; several share one module, as all of these do.
     `is_stand_in`: the preset is another model than the one that was trained, so that only rates of FLOPs compare.
     `low_precision`: overrides of that section, for runs in FP8. `cause`: what the publication says, or does not say, that the plan does not count; for rows that are planned more than a

@@ -1,1 +1,1 @@
-"""A training step of ours beside that of transformers: `python -m benchmarks.step`."""
+"""A training step of ours vs. that of transformers: `python -m benchmarks.step`."""

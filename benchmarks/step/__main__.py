@@ -1,4 +1,4 @@
-"""`python -m benchmarks.step`: our training step beside transformers'."""
+"""`python -m benchmarks.step`: our training step vs. transformers'."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def print_step_table(result: dict[str, Any]) -> None:
 
 
 def _step_figures(figures: dict[str, Any]) -> tuple[str, str, str]:
-    """Median seconds, tokens a second, and how many times as fast as transformers' default."""
+    """Median seconds, tokens per second, and how many times as fast as transformers' default."""
     ratio = figures["ratio_to_transformers_default"]
     return f"{figures['seconds']:.3f}", f"{figures['tokens_per_second']:,.0f}", f"{ratio:.2f}" if ratio else ""
 

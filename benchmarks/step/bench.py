@@ -30,7 +30,9 @@ LOSS_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Shape:
-    """Work of a step: rows of a micro-batch, tokens a row, the model, and micro-batches, of which only ours takes several."""
+    """Work of a step: rows of a micro-batch, tokens per row, the model, and micro-batches, of which only ours takes
+    several.
+    """
 
     rows: int
     tokens: int
@@ -46,10 +48,10 @@ def bench_step(
     report: Callable[[str], None],
     shape: Shape | None = None,
 ) -> dict[str, Any]:
-    """Measure and return one object: variants with seconds, tokens a second and ratio to transformers' default.
+    """Measure and return one object: variants with seconds, tokens per second and ratio to transformers' default.
 
     `as_trained` of a variant is transformers with freed memory returned and ours with it kept, `memory` has both ways of
-    each. On a card, or where memory can be treated in one way alone, there is that way only.
+    each. On a GPU, or where memory can be treated in one way alone, there is that way only.
 
     Raises RuntimeError when float32 variants disagree in their first loss: they would not be the same model.
     """
@@ -111,9 +113,9 @@ def bench_optimizers(
     report: Callable[[str], None],
     shape: Shape | None = None,
 ) -> dict[str, Any]:
-    """Measure our step with AdamW and with Muon, of so many micro-batches, as `bench_step` does.
+    """Measure our step with AdamW and with Muon, of this many micro-batches, as `bench_step` does.
 
-    Newton-Schulz costs the same whatever the batch, so a ratio belongs to a number of tokens a step.
+    Newton-Schulz costs the same whatever the batch, so a ratio belongs to a number of tokens per step.
     """
     shape = replace(shape or Shape(ROWS, TOKENS, granite_shape()), micro_batches=micro_batches)
     result = bench_step(

@@ -106,7 +106,7 @@ def _engine_step(
     passes: int = 1,
     optimizer: OptimizerConfig = OPTIMIZER,
 ) -> Callable[[torch.Tensor, torch.Tensor], float]:
-    """A step under our engine with ZeRO-1, of so many passes over the batch, its blocks compiled where asked."""
+    """A step under our engine with ZeRO-1, of this many passes over the batch, its blocks compiled where asked."""
     model = _build_model(config, parallel)
     engine = build_engine(model, optimizer=optimizer, precision=precision, zero_stage=1, parallel=parallel)
     if compiled:

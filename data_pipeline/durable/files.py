@@ -78,7 +78,7 @@ def _sync_threads(process: int) -> ThreadPoolExecutor:
 def sync(path: Path | str) -> None:
     """Make the content of a file, or the renames in a folder, durable. Raises OSError with the path.
 
-    Some network mounts refuse it for folders (EINVAL); they make renames durable by themselves.
+    Some network mounts refuse it for folders (EINVAL); they make renames durable on their own.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,6 +1,6 @@
-"""Reading files that somebody else may have written: manifests, indexes, configurations, descriptions.
+"""Reading files that someone else may have written: manifests, indexes, configurations, descriptions.
 
-Held to three rules in one place: a name inside a file leads to a file below the folder and nowhere else; the size is
+Checked by three rules in one place: a name inside a file leads to a file below the folder and nowhere else; the size is
 looked at before anything is read; and whatever is not as it must be (no JSON, `null`, `[]`, a key that is missing or of
 another type) gives one message that names the file, as the error that the caller asks for.
 """
@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 
 
 def inside(folder: Path, name: object, error: Error = ValueError) -> Path:
-    """Resolve a name that a file gave to a path below the folder; refuses absolute names, `..` and what is no name.
+    """Resolve a name that a file gave to a path below the folder; refuses absolute names, `..` and what is not a name.
 
     Links below the folder are followed: who made the folder made them (model hubs keep files behind links).
     """

@@ -2,7 +2,7 @@
 
 Journals and logs are written while a run may be killed at any byte. A line is one record, so damage is confined to a line:
 a reader takes what it can parse and reports the number of what it can't. Only the end can be cut by a crash of ours, and
-only it is repaired; a damaged line in the middle is somebody else's, and stays to be seen.
+only it is repaired; a damaged line in the middle is someone else's, and stays to be seen.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ the state of the stream is one integer, the cursor, and a resume needs no replay
 resume that would silently train on other data: identities of what past samples came from.
 
 Reading processes only compute rows ahead of the cursor. They may be any number and may be killed; what they had read is
-asked for again. Batches are assembled in the training process and not there: a row takes 2 or 4 bytes a token in a pipe, the
-arrays of a batch 25.
+asked for again. Batches are assembled in the training process and not there: a row takes 2 or 4 bytes per token in a
+pipe, the arrays of a batch 25.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class PretrainLoader:
 
     @property
     def sequence_length(self) -> int:
-        """Tokens a row of the next global batch: a phase may change it."""
+        """Tokens per row of the next global batch: a phase may change it."""
         return self.reader.sequence_length_at(self.global_sample)
 
     def take(self, global_batch_size: int, micro_batch_size: int | None = None) -> list[Batch]:

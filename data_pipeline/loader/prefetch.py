@@ -1,8 +1,8 @@
 """A thread of a reading process that brings blocks of a remote store to the node long before their rows are due.
 
-When a shuffle window begins, nearly every row lies in a block that nobody has read yet: without this the trainer would
-wait for a request a row, and then for none. The order of samples is known, so what will be due is read and not guessed. A
-thread is enough, because it waits for the network.
+When a shuffle window begins, nearly every row lies in a block that no one has read yet: without this the trainer would
+wait for a request per row, and then for none. The order of samples is known, so what will be due is read and not
+guessed. A thread is enough, because it waits for the network.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AHEAD_ROWS = 2048  # of this process: minutes of training, and more blocks than 
 class FetchAhead(threading.Thread):
     """Reads the rows that come after those that were asked for, and throws them away: their blocks stay in the node cache.
 
-    It has files of its own; the folder of the node cache is made for several readers. Errors are left to the reader
+    It has its own files; the folder of the node cache is made for several readers. Errors are left to the reader
     that needs the row.
     """
 
@@ -30,7 +30,7 @@ class FetchAhead(threading.Thread):
         self._moved = threading.Event()
 
     def move_to(self, first: int, count: int, stride: int) -> None:
-        """Say which rows are being read: [first, first + count), the next ones `stride` later."""
+        """Report which rows are being read: [first, first + count), the next ones `stride` later."""
         self._due = first, count, stride
         self._moved.set()
 

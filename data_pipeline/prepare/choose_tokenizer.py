@@ -1,7 +1,7 @@
 """The tokenizer of a store: the one that is there, the file that is given, or one trained on the sources.
 
-A store has one tokenizer, because ids of two mean nothing beside each other. What it was asked for lies beside it, so that
-a second preparation can tell whether it is still the same.
+A store has one tokenizer, because ids of two mean nothing next to each other. What it was asked for lies next to it, so
+that a second preparation can tell whether it is still the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def choose_tokenizer(
 ) -> tuple[Tokenizer, dict[str, Any] | None]:
     """Choose the store's tokenizer: kept if it has one of the same settings, else loaded or trained.
 
-    Returns it with the settings to keep beside it, None where they are there. `begin_training` is called before one is
+    Returns it with the settings to keep next to it, None where they are there. `begin_training` is called before one is
     trained. Raises ValueError where the store has another one.
     """
     settings_file, wanted = store / TOKENIZER_SETTINGS, config.tokenizer
@@ -48,7 +48,7 @@ def choose_tokenizer(
                 f"{_describe_tokenizer(before, settings)}; one store has one tokenizer: name another data.store, or delete "
                 "this one to prepare it again"
             )
-        # The given file knows its end token by what lies beside it, which the store's copy does not have.
+        # The given file knows its end token by what lies next to it, which the store's copy does not have.
         return given or read_tokenizer_file(files[0], wanted.eos_token), None
     if given is None:
         begin_training()

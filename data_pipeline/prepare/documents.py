@@ -1,9 +1,9 @@
 """Readers: files, byte ranges and row groups become documents, and what can't be used becomes a reject with a reason.
 
 A source of terabytes has damaged lines, so a bad record never stops a preparation: it is a reject with its position, and the
-rest goes on. What is not the record's fault stops it: errors of the disk carry an errno and are raised, while those of a
-broken compressed stream do not. Plain jsonl is read in byte ranges that begin anywhere; a line belongs to the range
-that holds its first byte, so ranges need no knowledge of each other and cover every line once.
+rest continues. What is not the record's fault stops it: errors of the disk carry an errno and are raised, while those
+of a broken compressed stream do not. Plain jsonl is read in byte ranges that begin anywhere; a line belongs to the
+range that holds its first byte, so ranges need no knowledge of each other and cover every line once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -111,6 +111,27 @@ def _read_parquet_metadata(file: InputFile) -> Any:
         if _is_of_the_disk(error):
             raise
         raise ValueError(f"{file.shown} isn't a whole parquet file; restore or remove it") from error
+
+
+def check_column(files: Sequence[InputFile], text_column: str) -> None:
+    """Raise ValueError where no parquet file can have text in the column: footers tell it before anything is read.
+
+    Files are looked at up to the first that can. Compressed ones and those of other kinds are left to their readers.
+    """
+    problem = ""
+    for file in files:
+        if file.kind != "parquet" or file.compression != "none":
+            return
+        schema = _read_parquet_metadata(file).schema.to_arrow_schema()
+        if text_column not in schema.names:
+            problem = problem or f"{file.shown} has no column {text_column!r} among {', '.join(schema.names)}"
+            continue
+        kind = schema.field(text_column).type
+        if not (pyarrow.types.is_primitive(kind) or pyarrow.types.is_nested(kind)):
+            return
+        problem = problem or f"column {text_column!r} of {file.shown} holds {kind}, not text"
+    if problem:
+        raise ValueError(f"{problem}; set text_column to the column with text")
 
 
 # What gzip, zlib and zstd raise for broken streams; an OSError with a number is the disk's and is not for us.
@@ -277,7 +298,7 @@ class SegmentReader:
             yield TokenDocument(tokens, position) if len(tokens) else Reject(position, "empty document")
 
     def _check_cell(self, cell: Any, position: str) -> Document | Reject:
-        """Check a cell of a column; Arrow's own type says text, and nobody held its bytes to that."""
+        """Check a cell of a column; Arrow's own type says text, and no one held its bytes to that."""
         try:
             text = cell.as_py()
         except UnicodeDecodeError as error:

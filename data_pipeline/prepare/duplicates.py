@@ -58,7 +58,7 @@ def units_to_hash(store: Path, units: Sequence[Unit]) -> list[Unit]:
 def mark_duplicates(store: Path, units: Sequence[Unit]) -> list[Unit]:
     """Find the duplicates of a source and give its units, each with the digest of what it must skip.
 
-    All units have been hashed. The lists are kept beside the store's parts, and the hashes, which are larger, deleted.
+    All units have been hashed. The lists are kept next to the store's parts, and the hashes, which are larger, deleted.
 
     OSError of the disk passes through.
     """

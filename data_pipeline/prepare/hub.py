@@ -3,7 +3,7 @@
 A data set there is files in a git repository, so it is read as files: two requests tell the commit and the files of it,
 and the readers of parquet and jsonl then take byte ranges. The `datasets` library is not used, although it streams too: it
 gives examples one after the other, where a store needs pieces that any actor can read again alone, and its rules for which
-files belong to a configuration are one field of the card. Nor is `huggingface_hub`, whose client waits for a silent network
+files belong to a configuration are one field of the dataset card. Nor is `huggingface_hub`, whose client waits for a silent network
 without limit; token, endpoint and offline mode are looked up where it does (HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
 
 The commit is pinned at the first preparation (`HUB_REVISIONS` in the store) and recorded in its manifest: a second call
@@ -109,7 +109,7 @@ def read_pins(store: str) -> dict[str, str]:
 
 
 def write_pins(store: Path, pins: Mapping[str, str]) -> None:
-    """Keep the commits beside the store's other settings, before anything is read at them."""
+    """Keep the commits next to the store's other settings, before anything is read at them."""
     if pins and pins != read_pins(str(store)):
         write_file_atomically(store / HUB_REVISIONS, json.dumps(dict(pins), indent=1).encode())
 
@@ -128,9 +128,9 @@ def describe(path: HubPath, revision: str | None = None) -> dict[str, Any]:
 def list_hub(given: str, commit: str) -> tuple[list[HubFile], Sequence[str]]:
     """Files of a data set at a commit, and the globs of those that are meant.
 
-    Without a path inside: of the default configuration in its card, or all. A path inside that is no configuration is a
-    folder, a file or a glob. Raises ValueError as `pin_revisions` does, and for a data set of several configurations
-    without a default.
+    Without a path inside: of the default configuration in its dataset card, or all. A path inside that is not a configuration
+    is a folder, a file or a glob. Raises ValueError as `pin_revisions` does, and for a data set of several
+    configurations without a default.
     """
     path = parse_hub(given)
     patterns = choose_patterns(path, (describe(path, commit).get("cardData") or {}).get("configs") or [])
@@ -150,7 +150,7 @@ def list_hub(given: str, commit: str) -> tuple[list[HubFile], Sequence[str]]:
 
 
 def choose_patterns(path: HubPath, configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The globs of the files that a path means, by the configurations of the data set's card."""
+    """The globs of the files that a path means, by the configurations of the dataset card."""
     by_name = {str(config.get("config_name")): config for config in configs}
     if path.inside and path.inside not in by_name:
         is_glob = any(letter in path.inside for letter in "*?[")

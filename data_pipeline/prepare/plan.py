@@ -16,7 +16,7 @@ from itertools import accumulate
 from typing import Literal
 
 from amfm.data_pipeline.config import DataConfig, FilterConfig, SourceConfig
-from amfm.data_pipeline.prepare.documents import Segment, cut_segments
+from amfm.data_pipeline.prepare.documents import Segment, check_column, cut_segments
 from amfm.data_pipeline.prepare.sources import InputFile, list_files
 from amfm.data_pipeline.samples.permutation import derive_key, permute
 from amfm.data_pipeline.store.manifest import Layout
@@ -92,6 +92,7 @@ def plan_source(source: SourceConfig, config: DataConfig, pins: Mapping[str, str
     ValueError for missing or empty input.
     """
     files = _choose_files(list_files(source, pins), source, config)
+    check_column(files, source.text_column)
     if any(file.kind == "megatron" for file in files):
         if source.filters != FilterConfig():
             raise ValueError(f"source {source.name!r}: filters need text, but an .idx holds tokens; remove them")

@@ -3,7 +3,8 @@
 The plan cuts the sources into units; a unit's bytes depend on the unit alone, not on the actor, its neighbours or how
 often it was tried. So a store is byte-identical for any number of actors and after any kill. An actor writes a part
 under its final name only when it is whole and durable; the journal then records the unit, and a second call writes
-what the journal lacks. The manifest is written last: a folder without one is no store, and nobody can read half of it.
+what the journal lacks. The manifest is written last: a folder without one is not a store, and no one can read half of
+it.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def _only_writer(store: Path) -> Iterator[None]:
 
 
 def _describe_short_sources(reports: Mapping[str, Sequence[UnitReport]], limits: Mapping[str, int]) -> Iterator[str]:
-    """Say which sources have fewer tokens than they were to give."""
+    """Report which sources have fewer tokens than they were to give."""
     for name, limit in limits.items():
         tokens = sum(report.tokens for report in reports[name])
         if tokens < limit:
@@ -190,7 +191,7 @@ def _describe_short_sources(reports: Mapping[str, Sequence[UnitReport]], limits:
 
 
 def _describe_unheld_sources(config: DataConfig, reports: Mapping[str, Sequence[UnitReport]]) -> Iterator[str]:
-    """Say of which sources no document was kept for validation, although some were to be."""
+    """Report of which sources no document was kept for validation, although some were to be."""
     for name in reports if config.validation_fraction else ():
         if not any(part.num_tokens for report in reports[name] for part in report.parts["validation"]):
             yield (
@@ -296,7 +297,7 @@ def _raise_failure(failure: UnitFailure, store: Path, done: int, total: int) -> 
     what = "the disk is full" if failure.reason == "disk_full" else "the disk failed"
     raise RuntimeError(
         f"{what} while writing {store}: {failure.message}; {done} of {total} missing parts are done and kept: "
-        "make room and run the same command to go on"
+        "make room and run the same command to continue"
     )
 
 

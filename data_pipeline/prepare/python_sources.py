@@ -1,4 +1,4 @@
-"""Real text without a network: the Python sources that are installed beside this program, as jsonl for a benchmark.
+"""Real text without a network: the Python sources that are installed next to this program, as jsonl for a benchmark.
 
 Every machine that runs this program has them. Their lengths are as uneven as those of a real corpus, which generated text
 lacks. They differ between machines, so they serve to compare two programs on one.

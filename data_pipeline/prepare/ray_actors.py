@@ -23,10 +23,11 @@ from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
 from amfm.data_pipeline.store.part_writer import import_zarr
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 
+NOT_STARTED = "node timed out during startup"  # of the message of the bare exception that Ray raises
 ATTEMPTS = 3  # of a unit whose actor dies: enough for lost nodes, few enough to notice a text that kills the process
 MAX_FAILED_STARTS = 20  # in a row: more than the cores of a node that is lost while its actors start
 NO_CORE_SECONDS = 300  # with no actor at work; a cluster that grows on demand needs minutes
-# `ray start --head` turns tokens on by itself, and a cluster that refuses one looks like none to Ray's own message.
+# `ray start --head` turns tokens on automatically, and a cluster that refuses one looks like none to Ray's own message.
 SEND_TOKEN = (
     "if a cluster runs there, it may ask for a token: set RAY_AUTH_MODE=token here, with the head's ~/.ray/auth_token in "
     "the same place (or its path in RAY_AUTH_TOKEN_PATH); else"
@@ -96,6 +97,7 @@ def start_ray(address: str | None, **options: Any) -> None:
 
     Workers find our packages before whatever lies in the working directory. Raises ValueError for an address at which no
     cluster answers: asked before Ray is, which tries for a minute and prints what its own libraries think of it.
+    RuntimeError where the machine is too busy to start Ray in the half minute that it allows.
     """
     import ray
 
@@ -113,6 +115,13 @@ def start_ray(address: str | None, **options: Any) -> None:
     except ConnectionError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"--address {address}: {reason} {SEND_TOKEN} {START_RAY}") from error
+    except Exception as error:
+        if NOT_STARTED not in str(error):  # Ray gives it no class of its own
+            raise
+        raise RuntimeError(
+            "Ray did not start on this machine within 30 s; wait until the machine is less busy, and run the same command "
+            "to continue"
+        ) from error
 
 
 class _Dispatcher:
@@ -167,7 +176,7 @@ class _Dispatcher:
         if not done:
             raise RuntimeError(
                 f"Ray gave no core within {NO_CORE_SECONDS} seconds: {len(self.waiting)} parts wait, what is done is kept; "
-                "look at `ray status`, and run the same command to go on"
+                "look at `ray status`, and run the same command to continue"
             )
         return list(done)
 

@@ -1,4 +1,4 @@
-"""Tokens of Ray clusters: Ray listens on all addresses of a machine, and runs what anybody sends to it."""
+"""Tokens of Ray clusters: Ray listens on all addresses of a machine, and runs what anyone sends to it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def must_answer(address: str) -> None:
 
 
 def _is_open(address: str) -> bool:
-    """Whether the cluster at an address answers a program without a token; a process of its own asks it."""
+    """Whether the cluster at an address answers a program without a token; a separate process asks it."""
     must_answer(address)
     question = [sys.executable, "-P", "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:

@@ -39,8 +39,8 @@ KIND_BY_SUFFIX: dict[str, Kind] = {
 }
 COMPRESSION_BY_SUFFIX: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 BUFFER_BYTES = 2**18  # a line of jsonl is often longer than the buffer that Python would take: a third of the CPU time
-DATASET_DICT = "dataset_dict.json"  # written by the datasets library beside one folder a split
-MAPPED = "cache-*.arrow"  # left by the datasets library beside the data: results of map and filter
+DATASET_DICT = "dataset_dict.json"  # written by the datasets library next to one folder a split
+MAPPED = "cache-*.arrow"  # left by the datasets library next to the data: results of map and filter
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _list_local(given: str, where: str) -> list[_Found]:
 
 
 def _walk(folder: Path, where: str) -> list[Path]:
-    """List the files below a folder. Raises ValueError for text that would be left out in silence.
+    """List the files below a folder. Raises ValueError for text that would be left out silently.
 
     That is below a folder that can't be read, or behind a link. Hidden folders and `lost+found` hold no text of the source.
     """
@@ -153,11 +153,11 @@ def _walk(folder: Path, where: str) -> list[Path]:
 def _refuse_dead_link(path: Path, name: str, where: str) -> None:
     """Refuse a link to nothing that has the name of a file of text."""
     if path.is_symlink() and not path.exists() and _is_data(name):
-        raise ValueError(f"{where}: {path} is a link to {path.readlink()}, which isn't there; mend or remove it")
+        raise ValueError(f"{where}: {path} is a link to {path.readlink()}, which isn't there; fix or remove it")
 
 
 def _list_hub(given: str, commit: str, where: str) -> list[_Found]:
-    """List the files of a data set that its card, a folder or a glob means."""
+    """List the files of a data set that its dataset card, a folder or a glob means."""
     files, patterns = list_hub(given, commit)
     globs = [_compile_glob(pattern) for pattern in patterns]
     found = [
@@ -294,6 +294,6 @@ def _describe(found: _Found, name: str) -> InputFile:
             )
         tokens = Path(found.path).with_suffix(".bin")
         if not tokens.is_file():
-            raise ValueError(f"{found.path} needs {tokens.name} beside it; restore the pair")
+            raise ValueError(f"{found.path} needs {tokens.name} next to it; restore the pair")
         num_bytes, modified_ns = tokens.stat().st_size, tokens.stat().st_mtime_ns
     return InputFile(found.path, name, kind, _split_suffixes(found.name)[1], num_bytes, modified_ns)

@@ -1,8 +1,9 @@
-"""`max_tokens` of a source: the shortest run of its units, in the order of the plan, that has so many tokens.
+"""`max_tokens` of a source: the shortest run of its units, in the order of the plan, that has this many tokens.
 
 How many tokens a text has is known when it is tokenized. So units are written a few at a time: first half of what four
-bytes a token would need, then as many as the rate so far says are missing. Which units stay depends on their tokens alone
-and not on these guesses, so the store is the same whatever number of actors wrote it and however often it was stopped.
+bytes per token would need, then as many as the rate so far says are missing. Which units stay depends on their tokens
+alone and not on these guesses, so the store is the same whatever number of actors wrote it and however often it was
+stopped.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from itertools import accumulate
 from amfm.data_pipeline.prepare.plan import BYTES_A_TOKEN, Unit
 from amfm.data_pipeline.prepare.unit import UnitReport
 
-FIRST_SHARE = 0.5  # of the first guess, so that a language of few tokens a byte wastes no work
+FIRST_SHARE = 0.5  # of the first guess, so that a language of few tokens per byte wastes no work
 
 
 def take_tokens(

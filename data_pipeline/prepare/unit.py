@@ -105,7 +105,7 @@ class _UnitWriter:
         self.parts: dict[Split, list[Part]] = {split: [] for split in SPLITS}
         self.rejects: list[Reject] = []
         self.covered_bytes = 0
-        self.knows_text = True  # false where documents come as tokens: their bytes are no text
+        self.knows_text = True  # false where documents come as tokens: their bytes are not text
         self.split_key = derive_key(unit.settings.seed, "validation")
         self.reason_to_drop = make_filter(unit.settings.filters, unit.source)
         self.skips, self.places = load_skips(store, unit), 0

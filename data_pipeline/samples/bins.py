@@ -1,8 +1,8 @@
-"""Best-fit bins of every part for one row length: computed once, kept beside the parts, found again by digest.
+"""Best-fit bins of every part for one row length: computed once, kept next to the parts, found again by digest.
 
 Bins never cross parts, so a part's bins depend on the part and the row length alone and are named by its digest: adding a
-source recomputes nothing, and a part that was written anew is never read with bins of the old one. Counts of a whole source
-have a file of their own, because a start of training needs the number of rows and not the bins.
+source recomputes nothing, and a part that was rewritten is never read with bins of the old one. Counts of a whole
+source have a separate file, because a start of training needs the number of rows and not the bins.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class BinIndex:
         return bins
 
     def _find(self, name: str) -> bytes | None:
-        """Content of a file of the cache; None where it is absent or damaged, and then it is computed and written anew."""
+        """Content of a file of the cache; None where it is absent or damaged, and then it is computed and rewritten."""
         try:
             held = (self._folder / name).read_bytes()
         except OSError:

@@ -1,8 +1,8 @@
 """Memory for micro-batches that comes back: to map and clear fresh pages costs more than to fill them with tokens.
 
 numpy keeps the owner of an array's memory alive as its base, and torch.from_numpy keeps the array. So a lent block is known
-to be free when the object that all of them hold, `_Loan`, dies; nobody has to give anything back, and a batch that somebody
-keeps is never overwritten.
+to be free when the object that all of them hold, `_Loan`, dies; no one has to give anything back, and a batch that
+someone keeps is never overwritten.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ permutation of the block decides where. So shares are exact after every block an
 from a source before any sample is found without walking over the samples, and a sample's source follows from its number
 alone. Independent draws by weight would need a counter that every resume and rank agrees on.
 
-A phase changes the weights at a global sample. Draws of each source are numbered through the whole run, so a source goes on
-in the next phase where it was: no row is lost or repeated.
+A phase changes the weights at a global sample. Draws of each source are numbered through the whole run, so a source
+continues in the next phase where it was: no row is lost or repeated.
 """
 
 from __future__ import annotations

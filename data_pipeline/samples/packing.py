@@ -111,7 +111,9 @@ def _mask(out: RowArrays, row: int, places: slice) -> None:
 
 
 def _allocate(num_rows: int, length: int, pool: BufferPool) -> RowArrays:
-    """Arrays of a micro-batch in one block of memory: 8 + 8 + 4 + 4 + 1 bytes a token, the widest first to stay aligned."""
+    """Arrays of a micro-batch in one block of memory: 8 + 8 + 4 + 4 + 1 bytes per token, the widest first to stay
+    aligned.
+    """
     places = num_rows * length
     block = pool.lend(25 * places)
     tokens, labels = block[: 16 * places].view(np.int64).reshape(2, num_rows, length)

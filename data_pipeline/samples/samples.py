@@ -89,14 +89,14 @@ class SampleSettings:
         )
 
     def open_reader(self) -> SampleReader:
-        """Open a reader of these rows, with a store of its own."""
+        """Open a reader of these rows, with its own store."""
         return SampleReader(self)
 
 
 def phases_of(config: DataConfig, sequence_length: int) -> tuple[PhaseSettings, ...]:
     """List the phases: the sources' own weights from sample 0, unless a given phase starts there, then the given ones.
 
-    A synthetic task is a source of its own. ValueError for a phase that weighs a source the configuration doesn't have.
+    A synthetic task is its own source. ValueError for a phase that weighs a source the configuration doesn't have.
     """
     known = {source.name: source.weight for source in config.sources}
     if config.probe is not None:

@@ -3,8 +3,8 @@
 Python's own client does it: it takes proxies and certificates from where every program here takes them (HTTPS_PROXY,
 SSL_CERT_FILE), and a range is one request. A redirect is followed once and then remembered, because hubs count requests
 to their own address and send the bytes from another; a token goes to the host that it is for and never along with a
-redirect to another one. Each answer is held to the range that was asked for and to the size that the plan knows, so a
-server that ignores ranges, or a file that was replaced meanwhile, is an error and no other text.
+redirect to another one. Each answer is checked against the range that was asked for and to the size that the plan
+knows, so a server that ignores ranges, or a file that was replaced meanwhile, is an error and no other text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STREAM_BYTES = 4 * 2**20  # the least that one request of a file brings
 TIMEOUT_SECONDS = 30.0  # of a connection, and of each wait for bytes
 ATTEMPTS = 7  # a read of a long preparation outlives a hiccup of half a minute
 FIRST_PAUSE_SECONDS = 0.5  # before asking again; twice as long each time
-MOST_BYTES = 64 * 2**20  # of an answer that is no range of a file, such as a page of a listing
+MOST_BYTES = 64 * 2**20  # of an answer that is not a range of a file, such as a page of a listing
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -155,7 +155,7 @@ class HttpFile:
                 answer = ask(self._address, wanted, attempts=1, most_bytes=most_bytes)
         except HttpError as error:
             if self._address == self.url:
-                text = f"{error}; look at the network, and run the same command to go on"
+                text = f"{error}; look at the network, and run the same command to continue"
                 raise HttpError(text, error.status) from error
             self._address = self.url  # a signed address that has run out: ask for another one
             return self.read_range(start, stop)

@@ -74,11 +74,11 @@ class Part:
     def from_json(record: Mapping[str, Any]) -> Part:
         """Invert dataclasses.asdict after JSON. Raises DamagedError for a path that is not a part's.
 
-        The path is checked because files are opened by it, and a manifest may have been written by somebody else.
+        The path is checked because files are opened by it, and a manifest may have been written by someone else.
         """
         if not PART_PATH.fullmatch(str(record["path"])):
             raise DamagedError(
-                f"a part lies at {str(record['path'])!r:.200}, which is no place of a part below a store"
+                f"a part lies at {str(record['path'])!r:.200}, which is not a place of a part below a store"
             )
         return Part(
             record["path"],

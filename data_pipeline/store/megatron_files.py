@@ -42,7 +42,7 @@ class MegatronIndex:
 
 
 def read_megatron_index(path: Path) -> MegatronIndex:
-    """Read an .idx file; ValueError when it isn't one or doesn't fit the .bin beside it."""
+    """Read an .idx file; ValueError when it isn't one or doesn't fit the .bin next to it."""
     content = path.read_bytes()
     if len(content) < HEADER.size or content[: len(MAGIC)] != MAGIC:
         raise ValueError(

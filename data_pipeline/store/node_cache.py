@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where blocks are kept, how many bytes of them, and how many bytes a block has."""
+    """Where blocks are kept, how many bytes of them, and how many bytes one block has."""
 
     folder: str
     max_bytes: int
@@ -147,7 +147,8 @@ class BlockCache:
     def _evict(self) -> None:
         """Delete the blocks that were not used for longest, down to nine tenths of the limit."""
         blocks = []
-        # Another process may evict or fetch meanwhile: sizes are what a listing finds, and a missing file is no error.
+        # Another process may evict or fetch meanwhile: sizes are what a listing finds, and a missing file is not an
+        # error.
         for folder in self._folder.iterdir():
             for entry in os.scandir(folder) if folder.is_dir() else ():
                 try:
@@ -179,10 +180,10 @@ class BlockCache:
 
 
 def own_folder(folder: Path, setting: str = "data.cache.folder") -> None:
-    """Make a folder that nobody else can write to, or hold one that is there to that; `setting` names where it lies.
+    """Make a folder that no one else can write to, or hold one that is there to that; `setting` names where it lies.
 
-    What is in it is checked by digests that lie beside it, which find damage and no malice: whoever can write here decides
-    what a run reads. Raises RuntimeError for a folder of somebody else, a link, or one that others may write to.
+    What is in it is checked by digests that lie next to it, which find damage and no malice: whoever can write here
+    decides what a run reads. Raises RuntimeError for a folder of someone else, a link, or one that others may write to.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -191,7 +192,7 @@ def own_folder(folder: Path, setting: str = "data.cache.folder") -> None:
         raise RuntimeError(f"{setting}: {folder} can't be used ({error.strerror}); name a writable folder") from error
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
         raise RuntimeError(
-            f"{setting}: {folder} must be a folder of this user that nobody else can write to (chmod 700); what others put "
+            f"{setting}: {folder} must be a folder of this user that no one else can write to (chmod 700); what others put "
             f"there would be trained on: name a {setting} of your own"
         )
 
@@ -201,7 +202,7 @@ def _digest(block: bytes) -> bytes:
 
 
 def _fetch(remote: RemoteFolder, name: str, size: int, number: int, block_bytes: int) -> bytes:
-    """One ranged request for a block, held to the size that the manifest names."""
+    """One ranged request for a block, checked against the size that the manifest names."""
     start, stop = number * block_bytes, min(size, (number + 1) * block_bytes)
     try:
         block, found = remote.read_range(name, start, stop)
@@ -234,7 +235,7 @@ class CachedFiles:
         self._next = 0
 
     def expect(self, path: str, size: int, content: str) -> None:
-        """Say what the manifest knows about a file: its bytes and the digest of its part."""
+        """Report what the manifest knows about a file: its bytes and the digest of its part."""
         self._expected[path] = size, content
 
     def open(self, path: str) -> int:
@@ -245,7 +246,7 @@ class CachedFiles:
         return self._next
 
     def size(self, handle: int) -> int:
-        """Bytes as the manifest says; what is fetched is held to it."""
+        """Bytes as the manifest says; what is fetched is checked against it."""
         return self._handles[handle][1]
 
     def pread(self, handle: int, size: int, offset: int, /) -> bytes:

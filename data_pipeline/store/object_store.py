@@ -18,7 +18,7 @@ from amfm.data_pipeline.store.range_stream import RangeStream
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 METADATA_SERVICE = "169.254.169.254"  # where a machine in a cloud asks for the credentials of its role
-PART_BYTES = 16 * 2**20  # a larger object is sent in parts of this size, so many at a time
+PART_BYTES = 16 * 2**20  # a larger object is sent in parts of this size, this many at a time
 PARTS_AT_A_TIME = 4
 STREAM_BYTES = 2 * 2**20  # one request of a file that is read from one end to the other
 
@@ -98,7 +98,7 @@ class RemoteFolder:
         arrived = self.look_up(name).num_bytes
         if arrived != sent:
             raise RuntimeError(
-                f"{self.url}/{name} has {arrived} bytes, {sent} were sent; run the same command to go on"
+                f"{self.url}/{name} has {arrived} bytes, {sent} were sent; run the same command to continue"
             )
 
     def delete(self, names: Sequence[str]) -> None:
@@ -126,12 +126,12 @@ class RemoteFolder:
             if METADATA_SERVICE in str(error):  # the library asked it last, because it found no others
                 raise RuntimeError(
                     f"{place} can't be {what}: no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run on a "
-                    "machine with a role, and run the same command to go on"
+                    "machine with a role, and run the same command to continue"
                 ) from error
             reason = str(error).split("\n")[0]
             raise RuntimeError(
                 f"{place} can't be {what}: {reason}; check the network, the credentials and the endpoint, "
-                "and run the same command to go on"
+                "and run the same command to continue"
             ) from error
 
 

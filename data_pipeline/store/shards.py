@@ -28,7 +28,7 @@ LZ4HC_LEVEL = 5
 ZSTD_LEVEL = 3
 EMPTY_CHUNK = np.uint64(2**64 - 1)
 
-# Chunks are small and readers live in processes of their own: blosc's thread pool would only survive forks badly.
+# Chunks are small and readers live in separate processes: blosc's thread pool would only survive forks badly.
 numcodecs.blosc.use_threads = False
 
 
@@ -103,7 +103,7 @@ _of_thread = threading.local()
 
 
 def _zstd_decompressor() -> zstandard.ZstdDecompressor:
-    """One a thread, kept because making it takes ten times as long as decoding a chunk."""
+    """One per thread, kept because making it takes ten times as long as decoding a chunk."""
     if not hasattr(_of_thread, "zstd"):
         _of_thread.zstd = zstandard.ZstdDecompressor()
     return _of_thread.zstd

@@ -91,7 +91,7 @@ class TokenStore:
     def _from_manifest(
         cls, path: str | Path, remote: RemoteFolder | None, file: str, content: bytes, cache: CacheSettings
     ) -> TokenStore:
-        """Build the store from the bytes of its manifest, held to the identity that they state."""
+        """Build the store from the bytes of its manifest, checked against the identity that they state."""
 
         def damaged(text: str) -> DamagedError:
             return DamagedError(f"{text}; run `amfm prepare CONFIG` to write it again")

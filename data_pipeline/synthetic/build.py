@@ -16,7 +16,7 @@ from amfm.data_pipeline.synthetic.task import SyntheticTask
 if TYPE_CHECKING:
     from amfm.data_pipeline.config import SyntheticConfig  # pydantic takes longer to import than everything here
 
-# Which settings of `data.probe` each task reads, beside its name.
+# Which settings of `data.probe` each task reads, next to its name.
 SETTINGS: dict[str, tuple[str, ...]] = {
     "mqar": ("num_pairs", "num_keys", "num_values"),
     "overwriting": ("num_pairs", "num_writes", "num_keys", "num_values"),

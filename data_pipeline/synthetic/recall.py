@@ -51,7 +51,7 @@ class AssociativeRecall:
 
     @property
     def shortest(self) -> int:
-        """Fewest tokens of a row: two a write, one a query."""
+        """Fewest tokens of a row: two a write, one per query."""
         return self.num_pairs * (2 * self.num_writes + 1)
 
     def make_row(self, draws: Draws, length: int) -> SyntheticRow:

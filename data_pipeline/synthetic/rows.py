@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NO_TOKENIZER = "none"  # in the place of a tokenizer's identity
 GENERATOR_VERSION = 1  # of what a sample number gives: another one refuses to resume
-SPLIT_PARTS = 8  # of so many equal parts of all rows one validates
+SPLIT_PARTS = 8  # of this many equal parts of all rows one validates
 MAX_DRAWS = 8192  # a split that holds rows at all gives one with far fewer
 
 

@@ -111,9 +111,9 @@ def parse_tokenizer(content: bytes) -> tokenizers.Tokenizer:
 
 
 def read_tokenizer_json(path: Path, eos: str | int | None) -> HuggingFaceTokenizer:
-    """Load a tokenizer.json; `eos` is the end-of-text token or its id, else tokenizer_config.json beside it names it.
+    """Load a tokenizer.json; `eos` is the end-of-text token or its id, else tokenizer_config.json next to it names it.
 
-    ValueError when the file is no tokenizer, or the end-of-text token is unknown or not in the vocabulary.
+    ValueError when the file is not a tokenizer, or the end-of-text token is unknown or not in the vocabulary.
     """
     content = path.read_bytes()
     try:
@@ -127,7 +127,7 @@ def read_tokenizer_json(path: Path, eos: str | int | None) -> HuggingFaceTokeniz
     if token is None:
         raise ValueError(
             f"{path} doesn't name its end-of-text token; set data.tokenizer.eos_token, or put tokenizer_config.json "
-            "with an eos_token beside it"
+            "with an eos_token next to it"
         )
     if token not in vocabulary:
         raise ValueError(f"data.tokenizer.eos_token={token!r} must be a token of {path}; correct it")

@@ -1,9 +1,9 @@
 """Convert a .tiktoken vocabulary to a tokenizer.json.
 
-A .tiktoken file has a line a token: its bytes in base64 and its rank, which is its id. The pattern that cuts a text
+A .tiktoken file has a line per token: its bytes in base64 and its rank, which is its id. The pattern that cuts a text
 before merging and the special tokens are not in the file; whoever publishes it names them.
 
-It is converted and not read by a library of its own, so that stores know two formats of tokenizers and not three. tiktoken
+It is converted and not read by its own library, so that stores know two formats of tokenizers and not three. tiktoken
 merges the neighbours whose union has the lowest rank; a tokenizer.json lists merges in their order. Listing every split of
 every token into two tokens, by the rank of the whole, gives the same result.
 """

@@ -169,7 +169,9 @@ def _cut_at_newlines(text: str) -> list[str]:
 
 
 def _find_newline_id(processor: sentencepiece.SentencePieceProcessor) -> int | None:
-    """Find the id of the newline, if encoding the parts around one by themselves gives the ids of the whole; else None."""
+    """Find the id of the newline, if encoding the parts around one on their own gives the ids of the whole; else
+    None.
+    """
     ids = processor.encode("\n", out_type=int)
     holds_newline = any(
         "\n" in processor.id_to_piece(index) for index in range(processor.vocab_size()) if [index] != ids
@@ -216,7 +218,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def read_tokenizer_file(path: Path, eos: str | int | None = None) -> Tokenizer:
     """Load a SentencePiece .model file, a package's, or a tokenizer.json whose end-of-text token is `eos` (token or id).
 
-    A .model names its own end; for a .json without `eos`, tokenizer_config.json beside it must.
+    A .model names its own end; for a .json without `eos`, tokenizer_config.json next to it must.
     """
     if not path.is_file():
         raise ValueError(

@@ -1,4 +1,6 @@
-"""Monarch's transforms are Fourier's, the block is its formula in each document, and decoding goes on token by token."""
+"""Monarch's transforms are Fourier's, the block is its formula in each document, and decoding continues token by
+token.
+"""
 
 from __future__ import annotations
 

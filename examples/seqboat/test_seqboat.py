@@ -44,7 +44,7 @@ def make_mixer(weights: str = "softmax", window: int = WINDOW, capacity: float =
 
 
 def reference(mixer: SeqBoatMixer, x_TD: Tensor, most: int = 1000) -> tuple[Tensor, list[int]]:
-    """One document, a token after the other; the active tokens besides. At most so many are active."""
+    """One document, a token after the other; the active tokens besides. At most this many are active."""
     rates, window, W = mixer.log_rates.exp(), mixer.options.window, mixer.in_proj.weight
     average, q, k, v, rows, active = torch.zeros_like(rates), {}, {}, {}, [], []
     for t, x in enumerate(x_TD):

@@ -1,1 +1,1 @@
-"""`python -m amfm.kernels.acceptance`: are the kernels right on this card, and how fast?"""
+"""`python -m amfm.kernels.acceptance`: are the kernels right on this GPU, and how fast?"""

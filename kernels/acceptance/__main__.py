@@ -1,9 +1,10 @@
-"""`python -m amfm.kernels.acceptance`: prove the kernels on the card of this machine, then time them.
+"""`python -m amfm.kernels.acceptance`: verify the kernels on the GPU of this machine, then time them.
 
 It needs torch, triton and numpy alone. Four stages, each for one operation after the other: `compile` every kernel in a pool of
 processes, `check` every output and gradient against float64 (twice, for equal bits; once under torch.compile), `sanitize` under
-compute-sanitizer where it is installed, `time` beside PyTorch and installed packages. Each operation runs in a process of its
-own with a limit on its time, and the report is written after each. Exit code 3 for any fault, 2 where the machine can't serve.
+compute-sanitizer where it is installed, `time` vs. PyTorch and installed packages. Each operation runs in a separate
+process with a limit on its time, and the report is written after each. Exit code 3 for any fault, 2 where the machine
+can't serve.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from amfm.kernels.runtime.first_use import DEFAULT_CASES
 from amfm.kernels.runtime.machine import find_obstacle
 
 BAD_MACHINE, FAULTY = 2, 3
-# Without a card the kernels are compiled for Hopper.
+# Without a GPU the kernels are compiled for Hopper.
 DEFAULT_ARCHITECTURE = 90
 
 
@@ -43,7 +44,7 @@ def main(words: list[str]) -> int:
         return BAD_MACHINE
     described = run_child({"do": "describe", "device": given.device}, given.seconds, interpreted=given.device == "cpu")
     if described.fault:
-        print(f"error: the card does not answer: {described.fault}", file=sys.stderr)
+        print(f"error: the GPU does not answer: {described.fault}", file=sys.stderr)
         return BAD_MACHINE
     machine = described.lines[0]
     operations = _that_run(given, operations, machine["capability"] or DEFAULT_ARCHITECTURE)
@@ -67,8 +68,8 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu: a rehearsal in Triton's interpreter")
     parser.add_argument("--stages", default=",".join(STAGES), help=f"some of {','.join(STAGES)}")
     parser.add_argument("--op", action="append", help="only this operation; may be given again")
-    parser.add_argument("--kinds", default="", help="trials: first, small, long; all on a card, first on a CPU")
-    parser.add_argument("--out", type=Path, default=Path("acceptance.json"), help="the report; an old one goes on")
+    parser.add_argument("--kinds", default="", help="trials: first, small, long; all on a GPU, first on a CPU")
+    parser.add_argument("--out", type=Path, default=Path("acceptance.json"), help="the report; an old one continues")
     parser.add_argument("--seconds", type=float, default=300.0, help="limit of one operation's process")
     parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--cases", default=DEFAULT_CASES, help="module with OPERATIONS")
@@ -78,7 +79,7 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
         if stage not in STAGES:
             parser.error(f"--stages {stage}: there is no such stage; use {', '.join(STAGES)}")
     if given.device == "cpu" and "time" in given.stages and given.stages != list(STAGES):
-        parser.error("--stages time: kernels are timed on a card; leave out time, or --device cpu")
+        parser.error("--stages time: kernels are timed on a GPU; leave out time, or --device cpu")
     if given.device == "cpu":
         given.stages = [stage for stage in given.stages if stage not in ("sanitize", "time")]
     given.kinds = given.kinds.split(",") if given.kinds else ["first"] if given.device == "cpu" else []
@@ -98,16 +99,16 @@ def _operations(given: argparse.Namespace) -> list[str]:
 
 
 def _that_run(given: argparse.Namespace, operations: list[str], architecture: int) -> list[str]:
-    """Those of the operations that the card has instructions for; says which it leaves out."""
+    """Those of the operations that the GPU has instructions for; says which it leaves out."""
     known = importlib.import_module(given.cases).OPERATIONS
     for name in operations:
         if known[name].first_architecture() > architecture:
-            print(f"{name} needs sm_{known[name].first_architecture()}: left out on this card", flush=True)
+            print(f"{name} needs sm_{known[name].first_architecture()}: left out on this GPU", flush=True)
     return [name for name in operations if known[name].first_architecture() <= architecture]
 
 
 def _compile(given: argparse.Namespace, machine: dict[str, Any], operations: list[str], report: Report) -> None:
-    """Compile all kernels of these operations for the card."""
+    """Compile all kernels of these operations for the GPU."""
     from amfm.kernels.acceptance.compiling import compile_all
 
     architecture = machine["capability"] or DEFAULT_ARCHITECTURE
@@ -150,7 +151,7 @@ def _sanitize(given: argparse.Namespace, machine: dict[str, Any], operations: li
 
 
 def _time(given: argparse.Namespace, machine: dict[str, Any], operations: list[str], report: Report) -> None:
-    """Time every operation that has a problem for a card."""
+    """Time every operation that has a problem for a GPU."""
     for operation in operations:
         finished = _child(given, {"do": "time", "operation": operation})
         for found in [line for line in finished.lines if "rows" in line]:
@@ -168,7 +169,7 @@ def _child(given: argparse.Namespace, settings: dict[str, Any], before: list[str
 
 
 def _conclude(report: Report, path: Path) -> int:
-    """Say what is wrong, and return the exit code."""
+    """Report what is wrong, and return the exit code."""
     faults = report.faults()
     print(f"report: {path}")
     if not faults:

@@ -1,4 +1,4 @@
-"""One operation in a process of its own: `python -m amfm.kernels.acceptance.child SETTINGS`, SETTINGS being JSON.
+"""One operation in a separate process: `python -m amfm.kernels.acceptance.child SETTINGS`, SETTINGS being JSON.
 
 Writes a line of JSON before and after each step, so that what had been found stands when it crashes and the step is known.
 Settings: `do` (describe, check, run, time, tune), `operation`, `device`; of `check` and `run` the `kinds` of trials, of `time`
@@ -65,7 +65,7 @@ def _run(settings: dict[str, Any], device: torch.device, answer: Answer) -> None
 
 
 def _measure(settings: dict[str, Any], device: torch.device, answer: Answer) -> None:
-    """Time the operation's problems for a card beside PyTorch and installed packages, or choose its kernels' tiles."""
+    """Time the operation's problems for a GPU vs. PyTorch and installed packages, or choose its kernels' tiles."""
     from amfm.kernels.acceptance.choose_tiles import choose_tiles
     from amfm.kernels.acceptance.timing import time_problem
     from amfm.kernels.cases.problem import CardSizes

@@ -1,4 +1,4 @@
-"""Chooses the tiles of one operation's kernels on this card, each candidate proved before it is timed."""
+"""Chooses the tiles of one operation's kernels on this GPU, each candidate verified before it is timed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def choose_tiles(
     sizes: CardSizes,
     report: Callable[[str], None],
 ) -> Table:
-    """Tune the kernels that a problem launches, forward and backward together, and save this card's table; returns it.
+    """Tune the kernels that a problem launches, forward and backward together, and save this GPU's table; returns it.
 
     Raises RuntimeError where this compiler miscompiles a kernel as it stands.
     """

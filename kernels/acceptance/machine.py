@@ -1,4 +1,4 @@
-"""The card and the versions of what runs on it, and whether they can serve."""
+"""The GPU and the versions of what runs on it, and whether they can serve."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Card, driver and versions, as the report has them; `capability` is 0 without a card."""
+    """GPU, driver and versions, as the report has them; `capability` is 0 without a GPU."""
     found: dict[str, Any] = {"card": "none: Triton's interpreter", "capability": 0}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -1,4 +1,4 @@
-"""Runs a part of the acceptance in a process of its own, with a limit on its time.
+"""Runs a part of the acceptance in a separate process, with a limit on its time.
 
 Why: an illegal access poisons a CUDA context for good, a miscompiled loop may never end, and a compiler may take the process
 with it. None of that may take the other operations along, so each has its own process, and what it had found stands.
@@ -34,7 +34,7 @@ class Finished:
 def run_child(
     settings: dict[str, Any], seconds: float, *, interpreted: bool = False, before: list[str] | None = None
 ) -> Finished:
-    """Run the child with these settings for at most so many seconds. interpreted: in Triton's interpreter.
+    """Run the child with these settings for at most this many seconds. interpreted: in Triton's interpreter.
 
     before: the command that runs it, such as a sanitizer. Everything that the child started ends with it.
     """

@@ -13,9 +13,9 @@ STAGES = ("compile", "check", "sanitize", "time")
 
 
 class Report:
-    """Findings by stage and operation. A file that is there already goes on: another call may run other stages.
+    """Findings by stage and operation. A file that is there already continues: another call may run other stages.
 
-    Raises ValueError where the file is of another card or other versions.
+    Raises ValueError where the file is of another GPU or other versions.
     """
 
     def __init__(self, path: Path, machine: dict[str, Any]) -> None:
@@ -46,11 +46,11 @@ def compile_lines(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Kernels that spill, and those that do not compile."""
     spilling = {name: row["spill_bytes"] for name, row in rows.items() if row.get("spill_bytes")}
     yield f"compiled {len(rows)} kernels; registers spill in {len(spilling)}"
-    yield from (f"  {name}: {bytes_} bytes a thread" for name, bytes_ in spilling.items())
+    yield from (f"  {name}: {bytes_} bytes per thread" for name, bytes_ in spilling.items())
 
 
 def check_lines(operation: str, found: dict[str, Any]) -> Iterator[str]:
-    """A line a trial: its worst tensor, that tensor's error beside PyTorch's and the bound."""
+    """A line a trial: its worst tensor, that tensor's error vs. PyTorch's and the bound."""
     for trial in found["trials"]:
         worst = trial["tensors"][0] if trial["tensors"] else None
         numbers = (

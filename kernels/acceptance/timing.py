@@ -1,4 +1,4 @@
-"""Times an operation on a card beside PyTorch and the public packages that are installed, each variant judged first.
+"""Times an operation on a GPU vs. PyTorch and the public packages that are installed, each variant judged first.
 
 A peer that cannot run is a remark; one of our own kernels that cannot run, or has a tensor that is too far from float32, is a
 fault. Figures are medians of forward, of backward and of both, and shares of an H100's roofline.
@@ -41,7 +41,7 @@ def time_problem(
 
 
 def time_variants(name: str, problem: Problem, variants: Mapping[str, Compute], measure: Measure) -> dict[str, Any]:
-    """As `time_problem`, of given variants; "torch" is what the others are judged beside."""
+    """As `time_problem`, of given variants; "torch" is what the others are compared with."""
     wide = tuple(leaf.detach().float().requires_grad_() for leaf in problem.leaves)
     exact, beside = _results(variants["torch"], wide), _results(variants["torch"], problem.leaves)
     found: dict[str, Any] = {"op": name, "rows": [], "remarks": [], "faults": []}

@@ -1,4 +1,4 @@
-"""Causal attention with grouped keys; on a card the torch backend is PyTorch's scaled_dot_product_attention."""
+"""Causal attention with grouped keys; on a GPU the torch backend is PyTorch's scaled_dot_product_attention."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def counted_problems() -> Iterator[CountedProblem]:
 def launches() -> Iterator[KernelLaunch]:
     """All three kernels at the head sizes of presets, with documents: 256 is Qwen3-Next's, and what Kimi Linear's 192 fill.
 
-    Sizes that 16 divides in every preset are declared so, as a launch on a card would find out.
+    Sizes that 16 divides in every preset are declared so, as a launch on a GPU would find out.
     """
     import triton.language as tl
 
@@ -99,7 +99,7 @@ def attention_trial(
 def packed_attention_trial(
     inputs: Inputs, heads: int, kv_heads: int, size: int, *, lengths: tuple[int, ...], window: int | None = None
 ) -> Trial:
-    """Documents as a model has them, by what is fastest for them: on a card PyTorch's variable-length attention."""
+    """Documents as a model has them, by what is fastest for them: on a GPU PyTorch's variable-length attention."""
     tokens = sum(lengths)
     leaves = {"q": inputs.normal(1, tokens, heads, size)}
     leaves |= {name: inputs.normal(1, tokens, kv_heads, size) for name in ("k", "v")}

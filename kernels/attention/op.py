@@ -1,7 +1,7 @@
 """Causal grouped-query attention inside documents.
 
 How: this file checks shapes and dispatches; `reference.py` is the definition, `torch_impl.py` and
-`window_torch.py` call PyTorch's scaled_dot_product_attention, `varlen.py` its FlashAttention over documents on a card,
+`window_torch.py` call PyTorch's scaled_dot_product_attention, `varlen.py` its FlashAttention over documents on a GPU,
 `triton_impl.py` launches our kernels. Documents
 and windows come as ids and a width rather than as a mask, because a mask of [T, S] grows with the square of the
 row and keeps PyTorch from its flash kernels; from ids the Triton kernels derive exact loop bounds.
@@ -43,7 +43,7 @@ def attention(
     """softmax(scale * q k^T) v over the keys of the query's document up to the query itself, or the last `window` of them.
 
     Shapes: q [B, T, H, K], k and v [B, S, J, K] with J dividing H and S >= T -> [B, T, H, K]. The last T keys are those
-    of the queries; S > T goes on from a cache, or from the part of a row that other ranks hold. `document_ids_BS` are
+    of the queries; S > T continues from a cache, or from the part of a row that other ranks hold. `document_ids_BS` are
     those of the keys, integers that do not decrease inside a row. `scale` defaults to K ** -0.5. Softmax and sums in
     float32 (float64 for float64). Sinks [H]: each is the score of one more key of its head, which has no value and which
     every query of every document sees. Backend "varlen" (`fastest_backend`) takes `document_ends` in place of ids, with

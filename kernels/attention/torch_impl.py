@@ -80,7 +80,7 @@ def _attend_documents(
 ) -> Tensor:
     """Attention document by document, [B, T, H, K], for CPU.
 
-    Reads the ids on the host, which is free there and would wait for the device on a card; the length of the
+    Reads the ids on the host, which is free there and would wait for the device on a GPU; the length of the
     loop is the number of documents in all rows, so the operation can't be traced by a compiler.
     """
     batch, tokens, keys = *q_BTHK.shape[:2], k_BSJK.shape[1]

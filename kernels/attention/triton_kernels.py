@@ -4,7 +4,7 @@ Document boundaries come as two numbers: for each query the first key of its doc
 last of its document. Keys of a tile of queries begin at its first document's start, queries of a tile of keys end at its
 last document's end, so loops have exact bounds.
 
-Softmax is taken online (running maximum and sum, in float32, with powers of 2 because the card's exponential is
+Softmax is taken online (running maximum and sum, in float32, with powers of 2 because the GPU's exponential is
 one of 2); scores are scaled by log2(e) for that. Products take operands of DOT and add up in float32. Offsets
 of tensors are 64 bit: a row of 128k tokens with 64 heads passes 2^31 numbers.
 """
@@ -154,7 +154,7 @@ def attention_key_gradient_kernel(
 ):  # fmt: skip
     """d_k and d_v [B, S, J, K], summed over the query heads of the group. Grid: (key tiles, B * J).
 
-    One program a tile of BLOCK_N keys of one key head; it walks the query heads of the group and their queries
+    One program per tile of BLOCK_N keys of one key head; it walks the query heads of the group and their queries
     that can see the tile, so that the sum over the group needs no second pass. Tiles are [key, query], so that
     both sums are plain products and no result is transposed.
     """

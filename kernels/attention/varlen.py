@@ -1,6 +1,6 @@
 """Attention inside documents by PyTorch's variable-length attention, which is FlashAttention over documents laid end to end.
 
-It works on a card alone, for bfloat16 and float16, and its interface is young: torch 2.10 brought it, scale, windows and
+It works on a GPU alone, for bfloat16 and float16, and its interface is young: torch 2.10 brought it, scale, windows and
 grouped heads came later. Whether it can serve is found from the version and the function's own parameters, so a release
 that takes other arguments is left alone instead of failing in the first step; our kernel (`triton_impl.py`) serves there.
 

@@ -124,7 +124,7 @@ def _overlapping(x_BS: Tensor, blocks: int, block: int) -> Tensor:
     """[B, before + blocks * block, ...] -> [B, blocks, before + block, ...]: what each block's queries may see.
 
     Where there are several blocks a window is no longer than one, so that `before` is one block. Two views of all of
-    them, and not one a block: the backward of each view fills a gradient as long as the row.
+    them, and not one per block: the backward of each view fills a gradient as long as the row.
     """
     if blocks == 1:
         return x_BS[:, None]

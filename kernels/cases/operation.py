@@ -30,9 +30,9 @@ class KernelLaunch:
 class OperationCase:
     """An operation of `kernels/`: every way in which it is compiled, counted, checked and timed.
 
-    `launches`: its kernels in bfloat16 with documents and the tiles of a card. `counted`: problems of the audit.
-    `trials`: what its kernels are held against float64 at. `on_card`, `on_host`: builders of the problems that are timed,
-    by the name that the benchmarks give them.
+    `launches`: its kernels in bfloat16 with documents and the tiles of a GPU. `counted`: problems of the audit.
+    `trials`: what its kernels are compared with float64 at. `on_card`, `on_host`: builders of the problems that are
+    timed, by the name that the benchmarks give them.
     """
 
     name: str
@@ -58,7 +58,7 @@ def kernel_launch(
     constants: Mapping[str, Any],
     config: Mapping[str, int] | None = None,
 ) -> KernelLaunch:
-    """A launch with the types of those arguments that are no constants.
+    """A launch with the types of those arguments that are not constants.
 
     `config`: one of the kernel's configurations; its warps and stages become options, the rest constants.
     """

@@ -1,10 +1,11 @@
 """Problems of an operation: inputs, a call, the least that must move, and sizes.
 
-Four commands ask the same about an operation: what does its kernel take on a card (ahead-of-time table), what does it
-move (audit in the interpreter), how fast is it on this card and on this CPU. Each needs inputs, a call, the least that
-must move, and sizes of its own. So an operation has one builder of `Problem` from sizes, and every command brings its sizes.
-Nothing here needs more than torch, triton and numpy: a bare machine with a card can run every case. Peers that are
-public kernel packages belong to a problem and are looked for when asked; transformers, on the CPU, is launch's business.
+Four commands ask the same about an operation: what does its kernel take on a GPU (ahead-of-time table), what does it
+move (audit in the interpreter), how fast is it on this GPU and on this CPU. Each needs inputs, a call, the least that
+must move, and its own sizes. So an operation has one builder of `Problem` from sizes, and every command brings its
+sizes. Nothing here needs more than torch, triton and numpy: a bare machine with a GPU can run every case. Peers that
+are public kernel packages belong to a problem and are looked for when asked; transformers, on the CPU, is launch's
+business.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Problem:
 
     `run(*leaves, backend=...)` is our operation, with backend triton, torch or reference (see the operation's op.py), as
     one tensor. `forward`, `backward`: the least of each pass for 2-byte numbers. `peers`: the same computation by public
-    packages, as they are called on a card; those that are not installed are left out. `labels`: what a loss is of.
+    packages, as they are called on a GPU; those that are not installed are left out. `labels`: what a loss is of.
     """
 
     shape: str
@@ -98,7 +99,7 @@ class CountedProblem:
     """A problem small enough for the interpreter, under the name and the goals of the audit.
 
     `has_backward`: whether its backward pass is counted too. `library`: products that forward leaves to PyTorch, which
-    nobody counts.
+    no one counts.
     """
 
     op: str
@@ -111,7 +112,7 @@ class CountedProblem:
 
 @dataclass(frozen=True)
 class CardSizes:
-    """Sizes of problems on a card; the defaults are those of Granite-4-H-Small on one row of 8,192 tokens."""
+    """Sizes of problems on a GPU; the defaults are those of Granite-4-H-Small on one row of 8,192 tokens."""
 
     tokens: int = 8192
     model: int = 4096

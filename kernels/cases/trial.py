@@ -1,9 +1,9 @@
 """One trial: inputs by name, and a call that gives all outputs by name in any backend and dtype.
 
-The acceptance run on a card, the check at a kernel's first use and their rehearsal in the interpreter ask the same: are
+The acceptance run on a GPU, the check at a kernel's first use and their rehearsal in the interpreter ask the same: are
 all outputs and all gradients as near to float64 as PyTorch in the same dtype comes? So a trial has every tensor that
 carries a gradient as a leaf, and every result that takes one as an output. Three kinds of sizes: `first` has the tiles of
-production over few tokens and is what the first use checks, `small` has odd sizes, `long` is for cards alone.
+production over few tokens and is what the first use checks, `small` has odd sizes, `long` is for GPUs alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Trial:
     """Leaves by name, and `run(leaves, backend)`, which returns outputs by name; one that takes no gradient is left out.
 
     sums: leaves whose gradient sums over all tokens the gradient of another leaf, which is named: where the sum cancels, it
-    keeps fewer digits in any implementation, so its error is held against the size of what is summed.
+    keeps fewer digits in any implementation, so its error is compared with the size of what is summed.
     exact: the backend that is taken for exact in float64, "torch" where a token at a time would take too long.
     """
 
@@ -92,7 +92,7 @@ def _compiler(trial: Trial) -> str:
 
 
 def _leaf(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A leaf of its own in another dtype, or in its own with its strides."""
+    """A separate leaf in another dtype, or in its own with its strides."""
     return (tensor.detach() if dtype is None else tensor.detach().to(dtype)).requires_grad_()
 
 
@@ -105,7 +105,7 @@ def _direction(output: Tensor, seed: int) -> Tensor:
 
 @contextmanager
 def _own_generator(device: torch.device) -> Iterator[None]:
-    """Inside, random numbers are those of one seed; afterwards they go on as if nothing had been drawn."""
+    """Inside, random numbers are those of one seed; afterwards they continue as if nothing had been drawn."""
     cards = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cards):
         torch.manual_seed(_SEED)

@@ -1,4 +1,6 @@
-"""Causal depthwise convolution with SiLU, one token at a time: the definition that every other form is held against."""
+"""Causal depthwise convolution with SiLU, one token at a time: the definition that every other form is compared
+with.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.common.shapes import drop_single_document
 
-# Numbers of a block of `_correlate`: enough that a call costs little beside its work, few enough to stay in the cache.
+# Numbers of a block of `_correlate`: enough that a call costs little compared with its work, few enough to stay in the
+# cache.
 _NUMBERS = 1 << 18
 
 
@@ -62,7 +63,7 @@ def _slide(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, *, num_zeros
 def _mend_edges(
     out_BTC: Tensor, x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor, step: int
 ) -> None:
-    """Make anew, from their own documents alone, the sums of tokens whose window reaches into another document.
+    """Make again, from their own documents alone, the sums of tokens whose window reaches into another document.
 
     step: -1 where a token's window lies before it, 1 where it lies behind it; the weight's last column meets the token.
     """
@@ -71,7 +72,7 @@ def _mend_edges(
     for shift in range(1, min(W, T)):
         token = slice(shift, None) if step < 0 else slice(None, -shift)
         crossing_BT[:, token] |= document_ids_BT[:, shift:] != document_ids_BT[:, :-shift]
-    # Only the W - 1 tokens around a boundary are made anew, a vanishing share of a row.
+    # Only the W - 1 tokens around a boundary are made again, a vanishing share of a row.
     row_N, token_N = crossing_BT.nonzero(as_tuple=True)
     document_N = document_ids_BT[row_N, token_N]
     total_NC = torch.zeros_like(out_BTC[row_N, token_N]) if bias_C is None else bias_C.expand(len(row_N), -1)

@@ -1,7 +1,7 @@
 """The Triton convolution as an operation that autograd, torch.compile and meta tensors know.
 
 Backward cuts a row's tokens into strips, each walked by one program that keeps the gradients of taps and bias
-in registers and writes one part; parts are added up in a fixed order. More strips fill the card, fewer write
+in registers and writes one part; parts are added up in a fixed order. More strips fill the GPU, fewer write
 less. The sum before SiLU is computed again instead of kept: three multiply-adds a value cost less
 than reading it.
 """
@@ -30,7 +30,7 @@ def _candidates(*tiles: tuple[int, int]) -> tuple[Config, ...]:
 
 
 FORWARD = _candidates((32, 128), (16, 128), (32, 64), (64, 64))
-# Seven shifted tiles of inputs and four of gradients: of 32 x 128 they spill on every card.
+# Seven shifted tiles of inputs and four of gradients: of 32 x 128 they spill on every GPU.
 BACKWARD = _candidates((16, 64), (8, 128), (16, 32), (32, 32))
 
 

@@ -70,7 +70,7 @@ def convolution_forward_kernel(
     W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, SILU: tl.constexpr = True,
 ):  # fmt: skip
-    """y [B, T, C]; one program a block of tokens and of channels.
+    """y [B, T, C]; one program per block of tokens and of channels.
 
     x [B, T, C] may have any strides of rows and tokens, given in multiples of UNIT, with channels packed; ids [B, T] are
     document ids.

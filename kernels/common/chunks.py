@@ -61,7 +61,7 @@ class Documents:
     carry: Tensor | None
 
     def sum_inside(self, g_nHQ: Tensor) -> Tensor:
-        """Cumulative sum over a chunk that starts anew at each document.
+        """Cumulative sum over a chunk that restarts at each document.
 
         With documents it is a product with a matrix of zeros and ones, so that the sum of one document does not hold
         the rounding of the documents before it.

@@ -1,9 +1,10 @@
 """Weight gradients that land in the sum of a step's micro-batches, in the product that makes them.
 
-A gradient of its own is written by its product and read again by whoever adds it up: 12 bytes a bfloat16 weight and micro-batch,
-and a rounding to bfloat16. So an optimizer may hang a `GradientSum` on a parameter, as its attribute `gradient_sum`. Operations
-that multiply by large weights look for it in the forward pass (`gradient_sum_of`), add their gradient to the place that it
-gives them in the backward pass, and give autograd none. The idea is Megatron-LM's `gradient_accumulation_fusion`.
+A separate gradient is written by its product and read again by whoever adds it up: 12 bytes a bfloat16 weight and
+micro-batch, and a rounding to bfloat16. So an optimizer may hang a `GradientSum` on a parameter, as its attribute
+`gradient_sum`. Operations that multiply by large weights look for it in the forward pass (`gradient_sum_of`), add their
+gradient to the place that it gives them in the backward pass, and give autograd none. The idea is Megatron-LM's
+`gradient_accumulation_fusion`.
 
 Autograd still comes to the parameter when all that multiplied by it are done, with or without a gradient: there the sum
 learns that a pass is in. A pass that is cut in two (split_backward.py) tells it later, by `collect`.

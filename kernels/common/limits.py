@@ -1,6 +1,7 @@
-"""Which sizes the Triton scans have kernels for, known without Triton: a configuration is held against them before it runs.
+"""Which sizes the Triton scans have kernels for, known without Triton: a configuration is compared with them before it
+runs.
 
-A model's configuration is checked on machines without a card or Triton, so the numbers are here and not beside
+A model's configuration is checked on machines without a GPU or Triton, so the numbers are here and not next to
 the kernels; the kernels' launchers import them from here, so there is one source.
 """
 

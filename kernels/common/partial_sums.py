@@ -41,7 +41,9 @@ def sum_parts_kernel(parts, total, count, columns, stride_p, stride_o, BLOCK_P: 
 
 
 def grid_of(outer: int, columns: int) -> tuple[int]:
-    """Programs of `sum_parts_kernel`, in one dimension: of a second one a card takes 65,535, and routed rows may be more blocks."""
+    """Programs of `sum_parts_kernel`, in one dimension: a GPU takes 65,535 of a second one, and routed rows may be
+    more blocks.
+    """
     return (outer * triton.cdiv(columns, LARGEST_TILE["BLOCK_C"]),)
 
 

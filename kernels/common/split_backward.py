@@ -6,7 +6,7 @@ both: it would run it twice. So operations that multiply by large weights ask he
 their input's gradient, leave the weight's as a function on the micro-batch's list, and give autograd none for it; the
 schedule runs the list when its turn comes. What else a backward pass computes (scans, norms, small parameters) stays whole.
 
-The list belongs to the process and not to a thread, since autograd runs a card's backward pass in a thread of its own.
+The list belongs to the process and not to a thread, since autograd runs a GPU's backward pass in a separate thread.
 """
 
 from __future__ import annotations

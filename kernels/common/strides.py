@@ -26,8 +26,8 @@ def pack_inner(x: Tensor, dims: int = 1) -> Tensor:
 def stride_unit(*strides: int) -> int:
     """The largest of 16, 8, 4, 2 and 1 that divides all strides.
 
-    Triton knows of an argument that 16 divides it, or nothing. A projection of 24 heads' dt beside its channels has rows that
-    8 divides, which is enough for loads of 16 bytes: kernels take strides in this unit and multiply.
+    Triton knows of an argument that 16 divides it, or nothing. A projection of 24 heads' dt next to its channels has
+    rows that 8 divides, which is enough for loads of 16 bytes: kernels take strides in this unit and multiply.
     """
     return next(unit for unit in (16, 8, 4, 2, 1) if not any(stride % unit for stride in strides))
 

@@ -1,4 +1,4 @@
-"""Mamba2's scan, and linear attention with a gate a head: one kernel at two shapes.
+"""Mamba2's scan, and linear attention with a gate per head: one kernel at two shapes.
 
 TurboS, Nemotron-3-Nano and Granite-4-H all have heads of 64 channels with 128 state numbers, so that the launches of one
 stand for the three.
@@ -70,7 +70,7 @@ def mamba2_problem(
 
 
 def linear_attention_problem(inputs: Inputs, tokens: int, heads: int, size: int) -> Problem:
-    """Heads with keys of their own and a gate a head, as in RetNet and simple GLA.
+    """Heads with their own keys and a gate per head, as in RetNet and simple GLA.
 
     Leaves: q, k and v [1, T, H, size], scaled so that products of rows stay near 1, and g [1, T, H] float32.
     """
@@ -110,8 +110,8 @@ def counted_problems() -> Iterator[CountedProblem]:
         yield CountedProblem(
             op,
             _with_chunks(problem, f"chunks of {chunk}"),
-            None if keep else Goal("4d + 4GN + 4H bytes a token", _least_bytes(tokens, heads), 1.15),
-            Goal("d bytes a token", tokens * width, 16) if keep else None,
+            None if keep else Goal("4d + 4GN + 4H bytes per token", _least_bytes(tokens, heads), 1.15),
+            Goal("d bytes per token", tokens * width, 16) if keep else None,
             has_backward,
         )
     yield _segmented_problem(tokens=8192, heads=4, chunk=128, segments=2)
@@ -151,7 +151,7 @@ def _segmented_problem(tokens: int, heads: int, chunk: int, segments: int) -> Co
     return CountedProblem(
         "decay_scan_segmented",
         _with_chunks(whole, f"{segments} segments", run),
-        Goal("4d + 4GN + 4H bytes a token", _least_bytes(tokens, heads), 1.7),
+        Goal("4d + 4GN + 4H bytes per token", _least_bytes(tokens, heads), 1.7),
         has_backward=False,
     )
 
@@ -246,7 +246,7 @@ def decay_trial(
     inputs: Inputs, tokens: int, heads: int, key: int, value: int, *, chunk: int = 64, channels: bool = False,
     lengths: tuple[int, ...] = (), initial: bool = False, keep: bool = True, exact: str = "reference",
 ) -> Trial:  # fmt: skip
-    """Linear attention with decay, a gate a head or, with `channels`, a gate a key channel."""
+    """Linear attention with decay, a gate per head or, with `channels`, a gate per key channel."""
     leaves = {name: inputs.normal(1, tokens, heads, key, scale=key**-0.5) for name in ("q", "k")}
     leaves["v"] = inputs.normal(1, tokens, heads, value)
     leaves["g"] = inputs.uniform(1, tokens, heads, *((key,) if channels else ()), low=-0.5)
@@ -267,7 +267,7 @@ def decay_trial(
 
 
 def trials() -> Iterator[Sized]:
-    """Mamba2 and a gate a head, at both chunk sizes of the kernel."""
+    """Mamba2 and a gate per head, at both chunk sizes of the kernel."""
     for chunk, lengths in ((64, (40, 1, 23)), (128, (128, 20, 45))):
         build = partial(mamba2_trial, tokens=193, heads=2, chunk=chunk, lengths=lengths, initial=True, keep=chunk == 64)
         yield Sized(f"Mamba2 with documents, chunks of {chunk}", "first", build)
@@ -277,7 +277,7 @@ def trials() -> Iterator[Sized]:
         partial(mamba2_trial, tokens=100, heads=4, groups=2, head_dim=40, state=72, chunk=32, rows=2, lengths=(3, 90, 7)),
     )  # fmt: skip
     yield Sized("Mamba2, slices of a projection", "small", partial(mamba2_trial, tokens=63, heads=3, sliced=True))
-    yield Sized("gate a head", "small", partial(decay_trial, tokens=129, heads=2, key=32, value=48, lengths=(70, 59)))
+    yield Sized("gate per head", "small", partial(decay_trial, tokens=129, heads=2, key=32, value=48, lengths=(70, 59)))
     yield Sized(
         "Mamba2, 128 heads and documents", "long",
         partial(mamba2_trial, tokens=8205, heads=128, chunk=128, lengths=(4000, 1, 63, 4141), keep=False, exact="torch"),
@@ -291,7 +291,7 @@ def trials() -> Iterator[Sized]:
         partial(mamba2_trial, tokens=32771, heads=2, lengths=(20000, 12771), initial=True, exact="torch"),
     )  # fmt: skip
     yield Sized(
-        "gate a head, states of 256 x 256", "long",
+        "gate per head, states of 256 x 256", "long",
         partial(decay_trial, tokens=8205, heads=8, key=256, value=256, chunk=128, initial=True, exact="torch"),
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from amfm.kernels.decay_scan.triton_forward import chunk_state_kernel
 
 # Tokens of a step: a chunk of 128 is two, which keeps their products in registers.
 LARGEST_TILE = 64
-# Heads of a group that one program of the gradient kernel walks over: fewer fill the card better, more share sums.
+# Heads of a group that one program of the gradient kernel walks over: fewer fill the GPU better, more share sums.
 HEADS_PER_SPLIT = 32
 # Candidates of each kernel, the fixed one first; BLOCK_V: columns of V that a program takes, or takes at a time. Compiled
 # for sm_90, a state of 128 x 64 next to the output's products spills; two programs of 128 x 32 do not.

@@ -222,7 +222,7 @@ def total_decay(g: Tensor, document_ids_BT: Tensor | None) -> Tensor:
 
 
 def _find_scan(backend: str, keep_states: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The scan with one gate a head, for a resolved backend; Triton is imported only where it is used."""
+    """The scan with one gate per head, for a resolved backend; Triton is imported only where it is used."""
     if backend == "torch":
         return chunked_scan
     from amfm.kernels.decay_scan.triton_impl import scan_triton

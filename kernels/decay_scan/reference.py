@@ -1,4 +1,4 @@
-"""Decayed linear attention one token at a time, in any dtype: the definition that every other form is held against.
+"""Decayed linear attention one token at a time, in any dtype: the definition that every other form is compared with.
 
 The state is carried through a Python loop, in float64 where tests ask for it. It never forms e^(-b) or a sum of
 gates, so it has none of the precautions of the chunked forms to get wrong.
@@ -35,7 +35,7 @@ def scan_by_steps(
         if document_ids_BT is not None and t > 0:
             begins = document_ids_BT[:, t] != document_ids_BT[:, t - 1]
             carry = carry.masked_fill(begins.view(B, *(1,) * (carry.dim() - 1)), 0.0)
-        # One factor a head scales the whole state, one a key channel scales its row.
+        # One factor a head scales the whole state, one per key channel scales its row.
         of_rows = carry[..., None, None] if carry.dim() == 2 else carry[..., None]
         state = of_rows * state + k_BTHK[:, t, :, :, None] * v_BTHV[:, t, :, None, :]
         decay = carry * decay

@@ -1,10 +1,11 @@
-"""The scan's gradient as two Triton kernels: a walk back for the states' gradients, then one program a tile for the rest.
+"""The scan's gradient as two Triton kernels: a walk back for the states' gradients, then one program per tile for the
+rest.
 
 No product here takes the transpose of another product's result: on Hopper, Triton 3.4 to 3.7.0 makes wrong numbers of
 that. Scores and their gradients are therefore held as [j, i], the writing token first, and sums over states as [K, i].
 
 How: the walk back mirrors forward and writes dS, the gradient of the state that leaves each chunk. After that
-tiles are independent, so `gradients_kernel` runs one program a tile and group and sums over the group's heads
+tiles are independent, so `gradients_kernel` runs one program per tile and group and sums over the group's heads
 on chip, where separate programs would need atomics or a copy of dq and dk for each head. README.md lists what
 it took to fit its registers.
 """
@@ -40,7 +41,7 @@ def walk_back_kernel(
     Q: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
     DOCUMENTS: tl.constexpr, RAW: tl.constexpr, D_FINAL: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """Walk a segment backward, a tile of Q tokens a step, for the gradients of the states that leave its chunks.
+    """Walk a segment backward, a tile of Q tokens per step, for the gradients of the states that leave its chunks.
 
     leaving is [B, chunks, H, K, V], written with STORE at the end of each chunk of TILES tiles. d_initial [B, segments, H,
     K, V] is made from d_final of the same shape; decay [B, segments, H] is what the segment leaves of a state.
@@ -121,7 +122,7 @@ def tile_scores(
 def value_scores(
     v_base, dy_base, start, T, stride_v, stride_dy, V, Q: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr
 ):
-    """v dy^T of a tile, [j, i]. A loop of its own reads v and dy twice, and spares the sum's registers in the other.
+    """v dy^T of a tile, [j, i]. A separate loop reads v and dy twice, and spares the sum's registers in the other.
 
     [Q, Q] float32.
     """

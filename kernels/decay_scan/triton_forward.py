@@ -3,7 +3,7 @@
 How: a program owns one head and one block of V columns and carries that slice of the state, [BLOCK_K, BLOCK_V]
 float32, in registers from tile to tile, so that the state never passes through memory. Tiles are at most 64
 tokens, which keeps scores and state in registers together; V is cut so that rows and heads of a small batch
-still fill a card. Masks are recomputed from the first token of each document: a mask in memory would be [Q, Q]
+still fill a GPU. Masks are recomputed from the first token of each document: a mask in memory would be [Q, Q]
 a tile.
 """
 

@@ -2,7 +2,7 @@
 
 How: `_forward` and `_backward` are custom operations with fake implementations, so that torch.compile treats
 each as one node and meta tensors give shapes. Launches are decided in `launch.py`: a row's chunks, the columns of V a
-program takes, and segments where rows and heads alone don't fill the card. States and gradients are summed by
+program takes, and segments where rows and heads alone don't fill the GPU. States and gradients are summed by
 PyTorch in a fixed order; there are no atomics, so every run gives the same bits.
 """
 
@@ -38,7 +38,7 @@ def scan_triton(
     """As `torch_impl.chunked_scan`, for float32, bfloat16 and float16.
 
     chunk_size is the distance of the states that backward reads, 16 to 128 or a multiple of 128, which runs as 128.
-    segment_chunks cuts rows into segments of so many chunks that are walked at the same time; 0 cuts only where the
+    segment_chunks cuts rows into segments of this many chunks that are walked at the same time; 0 cuts only where the
     rows and heads alone would leave processors idle. With keep_states forward saves the states that enter chunks (in the
     dtype of v), else backward walks the row again for them. Raises ValueError for chunk or state sizes without a kernel.
 

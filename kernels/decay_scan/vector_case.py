@@ -111,7 +111,7 @@ def launches() -> Iterator[KernelLaunch]:
 
 
 def trials() -> Iterator[Sized]:
-    """A gate a key channel: HGRN2's states, GLA's, and uneven ones."""
+    """A gate per key channel: HGRN2's states, GLA's, and uneven ones."""
     yield Sized(
         "HGRN2 with documents", "first",
         partial(decay_trial, tokens=150, heads=2, key=128, value=128, channels=True, lengths=(64, 1, 85), initial=True),

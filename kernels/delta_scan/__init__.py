@@ -1,1 +1,1 @@
-"""Delta rule with gates and several steps a token, as DeltaNet, Gated DeltaNet and DeltaProduct use it."""
+"""Delta rule with gates and several steps per token, as DeltaNet, Gated DeltaNet and DeltaProduct use it."""

@@ -1,7 +1,7 @@
 """The delta rule: Gated DeltaNet as in Qwen3-Next (states of 128 x 128, one step a token) and its relatives.
 
-Compiled ahead of time are also DeltaProduct with two steps a token, and Kimi Delta Attention as in Kimi Linear (a gate of
-each of 128 key channels).
+Compiled ahead of time are also DeltaProduct with two steps per token, and Kimi Delta Attention as in Kimi Linear (a
+gate of each of 128 key channels).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 
 def launches() -> Iterator[KernelLaunch]:
-    """Every kernel with gates and documents, for one and two steps a token."""
+    """Every kernel with gates and documents, for one and two steps per token."""
     import triton.language as tl
 
     from amfm.kernels.delta_scan import triton_impl as delta
@@ -210,7 +210,7 @@ def trials() -> Iterator[Sized]:
         "gates of channels, with documents", "first", partial(with_documents, key_heads=2, heads=2, channels=True)
     )
     yield Sized("erase by channel", "first", partial(with_documents, key_heads=2, heads=2, channels=True, erases=True))
-    yield Sized("two steps a token", "small", partial(delta_trial, tokens=50, key_heads=1, heads=2, steps=2))
+    yield Sized("two steps per token", "small", partial(delta_trial, tokens=50, key_heads=1, heads=2, steps=2))
     yield Sized("uneven sizes", "small", partial(delta_trial, tokens=100, key_heads=2, heads=2, key=72, value=40))
     long = partial(delta_trial, tokens=8205, lengths=(4000, 1, 4204), exact="torch")
     yield Sized("16 key heads, 32 heads, documents", "long", partial(long, key_heads=16, heads=32))

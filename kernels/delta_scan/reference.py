@@ -1,4 +1,4 @@
-"""The gated delta product one step at a time, in any dtype: the definition that every other form is held against."""
+"""The gated delta product one step at a time, in any dtype: the definition that every other form is compared with."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def delta_by_steps(
     S^T q_t.
 
     q [B, T, G, K], k [B, T, N, G, K], v [B, T, N, H, V], beta [B, T, N, H]; g has one number a head, [B, T, H],
-    or, as [B, T, H, K], one a key channel. erase [B, T, H, K], with N = 1 and G = H, is what the state is asked with in place
-    of k. S = 0 before the first token of each document. Returns o [B, T, H,
+    or, as [B, T, H, K], one per key channel. erase [B, T, H, K], with N = 1 and G = H, is what the state is asked with
+    in place of k. S = 0 before the first token of each document. Returns o [B, T, H,
     V] and the state [B, H, K, V] after the last token, in the dtype of the inputs, differentiable by autograd.
     """
     B, T, G, K = q_BTGK.shape

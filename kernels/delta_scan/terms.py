@@ -38,7 +38,7 @@ class ChunkedRows:
     def heads_first(self, x_BTH: Tensor) -> Tensor:
         """[B, T, heads, ...] as [c, B, heads, Q, ...].
 
-        For gradients of outputs, which have a row a token.
+        For gradients of outputs, which have a row per token.
         """
         return steps_of_heads(x_BTH.unsqueeze(2), self.sizes, self.beta.dtype)
 
@@ -52,7 +52,9 @@ class ChunkedRows:
 
 @dataclass
 class Terms(ChunkedRows):
-    """What chunks contribute where a gate is a number a token and head. J gates a token: H, or one (zero) where nothing decays."""
+    """What chunks contribute where a gate is a number a token and head. J gates per token: H, or one (zero) where
+    nothing decays.
+    """
 
     documents: Documents
     b_nJQ: Tensor  # times log2(e), for powers of 2

@@ -5,7 +5,7 @@ The derivation, with the names used here, is in README.md next to this file.
 How: rows are cut into pieces of about 64 matrices a thread, and a piece is finished before the next one starts:
 whole tensors of [n, H, M, M] would pass through memory between any two operations. The state is handed from
 piece to piece. Forward keeps the inverses, errors and entering states; scores are made again in backward,
-except those of gates a channel, which cost a product for each level.
+except those of gates per channel, which cost a product for each level.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from amfm.kernels.delta_scan.inverse import invert_unit_lower
 from amfm.kernels.delta_scan.terms import Terms
 from amfm.kernels.delta_scan.vector.terms import ScoreSums, VectorTerms
 
-# Matrices [Q, Q N] of a piece for each thread: enough that a call costs little beside its work, few enough to stay in the cache.
+# Matrices [Q, Q N] of a piece for each thread: enough that a call costs little compared with its work, few enough to
+# stay in the cache.
 _MATRICES = 64
 
 
@@ -40,8 +41,9 @@ def chunked_delta(
 ) -> tuple[Tensor, Tensor]:
     """`delta_by_steps` in chunks of `chunk_size` steps; beta, g and the state are float32 (float64 for float64 inputs).
 
-    g may be [B, T, H, K], a gate a key channel: then N = 1, G = H and the chunk size is a power of two. Returns o [B, T, H, V] in the dtype of v and the last state [B, H, K, V]. Products are float32 whatever the inputs are.
-    Under torch.compile the plain composition runs, which Inductor fuses; otherwise a hand-written backward.
+    g may be [B, T, H, K], a gate per key channel: then N = 1, G = H and the chunk size is a power of two. Returns o [B,
+    T, H, V] in the dtype of v and the last state [B, H, K, V]. Products are float32 whatever the inputs are. Under
+    torch.compile the plain composition runs, which Inductor fuses; otherwise a hand-written backward.
 
     Shapes as in `delta_scan`: q [B, T, G, K], k [B, T, N, G, K], v [B, T, N, H, V], beta [B, T, N, H], g [B, T,
     H].
@@ -89,7 +91,7 @@ def compose_delta(
     for c in range(terms.sizes.chunks):
         entering.append(state)
         changes.append(terms.beta[c] * (inverse[c] @ (terms.v[c] - into[c] @ state)))
-        # Three products a chunk wait for the state: what keys find, the errors, and what they write.
+        # Three products per chunk wait for the state: what keys find, the errors, and what they write.
         state = carry[c] * state + out_of[c] @ changes[-1]
     o = terms.from_start(terms.q) @ torch.stack(entering) + terms.mix() @ torch.stack(changes)
     return terms.tokens_first(o).to(v_BTNHV.dtype), state
@@ -107,7 +109,9 @@ class _Piece(NamedTuple):
     def terms(
         self, inputs: Sequence[Tensor | None], chunk_tokens: int, scores: Tensor | None = None
     ) -> Terms | VectorTerms:
-        """Terms of this piece of (q, k, v, beta, g, erase, document ids); of gates a channel with the scores from forward."""
+        """Terms of this piece of (q, k, v, beta, g, erase, document ids); of gates per channel with the scores from
+        forward.
+        """
         q, k, v, beta, g, erase, documents = (None if x is None else x[self.rows, self.tokens] for x in inputs)
         assert q is not None and k is not None and v is not None and beta is not None, "only gates may be absent"
         if g is not None and g.dim() == 4:
@@ -115,7 +119,7 @@ class _Piece(NamedTuple):
         return Terms.of(q, k, v, beta, g, documents, chunk_tokens)
 
     def resume(self, state_BHKV: Tensor, document_ids_BT: Tensor | None) -> Tensor:
-        """The state before the piece (or its gradient) where the piece goes on with the document before it, else 0.
+        """The state before the piece (or its gradient) where the piece continues with the document before it, else 0.
 
         Inside a piece the masks of `Terms` cut documents; a boundary between two pieces is in neither.
         """
@@ -128,7 +132,7 @@ class _Piece(NamedTuple):
 
 
 def _cut_pieces(v_BTNHV: Tensor, chunk_tokens: int, matrices: int) -> list[list[_Piece]]:
-    """Blocks of rows, each as its pieces of about so many matrices in order."""
+    """Blocks of rows, each as its pieces of about this many matrices in order."""
     B, T, _, H, _ = v_BTNHV.shape
     rows = max(1, min(B, matrices // H))
     tokens = chunk_tokens * max(1, matrices // (rows * H))
@@ -139,7 +143,7 @@ def _cut_pieces(v_BTNHV: Tensor, chunk_tokens: int, matrices: int) -> list[list[
 class _Walked(NamedTuple):
     """What backward needs of a piece: inverses [c, B, H, M, M], errors [.., M, V], entering states [.., K, V].
 
-    scores: of gates a channel, whose products are dear, those of `VectorTerms`; else None.
+    scores: of gates per channel, whose products are dear, those of `VectorTerms`; else None.
 
     Kept in the wide dtype, one entry a piece, in the order of forward.
     """

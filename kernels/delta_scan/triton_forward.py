@@ -2,9 +2,9 @@
 
 A row is a sequence of steps, N a token, cut into chunks of Q steps wherever they end. Names and formulas: README.md here.
 
-How: `prepare_kernel` runs one program a chunk and head and leaves the inverse X, the weights of what tokens
-read, and the factors of entering and leaving states; the walk, which is sequential, is then five products a
-chunk, or three where only states are wanted. A chunk has at most 64 steps. DeltaProduct's N steps a token are a
+How: `prepare_kernel` runs one program per chunk and head and leaves the inverse X, the weights of what tokens
+read, and the factors of entering and leaving states; the walk, which is sequential, is then five products per
+chunk, or three where only states are wanted. A chunk has at most 64 steps. DeltaProduct's N steps per token are a
 row of T N steps, of which only the first decays and only the last is read.
 """
 
@@ -116,7 +116,7 @@ def join_blocks(strict, inverse, Q: tl.constexpr, SIZE: tl.constexpr, PRECISION:
 
     Products of whole matrices: what lies outside the blocks is zero.
 
-    PRECISION is "tf32" for inputs of 16 bits, whose own rounding is no finer, else "tf32x3".
+    PRECISION is "tf32" for inputs of 16 bits, whose own rounding is not finer, else "tf32x3".
     """
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     between = tl.where((i // (2 * SIZE) == j // (2 * SIZE)) & (i // SIZE > j // SIZE), strict, 0.0)

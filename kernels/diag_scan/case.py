@@ -1,4 +1,4 @@
-"""The selective scan of the first Mamba, with 16 state numbers a channel."""
+"""The selective scan of the first Mamba, with 16 state numbers per channel."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def selective_trial(
 
 
 def trials() -> Iterator[Sized]:
-    """The first Mamba with 16 state numbers a channel, and with few."""
+    """The first Mamba with 16 state numbers per channel, and with few."""
     yield Sized(
         "16 states with documents", "first",
         partial(selective_trial, tokens=100, channels=24, state=16, lengths=(33, 1, 66), initial=True),

@@ -45,7 +45,7 @@ def diag_scan(
 ) -> DiagScanOutput:
     """Mamba (S6): h_t = e^(dt_t A) h_(t-1) + dt_t x_t B_t, y_t = h_t C_t + D x_t, h = 0 before each document.
 
-    Each of the C channels has N state numbers of its own, with a decay of its own: x [B, T, C], B and C [B, T, N], shared
+    Each of the C channels has N state numbers of its own, with its own decay: x [B, T, C], B and C [B, T, N], shared
     by all channels, in one dtype; dt [B, T, C] raw, softplus(dt + dt_bias) is taken here; A = -exp(A_log) [C, N]; D and
     dt_bias [C]. Document ids are integers [B, T], equal inside a document. The initial state belongs to the document of
     each row's first token. Steps, decays and states are float32 (float64 for float64 inputs).

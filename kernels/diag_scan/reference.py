@@ -1,4 +1,6 @@
-"""The selective scan of Mamba one token at a time, in any dtype: the definition that every other form is held against."""
+"""The selective scan of Mamba one token at a time, in any dtype: the definition that every other form is compared
+with.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ LARGEST_TILE = DIAG_LIMITS.chunk_sizes[0]
 
 
 # Candidates of each kernel, the fixed one first: tokens and channels of a tile. Backward holds four tiles of states at
-# once: of 16 x 64 they spill on every card.
+# once: of 16 x 64 they spill on every GPU.
 FORWARD, BACKWARD = (
     tuple({"Q": tokens, "BLOCK_C": channels, "num_warps": warps, "num_stages": 1} for tokens, channels, warps in tiles)
     for tiles in (((16, 64, 8), (8, 64, 8), (16, 32, 8)), ((8, 64, 8), (16, 32, 8), (8, 32, 4)))

@@ -95,7 +95,7 @@ def diag_forward_kernel(
     Q: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     DOCUMENTS: tl.constexpr, INITIAL: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """One program walks one row for a block of channels, a tile of Q tokens a step.
+    """One program walks one row for a block of channels, a tile of Q tokens per step.
 
     dt [B, T, channels] and y are packed; final and initial are [B, channels, N]; with SAVE entering [B, chunks, N,
     channels] holds the states before chunks of TILES tiles.

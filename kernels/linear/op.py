@@ -46,7 +46,7 @@ def linear_float32(x: Tensor, weight_OI: Tensor) -> Tensor:
 
     Saves x and the weight as they are, not the wider copies that products take. On CUDA forward takes products of bfloat16
     or float16 as they are: they are exact in float32, in which they are added up. Backward takes the float32 gradient as two
-    bfloat16 halves there: products of float32 run beside the tensor cores, at a fifteenth of their speed.
+    bfloat16 halves there: products of float32 run outside of the tensor cores, at a fifteenth of their speed.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.dtype == dtype:
@@ -61,7 +61,7 @@ def linear_gradients(
     """Gradients of x and of the weight, from that of `linear`'s result, multiplied in the same dtype and rounded once.
 
     x [..., I], weight [O, I], grad [..., O] -> gradients of the shapes and dtypes of x and of the weight; None for a weight
-    whose gradient lands in `total`, or that a split pass computes later. Blocks with a backward of their own (fused
+    whose gradient lands in `total`, or that a split pass computes later. Blocks with their own backward (fused
     projections) call it directly, with the sum and the recipe that they found in the forward pass.
     """
     if recipe is not None:

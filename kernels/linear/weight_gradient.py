@@ -1,4 +1,6 @@
-"""The gradient of a weight [O, I] from wide operands, as a tensor of its own or in its sum (kernels/common/gradient_sum.py)."""
+"""The gradient of a weight [O, I] from wide operands, as a separate tensor or in its sum
+(kernels/common/gradient_sum.py).
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ gradient: 3 products. Over a shard of the vocabulary no logits are written in fo
 again: 4 products.
 
 Why the two products with the gradient are the library's: they are plain, and its kernels are tuned for every
-card; only the softmax around them is worth fusing. Ignored rows stay and get a weight of zero, because their
+GPU; only the softmax around them is worth fusing. Ignored rows stay and get a weight of zero, because their
 number is known on the device alone.
 """
 
@@ -40,7 +40,7 @@ def _statistics_of(
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and label's logit [R] float32 of one slice; writes the logits where a buffer for them is given.
 
-    The vocabulary is split over programs where row blocks alone don't fill the card; partial sums are joined by
+    The vocabulary is split over programs where row blocks alone don't fill the GPU; partial sums are joined by
     a log-sum-exp of the splits.
     """
     rows, model = hidden_RD.shape

@@ -80,7 +80,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """d_logits [rows, vocab] = d_log_sum * exp(logits - log_sum) + d_target at the label; logits computed again.
 
-    Grid: one program a tile, row blocks innermost, so that programs that run together share a tile of the
+    Grid: one program per tile, row blocks innermost, so that programs that run together share a tile of the
     weight.
     """
     blocks = tl.cdiv(rows, BLOCK_M)

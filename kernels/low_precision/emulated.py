@@ -1,4 +1,5 @@
-"""The three products of a weight with quantised operands, decoded and multiplied wide: on any device, and what kernels are held against.
+"""The three products of a weight with quantised operands, decoded and multiplied wide: on any device, and what kernels
+are compared with.
 
 Each operand is quantised along the dimension that the product sums over, from the wide numbers, never from codes:
 

@@ -1,4 +1,4 @@
-"""The number formats of three recipes in PyTorch: the definition that kernels are held against, bit for bit.
+"""The number formats of three recipes in PyTorch: the definition that kernels are compared with, bit for bit.
 
     fp8_block  codes e4m3; a power of two as float32 for each run of 128 numbers, of a weight for each block of 128 x 128
     mxfp8      codes e4m3; a power of two for each run of 32 numbers, whose exponent is the e8m0 byte
@@ -127,7 +127,8 @@ def to_e8m0(scales: Tensor) -> Tensor:
 def to_e4m3(numbers: Tensor) -> Tensor:
     """Codes [uint8] of the nearest e4m3 numbers, ties to even, beyond 448 that; NaN is 0x7F.
 
-    torch's cast, which equals rounding by integers (the tests hold them against each other) and takes a thirtieth of the time.
+    torch's cast, which equals rounding by integers (the tests compares them with each other) and takes a thirtieth of
+    the time.
     """
     codes = numbers.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     return torch.where(numbers.isnan(), E4M3_NAN, codes)
@@ -144,7 +145,7 @@ def to_e2m1(numbers: Tensor, noise: Tensor | None = None) -> Tensor:
     `noise`, in [0, 1): up with the probability that makes the mean right. A NaN is 6.
     """
     size = numbers.abs().nan_to_num(nan=E2M1_MAX).clamp(max=E2M1_MAX)
-    # Neighbours are 0.5 apart below 2, 1 below 4, 2 from there on; codes go on where steps change.
+    # Neighbours are 0.5 apart below 2, 1 below 4, 2 from there on; codes continue where steps change.
     per_step, first = torch.where(size < 4, torch.where(size < 2, 2.0, 1.0), 0.5), (size >= 2).int() * 2
     steps = size * per_step
     steps = steps.round() if noise is None else (steps + noise).floor()
@@ -162,7 +163,7 @@ def draw_noise(x_MK: Tensor, seed: int) -> Tensor:
     """Numbers in [0, 1), one for each of a float32 matrix, in steps of 2^-20: sums with the steps of e2m1 stay exact.
 
     A function of the seed, of the place and of all bits of the matrix: another step or micro-batch brings another matrix and so
-    draws anew, and the same one, computed again, draws alike. Nobody has to know where in a run it is.
+    draws again, and the same one, computed again, draws alike. No one has to know where in a run it is.
     """
     place = torch.arange(x_MK.numel(), device=x_MK.device).view_as(x_MK) & _WORD
     bits = x_MK.contiguous().view(torch.int32).long() & _WORD

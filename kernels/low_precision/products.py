@@ -1,7 +1,7 @@
 """The three products of a weight with a recipe, by codes on a GPU that multiplies them, else emulated.
 
-A GPU without `emulate` that cannot multiply a recipe's codes is an error: nothing falls back in silence. A CPU emulates, but for
-Triton's interpreter, which runs what a GPU would.
+A GPU without `emulate` that cannot multiply a recipe's codes is an error: nothing falls back silently. A CPU emulates,
+but for Triton's interpreter, which runs what a GPU would.
 """
 
 from __future__ import annotations

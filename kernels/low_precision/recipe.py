@@ -4,9 +4,10 @@ A weight without one is multiplied as it always was. `weight.recipe = Recipe("fp
 that multiply by weights (`kernels/linear`, `kernels/moe`) look for it in the forward pass (`recipe_of`) and keep it for the
 backward pass, because what a recomputed block saves are copies of its parameters.
 
-Nothing of a recipe changes from step to step: all scales are functions of the tensor at hand, and so are the random numbers of
-nvfp4, which are drawn from the recipe's seed and the bits of what is rounded (`formats.draw_noise`). So a checkpoint holds
-nothing of it, and a block that is computed again, in whatever order a pipeline does so, rounds as it did before.
+Nothing of a recipe changes from step to step: all scales are functions of the tensor available, and so are the random
+numbers of nvfp4, which are drawn from the recipe's seed and the bits of what is rounded (`formats.draw_noise`). So a
+checkpoint holds nothing of it, and a block that is computed again, in whatever order a pipeline does so, rounds as it
+did before.
 """
 
 from __future__ import annotations

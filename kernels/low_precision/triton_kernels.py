@@ -6,8 +6,8 @@ and those along columns, for one that sums over the tokens. Tensor cores take 8-
 stored transposed, tile by tile [tiles, width, 128]: each tile begins aligned, however many rows the experts before it have.
 
 Rounding is by integers: Triton 3.9's interpreter casts to e4m3 wrongly (ties upwards, carries lost). Tensor cores of Hopper keep
-about 14 bits of a sum of 8-bit products (DeepSeek-V3, arXiv 2412.19437, section 3.3.2), so each 128 of a sum go to float32 by
-themselves, times the scales of both operands.
+about 14 bits of a sum of 8-bit products (DeepSeek-V3, arXiv 2412.19437, section 3.3.2), so each 128 of a sum go to float32 on
+their own, times the scales of both operands.
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.
@@ -34,7 +34,7 @@ def power_of_two_scale(largest):
 
 @triton.jit
 def _is_number(value):
-    """Whether it is no NaN, by its bits: of a comparison, compilers and NumPy make different things."""
+    """Whether it is not a NaN, by its bits: of a comparison, compilers and NumPy make different things."""
     return (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF) <= 0x7F800000
 
 
@@ -93,7 +93,7 @@ def quantize_tiles_kernel(
             up = tl.load(x + width + place, mask=inside, other=0.0).to(tl.float32)
             gate, up = limit_gate(value, up, SHIFT, LIMIT)
             value = steep_silu(gate, ALPHA) * up
-            if SHIFT != 0.0:  # of lanes that are nobody's too
+            if SHIFT != 0.0:  # also of lanes without an owner
                 value = tl.where(inside, value, 0.0)
         elif ACTIVATED:
             value = tl.maximum(value, 0.0)

@@ -1,8 +1,8 @@
-"""Somebody who looks, now and then, at the operands that products quantise.
+"""Someone who looks, now and then, at the operands that products quantise.
 
-Products tell each of their wide operands here before they quantise it, and nobody listens but inside `watch_operands`. A listener
-tells weights apart by the seeds of their recipes. A list and no context variable: autograd runs backward passes in threads
-of its own.
+Products tell each of their wide operands here before they quantise it, and no one listens but inside `watch_operands`.
+A listener tells weights apart by the seeds of their recipes. A list and no context variable: autograd runs backward
+passes in separate threads.
 """
 
 from __future__ import annotations

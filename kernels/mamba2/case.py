@@ -152,7 +152,7 @@ def mixer_trial(
     norm_groups: int = 1, width: int = 4, chunk: int = 64, lengths: tuple[int, ...] = (), keep: bool = True, rows: int = 1,
     exact: str = "reference",
 ) -> Trial:  # fmt: skip
-    """The parts of the projection are leaves of their own, so that each one's gradient is judged by its own size."""
+    """The parts of the projection are their own leaves, so that each one's gradient is judged by its own size."""
     sizes = MixerSizes(heads, head_dim, groups, state, norm_groups, EPSILON)
     names = ("z", "x", "B", "C", "dt")
     widths = (sizes.inner, sizes.inner, groups * state, groups * state, heads)

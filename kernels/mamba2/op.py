@@ -1,6 +1,6 @@
 """Mamba2's mixer from its first projection to its output, as one operation with little to keep for backward.
 
-How: the parts are operations of their own (convolution, scan, gated norm, product), and run as such on the torch backend.
+How: the parts are separate operations (convolution, scan, gated norm, product), and run as such on the torch backend.
 Apart they keep for backward what each reads: the projection, the convolved channels, y, and the normed y, and on the way
 back gradients of slices are copied together. As one operation in Triton they keep the projection and y alone, or not even y,
 make the others again, take the gates inside the scan's kernels, and write every gradient into its slice of one buffer (README.md).
@@ -75,7 +75,7 @@ def mamba2_mix(
 
         if recipe_of(out_weight_DI) is None:
             return mix_triton(projected_BTX, *weights, sizes, document_starts_BT, chunk_size, keep_states)
-        # A product of few bits is an operation of its own: what it keeps are the codes of the normed rows.
+        # A product of few bits is a separate operation: what it keeps are the codes of the normed rows.
         normed_BTI = mix_triton(projected_BTX, *weights[:-1], None, sizes, document_starts_BT, chunk_size, keep_states)
         return linear(normed_BTI, out_weight_DI)
     z_BTI, inputs_BTC, dt_BTH = projected_BTX.split(sizes.parts(), dim=-1)

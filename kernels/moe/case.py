@@ -83,7 +83,7 @@ def experts_problem(
 def block_problem(inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int) -> Problem:
     """The whole block of SwiGLU experts: router product, softmax over the chosen, experts.
 
-    Its minima are those of the experts alone, beside which the router's are small.
+    Its minima are those of the experts alone, next to which the router's are small.
     """
     inner = experts_problem(inputs, tokens, model, experts, width, top_k)
     x, _, up, down = inner.leaves
@@ -178,7 +178,7 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 
 def launches() -> Iterator[KernelLaunch]:
-    """Every kernel of the experts, for few and many rows an expert."""
+    """Every kernel of the experts, for few and many rows per expert."""
     import triton.language as tl
 
     from amfm.kernels.moe import persistent
@@ -192,7 +192,7 @@ def launches() -> Iterator[KernelLaunch]:
     types |= {"weights": "*fp32", "d_weights": "*fp32", "choices": "i32", "experts": "i32:16"}
     sizes = ("columns", "inner", "width", "rows", "model", "lefts", "rights", "tokens")
     types |= dict.fromkeys((*sizes, "weight_expert", "weight_row", "weight_column"), "i32:16")
-    for rows, label in ((64, "64 rows an expert"), (1024, "1024 rows an expert")):
+    for rows, label in ((64, "64 rows per expert"), (1024, "1024 rows per expert")):
         product = {**products.product_tile(rows * 128, 128), **products.OPTIONS}
         narrow = {**products.narrow_tile(rows * 128, 128), **products.OPTIONS}
         shared = {"DOT": tl.bfloat16}
@@ -285,7 +285,7 @@ def experts_trial(
 
 
 def trials() -> Iterator[Sized]:
-    """Both activations, with experts that nobody chose, and one expert that all chose."""
+    """Both activations, with experts that no one chose, and one expert that all chose."""
 
     def sent(inputs: Inputs, tokens: int, model: int, experts: int, width: int, *, slots: int | None = None) -> Trial:
         """Rows as ranks exchange them, the second half first, some choices lost."""

@@ -1,7 +1,8 @@
 """Which library multiplies the rows of experts where all else runs in Triton: our grouped products, or PyTorch's.
 
-Which is faster depends on the card and on the rows of an expert, so it is found as tiles are: `amfm bench kernels --tune` times
-both behind the tiles that it has chosen, the answer is an entry of the card's table, and all ranks of a run take rank 0's. A
+Which is faster depends on the GPU and on the rows of an expert, so it is found as tiles are: `amfm bench kernels
+--tune` times both behind the tiles that it has chosen, the answer is an entry of the GPU's table, and all ranks of a
+run take rank 0's. A
 run may also say it: `use_experts_backend`.
 """
 
@@ -28,9 +29,10 @@ def use_experts_backend(setting: str) -> None:
 
 
 def multiplies_by_torch(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor, height: int) -> bool:
-    """Whether PyTorch's grouped product takes these rows; height: rows of our products' tiles, few for few rows an expert.
+    """Whether PyTorch's grouped product takes these rows; height: rows of our products' tiles, few for few rows per
+    expert.
 
-    Raises ValueError where it was told to and this card, dtype or width lacks it.
+    Raises ValueError where it was told to and this GPU, dtype or width lacks it.
     """
     if _TOLD[0] == "triton":
         return False

@@ -14,7 +14,7 @@ def balance_loss(scores_RE: Tensor, counts_E: Tensor, top_k: int) -> Tensor:
     Shapes: scores [R, E] float32 (each row is divided by its sum, which changes nothing for softmax), counts [E] ->
     scalar. `counts_E` may add up the choices of more tokens than `scores_RE` holds (other ranks of the batch);
     only the scores carry gradient.
-    Source: Fedus et al. 2021 (arXiv 2101.03961), section 2.2, with K choices a token.
+    Source: Fedus et al. 2021 (arXiv 2101.03961), section 2.2, with K choices per token.
     """
     num_experts = scores_RE.shape[1]
     if counts_E.shape != (num_experts,):

@@ -1,4 +1,4 @@
-"""Products by weights with a recipe: `linear` and experts of fp8_block, held against the emulation.
+"""Products by weights with a recipe: `linear` and experts of fp8_block, compared with the emulation.
 
 "reference" and "torch" are the emulation here, so that a trial asks whether codes and products are right, not how near
 8 bits come to 16: the tests of formulas and of errors ask that (tests/kernels/low_precision).
@@ -41,7 +41,7 @@ def _recipe(backend: str) -> Recipe:
 
 
 def linear_problem(inputs: Inputs, rows: int, model: int, width: int) -> Problem:
-    """x W^T of x [R, model], W [width, model]; beside it the same in bfloat16.
+    """x W^T of x [R, model], W [width, model]; next to it the same in bfloat16.
 
     Least bytes: x is read and written as codes of rows and columns, W as codes, these read once by each product.
     """
@@ -71,7 +71,7 @@ def linear_problem(inputs: Inputs, rows: int, model: int, width: int) -> Problem
 def low_precision_experts_problem(
     inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int
 ) -> Problem:
-    """`experts_problem` by fp8_block; beside it the same in bfloat16 by our kernels."""
+    """`experts_problem` by fp8_block; next to it the same in bfloat16 by our kernels."""
     wide = experts_problem(inputs, tokens, model, experts, width, top_k)
 
     def run(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, backend: str) -> Tensor:
@@ -149,7 +149,7 @@ def launches() -> Iterator[KernelLaunch]:
 
 
 def _multiplying(launch: KernelLaunch) -> KernelLaunch:
-    """A launch that is held to wgmma on Hopper, the first to multiply 8 bits."""
+    """A launch that is checked against wgmma on Hopper, the first to multiply 8 bits."""
     return replace(launch, multiplies=True, first_architecture=90)
 
 

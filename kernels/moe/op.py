@@ -78,7 +78,7 @@ def route(
     if group_merit < 1:
         raise ValueError(f"group_merit={group_merit} must be at least 1")
     backend = resolve_backend(backend, logits_RE.device, "router")
-    # All groups allowed is no limit: spare the pass over groups.
+    # All groups allowed is not a limit: spare the pass over groups.
     if group_top_k == num_groups:
         num_groups = group_top_k = 1
     settings: dict[str, Any] = {
@@ -197,7 +197,7 @@ def expert_feed_forward(
         pairs = sort_pairs(expert_ids_RK, num_sorted)
         if is_bound:
             is_lost_S = expert_ids_RK.flatten() == num_experts
-            places_S = pairs.places.masked_fill(is_lost_S, rows)  # or results of rows that nobody writes would be added
+            places_S = pairs.places.masked_fill(is_lost_S, rows)  # or results of rows that no one writes would be added
             pairs = replace(pairs, places=places_S, offsets_E=pairs.offsets_E.clamp(max=rows))
         if recipes is not None:
             from amfm.kernels.moe import triton_fp8

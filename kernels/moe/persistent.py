@@ -1,9 +1,10 @@
-"""The grouped product with as many programs as the card holds and operands fetched by its copy engine (TMA).
+"""The grouped product with as many programs as the GPU holds and operands fetched by its copy engine (TMA).
 
-A candidate of the tuner beside `triton_kernels.grouped_product_kernel`, not the default: what it wins or loses only a card can
-say. Each program takes tile after tile, so that the next tile's operands are on their way while the last one is stored, and
-descriptors compute addresses that the other kernel computes in registers. TMA wants rows that lie in order at multiples of 16
-bytes: rows that are gathered stay with the other kernel. Cards before Hopper have no such engine.
+A candidate of the tuner next to `triton_kernels.grouped_product_kernel`, not the default: what it wins or loses only a
+GPU can say. Each program takes tile after tile, so that the next tile's operands are on their way while the last one is
+stored, and descriptors compute addresses that the other kernel computes in registers. TMA wants rows that lie in order
+at multiples of 16
+bytes: rows that are gathered stay with the other kernel. GPUs before Hopper have no such engine.
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.
@@ -38,7 +39,7 @@ def persistent_product_kernel(
     may reach into the next expert's rows, whose results are not stored. With SCATTER results go to the rows that `sources`
     names. `works`: tiles (an upper bound) times column blocks, column blocks innermost.
 
-    Grid: as many programs as the card holds.
+    Grid: as many programs as the GPU holds.
     """
     blocks = tl.cdiv(columns, BLOCK_N)
     for work in tl.range(tl.program_id(0), works, tl.num_programs(0)):
@@ -62,7 +63,7 @@ def persistent_product_kernel(
 
 
 def takes_descriptors(x: Tensor, weight_EBA: Tensor) -> bool:
-    """Whether the card has TMA, and rows and matrices lie as it wants them."""
+    """Whether the GPU has TMA, and rows and matrices lie as it wants them."""
     if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] < HOPPER:
         return False
     _, columns, inner = weight_EBA.shape

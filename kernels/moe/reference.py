@@ -54,7 +54,7 @@ def score_logits(logits_RE: Tensor, score: str) -> Tensor:
 
 
 def _experts_of_best_groups(appeal: list[float], num_groups: int, group_top_k: int, group_merit: int) -> list[int]:
-    """Experts of the groups whose best experts add up to most, so many of each; ties go to the lower group."""
+    """Experts of the groups whose best experts add up to most, this many of each; ties go to the lower group."""
     size = len(appeal) // num_groups
     merits = [sum(sorted(appeal[group * size : (group + 1) * size])[-group_merit:]) for group in range(num_groups)]
     best = sorted(range(num_groups), key=lambda group: (-merits[group], group))[:group_top_k]

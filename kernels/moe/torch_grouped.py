@@ -1,4 +1,5 @@
-"""Expert feed-forward by PyTorch's grouped product: the torch path on a card, where a loop would wait for the row counts.
+"""Expert feed-forward by PyTorch's grouped product: the torch path on a GPU, where a loop would wait for the row
+counts.
 
 One call multiplies the rows of all experts, each by its expert's matrix, with the ends of experts read on the device. What
 `torch_loop` does expert by expert is done for all sorted rows at once here.
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from amfm.kernels.moe.torch_loop import activate, activation_backward, open_activation
 
-# Rows of operands must begin at multiples of so many bytes.
+# Rows of operands must begin at multiples of this many bytes.
 ALIGNMENT_BYTES = 16
-# Older cards get a loop that waits for the counts, as ours does.
+# Older GPUs get a loop that waits for the counts, as ours does.
 FIRST_CAPABILITY = 9
 
 
@@ -124,7 +125,7 @@ def _multiply(rows_SA: Tensor, weights_EAB: Tensor, offsets_E: Tensor) -> Tensor
 def _multiply_outer(left_SA: Tensor, right_SB: Tensor, offsets_E: Tensor) -> Tensor:
     """left^T right over each expert's rows: [E, A, B], zeros for an expert without rows.
 
-    The zeros are written here: that a product without terms is cleared is nobody's promise.
+    The zeros are written here: that a product without terms is cleared is promised nowhere.
     """
     product: Tensor = torch._grouped_mm(left_SA.t(), right_SB, offs=offsets_E)
     is_empty_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)) == 0

@@ -1,6 +1,7 @@
 """Routing and expert feed-forward in PyTorch: the path of production on CPU, with its gradients written out.
 
-Experts run one after the other (`torch_loop.py`), on a card as grouped products where PyTorch has them (`torch_grouped.py`).
+Experts run one after the other (`torch_loop.py`), on a GPU as grouped products where PyTorch has them
+(`torch_grouped.py`).
 
 The choice's weight multiplies the activation (F wide) instead of the output (D wide), so that backward gets the
 weight's gradient as a row sum of two tensors it has anyway, and the output before weighting is never kept.
@@ -144,7 +145,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x_RD, output[1], weights_S, token_ids_S, offsets_E, up_EFD, down_EDF)
-    # PyTorch's grouped product on a card rounds its result and cannot add to one.
+    # PyTorch's grouped product on a GPU rounds its result and cannot add to one.
     ctx.totals = gradient_sums_of(up_EFD, down_EDF) if x_RD.device.type == "cpu" else None
 
 

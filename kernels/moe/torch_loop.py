@@ -1,6 +1,6 @@
 """Expert feed-forward, one expert after the other: rows, activations and gradients of one fit a processor's cache.
 
-Whole tensors of sorted rows would pass through memory between steps, and their pages be mapped anew each time. What is
+Whole tensors of sorted rows would pass through memory between steps, and their pages be mapped again each time. What is
 kept: the hidden rows before the activation, in sorted order. Where products are taken in another dtype than the tensors
 have, weights and their gradients are converted an expert at a time too, and rows once, before they are gathered.
 """

@@ -1,4 +1,4 @@
-"""Expert feed-forward out of Triton kernels, without asking the device how many rows an expert has.
+"""Expert feed-forward out of Triton kernels, without asking the device how many rows per expert has.
 
 Forward: up (gather, product, activation, weight), down, sum over choices. Backward: down with the activation's
 gradient, two weight gradients, up, sum. Saved: x and the hidden rows before the activation.
@@ -183,7 +183,7 @@ def _weight_gradients(
     return multiply_outer(d_hidden, x_RD, sources, offsets_E, up_EFD_sum, up_EFD_adds, gather_left=False), d_down
 
 
-# As an operation of its own, for products of other operands (triton_fp8.py).
+# As a separate operation, for products of other operands (triton_fp8.py).
 wide_weight_gradients = torch.library.custom_op(
     "amfm::expert_weight_gradients_triton", _weight_gradients, mutates_args=("up_EFD_sum", "down_EDF_sum")
 )

@@ -25,7 +25,7 @@ SUM_TILE = {"BLOCK_M": 16, "BLOCK_N": 64} if INTERPRETED else {"BLOCK_M": 4, "BL
 
 
 def product_tile(rows: int, experts: int) -> dict[str, int]:
-    """Tile of a product: half-height tiles for few rows an expert, where most of a full one would be padding.
+    """Tile of a product: half-height tiles for few rows per expert, where most of a full one would be padding.
 
     Follows from sizes alone, never from counts, which only the device knows.
     """

@@ -1,4 +1,4 @@
-"""Root-mean-square norms as they are defined, in any dtype: what every other form is held against."""
+"""Root-mean-square norms as they are defined, in any dtype: what every other form is compared with."""
 
 from __future__ import annotations
 

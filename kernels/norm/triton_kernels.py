@@ -27,7 +27,7 @@ def norm_forward_kernel(
 
     Rows of `other` lie `stride_other` times UNIT apart.
 
-    One program a block of rows and a group; reciprocal [rows, groups] receives r.
+    One program per block of rows and a group; reciprocal [rows, groups] receives r.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     group, groups = tl.program_id(1), tl.num_programs(1)

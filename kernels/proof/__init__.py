@@ -1,1 +1,1 @@
-"""Proofs of kernels: compiled ahead of time, counted traffic, races, emulated rounding, timing."""
+"""Verification of kernels: compiled ahead of time, counted traffic, races, emulated rounding, timing."""

@@ -1,7 +1,7 @@
-"""Compiles a Triton kernel for a card that this machine need not have, and reads what it will cost there.
+"""Compiles a Triton kernel for a GPU that this machine need not have, and reads what it will cost there.
 
 Why: spilled registers and shared memory decide whether a kernel is fast or runs at all, and both are known from
-the compiler alone. So they can be checked on machines without a card, for every launch that `cases` lists.
+the compiler alone. So they can be checked on machines without a GPU, for every launch that `cases` lists.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from amfm.kernels.proof.transposed_products import find_transposed_products
 from amfm.kernels.runtime.backend import INTERPRETED
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Registers a thread that one program may take before ptxas spills: 65536 shared by its threads, at most 255.
+# Registers per thread that one program may take before ptxas spills: 65536 shared by its threads, at most 255.
 LARGEST_REGISTERS = 255
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What a kernel takes on a card: registers and spilled bytes a thread, bytes of shared memory a program.
+    """What a kernel takes on a GPU: registers and spilled bytes per thread, bytes of shared memory a program.
 
     transposed_products: products that take the transpose of another's result (`amfm.kernels.proof.transposed_products`).
     widest_load_bytes: what one load instruction fetches at most, 16 where rows are known to be aligned.
@@ -55,8 +55,8 @@ def compile_ahead(
 ) -> CompiledKernel:
     """Compile a `triton.jit` kernel for sm_80, sm_90 or sm_100 (`architecture` 80, 90, 100) without a GPU.
 
-    signature: Triton's type of each argument that is no constant, such as "*bf16", "*fp32", "i32", or "i32:16" for an
-    integer that 16 divides (launches find that out themselves). constants: the value of each constexpr, and None for
+    signature: Triton's type of each argument that is not a constant, such as "*bf16", "*fp32", "i32", or "i32:16" for
+    an integer that 16 divides (launches find that out themselves). constants: the value of each constexpr, and None for
     an absent pointer. Pointers count as aligned to 16 bytes, which PyTorch's allocator grants.
 
     Raises RuntimeError in the interpreter, ValueError for arguments that are missing or unknown.
@@ -71,7 +71,7 @@ def compile_ahead(
         raise ValueError(f"{kernel.__name__}: arguments missing {missing}, unknown {unknown}, given twice {twice}")
     types = {name: signature.get(name, "constexpr").removesuffix(":16") for name in wanted}
     places = {(wanted.index(name),): value for name, value in constants.items()}
-    # Known divisibility is what lets the compiler use wide loads; a launch on a card finds it from the values.
+    # Known divisibility is what lets the compiler use wide loads; a launch on a GPU finds it from the values.
     divided = [name for name, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]
     aligned = {(wanted.index(name),): [["tt.divisibility", 16]] for name in divided}
     source = ASTSource(kernel, types, constexprs=places, attrs=aligned)
@@ -99,7 +99,7 @@ def _find_widest_load(ptx: str) -> int:
 
 
 def _read_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of stack (what spilled) a thread, read by the cuobjdump that Triton ships."""
+    """Registers per thread and bytes of stack (what spilled) a thread, read by the cuobjdump that Triton ships."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

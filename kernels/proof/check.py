@@ -1,4 +1,4 @@
-"""Runs one trial of an operation's kernels and says what is wrong with them, on a card or in Triton's interpreter."""
+"""Runs one trial of an operation's kernels and says what is wrong with them, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from amfm.kernels.proof.verdict import TensorVerdict, judge, narrowest
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.launch_failure import describe_launch_failure
 
-# What a kernel that cannot run raises; Triton's own errors are no RuntimeErrors.
+# What a kernel that cannot run raises; Triton's own errors are not RuntimeErrors.
 REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, TritonError)
 
 
@@ -41,7 +41,7 @@ def check_trial(sized: Sized, device: torch.device, dtype: torch.dtype, *, compi
     """Hold a trial's kernels against float64, tensor by tensor, and a second run's bits against the first's.
 
     compiled: run once more under torch.compile and judge that as well. A kernel that cannot run is a fault, and so is a
-    reference that cannot, as where the card has no room for it.
+    reference that cannot, as where the GPU has no room for it.
     """
     result = TrialResult(sized.name, sized.kind, str(dtype).removeprefix("torch."), compiled=compiled)
     started = time.perf_counter()
@@ -50,7 +50,7 @@ def check_trial(sized: Sized, device: torch.device, dtype: torch.dtype, *, compi
     try:
         exact, beside = evaluate(trial, trial.exact, torch.float64), evaluate(trial, "torch")
     except REFUSALS as error:
-        result.faults.append(f"PyTorch's form, which ours is held against, did not run: {error}")
+        result.faults.append(f"PyTorch's form, which ours is compared with, did not run: {error}")
         return result
     ours = _run(trial, result)
     if ours is not None:

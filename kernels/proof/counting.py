@@ -1,8 +1,8 @@
 """Counts what Triton kernels read, write and multiply, launch by launch, in Triton's interpreter.
 
 How: the interpreter's methods for loads, stores, atomics and products are replaced by ones that count and then
-call the original. Time in the interpreter says nothing about a card, but its accesses are the same, so bytes
-and operations can be held against a formula on any machine.
+call the original. Time in the interpreter says nothing about a GPU, but its accesses are the same, so bytes
+and operations can be compared with a formula on any machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Traffic:
     """Bytes that a launch moves to or from one argument.
 
     `requested`: every unmasked lane of every load and store. `distinct`: each address once, which is what memory
-    moves where the card's cache serves a launch's repeated loads. Both count reads and writes apart.
+    moves where the GPU's cache serves a launch's repeated loads. Both count reads and writes apart.
     """
 
     requested_read: int = 0
@@ -57,7 +57,7 @@ class Launch:
 
 
 class _Region:
-    """The memory behind arguments that share it, and which of its bytes an element read or written began at."""
+    """The memory behind arguments that share it, and at which of its bytes the element that is read or written began."""
 
     def __init__(self, name: str, storage: torch.UntypedStorage) -> None:
         self.name = name

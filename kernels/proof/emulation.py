@@ -1,7 +1,7 @@
-"""Lets Triton's interpreter round as a card does: bfloat16 operands of products, tf32, and casts to the nearest value.
+"""Lets Triton's interpreter round as a GPU does: bfloat16 operands of products, tf32, and casts to the nearest value.
 
 Why: without it the interpreter computes in float32 throughout, so tests of kernels would miss every error of
-rounding that bfloat16 makes on a card. It replaces the interpreter's casts and products while a block runs.
+rounding that bfloat16 makes on a GPU. It replaces the interpreter's casts and products while a block runs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _TF32_BITS = np.uint32(0xFFFFE000)
 
 @contextmanager
 def emulate_rounding() -> Iterator[None]:
-    """Inside, kernels take the operands that they take on a card, rounded as there; sums of products stay float32.
+    """Inside, kernels take the operands that they take on a GPU, rounded as there; sums of products stay float32.
 
-    The interpreter by itself cuts float32 to bfloat16 instead of rounding it, multiplies the bit patterns of bfloat16,
-    and takes tf32 for float32, so that kernels give it float32 operands. On a card products add up in another order, and
+    The interpreter on its own cuts float32 to bfloat16 instead of rounding it, multiplies the bit patterns of bfloat16,
+    and takes tf32 for float32, so that kernels give it float32 operands. On a GPU products add up in another order, and
     tf32 operands lose their last 13 bits as here. Raises RuntimeError without Triton's interpreter.
     """
     if not INTERPRETED:

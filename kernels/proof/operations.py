@@ -42,7 +42,7 @@ def host_problem(name: str, dtype: torch.dtype, sizes: HostSizes) -> Problem:
 
 
 def all_launches() -> Iterator[KernelLaunch]:
-    """Every kernel in bfloat16 as production launches it on a card; shapes reach a kernel only through its tile.
+    """Every kernel in bfloat16 as production launches it on a GPU; shapes reach a kernel only through its tile.
 
     Where a constant follows a shape (head size, experts), the cases take those of Granite-4-H and Nemotron-3-Nano.
     """

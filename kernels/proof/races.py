@@ -1,4 +1,5 @@
-"""Finds accesses to memory that race on a card, in Triton's interpreter, which runs one program at a time and so hides them.
+"""Finds accesses to memory that race on a GPU, in Triton's interpreter, which runs one program at a time and so hides
+them.
 
 Nothing orders the programs of a launch, nor the threads of a program between two barriers: Triton puts barriers around
 shared memory, not around what a program stores and loads again itself. Two accesses to one element race if one of them

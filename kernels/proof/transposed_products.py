@@ -69,7 +69,7 @@ def _read_flows(ttir: str) -> tuple[dict[str, set[str]], set[str], dict[str, lis
             flows[name].update(re.findall(_NAME, rest))
             if operation == "tt.trans":
                 transposes.add(name)
-        if line.startswith("}") and not line.endswith("{"):  # `} else {` goes on with the branch's block
+        if line.startswith("}") and not line.endswith("{"):  # `} else {` continues with the branch's block
             blocks.pop()
         elif line.endswith("{") and not line.startswith("}"):
             blocks.append((name, []))

@@ -1,4 +1,4 @@
-"""Judges a kernel: every output and gradient against float64, beside what PyTorch in the same dtype is off.
+"""Judges a kernel: every output and gradient against float64, next to the error of PyTorch in the same dtype.
 
 Rounding to 16 bits costs any implementation digits, and how many depends on the operation; so a tensor's bound is twice what
 PyTorch misses of it, and never less than a few roundings of its dtype. The worst tensor decides: a mean over tensors would let
@@ -66,7 +66,7 @@ def judge(
         error, torch_error = relative_error(value, exact[name]), relative_error(torch_same[name], exact[name])
         terms = (sums or {}).get(name.removeprefix("d_"))
         widened = 1.0 if terms is None else max(1.0, _norm(exact[f"d_{terms}"]) / max(_norm(exact[name]), 1e-30))
-        # PyTorch's own error may be infinite where it fails; that excuses nobody.
+        # PyTorch's own error may be infinite where it fails; that excuses no one.
         base = torch_error if torch_error < 1.0 else 0.0
         verdicts.append(TensorVerdict(name, error, torch_error, max(FACTOR * base, FLOORS[dtype] * widened)))
     # NaN compares with nothing, so it is put first by hand.

@@ -2,7 +2,7 @@
 
 How: norm and rotation are fused because each alone reads and writes all of q and k. Queries and keys go through
 one at a time, with cosine and sine computed once for both from positions, so that packed documents and context
-ranks may bring positions of their own.
+ranks may bring their own positions.
 """
 
 from __future__ import annotations

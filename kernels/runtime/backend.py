@@ -1,6 +1,6 @@
 """Which implementation of an operation runs: the step-by-step reference, PyTorch, or our Triton kernels.
 
-A choice that this machine cannot honour is an error that says why; nothing falls back in silence.
+A choice that this machine cannot honour is an error that says why; nothing falls back silently.
 
 Every operation asks `resolve_backend` at each call, so that tests and tools can choose by argument; what it has
 to look up is cached.
@@ -48,12 +48,12 @@ _MISCOMPILES = (
         "its compiler ends in an error on the gradients of Mamba2 and the delta rule on Blackwell",
     ),
 )
-# Set to 1, kernels run under a Triton that is refused: for those who test a card or a compiler.
+# Set to 1, kernels run under a Triton that is refused: for those who test a GPU or a compiler.
 ALLOW_VARIABLE = "AMFM_ALLOW_TRITON"
 # Multiprocessors that multiply bfloat16.
 _LEAST_CAPABILITY = 8
 REQUIREMENTS = (
-    "The kernels need an NVIDIA card of compute capability 8.0 or more (A100, H100, H200, B200) and a torch of 2.9 to 2.15 "
+    "The kernels need an NVIDIA GPU of compute capability 8.0 or more (A100, H100, H200, B200) and a torch of 2.9 to 2.15 "
     "for CUDA with the Triton that it pins; 3.8.0, which torch 2.14 pins, fails on Hopper, and 3.6.0 to 3.7.1 (torch 2.10 to "
     "2.13) on Blackwell"
 )
@@ -75,10 +75,10 @@ def resolve_backend(requested: str, device: torch.device, operation: str | None 
     """Turn the backend that was asked for into the one that runs on `device`: "triton", "torch" or "reference".
 
     "auto" is "triton" on CUDA and "torch" elsewhere, logged once with its reason. operation: the name in `amfm.kernels.proof` of
-    the operation that asks; its kernels are checked at their first use on a card (`amfm.kernels.runtime.first_use`).
+    the operation that asks; its kernels are checked at their first use on a GPU (`amfm.kernels.runtime.first_use`).
 
     Raises ValueError for an unknown name, when Triton was asked for and cannot run here (no CUDA device and no
-    interpreter, Triton not installed, or a Triton version known to miscompile for this card), and for an operation whose
+    interpreter, Triton not installed, or a Triton version known to miscompile for this GPU), and for an operation whose
     kernels were wrong at their first use.
     """
     if requested in ("torch", "reference"):
@@ -106,7 +106,7 @@ def triton_version() -> tuple[int, int, int] | None:
 
 
 def find_miscompile(version: tuple[int, int, int], capability_major: int) -> str | None:
-    """What a Triton version is known to get wrong on cards of a compute capability, None where nothing is known."""
+    """What a Triton version is known to get wrong on GPUs of a compute capability, None where nothing is known."""
     for first_bad, first_good, major, fault in _MISCOMPILES:
         if major == capability_major and first_bad <= version < first_good:
             return fault
@@ -144,7 +144,7 @@ def refuse_triton(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < _LEAST_CAPABILITY:
         return (
-            f'kernels backend "triton" needs compute capability {_LEAST_CAPABILITY}.0; this card has {major}.{minor}. '
+            f'kernels backend "triton" needs compute capability {_LEAST_CAPABILITY}.0; this GPU has {major}.{minor}. '
             f'Use "torch". {REQUIREMENTS}'
         )
     fault = find_miscompile(version, major)
@@ -155,7 +155,9 @@ def refuse_triton(device: torch.device) -> str | None:
 
 @functools.cache
 def _refuse_operation(operation: str, device: torch.device) -> str | None:
-    """What was wrong with an operation's kernels at their first use on a card; None where nothing was, or where allowed."""
+    """What was wrong with an operation's kernels at their first use on a GPU; None where nothing was, or where
+    allowed.
+    """
     try:
         faults = find_faults(operation, device)
     except CannotCheck as reason:
@@ -165,33 +167,33 @@ def _refuse_operation(operation: str, device: torch.device) -> str | None:
         return None
     if not faults:
         return None
-    said = f"the kernels of {operation} are wrong on this card: {'; '.join(faults)}"
+    said = f"the kernels of {operation} are wrong on this GPU: {'; '.join(faults)}"
     if os.environ.get(ALLOW_VARIABLE) == "1":
         _LOG.warning("kernels run because %s=1, though %s", ALLOW_VARIABLE, said)
         return None
     return (
         f"{said}. Use kernels.backend=torch, or another release of torch with its Triton; `python -m amfm.kernels.acceptance "
-        f"--op {operation}` tells more, and {ALLOW_VARIABLE}=1 runs them all the same. {REQUIREMENTS}"
+        f"--op {operation}` tells more, and {ALLOW_VARIABLE}=1 runs them anyway. {REQUIREMENTS}"
     )
 
 
 def judge_miscompile(fault: str, version: tuple[int, int, int], *, allowed: bool) -> str | None:
     """The refusal of a Triton with a known fault, with what pip can install instead; None, and a warning, where allowed.
 
-    PyTorch pins its Triton, so that the remedy is a release of torch: 2.15 brings Triton 3.9.0, which is good on all cards.
+    PyTorch pins its Triton, so that the remedy is a release of torch: 2.15 brings Triton 3.9.0, which is good on all GPUs.
     """
     shown = ".".join(map(str, version))
     if allowed:
         _LOG.warning("kernels run under Triton %s because %s=1, though %s", shown, ALLOW_VARIABLE, fault)
         return None
     return (
-        f'kernels backend "triton" refuses Triton {shown} on this card: {fault}. torch pins its Triton: use '
+        f'kernels backend "triton" refuses Triton {shown} on this GPU: {fault}. torch pins its Triton: use '
         f"`pip install 'torch>=2.15'` (Triton 3.9.0), or kernels.backend=torch; "
-        f"{ALLOW_VARIABLE}=1 runs the kernels all the same"
+        f"{ALLOW_VARIABLE}=1 runs the kernels anyway"
     )
 
 
 @functools.cache
 def _log_choice(backend: str, reason: str) -> None:
-    """Say once which backend "auto" means."""
+    """Report once which backend "auto" means."""
     _LOG.info("kernels backend auto -> %s: %s", backend, reason)

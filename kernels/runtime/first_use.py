@@ -1,11 +1,11 @@
-"""Checks an operation's kernels once on each card, before anything is computed with them.
+"""Checks an operation's kernels once on each GPU, before anything is computed with them.
 
-Why: a compiler may make wrong numbers of a right kernel, on one card and not on another, and a training run shows that as a
-loss that is a little too high. So the first use of an operation on a card holds it against float64 at a small shape with the
-tiles of production, in a process of its own: a kernel that crashes must not take the run's context with it, and one that never
-ends is stopped. What was found is kept in the user's cache under the card, torch, Triton and a digest of all our kernels'
-source; processes of a machine that start at once wait for the first one's answer. A folder that cannot be written, or a
-GPU that no second process may use, costs a repeated check and no run.
+Why: a compiler may make wrong numbers of a right kernel, on one GPU and not on another, and a training run shows that
+as a loss that is a little too high. So the first use of an operation on a GPU compares it with float64 at a small shape
+with the tiles of production, in a separate process: a kernel that crashes must not take the run's context with it, and
+one that never ends is stopped. What was found is kept in the user's cache under the GPU, torch, Triton and a digest of
+all our kernels' source; processes of a machine that start at once wait for the first one's answer. A folder that cannot
+be written, or a GPU that no second process may use, costs a repeated check and no run.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ CHECKING_VARIABLE = "AMFM_CHECKING"
 
 
 def can_be_checked() -> bool:
-    """Whether there is a card to ask: not in simulations, whose tensors are fake, nor in a process that checks already.
+    """Whether there is a GPU to ask: not in simulations, whose tensors are fake, nor in a process that checks already.
 
-    The tensors that torch.compile traces with are no reason: they are not in place while this is asked.
+    The tensors that torch.compile traces with are not a reason: they are not in place while this is asked.
     """
     fake = any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
     checking = os.environ.get(CHECKING_VARIABLE) == "1"
@@ -70,7 +70,7 @@ def look_up(
 ) -> list[str]:
     """The faults that one of the folders knows of an operation on a GPU, after a check where none knows anything yet.
 
-    card: names the GPU and its compilers. folders: those that are None are passed over; the first that can be written keeps
+    `card`: names the GPU and its compilers. folders: those that are None are passed over; the first that can be written keeps
     what is found, and where none can, it is not kept. A check of another process is waited for.
     """
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{card} {digest_source()}").strip("-") + f"_{operation}.json"
@@ -112,7 +112,7 @@ def _read(path: Path) -> list[str] | None:
 
 @functools.cache
 def _warn_not_kept(where: str) -> None:
-    """Say once that every start will check again."""
+    """Report once that every start will check again."""
     _LOG.warning("checks of kernels are not kept (%s), so each start repeats them; set XDG_CACHE_HOME", where)
 
 

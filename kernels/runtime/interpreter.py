@@ -33,7 +33,7 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def count_programs(device: torch.device, per_processor: int = 2) -> int:
-    """Programs that fill a card: multiprocessors times `per_processor`; 4 in the interpreter, which runs one at a time."""
+    """Programs that fill a GPU: multiprocessors times `per_processor`; 4 in the interpreter, which runs one at a time."""
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count * per_processor

@@ -27,7 +27,7 @@ def describe_launch_failure(error: BaseException) -> str | None:
     cause = " ".join(str(error).split())[:500]
     if isinstance(error, OutOfResources):
         return (
-            f"{kernel} with the tile {shown} does not fit this card ({cause}): choose its tile by `amfm bench kernels "
+            f"{kernel} with the tile {shown} does not fit this GPU ({cause}): choose its tile by `amfm bench kernels "
             "--tune`, or run with kernels.backend=torch"
         )
     return (

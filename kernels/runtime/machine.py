@@ -1,4 +1,4 @@
-"""Whether this machine can run the kernels: card, driver, torch and Triton, answered in one message with a remedy.
+"""Whether this machine can run the kernels: GPU, driver, torch and Triton, answered in one message with a remedy.
 
 docs/gpu.md has the same table of versions for people.
 """
@@ -26,7 +26,7 @@ def find_obstacle(device: str) -> str | None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return (
-            f"there is no CUDA card that answers ({reason}; {found}, CUDA {torch.version.cuda}): see whether nvidia-smi lists "
+            f"there is no CUDA GPU that answers ({reason}; {found}, CUDA {torch.version.cuda}): see whether nvidia-smi lists "
             f"one; a driver too old for this CUDA wants a newer driver, or a torch of an older CUDA (`pip install torch "
             f"--index-url https://download.pytorch.org/whl/cu126`). {REQUIREMENTS}"
         )

@@ -1,8 +1,8 @@
-"""Tiles, warps and stages of a launch, chosen by timing them on the card after each has computed the right numbers.
+"""Tiles, warps and stages of a launch, chosen by timing them on the GPU after each has computed the right numbers.
 
-Tuning is a command of its own (`amfm bench kernels --tune`), training only reads what it wrote: all ranks launch alike,
-and no step waits for a candidate. A table belongs to a card, a Triton and a ptxas release: code of another compiler is
-other code, to be proved again.
+Tuning is a separate command (`amfm bench kernels --tune`), training only reads what it wrote: all ranks launch alike,
+and no step waits for a candidate. A table belongs to a GPU, a Triton and a ptxas release: code of another compiler is
+other code, to be verified again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Environment:
     ptxas: str
 
     def file_name(self) -> str:
-        """Name of the table of this card and these compilers."""
+        """Name of the table of this GPU and these compilers."""
         return re.sub(r"[^A-Za-z0-9.]+", "-", f"{self.card}_triton-{self.triton}_ptxas-{self.ptxas}") + ".json"
 
 
@@ -109,8 +109,8 @@ def config_for(kernel: str, shape: Sequence[object], candidates: Sequence[Config
     """The configuration for a launch of `kernel`, compiled for `shape`, on `device`.
 
     The first candidate in the interpreter, in PyTorch's deterministic mode (tiles change the order of additions, so a
-    table would change bits between cards) and without an entry in the table: that which the ranks of a run have agreed
-    on (`adopt_table`), else this card's.
+    table would change bits between GPUs) and without an entry in the table: that which the ranks of a run have agreed
+    on (`adopt_table`), else this GPU's.
     """
     entry = _name_entry(kernel, shape)
     # A tuning in progress decides, and learns here which kernels an operation launches.
@@ -124,9 +124,10 @@ def config_for(kernel: str, shape: Sequence[object], candidates: Sequence[Config
 
 
 def choose_table(tables: Sequence[Table]) -> Table | None:
-    """The table that all ranks of a run take, from their own by rank: rank 0's; None where their cards or compilers differ.
+    """The table that all ranks of a run take, from their own by rank: rank 0's; None where their GPUs or compilers
+    differ.
 
-    Ranks that launched other tiles than their neighbours would round otherwise, and a tile that one card has room for
+    Ranks that launched other tiles than their neighbours would round otherwise, and a tile that one GPU has room for
     another may not have.
     """
     first = tables[0]
@@ -183,7 +184,7 @@ def tune(
 
 
 def find_environment(device: torch.device) -> Environment:
-    """Card, Triton and ptxas release of a CUDA device."""
+    """GPU, Triton and ptxas release of a CUDA device."""
     version, (major, minor) = triton_version(), torch.cuda.get_device_capability(device)
     assert version is not None, "kernels are tuned without Triton"
     release = find_assembler_release(major * 10 + minor)
@@ -200,7 +201,7 @@ def find_assembler_release(architecture: int, find: Callable[..., Any] = get_ptx
 
 
 def load_table(device: torch.device) -> Table:
-    """The table of a CUDA device, read once a process; its environment asks the card and the assembler."""
+    """The table of a CUDA device, read once a process; its environment asks the GPU and the assembler."""
     return _load_table(device.index or 0)
 
 

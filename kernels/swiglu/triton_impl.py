@@ -45,7 +45,7 @@ def swiglu_forward_kernel(
 ):  # fmt: skip
     """y [R, F] = silu(gate) * up of gate_up [R, 2F], or another unit (`amfm.kernels.swiglu.gate`).
 
-    One program a tile of y; gate stands in the first F columns of a row, up in the last F.
+    One program per tile of y; gate stands in the first F columns of a row, up in the last F.
     """
     row, column, inside = _tile(rows, columns, BLOCK_R, BLOCK_C)
     gate_at = gate_up + row * 2 * columns + column
@@ -82,7 +82,7 @@ def swiglu_backward_kernel(
 def squared_relu_forward_kernel(x, y, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """y = max(x, 0)^2, [R, F].
 
-    One program a tile.
+    One program per tile.
     """
     row, column, inside = _tile(rows, columns, BLOCK_R, BLOCK_C)
     place = row * columns + column
@@ -94,7 +94,7 @@ def squared_relu_forward_kernel(x, y, rows, columns, BLOCK_R: tl.constexpr, BLOC
 def squared_relu_backward_kernel(x, d_y, d_x, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """dx = 2 max(x, 0) dy, [R, F].
 
-    One program a tile; x is read again rather than kept as a mask.
+    One program per tile; x is read again rather than kept as a mask.
     """
     row, column, inside = _tile(rows, columns, BLOCK_R, BLOCK_C)
     place = row * columns + column

@@ -1,1 +1,3 @@
-"""What `amfm bench` measures of the machine at hand: kernels, the whole job, and the speed that a plan needs to know."""
+"""What `amfm bench` measures of the machine available: kernels, the whole job, and the speed that a plan needs to
+know.
+"""

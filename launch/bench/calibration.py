@@ -1,6 +1,6 @@
 """Calibrate `amfm plan` on this machine: a hardware file fitted to measured training steps.
 
-How it works: peaks are those of a large product and a large copy here (of the data sheet for a card in the plan's
+How it works: peaks are those of a large product and a large copy here (of the data sheet for a GPU in the plan's
 table). The four efficiencies are those with which the plan comes nearest to measured steps of small models: one of each
 kind of block, all kinds together, and a step of so few tokens that moving its weights is what takes time. At last steps
 that were not fitted are planned with the file and compared with measured ones, which shows how far the fit carries.
@@ -88,7 +88,7 @@ class Check:
 def calibrate(*, rounds: int, num_threads: int | None, report: Callable[[str], None]) -> tuple[Hardware, list[Check]]:
     """Measure this machine; returns the fitted hardware, and checks that say how well the plan then does.
 
-    Needs a process of its own with one rank, since it sets up process groups and threads.
+    Needs a separate process with one rank, since it sets up process groups and threads.
     """
     parallel = initialize_parallel(timeout_seconds=600, num_threads=num_threads)
     precision: Precision = "bf16" if multiplies_bf16(parallel.device) else "float32"
@@ -216,7 +216,7 @@ def _widen(model: ModelConfig) -> ModelConfig:
 def measure_peaks(device: torch.device) -> Hardware:
     """Peaks, memory and bandwidth, with all fitted efficiencies at 1.
 
-    A card of the plan's table keeps its data sheet and links; only its memory is read here.
+    A GPU of the plan's table keeps its data sheet and links; only its memory is read here.
     """
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -245,7 +245,7 @@ def measure_peaks(device: torch.device) -> Hardware:
 
 
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Best rate of large square products by our `linear`, FLOPs a second."""
+    """Best rate of large square products by our `linear`, FLOPs per second."""
     sizes = (4096, 8192) if device.type == "cuda" else (1024, 2048)
     return max(2 * size**3 / _least_seconds(partial(linear, *_squares(size, device, dtype)), device) for size in sizes)
 

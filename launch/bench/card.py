@@ -1,8 +1,8 @@
-"""The whole job on a card: losses beside a CPU's, a resume bit for bit, memory beside the plan, speed, a profile.
+"""The whole job on a GPU: losses compared with a CPU's, a resume bit for bit, memory vs. the plan, speed, a profile.
 
-How: every stage starts `amfm train` or a benchmark as a process of its own, so that one that fails takes no other along, and
-the report is written after each. The CPU's side of a comparison is the same command with the card hidden. Rehearsed on a CPU,
-both sides are the CPU, which proves the commands and nothing about a card.
+How: every stage starts `amfm train` or a benchmark as a separate process, so that one that fails takes no other along,
+and the report is written after each. The CPU's side of a comparison is the same command with the GPU hidden. Rehearsed
+on a CPU, both sides are the CPU, which shows the commands and nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Job:
     def train(
         self, name: str, run: str, *overrides: str, on_cpu: bool = False, environment: Mapping[str, str] = {}
     ) -> list[dict[str, Any]]:
-        """Train a configuration into the job's folder, going on where it stands; returns a line of metrics a step.
+        """Train a configuration into the job's folder, continuing where it stands; returns a line of metrics a step.
 
         environment: variables of this run. Raises RuntimeError with the end of what the run said where it fails.
         """
@@ -107,12 +107,12 @@ def check_stages(names: list[str] | None) -> list[str]:
 
 
 def compare_losses(job: Job) -> dict[str, Any]:
-    """Each configuration's losses on the card in float32 and bf16, beside a CPU's in float32."""
+    """Each configuration's losses on the GPU in float32 and bf16, and a CPU's in float32."""
     result: dict[str, Any] = {"losses": {}, "faults": []}
     for name in job.configs:
         sizes = (*SMALL, f"train.steps={job.steps}", *_short_schedule(job.steps))
         cpu = _losses(job.train(name, f"{name}_cpu", *sizes, "train.precision=float32", on_cpu=True))
-        result["losses"][name] = {"beside: cpu float32": cpu}
+        result["losses"][name] = {"compared with: cpu float32": cpu}
         for precision, limits in LIMITS.items():
             card = _losses(job.train(name, f"{name}_{precision}", *sizes, f"train.precision={precision}"))
             result["losses"][name][f"{job.device} {precision}"] = card
@@ -121,9 +121,9 @@ def compare_losses(job: Job) -> dict[str, Any]:
 
 
 def judge_losses(card: list[float], cpu: list[float], limits: tuple[float, float]) -> list[str]:
-    """What is wrong with a card's losses beside a CPU's: `limits` on the first step's relative difference and on all."""
+    """What is wrong with a GPU's losses, compared with a CPU's: `limits` on the first step's relative difference and on all."""
     if len(card) != len(cpu):
-        return [f"{len(card)} steps on the card, {len(cpu)} on the CPU"]
+        return [f"{len(card)} steps on the GPU, {len(cpu)} on the CPU"]
     differences = [abs(one - other) / abs(other) for one, other in zip(card, cpu, strict=True)]
     faults = (
         [] if differences[0] <= limits[0] else [f"the first loss differs by {differences[0]:.2g}, above {limits[0]:g}"]
@@ -136,7 +136,7 @@ def judge_losses(card: list[float], cpu: list[float], limits: tuple[float, float
 
 
 def compare_resume(job: Job) -> dict[str, Any]:
-    """A run that stops half-way and goes on, beside one that does not: losses and gradient norms, to the bit."""
+    """A run that stops half-way and continues, vs. one that does not: losses and gradient norms, to the bit."""
     name = next(iter(job.configs))
     sizes = (*SMALL, f"train.steps={job.steps}", *_short_schedule(job.steps), "train.deterministic=true")
     whole = job.train(name, "resume_whole", *sizes)
@@ -151,9 +151,9 @@ def compare_resume(job: Job) -> dict[str, Any]:
 
 
 def compare_memory(job: Job) -> dict[str, Any]:
-    """The peak of a step beside what the plan predicts, for each configuration as it trains.
+    """The peak of a step vs. what the plan predicts, for each configuration as it trains.
 
-    On a card also what its allocator has reserved, with segments that grow (what `amfm` asks for) and of fixed sizes.
+    On a GPU also what its allocator has reserved, with segments that grow (what `amfm` asks for) and of fixed sizes.
     """
     result: dict[str, Any] = {"memory": {}, "faults": []}
     for name, (path, own) in job.configs.items():
@@ -188,7 +188,7 @@ def time_first_start(job: Job) -> dict[str, Any]:
 
 
 def measure_speed(job: Job) -> dict[str, Any]:
-    """Tokens a second of each configuration as it trains, the median of steps behind the first three."""
+    """Tokens per second of each configuration as it trains, the median of steps behind the first three."""
     result: dict[str, Any] = {"speed": {}, "faults": []}
     for name in job.configs:
         steps = max(6, job.steps)

@@ -1,7 +1,7 @@
-"""Kernel benchmark on a CUDA card: our Triton kernels, PyTorch, and the public packages that are installed.
+"""Kernel benchmark on a CUDA GPU: our Triton kernels, PyTorch, and the public packages that are installed.
 
-How it works: each operation runs in a process of its own (`amfm.kernels.acceptance`), where every variant is judged against float32
-by its worst tensor, then timed. An operation that crashes is a fault and takes no other along.
+How it works: each operation runs in a separate process (`amfm.kernels.acceptance`), where every variant is judged
+against float32 by its worst tensor, then timed. An operation that crashes is a fault and takes no other along.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TIMING_SECONDS, TUNING_SECONDS = 600.0, 3600.0
 
 
 def bench_cuda(names: list[str] | None = None, *, report: Callable[[str], None]) -> dict[str, Any]:
-    """Time every case on the current card: `rows` as `bench_cpu` has them, with `roofline_fraction` against an H100.
+    """Time every case on the current GPU: `rows` as `bench_cpu` has them, with `roofline_fraction` against an H100.
 
     A variant that cannot run its case is named in `remarks` with its reason and has no row. `relative_error` is that of
     the worst of output and gradients against our PyTorch code in float32. `faults` are those of our own kernels, and of
@@ -38,10 +38,10 @@ def bench_cuda(names: list[str] | None = None, *, report: Callable[[str], None])
 
 
 def tune_cuda(names: list[str] | None = None, *, report: Callable[[str], None]) -> dict[str, Any]:
-    """Tune the kernels of these operations on the current card: `environment`, `configs`, `faults`.
+    """Tune the kernels of these operations on the current GPU: `environment`, `configs`, `faults`.
 
-    Every candidate is held against our PyTorch code in float32 before it is timed, forward and backward together. The
-    card's table is saved after each operation. Raises ValueError for an unknown operation.
+    Every candidate is compared with our PyTorch code in float32 before it is timed, forward and backward together. The
+    GPU's table is saved after each operation. Raises ValueError for an unknown operation.
     """
     check_names(names, ON_CARD)
     result: dict[str, Any] = {"environment": {}, "configs": {}, "faults": []}
@@ -58,16 +58,16 @@ def tune_cuda(names: list[str] | None = None, *, report: Callable[[str], None]) 
 
 
 def _run(do: str, name: str, seconds: float) -> Finished:
-    """Run one problem for a card in a child."""
+    """Run one problem for a GPU in a child."""
     operation = next(each.name for each in OPERATIONS.values() if name in each.on_card)
     settings = {"do": do, "operation": operation, "names": [name], "device": "cuda", "cases": DEFAULT_CASES}
     return run_child(settings, seconds)
 
 
 def _describe_card() -> dict[str, Any]:
-    """The card and the versions of what ran on it. Raises RuntimeError where the card does not answer."""
+    """The GPU and the versions of what ran on it. Raises RuntimeError where the GPU does not answer."""
     described = run_child({"do": "describe", "device": "cuda"}, TIMING_SECONDS)
     if described.fault:
-        raise RuntimeError(f"the card does not answer: {described.fault}")
+        raise RuntimeError(f"the GPU does not answer: {described.fault}")
     machine = described.lines[0]
     return {"card": machine["card"], "cuda": machine["cuda"], **machine["versions"], **describe_hardware()}

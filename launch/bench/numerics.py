@@ -1,4 +1,5 @@
-"""What a recipe of low precision costs a model: the same weights and data by each recipe, beside the run's own precision.
+"""What a recipe of low precision costs a model: the same weights and data by each recipe, next to the run's own
+precision.
 
 How: for each seed the configuration is trained a number of steps without a recipe and then by each, as `amfm train` would on
 one rank, so first values, order of data and schedule are the same and losses differ by the products alone. Losses at one seed are
@@ -53,7 +54,7 @@ def compare_recipes(
     folder: Path,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Train by each recipe and without, `steps` steps for each of so many seeds, in `folder`, which must hold no such runs.
+    """Train by each recipe and without, `steps` steps for each of this many seeds, in `folder`, which must hold no such runs.
 
     Returns JSON values: of each recipe `losses` (a list a seed), the mean `gap` of its last losses to those without and its
     `spread` over seeds, `gradient_error` by kind of block, and what quantising `zeroed`, `clamped` and missed (`error`) in the last

@@ -1,6 +1,6 @@
 """Child processes that answer: lines on standard input ask, lines of JSON on standard output answer.
 
-A process of its own where a setting holds for the whole process (allocator, threads, patches) or memory must be clean.
+A separate process where a setting holds for the whole process (allocator, threads, patches) or memory must be clean.
 """
 
 from __future__ import annotations

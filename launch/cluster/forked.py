@@ -5,7 +5,7 @@ each do it, and wait for each other's; a forked rank has it already, and shares 
 while no GPU's driver is awake (it does not survive a fork), and while this process has one thread: a fork copies the locks of
 the others and not the threads. OpenMP is the one that bites: torch computes with a pool of threads that a forked process believes
 to have and waits for, for ever. So a process that has computed is never forked (`has_other_threads` counts the system's
-threads, of which Python knows its own alone); its ranks are processes of their own.
+threads, of which Python knows its own alone); its ranks are separate processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 AMD_DRIVER = Path("/dev/kfd")  # which can't be asked whether it is awake
-NOT_INITIALIZED = 3  # CUDA's answer before anybody has woken its driver
+NOT_INITIALIZED = 3  # CUDA's answer before anyone has woken its driver
 SETTLE_SECONDS = 0.25
 BUG = 1  # the interpreter's own exit code for an exception
 

@@ -38,7 +38,7 @@ from amfm.launch.console import say
 from amfm.launch.rank_command import isolated_python
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED
 
-GRACE_SECONDS = 15.0  # for ranks of other hosts to end by themselves after one failed
+GRACE_SECONDS = 15.0  # for ranks of other hosts to end on their own after one failed
 STOP_SECONDS = 10.0  # for a server to end its ranks when told to
 READY_SECONDS = 600.0  # to log in, and to load PyTorch from storage that all nodes ask at once
 CHECK_SECONDS = 120.0
@@ -51,7 +51,7 @@ POLL_SECONDS = 0.05
 def read_hosts(path: Path) -> list[str]:
     """Hosts of a file, one a line; `#` begins a comment.
 
-    Raises ValueError for an empty file, for a host named twice, and for a line that is no host name.
+    Raises ValueError for an empty file, for a host named twice, and for a line that is not a host name.
     """
     lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     hosts = [line for line in lines if line]
@@ -59,7 +59,7 @@ def read_hosts(path: Path) -> list[str]:
         raise ValueError(f"{path} names no host; write one host a line")
     twice = {host for host in hosts if hosts.count(host) > 1}
     if twice:
-        raise ValueError(f"{path} names {', '.join(sorted(twice))} more than once; one line a host")
+        raise ValueError(f"{path} names {', '.join(sorted(twice))} more than once; one line per host")
     return [check_host(host, str(path)) for host in hosts]
 
 
@@ -95,7 +95,7 @@ class HostServer:
         self.answers.put({"gone": self.process.wait()})
 
     def order(self, **what: Any) -> None:
-        """Send an order; a server that is gone says so by itself."""
+        """Send an order; a server that is gone says so on its own."""
         assert self.process.stdin is not None, "started with a pipe"
         with suppress(OSError):
             self.process.stdin.write(json.dumps(what).encode() + b"\n")
@@ -233,7 +233,7 @@ class RemoteHosts:
                 continue
             server.is_ready = True
             if answer.get("reason") and self.keep_loaded:
-                say(f"amfm launch: ranks on {host} load everything anew in each attempt: {answer['reason']}")
+                say(f"amfm launch: ranks on {host} load everything again in each attempt: {answer['reason']}")
             ready.append(server)
         return ready
 
@@ -253,7 +253,8 @@ class RemoteHosts:
     def _check(self, servers: Sequence[HostServer]) -> list[HostServer]:
         """Check hosts, all at once and with their links to the first one; returns those that pass. The others are left out.
 
-        The first is one that has passed before, if there is one. This machine alone is not checked: nobody could stand in.
+        The first is one that has passed before, if there is one. This machine alone is not checked: no one could stand
+        in.
         """
         if self.is_here or not servers:
             return list(servers)

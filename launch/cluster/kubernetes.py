@@ -166,7 +166,7 @@ def make_rayjob(config: RunConfig, arguments: list[str], nodes: int, ranks: int,
 
 
 def make_task(config: RunConfig, arguments: list[str], nodes: int, ranks: int, gpus: bool) -> dict[str, Any]:
-    """A SkyPilot task: as many nodes with so many GPUs, and each node's own torchrun."""
+    """A SkyPilot task: as many nodes with this many GPUs, and each node's own torchrun."""
     settings = config.launch.kubernetes
     command = ["launch", *arguments, "--on", "torchrun", "--nodes", str(nodes), "--nproc-per-node", str(ranks)]
     raw = f'--node-rank "$SKYPILOT_NODE_RANK" --master {MASTER_OF_TASK}:{PORT}' if nodes > 1 else ""

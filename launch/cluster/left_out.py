@@ -13,7 +13,7 @@ from pathlib import Path
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.launch.console import say
 
-MAX_LOSSES = 2  # the first one may be anybody's
+MAX_LOSSES = 2  # the first one may be anyone's
 
 
 class LeftOut:

@@ -56,7 +56,7 @@ def with_variables(variables: Mapping[str, str], command: Sequence[str]) -> list
 
 
 def remote_command(remote_shell: Sequence[str], host: str, line: str) -> list[str]:
-    """Command that runs `line` on a host through the remote shell. Raises ValueError for a name that is no host."""
+    """Command that runs `line` on a host through the remote shell. Raises ValueError for a name that is not a host."""
     return [*remote_shell, check_host(host, "--hosts"), line]
 
 

@@ -3,8 +3,8 @@
 How it works: this process listens on a free port and keeps the TCPStore through which ranks meet; the socket is never
 closed in between, so no other program can take the port. Ranks are ordinary processes with torchrun's variables. Rank 0
 owns the terminal, the others' standard error is relayed with their rank in front. Where it is safe this process imports what
-ranks need, once, and forks them (forked.py); else they are processes of their own, which start first, and this process
-imports torch beside them.
+ranks need, once, and forks them (forked.py); else they are separate processes, which start first, and this process
+imports torch next to them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from amfm.pretrain.launcher_protocol import DONE, GOES_ON, INTERRUPTED, LAUNCHER
 from amfm.pretrain.monitor.signals import take_noted
 from amfm.pretrain.stages import resolve_stages, stage_of
 
-GRACE_SECONDS = 30.0  # what the other ranks get to end by themselves after one failed
+GRACE_SECONDS = 30.0  # what the other ranks get to end on their own after one failed
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 HOST = "127.0.0.1"
 
@@ -48,7 +48,7 @@ def run_local(arguments: Sequence[str], num_ranks: int) -> int:
 
 
 def run_layouts(config: RunConfig, arguments: Sequence[str], num_ranks: int) -> int:
-    """Run `amfm train` as ranks on this machine, anew for each stage with a layout of its own; returns the exit code.
+    """Run `amfm train` as ranks on this machine, again for each stage with its own layout; returns the exit code.
 
     Such a stage runs on as many of the ranks as its layout can use.
     """
@@ -119,7 +119,7 @@ def run_ranks(
     processes: list[RankProcess] = []
 
     def forward(number: int) -> None:
-        if number == signal.SIGINT:  # from the keyboard it reaches ranks by itself; here it must not cut waiting short
+        if number == signal.SIGINT:  # from the keyboard it reaches ranks on its own; here it must not cut waiting short
             return
         for process in processes:
             if process.poll() is None:

@@ -133,7 +133,7 @@ def check_memory(ranks: int) -> Iterator[str]:
 
 
 def check_link(link: Mapping[str, Any]) -> Iterator[str]:
-    """The first node listens, tells at which port, and lets so many come; each other one goes there and hears a byte."""
+    """The first node listens, tells at which port, and lets this many come; each other one goes there and hears a byte."""
     if link.get("expect"):
         come = 0
         with socket.create_server(("", link.get("port", 0)), backlog=max(16, link["expect"])) as listener:
@@ -197,7 +197,7 @@ def blame_links(faults: Mapping[str, Sequence[str]], first: str) -> dict[str, li
 
 
 def tell(**answer: Any) -> None:
-    """Answer the launcher with one line; begun anew, since a rank may have left one unfinished."""
+    """Answer the launcher with one line; started over, since a rank may have left one unfinished."""
     sys.stdout.write(f"\n{MARK}{json.dumps(answer)}\n")
     sys.stdout.flush()
 

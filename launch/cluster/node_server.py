@@ -2,7 +2,7 @@
 
 It imports PyTorch, DeepSpeed and what else ranks need once, and forks the ranks of each attempt from that (forked.py). A rank
 computes and ends; this process never computes and has one thread, so that it can be forked again. Where it can't be (a library
-has started threads, a GPU's driver is awake), or `launch.keep_loaded` is false, ranks are processes of their own, and
+has started threads, a GPU's driver is awake), or `launch.keep_loaded` is false, ranks are separate processes, and
 only this one stays.
 
 Orders come as lines of JSON on standard input: `check` (node_check.py), `start`, `signal`, `stop`. Answers go out among
@@ -39,7 +39,7 @@ from amfm.pretrain.monitor.signals import note_signals
 from amfm.pretrain.versions import collect_versions
 
 POLL_SECONDS = 0.05
-GRACE_SECONDS = 10.0  # for the other ranks of the node to end by themselves after one failed
+GRACE_SECONDS = 10.0  # for the other ranks of the node to end on their own after one failed
 RESETS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -98,7 +98,7 @@ class NodeServer:
             self.kill()
 
     def begin_check(self, request: Mapping[str, Any]) -> RankProcess:
-        """Let a process of its own check the node, which answers by itself: it computes, and may hang."""
+        """Let a separate process check the node, which answers on its own: it computes, and may hang."""
         text = json.dumps(request)
         if self.reason:
             module = [*isolated_python(), "-m", "amfm.launch.cluster.node_check", text]
@@ -151,7 +151,7 @@ class NodeServer:
         return self.fork(run, environment)
 
     def look_after_ranks(self) -> None:
-        """Tell of the first rank that failed and of the end of all; the others of the node get GRACE_SECONDS."""
+        """Report the first rank that failed and of the end of all; the others of the node get GRACE_SECONDS."""
         if self.checker is not None and self.checker.poll() is not None:
             self.checker = None
         if not self.ranks:
@@ -185,7 +185,7 @@ def main() -> None:
     # To ask whether there are GPUs must not wake their driver, which no fork survives.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     NodeServer(int(num_ranks), arguments, keep_loaded=keep_loaded == "1").serve()
-    # Not by an orderly exit: libraries would report what stays, of objects that nobody collects any more.
+    # Not by an orderly exit: libraries would report what stays, of objects that no one collects any more.
     sys.stdout.flush()
     os._exit(0)
 

@@ -1,4 +1,5 @@
-"""Log files of ranks, one a rank: rank 0's is shown while the ranks run, and the last words of a failed one name the cause.
+"""Log files of ranks, one per rank: rank 0's is shown while the ranks run, and the last words of a failed one name the
+cause.
 
 Ray's actors and Slurm's srun both write them to `run.dir/logs/attempt-A/rank-R.log`, which all nodes share. Files are
 appended to: a job that is queued again counts its attempts from 0. So what stood there before an attempt is left out.

@@ -2,7 +2,7 @@
 
 How it works: a STRICT_SPREAD placement group reserves one bundle per node. The first actor of each node checks it
 (node_check.py); who fails is left out by name, and the group is placed again on others. Each actor starts its rank as a
-process of its own, so that a rank that crashes leaves an actor to report its exit code. Ray tells of lost nodes;
+separate process, so that a rank that crashes leaves an actor to report its exit code. Ray reports lost nodes;
 `supervise.py` decides about another attempt. Ranks write to log files in the run directory, which all nodes share; rank
 0's is shown here.
 """
@@ -44,7 +44,7 @@ LOWEST_PORT = 20_000  # below are those of Ray's workers
 def find_port() -> int:
     """A port that is free, for a process that listens there many seconds later.
 
-    It lies below those that the kernel gives to connections by itself: one of them would be taken again before long.
+    It lies below those that the kernel gives to connections on its own: one of them would be taken again before long.
     """
     try:
         first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
@@ -231,7 +231,7 @@ class RayCluster:
         """torchrun's variables for a rank; all ranks meet at rank 0's address and free port."""
         variables = rank_variables(rank, len(places), self.ranks_per_node, places[0].address, places[0].port)
         if "GPU" in self.need:
-            # Ray shows each actor its own card, which is then number 0.
+            # Ray shows each actor its own GPU, which is then number 0.
             variables["LOCAL_RANK"] = "0"
         return self.environment | variables | {GOES_ON: "1"} | ({RESTART_CAUSE: attempt.cause} if attempt.cause else {})
 

@@ -4,7 +4,8 @@ How it works: the script only runs `amfm launch` again, which notices that it is
 attempts there (`supervise.py`). So restarts within a job need no queueing, and Slurm's own requeue serves the time
 limit: ranks are signalled before it, save and end well, and the job is queued again. One `srun` starts all ranks and,
 with --kill-on-bad-exit, ends them when one fails. Before each attempt another `srun` checks every node of the job that is up
-(node_check.py), `launch.spare_nodes` among them, and the first that pass get the ranks. Each rank writes a log of its own, because the lines of a thousand ranks in one file tell nothing; rank 0's is shown in the job's log.
+(node_check.py), `launch.spare_nodes` among them, and the first that pass get the ranks. Each rank writes its own log,
+because the lines of a thousand ranks in one file tell nothing; rank 0's is shown in the job's log.
 
 In a container (pyxis) the ranks run the image's Python in the same working directory, which must be mounted.
 """

@@ -2,7 +2,7 @@
 
 How it works: a launcher (torchrun, Slurm, Ray) brings a function that starts all ranks once and reports how that ended.
 An exit code decides what follows: done and bad input end the run, a failure starts it again from its newest checkpoint,
-after waiting for lost nodes and, if they stay away, on as many as can share the batch. A stage with a layout of its own
+after waiting for lost nodes and, if they stay away, on as many as can share the batch. A stage with its own layout
 is another start too, on as many nodes as that layout can use.
 
 Why it stops: a restart repairs what the machine did (a lost node, a hung rank), not what the run does. So starts after
@@ -45,7 +45,7 @@ class Attempt:
 class Outcome:
     """How an attempt ended: exit code as of one `amfm train`, and for a failure the rank, host and last words.
 
-    began: whether ranks were started at all; nodes that were lost since they were counted are no fault of the run.
+    began: whether ranks were started at all; nodes that were lost since they were counted are not fault of the run.
     """
 
     code: int
@@ -64,7 +64,7 @@ def supervise(
     """Start the run on `nodes` nodes, start it again after each failure and for each layout, and return the exit code.
 
     `start` runs one attempt to its end. `usable_nodes` says, before each, how many there are that can take ranks; lost ones get
-    `launch.node_wait_seconds` to come back. On fewer nodes than wanted the run goes on with the most that can share
+    `launch.node_wait_seconds` to come back. On fewer nodes than wanted the run continues with the most that can share
     its batch. Stops with the first cause when `launch.max_restarts` are used up, when the input is refused (code 2), when
     Ctrl-C came (130), and when failures follow each other without a newer checkpoint between them.
     """
@@ -77,7 +77,7 @@ def supervise(
         before = newest_saved_step(config.run.dir)
         attempt = Attempt(number, fitting_nodes(config, usable, ranks_per_node, steps_done=max(0, before)), cause)
         if attempt.nodes < nodes:
-            say(f"amfm launch: going on with {attempt.nodes} of {nodes} nodes")
+            say(f"amfm launch: continuing with {attempt.nodes} of {nodes} nodes")
         outcome = start(attempt)
         if outcome.code == DONE and has_vanished(Path(config.run.dir)):
             outcome = Outcome(RUN_FAILED, VANISHED)
@@ -88,12 +88,12 @@ def supervise(
             continue
         after, number = newest_saved_step(config.run.dir), number + 1
         stuck = 0 if after > before else stuck + 1
-        # Not by the code alone: srun and torchrun have codes of their own for ranks that end one after the other.
+        # Not by the code alone: srun and torchrun have their own codes for ranks that end one after the other.
         if after > before and after in fresh_starts(config):
             if has_left_layout(stages, before, after):
-                say(f"amfm launch: stage {stage_of(stages, after).name} begins at step {after}, in a layout of its own")
+                say(f"amfm launch: stage {stage_of(stages, after).name} begins at step {after}, in its own layout")
             else:
-                say(f"amfm launch: after step {after} the factored matrices go on without guides")
+                say(f"amfm launch: after step {after} the factored matrices continue without guides")
             cause = None
             continue
         cause = outcome.cause or f"exit code {outcome.code}"
@@ -125,7 +125,7 @@ def wait_for_nodes(config: RunConfig, wanted: int, usable_nodes: Callable[[], in
 
 
 def start_once(start: Callable[[Attempt], Outcome], nodes: int) -> int:
-    """Run a command that is no training run in one attempt; print the cause of failure, return the exit code."""
+    """Run a command that is not a training run in one attempt; print the cause of failure, return the exit code."""
     outcome = start(Attempt(0, nodes, None))
     if outcome.cause:
         say(f"amfm launch: {outcome.cause}")
@@ -133,7 +133,7 @@ def start_once(start: Callable[[Attempt], Outcome], nodes: int) -> int:
 
 
 def fitting_nodes(config: RunConfig, usable: int, ranks_per_node: int, *, steps_done: int = 0) -> int:
-    """The largest number of nodes, at most `usable`, whose ranks can run the stage after so many steps.
+    """The largest number of nodes, at most `usable`, whose ranks can run the stage after this many steps.
 
     Raises RuntimeError when there are fewer than `launch.min_nodes` or none fits, with the rule that the usable number
     breaks.

@@ -29,7 +29,7 @@ def torchrun_command(
 ) -> list[str]:
     """The command line of one node's torchrun, which sets rank variables and stops the node's ranks when one fails.
 
-    `arguments`: an `amfm` command line, of every rank. Raises ValueError for a master that is no host name.
+    `arguments`: an `amfm` command line, of every rank. Raises ValueError for a master that is not a host name.
     """
     check_host(master, "--master")
     return [

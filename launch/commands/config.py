@@ -22,19 +22,19 @@ def config(
     *,
     preset: PresetOption = None,
     diff: Annotated[Path | None, typer.Option(metavar="OTHER.yaml", help="Print only what differs from OTHER.")] = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Also check that this many ranks can run it.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Also check whether this many ranks can run it.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print a JSON Schema of configuration files.")] = False,
     fields: Annotated[
         bool, typer.Option("--fields", help="List every setting with type, default and meaning.")
     ] = False,
     show_precision: Annotated[
-        bool, typer.Option("--show-precision", help="List what the matrices of each kind of block multiply in.")
+        bool, typer.Option("--show-precision", help="List the number format that each kind of block multiplies in.")
     ] = False,
     reference: Annotated[bool, typer.Option("--reference", help="Print docs/configuration.md.")] = False,
     help_all: HelpAllOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a configuration and print it resolved: extends and overrides applied, defaults filled in."""
+    """Check a configuration and print it resolved, with `extends`, overrides and defaults applied."""
     if schema or fields or reference:
         print_about_schema(schema=schema, reference=reference, as_json=as_json)
         return
@@ -64,7 +64,7 @@ def config(
 
 
 def print_precision(resolved: RunConfig, title: str, *, as_json: bool) -> None:
-    """Print what the matrices of each kind of block make their products in."""
+    """Print the number format that each kind of block multiplies in."""
     from amfm.model.low_precision import describe_indices, precision_table
 
     rows = precision_table(resolved.model, resolved.low_precision, resolved.train.precision)

@@ -22,12 +22,13 @@ def convert(
     path: ConfigArgument,
     overrides: OverridesArgument = None,
     *,
-    nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine for the stages' training.")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, help="Number of ranks on this machine.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Replace a trained model's attention as the section `convert` says: transfer, tune, measure, and write the merged weights.
+    """Replace a trained model's attention by other mixers (section `convert`): transfer, tune, measure, write the merged weights.
 
-    With convert.upcycle, feed-forwards become experts instead, and nothing is trained. Each stage is a run below run.dir. Stopped at any point, the same command goes on.
+    With convert.upcycle, feed-forwards become experts instead, and nothing is trained. Each stage is a run below
+    run.dir. Stopped at any point, the same command continues.
     """
     require_extra("report", "amfm convert")
     with Waiting("amfm convert") as waiting:
@@ -55,7 +56,7 @@ def convert(
         if code != DONE:
             raise typer.Exit(code)
         if not stage.is_finished():
-            say(f"amfm convert: stopped in convert-{stage.name}; the same command goes on")
+            say(f"amfm convert: stopped in convert-{stage.name}; the same command continues")
             raise typer.Exit(DONE)
     with Waiting("amfm convert") as waiting:
         from amfm.pretrain.convert.measure import measure_conversion
@@ -115,14 +116,14 @@ def print_conversion(found: ConversionReport, *, as_json: bool) -> None:
     teacher = found.losses[TEACHER]
     rows = [(name, f"{loss:.4f}", f"{loss - teacher:+.4f}") for name, loss in found.losses.items()]
     title = f"Conversion to {found.pattern}, {found.tokens:,} held-out tokens"
-    print_rows(title, ("model", "nats a token", "beside the teacher"), rows)
+    print_rows(title, ("model", "nats per token", "vs. the teacher"), rows)
     routed = [
         (name, f"{source.loss:.4f}", f"block {block}", "  ".join(f"{share:.2f}" for share in shares))
         for name, source in found.routed.items()
         for block, shares in source.shares.items()
     ]
     if routed:
-        print_rows("Updates by source", ("source", "nats a token", "router", "share of the choices"), routed)
+        print_rows("Updates by source", ("source", "nats per token", "router", "share of the choices"), routed)
     pairs: list[tuple[str, object]] = []
     if found.linear_share:
         shares = ", ".join(f"block {block} {share:.2f}" for block, share in found.linear_share.items())

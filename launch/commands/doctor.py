@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 def doctor(
     *,
     cluster: Annotated[
-        bool, typer.Option("--cluster", help="Compare all ranks of a launcher and measure what lies between them.")
+        bool, typer.Option("--cluster", help="Compare all ranks of a launcher and measure the links between them.")
     ] = False,
     shared: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="cluster: the folder that all hosts should see, as run.dir.")
+        Path | None, typer.Option(metavar="DIR", help="With --cluster: a folder that all hosts share, such as run.dir.")
     ] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="cluster: ranks on this machine, without another launcher.")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, help="With --cluster: start this many ranks on this machine.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Check this machine, or every host with --cluster, and suggest fixes."""
@@ -44,7 +44,7 @@ def doctor(
 def doctor_cluster(shared: Path | None, nproc: int, *, as_json: bool) -> int:
     """Start the ranks, or be one of them; rank 0 prints. Returns the exit code, the same on every rank.
 
-    Raises ValueError where this process is no rank and starts none, RuntimeError where a package is missing.
+    Raises ValueError where this process is not a rank and starts none, RuntimeError where a package is missing.
     """
     if nproc > 1:
         from amfm.launch.cluster.local import run_local

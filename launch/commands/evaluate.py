@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from amfm.pretrain.source_losses import SourceLoss
 
 DeviceOption = Annotated[
-    Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute; auto: cuda if there is one, else cpu.")
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Device; auto: cuda if available, else cpu.")
 ]
 BackendOption = Annotated[
-    Literal["auto", "triton", "torch", "reference"], typer.Option(help="Kernels, as kernels.backend of a run.")
+    Literal["auto", "triton", "torch", "reference"], typer.Option(help="Kernel backend, as `kernels.backend`.")
 ]
 
 
@@ -40,11 +40,11 @@ def evaluate(
     *,
     data: Annotated[Path | None, typer.Option(metavar="STORE", help="The token store; default: the run's own.")] = None,
     split: Annotated[
-        Literal["validation", "train"] | None, typer.Option(help="Which part of the store; default: validation.")
+        Literal["validation", "train"] | None, typer.Option(help="Split of the store; default: validation.")
     ] = None,
     sequence_length: Annotated[
         int | None,
-        typer.Option("--sequence-length", "--length", min=1, help="Tokens a row; default: as in training."),
+        typer.Option("--sequence-length", "--length", min=1, help="Tokens per row; default: as in training."),
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop after about this many tokens; default: all.")
@@ -54,7 +54,7 @@ def evaluate(
     ] = None,
     probe_settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the synthetic task (data.probe), repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the synthetic task (data.probe); repeatable."),
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Rows of the synthetic task; default: 256.")] = None,
     tasks: TasksOption = None,
@@ -65,7 +65,7 @@ def evaluate(
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure loss and perplexity on a part of a store, every token predicted once; or a synthetic task; or tasks of lm-eval.
+    """Measure loss and perplexity on a split of a store, accuracy on a synthetic task, or tasks of lm-eval.
 
     Computes in float32.
     """
@@ -167,16 +167,20 @@ def generate(
     checkpoint: CheckpointArgument,
     *,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k most likely only.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Choose within this probability only.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random choices.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 200,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0: always the most likely token.")
+    ] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens only.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the most likely tokens with this total probability.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a text, carrying the recurrent state: a token costs the same however long the text is."""
+    """Generate text from a prompt. The recurrent state is kept, so the cost per token does not grow with the text."""
     from amfm.pretrain.inference.generate import Sampling
     from amfm.pretrain.inference.generate import generate as generate_text
 

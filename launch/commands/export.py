@@ -28,11 +28,13 @@ from amfm.pretrain.extras import require_extra
 
 CheckOption = Annotated[
     ClientName | None,
-    typer.Option(metavar="PROGRAM", help="llama.cpp, mlx-lm, vllm, lm-eval or peft: run it on the export and compare."),
+    typer.Option(
+        metavar="PROGRAM", help="Also run llama.cpp, mlx-lm, vllm, lm-eval or peft on the export and compare."
+    ),
 ]
 ClientPythonOption = Annotated[
     Path | None,
-    typer.Option(metavar="PYTHON", help="Interpreter where that program is installed; default: the one of amfm."),
+    typer.Option(metavar="PYTHON", help="Python interpreter with that program; default: this one."),
 ]
 FormatOption = Annotated[
     Literal[
@@ -54,7 +56,7 @@ OptionalOutArgument = Annotated[
     Path | None,
     typer.Argument(
         metavar="OUT",
-        help="The folder to write, which must not exist or be empty (gguf: the file). Left out with --check: CHECKPOINT is an export.",
+        help="Output folder, missing or empty (gguf: output file). Leave it out to --check an existing export.",
     ),
 ]
 
@@ -72,7 +74,7 @@ TRAINING_STATES = (
     "metadata.json",
     "latest_checkpointed_iteration.txt",
 )
-OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist or be empty.")]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; must be missing or empty.")]
 
 
 def export(
@@ -82,16 +84,16 @@ def export(
     file_format: FormatOption = "huggingface",
     target: Annotated[
         Literal[Target, "auto"] | None,
-        typer.Option(help="The transformers class; default: export.target of the run."),
+        typer.Option(help="Model class of transformers; default: export.target of the run."),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Load it back with transformers and compare logits.")
+        bool, typer.Option("--verify/--no-verify", help="Load the export with transformers and compare logits.")
     ] = True,
     check: CheckOption = None,
     client_python: ClientPythonOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a transformers checkpoint, then prove in a fresh process that it gives the same logits.
+    """Write a transformers checkpoint and verify its logits in a fresh process.
 
     With --check another program reads the export, or an export that exists, and is compared with transformers.
     """
@@ -149,7 +151,7 @@ def export(
     pairs += [("why no native class", reason) for reason in report.reasons]
     pairs += [("left out", report.left_out)] if report.left_out else []
     pairs += [("kept", text) for text in report.kept]
-    pairs += [("known to refuse it", refusal) for refusal in report.refusals]
+    pairs += [("known incompatibilities", refusal) for refusal in report.refusals]
     print_pairs("Export", pairs)
     if checked is not None:
         print_check(out, checked)
@@ -224,35 +226,35 @@ def import_(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="A folder that transformers wrote, an export, a training state of torch Distributed Checkpoint, DeepSpeed's universal layout or Megatron-Core, or a .tiktoken file.",
+            help="A transformers checkpoint, an export, a training state (torch Distributed Checkpoint, DeepSpeed universal, Megatron-Core), or a .tiktoken file.",
             callback=require_model,
         ),
     ],
     out: OutArgument,
     *,
     pattern: Annotated[
-        str | None, typer.Option(help="Of a .tiktoken file: regular expression of the pieces it cuts a text into.")
+        str | None, typer.Option(help="For a .tiktoken file: regular expression that splits text into pieces.")
     ] = None,
     special: Annotated[
-        list[str] | None, typer.Option(metavar="TOKEN=ID", help="Of a .tiktoken file: a special token, repeatable.")
+        list[str] | None, typer.Option(metavar="TOKEN=ID", help="For a .tiktoken file: a special token; repeatable.")
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
             metavar="CONFIG.yaml",
-            help="Of a training state that amfm did not write: the run that goes on with it.",
+            help="For a training state of another program: configuration of the run that continues.",
             callback=require_if_given,
         ),
     ] = None,
     step: Annotated[
-        int | None, typer.Option(min=0, help="With --config: the run's step; default: the optimizer's counter.")
+        int | None, typer.Option(min=0, help="With --config: step of the run; default: the optimizer's step counter.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read a transformers checkpoint of a class that we export to, for continued pretraining, export or use.
+    """Import a transformers checkpoint or another program's training state, to continue, export or use it.
 
-    A training state with moments becomes a run directory, which `amfm train OUT/config.yaml` goes on from. A .tiktoken
-    file becomes OUT/tokenizer.json.
+    A training state with moments becomes a run directory, which `amfm train OUT/config.yaml` continues from. A
+    .tiktoken file becomes OUT/tokenizer.json.
     """
     if source.suffix == ".tiktoken":
         import_tokenizer(source, out, pattern, special or [], as_json=as_json)
@@ -317,7 +319,7 @@ def import_training_state(source: Path, out: Path, config: Path | None, step: in
         return
     pairs = [("run directory", written.path), ("checkpoint", written.checkpoint.name), ("step", written.step)]
     pairs += [("tensors", f"{written.num_tensors:,}"), ("bytes", f"{written.num_bytes:,}")]
-    print_pairs("Import of a training state", [*pairs, ("go on", f"amfm train {written.path}/config.yaml")])
+    print_pairs("Import of a training state", [*pairs, ("continue", f"amfm train {written.path}/config.yaml")])
 
 
 def import_tokenizer(source: Path, out: Path, pattern: str | None, special: list[str], *, as_json: bool) -> None:

@@ -27,19 +27,19 @@ DEFAULTS = {"size": "20m", "style": "nemotron", "hardware": "cpu"}
 
 
 def init(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where run.yaml goes; made if it is not there.")
-    ] = Path(),
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for run.yaml; created if missing.")] = Path(),
     *,
-    size: Annotated[str | None, typer.Option(metavar="|".join(SIZES), help="Parameters of the model.")] = None,
-    style: Annotated[str | None, typer.Option(metavar="|".join(STYLES), help="Which family's blocks.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="|".join(SIZES), help="Approximate number of parameters.")] = None,
+    style: Annotated[
+        str | None, typer.Option(metavar="|".join(STYLES), help="Model family whose blocks to use.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="PATH", help="Text: a file, folder, glob, URL or hub:OWNER/NAME.")
     ] = None,
     hardware: Annotated[str | None, typer.Option(metavar="cpu|8xh100|8xFILE.yaml", help="Target hardware.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a first configuration that passes every check and fits by the plan; asks for what is not given."""
+    """Write a first configuration that is valid and predicted to fit; asks for what is not given."""
     path = folder / "run.yaml"
     if path.exists():  # before anything is asked
         raise ValueError(f"{path} is there already; name another folder, or move it away")

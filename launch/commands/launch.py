@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from amfm.pretrain.config.schema import RunConfig
 
 DEFAULT_PORT = 29500
-PLANNED_GPU = "h100"  # a dry run may happen on a machine without the cluster's cards
+PLANNED_GPU = "h100"  # a dry run may happen on a machine without the cluster's GPUs
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the ranks run: an `amfm` command line; `max_restarts` is none where there is nothing to go on from."""
+    """What the ranks run: an `amfm` command line; `max_restarts` is none where there is nothing to continue from."""
 
     arguments: list[str]
     max_restarts: int | None
@@ -41,42 +41,47 @@ def launch(
     path: ConfigArgument,
     overrides: OverridesArgument = None,
     *,
-    on: Annotated[Literal["torchrun", "slurm", "ray", "kubernetes"], typer.Option(help="Who starts the ranks.")],
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    on: Annotated[
+        Literal["torchrun", "slurm", "ray", "kubernetes"], typer.Option(help="Launcher that starts the ranks.")
+    ],
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
     nproc_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Ranks a node; default: the GPUs of this machine, or 1.")
+        int | None, typer.Option(min=1, help="Ranks per node; default: the number of GPUs of this machine, or 1.")
     ] = None,
     doctor: Annotated[
-        bool, typer.Option("--doctor", help="Examine the ranks, hosts and links that the run would have; don't train.")
+        bool, typer.Option("--doctor", help="Check the ranks, hosts and links that the run would use; do not train.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Train even if a stage is predicted not to fit.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run, and run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run, without running it.")] = False,
     hosts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="torchrun: start every host of this file (one a line).")
+        Path | None, typer.Option(metavar="FILE", help="torchrun: file of hosts to start on, one per line.")
     ] = None,
     remote_shell: Annotated[
-        str, typer.Option(metavar="COMMAND", help="torchrun: how to run a line on a host: COMMAND HOST LINE.")
+        str,
+        typer.Option(
+            metavar="COMMAND", help="torchrun: command that runs a line on a host, called as COMMAND HOST LINE."
+        ),
     ] = "ssh -tt -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4",
-    node_rank: Annotated[
-        int | None, typer.Option(min=0, help="torchrun without hosts: which node this machine is.")
-    ] = None,
+    node_rank: Annotated[int | None, typer.Option(min=0, help="torchrun without --hosts: rank of this node.")] = None,
     master: Annotated[
-        str | None, typer.Option(metavar="HOST[:PORT]", help="torchrun: where ranks meet; with hosts: the first one.")
+        str | None,
+        typer.Option(metavar="HOST[:PORT]", help="torchrun: rendezvous address; default with --hosts: the first host."),
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="ray: an existing cluster, such as auto or HOST:6379; none: one on this machine.")
+        str | None,
+        typer.Option(help="ray: address of a cluster, such as auto or HOST:6379; default: start one on this machine."),
     ] = None,
     form: Annotated[
         Literal["jobset", "rayjob", "skypilot"] | None,
-        typer.Option(help="kubernetes: what --dry-run prints; default: jobset."),
+        typer.Option(help="kubernetes: form of the manifest that --dry-run prints; default: jobset."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Start a run on many nodes and keep it alive: restarts from the newest checkpoint, on fewer nodes if it must."""
+    """Start a run on many nodes and restart it from the newest checkpoint after failures, on fewer nodes if necessary."""
     from amfm.pretrain.checks.check_run import check_run, load_checked
 
     ranks = nproc_per_node or count_gpus() or 1
-    # A torchrun that each node starts by itself goes on by itself, with the ranks that it has.
+    # A torchrun that each node starts on its own continues on its own, with the ranks that it has.
     goes_on = on != "torchrun" or hosts is not None or nodes == 1
     numbers = range(nodes * ranks, 0, -ranks) if goes_on else [nodes * ranks]
     config = load_checked(path, overrides or [], world_size=numbers, resumes=True)
@@ -142,7 +147,7 @@ def describe_misfit(config: RunConfig, path: Path, ranks: int) -> str | None:
         return None
     return (
         f"on {ranks} x {hardware.name}, {advice}; see amfm plan {shlex.quote(str(path))} --gpus {ranks} "
-        f"--gpu {PLANNED_GPU} --search, for other cards with their --gpu"
+        f"--gpu {PLANNED_GPU} --search, for other GPUs with their --gpu"
     )
 
 
@@ -203,7 +208,7 @@ def check_kubernetes(on: str, form: str | None, *, dry_run: bool, doctor: bool) 
         return
     if not dry_run:
         raise ValueError(
-            "--on kubernetes submits nothing by itself; add --dry-run and give what it prints to kubectl apply -f -, or "
+            "--on kubernetes submits nothing on its own; add --dry-run and give what it prints to kubectl apply -f -, or "
             "with --form skypilot to sky launch"
         )
     if doctor:
@@ -338,7 +343,8 @@ def launch_slurm(
         return Shown(f"{answer}\n", {"submitted": answer, "job": answer.split()[-1]})
     allocation = Allocation(config, work.arguments, ranks_per_node=ranks)
     code = run_attempts(config, work, allocation, nodes, ranks)
-    # Ranks that the time limit's signal ended badly (while they loaded, or in a collective) go on in the next job too.
+    # Ranks that the time limit's signal ended badly (while they loaded, or in a collective) continue in the next job
+    # too.
     is_cut_off = code == DONE or (code == RUN_FAILED and allocation.is_ending())
     if work.max_restarts is None or not is_cut_off or not config.launch.slurm.requeue:
         return code

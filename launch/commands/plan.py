@@ -27,48 +27,53 @@ SHOWN_LAYOUTS = 8
 LONGEST_SHOWN = 3
 
 
-GpusOption = Annotated[int, typer.Option(min=1, help="Accelerators, one rank each.")]
-GpuOption = Annotated[str, typer.Option(metavar="a100|h100|h200|b200|FILE.yaml", help="Which accelerator.")]
-TokensOption = Annotated[float | None, typer.Option(help="Tokens of the run; default: as train.steps says.")]
+GpusOption = Annotated[int, typer.Option(min=1, help="Number of accelerators (one rank per accelerator).")]
+GpuOption = Annotated[str, typer.Option(metavar="a100|h100|h200|b200|FILE.yaml", help="Type of accelerator.")]
+TokensOption = Annotated[float | None, typer.Option(help="Number of tokens to train on; default: from train.steps.")]
 MarginOption = Annotated[
     float, typer.Option(min=0, max=1, help="Headroom for fragmentation and small tensors, as a fraction of the rest.")
 ]
 OverlapOption = Annotated[
-    float, typer.Option(min=0, max=1, help="Part of ZeRO-3's gathers and of pipeline sends that overlaps with compute.")
+    float,
+    typer.Option(min=0, max=1, help="Fraction of ZeRO-3's gathers and of pipeline sends that overlaps with compute."),
 ]
 ImbalanceOption = Annotated[
-    float, typer.Option(min=1, help="Routed rows of the fullest rank over the mean, where experts are spread.")
+    float, typer.Option(min=1, help="Routed rows of the fullest expert rank, relative to the mean.")
 ]
 FailuresOption = Annotated[
-    float | None, typer.Option(help="Failures of the allocation per day: also print goodput, and how often to save.")
+    float | None,
+    typer.Option(help="Failures per day of the whole job: also print goodput and the best checkpoint interval."),
 ]
 StorageOption = Annotated[
     float | None,
-    typer.Option(help="With --failures-per-day: of the store of checkpoints; default: 2 per node, 100 at most."),
+    typer.Option(
+        help="With --failures-per-day: bandwidth of the checkpoint storage; default: 2 per node, at most 100."
+    ),
 ]
 SearchOption = Annotated[
-    bool, typer.Option("--search", help="Rank layouts of all axes, not only ZeRO stages and micro-batch sizes.")
+    bool, typer.Option("--search", help="Search layouts over all axes, not only ZeRO stages and micro-batch sizes.")
 ]
 WriteOption = Annotated[
     bool, typer.Option("--write-layout", help="With --search: write the fastest layout that fits into CONFIG.yaml.")
 ]
 PictureOption = Annotated[
     Path | None,
-    typer.Option(metavar="OUT", help="Also draw memory and step by part, and the pipeline: .png, .svg or .pdf."),
+    typer.Option(metavar="OUT", help="Also draw memory, step time and the pipeline, as .png, .svg or .pdf."),
 ]
 TraceOption = Annotated[
     bool,
-    typer.Option("--trace", help="Also run steps of this run's ranks on simulated GPUs, and compare with the plan."),
+    typer.Option("--trace", help="Also run steps on simulated GPUs and compare them with the plan."),
 ]
 RankOption = Annotated[
-    int | None, typer.Option(help="With --trace: which rank; default: one of the first and last pipeline stage.")
+    int | None,
+    typer.Option(help="With --trace: rank to trace; default: one of the first and one of the last pipeline stage."),
 ]
-StageOption = Annotated[str | None, typer.Option(help="With --trace: which training stage; default: the first.")]
+StageOption = Annotated[str | None, typer.Option(help="With --trace: training stage to trace; default: the first.")]
 TimelineOption = Annotated[
     Path | None,
     typer.Option(
         metavar="OUT.json",
-        help="With --trace: write what each rank computes and sends when, of every pipeline stage, for Perfetto.",
+        help="With --trace: write a timeline of every pipeline stage for Perfetto.",
     ),
 ]
 

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 def profile(
     run_dir: Annotated[
         Path,
-        typer.Argument(metavar="RUN_DIR", help="A run that traced steps (train.profile).", callback=require_exists),
+        typer.Argument(
+            metavar="RUN_DIR", help="Run directory with traced steps (train.profile).", callback=require_exists
+        ),
     ],
     *,
-    step: Annotated[int | None, typer.Option(min=1, help="Which traced step; default: the newest.")] = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="Which rank's trace; default: the first there is.")] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="Traced step; default: the newest.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Rank of the trace; default: the first available.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say where a traced step's time went, by kind of work, kind of block and operation."""
+    """Show where the time of a traced step went, by kind of work, kind of block and operation."""
     from amfm.launch.profile.show import profile_run
 
     found = profile_run(run_dir, step, rank)
@@ -44,7 +46,7 @@ def print_profile(found: Profile) -> None:
     memory = found.file.memory()
     pairs = [
         ("length", f"{found.milliseconds:,.1f} ms{beside}"),
-        ("times of", "kernels on the card" if found.on_device else "operations on the CPU"),
+        ("times of", "kernels on the GPU" if found.on_device else "operations on the CPU"),
         ("peak memory", describe_peak(found)),
     ]
     print_pairs(f"Step {found.file.step} of rank {found.file.rank}", pairs)

@@ -16,12 +16,12 @@ FOLDER = Path(__file__).parents[2] / "recipes"  # amfm/recipes, which a clone ha
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Print where this recipe is; default: list all.")
+        str | None, typer.Argument(metavar="NAME", help="Print the path of this recipe; default: list all.")
     ] = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """List the recipes that come with amfm, or print the path of one, to run it."""
+    """List the recipes that come with amfm, or print the path of one."""
     found = find_recipes()
     if name is None:
         if as_json:

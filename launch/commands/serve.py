@@ -24,21 +24,26 @@ def serve(
         ),
     ],
     *,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 8000,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. Others than loopback let everybody in who reaches them.")
+        str,
+        typer.Option(
+            help="Address to listen on. Any address other than loopback is open to everyone who can reach it."
+        ),
     ] = "127.0.0.1",
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a prompt and its answer together, at most.")] = 8192,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, help="Maximum number of tokens of prompt and answer together.")
+    ] = 8192,
     keep_gib: Annotated[
-        float, typer.Option(min=0, help="Memory for the states of texts that may go on, between requests.")
+        float, typer.Option(min=0, help="Memory for keeping the states of conversations between requests.")
     ] = 1.0,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Serve a model to clients of OpenAI's API (completions, chat completions, streaming) and on a page to try it.
+    """Serve a model with an OpenAI-compatible API (completions, chat completions, streaming) and a page to try it.
 
-    Until Ctrl-C. Conversations go on from the state they left: a turn costs its own tokens. Chat needs a model whose
+    Until Ctrl-C. Conversations continue from the state they left: a turn costs its own tokens. Chat needs a model whose
     folder has a chat template.
     """
     from amfm.launch.serve.served_model import load_model
@@ -55,7 +60,7 @@ def serve(
         if as_json:
             print_json({"url": server.url, "model": server.model.name, "chat": chats})
         if host not in LOOPBACK:
-            say(f"warning: {host} is not loopback: everybody who reaches port {server.server_address[1]} may use it")
+            say(f"warning: {host} is not loopback: everyone who reaches port {server.server_address[1]} may use it")
         said = "chat and completions" if chats else "completions; it has no chat template"
         say(f"{server.model.name} ({said}) on {server.url}, API below {server.url}/v1; Ctrl-C ends it")
         try:

@@ -15,7 +15,7 @@ from amfm.launch.console import print_json, print_pairs
 def shrink(
     checkpoint: CheckpointArgument,
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The weights folder to write; it must not exist or be empty.")
+        Path, typer.Argument(metavar="OUT", help="Output folder for the weights; must be missing or empty.")
     ],
     *,
     as_json: JsonOption = False,

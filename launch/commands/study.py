@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from amfm.launch.study.study import RunsConfig, SettingsStudyConfig, Study, StudyConfig
 
 StudyArgument = Annotated[
-    Path, typer.Argument(metavar="STUDY.yaml", help="The file of the study (docs/studies.md).", callback=require_exists)
+    Path, typer.Argument(metavar="STUDY.yaml", help="Study file (docs/studies.md).", callback=require_exists)
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the cells and what is done; train nothing.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the cells and their progress, without training.")]
 
 study = typer.Typer(
     help="Train grids of small models and compare them.",
@@ -40,7 +40,7 @@ def mixers(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train every cell of a grid of mixer x share of attention that is not done yet, and write table and plots."""
+    """Train the unfinished cells of a grid of mixer x share of attention, and write a table and plots."""
     from amfm.data_pipeline.prepare.ray_token import choose_token
 
     choose_token()
@@ -63,7 +63,7 @@ def settings(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model in several ways, each a label with overrides (optimizers and rates, say), and write one table."""
+    """Train a model with several sets of overrides, such as optimizers and rates, and write one table."""
     from amfm.data_pipeline.prepare.ray_token import choose_token
 
     choose_token()
@@ -86,7 +86,7 @@ def mixture(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train sampled mixtures of a run's sources, fit how losses depend on them, propose weights, and try the proposal."""
+    """Find weights for the data sources of a run: train sampled mixtures, fit a law, and test the proposed weights."""
     from amfm.data_pipeline.prepare.ray_token import choose_token
 
     choose_token()
@@ -139,7 +139,7 @@ def train_all(plan: Study[RunsConfig], cells: Sequence[Cell]) -> None:
     for name, end in failures.items():
         say(f"amfm study: cell {name} failed: {end.cause}")
     if failures or not went_through:
-        say("amfm study: no law is fitted before all runs are done; the same command goes on")
+        say("amfm study: no law is fitted before all runs are done; the same command continues")
         raise typer.Exit(RUN_FAILED if failures else DONE)
 
 
@@ -171,7 +171,7 @@ def run_study(
     for name, end in failures.items():
         say(f"amfm study: cell {name} failed: {end.cause}")
     if not went_through:
-        say("amfm study: stopped as a signal asked; the same command goes on")
+        say("amfm study: stopped as a signal asked; the same command continues")
     raise typer.Exit(RUN_FAILED if failures else DONE)
 
 

@@ -16,40 +16,38 @@ if TYPE_CHECKING:
     from amfm.pretrain.tasks.suite import TaskChoice
 
 TasksOption = Annotated[
-    str | None, typer.Option(metavar="NAME,...", help="Measure these tasks of lm-eval instead (docs/evaluation.md).")
+    str | None, typer.Option(metavar="NAME,...", help="Evaluate these lm-eval tasks instead (docs/evaluation.md).")
 ]
 IncludePathOption = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="YAML files of further tasks; default: evaluate.include_path.")
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder with YAML files of more tasks; default: evaluate.include_path."),
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")]
-NumFewshotOption = Annotated[
-    int | None, typer.Option(min=0, help="Examples before each question; default: as the task says.")
-]
+NumFewshotOption = Annotated[int | None, typer.Option(min=0, help="Few-shot examples; default: as the task defines.")]
 
 
 def tasks(
     store: Annotated[
-        Path, typer.Argument(metavar="STORE", help="The token store, with a validation part.", callback=require_exists)
+        Path, typer.Argument(metavar="STORE", help="Token store with a validation split.", callback=require_exists)
     ],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The folder to write to; relative to where tasks are run.")
-    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder, relative to where the tasks are run.")],
     *,
     name: Annotated[
-        str | None, typer.Option(help="What the tasks' names begin with; default: the store's, or its project's.")
+        str | None, typer.Option(help="Prefix of the task names; default: the name of the store or project.")
     ] = None,
-    documents: Annotated[int, typer.Option(min=1, help="Documents of each task at most.")] = 200,
+    documents: Annotated[int, typer.Option(min=1, help="Maximum number of documents per task.")] = 200,
     as_json: JsonOption = False,
 ) -> None:
     """Make three small lm-eval tasks from a store's held-out text: multiple choice, completion and perplexity."""
     from amfm.pretrain.tasks.make_tasks import make_tasks
 
-    names = make_tasks(store, out, name=name, num_documents=documents)
+    names, longest_answer = make_tasks(store, out, name=name, num_documents=documents)
     if as_json:
-        print_json({"folder": str(out), "tasks": names})
+        print_json({"folder": str(out), "tasks": names, "longest_answer_tokens": longest_answer})
         return
     settings = f"evaluate.include_path={out} evaluate.tasks=[{','.join(names)}] evaluate.every_steps=40"
-    print_pairs("Tasks", [("folder", out), ("tasks", ", ".join(names)), ("in a run", settings)])
+    rows = f"at least {longest_answer} tokens, for the longest answer"
+    print_pairs("Tasks", [("folder", out), ("tasks", ", ".join(names)), ("rows", rows), ("in a run", settings)])
 
 
 def read_choice(names: str, include_path: Path | None, limit: int | None, num_fewshot: int | None) -> TaskChoice:

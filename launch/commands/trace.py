@@ -1,4 +1,4 @@
-"""Tables of `amfm plan --trace`: planned beside traced memory, FLOPs, bytes and launches of a rank."""
+"""Tables of `amfm plan --trace`: planned vs. traced memory, FLOPs, bytes and launches of a rank."""
 
 from __future__ import annotations
 
@@ -136,3 +136,7 @@ def print_seconds(line: Timeline, planned: StepTime) -> None:
     ]
     place = f"rank {entry.rank} of {entry.layout.ranks}, {entry.traced['micro_batches']} micro-batches"
     print_rows(f"Seconds per step, {place}", ("part", "planned", "timeline", "difference"), rows)
+    say(
+        "For the time of a step, use the planned column: the timeline shows what overlaps, but host, launches and slow "
+        "ranks take no time in it."
+    )

@@ -30,12 +30,12 @@ def train(
     overrides: OverridesArgument = None,
     *,
     preset: PresetOption = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine; the losses don't depend on it.")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine; the losses do not depend on it.")] = 1,
     force: Annotated[bool, typer.Option("--force", help="Train even if a stage is predicted not to fit.")] = False,
     help_all: HelpAllOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train, resuming by itself from run.dir, and going on by itself in each stage's layout; a signal, Ctrl-C and train.stop_after_steps save and end."""
+    """Train, or resume from run.dir. A signal, Ctrl-C and train.stop_after_steps save and end the run."""
     path, overrides = choose_config(path, overrides, preset)
     is_first = os.environ.get("RANK", "0") == "0"
     # Under torchrun or --nproc this process is one rank of several.
@@ -93,7 +93,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN_DIR...",
-            help="The directory of a run, finished or not; or of several.",
+            help="One or more run directories.",
             callback=require_all_exist,
         ),
     ],
@@ -102,15 +102,15 @@ def report(
         Path | None,
         typer.Option(
             metavar="FILE.html",
-            help="Where the page goes; default: report.html beside the run's files, or beside the runs.",
+            help="Output file; default: report.html in the run directory, or next to several.",
         ),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the curves too, as one .png, .svg or .pdf.")
+        Path | None, typer.Option(metavar="FILE", help="Also draw the curves, as .png, .svg or .pdf.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write one self-contained page: curves to point at and zoom into, expert load, events and configuration.
+    """Write one HTML page with interactive curves, expert load, events and configuration.
 
     Several runs lie over each other, with the settings in which they differ.
     """

@@ -18,18 +18,20 @@ LOOK_SECONDS = 1.0
 
 
 def watch(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run, wherever it runs.")],
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="The run directory; the run may be on any machine.")
+    ],
     *,
     stay: Annotated[
-        bool, typer.Option("--stay", help="Go on watching after the run has ended, for its next start.")
+        bool, typer.Option("--stay", help="Keep watching after the run has ended, until its next start.")
     ] = False,
     prometheus: Annotated[
         str | None,
-        typer.Option(metavar="[HOST:]PORT", help="Serve /metrics for Prometheus instead; HOST: 127.0.0.1 by default."),
+        typer.Option(metavar="[HOST:]PORT", help="Serve /metrics for Prometheus instead; HOST defaults to 127.0.0.1."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a run live from any machine that sees its directory: progress, pace, ranks, newest checkpoint, how it ended.
+    """Show a run live, from any machine that sees its directory: progress, speed, ranks, checkpoints, outcome.
 
     Only reads. Ends with the run: exit code 0 when it finished or was stopped, 3 when it failed or is gone. With --json
     prints what is now, once.
@@ -53,7 +55,9 @@ def watch(
 
 
 def serve_metrics(run: FollowedRun, address: str) -> None:
-    """Serve a run's numbers until Ctrl-C. Raises ValueError for what is no address, RuntimeError for one that can't be had."""
+    """Serve a run's numbers until Ctrl-C. Raises ValueError for what is not an address, RuntimeError for one that can't
+    be had.
+    """
     from amfm.launch.prometheus import make_server
 
     host, _, port = address.rpartition(":")

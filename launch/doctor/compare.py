@@ -94,7 +94,7 @@ def compare_cards(reports: Sequence[RankReport]) -> Finding | None:
     every = shorten([f"{host}: {', '.join(cards)}" for host, cards in named.items()])
     if not twice:
         return Finding("cards", "ok", f"one for each rank; {every}")
-    found = f"one card for several ranks: {name_ranks(twice, [report.host for report in reports])}; {every}"
+    found = f"one GPU for several ranks: {name_ranks(twice, [report.host for report in reports])}; {every}"
     remedy = "no more ranks per node than it has GPUs (--nproc-per-node), and one GPU for each task where tasks see one"
     return Finding("cards", "fail", found, remedy)
 
@@ -114,7 +114,7 @@ def first_reports(reports: Sequence[RankReport]) -> list[RankReport]:
 
 
 def compare_caches(reports: Sequence[RankReport]) -> Finding:
-    """Whether each host's Triton cache is writable and on a disk of its own.
+    """Whether each host's Triton cache is writable and on its own disk.
 
     A cache on a network file system is shared by hosts, which then compile into the same files: a warning.
     """
@@ -168,7 +168,7 @@ def examine_links(links: Sequence[Link], hosts: Sequence[str]) -> list[Finding]:
         found = f"{len(own)} link(s), median {median:.2f} GB/s each way"
         if slow:
             remedy = (
-                "look at the card or cable that these links share (nvidia-smi topo -m, ibstat), or leave the host out"
+                "look at the GPU or cable that these links share (nvidia-smi topo -m, ibstat), or leave the host out"
             )
             findings.append(Finding(f"links {kind}", "warn", f"{found}; {shorten(slow)}", remedy))
         else:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 WARM_UPS, REPEATS = 2, 5
 PINGS = 8
-# Large enough for a card's full rate; on CPU small enough for a slow network.
+# Large enough for a GPU's full rate; on CPU small enough for a slow network.
 CUDA_BYTES, CPU_BYTES = 256 * 2**20, 8 * 2**20
 
 Kind = Literal["within hosts", "between hosts"]
@@ -28,7 +28,7 @@ Kind = Literal["within hosts", "between hosts"]
 
 @dataclass(frozen=True)
 class Link:
-    """Bandwidth between a pair of ranks in each direction, both used at the same time, in 1e9 bytes a second."""
+    """Bandwidth between a pair of ranks in each direction, both used at the same time, in 1e9 bytes per second."""
 
     first: int
     second: int
@@ -105,7 +105,7 @@ def time_median(work: Callable[[], object], device: torch.device) -> float:
 
 
 def measure_all_reduce(device: torch.device) -> float:
-    """Bus bandwidth of an all-reduce over all ranks, in 1e9 bytes a second; the same on every rank.
+    """Bus bandwidth of an all-reduce over all ranks, in 1e9 bytes per second; the same on every rank.
 
     Each rank of a ring sends 2 (n - 1) / n of the tensor; the slowest rank's median counts. Every rank must call this,
     and there must be two at least.

@@ -124,7 +124,7 @@ def examine_known_bad() -> list[Finding]:
     transformers = installed_version("transformers")
     if transformers is not None and Version(transformers) < Version("5.24"):
         found = f"{transformers} carries the state between chunks wrongly in its Mamba2 classes on CPU"
-        findings.append(Finding("export proof", "warn", found, 'pip install "transformers>=5.24"'))
+        findings.append(Finding("export check", "warn", found, 'pip install "transformers>=5.24"'))
     return findings
 
 
@@ -159,12 +159,12 @@ def examine_devices() -> list[Finding]:
         findings.append(Finding(f"cuda:{index}", status, found, remedy))
     # A miscompiled kernel runs without an error, so the releases that miscompile are told by their number.
     refusals = {refuse_triton(torch.device("cuda", index)) for index in range(torch.cuda.device_count())}
-    findings += [Finding("triton on this card", "warn", refusal, "see docs/gpu.md") for refusal in refusals if refusal]
+    findings += [Finding("triton on this GPU", "warn", refusal, "see docs/gpu.md") for refusal in refusals if refusal]
     return findings
 
 
 def describe_card(properties: Any) -> str:
-    """A card's name, memory and compute capability in words."""
+    """A GPU's name, memory and compute capability in words."""
     return (
         f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, capability {properties.major}.{properties.minor}"
     )

@@ -57,7 +57,7 @@ class CacheFolder:
 
 @dataclass(frozen=True)
 class RankReport:
-    """Everything one rank says of itself. `device_id` is the card's UUID, None on CPU.
+    """Everything one rank says of itself. `device_id` is the GPU's UUID, None on CPU.
 
     `findings`: what is amiss on its host alone. `free_gib`: free space by what the folder is for.
     """
@@ -115,7 +115,7 @@ def collect_versions() -> dict[str, str]:
 
 
 def describe_device() -> tuple[str, str | None]:
-    """This rank's device in words, and the card's UUID, None on CPU."""
+    """This rank's device in words, and the GPU's UUID, None on CPU."""
     if not torch.cuda.is_available():
         return f"CPU, {platform.machine()}, {usable_cores()} cores", None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

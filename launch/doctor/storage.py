@@ -53,7 +53,7 @@ def run_storage_test(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Sto
     files = {number: folder / f".amfm-doctor-{token}-{number}" for number in range(num_ranks)}
     contents = {number: hashlib.sha512(f"{token} {number}".encode()).digest() * 64 for number in files}
     try:
-        # Gathers order the phases: nobody looks before the writer is done, and every rank learns every reason.
+        # Gathers order the phases: no one looks before the writer is done, and every rank learns every reason.
         reasons = gather(write_file(files[0], contents[0], make_folder=True) if rank == 0 else None)
         if reasons[0] is not None:
             return StorageTest({0: reasons[0]}, {}, {}, 0.0, 0.0)

@@ -1,7 +1,7 @@
 """The models that `amfm init` offers: sizes of the ladder of presets, in the styles of four published families.
 
 A size says how wide and deep a model is and how it is trained; a style says which blocks it has and how they are built.
-Nemotron's style of a size is the preset of that size under configs/, which a test holds to this table; at 30B, Nemotron's
+Nemotron's style of a size is the preset of that size under configs/, which a test compares with this table; at 30B, Nemotron's
 and Granite's are the published models.
 """
 
@@ -23,7 +23,7 @@ class Size:
 
     Widths of experts are those of squared ReLU. `pattern`: of mixers `M` or `*` and experts `E`. `delta_pattern`: about
     the same depth, in groups of three Gated DeltaNet blocks and one of attention. `sequence_length` in tokens,
-    `global_batch_size` in rows a step.
+    `global_batch_size` in rows per step.
     """
 
     pattern: str
@@ -32,7 +32,7 @@ class Size:
     hidden_size: int
     mamba: tuple[int, int, int]  # heads of 64, state numbers, groups
     attention: tuple[int, int, int]  # heads, key-value heads, width of a head
-    experts: tuple[int, int, int, int]  # experts, choices a token, width, width of the shared one
+    experts: tuple[int, int, int, int]  # experts, choices per token, width, width of the shared one
     sequence_length: int
     global_batch_size: int
     steps: int

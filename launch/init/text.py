@@ -38,8 +38,8 @@ def look_at(data: str) -> Text:
 def find_text_column(files: Sequence[InputFile], data: str) -> str:
     """Name of the column with the text: `text` where the first record has it, else that of its longest text.
 
-    Raises ValueError, with the names at hand, where the record has no text. Files that aren't records have `text`, which
-    nobody reads. A record that can't be read is left to `amfm prepare`, which says what is wrong with it.
+    Raises ValueError, with the names available, where the record has no text. Files that aren't records have `text`,
+    which no one reads. A record that can't be read is left to `amfm prepare`, which says what is wrong with it.
     """
     first = next((file for file in files if file.kind in ("jsonl", "parquet", "arrow")), None)
     if first is None:

@@ -67,7 +67,7 @@ def write_config(answers: Answers) -> Written:
         if choice is None:
             raise ValueError(
                 f"--size {answers.size} does not fit --hardware {answers.machine.name} "
-                f"({answers.machine.hardware.memory_gib:.1f} GiB a rank); take a smaller --size"
+                f"({answers.machine.hardware.memory_gib:.1f} GiB per rank); take a smaller --size"
                 + name_enough(answers, text, draft)
             )
         tree["train"] |= {"micro_batch_size": choice.config.train.micro_batch_size}
@@ -187,7 +187,7 @@ def changed_settings(choice: Choice) -> dict[str, Any]:
     }
 
 
-# Said beside a key of the file: why it has this value, and when to change it.
+# Said next to a key of the file: why it has this value, and when to change it.
 REMARKS = {
     "run.dir": "checkpoints, metrics and the report; the same directory resumes",
     "model.pattern": "M Mamba2, G Gated DeltaNet, * or A attention, E or F experts",
@@ -196,8 +196,8 @@ REMARKS = {
     "data.sources": "more of them may follow, each with a weight",
     "data.tokenizer": "trained on the text; or name yours: {model: tokenizer.json}",
     "train.steps": "optimizer steps",
-    "train.global_batch_size": "rows a step, over all ranks",
-    "train.micro_batch_size": "rows a pass: the largest that fits, by the plan",
+    "train.global_batch_size": "rows per step, over all ranks",
+    "train.micro_batch_size": "rows per pass: the largest that fits, by the plan",
     "train.checkpoint_every_steps": "what a crash may cost",
     "train.recompute": "without it nothing fits",
     "optimizer.learning_rate": "lower it if the loss jumps",

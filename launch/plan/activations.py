@@ -1,7 +1,7 @@
 """Activation memory around the blocks by formula: the stream between them, the head, and depths of multi-token prediction.
 
-What a block keeps and works with is measured (`measured.py`). Sizes are bytes a token of one rank, but those of the head,
-whose slices of logits do not grow with the tokens.
+What a block keeps and works with is measured (`measured.py`). Sizes are bytes per token of one rank, but those of the
+head, whose slices of logits do not grow with the tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ LOGITS_LEAST_ROWS = {"triton": 256, "torch": 128}
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """Activation bytes a token of one block: `kept` from forward to backward, `working` beside that at backward's peak.
+    """Activation bytes per token of one block: `kept` from forward to backward, `working` in addition at backward's
+    peak.
 
     `left`: what remains of a pass that puts off the gradients of weights, of which they will be made. `launches`: operations
     that the host starts, forward and backward, whatever the tokens.
@@ -54,12 +55,12 @@ def recomputed_bytes(block: BlockBytes, config: ModelConfig, storage: Storage, s
 
 
 def stream_bytes(config: ModelConfig, storage: Storage, stream_ranks: int = 1) -> float:
-    """Bytes a token of the residual stream between blocks."""
+    """Bytes per token of the residual stream between blocks."""
     return config.hidden_size * (FLOAT32_BYTES if config.residual_in_fp32 else storage.element_bytes) / stream_ranks
 
 
 def depth_bytes(config: ModelConfig, storage: Storage, tensor: int, stream_ranks: int) -> float:
-    """Bytes a token that a depth of multi-token prediction keeps around its blocks.
+    """Bytes per token that a depth of multi-token prediction keeps around its blocks.
 
     The embedding of the token ahead and the two normed streams, joined; where tensor ranks cut the projection, its part of
     them; and at the end the summed stream, its norm, and one number a row for each of the three norms.
@@ -91,7 +92,7 @@ def head_bytes(
     rows: float = max(LOGITS_LEAST_ROWS[backend], LOGITS_SLICE[backend] // vocab)
     if backend == "triton":
         rows = max(LOGITS_LEAST_ROWS[backend], min(4096, rows // 128 * 128))  # whole tiles
-    # Triton's first slice is the sum itself; at the second the float32 sum lies beside both products.
+    # Triton's first slice is the sum itself; at the second the float32 sum lies next to both products.
     is_summed = e < FLOAT32_BYTES and (backend == "torch" or tokens > rows)
     product: float = vocab * hidden * e
     sums: float = vocab * hidden * FLOAT32_BYTES if is_summed else 0.0

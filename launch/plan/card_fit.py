@@ -1,8 +1,8 @@
-"""Refuses a run that cannot fit on its cards, before its first stage starts.
+"""Refuses a run that cannot fit on its GPUs, before its first stage starts.
 
-A run that is out of memory in its tenth stage has cost nine. So every stage to come is held against the memory of the card
-that is here, by the plan's parts without its margin: what is refused cannot fit, and what is near may. The nearest layout
-that would fit is named. On CPU ranks nothing is checked: their memory is one.
+A run that is out of memory in its tenth stage has cost nine. So every stage to come is compared with the memory of the
+GPU that is here, by the plan's parts without its margin: what is refused cannot fit, and what is near may. The nearest
+layout that would fit is named. On CPU ranks nothing is checked: their memory is one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def this_card() -> Hardware | None:
 
 
 def check_fits(config: RunConfig, ranks: int, card: Hardware, *, steps_done: int = 0) -> None:
-    """Refuse a run of which a stage to come needs more memory than the card has; `config` has passed `check_run`.
+    """Refuse a run of which a stage to come needs more memory than the GPU has; `config` has passed `check_run`.
 
     A stage with its optimizer in the host's memory is not modelled and passes. Raises ValueError with stage, parts and the
     nearest layout that fits.
@@ -59,10 +59,10 @@ def check_fits(config: RunConfig, ranks: int, card: Hardware, *, steps_done: int
         if not found.fitting:
             layouts = all_layouts(run, number, card.gpus_per_node)
             found = rank_layouts(run, [run], layouts, card, ALONE, recomputes=True)
-        remedy = "no layout of so many ranks fits; use more ranks, larger cards or a smaller model"
+        remedy = "no layout of this many ranks fits; use more ranks, larger GPUs or a smaller model"
         if found.fitting:
             remedy = f"fits by the plan: {found.fitting[0].layout.describe()}"
         where = f"stage {stage.name}: " if config.stages else ""
         raise ValueError(
-            f"{where}{layout.describe()} on {number} x {card.name} {reason}; {remedy} (--force trains all the same)"
+            f"{where}{layout.describe()} on {number} x {card.name} {reason}; {remedy} (--force trains anyway)"
         )

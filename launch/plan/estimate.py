@@ -24,7 +24,7 @@ class Assumptions:
     `margin`: memory added for fragmentation and small allocations. `overlap`: part of ZeRO-3's gathers and of pipeline
     sends that hides behind compute. `imbalance`: routed rows of the fullest expert rank over the mean. `sent_rows`: of the
     rows that amfm sends to experts, a token's to each rank once, the part that travels; less than 1 where a dispatcher sends
-    it once to a node. `overlaps_experts`: whether they travel beside what the blocks compute, as amfm's do.
+    it once to a node. `overlaps_experts`: whether they travel in parallel with what the blocks compute, as amfm's do.
     `failures_per_day`: of the whole allocation, None: goodput is not asked for; `storage_bytes_per_second`: of the store of
     checkpoints, all ranks together, None: as `launch/plan/failures/goodput.py` assumes.
     """

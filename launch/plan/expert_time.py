@@ -1,11 +1,12 @@
-"""Seconds that blocks with spread experts wait for their rows, and how much of that runs beside what they compute.
+"""Seconds that blocks with spread experts wait for their rows, and how much of that runs in parallel with what they
+compute.
 
 How it works: a block with spread experts sends rows out, computes its experts, and lets sums travel home; backward does the
 same with gradients. The shared expert is cut around that: its up projection is computed while rows travel out, its
 activation and down projection while they travel home, and backward the other way round. With `overlap_experts` rows travel
-in two halves, so that one half travels beside the experts of the other. `waiting_seconds` lays such a pass out: one link
-sends in order, computing waits where it needs what has not arrived. Where halves of the rows pass all blocks in turns
-(model/turns.py), `seconds_in_turns` does that for the blocks of a piece.
+in two halves, so that one half travels in parallel with the experts of the other. `waiting_seconds` lays such a pass
+out: one link sends in order, computing waits where it needs what has not arrived. Where halves of the rows pass all
+blocks in turns (model/turns.py), `seconds_in_turns` does that for the blocks of a piece.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def expert_exchange_seconds(
     is_overlapped: bool,
     block: Mapping[tuple[str, bool], float] = MappingProxyType({}),
 ) -> tuple[float, float]:
-    """Seconds of a micro-batch's exchanges over the expert axis: what computing waits for, and what is hidden beside it.
+    """Seconds of a micro-batch's exchanges over the expert axis: what computing waits for, and what is hidden next to
+    it.
 
     `sent_rows`: the part of planned rows that travels. `is_overlapped`: whether anything is computed meanwhile. `block`: seconds
     of a block by letter, and whether it has a recipe.
@@ -54,7 +56,7 @@ def expert_exchange_seconds(
     uneven = sent_rows * (imbalance if details and layout.expert_room is None else 1.0)
     travel = uneven * exchange_seconds(traffic.rows, layout, hardware) / blocks / 4
     beside_rows = uneven * exchange_seconds(details, layout, hardware) / blocks / 2 if details else 0.0
-    # A backward pass that is cut in two has the gradients of inputs alone beside the exchanges.
+    # A backward pass that is cut in two has the gradients of inputs alone next to the exchanges.
     backward = 1 if layout.schedule == "zero_bubble" else 2
     parts, longer, waited = layout.expert_parts, travel + beside_rows, 0.0
     narrow = held.narrow_letters(config.low_precision.narrow_blocks(config.model.letters))
@@ -208,7 +210,7 @@ def computed_around(
 
 
 def waiting_seconds(out: float, home: float, before: float, experts: float, after: float, parts: int) -> float:
-    """Seconds that a pass of a block waits for its rows, which travel in so many equal parts.
+    """Seconds that a pass of a block waits for its rows, which travel in this many equal parts.
 
     Out takes `out` seconds in all and home `home`; `before` is computed while the first part is on its way, `experts` part by
     part as they arrive, and `after` while the last is on its way home.

@@ -4,7 +4,7 @@ Peaks are of the vendors' data sheets, without sparsity: A100 80GB SXM, H100 SXM
 of FP8 are what DeepGEMM states for large shapes on H800, and below; those of FP4 are guesses.
 `memory_gib` is what the device reports to PyTorch, which is less than the name says. The efficiencies are assumptions, of
 amfm's own kernels as they were compiled and of cuBLAS, until a GPU has measured them; so is what collectives, the host and
-ranks of unequal speed cost. A file of one's own has none of those costs unless it says so: what `amfm bench calibrate` fits
+ranks of unequal speed cost. A separate file has none of those costs unless it says so: what `amfm bench calibrate` fits
 has them in its efficiencies.
 """
 
@@ -53,7 +53,7 @@ class Hardware(BaseModel):
         None, gt=0, le=1, description="Of the links, in all-to-alls; null: as rings."
     )
     collective_share: float = Field(
-        0.0, ge=0, lt=1, description="Of the multiprocessors, while a collective runs beside."
+        0.0, ge=0, lt=1, description="Of the multiprocessors, while a collective runs at the same time."
     )
     launch_seconds: float = Field(0.0, ge=0, description="Host time of one operation.")
     wait_seconds: float = Field(0.0, ge=0, description="Lost where the host waits for the device once.")
@@ -62,7 +62,7 @@ class Hardware(BaseModel):
     communicator_gib: float = Field(0.0, ge=0, description="Memory of one communicator.")
 
     def slowest(self, ranks: int) -> float:
-        """Expected step of the slowest of so many ranks over the mean, less 1.
+        """Expected step of the slowest of this many ranks over the mean, less 1.
 
         The mean of the largest of N normal numbers is near sqrt(2 ln N) standard deviations (Cramer 1946, "Mathematical
         Methods of Statistics", section 28.6).
@@ -99,10 +99,10 @@ class Hardware(BaseModel):
         return self.fp8_grouped_efficiency if grouped else self.fp8_efficiency
 
     def ring_bytes_per_second(self, ranks: int, stride: int = 1) -> float:
-        """Bytes a second that a ring of `ranks` ranks carries, link efficiency included.
+        """Bytes per second that a ring of `ranks` ranks carries, link efficiency included.
 
         `stride`: distance in rank numbers between neighbours of the ring. Across nodes all rings of a node run at once
-        and share its network cards: a ring has the cards of its own ranks there.
+        and share its network cards: a ring has the GPUs of its own ranks there.
         """
         inside = self.node_link_bytes_per_second
         members = max(1, self.gpus_per_node // stride)

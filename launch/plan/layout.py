@@ -100,7 +100,9 @@ class Layout:
 
     @property
     def expert_parts(self) -> int:
-        """Parts of a micro-batch whose rows travel to experts by themselves: halves where each overlaps with the other."""
+        """Parts of a micro-batch whose rows travel to experts on their own: halves where each overlaps with the
+        other.
+        """
         return 2 if self.overlap_experts is True else 1
 
     @property

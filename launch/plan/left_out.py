@@ -2,7 +2,7 @@
 
 How it works: the search counts as it goes. A refused layout counts under the setting whose rule it breaks first, one that is
 out of memory under the largest part of its memory, each with one of them as an example: of refusals the first, of the others
-the one that needs the least. What is not tried at all has no number and a reason, and stands here beside the bounds of
+the one that needs the least. What is not tried at all has no number and a reason, and stands here next to the bounds of
 `search.py` only where the model and the ranks have such a choice.
 """
 
@@ -55,25 +55,27 @@ class Tally:
 
 
 def untried(config: RunConfig, ranks: int, hardware: Hardware, *, largest_context: int) -> Iterator[LeftOut]:
-    """The choices that a search over all axes does not try, of those that this run on so many ranks would have."""
+    """The choices that a search over all axes does not try, of those that this run on this many ranks would have."""
     node, letters = hardware.gpus_per_node, set(config.model.letters)
     if ranks > node:
         reason = f"a block waits for its sums, and beyond {node} ranks they pass the network"
         yield LeftOut(f"parallel.tensor above {node}", None, reason)
-    yield LeftOut("parallel.sequence_parallel=false beside tensor ranks", None, "the same bytes, and more memory")
+    yield LeftOut(
+        "parallel.sequence_parallel=false together with tensor ranks", None, "the same bytes, and more memory"
+    )
     if config.model.routed_experts() and ranks > 1:
         yield LeftOut(
-            "parallel.expert_tensor above 1 beside expert ranks", None, "whole experts keep their products large"
+            "parallel.expert_tensor above 1 together with expert ranks", None, "whole experts keep their products large"
         )
         yield LeftOut(
-            "ZeRO 0, 2 and 3 beside expert or pipeline ranks",
+            "ZeRO 0, 2 and 3 together with expert or pipeline ranks",
             None,
             "0 and 3 are refused with expert ranks, 3 with a pipeline; 2 reduces in every pass",
         )
     if ranks > largest_context:
         reason = "rows of a million tokens are cut into parts of 64K by then"
         yield LeftOut(f"parallel.context above {largest_context}", None, reason)
-    yield LeftOut("sizes of axes that are no powers of two", None, "nodes and models are cut in halves")
+    yield LeftOut("sizes of axes that are not powers of two", None, "nodes and models are cut in halves")
     yield LeftOut("micro-batches of more than 8 rows, or of 3, 5, 6, 7", None, "products are large by then")
     if ranks > 1:
         yield LeftOut("other virtual_stages than 2 and 4", None, "more pieces send more often")

@@ -1,9 +1,9 @@
 """What a recipe of low precision does to a plan: bytes of its operands, and FLOPs that run at another peak.
 
 Products of a weight with a recipe run at that recipe's peak, and around them operands are quantised: activations and their
-gradients in a pass of their own that writes codes along both dimensions, weights once for each product that reads them, or once a
-step. Memory is planned as without, but for codes of weights that are kept: codes of inputs take less than the bf16 that is
-counted for them.
+gradients in a separate pass that writes codes along both dimensions, weights once for each product that reads them, or
+once a step. Memory is planned as without, but for codes of weights that are kept: codes of inputs take less than the
+bf16 that is counted for them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def kept_code_bytes(model: ModelConfig, settings: LowPrecisionConfig, layout: La
 
 @lru_cache(maxsize=256)
 def narrow_flops_per_token(model: ModelConfig, settings: LowPrecisionConfig) -> dict[RecipeName, float]:
-    """FLOPs a token, forward and backward, of all products by each recipe; nothing where they are emulated."""
+    """FLOPs per token, forward and backward, of all products by each recipe; nothing where they are emulated."""
     found: dict[RecipeName, float] = {}
     blocks = Counter(model.letters[index] for index in settings.narrow_blocks(model.letters))
     products = 2 if settings.weight_gradient == "bf16" else 3

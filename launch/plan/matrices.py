@@ -36,7 +36,7 @@ class MatrixShare:
         )
 
     def divided(self, dense: float, routed: float) -> MatrixShare:
-        """The same spread over so many ranks."""
+        """The same spread over this many ranks."""
         return MatrixShare(
             self.dense / dense, self.routed / routed, self.dense_flops / dense, self.routed_flops / routed
         )

@@ -83,7 +83,7 @@ class Cut:
 
 
 def block_bytes(config: ModelConfig, letter: str, storage: Storage, cut: Cut = Cut()) -> BlockBytes:
-    """Bytes a token of the micro-batch that one block keeps and works with, its norm and its residual stream included.
+    """Bytes per token of the micro-batch that one block keeps and works with, its norm and its residual stream included.
 
     `letter` is the block's symbol in `model.pattern`. Cached: a search asks for the same blocks again and again. Raises
     ValueError for a mixer with an operation that has no fake function.
@@ -169,7 +169,7 @@ def _forget_gradient(parameter: Tensor) -> None:
 
 @lru_cache(maxsize=64)
 def pack_meta(context: int, *, has_documents: bool) -> PackMeta:
-    """The layout of a row of COUNTED_TOKENS on each of so many context ranks, of the first of them."""
+    """The layout of a row of COUNTED_TOKENS on each of this many context ranks, of the first of them."""
     documents = 2 if has_documents else 1  # PyTorch's kernels read on the host where documents begin
     tokens = COUNTED_TOKENS * context
     meta = PackMeta.from_document_ids((torch.arange(tokens) * documents // tokens)[None])
@@ -324,7 +324,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation, or the body of one of Triton kernels, and note what it gives that is no view."""
+        """Run the operation, or the body of one of Triton kernels, and note what it gives that is not a view."""
         body, kwargs = find_body(func), kwargs or {}
         if body is None:
             out = func(*args, **kwargs)

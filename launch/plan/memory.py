@@ -200,7 +200,7 @@ def busiest_pass(
     kept_head *= held.heads  # the losses of prediction depths stay until the backward pass begins with them
     gathered, arriving = gathered_bytes(layout, storage, held)
     # Of routed experts all gradients are made at once, in the dtype of the weights, before they join the sums; those of halves
-    # lie beside each other. Where products add to the sums nothing lies beside them.
+    # lie next to each other. Where products add to the sums nothing lies next to them.
     stored = held.routed_blocks - count_routed(model, repeated_letters(model, held))
     is_apart = storage.backend == "triton" and not lands
     expert_gradients = e * held.routed / max(1, stored) if is_apart else 0.0
@@ -314,7 +314,7 @@ def activations_of(
 
 
 def gathered_bytes(layout: Layout, storage: Storage, held: StageShare) -> tuple[float, float]:
-    """Bytes of whole weights that ZeRO-3 keeps gathered beside its shards, and of those that arrive meanwhile.
+    """Bytes of whole weights that ZeRO-3 keeps gathered next to its shards, and of those that arrive meanwhile.
 
     Several ranks' parts arrive in one buffer and are copied out of it, tensor by tensor; behind the last block nothing is left
     to arrive.

@@ -193,7 +193,7 @@ def draw_pipeline(axes: Any, plan: Plan, name: str, item: Estimate) -> None:
 
 
 def _finish(axes: Any, shown: list[tuple[str, Estimate]], title: str) -> None:
-    """Name the bars, first on top, and put the legend beside the panel."""
+    """Name the bars, first on top, and put the legend next to the panel."""
     axes.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=7.5)
     axes.invert_yaxis()
     axes.set_title(title, loc="left", fontsize=10)

@@ -5,7 +5,7 @@ From that and the configuration alone `memory.py` adds up the bytes of the fulle
 slowest stage: operations at their roofline (`hardware.py`), collectives by the bytes of `exchanges/` on the declared
 links. `search.py` lists layouts that obey every rule of a run; here they are estimated, ranked and explained.
 
-Why formulas: nothing is allocated and no model is built, so that a laptop plans 2,048 cards and a search tries thousands
+Why formulas: nothing is allocated and no model is built, so that a laptop plans 2,048 GPUs and a search tries thousands
 of layouts. What formulas leave out is stated (`Assumptions`) and measured: tests/launch/plan hold the memory and the
 bytes against real steps, `amfm bench calibrate` and `python -m benchmarks.published` the time.
 """
@@ -59,9 +59,9 @@ class Plan:
     """Everything that `amfm plan` prints; `own` is the first training stage in the configuration's own layout.
 
     `layouts` and `near_misses` suit every stage, or after a search the first one, since each has its own then. `is_search`:
-    whether layouts of all axes were tried. `is_own`: False where a stage's layout breaks a rule for so many ranks, and the
+    whether layouts of all axes were tried. `is_own`: False where a stage's layout breaks a rule for this many ranks, and the
     best one found takes its place. `left_out`: why a search of the first stage has no other layouts. `tokens` may differ from the configuration's where the user asked for another number;
-    stages are scaled in proportion. `goodput`: of the first training stage, None where nobody asked for it.
+    stages are scaled in proportion. `goodput`: of the first training stage, None where no one asked for it.
     """
 
     config: RunConfig
@@ -106,7 +106,7 @@ def make_plan(
     """Plan a configuration that `check_run` passed for `ranks` ranks.
 
     `tokens`: of the run; None: as configured. `search`: over all axes, not only ZeRO stages and micro-batch sizes, and
-    for each stage on its own; then the configuration's own layouts need not suit so many ranks. Raises ValueError where
+    for each stage on its own; then the configuration's own layouts need not suit this many ranks. Raises ValueError where
     no layout obeys all rules, and for an optimizer in the host's memory, which is not modelled.
     """
     stages = resolve_stages(config)
@@ -207,7 +207,7 @@ def advise(plan: Plan) -> str:
 def explain_no_layout(plan: Plan) -> str:
     """Why every layout is out of memory, and which part of the model or batch would have to shrink."""
     if not plan.near_misses:
-        return "no layout obeys all rules for so many ranks; see `amfm config CONFIG --ranks N`"
+        return "no layout obeys all rules for this many ranks; see `amfm config CONFIG --ranks N`"
     room = plan.hardware.memory_gib * GIB
     nearest = plan.near_misses[0]
     parts, layout = nearest.memory.parts, nearest.layout

@@ -1,7 +1,7 @@
 """Layouts ranked: those that fit by their speed, the nearest misses with a reason, and one layout for each training stage.
 
 4K rows and 256K rows want other axes, other recomputation and other micro-batches, and most tokens are in short rows. So
-a search ranks the layouts of each stage on its own. Ranks that start anew take minutes, so a stage stays in the layout of
+a search ranks the layouts of each stage on its own. Ranks that restart take minutes, so a stage stays in the layout of
 the stage before it unless a faster one gains more than that over the whole stage.
 """
 
@@ -25,7 +25,7 @@ from amfm.pretrain.stages import RunStage
 NEAR_MISSES = 3
 KEPT_PARTS = ("weights", "masters", "moments", "gradients")  # that no recomputation spares
 LEAST_WAITING = 0.01  # of a step for experts' rows, below which halves are not tried; for the host, room for rows
-ROOM = 1.5  # even shares of places for rows, where the host shall not count them
+ROOM = 1.5  # even shares of places for rows, where the host must not count them
 RESTART_SECONDS = 600.0  # of saving, starting all ranks and loading, where the layout changes
 
 

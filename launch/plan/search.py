@@ -118,6 +118,6 @@ def is_allowed(config: RunConfig, ranks: int) -> bool:
 
 def find_problem(config: RunConfig, ranks: int) -> Problem | None:
     """The first rule of layouts that a run of one training stage breaks on `ranks` ranks; None where it obeys all."""
-    # The batch is shared evenly before anybody asks for micro-batches.
+    # The batch is shared evenly before anyone asks for micro-batches.
     rules = chain(world_problems(config, ranks), layout_problems(config), batch_problems(config, ranks))
     return next(chain(rules, micro_batch_problems(config, ranks), pipeline_problems(config)), None)

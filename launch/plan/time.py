@@ -2,8 +2,8 @@
 
 Operations are those of `blocks/`, exchanges of experts those of `expert_time.py`. Ring collectives over N ranks move
 (N - 1) / N of the bytes once for a gather or scatter and twice for an all-reduce (Thakur et al. 2005, "Optimization of
-Collective Communication Operations in MPICH", section 3). A pipeline waits (stages - 1) / pieces a rank micro-batches long, a third of that where
-the schedule cuts backward passes in two (Qi et al. 2023, arXiv 2401.10241, section 2).
+Collective Communication Operations in MPICH", section 3). A pipeline waits (stages - 1) / pieces per rank micro-batches
+long, a third of that where the schedule cuts backward passes in two (Qi et al. 2023, arXiv 2401.10241, section 2).
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ from amfm.pretrain.engine.bf16_adamw import STEP_BYTES
 class StepTime:
     """Seconds of one optimizer step of the slowest pipeline stage, by part.
 
-    `communication`: inside the passes, by axis, as far as computing waits for it; `beside_experts` is what travels beside
-    experts. `bubble`: waiting for other stages. `reduction`: of gradients, and the gathers of new weights under ZeRO-1 and 2,
-    as far as passes do not hide them; `hidden` is what they do. `exposed_gathers` is what compute does not hide of ZeRO-3's.
-    `host`: launches that the device waits for, and waits of the host. `shared`: computing that is slower beside collectives,
-    which take multiprocessors. `jitter`: waiting for the slowest of all ranks.
+    `communication`: inside the passes, by axis, as far as computing waits for it; `beside_experts` is what travels in
+    parallel with experts. `bubble`: waiting for other stages. `reduction`: of gradients, and the gathers of new weights
+    under ZeRO-1 and 2, as far as passes do not hide them; `hidden` is what they do. `exposed_gathers` is what compute
+    does not hide of ZeRO-3's.
+    `host`: launches that the device waits for, and waits of the host. `shared`: computing that is slower next to
+    collectives, which take multiprocessors. `jitter`: waiting for the slowest of all ranks.
     """
 
     compute: dict[str, float]
@@ -79,7 +80,7 @@ class StepTime:
         return [(name, seconds) for name, seconds in parts if seconds > 0]
 
     def hidden_parts(self) -> list[tuple[str, float]]:
-        """Name what takes no time of the step, since it runs beside others, with its seconds."""
+        """Name what takes no time of the step, since it runs in parallel with others, with its seconds."""
         hidden = [("expert exchanges", self.beside_experts), ("gradient reduction", self.hidden)]
         return [(name, seconds) for name, seconds in hidden if seconds > 1e-6]  # less is rounding
 
@@ -156,10 +157,11 @@ def estimate_step(
 ) -> StepTime:
     """Seconds of one step of a pipeline stage, the slowest where none is named.
 
-    `overlap`: part of ZeRO-3's gathers and of pipeline sends that may run beside compute. Reductions run beside the last
-    backward pass under ZeRO-1 (each under ZeRO-2), gathers of weights beside the first forward pass. `imbalance`: routed
-    rows of the fullest rank over the mean. `sent_rows`: the part of rows that travels to experts, of those that amfm sends.
-    `overlaps_experts`: whether that runs beside what their blocks compute.
+    `overlap`: part of ZeRO-3's gathers and of pipeline sends that may run in parallel with compute. Reductions run in
+    parallel with the last backward pass under ZeRO-1 (each under ZeRO-2), gathers of weights next to the first forward
+    pass. `imbalance`: routed rows of the fullest rank over the mean. `sent_rows`: the part of rows that travels to
+    experts, of those that amfm sends.
+    `overlaps_experts`: whether that runs in parallel with what their blocks compute.
     """
     every = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
     narrow = frozenset(config.low_precision.narrow_blocks(config.model.letters))
@@ -298,7 +300,7 @@ def optimizer_seconds(
 def muon_seconds(held: StageShare, layout: Layout, hardware: Hardware, storage: Storage) -> float:
     """Seconds of Newton-Schulz rounds on the matrices that this rank owns, and of the updates' way there and back.
 
-    Two bytes a number each way on cards; without ZeRO one gather of results. 0 with AdamW.
+    Two bytes a number each way on GPUs; without ZeRO one gather of results. 0 with AdamW.
     """
     own = held.own_matrices(layout)
     is_bf16 = storage.backend == "triton"
@@ -369,7 +371,7 @@ def left_after_pieces(seconds: float, layout: Layout, passes: int, one_pass: flo
     `one_pass`: seconds of such a pass of one micro-batch. An interleaved schedule takes as many micro-batches as there are
     stages through a piece before it takes them through the next, so gradients of the last piece are complete while all other
     pieces' passes are still to come, and the first forward pass needs one piece's weights at once and the others later. What
-    belongs to the c + 1 pieces nearest to that end has c * stages + 1 passes of a piece beside it.
+    belongs to the c + 1 pieces nearest to that end has c * stages + 1 passes of a piece next to it.
     """
     pieces = layout.virtual_stages if layout.schedule == "interleaved" else 1
     stages = min(layout.pipeline, passes)

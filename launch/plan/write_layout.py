@@ -2,7 +2,7 @@
 
 How it works: YAML is parsed to nodes only for their positions, and just those spans of the text are replaced, so that
 comments, order and style stay. Dumping the parsed document would lose them. The new text is loaded and checked in a
-file beside the old one, which it then replaces in one rename: a layout that breaks a rule leaves the file untouched.
+file next to the old one, which it then replaces in one rename: a layout that breaks a rule leaves the file untouched.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def edited(
 ) -> str:
     """The text of a configuration with its `parallel` section replaced, and these keys of `train` and of stages set.
 
-    Keys of a layout that a stage of the file has and shall not have any more get the value that holds before it.
+    Keys of a layout that a stage of the file has and must not keep get the value that holds before it.
     """
     root: Any = yaml.compose(text)
     sections = {key.value: (key, value) for key, value in root.value}

@@ -30,7 +30,7 @@ class TraceFile:
     path: Path
 
     def memory(self) -> Path | None:
-        """The memory snapshot beside it, if there is one."""
+        """The memory snapshot next to it, if there is one."""
         path = self.path.with_name(f"rank-{self.rank}.memory.pickle")
         return path if path.is_file() else None
 

@@ -4,7 +4,7 @@ How it works: events of a thread are nested by their times, so each has a stack 
 what its children leave. The stack says where it belongs: inside the engine of backward passes it is backward work, of the
 block whose forward operation has the same sequence number (recomputation where a block's range is open too); inside a
 block's range it is that block's forward pass; else the phase of the step decides. With a GPU the kernels count, each put
-where the operation is that launched it, and the host's own time is left out: it runs ahead of the card.
+where the operation is that launched it, and the host's own time is left out: it runs ahead of the GPU.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def read_trace(path: Path) -> StepTrace:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             document = json.load(file)
     except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is no whole trace ({error}); trace a step again") from error
+        raise ValueError(f"{path} is not a whole trace ({error}); trace a step again") from error
     with understood(path):
         records = take(document, "traceEvents", list, path)
         whole = [record for record in records if record.get("ph") == "X"]
@@ -137,7 +137,7 @@ def _host_events(records: Sequence[Mapping[str, Any]]) -> list[Event]:
             if stack:
                 stack[-1].own -= event.duration
                 event.stack = (*stack[-1].stack, stack[-1])
-            elif event not in roots:  # of another thread, such as the one of backward passes on a card
+            elif event not in roots:  # of another thread, such as the one of backward passes on a GPU
                 event.stack = tuple(root for root in roots if root.start <= event.start <= root.end)
             stack.append(event)
     return [event for thread in threads for event in thread]
@@ -194,7 +194,7 @@ def _backward_of(event: Event) -> Event | None:
 
 
 def _union(events: Iterable[Event]) -> float:
-    """Time in which any of the events goes on."""
+    """Time in which any of the events continues."""
     total, reached = 0.0, float("-inf")
     for event in sorted(events, key=lambda e: e.start):
         total += max(0.0, event.end - max(event.start, reached))

@@ -1,7 +1,7 @@
 """Conversations as the text of a prompt, by the chat template that a model's folder brings.
 
 A pretrained model has no such template; one that was fine-tuned on conversations does (chat_template.jinja, or
-chat_template in tokenizer_config.json), and no other format would be the one it knows. The template is somebody else's
+chat_template in tokenizer_config.json), and no other format would be the one it knows. The template is someone else's
 program: it runs in Jinja's sandbox for immutable values and sees messages and special tokens alone.
 """
 

@@ -37,7 +37,7 @@ class ServedModel:
     ) -> None:
         self.name, self.shared, self.tokenizer = name, shared, tokenizer
         self.end_ids, self.template, self.chat_tokenizer = frozenset(end_ids), template, chat_tokenizer
-        # Characters of the longest token: a text of more than so many a token is too long before it is tokenized.
+        # Characters of the longest token: a text of more than this many a token is too long before it is tokenized.
         self.longest_token = max((len(tokenizer.decode([index])) for index in range(tokenizer.vocab_size)), default=1)
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:

@@ -1,12 +1,12 @@
 """The HTTP server: completions, chat completions, the list of models, a page to try them, on one address.
 
 Python's own server is enough: a handful of clients of one machine share one model, whose arithmetic takes all the time,
-and a web framework would be the largest dependency of this package. It speaks plain HTTP and asks nobody who he is, so it
-listens on loopback unless told otherwise. A web page of somebody else must not reach it through a reader's browser:
+and a web framework would be the largest dependency of this package. It speaks plain HTTP and asks no one who he is, so
+it listens on loopback unless told otherwise. A web page of someone else must not reach it through a reader's browser:
 requests name this host (a name that an attacker points here does not), and bodies must be JSON, which no browser sends
 across origins without asking first; that question is never answered. A refused request ends its connection: what follows
 on it may be the refused one's body, which must not be taken for another request. Connections are counted, and a request
-must have arrived within READ_SECONDS, so that who connects and says nothing takes nobody's place for long.
+must have arrived within READ_SECONDS, so that who connects and says nothing takes no one's place for long.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
     timeout = max(READ_SECONDS, WRITE_SECONDS)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: prompts are nobody's business."""
+        """Log nothing: prompts are private."""
 
     def handle_one_request(self) -> None:
         """Read a request and answer it."""
@@ -214,7 +214,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusedError(f"the body must have a Content-Length of at most {MAX_BODY_BYTES} bytes", status=413)
         try:
             body = json.loads(self.rfile.read(int(length)))
-            json.dumps(body, ensure_ascii=False).encode()  # half of a character beyond 16 bits (as \\ud83d) is no text
+            json.dumps(body, ensure_ascii=False).encode()  # half of a character beyond 16 bits (as \\ud83d) is not text
         except (ValueError, RecursionError) as error:
             raise RefusedError(f"the body is not valid JSON: {error}") from error
         if not isinstance(body, dict):
@@ -240,7 +240,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _refuse(self, refusal: RefusedError) -> None:
-        """Answer with the reason, and end the connection: a body that was not read is no request."""
+        """Answer with the reason, and end the connection: a body that was not read is not a request."""
         self.close_connection = True
         kind = "invalid_request_error" if refusal.status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
         error = {"message": str(refusal), "type": kind, "param": refusal.key, "code": refusal.code}

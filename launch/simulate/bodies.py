@@ -3,7 +3,7 @@
 How it works: normally a fake tensor mode calls an operation's fake function, which only states shapes, and its
 temporary buffers stay unseen. Here the Python body runs too, on fake tensors inside the tracer; kernel launches are
 counted and do nothing. The fake function's answer is compared with the body's: if they disagree, torch.compile and this
-simulation would see another program than the card runs.
+simulation would see another program than the GPU runs.
 """
 
 from __future__ import annotations

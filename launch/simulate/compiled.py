@@ -1,8 +1,8 @@
-"""What a card would compile: kernels by the key under which Triton keeps them in a process.
+"""What a GPU would compile: kernels by the key under which Triton keeps them in a process.
 
-How it works: Triton compiles a kernel anew for other dtypes, other constants, and other facts of its arguments (a pointer
-or a number that 16 divides, a number that is 1). Its own binder says which, for an H100. A fake tensor has no address: its
-place in its storage stands for it, since allocators align storages.
+How it works: Triton compiles a kernel again for other dtypes, other constants, and other facts of its arguments (a
+pointer or a number that 16 divides, a number that is 1). Its own binder says which, for an H100. A fake tensor has no
+address: its place in its storage stands for it, since allocators align storages.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class CommunicationCounter(TorchDispatchMode):
         """Count one call of an operator of `torch.ops.c10d`."""
         if operator in SILENT:
             return
-        assert operator in COLLECTIVES, f"c10d.{operator} is a collective that nobody has taught this counter"
+        assert operator in COLLECTIVES, f"c10d.{operator} is a collective that no one has taught this counter"
         group = group_of(args)
         if group.size() == 1:
             return

@@ -1,6 +1,7 @@
 """What a simulated rank does, in order: computations with their FLOPs and bytes, exchanges, and waits for them.
 
-How it works: the tracer tells of every operation that computes on the card, of every collective and of every wait for one.
+How it works: the tracer reports every operation that computes on the GPU, of every collective and of every wait for
+one.
 No time is known here: the list goes to the parent process, where `timeline.py` lays it out on streams with the rates of the
 hardware file. Exchanges are numbered over all steps, because the weights that a step gathers are awaited by the next one.
 """
@@ -80,7 +81,7 @@ class EventLog:
         self.events.append({"do": "wait", "number": number})
 
     def host(self, what: str) -> None:
-        """Note that the host waits for the card."""
+        """Note that the host waits for the GPU."""
         self.events.append({"do": "host", "what": what})
 
 

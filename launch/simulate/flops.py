@@ -63,7 +63,7 @@ def _mixer(given: Named, *, backward: bool) -> int:
 
 
 def _vector(given: Named, *, backward: bool) -> int:
-    """Scan with a decay for each key channel: every head has keys of its own, so it counts as a group."""
+    """Scan with a decay for each key channel: every head has its own keys, so it counts as a group."""
     (rows, tokens, heads, size), width = given["k"].shape, given["v"].shape[-1]
     return scan_flops(rows, tokens, heads, heads, size, width, chunk_size=given["tile"], backward=backward)
 

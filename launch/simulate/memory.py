@@ -1,8 +1,8 @@
-"""Memory of the simulated card: bytes held over time, peak by phase, and the source lines behind the peak.
+"""Memory of the simulated GPU: bytes held over time, peak by phase, and the source lines behind the peak.
 
 How it works: a storage counts from the first operation that returns it until Python frees it, rounded up as PyTorch's
 allocator rounds. So the meter sees what the caching allocator would call allocated; fragmentation and what libraries
-take outside of it (CUDA context, NCCL buffers) are not there. Lines are summed anew only when the peak has grown a
+take outside of it (CUDA context, NCCL buffers) are not there. Lines are summed again only when the peak has grown a
 little, since each sum walks over all that is live.
 """
 
@@ -20,7 +20,7 @@ from amfm.launch.simulate.place import current_line
 
 # PyTorch's allocator gives multiples of this (c10/cuda/CUDACachingAllocator: kMinBlockSize).
 ALLOCATION_UNIT = 512
-# Lines are counted anew when the peak has grown by this much.
+# Lines are counted again when the peak has grown by this much.
 PEAK_GROWTH = 1.001
 LEAST_LINE = 1 << 20
 
@@ -60,7 +60,7 @@ class MemoryMeter:
         self.curve = [(operation, self.held, self.phase)]
 
     def track(self, result: Any, operation: int) -> None:
-        """Count storages of an operation's results that are new and on the card.
+        """Count storages of an operation's results that are new and on the GPU.
 
         Storages, not tensors: views share one. A finalizer takes the bytes off when Python frees the storage.
         """

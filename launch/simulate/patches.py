@@ -2,7 +2,7 @@
 
 It works by private names of torch, so it is written for the releases of torch that launch/simulate/trace.py names.
 C++ (autograd's engine, composite operations) takes a fake CUDA tensor for one of the meta device below it, while Python
-and FakeTensorMode see the card; what C++ then asks of "meta" the tracer turns back (tracer.py).
+and FakeTensorMode see the GPU; what C++ then asks of "meta" the tracer turns back (tracer.py).
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def install(
     """
     os.environ["DS_ACCELERATOR"] = "cuda"
     for name, answer in card.answers().items():
-        replace(torch.cuda, name, answer, "there is no card: ask the simulated one")
+        replace(torch.cuda, name, answer, "there is no GPU: ask the simulated one")
     for name in ("range_push", "range_pop"):
-        replace(torch.cuda.nvtx, name, always(None), "marks for a profiler of a card")
+        replace(torch.cuda.nvtx, name, always(None), "marks for a profiler of a GPU")
     install_fake_tensors()
 
     def tolist(tensor: FakeTensor) -> list[Any]:
@@ -70,11 +70,11 @@ def install(
 
 
 def install_fake_tensors() -> None:
-    """Let fake CUDA tensors pass where torch would touch a device, and through autograd without a card.
+    """Let fake CUDA tensors pass where torch would touch a device, and through autograd without a GPU.
 
-    Changes torch for the whole process, so only a process of its own may call it.
+    Changes torch for the whole process, so only a separate process may call it.
     """
-    replace(fake_tensor, "init_gpu_context", always(None), "allocates a real tensor on the card")
+    replace(fake_tensor, "init_gpu_context", always(None), "allocates a real tensor on the GPU")
     replace(FakeTensorMode, "avoid_device_init", property(lambda _: True), "asks torch.cuda, which says yes here")
     replace(FakeTensor, "record_stream", always(None), "no allocator waits for a stream here")
     replace(
@@ -96,13 +96,13 @@ def install_fake_tensors() -> None:
         torch.Tensor,
         "_make_subclass",
         staticmethod(make_without_cuda),
-        "autograd asks the driver for the card of tensors that say they are on CUDA, and a build without CUDA refuses them",
+        "autograd asks the driver for the GPU of tensors that say they are on CUDA, and a build without CUDA refuses them",
     )
     replace(FakeTensor, "to", move_fake, "C++ would think that it moves from the meta device")
 
 
 def move_fake(tensor: Any, *args: Any, **keywords: Any) -> Any:
-    """`Tensor.to` for a fake tensor, in which a move to the card where it already lies is no move."""
+    """`Tensor.to` for a fake tensor, in which a move to the GPU where it already lies is not a move."""
     if tensor.fake_device.type != "cuda":
         return torch.Tensor.to(tensor, *args, **keywords)
     copy = keywords.pop("copy", False)
@@ -141,7 +141,7 @@ def install_deepspeed(index: int) -> None:
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
     from deepspeed.runtime.zero import partitioned_param_coordinator
 
-    reason = "DeepSpeed wants the card's number where torch.cuda.current_device gives a device"
+    reason = "DeepSpeed wants the GPU's number where torch.cuda.current_device gives a device"
     replace(CUDA_Accelerator, "current_device_name", lambda _: f"cuda:{index}", reason)
     replace(CUDA_Accelerator, "current_device", lambda _: index, reason)
     replace(

@@ -2,10 +2,10 @@
 
 How it works: a fake process group gives the process its rank among any number; FakeTensorMode gives tensors without
 storage; the tracer above it sees every operation. Model, engine and step are the real code of `pretrain`, so that what
-is traced is what a card would run. Two steps, because the optimizer allocates its moments in the first.
+is traced is what a GPU would run. Two steps, because the optimizer allocates its moments in the first.
 
 Called as `python -m amfm.launch.simulate.rank`; SETTINGS, JSON on its first line of input, says which rank of which run. It
-answers in lines of JSON: `progress`, then `result` or `refused`. A process of its own, because it replaces parts of
+answers in lines of JSON: `progress`, then `result` or `refused`. A separate process, because it replaces parts of
 torch.
 """
 
@@ -58,11 +58,11 @@ def serve() -> None:
 def trace_rank(config: RunConfig, settings: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
     """Trace rank `settings["rank"]` of `settings["ranks"]`: memory, FLOPs, traffic and host waits, as JSON values.
 
-    `config` is one training stage taken as a run, with as many micro-batches as shall be traced. Raises ValueError for
+    `config` is one training stage taken as a run, with as many micro-batches as are to be traced. Raises ValueError for
     what the simulation cannot run.
     """
     rank, ranks, node = settings["rank"], settings["ranks"], settings["gpus_per_node"]
-    # The first card of its node whatever the rank: what is made on "cuda" without a number lies there.
+    # The first GPU of its node whatever the rank: what is made on "cuda" without a number lies there.
     tracer = Tracer(torch.device("cuda", 0))
     card = SimulatedCard(0, node, tracer.note_wait)
     patches.install(card, tracer.note_launch, tracer.read_list)
@@ -89,7 +89,8 @@ def trace_rank(config: RunConfig, settings: dict[str, Any], report: Callable[[st
 def planned_traffic(config: RunConfig, ranks: int, rank: int, context_rank: int) -> list[tuple[str, str, float]] | str:
     """Bytes by (axis, collective) from the formulas, a mean over the rank's pipeline stage; or why there are none.
 
-    Windows of convolutions go to neighbours, of which the context ranks at both ends have one: theirs is no mean. Must run after process groups exist: without them Megatron-core's layers take every group for one rank.
+    Windows of convolutions go to neighbours, of which the context ranks at both ends have one: theirs is not a mean.
+    Must run after process groups exist: without them Megatron-core's layers take every group for one rank.
     """
     from amfm.launch.plan.exchanges.step import check_countable, stage_bytes
     from amfm.launch.plan.layout import Layout
@@ -233,7 +234,7 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
 
 
 def compile_first(run: Any, tracer: Tracer) -> None:
-    """Take the passes that a start takes before the first step; what a step then launches anew is a late compile.
+    """Take the passes that a start takes before the first step; what a step then launches again is a late compile.
 
     Groups of a simulated cluster answer alone already.
     """

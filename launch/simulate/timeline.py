@@ -3,9 +3,10 @@
 How it works: every rank has one stream that computes and one for each axis that sends, as process groups of NCCL have. An
 operation takes the longer of its arithmetic and its bytes, a collective the seconds that the plan gives its bytes on the
 declared links (`launch/plan/exchanges/seconds.py`). An exchange begins when its axis is free and what the rank computed before
-it is done; where the trace waits for one, computing goes on at its end. A receive ends when the send of the traced rank
-that it belongs to has ended; of a rank that was not traced it is taken to be there in time. Weights that a step gathers and
-the next one awaits are laid out at its beginning, as they are in every step but the first. Nothing is said of the host.
+it is done; where the trace waits for one, computing continues at its end. A receive ends when the send of the traced
+rank that it belongs to has ended; of a rank that was not traced it is taken to be there in time. Weights that a step
+gathers and the next one awaits are laid out at its beginning, as they are in every step but the first. Nothing is said
+of the host.
 
 `write_timeline` gives Chrome's trace event format, which Perfetto (https://ui.perfetto.dev) opens.
 """
@@ -154,7 +155,7 @@ class _Cluster:
                 end = max(entry["posted"], way.popleft())
                 rank.ends[entry["number"]] = end, entry["axis"]
                 details = {"bytes": entry["bytes"], "from rank": entry["peer"]}
-                # A stream of its own for each sender: what was posted at once is shown one after the other.
+                # A separate stream for each sender: what was posted at once is shown one after the other.
                 lane = f"{entry['axis']} receive from rank {entry['peer']}"
                 start = max(entry["posted"], rank.free[lane])
                 rank.line.slices.append(Slice(lane, "receive", start, end, details))
@@ -182,7 +183,8 @@ def compute_seconds(event: dict[str, Any], hardware: Hardware, precision: str) -
         "grouped": hardware.grouped_efficiency,
         "mixing": hardware.attention_efficiency,
     }[event["limit"]]
-    # Kernels take float32 states and sums beside products in the run's precision; torch's products give what they take.
+    # Kernels take float32 states and sums next to products in the run's precision; torch's products give what they
+    # take.
     wide = event["wide"] and event["name"].startswith("aten.")
     if event["limit"] == "mixing" and event["phase"] == "backward":
         efficiency = hardware.attention_backward_efficiency or efficiency

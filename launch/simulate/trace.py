@@ -1,4 +1,4 @@
-"""`amfm plan --trace`: run ranks on the simulated cluster and put what they did beside the plan's estimates.
+"""`amfm plan --trace`: run ranks on the simulated cluster and compare what they did with the plan's estimates.
 
 How it works: one training stage is cut down to pipeline + 1 micro-batches, enough for every phase of its schedule. For
 each chosen rank a child process (`rank.py`) takes real steps on fake tensors and answers with its numbers; here they
@@ -133,7 +133,7 @@ def traced_config(config: RunConfig, ranks: int, stage_name: str | None) -> RunC
     stages = resolve_stages(config)
     names = [stage.name for stage in stages]
     if stage_name is not None and stage_name not in names:
-        raise ValueError(f"--stage {stage_name} is no training stage of this run; use one of {', '.join(names)}")
+        raise ValueError(f"--stage {stage_name} is not a training stage of this run; use one of {', '.join(names)}")
     run = run_of_stage(config, stages[names.index(stage_name) if stage_name else 0])
     unit = run.train.micro_batch_size * run.parallel.data_ranks(ranks)
     most = run.train.global_batch_size // unit
@@ -166,7 +166,7 @@ def pipeline_stage(config: RunConfig, ranks: int, rank: int) -> int:
 
 
 def run_child(settings: dict[str, Any], report: Callable[[int, str], None]) -> dict[str, Any]:
-    """Trace one rank in a process of its own. Raises ValueError with what that refuses."""
+    """Trace one rank in a separate process. Raises ValueError with what that refuses."""
     rank = settings["rank"]
     report(0, f"rank {rank}: imports")
     with Child("amfm.launch.simulate.rank", quiet=True) as child:

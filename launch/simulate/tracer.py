@@ -40,7 +40,7 @@ aten = torch.ops.aten
 DENIED = ("overflow", "invalid", "nan", "inf")
 PASSES = ("forward", "backward")
 # Operations that torch would take apart for fake tensors, into some that C++ makes on another device, or as a CPU does it:
-# what the card's own operation gives.
+# what the GPU's own operation gives.
 AS_ON_A_CARD: dict[Any, Callable[..., Any]] = {
     aten.log_sigmoid_forward.default: lambda x: (torch.empty_like(x), x.new_empty(0)),
     aten.log_sigmoid_backward.default: lambda gradient, x, _: torch.empty_like(x),
@@ -59,7 +59,7 @@ class Tally:
 
 
 class Tracer(TorchDispatchMode):
-    """Dispatch mode above FakeTensorMode that runs and records operations. `device` is the simulated card."""
+    """Dispatch mode above FakeTensorMode that runs and records operations. `device` is the simulated GPU."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -101,7 +101,9 @@ class Tracer(TorchDispatchMode):
         self.memory.enter(phase)
 
     def note_launch(self, kernel: Any, grid: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Count a launch of a Triton kernel for the current block, and note what a card would compile and capture of it."""
+        """Count a launch of a Triton kernel for the current block, and note what a GPU would compile and capture of
+        it.
+        """
         self._note_launch(self.tally.triton_launches)
         self.capture.launch(*self._place(), kernel.fn.__name__, (grid, *arguments, *named.values()))
         self.compiled.launch(kernel, arguments, named)
@@ -117,7 +119,7 @@ class Tracer(TorchDispatchMode):
         return self.blocks.current(), "backward" if self.blocks.is_backward() else "forward"
 
     def note_wait(self, what: str) -> None:
-        """Count a point where the host waits for the card, under its source line."""
+        """Count a point where the host waits for the GPU, under its source line."""
         line = f"{current_line()}: {what}"
         self.tally.host_waits[line] += 1
         self.capture.read(*self._place(), line)
@@ -223,7 +225,7 @@ class Tracer(TorchDispatchMode):
         work = fake.boxed()
         if func in CollectiveOp.WK:
             return work
-        assert func in CollectiveOp.WK_ARG_1, f"{func} is a collective that nobody has taught this tracer"
+        assert func in CollectiveOp.WK_ARG_1, f"{func} is a collective that no one has taught this tracer"
         return args[0], work
 
     def _count(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -243,9 +245,9 @@ class Tracer(TorchDispatchMode):
             self.log.compute(func, args, kwargs, out, flops=flops, kind=kind, phase=self.memory.phase)
 
     def _note_copy(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        """Count copies between host and card for which the host waits.
+        """Count copies between host and GPU for which the host waits.
 
-        Copies to the host always count; of those to the card all but `non_blocking` ones, taken to be from pinned
+        Copies to the host always count; of those to the GPU all but `non_blocking` ones, taken to be from pinned
         memory, and CPU scalars, which travel with the launch.
         """
         source, target = (args[0], out) if func is aten._to_copy.default else (args[1], args[0])
@@ -259,7 +261,7 @@ class Tracer(TorchDispatchMode):
 
 
 def computes_on_card(func: Any, out: Any) -> bool:
-    """Whether an operation launches a kernel on the card: views and empty tensors do not."""
+    """Whether an operation launches a kernel on the GPU: views and empty tensors do not."""
     if func.is_view or "empty" in func._opname or func._opname in ("detach", "lift_fresh", "_unsafe_view", "alias"):
         return False
     return any(tensor.device.type == "cuda" for tensor in leaves(out))
@@ -268,7 +270,7 @@ def computes_on_card(func: Any, out: Any) -> bool:
 class DeviceWords(TorchFunctionMode):
     """Function mode for devices as Python names them.
 
-    A bare number means a card; "meta" counts as meant only where it is written, since C++ also says it of fake CUDA
+    A bare number means a GPU; "meta" counts as meant only where it is written, since C++ also says it of fake CUDA
     tensors.
     """
 

@@ -164,7 +164,7 @@ def repeated_problems(named: dict[str, list[str]]) -> list[Problem]:
     for key, names in named.items():
         twice = {name for name in names if names.count(name) > 1}
         if twice:
-            remedy = "give each a label of its own" if key in ("mixers", "settings") else "keep one"
+            remedy = "give each its own label" if key in ("mixers", "settings") else "keep one"
             problems.append(Problem(key, "must differ", remedy, ", ".join(sorted(twice))))
     return problems
 

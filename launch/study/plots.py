@@ -1,7 +1,7 @@
 """Plots of a study: each measure against the share of attention, one line a mixer.
 
-One PNG for the whole study, so that tasks, speed and state size of a ratio stand above each other. Drawn to a file
-beside and renamed, as a study that is interrupted must not leave half a picture.
+One PNG for the whole study, so that tasks, speed and state size of a ratio stand above each other. Drawn to a
+temporary file and renamed, as a study that is interrupted must not leave half a picture.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Point = tuple[float, float, float]  # value, lowest, highest
 
 
 def draw_study(rows: Sequence[Row], measures: Mapping[str, Measure], state_tokens: int, path: Path) -> None:
-    """Write one PNG: a panel a task, tokens a second on the first task, and the size of a decode state.
+    """Write one PNG: a panel a task, tokens per second on the first task, and the size of a decode state.
 
     Ratios are spaced evenly in the order of their attention share.
     """
@@ -50,7 +50,7 @@ def draw_study(rows: Sequence[Row], measures: Mapping[str, Measure], state_token
     ratios = sorted({row.ratio: row.attention_share for row in rows}.items(), key=lambda pair: pair[1])
     places = {ratio: place for place, (ratio, _) in enumerate(ratios)}
     with matplotlib.rc_context(STYLE):
-        columns = 2
+        columns = 3 if len(panels) == 3 else 2
         lines = -(-len(panels) // columns)
         canvas = Figure(figsize=(5.2 * columns, 3.4 * lines + 0.4), layout="constrained")
         axes = list(canvas.subplots(lines, columns, squeeze=False).flat)
@@ -85,7 +85,10 @@ def draw_study(rows: Sequence[Row], measures: Mapping[str, Measure], state_token
 
 
 def draw_panel(axes: Any, rows: Sequence[Row], places: Mapping[str, int], point: Callable[[Row], Point | None]) -> None:
-    """Draw one line a mixer over the ratios, with error bars from the lowest to the highest seed."""
+    """Draw one line per mixer over the ratios, with error bars from the lowest to the highest seed.
+
+    Two ratios are two markers: a line between them would look like a trend.
+    """
     mixers = list(dict.fromkeys(row.mixer for row in rows))
     for index, mixer in enumerate(mixers):
         is_attention = all(row.ratio == ONLY_ATTENTION for row in rows if row.mixer == mixer)
@@ -108,6 +111,7 @@ def draw_panel(axes: Any, rows: Sequence[Row], places: Mapping[str, int], point:
             marker="D" if is_attention else MARKERS[index % len(MARKERS)],
             markersize=5,
             linewidth=1.4,
+            linestyle="-" if len(measured) > 2 else "none",
             capsize=2.5,
         )
 
@@ -123,7 +127,7 @@ def value_of(task: str) -> Callable[[Row], Point | None]:
 
 
 def speed_of(task: str) -> Callable[[Row], Point | None]:
-    """Function of a row: tokens a second of training a task, None where it is not measured."""
+    """Function of a row: tokens per second of training a task, None where it is not measured."""
 
     def point(row: Row) -> Point | None:
         found = row.tasks.get(task)

@@ -1,7 +1,7 @@
 """Run the cells of a study side by side: each is an `amfm train` below a Ray actor, and resumes from its checkpoint.
 
 How it works: a slot is a GPU, or some cores; a dispatcher starts a waiting cell whenever one is free. Ray hands out
-GPUs and notices lost processes; a cell is a process of its own below a fresh actor, so that nothing one run does
+GPUs and notices lost processes; a cell is a separate process below a fresh actor, so that nothing one run does
 reaches the next. The study keeps no state of its own: what is finished is read from run directories, so a second call
 does what is missing.
 """
@@ -49,7 +49,7 @@ class Room:
 
 
 def find_room(threads_per_run: int, runs_at_once: int | None, num_gpus: int) -> Room:
-    """Number of runs at once: as asked, else one a GPU, else as many as the cores hold with `threads_per_run` each.
+    """Number of runs at once: as asked, else one per GPU, else as many as the cores hold with `threads_per_run` each.
 
     Raises ValueError for more than the machine holds.
     """
@@ -75,8 +75,8 @@ def run_cells(
 ) -> bool:
     """Run every cell to its end, a failed one too; returns False when a signal asked to stop before that.
 
-    `begins` and `ends` hear of each cell, `polls` about twice a second. A signal goes on to the running cells, which
-    save and end; the rest don't start. Starts and stops a Ray of its own.
+    `begins` and `ends` hear of each cell, `polls` about twice a second. A signal continues to the running cells, which
+    save and end; the rest don't start. Starts and stops its own Ray.
     """
     start_ray(None, num_cpus=room.slots * room.threads, object_store_memory=OBJECT_STORE_BYTES)
     try:
@@ -86,7 +86,7 @@ def run_cells(
 
 
 class _Dispatcher:
-    """Keeps every slot busy with one cell on an actor of its own: a crashed cell leaves nothing to the next."""
+    """Keeps every slot busy with one cell on its own actor: a crashed cell leaves nothing to the next."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class _Dispatcher:
     def _stop(self, number: int) -> None:
         """Ask every running cell to save and end, and start no more."""
         self.stopping = True
-        # SIGTERM whatever the signal was: an interrupt too shall let the runs save.
+        # SIGTERM whatever the signal was: an interrupt too lets the runs save.
         for _, host in self.running.values():
             host.signal.remote(signal.SIGTERM)
 

@@ -78,7 +78,7 @@ def settings_json(cells: Sequence[Cell], results: Sequence[CellResult], slots: i
 
 
 def settings_markdown(cells: Sequence[Cell], results: Sequence[CellResult], slots: int) -> str:
-    """The table as Markdown, followed by the facts it rests on; the last training loss stands beside each measure."""
+    """The table as Markdown, followed by the facts it rests on; the last training loss stands next to each measure."""
     measures = {cell.task: measure_of(cell.config) for cell in cells}
     header = ["settings"]
     for task, measure in measures.items():

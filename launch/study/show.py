@@ -105,7 +105,7 @@ class StudyDisplay:
         return sum(line.state == state for line in self.lines.values())
 
     def remaining(self) -> str:
-        """Time left in words, at this call's mean seconds a step, over the runs at once."""
+        """Time left in words, at this call's mean seconds per step, over the runs at once."""
         steps = sum(total_steps(line.cell.config) if line.state == "done" else line.step for line in self.timed())
         seconds = sum(line.seconds for line in self.timed())
         left = sum(

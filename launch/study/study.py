@@ -61,7 +61,7 @@ class RunsConfig(Section):
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="Of weights and data order; each is a run a cell.")
     threads_per_run: int = Field(1, gt=0, description="CPU threads of a run.")
     runs_at_once: int | None = Field(
-        None, gt=0, description="Runs side by side; none: as many as the cores (or GPUs, one a run) allow."
+        None, gt=0, description="Runs side by side; none: as many as the cores (or GPUs, one per run) allow."
     )
 
 

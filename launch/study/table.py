@@ -31,7 +31,7 @@ class Measure:
     unit: str
 
 
-LOSS = Measure("validation_loss", "validation loss", "nats a token")
+LOSS = Measure("validation_loss", "validation loss", "nats per token")
 ACCURACY = Measure("validation_accuracy", "accuracy", "of labelled tokens")
 
 
@@ -183,7 +183,7 @@ def study_json(
 def study_markdown(
     cells: Sequence[Cell], results: Sequence[CellResult], rows: Sequence[Row], *, state_tokens: int, slots: int
 ) -> str:
-    """The table as Markdown, followed by the facts it rests on: tokens a run, runs, hardware, seeds."""
+    """The table as Markdown, followed by the facts it rests on: tokens per run, runs, hardware, seeds."""
     measures = {cell.task: measure_of(cell.config) for cell in cells}
     header = ["mixer", "linear : attention", "parameters", f"state at {state_tokens:,} tokens"]
     for task, measure in measures.items():
@@ -198,11 +198,13 @@ def study_markdown(
 
 
 def state_facts(cells: Sequence[Cell], results: Sequence[CellResult], slots: int) -> str:
-    """What a table rests on, as one sentence: tokens a run, runs, hardware, seeds."""
+    """What a table rests on, as one sentence: tokens per run, runs, hardware, seeds."""
     tasks = dict.fromkeys(cell.task for cell in cells)
     tokens = {task: {result.tokens for result in results if result.task == task} for task in tasks}
     facts = [
-        f"{task}: {', '.join(f'{n:,}' for n in sorted(found))} tokens a run" for task, found in tokens.items() if found
+        f"{task}: {', '.join(f'{n:,}' for n in sorted(found))} tokens per run"
+        for task, found in tokens.items()
+        if found
     ]
     facts.append(f"{len(results)} of {len(cells)} runs are finished, {slots} at once")
     facts += dict.fromkeys(result.hardware for result in results)

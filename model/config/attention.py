@@ -75,7 +75,7 @@ class AttentionConfig(MixerOptions):
     def sequence_flops(self, sequence_length: int) -> float:
         """Queries with keys and weights with values, over the (T + 1) / 2 keys that a token sees on average."""
         keys = (sequence_length + 1) / 2
-        # Two products, of 2 operations a channel and key each.
+        # Two products, of 2 operations per channel and key each.
         return 2 * 2 * keys * self.num_heads * self.head_dim
 
     def prunable(self, groups: str) -> Prunable | None:

@@ -1,9 +1,9 @@
 """The table of the kinds of block: one row a kind, ours and those of installed packages.
 
 A kind is its row here, its options (`MixerOptions`, options.py) and its mixer (`Mixer`, model/mixers/interface.py). Whoever
-wants to know something of a block asks its options or its mixer; nobody compares letters. Four kinds are core: their section
-is a field of the model's configuration (`model.mamba`) and their options are counted in closed form. All others have theirs
-below `model.mixers` and are counted on one that is built.
+wants to know something of a block asks its options or its mixer; no one compares letters. Four kinds are core: their
+section is a field of the model's configuration (`model.mamba`) and their options are counted in closed form. All others
+have theirs below `model.mixers` and are counted on one that is built.
 
 A package registers a kind with an entry point of the group `amfm.mixers` that names a `Kind`. A row names the class of the
 mixer by its import path and does not hold it, because configurations are read and documented where torch is not imported;

@@ -199,7 +199,7 @@ class FeatureMapOptions(HeadOptions):
     divides: ClassVar[bool] = True  # by the sum of its weights, which must be positive
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
-        """Channels are rotated in pairs, and a sum of weights of both signs is no denominator."""
+        """Channels are rotated in pairs, and a sum of weights of both signs is not a denominator."""
         if self.positions == "none":
             if self.rope_theta != 10_000.0:
                 yield "rope_theta", "is only read with rotary positions; set positions, or remove it"
@@ -220,7 +220,7 @@ class HedgehogOptions(FeatureMapOptions):
     """Hedgehog (Zhang et al. 2024, arXiv 2402.04347): linear attention with learned softmax features."""
 
     def state_shape(self) -> tuple[int, int]:
-        """Twice the features, and the sum of weights beside the values."""
+        """Twice the features, and the sum of weights next to the values."""
         return 2 * self.key_dim(), self.value_dim() + 1
 
 

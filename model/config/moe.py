@@ -59,7 +59,7 @@ class MoeConfig(MixerOptions):
     router_group_merit: int = Field(
         2,
         gt=0,
-        description="Groups are ranked by the sum of so many of their best experts: 2 in DeepSeek-V3, 1 in DeepSeek-V2, top_k / router_group_top_k in Megatron-Core.",
+        description="Groups are ranked by the sum of this many of their best experts: 2 in DeepSeek-V3, 1 in DeepSeek-V2, top_k / router_group_top_k in Megatron-Core.",
     )
     expert_bias: bool = Field(
         False,

@@ -7,10 +7,10 @@ Trained alike, a wider model changes its activations more in each step, so the b
     reads a width that grows, writes fixed numbers (head, router)    deviation / m,       rate / m
     everything else (embedding, norms, convolutions, decays)         as at the base width
 
-A head of its own and a router could as well keep deviation and rate and divide their output by m: under Adam the two forms
-are one (section B of the paper). This one leaves nothing to the forward pass, so a trained model is a plain model to its
-readers. A head that is tied to the embedding is one matrix in two classes: it has the embedding's deviation and rate, and
-the logits are divided by m.
+A separate head and a router could as well keep deviation and rate and divide their output by m: under Adam the two
+forms are one (section B of the paper). This one leaves nothing to the forward pass, so a trained model is a plain model
+to its readers. A head that is tied to the embedding is one matrix in two classes: it has the embedding's deviation and
+rate, and the logits are divided by m.
 
 What grows: heads, groups, and the inner widths of feed-forwards and experts, in step with hidden_size. What stays: head_dim,
 state sizes, numbers of experts and top_k. That theory covers attention and feed-forwards; for the other kinds of block a

@@ -38,8 +38,8 @@ class Prunable:
 
     sizes: the settings that become smaller with them, the one that counts groups first, each with its units a group. dims: of
     each parameter that is divided into groups, by its name behind `place`, the dim, its period and the width of a group.
-    rows: further tensors with one row a group. least: a setting that says how many must stay. refused: rules, each with a
-    remedy, by which these options cannot lose such groups.
+    rows: further tensors with one row per group. least: a setting that says how many must stay. refused: rules, each
+    with a remedy, by which these options cannot lose such groups.
     """
 
     sizes: Mapping[str, int]
@@ -95,7 +95,9 @@ class MixerOptions(Section):
         return 0, ""
 
     def scan(self) -> tuple[ScanLimits, int, tuple[int, int]] | None:
-        """What its scan's Triton kernels take, tokens a chunk, and a head's state (rows, columns); None: not known, or no scan."""
+        """What its scan's Triton kernels take, tokens per chunk, and a head's state (rows, columns); None: not known,
+        or no scan.
+        """
         return None
 
     def qk_clip(self) -> str | None:
@@ -109,12 +111,12 @@ class MixerOptions(Section):
     def weights(self, hidden_size: int, *, is_guided: bool) -> Weights | None:
         """Count the parameters of the mixer on a stream of this width; None: they are counted on one that is built.
 
-        is_guided: factored matrices have dense ones beside them.
+        is_guided: factored matrices have dense ones next to them.
         """
         return None
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """Forward FLOPs a token beside products with matrices; read where `weights` are counted."""
+        """Forward FLOPs per token next to products with matrices; read where `weights` are counted."""
         return 0.0
 
     def prunable(self, groups: str) -> Prunable | None:

@@ -106,7 +106,7 @@ def parse_pattern(text: str) -> Pattern:
 
 
 def explain_d(text: str) -> str | None:
-    """Say that `D` was read as a dense feed-forward, where a pattern of Megatron's would mean its sparse attention.
+    """Report that `D` was read as a dense feed-forward, where a pattern of Megatron's would mean its sparse attention.
 
     None where the pattern has no `D`, or a letter that Hunyuan alone has (`A`, `F`) shows whose it is.
     """
@@ -124,7 +124,7 @@ def parse_letters(text: str) -> frozenset[str]:
     symbols = [_one_spelling(symbol) for symbol in re.findall(r"\([^)]*\)|\{[^}]*\}|\S", text)]
     for symbol in symbols:
         if symbol not in LETTERS and not symbol.startswith(("{", "(")):
-            raise ValueError(f"{symbol!r} is no letter of a block; use some of {list_kinds()}")
+            raise ValueError(f"{symbol!r} is not a letter of a block; use some of {list_kinds()}")
     return frozenset(symbols)
 
 
@@ -243,7 +243,7 @@ class _Parser:
         if end < position + len(text) or symbol == "|":
             raise self.error(min(end, position + len(text) - 1), f"{example}: one letter or {{name}} on each side")
         if symbol in LETTERS and LETTERS[symbol].mixes == "channels":
-            raise self.error(position, f"parallel mixers are those of tokens, and {symbol!r} reads each by itself")
+            raise self.error(position, f"parallel mixers are those of tokens, and {symbol!r} reads each on its own")
         if symbol in before:
             raise self.error(position, f"parallel mixers are of different kinds; take this {symbol!r} out")
         return symbol

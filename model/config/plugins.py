@@ -83,7 +83,9 @@ def load_named(path: str) -> Any:
 
 
 def what_changed(error: Exception) -> str:
-    """Say what has another name now, where an error says that a package was written for an older amfm; else nothing."""
+    """Report what has another name now, where an error says that a package was written for an older amfm; else
+    nothing.
+    """
     missing = (getattr(error, "name", None) or "").split(".")
     if "mixer_registry" in missing:
         return "; a MixerSpec is a Kind of amfm.model.config.kinds now, and cut_evenly of its options is by axis"

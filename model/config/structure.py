@@ -30,7 +30,7 @@ class Structure:
     blocks: int | None = None
 
     def between(self, inputs: int, outputs: int) -> int:
-        """Numbers a token between the two factors of a matrix [outputs, inputs]; none for a dense one."""
+        """Numbers per token between the two factors of a matrix [outputs, inputs]; none for a dense one."""
         if self.kind == "dense":
             return 0
         return min(inputs, outputs) if self.kind == "blockshuffle" else self.ranks()

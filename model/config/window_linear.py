@@ -93,7 +93,7 @@ class WindowLinearOptions(SharedKeyOptions):
         return preset._replace(**set_ones)
 
     def fades_by_channel(self) -> bool:
-        """Whether each row of a state has a decay of its own."""
+        """Whether each row of a state has its own decay."""
         return self.branches().gate in ("key", "channel")
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
@@ -113,7 +113,7 @@ class WindowLinearOptions(SharedKeyOptions):
             yield field, f"{rule}; use combine: joint, or features: softmax"
         if form.gate == "key" and form.features == "hedgehog":
             field = "features" if self.features is not None else "gate"
-            yield field, "has a decay a key channel for features that are no channels; use features: softmax"
+            yield field, "has one decay per key channel for features that are not channels; use features: softmax"
         if self.feature_size is not None and form.features == "softmax":
             yield "feature_size", "has no effect with features: softmax, which has no matrix; remove it"
         if self.linear_positions == "rotary" and self.positions == "none":
@@ -142,7 +142,7 @@ class WindowLinearOptions(SharedKeyOptions):
         return 2 * (self.feature_size or self.head_dim) if self.branches().features == "hedgehog" else self.head_dim
 
     def state_shape(self) -> tuple[int, int]:
-        """Features, and the sum of weights beside the values where they are divided by it."""
+        """Features, and the sum of weights next to the values where they are divided by it."""
         return self.num_features(), self.head_dim + (self.branches().combine == "joint")
 
     def scan(self) -> tuple[ScanLimits, int, tuple[int, int]]:

@@ -34,7 +34,7 @@ class DepthEntries:
 
 
 def explain_left_out(config: ModelConfig, target: HfTarget) -> str | None:
-    """Say why an export of this class leaves the depths out; None where it writes them, or there are none."""
+    """Report why an export of this class leaves the depths out; None where it writes them, or there are none."""
     pattern = config.parsed_pattern
     if not pattern.num_depths:
         return None

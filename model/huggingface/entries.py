@@ -28,7 +28,9 @@ Rows = tuple[int, int] | None  # start and stop in the first dimension; None: al
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an entry that converts by itself: the entry of that part, and the rows of each tensor that belong to it."""
+    """A part of an entry that converts on its own: the entry of that part, and the rows of each tensor that belong to
+    it.
+    """
 
     entry: WeightEntry
     ours: Mapping[str, Rows]
@@ -159,7 +161,7 @@ class WeightMap:
             if any(bool(torch.count_nonzero(rows)) for _, rows in given.blocks(name)):
                 raise ValueError(
                     f"{name} is not zero, and the model that the configuration describes has no such weight; where "
-                    "amfm_model.json lies beside the weights, remove it to read config.json instead"
+                    "amfm_model.json lies next to the weights, remove it to read config.json instead"
                 )
         sources: dict[str, Source] = {}
         for entry in self.entries:

@@ -71,7 +71,7 @@ def unfit_settings(key: str, options: object, target: str, wanted: Wanted, other
 
 
 def unfit_softmax_scale(attention: AttentionConfig, target: str, other: str = "own") -> list[str]:
-    """Say that a class scales by the size of a head, where the attention does not."""
+    """Report that a class scales by the size of a head, where the attention does not."""
     scale, usual = attention.softmax_scale, attention.head_dim**-0.5
     if scale in (None, usual):
         return []

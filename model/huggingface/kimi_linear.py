@@ -178,8 +178,8 @@ def kimi_linear_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refus
     if "K" not in config.letters:
         return []
     rule = (
-        'its delta attention is a kernel for cards and ends with "_lib_fn_wrapper object has no attribute get"; serve it '
-        "from a card"
+        'its delta attention is a kernel for GPUs and ends with "_lib_fn_wrapper object has no attribute get"; serve it '
+        "from a GPU"
     )
     return [Refusal("vllm", rule)]
 

@@ -214,12 +214,12 @@ def refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
     found = []
     if "*" in config.letters:
         rule = (
-            "it hands heads as a dimension of their own to its rotary kernel (lfm2.py:176, lfm2_moe.py:257), which on a CPU takes "
+            "it hands heads as their own dimension to its rotary kernel (lfm2.py:176, lfm2_moe.py:257), which on a CPU takes "
             "them for tokens and gives other numbers without a word; serve it from a GPU"
         )
         found.append(Refusal("vllm", rule, misreads=True))
     if not config.tie_embeddings:
-        rule = 'it has no head beside the embedding and ends with "parameters not in model"; set model.tie_embeddings: true'
+        rule = 'it has no separate head and ends with "parameters not in model"; set model.tie_embeddings: true'
         found.append(Refusal("mlx-lm", rule))
     return found
 

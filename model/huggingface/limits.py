@@ -15,7 +15,7 @@ NO_ADAPTER_ON_OUTPUT = (
 
 
 def packed_rows(blocks: str) -> str:
-    """Say what blocks with a state make of packed rows."""
+    """Report what blocks with a state make of packed rows."""
     return (
         f"Documents packed into one row run into each other in {blocks} where `position_ids` alone name them. Give `seq_idx` too "
         "(`DataCollatorWithFlattening(return_seq_idx=True)`): with the kernels of the class it is honoured, without them refused. "

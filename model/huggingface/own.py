@@ -1,4 +1,5 @@
-"""Our own class: the modelling files that an export carries beside its weights and transformers loads through `auto_map`.
+"""Our own class: the modelling files that an export carries next to its weights and transformers loads through
+`auto_map`.
 
 It holds every block of ours. Its code is `pretrain/export/modeling_template`.
 """
@@ -39,7 +40,7 @@ def unfit_for_own(config: ModelConfig) -> list[str]:
 
 
 def own_fields(config: ModelConfig) -> dict[str, Any]:
-    """Fields of our own class, whose code is exported beside the weights and loaded through `auto_map`."""
+    """Fields of our own class, whose code is exported next to the weights and loaded through `auto_map`."""
     letters = config.letters
     return {
         "architectures": ["AmfmForCausalLM"],
@@ -65,7 +66,7 @@ def own_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_config_from_own(fields: Mapping[str, Any]) -> ModelConfig:
-    """Invert `own_fields`; validation checks what somebody may have edited."""
+    """Invert `own_fields`; validation checks what someone may have edited."""
     sections = {name: fields.get(name) for name in ("mamba", "attention", "moe", "feed_forward")}
     return ModelConfig.model_validate(
         {

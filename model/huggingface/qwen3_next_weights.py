@@ -69,7 +69,7 @@ class QueryEntry(WeightEntry):
         if not gate_HKD.is_meta and torch.count_nonzero(gate_HKD):
             raise ValueError(
                 f"{self.theirs[0]} has an output gate, and the model that the configuration describes has none; remove "
-                "amfm_model.json beside the weights to read config.json instead"
+                "amfm_model.json next to the weights to read config.json instead"
             )
         return queries_HKD.flatten(0, 1)
 
@@ -109,7 +109,7 @@ def head_pieces(entry: WeightEntry, shapes: Mapping[str, Shape], head_dim: int) 
 
 @dataclass(frozen=True)
 class RowsEntry(WeightEntry):
-    """Consecutive rows of ours, so many in each part, as tensors of which one may hold several parts.
+    """Consecutive rows of ours, this many in each part, as tensors of which one may hold several parts.
 
     takes: the parts in each of theirs.
     """

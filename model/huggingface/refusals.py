@@ -1,8 +1,8 @@
-"""Programs that are known to refuse or misread an export, said before somebody meets it.
+"""Programs that are known to refuse or misread an export, said before someone meets it.
 
-transformers proves every export; what other programs make of it was tried on small models of each class and compared with
-transformers (`make clients`), with the versions named here. What they read is in config.json; what they read and then refuse
-is in the file of each class.
+transformers shows every export; what other programs make of it was tried on small models of each class and compared
+with transformers (`make clients`), with the versions named here. What they read is in config.json; what they read and
+then refuse is in the file of each class.
 """
 
 from __future__ import annotations

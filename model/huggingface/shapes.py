@@ -1,6 +1,6 @@
 """Names and shapes of all weights of a model, from its configuration alone.
 
-So a checkpoint is checked and converted without building the model; blocks without a section of their own are built on the
+So a checkpoint is checked and converted without building the model; blocks without a separate section are built on the
 meta device to ask for theirs.
 """
 

@@ -55,7 +55,9 @@ def choose_target(config: ModelConfig) -> Target:
 
 
 def left_out_depths(config: ModelConfig, target: Target) -> str | None:
-    """Say why an export leaves the depths of multi-token prediction out; None where it does not, or there are none."""
+    """Report why an export leaves the depths of multi-token prediction out; None where it does not, or there are
+    none.
+    """
     return explain_left_out(config, WRITTEN[target])
 
 

@@ -143,7 +143,7 @@ class AttentionMixer(SoftmaxMixer):
         return torch.zeros(shape) if name == "sinks" else None
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """FLOPs a token of scores and of the values that they weigh."""
+        """FLOPs per token of scores and of the values that they weigh."""
         return self.section.sequence_flops(sequence_length) / self.groups.tp.size()
 
     def set_rope(self, rope: RopeConfig) -> None:

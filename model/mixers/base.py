@@ -5,7 +5,7 @@ the output (`output`), all pointwise in time. The base class does what is hard t
 convolution, resets at documents, tensor-parallel sharding of heads, states that pass between context ranks, decoding with
 a state, and FLOP counts. So a new mixer is some thirty lines, and one test suite holds all of them.
 
-Rows that are cut over context ranks are scanned once. Each segment is scanned from a zero state as a row of its own; the
+Rows that are cut over context ranks are scanned once. Each segment is scanned from a zero state as its own row; the
 state that enters it arrives afterwards and adds what it would have added, because the recurrence is linear in its state.
 That needs `scan_with_transfer`, which also says what a segment does to an entering state. A scan that waited for the state
 would run the ranks one after the other.
@@ -108,7 +108,7 @@ class LinearMixer(SequenceMixer):
         """Make the input of out_proj, [B, T, inner of this rank], from o [B, T, H, V] and the parts; pointwise in time."""
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """x [B, T, D] -> y [B, T, D]; with a state it goes on from there and returns the next one."""
+        """x [B, T, D] -> y [B, T, D]; with a state it continues from there and returns the next one."""
         parts, _ = self.project(x_BTD)
         next_state: MixerState | None = None
         if meta.segments is not None:
@@ -182,7 +182,7 @@ class LinearMixer(SequenceMixer):
         return o_BTHV, following
 
     def _scan_segments(self, parts: dict[str, Tensor], meta: PackMeta, segments: Segments) -> Tensor:
-        """Scan this rank's segments from zero as rows of their own, then add what their entering states add.
+        """Scan this rank's segments from zero as their own rows, then add what their entering states add.
 
         Two exchanges over `groups.cp`: inputs of the convolution with the neighbours, before it; states with all, after.
         """
@@ -226,7 +226,7 @@ class LinearMixer(SequenceMixer):
         return state
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """FLOPs a token of the recurrence, the same at every length."""
+        """FLOPs per token of the recurrence, the same at every length."""
         return self.recurrence.flops(*self.state_shape())
 
 

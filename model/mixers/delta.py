@@ -1,6 +1,6 @@
 """Linear mixers that overwrite: DeltaNet, Gated DeltaNet and DeltaProduct.
 
-Plain linear attention only adds to its state, so what a key holds blurs with every write. The delta rule first takes out
+Plain linear attention only adds to its state, so what a key holds blurs with every write. The delta rule first removes
 what the state holds for the key: one step of gradient descent on |S^T k - v|^2 with rate beta. With k of unit length the
 transition I - beta k k^T has the eigenvalue 1 - beta along k, and beta = 2 (`allow_negative_eigenvalues`) makes it a
 reflection. Recurrences whose transitions have positive real eigenvalues alone cannot solve parity at all lengths in finite

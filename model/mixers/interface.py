@@ -78,7 +78,7 @@ class Mixer(Float32Buffers):
         return None
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """Forward FLOPs a token of mixing over the sequence, of the heads on this rank.
+        """Forward FLOPs per token of mixing over the sequence, of the heads on this rank.
 
         Products with weights are counted elsewhere (`model/flops.py`).
         """
@@ -117,7 +117,7 @@ class SequenceMixer(Mixer):
 
     @abstractmethod
     def sequence_flops(self, sequence_length: int) -> float:
-        """Forward FLOPs a token of mixing over the sequence, of the heads on this rank."""
+        """Forward FLOPs per token of mixing over the sequence, of the heads on this rank."""
 
 
 class SoftmaxMixer(Mixer):
@@ -131,7 +131,7 @@ class SoftmaxMixer(Mixer):
     highest_logits_H: Tensor | None = None
 
     def noted_logits(self) -> Tensor | None:
-        """The tensor to raise in this pass; None where nobody wants to know, and outside of training."""
+        """The tensor to raise in this pass; None where no one wants to know, and outside of training."""
         return self.highest_logits_H if self.training else None
 
     @abstractmethod

@@ -76,7 +76,7 @@ class KdaMixer(LinearMixer):
     def written(
         self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, g_BTHK: Tensor, parts: dict[str, Tensor]
     ) -> ScanRows:
-        """Say how strongly tokens erase and write: one delta rule a token."""
+        """Report how strongly tokens erase and write: one delta rule a token."""
         beta_BTH = parts["beta"].to(g_BTHK.dtype).sigmoid()
         if isinstance(self.options, KdaOptions) and self.options.allow_negative_eigenvalues:
             beta_BTH = 2.0 * beta_BTH
@@ -97,8 +97,9 @@ class KdaMixer(LinearMixer):
 class Gdn2Mixer(KdaMixer):
     """S <- diag(e^g) S, then S <- S + k (w * v - S^T (b * k))^T, with b = sigmoid(W_b x) by key channel, w = sigmoid(W_w x) by value channel.
 
-    All else as Kimi Delta Attention; b = w = beta makes it that. b stays below 1: beyond, steps that are no contraction would make
-    the state grow without bound. Source: Gated DeltaNet-2 as flash-linear-attention has it (fla/ops/gdn2).
+    All else as Kimi Delta Attention; b = w = beta makes it that. b stays below 1: beyond, steps that are not
+    contraction would make the state grow without bound. Source: Gated DeltaNet-2 as flash-linear-attention has it
+    (fla/ops/gdn2).
     """
 
     def strengths(self) -> dict[str, Part]:

@@ -2,7 +2,7 @@
 
 A token's key is e^(k_t) over the sum of e^(k_j) up to it, and the state is decayed by the ratio of the old sum to the new one,
 which keeps the shares of all earlier tokens up to date. So the state is a weighted mean of values, and the decay follows
-from the keys without a projection of its own. The sum is carried as its logarithm z in float32, because e^k overflows.
+from the keys without its own projection. The sum is carried as its logarithm z in float32, because e^k overflows.
 """
 
 from __future__ import annotations

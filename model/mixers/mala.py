@@ -84,5 +84,5 @@ class TwoReads(DecayRecurrence):
         return torch.cat([first[0], second[0]], dim=1), first[1]
 
     def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
-        """Forward FLOPs a token: two more for each state number than with one read."""
+        """Forward FLOPs per token: two more for each state number than with one read."""
         return super().flops(num_heads, key_dim, value_dim) + 2.0 * num_heads * key_dim * value_dim

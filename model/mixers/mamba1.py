@@ -31,7 +31,7 @@ class Mamba1Mixer(LinearMixer):
     """in_proj to x and z; convolution and SiLU over x; dt (low-rank), B and C from x; the scan; times silu(z); out_proj.
 
     Each channel is a head with a state of [state_size, 1]. Channels are cut over the tensor ranks, which sum what they give
-    to dt, B and C: one all-reduce of dt_rank + 2 state_size numbers a token.
+    to dt, B and C: one all-reduce of dt_rank + 2 state_size numbers per token.
     Source: Gu and Dao 2023, arXiv 2312.00752, sections 3.2 to 3.4.
     """
 
@@ -118,5 +118,5 @@ class SelectiveRecurrence(Recurrence):
         return y_BC[..., None], state_BCN[..., None]
 
     def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
-        """Forward FLOPs a token; for each state number: decay, B times x, add, times C, add; then D x."""
+        """Forward FLOPs per token; for each state number: decay, B times x, add, times C, add; then D x."""
         return 5.0 * num_heads * key_dim * value_dim + 2.0 * num_heads

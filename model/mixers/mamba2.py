@@ -4,12 +4,12 @@ With decay a_t = exp(dt_t A) a head, dt_t = softplus(dt + dt_bias) and A = -exp(
 h_t = a_t h_(t-1) + dt_t x_t B_t^T and gives y_t = h_t C_t + D x_t. The scan computes it chunk by chunk with matrix products
 (kernels/decay_scan/README.md). z, x, B, C and dt come from one projection, so that the stream is read once.
 
-It is a decay recurrence like those of `LinearMixer`, but has a class of its own: its kernel applies dt, A and D inside the
+It is a decay recurrence like those of `LinearMixer`, but has its own class: its kernel applies dt, A and D inside the
 scan, where tensors of their products need not be written to memory.
 
 On the Triton backend all that follows the first projection is one operation (kernels/mamba2), which keeps less for backward
 and launches fewer kernels. Decode states, rows cut over context ranks, and a norm whose group lies on several tensor ranks
-enter between its parts: there, and on the torch backend, the parts run as operations of their own.
+enter between its parts: there, and on the torch backend, the parts run as separate operations.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Mamba2Mixer(Mixer):
         return scanned.y_BTHP, MambaState(window_BWC, scanned.final_state_BHPN)
 
     def _scan_segments(self, inputs_BTC: Tensor, dt_BTH: Tensor, meta: PackMeta, segments: Segments) -> Tensor:
-        """Scan this rank's segments from zero as rows of their own, and add what the tokens before them add.
+        """Scan this rank's segments from zero as their own rows, and add what the tokens before them add.
 
         It is added once their state has arrived (kernels/decay_scan/README.md): no second scan, and backward walks the
         sequence once.
@@ -219,7 +219,7 @@ class Mamba2Mixer(Mixer):
         return MambaState(window_BWC, state_BHPN)
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """FLOPs a token of the recurrence, the same at every length."""
+        """FLOPs per token of the recurrence, the same at every length."""
         return self.options.recurrence_flops() / self.groups.tp.size()
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:

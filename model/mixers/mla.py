@@ -33,9 +33,9 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
     """c = norm(W_down x), and one rotary key k_r for all heads; a head's keys [W_uk c; k_r] and values W_uv c.
 
     Sizes: r latent, N and R the two parts of a key, V a value. Training expands keys and values. The decode state has c and
-    k_r alone, r + R numbers a token, and decoding attends to them as they are: W_uk goes to the query, W_uv to the weighted
-    sum of latents, the same function in another order. Tensor ranks have whole latents and their heads' matrices; context
-    ranks gather latents, not heads. Source: DeepSeek-AI 2024, arXiv 2405.04434, section 2.1.
+    k_r alone, r + R numbers per token, and decoding attends to them as they are: W_uk goes to the query, W_uv to the
+    weighted sum of latents, the same function in another order. Tensor ranks have whole latents and their heads'
+    matrices; context ranks gather latents, not heads. Source: DeepSeek-AI 2024, arXiv 2405.04434, section 2.1.
     """
 
     def __init__(self, options: MlaOptions, build: BuildContext) -> None:
@@ -188,7 +188,7 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
         return {"latent": self.out_proj.weight.new_zeros(num_rows, 0, width)}
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """FLOPs a token of queries times the keys that it sees on average, and of weights times values."""
+        """FLOPs per token of queries times the keys that it sees on average, and of weights times values."""
         keys = (sequence_length + 1) / 2
         return 2.0 * keys * self.num_heads * (self.key_size + self.options.value_head_dim)
 

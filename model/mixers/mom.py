@@ -31,7 +31,7 @@ class MemoryRows(NamedTuple):
     """Rows of tokens sorted by memory, document and time, K' copies a token.
 
     order_BS [B, T K']: which copy (token * K' + choice) stands where. meta: the layout in which each pair of memory and
-    document is a document of its own.
+    document is its own document.
     """
 
     order_BS: Tensor
@@ -50,14 +50,14 @@ class MomMixer(SequenceMixer):
         super().__init__()
         self.options, self.build = options, build
         inner = find_kind(options.mixer).load()(build.options_of(options.mixer), build)
-        assert isinstance(inner, LinearMixer), f"check_model was not called: {options.mixer} is no linear mixer"
+        assert isinstance(inner, LinearMixer), f"check_model was not called: {options.mixer} is not a linear mixer"
         self.inner = inner
         self.router = nn.Parameter(torch.empty(options.num_memories, build.hidden_size))
         # Each rank has the gradient that its own heads give.
         self.shards = {"router": Shard(partial=("tp",))}
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """x [B, T, D] -> y [B, T, D]; with a state it goes on from there and returns the next one."""
+        """x [B, T, D] -> y [B, T, D]; with a state it continues from there and returns the next one."""
         parts, (logits_BTM,) = self.inner.project(x_BTD, [self.router])
         probabilities_BTM = logits_BTM.to(torch.promote_types(logits_BTM.dtype, torch.float32)).softmax(-1)
         weights_BTK, memory_BTK = self._choose(probabilities_BTM)
@@ -96,7 +96,7 @@ class MomMixer(SequenceMixer):
     def _go_on(
         self, parts: dict[str, Tensor], weights_BTK: Tensor, memory_BTK: Tensor, meta: PackMeta, state: MixerState
     ) -> tuple[Tensor, MixerState]:
-        """Go on from a state, token by token: the states of its memories are taken, advanced, and put back."""
+        """Continue from a state, token by token: the states of its memories are taken, advanced, and put back."""
         state, outputs = dict(state), []
         num_rows, num_tokens, copies = memory_BTK.shape
         row_BK = torch.arange(num_rows, device=memory_BTK.device)[:, None].expand(-1, copies)
@@ -143,7 +143,7 @@ class MomMixer(SequenceMixer):
         return {name: tensor.unflatten(0, (num_rows, memories)) for name, tensor in states.items()}
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """FLOPs a token of the recurrence, which each of its copies passes."""
+        """FLOPs per token of the recurrence, which each of its copies passes."""
         copies = self.options.top_k + self.options.shared_memory
         return copies * self.inner.sequence_flops(sequence_length)
 

@@ -71,7 +71,7 @@ def _split_queries(rows: ScanRows, dim: int) -> tuple[Tensor, ...]:
 
 
 def delay_rows(rows: ScanRows, width: int, ids_BS: Tensor) -> ScanRows:
-    """Delay the keys, values and decays of rows by `width` tokens, and let queries read the state of so many tokens ago.
+    """Delay the keys, values and decays of rows by `width` tokens, and let queries read the state of this many tokens ago.
 
     k, v and g have `width` tokens more than q, those before the row, and so have the ids of documents [B, S]. Zeros where the
     token so long ago is of another document. g is None without a decay; the result has zeros.
@@ -96,8 +96,8 @@ def delay_rows(rows: ScanRows, width: int, ids_BS: Tensor) -> ScanRows:
 def window_sum(x_BSX: Tensor, width: int) -> Tensor:
     """Sum the last `width` tokens up to each, fewer at the row's start: [B, S, ...] -> the same.
 
-    By doubling: each sum adds its own tokens alone. Differences of one running sum would lose what is small beside it, and
-    carry rounding from one document into the next.
+    By doubling: each sum adds its own tokens alone. Differences of one running sum would lose what is small next to it,
+    and carry rounding from one document into the next.
     """
     total, power, size, covered = torch.zeros_like(x_BSX), x_BSX, 1, 0
     while True:
@@ -111,7 +111,7 @@ def window_sum(x_BSX: Tensor, width: int) -> Tensor:
 
 
 def _shift(x_BSX: Tensor, by: int) -> Tensor:
-    """Move tokens back by so many places, with zeros at the start."""
+    """Move tokens back by this many places, with zeros at the start."""
     if by >= x_BSX.shape[1]:
         return torch.zeros_like(x_BSX)
     return functional.pad(x_BSX[:, : x_BSX.shape[1] - by], (*[0, 0] * (x_BSX.dim() - 2), by, 0))

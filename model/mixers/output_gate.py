@@ -1,7 +1,7 @@
 """A gate on the output of attention heads (Qiu et al. 2025, arXiv 2505.06708, section 2.2).
 
-sigmoid of a projection of the stream, one number a head or one an element. Softmax weights sum to 1, so a head without a gate
-cannot add nothing; with it, it can. Shared by attention, window and latent attention.
+sigmoid of a projection of the stream, one number a head or one per element. Softmax weights sum to 1, so a head without
+a gate cannot add nothing; with it, it can. Shared by attention, window and latent attention.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from amfm.model.parallel.layers import ColumnLinear
 def gate_projection(
     kind: OutputGate, hidden_size: int, num_heads: int, head_dim: int, groups: ProcessGroupCollection, *, name: str
 ) -> ColumnLinear | None:
-    """Build the projection to gates, one an element of each head or one a head, cut by heads; None without gates."""
+    """Build the projection to gates, one per element of each head or one per head, cut by heads; None without gates."""
     if kind == "none":
         return None
     rows = num_heads * (head_dim if kind == "element" else 1)

@@ -1,7 +1,7 @@
 """Mixers side by side: parallel heads of attention and a state space model, as in Falcon-H1.
 
-The mixers read one norm of the stream, and their outputs are added to it together. Each is the mixer that it is in a block of
-its own, with its ranks, documents and decode state: a block of two costs what both cost, less a norm and an addition.
+The mixers read one norm of the stream, and their outputs are added to it together. Each is the mixer that it is in its
+own block, with its ranks, documents and decode state: a block of two costs what both cost, less a norm and an addition.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ParallelMixer(Mixer):
         return (cast(Mixer, branch) for branch in self.branches)
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """Mix x [B, T, D] -> y [B, T, D]; with a state each mixer goes on from its own."""
+        """Mix x [B, T, D] -> y [B, T, D]; with a state each mixer continues from its own."""
         assert state is None or isinstance(state, ParallelState), f"parallel heads got a {type(state).__name__}"
         states = [None] * len(self.branches) if state is None else state.branches
         outputs = [branch(x_BTD, meta, own) for branch, own in zip(self._mixers(), states, strict=True)]
@@ -54,7 +54,7 @@ class ParallelMixer(Mixer):
         return ParallelState(tuple(branch.empty_state(num_rows) for branch in self._mixers()))
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """FLOPs a token of all mixers."""
+        """FLOPs per token of all mixers."""
         return sum(branch.sequence_flops(sequence_length) for branch in self._mixers())
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:

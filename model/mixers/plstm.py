@@ -1,4 +1,4 @@
-"""The one-dimensional pLSTM: linear attention with three gates a head.
+"""The one-dimensional pLSTM: linear attention with three gates per head.
 
 The paper's model lives on directed graphs. On a line its recurrence is S_t = t_t S_(t-1) + s_t k_t v_t^T with
 o_t = m_t S_t^T q_t, a decay recurrence: source and mark scale values and queries, and the transition is the decay.
@@ -22,7 +22,7 @@ from amfm.model.parallel.shards import Shard, ShardSpec
 
 
 class PlstmMixer(LinearMixer):
-    """Three gates a head: source (what enters), transition (what stays), mark (what is read), all sigmoids.
+    """Three gates per head: source (what enters), transition (what stays), mark (what is read), all sigmoids.
 
     Source: Poeppel et al. 2025, arXiv 2506.11997, section 3, for a sequence: the graph of a line.
     """

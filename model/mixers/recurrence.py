@@ -1,8 +1,8 @@
 """The two recurrences that carry linear mixers, as a mixer uses them: whole rows, segments of rows, one token.
 
-Decay: S_t = diag(e^(g_t)) S_(t-1) + k_t v_t^T, with one decay a head or one a key channel (kernels/decay_scan).
-Delta: S <- diag(e^(g_t)) S, with one decay a head, one a key channel or none, then for each micro-step S <- (I - beta k e^T) S + beta k v^T, where e is k or a vector of its own
-(kernels/delta_scan).
+Decay: S_t = diag(e^(g_t)) S_(t-1) + k_t v_t^T, with one decay a head or one per key channel (kernels/decay_scan).
+Delta: S <- diag(e^(g_t)) S, with one decay a head, one per key channel or none, then for each micro-step S <- (I - beta
+k e^T) S + beta k v^T, where e is k or its own vector (kernels/delta_scan).
 Both read o_t = S_t^T q_t, and both are affine in the state that enters a row: S_out = P S_in + F with P and F of the row
 alone. That is what context parallelism lives on (model/parallel/context.py). For a decay P is a factor, for a delta rule a
 K x K matrix, which costs about K / V more work and is computed only where rows are cut.
@@ -76,7 +76,7 @@ class Recurrence(ABC):
 
     @abstractmethod
     def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
-        """Floating-point operations a token of the recurrence itself, forward."""
+        """Floating-point operations per token of the recurrence itself, forward."""
 
 
 class DecayRecurrence(Recurrence):
@@ -101,7 +101,7 @@ class DecayRecurrence(Recurrence):
         return decay_step(rows.q, rows.k, rows.v, rows.g, state_BHKV)
 
     def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
-        """Forward FLOPs a token; for each state number: decay, k times v, add, times q, add."""
+        """Forward FLOPs per token; for each state number: decay, k times v, add, times q, add."""
         return 5.0 * num_heads * key_dim * value_dim
 
 
@@ -133,7 +133,7 @@ class DeltaRecurrence(Recurrence):
         return delta_step(rows.q, rows.k, rows.v, rows.beta, rows.g, state_BHKV, rows.erase)
 
     def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
-        """Forward FLOPs a token; 3 for each state number (decay, q times it, add) and 4 more in each step.
+        """Forward FLOPs per token; 3 for each state number (decay, q times it, add) and 4 more in each step.
 
         A step multiplies by k and adds, to read what the state holds, then multiplies the difference by k and adds it.
         """

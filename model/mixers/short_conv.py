@@ -37,7 +37,7 @@ class ShortConvMixer(SequenceMixer):
         self.conv = ShortConvolution(cut, options.conv_kernel, build.groups.tp.size(), activation="none")
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """Mix x [B, T, D] -> y [B, T, D]; with a state it goes on from there and returns the next one."""
+        """Mix x [B, T, D] -> y [B, T, D]; with a state it continues from there and returns the next one."""
         (projected_BTX,) = project_stream(x_BTD, [self.in_proj.weight], self.build.groups)
         entry_BTC, exit_BTC, values_BTC = projected_BTX.split(self.channels, dim=-1)
         inputs_BTC = entry_BTC * values_BTC

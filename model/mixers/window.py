@@ -158,7 +158,7 @@ class WindowMixer(SoftmaxMixer, SequenceMixer):
         return {"k": self.out_proj.weight.new_zeros(shape), "v": self.out_proj.weight.new_zeros(shape)}
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """FLOPs a token of two products with the keys that it sees on average in a row of this length."""
+        """FLOPs per token of two products with the keys that it sees on average in a row of this length."""
         window = min(self.options.window, sequence_length)
         keys = window - window * (window - 1) / (2 * sequence_length)
         return 4.0 * keys * self.num_heads * self.options.head_dim

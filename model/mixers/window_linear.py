@@ -43,7 +43,7 @@ from amfm.model.parallel.regions import leave_tensor_region, sum_values
 from amfm.model.parallel.shards import Shard, ShardSpec, divide, divide_units
 from amfm.model.segments import Segments
 
-# sigmoid of it is 0.1: the window's first weight beside features that sum to one.
+# sigmoid of it is 0.1: the window's first weight next to features that sum to one.
 FIRST_WINDOW_WEIGHT = math.log(0.1 / 0.9)
 # logsigmoid(4) = -0.018 forgets half in 38 tokens.
 DECAY_BIAS = 4.0
@@ -129,7 +129,9 @@ class WindowLinearMixer(SequenceMixer):
         return torch.full(shape, FIRST_WINDOW_WEIGHT) if name == "window_weight" else None
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """Mix x [B, T, D] -> y [B, T, D]; with a state the tokens go on from there, and the next state is returned."""
+        """Mix x [B, T, D] -> y [B, T, D]; with a state the tokens continue from there, and the next state is
+        returned.
+        """
         is_transfer = self.training and self.transfer_scale is not None
         # Blocks learn apart: what comes in is the teacher's stream, and no gradient goes back into it.
         rows, gate_BTX = self._project(x_BTD.detach() if is_transfer else x_BTD, meta)
@@ -253,7 +255,7 @@ class WindowLinearMixer(SequenceMixer):
             scanned = ScanRows(rows.query_features, rows.key_features, rows.v, decay)
         else:
             decay = None if rows.decay is None or past.decay is None else torch.cat([past.decay, rows.decay], dim=1)
-            # Ones beside the values sum the weights.
+            # Ones next to the values sum the weights.
             late = ScanRows(rows.query_features, features, functional.pad(v, (0, 1), value=1.0), decay)
             scanned = delay_rows(late, self.options.window, seen_BS)
         linear_BTHV, following = self._scan(scanned, how, state, segments)
@@ -384,7 +386,7 @@ class WindowLinearMixer(SequenceMixer):
         return state
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """FLOPs a token of the window's two products and of the recurrence, read once by each query head."""
+        """FLOPs per token of the window's two products and of the recurrence, read once by each query head."""
         window = min(self.options.window, sequence_length)
         keys = window - window * (window - 1) / (2 * sequence_length) + self.options.meta_tokens
         states, (features, columns) = self.num_kv_heads, self.options.state_shape()

@@ -1,8 +1,8 @@
 """Auxiliary losses that balance the load of experts, over all tokens of a micro-batch wherever they lie.
 
-Three losses, each with a weight of its own (kernels/moe/losses.py has their formulas): `balance` over the micro-batch,
+Three losses, each with its own weight (kernels/moe/losses.py has their formulas): `balance` over the micro-batch,
 `sequence_balance` within each row, `router_z` on the size of the logits. They are computed in training only. The loss-free
-bias (`MoeMixer.balance_experts`) is no loss and may be used beside them.
+bias (`MoeMixer.balance_experts`) is not a loss and may be used next to them.
 """
 
 from __future__ import annotations

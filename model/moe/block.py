@@ -12,7 +12,7 @@ A token's way through it:
 5. Dispatch: the token's k copies reach their experts. Where every rank has a part of each expert (`_routed`) they are
    sorted by expert; where experts are spread over `groups.ep` (`_dispatched`) rows travel by all-to-all (dispatch.py),
    while the shared expert computes.
-6. Experts: each is a feed-forward of its own. The k results are summed by weight in float32, and projected up again.
+6. Experts: each is its own feed-forward. The k results are summed by weight in float32, and projected up again.
 7. Shared expert: sees every token at full width; its output is added.
 8. Balance: auxiliary losses (balance.py) push the router towards even loads through its gradient; after the optimizer's
    step `balance_experts` moves the bias of step 2 against the load of the whole global batch.

@@ -29,7 +29,7 @@ from amfm.model.parallel.row_room import RowRoom, count_places
 
 
 class RowsByRank:
-    """Tokens [R, D] on their way to the ranks of their experts and back, in parts of which each travels by itself.
+    """Tokens [R, D] on their way to the ranks of their experts and back, in parts of which each travels on its own.
 
     expert ids [R, K] in the numbering of all experts, where the number of experts itself marks a lost choice, which sends
     nothing; weights [R, K]. Making it sends all parts. Every rank of `groups.ep` and `groups.expt_tp` must call everything here.

@@ -1,8 +1,8 @@
 """Rows by slot: under a capacity factor every sender has as many slots for each expert, so nothing need be counted.
 
-No expert takes more than so many rows of a sender: splits of the all-to-alls are equal and known beforehand, counts stay on
-the device, and nothing waits. A slot that no choice fills carries a row that nobody adds up. A row goes for each choice; with
-one expert a rank that is one a rank too. Results go home as they are and are summed by weight there.
+No expert takes more than this many rows of a sender: splits of the all-to-alls are equal and known beforehand, counts stay on
+the device, and nothing waits. A slot that no choice fills carries a row that no one adds up. A row goes for each
+choice; with one expert a rank that is one per rank too. Results go home as they are and are summed by weight there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from amfm.model.moe.transfer import HeldExperts, RowTransfer, exchange_counts, s
 
 
 class RowsBySlot:
-    """Tokens [R, D] on their way to the experts of their choices and back, in parts of which each travels by itself.
+    """Tokens [R, D] on their way to the experts of their choices and back, in parts of which each travels on its own.
 
     expert ids [R, K] and weights [R, K] as in `RowsByRank`; slots: of each rank for each expert, at least as many as it has
     choices of one. Parts have an equal share of every expert's slots. Making it sends all parts. Every rank of `groups.ep` and

@@ -1,4 +1,4 @@
-"""Capacity limits: which of a router's choices are carried out where an expert takes only so many of a micro-batch.
+"""Capacity limits: which of a router's choices are carried out where an expert takes only this many of a micro-batch.
 
 An expert takes `capacity_factor` times its even share of the choices; what is over is dropped (Fedus et al. 2021, arXiv
 2101.03961, section 2.2) or recycled to an expert with room. Limits hold in training only: a token's prediction must not
@@ -35,14 +35,14 @@ class Choices:
     capacity: int | None = None
 
     def slots(self, num_tokens: int, num_experts: int) -> int | None:
-        """Slots for each expert that hold what so many of the tokens choose; None without a limit, or as `slots_for` says."""
+        """Slots for each expert that hold what this many of the tokens choose; None without a limit, or as `slots_for` says."""
         if self.capacity is None:
             return None
         return slots_for(num_tokens, self.expert_ids_RK.shape[1], num_experts, self.capacity)
 
 
 def slots_for(num_tokens: int, top_k: int, num_experts: int, capacity: int) -> int | None:
-    """Slots for each expert that hold the choices of so many tokens; None where too many would stay empty.
+    """Slots for each expert that hold the choices of this many tokens; None where too many would stay empty.
 
     A token chooses an expert once, and the capacity holds for the tokens of all ranks that share the rows, so each of
     several ranks needs as many slots as all together.
@@ -87,7 +87,9 @@ def limit_choices(
 
 
 def _weights(routing: Routing, ids_RK: Tensor, moe: MoeConfig) -> Tensor:
-    """Weights [R, K] of the choices that are carried out; recycled ones are weighed anew, as `route` weighs the first."""
+    """Weights [R, K] of the choices that are carried out; recycled ones are weighed again, as `route` weighs the
+    first.
+    """
     is_kept_RK = ids_RK < moe.num_experts
     if moe.overflow == "drop":
         return torch.where(is_kept_RK, routing.weights_RK, 0.0)

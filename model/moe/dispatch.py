@@ -1,15 +1,17 @@
 """Expert parallelism: sends tokens to the ranks that hold their experts and back, over `groups.ep` and `groups.expt_tp`.
 
-Every rank comes with tokens of its own and their choices. Rows travel to the ranks of `groups.ep` that hold the experts, where
-each rank of `groups.expt_tp` with the same experts gets the rows of all, computes its part of the inner width, and gives back
-sums; then home. Without a capacity a row goes to each rank that a token has chosen an expert of (`by_rank.py`), and nothing is
-dropped or computed in vain; under a capacity factor rows lie in slots whose number is known, and nothing waits (`by_slot.py`).
-An expert, or a rank, that gets nothing is no exception. Results do not depend on the order of arrival.
+Every rank comes with its own tokens and their choices. Rows travel to the ranks of `groups.ep` that hold the experts,
+where each rank of `groups.expt_tp` with the same experts gets the rows of all, computes its part of the inner width,
+and gives back sums; then home. Without a capacity a row goes to each rank that a token has chosen an expert of
+(`by_rank.py`), and nothing is dropped or computed in vain; under a capacity factor rows lie in slots whose number is
+known, and nothing waits (`by_slot.py`). An expert, or a rank, that gets nothing is not an exception. Results do not
+depend on the order of arrival.
 
-What runs beside: the caller's work `while_out` is done while rows are on their way out, `while_home` while results come home. With
-`groups.overlap_experts` tokens, or slots, are cut in two halves: experts compute the first while the second travels out, and
-the second while the first comes home. And a caller may do other work wherever rows have set out (`dispatch_steps`; model/turns.py
-lets the other half of a micro-batch's rows pass blocks there). Backward mirrors it, because a transfer's gradient starts where the transfer ended.
+What runs meanwhile: the caller's work `while_out` is done while rows are on their way out, `while_home` while results
+come home. With `groups.overlap_experts` tokens, or slots, are cut in two halves: experts compute the first while the
+second travels out, and the second while the first comes home. And a caller may do other work wherever rows have set out
+(`dispatch_steps`; model/turns.py lets the other half of a micro-batch's rows pass blocks there). Backward mirrors it,
+because a transfer's gradient starts where the transfer ended.
 
 The module is left out of compiled graphs: the number of rows differs at each call. Every rank of both groups must call, forward
 and backward.

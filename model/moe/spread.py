@@ -12,7 +12,7 @@ from amfm.model.config.moe import MoeConfig
 def expected_ranks(moe: MoeConfig, expert_ranks: int) -> float:
     """Ranks on which the experts of a token's choices lie, as expected of an even router: rows that a token sends.
 
-    K different experts out of E leave out the e of one rank with probability C(E - e, K) / C(E, K), since so many of all
+    K different experts out of E leave out the e of one rank with probability C(E - e, K) / C(E, K), since this many of all
     sets have none of them; P ranks are each reached with the rest of it. A router that draws from g of n groups of experts
     first opens, of the groups on a rank, j with the probability of j among g draws out of n (hypergeometric); then K are
     drawn from all experts of open groups, of which those on the rank are j groups' (of a group that is larger than a rank,

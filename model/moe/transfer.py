@@ -1,4 +1,4 @@
-"""An all-to-all of rows between ranks that other work may run beside, in forward and in backward.
+"""An all-to-all of rows between ranks, with other work in parallel, in forward and in backward.
 
 Every rank of the group must call.
 """

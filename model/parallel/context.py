@@ -2,9 +2,10 @@
 
 A recurrence needs the state that the tokens before a segment leave behind, and no more: each rank scans its segments from
 zero, gives their last states and total decays to all, and every rank composes the states that enter its own. That is one
-collective a layer each way, of a size that does not depend on the row's length. A convolution needs the few inputs before
-the segment, attention the keys and values of the whole row. Every rank of `groups.cp` must call these functions; backward
-passes exchange as much as forward ones. Tensors of a rank's segments are [B, 2, ...], as `Segments` orders them.
+collective per layer each way, of a size that does not depend on the row's length. A convolution needs the few inputs
+before the segment, attention the keys and values of the whole row. Every rank of `groups.cp` must call these functions;
+backward passes exchange as much as forward ones. Tensors of a rank's segments are [B, 2, ...], as `Segments` orders
+them.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class _ReceiveStates(torch.autograd.Function):
     """Composes states over the segments, from the row's start forward and from its end backward, after one all-gather each.
 
     With S_z the state entering segment z and F_z the one after it, F_z = P_z S_z + final_z, and S_(z+1) is F_z where
-    the document goes on, else 0. Kept for backward: this rank's S and everyone's transfers P.
+    the document continues, else 0. Kept for backward: this rank's S and everyone's transfers P.
     """
 
     @staticmethod

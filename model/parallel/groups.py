@@ -22,7 +22,7 @@ class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
     tensor x context, `tp_ep` tensor inside experts x expert, `embd` the first and the last stage (None between them).
     With `sequence_parallel` the stream between blocks is [B, T of this tensor rank, D]. With `overlap_experts` half of the
     rows between experts travel while experts compute the other half. With `takes_turns` both halves of a micro-batch's rows pass
-    the blocks in turns (model/turns.py). With a `row_room` these rows have places, and nobody counts
+    the blocks in turns (model/turns.py). With a `row_room` these rows have places, and no one counts
     them on the host.
     """
 

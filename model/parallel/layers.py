@@ -89,7 +89,7 @@ class ColumnLinear(megatron_layers.ColumnParallelLinear):
 def project_layers(x_BTD: Tensor, layers: Sequence[ColumnLinear], groups: ProcessGroupCollection) -> tuple[Tensor, ...]:
     """Enter the tensor region and multiply all tokens by each layer, as `project_stream` does by weights: [B, T, out].
 
-    The first factor of a low-rank update reads the stream beside the layer's own weight.
+    The first factor of a low-rank update reads the stream next to the layer's own weight.
     """
     read = [
         weight
@@ -107,7 +107,7 @@ def project_layers(x_BTD: Tensor, layers: Sequence[ColumnLinear], groups: Proces
 class RowLinear(megatron_layers.RowParallelLinear):
     """This rank's part of y = x W^T, the columns of W sharded over the tensor-parallel ranks: [..., in of this rank] -> [..., out].
 
-    `segments`: sizes of what the input joins, each cut by itself; by default it is one.
+    `segments`: sizes of what the input joins, each cut on its own; by default it is one.
 
     The parts are summed by `leave_tensor_region`, once for all that a block computes, and not in this layer: under sequence
     parallelism the sum is a reduce-scatter over tokens, which is the business of the region and not of a matrix.

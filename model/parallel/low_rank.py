@@ -1,7 +1,8 @@
-"""What a fine-tune adds to a matrix: scale B (A x), two thin factors beside a weight that stays as it is (LoRA).
+"""What a fine-tune adds to a matrix: scale B (A x), two thin factors next to a weight that stays as it is (LoRA).
 
-The factors follow the cut of their matrix, so that no collective is added. Beside a column layer A is whole on every tensor
-rank, which reads the same tokens, and B is cut as the rows of W. Beside a row layer A is cut as the columns of W and B is
+The factors follow the cut of their matrix, so that no collective is added. Next to a column layer A is whole on every
+tensor rank, which reads the same tokens, and B is cut as the rows of W. Next to a row layer A is cut as the columns of
+W and B is
 whole: its parts leave the region in the sum that W's parts need anyway. Of a whole factor each rank has the gradient that
 its own rows or columns give, a part of the sum.
 """
@@ -19,7 +20,7 @@ from amfm.model.parallel.shards import Shard, ShardSpec
 class LowRankUpdate(nn.Module):
     """The factors down [rank, in of this rank] and up [out of this rank, rank] of scale up (down x).
 
-    `cut`: of the matrix that it stands beside, of dim 0 for a column layer and dim 1 for a row layer. `gates` [..., rank]:
+    `cut`: of the matrix next to it, of dim 0 for a column layer and dim 1 for a row layer. `gates` [..., rank]:
     what the numbers between both factors are multiplied by, token by token (model/routed_updates.py); none: nothing.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
     """

@@ -54,7 +54,7 @@ class RowRoom:
             self.is_open = False
 
     def was_short(self, missed: int) -> bool:
-        """Whether passes in which all ranks missed so many places must be taken again; rows that were counted had theirs."""
+        """Whether passes in which all ranks missed this many places must be taken again; rows that were counted had theirs."""
         return self.fitting >= FITTING_STEPS and missed > 0
 
     def settle(self, missed: int) -> bool:

@@ -23,9 +23,9 @@ Axis = Literal["tp", "expt_tp", "ep", "embd"]
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Sharding of one dimension of a parameter over the ranks of a group, each of its segments by itself.
+    """Sharding of one dimension of a parameter over the ranks of a group, each of its segments on its own.
 
-    `segments` are the whole sizes of the parts that stand one after the other along `dim` (a gate and an up matrix, say);
+    `segments` are the whole sizes of the parts that stand one after the other along `dim` (such as a gate and an up matrix);
     each rank holds its slice of every segment. `units` counts what cannot be cut in each segment (key-value heads, groups
     of B and C); where ranks outnumber them, neighbouring ranks hold copies of one unit. No `units`: any slice will do.
     """

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-_listening: list[Waits] = []  # of this process, since a GPU's backward pass runs in a thread of its own
+_listening: list[Waits] = []  # of this process, since a GPU's backward pass runs in a separate thread
 
 
 class Waits(ABC):
@@ -97,7 +97,7 @@ class DeviceWaits(Waits):
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Around what waits for other ranks; costs nothing where nobody listens."""
+    """Around what waits for other ranks; costs nothing where no one listens."""
     if not _listening:
         yield
         return

@@ -1,4 +1,4 @@
-"""Background saving: the step waits for a copy in memory, and a thread writes and commits it while training goes on.
+"""Background saving: the step waits for a copy in memory, and a thread writes and commits it while training continues.
 
 A step that is saved costs training one copy of the state to host memory; hashing, writing, syncing and the messages between
 ranks happen in the thread. One save is in flight at most: the next one waits for it, so memory holds one copy. A save that
@@ -37,7 +37,7 @@ Saved = SavedCheckpoint | SavedReplica | SentCopy
 
 
 class BackgroundSaver:
-    """Writes one checkpoint at a time in a thread of its own; the guarantees are those of `save_checkpoint`.
+    """Writes one checkpoint at a time in a separate thread; the guarantees are those of `save_checkpoint`.
 
     The copy stays in memory between saves: 12 bytes for each number whose masters this rank holds.
 
@@ -122,7 +122,7 @@ class BackgroundSaver:
         return finished
 
     def _run(self, work: Callable[[], Saved]) -> None:
-        """Do the work in a thread of its own, whose result `wait` gives."""
+        """Do the work in a separate thread, whose result `wait` gives."""
         # A thread for this save alone: while one lives that has used OpenMP, its idle workers count as busy processors
         # and every parallel loop of the training thread waits longer (half the speed, measured on two cores).
         writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")

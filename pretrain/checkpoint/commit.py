@@ -6,7 +6,7 @@ at all, and is forced to the disk by an fsync of the parent. `latest` is a hint 
 newest first, and verifies them.
 
 Before the commit every failure is an error. After it the checkpoint stands, so what fails then (an old folder that can't be
-deleted, say) is a remark for the log and ends no run.
+deleted, for example) is a remark for the log and ends no run.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def make_checkpoints_folder(checkpoints_dir: Path) -> None:
 
 
 def remove_temporary(checkpoints_dir: Path) -> list[str]:
-    """Remove what an interrupted save left behind, and remark on what can't be. One rank calls it, while nobody saves."""
+    """Remove what an interrupted save left behind, and remark on what can't be. One rank calls it, while no one
+    saves.
+    """
     found = [path for path in checkpoints_dir.iterdir() if TEMPORARY_NAME.fullmatch(path.name)]
     return [remark for path in found for remark in try_to_delete(path, TEMPORARY_NAME)]
 
@@ -191,8 +193,8 @@ def remove_older(checkpoints_dir: Path, step: int, keep_last: int) -> list[str]:
 
     Marked ones neither count nor go, nor do links: who moved a checkpoint elsewhere and left a link wants to keep it. A
     folder with a broken manifest or a file of the wrong size neither counts nor goes: it can't serve as a predecessor,
-    and it may be what somebody has to look at. Those of later steps stay too (a run that fell back to an older
-    checkpoint will write them anew). Rank 0 calls it, after the commit.
+    and it may be what someone has to look at. Those of later steps stay too (a run that fell back to an older
+    checkpoint will write them again). Rank 0 calls it, after the commit.
     """
     whole = []
     for path in list_checkpoints(checkpoints_dir):

@@ -2,7 +2,7 @@
 
 A resumed run should be the run that was interrupted. Where it runs, how it is spread over ranks,
 with which kernels, and what it reports may differ. So may what is checked elsewhere: data by the loader's state, stages by
-`stage_faults`. The list names what is allowed, not what is refused, so that a new setting is refused until somebody has
+`stage_faults`. The list names what is allowed, not what is refused, so that a new setting is refused until someone has
 decided that it is harmless.
 """
 
@@ -136,7 +136,7 @@ def stage_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[
 
 
 def end_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[str]:
-    """Say that the run, or the stage under way, would end before the step that the checkpoint has reached."""
+    """Report that the run, or the stage under way, would end before the step that the checkpoint has reached."""
     stop = current.train.stop_after_steps
     if stop is not None and stop < steps_done:
         return [
@@ -151,7 +151,7 @@ def end_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[st
 
 
 def guide_faults(saved: RunConfig, current: RunConfig) -> list[str]:
-    """Say that another number of steps would move the end of the guides, which fade over a share of all steps."""
+    """Report that another number of steps would move the end of the guides, which fade over a share of all steps."""
     guide = saved.model.guide
     if guide is None or current.model.guide is None:
         return []
@@ -162,11 +162,11 @@ def guide_faults(saved: RunConfig, current: RunConfig) -> list[str]:
 
 
 def explain_remedy(refused: Sequence[str], saved: RunConfig, step: int) -> str:
-    """Say how to go on: with the old value, in a stage of its own where that can be, or as a new run."""
+    """Report how to continue: with the old value, in its own stage where that can be, or as a new run."""
     remedy = "Restore the value, or give run.dir another name to start a new run."
     if any(name.startswith("optimizer.kind:") for name in refused):
         remedy += (
-            " One kind of optimizer cannot go on from the other's moments: a new run takes the weights alone, with "
+            " One kind of optimizer cannot continue from the other's moments: a new run takes the weights alone, with "
             "run.initial_weights set to this run's directory."
         )
     if any(name.startswith("optimizer.state_dtype:") for name in refused):

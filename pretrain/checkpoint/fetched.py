@@ -1,4 +1,6 @@
-"""Checkpoints that come from elsewhere, a store or the memory of nodes: copies held to their digests, and the rename at the end."""
+"""Checkpoints that come from elsewhere, a store or the memory of nodes: copies checked against their digests, and the
+rename at the end.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ class Source(Protocol):
     """What can be read in blocks; the end is an empty one."""
 
     def read(self, size: int, /) -> bytes:
-        """Read at most so many bytes."""
+        """Read at most this many bytes."""
         ...
 
 

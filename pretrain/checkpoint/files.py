@@ -3,7 +3,7 @@
 Each rank writes one safetensors file, whose format any library reads without our code. We write it ourselves and not with
 `save_file`, because the digest is then computed in the one pass that writes, and memory holds one tensor at a time. The
 manifest lists every file with size and SHA-256, and carries a SHA-256 of its own text: a cut, swapped or edited file is
-found before anything is loaded. Files beside the manifest's are a fault if they hold tensors, else a warning.
+found before anything is loaded. Files next to the manifest's are a fault if they hold tensors, else a warning.
 
 A manifest of version 1, which knew data parallelism alone, is read as one of version 2 (`upgrade_manifest`).
 """
@@ -135,7 +135,7 @@ def read_patiently(path: Path, read: Callable[[], T]) -> T:
                 number = errno.errorcode.get(error.errno or 0, "no number")
                 raise StorageError(
                     f"{path}: {error.strerror or error} ({number}) at {len(READ_PAUSES) + 1} attempts; the storage failed and the "
-                    "file may be whole: go on when it answers again"
+                    "file may be whole: continue when it answers again"
                 ) from error
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")

@@ -74,7 +74,7 @@ def base_optimizer(engine: Any) -> torch.optim.Adam:
 def name_groups(optimizer: torch.optim.Adam) -> list[str]:
     """Labels of the parameter groups (`muon`, `decay`, `no_decay`), in the optimizer's order.
 
-    A label may come several times: DeepSpeed takes the experts of a group into groups of their own.
+    A label may come several times: DeepSpeed takes the experts of a group into separate groups.
     """
     return [str(group["label"]) for group in optimizer.param_groups]
 
@@ -137,7 +137,7 @@ def create_state(engine: Any, part: Part, optimizer_step: int) -> dict[str, Tens
     """
     optimizer = base_optimizer(engine)
     group = optimizer.param_groups[part.group]
-    # torch keeps the counter of the fused and capturable kernels beside the weights, else on the CPU.
+    # torch keeps the counter of the fused and capturable kernels next to the weights, else on the CPU.
     device = part.master.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
     state = optimizer.state[part.master]
     state["step"] = torch.tensor(float(optimizer_step), dtype=torch.float32, device=device)

@@ -62,8 +62,9 @@ def load_newest(
 
     All ranks must call it; each reads and verifies a share of the files. A broken checkpoint is passed over for the one before.
     Raises RuntimeError when checkpoints exist but none verifies, naming each with its reason, and when there is none but
-    there was (`refuse_lost`): training would otherwise start anew without a word. Raises ValueError when the newest sound one belongs to another model, dataset
-    or schedule. The layout may be another than the one that saved: each rank reads what its shards and ranges need.
+    there was (`refuse_lost`): training would otherwise restart without a word. Raises ValueError when the newest sound
+    one belongs to another model, dataset or schedule. The layout may be another than the one that saved: each rank
+    reads what its shards and ranges need.
     """
     engine = layout.engine
     ranks = ranks_of(engine)
@@ -87,7 +88,7 @@ def load_newest(
         warnings = ranks.broadcast(list_warnings(checkpoints_dir, path, manifest, config) if ranks.rank == 0 else None)
         own_warnings = restored.finish(report)
         warnings += [text for share in ranks.collect(own_warnings or None).values() for text in share]
-        # DeepSpeed counts steps itself; its counters go on from the saved ones.
+        # DeepSpeed counts steps itself; its counters continue from the saved ones.
         for name in ENGINE_COUNTERS:
             setattr(engine.deepspeed, name, manifest["engine"][name])
         state = manifest["state"]
@@ -96,7 +97,7 @@ def load_newest(
         raise RuntimeError(
             f"none of the {len(skipped)} checkpoints in {checkpoints_dir} is whole: "
             + " | ".join(skipped)
-            + ". Put back a copy of one of them, or give another run.dir to start anew from step 0."
+            + ". Put back a copy of one of them, or give another run.dir to start over from step 0."
         )
     refuse_lost(checkpoints_dir, ranks)
     return None
@@ -105,15 +106,15 @@ def load_newest(
 def refuse_lost(checkpoints_dir: Path, ranks: RankGroup) -> None:
     """Raise RuntimeError on all ranks where there is no checkpoint, and the run's events say that there was one.
 
-    A disk that is not mounted, a moved link or storage that shows files late would else begin the run anew, in silence, and
-    drop the metrics of all that it had done. All ranks must call it.
+    A disk that is not mounted, a moved link or storage that shows files late would else begin the run again, silently,
+    and drop the metrics of all that it had done. All ranks must call it.
     """
     saved = find_last_saved(checkpoints_dir.parent) if ranks.rank == 0 else None
     step = ranks.broadcast(saved)
     if step is not None:
         raise RuntimeError(
             f"{checkpoints_dir} holds no checkpoint, and by {checkpoints_dir.parent / 'events.jsonl'} the run saved one of "
-            f"step {step}. Put it back (is its disk mounted?), or give another run.dir to start anew from step 0."
+            f"step {step}. Put it back (is its disk mounted?), or give another run.dir to start over from step 0."
         )
 
 
@@ -121,7 +122,8 @@ def read_together(checkpoint_dir: Path, ranks: RankGroup) -> tuple[dict[str, Any
     """Read the manifest of a checkpoint on rank 0 and broadcast it; the same answer everywhere.
 
     Returns the manifest, None when it is broken, and all problems. Raises StorageError on all ranks where the storage does
-    not answer, which is no damage: to pass over the checkpoint would write another in its place. All ranks must call it.
+    not answer, which is not damage: to pass over the checkpoint would write another in its place. All ranks must call
+    it.
     """
     manifest: dict[str, Any] | None = None
     problem, refused = RankFailure(), RankFailure()

@@ -1,8 +1,8 @@
 """The manifest of a checkpoint, joined from the reports of all ranks.
 
 Reports are joined on their way to rank 0 (ranks/tree.py), so that it gets what the manifest says and not each rank's copy of it.
-Rank 0 checks, before the commit, what no rank can see by itself: that what they wrote makes up every parameter. A gap found here is a bug, so it is an assertion, and the checkpoint that
-would have had it is never committed.
+Rank 0 checks, before the commit, what no rank can see on its own: that what they wrote makes up every parameter. A gap
+found here is a bug, so it is an assertion, and the checkpoint that would have had it is never committed.
 """
 
 from __future__ import annotations

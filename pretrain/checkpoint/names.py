@@ -1,6 +1,6 @@
 """Names of checkpoints: which folders are complete ones, and the newest step among them.
 
-Apart from the rest, and without torch, so that a launcher knows at once where a run will go on.
+Apart from the rest, and without torch, so that a launcher knows at once where a run will continue.
 """
 
 from __future__ import annotations

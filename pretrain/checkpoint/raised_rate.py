@@ -1,7 +1,8 @@
-"""Says when a resume would raise the learning rate again: a longer run spreads its schedule over more steps.
+"""Reports when a resume would raise the learning rate again: a longer run spreads its schedule over more steps.
 
 Who extends a finished run wants to keep what it learned in its decay. Under more steps the decay begins later, so the next
-step would have a rate that the run had left behind. From the checkpoint before the decay it goes on as a run of so many steps.
+step would have a rate that the run had left behind. From the checkpoint before the decay it continues as a run of so
+many steps.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ TOLERANCE = 1e-6  # relative; nearer rates are the same number, computed another
 
 
 def describe_raised_rate(saved: RunConfig, current: RunConfig, step: int, checkpoints: Sequence[Path]) -> str | None:
-    """Say that the step after `step`, which is done, has a higher rate than it by a changed schedule, and where to go back to.
+    """Report that the step after `step`, which is done, has a higher rate than it by a changed schedule, and where to
+    go back to.
 
     None where the schedule gives step `step` the rate that it had, or a lower one. checkpoints: of the run, newest first.
     """
@@ -37,7 +39,7 @@ def describe_raised_rate(saved: RunConfig, current: RunConfig, step: int, checkp
         if before.first_step < older < step and math.isclose(now.rate(older), before.rate(older), rel_tol=TOLERANCE):
             places = "that folder" + (" and of train.checkpoint_store" if current.train.checkpoint_store else "")
             return (
-                f"{said}. To go on from where the old schedule and the new one agree, at step {older:,}: stop this, move the checkpoints after "
+                f"{said}. To continue from where the old schedule and the new one agree, at step {older:,}: stop this, move the checkpoints after "
                 f"{path} out of {places}, and start again. To keep the rate low, append a stage with its own learning_rate"
             )
     return f"{said}, and no older checkpoint has the same rate under both. To keep it low, append a stage with its own learning_rate"

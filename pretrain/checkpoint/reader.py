@@ -22,7 +22,7 @@ from amfm.pretrain.checkpoint.placement import Placement, find_blocks, place_who
 from amfm.pretrain.engine.moments import moments_of
 from amfm.pretrain.tensor_files import TensorFile
 
-# A checkpoint has a file a rank, and a process may open a thousand.
+# A checkpoint has a file per rank, and a process may open a thousand.
 MAX_OPEN_FILES = 64
 
 
@@ -54,7 +54,7 @@ def read_shards(manifest: dict[str, Any], name: str) -> list[SavedShard]:
 class RangeReader:
     """Reader of the verified files of one checkpoint; looks into each file once, when it is needed.
 
-    `rows_numel`: a shard that must be put together from others is read about so many numbers at a time.
+    `rows_numel`: a shard that must be put together from others is read about this many numbers at a time.
     """
 
     def __init__(self, checkpoint_dir: Path, manifest: dict[str, Any], *, rows_numel: int = BLOCK_NUMEL) -> None:
@@ -97,7 +97,7 @@ class RangeReader:
         return flat.view(placement.whole)
 
     def source(self, kind: str, name: str) -> Source:
-        """A whole float32 tensor whose rows are read when somebody asks for them."""
+        """A whole float32 tensor whose rows are read when someone asks for them."""
         placement = place_whole(self.manifest["parameters"][name]["shape"])
         row_numel = math.prod(placement.whole[1:])
 

@@ -1,9 +1,9 @@
 """Copies of checkpoints in an object store: `train.checkpoint_store`, for machines whose disks end with them.
 
-A checkpoint is first committed in the run directory (save.py). Then, still beside training, every rank sends a share of its
-files, large ones in parts; when all stand in the store with their sizes, rank 0 sends the manifest. **That object is the
-commit**: a step without it is no checkpoint, whatever was sent. A step that is sent again loses its manifest first. Only
-then are older steps removed, manifest first.
+A checkpoint is first committed in the run directory (save.py). Then, still during training, every rank sends a share of
+its files, large ones in parts; when all stand in the store with their sizes, rank 0 sends the manifest. **That object
+is the commit**: a step without it is not a checkpoint, whatever was sent. A step that is sent again loses its manifest
+first. Only then are older steps removed, manifest first.
 
 A start takes from the store what the run directory does not have: the newest step beyond its own, fetched by all ranks
 into a temporary folder, with every digest compared on the way, and renamed into place. From there it is loaded like any
@@ -12,7 +12,7 @@ numbers must not be trained on because of a network.
 
 A copy that can't be sent is a remark, because the checkpoint of the run directory stands; the next save sends the next one.
 The last one of a run has no next: it is tried once more, and a start sends what the store lacks of the checkpoint that it
-goes on from.
+continues from.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class RemoteCheckpoints:
         for step, objects in self.list_objects().items():
             is_whole = MANIFEST_NAME in objects
             if step_of(step) > step_of(name) or MARK_NAME in objects:
-                continue  # a run that fell back sends later steps anew
+                continue  # a run that fell back sends later steps again
             kept += is_whole
             if is_whole and kept <= keep_last:
                 continue
@@ -144,7 +144,7 @@ class RemoteCheckpoints:
             raise RuntimeError(
                 f"none of the {len(skipped)} checkpoints in {self.folder.url} can be loaded: "
                 + " | ".join(skipped)
-                + ". Name another train.checkpoint_store to start anew."
+                + ". Name another train.checkpoint_store to start over."
             )
         return skipped
 

@@ -4,7 +4,7 @@ The commit protocol, for step N. Every rank takes part:
 
 1. Each rank takes a snapshot: views of the ranges of float32 masters and moments that it writes (writers.py chooses one
    writer for every shard), its buffers and its random state. The background saver copies the views, so that training may
-   go on.
+   continue.
 2. Rank 0 removes what interrupted saves left, checks the free space for all, and makes the folder `step-N.tmp`.
 3. Each rank writes one safetensors file into it, computing SHA-256 on the way, syncs it to the disk, and reports what it
    wrote. NaN in a tensor is an error: a broken state must not replace a good one.
@@ -234,7 +234,7 @@ def write_snapshot(
                     fence()
                 saved = commit(temporary_dir, complete_manifest(snapshot.manifest, joined))
                 remarks += [*saved.remarks, *remove_older(checkpoints_dir, snapshot.step, keep_last)]
-        # Still there only after a failure, on any rank; nobody leaves before it is gone, or can't be.
+        # Still there only after a failure, on any rank; no one leaves before it is gone, or can't be.
         remarks += try_to_delete(temporary_dir, TEMPORARY_NAME)
     ranks.raise_together(problem.text, doing)
     if remote is not None:

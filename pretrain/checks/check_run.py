@@ -6,7 +6,7 @@ one pass. A rule may rely on others: stages are resolved only after their declar
 run only on a model whose own rules hold, and rules on micro-batches only when the ranks share the batch. That order
 keeps one mistake from being reported five times.
 
-A run with stages is checked stage by stage (checks/stages.py), each as a run of its own.
+A run with stages is checked stage by stage (checks/stages.py), each as its own run.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ def check_run(
 ) -> None:
     """Refuse a run whose sections do not fit together or whose ranks cannot share its batch.
 
-    `world_size` counts all ranks; a launcher that starts each layout anew gives all numbers that it can start, the most
-    first; None leaves out the rules that depend on it, as they are for stages before `steps_done`. `goes_on`: a launcher
-    has checked what comes after the present layout. Raises ConfigError with every broken rule. Touches no device and
-    reads no file.
+    `world_size` counts all ranks; a launcher that starts each layout again gives all numbers that it can start, the
+    most first; None leaves out the rules that depend on it, as they are for stages before `steps_done`. `goes_on`: a
+    launcher has checked what comes after the present layout. Raises ConfigError with every broken rule. Touches no
+    device and reads no file.
     """
     declared, synthetic = list(declaration_problems(config)), list(synthetic_problems(config))
     problems = [*declared, *vocabulary_problems(config), *data_problems(config), *synthetic, *keeping_problems(config)]
@@ -198,7 +198,7 @@ def data_problems(config: RunConfig) -> Iterator[Problem]:
         for name in phase.weights or {}:
             if name not in names:
                 remedy = f"use one of {', '.join(names)}"
-                yield Problem(f"{key}.weights.{name}", "is no name of data.sources", remedy)
+                yield Problem(f"{key}.weights.{name}", "is not a name of data.sources", remedy)
         if phase.start_sample <= start:
             rule = f"must be greater than {start}, where the phase before starts"
             yield Problem(f"{key}.start_sample", rule, "put the phases in order", str(phase.start_sample))
@@ -260,12 +260,10 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
     warmup_steps = schedule.warmup_length(steps)
     if warmup_steps >= steps:
         rule = f"must be less than train.steps={steps}"
-        remedy = (
-            f"use {steps // 10}, say, or raise train.steps; for a short trial train.stop_after_steps keeps the schedule"
-        )
+        remedy = f"use for example {steps // 10}, or raise train.steps; for a short trial train.stop_after_steps keeps the schedule"
         yield Problem("schedule.warmup_steps", rule, remedy, str(warmup_steps))
     if schedule.kind == "inverse_sqrt" and warmup_steps == 0:
-        remedy = "use 100, say, or raise train.steps"
+        remedy = "use for example 100, or raise train.steps"
         yield Problem("schedule.warmup_steps", "must be at least 1 with schedule.kind=inverse_sqrt", remedy, "0")
     yield from package_schedule_problems(schedule, steps)
     if schedule.kind != "wsd":
@@ -306,7 +304,7 @@ def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
         yield Problem("train.stop_after_steps", rule, "lower it, or remove it", str(train.stop_after_steps))
     if train.validate_every_steps is not None and config.data.validation_fraction == 0:
         rule = "needs documents kept for validation, and data.validation_fraction is 0"
-        remedy = "set data.validation_fraction=0.02, say, or remove it"
+        remedy = "set for example data.validation_fraction=0.02, or remove it"
         yield Problem("train.validate_every_steps", rule, remedy, str(train.validate_every_steps))
     for name in ("on_nonfinite", "on_spike"):
         if getattr(config.health, name) == "rollback" and train.checkpoint_every_steps is None:

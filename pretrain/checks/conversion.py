@@ -10,7 +10,7 @@ from amfm.pretrain.config.schema import RunConfig
 
 
 def routed_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse what has not been shown to compute the same beside low-rank updates that a router chooses among."""
+    """Refuse what has not been shown to compute the same together with low-rank updates that a router chooses among."""
     if config.model.lora_mixer is None:
         return
     parallel = config.parallel
@@ -52,4 +52,4 @@ def conversion_problems(config: RunConfig) -> Iterator[Problem]:
         rule = "makes the steps of matrices orthogonal, which has not been tried on the thin factors of an update"
         yield Problem("optimizer.kind", rule, "use adamw", "muon")
     if config.stages:
-        yield Problem("stages", "have no place in a conversion, which has stages of its own", "remove them")
+        yield Problem("stages", "have no place in a conversion, which has its own stages", "remove them")

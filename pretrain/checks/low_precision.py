@@ -91,7 +91,7 @@ def place_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def excluded_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse what has not been built or shown to compute the same beside a recipe."""
+    """Refuse what has not been built or shown to compute the same together with a recipe."""
     section, model = config.low_precision, config.model
     key, recipe = f"{SECTION}.recipe", section.recipe
     if config.train.precision == "float32" and not section.emulate:

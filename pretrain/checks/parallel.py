@@ -43,7 +43,7 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
         rule = "spreads routed experts, and model.pattern has no E block"
         yield Problem("parallel.expert", rule, "use 1", str(section.expert))
     if section.overlap_experts and section.expert == 1:
-        rule = "lets rows between expert ranks travel beside experts, and parallel.expert is 1"
+        rule = "lets rows between expert ranks travel while experts compute, and parallel.expert is 1"
         yield Problem("parallel.overlap_experts", rule, "raise parallel.expert, or use false", "true")
     if section.expert_room is not None and section.expert == 1:
         rule = "is room for rows between expert ranks, and parallel.expert is 1"
@@ -72,7 +72,7 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
         remedy = "use parallel.schedule=interleaved with parallel.pipeline above 1, or virtual_stages=1"
         yield Problem("parallel.virtual_stages", rule, remedy, str(section.virtual_stages))
     if section.virtual_stages == 1 and section.schedule == "interleaved":
-        rule = "interleaves several pieces a rank, and parallel.virtual_stages is 1"
+        rule = "interleaves several pieces per rank, and parallel.virtual_stages is 1"
         yield Problem("parallel.schedule", rule, "use parallel.virtual_stages=2, or schedule=1f1b", "interleaved")
 
 

@@ -83,7 +83,7 @@ def group_problems(config: RunConfig, prune: PruneConfig) -> Iterator[Problem]:
         setting = f"{key}.{next(iter(groups.sizes))}={groups.count}"
         if abs(kept - round(kept)) > 1e-6 or round(kept) < 1:
             remedy = f"use {max(1, round(kept)) / groups.count:.6g}"
-            yield Problem("prune.keep", f"of {setting} is no whole number", remedy, str(prune.keep))
+            yield Problem("prune.keep", f"of {setting} is not a whole number", remedy, str(prune.keep))
         for part in options.feed_forwards():
             if prune.groups == "channels" and part.structure != DENSE:
                 owner = f"{key}.{part.prefix}".rstrip("._")

@@ -1,9 +1,9 @@
 """On how many ranks a stage runs, whether they can share it, and the nearest layout where they cannot.
 
-Without layouts of stages there is one number of ranks and one answer. A stage that declares a layout of its own may need
-another number: a launcher that goes on by itself offers several (`choices`, the most first), and the stage takes the most
-that its layout and batch can share. Ranks that nobody starts anew have one choice, and later stages must suit it too. All
-of it is arithmetic on the configuration, so that a stage of next month is refused before the first one starts.
+Without layouts of stages there is one number of ranks and one answer. A stage that declares its own layout may need
+another number: a launcher that continues on its own offers several (`choices`, the most first), and the stage takes the
+most that its layout and batch can share. Ranks that no one restarts have one choice, and later stages must suit it too.
+All of it is arithmetic on the configuration, so that a stage of next month is refused before the first one starts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRIED_LAYOUTS = 3000
 
 
 def rank_problems(config: RunConfig, world_size: int) -> list[Problem]:
-    """Check that so many ranks can share a run without stages: its axes, its batch and its pipeline's micro-batches."""
+    """Check that this many ranks can share a run without stages: its axes, its batch and its pipeline's micro-batches."""
     shares = [*world_problems(config, world_size), *batch_problems(config, world_size)]
     return shares or [*micro_batch_problems(config, world_size), *ramp_share_problems(config, world_size)]
 
@@ -46,7 +46,7 @@ def batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
 
 
 def ranks_of_stage(config: RunConfig, stage: RunStage, choices: Sequence[int]) -> int:
-    """Number of ranks that a stage runs on: the first choice, or the first that a layout of its own can use.
+    """Number of ranks that a stage runs on: the first choice, or the first that its own layout can use.
 
     Where none suits it is the first choice, whose problems say why.
     """
@@ -72,7 +72,7 @@ def with_nearest(found: list[Problem], config: RunConfig, stage: RunStage, ranks
 
 
 def nearest_layout(config: RunConfig, ranks: int) -> ParallelConfig | None:
-    """Layout that so many ranks can run and whose axes are nearest, in powers of two; None where none of many is.
+    """Layout that this many ranks can run and whose axes are nearest, in powers of two; None where none of many is.
 
     The configuration is a run without stages, with the layout that does not suit.
     """

@@ -15,7 +15,7 @@ from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.schema import RunConfig, StageConfig
 from amfm.pretrain.stages import RunStage, model_of_stage
 
-# What a stage without a value of its own takes from outside of the stages, and not from the stage before.
+# What a stage without its own value takes from outside of the stages, and not from the stage before.
 NOT_INHERITED = ("learning_rate", "schedule", "weights")
 # What decides how a stage lies on the ranks.
 LAYOUT = ("parallel", "recompute", "recompute_blocks")
@@ -34,7 +34,7 @@ def declaration_problems(config: RunConfig) -> Iterator[Problem]:
     sources = [source.name for source in config.data.sources]
     if config.data.phases:
         remedy = "give the stages their weights and sequence_length, and remove data.phases"
-        yield Problem("data.phases", "has no effect beside stages, which say when data change", remedy)
+        yield Problem("data.phases", "has no effect together with stages, which say when data change", remedy)
     for index, section in enumerate(config.stages):
         key = f"stages.{index}"
         if section.name in names[:index]:
@@ -49,7 +49,7 @@ def declaration_problems(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"{key}.rope", rule, "remove it, or use model.attention.positions=rope")
         for name in section.weights or {}:
             if name not in sources and config.data.probe is None:
-                rule = "is no name of data.sources"
+                rule = "is not a name of data.sources"
                 yield Problem(f"{key}.weights.{name}", rule, f"use one of {', '.join(sources)}")
 
 
@@ -92,7 +92,7 @@ def ramp_share_problems(config: RunConfig, world_size: int) -> Iterator[Problem]
 
 
 def total_problems(config: RunConfig, total: int) -> Iterator[Problem]:
-    """Check that a number of steps beside stages is their sum."""
+    """Check that a number of steps next to stages is their sum."""
     if config.stages and config.train.steps not in (None, total):
         rule = f"is not the sum of the stages, {total}"
         remedy = "remove it, or change the stages; for a short trial use train.stop_after_steps"

@@ -1,6 +1,6 @@
 """Rules of a run on a synthetic task: its settings agree, its rows and vocabulary fit, and no setting is about text.
 
-A synthetic task makes its own rows (`data.probe`), so every setting of a text store would be read by nobody. Such a
+A synthetic task makes its own rows (`data.probe`), so every setting of a text store would be read by no one. Such a
 setting is refused rather than ignored: a run that silently drops `data.sources` would train on something else than its
 file says. The rule on row lengths stands apart, because it needs resolved stages, and those exist only once the other
 rules hold.
@@ -16,7 +16,7 @@ from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.stages import RunStage
 
-# Settings of `data` that only a store of text reads; each must keep its default beside data.probe.
+# Settings of `data` that only a store of text reads; each must keep its default together with data.probe.
 ABOUT_TEXT = (
     "store",
     "cache",
@@ -41,7 +41,7 @@ def synthetic_problems(config: RunConfig) -> Iterator[Problem]:
         return
     for name in ABOUT_TEXT:
         if getattr(config.data, name) != DataConfig.model_fields[name].default:
-            yield Problem(f"data.{name}", "has no effect on data.probe, which is no text", "remove one of the two")
+            yield Problem(f"data.{name}", "has no effect on data.probe, which is not text", "remove one of the two")
     if "/" in config.model.pattern:
         rule = "has prediction depths, and labels of data.probe are not the next tokens"
         yield Problem("model.pattern", rule, "remove what is behind '/'", config.model.pattern)

@@ -109,7 +109,7 @@ class ConvertConfig(Section):
         None, description="Make experts of the feed-forwards instead; nothing is trained, so without transfer and tune."
     )
     transfer: TransferConfig | None = Field(
-        None, description="Of window_linear with weights of its own; none: no such stage."
+        None, description="Of window_linear with its own weights; none: no such stage."
     )
     tune: TuneConfig | None = Field(None, description="Of every conversion of attention, and of its controls.")
     stage: StageName | None = Field(

@@ -161,7 +161,7 @@ def reference_page() -> str:
         "- An unknown key, a wrong type or a value out of range stops before anything starts (exit code 2), with the",
         "  file, line, key, value, rule and remedy of every problem at once.",
         "- `amfm config run.yaml` prints the resolved file, `--diff OTHER` what two runs differ in, `--ranks 8` checks",
-        "  that so many ranks can share its batch.",
+        "  that this many ranks can share its batch.",
         "- Editors complete and check keys with `configs/schema.json`: put the line",
         "  `# yaml-language-server: $schema=schema.json` (the path from the file) on top.",
         "",

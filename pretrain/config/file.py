@@ -63,12 +63,14 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 SOURCE_PATH = re.compile(r"data\.sources\.\d+\.paths\.\d+")
 # What other programs call a setting, where no spelling shows the way.
 OTHER_NAMES = {
-    **dict.fromkeys(("model.mlp", "model.ffn", "model.dense"), "model.feed_forward"),
+    **dict.fromkeys(("mlp", "ffn", "dense", "model.mlp", "model.ffn", "model.dense"), "model.feed_forward"),
     "optimizer.lr": "optimizer.learning_rate",
     "train.max_steps": "train.steps",
     "train.profile.start_step": "train.profile.steps: [5]",
     **dict.fromkeys(("report_to", "run.report_to"), "run.tensorboard and run.wandb_project"),
 }
+# What other programs call a value.
+OTHER_VALUES = {("schedule.kind", "linear"): "wsd with schedule.decay_shape: linear"}
 NOT_RECORDED = "false # launch.setup is not recorded, because it may hold secrets"
 
 
@@ -262,15 +264,20 @@ def explain_missing(parts: Parts, schema: Schema) -> Problem:
 
 
 def explain_choice(parts: Parts, given: object, value: str, schema: Schema) -> Problem:
-    """Describe a value that is not among the allowed ones; the remedy is the nearest in spelling, else the first."""
+    """Describe a value that is not among the allowed ones.
+
+    The remedy is ours for a value of other programs, the nearest in spelling, `auto` where there is one, or the first.
+    """
     parent = section_at(parts[:-1], schema)
     assert parent is not None, f"no section holds {parts}"
     allowed = [show_value(item) for item in literal_values(parent.model_fields[str(parts[-1])].annotation)]
     near = difflib.get_close_matches(str(given), allowed, n=1)
     key, names = ".".join(str(part) for part in parts), ", ".join(allowed)
-    return Problem(
-        key, f"must be one of: {names}", f"use {near[0]}" if near else f"use for example {allowed[0]}", value
-    )
+    remedy = OTHER_VALUES.get((".".join(str(part) for part in parts[-2:]), str(given)))
+    if remedy is None:
+        example = "auto" if "auto" in allowed else f"for example {allowed[0]}"
+        remedy = near[0] if near else example
+    return Problem(key, f"must be one of: {names}", f"use {remedy}", value)
 
 
 def literal_values(annotation: Any) -> list[object]:

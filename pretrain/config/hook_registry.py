@@ -1,7 +1,7 @@
 """Hooks as configurations see them: the table of those that a section asks for, ours and those of installed packages.
 
 A package registers a hook with an entry point of the group `amfm.hooks` that names a `HookSpec`, and its options become
-the section `hooks.NAME`. Ours, `prune`, `forget` and `qk_clip`, have sections of their own. As with mixers, a spec names the class
+the section `hooks.NAME`. Ours, `prune`, `forget` and `qk_clip`, have their own sections. As with mixers, a spec names the class
 by its import path, because configurations are read where torch is not imported.
 
 A hook is a subclass of `amfm.pretrain.hook.Hook`, built as `Class(options, run)` on every rank at every start. Nothing
@@ -26,7 +26,7 @@ class HookOptions(Section):
     """The base of a hook's options."""
 
     def broken_rules(self, config: Any, steps: int) -> Iterator[tuple[str, str, str]]:
-        """Fields that do not go with a RunConfig of so many steps: each with the rule and a remedy."""
+        """Fields that do not go with a RunConfig of this many steps: each with the rule and a remedy."""
         yield from ()
 
 

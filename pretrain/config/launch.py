@@ -1,4 +1,4 @@
-"""Settings of `amfm launch`: how a run is kept going on many nodes, and what goes into a batch script of Slurm."""
+"""Settings of `amfm launch`: how a run is kept continuing many nodes, and what goes into a batch script of Slurm."""
 
 from __future__ import annotations
 

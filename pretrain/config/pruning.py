@@ -1,4 +1,4 @@
-"""Sections about weights that a run edits beside its optimizer: pruning, forgetting and QK-clip."""
+"""Sections about weights that a run edits in addition to its optimizer: pruning, forgetting and QK-clip."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ class TrainConfig(Section):
         "bf16", description="Of weights and activations; master weights and moments are float32 always."
     )
     checkpoint_every_steps: int | None = Field(
-        None, gt=0, description="Save every so many steps; none: only at the end and on signals."
+        None, gt=0, description="Save every N steps; none: only at the end and on signals."
     )
     checkpoint_in_background: bool = Field(
         True, description="Steps wait for a copy in memory only while a thread writes; false: until it is on the disk."
@@ -172,7 +172,7 @@ class TrainConfig(Section):
     keep_every_steps: int | None = Field(
         None,
         gt=0,
-        description="Mark the checkpoints of every so many steps: they are never pruned, in addition to keep_last; none: marked by hand only.",
+        description="Mark the checkpoints of every N steps: they are never pruned, in addition to keep_last; none: marked by hand only.",
     )
     replica_every_steps: int | None = Field(
         None, gt=0, description="Steps without a checkpoint after which the memory of two nodes gets one; none: never."
@@ -181,7 +181,7 @@ class TrainConfig(Section):
     validate_every_steps: int | None = Field(
         None,
         gt=0,
-        description="Measure validation loss every so many steps; none: only at the end, and not at all where no document is held out.",
+        description="Measure validation loss every N steps; none: only at the end, and not at all where no document is held out.",
     )
     validation_batches: int = Field(8, gt=0, description="Global batches per validation.")
     log_every_steps: int = Field(
@@ -271,18 +271,18 @@ class ParallelConfig(Section):
         return self.tensor * self.context * self.pipeline
 
     def data_ranks(self, world_size: int) -> int:
-        """Shares of the global batch among so many ranks."""
+        """Shares of the global batch among this many ranks."""
         return max(1, world_size // self.model_ranks())
 
 
 class StageConfig(Section):
     """A part of the run; what it leaves out stays as in the stage before it, at first as in `train` and `parallel`.
 
-    A `parallel` section is a whole layout: what it leaves out has its default, and the ranks start anew in it.
+    A `parallel` section is a whole layout: what it leaves out has its default, and the ranks restart in it.
     """
 
     name: str = Field(min_length=1, description="Shown in the log and the report.")
-    tokens: float | None = Field(None, gt=0, description="At least so many tokens; or give steps.")
+    tokens: float | None = Field(None, gt=0, description="At least this many tokens; or give steps.")
     steps: int | None = Field(None, gt=0, description="Optimizer steps; or give tokens.")
     sequence_length: int | None = Field(None, gt=0, description="Tokens per row.")
     micro_batch_size: int | None = Field(None, gt=0, description="Rows per forward pass and rank.")
@@ -293,7 +293,7 @@ class StageConfig(Section):
     schedule: ScheduleConfig | None = Field(None, description="Over the steps of this stage; none: `schedule`.")
     parallel: ParallelConfig | None = Field(
         None,
-        description="Layout from here on, whole: what it leaves out has its default. The run saves, and goes on with new processes; none: as before.",
+        description="Layout from here on, whole: what it leaves out has its default. The run saves, and continues with new processes; none: as before.",
     )
     recompute: Literal["none", "selective", "full"] | None = Field(
         None, description="Blocks that are computed again in backward passes, as train.recompute."
@@ -326,7 +326,7 @@ class HealthConfig(Section):
     check_state_every_steps: int | None = Field(
         None,
         gt=0,
-        description="Look for silent corruption every so many steps and before each save: state that changed at rest, copies that differ, a micro-batch that gives other bits when run again. The run ends (code 3) and names the rank; none: never.",
+        description="Look for silent corruption every N steps and before each save: state that changed at rest, copies that differ, a micro-batch that gives other bits when run again. The run ends (code 3) and names the rank; none: never.",
     )
 
 
@@ -396,5 +396,5 @@ class RunConfig(Section):
     launch: LaunchConfig = LaunchConfig()
 
     def own_losses(self) -> tuple[str, ...]:
-        """Auxiliary losses that the run's blocks give beside those of the section `model`."""
+        """Auxiliary losses that the run's blocks give besides those of the section `model`."""
         return () if self.convert is None else self.convert.own_losses()

@@ -60,7 +60,7 @@ class Entry:
 
 
 def parse_scalar(text: str) -> Scalar:
-    """Resolve an unquoted scalar by YAML 1.2's core rules; what is no null, truth value or number is text."""
+    """Resolve an unquoted scalar by YAML 1.2's core rules; what is not null, truth value or number is text."""
     if _NULL.match(text):
         return None
     if _TRUE.match(text):
@@ -148,7 +148,7 @@ class TreeReader:
         return ConfigError([Problem("", rule, "write it out, shorter and flatter", origin=self.origin(node))])
 
     def convert_mapping(self, node: yaml.MappingNode, parent: str) -> dict[str, Entry]:
-        """Convert a mapping; a key that occurs twice is a problem, because YAML readers keep the last in silence."""
+        """Convert a mapping; a key that occurs twice is a problem, because YAML readers keep the last silently."""
         mapping: dict[str, Entry] = {}
         for key_node, value_node in node.value:
             origin = self.origin(key_node)
@@ -180,7 +180,7 @@ def merge(below: Entry, above: Entry) -> Entry:
 
 
 def no_file(path: Path) -> str:
-    """Say what a path is that is not a regular file."""
+    """Report what a path is that is not a regular file."""
     return "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
 
 

@@ -25,7 +25,7 @@ from amfm.pretrain.convert.weights import StartReport, stage_weights
 from amfm.pretrain.inference.evaluate import measure_store
 from amfm.pretrain.inference.weights import Weights, read_weights
 
-# A difference below this is no difference, in nats a token.
+# A difference below this is not a difference, in nats per token.
 UNUSED_NATS = 0.005
 
 
@@ -39,7 +39,8 @@ class RoutedSource:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Losses in nats a token by model, in the order of a table; shares of the linear branch by block; a verdict in words.
+    """Losses in nats per token by model, in the order of a table; shares of the linear branch by block; a verdict in
+    words.
 
     `result`: the folder with the merged weights. `tokens`: that each model was measured on. `routed`: by source of the text;
     empty without updates that a router chooses among.
@@ -201,9 +202,9 @@ def measure_conversion(
 
 
 def judge(losses: Mapping[str, float]) -> str:
-    """Say in words how far the result is from the teacher, and whether its linear branch does anything."""
+    """Report in words how far the result is from the teacher, and whether its linear branch does anything."""
     beside = losses[TUNED] - losses[TUNED_TEACHER]
-    text = f"tuned, it is {beside:+.4f} nats a token beside the teacher after the same tuning"
+    text = f"tuned, it is {beside:+.4f} nats per token vs. the teacher after the same tuning"
     if WINDOW_ALONE not in losses:
         return text
     without, alone = losses[WITHOUT_LINEAR] - losses[TUNED], losses[WINDOW_ALONE] - losses[TUNED]

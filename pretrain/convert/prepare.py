@@ -41,7 +41,7 @@ def prepare_stage(model: HybridModel, convert: ConvertConfig) -> None:
 
 
 def converted_mixers(model: HybridModel, convert: ConvertConfig) -> list[WindowLinearMixer]:
-    """The mixers of converted blocks held here that have branches of their own."""
+    """The mixers of converted blocks held here that have their own branches."""
     held = [model.blocks[index].mixer for index in model.blocks.indices() if index in (convert.blocks or ())]
     return [mixer for mixer in held if isinstance(mixer, WindowLinearMixer)]
 
@@ -49,7 +49,7 @@ def converted_mixers(model: HybridModel, convert: ConvertConfig) -> list[WindowL
 def new_weights(model: HybridModel, convert: ConvertConfig) -> list[str]:
     """Name the weights of converted blocks held here that softmax attention has not: those of the mixer's own.
 
-    Of a mixer other than window_linear all its weights are trained: what fitted is no whole attention any more.
+    Of a mixer other than window_linear all its weights are trained: what fitted is not a whole attention any more.
     """
     found = []
     for index in model.blocks.indices():

@@ -30,7 +30,7 @@ STAGE_NAMES = {
 
 
 def write_result(found: ConversionReport, tuned: Weights, stages: Sequence[ConversionStage]) -> None:
-    """Write the merged weights where they are not there yet, and beside them the report and its picture."""
+    """Write the merged weights where they are not there yet, and next to them the report and its picture."""
     if not found.result.exists():
         write_folder(found.result, tuned)
     temporary = found.result / f"{JSON_NAME}.part"
@@ -79,10 +79,10 @@ def _draw_losses(found: ConversionReport, stages: Sequence[ConversionStage], axe
         if stage.name == "transfer":
             first = stage.config.train.steps or 0
     axes.axhline(found.losses[TEACHER], color=LIGHT.ink, linewidth=0.9, linestyle="--", label="teacher as given")
-    # A model converted at once may be far off: the curves that are compared shall fill the picture.
+    # A model converted at once may be far off: the curves that are compared are to fill the picture.
     lowest = min(found.losses.values())
     axes.set_ylim(lowest - 0.05, max(found.losses[TUNED], begins["tune"], found.losses[TEACHER]) + 0.3)
     axes.set_xlabel("step")
-    axes.set_ylabel("nats a token, held out")
+    axes.set_ylabel("nats per token, held out")
     axes.legend(fontsize=7.5, frameon=False)
     axes.set_title("Loss by stage", fontsize=9.5)

@@ -122,7 +122,9 @@ def block_problems(config: RunConfig, wanted: str) -> Iterator[Problem]:
     what = "softmax attention" if wanted == ATTENTION else "feed-forward"
     convert, letters = conversion_of(config), config.model.letters
     if convert.blocks is not None and convert.keep:
-        yield Problem("convert.keep", "is given beside convert.blocks, which says the same", "remove one of them")
+        yield Problem(
+            "convert.keep", "is given together with convert.blocks, which says the same", "remove one of them"
+        )
     for key, blocks in (("blocks", convert.blocks or ()), ("keep", convert.keep)):
         for index in blocks:
             if not 0 <= index < len(letters):
@@ -151,7 +153,9 @@ def mixer_problems(config: RunConfig) -> Iterator[Problem]:
     """Check that the new mixer is known, has options, and computes from the teacher's weights what they were trained for."""
     convert = conversion_of(config)
     if convert.to not in registered_kinds():
-        yield Problem("convert.to", "is no registered mixer", f"use one of {', '.join(registered_kinds())}", convert.to)
+        yield Problem(
+            "convert.to", "is not a registered mixer", f"use one of {', '.join(registered_kinds())}", convert.to
+        )
         return
     options = getattr(config.model.mixers, convert.to)
     if options is None:

@@ -5,7 +5,8 @@
     run.dir/transferred        start with what that gave
     run.dir/convert-tune       trains them and low-rank updates on the text
     run.dir/convert-tune-window, convert-tune-teacher
-                               controls: the same updates with the linear branch left out, and beside the teacher's attention
+                               controls: the same updates with the linear branch left out, and next to the teacher's
+                               attention
     run.dir/result             the weights of tune, merged
 
 A stage differs from the conversion's configuration in its model, directory, first weights, steps and rate, and in

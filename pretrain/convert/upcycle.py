@@ -7,8 +7,8 @@ feed-forward, copies are alike, and the weights of the copies add up to 1: the m
 no weight is scaled. Ties between slices of a copy go to the lower id in every backend of `route`.
 
 Experts part by their tokens alone, or from the start by `noise` and `reset`, which are not exact; what they change is
-measured beside the dense model on text. Sources: Komatsuzaki et al. 2023 (arXiv 2212.05055), He et al. 2024 (arXiv
-2410.07524) for slices, Nakamura et al. 2025 (arXiv 2502.19261) for units that are drawn anew.
+measured next to the dense model on text. Sources: Komatsuzaki et al. 2023 (arXiv 2212.05055), He et al. 2024 (arXiv
+2410.07524) for slices, Nakamura et al. 2025 (arXiv 2502.19261) for units that are drawn again.
 
 Experts are made when they are asked for, one matrix at a time, by a generator of their own name: the same numbers in every
 read, and memory for one matrix of a feed-forward.
@@ -40,7 +40,7 @@ from amfm.pretrain.export.export import check_free, proof_text
 from amfm.pretrain.inference.streamed_model import stream_model
 from amfm.pretrain.inference.weights import Weights
 
-# Two float32 sums in another order; logits of order 10, as of an export's proof.
+# Two float32 sums in another order; logits of order 10, as of an export's verification.
 TOLERANCE = 1e-4
 
 
@@ -192,7 +192,7 @@ class Copies:
         return Source((self.num_experts, self.down.shape[0], self.units), torch.float32, read)
 
     def varied(self, matrix: str, expert: int, part: Tensor, *, dim: int) -> Tensor:
-        """An expert's matrix with some units along `dim` drawn anew, and noise; the same in every call."""
+        """An expert's matrix with some units along `dim` drawn again, and noise; the same in every call."""
         if self.settings.is_exact():
             return part
         deviation, mean, drawn = part.std(), part.mean(), self.generator(f"experts.{expert}.{matrix}")

@@ -52,7 +52,7 @@ class StartReport:
 
 
 def read_teacher(config: RunConfig, report: Report = silent) -> Weights:
-    """Read the teacher and hold it against the configuration's model and data.
+    """Read the teacher and compares it with the configuration's model and data.
 
     Raises ValueError for a model of a synthetic task, and for another model or tokenizer than the configuration's.
     """
@@ -150,7 +150,7 @@ def write_start(config: RunConfig, report: Report = silent) -> StartReport:
 
 
 def write_folder(folder: Path, weights: Weights) -> None:
-    """Write a weights folder whole or not at all, with the `model` section of a run that goes on from it."""
+    """Write a weights folder whole or not at all, with the `model` section of a run that continues from it."""
     with begin_export(folder) as temporary:
         write_weights(temporary, weights)
         (temporary / MODEL_SECTION).write_text(describe_model(weights.model), encoding="utf-8")
@@ -173,7 +173,7 @@ def stage_weights(stage: ConversionStage, report: Report = silent) -> Weights:
     if model.moe is not None and first.model.moe is not None:
         model = model.model_copy(update={"moe": first.model.moe})
     if model.lora_mixer is not None:
-        # What goes on from these weights makes hard choices from its own first step.
+        # What continues from these weights makes hard choices from its own first step.
         model = model.model_copy(update={"lora_mixer": model.lora_mixer.model_copy(update={"hard_from_step": None})})
     return replace(first, model=model, state=state, origin=f"{checkpoint} of a conversion", run=None, step=None)
 

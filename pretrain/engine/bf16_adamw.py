@@ -1,12 +1,14 @@
-"""AdamW whose masters and moments are bf16: 6 bytes a parameter instead of 12, rounded so that small steps are not lost.
+"""AdamW whose masters and moments are bf16: 6 bytes per parameter instead of 12, rounded so that small steps are not
+lost.
 
 bf16 keeps 8 bits of a number. A step smaller than a 256th of a weight would vanish in rounding to the nearest, every time,
 and a second moment that decays by a thousandth would never fall. So a chunk of a flat master at a time is widened to
 float32, stepped there as torch's AdamW does, and what comes out is rounded up or down by chance, in proportion to how near
 it lies: on average nothing is lost (stochastic rounding, Gupta et al. 2015, arXiv 1502.02551, section 3).
 
-The chance is no generator but a hash of the parameter's name, the place in this rank's shard, and the step. So nothing has
-to be saved for a run to go on bit for bit, ranks that hold copies round alike, and ZeRO may cut the masters anywhere.
+The chance is not a generator but a hash of the parameter's name, the place in this rank's shard, and the step. So
+nothing has to be saved for a run to continue bit for bit, ranks that hold copies round alike, and ZeRO may cut the
+masters anywhere.
 """
 
 from __future__ import annotations

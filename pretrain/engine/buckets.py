@@ -48,7 +48,7 @@ class Bucket:
     `is_partial`: its gradients are summed over other ranks before those that share the weights. `wanted`: hooks that fire
     until the group is complete. `sums`: the float32 sum of what was not reduced yet. `filled`: parameters whose place in it holds
     something, by number. `landed`: those that a product has added to in a pass whose hook did not fire yet, and what it made
-    beside the sum. `share`: this rank's reduced range.
+    next to the sum. `share`: this rank's reduced range.
     """
 
     index: int
@@ -104,7 +104,7 @@ class Bucket:
         """The place in which a product leaves a gradient, and whether it adds to what is there.
 
         On a CPU gradients of a pass join each other before they join the sum, as autograd has them: so layouts and ways to
-        sum compare to the bit. It is a tensor beside the sum then, where the sum holds something already.
+        sum compare to the bit. It is a tensor next to the sum then, where the sum holds something already.
         """
         place, is_filled = self.view(number), number in self.filled
         beside = self.landed.get(number)
@@ -181,7 +181,7 @@ class GradientBuckets:
                     parameter.gradient_sum = BucketPlace(self, bucket, number)  # type: ignore[attr-defined]
 
     def open(self, num_backwards: int) -> None:
-        """Begin a step of so many backward passes."""
+        """Begin a step of this many backward passes."""
         self.is_open, self.next = True, 0
         self.ready.clear()
         for bucket in self.buckets:
@@ -191,7 +191,9 @@ class GradientBuckets:
             bucket.norms.clear()
 
     def prepare(self, bucket: Bucket) -> None:
-        """Make ready for a gradient: a sum of the pass before has travelled beside a forward pass, and two need not lie there."""
+        """Make ready for a gradient: a sum of the pass before has travelled in parallel with a forward pass, and two
+        need not lie there.
+        """
         assert self.is_open, "a backward pass outside of ZeroEngine.accumulate"
         if bucket.sums is None:
             self._settle(bucket)

@@ -78,7 +78,7 @@ from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 Precision = Literal["float32", "bf16"]
 BUCKETED = (1, 2)  # ZeRO stages that reduce by parameter groups
-# Enough for the links' full speed, few enough to leave most of a backward pass beside them.
+# Enough for the links' full speed, few enough to leave most of a backward pass next to them.
 BUCKET_ELEMENTS = 50_000_000
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -147,7 +147,9 @@ class ZeroEngine:
 
     @property
     def adamw(self) -> torch.optim.AdamW:
-        """AdamW, or Muon, which is one for what is no matrix: its groups and, per flat fragment, moments and counters."""
+        """AdamW, or Muon, which is one for what is not a matrix: its groups and, per flat fragment, moments and
+        counters.
+        """
         return self.deepspeed.basic_optimizer
 
     @property
@@ -169,7 +171,7 @@ class ZeroEngine:
             self.buckets.wait_for_all()
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Multiply a loss by the number of data ranks where DeepSpeed divides by it: gradients shall be summed."""
+        """Multiply a loss by the number of data ranks where DeepSpeed divides by it: gradients are to be summed."""
         return loss * self.data_world_size if self.buckets is None else loss
 
     def backward(self, loss: Tensor) -> None:
@@ -260,7 +262,7 @@ def build_engine(
 ) -> ZeroEngine:
     """Put a module, built in float32 and alike on all data ranks, under DeepSpeed. Every rank must call this.
 
-    With bf16 the weights become bf16 copies of float32 masters; buffers (the router's balancing bias, say) stay
+    With bf16 the weights become bf16 copies of float32 masters; buffers (such as the router's balancing bias) stay
     float32, because they are state that small steps move. `offload_optimizer` (ZeRO 1-3): masters and moments stay in
     the memory of the host, where torch's fused AdamW steps them. `bucket_elements` (ZeRO 1 and 2): gradients that are
     reduced together, at least, `sums_in_products`: products add their weights' gradients to those sums, and `record` is told
@@ -327,7 +329,7 @@ def describe_for_deepspeed(
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        # Plain AdamW's gradients are clipped in `ZeroEngine.step`; DeepSpeed would clip them again, by a norm of its own.
+        # Plain AdamW's gradients are clipped in `ZeroEngine.step`; DeepSpeed would clip them again, by its own norm.
         "gradient_clipping": 0.0 if zero_stage == 0 and precision == "float32" else optimizer.clip_grad_norm or 0.0,
         "bf16": {
             "enabled": precision == "bf16",

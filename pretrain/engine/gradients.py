@@ -2,8 +2,8 @@
 
 The order is fixed by what each part needs (engine.py draws it): micro-batches are summed before anything is rounded to
 bf16, partial gradients are completed before DeepSpeed sums over data ranks, because DeepSpeed knows nothing of parts, and
-the check for NaN looks at a rank's own gradients, because after a reduction every rank has the NaN and nobody knows where it
-came from.
+the check for NaN looks at a rank's own gradients, because after a reduction every rank has the NaN and no one knows
+where it came from.
 """
 
 from __future__ import annotations

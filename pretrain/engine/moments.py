@@ -1,4 +1,6 @@
-"""What an optimizer keeps beside the weights, by the label of the parameter group: what checkpoints hold and plans count."""
+"""What an optimizer keeps next to the weights, by the label of the parameter group: what checkpoints hold and plans
+count.
+"""
 
 from __future__ import annotations
 

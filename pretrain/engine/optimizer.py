@@ -62,7 +62,7 @@ def group_parameters(
     """Sort parameters into the groups `muon`, `decay` and `no_decay`, in the module's order; empty ones are left out.
 
     `parameter_names` of a group names its parameters, in their order. Experts that are spread over ranks, marked with
-    the `group_name` of those that hold the same ones, are groups of their own, of the same label: DeepSpeed reads their
+    the `group_name` of those that hold the same ones, are separate groups, of the same label: DeepSpeed reads their
     `name` and `moe`. `bucket_elements`: close a group of decaying parameters behind the part of the module with which it
     comes to so many, which makes it a bucket; `apart`: parameters that make groups of their own. `scales`: of a parameter's
     rate and epsilon by its name; each pair makes groups of its own, `decay_wide` and `decay_out`, whose `rate_scale` the

@@ -1,6 +1,6 @@
 """What of the optimizer's state lies on this rank, whatever DeepSpeed has made of it: parts, and ranges of parameters inside.
 
-DeepSpeed keeps masters in shapes of its own. ZeRO 0: a tensor for each parameter. ZeRO 1 and 2: one flat tensor for
+DeepSpeed keeps masters in its own shapes. ZeRO 0: a tensor for each parameter. ZeRO 1 and 2: one flat tensor for
 each group, cut by rank wherever that falls inside a parameter. ZeRO 3: every parameter cut into equal ranges. Here each
 becomes `Part`s (a master tensor) with `Span`s (which range of which parameter lies where in it). Checkpoints and Muon know
 nothing else: that is why a checkpoint of one ZeRO stage loads under another, and why Muon steps alike under all.

@@ -1,6 +1,6 @@
 """Takes a training state in that another program made: no record of ours is there, so a configuration says what it is of.
 
-The configuration gives the model, the data and the optimizer's settings, and the run goes on at a step of its own
+The configuration gives the model, the data and the optimizer's settings, and the run continues at its own step
 schedule: by default the optimizer's counter, so that bias corrections, rate and position in the text agree. Rows of the
 steps before count as read, because another program's order of the text cannot be continued.
 """
@@ -31,7 +31,9 @@ from amfm.pretrain.versions import collect_versions
 
 
 def check_adoptable(config: RunConfig) -> None:
-    """Raise ValueError for a run whose state nobody else has: that of another optimizer than AdamW, muP's groups, guides, a conversion's stage."""
+    """Raise ValueError for a run whose state no one else has: that of another optimizer than AdamW, muP's groups,
+    guides, a conversion's stage.
+    """
     refused = {
         f"optimizer.kind={config.optimizer.kind}": config.optimizer.kind != "adamw",
         "optimizer.state_dtype=bf16": config.optimizer.state_dtype == "bf16",

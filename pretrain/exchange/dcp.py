@@ -3,7 +3,7 @@
     model.NAME                            float32 masters and buffers
     optimizer.state.NAME.exp_avg          moments (Muon: .momentum), and .step, as torch's AdamW keeps them
     optimizer.param_groups.INDEX.KEY      settings of the groups; `params` names the members
-    amfm.record, amfm.random.KEY          what a run needs to go on, and no other program looks at
+    amfm.record, amfm.random.KEY          what a run needs to continue, and no other program looks at
 
 So `dcp.load({"model": ..., "optimizer": get_optimizer_state_dict(...)})` in a program that has a module of the same names
 and AdamW restores both, sharded as that program is. A save plan of blocks of rows, whose data is read when torch's writer
@@ -78,7 +78,7 @@ class StreamedPlanner(DefaultSavePlanner):
         assert write_item.tensor_data is not None, "a source is planned with its place"
         chunk = write_item.tensor_data.chunk
         start, stop = (chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]) if chunk.sizes else (0, 1)
-        # A copy of its own: a view's memory is its owner's.
+        # A separate copy: a view's memory is its owner's.
         self.written = value.read(start, stop).clone(memory_format=torch.contiguous_format)
         return self.written
 

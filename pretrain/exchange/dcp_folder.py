@@ -1,8 +1,8 @@
 """Reads the folder that torch Distributed Checkpoint writes, without a process group and without unpickling at large.
 
 `.metadata` is a pickle, which can run any code, so only the record types that torch puts there are read, and names of
-everything else become empty stand-ins; values that are no tensors are read with `weights_only`. Before anything is used,
-every file that the metadata names must be there in full length, and the chunks of each tensor must add up to it.
+everything else become empty stand-ins; values that are not tensors are read with `weights_only`. Before anything is
+used, every file that the metadata names must be there in full length, and the chunks of each tensor must add up to it.
 
 Tensors come some rows at a time. torch's own reader loads a whole chunk, which is a whole matrix where one rank saved it;
 here torch says where in its file the numbers of a chunk begin, and only the rows that are asked for are read.
@@ -95,7 +95,9 @@ class DcpFolder:
             )
 
     def value(self, name: str) -> Any:
-        """Read a value that is no tensor: numbers, texts and containers of them. Raises ValueError for other objects."""
+        """Read a value that is not a tensor: numbers, texts and containers of them. Raises ValueError for other
+        objects.
+        """
         try:
             with self._saved(MetadataIndex(name)) as saved:
                 return torch.load(saved, weights_only=True)

@@ -33,7 +33,7 @@ from amfm.pretrain.exchange.rows import drop_channel_dim, join, part_of, stacked
 DESCRIPTION, COMMON, LATEST = "metadata.json", "common.pt", "latest_checkpointed_iteration.txt"
 STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(fp32_param|exp_avg|exp_avg_sq)\.(.+)")
 MASTERS = "fp32_param"
-# Of the router: what it counted in the last step, which no run goes on from.
+# Of the router: what it counted in the last step, which no run continues from.
 COUNTS = ".local_tokens_per_expert"
 
 NORMS = {

@@ -14,7 +14,7 @@ different names and forms of the same tensors:
 - The converter takes the padding off the vocabulary, and their loader puts zeros there for its own number of ranks;
   so does an import whose `model.vocab_size` is larger.
 
-A file says how tensor ranks share its tensor: `cat_dim`, and `param_n_sub_params` where each part is shared by itself.
+A file says how tensor ranks share its tensor: `cat_dim`, and `param_n_sub_params` where each part is shared on its own.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def check_expressible(model: ModelConfig, where: object) -> None:
     if len(model.letters) % 2 or set(pairs) != {("*", "-")}:
         unknown = sorted(set(model.letters) - set(BLOCKS))
         why = "".join(f"; {letter}: {MISSING[letter]}" for letter in unknown if letter in MISSING)
-        found = f"has blocks {', '.join(unknown)}" if unknown else "is no row of pairs"
+        found = f"has blocks {', '.join(unknown)}" if unknown else "is not a row of pairs"
         reasons.append(
             f"model.pattern={model.pattern} {found}: each layer of {PEER} is attention and a feed-forward, *-{why}"
         )
@@ -241,7 +241,8 @@ def describe_arguments(record: Mapping[str, Any], model: ModelConfig, sequence_l
 
 
 def describe_client(record: Mapping[str, Any], model: ModelConfig, sequence_length: int) -> dict[str, Any]:
-    """What Megatron-DeepSpeed asks of a checkpoint beside the model: place in training, arguments, its schedule's state.
+    """What Megatron-DeepSpeed asks of a checkpoint next to the model: place in training, arguments, its schedule's
+    state.
 
     The schedule's settings are its program's own, so it must be told to keep them (--override-opt_param-scheduler).
     """

@@ -21,7 +21,7 @@ class OwnNames:
         return dict(ours)
 
     def extras(self, name: str) -> dict[str, Any]:
-        """What a file says beside the tensor of their name."""
+        """What a file says next to the tensor of their name."""
         return {}
 
     def read(self, theirs: Mapping[str, Source], shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Source]]:

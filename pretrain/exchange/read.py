@@ -1,7 +1,7 @@
 """`amfm import` of a training state: what a folder is, and what it becomes.
 
-A state with AdamW's moments becomes a run directory whose checkpoint a run goes on from; one without becomes a weights
-folder, as the import of a transformers model does (`run.initial_weights`).
+A state with AdamW's moments becomes a run directory whose checkpoint a run continues from; one without becomes a
+weights folder, as the import of a transformers model does (`run.initial_weights`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def import_state(
 ) -> WrittenRun | Weights:
     """Read a training state and write OUT: a run directory, or a weights folder where there are no moments.
 
-    `config`: of the run that goes on, for a state without our record; `step`: what it counts the state as. Raises
+    `config`: of the run that continues, for a state without our record; `step`: what it counts the state as. Raises
     ValueError where the state is not whole, does not fit, or needs a configuration: then nothing is written.
     """
     check_free(out)
@@ -76,7 +76,7 @@ def require_config(source: Path, config: RunConfig | None) -> RunConfig:
     """Return the configuration. Raises ValueError where none was given."""
     if config is None:
         raise ValueError(
-            f"{source} has no record of an amfm run; name the configuration of the run that goes on with --config: its "
+            f"{source} has no record of an amfm run; name the configuration of the run that continues with --config: its "
             "model section describes these weights, and its data must be prepared"
         )
     return config
@@ -86,6 +86,6 @@ def refuse_config(source: Path, config: RunConfig | None, step: int | None) -> N
     """Raise ValueError for a configuration or step that would have no effect."""
     if config is not None or step is not None:
         raise ValueError(
-            f"{source} has the record of an amfm run, whose configuration and step it goes on with; leave out --config and "
+            f"{source} has the record of an amfm run, whose configuration and step it continues with; leave out --config and "
             "--step"
         )

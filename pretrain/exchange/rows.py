@@ -29,13 +29,13 @@ def join(pieces: Sequence[Rows]) -> Source:
 
 
 def interleave(sources: Sequence[Source], blocks: int) -> Source:
-    """Tensors as one of so many blocks of rows, each with an equal part of every tensor; their rows must divide."""
+    """Tensors as one of this many blocks of rows, each with an equal part of every tensor; their rows must divide."""
     cuts = [(source, source.num_rows // blocks) for source in sources]
     return join([(source, block * rows, (block + 1) * rows) for block in range(blocks) for source, rows in cuts])
 
 
 def part_of(fused: Source, rows: Sequence[int], index: int, blocks: int) -> Source:
-    """One of the tensors, of so many rows each, that `interleave` made one."""
+    """One of the tensors, of this many rows each, that `interleave` made one."""
     if fused.num_rows != sum(rows):
         # Of another shape than the configuration's: the comparison of shapes names it.
         return fused

@@ -6,7 +6,7 @@ form, and `write_run` puts it into a run directory, as the checkpoint of one ran
 the door that every resume takes, with its digests and its checks, and the training loop knows nothing of other formats.
 
 The `record` is the manifest of a checkpoint without what says where tensors lie. Formats that have a place for it carry
-it, and a run then goes on as if it had never left. For those without, `adopt.py` makes one from a configuration.
+it, and a run then continues as if it had never left. For those without, `adopt.py` makes one from a configuration.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ExportedState:
-    """A folder that was written: step, tensors and bytes. tag: of the folder inside of it that DeepSpeed finds by itself."""
+    """A folder that was written: step, tensors and bytes. tag: of the folder inside of it that DeepSpeed finds on its
+    own.
+    """
 
     path: Path
     step: int
@@ -148,7 +150,7 @@ class WrittenRun:
 
 
 def write_run(out: Path, state: TrainingState, report: Report = silent) -> WrittenRun:
-    """Write a run directory OUT with a checkpoint of the state, which `amfm train OUT/config.yaml` goes on from.
+    """Write a run directory OUT with a checkpoint of the state, which `amfm train OUT/config.yaml` continues from.
 
     OUT is absent or whole. Its checkpoint is of one rank, and any layout loads it; ranks behind the first keep the random
     state of their seed. Raises ValueError for a number that is not finite.

@@ -97,7 +97,7 @@ def check_exportable(state: TrainingState) -> None:
     if state.record["config"]["model"].get("mup") is not None:
         raise ValueError(
             f"{state.origin}: model.mup is set, and DeepSpeed has one learning rate for all groups of a universal checkpoint; "
-            "go on with amfm, or export it with --format dcp, or the weights alone"
+            "continue with amfm, or export it with --format dcp, or the weights alone"
         )
     kind = state.record["config"].get("optimizer", {}).get("kind", "adamw")
     if MUON in state.record["groups"] or kind != "adamw":
@@ -121,7 +121,7 @@ def write_parameters(folder: Path, state: TrainingState, names: OwnNames, report
 
 
 def write_own(folder: Path, state: TrainingState) -> None:
-    """Write what DeepSpeed does not look for and a run goes on with: the record, buffers and generators."""
+    """Write what DeepSpeed does not look for and a run continues with: the record, buffers and generators."""
     folder.mkdir()
     (folder / RECORD).write_text(json.dumps(state.record), encoding="utf-8")
     tensors = {f"buffer/{name}": source.read(0, source.num_rows) for name, source in state.buffers.items()}
@@ -227,7 +227,7 @@ class UniversalFolder:
         files = [self.path / "zero" / self.names.theirs(name) / "step.pt" for name in names]
         missing = [file for file in files if not file.is_file()]
         if len(missing) == len(files):
-            # Of ZeRO 3: one for all, beside the groups' settings.
+            # Of ZeRO 3: one for all, next to the groups' settings.
             missing = [self.path / "zero" / "optimizer_state.pt"]
             state = read_common(missing[0]).get("optimizer_state_dict")
             steps = list(find_steps(state))

@@ -1,4 +1,4 @@
-"""Exports a checkpoint to a folder that transformers loads, and proves it before the folder gets its name.
+"""Exports a checkpoint to a folder that transformers loads, and shows it before the folder gets its name.
 
 The folder is written under a temporary name; a fresh process without any of our code on its path loads it as a user
 would, and its logits and token ids are compared with ours. Only a folder that passed is renamed to the name that was asked
@@ -9,7 +9,8 @@ folder alone does not load. Logits are compared on real text where the run has a
 texts too: runs of spaces, control tokens written out, rare characters.
 
 Tensors go from the checkpoint to the folder some rows at a time, so that a model of any size takes the same memory. The
-proof takes a block of the model here, and the whole of it in float32 in the fresh process, as transformers loads it.
+verification takes a block of the model here, and the whole of it in float32 in the fresh process, as transformers loads
+it.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ DEFAULT_MAX_POSITIONS = 4096
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written and what the proof found; the differences are None without a proof.
+    """What was written and what the verification found; the differences are None without a verification.
 
     class_name: of transformers, or AmfmForCausalLM. reasons: why no native class holds the model, a line per class, where one was
     looked for. compared: on what text the logits were compared. refusals: other programs that are known to refuse the folder,
@@ -108,11 +109,13 @@ def export_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     report: Report = silent,
 ) -> ExportReport:
-    """Write a checkpoint (a run's newest, or an imported model) as a transformers folder and prove it.
+    """Write a checkpoint (a run's newest, or an imported model) as a transformers folder and verify it.
 
-    `target`: one of `TARGETS` or auto; None: what the run's `export.target` says. Everything is written to a hidden folder beside OUT, made durable, loaded by a fresh process that compares logits, and only then renamed to OUT, so OUT is
-    absent or whole. Factored matrices are written multiplied out. Raises ValueError for a target that cannot hold the model or an OUT that is in use, RuntimeError
-    for a failed proof: then the folder stands as OUT.failed (numbered where there is one), for examination.
+    `target`: one of `TARGETS` or auto; None: what the run's `export.target` says. Everything is written to a hidden
+    folder next to OUT, made durable, loaded by a fresh process that compares logits, and only then renamed to OUT, so
+    OUT is absent or whole. Factored matrices are written multiplied out. Raises ValueError for a target that cannot
+    hold the model or an OUT that is in use, RuntimeError
+    for a failed verification: then the folder stands as OUT.failed (numbered where there is one), for examination.
     """
     out = Path(out_dir)
     check_free(out)
@@ -192,7 +195,7 @@ def _max_positions(weights: Weights) -> int:
 
 
 def proof_text(weights: Weights) -> tuple[Tensor, list[str], str]:
-    """Choose the text of the proof: tokens [2, T] int64, texts to encode, and a word on where they come from.
+    """Choose the text of the verification: tokens [2, T] int64, texts to encode, and a word on where they come from.
 
     The validation part of the run's store (its training part when there is none); for an import, which has no store, a
     built-in sample.
@@ -271,7 +274,7 @@ def find_error(output: str) -> str:
 
 
 def find_problems(plan: ExportPlan, proof: dict[str, Any]) -> list[str]:
-    """List what speaks against the export, as sentences; empty when the proof holds.
+    """List what speaks against the export, as sentences; empty when the verification holds.
 
     The most likely token is compared only where it leads by more than twice the tolerance. A few ids may differ: see
     MAX_WRONG_IDS.
@@ -301,4 +304,8 @@ def _fail(temporary: Path, out: Path, problems: list[str]) -> str:
     names = (out.with_name(f"{out.name}{number}.failed") for number in ("", *(f".{count}" for count in range(1, 1000))))
     failed = next(path for path in names if not os.path.lexists(path))
     os.rename(temporary, failed)
-    return f"the export to {out} failed its proof: " + "; ".join(problems) + f". It stands as {failed} for examination."
+    return (
+        f"the export to {out} failed verification: "
+        + "; ".join(problems)
+        + f". It is kept as {failed} for examination."
+    )

@@ -1,10 +1,10 @@
 """The files of an export folder: sharded weights, configuration, generation settings, model card.
 
 An export is one folder that `from_pretrained` loads: `model.safetensors` (or shards with an index), `config.json`,
-`generation_config.json`, the tokenizer's files and README.md. `amfm_model.json` beside them is our own description of the
-model, for a later import: some settings have no field in config.json. The class `own` brings its Python files along.
+`generation_config.json`, the tokenizer's files and README.md. `amfm_model.json` next to them is our own description of
+the model, for a later import: some settings have no field in config.json. The class `own` brings its Python files along.
 
-The folder is written under a hidden temporary name beside its place (`begin_export`), so the final rename stays inside
+The folder is written under a hidden temporary name next to its place (`begin_export`), so the final rename stays inside
 one file system and is atomic; `put_in_place` does it once the caller is satisfied. Weights are written in float32, the
 dtype of the masters, so that an import of an export gives equal bits.
 """
@@ -63,7 +63,7 @@ TEMPLATE_FILES = (
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What is exported and as what: the model, the target class, tokens a row, and the bytes of a shard at most.
+    """What is exported and as what: the model, the target class, tokens per row, and the bytes of a shard at most.
 
     left_out: why the prediction depths of the model that was trained are not in `weights`.
     """
@@ -191,7 +191,7 @@ def sync_files(folder: Path) -> None:
 
 @contextmanager
 def begin_export(out: Path) -> Iterator[Path]:
-    """Make an empty folder beside OUT to write into; what a killed export left there is removed.
+    """Make an empty folder next to OUT to write into; what a killed export left there is removed.
 
     After the block it is gone, unless it got its name: half an export must not keep a full disk full. Errors of the system
     carry its path. Raises RuntimeError while another process writes to OUT.
@@ -316,7 +316,7 @@ def _facts(plan: ExportPlan, config: ModelConfig) -> list[tuple[str, str]]:
         ("Blocks", f"`{''.join(pattern.letters)}` ({kinds})"),
         ("Hidden size", str(config.hidden_size)),
         ("Vocabulary", str(config.vocab_size)),
-        ("Trained at", f"{plan.weights.trained_length() or plan.max_position_embeddings} tokens a row"),
+        ("Trained at", f"{plan.weights.trained_length() or plan.max_position_embeddings} tokens per row"),
         ("From", f"`{plan.weights.origin}`"),
     ]
     return [*facts, *_training_record(plan.weights)]
@@ -331,7 +331,7 @@ def _training_record(weights: Weights) -> list[tuple[str, str]]:
     facts.append(("Text", ", ".join(source.name for source in run.data.sources)))
     name = {"adamw": "AdamW", "muon": "Muon with AdamW"}.get(run.optimizer.kind, run.optimizer.kind)
     rate = f"{name}, peak rate {run.optimizer.learning_rate:g}, schedule {run.schedule.kind}"
-    facts.append(("Optimizer", f"{rate}, {run.train.global_batch_size} rows a step"))
+    facts.append(("Optimizer", f"{rate}, {run.train.global_batch_size} rows per step"))
     if weights.validation_loss is not None:
-        facts.append(("Validation loss", f"{weights.validation_loss:.4f} nats a token"))
+        facts.append(("Validation loss", f"{weights.validation_loss:.4f} nats per token"))
     return facts

@@ -3,7 +3,8 @@
 config.json becomes our model configuration, tensors are renamed and reshaped by the same weight map that exports them
 (model/huggingface/weights.py), read backwards, some rows at a time. transformers fills in the defaults of config.json, because they belong to
 its class and may be left out of the file; no model code of the folder is run, and nothing is fetched. Every name and
-number in the folder is somebody else's: paths stay inside the folder, and shapes are compared before anything is written.
+number in the folder is someone else's: paths stay inside the folder, and shapes are compared before anything is
+written.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ SKIPPED_SUFFIXES = (".rotary_emb.inv_freq",)
 class ImportReport:
     """What was read: the class it was written for, our configuration, tensors read, and names left out with why.
 
-    kept, dropped: of what the model had beside its weights, in words.
+    kept, dropped: of what the model had next to its weights, in words.
     """
 
     path: Path
@@ -81,7 +82,7 @@ def import_huggingface(hf_dir: str | Path, out_dir: str | Path, report: Report =
 
 
 def write_model(out: Path, weights: Weights) -> None:
-    """Write a weights folder with the model section for runs that go on from it, durable and whole or not at all."""
+    """Write a weights folder with the model section for runs that continue from it, durable and whole or not at all."""
     with begin_export(out) as temporary:
         write_weights(temporary, weights)
         with named(temporary / MODEL_SECTION):

@@ -1,7 +1,7 @@
-"""The plug-in of vLLM that an export with our own modelling files brings along, and what keeps vLLM from serving a model.
+"""The plug-in of vLLM that an export with our own modelling files brings, and what keeps vLLM from serving a model.
 
-`vllm_plugin/` has the plug-in's code. Beside it stands what installing would write (`*.dist-info`, with the entry point
-`vllm.general_plugins`), so that the folder on PYTHONPATH is all that vLLM needs, in each of its processes.
+`vllm_plugin/` has the plug-in's code. Next to it stands what installing would write (`*.dist-info`, with the entry
+point `vllm.general_plugins`), so that the folder on PYTHONPATH is all that vLLM needs, in each of its processes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A SentencePiece model becomes a `tokenizer.json` of the tokenizers library, so that reading it needs no SentencePiece; a
 tokenizer that came as `tokenizer.json` loses only what would add tokens to a text. The file that training used lies
-beside it for readers that want it, our import among them.
+next to it for readers that want it, our import among them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The proof of an export, run as a script in a fresh process: load the folder as a user would and compare.
+"""The verification of an export, run as a script in a fresh process: load the folder as a user would and compare.
 
 It imports nothing of ours. Argument: a folder with `job.json` (export: path; remote_code: bool; texts: list of
 [text, ids, whether ids give back the text]) and `reference.safetensors` (tokens_BT, logits_BTV). It writes `result.json` there.
@@ -17,7 +17,7 @@ def main() -> None:
     """Load model and tokenizer, compare logits and ids, write the result."""
     folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    # Nothing may be fetched, and code beside the weights is imported from a place of its own.
+    # Nothing may be fetched, and code next to the weights is imported from its own place.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_MODULES_CACHE"] = str(folder / "modules")
     result = compare_logits(job, folder) | compare_tokens(job)

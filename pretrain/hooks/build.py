@@ -18,7 +18,7 @@ from amfm.pretrain.tasks.suite import TaskSuite
 
 
 def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
-    """Build what the run does beside training. Every rank must call this.
+    """Build what the run does besides training. Every rank must call this.
 
     Those that edit masters come first, so that all others see the weights of the next step; the log comes after all that
     add to its line. suite: the tasks of `evaluate`, on the main rank alone.

@@ -1,7 +1,7 @@
-"""Active forgetting: the embedding is re-initialised every so many steps, with first values of a seed of its own.
+"""Active forgetting: the embedding is re-initialised every N steps, with first values of its own seed.
 
 The rest of the model then learns what does not depend on one table of embeddings, so that another one (of another
-language, say) is learnt faster later (Chen et al. 2023, arXiv 2307.01163). A function of the step: nothing more is
+language, for example) is learnt faster later (Chen et al. 2023, arXiv 2307.01163). A function of the step: nothing more is
 saved.
 """
 

@@ -25,7 +25,7 @@ class KeptWeights(Hook):
         self.block = ExitStack()
 
     def before_passes(self, micro_batches: Sequence[MicroBatch], share: LossShare) -> None:
-        """Begin; a step whose passes are taken again begins anew."""
+        """Begin; a step whose passes are taken again starts over."""
         self.block.close()
         self.block.enter_context(keep_weights())
 

@@ -4,7 +4,7 @@ Forward passes note the largest log-sum-exp of each head (kernels/attention/log_
 ranks makes it that of the whole step. A head that is above the limit has its scores multiplied by limit over that: exactly,
 because scores are linear in the rows of weights that the mixer names. It happens to the masters right after the
 optimizer has stepped them, before ZeRO gathers working weights. So it sends nothing more, moments stay as they are, and a step
-that is skipped clips nothing. Nothing is saved: what the next step clips is a function of its own scores.
+that is skipped clips nothing. Nothing is saved: what the next step clips is its own function scores.
 
 Source: Kimi Team 2025 (arXiv 2507.20534), section 2.1, algorithm 1, by log-sum-exp in place of the largest score.
 """
@@ -43,7 +43,7 @@ class QkClip(Hook):
         self.handle = run.engine.adamw.register_step_post_hook(lambda optimizer, *_: self.scale(optimizer))
 
     def before_passes(self, micro_batches: Sequence[MicroBatch], share: LossShare) -> None:
-        """Forget the step before; passes that are taken again begin anew."""
+        """Forget the step before; passes that are taken again start over."""
         self.heads.flat.fill_(-torch.inf)
 
     def before_update(self) -> None:

@@ -16,7 +16,7 @@ class Replicas(Hook):
         self.newest_step = 0
 
     def at_start(self) -> None:
-        """Say what was found in memory, and what is kept there."""
+        """Report what was found in memory, and what is kept there."""
         for text in self.memory.describe():
             self.run.tell("replicas", f"replicas: {text}", text=text)
 
@@ -33,7 +33,7 @@ class Replicas(Hook):
         record_begun(self.run, finished)
 
     def at_end(self) -> None:
-        """Remove them: what is to go on is on the disk."""
+        """Remove them: what is to continue is on the disk."""
         for remark in self.memory.clear():
             self.run.say(f"warning: {remark}")
 

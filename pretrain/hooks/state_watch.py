@@ -45,7 +45,7 @@ class StateWatchHook(Hook):
             self.watch.examine(self.run.progress.step)
 
     def after_edit(self) -> None:
-        """What was edited is no silent corruption."""
+        """What was edited is not a silent corruption."""
         self.watch.allow_change()
 
     def before_save(self) -> None:

@@ -5,7 +5,7 @@ Each job of the adapter goes to all ranks, which run it in lock step (tasks/scor
 the results or with what was wrong. So ranks agree by construction: they branch on nothing but what they were sent.
 
 A task that cannot be measured is said, recorded (`tasks_failed` in events.jsonl) and tried again the next time; the run
-goes on. An error of the model ends the run like one in a step.
+continues. An error of the model ends the run like one in a step.
 
 Weights are the run's own, in its precision and on its layout of data, tensor and expert ranks at any ZeRO stage.
 Pipeline and context ranks hold parts of layers and rows that only a schedule brings together, and are refused
@@ -72,9 +72,9 @@ class Tasks(Hook):
         self.run, self.suite = run, suite
 
     def at_start(self) -> None:
-        """Say what keeps the tasks from being measured so far."""
+        """Report what keeps the tasks from being measured so far."""
         if self.suite is not None and self.suite.problem is not None:
-            text = f"warning: {self.suite.problem}; tried again when tasks are due, training goes on without them"
+            text = f"warning: {self.suite.problem}; tried again when tasks are due, training continues without them"
             self.run.tell("tasks_failed", text, error=self.suite.problem)
 
     def after_step(self, result: StepResult) -> None:
@@ -95,7 +95,7 @@ class Tasks(Hook):
         run.engine.module.train()
         step = f"step {run.progress.step}"
         if end.problem is not None:
-            text = f"warning: {step}: tasks were not measured, training goes on: {end.problem}"
+            text = f"warning: {step}: tasks were not measured, training continues: {end.problem}"
             run.tell("tasks_failed", text, error=end.problem)
             return end.values
         shown = ", ".join(f"{name} {value:.4g}" for name, value in list(end.values.items())[:8])
@@ -170,7 +170,9 @@ def _choice(section: EvaluateConfig) -> TaskChoice:
 
 
 def _generation_problem(suite: TaskSuite, parallel: ParallelConfig) -> str | None:
-    """Say why tasks that generate cannot run where tensor ranks share the tokens of a row: there is one at a time."""
+    """Report why tasks that generate cannot run where tensor ranks share the tokens of a row: there is one at a
+    time.
+    """
     shares_tokens = parallel.tensor > 1 and (parallel.sequence_parallel or parallel.expert > 1)
     if not shares_tokens or "generate_until" not in suite.kinds():
         return None

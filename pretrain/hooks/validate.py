@@ -128,7 +128,7 @@ class Validations(Hook):
             self.left_out = str(error)
 
     def at_start(self) -> None:
-        """Say that the validation at the end is left out, and why."""
+        """Report that the validation at the end is left out, and why."""
         if self.left_out is not None:
             self.run.tell(
                 "not_validated", f"the validation at the end is left out: {self.left_out}", text=self.left_out

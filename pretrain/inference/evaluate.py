@@ -34,7 +34,7 @@ class Evaluation:
     """Mean negative log-likelihood a token in nats, how many tokens were predicted, and both for each source.
 
     `bits_per_byte`: the loss by the text that the tokens stand for, which other tokenizers compare with; None where the
-    text is not known. `sequence_length`: tokens a row, on which the loss depends.
+    text is not known. `sequence_length`: tokens per row, on which the loss depends.
     """
 
     loss: float
@@ -192,7 +192,7 @@ def _cut_rows(store: TokenStore, part: Part, length: int, isolated: bool) -> Ite
 
 
 def _group(rows: Iterator[_Row], count: int) -> Iterator[list[_Row]]:
-    """Group up to `count` rows at a time; a shorter row, the last of its part, starts a group of its own."""
+    """Group up to `count` rows at a time; a shorter row, the last of its part, starts a separate group."""
     batch: list[_Row] = []
     for row in rows:
         if batch and (len(batch) == count or len(row.tokens_T) != len(batch[0].tokens_T)):

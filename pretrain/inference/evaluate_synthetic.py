@@ -78,7 +78,7 @@ def evaluate_synthetic(
     counts, nll = [], 0.0
     for first in range(0, num_rows, rows_at_once):
         size = min(rows_at_once, num_rows - first)
-        # One micro-batch of all rows at once; the loader goes on where it stopped, so no row comes twice.
+        # One micro-batch of all rows at once; the loader continues where it stopped, so no row comes twice.
         (batch,) = loader.take(size, size)
         tokens_BT, labels_BT = batch.tokens_BT.to(device), batch.labels_BT.to(device)
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Text generation for several askers, with the decode states of texts that may go on kept between requests.
+"""Text generation for several askers, with the decode states of texts that may continue kept between requests.
 
 A conversation sends its whole text again with every turn. A decode state is what a model knows of the tokens so far, so
 it is kept under exactly those tokens, and a request that begins with them pays only for the rest. A recurrent state can't
@@ -6,7 +6,7 @@ be shortened: a kept one serves when all its tokens are at the beginning of the 
 the end of a prompt (the last piece may be split otherwise when text follows), at its end and after the answer. The least
 recently used ones go first. A kept state changes the speed of an answer, not the answer.
 
-Several requests take turns, a token or a piece of a prompt at a time; each has a state of its own.
+Several requests take turns, a token or a piece of a prompt at a time; each has its own state.
 """
 
 from __future__ import annotations

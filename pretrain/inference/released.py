@@ -1,4 +1,5 @@
-"""What a released model brings along beside its weights: how it talks, pads, ends and samples, and how long its texts may be.
+"""What a released model brings next to its weights: how it talks, pads, ends and samples, and how long its texts
+may be.
 
 Training needs none of it, and who uses the continued model needs all of it: without the chat template it cannot answer, without
 a pad token no batch can be made, and with one end token where it had two it never stops. So an import keeps these facts in one

@@ -1,8 +1,8 @@
 """A model that holds the weights of one block at a time, for passes over models that are larger than memory.
 
 It is built on the meta device. When a pass comes to a part (`HybridModel.before_use`), the part gets memory and its weights
-are read, and those of the blocks before it are let go. A pass so costs a read of the whole model: right for a proof over
-some rows, wrong for anything that is repeated.
+are read, and those of the blocks before it are let go. A pass so costs a read of the whole model: right for a
+verification over some rows, wrong for anything that is repeated.
 """
 
 from __future__ import annotations

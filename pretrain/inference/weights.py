@@ -61,7 +61,7 @@ class Weights:
 
     `state` reads from files where it came from files: those must stay as they are while it is used.
     `given_tokenizer` is None for a model that was trained on a synthetic task.
-    `run` is the configuration of the run that made it, after so many steps and tokens, None for an import, with its newest
+    `run` is the configuration of the run that made it, after this many steps and tokens, None for an import, with its newest
     validation loss; `origin` says where it came from. `released`: of the released model that it is, or continues.
     """
 
@@ -90,7 +90,7 @@ class Weights:
         return NO_TOKENIZER if self.given_tokenizer is None else self.given_tokenizer.identity()
 
     def trained_length(self) -> int | None:
-        """Tokens a row in the last step of the training; None for an import."""
+        """Tokens per row in the last step of the training; None for an import."""
         if self.run is None or self.step is None:
             return None
         return last_stage(resolve_stages(self.run), self.step).sequence_length
@@ -188,7 +188,7 @@ def merge_stage(state: OnDemand, convert: ConvertConfig, folder: Path) -> OnDema
             f"{folder} is a control of a conversion, trained with the linear branch left out; only the conversion's own "
             "report measures it: give convert-tune or result instead"
         )
-    # Updates that a router chooses among are no matrix: they stay, and the model has a section for them.
+    # Updates that a router chooses among are not matrix: they stay, and the model has a section for them.
     tune = convert.tuning()
     return state if tune.routing else merge_lora(state, tune.alpha / tune.rank)
 
@@ -271,7 +271,7 @@ def check_shapes(model: ModelConfig, state: Mapping[str, Tensor], where: str) ->
 
 
 def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identity: str) -> list[str]:
-    """Put weights into a freshly built model, before the engine takes it; returns what somebody should know of it.
+    """Put weights into a freshly built model, before the engine takes it; returns what someone should know of it.
 
     Depths of multi-token prediction may be other ones, or be in one of the two alone: the model's then begin at random. The function that the weights compute must be the run's, and so must the tokenizer: ValueError names what differs.
     Every rank must call this: each reads the folder and keeps its part; nothing is communicated.

@@ -66,7 +66,7 @@ def judge_loss(loss: float, recent_losses: Sequence[float], health: HealthConfig
     if health.on_spike == "ignore" or len(recent_losses) < health.spike_window:
         return None
     median = statistics.median(recent_losses)
-    # A loss of NaN is no spike: it comes with gradients that are not finite, which are an anomaly of their own.
+    # A loss of NaN is not a spike: it comes with gradients that are not finite, which are their own anomaly.
     if not loss > health.spike_ratio * median:
         return None
     return StepAnomaly(

@@ -14,7 +14,7 @@ digest of every bit, and costs a pass over the state of the rank.
                  without a pipeline and ZeRO 3. It finds processors, whatever they hold.
 
 What is wrong in an update that one rank alone makes (ZeRO 1-3) reaches all others as a sound number: only the second
-run of a micro-batch can tell of such a processor. A difference ends the run with code 3 before anything is saved.
+run of a micro-batch can report such a processor. A difference ends the run with code 3 before anything is saved.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Range = tuple[str, str, int, int]
 
 
 def digest(tensor: Tensor) -> Tensor:
-    """Sum the words of a tensor, each times an odd number of its own, modulo 2^64; a scalar of its device.
+    """Sum the words of a tensor, each times its own odd number, modulo 2^64; a scalar of its device.
 
     One word that changes always changes the sum, because an odd factor loses no bit. Integers, so in any order.
     """

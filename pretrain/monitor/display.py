@@ -53,7 +53,7 @@ class Display:
             self.console.print(escape(self.state.format_line(metrics)))
 
     def answer_interrupt(self) -> None:
-        """Say what a first Ctrl-C does and what a second one would lose; from a thread of its own."""
+        """Report what a first Ctrl-C does and what a second one would lose; from a separate thread."""
         self.say(ON_INTERRUPT.format(lost=plural(self.state.steps_at_stake(), "step")))
 
     def show_checkpoint(self, step: int) -> None:

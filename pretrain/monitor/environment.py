@@ -1,7 +1,7 @@
-"""Environment of a run: the record beside its metrics, and the peak that its MFU is measured against.
+"""Environment of a run: the record next to its metrics, and the peak that its MFU is measured against.
 
 Model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) is the model's arithmetic a second over
-the device's peak. For known cards the peak is the vendor's number for dense matrices. CPUs have no number that fits (it
+the device's peak. For known GPUs the peak is the vendor's number for dense matrices. CPUs have no number that fits (it
 depends on cores, clock and library), so there the best matrix product that the ranks reach together is measured, for a
 moment, at the start; MFU is then relative to that.
 """
@@ -62,7 +62,7 @@ CARD_TERAFLOPS = {
     "A10": (125.0, 62.5),
     "A10G": (70.0, 35.0),
 }
-# Side of the square matrices of the measurement, and how long it is repeated: on a card a small product is launch time.
+# Side of the square matrices of the measurement, and how long it is repeated: on a GPU a small product is launch time.
 MEASURED_SIZE = {"cpu": 768, "cuda": 8192}
 MEASURED_SECONDS = 0.1
 
@@ -76,7 +76,7 @@ class Peak:
 
 
 def find_peak(parallel: Parallel, precision: str) -> Peak:
-    """Look up the card's data-sheet number; on a CPU or an unknown card measure for a moment on all ranks at once.
+    """Look up the GPU's data-sheet number; on a CPU or an unknown GPU measure for a moment on all ranks at once.
 
     Every rank must call this.
     """
@@ -86,7 +86,7 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
             bf16, float32 = CARD_TERAFLOPS[card]
             teraflops = bf16 if precision == "bf16" else float32
             return Peak(teraflops * 1e12 * parallel.world_size, f"{precision} data-sheet peak of {card}")
-    # A CPU without bf16 instructions is faster in float32: a run in bf16 is held against the faster of the two.
+    # A CPU without bf16 instructions is faster in float32: a run in bf16 is compared with the faster of the two.
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = MEASURED_SIZE[parallel.device.type]
     own = max(measure_matmul(parallel.device, kind, size) for kind in {dtype, torch.float32})
@@ -95,7 +95,7 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
         # Over all ranks and not over data ranks alone: tensor, context and pipeline ranks compute too.
         torch.distributed.all_reduce(total)
     kinds = "float32" if precision == "float32" else "bf16 or float32, whichever is faster"
-    threads = f", {plural(torch.get_num_threads(), 'thread')} a rank" if parallel.device.type == "cpu" else ""
+    threads = f", {plural(torch.get_num_threads(), 'thread')} per rank" if parallel.device.type == "cpu" else ""
     return Peak(
         float(total),
         f"measured at start: best matmul of {size}^3 in {kinds}{threads}",
@@ -103,7 +103,7 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
 
 
 def find_card(name: str) -> str | None:
-    """The card of the table that a driver's name is of, None of another one.
+    """The GPU of the table that a driver's name is of, None of another one.
 
     By whole words, or an RTX A1000 were an A100.
     """
@@ -129,7 +129,7 @@ def measure_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float
 
 
 def read_peak_memory(device: torch.device) -> int:
-    """Read the most bytes that this process has held so far: of torch on a card, of the whole process on a CPU."""
+    """Read the most bytes that this process has held so far: of torch on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,7 +1,7 @@
 """Expert collapse: a router that sends nearly every token to the same experts, and settings that do nothing against it.
 
 Without a balancing loss or bias the experts that are a little better early get more tokens, learn more, and get more
-still; the loss falls all the same, so nobody notices that most of the experts learn nothing.
+still; the loss falls anyway, so no one notices that most of the experts learn nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ COLLAPSE = 0.9
 
 
 def describe_unbalanced(model: ModelConfig) -> str | None:
-    """Say that no setting balances the experts, and which ones would; None where one does or no token has a choice."""
+    """Report that no setting balances the experts, and which ones would; None where one does or no token has a
+    choice.
+    """
     moe = model.moe
     if moe is None or not model.routed_experts() or moe.top_k == moe.num_experts:
         return None
@@ -26,7 +28,7 @@ def describe_unbalanced(model: ModelConfig) -> str | None:
     remedies = "model.moe.expert_bias=true, or " if moe.router != "softmax" else ""
     return (
         f"nothing balances the {moe.num_experts} experts: few of them may end up with all tokens; "
-        f"set {remedies}model.moe.auxiliary_loss_weight=1e-3, say"
+        f"set {remedies}for example model.moe.auxiliary_loss_weight=1e-3"
     )
 
 

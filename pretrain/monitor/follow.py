@@ -2,7 +2,7 @@
 
 Nothing is asked of the run, so any machine that sees the directory can watch, and a watcher can't disturb. Files are
 read while they grow: a line counts when its newline is there, and a file that shrank or was replaced (a run that
-resumes drops the steps that it does again) is read anew. Whether a run lives is told by its heartbeats: fresh ones, or
+resumes drops the steps that it does again) is read again. Whether a run lives is told by its heartbeats: fresh ones, or
 ones that change while we look, because clocks of two machines may differ.
 """
 
@@ -33,7 +33,7 @@ ENDS: dict[str, State] = {"signal": "stopped", "failed": "failed", "gave_up": "f
 
 
 class GrowingFile:
-    """New whole lines of a file that somebody else appends to, at every `read`; it may not exist yet."""
+    """New whole lines of a file that someone else appends to, at every `read`; it may not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,7 +41,7 @@ class GrowingFile:
         self._inode: int | None = None
 
     def read(self) -> tuple[bool, list[dict[str, Any]]]:
-        """(whether the file is another one than at the last call, its new lines). What is no object is left out."""
+        """(whether the file is another one than at the last call, its new lines). What is not an object is left out."""
         try:
             with named(self.path), self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
@@ -72,11 +72,11 @@ class Seen:
 
 
 class FollowedRun:
-    """One run directory under watch. Raises FileNotFoundError for something that is no run directory."""
+    """One run directory under watch. Raises FileNotFoundError for something that is not a run directory."""
 
     def __init__(self, directory: Path) -> None:
         if not any((directory / mark).exists() for mark in MARKS):
-            raise FileNotFoundError(f"{directory} is no run directory; give run.dir of a run that was started")
+            raise FileNotFoundError(f"{directory} is not a run directory; give run.dir of a run that was started")
         self.directory = directory
         self.config: RunConfig | None = None
         self.panel = RunState(f"amfm watch {directory.resolve().name}", first_step=0, last_step=0, began=None)
@@ -120,7 +120,7 @@ class FollowedRun:
         return seen
 
     def describe(self, beats: list[Beat]) -> str:
-        """Say in a line how the run is."""
+        """Report in a line how the run is."""
         if self.state == "running" and not beats:
             return "running: it starts, or ends"
         if self.state == "running":
@@ -184,10 +184,10 @@ class FollowedRun:
         elif kind == "next_layout":
             self.state, self.cause = (
                 "waiting",
-                f"saved: stage {event.get('stage')} has another layout, its ranks start anew",
+                f"saved: stage {event.get('stage')} has another layout, its ranks restart",
             )
         elif kind == "guide_removed":
-            self.state, self.cause = "waiting", "saved: the guides are gone, its ranks start anew without them"
+            self.state, self.cause = "waiting", "saved: the guides are gone, its ranks restart without them"
         elif isinstance(kind, str) and kind in ENDS:
             texts = (event.get("name"), event.get("error"), event.get("cause"))
             self.state, self.cause = ENDS[kind], next((str(text) for text in texts if text), "")
@@ -233,7 +233,7 @@ def to_seconds(moment: object) -> float | None:
 
 
 def follow(run: FollowedRun, *, every_seconds: float, stays: bool) -> Iterator[Seen]:
-    """Look again and again, until the run has ended or is gone; with `stays` until somebody interrupts."""
+    """Look again and again, until the run has ended or is gone; with `stays` until someone interrupts."""
     while True:
         seen = run.final()
         yield seen

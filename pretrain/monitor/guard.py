@@ -1,8 +1,8 @@
-"""A process beside each rank that ends it when it gives no sign of life, although no thread of Python can run in it.
+"""A process next to each rank that ends it when it gives no sign of life, although no thread of Python can run in it.
 
 The watchdog (heartbeat.py) is a thread: it needs Python's lock, and begins with the first step. A library that holds the lock and
 does not come back (a regular expression that backtracks for ever), or a pool of native threads that a fork has cut off while
-the model is built, would hang a rank for good, in silence where it is the only one. So the rank writes a line to this
+the model is built, would hang a rank for good, silently where it is the only one. So the rank writes a line to this
 process at each part of its start, and then the watchdog does at each of its looks: a number, the seconds until the
 next must come. When none comes in time, the rank gets SIGABRT, for which faulthandler prints the stacks of all threads without
 the lock, and SIGKILL a little later. A rank that is stopped (SIGSTOP, or a scheduler that suspends a job) gets its time again.
@@ -50,7 +50,7 @@ class Guard:
         if not faulthandler.is_enabled():
             faulthandler.enable(file=sys.__stderr__)  # type: ignore[arg-type]
         command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(self.rank), str(self.stop_seconds)]
-        # A session of its own: what a terminal or a launcher sends to all ranks is not for it. It ends with the pipe.
+        # A separate session: what a terminal or a launcher sends to all ranks is not for it. It ends with the pipe.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         assert self._process.stdin is not None, "a pipe was asked for"
         self._pipe = self._process.stdin.fileno()
@@ -113,7 +113,7 @@ def guard(pid: int, rank: str, stop_seconds: float) -> None:
 
 
 def read_number(sign: bytes) -> tuple[float] | None:
-    """The seconds of a line, without the numbers of other signals beside them."""
+    """The seconds of a line, without the numbers of other signals next to them."""
     try:
         return (float(bytes(byte for byte in sign if byte in b"0123456789.")),)
     except ValueError:
@@ -130,7 +130,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def end(pid: int, rank: str, seconds: float, after: str) -> None:
-    """Say so, let the process print its stacks without writing its memory to the disk, and end it."""
+    """Report so, let the process print its stacks without writing its memory to the disk, and end it."""
     sys.stderr.write(
         f"amfm: rank {rank} on {socket.gethostname()}: no sign of life for {seconds:.0f} s{' ' if after else ''}{after}: a call "
         "keeps all of Python waiting, or a part of the start does not end. It is ended; its stacks:\n"

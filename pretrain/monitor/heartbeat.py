@@ -2,8 +2,8 @@
 
 A hung collective makes no noise: the rank that hangs may be stopped, asleep or waiting for data, and all others wait for
 it. Every rank therefore has a thread that notes its step and phase on the board of its node (node_board.py), of which one
-rank writes a small file for all, `run.dir/heartbeats/rank-N.json` by the first of them, a line a rank; and another thread
-that ends the process when the phase has not changed for `launch.heartbeat_seconds`. The launcher then ends
+rank writes a small file for all, `run.dir/heartbeats/rank-N.json` by the first of them, a line per rank; and another
+thread that ends the process when the phase has not changed for `launch.heartbeat_seconds`. The launcher then ends
 the attempt and starts the next one from the newest checkpoint. They are two, because storage may hang as well: the one
 that ends the process touches no file before its time is over, and then waits a few seconds at most for what the files of
 the others say. The first of them also asks the fence, if there is one, whether this start has been replaced by another
@@ -41,8 +41,8 @@ class Heartbeat:
     """The threads of one rank, from `start` to `close`. `at` costs an assignment; a thread alone writes files.
 
     `timeout_seconds`: None only writes. What comes before the first step is not watched: collectives time out there.
-    `fence`: raises RuntimeError when this process must not go on. `board`: of the ranks of this node, of this one alone at
-    first. Both are set before `start`.
+    `fence`: raises RuntimeError when this process must not continue. `board`: of the ranks of this node, of this one
+    alone at first. Both are set before `start`.
     """
 
     def __init__(self, run_dir: Path, rank: int, timeout_seconds: float | None) -> None:
@@ -173,7 +173,9 @@ class Heartbeat:
                 self._write()
 
     def _ask_fence(self) -> None:
-        """End the process with its fence's words and HUNG when it may not go on; a collective may hold the main thread."""
+        """End the process with its fence's words and HUNG when it may not continue; a collective may hold the main
+        thread.
+        """
         try:
             if self.fence is not None:
                 self.fence()
@@ -215,7 +217,7 @@ class Heartbeat:
                 self._end(f"no progress for {waited:.0f} s", describe_unseen(gone))
 
     def _end(self, what: str, who: str) -> None:
-        """Say what this rank waited for and who holds it up, and end the process with HUNG."""
+        """Report what this rank waited for and who holds it up, and end the process with HUNG."""
         step, phase, _ = self._place
         sys.stderr.write(f"amfm: rank {self.rank} on {socket.gethostname()}: {what} at step {step}, {phase}; {who}\n")
         # Where every thread stands tells a hung collective from a hung read. `_exit`, because a hung thread would keep
@@ -232,7 +234,7 @@ class Heartbeat:
         looker = threading.Thread(target=lambda: found.append(read_beats(self.directory)), daemon=True)
         try:
             looker.start()
-        except RuntimeError as error:  # the system may refuse threads, and this rank must end all the same
+        except RuntimeError as error:  # the system may refuse threads, and this rank must end anyway
             return f"who holds it up was not read: {error}"
         looker.join(LOOK_SECONDS)
         if not found:

@@ -1,6 +1,6 @@
 """A panel at the foot of a terminal, redrawn in place four times a second, with remarks scrolling above it.
 
-A terminal that changes its width folds or cuts the lines of the panel that stands, so that nobody knows any more how
+A terminal that changes its width folds or cuts the lines of the panel that stands, so that no one knows any more how
 far up it begins, and every redraw would leave a torn copy. After a change of size the screen is therefore cleared and
 the newest remarks are printed again above a fresh panel. The thread that redraws notices it, however long a step takes.
 """

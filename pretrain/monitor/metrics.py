@@ -84,7 +84,7 @@ class RunLog:
             self._require_place()
             self.tensorboard = None  # its thread ended with the error; there is nothing to close
             text = f"TensorBoard's files in {self.directory / 'tensorboard'} take no more: {error.strerror or error}"
-            sys.stderr.write(f"amfm: warning: {text}; training goes on without them\n")
+            sys.stderr.write(f"amfm: warning: {text}; training continues without them\n")
             self.write_event("tensorboard_failed", step, error=text)
 
     def _require_place(self) -> None:

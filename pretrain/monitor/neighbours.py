@@ -1,4 +1,5 @@
-"""Whether the ranks beside this one still give signs of life: a node that is gone, or a rank that is stopped, is found in a minute.
+"""Whether the ranks next to this one still give signs of life: a node that is gone, or a rank that is stopped, is found
+in a minute.
 
 A rank may stay in a phase for many minutes with good reason, so `launch.heartbeat_seconds` is long. But a process that lives
 beats every two seconds, whatever its phase. So where this node has not moved for a while, one rank of it looks at the beats of
@@ -32,7 +33,7 @@ class Neighbours:
         self.looked = time.monotonic()
 
     def forget(self) -> None:
-        """Begin anew: this rank has moved, or was itself stopped."""
+        """Begin again: this rank has moved, or was itself stopped."""
         self.known, self.next_file = {}, None
         self.looked = time.monotonic()
 

@@ -1,10 +1,10 @@
 """Where the ranks of a node are, in memory that they share, so that one of them writes a file for all.
 
-A file a rank, written every two seconds, is thousands of writes a second to shared storage at a thousand ranks, and as
-many opens for whoever looks. So ranks of a node note their places in a small file that lies in the node's memory, and
-one of them, the writer, puts all of them into the run directory. Nobody is appointed: who published last goes on, and
-where nothing was published for a while (the writer died, or is stopped) whoever finds out goes on in its place. Ranks
-that share no memory, each in a container of its own, are writers each for itself.
+A file per rank, written every two seconds, is thousands of writes a second to shared storage at a thousand ranks, and
+as many opens for whoever looks. So ranks of a node note their places in a small file that lies in the node's memory,
+and one of them, the writer, puts all of them into the run directory. No one is appointed: who published last continues,
+and where nothing was published for a while (the writer died, or is stopped) whoever finds out continues in its place.
+Ranks that share no memory, each in its own container, are writers each for itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 MEMORY = Path("/dev/shm")
-# Who publishes, and when it last did by the clock that all processes of a node share. Ranks count from 1; 0: nobody.
+# Who publishes, and when it last did by the clock that all processes of a node share. Ranks count from 1; 0: no one.
 HEADER = struct.Struct("<qd")
 # Of one rank: step, number of its phase, time of its last sign of life.
 SLOT = struct.Struct("<qqqd")
@@ -33,8 +33,8 @@ class NodeBoard:
 
     Without a token this process has it for itself.
 
-    A slot that is read while it is written may show an old step beside a new phase, until the next look. Raises OSError for a
-    file that another user put there, and for a link: anybody may write to the node's memory.
+    A slot that is read while it is written may show an old step next to a new phase, until the next look. Raises
+    OSError for a file that another user put there, and for a link: anyone may write to the node's memory.
     """
 
     def __init__(self, rank: int, num_ranks: int = 1, path: Path | None = None) -> None:
@@ -60,7 +60,7 @@ class NodeBoard:
 
         A private one where memory has no room for it.
 
-        Boards of earlier starts that nobody could clear away are removed.
+        Boards of earlier starts that no one could clear away are removed.
         """
         folder = MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())
         prefix = f"amfm-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]}"

@@ -1,11 +1,11 @@
 """One owner of a run directory, also among hosts whose file system does not share locks between them.
 
 The lock of the run directory (`lock_directory`) is the kernel's: some network file systems keep it on one host. Then
-two launchers could train in one directory, or ranks that were cut off from the network could come back and go on beside
-those that replaced them. Two rules prevent it, and need nothing but a shared directory:
+two launchers could train in one directory, or ranks that were cut off from the network could come back and continue
+next to those that replaced them. Two rules prevent it, and need nothing but a shared directory:
 
 - Who starts looks at the heartbeats of other hosts. Where one still changes, that run lives, and the start is refused.
-- Who starts writes a number of its own into `run.dir/owner.json`. Who finds another number there has been replaced: its
+- Who starts writes its own number into `run.dir/owner.json`. Who finds another number there has been replaced: its
   watchdog ends it, and it commits no checkpoint any more.
 
 Beats are compared with themselves and never with a clock, because clocks of hosts differ.
@@ -52,7 +52,7 @@ class Ownership:
     def check(self) -> None:
         """Raise RuntimeError when another start has become the owner; OSError when that can't be read.
 
-        A file that somebody removed names nobody else.
+        A file that someone removed names no one else.
         """
         found = read_owner(self.path.parent)
         if found is not None and found.get("token") != self.token:

@@ -31,7 +31,7 @@ class RunState:
     """What is known of a run from its lines: the newest step, the curve of its loss, its pace, its newest checkpoint.
 
     `first_step`, `last_step`: where this start of the run begins and ends. `began`: when it started, seconds since the
-    epoch, None while that is not known. `status` is a line of its own at the panel's foot.
+    epoch, None while that is not known. `status` is its own line at the panel's foot.
     """
 
     def __init__(self, name: str, *, first_step: int, last_step: int, began: float | None) -> None:
@@ -72,7 +72,7 @@ class RunState:
         return max(0, min(under_way, self.last_step) - (self.checkpoint_step or 0))
 
     def describe_checkpoint(self) -> str:
-        """Say which checkpoint a restart would find, and how old it is."""
+        """Report which checkpoint a restart would find, and how old it is."""
         if self.checkpoint_step is None:
             return "no checkpoint yet"
         age = "" if self.checkpoint_time is None else f", {since(self.checkpoint_time)} ago"

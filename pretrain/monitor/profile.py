@@ -53,7 +53,7 @@ class StepProfiler:
             return
         on_cuda = torch.cuda.is_available()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-        if not self.is_warm:  # the first trace of a process waits for the card's tracing library
+        if not self.is_warm:  # the first trace of a process waits for the GPU's tracing library
             with profile(activities=activities):
                 torch.zeros(1)
             self.is_warm = True

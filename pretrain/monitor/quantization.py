@@ -19,7 +19,7 @@ from amfm.kernels.low_precision.formats import E4M3_MAX, quantize
 from amfm.kernels.low_precision.recipe import Recipe
 from amfm.kernels.low_precision.watch import Role
 
-# Rows of an operand that are looked at: blocks of 128 rows and more, and few beside a micro-batch.
+# Rows of an operand that are looked at: blocks of 128 rows and more, and few next to a micro-batch.
 MEASURED_ROWS = 256
 ROLES: tuple[Role, ...] = ("input", "gradient", "weight")
 # Numbers that are not zero, those of them that become zero, those beyond the largest code, squares of errors and of numbers.
@@ -41,7 +41,7 @@ def count_losses(matrix: Tensor, recipe: Recipe, role: Role) -> Tensor:
     largest = (quantized.codes & 0x7F) == 0x7E if is_e4m3 else (quantized.codes & 7) == 7
     is_beyond = largest & (wide.abs() > values.abs())
     if is_e4m3:
-        # Rounding down to the largest code is no clamp: its neighbour above would be 480.
+        # Rounding down to the largest code is not a clamp: its neighbour above would be 480.
         is_beyond &= wide.abs() > values.abs() * (464 / E4M3_MAX)
     parts = (
         (wide != 0).sum(),

@@ -3,9 +3,9 @@
 SIGTERM and SIGUSR1 are noted from the first line of a process on (`note_signals`), before anything heavy is imported;
 the watch of the run takes over what came until then.
 
-The first Ctrl-C is answered at once, in a thread of its own: a step may take minutes, and a panel that is being redrawn is no
-place for a handler to write to. A second one ends the process at once, whatever it waits for: after the first one SIGINT has
-the system's own action again, which needs no Python. What was saved before stands, as after any kill.
+The first Ctrl-C is answered at once, in a separate thread: a step may take minutes, and a panel that is being redrawn
+is not a place for a handler to write to. A second one ends the process at once, whatever it waits for: after the first
+one SIGINT has the system's own action again, which needs no Python. What was saved before stands, as after any kill.
 """
 
 from __future__ import annotations

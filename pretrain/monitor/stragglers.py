@@ -1,7 +1,7 @@
 """Straggler detection: each rank times its own work between collectives, and the times are compared.
 
-A host that queues work for a card runs ahead of it, so its clock tells how fast it queues. On a card the passes are
-therefore timed by two events in the stream that computes: a card that is slow, or that its host lets starve, is seen by
+A host that queues work for a GPU runs ahead of it, so its clock tells how fast it queues. On a GPU the passes are
+therefore timed by two events in the stream that computes: a GPU that is slow, or that its host lets starve, is seen by
 them. They are read after the step's report, for which the host has waited anyway. What a rank waits for others inside its
 passes (model/parallel/waits.py: rows of experts, reductions and gathers, receives of a pipeline) is left out. Tensor and context
 collectives and ZeRO 3's gathers are in: ranks that share them still look alike.
@@ -25,7 +25,7 @@ STRAGGLER_STEPS = 20
 
 @dataclass(frozen=True)
 class Straggler:
-    """A rank that computes longer than the median of all ranks, by so many percent."""
+    """A rank that computes longer than the median of all ranks, by this many percent."""
 
     rank: int
     host: str
@@ -79,7 +79,7 @@ class HostClock(Stopwatch):
 
 
 class DeviceClock(Stopwatch):
-    """Times a step's passes on the stream of a card that computes them; what other streams exchange is not in it."""
+    """Times a step's passes on the stream of a GPU that computes them; what other streams exchange is not in it."""
 
     def __init__(self) -> None:
         self._began, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -120,7 +120,7 @@ class StepTimes:
         self.seconds.append(seconds)
 
     def find(self, parallel: Parallel, percent: float | None) -> list[Straggler]:
-        """Find the slow ranks, slowest first, and start over. A rank's median step counts, so one pause names nobody.
+        """Find the slow ranks, slowest first, and start over. A rank's median step counts, so one pause names no one.
 
         Tensor and context ranks wait for each other and look alike: all of a group are named. Every rank must call this.
         """

@@ -1,9 +1,10 @@
 """Process groups that answer alone: every other rank is taken to send what this one sends.
 
-A rank that runs a block by itself, before the first step, gets from its collectives tensors of the right shapes at once. An
-all-gather repeats this rank's tensor, an all-to-all brings the part meant for this rank once from each, sums stay what they
-are. So counts that ranks exchange agree with the rows that follow them. It is an own backend of torch.distributed
-(`Backend.register_backend`), because everything that communicates, Megatron-core too, then needs no change.
+A rank that runs a block on its own, before the first step, gets from its collectives tensors of the right shapes at
+once. An all-gather repeats this rank's tensor, an all-to-all brings the part meant for this rank once from each, sums
+stay what they are. So counts that ranks exchange agree with the rows that follow them. It is an own backend of
+torch.distributed (`Backend.register_backend`), because everything that communicates, Megatron-core too, then needs no
+change.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class AlikeGroup(_ProcessGroup):
     alltoall_base: Any = all_to_all_single
 
     def barrier(self, *_: Any) -> Any:
-        """Wait for nobody."""
+        """Wait for no one."""
         return _done([])
 
 

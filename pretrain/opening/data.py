@@ -1,4 +1,4 @@
-"""Open what a run reads, and hold it against the settings: training and held-out text, vocabulary and tokenizer."""
+"""Open what a run reads, and compares it with the settings: training and held-out text, vocabulary and tokenizer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def open_validations(
 ) -> dict[int, PretrainLoader]:
     """Open held-out text for every row length that the run will come to, so that missing text shows at the start.
 
-    Returns loaders by tokens a row; empty when nothing is held out.
+    Returns loaders by tokens per row; empty when nothing is held out.
     """
     if config.data.validation_fraction == 0:
         return {}

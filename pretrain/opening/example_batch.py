@@ -1,4 +1,4 @@
-"""A micro-batch with the document layout of training text, for passes whose numbers nobody reads."""
+"""A micro-batch with the document layout of training text, for passes whose numbers no one reads."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def pass_once(
     """Pass numbers through each kind of block that this rank holds, forward and backward.
 
     real: the model of the run, whose weights lie as those here will be laid. shape: of a micro-batch. Blocks communicate over `parallel.groups`: of
-    groups that answer alone, a rank may call this by itself.
+    groups that answer alone, a rank may call this on its own.
     """
     with torch.random.fork_rng(devices=[]):
         model = build_kinds(config, parallel)
@@ -218,7 +218,7 @@ class Part:
         """By how many numbers weights are off the 16 bytes by which Triton tells addresses, in each way that there is.
 
         DeepSpeed keeps weights end to end, so that one behind an odd number of others starts anywhere, and kernels are compiled
-        anew for it.
+        again for it.
         """
         named = dict(real.named_parameters())
         found = [

@@ -58,7 +58,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     run.say(
         f"{facts['pattern']}: {counts.total:,} parameters ({counts.active:,} active), {run.config.train.precision}, "
         f"ZeRO {run.engine.zero_stage}, {plural(run.parallel.world_size, 'rank')} on {run.parallel.device.type} with "
-        f"{plural(torch.get_num_threads(), 'thread')}, {run.stage.global_batch_size} x {length} tokens a step"
+        f"{plural(torch.get_num_threads(), 'thread')}, {run.stage.global_batch_size} x {length} tokens per step"
     )
     for remark in run.loader.describe_repeats(run.stages[-1].first_sample + run.stages[-1].num_samples()):
         run.say(remark)
@@ -107,7 +107,7 @@ def describe_products(config: RunConfig) -> dict[str, Any]:
 
 
 def keep_released(run: Run) -> None:
-    """Copy what the released model that a run continues brings along into its directory, for the export."""
+    """Copy what the released model that a run continues brings into its directory, for the export."""
     path = run.config.run.initial_weights
     if path is None or (run.directory / RELEASED).is_file():
         return

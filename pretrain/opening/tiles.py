@@ -1,7 +1,7 @@
 """Lets all ranks of a run launch our kernels with the same tuned tiles.
 
 A table of tiles lies in each machine's cache, and machines are tuned one by one; tiles change the order of additions.
-So every rank says what it has, and all take rank 0's, or, where cards or compilers differ, the kernels' own tiles.
+So every rank says what it has, and all take rank 0's, or, where GPUs or compilers differ, the kernels' own tiles.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _describe(tables: list[Table], chosen: Table | None) -> str:
     """What was agreed on, in words."""
     if chosen is None:
         cards = sorted({f"{table.environment.card}, Triton {table.environment.triton}" for table in tables})
-        return f"kernels run with their own tiles on all ranks, whose cards or compilers differ: {'; '.join(cards)}"
+        return f"kernels run with their own tiles on all ranks, whose GPUs or compilers differ: {'; '.join(cards)}"
     others = sum(table.configs != chosen.configs for table in tables)
     differing = f"; {others} ranks had another table" if others else ""
     if not chosen.configs:

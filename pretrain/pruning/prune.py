@@ -2,8 +2,8 @@
 
 How many are zero after a step is a function of the step alone: a cubic ramp (Zhu and Gupta 2017, arXiv 1710.01878,
 section 3) from `start_step` to `end_step`. Which ones is asked of the masters, whose zeros are the only memory there
-is: a group that is zero has the smallest norm, and stays chosen. So nothing more is saved, and a resumed run goes on as
-one that was never cut.
+is: a group that is zero has the smallest norm, and stays chosen. So nothing more is saved, and a resumed run continues
+as one that was never cut.
 """
 
 from __future__ import annotations

@@ -34,12 +34,12 @@ class Shrunk:
 
 
 def shrink_weights(weights: Weights) -> Shrunk:
-    """Take out every kind of group that is zero in all blocks. Raises ValueError where there is none."""
+    """Remove every kind of group that is zero in all blocks. Raises ValueError where there is none."""
     counts: dict[str, tuple[int, int]] = {}
     found = weights
     for kind in PRUNED_GROUPS:
         for number in range(len(_alike(plan_groups(found.model, kind), found.model))):
-            # Numbered anew: what the units before have lost moves the numbers of these.
+            # Numbered again: what the units before have lost moves the numbers of these.
             plan = plan_groups(found.model, kind)
             units = _alike(plan, found.model)[number]
             kept = _kept(found, plan, units)
@@ -128,7 +128,7 @@ def _tensors_of(state: Mapping[str, Tensor], plan: GroupPlan, unit: Unit) -> lis
 
 
 def _smaller(config: ModelConfig, unit: Unit, width: int) -> ModelConfig:
-    """The configuration with so many groups in the blocks of this unit's kind."""
+    """The configuration with this many groups in the blocks of this unit's kind."""
     options = config.block_options(unit.letter)
     smaller = options.model_copy(update={field: width * units for field, units in unit.groups.sizes.items()})
     return config.with_options(kind_of(unit.letter), smaller)

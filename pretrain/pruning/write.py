@@ -16,7 +16,7 @@ from amfm.pretrain.pruning.shrink import LOGIT_TOLERANCE, logit_difference, shri
 
 @dataclass(frozen=True)
 class ShrinkReport:
-    """What was taken out: groups before and after by place, parameters, and what the proof compared."""
+    """What was taken out: groups before and after by place, parameters, and what the verification compared."""
 
     path: Path
     model: ModelConfig

@@ -41,7 +41,7 @@ class GroupPost:
 
 @dataclass(frozen=True)
 class RankGroup:
-    """The ranks that exchange objects; all of them must call every method, in the same order. One rank talks to nobody.
+    """The ranks that exchange objects; all of them must call every method, in the same order. One rank talks to no one.
 
     `group`: the process group that carries the messages; None is the default one, whose messages then mix with
     training's.

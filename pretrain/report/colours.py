@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Colours:
-    """Colours of text beside plots (`ink`), of rules and grids (`line`), and of six series; #rrggbb each."""
+    """Colours of text next to plots (`ink`), of rules and grids (`line`), and of six series; #rrggbb each."""
 
     ink: str
     line: str

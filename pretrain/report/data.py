@@ -94,7 +94,7 @@ class RunRecord:
         return median(newest[len(newest) // 2 :]) if newest else None
 
     def newest_start(self) -> int:
-        """Find the step from which the newest start of the run went on, 0 for the first one."""
+        """Find the step from which the newest start of the run continued, 0 for the first one."""
         found = [event.get("step") for event in self.events if event.get("event") == "start"]
         return found[-1] if found and isinstance(found[-1], int) else 0
 
@@ -111,16 +111,16 @@ def is_number(value: object) -> bool:
 def read_run(directory: str | Path) -> RunRecord:
     """Read a run directory.
 
-    Raises FileNotFoundError if it is no run directory, ValueError if no step was logged yet or the configuration in it
-    can't be read. A step that was logged twice (a resumed run repeats the steps after its checkpoint) counts once, as
-    logged last.
+    Raises FileNotFoundError if it is not a run directory, ValueError if no step was logged yet or the configuration in
+    it can't be read. A step that was logged twice (a resumed run repeats the steps after its checkpoint) counts once,
+    as logged last.
     """
     folder = Path(directory)
     config_path, metrics_path = folder / "config.yaml", folder / "metrics.jsonl"
     for path in (config_path, metrics_path):
         if not path.is_file():
             raise FileNotFoundError(
-                f"{folder} holds no {path.name}, so it is no run directory; give run.dir of a started run"
+                f"{folder} holds no {path.name}, so it is not a run directory; give run.dir of a started run"
             )
     lines, notes = read_json_lines(metrics_path)
     by_step = {int(line["step"]): line for line in lines if is_number(line.get("step"))}

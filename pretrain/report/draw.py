@@ -30,7 +30,7 @@ class TickLabels(Formatter):
     """Labels in three digits, or as many as tell them apart."""
 
     def __call__(self, value: float, position: int | None = None) -> str:
-        """One label by itself."""
+        """One label on its own."""
         return short(value)
 
     def format_ticks(self, values: Sequence[float]) -> list[str]:

@@ -1,7 +1,7 @@
 """Goodput of a run that was: seconds inside steps that count, of those for which it held its machines.
 
 A failure that a launcher answered with another attempt costs all the time until that attempt's start. A run that was stopped,
-or that nobody restarted, held its machines until its last sign of life. A step that was done twice counts once.
+or that no one restarted, held its machines until its last sign of life. A step that was done twice counts once.
 """
 
 from __future__ import annotations

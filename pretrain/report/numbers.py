@@ -1,4 +1,4 @@
-"""Numbers in words: short ones for ticks and cards, rounded ones for tables, durations."""
+"""Numbers in words: short ones for ticks and boxes, rounded ones for tables, durations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def count(value: float) -> str:
 
 
 def _scaled(value: float, *letters: str, digits: int = 3) -> str:
-    """Format in so many digits and the letter of the largest power of a thousand below the value."""
+    """Format in this many digits and the letter of the largest power of a thousand below the value."""
     for power in range(len(letters), 0, -1):
         if abs(value) >= 1000**power:
             return f"{value / 1000**power:.{digits}g}{letters[power - 1]}"

@@ -143,7 +143,7 @@ def render_runs(records: Sequence[RunRecord]) -> str:
 
 
 def compare_configs(records: Sequence[RunRecord]) -> Table:
-    """Tabulate the settings in which the runs differ: a row a key, a column a run, without names and folders."""
+    """Tabulate the settings in which the runs differ: a row per key, a column a run, without names and folders."""
     first = records[0].config
     rows: dict[str, list[str]] = {}
     for number, record in enumerate(records[1:], start=1):

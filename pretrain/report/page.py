@@ -85,7 +85,7 @@ def render_heading(name: str, state: str, where: str, *, is_done: bool) -> str:
 
 
 def render_cards(cards: Sequence[Card]) -> str:
-    """Render the cards of the summary."""
+    """Render the boxes of the summary."""
     boxes = [
         f'<div class="card"><div class="label">{escape(card.label)}</div><div class="value">{escape(card.value)}</div>'
         f'<div class="detail">{escape(card.detail)}</div></div>'

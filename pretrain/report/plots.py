@@ -198,7 +198,7 @@ def throughput_plot(record: RunRecord) -> Plot | None:
 
 
 def mfu_plot(record: RunRecord) -> Plot | None:
-    """Plot model FLOPs utilisation in per cent of the peak, which a CPU measures anew at each start."""
+    """Plot model FLOPs utilisation in per cent of the peak, which a CPU measures again at each start."""
     steps, shares = record.series("mfu")
     if not shares:
         return None
@@ -257,7 +257,5 @@ def quantization_plot(record: RunRecord) -> Plot | None:
         tuple(mean_of_spans(zeroed[name][0], [100 * part for part in zeroed[name][1]], edges)) for name in names
     )
     recipe = record.config.low_precision.recipe
-    caption = (
-        f"Numbers of operands that {recipe} makes zero, which no code is left for beside larger ones of their block."
-    )
+    caption = f"Numbers of operands that {recipe} makes zero: larger ones of their block leave no code for them."
     return Plot("quantization", "Zeroed by quantising", caption, "%", heat=HeatMap(tuple(names), tuple(edges), rows))

@@ -1,8 +1,8 @@
 """`amfm report`: one self-contained HTML page of a run, finished or not, or of several over each other.
 
-Everything is read from the run directory (data.py), so a report can be made while the run goes on, on another machine,
-or years later. Parameters and FLOPs are computed from the configuration, not read from logs. Here the numbers are chosen
-and put into words; plots.py and overlay.py choose the curves, page.py makes the HTML.
+Everything is read from the run directory (data.py), so a report can be made while the run continues, on another
+machine, or years later. Parameters and FLOPs are computed from the configuration, not read from logs. Here the numbers
+are chosen and put into words; plots.py and overlay.py choose the curves, page.py makes the HTML.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def write_report(run_dirs: Sequence[str | Path], out: Path | None = None) -> Pat
     """Write the page of one run, or of several over each other, and return its path; call it on one rank.
 
     `out`: default `report.html` in the directory of the one run, or in the folder that holds all of several. Raises
-    FileNotFoundError for something that is no run directory, ValueError before the first step, for a run that is given
-    twice, for too many, and where several lie in different folders and `out` is not given.
+    FileNotFoundError for something that is not a run directory, ValueError before the first step, for a run that is
+    given twice, for too many, and where several lie in different folders and `out` is not given.
     """
     place = out or choose_place([Path(folder) for folder in run_dirs])
     records = [read_run(folder) for folder in run_dirs]
@@ -116,9 +116,9 @@ def render_overlay(records: Sequence[RunRecord]) -> str:
 
 
 def make_cards(record: RunRecord) -> list[Card]:
-    """Make the cards of the summary: what the model is, how far it came, how good and how fast it is.
+    """Make the boxes of the summary: what the model is, how far it came, how good and how fast it is.
 
-    Losses are in nats per token, speed and MFU medians of the newer half of the steps since the newest start. Cards without a measurement are left
+    Losses are in nats per token, speed and MFU medians of the newer half of the steps since the newest start. Boxes without a measurement are left
     out, or show a dash.
     """
     config = record.config

@@ -6,7 +6,7 @@ from amfm.pretrain.report.data import RunRecord
 from amfm.pretrain.report.page import Table
 from amfm.pretrain.report.plots import Curve, Plot
 
-# Metrics between 0 and 1, of which more is better; others (perplexities, bits) have scales of their own.
+# Metrics between 0 and 1, of which more is better; others (perplexities, bits) have their own scales.
 SHARES = ("acc", "acc_norm", "exact_match", "f1", "mc1", "mc2", "prompt_level_strict_acc")
 MAX_CURVES = 8
 

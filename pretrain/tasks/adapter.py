@@ -62,7 +62,8 @@ class ModelAdapter(TemplateLM):
                 raise ValueError(f"the continuation {texts and texts[1]!r} has no token of its own after its context")
             if len(continuation) > self.max_length:
                 raise ValueError(
-                    f"a continuation of {len(continuation)} tokens is longer than the model's rows of {self.max_length}"
+                    f"a continuation of {len(continuation)} tokens is longer than the model's rows of {self.max_length}; "
+                    "take a model of longer rows, or a task with shorter answers"
                 )
         # Blanks at the end of a context go to its continuation, so one of blanks alone is empty here.
         start = [self.prefix_token_id]

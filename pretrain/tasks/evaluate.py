@@ -10,7 +10,7 @@ from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.tasks.scoring import Scorer, Share
 from amfm.pretrain.tasks.suite import TaskChoice, open_suite
 
-# Tokens a row for an import, of which no length of training is known; an export of it says the same.
+# Tokens per row for an import, of which no length of training is known; an export of it says the same.
 DEFAULT_LENGTH = 4096
 
 
@@ -25,7 +25,7 @@ def evaluate_tasks(
     """Measure a model on tasks: values by TASK/METRIC, those that lm-eval gives on the model's export.
 
     Rows are as long as in training. `choice.include_path`: None means the folder that the run named, if it did. Raises
-    ValueError for tasks that nobody knows and a model without a tokenizer, TaskError for data that cannot be had.
+    ValueError for tasks that no one knows and a model without a tokenizer, TaskError for data that cannot be had.
     """
     weights = read_weights(checkpoint)
     tokenizer = weights.tokenizer

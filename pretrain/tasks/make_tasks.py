@@ -1,6 +1,6 @@
 """Small lm-eval tasks out of a store's held-out text, for machines without a hub and for a first look.
 
-Three kinds, each a YAML file with its documents beside it: `NAME_continuation` chooses the words that follow a passage
+Three kinds, each a YAML file with its documents next to it: `NAME_continuation` chooses the words that follow a passage
 among four, `NAME_next_word` writes the word that follows, `NAME_text` is the perplexity of passages. They show that a model
 learns its text, and compare runs on one store; other benchmarks they do not replace.
 """
@@ -12,7 +12,7 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -28,17 +28,26 @@ WORD = re.compile(r"\s*\S+")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
-def make_tasks(store: str | Path, out: str | Path, *, name: str | None = None, num_documents: int = 200) -> list[str]:
-    """Write three tasks of up to `num_documents` documents each into a folder, and return their names.
+class MadeTasks(NamedTuple):
+    """Names of tasks, and the tokens of their longest answer: a model needs rows of as many."""
 
-    `name`: what they begin with; None: the last part of the store's path, or of its folder's where it is `store`. The same store gives the same files. Raises
-    ValueError for a store without enough held-out words.
+    names: list[str]
+    longest_answer: int
+
+
+def make_tasks(store: str | Path, out: str | Path, *, name: str | None = None, num_documents: int = 200) -> MadeTasks:
+    """Write three tasks of up to `num_documents` documents each into a folder.
+
+    `name`: what their names begin with; None: the last part of the store's path, or of its folder's where it is `store`.
+    The same store gives the same files. Raises ValueError for a store without enough held-out words.
     """
     path = Path(store).absolute()
     prefix = name or (path.parent.name if path.name == "store" else path.name)
     if not NAME.fullmatch(prefix):
-        raise ValueError(f"--name {prefix} must be letters, digits, _, - and . after a letter or digit; use text, say")
-    # Documents stand on lines of their own.
+        raise ValueError(
+            f"--name {prefix} must be letters, digits, _, - and . after a letter or digit; use for example text"
+        )
+    # Documents stand on their own lines.
     words = [word for text in held_out_texts(store) for word in WORD.findall("\n" + text.strip())]
     window = CONTEXT_WORDS + CHOICE_WORDS
     if len(words) < 2 * NUM_CHOICES * window:
@@ -64,7 +73,10 @@ def make_tasks(store: str | Path, out: str | Path, *, name: str | None = None, n
     ]
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    return [_write_task(folder, f"{prefix}_{kind}", kind, records) for kind, records in documents.items()]
+    names = [_write_task(folder, f"{prefix}_{kind}", kind, records) for kind, records in documents.items()]
+    tokenizer = load_tokenizer(store)
+    answers = [choice for record in documents["continuation"] for choice in record["choices"]]
+    return MadeTasks(names, max(len(tokenizer.encode(answer)) for answer in answers))
 
 
 def held_out_texts(path: str | Path) -> Iterator[str]:

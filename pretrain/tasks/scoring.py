@@ -2,8 +2,8 @@
 
 A job is the whole list of questions, the same on every rank. Rows are sorted by length and cut into batches, and each data
 rank takes every n-th batch. All of them run the same number of forward passes, the last ones perhaps on a batch whose
-answers nobody needs: experts and ZeRO-3 weights are spread over data ranks, so a rank that stopped early would leave the
-others waiting. Answers are gathered, and every rank returns all of them.
+answers no one needs: experts and ZeRO-3 weights are spread over data ranks, so a rank that stopped early would leave
+the others waiting. Answers are gathered, and every rank returns all of them.
 
 Rows of a batch are padded on the right, which a causal model does not see, and to a power of two, so that kernels meet few
 shapes. Prompts are not padded, because a recurrent state would take the padding in: prompts of one length share a batch,
@@ -30,7 +30,7 @@ SHORTEST_ROW = 32
 
 @dataclass(frozen=True)
 class LikelihoodJob:
-    """Rows of token ids, and how many ids at the end of each shall be scored given those before them."""
+    """Rows of token ids, and how many ids at the end of each are to be scored given those before them."""
 
     rows: tuple[tuple[int, ...], ...]
     counts: tuple[int, ...]
@@ -63,7 +63,7 @@ class Likelihood:
 class Share:
     """Which batches this rank takes, and how ranks meet.
 
-    data_rank of num_data_ranks takes every n-th batch. row_multiple: tensor ranks share the tokens of a row in so many
+    data_rank of num_data_ranks takes every n-th batch. row_multiple: tensor ranks share the tokens of a row in this many
     parts. gather: every rank's object, on every rank; any_of: whether any rank says yes.
     """
 
@@ -78,7 +78,7 @@ class Share:
 class Scorer:
     """A model that answers jobs. Every rank must run the same jobs in the same order.
 
-    forward: as `HybridModel.forward`, through an engine or not, in eval mode. max_length: tokens a row at most.
+    forward: as `HybridModel.forward`, through an engine or not, in eval mode. max_length: tokens per row at most.
     rows_at_once: of one batch.
     """
 

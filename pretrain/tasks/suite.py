@@ -1,10 +1,11 @@
 """The tasks of a run or of a command: found by name, their data loaded once, run as often as the model is to be measured.
 
 lm-eval draws few-shot examples from generators that it seeds process-wide, so each of our calls seeds as lm-eval's own
-command does, for equal numbers, and puts the generators back as they were, for a run that goes on as if nothing had been.
+command does, for equal numbers, and puts the generators back as they were, for a run that continues as if nothing had
+been.
 
 Whatever a task's own code, template or data raises is the evaluation's fault and becomes a `TaskError`, on which a run
-goes on. What the model raises passes through.
+continues. What the model raises passes through.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ PYTHON_SEED, OTHER_SEED = 0, 1234
 
 
 class TaskError(RuntimeError):
-    """A task that cannot be measured, its data or its code at fault and not the model; training goes on without it."""
+    """A task that cannot be measured, its data or its code at fault and not the model; training continues without
+    it.
+    """
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class TaskSuite:
         with _seeded():
             try:
                 loaded = self.manager.load(list(self.choice.names))
-            # A task is other people's YAML, Python and data: whatever it raises is the task's fault, and training goes on.
+            # A task is other people's YAML, Python and data: whatever it raises is the task's fault, and training
+            # continues.
             except Exception as error:
                 self.problem = (
                     f"the data of {', '.join(self.choice.names)} cannot be loaded: {_explain(error)}; a task with local data "
@@ -118,7 +122,7 @@ def require_lm_eval(setting: str) -> None:
 def open_suite(choice: TaskChoice, setting: str) -> TaskSuite:
     """Find the tasks by name; their data is not touched. `setting`: where the names were given, for messages.
 
-    Raises ValueError for names that nobody knows, a folder that is none and a missing lm-eval. lm-eval
+    Raises ValueError for names that no one knows, a folder that is none and a missing lm-eval. lm-eval
     passes over files that it cannot read.
     """
     require_lm_eval(setting)
@@ -186,7 +190,7 @@ def _own_names(folder: str | None) -> Sequence[str]:
 
 
 def _explain(error: Exception) -> str:
-    """One line of an error of somebody else's code; its class first, since many say little."""
+    """One line of an error of someone else's code; its class first, since many say little."""
     text = " ".join(describe(error).split())
     return f"{type(error).__name__}: {text}"[:500]
 

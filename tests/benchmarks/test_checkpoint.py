@@ -1,4 +1,4 @@
-"""`python -m benchmarks.checkpoint`: saving in the background beside waiting for it."""
+"""`python -m benchmarks.checkpoint`: saving in the background vs. waiting for it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def test_saving_in_the_background_is_timed_beside_waiting_and_torch(capsys: pyte
     result = json.loads(capsys.readouterr().out)
     assert set(result["variants"]) == {"blocking", "background", "replica", "torch_dcp", "torch_dcp_async"}
     assert result["variants"]["blocking"]["ratio_to_blocking"] == 1
-    # The goal is a tenth; one round on a busy machine proves no more than that the thread does the work.
+    # The goal is a tenth; one round on a busy machine shows no more than that the thread does the work.
     assert result["variants"]["background"]["ratio_to_blocking"] < 0.5
     assert 230e6 < result["bytes"] < 240e6

@@ -50,7 +50,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> BenchData:
 
 @pytest.fixture(scope="module")
 def store(settings: BenchData) -> TokenStore:
-    """The store `fast` without Ray, in a place of its own."""
+    """The store `fast` without Ray, in its own place."""
     prepare(settings.data_config("alone"), runner=run_in_process)
     return TokenStore.open(settings.work / "alone")
 

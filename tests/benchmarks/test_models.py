@@ -27,7 +27,7 @@ def test_two_models_are_timed_and_one_alone_is_refused(base: Path, tmp_path: Pat
     assert run(models, [str(base)]) == 2
     assert "compares two or more models" in capsys.readouterr().err
     assert run(models, [str(base), str(tmp_path / "none")]) == 2
-    assert "is no configuration, run directory or weights folder" in capsys.readouterr().err
+    assert "is not a configuration, run directory or weights folder" in capsys.readouterr().err
 
 
 def test_mixers_of_equal_sizes_stand_beside_each_other(capsys) -> None:

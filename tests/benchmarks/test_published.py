@@ -1,4 +1,4 @@
-"""Published speeds beside the plan's: sizes of the models, what a dispatcher sends, the fit, and the documented table."""
+"""Published speeds vs. the plan's: sizes of the models, what a dispatcher sends, the fit, and the documented table."""
 
 import json
 from dataclasses import replace
@@ -40,7 +40,7 @@ def rows(anchors):
 
 @pytest.mark.parametrize(
     ("preset", "total", "active"),
-    # arXiv 2412.19437 section 4.2; the model cards of the others. Active counts of cards leave the embedding out.
+    # arXiv 2412.19437 section 4.2; the model cards of the others. Active counts of model cards leave the embedding out.
     [
         ("deepseek_v3", 671e9, 37e9),
         ("kimi_k2", 1.03e12, 32e9),

@@ -81,7 +81,7 @@ def test_muon_and_adamw_take_turns_at_steps_of_several_passes(monkeypatch: pytes
     [
         (["--micro-batches", "2"], "--micro-batches sets the step that --muon compares optimizers by"),
         (["--model", "some.yaml"], "--model sets the step that --muon compares optimizers by"),
-        (["--muon", "--model", "none.yaml"], "none.yaml is no configuration, run directory or weights folder"),
+        (["--muon", "--model", "none.yaml"], "none.yaml is not a configuration, run directory or weights folder"),
         (["--muon", "--compiled"], "--muon compares our two optimizers alone"),
     ],
 )

@@ -1,5 +1,5 @@
-"""The plan beside simulated ranks, in every layout of the table: memory within 4%, bytes equal or, of rows to experts, as expected of an even router
-within 1%, waits as listed."""
+"""The plan vs. simulated ranks, in every layout of the table: memory within 4%, bytes equal or, of rows to experts, as
+expected of an even router within 1%, waits as listed."""
 
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def test_memory_bytes_and_waits_are_as_planned(case):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "ZeRO 4"], "'ZeRO 4' is no layout of the table; use one of ZeRO 0, ZeRO 1"),
+        (["--only", "ZeRO 4"], "'ZeRO 4' is not a layout of the table; use one of ZeRO 0, ZeRO 1"),
         (["nowhere"], "nowhere"),
     ],
 )

@@ -27,7 +27,7 @@ def folder() -> Iterator[Path]:
 
 
 def write_run(folder: Path, run_dir: Path, **overrides: Any) -> RunConfig:
-    """A run of `STEPS` steps that any of one, two, three and six ranks can share, written to run.yaml beside it."""
+    """A run of `STEPS` steps that any of one, two, three and six ranks can share, written to run.yaml next to it."""
     config = tiny_config(
         tiny_data(folder / "data"),
         run_dir,

@@ -29,7 +29,7 @@ def test_a_cut_link_costs_one_failure_and_the_other_node_goes_on(folder: Path, u
         wait_until(lambda: len(metrics(folder / "run")) > 22, 900, log)
         nodes.fault("cut", 2)
         assert launcher.wait(timeout=1500) == 0, log.read_text()[-4000:]
-    assert "going on with 1 of 2 nodes" in log.read_text()
+    assert "continuing with 1 of 2 nodes" in log.read_text()
     assert len(events(folder / "run", "restarted")) == 1
     check_losses(folder / "run", undisturbed)
 
@@ -60,5 +60,5 @@ def test_a_node_with_other_code_is_left_out_by_name_and_the_others_go_on(
     assert left.keys() == {"10.77.0.12"} and "amfm's source files is" in left["10.77.0.12"]
     # Once: the next group was placed on the two others, though Ray has three.
     assert said.count("10.77.0.12 did not pass the check; looking again, which counts as no attempt") == 1
-    assert "going on with 2 of 3 nodes" in said and not events(folder / "run", "restarted")
+    assert "continuing with 2 of 3 nodes" in said and not events(folder / "run", "restarted")
     check_losses(folder / "run", undisturbed)

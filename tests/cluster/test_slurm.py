@@ -35,7 +35,7 @@ def state(nodes: Cluster, job: str) -> str:
 
 
 def let_start(nodes: Cluster, job: str) -> None:
-    """Slurm holds a requeued job back for two minutes; nobody needs to wait for that here."""
+    """Slurm holds a requeued job back for two minutes; no one needs to wait for that here."""
     nodes.run(0, "scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
 
@@ -93,7 +93,7 @@ def test_a_node_lost_after_a_checkpoint_leaves_the_other_which_goes_on_from_it(
         nodes.fault("lose", 2)
         finish(nodes, job, log)
         text = log.read_text()
-    assert "going on with 1 of 2 nodes" in text
+    assert "continuing with 1 of 2 nodes" in text
     (restarted,) = events(folder / "run", "restarted")
     assert "node" in restarted["cause"] and "===" not in restarted["cause"]
     check_losses(folder / "run", undisturbed)
@@ -107,7 +107,7 @@ def test_a_spare_node_of_the_job_takes_the_place_of_a_lost_one(folder: Path, und
         nodes.fault("lose", 2)
         finish(nodes, job, log)
         text = log.read_text()
-    assert "going on with" not in text, "the run keeps its size"
+    assert "continuing with" not in text, "the run keeps its size"
     (restarted,) = events(folder / "run", "restarted")
     assert "node2" in restarted["cause"]
     check_losses(folder / "run", undisturbed)

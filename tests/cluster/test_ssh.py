@@ -45,7 +45,7 @@ def test_a_link_that_is_cut_for_good_is_named_and_the_other_host_goes_on(
         nodes.fault(*fault)
         assert launcher.wait(timeout=1500) == 0, log.read_text()[-4000:]
     text = log.read_text()
-    assert "going on with 1 of 2 nodes" in text
+    assert "continuing with 1 of 2 nodes" in text
     (restarted,) = events(folder / "run", "restarted")
     assert "node2" in restarted["cause"] and (fault[0] != "cut" or "amfm: rank 0 on node1" in restarted["cause"])
     assert "\x1b" not in text and "╭" not in text, "a panel was drawn into the log"
@@ -119,7 +119,7 @@ def test_a_spare_takes_the_place_of_a_node_that_loses_its_power(folder: Path, un
         nodes.fault("lose", 2)
         assert launcher.wait(timeout=1500) == 0, log.read_text()[-4000:]
     text = log.read_text()
-    assert "going on with" not in text, "the run keeps its size"
+    assert "continuing with" not in text, "the run keeps its size"
     (restarted,) = events(folder / "run", "restarted")
     assert "node2" in restarted["cause"]
     check_losses(folder / "run", undisturbed)
@@ -141,6 +141,6 @@ def test_nodes_with_other_code_or_a_stale_mount_are_left_out_by_name_before_rank
         assert launcher.wait(timeout=1500) == 0, log.read_text()[-4000:]
     left = json.loads((folder / "run/launch/left_out.json").read_text())["left_out"]
     assert "amfm's source files is" in left["node2"] and "does not see the launcher's file" in left["node3"]
-    assert "going on with 1 of 3 nodes" in log.read_text()
+    assert "continuing with 1 of 3 nodes" in log.read_text()
     assert not events(folder / "run", "restarted"), "no attempt was lost"
     check_losses(folder / "run", undisturbed)

@@ -24,7 +24,7 @@ def test_what_cannot_be_counted_is_named_with_the_time_so_far():
     report = Waiting("amfm train", speaks=False)
     report("building the model")
     report.began -= 20
-    report("building the model")  # the same work goes on
+    report("building the model")  # the same work continues
     assert report.describe() == "building the model (20 s so far)"
 
 

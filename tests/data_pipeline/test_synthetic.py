@@ -1,4 +1,4 @@
-"""Synthetic tasks: labels that a solver of its own finds too, rows that depend on nothing but their numbers, and chance."""
+"""Synthetic tasks: labels that its own solver finds too, rows that depend on nothing but their numbers, and chance."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_rows_are_functions_of_seed_split_and_sample(task: str) -> None:
 
 
 def test_rows_stay_what_they_were_in_every_release() -> None:
-    """Change GENERATOR_VERSION with this digest: a run must not go on with other rows."""
+    """Change GENERATOR_VERSION with this digest: a run must not continue with other rows."""
     digest = hashlib.sha256()
     for task_config in SMALL.values():
         for sample in range(3):
@@ -144,7 +144,7 @@ def test_no_row_of_one_split_occurs_in_the_other_whatever_the_seeds() -> None:
     trained = {tuple(train.make_synthetic_row(sample, 9).tokens_T) for sample in range(3000)}
     validated = {tuple(validation.make_synthetic_row(sample, 9).tokens_T) for sample in range(600)}
     assert not trained & validated
-    # Of 512 rows; the hash decides by itself, so that an eighth is 64 with a standard deviation of 7.5.
+    # Of 512 rows; the hash decides on its own, so that an eighth is 64 with a standard deviation of 7.5.
     assert len(trained) + len(validated) == 512 and 40 <= len(validated) <= 88
 
 

@@ -68,7 +68,7 @@ def train(
 
 @torch.no_grad()
 def held_out_loss(model: HybridModel, folder: Path, count: int = 256) -> float:
-    """Nats a byte on so many rows of held-out plays."""
+    """Nats per byte on this many rows of held-out plays."""
     _, held_out = play_bytes(folder)
     rows = held_out[: count * (TOKENS + 1)].view(count, TOKENS + 1)
     output = model(rows[:, :-1].contiguous(), PackMeta.one_document_a_row(count, TOKENS), rows[:, 1:].contiguous())

@@ -22,7 +22,7 @@ from amfm.pretrain.train import train
 
 CONFIG = Path(__file__).parents[2] / "configs" / "probes" / "mqar.yaml"
 STEPS, EVERY, LENGTH, ROWS = 480, 60, 12, 32
-# Four pairs and four questions, of 16 keys and 16 values; head and embedding are one table, and begin anew together.
+# Four pairs and four questions, of 16 keys and 16 values; head and embedding are one table, and begin again together.
 SETTINGS = [
     "run.tensorboard=false",
     *(f"train.{name}" for name in ("num_threads=1", f"steps={STEPS}", f"sequence_length={LENGTH}")),
@@ -56,7 +56,7 @@ def accuracy_of(model: HybridModel, config: RunConfig) -> float:
 
 
 def accuracy_under_new_names(config: RunConfig, steps: int) -> float:
-    """Share of right answers after so many steps of a new embedding alone."""
+    """Share of right answers after this many steps of a new embedding alone."""
     assert train(config) == 0
     model = read_weights(config.run.dir).build().requires_grad_(False)
     weight = model.get_parameter("embedding.weight").requires_grad_(True)

@@ -29,7 +29,9 @@ MODEL = {
 
 
 class Outcome(NamedTuple):
-    """On held-out text: nats a byte; how often the depth names the byte after next, and what the model itself says there."""
+    """On held-out text: nats per byte; how often the depth names the byte after next, and what the model itself says
+    there.
+    """
 
     loss: float
     accepted: float = 0.0

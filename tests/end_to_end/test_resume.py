@@ -1,4 +1,4 @@
-"""A run that stops and goes on equals one that never stopped, bit for bit."""
+"""A run that stops and continues equals one that never stopped, bit for bit."""
 
 from __future__ import annotations
 

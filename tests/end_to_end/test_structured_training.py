@@ -1,4 +1,4 @@
-"""What structure costs in loss: factored feed-forwards beside dense ones, on the bytes of plays that are held out."""
+"""What structure costs in loss: factored feed-forwards vs. dense ones, on the bytes of plays that are held out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMS = {
 
 
 def train_on_bytes(folder: Path, form: str, seed: int, guide: GuideConfig | None = None) -> float:
-    """Nats a byte on held-out plays after a run of a 0.27M-parameter model, or of 0.17M with factors."""
+    """Nats per byte on held-out plays after a run of a 0.27M-parameter model, or of 0.17M with factors."""
     config = ModelConfig(
         pattern="*-*-",
         vocab_size=256,

@@ -1,7 +1,7 @@
 """The ablation of selection: Mamba2's recurrence with constants in the place of its time step, B and C, and no gate.
 
 What is left of it is a convolution whose kernel is learned. The gate goes too because it selects by content as well. A
-plugin, as docs/mixers.md describes them: nobody would train a model of it, so it is no mixer of ours.
+plugin, as docs/mixers.md describes them: no one would train a model of it, so it is not a mixer of ours.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class TimeInvariantMixer(LinearMixer):
         return ScanRows(q_BTHK, k_BTHK, x_BTHV * dt_H[:, None], g_BTH)
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """D x beside what was read; a norm a head."""
+        """D x next to what was read; a norm a head."""
         return self.norm(o_BTHV + self.heads(parts["x"]) * self.D[:, None], None)
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Every reader of files under mutated files: one message, no traceback, no hang, no gigabyte.
 
 Called as `python -m tests.faults.fuzz PLACE COUNT READER...`; prints a JSON line a reader with its number of cases and what
-broke. In a process of its own, because native libraries may end it, and because its memory is limited to a gigabyte more
+broke. In a separate process, because native libraries may end it, and because its memory is limited to a gigabyte more
 than it has when it begins.
 """
 
@@ -167,7 +167,7 @@ class Readers:
 
 
 def fuzz(name: str, path: Path, read: Callable[[], Any], count: int) -> dict[str, Any]:
-    """Read nested brackets and so many mutations of a file; the file is put back at the end."""
+    """Read nested brackets and this many mutations of a file; the file is put back at the end."""
     sound = path.read_bytes()
     report: dict[str, Any] = {"reader": name, "cases": 0, "refused": 0, "broken": []}
     read()

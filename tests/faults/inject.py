@@ -43,7 +43,7 @@ def after_step(step: int, do: Callable[[Run], None]) -> None:
 
 
 def exit_in_order(run: Run) -> None:
-    """As a library does that takes an end of its own for the program's."""
+    """As a library does that takes its own end for the program's."""
     sys.exit(0)
 
 
@@ -70,7 +70,7 @@ def lower_memory(run: Run) -> None:
 
 
 def move_away(run: Run) -> None:
-    """As somebody does who tidies up."""
+    """As someone does who tidies up."""
     run.directory.rename(run.directory.with_name("moved"))
 
 

@@ -1,4 +1,4 @@
-"""A run of two stages in layouts of their own, for the child that is recorded and the test that resumes it."""
+"""A run of two stages in their own layouts, for the child that is recorded and the test that resumes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of a process that a faulty disk was put in front of: each in a fork of its own, its faults on while a file exists.
+"""Runs of a process that a faulty disk was put in front of: each in a separate fork, its faults on while a file exists.
 
 Called as `python -m tests.faults.storage_child FOLDER`, which holds jobs.json: the data, and for each name (of a
 fault, or any other) run directory, settings, number of ranks, and seconds of patience. Writes results.json: by name exit code and words of each rank.

@@ -80,7 +80,7 @@ def losses_of(run_dir: Path) -> list[float]:
 
 
 def meet_all(place: str, names: list[str]) -> dict[str, Any]:
-    """Each fault in a run of its own: how it ended, and whether the next start gave the losses of a run without any."""
+    """Each fault in its own run: how it ended, and whether the next start gave the losses of a run without any."""
     data = tiny_data(Path(place, "data"))
     assert attempt(data, Path(place, "straight"), {}, None)[0] == [DONE]
     results = {}

@@ -31,7 +31,7 @@ def count_lines(path: Path) -> int:
 
 
 def list_resumed(run_dir: Path) -> list[str]:
-    """Checkpoints from which the starts of a run went on; some were killed before they wrote a line."""
+    """Checkpoints from which the starts of a run continued; some were killed before they wrote a line."""
     if not (run_dir / "events.jsonl").exists():
         return []
     return [event["resumed_from"] for event in read_events(run_dir, "start") if event["resumed_from"] is not None]
@@ -40,7 +40,7 @@ def list_resumed(run_dir: Path) -> list[str]:
 def kill_and_resume(
     data: DataConfig, place: str, settings: dict[str, Any], num_ranks: int, num_kills: int
 ) -> dict[str, Any]:
-    """A run that nobody kills, and one that is killed so often; returns what differs between their ends."""
+    """A run that no one kills, and one that is killed so often; returns what differs between their ends."""
     settings = {"train__steps": STEPS, **settings}
     moments = random.Random(len(settings) - 1 + num_ranks)
     straight = Attempt(data, Path(place, "straight"), settings, num_ranks)
@@ -91,7 +91,7 @@ def check_same_end(result: dict[str, Any]) -> None:
     assert result["state"] == {}
     assert list(result["settings"]) == ["run.dir"]
     assert result["passed_over"] == []
-    assert result["resumed"], "no start went on from a checkpoint"
+    assert result["resumed"], "no start continued from a checkpoint"
 
 
 def test_a_run_killed_three_times_ends_in_the_same_weights(data: DataConfig, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Where a stage of another layout begins each launcher goes on, on fewer nodes where that needs fewer; one is killed there."""
+"""Where a stage of another layout begins each launcher continues, on fewer nodes where that needs fewer; one is killed
+there.
+"""
 
 from __future__ import annotations
 
@@ -114,8 +116,8 @@ def test_every_stage_runs_in_its_layout_on_the_nodes_that_it_needs(
     check_against(whole, tmp_path / "run")
     starts = [event["world_size"] for event in read_events(tmp_path / "run", "start")]
     assert starts == RANKS, errors
-    assert not read_events(tmp_path / "run", "restarted"), "a boundary is no failure"
-    assert "stage stage2 begins at step 4, in a layout of its own" in errors
+    assert not read_events(tmp_path / "run", "restarted"), "a boundary is not a failure"
+    assert "stage stage2 begins at step 4, in its own layout" in errors
 
 
 @pytest.mark.slow
@@ -131,6 +133,6 @@ def test_a_launcher_that_is_killed_at_a_boundary_leaves_nothing_running_and_cost
         time.sleep(0.002)
     os.kill(killed.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(running(path), timeout=900)
-    assert not alive, f"{[process.cmdline() for process in alive]} went on without their launcher"
+    assert not alive, f"{[process.cmdline() for process in alive]} continued without their launcher"
     finish(start(path, launcher))
     check_against(whole, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Documents of sizes that nobody tries first: one of ten million tokens, a million of a few. Every token, once."""
+"""Documents of sizes that no one tries first: one of ten million tokens, a million of a few. Every token, once."""
 
 from __future__ import annotations
 

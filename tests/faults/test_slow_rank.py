@@ -1,4 +1,4 @@
-"""A rank that computes slowly is named in the events, and the run goes on."""
+"""A rank that computes slowly is named in the events, and the run continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Storage that fails while a run is under way: it ends with 3, says which path, and goes on as if nothing had been."""
+"""Storage that fails while a run is under way: it ends with 3, says which path, and continues as if nothing had
+been.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,7 @@ def test_every_passing_fault_of_the_storage_ends_with_3_and_loses_nothing(tmp_pa
 
 @pytest.mark.slow
 def test_slow_storage_and_folders_that_refuse_fsync_change_nothing(tmp_path: Path) -> None:
-    """Writes of 200 kB a second, a save that waits 3 s in an fsync while the next is due, EINVAL for folders."""
+    """Writes of 200 kB per second, a save that waits 3 s in an fsync while the next is due, EINVAL for folders."""
     settings = {**SETTINGS, "train__checkpoint_every_steps": 1}
     names = ("straight", "slow", "stuck", "refused")
     rules = [

@@ -75,7 +75,7 @@ def test_who_was_replaced_ends_and_may_not_save(tmp_path: Path) -> None:
 
 
 class Host:
-    """A launcher of the run on a host of its own, and its result when it has ended; each step waits until `hurry`."""
+    """A launcher of the run on its own host, and its result when it has ended; each step waits until `hurry`."""
 
     def __init__(self, place: Path, name: str, data: Any, run_dir: Path, *, step_seconds: float = 0.5) -> None:
         self.place, self.name = place / name, name

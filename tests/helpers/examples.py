@@ -1,4 +1,4 @@
-"""A package of examples/ as if it were installed, in processes of their own."""
+"""A package of examples/ as if it were installed, in separate processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imported last by the process from which ranks are forked: what is there now is no garbage.
+"""Imported last by the process from which ranks are forked: what is there now is not garbage.
 
 A rank's garbage collector then leaves it alone, and with it the memory that ranks share until one of them writes to it.
 """

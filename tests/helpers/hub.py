@@ -20,7 +20,7 @@ class Hub:
     """Data sets by name: commits in order, each files by name. `gated`: needs the token. `seen`: requests in order.
 
     Bytes come from `cdn`, the same server under another host name. `ranges`: false for a server that ignores them.
-    `failures`: so many requests of bytes get 503 first; `cuts`: so many after them end in the middle of their bytes.
+    `failures`: this many requests of bytes get 503 first; `cuts`: this many after them end in the middle of their bytes.
     """
 
     port: int = 0
@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Report nothing."""
 
     def do_GET(self) -> None:
         """Route a request."""

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 
 class Gate:
-    """Requests pass and are counted; the one of number `fatal` kills process `victim` before anybody sees it."""
+    """Requests pass and are counted; the one of number `fatal` kills process `victim` before anyone sees it."""
 
     def __init__(self) -> None:
         self.count, self.fatal, self.victim = 0, -1, 0

@@ -107,7 +107,7 @@ def tolerance_of(name: str, expected: dict[str, Tensor], tolerance: float) -> fl
     """The tolerance for one of the values of `run_scan`, wider for d_A_log and d_dt_bias where they cancel.
 
     Each is one number a head, the sum of a gradient over all tokens: where it cancels to a tenth or less of what is
-    summed it keeps fewer digits in any implementation, so its error is held against the size of what is summed.
+    summed it keeps fewer digits in any implementation, so its error is compared with the size of what is summed.
     """
     if name not in SUMS:
         return tolerance

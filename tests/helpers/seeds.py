@@ -25,7 +25,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw by a seed inside, and go on outside as if nothing had been drawn."""
+    """Draw by a seed inside, and continue outside as if nothing had been drawn."""
     states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     seed_all(seed)
     try:

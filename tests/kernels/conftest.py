@@ -32,7 +32,7 @@ def poisoned_memory() -> Iterator[None]:
     """Fill every torch.empty with NaN, so that a kernel that leaves an output unwritten shows it."""
     before = torch.are_deterministic_algorithms_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    # On a card PyTorch has no such form of some operations of the references, and says so.
+    # On a GPU PyTorch has no such form of some operations of the references, and says so.
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -163,7 +163,7 @@ def test_wrong_inputs_are_named(weight: Tensor, bias: Tensor | None, message: st
         causal_conv1d(torch.zeros(1, 5, 2), weight, bias)
 
 
-# Rows longer than a block of 218 tokens, and so many short rows that one block holds some of them.
+# Rows longer than a block of 218 tokens, and this many short rows that one block holds some of them.
 @pytest.mark.parametrize(("B", "T", "C"), [(2, 439, 1200), (37, 20, 800)])
 @pytest.mark.parametrize("starts", [None, (1, 17, 217, 218, 220, 437)])
 def test_blocks_join_without_a_seam(

@@ -199,7 +199,7 @@ def test_a_scan_saves_only_inputs_and_states_between_chunks() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         call(arguments, case)
     states, rows = 2 * 16 * 32 * 4, 128 * 32 * 4
-    # x, raw dt with its bias, and dt; B and C and what a channel has are small beside them.
+    # x, raw dt with its bias, and dt; B and C and what a channel has are small next to them.
     assert sum(saved.values()) <= states + 4 * rows + 2 * 128 * 16 * 4 + 16 * 1024
 
 

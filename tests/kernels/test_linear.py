@@ -153,7 +153,9 @@ class ProductWatch(TorchDispatchMode):
 
 @pytest.mark.parametrize("lands", [False, True])
 def test_float32_products_of_bfloat16_run_on_tensor_cores_in_both_passes_on_cuda(lands):
-    """On fake tensors: which products a card would take. One forward, two backward; each half of a gradient that lands."""
+    """On fake tensors: which products a GPU would take. One forward, two backward; each half of a gradient that
+    lands.
+    """
     with FakeTensorMode(), ProductWatch() as watch:
         x, weight, grad = (
             torch.empty(shape, dtype=dtype, device="cuda")

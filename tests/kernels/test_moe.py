@@ -232,7 +232,7 @@ def test_grouped_feed_forward_is_the_expert_path_without_gather_and_weights():
 
 @pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai@1.5", "squared_relu"])
 def test_grouped_products_of_a_card_compute_what_the_loop_does(activation, monkeypatch):
-    """PyTorch's grouped product computes on CPUs too, so that the path of cards is held against the loop here."""
+    """PyTorch's grouped product computes on CPUs too, so that the path of GPUs is compared with the loop here."""
     sizes = {"tokens": 40, "model": 16, "hidden": 8, "experts": 6, "empty": (0, 3, 5)}
     _, wanted = run("torch", torch.float32, activation=activation, **sizes)
     monkeypatch.setattr(torch_impl, "takes_grouped", lambda *_: True)

@@ -37,7 +37,7 @@ def test_scores_of_far_off_logits_are_finite_and_so_are_their_gradients():
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_groups_are_ranked_by_as_many_of_their_best_as_asked_for(backend):
-    # The best expert, the best two and the best three stand in groups of their own.
+    # The best expert, the best two and the best three stand in separate groups.
     logits = torch.tensor([[9.0, 0.0, 0.0, 0.0, 6.0, 6.0, 0.0, 0.0, 5.0, 5.0, 5.0, 0.0]]) / 10
     chosen = [
         route(

@@ -1,4 +1,4 @@
-"""What every Triton kernel of ours keeps to, because Triton's interpreter forgives what a card does not."""
+"""What every Triton kernel of ours keeps to, because Triton's interpreter forgives what a GPU does not."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def test_every_kernel_is_compiled_ahead_of_time() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_masked_loads_say_what_hidden_lanes_hold(path: Path) -> None:
-    """On a card they hold anything, in the interpreter zero."""
+    """On a GPU they hold anything, in the interpreter zero."""
     assert [line for line, named in _calls(path, "load") if "mask" in named and "other" not in named] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_products_say_their_precision(path: Path) -> None:
-    """On a card float32 operands are cut to tf32 unless told, in the interpreter never."""
+    """On a GPU float32 operands are cut to tf32 unless told, in the interpreter never."""
     assert [line for line, named in _calls(path, "dot") if "input_precision" not in named] == []
 
 
@@ -120,7 +120,7 @@ OPERATION_FILES = sorted(FOLDER.glob("*/op.py"))
 
 @pytest.mark.parametrize("path", OPERATION_FILES, ids=lambda path: path.parent.name)
 def test_an_operation_names_itself_where_its_backend_is_chosen(path: Path) -> None:
-    """By this name its kernels are checked at their first use on a card; without it nobody would check them."""
+    """By this name its kernels are checked at their first use on a GPU; without it no one would check them."""
     calls = [
         node
         for node in ast.walk(ast.parse(path.read_text()))

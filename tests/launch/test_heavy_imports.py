@@ -1,4 +1,4 @@
-"""Imports without rounds of the garbage collector, which goes on afterwards."""
+"""Imports without rounds of the garbage collector, which continues afterwards."""
 
 import gc
 

@@ -42,7 +42,7 @@ def test_local_ranks_and_torchruns_ranks_are_apart_from_the_working_directory(pl
     assert run_here(torchrun_command(["--help"], **of_one)) == 0
 
 
-# Where a path of the interpreter is no start of a command line, or one that is given by the user.
+# Where a path of the interpreter is not a start of a command line, or one that is given by the user.
 ELSEWHERE = {
     ("launch/doctor/machine.py", "printed"),
     ("launch/commands/export.py", "check_installed starts it with -P"),
@@ -52,7 +52,9 @@ ELSEWHERE = {
 
 
 def test_every_process_of_ours_is_started_apart_from_the_working_directory() -> None:
-    """Each `sys.executable` in the packages begins a list that goes on with -P or -I, or is named above with the reason."""
+    """Each `sys.executable` in the packages begins a list that continues with -P or -I, or is named above with the
+    reason.
+    """
     found = set()
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):

@@ -66,6 +66,6 @@ def test_rows_that_do_not_follow_the_state_are_refused():
     tokens_BT, _, ids_BT = packed_batch()
     with pytest.raises(ValueError, match="one document a row"):
         model(tokens_BT, PackMeta.from_document_ids(ids_BT), state=model.empty_state(2))
-    with pytest.raises(ValueError, match="has seen 0 tokens but the rows go on"):
+    with pytest.raises(ValueError, match="has seen 0 tokens but the rows continue"):
         meta = PackMeta.one_document_a_row(2, 23, start=4)
         model(tokens_BT, meta, state=model.empty_state(2))

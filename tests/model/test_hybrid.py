@@ -23,7 +23,9 @@ FLOAT32 = 5e-5
 
 
 def assert_near(actual, expected, tolerance, name=""):
-    """The difference is at most `tolerance` of the expected tensor, as norms: what each gradient must meet by itself."""
+    """The difference is at most `tolerance` of the expected tensor, as norms: what each gradient must meet on its
+    own.
+    """
     difference, scale = (actual.double() - expected).norm().item(), expected.norm().item()
     assert difference <= tolerance * scale + 1e-12, f"{name}: off by {difference:.3g} of {scale:.3g}"
 

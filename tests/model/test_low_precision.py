@@ -49,7 +49,7 @@ def test_attention_router_ends_and_prediction_depths_stay_wide():
 
 def test_wide_ends_and_output_projections_follow_their_settings():
     found = recipes(LowPrecisionConfig(recipe="nvfp4", wide_first=1, wide_last=0.15))
-    assert found["blocks.4.mixer.out_proj.weight"] == "mxfp8", "what NVFP4 does by itself"
+    assert found["blocks.4.mixer.out_proj.weight"] == "mxfp8", "what NVFP4 does on its own"
     assert found["blocks.4.mixer.in_proj.weight"] == "nvfp4"
     assert {name.split(".")[1] for name in found} == {"1", "3", "4"}, "the first block and 15% of six stay wide"
     same = recipes(LowPrecisionConfig(recipe="nvfp4", out_projection="same"))

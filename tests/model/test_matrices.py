@@ -83,7 +83,7 @@ def test_a_fused_matrix_is_split_by_segment_and_by_head() -> None:
     module, groups = build(VARIANTS["mixers"])
     by_head = list_matrices(module, groups, per_head=True)
     together = list_matrices(module, groups, per_head=False)
-    # z and x of 8 heads, B and C of 2 groups, one row a head of dt.
+    # z and x of 8 heads, B and C of 2 groups, one row per head of dt.
     assert shapes(by_head, "blocks.0.mixer.in_proj.weight") == [
         (8, 4, 32),
         (8, 4, 32),

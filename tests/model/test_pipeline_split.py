@@ -109,7 +109,7 @@ TIED = small_config("M|*", tie_embeddings=True)
 def sum_tied_gradients():
     """What a stage has of the tied embedding's gradient before and after the sum, over all data ranks."""
     groups = initialize_parallel(ParallelConfig(pipeline=2), timeout_seconds=60, num_threads=1).groups
-    # Every rank computes both stages, and goes on with its own.
+    # Every rank computes both stages, and continues with its own.
     parts = [HybridModel(TIED, groups, seed=3, pieces=[piece]).double() for piece in cut_pieces(TIED, 2, 23)]
     loss_of(output_of(parts, seed=groups.dp.rank())).backward()
     own = parts[groups.pp.rank()]

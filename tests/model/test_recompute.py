@@ -47,7 +47,7 @@ def test_losses_and_gradients_keep_every_bit(letters, compiler):
 
 
 def test_a_mixer_with_dropout_drops_the_same_when_it_is_computed_again(monkeypatch):
-    """As a package's may: blocks of ours draw by seeds of their own, and keep no generators."""
+    """As a package's may: blocks of ours draw by their own seeds, and keep no generators."""
 
     def build_with_dropout(*given):
         mixer = build_mixer(*given)

@@ -30,7 +30,7 @@ def attend_by_ends(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, ends: Documen
 
 LENGTHS = {
     "one document": [(18,), (18,)],
-    "edges on and beside cuts": [(3, 3, 5, 1, 6), (7, 11)],
+    "edges on and next to cuts": [(3, 3, 5, 1, 6), (7, 11)],
     "documents of one token": [(1,) * 18, (9, 1, 1, 7)],
     "one over all cuts but the last token": [(17, 1), (1, 17)],
 }

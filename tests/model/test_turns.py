@@ -1,4 +1,6 @@
-"""Halves of a micro-batch's rows in turns: the numbers of two micro-batches, and rows that travel beside the other half."""
+"""Halves of a micro-batch's rows in turns: the numbers of two micro-batches, and rows that travel in parallel with the
+other half.
+"""
 
 from __future__ import annotations
 

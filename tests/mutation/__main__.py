@@ -4,7 +4,7 @@ Draws places in each room by a seed, makes the file wrong there in a copy of the
 first fails, and writes a table of what was caught, by which test, and of what survived. A survivor that changes nothing that
 can be seen stands in `equivalent.py` with the reason. Exits with 1 where fewer than 95% of the others are caught.
 
-`--keep FILE` appends each verdict and, at the next call, takes those whose source is the same: a long run goes on.
+`--keep FILE` appends each verdict and, at the next call, takes those whose source is the same: a long run continues.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Result:
 
 
 def draw(room: str, count: int, seed: int, folder: Path) -> list[tuple[str, Mutant]]:
-    """So many mutants of a room's sources, in order of files and places: those whose digests are smallest.
+    """This many mutants of a room's sources, in order of files and places: those whose digests are smallest.
 
     So other lines of a file leave the draw as it is, but for few.
     """
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("rooms", nargs="*", metavar="ROOM", help=f"some of: {', '.join(ROOMS)} (all)")
     parser.add_argument("--count", type=int, default=13, help="mutants of each room (13)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="try no new ones after so many (no limit)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="try no new ones after this many (no limit)")
     parser.add_argument("--keep", type=Path, help="verdicts, taken and added to")
     parser.add_argument("--out", type=Path, help="the table, as Markdown")
     given = parser.parse_args()

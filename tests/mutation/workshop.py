@@ -57,7 +57,7 @@ class Verdict:
 
 
 class Workshop:
-    """`folder`: where the copy lies; made anew."""
+    """`folder`: where the copy lies; made again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder / "amfm", folder / "log"

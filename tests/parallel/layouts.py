@@ -216,7 +216,9 @@ def outcomes_of(layouts: list[Layout]) -> list[Outcome]:
 
 
 def outcome_of(layout: Layout) -> Outcome:
-    """The outcome of one layout; its neighbours in the table, as many as end in a minute or so, run beside it."""
+    """The outcome of one layout; its neighbours in the table, as many as end in a minute or so, run in parallel with
+    it.
+    """
     peers = [other for other in LAYOUTS if (other.num_ranks, other.quick) == (layout.num_ranks, layout.quick)]
     number, size = peers.index(layout), 32 // layout.num_ranks
     first = number // size * size
@@ -225,7 +227,7 @@ def outcome_of(layout: Layout) -> Outcome:
 
 @cache
 def outcomes_between(num_ranks: int, quick: bool, first: int, end: int) -> list[Outcome]:
-    """The outcomes of some of the quick, or of the other, layouts of so many ranks, by their place among them."""
+    """The outcomes of some of the quick, or of the other, layouts of this many ranks, by their place among them."""
     layouts = [layout for layout in LAYOUTS if layout.num_ranks == num_ranks and layout.quick == quick]
     return outcomes_of(layouts[first:end])
 
@@ -323,7 +325,7 @@ LAYOUTS = [
     Layout(8, {"context": 4, "zero_stage": 3}, "latent"),
     Layout(8, {"context": 2, "tensor": 2, "sequence_parallel": True, "expert": 2, "zero_stage": 2}),
     Layout(8, {"context": 2, "pipeline": 2, "expert": 4}, "latent"),
-    # Registered mixers beside the core blocks.
+    # Registered mixers together with the core blocks.
     Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True, "expert": 2}, "mixers", quick=True),
     Layout(4, {"tensor": 4, "zero_stage": 2}, "mixers"),
     Layout(4, {"pipeline": 2, "context": 2, "expert": 2}, "mixers"),

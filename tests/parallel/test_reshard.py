@@ -1,4 +1,4 @@
-"""A run that moves to another layout goes on as a run that was always there."""
+"""A run that moves to another layout continues as a run that was always there."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ def test_bf16_losses_and_norms_are_those_of_one_rank(parallels: list[dict[str, A
     outcomes = outcomes_of([Layout(2, parallel, settings=BF16) for parallel in parallels])
     (expected,) = outcomes_of([Layout(1, settings=BF16)])
     for outcome in outcomes:
-        # Where one rank goes on with float32, parts of sums, an expert's output before its weight and scans without their
-        # carried state are rounded to bf16 (2^-9); two such in a step of the stream.
+        # Where one rank continues with float32, parts of sums, an expert's output before its weight and scans without
+        # their carried state are rounded to bf16 (2^-9); two such in a step of the stream.
         assert outcome.losses == pytest.approx(expected.losses, rel=2e-3)
         assert outcome.grad_norms == pytest.approx(expected.grad_norms, rel=2e-2)
 

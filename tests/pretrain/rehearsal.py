@@ -1,8 +1,9 @@
 """What a save, a load and a failure exchange at thousands of ranks: the ranks' real reports over the real tree, without processes.
 
-`python -m tests.pretrain.rehearsal 2048 16384` prints the numbers beside those of a gather to rank 0 and an all-gather, which the
-tree replaces. The layout is like that of TurboS: eight pipeline stages, experts over 32 ranks, and the parameters of a stage in 24
-buckets, each spread by ZeRO over the ranks that hold them: so a rank writes a range or two of each bucket.
+`python -m tests.pretrain.rehearsal 2048 16384` prints the numbers next to those of a gather to rank 0 and an
+all-gather, which the tree replaces. The layout is like that of TurboS: eight pipeline stages, experts over 32 ranks,
+and the parameters of a stage in 24 buckets, each spread by ZeRO over the ranks that hold them: so a rank writes a range
+or two of each bucket.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def as_before() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there the default is no")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the default there is false")
 def test_a_cpu_adds_in_one_order_unless_the_run_says_otherwise() -> None:
     for asked, chosen in ((None, True), (True, True), (False, False)):
         assert set_determinism(3, asked) == chosen

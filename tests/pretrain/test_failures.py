@@ -61,14 +61,14 @@ def test_a_bug_keeps_its_type() -> None:
 
 def test_words_of_the_system_carry_path_and_remedy() -> None:
     stale = OSError(errno.ESTALE, "Stale file handle", "runs/x")
-    assert describe(stale) == "runs/x: Stale file handle; the storage failed; go on when it answers again"
+    assert describe(stale) == "runs/x: Stale file handle; the storage failed; continue when it answers again"
 
 
 def test_a_kernel_that_does_not_fit_the_card_ends_a_run_in_words() -> None:
     from triton.runtime.errors import OutOfResources
 
     with (
-        pytest.raises(RuntimeError, match=r"a kernel with the tile .* does not fit this card") as raised,
+        pytest.raises(RuntimeError, match=r"a kernel with the tile .* does not fit this GPU") as raised,
         while_running(),
     ):
         raise OutOfResources(300000, 232448, "shared memory")

@@ -142,7 +142,7 @@ def test_tokens_of_a_ramped_stage_make_enough_steps(two_sources: DataConfig, tmp
         (
             {"weights": {"web": 1.0}},
             {},
-            r"stages\.1\.weights\.web: is no name of data\.sources; use one of source0, source1",
+            r"stages\.1\.weights\.web: is not a name of data\.sources; use one of source0, source1",
         ),
         (
             {"global_batch_size": 5},

@@ -1,4 +1,6 @@
-"""Runs on a synthetic task: they learn, go on bit for bit, and measure the same accuracy on any ranks and outside of the run."""
+"""Runs on a synthetic task: they learn, continue bit for bit, and measure the same accuracy on any ranks and outside of
+the run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The recipes: each parses, refuses what it can't do, and runs whole at toy size on a CPU; called again it goes on."""
+"""The recipes: each parses, refuses what it can't do, and runs whole at toy size on a CPU; called again it
+continues.
+"""
 
 import json
 import os

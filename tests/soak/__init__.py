@@ -1,1 +1,3 @@
-"""A small run under random faults for minutes or hours, held against the same run undisturbed (`python -m tests.soak`)."""
+"""A small run under random faults for minutes or hours, compared with the same run undisturbed (`python -m
+tests.soak`).
+"""

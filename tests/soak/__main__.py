@@ -1,4 +1,4 @@
-"""`python -m tests.soak`: a small run under random faults, held against the same run undisturbed."""
+"""`python -m tests.soak`: a small run under random faults, compared with the same run undisturbed."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def print_soak(rounds: list[Round], result: dict[str, Any]) -> None:
         (
             kind,
             facts["count"],
-            ", ".join(f"{code} ({count})" for code, count in facts["exit_codes"].items()) or "went on",
+            ", ".join(f"{code} ({count})" for code, count in facts["exit_codes"].items()) or "continued",
             "" if facts["most_steps_again"] is None else facts["most_steps_again"],
         )
         for kind, facts in result["faults"].items()

@@ -32,7 +32,7 @@ def build_library() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     facts = folder.lstat()
     if facts.st_uid != os.getuid() or facts.st_mode & 0o077 or folder.is_symlink():
-        raise RuntimeError(f"{folder} belongs to somebody else, or others may write to it; remove it")
+        raise RuntimeError(f"{folder} belongs to someone else, or others may write to it; remove it")
     library = folder / f"{digest}.so"
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}")

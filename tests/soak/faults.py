@@ -23,9 +23,9 @@ FAULTS_A_ROUND = 5  # about as many as a round of 60 steps meets
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault. `codes`: exit codes of which the start must end with one; none: it must go on.
+    """A kind of fault. `codes`: exit codes of which the start must end with one; none: it must continue.
 
-    `new_start`: ranks are started again by the launcher itself, which goes on.
+    `new_start`: ranks are started again by the launcher itself, which continues.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Kind:
 
 
 FAILED = (3,)
-# Ray ends a driver whose raylet is gone, in ways of its own.
+# Ray ends a driver whose raylet is gone, in its own ways.
 ANY_FAILURE = (*range(1, 256), *range(-64, 0))
 LOCAL_KINDS = (
     Kind("kill a rank", FAILED),

@@ -93,7 +93,7 @@ def run_here(
 
 
 def write_config(data: DataConfig, layout: Layout, run_dir: Path) -> Path:
-    """Write the configuration of a run of a layout beside its directory, and return the file."""
+    """Write the configuration of a run of a layout next to its directory, and return the file."""
     config = RunConfig.model_validate(
         {
             "run": {"dir": str(run_dir), "tensorboard": False},

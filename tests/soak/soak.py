@@ -1,9 +1,10 @@
-"""Rounds of the soak: a run is hurt and started again until it is done, then held against the same run undisturbed.
+"""Rounds of the soak: a run is hurt and started again until it is done, then compared with the same run undisturbed.
 
 A round trains one layout. Faults strike it one after the other, each start ends as its fault says or the soak has failed,
-and the next start goes on from what is there; nobody helps. When the time is up the round goes on undisturbed to its end.
-Then every step's loss, gradient norm, learning rate and tokens, and every number of the last checkpoint, must be those
-of a run that nobody hurt: equal to the bit.
+and the next start continues from what is there; no one helps. When the time is up the round continues undisturbed to
+its end. Then every step's loss, gradient norm, learning rate and tokens, and every number of the last checkpoint, must
+be those
+of a run that no one hurt: equal to the bit.
 
 Everything is drawn from the seed and the round's number, so a round can be done again alone. The clock stands still while
 a layout runs undisturbed: the time asked for is time under faults.
@@ -32,8 +33,8 @@ STUCK_SECONDS = 900.0  # a start on a machine that does other work too
 class Strike:
     """A fault that was done. `seconds`: since the soak began; `step`: the newest that was logged; `starts`: so far.
 
-    Of a fault that ends the start: `code`, how the launcher ended (None where it started the ranks again by itself), and
-    `resumed_at`, the step from which the run went on.
+    Of a fault that ends the start: `code`, how the launcher ended (None where it started the ranks again on its own),
+    and `resumed_at`, the step from which the run continued.
     """
 
     kind: str
@@ -64,7 +65,9 @@ class Round:
 
 @dataclass
 class Soak:
-    """A soak under way, in a folder of its own. `seconds`: under faults. `rounds`: so far, the last one may be under way."""
+    """A soak under way, in a separate folder. `seconds`: under faults. `rounds`: so far, the last one may be under
+    way.
+    """
 
     folder: Path
     seed: int
@@ -125,7 +128,7 @@ class Soak:
             last = fault
             found.strikes.append(Strike(fault.kind.name, hit, moment, before.step, before.starts))
             self.report(f"round {found.number} ({found.layout}): {fault.kind.name} ({hit}) at step {before.step}")
-            # The next one counts steps from here, or those of the start that the launcher makes by itself.
+            # The next one counts steps from here, or those of the start that the launcher makes on its own.
             starts, at_step = (before.starts, 0) if fault.kind.new_start else (starts, before.step)
         self.judge(start, last, found)
         if last is not None and last.kind.name == "damage the newest checkpoint":
@@ -147,7 +150,7 @@ class Soak:
         if is_finished(start.run_dir) and (code == DONE or expected):
             return
         if code not in expected:
-            why = f"after '{last.kind.name}'" if last is not None else "though nobody hurt it"
+            why = f"after '{last.kind.name}'" if last is not None else "though no one hurt it"
             wanted = " or ".join(map(str, expected)) or "to be gone through"
             raise RuntimeError(
                 f"round {found.number} ({found.layout}) ended with {code} at step {read_place(start.run_dir).step} {why} "
@@ -176,7 +179,9 @@ class Soak:
 
 
 def look_back(found: Round, layout: Layout, run_dir: Path) -> None:
-    """Fill in what the log says of starts: how many, those of launchers too, and where the run went on after a fault."""
+    """Fill in what the log says of starts: how many, those of launchers too, and where the run continued after a
+    fault.
+    """
     began_at = read_starts(run_dir)
     found.starts = max(found.starts, len(began_at))
     ending = {kind.name for kind in layout.kinds if kind.codes or kind.new_start}

@@ -39,7 +39,7 @@ class Start:
 
     @classmethod
     def begin(cls, layout: Layout, config: Path, run_dir: Path, folder: Path, number: int) -> Start:
-        """Start the run again, or for the first time. Its words go to `start-NUMBER.log` beside the run directory."""
+        """Start the run again, or for the first time. Its words go to `start-NUMBER.log` next to the run directory."""
         folder.mkdir(parents=True, exist_ok=True)
         for switch in folder.iterdir():
             switch.unlink()
@@ -111,7 +111,7 @@ def read_place(run_dir: Path) -> Place:
 
 
 def read_starts(run_dir: Path) -> list[int]:
-    """Read the steps at which the starts of a run went on, in order, from its events."""
+    """Read the steps at which the starts of a run continued, in order, from its events."""
     return [int(event["step"]) for event in read_log(run_dir / "events.jsonl") if event.get("event") == "start"]
 
 

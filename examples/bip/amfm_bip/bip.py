@@ -2,7 +2,7 @@
 
 Masks multiply weights only while a loss is computed (`torch.func.functional_call`), so the model itself and its names stay.
 Groups and how parameters divide among them are those of amfm's own pruning, and what `finish` leaves is what
-`shrink_weights` takes out.
+`shrink_weights` removes.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def count_weights(plan: GroupPlan, shapes: Mapping[str, Sequence[int]]) -> Tenso
 def envelope_shares(norms: Tensor, prices: Tensor, budget: float, strength: float) -> Tensor:
     """u [n] in [0, 1] with sum of prices_i u_i = budget: u_i = clip(c z_i / sqrt(prices_i) - strength, 0, 1), c by halving.
 
-    For budgets below the sum of prices. Groups of zero norm get nothing, and what then is left over nobody gets.
+    For budgets below the sum of prices. Groups of zero norm get nothing, and what then is left over no one gets.
     """
     sizes = norms / prices.sqrt()
     low, high = torch.zeros((), dtype=norms.dtype), (1 + strength) / sizes[sizes > 0].min()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class EnvelopeOptions(HookOptions):
-    """A penalty of group norms that leaves about so many groups of each block, and a choice at its end; after WGSEF."""
+    """A penalty of group norms that leaves about this many groups of each block, and a choice at its end; after WGSEF."""
 
     groups: PrunedGroups | Literal["heads and channels"] = Field(
         "channels", description="As `prune.groups`, or both kinds, which then share one budget."

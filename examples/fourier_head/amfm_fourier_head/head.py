@@ -63,7 +63,7 @@ class FourierModel(HybridModel):
     def __init__(self, config: ModelConfig, *, num_frequencies: int, backend: str = "torch", seed: int = 0) -> None:
         if config.tie_embeddings:
             raise ValueError(
-                "the Fourier head has no row a token to share with the embedding; use tie_embeddings: false"
+                "the Fourier head has no row per token to share with the embedding; use tie_embeddings: false"
             )
         if config.num_depths:
             raise ValueError("the Fourier head does not look ahead; take / and its depths out of model.pattern")

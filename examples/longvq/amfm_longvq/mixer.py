@@ -65,7 +65,7 @@ class LongVqMixer(SequenceMixer):
         self.recurrence = DecayRecurrence()
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """x [B, T, D] -> y [B, T, D]; with a state it goes on from there and returns the next one."""
+        """x [B, T, D] -> y [B, T, D]; with a state it continues from there and returns the next one."""
         assert state is None or isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
         groups, options, segments = self.build.groups, self.options, meta.segments
         x_BTD = enter_tensor_region(x_BTD, groups)
@@ -189,7 +189,7 @@ class LongVqMixer(SequenceMixer):
         return {"averages": averages, "state": torch.zeros(shape, device=past.k.device), "k": past.k, "v": past.v}
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """FLOPs a token of averages, window, nearest codes and their sums."""
+        """FLOPs per token of averages, window, nearest codes and their sums."""
         options, heads = self.options, self.num_heads
         keys = min(options.window, sequence_length)
         near = 2.0 * keys * heads * (options.head_dim + options.value_head_dim)

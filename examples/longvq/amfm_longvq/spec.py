@@ -40,7 +40,7 @@ class LongVqOptions(MixerOptions):
         return ("commit",) if self.commit_weight else ()
 
     def scan(self) -> tuple[ScanLimits, int, tuple[int, int]] | None:
-        """A row a code; the count of its keys beside the sum of their values."""
+        """A row a code; the count of its keys next to the sum of their values."""
         return DECAY_LIMITS, self.chunk_size, (self.num_codes, self.value_head_dim + 1)
 
 

@@ -10,8 +10,8 @@ from torch.nn import functional
 def near_sums(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, ids_BS: Tensor, bias_HW: Tensor, bound: float) -> Tensor:
     """Sum e^(q k / sqrt(K) + bias - bound) v over the last W keys of the query's document: [B, T, H, V].
 
-    There are W - 1 keys before the first query's own. ids [B, S]: documents of the keys. bias [H, W]: for a key so many
-    places back. Memory is that of 2 W weights a query and head.
+    There are W - 1 keys before the first query's own. ids [B, S]: documents of the keys. bias [H, W]: for a key this
+    many places back. Memory is that of 2 W weights per query and head.
     """
     T, K, W = q_BTHK.shape[1], q_BTHK.shape[-1], bias_HW.shape[1]
     rest, wide = -T % W, torch.promote_types(q_BTHK.dtype, torch.float32)

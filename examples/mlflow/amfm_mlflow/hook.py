@@ -33,7 +33,7 @@ class Mlflow(Hook):
         self.run_id, self.has_ended, self.has_warned = "", False, False
 
     def at_start(self) -> None:
-        """Go on with the run that a start before this one began, or begin one with the settings."""
+        """Continue with the run that a start before this one began, or begin one with the settings."""
         self._guarded(self._begin)
 
     def after_log(self, metrics: Mapping[str, Any]) -> None:
@@ -76,5 +76,5 @@ class Mlflow(Hook):
             work()
         except (MlflowException, OSError) as error:
             if not self.has_warned:
-                self.run.say(f"warning: MLflow does not take this run's metrics: {error}; training goes on")
+                self.run.say(f"warning: MLflow does not take this run's metrics: {error}; training continues")
             self.has_warned = True

@@ -55,7 +55,7 @@ class MonarchMixer(SequenceMixer):
         return (weight.to(wide) @ inner) * (math.log(0.01) / reach_C[:, None] * place_T).exp()
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """u [B, T, D] -> y [B, T, D]; with a state it goes on from there. Raises ValueError beyond max_tokens."""
+        """u [B, T, D] -> y [B, T, D]; with a state it continues from there. Raises ValueError beyond max_tokens."""
         assert state is None or isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
         groups = self.build.groups
         x_BTD = enter_tensor_region(x_BTD, groups)
@@ -77,7 +77,7 @@ class MonarchMixer(SequenceMixer):
         return MixerOutput(leave_tensor_region(self.out_proj(b_BTC * long_BTC + rest_BTC), groups), following)
 
     def by_document(self, inputs_BT2C: Tensor, meta: PackMeta) -> Tensor:
-        """Convolve every document by itself, all in one transform as long as the longest needs."""
+        """Convolve every document on its own, all in one transform as long as the longest needs."""
         if meta.single_document:
             self.check_length(inputs_BT2C.shape[1])
             return self.convolve_rows(inputs_BT2C)
@@ -131,6 +131,6 @@ class MonarchMixer(SequenceMixer):
         }
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """FLOPs a token of a transform and its inverse of both inputs, of two products of complex numbers each."""
+        """FLOPs per token of a transform and its inverse of both inputs, of two products of complex numbers each."""
         m = math.isqrt(2 * sequence_length - 2) + 1
         return 2 * 2 * 8.0 * m**3 * 2 * self.kernels.shape[1] / sequence_length

@@ -72,6 +72,6 @@ class RelativeAttentionMixer(SequenceMixer):
         return {"k": empty, "v": empty}
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """FLOPs a token of two products with half of a row's keys, and one with the vectors of all distances."""
+        """FLOPs per token of two products with half of a row's keys, and one with the vectors of all distances."""
         vectors = (sequence_length + 1) + self.options.max_distance
         return 2.0 * vectors * self.num_heads * self.options.head_dim

@@ -14,7 +14,7 @@ class RelativeAttentionOptions(MixerOptions):
     num_heads: int = Field(gt=0, description="Heads.")
     head_dim: int = Field(64, gt=0, description="Channels a head.")
     max_distance: int = Field(
-        512, gt=0, description="Distances with a vector of their own; what is further shares the last one."
+        512, gt=0, description="Distances with their own vector; what is further shares the last one."
     )
 
     def cut_evenly(self) -> dict[Axis, dict[str, int]]:

@@ -162,5 +162,5 @@ class MatrixRecurrence(Recurrence):
         return torch.einsum("hvn,bhnv->bhv", self.mixer.C.to(wide), state).to(rows.v.dtype), state
 
     def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
-        """Forward FLOPs a token: the matrix times a state, its input, and its read."""
+        """Forward FLOPs per token: the matrix times a state, its input, and its read."""
         return num_heads * value_dim * (2.0 * key_dim**2 + 4.0 * key_dim)

@@ -33,7 +33,7 @@ def average(
     Every rank of `groups.cp` must call.
     """
     number, wide = log_rates_DN.shape[1], torch.promote_types(x_BTD.dtype, torch.float32)
-    x_BTC = x_BTD.repeat_interleave(number, dim=-1)  # each average is a channel of its own with one state number
+    x_BTC = x_BTD.repeat_interleave(number, dim=-1)  # each average is its own channel with one state number
     segments = meta.segments
     ids_BT = meta.boundaries_BT() if segments is None else meta.document_ids_BT
     if segments is not None:

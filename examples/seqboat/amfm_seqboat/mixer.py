@@ -1,8 +1,8 @@
 """SeqBoat (Ren et al. 2023, arXiv 2306.11197): a gated attention unit for the tokens that ask for it; formulas in the README.
 
 Active tokens of a row are moved to its front, in time, so that attention computes a short row and not a mask. How many
-there are is data; the length of the short row is not: `capacity` sets it. What is behind the active tokens there is a document
-of its own, and does not come back.
+there are is data; the length of the short row is not: `capacity` sets it. What is behind the active tokens there is its
+own document, and does not come back.
 
 Tensor ranks: values and gates are cut by channel. All else is computed by every rank, of which each adds 1 / ranks to the
 stream, so that what it computes has a part of the gradient, as the unit's projections have. Context ranks: averages pass as
@@ -65,7 +65,7 @@ class SeqBoatMixer(SequenceMixer):
         self.out_proj = RowLinear(inner, hidden, groups, name="inner_size")
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """x [B, T, D] -> y [B, T, D]; with a state it goes on from there and returns the next one."""
+        """x [B, T, D] -> y [B, T, D]; with a state it continues from there and returns the next one."""
         assert state is None or isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
         groups, segments = self.build.groups, meta.segments
         x_BTD = enter_tensor_region(x_BTD, groups)
@@ -197,13 +197,13 @@ class SeqBoatMixer(SequenceMixer):
         }
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """FLOPs a token of the averages, and of attention where the capacity is used up."""
+        """FLOPs per token of the averages, and of attention where the capacity is used up."""
         keys = min(self.options.window, self.options.capacity * sequence_length)
         attended = 2.0 * keys * (self.options.head_dim + self.inner)
         return 5.0 * self.log_rates.numel() + self.options.capacity * attended
 
 
 def as_slots(segments: Segments, number: int) -> Segments:
-    """The same cut of rows that have so many slots a segment in the place of tokens."""
+    """The same cut of rows that have this many slots a segment in the place of tokens."""
     ids_BS = segments.document_ids_BT.new_zeros(len(segments.document_ids_BT), segments.count * number)
     return replace(segments, document_ids_BT=ids_BS, document_ends=())

@@ -10,9 +10,9 @@ from torch.nn import functional
 def attend_near(q_BCK: Tensor, k_BSK: Tensor, v_BSE: Tensor, ids_BS: Tensor, bias_W: Tensor, weights: str) -> Tensor:
     """Attend to the last W keys of the query's document: [B, C, E]. There are W - 1 keys before the first query's own.
 
-    ids [B, S]: documents of the keys, negative for a slot without one. bias [W]: for a key so many places back. weights:
-    softmax(q k / sqrt(K) + bias), or relu2, relu(q k / W + bias)^2. Zeros for queries without a key. Memory is
-    that of 2 W weights a query.
+    ids [B, S]: documents of the keys, negative for a slot without one. bias [W]: for a key this many places back.
+    weights: softmax(q k / sqrt(K) + bias), or relu2, relu(q k / W + bias)^2. Zeros for queries without a key. Memory is
+    that of 2 W weights per query.
     """
     _, C, K = q_BCK.shape
     W = len(bias_W)

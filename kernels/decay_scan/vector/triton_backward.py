@@ -1,8 +1,9 @@
-"""The gradient of the scan with a gate of each key channel: a walk back, then one program a tile and block of channels.
+"""The gradient of the scan with a gate of each key channel: a walk back, then one program per tile and block of
+channels.
 
 How: the walk back needs only what forward prepared; the gradients of q, k and g need the levels again, taken in
 the same order. A gate's gradient comes as one sum over later tokens of q dq - k dk, split into three bfloat16
-parts so that the card's fast products keep float32 digits.
+parts so that the GPU's fast products keep float32 digits.
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.
@@ -79,7 +80,7 @@ def vector_walk_back_kernel(
 def score_gradients_kernel(
     v, d_o, d_scores, T, H, V, stride_vb, stride_vt, Q: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """d_scores [B, T, H, Q]: the gradients of the weights of a tile's own tokens, one program a tile and head.
+    """d_scores [B, T, H, Q]: the gradients of the weights of a tile's own tokens, one program per tile and head.
 
     do v^T up to each token, in the dtype of the scores, whose memory it may take.
     """

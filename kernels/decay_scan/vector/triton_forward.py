@@ -1,7 +1,7 @@
 """The scan with a gate of each key channel: a tile's own part, then one walk over tiles, in Triton. Formulas: README.md here.
 
 How: `prepare_kernel` does the halving once a tile and head, which needs every channel of a head but no state;
-the walk, which is sequential, is left with three products a tile. Done in one kernel the powers would be taken
+the walk, which is sequential, is left with three products per tile. Done in one kernel the powers would be taken
 again by each program of a block of V. Tiles are at most 64 tokens: 6 levels.
 """
 
@@ -73,7 +73,8 @@ def prepare_kernel(
     q, k, g, firsts, q_start, k_end, scores, decay, T, H, K, stride_qb, stride_qt, stride_kb, stride_kt,
     Q: tl.constexpr, LEVELS: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """What a tile of Q = 2^LEVELS tokens needs of q, k and g, so that the walks only multiply; one program a tile and head.
+    """What a tile of Q = 2^LEVELS tokens needs of q, k and g, so that the walks only multiply; one program per tile and
+    head.
 
     With the gates summed up to each token (starts) and after it (ends): q_start = e^starts q and k_end = e^ends k, both
     [B, T, H, K]; decay [B, tiles, H, K], e to the sum over the tile; scores [B, T, H, Q], the weights of its own tokens.

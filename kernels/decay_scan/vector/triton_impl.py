@@ -1,7 +1,7 @@
 """The Triton scan with a gate of each key channel as an operation that autograd, torch.compile and meta tensors know.
 
 How: forward prepares and walks; backward prepares again instead of keeping q_start, k_end and the scores (2 K +
-Q numbers a token and head), walks for states unless forward kept them, walks back, and finishes tile by tile.
+Q numbers per token and head), walks for states unless forward kept them, walks back, and finishes tile by tile.
 Sizes and walks over segments are those of all scans: `amfm.kernels.common.scan_launch`.
 """
 
@@ -58,7 +58,7 @@ def scan_vector_triton(
     """As `vector.torch_impl.chunked_vector_scan`, for float32, bfloat16 and float16.
 
     chunk_size is the distance of the states that backward reads: 16, 32, or a multiple of 64, which runs as 64.
-    segment_tiles cuts rows into segments of so many chunks that are walked at the same time; 0 cuts only where the
+    segment_tiles cuts rows into segments of this many chunks that are walked at the same time; 0 cuts only where the
     rows and heads alone would leave processors idle. With keep_states forward saves the states that enter chunks (in the
     dtype of v), else backward walks the row again for them. Raises ValueError for chunk or state sizes without a kernel.
     """

@@ -1,8 +1,9 @@
-"""The gradient of the delta rule with a gate of each key channel: a walk back, then one program a chunk and block of channels.
+"""The gradient of the delta rule with a gate of each key channel: a walk back, then one program per chunk and block of
+channels.
 
 How: the walk back and the products with states are those of the scalar form; `vector_pairs_kernel` leaves the
-gradients of both score matrices, which every part of K then reads. Each of the four sums over levels is a loop
-of its own, with gates summed again: registers, not operations, are what this kernel lacks.
+gradients of both score matrices, which every part of K then reads. Each of the four sums over levels is a separate
+loop, with gates summed again: registers, not operations, are what this kernel lacks.
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.
@@ -73,7 +74,8 @@ def vector_pairs_kernel(
     d_o, d_v, errors, by_read, by_found, T, H, V, chunks,
     Q: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """by_read and by_found [B, T, H, Q]: do r^T up to each token and -(dv r^T) before it, one program a chunk and head.
+    """by_read and by_found [B, T, H, Q]: do r^T up to each token and -(dv r^T) before it, one program per chunk and
+    head.
 
     Grid: (B * chunks, H). Zero where a token does not read, so that later products need no mask.
     """

@@ -1,4 +1,4 @@
-"""The delta rule with a gate of each key channel: what a chunk does by itself, then one walk over chunks, in Triton.
+"""The delta rule with a gate of each key channel: what a chunk does on its own, then one walk over chunks, in Triton.
 
 Formulas: README.md of delta_scan; gates as sums over halves of halves: kernels/decay_scan/README.md.
 
@@ -27,7 +27,8 @@ def vector_prepare_kernel(
     Q: tl.constexpr, LEVELS: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     DOCUMENTS: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
-    """What the walks take of a chunk of Q = 2^LEVELS tokens, so that they only multiply; one program a chunk and head.
+    """What the walks take of a chunk of Q = 2^LEVELS tokens, so that they only multiply; one program per chunk and
+    head.
 
     With the gates summed up to each token (starts) and after it (ends): q_start = e^starts q, k_start = e^starts k and
     k_end = beta e^ends k, all [B, T, H, K]; decay [B, chunks, H, K], e to the sum over the chunk; inverse and scores

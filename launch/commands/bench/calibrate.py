@@ -14,13 +14,13 @@ from amfm.launch.console import print_json, print_rows, say
 def calibrate(
     path: Annotated[Path, typer.Argument(metavar="OUT.yaml", help="The hardware file to write.")],
     *,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each model, taking turns.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed steps per model; the models take turns.")] = 8,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure peaks and steps of six small models, and write this machine as a file for `amfm plan --gpu`.
+    """Measure peak speeds and steps of six small models, and write a hardware file for `amfm plan --gpu`.
 
-    The plan of steps that were not fitted is printed beside their measured time.
+    The plan of steps that were not fitted is printed next to their measured time.
     """
     if path.suffix not in (".yaml", ".yml") or not path.parent.is_dir():
         raise ValueError(f"{path} must end in .yaml and lie in a folder that exists; use hardware.yaml")

@@ -1,4 +1,4 @@
-"""`amfm bench card`: the whole job on a card, stage by stage."""
+"""`amfm bench card`: the whole job on a GPU, stage by stage."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ def card(
     *,
     stage: Annotated[
         list[str] | None,
-        typer.Option(help="Only this stage: losses, resume, first_start, memory, speed, profile; may be given again."),
+        typer.Option(help="Run only this stage: losses, resume, first_start, memory, speed or profile; repeatable."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of a comparison.")] = 10,
-    device: Annotated[str, typer.Option(help="cuda; or cpu, a rehearsal that compares the CPU with itself.")] = "cuda",
-    folder: Annotated[Path, typer.Option(help="Where the runs and the report go; must hold no older runs.")] = Path(
-        "runs/card"
-    ),
+    steps: Annotated[int, typer.Option(min=2, help="Steps per comparison.")] = 10,
+    device: Annotated[
+        str, typer.Option(help="cuda, or cpu for a rehearsal that compares the CPU with itself.")
+    ] = "cuda",
+    folder: Annotated[
+        Path, typer.Option(help="Output folder for runs and report; must not contain older runs.")
+    ] = Path("runs/card"),
     as_json: JsonOption = False,
 ) -> None:
-    """Train tiny_cpu and ladder_150m on a card: losses beside a CPU's, resume to the bit, memory, speed, profile."""
+    """Train tiny_cpu and ladder_150m on a GPU and check losses against a CPU, resuming, memory, speed and profile."""
     import torch
 
     from amfm.launch.bench.card import Job, check_stages, run_stages
@@ -33,10 +35,10 @@ def card(
     if device not in ("cuda", "cpu"):
         raise ValueError(f"--device {device}: use cuda, or cpu for a rehearsal")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no card that answers; rehearse with --device cpu")
+        raise ValueError("--device cuda: this machine has no GPU that answers; rehearse with --device cpu")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
-            f"--folder {folder} is not empty: runs would go on from what is there; name another, or remove it"
+            f"--folder {folder} is not empty: runs would continue from what is there; name another, or remove it"
         )
     folder.mkdir(parents=True, exist_ok=True)
     result = run_stages(Job(device, folder, steps), names, folder / "report.json", report=say)

@@ -16,14 +16,16 @@ ON_CUDA: Columns = (("of roofline", "roofline_fraction", ".0%"), ("worst off flo
 
 def kernels(
     *,
-    op: Annotated[list[str] | None, typer.Option(help="Only this operation; may be given again.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Only this operation; repeatable.")] = None,
     tune: Annotated[
         bool,
-        typer.Option("--tune", help="Choose tiles for this GPU, each verified before it is timed; saved for training."),
+        typer.Option(
+            "--tune", help="Choose tiles for this GPU and save them for training; each is verified before it is timed."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Time each operation on this machine's GPU beside PyTorch and the kernel packages that are installed."""
+    """Time each operation on this GPU against PyTorch and installed kernel packages."""
     import torch
 
     if not torch.cuda.is_available():

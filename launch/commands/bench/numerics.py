@@ -1,4 +1,4 @@
-"""`amfm bench numerics`: a model trained by recipes of low precision, beside the same without."""
+"""`amfm bench numerics`: a model trained by recipes of low precision, next to the same without."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ def numerics(
     path: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The configuration file.")],
     overrides: OverridesArgument = None,
     *,
-    recipes: Annotated[str, typer.Option(help="Recipes to compare, by commas.")] = "fp8_block,mxfp8,nvfp4",
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each run; the schedule stays the configuration's.")] = 100,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds: each is a run without a recipe and one by each.")] = 1,
+    recipes: Annotated[str, typer.Option(help="Recipes to compare, separated by commas.")] = "fp8_block,mxfp8,nvfp4",
+    steps: Annotated[int, typer.Option(min=1, help="Steps per run; the schedule is that of the configuration.")] = 100,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of seeds; each trains one run without a recipe and one per recipe.")
+    ] = 1,
     limit: Annotated[
         float | None,
-        typer.Option(help="Exit with 1 if a recipe's loss is above the one without by more, such as 0.003."),
+        typer.Option(help="Exit with 1 if a recipe's loss is higher than without by more than this, such as 0.003."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model by each recipe and without on the same weights and data, and compare losses and gradients.
+    """Train a model with and without each low-precision recipe on the same data, and compare losses and gradients.
 
     One rank, the first training stage; recipes that this machine's GPU lacks are emulated.
     """

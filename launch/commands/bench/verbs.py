@@ -1,4 +1,4 @@
-"""Verbs that measure the machine at hand: `amfm bench ...`; a file each. Those of a clone are in benchmarks/."""
+"""Verbs that measure the machine available: `amfm bench ...`; a file each. Those of a clone are in benchmarks/."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VERBS = (
 def add_verbs(app: typer.Typer) -> None:
     """Add `bench` to the command."""
     bench = typer.Typer(
-        help="Measure this machine: its kernels, the whole job on its GPU, its speed for `amfm plan`.",
+        help="Measure this machine: kernels, a whole job on its GPU, and its speed for `amfm plan`.",
         epilog="Example: amfm bench card",
         no_args_is_help=True,
     )

@@ -1,7 +1,7 @@
 """What the planner asks of a block, and the answers of a kind that has no file here, from one built without storage.
 
-So a kind of a package is planned like our own. A kind whose formulas are known overrides what it knows better, in a file of
-its own (`kinds.py` has the table); nothing else in the plan knows one kind from another.
+So a kind of a package is planned like our own. A kind whose formulas are known overrides what it knows better, in a
+separate file (`kinds.py` has the table); nothing else in the plan knows one kind from another.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PlannedBlock:
         line.passes(2 * tokens * kept)
 
     def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """What so many blocks hand to collectives over tensor ranks in one micro-batch.
+        """What this many blocks hand to collectives over tensor ranks in one micro-batch.
 
         Here: the two crossings of one region, its entry and its exit.
         """

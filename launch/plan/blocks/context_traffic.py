@@ -30,7 +30,7 @@ def handed_states(mamba: Mamba2Config, rows: int, tensor: int) -> int:
 
 
 def segment_states(rows: int, numbers: int) -> int:
-    """Bytes of a rank's segment states and of their gradients in float32, for a state of `numbers` numbers a row."""
+    """Bytes of a rank's segment states and of their gradients in float32, for a state of `numbers` numbers per row."""
     return SEGMENTS * rows * 2 * numbers * STATE_BYTES
 
 

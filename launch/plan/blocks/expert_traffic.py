@@ -23,13 +23,13 @@ class ExpertTraffic(NamedTuple):
 
 
 def expert_traffic(config: RunConfig, layout: Layout, blocks: int) -> ExpertTraffic | None:
-    """What so many E blocks send over the expert axis; None where experts are not spread.
+    """What this many E blocks send over the expert axis; None where experts are not spread.
 
-    A token's row travels once to each rank that holds experts of its choice, and home again, forward and backward. Beside
-    it go, out in forward and home in backward, the weights of its choices and their ids in float32. How many rows those
-    are depends on the router; counted is what is expected of an even one. Under a capacity factor that makes slots, those
-    travel, a row each, filled or not, and under `expert_room` the places that rows have between two ranks. Where halves of a
-    micro-batch overlap, each travels by itself.
+    A token's row travels once to each rank that holds experts of its choice, and home again, forward and backward. Next
+    to it go, out in forward and home in backward, the weights of its choices and their ids in float32. How many rows
+    those are depends on the router; counted is what is expected of an even one. Under a capacity factor that makes
+    slots, those travel, a row each, filled or not, and under `expert_room` the places that rows have between two ranks.
+    Where halves of a micro-batch overlap, each travels on its own.
     """
     moe = config.model.moe
     if layout.expert == 1 or moe is None or not blocks:
@@ -68,7 +68,7 @@ def sent_rows(config: RunConfig, layout: Layout) -> float:
 def has_certain_ranks(moe: MoeConfig, expert_ranks: int) -> bool:
     """Whether a token's choices lie on equally many ranks whatever a router chooses.
 
-    So they do with one choice, with one expert a rank, and with so many choices that no rank is left out.
+    So they do with one choice, with one expert a rank, and with this many choices that no rank is left out.
     """
     held = moe.num_experts // expert_ranks
     return moe.top_k == 1 or held == 1 or moe.top_k > moe.num_experts - held

@@ -24,7 +24,7 @@ from amfm.pretrain.config.schema import RunConfig
 
 
 class PlannedParallel(PlannedBlock):
-    """A block of mixers side by side: what each costs in a block of its own; each gathers the stream by itself."""
+    """A block of mixers side by side: what each costs in its own block; each gathers the stream on its own."""
 
     options: ParallelOptions
 

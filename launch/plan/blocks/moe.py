@@ -44,7 +44,7 @@ class PlannedMoe(PlannedBlock):
     def _add_moves(
         self, line: Roofline, layout: Layout, storage: Storage, imbalance: float, routed: float, width: int
     ) -> None:
-        """Add what gathers rows for experts and sums their results, of `routed` tokens at so many numbers each."""
+        """Add what gathers rows for experts and sums their results, of `routed` tokens at this many numbers each."""
         moe, tokens, e = self.options, layout.tokens(self.config), line.element_bytes
         is_spread = layout.expert > 1
         if is_spread and static_slots(self.config, layout) is None:
@@ -63,7 +63,7 @@ class PlannedMoe(PlannedBlock):
             line.passes(rows * width * (4 * e + 2 * FLOAT32_BYTES))
 
     def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """The shared expert is a region of its own, routed experts in some layouts.
+        """The shared expert is its own region, routed experts in some layouts.
 
         Without an expert axis every tensor rank holds a slice of each expert, and the routed part is a region too. With
         one, tensor ranks split the tokens instead, and results are gathered unless the stream is split already.

@@ -1,6 +1,6 @@
 """Seconds of collectives on the declared links: rings for gathers and reductions, all ranks at once for all-to-all.
 
-How it works: `stage.py` says which bytes a stage hands to which collective; here each row is timed with the links
+How it works: `stage.py` says which bytes one stage hands to which collective; here each row is timed with the links
 between the ranks of its axis. Ranks are numbered with the tensor axis innermost, so an axis of `ranks` neighbours lies
 `stride` ranks apart, which decides whether it stays inside a node. Nothing overlaps but what `overlap` says; of the expert
 axis `../expert_time.py` says more.
@@ -67,7 +67,7 @@ def axis_place(axis: str, layout: Layout) -> tuple[int, int]:
             return layout.pipeline, layout.stage_ranks
         case "dp_cp":
             return layout.dense_sharers, layout.tensor
-    assert axis == "expt_dp", f"{axis} is no axis of a layout"
+    assert axis == "expt_dp", f"{axis} is not an axis of a layout"
     return layout.expert_sharers, layout.expert * layout.width_ranks
 
 
@@ -105,8 +105,9 @@ def pass_seconds(
 ) -> dict[str, float]:
     """Seconds of communication in one micro-batch's forward and backward pass on one rank, by axis.
 
-    `overlap`: the part of a pipeline's sends that runs beside compute, 0 to 1; every other collective is waited for. Left
-    out is the expert axis, part of whose exchanges runs beside what its blocks compute (`expert_time.py`).
+    `overlap`: the part of a pipeline's sends that runs in parallel with compute, 0 to 1; every other collective is
+    waited for. Left out is the expert axis, part of whose exchanges runs in parallel with what its blocks compute
+    (`expert_time.py`).
     """
     seconds = dict.fromkeys(PARTS.values(), 0.0)
     for exchange in pass_exchanges(config, layout, held):

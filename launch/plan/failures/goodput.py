@@ -1,9 +1,9 @@
 """Goodput: which part of the days trains, where nodes fail so often, and how often to save.
 
-A failure costs the work since the last checkpoint that stands, and the time to recover: somebody notices, all processes
+A failure costs the work since the last checkpoint that stands, and the time to recover: someone notices, all processes
 start again, communicators form, every rank reads its checkpoint, and the first steps are slow. A checkpoint costs the copy
-that the step waits for; the rest is written while training goes on. With U seconds of training, M between failures, s per
-copy, I between checkpoints, w until one stands and R to recover, the run takes W seconds with
+that the step waits for; the rest is written while training continues. With U seconds of training, M between failures, s
+per copy, I between checkpoints, w until one stands and R to recover, the run takes W seconds with
 
     W = U (1 + s / I) + (W / M) (I / 2 + w + R)
 
@@ -40,7 +40,7 @@ FIRST_STEPS_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Recovery:
-    """Seconds that pass after a failure until training goes on, by part."""
+    """Seconds that pass after a failure until training continues, by part."""
 
     notice: float
     start: float
@@ -55,7 +55,7 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Cadence:
-    """Goodput where training is saved every so many steps: by checkpoints, or by replicas in memory beside them."""
+    """Goodput where training is saved every N steps: by checkpoints, or by replicas in memory next to them."""
 
     every_steps: int
     lost_seconds: float

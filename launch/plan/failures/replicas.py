@@ -1,9 +1,9 @@
-"""What `train.replica_every_steps` costs: memory of each host, bytes between nodes, seconds beside training.
+"""What `train.replica_every_steps` costs: memory of each host, bytes between nodes, seconds during training.
 
 A rank puts into a replica what it puts into a checkpoint: float32 masters and moments, its share of what several ranks hold.
 Each node keeps its own ranks' files and those of the node before, in two generations while a new one is written. The rank of
 the fullest pipeline stage stands for all, so that this is what a host must have at most. Hashing and sockets are assumed at
-what one core does; both run beside training.
+what one core does; both run in parallel with training.
 """
 
 from __future__ import annotations

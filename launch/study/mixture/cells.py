@@ -24,7 +24,7 @@ from amfm.pretrain.config.schema import RunConfig
 Array = NDArray[np.float64]
 DRAW_SEED, CANDIDATE_SEED, CANDIDATES = 20260101, 20260103, 10_000
 DRAWS_PER_MIXTURE = 1000  # before bounds are said to leave nothing
-# Weights of a configuration have so many digits: a mixture of the data is made of blocks of samples, not finer.
+# Weights of a configuration have this many digits: a mixture of the data is made of blocks of samples, not finer.
 DIGITS = 4
 FIT, CHECK, PROPOSAL, EQUAL, CONFIGURED = "fit", "check", "proposal", "equal", "configured"
 
@@ -62,7 +62,7 @@ def search_problems(config: MixtureStudyConfig, run: RunConfig) -> Iterator[Prob
         )
         return
     if any(phase.weights for phase in run.data.phases):
-        rule = "has data.phases with weights of their own, which would undo those of the study"
+        rule = "has data.phases with their own weights, which would undo those of the study"
         yield Problem("task.config", rule, "remove them from that run", config.task.config)
     silent = [source.name for source in run.data.sources if source.weight == 0]
     if silent:

@@ -187,7 +187,7 @@ def model_config_from_latent(
 ) -> ModelConfig:
     """Build our configuration from config.json with the class's defaults filled in.
 
-    types: of the layers' mixers. mixers: sections of those beside latent attention, and what that has beside sizes.
+    types: of the layers' mixers. mixers: sections of those besides latent attention, and what that has besides sizes.
     Raises ValueError where the class uses something that our model does not have.
     """
     require_fields(fields, {"hidden_act": "silu", "attention_bias": False, "rope_interleave": True})

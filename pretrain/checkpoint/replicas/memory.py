@@ -137,7 +137,8 @@ class NodeMemory:
 
 
 def free_bytes(folder: Path, reserved: int) -> int:
-    """Bytes that a folder can still take: of its file system, and of memory beside `reserved` bytes where that is a tmpfs.
+    """Bytes that a folder can still take: of its file system, and of memory next to `reserved` bytes where that is a
+    tmpfs.
 
     A tmpfs promises a part of the memory whether or not programs use it already. Raises OSError for a folder that is not there.
     """

@@ -1,7 +1,7 @@
 """Which ranks share a node, which node keeps whose copies, and who copies what back to the disk. Arithmetic alone.
 
 Nodes form a ring in the order of their lowest ranks: each keeps copies for the one before. So every file lies on two nodes,
-each node holds twice what its ranks write, and the loss of any node, or of any that are no neighbours, loses nothing.
+each node holds twice what its ranks write, and the loss of any node, or of any that are not neighbours, loses nothing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Bring the newest replica that is whole back to the disk, as an ordinary checkpoint, before a start loads one.
 
 From there it is loaded like any other: everything that a resume checks is checked, any layout and any number of nodes may
-go on, the launcher sees that the run came further, and the state is durable again before the memory is given up. Each file
-is copied by a rank of a node that has it, with its digest compared on the way; one that is damaged comes from the other
-node. A replica of which no whole set is left is passed over, for an older generation or for the disk, and said to be.
+continue, the launcher sees that the run came further, and the state is durable again before the memory is given up.
+Each file is copied by a rank of a node that has it, with its digest compared on the way; one that is damaged comes from
+the other node. A replica of which no whole set is left is passed over, for an older generation or for the disk, and
+said to be.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class SavedReplica:
         """What the user is told."""
         if self.problem is None:
             return ()
-        return (f"the replica of step {self.step} was not written, training goes on: {self.problem}",)
+        return (f"the replica of step {self.step} was not written, training continues: {self.problem}",)
 
 
 def write_replica(memory: NodeMemory, snapshot: Snapshot, ranks: RankGroup) -> SavedReplica:
@@ -108,7 +108,7 @@ def send_copies(
     """Send this rank's file to its keeper, and write those that it keeps, block by block; nothing on one node.
 
     All ranks must call it: in each round all send and receive at once, so that none waits for a chain of others. An error
-    of this rank's memory is kept in `failure`, and the round goes on.
+    of this rank's memory is kept in `failure`, and the round continues.
     """
     kept = memory.nodes.kept_by(ranks.rank)
     keeper = memory.nodes.keepers[ranks.rank] if memory.nodes.keepers else None

@@ -2,8 +2,8 @@
 
 Every matrix has one owner among the data ranks that hold its ranges. Owners are dealt by cost, the heaviest matrices first,
 each to the rank with the least so far: a function of names, shapes and the number of ranks, so that all ranks know it without
-a word. One all-to-all brings the ranges of the updates to the owners, one brings the results back: 2 x 2 bytes a parameter
-and step in bf16. The owner's numbers are those that everybody steps with, so replicas stay equal to the bit.
+a word. One all-to-all brings the ranges of the updates to the owners, one brings the results back: 2 x 2 bytes per
+parameter and step in bf16. The owner's numbers are those that everyone steps with, so replicas stay equal to the bit.
 
 Without ZeRO every rank has all updates already, and one all-gather of the owners' results remains.
 """
@@ -156,7 +156,7 @@ def join(pieces: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _all_to_all(sent: Tensor, sizes: list[int], received_sizes: list[int], group: Any) -> Tensor:
-    """Send so many numbers of a message to each rank; what all of them sent here, in rank order."""
+    """Send this many numbers of a message to each rank; what all of them sent here, in rank order."""
     received = sent.new_empty(sum(received_sizes))
     torch.distributed.all_to_all_single(received, sent, received_sizes, sizes, group=group)
     return received

@@ -7,7 +7,7 @@ al. 2024, Muon: an optimizer for hidden layers in neural networks). Tensor ranks
     along the long side     A is a sum over ranks: one all-reduce of [short, short] a round, and each keeps its columns
     along the short side    the matrix is gathered, every rank computes all of it and keeps its part
 
-Orthogonalising slices by themselves would be cheaper and another optimizer.
+Orthogonalising slices on their own would be cheaper and another optimizer.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def _sum(part: Tensor, group: Any, copies: int) -> Tensor:
-    """Sum over the ranks of a group in place, each part being there so many times; without a group it is whole."""
+    """Sum over the ranks of a group in place, each part being there this many times; without a group it is whole."""
     if group is None:
         return part
     torch.distributed.all_reduce(part, group=group)

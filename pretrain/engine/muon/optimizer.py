@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024): momentum, orthogonalised a matrix at a time; AdamW for everything that is no matrix.
+"""Muon (Jordan et al. 2024): momentum, orthogonalised a matrix at a time; AdamW for everything that is not a matrix.
 
     M <- mu M + G;   U = G + mu M;   O = orthogonalize(U);   W <- (1 - rate decay) W - rate s O
 
@@ -9,7 +9,7 @@ every width, whichever of the two sides grows, and the rate needs no rule of its
 to this rank; for O they go to the matrix's owner and come back (exchange.py). So whole matrices are orthogonalised under
 every ZeRO stage and layout, once a step, and the step is that of one rank.
 
-DeepSpeed steps one parameter group after the other, so each is exchanged by itself.
+DeepSpeed steps one parameter group after the other, so each is exchanged on its own.
 """
 
 from __future__ import annotations

@@ -1,1 +1,3 @@
-"""Other programs on an export: what each makes of it, beside transformers. The scripts run where the program is installed."""
+"""Other programs on an export: what each makes of it, compared with transformers. The scripts run where the program is
+installed.
+"""

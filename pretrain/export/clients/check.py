@@ -1,9 +1,9 @@
 """Runs another program on an export, in an environment of that program's own, and compares it with transformers.
 
 Programs that read our exports pin libraries that exclude each other and ours, so each runs in a fresh process of the
-interpreter where it is installed, on a script beside this file that imports nothing of ours. 64 token ids are scored, each
+interpreter where it is installed, on a script next to this file that imports nothing of ours. 64 token ids are scored, each
 given those before it, and continued greedily. Texts are tokenized too: a program that cuts them into other tokens
-answers questions that nobody asked, however right its arithmetic is.
+answers questions that no one asked, however right its arithmetic is.
 
 A refusal or misreading that is known (`amfm.model.huggingface.refusals`) is told as one, with the program's own words.
 """
@@ -107,7 +107,7 @@ def check_installed(name: ClientName, python: str) -> None:
 def check_export(export: str | Path, name: ClientName, *, python: str | None = None) -> ClientReport:
     """Run a program on an export and compare it with transformers in float32.
 
-    `python`: the interpreter where the program is installed; default our own. Raises ValueError for a folder that is no
+    `python`: the interpreter where the program is installed; default our own. Raises ValueError for a folder that is not an
     export or has no tokenizer and for a program that is not installed, RuntimeError where transformers itself fails.
     """
     folder = Path(export).resolve()
@@ -163,7 +163,7 @@ def read_export(folder: Path) -> dict[str, Any]:
     """Read config.json of an export. Raises ValueError for another folder and for an export without a tokenizer."""
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder} has no config.json, so it is no export; give what `amfm export CHECKPOINT OUT` wrote"
+            f"{folder} has no config.json, so it is not an export; give what `amfm export CHECKPOINT OUT` wrote"
         )
     missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).is_file()]
     if missing:

@@ -84,7 +84,7 @@ def set_vocabulary(converter: Any) -> None:
 
 
 def spell_ascii(tokens: list[str], scores: list[float], types: list[int]) -> None:
-    """Turn byte pieces of ASCII characters without a piece of their own, such as newlines, into these characters.
+    """Turn byte pieces of ASCII characters without their own piece, such as newlines, into these characters.
 
     llama.cpp's unigram tokenizer has no byte fallback and would take them for unknown. They keep their ids, and score
     below every piece, as an unknown character does in SentencePiece. Changes the lists. Types are numbered as in

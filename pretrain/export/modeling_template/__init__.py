@@ -1,1 +1,1 @@
-"""Files that `amfm export` copies beside the weights of a model that no native transformers class can hold."""
+"""Files that `amfm export` copies next to the weights of a model that no native transformers class can hold."""

@@ -225,7 +225,7 @@ def attend_eagerly(
 
 
 def gate_size(kind: str, head_dim: int) -> int:
-    """Number of gates a head: one for each channel (`element`), else one."""
+    """Number of gates per head: one for each channel (`element`), else one."""
     return head_dim if kind == "element" else 1
 
 

@@ -19,7 +19,7 @@ class DeltaNet(LinearMixer):
     has_gate = False
 
     def set_sizes(self) -> None:
-        """Fewer key heads than value heads, several steps a token."""
+        """Fewer key heads than value heads, several steps per token."""
         super().set_sizes()
         self.key_heads, self.steps = self.options["num_key_heads"] or self.heads, self.options.get("num_steps", 1)
         self.has_decay = self.options.get("decay", self.has_gate)
@@ -94,7 +94,9 @@ class Kda(DeltaNet):
 
 
 class Gdn2(Kda):
-    """With a gate a key channel that erases and one a value channel that writes, in place of beta (Gated DeltaNet-2)."""
+    """With a gate per key channel that erases and one a value channel that writes, in place of beta (Gated
+    DeltaNet-2).
+    """
 
     def set_sizes(self) -> None:
         """There is no beta that could be above 1."""

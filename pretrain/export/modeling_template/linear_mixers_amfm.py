@@ -1,4 +1,4 @@
-"""Linear mixers of an amfm hybrid model beside Mamba2, in plain torch: token after token, no chunks.
+"""Linear mixers of an amfm hybrid model together with Mamba2, in plain torch: token after token, no chunks.
 
 Sizes: B rows, T tokens, D model, H heads, K key size, V value size, X = H * K. A row is one document.
 Padding before the text, which a mask [B, T] leaves out, changes no state.
@@ -270,7 +270,7 @@ class Hedgehog(FeatureMap):
     has_norm = False
 
     def set_sizes(self) -> None:
-        """Twice the features, and the sum of weights beside the values."""
+        """Twice the features, and the sum of weights next to the values."""
         super().set_sizes()
         self.state_dims = (self.heads, 2 * self.key_dim, self.value_dim + 1)
         self.query_features = nn.Parameter(torch.zeros(self.heads, self.key_dim, self.key_dim))

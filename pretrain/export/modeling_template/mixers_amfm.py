@@ -3,7 +3,7 @@
 Sizes: B rows, T tokens, D model, H heads, J key-value heads, K head size (or memories of a token), S slots of keys, M
 memories.
 
-A mixer maps x [B, T, D] to y [B, T, D] and returns the state with which the next tokens go on. `mask_BT` is 0 at
+A mixer maps x [B, T, D] to y [B, T, D] and returns the state with which the next tokens continue. `mask_BT` is 0 at
 padding, which must change no state. Keys without a token (padding, slots before the first) are masked in attention.
 """
 
@@ -181,7 +181,7 @@ class Memories(nn.Module):
     ) -> tuple[Tensor, State]:
         """x [B, T, D] -> y [B, T, D] and the states [B, M, ...] after it; token after token."""
         chosen = self._choose(F.linear(x_BTD, self.router))
-        # Inside of the inner mixer's own forward pass, where its weights are at hand.
+        # Inside of the inner mixer's own forward pass, where its weights are available.
         recur = partial(self._recur, chosen, mask_BT, positions_BT, state)
         y_BTD, state = self.inner(x_BTD, mask_BT, positions_BT, None, recur)
         return y_BTD, state

@@ -377,7 +377,7 @@ class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Begin with an empty `AmfmCache`, or go on with one that was given."""
+        """Begin with an empty `AmfmCache`, or continue with one that was given."""
         wanted = generation_config.cache_implementation
         if wanted not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={wanted!r}: blocks keep states in an AmfmCache; leave it out")

@@ -24,7 +24,8 @@ PRESETS = {
 
 
 class WindowLinear(nn.Module):
-    """Window and older tokens in one sum with one denominator (`joint`), or linear attention beside the window (`average`).
+    """Window and older tokens in one sum with one denominator (`joint`), or linear attention next to the window
+    (`average`).
 
     The state: keys, values, features, log decays and which slots hold a token, of the last W tokens, and one matrix a key head.
     """

@@ -1,4 +1,6 @@
-"""`python -m benchmarks.kernels`: rows that scripts rely on, peers held to our numbers, and documents that it writes."""
+"""`python -m benchmarks.kernels`: rows that scripts rely on, peers checked against our numbers, and documents that it
+writes.
+"""
 
 from __future__ import annotations
 

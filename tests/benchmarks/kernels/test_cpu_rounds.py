@@ -1,4 +1,4 @@
-"""Peers are held to our numbers before they are timed."""
+"""Peers are checked against our numbers before they are timed."""
 
 from __future__ import annotations
 

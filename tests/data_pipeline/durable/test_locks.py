@@ -1,4 +1,4 @@
-"""A lock file is held by one, and is no way to another file."""
+"""A lock file is held by one, and is not a way to another file."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_every_epoch_of_every_source_is_complete_without_repeats(config, packing
             complete += 1
             assert len(rows) == loader.reader.rows_per_epoch(source)
     assert complete >= 4
-    assert places["source0", 0] != places["source0", 1], "epochs have orders of their own"
+    assert places["source0", 0] != places["source0", 1], "epochs have their own orders"
 
 
 def test_rows_hold_the_tokens_of_the_store_in_order(config):
@@ -227,7 +227,7 @@ def test_damage_stops_the_run_or_is_skipped_logged_and_remembered(config, tmp_pa
     state = skipping.state_dict()
     skipping.seek(0)
     skipping.take(64 * 50)
-    assert skipping.state_dict()["quarantined"] == state["quarantined"], "rows that are read again are no news"
+    assert skipping.state_dict()["quarantined"] == state["quarantined"], "rows that are read again are not news"
     skipping.close()
     skipped = {entry[0] for entry in state["quarantined"]}
     assert skipped and all(entry[1] == part.path for entry in state["quarantined"])
@@ -246,7 +246,7 @@ def test_a_missing_part_is_found_at_the_start(config, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_batch_that_is_kept_is_not_written_over_by_later_ones(config, workers):
-    """The memory of batches is used again, but only of those that nobody holds."""
+    """The memory of batches is used again, but only of those that no one holds."""
     loader = load(config.model_copy(update={"num_workers": workers}))
     kept = loader.take(8)
     copies = [batch.tokens_BT.clone() for batch in kept]

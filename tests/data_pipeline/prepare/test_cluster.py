@@ -59,7 +59,7 @@ def start_driver(config, cluster):
 
 
 def read_until(process, stage, units):
-    """Lines of the driver until so many units of a stage are done."""
+    """Lines of the driver until this many units of a stage are done."""
     for line in process.stdout:
         found, done = line.split()
         if found == stage and int(done) >= units:

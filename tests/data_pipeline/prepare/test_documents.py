@@ -8,7 +8,7 @@ import pytest
 
 from amfm.data_pipeline.config import SourceConfig
 from amfm.data_pipeline.prepare import documents
-from amfm.data_pipeline.prepare.documents import Document, Reject, Segment, SegmentReader, cut_segments
+from amfm.data_pipeline.prepare.documents import Document, Reject, Segment, SegmentReader, check_column, cut_segments
 from amfm.data_pipeline.prepare.sources import list_files
 
 
@@ -82,7 +82,7 @@ def test_parquet_is_read_by_row_groups(tmp_path):
 
 
 def test_a_hugging_face_dataset_on_disk_is_read(tmp_path):
-    """save_to_disk writes data-*.arrow streams beside two .json files that aren't text."""
+    """save_to_disk writes data-*.arrow streams next to two .json files that aren't text."""
     table = pyarrow.table({"text": ["one", "two", None, "three"]})
     for number in range(2):
         with pyarrow.ipc.new_stream(tmp_path / f"data-0000{number}-of-00002.arrow", table.schema) as stream:
@@ -98,7 +98,7 @@ def test_a_hugging_face_dataset_on_disk_is_read(tmp_path):
 
 
 def test_by_products_of_the_datasets_library_are_left_out_and_its_splits_must_be_named(tmp_path):
-    """map and filter leave cache-*.arrow beside the data; a DatasetDict has a folder a split."""
+    """map and filter leave cache-*.arrow next to the data; a DatasetDict has a folder a split."""
     table = pyarrow.table({"text": ["one"]})
     for name in ("train/data-00000-of-00001.arrow", "train/cache-1f.arrow", "test/data-00000-of-00001.arrow"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -164,7 +164,7 @@ def test_a_document_beyond_the_limit_is_a_reject_and_the_rest_is_read(tmp_path, 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.parquet.gz", "a.txt.zst", "a.jsonl.zst", "a.arrow.zst"])
 def test_a_broken_compressed_file_is_rejected(tmp_path, name):
-    (tmp_path / name).write_bytes(b"this is no compressed stream at all")
+    (tmp_path / name).write_bytes(b"this is not a compressed stream at all")
     (item,) = read_all(list_files(source_of(tmp_path / name)), 1000)
     assert isinstance(item, Reject) and item.reason.startswith("damaged ")
 
@@ -183,6 +183,19 @@ def test_a_cell_that_is_not_utf8_is_a_reject_and_the_rest_is_read(tmp_path, kind
     assert texts_of(items) == ["one", "three"]
     (reject,) = [item for item in items if isinstance(item, Reject)]
     assert reject.position.endswith("row 1") and reject.reason == "not UTF-8: invalid start byte at byte 4"
+
+
+def test_parquet_without_text_in_the_column_is_refused_by_its_footer(tmp_path):
+    """A source of which no file can have text; one such file among others gives rejects."""
+    for name, column in {"a": [1.5], "b": [["x"]], "c": ["x"]}.items():
+        pyarrow.parquet.write_table(pyarrow.table({"text": column, "body": ["x"]}), tmp_path / f"{name}.parquet")
+    a, b, c = list_files(source_of(tmp_path))
+    with pytest.raises(ValueError, match=r"column 'text' of .*a.parquet holds double, not text; set text_column"):
+        check_column([a, b], "text")
+    with pytest.raises(ValueError, match=r"b.parquet has no column 'body2' among text, body; set text_column"):
+        check_column([b], "body2")
+    check_column([a, b, c], "text")
+    check_column([b], "body")
 
 
 def test_a_broken_parquet_file_is_an_error_that_names_it(tmp_path):

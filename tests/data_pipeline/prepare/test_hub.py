@@ -55,7 +55,7 @@ def texts(seed: int, number: int = 60) -> list[str]:
 
 def shards() -> dict[str, bytes]:
     return {
-        "README.md": b"a card is no text",
+        "README.md": b"a README is not text",
         "data/a/0.parquet": parquet(texts(1)),
         "data/b/1.parquet": parquet(texts(2)),
         "sample/small/0.parquet": parquet(texts(3)),
@@ -187,7 +187,7 @@ def test_what_is_not_there_is_named(hub: Hub):
 
 
 def hang_up(server: socket.socket, callers: list[int]) -> None:
-    """Count who calls, and answer nobody."""
+    """Count who calls, and answer no one."""
     while True:
         connection, (_, port) = server.accept()
         callers.append(port)

@@ -16,7 +16,7 @@ from amfm.data_pipeline.prepare.ray_actors import start_ray
 from amfm.data_pipeline.store.store import TokenStore
 from tests.data_pipeline.prepare.stores import actor_pids, contents, elsewhere, is_descendant
 
-# In a process of its own: a session's Ray would be used instead of one that is started.
+# In a separate process: a session's Ray would be used instead of one that is started.
 DRIVER = """
 import psutil, ray
 from amfm.data_pipeline.prepare.ray_actors import PartWriter, running_ray

@@ -1,4 +1,4 @@
-"""Which files of a folder are a source's, and that none is left out in silence."""
+"""Which files of a folder are a source's, and that none is left out silently."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_a_link_to_nothing_is_named(folder, given):
     (folder / "other").symlink_to("nothing")  # has no name of text
     assert "0/a.txt" in files_of(folder / given)
     (folder / "link.txt").symlink_to("nothing")
-    with pytest.raises(ValueError, match=r"link\.txt is a link to nothing, which isn't there; mend or remove it"):
+    with pytest.raises(ValueError, match=r"link\.txt is a link to nothing, which isn't there; fix or remove it"):
         files_of(folder / given)
 
 

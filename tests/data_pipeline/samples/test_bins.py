@@ -1,4 +1,4 @@
-"""Bins that are kept beside a store: used where they are whole, computed again where they are not."""
+"""Bins that are kept next to a store: used where they are whole, computed again where they are not."""
 
 import random
 import shutil

@@ -51,7 +51,7 @@ def import_config(tiny, tmp_path, path, **settings):
 
 
 def test_what_megatron_core_writes_is_imported_without_tokenizing(tiny, tmp_path):
-    """Documents of one or several sequences, with and without an end token of their own."""
+    """Documents of one or several sequences, with and without their own end token."""
     random = np.random.default_rng(0)
     documents = [random.integers(4, 400, size=random.integers(1, 90)).tolist() for _ in range(300)]
     for number in range(0, 300, 3):
@@ -107,11 +107,11 @@ def test_bad_megatron_input_is_refused(tiny, tmp_path):
     index.write_bytes(index.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"a.idx is cut short"):
         read_megatron_index(index)
-    index.write_bytes(b"something else that is no index at all, long enough")
+    index.write_bytes(b"something else that is not an index at all, long enough")
     with pytest.raises(ValueError, match=r"a.idx isn't a Megatron index"):
         read_megatron_index(index)
     tokens.unlink()
-    with pytest.raises(ValueError, match=r"needs a.bin beside it"):
+    with pytest.raises(ValueError, match=r"needs a.bin next to it"):
         prepare(import_config(tiny, tmp_path, index), runner=run_in_process)
 
 

@@ -1,4 +1,4 @@
-"""A cache that somebody else can write to is not used."""
+"""A cache that someone else can write to is not used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_folder_that_others_may_write_to_and_a_link_are_refused(tmp_path: Path
     (tmp_path / "mine").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     for name in ("open", "link"):
-        with pytest.raises(RuntimeError, match="that nobody else can write to"):
+        with pytest.raises(RuntimeError, match="that no one else can write to"):
             own_folder(tmp_path / name)
 
 

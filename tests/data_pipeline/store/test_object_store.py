@@ -92,7 +92,7 @@ def test_a_block_is_requested_once_a_node_and_not_once_a_sample(server, local, r
     server.seen.clear()
     expected = rows(local)
     assert rows(remote) == expected and len(expected) == 32
-    # 256 samples; a window of 64 tokens may lie in two blocks. Beside them the manifest, the tokenizer, the listing.
+    # 256 samples; a window of 64 tokens may lie in two blocks. Next to them the manifest, the tokenizer, the listing.
     assert 0 < server.gets("/tokens/") <= num_blocks < 40
     assert server.gets("manifest.json") == server.gets("tokenizer.model") == 1
     server.seen.clear()

@@ -1,4 +1,6 @@
-"""Every state in which a crash may leave the disk is one from which work goes on, with nothing lost that was durable."""
+"""Every state in which a crash may leave the disk is one from which work continues, with nothing lost that was
+durable.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Operations for the tests of the acceptance: one right, one with a wrong gradient, one that kills its process, one that hangs.
 
-The right one runs a Triton kernel of this file, so that a child that interprets is proved to interpret.
+The right one runs a Triton kernel of this file, so that a child that interprets is verified to interpret.
 """
 
 from __future__ import annotations

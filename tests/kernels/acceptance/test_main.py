@@ -107,7 +107,7 @@ def test_a_machine_without_a_card_is_told_what_works(capfd: pytest.CaptureFixtur
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("this machine has a card")
+        pytest.skip("this machine has a GPU")
     assert main([]) == 2
     said = capfd.readouterr().err
     assert "found torch" in said and "pip install" in said and "compute capability 8.0" in said

@@ -1,7 +1,7 @@
-"""These tests run kernels: in Triton's interpreter, or compiled on a card.
+"""These tests run kernels: in Triton's interpreter, or compiled on a GPU.
 
 Interpreting needs TRITON_INTERPRET=1 before Triton is imported, so `test_interpreter.py` runs them in a child. On a machine
-with a card `pytest -m gpu tests/kernels/interpreter` runs the same tests on it: what they make, they make on the card.
+with a GPU `pytest -m gpu tests/kernels/interpreter` runs the same tests on it: what they make, they make on the GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ collect_ignore_glob = [] if INTERPRETED else ABOUT_THE_INTERPRETER if ON_CARD el
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a card, mark this folder's tests for it."""
+    """On a GPU, mark this folder's tests for it."""
     for item in items:
         if ON_CARD and Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.gpu)
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def made_on_the_card() -> Iterator[None]:
-    """On a card, move there what tests make without naming a device."""
+    """On a GPU, move there what tests make without naming a device."""
     with MadeOn(torch.device("cuda")) if ON_CARD else nullcontext():
         yield
 

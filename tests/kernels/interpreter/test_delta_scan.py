@@ -211,7 +211,7 @@ def test_every_kernel_can_be_tuned_and_all_its_candidates_hold(channels: bool, k
     case = DeltaCase(B=1, T=12, G=1, H=1, K=20, V=12, chunk=16, channels=channels)
     inputs = make_delta_inputs(case, torch.float32)
     expected = list(run_delta(case, inputs, "torch").values())
-    table = Table(Environment("a card", "3.9.0", "13.4.59"))
+    table = Table(Environment("a GPU", "3.9.0", "13.4.59"))
     reports: list[str] = []
     tune(
         lambda: list(run_delta(case, inputs, "triton").values()), expected, lambda _: 1.0, table, tolerance=1e-4,

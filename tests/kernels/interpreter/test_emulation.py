@@ -1,4 +1,6 @@
-"""Rounding as on a card, emulated: what it rounds, and that kernels in bfloat16 stay near the float64 definition with it."""
+"""Rounding as on a GPU, emulated: what it rounds, and that kernels in bfloat16 stay near the float64 definition with
+it.
+"""
 
 from __future__ import annotations
 

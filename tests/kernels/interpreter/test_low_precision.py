@@ -234,7 +234,7 @@ def test_experts_by_codes_are_the_emulation_twice_bitwise(activation, options, p
     for found, repeated, exact in zip(once, again, run_experts(ids, leaves, activation), strict=True):
         assert_bitwise(found, repeated)
         assert_near(found, exact.double(), FLIPPED)
-    assert not once[3][2].any() and not once[4][2].any(), "nobody chose expert 2"
+    assert not once[3][2].any() and not once[4][2].any(), "no one chose expert 2"
 
 
 @pytest.mark.parametrize("options", [{}, pytest.param({"weight_gradient": "bf16"}, marks=pytest.mark.slow)])

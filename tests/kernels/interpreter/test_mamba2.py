@@ -106,7 +106,9 @@ def test_a_document_never_feels_another() -> None:
     ("keep", "groups", "limit"), [pytest.param(False, 1, 2.5, marks=pytest.mark.slow), (False, 4, 3.0), (True, 1, 3.5)]
 )
 def test_little_is_kept_for_backward(keep: bool, groups: int, limit: float) -> None:
-    """Limits in d numbers a token, states aside; the B and C of 4 groups weigh half a d, as those of Nemotron's 8 do."""
+    """Limits in d numbers per token, states aside; the B and C of 4 groups weigh half a d, as those of Nemotron's 8
+    do.
+    """
     case = MixerCase(T=128, H=8, P=32, N=16, G=groups, chunk=64)
     leaves = {
         name: leaf.detach().bfloat16().requires_grad_() for name, leaf in make_leaves(case, torch.float32).items()
@@ -127,7 +129,7 @@ def test_little_is_kept_for_backward(keep: bool, groups: int, limit: float) -> N
             chunk_size=case.chunk,
             keep_states=keep,
         )
-    width = 2 * case.T * case.sizes().inner  # d bfloat16 numbers a token
+    width = 2 * case.T * case.sizes().inner  # d bfloat16 numbers per token
     states = case.N / case.chunk if keep else 0.0
     assert sum(kept.values()) - parameters <= (limit + states) * width
 

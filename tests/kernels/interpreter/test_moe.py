@@ -214,7 +214,7 @@ def test_the_persistent_product_equals_the_one_of_the_default(is_transposed, sca
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
     offsets = torch.tensor([17, 17, 45], dtype=torch.int32)
     if x.device.type == "cuda" and not takes_descriptors(x, weight):
-        pytest.skip("this card has no copy engine")
+        pytest.skip("this GPU has no copy engine")
     tile = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16}
     tiles = counting_sort.list_tiles(offsets, 45, 16)
     sources = torch.randperm(45, generator=generator).int() if scatters else None
@@ -229,7 +229,7 @@ def test_the_persistent_product_equals_the_one_of_the_default(is_transposed, sca
 )
 def test_pairs_are_sorted_as_by_a_stable_sort(tokens, top_k, experts, poisoned_memory):
     ids = torch.randint(0, experts, (tokens, top_k), generator=torch.Generator().manual_seed(tokens))
-    ids[ids == 1] = 0  # an expert that nobody chose
+    ids[ids == 1] = 0  # an expert that no one chose
     wanted, pairs = group_by_expert(ids, experts), sort_pairs(ids, experts)
     for got, expected in (
         (pairs.pairs, wanted.order),
@@ -324,7 +324,8 @@ def test_choices_over_capacity_are_those_of_the_definition(tokens, capacity, poi
 def test_recycled_choices_are_drawn_as_the_definition_draws_in_three_launches(
     tokens, top_k, experts, capacity, poisoned_memory
 ):
-    # Chosen by falling chances: the first experts overflow, the last have room or nobody; also with too little room for all.
+    # Chosen by falling chances: the first experts overflow, the last have room or no one; also with too little room for
+    # all.
     generator = torch.Generator().manual_seed(tokens)
     chances = torch.linspace(1, 0.02, experts).pow(3).expand(tokens, -1)
     ids = torch.multinomial(chances, top_k, generator=generator)

@@ -1,4 +1,4 @@
-"""Races that are found, each in a kernel that has it on a card and gives the right numbers in the interpreter."""
+"""Races that are found, each in a kernel that has it on a GPU and gives the right numbers in the interpreter."""
 
 from __future__ import annotations
 

@@ -46,7 +46,9 @@ def test_registration_is_complete():
 
 
 def test_a_program_takes_fewer_of_wider_heads() -> None:
-    """32 heads of 256 of which 64 rotate spilled 5,000 bytes a thread on every card; the tile of heads of 128 spills none."""
+    """32 heads of 256 of which 64 rotate spilled 5,000 bytes per thread on every GPU; the tile of heads of 128 spills
+    none.
+    """
     tile = tile_of(32, 192)
     assert tile["BLOCK"] * (2 * tile["HALF"] + tile["REST"]) <= TILE_VALUES
     assert tile_of(64, 0)["BLOCK"] == BLOCK_HEADS

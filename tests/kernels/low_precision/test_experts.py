@@ -25,7 +25,7 @@ def leaves(name, activation="swiglu", tokens=301, dtype=torch.float32, **options
     features = 2 * WIDTH if activation == "swiglu" else WIDTH
     up, down = normal(EXPERTS, features, MODEL, scale=0.2), normal(EXPERTS, MODEL, WIDTH, scale=0.2)
     up.recipe, down.recipe = Recipe(name, seed=3, **options), Recipe(name, seed=4, **options)
-    # Nobody chooses expert 2, and 200 tokens choose expert 0, more than a run of 128.
+    # No one chooses expert 2, and 200 tokens choose expert 0, more than a run of 128.
     ids = torch.tensor([0, 1, 3, 4])[torch.rand(tokens, 4, generator=generator).topk(2).indices]
     ids[:200, 0], ids[:200, 1] = 0, 3
     return x, ids, weights, up, down
@@ -40,7 +40,7 @@ def run(x, ids, weights, up, down, activation="swiglu", call=expert_feed_forward
 
 
 def by_formulas(x, ids, weights, up, down, activation):
-    """Every expert by itself, products of decoded operands in float64."""
+    """Every expert on its own, products of decoded operands in float64."""
     dy = torch.linspace(-1, 1, x.numel()).view_as(x).sin()
     recipe_up, recipe_down = up.recipe, down.recipe
     x, weights, up, down = (leaf.detach() for leaf in (x, weights, up, down))

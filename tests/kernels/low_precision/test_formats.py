@@ -120,7 +120,7 @@ def test_random_rounding_has_the_right_mean_and_is_a_function_of_seed_and_number
     moved = x.clone()
     moved[3, 3] *= 1.01
     there = formats.quantize(moved, "nvfp4", draw=7).codes
-    assert (there != again).float().mean() > 0.05, "another matrix draws anew everywhere"
+    assert (there != again).float().mean() > 0.05, "another matrix draws again everywhere"
 
 
 def test_noise_is_even_and_independent_of_its_neighbours():

@@ -1,4 +1,4 @@
-"""Kernels compile for cards that are not here."""
+"""Kernels compile for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_missing_and_unknown_arguments_are_named() -> None:
 
 
 def test_formulas_count_each_tensor_once() -> None:
-    """Granite 4 small in bfloat16: 4 d + 4 G N bytes a token forward, and 8 H for the float32 gates."""
+    """Granite 4 small in bfloat16: 4 d + 4 G N bytes per token forward, and 8 H for the float32 gates."""
     d, H, N = 8192, 128, 128
     assert scan_bytes(1, 1, H, 1, N, 64) == 4 * d + 4 * N + 8 * H
     assert scan_bytes(1, 1, H, 1, N, 64, backward=True) == 6 * d + 8 * N + 16 * H

@@ -27,7 +27,7 @@ def sized(failing: str) -> Sized:
 def test_what_does_not_run_is_a_fault_with_its_reason_and_raises_nothing() -> None:
     for failing, said in (
         ("triton", ["did not run: RuntimeError: no room for triton"]),
-        ("reference", ["PyTorch's form, which ours is held against, did not run: no room for reference"]),
+        ("reference", ["PyTorch's form, which ours is compared with, did not run: no room for reference"]),
         ("nothing", []),
     ):
         result = check_trial(sized(failing), torch.device("cpu"), torch.float32)

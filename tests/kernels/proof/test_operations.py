@@ -1,4 +1,4 @@
-"""Every kernel compiles for the cards it is meant for; docs/benchmarks/kernels_ahead_of_time.md has the table."""
+"""Every kernel compiles for the GPUs it is meant for; docs/benchmarks/kernels_ahead_of_time.md has the table."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ SPILLS = {
     "mixer gradients, chunks of 128": 88,
     "gated norm, up to 8192 wide (Granite), backward": 8,
     "gated norm, up to 8192 wide (Granite), backward with output": 32,
-    "delta gradients, 2 steps a token": 16,
+    "delta gradients, 2 steps per token": 16,
 }
 # With 64 rows of a product, which wgmma takes, this one spills 400 bytes.
 SMALL_PRODUCTS = {"attention d_k d_v, head 256"}
@@ -37,9 +37,9 @@ SPILLS_BEFORE_3_7 = {
     "gated norm, up to 8192 wide (Granite), backward with output": 32,
     "attention d_k d_v, head 128": 64,
     "delta gradients, 1 step a token": 40,
-    "delta gradients, 2 steps a token": 24,
-    "experts down backward, SwiGLU, 1024 rows an expert": 32,
-    "experts down backward, SwiGLU, some lost, 1024 rows an expert": 32,
+    "delta gradients, 2 steps per token": 24,
+    "experts down backward, SwiGLU, 1024 rows per expert": 32,
+    "experts down backward, SwiGLU, some lost, 1024 rows per expert": 32,
 }
 
 

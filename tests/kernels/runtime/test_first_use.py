@@ -1,4 +1,6 @@
-"""The first use of a kernel on a card, with Triton's interpreter as the card: checked once, and refused by name where wrong."""
+"""The first use of a kernel on a GPU, with Triton's interpreter as the GPU: checked once, and refused by name where
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from amfm.kernels.runtime import backend, first_use
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.first_use import CannotCheck, digest_source, look_up
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the check starts an interpreter of its own")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the check starts its own interpreter")
 
 PLANTED = "tests.kernels.acceptance.planted"
 
@@ -24,22 +26,22 @@ def test_a_wrong_kernel_is_found_once_and_remembered_for_this_card_and_source(tm
     assert len(faults) == 1 and faults[0].startswith("the wrong one: d_x is off by")
     (kept,) = tmp_path.glob("*.json")
     assert "NVIDIA-H100" in kept.name and digest_source() in kept.name
-    # What is kept is read, not found again; another card asks anew.
+    # What is kept is read, not found again; another GPU asks again.
     kept.write_text(json.dumps({"faults": ["as kept"]}))
     assert look_up("wrong", "cpu", "NVIDIA H100, torch 2.11", [tmp_path], PLANTED) == ["as kept"]
 
 
 @pytest.mark.slow
 def test_a_kernel_that_crashes_is_found_and_a_right_one_is_not(tmp_path: Path) -> None:
-    (fault,) = look_up("crash", "cpu", "a card", [tmp_path], PLANTED)
+    (fault,) = look_up("crash", "cpu", "a GPU", [tmp_path], PLANTED)
     assert fault.startswith("the crash one: the check ended with code -11")
-    assert look_up("right", "cpu", "a card", [None], PLANTED) == []
+    assert look_up("right", "cpu", "a GPU", [None], PLANTED) == []
 
 
 @pytest.mark.slow
 def test_a_check_that_cannot_run_is_an_error_and_not_a_verdict(tmp_path: Path) -> None:
     with pytest.raises(CannotCheck, match=r"kernels of right could not be checked on this GPU.*no_such_module"):
-        look_up("right", "cpu", "a card", [tmp_path], "tests.no_such_module")
+        look_up("right", "cpu", "a GPU", [tmp_path], "tests.no_such_module")
     assert not [*tmp_path.glob("*.json")]
 
 
@@ -50,14 +52,14 @@ def test_a_folder_that_cannot_be_written_costs_a_check_and_one_warning(
     checks = count_checks(monkeypatch)
     (tmp_path / "home").write_text("not a folder")
     homeless = [tmp_path / "home" / ".cache", None]
-    assert look_up("right", "cpu", "a card", homeless, PLANTED) == look_up("wrong", "cpu", "a card", homeless, PLANTED)
+    assert look_up("right", "cpu", "a GPU", homeless, PLANTED) == look_up("wrong", "cpu", "a GPU", homeless, PLANTED)
     assert checks == ["right", "wrong"]
     assert [record.getMessage() for record in caplog.records if "not kept" in record.getMessage()] == [
         f"checks of kernels are not kept ({homeless[0]} cannot be written), so each start repeats them; set XDG_CACHE_HOME"
     ]
     # The next folder keeps them, and is not even asked for where the first one knows.
-    look_up("right", "cpu", "a card", [*homeless, tmp_path / "scratch"], PLANTED)
-    look_up("right", "cpu", "a card", [*homeless, tmp_path / "scratch"], PLANTED)
+    look_up("right", "cpu", "a GPU", [*homeless, tmp_path / "scratch"], PLANTED)
+    look_up("right", "cpu", "a GPU", [*homeless, tmp_path / "scratch"], PLANTED)
     assert checks == ["right", "wrong", "right"]
 
 
@@ -70,20 +72,20 @@ def test_a_home_without_locks_and_a_quota_that_is_full_do_not_end_a_run(
         raise OSError(errno.ENOSYS, "Function not implemented")  # Lustre without -o flock
 
     monkeypatch.setattr(first_use.fcntl, "flock", flock)
-    assert look_up("right", "cpu", "a card", [tmp_path / "lustre"], PLANTED) == []
-    assert look_up("right", "cpu", "a card", [tmp_path / "lustre"], PLANTED) == []
+    assert look_up("right", "cpu", "a GPU", [tmp_path / "lustre"], PLANTED) == []
+    assert look_up("right", "cpu", "a GPU", [tmp_path / "lustre"], PLANTED) == []
     assert checks == ["right"]
 
     def write(*_: object) -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     monkeypatch.setattr(first_use, "write_whole", write)
-    assert look_up("right", "cpu", "a card", [tmp_path / "full"], PLANTED) == []
+    assert look_up("right", "cpu", "a GPU", [tmp_path / "full"], PLANTED) == []
     assert not [*(tmp_path / "full").glob("*.json")]
 
 
 def count_checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The operations that are checked from now on, each right at once, while nobody has been warned."""
+    """The operations that are checked from now on, each right at once, while no one has been warned."""
     checks: list[str] = []
 
     def check(operation: str, *_: object) -> list[str]:
@@ -102,8 +104,8 @@ def test_a_gpu_for_one_process_is_checked_in_this_one_and_draws_nothing_from_its
     monkeypatch.setenv("AMFM_TEST_OWNER", str(os.getpid()))
     before = torch.get_rng_state()
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(refuse_to_keep, refuse_to_keep):
-        assert look_up("plain", "cpu", "a card", [None], "tests.kernels.acceptance.exclusive") == []
-        (fault,) = look_up("off", "cpu", "a card", [None], "tests.kernels.acceptance.exclusive")
+        assert look_up("plain", "cpu", "a GPU", [None], "tests.kernels.acceptance.exclusive") == []
+        (fault,) = look_up("off", "cpu", "a GPU", [None], "tests.kernels.acceptance.exclusive")
     assert fault.startswith("off: y is off by")
     assert torch.equal(torch.get_rng_state(), before)
     assert first_use.CHECKING_VARIABLE not in os.environ

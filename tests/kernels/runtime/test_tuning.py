@@ -13,7 +13,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from amfm.kernels.runtime.tuning import Environment, Table, find_assembler_release
 from amfm.kernels.runtime.user_cache import user_folder
 
-ENVIRONMENT = Environment("A card", "3.9.0", "13.0.1")
+ENVIRONMENT = Environment("A GPU", "3.9.0", "13.0.1")
 
 
 def forget_home(number: int) -> None:

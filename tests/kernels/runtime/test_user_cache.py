@@ -1,4 +1,4 @@
-"""Where Triton's compiled kernels go on machines whose home cannot be written."""
+"""Where Triton's compiled kernels are stored on machines whose home cannot be written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from amfm.kernels.runtime.user_cache import place_triton_cache, scratch_folder
 
 @pytest.fixture(autouse=True)
 def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """HOME is a file, TMPDIR a folder, and nobody has asked yet."""
+    """HOME is a file, TMPDIR a folder, and no one has asked yet."""
     (tmp_path / "home").write_text("")
     (tmp_path / "scratch").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

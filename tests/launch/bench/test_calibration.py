@@ -49,7 +49,7 @@ def test_what_no_efficiency_explains_ends_at_the_peak():
 
 def test_the_file_is_one_that_the_plan_reads(tmp_path):
     path = tmp_path / "own.yaml"
-    hardware = HARDWARE["h100"].model_copy(update={"name": 'Card "7": 80 GB', **KNOWN})
+    hardware = HARDWARE["h100"].model_copy(update={"name": 'GPU "7": 80 GB', **KNOWN})
     write_hardware(hardware, [Check("a step", 1.1, 1.0)], path)
     assert "# a step: planned 1.100 s, measured 1.000 s (+10%)" in path.read_text(encoding="utf-8")
     read = load_hardware(str(path))

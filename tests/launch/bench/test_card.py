@@ -1,4 +1,4 @@
-"""The whole job on a card, rehearsed on a CPU: verdicts, stages that fail, and one that goes through."""
+"""The whole job on a GPU, rehearsed on a CPU: verdicts, stages that fail, and one that goes through."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_losses_are_judged_by_the_first_step_and_by_the_worst() -> None:
     assert judge_losses([4.01, 3.5, 3.0], CPU, limits) == ["the first loss differs by 0.0025, above 0.0001"]
     assert judge_losses([4.0, 3.8, 3.0], CPU, limits) == ["the loss of step 2 differs by 0.086, above 0.02"]
     assert judge_losses([4.0, float("nan"), 3.0], CPU, limits) != []
-    assert judge_losses([4.0], CPU, limits) == ["1 steps on the card, 3 on the CPU"]
+    assert judge_losses([4.0], CPU, limits) == ["1 steps on the GPU, 3 on the CPU"]
 
 
 def test_a_stage_that_fails_stops_no_other_and_stands_in_the_report(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_what_cannot_begin_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
         assert said in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert run(["bench", "card"]) == 2
-        assert "this machine has no card that answers; rehearse with --device cpu" in capsys.readouterr().err
+        assert "this machine has no GPU that answers; rehearse with --device cpu" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -61,7 +61,7 @@ def test_the_job_goes_through_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFix
     found = run_stages(job, [*STAGES], tmp_path / "report.json", report=print)
     assert found["faults"] == []
     losses = found["stages"]["losses"]["losses"]["mqar"]
-    assert losses["cpu float32"] == losses["beside: cpu float32"] and len(losses["cpu bf16"]) == 4
+    assert losses["cpu float32"] == losses["compared with: cpu float32"] and len(losses["cpu bf16"]) == 4
     assert found["stages"]["resume"]["steps"] == 4
     starts = found["stages"]["first_start"]["first_start"]["mqar"]
     assert starts["filled_seconds"] > 0 and starts["empty_seconds"] > 0

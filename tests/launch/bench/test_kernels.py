@@ -1,4 +1,4 @@
-"""Kernels on a card: faults that are found, and what needs a card."""
+"""Kernels on a GPU: faults that are found, and what needs a GPU."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_a_spare_takes_the_place_of_a_lost_host_and_one_that_does_not_answer_is_
     assert spare is not None and spare.pid in before, "the one that waited, with everything loaded"
     _, errors = launcher.communicate(timeout=600)
     assert launcher.returncode == 0, errors
-    assert "nowhere does not answer: " in errors and "going on with" not in errors
+    assert "nowhere does not answer: " in errors and "continuing with" not in errors
     (event,) = [event for event in events(tmp_path) if event["event"] == "restarted"]
     assert str(event["cause"]).startswith("127.0.0.1: ")
     assert json.loads((tmp_path / "run/launch/left_out.json").read_text()) == {

@@ -1,4 +1,4 @@
-"""Manifests hold to the schemas that JobSet, Kubernetes and SkyPilot publish, and say what the run needs.
+"""Manifests obey the schemas that JobSet, Kubernetes and SkyPilot publish, and say what the run needs.
 
 The schemas come with packages that are kept: kubeflow-trainer-api has those of JobSet and of Kubernetes' own API. SkyPilot's and
 KubeRay's are looked at where they are: an installed SkyPilot, and KubeRay's custom resource in a file named by KUBERAY_CRD
@@ -147,7 +147,7 @@ def test_every_form_says_how_the_ranks_meet(path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--on", "kubernetes"], "submits nothing by itself; add --dry-run"),
+        (["--on", "kubernetes"], "submits nothing on its own; add --dry-run"),
         (["--on", "kubernetes", "--dry-run", "launch.kubernetes.image=null"], "launch.kubernetes.image is not set"),
         (["--on", "kubernetes", "--dry-run", "launch.spare_nodes=1"], "set it to 0, or use --form rayjob"),
         (["--on", "slurm", "--form", "jobset"], "--form jobset belongs to --on kubernetes"),

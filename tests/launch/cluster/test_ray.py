@@ -102,7 +102,7 @@ def test_a_run_survives_a_lost_worker_and_a_lost_node_with_the_losses_of_an_undi
     causes = [event["cause"] for event in events if event["event"] == "restarted"]
     assert "killed by SIGKILL" in causes[0]
     assert "was lost" in causes[1]
-    assert "going on with 2 of 3 nodes" in errors
+    assert "continuing with 2 of 3 nodes" in errors
 
     calm = write_config(tmp_path, "calm")
     subprocess.run([sys.executable, "-m", "amfm.launch", "train", str(tmp_path / "calm.yaml")], check=True)

@@ -56,7 +56,7 @@ def test_a_code_of_0_without_an_end_in_the_events_is_a_failure(
     events.parent.mkdir()
     events.write_text('{"event": "start"}\n{"event": "end"}\n{"event": "start"}\n{"event": "checkpoint"}\n')
     assert run(config, Script(config, (0, "", 3), (0, "", None), (0, "", None))) == 3
-    assert "the run's events tell of no end" in capsys.readouterr().err
+    assert "the run's events report no end" in capsys.readouterr().err
     events.write_text(events.read_text() + '{"event": "signal"}\n')
     assert run(config, Script(config, (0, "", None))) == 0
 
@@ -106,7 +106,7 @@ def test_a_stage_of_another_layout_is_a_start_of_its_own(
         (0, 3, None),
         (1, 2, None),
     ]
-    assert "stage long begins at step 2, in a layout of its own" in capsys.readouterr().err
+    assert "stage long begins at step 2, in its own layout" in capsys.readouterr().err
 
 
 def test_a_lost_node_leaves_as_many_as_can_share_the_batch(config: RunConfig) -> None:

@@ -43,4 +43,4 @@ def test_json_is_the_state_of_now_and_a_failed_run_is_exit_code_3(started_run: P
 
 def test_no_such_run_is_bad_input(tmp_path: Path, capsys) -> None:
     assert amfm(["watch", str(tmp_path / "none")]) == 2
-    assert "is no run directory" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err

@@ -85,7 +85,7 @@ def run_and_keep(words: list[str]) -> tuple[int, str, str]:
 def test_a_failure_ends_with_code_3_and_one_object_for_scripts(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     words = ["doctor", "--cluster", "--json", "--shared", str(tmp_path / "file/run")]
-    # One rank of one, in a process of its own: it leaves its group at the end.
+    # One rank of one, in a separate process: it leaves its group at the end.
     ((code, out, errors),) = run_ranks(run_and_keep, words, num_ranks=1)
     assert code == 3, errors
     report = json.loads(out)
@@ -128,7 +128,7 @@ def test_devices_cards_caches_and_disks_are_compared(reports: list[RankReport]) 
     cards = [dataclasses.replace(item, device_id=card) for item, card in zip(reports, "wxyy")]
     every = "a: rank 0 w, rank 1 x, b: rank 2 y, rank 3 y"
     shared = by_name(compare_reports(cards))["cards"]
-    assert (shared.status, shared.found) == ("fail", f"one card for several ranks: b (ranks 2, 3); {every}")
+    assert (shared.status, shared.found) == ("fail", f"one GPU for several ranks: b (ranks 2, 3); {every}")
     own = [dataclasses.replace(item, device_id=card) for item, card in zip(reports, "wxyz")]
     found = by_name(compare_reports(own))["cards"]
     assert (found.status, found.found) == ("ok", f"one for each rank; {every[:-1]}z")

@@ -1,4 +1,4 @@
-"""What ranks hand to collectives in a real step of a small model, beside what the plan's formulas say.
+"""What ranks hand to collectives in a real step of a small model, vs. what the plan's formulas say.
 
 Two steps are trained under a dispatch mode that counts each collective; the second one counts, as the first sets things up.
 """

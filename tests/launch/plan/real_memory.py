@@ -2,9 +2,9 @@
 
 `python -m tests.launch.plan.real_memory` prints the table. On GPUs `amfm bench card` does it for the job it trains.
 
-How it works: a rank's peak is the rise of its resident memory (of its allocated memory on a CUDA card) from before the
+How it works: a rank's peak is the rise of its resident memory (of its allocated memory on a CUDA GPU) from before the
 model is built. A narrow model trains first, so that lazily loaded libraries and connections don't count. Caches that
-CPU libraries keep beside tensors are switched off (`WITHOUT_CACHES`). Loader, log and checkpoints of a run are left
+CPU libraries keep next to tensors are switched off (`WITHOUT_CACHES`). Loader, log and checkpoints of a run are left
 out: the plan counts none of them.
 """
 
@@ -34,15 +34,16 @@ from benchmarks.small_steps import begin_ranks, build_for_steps, take_step
 ROOT = Path(__file__).parents[3]
 STEPS = 2  # the first allocates moments, the second has them during its passes
 STATUS, PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-# What libraries of a CPU run keep beside the tensors: glibc freed blocks for later (with these, of 64 KiB and more none),
-# oneDNN and PyTorch the bf16 products that they prepared, with weights in another order.
+# What libraries of a CPU run keep next to the tensors: glibc freed blocks for later (with these, of 64 KiB and more
+# none), oneDNN and PyTorch the bf16 products that they prepared, with weights in another order.
 WITHOUT_CACHES = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
     "LRU_CACHE_CAPACITY": "1",
 }
-# The table of docs/benchmarks/planning.md: preset, ranks, settings. Rows of 512 tokens, 2 rows a micro-batch, 4 a rank.
+# The table of docs/benchmarks/planning.md: preset, ranks, settings. Rows of 512 tokens, 2 rows per micro-batch, 4 a
+# rank.
 ROWS = ("train.sequence_length=512", "train.micro_batch_size=2", "train.num_threads=1", "kernels.backend=torch")
 FLOAT32 = "train.precision=float32"
 CASES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
@@ -97,7 +98,7 @@ def bench_memory(config: RunConfig) -> dict[str, Any]:
 
 
 class Gauge:
-    """Meter of this process's peak memory: resident on a CPU, PyTorch's allocator on a card.
+    """Meter of this process's peak memory: resident on a CPU, PyTorch's allocator on a GPU.
 
     Raises RuntimeError where the system does not let a process reset its peak.
     """
@@ -144,13 +145,13 @@ def _warm_up(config: RunConfig, parallel: Parallel) -> None:
 def start_ranks(
     path: Path, ranks: int, settings: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Measure a configuration in ranks of its own; rank 0 prints one object."""
+    """Measure a configuration in its own ranks; rank 0 prints one object."""
     command = [sys.executable, "-m", "tests.launch.plan.real_memory", str(path), str(ranks), *settings]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
 
 
 def measure_cases(presets: Path, report: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Measure each of `CASES` in processes of its own, one after the other.
+    """Measure each of `CASES` in separate processes, one after the other.
 
     `presets` is the folder of the ladder's files. Raises RuntimeError with the words of a case that failed.
     """

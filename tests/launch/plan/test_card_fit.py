@@ -1,4 +1,4 @@
-"""Runs that cannot fit on a card are refused with stage, parts and a layout that fits; near ones are not."""
+"""Runs that cannot fit on a GPU are refused with stage, parts and a layout that fits; near ones are not."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from amfm.launch.plan.card_fit import check_fits, this_card
 from amfm.pretrain.checks.check_run import load_checked
 from tests.launch.plan.presets import CONFIGS, H100, preset, preset_gpus
 
-SMALL = H100.model_copy(update={"memory_gib": 9.0, "name": "a small card"})
+SMALL = H100.model_copy(update={"memory_gib": 9.0, "name": "a small GPU"})
 
 
 def test_a_machine_without_cards_checks_nothing():
@@ -22,7 +22,7 @@ def test_presets_pass_on_their_clusters(name):
 def test_what_cannot_fit_is_refused_with_a_layout_that_does():
     config = preset("ladder_1b_a300m", "parallel.zero_stage=0", ranks=8)
     with pytest.raises(
-        ValueError, match=r"zero_stage=0 .*on 8 x a small card needs .* GiB of 9\.0.*fits by the plan: .*--force"
+        ValueError, match=r"zero_stage=0 .*on 8 x a small GPU needs .* GiB of 9\.0.*fits by the plan: .*--force"
     ):
         check_fits(config, 8, SMALL)
 

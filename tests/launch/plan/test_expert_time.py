@@ -1,4 +1,4 @@
-"""Exchanges of experts beside what their blocks compute: passes laid out by hand, and what halves cost and spare."""
+"""Exchanges of experts next to what their blocks compute: passes laid out by hand, and what halves cost and spare."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def test_a_pass_waits_for_what_has_not_arrived_when_it_is_needed():
     assert waiting_seconds(4.0, 4.0, 1.0, 10.0, 1.0, 1) == 3.0 + 3.0
     assert waiting_seconds(4.0, 4.0, 0.0, 10.0, 0.0, 1) == 8.0
     assert waiting_seconds(4.0, 4.0, 5.0, 10.0, 9.0, 1) == 0.0
-    # The first half is there at 2; its sums travel beside the second half's experts, whose own leave at 12.
+    # The first half is there at 2; its sums travel in parallel with the second half's experts, whose own leave at 12.
     assert waiting_seconds(4.0, 4.0, 1.0, 10.0, 1.0, 2) == 1.0 + 1.0
     # Experts are quick: the second half is there at 4, the first one's sums leave then, and all are home at 8.
     assert waiting_seconds(4.0, 4.0, 0.0, 1.0, 0.0, 2) == pytest.approx(8.0 - 1.0)

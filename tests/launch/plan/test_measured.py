@@ -21,7 +21,7 @@ PLAIN, CARD = Storage(4, "torch"), Storage(2, "triton")
 
 
 def kept_by(config):
-    """Bytes a token that the first block of a real model keeps for backward: each storage once, without weights and input."""
+    """Bytes per token that the first block of a real model keeps for backward: each storage once, without weights and input."""
     block: Block = small_model(config, dtype=torch.float32).blocks[0]
     residual_BTD, delta_BTD = (torch.randn(1, TOKENS, config.hidden_size, requires_grad=True) for _ in range(2))
     known = {id_of(tensor) for tensor in [residual_BTD, delta_BTD, *block.parameters(), *block.buffers()]}

@@ -39,7 +39,8 @@ def test_memory_of_states_follows_the_zero_stage():
     }
     assert [parts[stage]["weights"] for stage in range(4)] == [2 * total, 2 * total, 2 * total, 2 * total / 8]
     assert [parts[stage]["moments"] for stage in range(4)] == [8 * total, total, total, total]
-    # Float32 sums of whole gradients, under ZeRO 0 and 3 beside the bf16 ones; under ZeRO 2 a share, and one or two buckets.
+    # Float32 sums of whole gradients, under ZeRO 0 and 3 next to the bf16 ones; under ZeRO 2 a share, and one or two
+    # buckets.
     expected = {0: 6 * total, 1: 4 * total, 3: 6 * total}
     assert all(parts[stage]["gradients"] == size for stage, size in expected.items() if "activations" in parts[stage])
     assert 4 * (total / 8 + 50_000_000) < parts[2]["gradients"] < 4 * total
@@ -53,7 +54,7 @@ def test_activations_grow_with_rows_and_one_micro_batch_needs_no_float32_sums():
     alone = estimate_memory(single, Layout(8, 2, 1), storage_of(single), margin=0.0)
     assert alone.total() < one.total()
     total = count_parameters(config.model).total
-    # Under ZeRO 0 sums of float32 lie beside gradients of bf16; one micro-batch has no sums.
+    # Under ZeRO 0 sums of float32 lie next to gradients of bf16; one micro-batch has no sums.
     (held,) = held_by_stages(config.model, Layout(8, 0, 1), config.train.sequence_length)
     layout, storage = Layout(8, 0, 1), storage_of(config)
     sizes = block_sizes(config, layout, storage, 1.0, held.letters)
@@ -193,7 +194,7 @@ def test_a_pass_that_is_cut_leaves_what_the_gradients_of_weights_are_made_of():
     # The last stage has a micro-batch under way, and the factors of another, whose weights it put off.
     more = planned(last, "zero_bubble") - planned(last, "1f1b")
     assert more == pytest.approx(layout.tokens(config) * left, rel=0.01)
-    # The first stage computes its weights' gradients at once: the factors of one pass, beside what is not yet passed.
+    # The first stage computes its weights' gradients at once: the factors of one pass, next to what is not yet passed.
     assert planned(first, "1f1b") < planned(first, "zero_bubble") < 1.4 * planned(first, "1f1b")
 
 

@@ -1,4 +1,4 @@
-"""Peaks of memory beside the plan's, of real ranks."""
+"""Peaks of memory vs. the plan's, of real ranks."""
 
 import json
 import os

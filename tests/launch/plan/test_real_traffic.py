@@ -133,7 +133,7 @@ def test_tokens_travel_to_experts_at_the_latent_width() -> None:
 def test_rows_travel_to_experts_with_weights_and_ids_of_their_choices() -> None:
     (result,) = run_ranks(count_all, ["expert=2 model.moe.num_experts=2"], 2, num_ranks=2)[0]
     (rows,) = [row for row in result["rows"] if row["axis"] == "ep" and row["dtype"] == "float32"]
-    # Two choices a token, each on a rank of its own: rows four times, and twice the weights and ids of both choices.
+    # Two choices per token, each on its own rank: rows four times, and twice the weights and ids of both choices.
     assert rows["handed_bytes"] == rows["formula_bytes"] == 16 * 128 * 2 * 2 * (4 * 64 + 2 * 2 * 2) * 4
     assert 0 < rows["sent_bytes"] < rows["handed_bytes"]
 

@@ -32,7 +32,7 @@ def test_a_search_recomputes_no_more_than_it_must_and_tries_every_schedule(capsy
     assert all(item["parallel"]["expert"] > 1 for way, item in ways.items() if way)
     turns = [item for item in found["layouts"] if item["parallel"].get("overlap_experts") == "rows"]
     assert all(item["train"]["micro_batch_size"] % 2 == 0 for item in turns)
-    # A search asks once for what it needs several times; a layout by itself has the same memory and seconds.
+    # A search asks once for what it needs several times; a layout on its own has the same memory and seconds.
     config = preset("nemotron3_nano_30b")
     for item in ways.values():
         train = config.train.model_copy(update=item["train"])

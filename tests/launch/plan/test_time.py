@@ -61,7 +61,7 @@ def test_a_reduction_hides_behind_a_backward_pass_and_zero_2_reduces_in_each():
         estimate_step(config, Layout(64, stage, 1), H100, storage_of(config), overlap=0.0) for stage in (0, 1, 2)
     )
     assert plain.hidden == 0.0 < bucketed.hidden
-    # No more bytes than an all-reduce with the gathers that follow, and part of them beside compute.
+    # No more bytes than an all-reduce with the gathers that follow, and part of them next to compute.
     assert bucketed.reduction < 0.75 * plain.reduction
     one_pass = sum(bucketed.compute.values()) / Layout(64, 1, 1).micro_batches(config)
     assert bucketed.hidden <= one_pass * (1 + 1e-9)

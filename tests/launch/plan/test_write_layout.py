@@ -44,7 +44,7 @@ def test_each_stage_gets_its_own_layout_or_says_nothing(text):
     first, second, third = yaml.safe_load(found)["stages"]
     assert first == {"name": "a", "steps": 5}
     assert {name: second[name] for name in own} == own
-    # A key that a stage has and shall not have any more holds what holds before it.
+    # A key that a stage has and must not keep holds what holds before it.
     for stage in (second, third):
         assert stage.get("recompute", TRAIN["recompute"]) == TRAIN["recompute"]
     assert "parallel" not in third

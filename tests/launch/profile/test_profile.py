@@ -1,4 +1,4 @@
-"""Traces of steps: what a run writes, where the time of its operations is put, on a CPU and on a card."""
+"""Traces of steps: what a run writes, where the time of its operations is put, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def test_traces_that_no_step_or_rank_would_write_are_refused(
 
 
 def write_card_trace(path: Path) -> None:
-    """A step on a card as torch.profiler writes it: kernels later than the operations that launched them, two threads."""
+    """A step on a GPU as torch.profiler writes it: kernels later than the operations that launched them, two
+    threads.
+    """
 
     def event(name: str, category: str, start: float, duration: float, thread: int = 1, **args: Any) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""Servers of tiny models with random weights, each on a port of its own."""
+"""Servers of tiny models with random weights, each on its own port."""
 
 from __future__ import annotations
 

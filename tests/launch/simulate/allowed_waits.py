@@ -1,4 +1,4 @@
-"""The committed list of waits for the card, by the runs in which each occurs, beside what a traced step waited for."""
+"""The committed list of waits for the GPU, by the runs in which each occurs, next to what a traced step waited for."""
 
 from pathlib import Path
 

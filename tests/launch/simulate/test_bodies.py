@@ -124,7 +124,7 @@ def fed_by_torch(rows):
 
 
 def diagonal(module, rows, *last):
-    # float32 steps and parameters beside values of the model's dtype.
+    # float32 steps and parameters next to values of the model's dtype.
     x, dt, B, C = rows(2, 20, 6), float32(2, 20, 6), rows(2, 20, 4), rows(2, 20, 4)
     return module._forward(x, dt, float32(6, 4), B, C, float32(6), float32(2, 6, 4), None, 16, *last)
 

@@ -23,7 +23,7 @@ from amfm.model.config.kinds import Kind
 
 
 class BlindOptions(HeadOptions):
-    \"\"\"Has an operation of its own.\"\"\"
+    \"\"\"Has its own operation.\"\"\"
 
 
 SPEC = Kind("blind", "blind_mixer:BlindMixer", BlindOptions)
@@ -47,7 +47,7 @@ class BlindMixer(LightningMixer):
 
 @torch.library.custom_op("amfm_tests::without_fake", mutates_args=())
 def without_fake(x: torch.Tensor) -> torch.Tensor:
-    """An operation whose shapes nobody told."""
+    """An operation whose shapes no one told."""
     return x * 2
 
 

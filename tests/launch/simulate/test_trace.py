@@ -1,4 +1,6 @@
-"""Simulated ranks of a small run beside the plan, the waits that are allowed, and what wrong input is told."""
+"""Simulated ranks of a small run vs. the plan, the waits that are allowed, and what wrong input is
+told.
+"""
 
 import json
 from itertools import pairwise
@@ -86,7 +88,7 @@ def test_trace_gives_json_a_picture_and_a_timeline(small, tmp_path, capsys):
     assert found["bytes_by_axis"]["pp"]["send"]["passes"] > 0
     captured = found["capture"]["moe"]["backward"]
     assert captured["launches"] > 0 and captured["host_reads"] == captured["changed"] == []
-    # Norm and residual included: more launches are more waiting of a card for its host.
+    # Norm and residual included: more launches are more waiting of a GPU for its host.
     launches = found["launches_a_block"]
     assert launches["forward"]["mamba"] <= 10 and launches["backward"]["mamba"] <= 16, launches
     assert launches["forward"]["moe"] <= 14, launches
@@ -95,7 +97,7 @@ def test_trace_gives_json_a_picture_and_a_timeline(small, tmp_path, capsys):
     assert_trace_events(document)
     spans = [event for event in document["traceEvents"] if event["ph"] == "X"]
     computed = [event for event in spans if event["tid"] == 0]
-    # One stream computes one operation at a time, and every collective is on its axis beside it.
+    # One stream computes one operation at a time, and every collective is on its axis next to it.
     assert all(ahead["ts"] + ahead["dur"] <= behind["ts"] + 1e-6 for ahead, behind in pairwise(computed))
     assert {event["name"] for event in spans if event["tid"]} >= {"send", "receive", "all_reduce"}
     planned, laid_out = found["seconds"].pop("all")

@@ -26,7 +26,7 @@ runs_at_once: 1
 
 
 def write_small_study(folder: Path) -> Path:
-    """The file of a study beside the run configuration of its task."""
+    """The file of a study next to the run configuration of its task."""
     config = tiny_config(make_tiny_store(folder / "data", num_documents=20), folder / "unused")
     (folder / "text.yaml").write_text(resolved_yaml(config))
     (folder / "study.yaml").write_text(STUDY.format(folder=folder))

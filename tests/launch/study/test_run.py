@@ -63,7 +63,7 @@ def test_after_a_kill_only_what_is_missing_runs_and_the_killed_cell_goes_on_from
     wait_until(lambda: list((second / "checkpoints").glob("step-*")) if (second / "checkpoints").exists() else False)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    wait_until(lambda: not cell_processes(tmp_path))  # no orphan goes on writing
+    wait_until(lambda: not cell_processes(tmp_path))  # no orphan continues writing
     stopped_at = read_metrics(second)[-1]["step"]
     assert stopped_at < STEPS and len(read_metrics(first)) == STEPS
 
@@ -110,6 +110,6 @@ def test_a_signal_lets_the_running_cell_save_and_the_rest_wait(tmp_path, name):
         process.terminate()
     _, remarks = process.communicate()
     assert process.returncode == 0
-    assert "stopped as a signal asked; the same command goes on" in remarks
+    assert "stopped as a signal asked; the same command continues" in remarks
     assert len(read_events(first, "signal")) == 1 and not second.exists()
     assert list((first / "checkpoints").glob("step-*"))

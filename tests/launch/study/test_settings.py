@@ -47,7 +47,7 @@ def test_cells_differ_by_their_overrides_alone(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": (MUON, MUON)}, "settings = muon: must differ; give each a label of its own"),
+        ({"settings": (MUON, MUON)}, "settings = muon: must differ; give each its own label"),
         ({"seeds": (1, 1)}, "seeds = 1: must differ; keep one"),
         (
             {"settings": (SettingConfig(label="x", overrides=("train.seed=3",)),)},

@@ -1,4 +1,4 @@
-"""What a person sees of a study: lines in a file, one line a cell on a terminal."""
+"""What a person sees of a study: lines in a file, one line per cell on a terminal."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ def test_lfm2_is_its_public_configuration_in_the_class_of_transformers():
     assert sizes_of(preset) == sizes_of(model_config_from_huggingface(public.to_dict()))
     counts = count_parameters(preset)
     assert counts.total == count_on_meta(lambda: transformers.Lfm2MoeForCausalLM(public))
-    # 8.3B total and 1.5B active, says its card.
+    # 8.3B total and 1.5B active, says its model card.
     assert counts.total == pytest.approx(8.3e9, rel=0.01)
     assert counts.active == pytest.approx(1.5e9, rel=0.05)
 
@@ -242,7 +242,7 @@ def test_gpt_oss_has_the_sizes_of_its_public_configuration_without_its_biases():
     counts = count_parameters(preset)
     biases = 24 * 32 * (1 + 2 * 2880 + 2880)
     assert counts.total == count_on_meta(lambda: transformers.GptOssForCausalLM(public)) - biases
-    # 20.9B total and 3.6B active, says its card, the embedding's table left out.
+    # 20.9B total and 3.6B active, says its model card, the embedding's table left out.
     assert counts.total == pytest.approx(20.9e9, rel=0.005)
     assert counts.active - counts.active_by_kind["embedding"] == pytest.approx(3.6e9, rel=0.01)
 

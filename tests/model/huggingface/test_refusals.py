@@ -43,7 +43,7 @@ WIDE = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=32, qk_norm=True, p
             qwen3_next_config(pattern="GE", attention=None, mixers=delta_mixers(head_dim=32)),
             ["--no-mtp", "bf16", "model.mixers.gated_deltanet.head_dim=32"],
         ),
-        ("kimi_linear", kimi_linear_config(), ["kernel for cards"]),
+        ("kimi_linear", kimi_linear_config(), ["kernel for GPUs"]),
         ("kimi_linear", kimi_linear_config(pattern="+-"), []),
         ("lfm2", lfm2_config(), ["rotary kernel (lfm2.py:176", "model.tie_embeddings: true"]),
         ("lfm2_moe", lfm2_moe_config(tie_embeddings=True), ["rotary kernel (lfm2.py:176"]),

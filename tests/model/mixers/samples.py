@@ -61,7 +61,7 @@ ROTARY_FORMS = (
 
 
 # Mixers with an option that changes their parts, and two side by side.
-OTHERS = ("mla with sinks", "window with sinks", "gated_deltanet beside window")
+OTHERS = ("mla with sinks", "window with sinks", "gated_deltanet next to window")
 
 
 def sample_options(name: str) -> dict[str, Any]:
@@ -82,9 +82,9 @@ def registered_name(sample: str) -> str:
 
 
 def mixer_config(sample: str, blocks: int = 2) -> ModelConfig:
-    """A model of so many blocks of one mixer and nothing else."""
-    if " beside " in sample:
-        names = sample.split(" beside ")
+    """A model of this many blocks of one mixer and nothing else."""
+    if " next to " in sample:
+        names = sample.split(" next to ")
         symbols = "&".join(registered_kinds()[name].symbol for name in names)
         return small_config(f"({symbols})" * blocks, mixers={name: sample_options(name) for name in names})
     if sample.endswith(" with sinks"):

@@ -33,7 +33,8 @@ EXACT = 1e-10
 BFLOAT16 = 2e-2
 NAMES = sample_names()
 # Mixers that sort tokens: what one document or later token changes moves where chunks begin for others, and so rounding. The
-# last transforms whole documents: rounding of all tokens meets in each, and so does that of gradients, which are no zeros then.
+# last transforms whole documents: rounding of all tokens meets in each, and so does that of gradients, which are not
+# zeros then.
 SORTED = tuple(name for name in NAMES if registered_name(name) in ("mom", "seqboat", "monarch"))
 LEAST_GRADIENT = {"monarch": 1e-12}
 DOCUMENTS = ((7, 1, 13, 3), (24,))

@@ -1,4 +1,4 @@
-"""Multi-head latent attention on a card: which of PyTorch's and our kernels its documents go to."""
+"""Multi-head latent attention on a GPU: which of PyTorch's and our kernels its documents go to."""
 
 from types import SimpleNamespace
 

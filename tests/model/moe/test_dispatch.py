@@ -66,7 +66,7 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout of four ranks, which configs run on it, and which experts nobody may choose."""
+    """A layout of four ranks, which configs run on it, and which experts no one may choose."""
 
     section: ParallelConfig
     configs: tuple[str, ...] = ("dropless",)

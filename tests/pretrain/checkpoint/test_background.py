@@ -23,7 +23,7 @@ def arguments(step: int) -> dict[str, Any]:
 
 
 def save_while_training(place: str) -> tuple[int, list[str | None], str]:
-    """Save in the background at steps 1 to 3 while the steps go on; then make rank 1 fail."""
+    """Save in the background at steps 1 to 3 while the steps continue; then make rank 1 fail."""
     parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
     engine = make_engine(parallel, stage=2, precision="bf16")
     saver = BackgroundSaver(engine, timeout_seconds=60)

@@ -17,7 +17,7 @@ STAGES = (0, 1, 2, 3)
 
 
 def resume_in_every_stage(folder: str) -> dict[str, Any]:
-    """On each rank: train, save, go on; then load into a fresh engine and go on again."""
+    """On each rank: train, save, continue; then load into a fresh engine and continue again."""
     parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
     results = {}
     for precision in PRECISIONS:

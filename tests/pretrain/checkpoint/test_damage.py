@@ -67,7 +67,7 @@ def test_checkpoints_that_are_gone_are_no_fresh_start(folder: Path, engine: Zero
             load(folder, engine)
         folder.mkdir(exist_ok=True)
     events.write_text(json.dumps({"event": "start", "step": 0}) + "\n")
-    assert load(folder, engine) is None, "a run that ended before its first checkpoint begins anew"
+    assert load(folder, engine) is None, "a run that ended before its first checkpoint starts over"
 
 
 def test_storage_that_fails_is_no_damage(folder: Path, engine: ZeroEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_none_sound_is_an_error_naming_each(folder: Path, engine: ZeroEngine) ->
     with pytest.raises(RuntimeError) as caught:
         load(folder, engine)
     text = str(caught.value)
-    assert "none of the 3 checkpoints" in text and "to start anew" in text
+    assert "none of the 3 checkpoints" in text and "to start over" in text
     assert "Put back a copy of one of them" in text
     for part in ("step-00000003: ", "never completed", "step-00000002: ", "No such file", "step-00000001: ", "0 bytes"):
         assert part in text

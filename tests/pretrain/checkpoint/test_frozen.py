@@ -18,7 +18,7 @@ FROZEN = ("experts", "down.weight", "norm.bias")
 
 
 def resume_frozen(folder: str, stage: int, precision: str) -> tuple[str, str, list[str]]:
-    """Digests of an uninterrupted engine and of one that was saved, built anew from another seed, and went on."""
+    """Digests of an uninterrupted engine and of one that was saved, rebuilt from another seed, and continued."""
     parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
     whole = make_engine(parallel, stage=stage, precision=precision, frozen=FROZEN)
     run_steps(whole, 0, 2)

@@ -47,7 +47,7 @@ while place := sys.stdin.readline().strip():
 
 
 class Pusher:
-    """A process that copies a checkpoint, each time in a fork of its own, killed at its request of a given number."""
+    """A process that copies a checkpoint, each time in a separate fork, killed at its request of a given number."""
 
     def __init__(self, checkpoint: Path, endpoint: str, gate: Gate) -> None:
         self.gate = gate
@@ -121,7 +121,7 @@ def test_damage_in_the_store_is_passed_over_and_never_begins_anew(data: DataConf
     for step in RemoteCheckpoints(url).list_objects():
         obstore.put(client, f"{step}/manifest.json", b"{}")
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(RuntimeError, match=r"none of the \d checkpoints in s3://.* can be loaded: .* to start anew"):
+    with pytest.raises(RuntimeError, match=r"none of the \d checkpoints in s3://.* can be loaded: .* to start over"):
         train(tiny_config(data, tmp_path / "run", **settings(url)))
 
 

@@ -46,7 +46,7 @@ def names(folder: Path) -> list[str]:
 
 @contextmanager
 def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """A tmpfs of so many bytes; needs root in a container that may mount."""
+    """A tmpfs of this many bytes; needs root in a container that may mount."""
     libc = ctypes.CDLL(None, use_errno=True)
     folder.mkdir()
     options = f"size={num_bytes}".encode()
@@ -151,7 +151,7 @@ def test_marked_checkpoints_stay_and_do_not_count(engine: ZeroEngine, tmp_path: 
     kept = [f"step-{step:08d}" for step in (2, 3, 4, 5, 6)]
     assert names(tmp_path) == ["latest", *kept]
     assert [inspect_checkpoint(tmp_path / name)["marked"] for name in kept] == [True, True, False, False, True]
-    save(tmp_path, 6, engine, keep_last=2)  # written anew without the setting: the mark stays
+    save(tmp_path, 6, engine, keep_last=2)  # rewritten without the setting: the mark stays
     assert (
         inspect_checkpoint(tmp_path / kept[-1])["marked"] and inspect_checkpoint(tmp_path / kept[-1])["warnings"] == []
     )
@@ -215,7 +215,7 @@ def test_what_cannot_be_cleared_away_is_a_remark_and_saving_goes_on(engine: Zero
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     with small_disk(folder / "step-00000001.tmp", 100_000), small_disk(folder / "step-00000002.tmp", 100_000):
-        # A mounted folder can be neither removed nor renamed, by nobody.
+        # A mounted folder can be neither removed nor renamed, by no one.
         first = save_whole(folder, 1, engine, keep_last=1)
         second = save_whole(folder, 2, engine, keep_last=1)
         assert any("step-00000001.tmp can't be deleted" in remark for remark in first.remarks)

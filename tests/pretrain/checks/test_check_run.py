@@ -38,7 +38,7 @@ def test_a_sound_run_passes(base):
         ),
         (
             ["data.phases=[{start_sample: 9, weights: {novels: 1}}]"],
-            "data.phases.0.weights.novels: is no name of data.sources; use one of plays",
+            "data.phases.0.weights.novels: is not a name of data.sources; use one of plays",
         ),
         (
             ["data.sources.0.weight=0"],
@@ -82,7 +82,7 @@ def test_a_sound_run_passes(base):
         ),
         (
             ["schedule.warmup_steps=100"],
-            "schedule.warmup_steps = 100: must be less than train.steps=100; use 10, say, or raise train.steps",
+            "schedule.warmup_steps = 100: must be less than train.steps=100; use for example 10, or raise train.steps",
         ),
         (
             ["schedule.warmup_steps=60", "schedule.decay_steps=50"],
@@ -104,7 +104,7 @@ def test_a_sound_run_passes(base):
         (
             ["train.validate_every_steps=5", "data.validation_fraction=0"],
             "train.validate_every_steps = 5: needs documents kept for validation, and data.validation_fraction is 0; "
-            "set data.validation_fraction=0.02",
+            "set for example data.validation_fraction=0.02",
         ),
         (
             ["train.compile=true", "kernels.backend=reference"],
@@ -129,7 +129,7 @@ def test_a_sound_run_passes(base):
         ),
         (
             ["train.recompute=selective", "train.recompute_blocks=MZ"],
-            "train.recompute_blocks = MZ: 'Z' is no letter of a block; use some of M Mamba2, * or A attention",
+            "train.recompute_blocks = MZ: 'Z' is not a letter of a block; use some of M Mamba2, * or A attention",
         ),
         (
             [

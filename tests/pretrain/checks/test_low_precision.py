@@ -1,4 +1,4 @@
-"""Recipes of low precision that cannot take effect, or that nobody has shown to be right, are refused with a remedy."""
+"""Recipes of low precision that cannot take effect, or that no one has shown to be right, are refused with a remedy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_recipe_that_suits_its_run_is_taken(base):
         ),
         (["train.precision=float32"], "low_precision.recipe = fp8_block: narrows products of bf16"),
         (["low_precision.letters=EK"], "names K, and model.pattern has no such block; use some of * E M"),
-        (["low_precision.letters=X"], "'X' is no letter of a block"),
+        (["low_precision.letters=X"], "'X' is not a letter of a block"),
         (["model.pattern=AA"], "low_precision.letters = ME-: names no block of model.pattern; use some of *"),
         (["low_precision.wide_last=1.5"], "must be a whole number of blocks, or a part of all below 1; use 1, or 0.30"),
         (["low_precision.wide_first=5"], "low_precision.recipe = fp8_block: leaves no narrow block"),

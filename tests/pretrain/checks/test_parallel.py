@@ -19,7 +19,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         ),
         (
             ["parallel.overlap_experts=true"],
-            "parallel.overlap_experts = true: lets rows between expert ranks travel beside experts, and parallel.expert is 1; "
+            "parallel.overlap_experts = true: lets rows between expert ranks travel while experts compute, and parallel.expert is 1; "
             "raise parallel.expert, or use false",
         ),
         (
@@ -68,7 +68,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         ),
         (
             ["parallel.pipeline=2", "parallel.schedule=interleaved"],
-            "parallel.schedule = interleaved: interleaves several pieces a rank, and parallel.virtual_stages is 1; use",
+            "parallel.schedule = interleaved: interleaves several pieces per rank, and parallel.virtual_stages is 1; use",
         ),
         (
             ["model.pattern=M*E", MOE, "parallel.expert=2", "parallel.zero_stage=3"],

@@ -38,7 +38,7 @@ def test_a_run_on_a_synthetic_task_needs_no_store_and_reads_back(task_file: Path
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.store=x"], "data.store: has no effect on data.probe, which is no text; remove one of the two"),
+        (["data.store=x"], "data.store: has no effect on data.probe, which is not text; remove one of the two"),
         (["data.tokenizer.vocab_size=512"], "data.tokenizer: has no effect on data.probe"),
         (["data.sources=[{name: a, paths: [a]}]"], "data.sources: has no effect on data.probe"),
         (["data.phases=[{start_sample: 4, sequence_length: 256}]"], "data.phases: has no effect on data.probe"),

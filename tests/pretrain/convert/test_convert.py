@@ -162,9 +162,9 @@ def test_the_verdict_says_when_the_linear_branch_is_unused() -> None:
         ({"convert__blocks": [1], "convert__keep": []}, "convert.blocks = 1: is - "),
         ({"convert__keep": [7]}, "convert.keep = 7: must be below 4"),
         ({"convert__keep": [0, 2]}, r"convert.keep = \(0, 2\): keeps every attention block"),
-        ({"convert__blocks": [0]}, "convert.keep: is given beside convert.blocks"),
+        ({"convert__blocks": [0]}, "convert.keep: is given together with convert.blocks"),
         ({"convert__to": "gla"}, "model.mixers.gla: is missing"),
-        ({"convert__to": "mamba7"}, "convert.to = mamba7: is no registered mixer"),
+        ({"convert__to": "mamba7"}, "convert.to = mamba7: is not a registered mixer"),
         ({"train__steps": 4}, "train.steps = 4: has no effect in a conversion"),
         ({"data__validation_fraction": 0}, "data.validation_fraction = 0: leaves nothing to measure"),
         (

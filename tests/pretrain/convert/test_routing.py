@@ -54,7 +54,7 @@ def test_routed_updates_are_tuned_resume_to_the_bit_and_stay_in_the_result(
     write_folder(tmp_path / "result", tuned)
     result, run = read_weights(tmp_path / "result"), read_weights(tune.run_dir)
     assert run.model.lora_mixer is not None and run.model.lora_mixer.hard_from_step == 2
-    # Its choices are hard from the first step of a run that goes on from it.
+    # Its choices are hard from the first step of a run that continues from it.
     assert result.model.lora_mixer == run.model.lora_mixer.model_copy(update={"hard_from_step": None})
     tokens_BT, meta = torch.tensor([[1, 2, 3]]), PackMeta.one_document_a_row(1, 3)
     logits = [weights.build()(tokens_BT, meta).logits_BTV for weights in (result, run, first)]

@@ -1,4 +1,6 @@
-"""bf16 masters and moments: rounding loses nothing on average, depends on places alone, and a run goes on bit for bit."""
+"""bf16 masters and moments: rounding loses nothing on average, depends on places alone, and a run continues bit for
+bit.
+"""
 
 from __future__ import annotations
 

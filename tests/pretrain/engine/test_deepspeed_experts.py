@@ -29,7 +29,7 @@ def build() -> list[bool]:
         optimizer.has_moe_layers,
         optimizer.is_moe_param_group == [index == expert_group for index in range(len(engine.adamw.param_groups))],
         optimizer.expert_dp_process_group["ep_size_2"] is parallel.groups.expt_dp,
-        # Nobody else holds this rank's experts, so their state is whole here; dense state is halved.
+        # No one else holds this rank's experts, so their state is whole here; dense state is halved.
         optimizer.partition_count[expert_group] == 1,
         optimizer.single_partition_of_fp32_groups[expert_group].numel() >= num_experts,
         registry._EXPERT_PARALLEL_GROUP_RANKS["ep_size_2"] == [0, 1],

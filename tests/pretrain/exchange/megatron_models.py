@@ -3,7 +3,7 @@
 It has no way without a GPU in a few places, which `on_cpu` stands in for: it asks which GPU is the current one, waits for
 its copies, builds a Mamba mixer only where mamba_ssm is installed, whose kernels no test here runs, and norms a
 hybrid by Transformer Engine. Its optimizer wrappers
-allocate on a GPU too; what they do to save is called here by itself: `get_param_id_to_sharded_param_map` and
+allocate on a GPU too; what they do to save is called here on its own: `get_param_id_to_sharded_param_map` and
 `optim_state_to_sharding_state` of dist_checkpointing give torch's AdamW the sharded keys that FP32Optimizer gives.
 """
 

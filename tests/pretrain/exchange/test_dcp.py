@@ -1,4 +1,6 @@
-"""torch Distributed Checkpoint: plain torch reads it, what comes back is bit-equal, and a run goes on as if it had never left."""
+"""torch Distributed Checkpoint: plain torch reads it, what comes back is bit-equal, and a run continues as if it had
+never left.
+"""
 
 from __future__ import annotations
 

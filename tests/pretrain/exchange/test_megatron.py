@@ -1,4 +1,4 @@
-"""Distributed checkpoints that megatron-core writes become our weights and moments, and a run goes on from them."""
+"""Distributed checkpoints that megatron-core writes become our weights and moments, and a run continues from them."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def saved_run(data: DataConfig, place: str) -> None:
 
 
 def plain_engine(config: RunConfig, stage: int) -> Any:
-    """Our model under DeepSpeed as anybody would put it there, with other weights and settings than the checkpoint's."""
+    """Our model under DeepSpeed as anyone would put it there, with other weights and settings than the checkpoint's."""
     model = HybridModel(config.model, single_rank_groups(), seed=5)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
@@ -83,7 +83,7 @@ def batch() -> tuple[Tensor, PackMeta, Tensor]:
 
 
 def load_everywhere(config: RunConfig, out: str) -> dict[int, float]:
-    """Load in each stage; in 1 and 2 step once, beside our own engine. Returns the largest difference of a weight."""
+    """Load in each stage; in 1 and 2 step once, next to our own engine. Returns the largest difference of a weight."""
     parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
     # Or DeepSpeed compiles half a minute for collectives through shared memory, which are none of this test's claims.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

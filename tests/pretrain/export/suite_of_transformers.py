@@ -1,6 +1,6 @@
 """The tests that transformers holds its own models to, on our modelling file: a module for pytest in a checkout of theirs.
 
-`test_transformers_suite.py` runs it in a process of its own, whose package `tests` is the checkout's.
+`test_transformers_suite.py` runs it in a separate process, whose package `tests` is the checkout's.
 """
 
 from __future__ import annotations

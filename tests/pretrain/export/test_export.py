@@ -54,7 +54,7 @@ def test_a_trained_run_exports_with_equal_logits_on_validation_text(data: DataCo
     card = (tmp_path / "out" / "README.md").read_text()
     assert (
         "| Training | 4 steps, " in card
-        and "| Optimizer | AdamW, peak rate 0.003, schedule wsd, 4 rows a step |" in card
+        and "| Optimizer | AdamW, peak rate 0.003, schedule wsd, 4 rows per step |" in card
     )
     assert "| Validation loss | " in card
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
@@ -71,7 +71,7 @@ def test_other_targets_are_proved_in_a_fresh_process(data: DataConfig, tmp_path:
     assert report.same_argmax
 
 
-# The quick proof of the target own in a fresh process is in tests/pretrain/export/test_modeling_mixers.py.
+# The quick verification of the target own in a fresh process is in tests/pretrain/export/test_modeling_mixers.py.
 @pytest.mark.parametrize("target", ["own", "granitemoehybrid", "qwen3_next"])
 def test_the_card_says_why_a_target_was_taken(data: DataConfig, tmp_path: Path, target: str) -> None:
     report = export_checkpoint(weights_folder(data, tmp_path / "weights", target), tmp_path / "out", verify=False)

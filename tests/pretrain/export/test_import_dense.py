@@ -36,7 +36,7 @@ LLAMA3 = {
 
 
 def save_model(data: DataConfig, folder: Path, kind: str, **changes: Any) -> Any:
-    """A random model of the class as transformers saves it, beside the tokenizer of the store."""
+    """A random model of the class as transformers saves it, next to the tokenizer of the store."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Registered mixers of the modelling file beside an export equal ours: logits, gradients, decoding, padded rows."""
+"""Registered mixers of the modelling file next to an export equal ours: logits, gradients, decoding, padded rows."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_sinks_limits_and_the_cores_mixers_side_by_side_give_the_same_logits() -
     whole_BTV = theirs(tokens_BT).logits
     cache = theirs(tokens_BT[:, :9], use_cache=True).cache
     assert cache.batch_size == 2
-    # A cache is no model's own, and beam search changes its rows.
+    # No model owns a cache, and beam search changes its rows.
     cache.reorder_cache(torch.tensor([1, 0]))
     assert_near(other(tokens_BT[[1, 0], 9:], cache=cache).logits, whole_BTV[[1, 0], 9:], FLOAT32, "the other rows")
 

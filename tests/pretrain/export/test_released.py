@@ -17,7 +17,7 @@ TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content 
 
 
 def import_released(data: DataConfig, folder: Path) -> ImportReport:
-    """Import a model as somebody released it: with a template, two end tokens, a pad token and 262,144 positions."""
+    """Import a model as someone released it: with a template, two end tokens, a pad token and 262,144 positions."""
     released = folder / "released"
     export_checkpoint(weights_folder(data, folder / "weights", "nemotron_h"), released, verify=False)
     edit(released / "config.json", eos_token_id=[2, 0], pad_token_id=1, max_position_embeddings=262_144)

@@ -22,7 +22,7 @@ from tests.pretrain.export.test_habits import OWN
 pytest.importorskip("accelerate", reason="accelerate, which Trainer needs, is not installed")
 
 LEARNING_RATE = 0.1
-# Balance losses are no part of an export.
+# Balance losses are not part of an export.
 MODEL = OWN | {"moe": OWN["moe"] | {"auxiliary_loss_weight": 0.0, "z_loss_weight": 0.0}}
 TEXTS = [tokens(1, length, seed=length)[0] for length in (9, 3, 12, 7, 5, 8, 2, 10)]
 

@@ -1,4 +1,4 @@
-"""The proof of an export: what fails it, and what is said then."""
+"""The verification of an export: what fails it, and what is said then."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from amfm.pretrain.inference.weights import write_weights
 from tests.pretrain.export.exported_models import MODELS, random_weights
 
 
-@pytest.mark.slow  # the quick one is below: NaN in a norm fails the proof, and missing keys are said
+@pytest.mark.slow  # the quick one is below: NaN in a norm fails the verification, and missing keys are said
 def test_a_missing_head_fails_the_proof(data: DataConfig, tmp_path: Path) -> None:
     # transformers only warns about a missing head and fills it with random numbers.
     plan = ExportPlan(random_weights(data, MODELS["nemotron_h"]), "nemotron_h", 48)
@@ -40,7 +40,7 @@ def test_a_failed_proof_is_a_failed_export_and_leaves_no_folder(data: DataConfig
     (tmp_path / "weights").mkdir()
     write_weights(tmp_path / "weights", replace(weights, state=state))
     with pytest.raises(
-        RuntimeError, match=r"failed its proof: logits differ by up to nan.*out\.failed for examination"
+        RuntimeError, match=r"failed verification: logits differ by up to nan.*out\.failed for examination"
     ):
         export_checkpoint(tmp_path / "weights", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -26,7 +26,7 @@ ONE_KEY_HEAD = MODEL | {"attention": MODEL["attention"] | {"num_kv_heads": 1}}
 
 
 def train_bytes(parallel: Parallel, limit: float, seed: int) -> tuple[float, float]:
-    """The largest score of 200 Muon steps, and nats a byte on the text's last tenth."""
+    """The largest score of 200 Muon steps, and nats per byte on the text's last tenth."""
     text = read_bytes()
     model = HybridModel(ModelConfig.model_validate(ONE_KEY_HEAD), parallel.groups, seed=seed)
     optimizer = OptimizerConfig(learning_rate=RATE, kind="muon")
@@ -63,7 +63,7 @@ def compare(seeds: list[int]) -> list[tuple[tuple[float, float], tuple[float, fl
 @pytest.mark.timeout(2400)
 def test_scores_that_grow_under_muon_are_bounded_and_the_loss_is_no_worse() -> None:
     (found,) = run_ranks(compare, [0, 1], num_ranks=1)
-    # Measured: 27.6 and 31.8 against 260 and 340, 2.003 and 2.005 nats a byte against 2.034 and 1.996. What is above the limit
+    # Measured: 27.6 and 31.8 against 260 and 340, 2.003 and 2.005 nats per byte against 2.034 and 1.996. What is above the limit
     # is what one step at this rate adds.
     for (bounded, loss), (free, free_loss) in found:
         assert bounded < 2 * LIMIT < 10 * LIMIT < free, found

@@ -1,4 +1,4 @@
-"""Evaluation predicts every token of the part once, each document by itself, and knows whose text it may read."""
+"""Evaluation predicts every token of the part once, each document on its own, and knows whose text it may read."""
 
 from __future__ import annotations
 

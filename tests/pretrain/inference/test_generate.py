@@ -25,7 +25,7 @@ def test_greedy_tokens_equal_the_full_forward_pass(data: DataConfig, target: str
     with torch.no_grad():
         logits_BTV = model(ids_BT, PackMeta.one_document_a_row(1, ids_BT.shape[1])).logits_BTV
     assert logits_BTV[0, len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
-    assert len(set(tokens)) > 3, "a constant continuation would prove little"
+    assert len(set(tokens)) > 3, "a constant continuation would show little"
 
 
 def test_state_of_mamba2_blocks_does_not_grow(data: DataConfig) -> None:

@@ -108,7 +108,7 @@ def test_a_rollback_takes_the_weights_of_a_checkpoint_and_goes_on_with_new_data(
     assert trained.series("step") == list(range(1, 15))
     assert trained.series("tokens") == [4 * 48 * number for number in range(1, 15)]
     assert max(trained.series("loss")[spike:]) < trained.series("loss")[0]
-    # What was rolled back is a checkpoint of its own: a run that stops here goes on from it.
+    # What was rolled back is its own checkpoint: a run that stops here continues from it.
     assert (tmp_path / f"checkpoints/step-{spike:08d}").is_dir()
 
 

@@ -137,7 +137,7 @@ def test_between_two_layouts_a_run_is_waited_for(run: Path) -> None:
     age(run)
     followed = FollowedRun(run)
     assert followed.look().state == "waiting"
-    assert followed.panel.status == "saved: stage long has another layout, its ranks start anew"
+    assert followed.panel.status == "saved: stage long has another layout, its ranks restart"
     append(run / "events.jsonl", event("start", 10))
     beat(run)
     assert followed.look().state == "running"
@@ -157,5 +157,5 @@ def test_lines_of_another_version_are_left_out(run: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"is no run directory; give run\.dir of a run that was started"):
+    with pytest.raises(FileNotFoundError, match=r"is not a run directory; give run\.dir of a run that was started"):
         FollowedRun(tmp_path)

@@ -110,7 +110,7 @@ def test_a_rank_that_was_stopped_itself_gets_its_time_again(tmp_path: Path) -> N
     time.sleep(3.0)
     rank.send_signal(signal.SIGCONT)
     time.sleep(0.5)
-    assert rank.communicate("go on\n")[0] == "closed\n" and rank.returncode == 0
+    assert rank.communicate("now\n")[0] == "closed\n" and rank.returncode == 0
 
 
 WAITS = (

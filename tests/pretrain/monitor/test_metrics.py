@@ -59,7 +59,7 @@ def test_plots_that_the_disk_refuses_are_said_once_and_end_no_run(
     log.sync()
     log.close()
     said = capsys.readouterr().err
-    assert said.count("TensorBoard's files in") == 1 and "No space left on device; training goes on" in said
+    assert said.count("TensorBoard's files in") == 1 and "No space left on device; training continues" in said
     (event,) = read_events(tmp_path)
     assert event["event"] == "tensorboard_failed" and len(read_metrics(tmp_path)) == 199
 

@@ -20,7 +20,7 @@ def test_ranks_see_each_other_and_whoever_published_goes_on_until_it_stops(tmp_p
     assert not second.claim(0.2) and not third.claim(0.2)
     time.sleep(0.3)
     assert second.claim(0.2), "the writer is late"
-    assert second.claim(0.2) and not first.claim(0.2) and not third.claim(0.2), "and the new one goes on"
+    assert second.claim(0.2) and not first.claim(0.2) and not third.claim(0.2), "and the new one continues"
     second.clear()
     assert third.read() == [(6, 4, 2, 10.5)]
 

@@ -26,7 +26,7 @@ def test_what_is_waited_for_inside_the_passes_is_not_a_ranks_own_work() -> None:
     clock = clock_of(torch.device("cpu"))
     for _ in range(2):  # waits of a step are not those of the next
         with waiting():
-            time.sleep(0.05)  # nobody listens
+            time.sleep(0.05)  # no one listens
         with clock:
             time.sleep(0.05)
             with waiting():
@@ -63,5 +63,5 @@ def test_events_time_what_a_card_computes_though_the_host_only_queues_it() -> No
         square @ square
     last.record()
     clock.stop()
-    assert not torch.cuda.current_stream().query(), "the card is done before the host has queued: make it more"
+    assert not torch.cuda.current_stream().query(), "the GPU is done before the host has queued: make it more"
     assert clock.seconds() * 1e3 >= first.elapsed_time(last)

@@ -1,4 +1,6 @@
-"""The passes before the first step: each rank by itself, with nothing of the run changed, and nothing left to compile."""
+"""The passes before the first step: each rank on its own, with nothing of the run changed, and nothing left to
+compile.
+"""
 
 from __future__ import annotations
 

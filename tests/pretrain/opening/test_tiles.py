@@ -37,7 +37,7 @@ def agree(tables: list[Table]) -> list[dict[str, dict[str, int]]]:
 @pytest.mark.parametrize(
     ("second", "wanted"),
     [(Table(HOPPER, OTHER), {"num_warps": 4}), (Table(AMPERE, TUNED), {"num_warps": 1})],
-    ids=["equal cards", "different cards"],
+    ids=["equal GPUs", "different GPUs"],
 )
 def test_ranks_launch_what_they_agreed_on_and_their_own_tiles_where_asked_for_determinism(
     second: Table, wanted: dict[str, int]

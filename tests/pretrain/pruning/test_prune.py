@@ -1,4 +1,4 @@
-"""Groups go to zero on the ramp, smallest first, stay there without anybody holding them, and alike on every layout."""
+"""Groups go to zero on the ramp, smallest first, stay there without anyone holding them, and alike on every layout."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_groups_stay_zero_while_the_rest_trains_and_a_cut_run_gives_the_same_bit
     weights = run_and_collect(pruning_config(data, tmp_path / "whole", prune=pruning(groups)))
     for name, dim, expected in ZEROS[groups]:
         assert count_zeros(weights[name], dim) == expected, name
-    # Steps 4 to 6 had nobody to hold the zeros.
+    # Steps 4 to 6 had no one to hold the zeros.
     events = read_events(tmp_path / "whole", "pruned")
     assert [event["step"] for event in events] == [2, 3]
     if groups == "experts":
@@ -142,9 +142,9 @@ def test_forgetting_gives_the_embedding_new_first_values_and_no_moments(data: Da
     [
         (
             {"prune": pruning("channels", 0.3)},
-            r"prune.keep = 0.3: of model.feed_forward.hidden_size=48 is no whole number",
+            r"prune.keep = 0.3: of model.feed_forward.hidden_size=48 is not a whole number",
         ),
-        ({"prune": pruning("heads", 0.4)}, r"of model.attention.num_kv_heads=2 is no whole number; use 0.5"),
+        ({"prune": pruning("heads", 0.4)}, r"of model.attention.num_kv_heads=2 is not a whole number; use 0.5"),
         ({"prune": pruning("experts", 0.25)}, r"leaves fewer than model.moe.top_k=2; use at least 0.5"),
         ({"prune": pruning("channels") | {"end_step": 9}}, r"prune.end_step = 9: is beyond the 6 steps"),
         (

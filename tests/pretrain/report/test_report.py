@@ -45,7 +45,7 @@ def make_run(folder: Path, lines: list[dict[str, object]], *overrides: str) -> P
 
 
 def figures(page: str) -> dict[str, ElementTree.Element]:
-    """Title -> SVG; parsing proves that each is well-formed."""
+    """Title -> SVG; parsing shows that each is well-formed."""
     found = re.findall(r"<figcaption><b>(.*?)</b>.*?<noscript>(<svg.*?</svg>)\s*</noscript>", page, flags=re.DOTALL)
     return {title: ElementTree.fromstring(svg) for title, svg in found}
 
@@ -223,7 +223,7 @@ def test_a_gradient_norm_within_one_decade_has_several_ticks(tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.yaml, so it is no run directory; give run\.dir"):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.yaml, so it is not a run directory; give run\.dir"):
         write_report([tmp_path])
 
 

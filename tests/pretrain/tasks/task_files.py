@@ -32,7 +32,7 @@ WEIGH = {
 
 
 def write_task(folder: Path, name: str, kind: dict[str, Any], *, num_documents: int = 6, **changes: Any) -> str:
-    """Write a task of a kind above with documents of its own, and return its name."""
+    """Write a task of a kind above with its own documents, and return its name."""
     words = [f"{first}{second}{third}" for first in "bdgk" for second in "aeo" for third in ("", "n", "st")]
     documents = [
         {

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.launch.cli import run
 from amfm.pretrain.tasks.make_tasks import held_out_texts, make_tasks
 from tests.helpers.json_output import one_object
@@ -22,13 +23,16 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_answers_are_what_follows_in_the_text(store: str, tmp_path: Path) -> None:
-    names = make_tasks(store, tmp_path, name="tiny", num_documents=9)
+    names, longest = make_tasks(store, tmp_path, name="tiny", num_documents=9)
     assert names == ["tiny_continuation", "tiny_next_word", "tiny_text"]
     text = "".join("\n" + text.strip() for text in held_out_texts(store))
+    lengths = []
     for line in (tmp_path / "tiny_continuation.jsonl").read_text().splitlines():
         document = json.loads(line)
         assert document["context"] + document["choices"][document["label"]] in text
         assert len(document["choices"]) == 4
+        lengths += [len(load_tokenizer(store).encode(choice)) for choice in document["choices"]]
+    assert longest == max(lengths), "rows that a model needs"
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     make_tasks(store, tmp_path, name="tiny", num_documents=9)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
@@ -51,7 +55,7 @@ def test_the_verb_writes_what_lm_eval_reads(
 def test_tasks_of_a_folder_called_store_have_the_name_of_its_project(store: str, tmp_path: Path) -> None:
     (tmp_path / "plays").mkdir()
     (tmp_path / "plays" / "store").symlink_to(store)
-    names = make_tasks(tmp_path / "plays" / "store", tmp_path / "out", num_documents=1)
+    names, _ = make_tasks(tmp_path / "plays" / "store", tmp_path / "out", num_documents=1)
     assert names == ["plays_continuation", "plays_next_word", "plays_text"]
 
 

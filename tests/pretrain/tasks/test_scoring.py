@@ -1,4 +1,6 @@
-"""Padded, sorted and shared batches give what each row gives by itself, and recurrent decoding what the full forward gives."""
+"""Padded, sorted and shared batches give what each row gives on its own, and recurrent decoding what the full forward
+gives.
+"""
 
 from __future__ import annotations
 

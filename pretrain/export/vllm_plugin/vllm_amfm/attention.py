@@ -144,7 +144,7 @@ class LatentAttention(nn.Module):
 
 
 def gate_projection(kind: str, width: int, heads: int, size: int, prefix: str) -> ColumnParallelLinear | None:
-    """Projection of the gates: none, one a head (`head`), or one for each channel (`element`)."""
+    """Projection of the gates: none, one per head (`head`), or one for each channel (`element`)."""
     if kind == "none":
         return None
     return ColumnParallelLinear(width, heads * (size if kind == "element" else 1), bias=False, prefix=prefix)

@@ -55,7 +55,9 @@ class AmfmConfig(PretrainedConfig):
 
 
 def _head_sizes(fields: dict[str, Any], names: list[str]) -> tuple[int, int, int]:
-    """Query heads, key heads and their size, of the first kind of attention; of a model without one they are read by nobody."""
+    """Query heads, key heads and their size, of the first kind of attention; of a model without one they are read by no
+    one.
+    """
     kinds = [name for name in names if name in ATTENDING]
     if not kinds:
         return 1, 1, 64

@@ -21,7 +21,7 @@ from .feed_forward import FeedForward, MixtureOfExperts
 from .served import attention_sizes
 from .states import COPIES, GatedShortConv, build_gated_deltanet, build_mamba2, delta_sizes, state_specs
 
-# A weight of the export for a parameter here, and what its loader needs beside it.
+# A weight of the export for a parameter here, and what its loader needs next to it.
 Loaded = tuple[str, Tensor, dict[str, Any]]
 ATTENTION: dict[str, Callable[..., nn.Module]] = {
     "attention": GroupedAttention,

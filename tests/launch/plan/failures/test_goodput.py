@@ -22,7 +22,7 @@ def goodput_of(failures_per_day: float, *overrides: str, storage: float = 20e9) 
 
 
 def drawn_goodput(found: Goodput, every_seconds: float, days: float) -> float:
-    """Which part of so many days trains, where failures come at random: checkpoints that do not yet stand do not count."""
+    """Which part of this many days trains, where failures come at random: checkpoints that do not yet stand do not count."""
     draws = random.Random(1)
     rate = found.failures_per_day / 86_400
     clock, trained = 0.0, 0.0

@@ -112,7 +112,7 @@ def test_what_cannot_be_searched_is_refused(
 
 def test_a_run_whose_phases_have_weights_or_with_one_source_is_refused(tmp_path: Path, data: DataConfig) -> None:
     phases = [{"start_sample": 4, "weights": {"source0": 1.0}}]
-    with pytest.raises(ConfigError, match=r"data\.phases with weights of their own"):
+    with pytest.raises(ConfigError, match=r"data\.phases with their own weights"):
         open_search(make_study(tmp_path, data, data__phases=phases))
     with pytest.raises(ConfigError, match="has no mixture: it needs two sources at least"):
         open_search(make_study(tmp_path, data, data__sources=[data.sources[0].model_dump(mode="json")]))

@@ -34,7 +34,7 @@ def test_any_lost_node_leaves_a_whole_set_and_two_neighbours_do_not() -> None:
         chosen = share_out(holders, nodes)
         assert sorted(chosen) == [0, 1, 2, 3] and all(node != lost for node, _ in chosen.values())
     assert find_holders(4, {2: held[2], 3: held[3]})[0] == []
-    assert all(find_holders(4, {1: held[1], 3: held[3]}).values()), "two that are no neighbours may go"
+    assert all(find_holders(4, {1: held[1], 3: held[3]}).values()), "two that are not neighbours may go"
 
 
 def test_holders_and_their_ranks_take_turns() -> None:

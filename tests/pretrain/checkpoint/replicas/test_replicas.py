@@ -131,7 +131,7 @@ def test_a_replica_that_fails_is_a_remark_and_leaves_the_one_before(tmp_path: Pa
     assert isinstance(saved, SavedReplica) and saved.problem is not None
     assert saved.problem.startswith(f"rank 0: train.replica_folder: {memory.directory()} must be a folder of this user")
     assert replicas_of(tmp_path) == [["step-00000002"]]
-    with pytest.raises(RuntimeError, match="that nobody else can write to"):
+    with pytest.raises(RuntimeError, match="that no one else can write to"):
         memory.list_generations(memory.token, 0)
     with pytest.raises(
         RuntimeError, match=r"replica_folder=.* can't keep replicas: rank 0: .* bytes free, and two replicas"
@@ -304,7 +304,9 @@ def test_two_nodes_lose_ranks_memory_and_copies(data: DataConfig, tmp_path: Path
 
 
 def go_on_with_one_node(data: DataConfig, place: Path) -> None:
-    """A node is lost for good, and the run goes on with the other in another layout; replicas are written beside training."""
+    """A node is lost for good, and the run continues with the other in another layout; replicas are written during
+    training.
+    """
     memory, run_dir = place / "memory", place / "run"
     memory.mkdir()
     run_dir.mkdir()
@@ -318,7 +320,7 @@ def go_on_with_one_node(data: DataConfig, place: Path) -> None:
 def test_a_replica_serves_another_layout_on_fewer_nodes(data: DataConfig, tmp_path: Path) -> None:
     run_ranks(go_on_with_one_node, data, tmp_path, num_ranks=1)
     _, resumed = [event["resumed_from"] for event in read_events(tmp_path / "run", "start")]
-    # Steps may be faster than what is written beside them.
+    # Steps may be faster than what is written next to them.
     assert resumed in ("step-00000003", "step-00000004", "step-00000005", "step-00000006")
     if resumed != "step-00000004":
         assert read_told(tmp_path / "run")[0] == f"step {resumed[-1]} comes from the memory of 1 of 1 nodes"

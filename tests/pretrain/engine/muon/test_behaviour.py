@@ -36,7 +36,7 @@ def read_bytes() -> Tensor:
 
 
 def final_loss(parallel: Parallel, text: Tensor, kind: str, rate: float) -> float:
-    """Nats a byte on the text's last tenth after 200 steps of 1,024 bytes from the rest, at a cosine to a tenth."""
+    """Nats per byte on the text's last tenth after 200 steps of 1,024 bytes from the rest, at a cosine to a tenth."""
     model = HybridModel(ModelConfig.model_validate(MODEL), parallel.groups, seed=0)
     optimizer = OptimizerConfig(learning_rate=rate, kind=kind)
     engine = build_engine(model, optimizer=optimizer, precision="float32", zero_stage=1, parallel=parallel)

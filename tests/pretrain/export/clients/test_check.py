@@ -22,7 +22,7 @@ from amfm.pretrain.export.clients.gguf_file import write_gguf
 from amfm.pretrain.export.export import export_checkpoint
 from tests.pretrain.export.exported_models import weights_folder
 
-ABSENT = "vllm"  # pins libraries that exclude ours, so it is never installed beside us
+ABSENT = "vllm"  # pins libraries that exclude ours, so it is never installed next to us
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_program_that_is_not_installed_is_told_with_what_installs_it(
 
 
 def test_an_export_without_tokenizer_and_a_folder_that_is_none_are_told(export: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no config\.json, so it is no export"):
+    with pytest.raises(ValueError, match=r"has no config\.json, so it is not an export"):
         check_export(tmp_path, "llama.cpp", python=sys.executable)
     (tmp_path / "config.json").write_text((export / "config.json").read_text())
     with pytest.raises(ValueError, match=r"has no tokenizer\.json, and other programs read texts with it"):

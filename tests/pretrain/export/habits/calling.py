@@ -31,7 +31,7 @@ def assert_documents_alone(export: Exported, packed: Tensor, ids: Tensor, *, bit
 
 @contextmanager
 def refused_by_name() -> Iterator[None]:
-    """A class that needs kernels for packed rows says so; numbers of one row for another are no answer."""
+    """A class that needs kernels for packed rows says so; numbers of one row for another are not answer."""
     try:
         yield
     except ValueError as error:

@@ -80,7 +80,7 @@ def habit(*needs: str, slow: bool = False) -> Callable[[Callable[[Exported], Non
 
 
 def tokens(rows: int = 2, length: int = 12, seed: int = 3) -> Tensor:
-    """Token ids [rows, length] that are no padding."""
+    """Token ids [rows, length] that are not padding."""
     return torch.randint(10, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 

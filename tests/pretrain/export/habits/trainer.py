@@ -36,7 +36,7 @@ class Trained:
 def train_with_pieces(
     export: Exported, *, pieces: int, rows: list[dict[str, list[int]]] | None = None, collate: Any = None
 ) -> Trained:
-    """One step of plain gradient descent on 8 rows in so many pieces, by Trainer."""
+    """One step of plain gradient descent on 8 rows in this many pieces, by Trainer."""
     from transformers import Trainer, TrainingArguments, default_data_collator
 
     ids = tokens(8, 10).tolist()
