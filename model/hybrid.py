@@ -357,6 +357,6 @@ def _check_continues(meta: PackMeta, state: DecodeState) -> None:
         raise ValueError("a decode state holds one document a row; pass rows without document boundaries")
     if meta.first_continues != (state.length > 0):
         raise ValueError(
-            f"the decode state has seen {state.length} tokens but the rows {'go on' if meta.first_continues else 'begin'} "
+            f"the decode state has seen {state.length} tokens but the rows {'continue' if meta.first_continues else 'begin'} "
             "a document; build them with PackMeta.one_document_a_row(rows, tokens, start=state.length)"
         )

@@ -126,7 +126,7 @@ class PackMeta:
         return replace(self, halves=halves)
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackMeta:
-        """Apply a function to every tensor of the layout: such as a move to a device. Shapes and values must stay."""
+        """Apply a function to every tensor of the layout, such as a move to a device. Shapes and values must stay."""
         ends = self.document_ends
         return replace(
             self,

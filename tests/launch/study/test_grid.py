@@ -92,7 +92,7 @@ def test_cells_are_ordinary_runs_with_equal_tokens_in_folders_of_their_own(folde
         ({"mixers": (MixerConfig(mixer="E"),)}, "mixers.0.mixer = E: is not a linear sequence mixer"),
         (
             {"mixers": (MixerConfig(mixer="M"), MixerConfig(mixer="M"))},
-            "mixers = Mamba2: must differ; give each a label",
+            "mixers = Mamba2: must differ; give each its own label",
         ),
         (
             {"tasks": (TaskConfig(name="text", config="text.yaml", between="M"),)},

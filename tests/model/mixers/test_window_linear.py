@@ -253,7 +253,7 @@ def test_sums_of_windows_add_each_window_alone() -> None:
         ({"num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=4"),
         ({"combine": "average"}, "combine=average has features of hedgehog without the denominator"),
         ({"preset": "liger", "features": "hedgehog", "gate": "none"}, "features=hedgehog has features of hedgehog"),
-        ({"gate": "key"}, "gate=key has a decay a key channel"),
+        ({"gate": "key"}, "gate=key has one decay per key channel"),
         ({"features": "softmax", "feature_size": 4}, "feature_size=4 has no effect"),
         ({"positions": "none", "linear_positions": "rotary"}, "linear_positions=rotary needs positions: rope"),
         ({"linear_weight": 0.2}, "linear_weight=0.2 has no effect with combine: joint"),
