@@ -60,7 +60,7 @@ class Segments:
         )
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Segments:
-        """Apply a function to every tensor: such as a move to a device."""
+        """Apply a function to every tensor, such as a move to a device."""
         return replace(
             self,
             document_ids_BT=change(self.document_ids_BT),
