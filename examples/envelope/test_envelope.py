@@ -126,7 +126,7 @@ def train_pruned(words: DataConfig, folder: Path, seed: int, *, priced: bool) ->
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_groups_that_pay_for_their_weights_leave_a_better_model_of_the_same_size(
+def test_groups_end_at_the_same_share_of_the_weights_whether_or_not_they_pay_for_theirs(
     words: DataConfig, tmp_path: Path, seed: int
 ) -> None:
     (priced, left), (alike, left_alike) = (

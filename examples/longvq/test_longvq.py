@@ -18,7 +18,7 @@ from amfm.model.config.schema import RegisteredMixers
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
-from tests.helpers.examples import assert_a_cut_changes_nothing, install_example, probe_accuracies, write_probe
+from tests.helpers.examples import assert_a_cut_changes_nothing, install_example, write_probe
 
 H, K, V, W, D = 3, 4, 5, 3, 10
 
@@ -164,18 +164,6 @@ RECALL = {"task": "mqar", "num_pairs": 4, "num_keys": 16, "num_values": 16}
 
 def packages(folder: Path) -> list[Path]:
     return install_example("seqboat", folder) + install_example("longvq", folder)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_codes_reach_where_the_window_does_not(seed: int, tmp_path: Path) -> None:
-    config = write_probe(tmp_path, RECALL, MODEL, steps=400, sequence_length=24, seed=seed)
-    path = packages(tmp_path / "packages")
-    few = ["model.mixers.longvq.num_codes=2"]
-    accuracy, without = probe_accuracies(path, config, {"run": [], "few": few}).values()
-    print(f"seed {seed}: {accuracy:.3f} with 32 codes, {without:.3f} with 2")
-    assert accuracy > without + 0.2
 
 
 @pytest.mark.slow

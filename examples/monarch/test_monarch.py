@@ -20,7 +20,7 @@ from amfm.model.config.schema import RegisteredMixers
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
-from tests.helpers.examples import assert_a_cut_changes_nothing, install_example, probe_accuracies, write_probe
+from tests.helpers.examples import assert_a_cut_changes_nothing, install_example, write_probe
 
 D, LONGEST = 6, 40
 
@@ -111,18 +111,6 @@ MODEL = {
     "hidden_size": 64,
     "mixers": {"monarch": {"max_tokens": 24, "filter_size": 32}},
 }
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_long_kernels_recall_what_short_ones_do_not(seed: int, tmp_path: Path) -> None:
-    packages = install_example("monarch", tmp_path / "packages")
-    config = write_probe(tmp_path, RECALL, MODEL, steps=500, sequence_length=24, seed=seed)
-    short = ["model.pattern=CC", "model.mixers={short_conv: {conv_kernel: 4}}"]
-    accuracy, without = probe_accuracies(packages, config, {"run": [], "short": short}).values()
-    print(f"seed {seed}: {accuracy:.3f} with kernels as long as the row, {without:.3f} with 4 taps")
-    assert accuracy > without + 0.1
 
 
 @pytest.mark.slow

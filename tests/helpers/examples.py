@@ -78,13 +78,6 @@ def train_all(packages: list[Path], *runs: tuple[Path, list[str]]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def probe_accuracies(packages: list[Path], config: Path, variants: dict[str, list[str]]) -> dict[str, float]:
-    """Train variants of a configuration of a synthetic task: shares of right answers on rows that no training sees, by name."""
-    runs = {name: config.parent / name.replace(" ", "_") for name in variants}
-    train_all(packages, *((config, [f"run.dir={runs[name]}", *changes]) for name, changes in variants.items()))
-    return {name: metrics_of(run)[-1]["validation_accuracy"] for name, run in runs.items()}
-
-
 def metrics_of(run: Path) -> list[dict[str, Any]]:
     """The line of each step."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
