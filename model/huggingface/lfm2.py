@@ -40,7 +40,8 @@ LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}
 
 def conv_options(config: ModelConfig) -> ShortConvOptions:
     """Options of the convolution blocks, which the pattern has."""
-    options: ShortConvOptions = getattr(config.mixers, "short_conv")  # noqa: B009
+    options = config.block_options("C")
+    assert isinstance(options, ShortConvOptions), f"C has {type(options).__name__}"
     return options
 
 

@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig, MtpConfig
 from amfm.model.hybrid import HybridModel, ModelOutput
 from amfm.model.mtp import Ahead
@@ -19,24 +18,14 @@ from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
+from tests.model.moe.test_dispatch import BASE
 from tests.model.small_models import loss_of, packed_batch, small_config
 
 DOCUMENTS = ((7, 1, 12, 4), (24,), (3, 21), (1, 1, 22))
-MOE = MoeConfig(
-    num_experts=8,
-    top_k=3,
-    expert_hidden_size=4,
-    shared_expert_hidden_size=12,
-    activation="swiglu",
-    expert_bias=True,
-    auxiliary_loss_weight=0.1,
-    sequence_loss_weight=0.2,
-    z_loss_weight=0.1,
-)
 
 
 def config_of(pattern: str = "ME*E", **changes: object) -> ModelConfig:
-    return small_config(pattern, moe=MOE.model_copy(update=changes))
+    return small_config(pattern, moe=BASE.model_copy(update=changes))
 
 
 CASES: dict[str, tuple[ParallelConfig, ModelConfig]] = {

@@ -58,7 +58,8 @@ ATTENDING: Wanted = {
 
 def window_options(config: ModelConfig) -> WindowOptions:
     """Options of the windows, which the pattern has."""
-    options: WindowOptions = getattr(config.mixers, "window")  # noqa: B009
+    options = config.block_options("W")
+    assert isinstance(options, WindowOptions), f"W has {type(options).__name__}"
     return options
 
 
