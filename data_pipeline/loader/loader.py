@@ -142,7 +142,7 @@ class PretrainLoader:
         """
         mine = self.state_dict()
         remedies = {
-            "version": "use the release that wrote the checkpoint",
+            "version": "use the release that wrote the checkpoint, or start a new run from its weights",
             "tokenizer": "point data.store to the store that the run began with",
             "seed": "set train.seed back",
             "split": "load the state of the same split",
