@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from amfm.kernels.common import gemm_precision
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.parallel import Parallel

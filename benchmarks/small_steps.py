@@ -16,7 +16,7 @@ import yaml
 from amfm.data_pipeline.batch import Batch
 from amfm.model.hybrid import ModelOutput
 from amfm.model.parallel.row_room import opened
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine
 from amfm.pretrain.micro_batch import LossShare, MicroBatches

@@ -18,7 +18,7 @@ import typer
 
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_pairs
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.hooks.state_watch import StateWatchHook
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run

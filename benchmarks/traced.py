@@ -21,7 +21,7 @@ from amfm.launch.plan.exchanges.seconds import PARTS
 from amfm.launch.plan.exchanges.step import depends_on_router
 from amfm.launch.plan.hardware import HARDWARE
 from amfm.launch.simulate.trace import TracedRank, predicted_bytes, trace_run, traced_bytes
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 from benchmarks.command import main
 
 PRESET = "ladder_1b_a300m"

@@ -27,7 +27,7 @@ def load(path: str | Path | None = None, *overrides: str, preset: str | None = N
 
     Raises ConfigError (a ValueError) with every problem, FileNotFoundError for a file that is not there.
     """
-    from amfm.pretrain.checks.check_run import load_checked
+    from amfm.pretrain.checks.load import load_checked
 
     given = None if path is None else Path(path)
     return load_checked(*choose_config(given, overrides, preset))

@@ -30,7 +30,12 @@ def require_all_exist(paths: list[Path]) -> list[Path]:
 
 
 def require_model(path: Path) -> Path:
-    """Typer callback of a model that must exist; a name of the Hugging Face Hub is answered with the download's command."""
+    """Typer callback of a model's folder, or a .tiktoken file, that must exist.
+
+    A name of the Hugging Face Hub is answered with the command that downloads it.
+    """
+    if path.is_file() and path.suffix != ".tiktoken":
+        raise ValueError(f"{path} is a file; name the folder of a model")
     is_hub_name = HUB_NAME.fullmatch(str(path)) and not path.parent.exists()
     download = (
         f"to take it from the Hugging Face Hub: hf download {path} --local-dir {path.name}, then name {path.name}"

@@ -1,6 +1,6 @@
 """What an error means, judged in one place: exit code and words, by the phase that it came up in.
 
-While a command starts, what its user can correct (a setting, a path) ends with 2, and everything else of the
+While a command starts, what its user can correct (a setting, a path, credentials) ends with 2, and everything else of the
 machine with 3. Once a run is under way nothing is the settings' fault any more: whatever the machine refuses ends with 3, so that a
 supervisor starts again from the newest checkpoint. A bug (AssertionError, TypeError, ...) is neither and keeps its
 traceback. Messages of the system carry the path they are about (`amfm.data_pipeline.durable.naming.named`).
@@ -12,6 +12,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from amfm.data_pipeline.store.object_store import NoCredentialsError
 from amfm.pretrain.launcher_protocol import BAD_INPUT, RUN_FAILED
 
 # What a path in the settings can be wrong about; the rest of the system's errors are the machine's state.
@@ -33,7 +34,7 @@ def exit_code(error: ValueError | RuntimeError | OSError | MemoryError) -> int:
     if isinstance(error, OSError):
         # Libraries raise some without a number, for files that are not there.
         return BAD_INPUT if error.errno is None or error.errno in CORRECTABLE else RUN_FAILED
-    return BAD_INPUT if isinstance(error, ValueError) else RUN_FAILED
+    return BAD_INPUT if isinstance(error, ValueError | NoCredentialsError) else RUN_FAILED
 
 
 def is_bug(error: BaseException) -> bool:
@@ -77,7 +78,7 @@ def while_running() -> Iterator[None]:
             yield
     except SystemExit as error:
         raise RuntimeError(describe_exit(error)) from error
-    except (OSError, ValueError, MemoryError) as error:
+    except (OSError, ValueError, MemoryError, NoCredentialsError) as error:
         raise RuntimeError(describe(error)) from error
 
 

@@ -26,6 +26,16 @@ UNFINISHED = re.compile(r"\.writing-.*", re.DOTALL)  # files and folders that ha
 SYNC_THREADS = 4  # a part has 14 files and folders; more threads cost more than they save
 
 
+def check_free(out: Path) -> None:
+    """Raise ValueError where a folder to be written would meet a file, or a folder with content."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; name a folder that is missing or empty")
+    if out.exists():
+        raise ValueError(f"{out} exists and is not empty; name another folder, or remove it first")
+
+
 def digest_folder(folder: Path) -> str:
     """BLAKE3 over the names and contents of all files below a folder, as hexadecimal digits; reads everything."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())

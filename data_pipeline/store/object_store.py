@@ -17,7 +17,7 @@ from amfm.data_pipeline.durable.naming import named
 from amfm.data_pipeline.store.range_stream import RangeStream
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
-METADATA_SERVICE = "169.254.169.254"  # where a machine in a cloud asks for the credentials of its role
+METADATA_REQUEST = "/latest/api/token"  # what a machine in AWS asks first for the credentials of its role
 PART_BYTES = 16 * 2**20  # a larger object is sent in parts of this size, this many at a time
 PARTS_AT_A_TIME = 4
 STREAM_BYTES = 2 * 2**20  # one request of a file that is read from one end to the other
@@ -26,6 +26,10 @@ STREAM_BYTES = 2 * 2**20  # one request of a file that is read from one end to t
 def is_url(path: str) -> bool:
     """Whether a path of the configuration names an object store and no folder."""
     return "://" in path
+
+
+class NoCredentialsError(RuntimeError):
+    """This machine has no credentials for an object store: for its user to set where a command starts."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class ObjectFacts:
 class RemoteFolder:
     """Objects below a URL. Not for forked processes: the client library has threads. Pickles to the URL.
 
-    FileNotFoundError for an object that isn't there; RuntimeError when the store can't be reached or refuses.
+    FileNotFoundError for an object that isn't there; RuntimeError when the store can't be reached or refuses,
+    NoCredentialsError where this machine has no credentials.
     """
 
     def __init__(self, url: str) -> None:
@@ -123,8 +128,8 @@ class RemoteFolder:
             raise FileNotFoundError(f"{self.url}/{name} is missing") from error
         except (BaseError, OSError) as error:
             place = f"{self.url}/{name}".rstrip("/")
-            if METADATA_SERVICE in str(error):  # the library asked it last, because it found no others
-                raise RuntimeError(
+            if METADATA_REQUEST in str(error):  # the library asks it last, where it found no others
+                raise NoCredentialsError(
                     f"{place} can't be {what}: no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run on a "
                     "machine with a role, and run the same command to continue"
                 ) from error

@@ -20,7 +20,7 @@ SHOWN = 40
 
 def profile_run(path: str, overrides: list[str]) -> list[dict[str, Any]]:
     """Train the configuration and return its longest operations, the longest first. Raises RuntimeError where it fails."""
-    from amfm.pretrain.checks.check_run import load_checked
+    from amfm.pretrain.checks.load import load_checked
     from amfm.pretrain.train import train
 
     config = load_checked(path, overrides, world_size=1)

@@ -41,7 +41,7 @@ def config(
     if path is None and preset is None:
         raise ValueError("no CONFIG.yaml given; name a file, or ask for --preset, --schema, --fields or --reference")
     path, overrides = choose_config(path, overrides, preset)
-    from amfm.pretrain.checks.check_run import load_checked
+    from amfm.pretrain.checks.load import load_checked
     from amfm.pretrain.config.file import diff_configs, load_config, resolved_yaml
 
     resolved = load_checked(path, overrides or [], world_size=ranks)

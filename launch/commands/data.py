@@ -84,8 +84,7 @@ def prepare(
     """Train or load the tokenizer and write the token store from all sources; does only what is missing."""
     path, overrides = choose_config(path, overrides, preset)
     require_extra("data", "amfm prepare")
-    from amfm.data_pipeline.prepare.prepare import prepare as prepare_store
-    from amfm.pretrain.checks.check_run import load_checked
+    from amfm.pretrain.checks.load import load_checked
 
     config = load_checked(path, overrides or [])
     if config.data.probe is not None:
@@ -93,6 +92,8 @@ def prepare(
             print_json({"probe": config.data.probe.task, "units_written": 0})
         say(f"amfm: nothing to prepare: data.probe.task={config.data.probe.task} is computed while it is read")
         return
+    from amfm.data_pipeline.prepare.prepare import prepare as prepare_store
+
     with said_to_be_resumable(), Waiting("amfm prepare") as waiting, show_progress("prepare") as show:
 
         def show_parts(now: Progress) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.progress import Waiting
 from amfm.launch.arguments import CheckpointArgument, JsonOption
 from amfm.launch.commands.client import (
@@ -97,8 +98,6 @@ def export(
 
     With --check another program reads the export, or an export that exists, and is compared with transformers.
     """
-    from amfm.pretrain.export.export import export_checkpoint
-
     python = None if client_python is None else str(client_python.absolute())
     writes_for_transformers = target is not None or not verify
     check_export_options(file_format, out, check, python, writes_for_transformers=writes_for_transformers)
@@ -116,6 +115,8 @@ def export(
         export_state(checkpoint, out, file_format, as_json=as_json)
         return
     require_extra("export", "amfm export")
+    from amfm.pretrain.export.export import export_checkpoint
+
     with Waiting("amfm export") as waiting:
         report = export_checkpoint(checkpoint, out, target=target, verify=verify, report=waiting)
         if check is not None:
@@ -170,6 +171,8 @@ def check_export_options(
         raise ValueError(f"--check reads an export for transformers, not {file_format}; leave one of them out")
     if out is None and check is None:
         raise ValueError("name OUT, the folder to write; only --check reads an export that exists")
+    if out is not None and file_format not in ("gguf", "megatron"):  # which write files next to others
+        check_free(out)
     if out is None and writes_for_transformers:
         raise ValueError("--target and --no-verify are about writing an export; leave them out, or name OUT")
     if check is not None:
@@ -266,6 +269,7 @@ def import_(
         return
     if config is not None or step is not None:
         raise ValueError(f"--config and --step are for a training state, and {source} is none; leave them out")
+    check_free(out)
     require_extra("export", "amfm import")
     from amfm.pretrain.export.import_huggingface import import_huggingface
 

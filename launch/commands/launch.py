@@ -78,7 +78,7 @@ def launch(
     as_json: JsonOption = False,
 ) -> None:
     """Start a run on many nodes and restart it from the newest checkpoint after failures, on fewer nodes if necessary."""
-    from amfm.pretrain.checks.check_run import check_run, load_checked
+    from amfm.pretrain.checks.load import load_checked
 
     ranks = nproc_per_node or count_gpus() or 1
     # A torchrun that each node starts on its own continues on its own, with the ranks that it has.
@@ -86,6 +86,8 @@ def launch(
     numbers = range(nodes * ranks, 0, -ranks) if goes_on else [nodes * ranks]
     config = load_checked(path, overrides or [], world_size=numbers, resumes=True)
     if goes_on and config.launch.min_nodes > 1:
+        from amfm.pretrain.checks.check_run import check_run
+
         check_run(config, numbers[: nodes + 1 - min(nodes, config.launch.min_nodes)])
     check_options(on, nodes=nodes, hosts=hosts, node_rank=node_rank, master=master, address=address, dry_run=dry_run)
     check_spares(config.launch.spare_nodes, on, nodes=nodes, node_rank=node_rank, form=form or "jobset")

@@ -112,9 +112,12 @@ def plan(
         check_picture(picture)
     if tokens is not None and not tokens > 0:
         raise ValueError(f"--tokens {tokens:g} must be greater than 0; use for example 1e12")
+    from amfm.pretrain.checks.load import load_checked
+
+    numbers = None if search else range(gpus, 0, -hardware.gpus_per_node)
+    config = load_checked(path, overrides or [], world_size=numbers)
     from amfm.launch.plan.estimate import Assumptions
     from amfm.launch.plan.plan import make_plan, plan_as_dict
-    from amfm.pretrain.checks.check_run import load_checked
 
     storage = None if storage_gb_per_second is None else 1e9 * storage_gb_per_second
     assumptions = Assumptions(
@@ -124,8 +127,6 @@ def plan(
         failures_per_day=failures_per_day,
         storage_bytes_per_second=storage,
     )
-    numbers = None if search else range(gpus, 0, -hardware.gpus_per_node)
-    config = load_checked(path, overrides or [], world_size=numbers)
     made = make_plan(config, hardware, gpus, assumptions, tokens=tokens, search=search)
     traced = trace_ranks(config, gpus, hardware, rank, stage, events=timeline is not None) if trace else []
     steps = lay_out_steps(traced, hardware, assumptions, timeline) if timeline is not None else []

@@ -42,7 +42,7 @@ def train(
     is_rank = nproc == 1 and "RANK" in os.environ
     with Waiting("amfm train", speaks=is_first) as waiting, heavy_imports():
         waiting("loading PyTorch and DeepSpeed")
-        from amfm.pretrain.checks.check_run import load_checked
+        from amfm.pretrain.checks.load import load_checked
         from amfm.pretrain.stages import fresh_starts
 
         numbers = [int(os.environ["WORLD_SIZE"])] if is_rank else range(nproc, 0, -1)

@@ -25,7 +25,7 @@ from amfm.launch.init.machine import Choice, Machine, find_layout, larger_machin
 from amfm.launch.init.shapes import STYLES, Size, bias_update_rate, model_section, size_of
 from amfm.launch.init.text import DEFAULT, Text, look_at
 from amfm.model.flops import count_parameters, flops_per_token
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 
 FILE_NAME = "run.yaml"
 # Pieces that a tokenizer trained on so little text should have; SentencePiece refuses more than it can find.

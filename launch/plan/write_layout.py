@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from amfm.launch.plan.estimate import Estimate
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 
 Edit = tuple[int, int, str]  # of the text: from, to, instead
 

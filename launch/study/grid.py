@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from amfm.launch.study.study import MixerConfig, RunsConfig, RunTask, Study, StudyConfig, TaskConfig
 from amfm.model.config.kinds import describe_symbol, find_kind, kind_of
 from amfm.model.config.pattern import parse_pattern
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schema import RunConfig
 

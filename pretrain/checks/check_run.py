@@ -20,7 +20,6 @@ from amfm.data_pipeline.config import CacheConfig
 from amfm.data_pipeline.store.object_store import SCHEMES, is_url
 from amfm.model.config.checks import check_model
 from amfm.model.huggingface.targets import explain_unfit, unfit_tokenizer
-from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.checks.conversion import conversion_problems, routed_problems
 from amfm.pretrain.checks.low_precision import low_precision_problems
 from amfm.pretrain.checks.mixers import kernel_problems, training_problems
@@ -38,7 +37,6 @@ from amfm.pretrain.checks.stages import (
 from amfm.pretrain.checks.synthetic import synthetic_length_problems, synthetic_problems
 from amfm.pretrain.checks.tasks import task_layout_problems, task_problems
 from amfm.pretrain.config.errors import ConfigError, Problem
-from amfm.pretrain.config.file import load_located
 from amfm.pretrain.config.schedules import schedule_specs
 from amfm.pretrain.config.schema import RunConfig, ScheduleConfig
 from amfm.pretrain.recompute import recompute_problems
@@ -46,28 +44,6 @@ from amfm.pretrain.schedule import learning_rate
 from amfm.pretrain.stages import RunStage, resolve_stages, stage_of, step_of_sample
 
 _MODEL_KEY = re.compile(r"model(\.[a-z_0-9]+)+")
-
-
-def load_checked(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    world_size: int | Sequence[int] | None = None,
-    resumes: bool = False,
-    goes_on: bool = False,
-) -> RunConfig:
-    """Load and check a configuration in one, so that broken rules name file and line too.
-
-    `resumes`: it starts at the newest checkpoint of its run directory, so that ranks need not suit stages that are done;
-    the rest is as in `check_run`. Raises ConfigError with every problem, FileNotFoundError if the file is absent.
-    """
-    located = load_located(path, overrides)
-    done = max(0, newest_saved_step(located.config.run.dir)) if resumes else 0
-    try:
-        check_run(located.config, world_size, steps_done=done, goes_on=goes_on)
-    except ConfigError as error:
-        raise error.located(located.origins) from error
-    return located.config
 
 
 def check_run(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.progress import Report, silent
 from amfm.model.config.checks import check_model
 from amfm.model.config.moe import MoeConfig
@@ -36,7 +37,7 @@ from amfm.pretrain.config.convert import UpcycleConfig
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.convert.stages import EXPERTS, FEED_FORWARD, conversion_of, converted_blocks, folder_of
 from amfm.pretrain.convert.weights import read_teacher, write_folder
-from amfm.pretrain.export.export import check_free, proof_text
+from amfm.pretrain.export.export import proof_text
 from amfm.pretrain.inference.streamed_model import stream_model
 from amfm.pretrain.inference.weights import Weights
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.model.on_demand import OnDemand
@@ -18,7 +19,6 @@ from amfm.pretrain.exchange.dcp import DcpStates
 from amfm.pretrain.exchange.megatron import MegatronFolder, is_megatron
 from amfm.pretrain.exchange.state import TrainingState, WrittenRun, write_run
 from amfm.pretrain.exchange.universal import UniversalFolder, is_universal
-from amfm.pretrain.export.export import check_free
 from amfm.pretrain.export.import_huggingface import write_model
 from amfm.pretrain.inference.weights import Weights
 

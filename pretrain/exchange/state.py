@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.durable.foreign_files import take
 from amfm.data_pipeline.progress import Report, silent
 from amfm.model.on_demand import Shape, Source, cut_rows, source_of
@@ -32,7 +33,6 @@ from amfm.pretrain.checkpoint.random_state import collect_random_state
 from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.saved import read_saved_config
-from amfm.pretrain.export.export import check_free
 from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
 from amfm.pretrain.tensor_files import TensorFile, TensorWriter
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import amfm.pretrain.export.verify
+from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
@@ -156,14 +157,6 @@ def export_checkpoint(
         left_out=plan.left_out,
         kept=tuple(weights.released.describe()) if weights.released is not None else (),
     )
-
-
-def check_free(out: Path) -> None:
-    """Raise ValueError when the place is taken; an empty folder is free."""
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists():
-        raise ValueError(f"{out} exists and is not empty; name another folder, or remove it first")
 
 
 def resolve_target(weights: Weights, asked: str) -> Target:

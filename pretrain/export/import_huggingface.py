@@ -19,6 +19,7 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
+from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.durable.foreign_files import inside, read_object, take, understood
 from amfm.data_pipeline.durable.naming import named
 from amfm.data_pipeline.progress import Report, silent
@@ -31,7 +32,6 @@ from amfm.model.huggingface.hf_class import HfTarget, Source, Target
 from amfm.model.huggingface.own import OWN_MODEL_TYPE
 from amfm.model.on_demand import OnDemand
 from amfm.model.on_demand import Source as OnDemandSource
-from amfm.pretrain.export.export import check_free
 from amfm.pretrain.export.files import OUR_DESCRIPTION, begin_export, put_in_place, sync_files
 from amfm.pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON
 from amfm.pretrain.inference.released import read_released

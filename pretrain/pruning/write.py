@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.progress import Report, silent
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters
-from amfm.pretrain.export.export import check_free, proof_text
+from amfm.pretrain.export.export import proof_text
 from amfm.pretrain.export.import_huggingface import write_model
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.pruning.shrink import LOGIT_TOLERANCE, logit_difference, shrink_weights

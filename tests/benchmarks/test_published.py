@@ -10,7 +10,7 @@ import pytest
 from amfm.launch.plan.estimate import estimate
 from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.model.flops import count_parameters
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 from benchmarks.command import run
 from benchmarks.published.__main__ import LARGE_ERROR, published
 from benchmarks.published.planning import (

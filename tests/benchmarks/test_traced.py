@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 from benchmarks.command import run
 from benchmarks.traced import CASES, PRESET, SETTINGS, compare_bytes, trace_case, traced
 from tests.launch.simulate.allowed_waits import expected_waits, sections_of, unnumbered, waits_by_section

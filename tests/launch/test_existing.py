@@ -41,6 +41,8 @@ def test_a_path_without_a_near_one_keeps_its_remedy_and_a_name_of_the_hub_gets_i
         require(Path("runs/nope"), "name another")
     with pytest.raises(FileNotFoundError, match=r"hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B, then name"):
         require_model(Path("Qwen/Qwen3-0.6B"))
+    with pytest.raises(ValueError, match=r"^configs/tiny_cpu.yaml is a file; name the folder of a model$"):
+        require_model(Path("configs/tiny_cpu.yaml"))
     assert require(Path("s3://bucket/store"), "") == Path("s3://bucket/store")
 
 
@@ -51,8 +53,15 @@ def test_a_path_without_a_near_one_keeps_its_remedy_and_a_name_of_the_hub_gets_i
         (["plan", "configs/nemotron3_nano.yaml", "--gpus", "8"], "did you mean configs/nemotron3_nano_30b.yaml?"),
         (["plan", "configs/granite4_h_small.yaml", "--gpus", "8"], "--preset granite4_h_small"),
         (["plan", "configs/tiny_cpu.yaml", "--gpus", "8", "--gpu", "h1000"], "use h100"),
+        (["import", "runs/first", "configs"], "configs exists and is not empty"),
+        (["export", "runs/first", "configs/tiny_cpu.yaml"], "configs/tiny_cpu.yaml is a file; name a folder"),
+        (["train", "--preset", "tiny_cpu", "train.step=9"], "did you mean train.steps?"),
+        (["prepare", "--preset", "tiny_cpu", "train.steps=-9"], "train.steps=-9: must be"),
+        (["plan", "--preset", "tiny_cpu", "--gpus", "1", "model.hidden_size=0"], "model.hidden_size=0: must be"),
     ],
 )
-def test_paths_and_gpus_are_judged_before_torch_is_imported(here: Path, arguments: list[str], said: str) -> None:
+def test_paths_gpus_and_settings_are_judged_before_torch_is_imported(
+    here: Path, arguments: list[str], said: str
+) -> None:
     done = subprocess.run([sys.executable, "-c", LISTED, *arguments], capture_output=True, text=True, check=False)
     assert done.stdout == "2 False\n" and said in done.stderr, done.stderr

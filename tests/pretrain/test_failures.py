@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from amfm.data_pipeline.store.object_store import NoCredentialsError
 from amfm.pretrain.failures import describe, exit_code, imports_in_words, while_running
 
 
@@ -21,6 +22,13 @@ def test_a_path_is_the_users_to_correct_until_the_run_is_under_way(name: str) ->
     assert exit_code(refusal) == 2
     with pytest.raises(RuntimeError, match=r"runs/x/metrics\.jsonl: refused; ") as raised, while_running():
         raise refusal
+    assert exit_code(raised.value) == 3
+
+
+def test_credentials_are_the_users_to_set_until_the_run_is_under_way() -> None:
+    assert exit_code(NoCredentialsError("none")) == 2
+    with pytest.raises(RuntimeError, match="none") as raised, while_running():
+        raise NoCredentialsError("none")
     assert exit_code(raised.value) == 3
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from amfm.launch.study.grid import Cell, load_run
 from amfm.launch.study.mixture.config import MixtureStudyConfig
 from amfm.launch.study.study import Study
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schema import RunConfig
 

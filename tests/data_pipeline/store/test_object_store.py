@@ -22,7 +22,7 @@ from amfm.data_pipeline.prepare.documents import Document, SegmentReader, cut_se
 from amfm.data_pipeline.prepare.prepare import prepare
 from amfm.data_pipeline.prepare.sources import list_files
 from amfm.data_pipeline.store.node_cache import CacheSettings
-from amfm.data_pipeline.store.object_store import RemoteFolder
+from amfm.data_pipeline.store.object_store import NoCredentialsError, RemoteFolder
 from amfm.data_pipeline.store.shards import DamagedError
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
@@ -226,7 +226,12 @@ def test_a_store_that_cannot_be_reached_is_one_message_and_no_damage(monkeypatch
             RuntimeError, match=r"manifest.json can't be read: .*; check the network, the credentials"
         ) as caught:
             folder.read("manifest.json")
-        assert not isinstance(caught.value, DamagedError)
+        assert not isinstance(caught.value, DamagedError | NoCredentialsError)
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        for name in [name for name in os.environ if name.startswith(("AWS_ACCESS", "AWS_SECRET"))]:
+            monkeypatch.delenv(name)
+        with pytest.raises(NoCredentialsError, match="no credentials were found; set AWS_ACCESS_KEY_ID"):
+            RemoteFolder(remote.store).read("manifest.json")
 
 
 def test_a_pickled_handle_opens_the_same_store(remote):

@@ -20,7 +20,7 @@ from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters
 from amfm.model.huggingface.targets import choose_target
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.file import load_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"

@@ -7,7 +7,7 @@ from pathlib import Path
 from amfm.launch.plan.estimate import Assumptions
 from amfm.launch.plan.hardware import HARDWARE
 from amfm.launch.plan.plan import make_plan
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"

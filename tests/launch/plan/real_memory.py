@@ -26,7 +26,7 @@ from amfm.launch.cluster.local import run_command
 from amfm.launch.console import print_rows, say
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.memory import estimate_memory, storage_of
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.parallel import Parallel
 from benchmarks.small_steps import begin_ranks, build_for_steps, take_step

@@ -3,7 +3,7 @@
 import pytest
 
 from amfm.launch.plan.card_fit import check_fits, this_card
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 from tests.launch.plan.presets import CONFIGS, H100, preset, preset_gpus
 
 SMALL = H100.model_copy(update={"memory_gib": 9.0, "name": "a small GPU"})

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 from tests.launch.plan.real_memory import CASES, ROOT, ROWS, start_ranks
 
 CONFIGS = ROOT / "configs"

@@ -12,7 +12,7 @@ import yaml
 from amfm.launch.cli import run
 from amfm.launch.plan.hardware import HARDWARE
 from amfm.launch.simulate.trace import check_torch, predicted_bytes, trace_run, traced_bytes, traced_config
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 from benchmarks.small_steps import DEFAULTS
 from benchmarks.traced import compare_bytes
 from tests.launch.simulate.allowed_waits import expected_waits, unnumbered

@@ -10,7 +10,7 @@ from amfm.model.flops import count_parameters
 from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.pretrain.checks.check_run import load_checked
+from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.stages import resolve_stages
 
 CONFIGS = Path(__file__).parents[3] / "configs"

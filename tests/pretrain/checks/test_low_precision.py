@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amfm.pretrain.checks.check_run import check_run, load_checked
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.checks.low_precision import check_device, warn_of_recipe
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.file import load_config

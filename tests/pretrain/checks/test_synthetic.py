@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from amfm.pretrain.checks.check_run import check_run, load_checked
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.file import change_section, load_config, resolved_yaml
 from tests.pretrain.config.files import BASE
