@@ -22,6 +22,8 @@ def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection,
     # A block of multi-token prediction is as deep as the last of them: the main model is the same with and without.
     sequence = [place for place, letter in enumerate(config.letters) if kind_of(letter).mixes == "sequence"]
     order = sequence.index(index) if index in sequence else max(0, len(sequence) - 1)
+    letter = config.built_letters[index]
+    alike = [place for place, other in enumerate(config.built_letters) if other == letter]
     build = BuildContext(
         config.hidden_size,
         config.norm_epsilon,
@@ -31,7 +33,8 @@ def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection,
         backend,
         config.mixers,
         config.guide,
+        alike.index(index),
+        len(alike),
     )
-    letter = config.built_letters[index]
     mixer: Mixer = kind_of(letter).load()(config.block_options(letter), build)
     return mixer

@@ -35,11 +35,14 @@ def count_parameters(config: ModelConfig) -> Counts:
     active = dict(total)
     for letter, number in config.parsed_pattern.counts().items():
         whole, used = block_parameters(config, letter)
+        if config.block_options(letter).differs_by_block():
+            total[block_kind(letter)] = active[block_kind(letter)] = _all_of_kind(config, letter)
+            continue
         total[block_kind(letter)] = number * whole
         active[block_kind(letter)] = number * used
     for counts in (total, active):
         counts["final_norm"] = config.hidden_size
-        counts["head"] = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
+        counts["head"] = 0 if config.tie_embeddings else _head_parameters(config)
     if config.num_depths:
         total["mtp"], active["mtp"] = _depth_parameters(config)
     return Counts(sum(total.values()), sum(active.values()), total, active)
@@ -82,7 +85,16 @@ def block_flops(config: ModelConfig, letter: str, sequence_length: int) -> float
 
 def head_flops(config: ModelConfig) -> float:
     """Training FLOPs of one token in the head, counted as in `flops_per_token`."""
-    return 6.0 * config.vocab_size * config.hidden_size
+    return 6.0 * _head_parameters(config)
+
+
+def _head_parameters(config: ModelConfig) -> int:
+    """Parameters of the head: of the matrix, or of what a package has in its place."""
+    if config.head is None:
+        return config.vocab_size * config.hidden_size
+    from amfm.model.head import head_shapes
+
+    return sum(math.prod(shape) for shape in head_shapes(config).values())
 
 
 def _depth_parameters(config: ModelConfig) -> tuple[int, int]:
@@ -121,6 +133,15 @@ def _routed_updates(config: ModelConfig, letter: str) -> int:
     from amfm.model.routed_updates import update_shapes
 
     return sum(math.prod(shape) for shape in update_shapes(config, letter).values())
+
+
+def _all_of_kind(config: ModelConfig, letter: str) -> int:
+    """Parameters of all main blocks of a kind whose blocks differ, with their norms; of one, `block_parameters` says the first's."""
+    from amfm.model.huggingface.shapes import block_shapes
+
+    places = [index for index, other in enumerate(config.letters) if other == letter]
+    shapes = [shape for place in places for shape in block_shapes(config, letter, place).values()]
+    return len(places) * config.hidden_size + sum(math.prod(shape) for shape in shapes)
 
 
 @lru_cache(maxsize=256)

@@ -32,6 +32,7 @@ from amfm.model.config.checks import check_model
 from amfm.model.config.mup import logits_multiplier
 from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import ModelConfig
+from amfm.model.head import Head, build_head
 from amfm.model.init import initialize_parameters, named_seed
 from amfm.model.loss import head_choices, head_cross_entropy, head_logits
 from amfm.model.mixers.interface import DecodeState
@@ -105,7 +106,7 @@ class HybridModel(nn.Module):
         self.before_use: Callable[[str], None] = use_at_once
         self.embedding: VocabEmbedding | None = None
         self.final_norm: RMSNorm | None = None
-        self.head: ColumnLinear | None = None
+        self.head: ColumnLinear | Head | None = None
         ends_read_embedding = config.tie_embeddings or config.num_depths > 0
         with target:
             if has_first or (has_last and ends_read_embedding):
@@ -114,7 +115,9 @@ class HybridModel(nn.Module):
             if has_last:
                 self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
             if has_last and not config.tie_embeddings:
-                self.head = ColumnLinear(config.hidden_size, (config.vocab_size,), groups, name="model.vocab_size")
+                self.head = build_head(config) or ColumnLinear(
+                    config.hidden_size, (config.vocab_size,), groups, name="model.vocab_size"
+                )
             num_modules = config.num_depth_modules if has_last else 0
             self.mtp = nn.ModuleList(MtpDepth(number, config, groups, backend) for number in range(num_modules))
         for index, block in self.all_blocks():
@@ -232,6 +235,8 @@ class HybridModel(nn.Module):
         if self.head is None:
             self.before_use("embedding")
         hidden_BTD = self.final_norm.add(stream.delta_BTD, stream.residual_BTD)[0].to(self.final_norm.weight.dtype)
+        if isinstance(self.head, Head):  # a package's, which has no matrix for what follows
+            return _finish_with(self.head, hidden_BTD, labels_BT, stream, predicts)
         read_BTD = self._enter_head(hidden_BTD)
         if labels_BT is None:
             logits_BTV = head_logits(read_BTD, self.head_weight(), self.groups)
@@ -331,6 +336,17 @@ class HybridModel(nn.Module):
         for depth in self.mtp:
             assert isinstance(depth, MtpDepth), "mtp holds depths alone"
             yield from depth.numbered_blocks()
+
+
+def _finish_with(
+    head: Head, hidden_BTD: Tensor, labels_BT: Tensor | None, stream: Stream, predicts: bool
+) -> ModelOutput:
+    """What `finish` gives, of a package's head, whose log probabilities stand for logits."""
+    found, predictions_BT = head(hidden_BTD, labels_BT), None
+    if predicts and labels_BT is not None:
+        predictions_BT = head(hidden_BTD.detach()).log_p_BTV.argmax(-1)
+    auxiliary = stream.auxiliary | found.auxiliary
+    return ModelOutput(found.log_p_BTV, found.loss, auxiliary, stream.expert_counts, predictions_BT=predictions_BT)
 
 
 def use_at_once(part: str) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from amfm.model.config.mup import width_scales
 from amfm.model.config.schema import ModelConfig
+from amfm.model.head import Head
 from amfm.model.mixers.interface import Mixer
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.shards import Shard, parameter_shards
@@ -96,6 +97,8 @@ def _own_values(model: nn.Module, name: str, shape: tuple[int, ...], config: Mod
         deviation = _deviation(f"{place}.weight", config)
         gain = deviation / config.initializer_range
         return layer.first_values(own_name, lambda own: _generator(seed, f"{place}.{own}"), deviation, gain)
+    if isinstance(layer, Head):
+        return layer.init_parameter(own_name, shape, _generator(seed, name))
     place, inside, own_name = name.partition(".mixer.")
     if not inside:
         return None

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from operator import attrgetter
 
-from amfm.model.config.kinds import Kind, describe_symbol, kind_of, registered_kinds
+from amfm.model.config.kinds import Kind, all_kinds, describe_symbol, find_kind, kind_of, registered_kinds
 from amfm.model.config.mixer_options import LinearOptions
 from amfm.model.config.mup import check_mup
 from amfm.model.config.schema import ModelConfig
@@ -46,6 +46,7 @@ def check_model(config: ModelConfig) -> None:
             _check_wrapped(config, kind)
     if config.mup is not None:
         check_mup(config)
+    _check_head(config)
     for kind, options in config.sections():
         _check_rules(f"model.{kind.section}", options, options.broken_rules())
         _check_rules(f"model.{kind.section}", options, options.broken_widths(config.hidden_size))
@@ -54,6 +55,36 @@ def check_model(config: ModelConfig) -> None:
     if config.guide is not None and not config.has_factors():
         raise ValueError(
             "model.guide has no effect: no block of model.pattern has factored matrices; set linear_kind, or remove the guide"
+        )
+
+
+def _check_head(config: ModelConfig) -> None:
+    """A head of a package has its section, stands in no pattern, and goes with nothing that is said of the matrix."""
+    heads = {kind.symbol for kind in all_kinds().values() if kind.mixes == "logits"}
+    for symbol in config.built_letters:
+        if symbol in heads:
+            raise ValueError(
+                f"model.pattern has {symbol}, which is a head; set model.head: {symbol.strip('{}')} instead"
+            )
+    if config.head is None:
+        return
+    kind = find_kind(config.head)
+    if kind.symbol not in heads:
+        raise ValueError(f"model.head={config.head} is a block, not a head; put {kind.symbol} into model.pattern")
+    if config.options_of(kind) is None:
+        raise ValueError(
+            f"model.head={config.head} reads model.{kind.section}, which is missing; add model.{kind.section}"
+        )
+    of_matrix = {
+        "tie_embeddings": config.tie_embeddings,
+        "mup": config.mup is not None,
+        "logits_z_loss_weight": config.logits_z_loss_weight != 0,
+        "multipliers.logits": config.multipliers.logits != 1,
+        "pattern (its prediction depths)": config.num_depths > 0,
+    }
+    for name in (name for name, is_set in of_matrix.items() if is_set):
+        raise ValueError(
+            f"model.{name} is of a head that is a matrix, and model.head={config.head} is none; remove one"
         )
 
 

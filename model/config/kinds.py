@@ -50,7 +50,8 @@ class Kind:
 
     name: lower case, as in `{name}`. mixer: `package.module:Class`, an `amfm.model.mixers.interface.Mixer`. options: its
     section, whose class docstring and field descriptions become the documentation. refuses: axes over which it cannot be
-    spread yet, with the reason. mixes: whether a token reads others, or its own channels alone. letter, aliases: in a
+    spread yet, with the reason. mixes: whether a token reads others, or its own channels alone; `logits`: a head, an
+    `amfm.model.head.Head` that `model.head` names. letter, aliases: in a
     pattern. title: in messages. is_core: its section is a field of the model's configuration. has_mup: muP's rules were
     measured on it (docs/mup.md). products: of which low precision makes some in fewer bits (docs/low_precision.md).
     """
@@ -59,7 +60,7 @@ class Kind:
     mixer: str
     options: type[MixerOptions]
     refuses: Mapping[Literal["context", "tensor"], str] = field(default_factory=dict)
-    mixes: Literal["sequence", "channels"] = "sequence"
+    mixes: Literal["sequence", "channels", "logits"] = "sequence"
     letter: str | None = None
     aliases: str = ""
     title: str = ""

@@ -78,6 +78,10 @@ class MixerOptions(Section):
         """Units, by field, that may be fewer than tensor ranks: one number must divide the other."""
         return {}
 
+    def differs_by_block(self) -> bool:
+        """Whether blocks of this kind have weights of different shapes; they are then counted one by one."""
+        return False
+
     def wraps(self) -> str | None:
         """The kind inside, whose own options are read too."""
         return None

@@ -91,6 +91,10 @@ class ModelConfig(Section):
     hidden_size: int = Field(gt=0, le=1_000_000, description="Width of the residual stream.")
     norm_epsilon: float = Field(1e-5, gt=0, description="Of every RMSNorm.")
     tie_embeddings: bool = Field(False, description="Head shares the embedding's weights.")
+    head: str | None = Field(
+        None,
+        description="A head of an installed package, by name, with its options in model.mixers; none: a matrix and a softmax.",
+    )
     initializer_range: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
     depth_scaled_init: bool = Field(
         True, description="Divide the deviation of output projections by sqrt(number of blocks)."
@@ -145,6 +149,8 @@ class ModelConfig(Section):
         Raises ValueError where the text is not a pattern, or names a kind that nothing registers.
         """
         found = {part.name: None for symbol in self.built_letters for part in kind_of(symbol).parts}
+        if self.head is not None:
+            found[find_kind(self.head).name] = None
         for name in list(found):
             options = self.options_of(find_kind(name))
             if options is not None and options.wraps() in all_kinds():
@@ -155,6 +161,8 @@ class ModelConfig(Section):
     def auxiliary_names(self) -> tuple[str, ...]:
         """The auxiliary losses that all blocks add in training, each once."""
         names = [name for symbol in self.built_letters for name in self.block_options(symbol).auxiliary_names()]
+        if self.head is not None:
+            names += self.block_options(f"{{{self.head}}}").auxiliary_names()
         routed = () if self.lora_mixer is None else self.lora_mixer.auxiliary_names()
         return tuple(dict.fromkeys([*names, *routed]))
 

@@ -13,6 +13,7 @@ import torch
 from amfm.model.build import build_mixer
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.structure import Activation, Structure, matrices_of
+from amfm.model.head import head_shapes
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.routed_updates import update_shapes
 
@@ -25,14 +26,17 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     def add_blocks(prefix: str, letters: Sequence[str]) -> None:
         for index, letter in enumerate(letters):
             shapes[f"{prefix}blocks.{index}.norm.weight"] = (width,)
-            for name, shape in block_shapes(config, letter).items():
+            place = index if not prefix and config.block_options(letter).differs_by_block() else None
+            for name, shape in block_shapes(config, letter, place).items():
                 shapes[f"{prefix}blocks.{index}.mixer.{name}"] = shape
             for name, shape in update_shapes(config, letter).items():
                 shapes[f"{prefix}blocks.{index}.{name}"] = shape
 
     add_blocks("", config.letters)
     shapes["final_norm.weight"] = (width,)
-    if not config.tie_embeddings:
+    if config.head is not None:
+        shapes |= {f"head.{name}": shape for name, shape in head_shapes(config).items()}
+    elif not config.tie_embeddings:
         shapes["head.weight"] = (config.vocab_size, width)
     for depth in range(config.num_depth_modules):
         own = f"mtp.{depth}."
@@ -43,12 +47,16 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def block_shapes(config: ModelConfig, letter: str) -> dict[str, tuple[int, ...]]:
-    """List names and shapes of all weights of a kind of block, without its norm; registered mixers are built for it."""
+def block_shapes(config: ModelConfig, letter: str, index: int | None = None) -> dict[str, tuple[int, ...]]:
+    """List names and shapes of all weights of a kind of block, without its norm; registered mixers are built for it.
+
+    index: of the block, where blocks of the kind differ; by default the first.
+    """
     if letter in _MIXER_SHAPES:
         return _MIXER_SHAPES[letter](config)
     with torch.device("meta"):
-        mixer = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")
+        place = config.built_letters.index(letter) if index is None else index
+        mixer = build_mixer(place, config, single_rank_groups(), "torch")
     return {name: tuple(tensor.shape) for name, tensor in mixer.state_dict().items()}
 
 

@@ -36,6 +36,10 @@ def explain_unfit(config: ModelConfig, target: str) -> list[str]:
             "model.lora_mixer has low-rank updates that a router chooses among by token: no class holds them; convert without "
             "tune.routing, whose one update is merged into the weights"
         ]
+    if config.head is not None:
+        return [
+            f"model.head={config.head} is a head of another package, which no class and no file of ours has; train without it"
+        ]
     rare = [] if found.ships_code else unfit_rare_options(config, target, found.holds)
     return found.unfit(without_mup(config)) + rare
 

@@ -30,7 +30,8 @@ class BuildContext:
     """Where a mixer is built: the model's sizes, its groups and backend, and its place among the sequence mixers.
 
     order counts the mixers before it that mix over the sequence, count all of them: what a decay that weakens with depth
-    reads. mixers: the options of all registered mixers. guide: of factored matrices.
+    reads. mixers: the options of all registered mixers. guide: of factored matrices. number, alike: blocks of its kind
+    before it, and all of them, for options that say something of each.
     """
 
     hidden_size: int
@@ -41,6 +42,8 @@ class BuildContext:
     backend: str
     mixers: Section
     guide: GuideConfig | None = None
+    number: int = 0
+    alike: int = 1
 
     def options_of(self, name: str) -> Any:
         """Look up the options of another registered mixer, for one that wraps it."""

@@ -54,7 +54,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "low_precision": "letters wide_first wide_last out_projection weight_gradient saved quantize_weights emulate measure_every_steps",
     },
     "docs/mixers.md": {
-        "model": "depth_scaled_init residual_in_fp32 logits_z_loss_weight",
+        "model": "depth_scaled_init head residual_in_fp32 logits_z_loss_weight",
         "model.mamba": "conv_kernel conv_bias a_init_min a_init_max time_step_min time_step_max time_step_floor",
         "model.attention.rope": "scaling ntk_alpha yarn_factor yarn_original_length yarn_beta_fast yarn_beta_slow",
         "model.attention.rope.llama3": "factor original_length slow_turns fast_turns",
