@@ -210,6 +210,7 @@ BUILT_IN = (
     ),
     Kind("mala", "amfm.model.mixers.mala:MalaMixer", own.MalaOptions, products=IN_OUT),
     Kind("mamba1", "amfm.model.mixers.mamba1:Mamba1Mixer", own.Mamba1Options, products=IN_OUT),
+    Kind("mamba3", "amfm.model.mixers.mamba3:Mamba3Mixer", own.Mamba3Options, products=IN_OUT),
     Kind(
         "mom",
         "amfm.model.mixers.mom:MomMixer",

@@ -16,7 +16,7 @@ from amfm.kernels.common.limits import (
     VECTOR_GATE_LIMITS,
     ScanLimits,
 )
-from amfm.model.config.options import QK_NORM_AND_CLIP, Axis, MixerOptions, OutputGate
+from amfm.model.config.options import QK_NORM_AND_CLIP, Axis, MixerOptions, OutputGate, must_divide
 
 
 class LinearOptions(MixerOptions, ABC):
@@ -256,6 +256,51 @@ class Mamba1Options(LinearOptions):
     def cut_evenly(self) -> dict[Axis, dict[str, int]]:
         """Channels."""
         return {"tensor": {"inner_size": self.inner_size}}
+
+
+class Mamba3Options(LinearOptions):
+    """Mamba-3 with one input and output per head (Lahoti et al. 2026): Mamba2's recurrence, turned and of second order."""
+
+    num_heads: int = Field(
+        gt=0, description="Heads of the recurrence; num_heads x head_dim is usually twice hidden_size."
+    )
+    head_dim: int = Field(64, gt=0, description="Channels of x per head.")
+    state_size: int = Field(128, gt=0, description="State numbers per channel; a multiple of 4.")
+    num_groups: int = Field(1, gt=0, description="Groups of heads that share B and C, apart from their biases.")
+    rotated: Literal["half", "all"] = Field(
+        "half", description="Channels of B and C that are rotated: the first half, or all."
+    )
+    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
+
+    def heads(self) -> int:
+        """num_heads."""
+        return self.num_heads
+
+    def key_dim(self) -> int:
+        """state_size."""
+        return self.state_size
+
+    def value_dim(self) -> int:
+        """head_dim."""
+        return self.head_dim
+
+    def num_angles(self) -> int:
+        """Pairs of channels that turn."""
+        return self.state_size // (4 if self.rotated == "half" else 2)
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Channels turn in pairs, and groups have equally many heads."""
+        if self.state_size % 4:
+            yield "state_size", "must be a multiple of 4, because channels are rotated in pairs; use 64 or 128"
+        yield from must_divide("num_groups", self.num_groups, "num_heads", self.num_heads)
+
+    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
+        """Heads."""
+        return {"tensor": {"num_heads": self.num_heads}}
+
+    def cut_or_copied(self) -> dict[str, int]:
+        """Groups may be fewer than tensor ranks."""
+        return {"num_groups": self.num_groups}
 
 
 class ShortConvOptions(MixerOptions):

@@ -95,7 +95,8 @@ class LinearMixer(SequenceMixer):
     def accumulate(self, parts: dict[str, Tensor], meta: PackMeta, state: MixerState | None) -> MixerState:
         """Add to the parts what sums over the tokens before each; returns what the decode state keeps of it besides.
 
-        The only step besides convolution and recurrence that may look at other tokens; most mixers have none.
+        The only step besides convolution and recurrence that may look at other tokens; most mixers have none. With
+        `meta.segments` rows are this rank's segments, and every rank of `groups.cp` calls.
         """
         return {}
 
@@ -197,6 +198,7 @@ class LinearMixer(SequenceMixer):
         if self.conv is not None and inputs_RLC is not None:
             windows_RWC = receive_windows(inputs_RLC, self.conv.weight.shape[1] - 1, segments, self.build.groups)
         self._convolve(own_parts, inputs_RLC, layout.boundaries_BT(), windows_RWC)
+        self.accumulate(own_parts, replace(layout, segments=segments), None)
         scan = self.recurrence.scan_with_transfer(self.rows(own_parts, layout), self._settings(layout.boundaries_BT()))
         num_rows = len(meta.positions_BT)
         states_B2HKV = receive_states(
@@ -206,6 +208,8 @@ class LinearMixer(SequenceMixer):
             self.build.groups,
         )
         o_RLHV = add_initial_state(scan, states_B2HKV.flatten(0, 1))
+        # As `mix` does: the output reads what the parts have become.
+        parts |= {name: part.reshape(num_rows, -1, *part.shape[2:]) for name, part in own_parts.items()}
         return o_RLHV.reshape(num_rows, -1, *o_RLHV.shape[2:])
 
     def heads(self, part: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "model.mixers.deltaproduct": "conv_kernel chunk_size value_head_dim num_key_heads",
         "model.mixers.gla": "conv_kernel chunk_size num_heads head_dim value_head_dim gate_rank",
         "model.mixers.gdn2": "conv_kernel chunk_size num_heads head_dim value_head_dim gate_rank",
+        "model.mixers.mamba3": "conv_kernel chunk_size num_heads head_dim state_size num_groups rotated",
         "model.mixers.kda": "chunk_size value_head_dim gate_rank allow_negative_eigenvalues",
         "model.mixers.hedgehog": "conv_kernel chunk_size num_heads head_dim value_head_dim positions rope_theta",
         "model.mixers.lightning": "conv_kernel chunk_size num_heads head_dim value_head_dim",

@@ -57,6 +57,7 @@ TEMPLATE_FILES = (
     "mixers_amfm.py",
     "linear_mixers_amfm.py",
     "delta_mixers_amfm.py",
+    "mamba3_amfm.py",
     "window_linear_amfm.py",
 )
 

@@ -33,6 +33,7 @@ from .linear_mixers_amfm import (
     State,
     TransNormer,
 )
+from .mamba3_amfm import Mamba3
 from .window_linear_amfm import WindowLinear
 
 LETTERS = {
@@ -273,6 +274,7 @@ LINEAR_MIXERS: dict[str, type[LinearMixer]] = {
     "lightnet": LightNet,
     "mala": Mala,
     "mamba1": Mamba1,
+    "mamba3": Mamba3,
     "plstm": Plstm,
     "retnet": Retention,
     "transnormer": TransNormer,

@@ -25,6 +25,7 @@ from .configuration_amfm import AmfmConfig
 from .delta_mixers_amfm import DeltaNet
 from .documents_amfm import Place, Stretch, by_document, count_positions, find_documents, read_text_mask
 from .linear_mixers_amfm import LinearMixer, Mamba1
+from .mamba3_amfm import Mamba3
 from .mixers_amfm import LETTERS, Memories, Mla, build_mixer
 from .window_linear_amfm import WindowLinear
 
@@ -182,6 +183,9 @@ class AmfmPreTrainedModel(PreTrainedModel):
                     init.normal_(parameter, std=deviation)
                 else:
                     init.zeros_(parameter)
+        if isinstance(module, Mamba3):
+            for parameter in (module.B_bias, module.C_bias, module.D):
+                init.ones_(parameter)
         if isinstance(module, Mamba1 | Mamba2):
             init.ones_(module.D)
             init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log_())

@@ -15,6 +15,7 @@ USUAL: dict[str, Any] = {"num_heads": 4, "head_dim": 6, "value_head_dim": 5, "co
 SPECIAL: dict[str, dict[str, Any]] = {
     "deltaproduct": {"num_key_heads": 2, "allow_negative_eigenvalues": True},
     "mamba1": {"inner_size": 10, "state_size": 4},
+    "mamba3": {"state_size": 8, "num_groups": 2},
     "mla": {
         "latent_size": 7,
         "query_latent_size": 9,

@@ -64,6 +64,8 @@ model.mixers.mala.conv_kernel model.mixers.mala.chunk_size model.mixers.mala.num
 model.mixers.mala.value_head_dim model.mixers.mala.positions model.mixers.mala.rope_theta
 model.mixers.mamba1.conv_kernel model.mixers.mamba1.chunk_size model.mixers.mamba1.inner_size
 model.mixers.mamba1.state_size model.mixers.mamba1.dt_rank
+model.mixers.mamba3.conv_kernel model.mixers.mamba3.chunk_size model.mixers.mamba3.num_heads
+model.mixers.mamba3.head_dim model.mixers.mamba3.state_size model.mixers.mamba3.num_groups model.mixers.mamba3.rotated
 model.mixers.mom.mixer model.mixers.mom.num_memories model.mixers.mom.top_k model.mixers.mom.shared_memory
 model.mixers.mom.balance_loss_weight
 model.mixers.plstm.conv_kernel model.mixers.plstm.chunk_size model.mixers.plstm.num_heads model.mixers.plstm.head_dim
