@@ -31,8 +31,8 @@ from amfm.launch.cluster.interrupt import forward_to_ranks
 from amfm.launch.cluster.left_out import LeftOut
 from amfm.launch.cluster.lines import check_host, remote_command, shell_line, with_variables
 from amfm.launch.cluster.node_check import MARK, blame_links, make_request
+from amfm.launch.cluster.node_logs import find_message, is_telling
 from amfm.launch.cluster.orphans import ending_with_us
-from amfm.launch.cluster.rank_logs import find_message, is_telling
 from amfm.launch.cluster.supervise import Attempt, Outcome
 from amfm.launch.console import say
 from amfm.launch.rank_command import isolated_python

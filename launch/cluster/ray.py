@@ -3,8 +3,8 @@
 How it works: a STRICT_SPREAD placement group reserves one bundle per node. The first actor of each node checks it
 (node_check.py); who fails is left out by name, and the group is placed again on others. Each actor starts its rank as a
 separate process, so that a rank that crashes leaves an actor to report its exit code. Ray reports lost nodes;
-`supervise.py` decides about another attempt. Ranks write to log files in the run directory, which all nodes share; rank
-0's is shown here.
+`supervise.py` decides about another attempt. The ranks of a node write to a log file in the run directory, which all nodes
+share; rank 0's lines are shown here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import random
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +30,7 @@ from amfm.data_pipeline.prepare.ray_actors import start_ray
 from amfm.launch.cluster.interrupt import forward_to_ranks
 from amfm.launch.cluster.left_out import LeftOut
 from amfm.launch.cluster.node_check import blame_links, make_request, read_answers
-from amfm.launch.cluster.rank_logs import Follower, last_words, rank_log
+from amfm.launch.cluster.node_logs import Follower, copy_labelled, last_words, node_log
 from amfm.launch.cluster.supervise import Attempt, Outcome
 from amfm.launch.rank_command import isolated_python, rank_command, rank_variables
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
@@ -37,6 +38,7 @@ from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_P
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 30.0
 PLACEMENT_SECONDS = 60.0
+LAST_LINES_SECONDS = 5.0  # for what a rank left behind and that holds its output open
 CHECK_SECONDS = 120.0
 LOWEST_PORT = 20_000  # below are those of Ray's workers
 
@@ -94,15 +96,26 @@ class RankHost:
         return found[0] if found else [f"its check ended with code {done.returncode}"]
 
     def run(self, command: list[str], variables: dict[str, str], directory: str, log: str) -> int:
-        """Start the rank with its output appended to `log`, wait for it, and return its exit code."""
+        """Start the rank with its output appended to its node's `log`, wait for it, and return its exit code."""
         path = Path(directory, log)
         path.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **variables, LAUNCHER_PID: str(os.getpid())}
-        with path.open("ab") as output:
+        # Unbuffered: the ranks of a node append whole lines to one file.
+        with path.open("ab", buffering=0) as output:
             self.process = subprocess.Popen(
-                command, env=environment, cwd=directory, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                command,
+                env=environment,
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
-        return self.process.wait()
+            words = (int(variables["RANK"]), self.process.stdout, output)
+            copying = threading.Thread(target=copy_labelled, args=words, daemon=True)
+            copying.start()
+            code = self.process.wait()
+            copying.join(LAST_LINES_SECONDS)
+        return code
 
     def signal(self, number: int) -> None:
         """Forward a signal to the rank, if it runs."""
@@ -198,7 +211,8 @@ class RayCluster:
         if failed := self._check(places):
             return Outcome(RUN_FAILED, f"{', '.join(failed)} did not pass the check", began=False)
         self.running = {place.node for place in places}
-        logs = [str(rank_log(self.run_dir, attempt.number, rank)) for rank in range(num_ranks)]
+        nodes = [rank // self.ranks_per_node for rank in range(num_ranks)]
+        logs = [str(node_log(self.run_dir, attempt.number, node)) for node in nodes]
         running = {
             actor.run.remote(self.command, self._variables(attempt, rank, places), os.getcwd(), logs[rank]): rank
             for rank, actor in enumerate(self.actors)
@@ -261,7 +275,7 @@ class RayCluster:
                     codes.append(RUN_FAILED)
                     failed = failed or Outcome(RUN_FAILED, f"{place} was lost: {first_line(error)}")
                 if codes[-1] != DONE and failed is None:
-                    failed = Outcome(codes[-1], f"{place}: {last_words(Path(logs[rank]), codes[-1])}")
+                    failed = Outcome(codes[-1], f"{place}: {last_words(Path(logs[rank]), codes[-1], rank=rank)}")
             if failed is not None and deadline is None:
                 deadline = time.monotonic() + GRACE_SECONDS
         shown.show()

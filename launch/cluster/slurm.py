@@ -4,8 +4,8 @@ How it works: the script only runs `amfm launch` again, which notices that it is
 attempts there (`supervise.py`). So restarts within a job need no queueing, and Slurm's own requeue serves the time
 limit: ranks are signalled before it, save and end well, and the job is queued again. One `srun` starts all ranks and,
 with --kill-on-bad-exit, ends them when one fails. Before each attempt another `srun` checks every node of the job that is up
-(node_check.py), `launch.spare_nodes` among them, and the first that pass get the ranks. Each rank writes its own log,
-because the lines of a thousand ranks in one file tell nothing; rank 0's is shown in the job's log.
+(node_check.py), `launch.spare_nodes` among them, and the first that pass get the ranks. The ranks of each node write a log,
+because the lines of a thousand ranks in one file tell nothing; rank 0's lines are shown in the job's log.
 
 In a container (pyxis) the ranks run the image's Python in the same working directory, which must be mounted.
 """
@@ -34,8 +34,8 @@ from amfm.launch.cluster.lines import (
     with_variables,
 )
 from amfm.launch.cluster.node_check import blame_links, make_request, read_answers
+from amfm.launch.cluster.node_logs import Follower, find_message, first_message, node_log
 from amfm.launch.cluster.orphans import ending_with_us
-from amfm.launch.cluster.rank_logs import Follower, find_message, first_message, rank_log
 from amfm.launch.cluster.supervise import Attempt, Outcome
 from amfm.launch.console import say
 from amfm.launch.rank_command import isolated_python, rank_command
@@ -135,11 +135,11 @@ def srun_command(
 ) -> list[str]:
     """The srun command line of an attempt on `nodes` nodes, these by name where names are given.
 
-    srun does not take the cores a task from the job (since Slurm 22.05), so they are said again. `%t` in the name of the
-    logs is the rank.
+    srun does not take the cores a task from the job (since Slurm 22.05), so they are said again. `%n` in the name of the
+    logs is the node's number.
     """
     slurm = config.launch.slurm
-    log = str(rank_log(config.run.dir, attempt, "").parent.absolute()).replace("%", "%%")
+    log = node_log(config.run.dir, attempt, "%n").absolute()
     words = [
         "srun",
         f"--nodes={nodes}",
@@ -149,7 +149,8 @@ def srun_command(
         *([f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []),
         *([f"--cpu-bind={slurm.cpu_bind}"] if slurm.cpu_bind else []),
         "--kill-on-bad-exit=1",
-        f"--output={log}/rank-%t.log",
+        "--label",
+        f"--output={str(log.parent).replace('%', '%%')}/{log.name}",
         "--open-mode=append",
     ]
     container, command = in_container(config, rank_command(arguments))
@@ -229,7 +230,7 @@ class Allocation:
             say("amfm launch: too little is left of the job's time to start again")
             return Outcome(DONE)
         num_ranks = attempt.nodes * self.ranks_per_node
-        logs = [rank_log(self.config.run.dir, attempt.number, rank) for rank in range(num_ranks)]
+        logs = [node_log(self.config.run.dir, attempt.number, node) for node in range(attempt.nodes)]
         logs[0].parent.mkdir(parents=True, exist_ok=True)
         sizes = [log.stat().st_size if log.exists() else 0 for log in logs]
         shown, said = Follower(logs[0]), SrunOutput()
@@ -258,7 +259,10 @@ class Allocation:
         if code in (DONE, BAD_INPUT):
             return Outcome(code)
         named = [said.failed_task] if said.failed_task is not None and said.failed_task < num_ranks else []
-        words = (first_message(logs[rank], start=sizes[rank]) for rank in [*named, *range(num_ranks)])
+        places = [(rank // self.ranks_per_node, rank) for rank in named] + [
+            (node, None) for node in range(attempt.nodes)
+        ]
+        words = (first_message(logs[node], rank=rank, start=sizes[node]) for node, rank in places)
         message = said.message or next((text for text in words if text), "")
         return Outcome(RUN_FAILED, message or said.error or f"srun ended with code {code}")
 
@@ -286,7 +290,13 @@ def check_nodes(
     module = [*isolated_python(), "-m", "amfm.launch.cluster.node_check", json.dumps(request)]
     container, command = in_container(config, module)
     count = len(names)
-    srun = ["srun", f"--nodes={count}", f"--nodelist={','.join(names)}", f"--ntasks={count}", "--ntasks-per-node=1"]
+    srun = [
+        "srun",
+        f"--nodes={count}",
+        f"--nodelist={','.join(names)}",
+        f"--ntasks={count}",
+        "--ntasks-per-node=1",
+    ]
     try:
         done = subprocess.run(
             ending_with_us([*srun, "--kill-on-bad-exit=0", "--no-kill", *container, *command]),

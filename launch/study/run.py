@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from amfm.data_pipeline.prepare.ray_actors import start_ray
 from amfm.launch.cluster.local import forward_signals
-from amfm.launch.cluster.rank_logs import last_words
+from amfm.launch.cluster.node_logs import last_words
 from amfm.launch.cluster.ray import RankHost, first_line
 from amfm.launch.rank_command import rank_command
 from amfm.launch.study.grid import Cell

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -33,12 +34,20 @@ def split(words: list[str]) -> tuple[dict[str, str], list[str]]:
     return dict(word[2:].partition("=")[::2] for word in words[:count]), words[count:]
 
 
+def copy(number: int, task: subprocess.Popen[bytes], log: Path) -> None:
+    """Append a task's lines to its node's log with its number in front, as --label does."""
+    assert task.stdout is not None
+    with log.open("ab", buffering=0) as file:
+        for line in task.stdout:
+            file.write(b"%d: %s\n" % (number, line.rstrip(b"\n")))
+
+
 def main(words: list[str]) -> int:
     """Start the tasks, wait for all of them, and return the highest code."""
     options, command = split(words)
     per_node = int(options["ntasks-per-node"])
     names = options.get("nodelist", ",".join(NODES)).split(",")
-    tasks = []
+    tasks, copies = [], []
     for number in range(int(options["ntasks"])):
         places = {
             "SLURM_PROCID": str(number),
@@ -47,10 +56,13 @@ def main(words: list[str]) -> int:
             "SLURMD_NODENAME": names[number // per_node],
         }
         if "output" in options:
-            with Path(options["output"].replace("%t", str(number))).open("ab") as log:
-                tasks.append(subprocess.Popen(command, env=os.environ | places, stdout=log, stderr=log))
+            log = Path(options["output"].replace("%n", str(number // per_node)))
+            task = subprocess.Popen(command, env=os.environ | places, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            copies.append(threading.Thread(target=copy, args=(number, task, log)))
+            copies[-1].start()
         else:
-            tasks.append(subprocess.Popen(command, env=os.environ | places))
+            task = subprocess.Popen(command, env=os.environ | places)
+        tasks.append(task)
     while any(task.poll() is None for task in tasks):
         if any(task.poll() for task in tasks) and options.get("kill-on-bad-exit") == "1":
             for task in tasks:
@@ -58,6 +70,8 @@ def main(words: list[str]) -> int:
             break
         time.sleep(0.02)
     codes = [task.wait() for task in tasks]
+    for copying in copies:
+        copying.join()
     for number, code in enumerate(codes):
         if code:
             sys.stderr.write(f"srun: error: {names[number // per_node]}: task {number}: Exited with exit code {code}\n")

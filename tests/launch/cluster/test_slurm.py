@@ -106,7 +106,7 @@ def test_the_script_asks_for_what_the_configuration_says(tmp_path: Path) -> None
         "#   env NCCL_SOCKET_IFNAME=ib0 srun --nodes=4 --ntasks=32 --ntasks-per-node=8 --cpus-per-task=12 "
         "--cpu-bind=rank_ldom"
     )
-    assert f"--output={tmp_path}/run/logs/attempt-0/rank-%t.log --open-mode=append" in srun
+    assert f"--label --output={tmp_path}/run/logs/attempt-0/node-%n.log --open-mode=append" in srun
     assert srun.endswith(f"rank {sys.executable} -P -m amfm.launch train 'a b.yaml'")
     assert lines[-1] == f"exec {sys.executable} -P -m amfm.launch launch 'a b.yaml' --on slurm"
 
@@ -154,13 +154,13 @@ def test_the_cause_of_a_failure_is_kept_above_a_long_traceback(
     assert allocation.start(Attempt(0, 1, None)) == Outcome(3, "amfm: rank 1: no progress")
 
 
-def test_each_rank_has_a_log_and_the_failed_rank_names_the_cause(
+def test_each_node_has_a_log_and_the_failed_rank_names_the_cause(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logs = tmp_path / "run/logs/attempt-1"
     logs.mkdir(parents=True)
-    (logs / "rank-1.log").write_text("amfm: of the job before\n")
-    write = f"printf 'amfm: lost\\n' >> {logs}/rank-0.log; printf 'amfm: NaN\\n' >> {logs}/rank-1.log"
+    (logs / "node-0.log").write_text("1: amfm: of the job before\n")
+    write = f"printf '0: amfm: lost\\n1: amfm: NaN\\n' >> {logs}/node-0.log"
     programs = {
         "scontrol": "echo n1",
         "sinfo": ":",
@@ -177,7 +177,7 @@ def test_each_rank_has_a_log_and_the_failed_rank_names_the_cause(
     allocation = Allocation(config.model_copy(update={"launch": launch_section}), ["train"], ranks_per_node=2)
     assert allocation.start(Attempt(1, 1, "lost")) == Outcome(3, "amfm: NaN")
     shown = capsys.readouterr().err
-    assert "INFO" in shown and "amfm: lost" in shown and "of the job before" not in shown
+    assert "INFO" in shown and "\namfm: lost\n" in shown and "NaN" not in shown and "of the job before" not in shown
     words = (tmp_path / "words").read_text()
     assert f"--container-image=image.sqsh --container-workdir={os.getcwd()} --container-mounts=/a:/a" in words
     assert words.endswith("rank python3 -P -m amfm.launch train\n")
