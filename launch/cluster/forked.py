@@ -132,12 +132,12 @@ def become_rank(
     run: Callable[[], int], environment: Mapping[str, str], resets: Sequence[int], errors: int | None
 ) -> None:
     """Be the rank, in the child after the fork, and end the process; `errors`: where its standard error goes."""
-    code = BUG
+    code, given = BUG, dict(environment)  # a copy: it may be this process's own, which is cleared
     try:
         for number in resets:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         os.environ.clear()
-        os.environ.update(environment)
+        os.environ.update(given)
         if errors is not None:
             nothing = os.open(os.devnull, os.O_RDWR)
             for source, target in ((nothing, 0), (nothing, 1), (errors, 2)):

@@ -39,6 +39,7 @@ POLL_SECONDS = 0.5
 GRACE_SECONDS = 30.0
 PLACEMENT_SECONDS = 60.0
 LAST_LINES_SECONDS = 5.0  # for what a rank left behind and that holds its output open
+READY_SECONDS = 600.0  # for Ray to start the actors' processes, which load from storage that all nodes ask at once
 CHECK_SECONDS = 120.0
 LOWEST_PORT = 20_000  # below are those of Ray's workers
 
@@ -207,7 +208,10 @@ class RayCluster:
             for rank in range(num_ranks)
         ]
         references = [actor.describe.remote() for actor in self.actors]
-        places: list[Place] = ray.get(references, timeout=max(60.0, self.wait_seconds))
+        _, late = ray.wait(references, num_returns=num_ranks, timeout=READY_SECONDS)
+        if late:
+            return Outcome(RUN_FAILED, f"{len(late)} of {num_ranks} actors did not start within {READY_SECONDS:.0f} s")
+        places: list[Place] = ray.get(references)
         if failed := self._check(places):
             return Outcome(RUN_FAILED, f"{', '.join(failed)} did not pass the check", began=False)
         self.running = {place.node for place in places}

@@ -136,7 +136,7 @@ def srun_command(
     """The srun command line of an attempt on `nodes` nodes, these by name where names are given.
 
     srun does not take the cores a task from the job (since Slurm 22.05), so they are said again. `%n` in the name of the
-    logs is the node's number.
+    logs is the node's number. The job's --export=NONE is srun's default too, and would take all variables from the ranks.
     """
     slurm = config.launch.slurm
     log = node_log(config.run.dir, attempt, "%n").absolute()
@@ -148,6 +148,7 @@ def srun_command(
         f"--ntasks-per-node={ranks_per_node}",
         *([f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []),
         *([f"--cpu-bind={slurm.cpu_bind}"] if slurm.cpu_bind else []),
+        "--export=ALL",
         "--kill-on-bad-exit=1",
         "--label",
         f"--output={str(log.parent).replace('%', '%%')}/{log.name}",
@@ -277,7 +278,9 @@ class Allocation:
 
     def queue_again(self) -> None:
         """Requeue the job, whose time ended before the run was finished."""
-        ask("scontrol", "requeue", self.job)
+        array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+        # One job of an array has the array's own number, which stands for all of its jobs here.
+        ask("scontrol", "requeue", f"{array}_{task}" if array and task else self.job)
 
 
 def check_nodes(
@@ -292,6 +295,7 @@ def check_nodes(
     count = len(names)
     srun = [
         "srun",
+        "--export=ALL",
         f"--nodes={count}",
         f"--nodelist={','.join(names)}",
         f"--ntasks={count}",

@@ -62,9 +62,10 @@ WAITING = (
 
 FORKED = """
 import os, pathlib, signal, sys, time
-from amfm.launch.cluster.forked import can_fork
+from amfm.launch.cluster.forked import ForkedRank, can_fork
 from amfm.launch.cluster.local import run_forked
 assert can_fork()
+assert ForkedRank(lambda: int("PATH" in os.environ), os.environ, (), is_first=True).wait(), "it lost the variables that it was to keep"
 folder, code = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 
 def run():
