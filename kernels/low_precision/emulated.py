@@ -19,13 +19,13 @@ from torch import Tensor
 
 from amfm.kernels.common.gemm_precision import gemm_dtype
 from amfm.kernels.common.steady_product import steady_product
-from amfm.kernels.low_precision.formats import Quantized, quantize, turn
+from amfm.kernels.low_precision.formats import TURNED, Quantized, draw_noise, quantize, turn
 from amfm.kernels.low_precision.kept_weights import made_once
 from amfm.kernels.low_precision.recipe import Recipe
 from amfm.kernels.low_precision.watch import note_operands
 
-# Added to a recipe's seed, so that the roundings of one gradient for its two products are drawn apart.
-_INPUT_DRAW, _WEIGHT_DRAW = 1, 2
+# By which the roundings of one gradient for its two products are drawn apart.
+INPUT_DRAW, WEIGHT_DRAW = 1, 2
 
 
 def output(x_RI: Tensor, weight_OI: Tensor, recipe: Recipe) -> Tensor:
@@ -37,7 +37,8 @@ def output(x_RI: Tensor, weight_OI: Tensor, recipe: Recipe) -> Tensor:
 def input_gradient(grad_RO: Tensor, weight_OI: Tensor, recipe: Recipe) -> Tensor:
     """dy W, [R, I] float32."""
     note_operands(recipe, gradient=grad_RO)
-    rows = quantize(grad_RO, recipe.name, draw=_draw(recipe, _INPUT_DRAW))
+    noise = draw_noise(grad_RO, recipe.seed, INPUT_DRAW) if recipe.name == "nvfp4" else None
+    rows = quantize(grad_RO, recipe.name, noise=noise)
     return multiply(rows, _quantize_weight(weight_OI, recipe, transposed=True))
 
 
@@ -57,13 +58,16 @@ def weight_gradient(grad_RO: Tensor, columns: Quantized, recipe: Recipe) -> Tens
 
 def quantize_gradient_columns(grad_RO: Tensor, recipe: Recipe) -> Quantized:
     """The transpose [O, R] of dy in runs along the tokens."""
-    return quantize_columns(grad_RO, recipe, draw=_draw(recipe, _WEIGHT_DRAW))
+    if recipe.name != "nvfp4":
+        return quantize_columns(grad_RO, recipe)
+    rows = -(-len(grad_RO) // TURNED) * TURNED
+    return quantize_columns(grad_RO, recipe, noise=draw_noise(grad_RO, recipe.seed, WEIGHT_DRAW, rows).t())
 
 
-def quantize_columns(x_RI: Tensor, recipe: Recipe, *, draw: int | None = None) -> Quantized:
+def quantize_columns(x_RI: Tensor, recipe: Recipe, *, noise: Tensor | None = None) -> Quantized:
     """The transpose [I, R] of rows in runs along them: all that the weight's gradient needs of them."""
     columns = turn(x_RI.t(), recipe.seed) if recipe.name == "nvfp4" else x_RI.t()
-    return quantize(columns, recipe.name, draw=draw)
+    return quantize(columns, recipe.name, noise=noise)
 
 
 def multiply(left: Quantized, right: Quantized) -> Tensor:
@@ -83,8 +87,3 @@ def multiply(left: Quantized, right: Quantized) -> Tensor:
 def _to_product(numbers: Tensor) -> Tensor:
     """Decoded numbers as this machine multiplies them: bfloat16 on a GPU, where its sums are float32."""
     return numbers.bfloat16() if numbers.device.type == "cuda" else numbers.to(gemm_dtype(numbers))
-
-
-def _draw(recipe: Recipe, product: int) -> int | None:
-    """The seed of a gradient's random rounding for one of its products; None where it is rounded to the nearest."""
-    return recipe.seed + product if recipe.name == "nvfp4" else None

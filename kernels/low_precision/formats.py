@@ -63,33 +63,34 @@ class Quantized:
         return self.decode() if self.whole is None else self.decode() * self.whole
 
 
-def quantize(x_MK: Tensor, name: RecipeName, *, weight: bool = False, draw: int | None = None) -> Quantized:
-    """Quantise a matrix [M, K] in runs along its rows; `weight`: in a weight's blocks. `draw`: round e2m1 at random, by this seed.
+def quantize(x_MK: Tensor, name: RecipeName, *, weight: bool = False, noise: Tensor | None = None) -> Quantized:
+    """Quantise a matrix [M, K] in runs along its rows; `weight`: in a weight's blocks.
 
-    Sizes need not divide: what a block lacks counts as zeros. Numbers are read in float32.
+    `noise` [M, K], of `draw_noise`: round e2m1 at random. Sizes need not divide: what a block lacks counts as zeros. Numbers are
+    read in float32.
     """
     rows, run = WEIGHT_ROWS[name] if weight else 1, RUN[name]
     blocks = cut_blocks(x_MK.float(), rows, run)
     largest = torch.where(blocks.isnan(), 0.0, blocks.abs()).amax((1, 3), keepdim=True)
     if name == "nvfp4":
-        return _quantize_nvfp4(x_MK, blocks, largest, draw)
+        return _quantize_nvfp4(x_MK, blocks, largest, noise)
     scales, factors = power_of_two_scales(largest)
     return Quantized(join_blocks(to_e4m3(blocks * factors), x_MK), scales[:, 0, :, 0], rows, run)
 
 
-def _quantize_nvfp4(x_MK: Tensor, blocks: Tensor, largest: Tensor, draw: int | None) -> Quantized:
+def _quantize_nvfp4(x_MK: Tensor, blocks: Tensor, largest: Tensor, noise: Tensor | None) -> Quantized:
     """`quantize` with two scales: the whole matrix's lets those of blocks use all of e4m3."""
     finite = torch.where(largest.isfinite(), largest, 0.0)
-    whole = (finite.amax() / (E4M3_MAX * E2M1_MAX)).clamp(min=SMALLEST_SCALE)
+    all_finite = torch.where(blocks.isfinite(), blocks.abs(), 0.0)
+    whole = (all_finite.amax() / (E4M3_MAX * E2M1_MAX)).clamp(min=SMALLEST_SCALE)
     wanted = finite / E2M1_MAX / whole
     scales = from_e4m3(to_e4m3(wanted))
-    if draw is not None:
+    if noise is not None:
         # Where the nearest scale is too small it clamps the largest number of its block, and the mean would be too small.
         scales = torch.where(scales < wanted, from_e4m3(to_e4m3(wanted).clamp(max=E4M3_NAN - 2) + 1), scales)
     divisors = scales * whole
     numbers = torch.where(divisors > 0, blocks / divisors, 0.0)
-    noise = None if draw is None else cut_blocks(draw_noise(x_MK.float(), draw), *blocks.shape[1::2])
-    codes = to_e2m1(numbers, noise)
+    codes = to_e2m1(numbers, None if noise is None else cut_blocks(noise, *blocks.shape[1::2]))
     has_all = blocks.isfinite().all(3, keepdim=True).all(1, keepdim=True)
     scales = torch.where(has_all, scales, torch.nan)
     return Quantized(join_blocks(codes, x_MK), scales[:, 0, :, 0], blocks.shape[1], blocks.shape[3], whole)
@@ -159,16 +160,21 @@ def from_e2m1(codes: Tensor) -> Tensor:
     return torch.cat([table, -table])[codes.int()]
 
 
-def draw_noise(x_MK: Tensor, seed: int) -> Tensor:
-    """Numbers in [0, 1), one for each of a float32 matrix, in steps of 2^-20: sums with the steps of e2m1 stay exact.
+def draw_noise(x_RO: Tensor, seed: int, product: int = 0, rows: int | None = None) -> Tensor:
+    """Numbers in [0, 1) [R, O], one for each of a matrix, in steps of 2^-20: sums with the steps of e2m1 stay exact.
 
     A function of the seed, of the place and of all bits of the matrix: another step or micro-batch brings another matrix and so
-    draws again, and the same one, computed again, draws alike. No one has to know where in a run it is.
+    draws again, and the same one, computed again, draws alike, also with rows of zeros behind it. No one has to know where in a
+    run it is. `product`: one gradient is rounded apart for each that takes it. `rows`: for so many rows, of which a turned
+    matrix has more.
     """
-    place = torch.arange(x_MK.numel(), device=x_MK.device).view_as(x_MK) & _WORD
-    bits = x_MK.contiguous().view(torch.int32).long() & _WORD
-    salt = (_mix(bits ^ _mix(place + seed)).sum() + seed) & _WORD
-    return (_mix(_mix(place ^ salt) + seed) >> 12).float() * 2.0**-20
+    x_RO = x_RO.float()
+    rows = len(x_RO) if rows is None else rows
+    place = torch.arange(rows * x_RO.shape[1], device=x_RO.device).view(rows, -1) & _WORD
+    bits = x_RO.contiguous().view(torch.int32).long() & _WORD
+    words = torch.where(x_RO != 0, _mix(bits ^ _mix(place[: len(x_RO)] + seed)), 0)
+    salt = (words.sum() + seed) & _WORD
+    return (_mix(_mix(place ^ salt) + seed + product) >> 12).float() * 2.0**-20
 
 
 def _mix(words: Tensor) -> Tensor:
@@ -185,8 +191,10 @@ def turn(x_MK: Tensor, seed: int) -> Tensor:
     Both operands of a product turned alike along the sum leave it as it is, and spread what is large in one of them.
     """
     signs = (_mix(torch.arange(TURNED, device=x_MK.device) + seed) & 1) * 2 - 1
-    place = torch.arange(TURNED, device=x_MK.device)
-    common = place[:, None] & place
-    odd = sum(common >> bit & 1 for bit in range(4)) & 1
-    matrix = (1 - 2 * odd) * signs[:, None] / TURNED**0.5
-    return (cut_blocks(x_MK.float(), 1, TURNED)[:, 0] @ matrix).flatten(1)
+    turned = cut_blocks(x_MK.float(), 1, TURNED)[:, 0] * signs
+    # In four steps of sums and differences, so that all machines add in the same order.
+    for bit in range(4):
+        pairs = turned.unflatten(-1, (-1, 2, 1 << bit))
+        first, second = pairs.unbind(-2)
+        turned = torch.stack([first + second, first - second], -2).flatten(-3)
+    return (turned / TURNED**0.5).flatten(1)

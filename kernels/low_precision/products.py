@@ -6,13 +6,15 @@ but for Triton's interpreter, which runs what a GPU would.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from amfm.kernels.common.gradient_sum import GradientSum, land_product
 from amfm.kernels.low_precision import emulated
 from amfm.kernels.low_precision.formats import Quantized
-from amfm.kernels.low_precision.recipe import FIRST_CAPABILITY, KERNELS, Recipe
+from amfm.kernels.low_precision.recipe import FIRST_CAPABILITY, Recipe
 from amfm.kernels.low_precision.watch import note_operands
 from amfm.kernels.runtime.backend import INTERPRETED, resolve_backend
 
@@ -27,8 +29,6 @@ def multiplies_codes(recipe: Recipe, device: torch.device) -> bool:
     """
     if recipe.emulate or (device.type == "cpu" and not INTERPRETED) or device.type == "meta":
         return False
-    if recipe.name not in KERNELS:
-        raise ValueError(f"no kernel multiplies by {recipe.name} yet; use low_precision.emulate=true, or {KERNELS[0]}")
     if device.type == "cuda":
         needed, found = FIRST_CAPABILITY[recipe.name], torch.cuda.get_device_capability(device)
         if found < needed:
@@ -40,11 +40,17 @@ def multiplies_codes(recipe: Recipe, device: torch.device) -> bool:
     return True
 
 
+def codes_of(recipe: Recipe) -> Any:
+    """Who quantises and multiplies codes of a recipe: `triton_impl` of fp8_block, `BlockScaled` of others, which have the same calls."""
+    from amfm.kernels.low_precision import scaled_impl, triton_impl
+
+    return triton_impl if recipe.name == "fp8_block" else scaled_impl.BlockScaled(recipe)
+
+
 def output(x_RI: Tensor, weight_OI: Tensor, recipe: Recipe, *, keep: bool) -> tuple[Tensor, Kept]:
     """x W^T, [R, O] in the dtype of x, and what the gradient of W needs of x if it is to be kept."""
     if multiplies_codes(recipe, x_RI.device):
-        from amfm.kernels.low_precision import triton_impl as codes
-
+        codes = codes_of(recipe)
         note_operands(recipe, input=x_RI, weight=weight_OI)
         rows, columns = codes.quantize_rows(x_RI, rows=True, columns=keep)
         return codes.product(rows, codes.quantize_weight(weight_OI), x_RI.dtype), columns if keep else ()
@@ -54,9 +60,8 @@ def output(x_RI: Tensor, weight_OI: Tensor, recipe: Recipe, *, keep: bool) -> tu
 def keep_columns(x_RI: Tensor, recipe: Recipe) -> Kept:
     """What the gradient of W needs of x."""
     if multiplies_codes(recipe, x_RI.device):
-        from amfm.kernels.low_precision import triton_impl as codes
-
-        return codes.quantize_rows(x_RI, columns=True)[1]
+        columns: Kept = codes_of(recipe).quantize_rows(x_RI, columns=True)[1]
+        return columns
     made = emulated.quantize_columns(x_RI, recipe)
     return made.codes, made.scales, made.whole
 
@@ -64,10 +69,9 @@ def keep_columns(x_RI: Tensor, recipe: Recipe) -> Kept:
 def input_gradient(grad_RO: Tensor, weight_OI: Tensor, recipe: Recipe, *, keep: bool) -> tuple[Tensor, Kept]:
     """dy W, [R, I] in the dtype of dy, and what the gradient of W needs of dy if it is to be kept."""
     if multiplies_codes(recipe, grad_RO.device):
-        from amfm.kernels.low_precision import triton_impl as codes
-
+        codes = codes_of(recipe)
         note_operands(recipe, gradient=grad_RO)
-        rows, columns = codes.quantize_rows(grad_RO, rows=True, columns=keep)
+        rows, columns = codes.quantize_rows(grad_RO, rows=True, columns=keep, gradient=True)
         weight = codes.quantize_weight(weight_OI, transposed=True)
         return codes.product(rows, weight, grad_RO.dtype), columns if keep else ()
     dx_RI = emulated.input_gradient(grad_RO, weight_OI, recipe).to(grad_RO.dtype)
@@ -77,7 +81,8 @@ def input_gradient(grad_RO: Tensor, weight_OI: Tensor, recipe: Recipe, *, keep: 
 def keep_gradient(grad_RO: Tensor, recipe: Recipe) -> Kept:
     """What the gradient of W needs of dy."""
     if multiplies_codes(recipe, grad_RO.device):
-        return keep_columns(grad_RO, recipe)
+        columns: Kept = codes_of(recipe).quantize_rows(grad_RO, columns=True, gradient=True)[1]
+        return columns
     made = emulated.quantize_gradient_columns(grad_RO, recipe)
     return made.codes, made.scales, made.whole
 
@@ -86,17 +91,12 @@ def weight_gradient(
     grad: Kept, x: Kept, rows: int, dtype: torch.dtype, recipe: Recipe, total: GradientSum | None
 ) -> Tensor | None:
     """dy^T x over `rows` tokens, [O, I] in `dtype`, from what was kept of both; None where it lands in `total`."""
-    (left, left_scales, *left_whole), (right, right_scales, *right_whole) = grad, x
-    assert left is not None and left_scales is not None and right is not None and right_scales is not None
-    if multiplies_codes(recipe, left.device):
-        from amfm.kernels.low_precision import triton_impl as codes
-
-        columns = codes.ColumnCodes(left, left_scales), codes.ColumnCodes(right, right_scales)
-        return codes.weight_gradient(*columns, rows, dtype, total)
-    product = emulated.multiply(
-        Quantized.of_rows(recipe.name, left, left_scales, *left_whole),
-        Quantized.of_rows(recipe.name, right, right_scales, *right_whole),
-    )
+    assert grad[0] is not None and grad[1] is not None and x[0] is not None and x[1] is not None
+    if multiplies_codes(recipe, grad[0].device):
+        found: Tensor | None = codes_of(recipe).weight_gradient(grad, x, rows, dtype, total)
+        return found
+    left = Quantized.of_rows(recipe.name, grad[0], grad[1], *grad[2:])
+    product = emulated.multiply(left, Quantized.of_rows(recipe.name, x[0], x[1], *x[2:]))
     if total is not None:
         land_product(total, product)
         return None

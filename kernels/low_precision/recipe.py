@@ -26,10 +26,8 @@ NAMES: tuple[RecipeName, ...] = get_args(RecipeName)
 FIRST_CAPABILITY: Mapping[RecipeName, tuple[int, int]] = MappingProxyType(
     {"fp8_block": (9, 0), "mxfp8": (10, 0), "nvfp4": (10, 0)}
 )
-# Recipes whose codes kernels multiply; the others are emulated.
-KERNELS: tuple[RecipeName, ...] = ("fp8_block",)
 # What both widths of a matrix must be a multiple of where a GPU multiplies by it; emulated, any width will do.
-WIDTH_MULTIPLE: Mapping[RecipeName, int] = MappingProxyType({"fp8_block": 16, "mxfp8": 32, "nvfp4": 16})
+WIDTH_MULTIPLE: Mapping[RecipeName, int] = MappingProxyType({"fp8_block": 16, "mxfp8": 32, "nvfp4": 32})
 
 
 @dataclass(frozen=True)

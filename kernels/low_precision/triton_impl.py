@@ -68,11 +68,12 @@ def quantize_rows(
     activation: str = "",
     weights: Tensor | None = None,
     pairs: Tensor | None = None,
+    gradient: bool = False,
 ) -> tuple[RowCodes, ColumnCodes]:
     """Codes of rows x [R, K] along rows and along columns in one pass; empty for those that were not asked for.
 
     `sources` [S] int32: the row of x at each sorted place. `activation`, a word of `amfm.kernels.swiglu.gate`: quantise that of the
-    rows, which are 2 K wide before a gated unit. `weights`, a number for each pair [P], with `pairs` [S] int32: times the row's.
+    rows, which are 2 K wide before a gated unit. `weights`, a number for each pair [P], with `pairs` [S] int32: times the row's. `gradient`: as any other here.
     """
     listed = None if tiles is None else tiles.tiles
     experts = 1 if tiles is None else len(tiles.offsets_E)
@@ -218,8 +219,8 @@ def _(given: Any) -> Tensor:
 
 
 def weight_gradient(
-    left: ColumnCodes,
-    right: ColumnCodes,
+    left: tuple[Tensor, Tensor],
+    right: tuple[Tensor, Tensor],
     rows: int,
     dtype: torch.dtype,
     total: GradientSum | None,
@@ -228,7 +229,7 @@ def weight_gradient(
     """left^T right over each expert's rows, [E, N, K] in `dtype`, [N, K] without tiles; None where it lands in `total`."""
     place, adds = (None, False) if total is None else total.take()
     experts = 1 if tiles is None else len(tiles.offsets_E)
-    wide = None if place is None else place.view(experts, left.codes.shape[1], right.codes.shape[1])
+    wide = None if place is None else place.view(experts, left[0].shape[1], right[0].shape[1])
     offsets = None if tiles is None else tiles.offsets_E
     made = _outer(*left, *right, offsets, rows, dtype, wide, adds)
     if place is not None:

@@ -12,7 +12,7 @@ their own, times the scales of both operands.
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN201, ANN202
+# ruff: noqa: ANN201
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def power_of_two_scale(largest):
 
 
 @triton.jit
-def _is_number(value):
+def is_number(value):
     """Whether it is not a NaN, by its bits: of a comparison, compilers and NumPy make different things."""
     return (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF) <= 0x7F800000
 
@@ -41,27 +41,54 @@ def _is_number(value):
 @triton.jit
 def to_e4m3(value):
     """`formats.to_e4m3`, as uint8."""
-    number = tl.where(_is_number(value), value, 0.0)
+    number = tl.where(is_number(value), value, 0.0)
     bits = tl.minimum(tl.maximum(number, -448.0), 448.0).to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960
     small = (size.to(tl.float32, bitcast=True) * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
     codes = tl.where(size < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)
-    return tl.where(_is_number(value), codes, 0x7F).to(tl.uint8)
+    return tl.where(is_number(value), codes, 0x7F).to(tl.uint8)
 
 
 @triton.jit
-def _size(value):
+def size_of(value):
     """Absolute numbers; a NaN counts for no scale."""
-    return tl.where(_is_number(value), tl.abs(value), 0.0)
+    return tl.where(is_number(value), tl.abs(value), 0.0)
 
 
 @triton.jit
-def _tile(tiles, tile, rows, TILED: tl.constexpr):
+def tile_of(tiles, tile, rows, TILED: tl.constexpr):
     """Expert, first row, and the row after the last, of a tile; of rows that are all one expert's without tiles."""
     if TILED:
         return tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1).to(tl.int64), tl.load(tiles + tile * 3 + 2)
     return 0, tile.to(tl.int64) * 128, rows
+
+
+@triton.jit
+def load_values(
+    x, weights, pairs, sources, row, column, is_row, is_column, width,
+    ACTIVATED: tl.constexpr, SWIGLU: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr,
+    WEIGHTED: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
+    """The numbers of rows and columns that are quantised, float32, zeros outside; flags as `quantize_tiles_kernel` has them."""
+    inside = is_row[:, None] & is_column[None, :]
+    source = tl.load(sources + row, mask=is_row, other=0).to(tl.int64) if GATHER else row
+    features = width * 2 if SWIGLU else width
+    place = source[:, None] * features + column[None, :]
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if SWIGLU:
+        up = tl.load(x + width + place, mask=inside, other=0.0).to(tl.float32)
+        gate, up = limit_gate(value, up, SHIFT, LIMIT)
+        value = steep_silu(gate, ALPHA) * up
+        if SHIFT != 0.0:  # also of lanes without an owner
+            value = tl.where(inside, value, 0.0)
+    elif ACTIVATED:
+        value = tl.maximum(value, 0.0)
+        value = value * value
+    if WEIGHTED:
+        pair = tl.load(pairs + row, mask=is_row, other=0)
+        value = value * tl.load(weights + pair, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    return value
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -79,36 +106,24 @@ def quantize_tiles_kernel(
     """
     blocks = tl.cdiv(width, RUN)
     tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    expert, begin, end = _tile(tiles, tile, rows, TILED)
+    expert, begin, end = tile_of(tiles, tile, rows, TILED)
     if expert < experts:
         lane = tl.arange(0, RUN)
         row, column = begin + lane, block * RUN + lane
         is_row, is_column = row < end, column < width
         inside = is_row[:, None] & is_column[None, :]
-        source = tl.load(sources + row, mask=is_row, other=0).to(tl.int64) if GATHER else row
-        features = width * 2 if SWIGLU else width
-        place = source[:, None] * features + column[None, :]
-        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        if SWIGLU:
-            up = tl.load(x + width + place, mask=inside, other=0.0).to(tl.float32)
-            gate, up = limit_gate(value, up, SHIFT, LIMIT)
-            value = steep_silu(gate, ALPHA) * up
-            if SHIFT != 0.0:  # also of lanes without an owner
-                value = tl.where(inside, value, 0.0)
-        elif ACTIVATED:
-            value = tl.maximum(value, 0.0)
-            value = value * value
-        if WEIGHTED:
-            pair = tl.load(pairs + row, mask=is_row, other=0)
-            value = value * tl.load(weights + pair, mask=is_row, other=0.0).to(tl.float32)[:, None]
+        value = load_values(
+            x, weights, pairs, sources, row, column, is_row, is_column, width,
+            ACTIVATED, SWIGLU, ALPHA, SHIFT, LIMIT, WEIGHTED, GATHER,
+        )  # fmt: skip
         if ROWS:
-            scale, factor = power_of_two_scale(tl.max(_size(value), 1))
+            scale, factor = power_of_two_scale(tl.max(size_of(value), 1))
             # A wide scalar and narrow offsets: a tile of 64-bit addresses would spill registers.
             place = lane[:, None] * width + column[None, :]
             tl.store(row_codes + begin * width + place, to_e4m3(value * factor[:, None]), mask=inside)
             tl.store(row_scales + block.to(tl.int64) * rows + row, scale, mask=is_row)
         if COLUMNS:
-            scale, factor = power_of_two_scale(tl.max(_size(value), 0))
+            scale, factor = power_of_two_scale(tl.max(size_of(value), 0))
             first = tile.to(tl.int64) * width
             codes = tl.trans(to_e4m3(value * factor[None, :]))
             place = column[:, None] * RUN + lane[None, :]
@@ -131,7 +146,7 @@ def quantize_weight_kernel(
     first = expert * rows * columns
     place = row[:, None] * columns + column[None, :]
     value = tl.load(weight + first + place, mask=inside, other=0.0).to(tl.float32)
-    scale, factor = power_of_two_scale(tl.max(tl.max(_size(value), 1), 0))
+    scale, factor = power_of_two_scale(tl.max(tl.max(size_of(value), 1), 0))
     code = to_e4m3(value * factor)
     down, across = tl.num_programs(0), tl.num_programs(1)
     if PLAIN:
@@ -154,7 +169,7 @@ def fp8_product_kernel(
     a program has one scale of the weight at a time. Grid: tiles times column blocks, column blocks innermost.
     """
     blocks = tl.cdiv(columns, BLOCK_N)
-    expert, begin, end = _tile(tiles, tl.program_id(0) // blocks, rows, TILED)
+    expert, begin, end = tile_of(tiles, tl.program_id(0) // blocks, rows, TILED)
     if expert < experts:
         lane = tl.arange(0, RUN)
         row = begin + lane

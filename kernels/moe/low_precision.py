@@ -4,7 +4,7 @@ Formulas as in README.md, each operand quantised from the wide numbers along wha
 rows are its own matrix: no run along the tokens has rows of two experts, and its nvfp4 has its own factors. Rows of
 zeros, which fill slots, change no scale of another row but lie in the runs along the tokens behind the last. What
 kernels store between two products (h, v, dh, and w a for d_down) is rounded to the dtype of x, as they do
-(triton_fp8.py).
+(triton_codes.py).
 
     h = q(P x) q(up)^T          y = P^T q(w a) q(down)^T                       runs along rows
     v = q(g) q(down)            dx = P^T q(dh) q(up)

@@ -27,7 +27,7 @@ from amfm.kernels.cases.problem import (
 )
 from amfm.kernels.cases.trial import Sized, Trial
 from amfm.kernels.linear.low_precision import low_precision_linear
-from amfm.kernels.low_precision.recipe import Recipe
+from amfm.kernels.low_precision.recipe import Recipe, RecipeName
 from amfm.kernels.moe.case import experts_problem, experts_trial
 from amfm.kernels.moe.op import feed_forward_flops
 from amfm.kernels.swiglu.gate import unit_constants
@@ -36,28 +36,38 @@ from amfm.kernels.swiglu.gate import unit_constants
 WIDE, CODE = 2.0, 1 + 4 / 128
 
 
-def _recipe(backend: str) -> Recipe:
-    return Recipe("fp8_block", emulate=backend != "triton")
+def _recipe(backend: str, name: RecipeName = "fp8_block") -> Recipe:
+    return Recipe(name, emulate=backend != "triton", seed=7)
 
 
-def linear_problem(inputs: Inputs, rows: int, model: int, width: int) -> Problem:
+def linear_problem(
+    inputs: Inputs,
+    rows: int,
+    model: int,
+    width: int,
+    *,
+    name: RecipeName = "fp8_block",
+    code: float = CODE,
+    passes: int = 1,
+) -> Problem:
     """x W^T of x [R, model], W [width, model]; next to it the same in bfloat16.
 
-    Least bytes: x is read and written as codes of rows and columns, W as codes, these read once by each product.
+    Least bytes: x is read and written as codes of rows and columns, W as codes, these read once by each product. `code`: bytes
+    of a number as a code; `passes`: how often one is read to make it.
     """
 
     def run(x: Tensor, weight: Tensor, backend: str) -> Tensor:
-        return low_precision_linear(x, weight, _recipe(backend), None)
+        return low_precision_linear(x, weight, _recipe(backend, name), None)
 
     def quantised(numbers: int, directions: int) -> float:
-        return numbers * (WIDE + CODE * directions)
+        return numbers * (WIDE * passes + code * directions)
 
     flops = 2 * rows * model * width
     forward = (
-        quantised(rows * model, 2) + quantised(model * width, 1) + CODE * (rows + width) * model + WIDE * rows * width
+        quantised(rows * model, 2) + quantised(model * width, 1) + code * (rows + width) * model + WIDE * rows * width
     )
-    backward = quantised(rows * width, 2) + quantised(model * width, 1) + CODE * (rows + model) * width
-    backward += WIDE * rows * model + CODE * rows * (model + width) + WIDE * model * width
+    backward = quantised(rows * width, 2) + quantised(model * width, 1) + code * (rows + model) * width
+    backward += WIDE * rows * model + code * rows * (model + width) + WIDE * model * width
     return Problem(
         f"{rows}x{model}x{width}",
         (inputs.normal(rows, model), inputs.normal(width, model, scale=model**-0.5)),
@@ -69,14 +79,23 @@ def linear_problem(inputs: Inputs, rows: int, model: int, width: int) -> Problem
 
 
 def low_precision_experts_problem(
-    inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int
+    inputs: Inputs,
+    tokens: int,
+    model: int,
+    experts: int,
+    width: int,
+    top_k: int,
+    *,
+    name: RecipeName = "fp8_block",
+    code: float = CODE,
+    passes: int = 1,
 ) -> Problem:
-    """`experts_problem` by fp8_block; next to it the same in bfloat16 by our kernels."""
+    """`experts_problem` by a recipe; next to it the same in bfloat16 by our kernels. `code`, `passes` as of `linear_problem`."""
     wide = experts_problem(inputs, tokens, model, experts, width, top_k)
 
     def run(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, backend: str) -> Tensor:
         # Views: leaves stay without a recipe, or the peer would have it too.
-        return wide.run(x, weights, *_marked(up, down, backend), backend=backend)
+        return wide.run(x, weights, *_marked(up, down, backend, name), backend=backend)
 
     def peers() -> dict[str, Compute]:
         return {"bfloat16": wide.on("triton")}
@@ -84,9 +103,8 @@ def low_precision_experts_problem(
     pairs, flops = tokens * top_k, feed_forward_flops(tokens * top_k, model, width, "swiglu")
     numbers = 3 * experts * model * width
     # Rows read and written as codes, codes read, hidden rows written and read, activations as codes, results; weights and codes.
-    forward = pairs * (model * (WIDE + 2 * CODE + 2 * WIDE) + width * (4 * WIDE + 2 * CODE)) + numbers * (
-        WIDE + 2 * CODE
-    )
+    rows = model * (WIDE * passes + 2 * code + 2 * WIDE) + width * (2 * WIDE * (passes + 1) + 2 * code)
+    forward = pairs * rows + numbers * (WIDE * passes + 2 * code)
     backward = 2 * forward + pairs * width * 10 * WIDE + numbers * WIDE
     return Problem(wide.shape, wide.leaves, run, Minimum(int(forward), flops), Minimum(int(backward), 2 * flops), peers)
 
@@ -101,7 +119,7 @@ def launches() -> Iterator[KernelLaunch]:
     """Every kernel of fp8_block, for projections and for 128 experts."""
     from amfm.kernels.low_precision import triton_impl as codes
     from amfm.kernels.low_precision import triton_kernels as kernels
-    from amfm.kernels.moe import triton_fp8
+    from amfm.kernels.moe import triton_codes
 
     types = dict.fromkeys(("x", "weight", "y", "v", "hidden", "d_hidden", "active"), "*bf16")
     scales = ("row_scales", "column_scales", "scales", "transposed_scales", "left_scales", "right_scales")
@@ -139,7 +157,7 @@ def launches() -> Iterator[KernelLaunch]:
         yield kernel_launch(f"fp8 codes of activations, {activation}", quantize, types, constants, codes.QUANTIZE)
         swiglu = unit_constants(activation) | {"WEIGHTED": True, "BLOCK_M": codes.RUN}
         yield kernel_launch(
-            f"fp8 experts open, {activation}", triton_fp8.open_kernel, types, swiglu, triton_fp8.OPEN_TILE
+            f"fp8 experts open, {activation}", triton_codes.open_kernel, types, swiglu, triton_codes.OPEN_TILE
         )
     for plain, transposed, way in ((True, False, ""), (False, True, ", transposed"), (True, True, ", both ways")):
         constants = {"PLAIN": plain, "TRANSPOSED": transposed}
@@ -153,41 +171,44 @@ def _multiplying(launch: KernelLaunch) -> KernelLaunch:
     return replace(launch, multiplies=True, first_architecture=90)
 
 
+def linear_trial(inputs: Inputs, rows: int, model: int, width: int, name: RecipeName = "fp8_block") -> Trial:
+    """A projection by a recipe, compared with the emulation."""
+    leaves = {"x": inputs.normal(rows, model), "weight": inputs.normal(width, model, scale=model**-0.5)}
+
+    def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+        return {"y": low_precision_linear(given["x"], given["weight"], _recipe(backend, name), None)}
+
+    return Trial(leaves, run, exact="torch")
+
+
+def low_precision_experts_trial(inputs: Inputs, name: RecipeName = "fp8_block", **sizes: Any) -> Trial:
+    """Experts by a recipe, compared with the emulation."""
+    wide = experts_trial(inputs, **sizes, top_k=2, exact="torch")
+
+    def run(given: Mapping[str, Tensor], backend: str) -> Mapping[str, Tensor]:
+        up, down = _marked(given["up"], given["down"], backend, name)
+        return wide.run({**given, "up": up, "down": down}, backend)
+
+    return replace(wide, run=run)
+
+
 def trials() -> Iterator[Sized]:
     """Projections with broken blocks, and experts of whom some have no rows."""
-
-    def linear(inputs: Inputs, rows: int, model: int, width: int) -> Trial:
-        leaves = {"x": inputs.normal(rows, model), "weight": inputs.normal(width, model, scale=model**-0.5)}
-
-        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
-            return {"y": low_precision_linear(given["x"], given["weight"], _recipe(backend), None)}
-
-        return Trial(leaves, run, exact="torch")
-
-    def experts(inputs: Inputs, **sizes: Any) -> Trial:
-        wide = experts_trial(inputs, **sizes, top_k=2, exact="torch")
-
-        def run(given: Mapping[str, Tensor], backend: str) -> Mapping[str, Tensor]:
-            up, down = _marked(given["up"], given["down"], backend)
-            return wide.run({**given, "up": up, "down": down}, backend)
-
-        return replace(wide, run=run)
-
-    small = partial(experts, tokens=150, model=80, experts=5, width=48, chosen=4)
-    yield Sized("fp8 linear", "first", partial(linear, rows=200, model=192, width=144))
+    small = partial(low_precision_experts_trial, tokens=150, model=80, experts=5, width=48, chosen=4)
+    yield Sized("fp8 linear", "first", partial(linear_trial, rows=200, model=192, width=144))
     yield Sized("fp8 experts, SwiGLU, an empty one", "first", small)
     yield Sized("fp8 experts, squared ReLU", "first", partial(small, activation="squared_relu"))
-    yield Sized("fp8 linear, one row", "small", partial(linear, rows=1, model=16, width=48))
-    yield Sized("fp8 linear, long", "long", partial(linear, rows=8205, model=4096, width=8192))
-    long = partial(experts, tokens=8205, model=1024, experts=128, width=512, chosen=100)
+    yield Sized("fp8 linear, one row", "small", partial(linear_trial, rows=1, model=16, width=48))
+    yield Sized("fp8 linear, long", "long", partial(linear_trial, rows=8205, model=4096, width=8192))
+    long = partial(low_precision_experts_trial, tokens=8205, model=1024, experts=128, width=512, chosen=100)
     yield Sized("fp8 experts, 28 of 128 empty", "long", long)
 
 
-def _marked(up: Tensor, down: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _marked(up: Tensor, down: Tensor, backend: str, name: RecipeName = "fp8_block") -> tuple[Tensor, Tensor]:
     """Views of experts' weights with the recipe."""
     views = up.view_as(up), down.view_as(down)
     for view in views:
-        view.recipe = _recipe(backend)  # type: ignore[attr-defined]
+        view.recipe = _recipe(backend, name)  # type: ignore[attr-defined]
     return views
 
 

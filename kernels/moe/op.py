@@ -127,10 +127,10 @@ def grouped_feed_forward(
     backend = resolve_backend(backend, x_RD.device, "moe")
     recipes = recipes_of(up_EFD, down_EDF)
     if recipes is not None and multiplies_codes(recipes.up, x_RD.device):
-        from amfm.kernels.moe import triton_fp8
+        from amfm.kernels.moe import triton_codes
 
         offsets_E = counts_E.cumsum(0).to(torch.int32)
-        return triton_fp8.grouped(x_RD, sources_R, offsets_E, up_EFD, down_EDF, activation, recipes)
+        return triton_codes.grouped(x_RD, sources_R, offsets_E, up_EFD, down_EDF, activation, recipes)
     if recipes is not None or (backend == "triton" and _multiplies_by_torch(x_RD, up_EFD, down_EDF, len(x_RD))):
         backend = "torch"
     if sources_R is not None:
@@ -200,9 +200,9 @@ def expert_feed_forward(
             places_S = pairs.places.masked_fill(is_lost_S, rows)  # or results of rows that no one writes would be added
             pairs = replace(pairs, places=places_S, offsets_E=pairs.offsets_E.clamp(max=rows))
         if recipes is not None:
-            from amfm.kernels.moe import triton_fp8
+            from amfm.kernels.moe import triton_codes
 
-            return triton_fp8.chosen(x_RD, weights_RK, pairs, rows, up_EFD, down_EDF, activation, recipes)
+            return triton_codes.chosen(x_RD, weights_RK, pairs, rows, up_EFD, down_EDF, activation, recipes)
         return expert_feed_forward_triton(x_RD, weights_RK, pairs, rows, up_EFD, down_EDF, activation)
     groups = group_by_expert(expert_ids_RK, num_sorted)
     offsets_E = groups.offsets_E[:num_experts]

@@ -183,7 +183,7 @@ def _weight_gradients(
     return multiply_outer(d_hidden, x_RD, sources, offsets_E, up_EFD_sum, up_EFD_adds, gather_left=False), d_down
 
 
-# As a separate operation, for products of other operands (triton_fp8.py).
+# As a separate operation, for products of other operands (triton_codes.py).
 wide_weight_gradients = torch.library.custom_op(
     "amfm::expert_weight_gradients_triton", _weight_gradients, mutates_args=("up_EFD_sum", "down_EDF_sum")
 )

@@ -30,7 +30,7 @@ LARGEST_REGISTERS = 255
 class CompiledKernel:
     """What a kernel takes on a GPU: registers and spilled bytes per thread, bytes of shared memory a program.
 
-    transposed_products: products that take the transpose of another's result (`amfm.kernels.proof.transposed_products`).
+    uses_block_scales: tensor cores scale blocks of operands themselves, as Blackwell's do. transposed_products: products that take the transpose of another's result (`amfm.kernels.proof.transposed_products`).
     widest_load_bytes: what one load instruction fetches at most, 16 where rows are known to be aligned.
     """
 
@@ -40,6 +40,7 @@ class CompiledKernel:
     spill_bytes: int
     shared_bytes: int
     uses_wgmma: bool
+    uses_block_scales: bool
     transposed_products: tuple[str, ...]
     widest_load_bytes: int
 
@@ -85,6 +86,7 @@ def compile_ahead(
         spills,
         int(compiled.metadata.shared),
         "wgmma" in compiled.asm["ptx"],
+        "block_scale" in compiled.asm["ptx"],
         tuple(find_transposed_products(compiled.asm["ttir"])),
         _find_widest_load(compiled.asm["ptx"]),
     )

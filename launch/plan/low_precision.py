@@ -19,6 +19,8 @@ from amfm.model.low_precision import narrow_matrices
 
 # Of a number in an operand, its share of a scale included; a weight's blocks have fewer scales, which is not counted.
 OPERAND_BYTES: dict[RecipeName, float] = {"fp8_block": 1 + 4 / 128, "mxfp8": 1 + 1 / 32, "nvfp4": 0.5 + 1 / 16}
+# Times that a number is read to be quantised: nvfp4 first looks for a matrix's largest.
+READS: dict[RecipeName, int] = {"fp8_block": 1, "mxfp8": 1, "nvfp4": 2}
 
 
 def planned_recipes(settings: LowPrecisionConfig, letter: str) -> dict[str, RecipeName]:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from amfm.launch.plan.activations import FLOAT32_BYTES, up_rows
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout
-from amfm.launch.plan.low_precision import OPERAND_BYTES
+from amfm.launch.plan.low_precision import OPERAND_BYTES, READS
 from amfm.model.config.low_precision import RecipeName
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.structure import Activation, FeedForwardPart
@@ -95,11 +95,12 @@ class Roofline:
             self.seconds += times * max(seconds, moved / self.bandwidth)
         # Codes along rows, and along columns where the third product takes them; a weight's for either direction.
         codes = b if self.wide_gradient else 2 * b
-        quantised = self.forwards * rows * inputs * (e + codes) + rows * outputs * (e + codes)
+        read = e * READS[recipe]
+        quantised = self.forwards * rows * inputs * (read + codes) + rows * outputs * (read + codes)
         if self.kept_passes:
-            quantised += weights * (e + 2 * b) / self.kept_passes
+            quantised += weights * (read + 2 * b) / self.kept_passes
         else:
-            quantised += weights * (self.forwards + 1) * (e + b)
+            quantised += weights * (self.forwards + 1) * (read + b)
         self.seconds += quantised / self.bandwidth
 
     def mixing(self, flops: float, moved: float) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from amfm.kernels.low_precision.recipe import FIRST_CAPABILITY, KERNELS, WIDTH_MULTIPLE
+from amfm.kernels.low_precision.recipe import FIRST_CAPABILITY, WIDTH_MULTIPLE
 from amfm.model.config.kinds import describe_symbol, kind_of
 from amfm.model.config.low_precision import DEFAULT_LETTERS, LowPrecisionConfig
 from amfm.model.config.pattern import parse_letters
@@ -175,10 +175,6 @@ def device_problems(config: RunConfig, device: torch.device) -> Iterator[Problem
     letters = config.model.letters
     recipes = {recipe for letter in section.chosen(letters) for recipe in section.recipes_of(letter).values()}
     for recipe in sorted(recipes):
-        if recipe not in KERNELS:
-            rule = "has no kernels yet that multiply its codes"
-            yield Problem(f"{SECTION}.recipe", rule, f"use low_precision.emulate=true, or {KERNELS[0]}", recipe)
-            continue
         least = FIRST_CAPABILITY[recipe]
         have = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         if have is None or have < least:

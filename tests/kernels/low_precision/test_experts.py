@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from amfm.kernels.common.split_backward import Later, compute_now, split_backward
-from amfm.kernels.low_precision.formats import quantize, turn
+from amfm.kernels.low_precision.formats import draw_noise, quantize, turn
 from amfm.kernels.low_precision.recipe import NAMES, Recipe
 from amfm.kernels.moe.op import expert_feed_forward, grouped_feed_forward
 from tests.helpers.gradient_place import Place
@@ -45,8 +45,9 @@ def by_formulas(x, ids, weights, up, down, activation):
     recipe_up, recipe_down = up.recipe, down.recipe
     x, weights, up, down = (leaf.detach() for leaf in (x, weights, up, down))
 
-    def along(rows, matrix, draw=None):
-        rows = quantize(rows.float(), recipe_up.name, draw=draw if recipe_up.name == "nvfp4" else None)
+    def along(rows, matrix, seed=None):
+        noise = None if seed is None or recipe_up.name != "nvfp4" else draw_noise(rows, seed, 1)
+        rows = quantize(rows.float(), recipe_up.name, noise=noise)
         return rows.values().double() @ quantize(matrix, recipe_up.name, weight=True).values().double().t()
 
     def outer(grads, rows, recipe):
@@ -54,7 +55,8 @@ def by_formulas(x, ids, weights, up, down, activation):
             return grads.double().t() @ rows.double()
         is_nvfp4 = recipe.name == "nvfp4"
         sides = [turn(side.float().t(), recipe.seed) if is_nvfp4 else side.float().t() for side in (grads, rows)]
-        left = quantize(sides[0], recipe.name, draw=recipe.seed + 2 if is_nvfp4 else None)
+        noise = draw_noise(grads, recipe.seed, 2, sides[0].shape[1]).t() if is_nvfp4 else None
+        left = quantize(sides[0], recipe.name, noise=noise)
         return left.values().double() @ quantize(sides[1], recipe.name).values().double().t()
 
     found = {"y": torch.zeros_like(x).double(), "x": torch.zeros_like(x).double()}
@@ -72,12 +74,12 @@ def by_formulas(x, ids, weights, up, down, activation):
             active = hidden.relu().square()
         weighted = (active * weight).detach()
         found["y"].index_add_(0, token, along(weighted, down[expert]))
-        v = along(dy[token], down[expert].t(), recipe_down.seed + 1)
+        v = along(dy[token], down[expert].t(), recipe_down.seed)
         found["weights"][token, choice] = (v * active).sum(1).detach()
         (d_hidden,) = torch.autograd.grad(active, hidden, v * weight)
         found["down"][expert] = outer(dy[token], weighted, recipe_down)
         found["up"][expert] = outer(d_hidden, x[token], recipe_up)
-        found["x"].index_add_(0, token, along(d_hidden, up[expert].t(), recipe_up.seed + 1))
+        found["x"].index_add_(0, token, along(d_hidden, up[expert].t(), recipe_up.seed))
     return found
 
 

@@ -106,8 +106,12 @@ def test_rows_of_zeros_stay_zeros_and_what_is_not_finite_stays_so_and_disturbs_n
 
 def test_random_rounding_has_the_right_mean_and_is_a_function_of_seed_and_numbers():
     x = torch.randn(16, 256, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 1, 256)
-    draws = torch.stack([formats.quantize(x, "nvfp4", draw=seed).values() for seed in range(200)])
-    made = formats.quantize(x, "nvfp4", draw=0)
+
+    def drawn(x, seed):
+        return formats.quantize(x, "nvfp4", noise=formats.draw_noise(x, seed))
+
+    draws = torch.stack([drawn(x, seed).values() for seed in range(200)])
+    made = drawn(x, 0)
     unit = made.scales.repeat_interleave(16, 1) * made.whole
     off = (draws - x) / unit
     # Numbers are at most 2 units apart, so the deviation of a mean of N draws is at most N^-1/2; five of them.
@@ -115,11 +119,11 @@ def test_random_rounding_has_the_right_mean_and_is_a_function_of_seed_and_number
     assert off.mean().abs() < 5 / draws.numel() ** 0.5 and (off * x.sign()).mean().abs() < 5 / draws.numel() ** 0.5
     nearest_off = (formats.quantize(x, "nvfp4").values() - x).norm()
     assert (draws.mean(0) - x).norm() < 0.15 * nearest_off
-    again, other = (formats.quantize(x, "nvfp4", draw=seed).codes for seed in (7, 8))
-    assert torch.equal(again, formats.quantize(x, "nvfp4", draw=7).codes) and not torch.equal(again, other)
+    again, other = (drawn(x, seed).codes for seed in (7, 8))
+    assert torch.equal(again, drawn(x, 7).codes) and not torch.equal(again, other)
     moved = x.clone()
     moved[3, 3] *= 1.01
-    there = formats.quantize(moved, "nvfp4", draw=7).codes
+    there = drawn(moved, 7).codes
     assert (there != again).float().mean() > 0.05, "another matrix draws again everywhere"
 
 

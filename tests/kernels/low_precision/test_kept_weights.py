@@ -17,9 +17,9 @@ def test_weights_are_quantised_once_in_a_block_with_the_same_bits(monkeypatch):
     quantised = []
     quantize = emulated.quantize
 
-    def note(matrix, name, *, weight=False, draw=None):
+    def note(matrix, name, *, weight=False, noise=None):
         quantised.extend([1] if weight else [])
-        return quantize(matrix, name, weight=weight, draw=draw)
+        return quantize(matrix, name, weight=weight, noise=noise)
 
     monkeypatch.setattr(emulated, "quantize", note)
 

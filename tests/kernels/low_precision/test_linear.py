@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from amfm.kernels.common.split_backward import Later, compute_now, split_backward
 from amfm.kernels.linear.op import linear, linear_gradients
-from amfm.kernels.low_precision.formats import quantize, turn
+from amfm.kernels.low_precision.formats import draw_noise, quantize, turn
 from amfm.kernels.low_precision.recipe import NAMES, Recipe, recipe_of, seed_of
 from tests.helpers.gradient_place import Place
 
@@ -42,15 +42,17 @@ def by_formulas(x, weight, grad, recipe):
         return quantize(tensor, recipe.name, **how).values().double()
 
     if recipe.name != "nvfp4":
-        draws, turned = (None, None), lambda columns: columns
+        noises, turned = (None, None), lambda columns: columns
     else:
-        draws, turned = (recipe.seed + 1, recipe.seed + 2), lambda columns: turn(columns, recipe.seed)
+        filled = -(-len(grad) // 16) * 16
+        noises = draw_noise(grad, recipe.seed, 1), draw_noise(grad, recipe.seed, 2, filled).t()
+        turned = lambda columns: turn(columns, recipe.seed)  # noqa: E731
     y = values(x) @ values(weight, weight=True).t()
-    dx = values(grad, draw=draws[0]) @ values(weight.t(), weight=True).t()
+    dx = values(grad, noise=noises[0]) @ values(weight.t(), weight=True).t()
     if recipe.weight_gradient == "bf16":
         dw = grad.double().t() @ x.double()
     else:
-        dw = values(turned(grad.t()), draw=draws[1]) @ values(turned(x.t())).t()
+        dw = values(turned(grad.t()), noise=noises[1]) @ values(turned(x.t())).t()
     return y, dx, dw
 
 

@@ -57,6 +57,8 @@ def check(name: str, architecture: int) -> None:
         allowed = SPILLS_BEFORE_3_7 if triton_version() < (3, 7, 0) else SPILLS
         assert compiled.spill_bytes <= allowed.get(name, 0), compiled
         assert compiled.uses_wgmma == (launch.multiplies and name not in SMALL_PRODUCTS), compiled
+    if launch.first_architecture == 100:
+        assert not compiled.spill_bytes and compiled.uses_block_scales == launch.multiplies, compiled
 
 
 @compiles

@@ -4,6 +4,7 @@ All operations are found by their registration, so a new one fails here until it
 """
 
 import importlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,10 +26,10 @@ from amfm.kernels.diag_scan import torch_impl as diag_torch
 from amfm.kernels.diag_scan import triton_impl as diag
 from amfm.kernels.linear_cross_entropy import torch_impl as loss_torch
 from amfm.kernels.linear_cross_entropy import triton_impl as loss
-from amfm.kernels.low_precision import triton_impl as fp8
+from amfm.kernels.low_precision import products
 from amfm.kernels.low_precision.recipe import Recipe
 from amfm.kernels.mamba2 import triton_impl as mamba2
-from amfm.kernels.moe import counting_sort, recycling, triton_experts, triton_fp8, triton_router
+from amfm.kernels.moe import counting_sort, recycling, triton_codes, triton_experts, triton_router
 from amfm.kernels.moe import torch_impl as experts_torch
 from amfm.kernels.moe.low_precision import ExpertRecipes
 from amfm.kernels.moe.rows import triton_impl as rows_triton
@@ -95,25 +96,26 @@ def fed(rows, counts, kept=16):
     )
 
 
-def fed_by_codes(rows, *, counts, weight_gradient):
-    """As `fed`, of codes in 8 bits."""
+def fed_by_codes(rows, *, counts, weight_gradient, name="fp8_block"):
+    """As `fed`, of codes in 8 or 4 bits."""
     pairs, tokens, places, _, offsets = counting_sort._sort(numbers(8, 2, below=4), 4)
-    given = triton_fp8.Places(tokens, pairs, places) if counts else triton_fp8.Places(None, None, None)
+    given = triton_codes.Places(tokens, pairs, places) if counts else triton_codes.Places(None, None, None)
     x, weights = rows(8 if counts else 16, 8), leaf(8, 2) if counts else None
-    recipe = Recipe("fp8_block", weight_gradient=weight_gradient)
-    return triton_fp8._Experts.apply(
+    recipe = Recipe(name, weight_gradient=weight_gradient)
+    return triton_codes._Experts.apply(
         x, weights, offsets, leaf(4, 16, 8), leaf(4, 8, 8), given, 16, "swiglu", ExpertRecipes(recipe, recipe), None
     )
 
 
-def multiplied(rows):
-    """The three products of a projection, of codes in 8 bits."""
+def multiplied(rows, *, name="fp8_block"):
+    """The three products of a projection, of codes in 8 or 4 bits."""
+    by = products.codes_of(Recipe(name))
     x, dy, weight = rows(6, 8).detach(), rows(6, 10).detach(), leaf(10, 8).detach()
-    x_rows, x_columns = fp8.quantize_rows(x, rows=True, columns=True)
-    dy_rows, dy_columns = fp8.quantize_rows(dy, rows=True, columns=True)
-    fp8.product(dy_rows, fp8.quantize_weight(weight, transposed=True), torch.bfloat16)
-    fp8.weight_gradient(dy_columns, x_columns, 6, torch.bfloat16, None)
-    return fp8.product(x_rows, fp8.quantize_weight(weight), torch.bfloat16)
+    x_rows, x_columns = by.quantize_rows(x, rows=True, columns=True)
+    dy_rows, dy_columns = by.quantize_rows(dy, rows=True, columns=True, gradient=True)
+    by.product(dy_rows, by.quantize_weight(weight, transposed=True), torch.bfloat16)
+    by.weight_gradient(dy_columns, x_columns, 6, torch.bfloat16, None)
+    return by.product(x_rows, by.quantize_weight(weight), torch.bfloat16)
 
 
 def fed_by_torch(rows):
@@ -174,6 +176,9 @@ TRITON = (
     multiplied,
     lambda rows: fed_by_codes(rows, counts=True, weight_gradient="same"),
     lambda rows: fed_by_codes(rows, counts=False, weight_gradient="bf16"),
+    partial(multiplied, name="mxfp8"),
+    partial(multiplied, name="nvfp4"),
+    lambda rows: fed_by_codes(rows, counts=True, weight_gradient="same", name="nvfp4"),
 )
 TORCH = (
     lambda rows: diagonal(diag_torch, rows),

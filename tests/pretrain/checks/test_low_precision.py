@@ -92,7 +92,7 @@ def test_a_device_without_the_products_is_refused_unless_they_are_emulated(base)
     config, cpu = load_config(base, NARROW), torch.device("cpu")
     with pytest.raises(ConfigError, match=r"fp8_block: has products on sm_90 and later, and this run is on a CPU; use"):
         check_device(config, cpu)
-    with pytest.raises(ConfigError, match=r"mxfp8: has no kernels yet that multiply its codes; use .*emulate=true"):
+    with pytest.raises(ConfigError, match=r"mxfp8: has products on sm_100 and later, and this run is on a CPU; use"):
         check_device(load_config(base, [*NARROW, "low_precision.recipe=mxfp8"]), cpu)
     check_device(load_config(base, [*NARROW, "low_precision.emulate=true"]), cpu)
     check_device(load_config(base), cpu)

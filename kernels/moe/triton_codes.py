@@ -1,4 +1,4 @@
-"""Experts whose products take e4m3 in blocks of 128, by kernels that multiply codes (kernels/low_precision).
+"""Experts whose products take operands of 8 or 4 bits, by kernels that multiply codes (kernels/low_precision).
 
 Forward: codes of the rows, up; activation, weight and codes of both in one pass, down, sum over choices. Backward: codes of the
 gradient along rows and columns, down; the activation's gradient, codes of it along rows and columns, up, sum; two outer products
@@ -29,6 +29,7 @@ from amfm.kernels.common.partial_sums import sum_first
 from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.low_precision import triton_impl as codes
 from amfm.kernels.low_precision.formats import Quantized
+from amfm.kernels.low_precision.products import codes_of
 from amfm.kernels.low_precision.watch import note_operands
 from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles, tile_bound
 from amfm.kernels.moe.low_precision import ExpertRecipes
@@ -52,11 +53,15 @@ class Places:
     pairs: Tensor | None = None
     places: Tensor | None = None
 
-    def product(self, rows: codes.RowCodes, weight: codes.WeightCodes, tiles: codes.Tiles, like_RD: Tensor) -> Tensor:
-        """Rows times their experts' matrices, back where they came from: [R, D] of these tokens, in their dtype."""
+    def product(self, by: Any, rows: Any, weight: Any, tiles: codes.Tiles, like_RD: Tensor) -> Tensor:
+        """Rows times their experts' matrices, back where they came from: [R, D] of these tokens, in their dtype.
+
+        `by`: who multiplies these codes (`products.codes_of`).
+        """
         if self.places is None:
-            return codes.product(rows, weight, like_RD.dtype, tiles, self.sources)
-        y_SD = codes.product(rows, weight, like_RD.dtype, tiles)
+            y_RD: Tensor = by.product(rows, weight, like_RD.dtype, tiles, self.sources)
+            return y_RD
+        y_SD = by.product(rows, weight, like_RD.dtype, tiles)
         return add_rows_triton(y_SD, self.places, len(like_RD), len(self.places) // max(len(like_RD), 1))
 
 
@@ -150,14 +155,15 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         tiles = codes.Tiles(_list_tiles(offsets_E, rows), offsets_E)
         x_RD, weights_RK = x_RD.contiguous(), None if weights_RK is None else weights_RK.contiguous()
-        x_codes, _ = codes.quantize_rows(x_RD, tiles, given.sources, rows=True)
+        up, down = codes_of(recipes.up), codes_of(recipes.down)
+        x_codes, _ = up.quantize_rows(x_RD, tiles, given.sources, rows=True)
         note_operands(recipes.up, input=x_RD, weight=up_EFD.flatten(0, 1))
         note_operands(recipes.down, weight=down_EDF.flatten(0, 1))
-        hidden_SF = codes.product(x_codes, codes.quantize_weight(up_EFD), x_RD.dtype, tiles)
-        active, _ = codes.quantize_rows(
+        hidden_SF = up.product(x_codes, up.quantize_weight(up_EFD), x_RD.dtype, tiles)
+        active, _ = down.quantize_rows(
             hidden_SF, tiles, rows=True, activation=activation, weights=weights_RK, pairs=given.pairs
         )
-        y_RD = given.product(active, codes.quantize_weight(down_EDF), tiles, x_RD)
+        y_RD = given.product(down, active, down.quantize_weight(down_EDF), tiles, x_RD)
         kept: tuple[Tensor, ...] = (hidden_SF,)
         if recipes.up.saved == "fp8":
             kept, _ = codes.quantize_rows(hidden_SF, tiles, rows=True)
@@ -170,20 +176,23 @@ class _Experts(torch.autograd.Function):
         x_RD, weights_RK, listed, offsets_E, up_EFD, down_EDF, *kept = ctx.saved_tensors
         given, tiles, dtype = ctx.given, codes.Tiles(listed, offsets_E), x_RD.dtype
         dy_RD, keep = dy_RD.contiguous(), ctx.recipes.up.weight_gradient == "same"
-        grads, grad_columns = codes.quantize_rows(dy_RD, tiles, given.sources, rows=True, columns=keep)
-        v_SW = codes.product(grads, codes.quantize_weight(down_EDF, transposed=True), dtype, tiles)
+        up, down = codes_of(ctx.recipes.up), codes_of(ctx.recipes.down)
+        grads, grad_columns = down.quantize_rows(dy_RD, tiles, given.sources, rows=True, columns=keep, gradient=True)
+        v_SW = down.product(grads, down.quantize_weight(down_EDF, transposed=True), dtype, tiles)
         hidden_SF = _restore(dtype, *kept)
         experts = len(offsets_E)
         d_hidden, active, d_weights = _open(v_SW, hidden_SF, weights_RK, given.pairs, listed, experts, ctx.activation)
         note_operands(ctx.recipes.down, input=active, gradient=dy_RD)
         note_operands(ctx.recipes.up, gradient=d_hidden)
-        hidden_rows, hidden_columns = codes.quantize_rows(d_hidden, tiles, rows=True, columns=keep)
-        dx_RD = given.product(hidden_rows, codes.quantize_weight(up_EFD, transposed=True), tiles, x_RD)
+        hidden_rows, hidden_columns = up.quantize_rows(d_hidden, tiles, rows=True, columns=keep, gradient=True)
+        dx_RD = given.product(up, hidden_rows, up.quantize_weight(up_EFD, transposed=True), tiles, x_RD)
         weights = up_EFD, down_EDF
         if keep:
-            _, active_columns = codes.quantize_rows(active, tiles, columns=True)
+            _, active_columns = down.quantize_rows(active, tiles, columns=True)
             columns = hidden_columns, grad_columns, active_columns
-            half = partial(_weights_half, x_RD, given.sources, tiles, columns, weights, len(d_hidden), ctx.totals)
+            half = partial(
+                _weights_half, (up, down), x_RD, given.sources, tiles, columns, weights, len(d_hidden), ctx.totals
+            )
         else:
             wide = partial(wide_weight_gradients, dy_RD, x_RD, d_hidden, active, given.sources, offsets_E)
             half = partial(weights_half, ctx.totals, wide)
@@ -205,20 +214,23 @@ def _restore(dtype: torch.dtype, rows_or_codes: Tensor, scales: Tensor | None = 
 
 
 def _weights_half(
+    by: tuple[Any, Any],
     x_RD: Tensor,
     sources: Tensor | None,
     tiles: codes.Tiles,
-    columns: Sequence[codes.ColumnCodes],
+    columns: Sequence[Any],
     weights: tuple[Tensor, Tensor],
     rows: int,
     totals: Sequence[GradientSum] | None,
 ) -> Sequence[Tensor | None]:
     """Gradients of up and down from column codes; None for each where they land in sums."""
     hidden, grads, active = columns
-    up, down = totals or (None, None)
-    _, x_columns = codes.quantize_rows(x_RD, tiles, sources, columns=True)
-    d_up = codes.weight_gradient(hidden, x_columns, rows, weights[0].dtype, up, tiles)
-    return d_up, codes.weight_gradient(grads, active, rows, weights[1].dtype, down, tiles)
+    _, x_columns = by[0].quantize_rows(x_RD, tiles, sources, columns=True)
+    sides = (hidden, x_columns), (grads, active)
+    return [
+        each.weight_gradient(*pair, rows, weight.dtype, total, tiles)
+        for each, pair, weight, total in zip(by, sides, weights, totals or (None, None), strict=True)
+    ]
 
 
 def feed_forward(
