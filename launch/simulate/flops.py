@@ -6,6 +6,8 @@ Products that an operation's body leaves to torch are counted when they run, so 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from torch.utils.flop_counter import flop_registry
@@ -16,13 +18,17 @@ from amfm.kernels.delta_scan.op import delta_flops
 from amfm.kernels.diag_scan.op import diag_flops
 
 Named = dict[str, Any]
+Known = Callable[[Any], Any]
 
 
-def count_flops(func: Any, args: Any, kwargs: Named, out: Any) -> int:
-    """FLOPs of one call (a multiply-add is two); 0 for operations without a matrix product."""
+def count_flops(func: Any, args: Any, kwargs: Named, out: Any, known: Known = lambda tensor: None) -> int:
+    """FLOPs of one call (a multiply-add is two); 0 for operations without a matrix product.
+
+    known: the values of an integer tensor as nested lists, or None, which say what attention sees.
+    """
     count = KERNELS.get(func._opname)
     if count is not None:
-        return int(count(name_arguments(func, args, kwargs)))
+        return int(count(name_arguments(func, args, kwargs) | {"known": known}))
     formula = flop_registry.get(func._overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
@@ -34,19 +40,37 @@ def name_arguments(func: Any, args: Any, kwargs: Named) -> Named:
 
 
 def _attention(given: Named, *, backward: bool) -> int:
-    """FLOPs of causal attention over the queries' own length, scaled to the keys'.
+    """FLOPs of causal attention: of the keys from the first that each query sees, where documents or a window say so.
 
-    Where keys outnumber queries (context parallelism) each query sees half of the keys on average.
+    Else over the queries' own length, scaled to the keys': where keys outnumber queries (context parallelism) each query
+    sees half of the keys on average.
     """
     batch, queries, heads, size = given["q_BTHK"].shape
     keys = given["k_BSJK"].shape[1]
+    first_BT = None if given["first_BT"] is None else given["known"](given["first_BT"])
+    if first_BT is not None:
+        pairs = batch * _seen(0, queries, keys) - sum(map(sum, first_BT))
+        return pairs * heads * size * (10 if backward else 4)
     return attention_flops(batch, queries, heads, size, backward=backward) * keys // max(1, queries)
 
 
 def _documents(given: Named, *, backward: bool) -> int:
-    """PyTorch's attention inside documents laid end to end, as if all were as long as the longest."""
+    """PyTorch's attention inside documents laid end to end; where their ends are not known as if all were the longest."""
     tokens, heads, size = given["query"].shape
+    ends, key_ends = (given["known"](given[name]) for name in ("cu_seq_q", "cu_seq_k"))
+    if ends is not None and key_ends is not None:
+        window = given["window_size"][0] + 1
+        lengths = ([end - start for start, end in pairwise(each)] for each in (ends, key_ends))
+        return sum(map(partial(_seen, window), *lengths)) * heads * size * (10 if backward else 4)
     return attention_flops(1, tokens, heads, size, backward=backward) * given["max_q"] // tokens
+
+
+def _seen(window: int, queries: int, keys: int) -> int:
+    """Pairs of the last queries of as many or more keys and those up to each, of its window alone unless that is 0."""
+    before = keys - queries
+    pairs = queries * before + queries * (queries + 1) // 2
+    hidden, least = keys - window, max(1, before + 1 - window)
+    return pairs if not window or hidden < least else pairs - (least + hidden) * (hidden - least + 1) // 2
 
 
 def _decay(given: Named, *, backward: bool) -> int:
@@ -69,7 +93,10 @@ def _vector(given: Named, *, backward: bool) -> int:
 
 
 def _delta(given: Named, *, backward: bool) -> int:
-    """Delta-rule scan; a five-dimensional k holds several updates a token."""
+    """Delta-rule scan; a five-dimensional k holds several updates a token.
+
+    With gates of key channels as with one per head, though its kernels take products of keys by halves, log2(chunk) times.
+    """
     (rows, tokens, groups, size), steps = given["q"].shape, given["k"].shape[2] if given["k"].dim() == 5 else 1
     heads, width = given["v"].shape[-2:]
     sizes = (rows, tokens, steps, groups, heads, size, width)
@@ -109,6 +136,7 @@ KERNELS: dict[str, Callable[[Named], int]] = {
     **_both(_mixer, "mamba2_triton"),
     **_both(_vector, "vector_scan_triton"),
     **_both(_delta, "delta_scan_triton"),
+    **_both(_delta, "delta_vector_triton"),
     **_both(_diagonal, "diag_scan_triton"),
     "expert_feed_forward_triton": lambda given: _experts(given, times=1),
     "expert_feed_forward_triton_backward": lambda given: _experts(given, times=2),

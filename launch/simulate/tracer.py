@@ -231,7 +231,7 @@ class Tracer(TorchDispatchMode):
     def _count(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Count FLOPs, copies and launches of one operation for the current block."""
         kind = self.blocks.current()
-        flops = count_flops(func, args, kwargs, out)
+        flops = count_flops(func, args, kwargs, out, self.values.read)
         if flops:
             self.tally.flops[kind] += flops
         if func in (aten._to_copy.default, aten.copy_.default):

@@ -7,10 +7,12 @@ import torch
 
 from amfm.kernels.causal_conv1d.op import causal_conv1d, convolution_bytes
 from amfm.kernels.decay_scan.op import mamba2_scan
+from amfm.kernels.delta_scan.op import delta_flops
 from amfm.kernels.linear_cross_entropy.op import linear_cross_entropy
 from amfm.kernels.proof.counting import count_launches
 from amfm.kernels.swiglu.op import swiglu, swiglu_bytes
 from benchmarks.kernels.audit import count_named
+from tests.helpers.deltas import DeltaCase, call_delta, make_delta_inputs
 
 
 def test_elementwise_kernel_moves_each_byte_once() -> None:
@@ -88,3 +90,16 @@ def test_streaming_kernels_stay_near_their_minimum(name: str) -> None:
 def test_unknown_operations_are_refused() -> None:
     with pytest.raises(ValueError, match="--op nonsense: there is no such operation; use attention"):
         list(count_named(["nonsense"]))
+
+
+def test_products_of_channel_gates_are_those_of_the_formula_but_for_keys_taken_by_halves() -> None:
+    chunk, size, width, levels = 16, 32, 64, 4
+    case = DeltaCase(B=1, T=2 * chunk, G=1, H=1, K=size, V=width, chunk=chunk, channels=True, erases=True)
+    with count_launches() as launches:
+        call_delta(case, make_delta_inputs(case, torch.bfloat16), "triton")
+    counted = {launch.kernel: launch.dot_flops for launch in launches}
+    keys, inverse = case.T * 4 * chunk * size, case.T * chunk**2
+    values = delta_flops(1, case.T, 1, 1, 1, size, width, chunk_size=chunk) - keys - inverse
+    assert counted["vector_walk_kernel"] == values
+    # The inverse's products are of whole squares, also by halves: (4 levels - 16) chunk^2 a token.
+    assert counted["vector_prepare_kernel"] == levels * keys + case.T * (4 * levels - 16) * chunk**2
