@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
-from amfm_flora.flora import TuckerUpdate, add_flora, check_ranks, merge_flora
+from amfm_flora.flora import FLORA, TuckerUpdate, check_ranks
+from amfm_flora.spec import SPEC
 
 from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.moe import MoeConfig
@@ -12,6 +17,16 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.config.errors import ConfigError
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.convert.rules import check_conversion
+from amfm.pretrain.convert.stages import conversion_stages
+from amfm.pretrain.convert.weights import stage_weights, write_start
+from amfm.pretrain.inference.weights import read_weights
+from amfm.pretrain.train import train
+from tests.helpers.examples import install_example
+from tests.pretrain.convert.conversions import MODEL, WINDOW_LINEAR, conversion
+from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 
 def make_model(pattern: str = "EE") -> HybridModel:
@@ -47,9 +62,12 @@ def test_it_trains_alone_and_merges() -> None:
     names = list(model.state_dict())
     tokens, meta = torch.arange(16)[None], PackMeta.one_document_a_row(1, 16)
     before, weights = model(tokens, meta).logits_BTV, {k: v.clone() for k, v in model.state_dict().items()}
-    assert add_flora(model, rank=2, alpha=4.0)[0] == "blocks.0.mixer.experts.up"
+    model.requires_grad_(False)
+    added = FLORA.add_update(model, rank=2, alpha=4.0)
+    assert len(added) == 16 and set(added) == set(model.state_dict()) - set(names)
     assert torch.equal(model(tokens, meta).logits_BTV, before)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == 16
     optimizer = torch.optim.Adam(trained, lr=0.1)
     losses = []
     for _ in range(12):
@@ -60,17 +78,49 @@ def test_it_trains_alone_and_merges() -> None:
         optimizer.zero_grad()
     assert losses[-1] < losses[0] - 0.5
     unmerged = model(tokens, meta).logits_BTV
-    merge_flora(model)
-    torch.testing.assert_close(model(tokens, meta).logits_BTV, unmerged, rtol=1e-12, atol=1e-12)
-    assert list(model.state_dict()) == names
-    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])}
+    state, merged = dict(FLORA.merge_update(model.state_dict(), rank=2, alpha=4.0)), make_model()
+    merged.load_state_dict(state)
+    torch.testing.assert_close(merged(tokens, meta).logits_BTV, unmerged, rtol=1e-12, atol=1e-12)
+    moved = {name for name, value in state.items() if not torch.equal(value, weights[name])}
     assert moved == {name for name in names if ".experts." in name}
 
 
 def test_what_it_cannot_update_is_refused() -> None:
-    with pytest.raises(ValueError, match="no block E"):
-        add_flora(make_model("--"), rank=2, alpha=4.0)
+    assert FLORA.add_update(make_model("--"), rank=2, alpha=4.0) == []
     with pytest.raises(ValueError, match=r"rank=9 must be in 1\.\.4"):
-        add_flora(make_model(), rank=9, alpha=4.0)
+        FLORA.add_update(make_model(), rank=9, alpha=4.0)
     with pytest.raises(ValueError, match=r"over 2 expert and 1 tensor ranks.*use parallel\.expert=1"):
         check_ranks(2, 1)
+
+
+def test_its_entry_point_names_the_spec() -> None:
+    project = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text())["project"]
+    module, _, name = project["entry-points"]["amfm.adapters"]["flora"].partition(":")
+    assert getattr(importlib.import_module(module), name) is SPEC
+    module, _, name = SPEC.adapter.partition(":")
+    assert getattr(importlib.import_module(module), name) is FLORA
+
+
+@pytest.mark.slow
+def test_a_conversion_tunes_experts_and_its_result_has_the_names_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 16}
+    model = MODEL | {"pattern": "*E*E", "moe": moe}
+    data = tiny_data(tmp_path / "data")
+    teacher = tiny_config(data, tmp_path / "teacher").model_dump(mode="json") | {"model": model}
+    assert train(RunConfig.model_validate(teacher)) == 0
+    changes = {"model": model | {"mixers": {"window_linear": WINDOW_LINEAR}}, "convert__transfer": None}
+    config = conversion(data, tmp_path, tmp_path / "teacher", **changes, convert__tune__adapters=["flora"])
+    with pytest.raises(ConfigError, match=r"adapters = flora: .*`pip install \./examples/flora`"):
+        check_conversion(config, 1)
+    monkeypatch.syspath_prepend(install_example("flora", tmp_path / "packages")[0])
+    check_conversion(config, 1)
+    write_start(config)
+    tune, *_ = conversion_stages(config)
+    assert train(tune.config) == 0
+    before, after = read_weights(tune.initial).state, stage_weights(tune).state
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in moved if ".experts." in name} == {name for name in before if ".experts." in name}
+    assert not any("router" in name or "embedding" in name for name in moved)

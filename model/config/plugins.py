@@ -20,9 +20,10 @@ from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_s
 from amfm.model.config.section import Section
 
 SPEC_NAME = re.compile(r"[a-z][a-z0-9_]*")
-# Folders of examples/ that register a mixer, head or hook of a name, for messages where they are not installed.
+# Folders of examples/ that register a mixer, head, hook or adapter of a name, for messages where they are not installed.
 EXAMPLES = {
     "envelope": ("envelope",),
+    "flora": ("flora",),
     "fourier_head": ("fourier_head",),
     "longvq": ("seqboat", "longvq"),
     "lssl": ("s4d",),

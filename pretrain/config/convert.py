@@ -34,6 +34,10 @@ class RoutingConfig(Section):
         gt=0,
         description="Steps of tuning in which all updates count, by the softmax of the router, before only the top_k count; none: the top_k from the first step.",
     )
+    updates: tuple[str, ...] = Field(
+        (),
+        description="Updates trained elsewhere, one for each of num_experts, which stay as they are while the router is trained: runs `convert-tune` or `convert-tune-teacher` of conversions without routing, or folders that peft wrote for an export of target own. none: updates of the conversion's own.",
+    )
 
 
 class TuneConfig(Section):
@@ -48,6 +52,10 @@ class TuneConfig(Section):
         min_length=1,
         description="Projections with an update: `q`, `k`, `v`, `o` of attention, `in` and `out` of Mamba2 and of linear mixers.",
     )
+    adapters: tuple[str, ...] = Field(
+        (),
+        description="Further updates, by the names that packages register, such as flora: of the same rank and alpha.",
+    )
     routing: RoutingConfig | None = Field(
         None,
         description="Choose among several updates, which then stay in the result; none: one, merged into the weights.",
@@ -58,7 +66,7 @@ class TuneConfig(Section):
         if self.routing is None:
             return None
         own = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
-        return LoraMixerConfig(**self.routing.model_dump(), **own)
+        return LoraMixerConfig(**self.routing.model_dump(exclude={"updates"}), **own)
 
 
 class UpcycleConfig(Section):

@@ -17,8 +17,8 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "model.lora_mixer": "num_experts top_k rank alpha targets balance_weight specialization_weight hard_from_step",
         "convert": "to blocks stage",
         "convert.transfer": "learning_rate scale",
-        "convert.tune": "rank alpha targets",
-        "convert.tune.routing": "num_experts top_k balance_weight specialization_weight hard_from_step",
+        "convert.tune": "rank alpha targets adapters",
+        "convert.tune.routing": "num_experts top_k balance_weight specialization_weight hard_from_step updates",
         "convert.upcycle": "num_copies num_slices top_copies router noise reset",
     },
     "docs/data.md": {

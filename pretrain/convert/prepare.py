@@ -5,13 +5,15 @@ from __future__ import annotations
 from amfm.model.hybrid import HybridModel
 from amfm.model.lora import PROJECTIONS, add_lora
 from amfm.model.mixers.window_linear import WindowLinearMixer
-from amfm.model.routed_updates import ENDS
 from amfm.pretrain.config.convert import ConvertConfig
+from amfm.pretrain.convert.adapters import find_adapter
+from amfm.pretrain.convert.updates import ROUTER_END, UPDATE_ENDS, take_updates
 
 
-def prepare_stage(model: HybridModel, convert: ConvertConfig) -> None:
+def prepare_stage(model: HybridModel, convert: ConvertConfig, *, resumes: bool = False) -> None:
     """Freeze a model that has its first weights, add the stage's low-rank updates, and set what its blocks give.
 
+    resumes: a checkpoint will be loaded, which has the updates that were trained elsewhere.
     No collectives; every rank must call this. Raises ValueError where this rank would hold nothing to train.
     """
     model.requires_grad_(False)
@@ -27,8 +29,14 @@ def prepare_stage(model: HybridModel, convert: ConvertConfig) -> None:
         tune = convert.tuning()
         if tune.routing is None:
             add_lora(model, tune.targets, rank=tune.rank, alpha=tune.alpha)
+        for adapter in tune.adapters:
+            for name in find_adapter(adapter).add_update(model, rank=tune.rank, alpha=tune.alpha):
+                model.get_parameter(name).requires_grad_(True)
+        brought = tune.routing is not None and tune.routing.updates
+        if brought and not resumes:
+            take_updates(model, convert)
         for name, parameter in model.named_parameters():
-            if name.endswith(ENDS):
+            if (name.endswith(UPDATE_ENDS) and not brought) or name.endswith(ROUTER_END):
                 parameter.requires_grad_(True)
     if convert.stage == "tune-window":
         for mixer in converted_mixers(model, convert):

@@ -12,6 +12,7 @@ from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.convert import UpcycleConfig
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.convert.adapters import adapter_specs, how_to_get
 from amfm.pretrain.convert.stages import (
     ATTENTION,
     EXPERTS,
@@ -67,6 +68,9 @@ def rule_problems(config: RunConfig) -> Iterator[Problem]:
     if config.convert.tune is None:
         yield Problem("convert.tune", "is missing", "name at least convert.tune.steps, or convert.upcycle")
         return
+    for name in config.convert.tune.adapters:
+        if name not in adapter_specs():
+            yield Problem("convert.tune.adapters", "is not a registered adapter", how_to_get(name), name)
     yield from routing_problems(config)
     yield from block_problems(config, ATTENTION)
     yield from mixer_problems(config)
@@ -105,6 +109,9 @@ def routing_problems(config: RunConfig) -> Iterator[Problem]:
     if routing is not None and routing.top_k > routing.num_experts:
         rule = f"is more than convert.tune.routing.num_experts={routing.num_experts}"
         yield Problem("convert.tune.routing.top_k", rule, "lower it to at most that", str(routing.top_k))
+    if routing is not None and routing.updates and len(routing.updates) != routing.num_experts:
+        rule = f"names {len(routing.updates)}, and convert.tune.routing.num_experts={routing.num_experts}"
+        yield Problem("convert.tune.routing.updates", rule, "give one for each", ", ".join(routing.updates))
     if routing is not None and routing.hard_from_step is not None:
         key, steps = "convert.tune.routing.hard_from_step", conversion_of(config).tuning().steps
         if routing.hard_from_step >= steps:

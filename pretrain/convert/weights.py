@@ -19,9 +19,11 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.lora import merge_lora
 from amfm.model.mixers.base import LinearMixer
 from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.routed_updates import ENDS
 from amfm.pretrain.checkpoint.files import read_manifest
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.convert.adapters import find_adapter
 from amfm.pretrain.convert.stages import (
     WINDOW_LINEAR,
     ConversionStage,
@@ -30,6 +32,7 @@ from amfm.pretrain.convert.stages import (
     converted_model,
     folder_of,
 )
+from amfm.pretrain.convert.updates import check_updates
 from amfm.pretrain.engine.moments import FROZEN
 from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
 from amfm.pretrain.export.import_huggingface import MODEL_SECTION, describe_model
@@ -128,8 +131,11 @@ def take_parts(model: HybridModel, index: int, given: Mapping[str, Tensor], own:
 def write_start(config: RunConfig, report: Report = silent) -> StartReport:
     """Write `run.dir/start` where it is not there yet, and say what became of the weights of converted blocks.
 
-    Raises ValueError for a teacher that does not fit, and where run.dir holds another conversion.
+    Raises ValueError for a teacher or updates of elsewhere that do not fit, and where run.dir holds another conversion.
     """
+    tune = conversion_of(config).tune
+    if tune is not None and tune.routing is not None and tune.routing.updates:
+        check_updates(tune, converted_model(config).model_copy(update={"lora_mixer": tune.routed()}))
     teacher = read_teacher(config, report)
     start, found = make_start(config, teacher)
     folder = folder_of(config, "start")
@@ -165,17 +171,21 @@ def stage_weights(stage: ConversionStage, report: Report = silent) -> Weights:
     checkpoint = find_checkpoint(stage.run_dir, report)
     manifest = read_manifest(checkpoint)
     frozen = {name for name, entry in manifest["parameters"].items() if entry["group"] == FROZEN}
-    trained = {name: tensor for name, tensor in read_full_state(checkpoint, report).items() if name not in frozen}
+    state = read_full_state(checkpoint, report)
+    # The first weights lack updates, also those that were brought from elsewhere and frozen.
+    trained = {name: state[name] for name in state if name not in frozen or name.endswith(ENDS)}
     whole = {**first.state, **trained}
     tune = convert.tuning()
-    state = whole if tune.routing else merge_lora(whole, tune.alpha / tune.rank)
+    given: Mapping[str, Tensor] = whole if tune.routing else merge_lora(whole, tune.alpha / tune.rank)
+    for adapter in tune.adapters:
+        given = find_adapter(adapter).merge_update(given, rank=tune.rank, alpha=tune.alpha)
     model: ModelConfig = stage.config.model
     if model.moe is not None and first.model.moe is not None:
         model = model.model_copy(update={"moe": first.model.moe})
     if model.lora_mixer is not None:
         # What continues from these weights makes hard choices from its own first step.
         model = model.model_copy(update={"lora_mixer": model.lora_mixer.model_copy(update={"hard_from_step": None})})
-    return replace(first, model=model, state=state, origin=f"{checkpoint} of a conversion", run=None, step=None)
+    return replace(first, model=model, state=given, origin=f"{checkpoint} of a conversion", run=None, step=None)
 
 
 def complete_stage(stage: ConversionStage, report: Report = silent) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -326,14 +326,17 @@ def depth_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def take_own_part(model: HybridModel, state: OnDemand) -> None:
+def take_own_part(model: HybridModel, state: OnDemand, names: Collection[str] | None = None) -> None:
     """Copy what this rank's model holds: its blocks, and of each parameter its shard, reading the rows that have a part in it.
 
-    Buffers, such as the router's balancing bias, are copied whole. Prediction depths and routed updates that `state` lacks stay as they are.
+    Buffers, such as the router's balancing bias, are copied whole. Prediction depths and routed updates that `state` lacks
+    stay as they are, and so does all but `names` where these are given.
     """
     parameters = {name: (parameter, shard) for name, parameter, shard in parameter_shards(model)}
     for name, own in model.state_dict(keep_vars=True).items():
         if name not in state and (name.startswith(DEPTH_PREFIX) or name.endswith(ENDS)):
+            continue
+        if names is not None and name not in names:
             continue
         parameter, shard = parameters.get(name, (own, REPLICATED))
         if not parameter.dim():

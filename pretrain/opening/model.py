@@ -91,13 +91,14 @@ def build_model(
         # A checkpoint from before a run had guides lacks theirs.
         draws=draws or config.model.guide is not None,
     )
-    if config.run.initial_weights is not None and not list_checkpoints(Path(config.run.dir) / "checkpoints"):
+    resumes = bool(list_checkpoints(Path(config.run.dir) / "checkpoints"))
+    if config.run.initial_weights is not None and not resumes:
         has_text = config.data.probe is None
         tokenizer = TokenStore.open(config.data.text_store()).tokenizer_identity if has_text else NO_TOKENIZER
         for text in load_initial_weights(model, config.run.initial_weights, tokenizer):
             remark(text)
     if config.convert is not None:
-        prepare_stage(model, config.convert)
+        prepare_stage(model, config.convert, resumes=resumes)
     hang_recipes(model, config.low_precision)
     if config.train.compile:
         model.compile_blocks()

@@ -1,25 +1,35 @@
 """One low-rank update for all experts of a block (FLoRA, Si et al. 2024, arXiv 2405.14739); see the README for the formula.
 
-The update is a parametrization of the stack: whoever reads `experts.up` gets the sum, so that routing, kernels and decoding
-know nothing of it. The stack itself stays under another name, frozen, and `merge_flora` puts the sum in its place.
+Experts with an update are of a class of their own, which gives the sums where others read the stacks: routing, kernels and
+decoding know nothing of it, the stacks keep their names, and a tuned state has the factors under names of their own until
+`merge_update` adds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from amfm.model.hybrid import HybridModel
+from amfm.model.init import named_seed
 from amfm.model.moe.block import Experts
+from amfm.model.on_demand import OnDemand, computed, on_demand
 
 STACKS = ("up", "down")
+FACTORS = ("core", "experts", "outputs", "inputs")
+
+
+def tucker(core: Tensor, experts: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
+    """sum_abc core_abc experts_ea outputs_ob inputs_ic, [E, O, I]."""
+    # The narrow sides first: nothing of the stack's size is made but the sum itself.
+    return outputs @ torch.einsum("ea,abc->ebc", experts, core) @ inputs.T
 
 
 class TuckerUpdate(nn.Module):
-    """W [E, O, I] + scale * sum_abc core_abc experts_ea outputs_ob inputs_ic; zero at first."""
+    """The factors of an update of a stack [E, O, I], whole on every rank; zero at first."""
 
     def __init__(self, stack_EOI: Tensor, rank: int, scale: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -38,36 +48,68 @@ class TuckerUpdate(nn.Module):
 
     def forward(self, stack_EOI: Tensor) -> Tensor:
         """Add the update to a stack of experts' matrices."""
-        # The narrow sides first: nothing of the stack's size is made but the update itself.
-        each_Ebc = torch.einsum("ea,abc->ebc", self.experts, self.core)
-        return stack_EOI + self.scale * (self.outputs @ each_Ebc @ self.inputs.T)
+        return stack_EOI + self.scale * tucker(self.core, self.experts, self.outputs, self.inputs)
 
 
-def add_flora(model: HybridModel, *, rank: int, alpha: float, seed: int = 0) -> list[str]:
-    """Freeze a model and give the experts of each of its blocks two updates, times alpha / rank. Returns their names.
+class UpdatedExperts(Experts):
+    """Experts that give their stacks with the updates."""
 
-    Raises ValueError for a model without experts, a rank above a stack's least size, and experts that are cut over ranks.
-    """
-    check_ranks(model.groups.ep.size(), model.groups.expt_tp.size())
-    model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for name, experts in stacks_of(model):
-        for which in STACKS:
-            update = TuckerUpdate(getattr(experts, which), rank, alpha / rank, generator)
-            parametrize.register_parametrization(experts, which, update)
-            experts.parametrizations[which].original.requires_grad_(False)
-            found.append(f"{name}.{which}")
-    if not found:
-        raise ValueError("model.pattern has no block E, so there are no experts to update; use LoRA (amfm convert)")
-    return found
+    flora_up: TuckerUpdate
+    flora_down: TuckerUpdate
+
+    @property
+    def up(self) -> Tensor:
+        """The first stack and its update."""
+        return self.flora_up(self._parameters["up"])
+
+    @property
+    def down(self) -> Tensor:
+        """The second stack and its update."""
+        return self.flora_down(self._parameters["down"])
 
 
-def merge_flora(model: HybridModel) -> None:
-    """Put the sums in the place of the stacks: the model has its names again, and can be saved and exported as before."""
-    for _, experts in stacks_of(model):
-        for which in STACKS:
-            parametrize.remove_parametrizations(experts, which, leave_parametrized=True)
+class Flora:
+    """The adapter `flora` of `convert.tune.adapters`."""
+
+    def add_update(self, model: HybridModel, *, rank: int, alpha: float) -> list[str]:
+        """Give the experts of each block two updates, times alpha / rank; returns the names of the factors.
+
+        Raises ValueError for a rank above a stack's least size, and experts that are cut over ranks.
+        """
+        check_ranks(model.groups.ep.size(), model.groups.expt_tp.size())
+        found = []
+        for name, experts in list(stacks_of(model)):
+            for which in STACKS:
+                generator = torch.Generator().manual_seed(named_seed(model.seed, f"{name}.flora_{which}"))
+                update = TuckerUpdate(getattr(experts, which), rank, alpha / rank, generator)
+                experts.add_module(f"flora_{which}", update)
+                found += [f"{name}.flora_{which}.{factor}" for factor, _ in update.named_parameters()]
+            experts.__class__ = UpdatedExperts
+        return found
+
+    def merge_update(self, state: Mapping[str, Tensor], *, rank: int, alpha: float) -> OnDemand:
+        """Put the sums in the place of the stacks: the model has its names again."""
+        given = on_demand(state)
+        merged = given.without(lambda name: ".experts.flora_" in name)
+        for name in given:
+            place, found, factor = name.partition("flora_")
+            which, _, last = factor.partition(".")
+            if found and last == "core":
+                source = given.sources[f"{place}{which}"]
+                merged.sources[f"{place}{which}"] = computed(
+                    source.shape, source.dtype, partial(merge_stack, given, f"{place}{which}", name[:-5], alpha / rank)
+                )
+        return merged
+
+
+FLORA = Flora()
+
+
+def merge_stack(state: OnDemand, stack: str, update: str, scale: float) -> Tensor:
+    """Add an update to its stack in float64."""
+    stack_EOI = state[stack]
+    factors = (state[f"{update}.{factor}"].double() for factor in FACTORS)
+    return (stack_EOI.double() + scale * tucker(*factors)).to(stack_EOI.dtype)
 
 
 def stacks_of(model: HybridModel) -> Iterator[tuple[str, Experts]]:

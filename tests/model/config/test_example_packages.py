@@ -21,7 +21,7 @@ def test_the_table_has_every_mixer_and_hook_of_examples() -> None:
         project = tomllib.loads(file.read_text())["project"]
         folders = [name.removeprefix("amfm-").replace("-", "_") for name in project["dependencies"] if "amfm-" in name]
         folders = [name for name in folders if name != "pretrain"] + [file.parent.name]
-        for group in ("amfm.mixers", "amfm.hooks"):
+        for group in ("amfm.mixers", "amfm.hooks", "amfm.adapters"):
             found |= dict.fromkeys(project.get("entry-points", {}).get(group, {}), tuple(folders))
     assert found == EXAMPLES
 
@@ -29,6 +29,8 @@ def test_the_table_has_every_mixer_and_hook_of_examples() -> None:
 def test_a_block_and_a_section_that_are_not_there_come_with_the_command(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"install amfm-longvq.*`pip install \./examples/seqboat \./examples/longvq`"):
         find_kind("longvq")
+    with pytest.raises(ValueError, match=r"install amfm-fourier-head.*`pip install \./examples/fourier_head`"):
+        find_kind("fourier_head")
     text = (ROOT / "configs" / "tiny_cpu.yaml").read_text()
     (tmp_path / "run.yaml").write_text(text + "\nhooks:\n  envelope: {keep: 0.5}\n")
     with pytest.raises(ConfigError, match=r"hooks\.envelope.*`pip install \./examples/envelope`"):

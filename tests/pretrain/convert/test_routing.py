@@ -7,18 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.launch.commands.convert import print_conversion
+from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
+from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.routed_updates import ENDS
-from amfm.pretrain.checkpoint.inspect import diff_checkpoints, find_checkpoint
+from amfm.pretrain.checkpoint.inspect import diff_checkpoints, find_checkpoint, read_full_state
+from amfm.pretrain.config.convert import ConvertConfig
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.convert.measure import ConversionReport, RoutedSource, Ruler
 from amfm.pretrain.convert.rules import check_conversion
-from amfm.pretrain.convert.stages import conversion_stages
+from amfm.pretrain.convert.stages import ConversionStage, conversion_stages
 from amfm.pretrain.convert.weights import StartReport, stage_weights, write_folder, write_start
 from amfm.pretrain.export.export import resolve_target
 from amfm.pretrain.inference.weights import Weights, read_weights
@@ -62,6 +66,80 @@ def test_routed_updates_are_tuned_resume_to_the_bit_and_stay_in_the_result(
     with pytest.raises(ValueError, match="no class holds them"):
         resolve_target(result, "own")
     check_what_sources_choose(config, result, capsys)
+
+
+def test_updates_trained_elsewhere_stay_as_they_are_while_the_router_is_trained(
+    data: DataConfig, tmp_path: Path
+) -> None:
+    teacher = train_teacher(data, tmp_path)
+    donors = []
+    for number, alpha in ((0, 4.0), (1, 2.0)):
+        own = conversion(data, tmp_path / str(number), teacher, convert__transfer=None, train__seed=number)
+        own = own.model_copy(update={"convert": with_tune(own, alpha=alpha)})
+        write_start(own)
+        donor = next(stage for stage in conversion_stages(own) if stage.name == "tune-teacher")
+        assert train(donor.config) == 0
+        donors.append(read_full_state(find_checkpoint(donor.run_dir)))
+    # The third comes from peft: A and B of every projection, with the names of an export.
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "bias": "none", "use_rslora": False}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    names = [name for name in donors[0] if name.endswith((".lora.down", ".lora.up"))]
+    written = {name: torch.randn_like(donors[0][name]) for name in names}
+    theirs = {
+        name.replace("blocks.", "base_model.model.model.layers.", 1)
+        .replace(".lora.down", ".lora_A.weight")
+        .replace(".lora.up", ".lora_B.weight"): tensor
+        for name, tensor in written.items()
+    }
+    save_file(theirs, adapter / "adapter_model.safetensors")
+
+    runs = [str(tmp_path / str(number) / "conversion" / "convert-tune-teacher") for number in (0, 1)]
+    routing = {"num_experts": 3, "top_k": 2, "updates": [*runs, str(adapter)]}
+    config = conversion(data, tmp_path, teacher, convert__transfer=None, convert__tune__routing=routing)
+    check_conversion(config, 1)
+    write_start(config)
+    tune, *_ = conversion_stages(config)
+    stopped = tune.config.model_copy(update={"train": tune.config.train.model_copy(update={"stop_after_steps": 2})})
+    assert train(stopped) == 0
+    (adapter / "adapter_config.json").unlink()  # a run that continues has them in its checkpoint
+    assert train(tune.config) == 0
+    state, first = stage_weights(tune).state, read_weights(tune.initial).state
+    for name in names:
+        parts = [donor[name] for donor in donors] + [written[name]]
+        if name.endswith(".up"):  # their own alpha / rank over the conversion's 16 / 2
+            parts = [part * scale for part, scale in zip(parts, (4 / 16, 2 / 16, 8 / 16))]
+        torch.testing.assert_close(state[name], torch.cat(parts, 1 if name.endswith(".up") else 0), rtol=0, atol=0)
+    routers = [name for name in state if name.endswith("updates.router.weight")]
+    fresh = stage_model(tune)
+    assert routers and all(not torch.equal(state[name], fresh.get_parameter(name)) for name in routers)
+    assert all(torch.equal(state[name], first[name]) for name in first if not name.startswith("blocks.0.mixer."))
+
+    few = conversion(data, tmp_path, teacher, convert__tune__routing=routing | {"updates": runs})
+    with pytest.raises(ConfigError, match=r"routing\.updates = .*: names 2, and convert\.tune\.routing\.num_experts=3"):
+        check_conversion(few, 1)
+    for changes, message in (
+        ({"updates": [*runs, str(teacher)]}, "has not one low-rank update"),
+        ({"updates": [*runs, str(tmp_path / "nothing")]}, "holds no checkpoint"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            write_start(conversion(data, tmp_path, teacher, convert__tune__routing=routing | changes))
+    wider = conversion(data, tmp_path, teacher, convert__tune__routing=routing | {"updates": runs, "num_experts": 2})
+    with pytest.raises(ValueError, match=r"has rank 2, and convert\.tune\.rank=4"):
+        write_start(wider.model_copy(update={"convert": with_tune(wider, rank=4)}))
+
+
+def with_tune(config: RunConfig, **changes: object) -> ConvertConfig:
+    assert config.convert is not None and config.convert.tune is not None
+    tune = config.convert.tune.model_copy(update=changes)
+    return config.convert.model_copy(update={"tune": tune})
+
+
+def stage_model(stage: ConversionStage) -> HybridModel:
+    """The stage's model with the first weights of its router."""
+    config = stage.config
+    return HybridModel(config.model, single_rank_groups(), seed=config.train.seed)
 
 
 def check_what_sources_choose(config: RunConfig, result: Weights, capsys: pytest.CaptureFixture[str]) -> None:

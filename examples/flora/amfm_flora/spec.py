@@ -1,0 +1,7 @@
+"""What configurations know of FLoRA; read without torch's models."""
+
+from __future__ import annotations
+
+from amfm.pretrain.convert.adapters import AdapterSpec
+
+SPEC = AdapterSpec("flora", "amfm_flora.flora:FLORA")
