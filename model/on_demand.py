@@ -60,7 +60,7 @@ class OnDemand(Mapping[str, Tensor]):
         return name in self.sources
 
     def shape(self, name: str) -> Shape:
-        """Shape of a tensor; makes none."""
+        """Shape of a tensor, without making it."""
         return self.sources[name].shape
 
     def rows(self, name: str, rows: tuple[int, int] | None) -> Tensor:

@@ -78,7 +78,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def look_ahead(batch: Batch, num_depths: int) -> tuple[Ahead, ...]:
-    """Shift the batch's rows for each depth of multi-token prediction; nothing for none."""
+    """Shift the batch's rows, once for each depth of multi-token prediction; empty without depths."""
     rows = batch.tokens_BT, batch.labels_BT, batch.document_ids_BT
     return tuple(Ahead.of_rows(*rows, depth) for depth in range(1, num_depths + 1))
 

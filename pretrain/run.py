@@ -124,7 +124,7 @@ class Run:
 
     @property
     def heartbeat(self) -> Heartbeat:
-        """This rank's signs of life."""
+        """The heartbeat of this rank."""
         return self.phases.heartbeat
 
     def clock(self, phase: str) -> AbstractContextManager[object]:

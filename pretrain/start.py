@@ -118,7 +118,7 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
 
 
 def note_compiling(run: Run, report: Report, what: str) -> None:
-    """Tell report and heartbeat what is compiled: each part gets the heartbeat's patience."""
+    """Tell report and heartbeat what is being compiled; the heartbeat's time limit starts again with each part."""
     report(what)
     run.heartbeat.at(run.progress.step, "compile")
 

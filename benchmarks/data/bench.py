@@ -128,7 +128,7 @@ def _open_readers(
 
 
 def time_readers(settings: BenchData, readers: Sequence[Reader], report: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Time readers in turns; returns medians of CPU and wall microseconds a sample, one row a reader.
+    """Time readers in turns; returns medians of CPU and wall microseconds per sample, one row per reader.
 
     The first round warms up and is not counted. Ratios are to megatron-core's GPTDataset.
     """

@@ -131,7 +131,7 @@ def with_depths(model: ModelConfig, depths: str) -> ModelConfig:
 
 
 def sent_rows(moe: MoeConfig, expert_ranks: int, gpus_per_node: int) -> float:
-    """Of rows sent once to each rank, the part that travels where a token is sent once a node; all of them inside a node."""
+    """Of rows sent once to each rank, the part that travels where a token is sent once per node; all of them inside a node."""
     if expert_ranks <= gpus_per_node:
         return 1.0
     return expected_ranks(moe, expert_ranks // gpus_per_node) / expected_ranks(moe, expert_ranks)

@@ -173,7 +173,7 @@ PUBLISHED = (
 )
 
 # In FP8, planned by a recipe and outside of the fits. All linear layers take it there, attention's too, and weights are quantised
-# once a step.
+# once per step.
 FP8_BLOCKS = ("low_precision.recipe=fp8_block", "low_precision.quantize_weights=each_step")
 PUBLISHED_FP8 = (
     PublishedRun(

@@ -67,7 +67,7 @@ def time_step(variant: Variant, tokens_BT: torch.Tensor, labels_BT: torch.Tensor
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to do a step: `run` takes tokens and labels [B, T] and returns the loss a token."""
+    """One way to do a step: `run` takes tokens and labels [B, T] and returns the loss per token."""
 
     name: str
     run: Callable[[torch.Tensor, torch.Tensor], float]

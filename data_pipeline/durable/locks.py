@@ -15,7 +15,7 @@ from typing import IO
 def take_lock(path: Path, *, wait: bool) -> IO[bytes] | None:
     """Hold a lock file until the result is closed; None when another process holds it and `wait` is false.
 
-    The file is made if it is absent, and is never written or cut: through a link that someone put in its place that
+    The file is made if it is absent, and is never written or truncated: through a link that someone put in its place that
     would hit another file. A link is refused (OSError, ELOOP). The lock belongs to the open file, which a child inherits
     by fork but not over exec.
     """

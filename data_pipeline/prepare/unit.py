@@ -159,7 +159,7 @@ class _UnitWriter:
             self.covered_bytes += reader.covered_bytes
 
     def _is_duplicate(self) -> bool:
-        """Whether the next document is on the list of copies; must be asked once a document, in order."""
+        """Whether the next document is on the list of copies; must be asked once per document, in order."""
         self.places += 1
         return self.places - 1 in self.skips
 

@@ -1,6 +1,6 @@
 """Keyed shuffles that need no memory: position in an epoch -> window, and every position can be asked for alone.
 
-A shuffled list of a store's windows would take gigabytes a rank and minutes at each start. A block cipher on the range of
+A shuffled list of a store's windows would take gigabytes per rank and minutes at each start. A block cipher on the range of
 positions is a permutation by construction, its key is the epoch, and any position costs the same. Statistical quality is
 what is asked of it, and not secrecy: six rounds with a multiplicative mixer.
 

@@ -45,7 +45,7 @@ LOCATED_AHEAD = 512  # samples: from here on the cost of a place is that of its 
 
 
 class NoRowsError(ValueError):
-    """The sources have no row of a split: no documents, or none as long as a row."""
+    """No source has a row for a split: it has no documents, or none as long as a row."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class SampleReader:
         self._check_cache()
 
     def rows_per_epoch(self, source: str, sequence_length: int | None = None) -> int:
-        """Count the rows of one pass over a source; sequence_length: by default that with which the source begins."""
+        """Count the rows of one pass over a source; sequence_length defaults to the one that the source starts with."""
         length = sequence_length or next(p.sequence_length for p in self.settings.phases if source in p.weights)
         return int(self._row_bounds[source, length][-1])
 

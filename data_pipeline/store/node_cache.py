@@ -1,6 +1,6 @@
 """Parts of a remote store on this node's disk: fetched by blocks, checked by digest, the least recently used go first.
 
-All processes of a node share the folder. A block is fetched once a node and serves the windows that lie in it, so a
+All processes of a node share the folder. A block is fetched once per node and serves the windows that lie in it, so a
 sample costs a request only when it opens a new block.
 
 There is no index to keep consistent: a block's file is named by a digest of what it holds (URL, content, block size,

@@ -77,7 +77,7 @@ class RemoteFolder:
             return _describe(library.head(client, name), name)
 
     def list(self) -> Iterator[ObjectFacts]:
-        """List every object below the folder, a thousand a request."""
+        """List every object below the folder, a thousand per request."""
         with self._explained("") as (library, client):
             for page in library.list(client):
                 yield from (_describe(item, item["path"]) for item in page)

@@ -76,7 +76,7 @@ def write_part(
 
 
 def _declare_arrays(layout: Layout) -> tuple[tuple[str, str, int], ...]:
-    """(name, dtype, values a chunk) of the arrays of a part."""
+    """(name, dtype, values per chunk) of the arrays of a part."""
     return (
         ("tokens", layout.dtype, layout.chunk_tokens),
         ("document_ends", "uint64", DOCUMENT_CHUNK),

@@ -69,7 +69,7 @@ def window_sums_torch(
 ) -> WindowSums:
     """As `window_attention_torch`, with the largest score and the mass, which PyTorch's attention does not give.
 
-    By products of its own in the same blocks: memory for [L, 2 L] scores a block and head, kept for backward.
+    By products of its own in the same blocks: memory for [L, 2 L] scores per block and head, kept for backward.
     """
     q, k, v, mask = _cut_blocks(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, window)
     num_blocks, heads, block, _ = q.shape

@@ -96,7 +96,7 @@ def linear_attention_problem(inputs: Inputs, tokens: int, heads: int, size: int)
 
 
 def counted_problems() -> Iterator[CountedProblem]:
-    """Rows long enough that what is written once a row weighs as little as in production.
+    """Rows long enough that what is written once per row weighs as little as in production.
 
     Each goal is one of a policy: forward's where backward walks the row again, backward's where the states are kept.
     """

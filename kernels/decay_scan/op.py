@@ -264,7 +264,7 @@ def check_mamba2(
 
 
 def scan_flops(B: int, T: int, H: int, G: int, K: int, V: int, *, chunk_size: int, backward: bool = False) -> int:
-    """Floating-point operations of the chunked form with q k^T taken once a group.
+    """Floating-point operations of the chunked form with q k^T taken once per group.
 
     A token costs 2 Q K G for q k^T, 2 Q V H inside the chunk and 4 K V H for the state; backward 6 Q K G + 4 Q V H +
     10 K V H (its own products, and the states walked again).

@@ -38,7 +38,7 @@ CHUNK_SIZE, STATE_SIZE = 64, 128
 def delta_problem(
     inputs: Inputs, rows: int, tokens: int, key_heads: int, heads: int, size: int, text: str | None = None
 ) -> Problem:
-    """Gated, one step a token, heads / key_heads value heads a key head; `text` describes heads and states.
+    """Gated, one step per token, heads / key_heads value heads per key head; `text` describes heads and states.
 
     Leaves: q [B, T, G, K], k [B, T, 1, G, K] of length 1, v [B, T, 1, H, K], beta [B, T, 1, H] and g [B, T, H],
     the last two float32. The peer takes a key head for each head, so its call repeats them.
@@ -75,7 +75,7 @@ def delta_problem(
 
 
 def counted_problems() -> Iterator[CountedProblem]:
-    """One row, with two value heads a key head and states as Qwen3-Next has them."""
+    """One row, with two value heads per key head and states as Qwen3-Next has them."""
     text = f"2 key heads, 4 heads, states of {STATE_SIZE} x {STATE_SIZE}, chunks of {CHUNK_SIZE}"
     problem = delta_problem(bfloat16_inputs(), 1, 1024, 2, 4, STATE_SIZE, text)
     yield CountedProblem(

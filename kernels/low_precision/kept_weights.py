@@ -1,4 +1,4 @@
-"""Codes of weights that are made once a step and kept for all its passes.
+"""Codes of weights that are made once per step and kept for all its passes.
 
 A weight is quantised wherever a product reads it: 3 bytes a number for each product of each micro-batch, which for experts with
 few rows takes longer than the products. Between the first forward pass of a step and its update weights stay as they are. Who

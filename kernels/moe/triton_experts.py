@@ -5,7 +5,7 @@ gradient, two weight gradients, up, sum. Saved: x and the hidden rows before the
 
 The host knows how many pairs there are, not how they fall on experts: reading the counts would make each layer
 wait for the device. Grids take the upper bound of tiles instead, one more for each expert, and programs without
-a tile end at once. Which rows a tile has is listed once a layer, for all products of both passes.
+a tile end at once. Which rows a tile has is listed once per layer, for all products of both passes.
 
 Rows come in one of three ways: of tokens, gathered by sorted pair, whose results are summed by weight; of rows that lie in
 another order, to which results return (those that ranks sent, sorted by sender); or sorted already.

@@ -1,7 +1,7 @@
 """Products of rows sorted by expert, with the activation and its gradient in their epilogues.
 
 Tiles of rows never span two experts. How many tiles each expert has is only known on the device, so the grid has an
-upper bound of them; which expert a tile has and where it begins is listed once a layer (`counting_sort.list_tiles`), and
+upper bound of them; which expert a tile has and where it begins is listed once per layer (`counting_sort.list_tiles`), and
 programs beyond the last tile end at once.
 
 Weights of choices are applied to the activation, which is usually narrower than the output, and rows of x are

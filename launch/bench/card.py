@@ -172,7 +172,7 @@ def compare_memory(job: Job) -> dict[str, Any]:
 
 
 def time_first_start(job: Job) -> dict[str, Any]:
-    """Seconds of a start and one step with empty caches, where kernels are checked and compiled, and with those it has filled."""
+    """Seconds of a start and one step with empty caches, where kernels are checked and compiled, and again with filled ones."""
     result: dict[str, Any] = {"first_start": {}, "faults": []}
     for name in job.configs:
         caches = job.folder / f"{name}_caches"

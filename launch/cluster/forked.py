@@ -83,7 +83,7 @@ def count_threads() -> int:
 class ForkedRank:
     """A rank that runs a function in a fork of this process, with the parts of `subprocess.Popen` that launchers use.
 
-    environment: its variables. is_first: it keeps the terminal; of the others standard output is dropped, and standard error
+    environment: its variables. is_first: it keeps the terminal; standard output of the others is dropped, and standard error
     comes through `stderr`. `resets`: signals that get their defaults back. The function's result is the exit code.
     """
 

@@ -69,7 +69,7 @@ class NodeServer:
         self.failed_at: float | None = None
 
     def serve(self) -> None:
-        """Obey orders and look after the ranks, until standard input ends."""
+        """Carry out orders and watch the ranks until standard input ends."""
         tell(ready=True, reason=self.reason)
         received = b""
         while True:

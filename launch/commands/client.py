@@ -58,10 +58,12 @@ def print_check(export: Path, report: ClientReport) -> None:
 
 
 def require_equal(report: ClientReport | None) -> None:
-    """Raise RuntimeError for a program that does not read the export as transformers does."""
+    """Raise for a program that does not read the export as transformers does: ValueError where that is known of it,
+    since another try cannot help, else RuntimeError.
+    """
     if report is not None and report.outcome != "equal":
         cause = report.expected or "; ".join(report.problems) or report.error
-        raise RuntimeError(
+        raise (ValueError if report.expected else RuntimeError)(
             f"{report.client} does not read this export as transformers does ({report.outcome}): {cause}"
         )
 

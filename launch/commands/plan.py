@@ -73,7 +73,7 @@ TimelineOption = Annotated[
     Path | None,
     typer.Option(
         metavar="OUT.json",
-        help="With --trace: write a timeline of every pipeline stage for Perfetto.",
+        help="With --trace: write a timeline of every pipeline stage for Perfetto; --picture draws it too.",
     ),
 ]
 
@@ -131,7 +131,7 @@ def plan(
     traced = trace_ranks(config, gpus, hardware, rank, stage, events=timeline is not None) if trace else []
     steps = lay_out_steps(traced, hardware, assumptions, timeline) if timeline is not None else []
     if picture is not None:
-        draw(made, traced, assumptions, picture)
+        draw(made, traced, [line for line, _ in steps], assumptions, picture)
     if write:
         write_winner(made, path)
     if as_json:
@@ -166,13 +166,13 @@ def traced_as_dict(traced: list[TracedRank], steps: list[tuple[Timeline, StepTim
     return {"trace": found} if found else {}
 
 
-def draw(made: Plan, traced: list[TracedRank], assumptions: Assumptions, path: Path) -> None:
-    """Draw the memory of traced ranks, or the plan where none were traced."""
+def draw(made: Plan, traced: list[TracedRank], timelines: list[Timeline], assumptions: Assumptions, path: Path) -> None:
+    """Draw the memory of traced ranks and the timelines that there are, or the plan where no rank was traced."""
     from amfm.launch.plan.picture import draw_plan
     from amfm.launch.simulate.picture import draw_trace
 
     if traced:
-        draw_trace(traced, path)
+        draw_trace(traced, timelines, path)
     else:
         draw_plan(made, assumptions, path)
     say(f"wrote {path}")

@@ -152,7 +152,7 @@ class Layout:
         return {"micro_batch_size": self.micro_batch_size, "recompute": name, "recompute_blocks": blocks}
 
     def describe(self) -> str:
-        """The layout in one line of `key=value` overrides, values at their smallest left out."""
+        """The layout as one line of `key=value` overrides, without the values that are at their minimum."""
         parts = [
             f"{name}={str(value).lower()}"
             for name, value in self.settings().items()

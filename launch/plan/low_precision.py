@@ -2,7 +2,7 @@
 
 Products of a weight with a recipe run at that recipe's peak, and around them operands are quantised: activations and their
 gradients in a separate pass that writes codes along both dimensions, weights once for each product that reads them, or
-once a step. Memory is planned as without, but for codes of weights that are kept: codes of inputs take less than the
+once per step. Memory is planned as without, but for codes of weights that are kept: codes of inputs take less than the
 bf16 that is counted for them.
 """
 

@@ -1,4 +1,4 @@
-"""What Muon adds to a plan: the matrices that a pipeline stage holds, and the arithmetic of orthogonalising them once a step.
+"""What Muon adds to a plan: the matrices that a pipeline stage holds, and the arithmetic of orthogonalising them once per step.
 
 Read off a model on the meta device, from the list that the optimizer itself steps by (model/matrices.py), so that experts,
 heads and segments count as they are. Matrices that tensor ranks cut count as cut evenly; those along whose short side they

@@ -3,7 +3,7 @@
 A graph replays one list of launches with the scalars, sizes and addresses that it was captured with. So a kind of block can be
 captured if its passes read nothing on the host, and launch the same kernels with the same grids and scalars, and allocate the
 same sizes, in a step whose rows hold other documents: from the same memory the same allocations get the same addresses. The
-simulated rank takes two steps, of which the first has more documents a row than the second; of every kind of block the
+simulated rank takes two steps, of which the first has more documents per row than the second; of every kind of block the
 launches of all its passes are compared in order. What is not seen: whether libraries' own kernels can be captured.
 """
 

@@ -5,8 +5,8 @@ operation takes the longer of its arithmetic and its bytes, a collective the sec
 declared links (`launch/plan/exchanges/seconds.py`). An exchange begins when its axis is free and what the rank computed before
 it is done; where the trace waits for one, computing continues at its end. A receive ends when the send of the traced
 rank that it belongs to has ended; of a rank that was not traced it is taken to be there in time. Weights that a step
-gathers and the next one awaits are laid out at its beginning, as they are in every step but the first. Nothing is said
-of the host.
+gathers and the next one awaits are laid out at its beginning, as they are in every step but the first. The host is
+left out.
 
 `write_timeline` gives Chrome's trace event format, which Perfetto (https://ui.perfetto.dev) opens.
 """
@@ -207,7 +207,7 @@ def planned_step(entry: TracedRank, hardware: Hardware, assumptions: Assumptions
 
 
 def compare_seconds(line: Timeline, planned: StepTime) -> dict[str, tuple[float, float]]:
-    """Seconds of a step by part, planned and laid out; parts add up to the whole on both sides."""
+    """Seconds of a step by part, from the plan and from the timeline; each column adds up to its step."""
     found: dict[str, tuple[float, float]] = {}
     for kind in dict.fromkeys([*planned.compute, *line.busy]):
         if kind != OUTSIDE:

@@ -226,7 +226,7 @@ def predicted_bytes(entry: TracedRank) -> dict[tuple[str, str], float] | str:
 
 
 def traced_bytes(entry: TracedRank) -> dict[tuple[str, str], dict[str, int]]:
-    """Bytes that this rank handed in, by (axis, collective): in the passes, and once a step."""
+    """Bytes that this rank handed in, by (axis, collective): in the passes, and once per step."""
     found: dict[tuple[str, str], dict[str, int]] = {}
     for row in entry.traced["traffic"]:
         place = found.setdefault((row["axis"], row["collective"]), {"passes": 0, "once a step": 0})

@@ -1,6 +1,6 @@
 """Results of a study: what finished runs measured, cell by cell and as one table of mixers and ratios.
 
-How it works: run directories are the only source: a cell is finished when its report data say so and its configuration
+How it works: run directories are the only source. A cell is finished if its report data say so and its configuration
 is the one that the study gives it. Numbers of a run with other settings are refused rather than mixed in.
 """
 

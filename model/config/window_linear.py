@@ -19,7 +19,7 @@ LinearPositions = Literal["none", "rotary"]
 
 
 class Branches(NamedTuple):
-    """The form of a window_linear mixer, with nothing left open."""
+    """The form of a window_linear mixer, with every option resolved."""
 
     features: Features
     gate: DecayGate

@@ -24,7 +24,7 @@ from amfm.model.parallel.shards import Shard, ShardSpec, divide_units
 
 
 class DeltaNetMixer(LinearMixer):
-    """q and k of unit length a head, v, and a strength beta = sigmoid(b): S <- (I - beta k k^T) S + beta k v^T.
+    """q and k of unit length per head, v, and a strength beta = sigmoid(b): S <- (I - beta k k^T) S + beta k v^T.
 
     q, k and v pass the short convolution with SiLU, q is scaled by 1 / sqrt(K), each head's output is normed.
     Source: Yang et al. 2024, arXiv 2406.06484, section 3.
@@ -99,7 +99,7 @@ class GatedDeltaNetMixer(DeltaNetMixer):
 
 
 class DeltaProductMixer(DeltaNetMixer):
-    """num_steps delta rules a token, so that one token's transition is a product of as many reflections.
+    """num_steps delta rules per token, so that one token's transition is a product of as many reflections.
 
     Source: Siems et al. 2025, arXiv 2502.10297, section 3.
     """

@@ -151,7 +151,7 @@ class MambaState(NamedTuple):
 
 
 class AttentionCache(NamedTuple):
-    """Of one attention block: the keys and values of all tokens so far, k_BSJK and v_BSJK [B, S, kv heads, head_dim]."""
+    """Cache of one attention block: the keys and values of all tokens so far, k_BSJK and v_BSJK [B, S, kv heads, head_dim]."""
 
     k_BSJK: Tensor
     v_BSJK: Tensor

@@ -34,7 +34,7 @@ class MalaMixer(FeatureMapMixer):
         self.norm = GatedHeadNorm(self.value_dim, build)
 
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
-        """Features elu + 1; two queries a head, one for keys and one for the sums. Pointwise in time.
+        """Features elu + 1; two queries per head, one for keys and one for the sums. Pointwise in time.
 
         In float32 for bf16: the output is a difference of two large numbers.
         """

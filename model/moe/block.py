@@ -63,7 +63,7 @@ class MoeMixer(Mixer):
 
     Auxiliary losses come weighted, by name: `balance`, `sequence_balance`, `router_z`. Each is a mean over the tokens (or
     rows) of its micro-batch. A model sums them over its blocks; a step averages them over the micro-batches of all data
-    ranks and adds them to the mean loss a token.
+    ranks and adds them to the mean loss per token.
     """
 
     def __init__(self, moe: MoeConfig, build: BuildContext) -> None:

@@ -1,6 +1,6 @@
 """Room for the rows of spread experts: as many places as an uneven router fills, so that the host need not count rows.
 
-How many rows go where follows from the router, and a host that must know waits for the device once a block. With room every
+How many rows go where follows from the router, and a host that must know waits for the device once per block. With room every
 pair of ranks exchanges, and every rank computes, a number of places that follows from sizes alone: `shares` times what an even
 router fills, and no more than any router can. Counts stay on the device, empty places are left alone by the products, and
 each rank notes there whether rows or choices had no place. The step reads that with everything else that it reports: where it

@@ -44,7 +44,7 @@ def training_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def longest_lookback(config: RunConfig) -> tuple[int, str]:
-    """Find the most tokens before a segment that a block reads, and the setting that says so; (0, "") for none."""
+    """Find how many tokens before its segment a block reads at most, and the setting that decides it; (0, "") for none."""
     found = []
     for kind, options in kinds_in_use(config):
         tokens, field = options.lookback()

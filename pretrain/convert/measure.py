@@ -126,7 +126,7 @@ class Ruler:
         shares: dict[int, float] | None = None,
         routed: dict[str, RoutedSource] | None = None,
     ) -> float:
-        """Mean loss a token; `shares` is filled with the linear branch's share of the mass by block, `routed` by source."""
+        """Mean loss per token; `shares` is filled with the linear branch's share of the mass by block, `routed` by source."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, train = weights.build(backend="auto", device=device), self.config.train
         mixers = {

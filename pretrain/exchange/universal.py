@@ -207,7 +207,7 @@ class UniversalFolder:
         self.names = GptNames(model, gpt, find_blocks(model.attention, read_common(states).get("args"), states))
 
     def key_of(self, kind: str, name: str) -> str:
-        """The file of a tensor of ours below the folder of the tag, and which part of it where it has several."""
+        """The file that holds a tensor of ours, below the folder of the tag, and which part of it if it holds several."""
         theirs = self.names.theirs(name)
         return place_of(kind, theirs) + (f" ({name})" if theirs.endswith(FUSED) else "")
 

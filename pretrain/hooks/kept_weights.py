@@ -1,4 +1,4 @@
-"""Weights quantised once a step (kernels/low_precision/kept_weights.py): between its first pass and its update they stay as they are."""
+"""Weights quantised once per step (kernels/low_precision/kept_weights.py): between its first pass and its update they stay as they are."""
 
 from __future__ import annotations
 

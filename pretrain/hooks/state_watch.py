@@ -17,7 +17,7 @@ from amfm.pretrain.step_sums import StepResult
 
 
 def build_state_watch(run: Run) -> list[Hook]:
-    """The hook, where the run asks for it."""
+    """Build the hook if the run asks for it."""
     every = run.config.health.check_state_every_steps
     return [] if every is None else [StateWatchHook(run, every)]
 

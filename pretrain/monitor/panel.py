@@ -28,7 +28,7 @@ AVERAGED_STEPS = 20
 
 
 class RunState:
-    """What is known of a run from its lines: the newest step, the curve of its loss, its pace, its newest checkpoint.
+    """What the lines of a run tell about it: newest step, curve of the loss, pace and newest checkpoint.
 
     `first_step`, `last_step`: where this start of the run begins and ends. `began`: when it started, seconds since the
     epoch, None while that is not known. `status` is its own line at the panel's foot.

@@ -118,7 +118,7 @@ def held_pieces(config: RunConfig, parallel: Parallel) -> tuple[Piece, ...] | No
 def build_pipeline(config: RunConfig, parallel: Parallel, engine: ZeroEngine) -> Pipeline | None:
     """Wrap the engine's model into pipeline stages; None without a pipeline.
 
-    The engine hears of gradients that a schedule adds by hand, because its float32 sums come from autograd's hooks.
+    The engine is told of gradients that a schedule adds by hand, because its float32 sums come from autograd's hooks.
     """
     if config.parallel.pipeline == 1:
         return None

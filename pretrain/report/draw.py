@@ -1,6 +1,6 @@
 """Draws plots with matplotlib: for pictures, and as inline SVG for readers whose browser runs no script.
 
-For the page a plot is drawn in stand-in colours that occur nowhere else; `themed` replaces them by variables of the
+For the page, a plot is drawn in placeholder colours that occur nowhere else; `themed` replaces them with variables of the
 style sheet, so that one SVG serves light and dark. Text stays text (`svg.fonttype: none`): it is small, can be searched
 and takes the page's font. Long curves are thinned to MAX_POINTS points.
 """

@@ -76,7 +76,7 @@ MEASURES = (
 
 
 def overlay_plots(records: Sequence[RunRecord]) -> list[Plot]:
-    """Make a plot of each measure that any of the runs has, one curve a run."""
+    """Make a plot of each measure that any of the runs has, one curve per run."""
     names = name_runs(records)
     plots = []
     for measure in MEASURES:

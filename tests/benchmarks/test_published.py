@@ -70,7 +70,7 @@ def test_a_dispatcher_sends_a_token_once_a_node(anchors):
     moe = next(anchor.config.model.moe for anchor in anchors if anchor.published.preset == "nemotron3_super_120b")
     nodes = 8 * (1 - comb(512 - 64, 22) / comb(512, 22))
     assert sent_rows(moe, 64, 8) == pytest.approx(nodes / (64 * (1 - comb(512 - 8, 22) / comb(512, 22))))
-    # Inside one node once a rank, as amfm sends.
+    # Inside one node once per rank, as amfm sends.
     assert sent_rows(moe, 8, 8) == 1.0
 
 

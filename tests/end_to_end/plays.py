@@ -27,7 +27,7 @@ def play_bytes(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def mean_loss(output: ModelOutput) -> Tensor:
-    """The language model's loss a byte."""
+    """The language model's loss per byte."""
     return output.loss.total / (ROWS * TOKENS)
 
 

@@ -21,7 +21,7 @@ TWO_RANKS_MORE: Cases = [("bf16", 0), ("bf16", 2), *(("float32", stage) for stag
 
 
 def train_all_cases(cases: Cases, data: DataConfig, folder: str, stop_after_steps: int | None) -> list[Trained]:
-    """Every precision and stage in its own run directory, two micro-batches a rank and step where there are two ranks."""
+    """Every precision and stage in its own run directory, two micro-batches per rank and step where there are two ranks."""
     return [
         train_and_collect(
             tiny_config(

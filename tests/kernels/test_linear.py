@@ -112,7 +112,7 @@ def test_a_weight_gradient_lands_in_its_sum_unrounded_and_autograd_gets_none(ope
         y.backward(grad)
         if place.passes == 1:
             assert torch.equal(x.grad, wanted_x) and torch.equal(place.sum.to(dtype), wanted)
-    assert fired == [None] * 3 and place.passes == 3, "autograd comes to the weight once a pass, without a gradient"
+    assert fired == [None] * 3 and place.passes == 3, "autograd comes to the weight once per pass, without a gradient"
     exact = torch.einsum("pbto,bti->oi", grads.double(), x.detach().double())
     assert (place.sum - exact).norm() <= 1e-6 * exact.norm(), "float32: sums of 378 products"
     with gradients_by_autograd():

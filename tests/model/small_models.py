@@ -57,7 +57,7 @@ def packed_batch(document_lengths=((7, 1, 12, 3), (23,)), vocab_size=40, seed=0)
 
 
 def loss_of(output):
-    """Mean loss a row of labels plus the auxiliary losses: one scalar that every gradient passes."""
+    """Mean loss per row of labels plus the auxiliary losses: one scalar that every gradient passes."""
     return output.loss.total / 10 + sum(output.auxiliary.values())
 
 

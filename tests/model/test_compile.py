@@ -23,7 +23,7 @@ def count_graph_breaks(pattern, dtype):
 def assert_compiled_equals_eager(pattern, compiler, **moe_changes):
     weights = {"auxiliary_loss_weight": 0.1, "sequence_loss_weight": 0.1, "z_loss_weight": 0.1}
     moe = MOE.model_copy(update=weights | moe_changes)
-    # Two chunks a row: each is unrolled into the graph.
+    # Two chunks per row: each is unrolled into the graph.
     config = small_config(pattern, moe=moe, mamba=MAMBA.model_copy(update={"chunk_size": 16}))
     eager, compiled = (small_model(config, dtype=torch.float32) for _ in range(2))
     torch._dynamo.reset()

@@ -16,15 +16,15 @@ class LongVqOptions(MixerOptions):
     head_dim: int = Field(64, gt=0, description="Channels of a head's queries and keys, which share a projection.")
     value_head_dim: int = Field(gt=0, description="Channels of a head's values and of their gate.")
     window: int = Field(64, gt=0, description="Keys that have a bias by distance, the token's own among them.")
-    num_codes: int = Field(64, gt=1, description="Codes a head.")
-    averages: int = Field(2, gt=0, description="Moving averages a channel of the stream.")
+    num_codes: int = Field(64, gt=1, description="Codes per head.")
+    averages: int = Field(2, gt=0, description="Moving averages per channel of the stream.")
     commit_weight: float = Field(
         0.1,
         ge=0,
         description="Of the loss that draws keys and their codes together; 0: none, and codes learn from scores alone.",
     )
     chunk_size: int = Field(
-        64, gt=0, description="Tokens a chunk of the scans; changes speed and rounding, not meaning."
+        64, gt=0, description="Tokens per chunk of the scans; changes speed and rounding, not meaning."
     )
 
     def cut_evenly(self) -> dict[Axis, dict[str, int]]:

@@ -12,7 +12,7 @@ class RelativeAttentionOptions(MixerOptions):
     """Softmax attention whose scores add what the query says to a learned vector of the distance."""
 
     num_heads: int = Field(gt=0, description="Heads.")
-    head_dim: int = Field(64, gt=0, description="Channels a head.")
+    head_dim: int = Field(64, gt=0, description="Channels per head.")
     max_distance: int = Field(
         512, gt=0, description="Distances with their own vector; what is further shares the last one."
     )

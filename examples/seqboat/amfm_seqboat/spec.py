@@ -22,7 +22,7 @@ class SeqBoatOptions(MixerOptions):
     attention: Literal["softmax", "relu2"] = Field(
         "softmax", description="Its weights: softmax, or relu(q k / window + bias)^2."
     )
-    averages: int = Field(2, gt=0, description="Moving averages a channel of the stream.")
+    averages: int = Field(2, gt=0, description="Moving averages per channel of the stream.")
     capacity: float = Field(
         1.0,
         gt=0,
@@ -30,7 +30,7 @@ class SeqBoatOptions(MixerOptions):
         description="Share of a row that may be active at most; later tokens stay out. Not in decoding.",
     )
     chunk_size: int = Field(
-        64, gt=0, description="Tokens a chunk of the averages; changes speed and rounding, not meaning."
+        64, gt=0, description="Tokens per chunk of the averages; changes speed and rounding, not meaning."
     )
 
     def cut_evenly(self) -> dict[Axis, dict[str, int]]:

@@ -21,7 +21,7 @@ def states_bytes(mamba: Mamba2Config, rows: int, context: int, tensor: int, widt
 
 
 def handed_states(mamba: Mamba2Config, rows: int, tensor: int) -> int:
-    """Bytes that a rank hands to a block's two all-gathers: float32 states and decays of two segments a row.
+    """Bytes that a rank hands to a block's two all-gathers: float32 states and decays of two segments per row.
 
     Independent of the row's length, which is the point of passing states.
     """

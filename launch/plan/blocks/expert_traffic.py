@@ -68,7 +68,7 @@ def sent_rows(config: RunConfig, layout: Layout) -> float:
 def has_certain_ranks(moe: MoeConfig, expert_ranks: int) -> bool:
     """Whether a token's choices lie on equally many ranks whatever a router chooses.
 
-    So they do with one choice, with one expert a rank, and with this many choices that no rank is left out.
+    So they do with one choice, with one expert per rank, and with this many choices that no rank is left out.
     """
     held = moe.num_experts // expert_ranks
     return moe.top_k == 1 or held == 1 or moe.top_k > moe.num_experts - held

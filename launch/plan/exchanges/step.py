@@ -161,7 +161,7 @@ def built_stage(config: RunConfig, stage: int) -> HybridModel:
 
 
 def gradient_exchanges(config: RunConfig, layout: Layout, model: HybridModel) -> list[Exchange]:
-    """Gradient exchanges of one stage, once a step.
+    """Gradient exchanges of one stage, once per step.
 
     First partial sums over their own axis, then each parameter group's reduction over the ranks that share its weights.
     """

@@ -7,7 +7,7 @@ decay (Liu et al. 2025, arXiv 2502.16982, section 2.2). Under muP s = update_rms
 step's spectral norm then follows the shape (Yang et al. 2023, arXiv 2310.17813, section 2), so activations change alike at
 every width, whichever of the two sides grows, and the rate needs no rule of its own. M, U and W are elementwise on whatever ranges of matrices ZeRO left
 to this rank; for O they go to the matrix's owner and come back (exchange.py). So whole matrices are orthogonalised under
-every ZeRO stage and layout, once a step, and the step is that of one rank.
+every ZeRO stage and layout, once per step, and the step is that of one rank.
 
 DeepSpeed steps one parameter group after the other, so each is exchanged on its own.
 """
@@ -61,7 +61,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Step the groups of this call, which DeepSpeed may narrow to one."""
+        """Step the parameter groups of this call; DeepSpeed may pass one at a time."""
         assert closure is None, "gradients come from the engine"
         groups = self.param_groups
         self.param_groups = [group for group in groups if group["label"] != MUON]

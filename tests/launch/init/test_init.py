@@ -2,11 +2,7 @@
 
 import itertools
 import json
-import os
-import pty
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +18,7 @@ from amfm.model.flops import count_parameters
 from amfm.model.huggingface.targets import choose_target
 from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.file import load_config
+from tests.terminal import CTRL_C, Terminal
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PRESETS = {
@@ -151,16 +148,21 @@ def test_without_a_terminal_it_says_what_is_missing(tmp_path: Path, capsys: pyte
 
 
 def test_each_answer_is_judged_before_the_next_question(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "amfm.launch", "init", str(tmp_path / "run")]
-    main, other = pty.openpty()
-    with subprocess.Popen(command, stdin=other, stdout=subprocess.PIPE, stderr=other, text=True) as process:
-        os.write(main, f"7b\n20M\ngranit\n\n{tmp_path / 'nowhere'}\n".encode())
-        said = ""
-        while said.count("Text: a file") < 2:  # asked again, for the answer names no file
-            said += os.read(main, 2**12).decode()
-        process.kill()
-    os.close(other)
-    os.close(main)
+    terminal = Terminal("init", tmp_path / "run")
+    answers = {
+        "Size": "7b",
+        "7b must be one of": "20M",
+        "Style": "granit",
+        "granit must": "",
+        "Text": tmp_path / "nowhere",
+    }
+    for question, answer in answers.items():
+        terminal.expect(question)
+        terminal.type(f"{answer}\n")
+    terminal.expect("Text: a file", times=2)
+    terminal.type(CTRL_C)
+    said = terminal.screen
+    assert terminal.end() == 130
     assert "7b must be one of 20m" in said and "granit must be one of nemotron" in said and "nowhere" in said
     assert said.count("Size of the model") == 2 and said.count("Style") == 2 and "--size" not in said
 
@@ -192,13 +194,11 @@ def test_a_short_run_balances_its_experts_in_big_steps(tmp_path: Path, text: Pat
 
 @pytest.mark.slow
 def test_at_a_terminal_it_asks(tmp_path: Path, text: Path) -> None:
-    command = [sys.executable, "-m", "amfm.launch", "init", str(tmp_path / "run")]
-    main, other = pty.openpty()
-    with subprocess.Popen(command, stdin=other, stdout=subprocess.PIPE, stderr=other, text=True) as process:
-        os.write(main, f"150m\n\n{text}\n1xh100\n".encode())
-        assert process.wait(timeout=900) == 0
-    os.close(other)
-    os.close(main)
+    terminal = Terminal("init", tmp_path / "run")
+    for question, answer in {"Size": "150m", "Style": "", "Text": text, "Hardware": "1xh100"}.items():
+        terminal.expect(question)
+        terminal.type(f"{answer}\n")
+    assert terminal.end() == 0
     config = load_checked(tmp_path / "run" / "run.yaml", world_size=1)
     assert config.model == ModelConfig.model_validate(
         model_section("150m", "nemotron") | {"vocab_size": config.model.vocab_size}

@@ -4,11 +4,13 @@ import json
 import math
 
 import pytest
+from matplotlib.figure import Figure
 
 from amfm.launch.plan.estimate import Assumptions
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.memory import Memory
+from amfm.launch.simulate.picture import draw_streams
 from amfm.launch.simulate.timeline import compare_seconds, lay_out, planned_step, write_timeline
 from amfm.launch.simulate.trace import TracedRank
 from tests.launch.plan.presets import preset
@@ -73,6 +75,16 @@ def test_a_collective_runs_beside_what_is_computed_until_somebody_waits_for_it()
     spans = {(entry.lane, entry.name): (entry.start, entry.stop) for entry in line.slices}
     assert spans["dp_cp", "all_gather"] == pytest.approx((1.0, 2.0))
     assert spans["compute", "moe: aten.mm"] == pytest.approx((1.0, 1.25))
+
+
+def test_a_picture_shows_what_each_stream_does():
+    (line,) = lay_out([traced(0, computing(1), gather(1), computing(0.25, "E"), waiting(1))], SIMPLE)
+    axes = Figure().subplots()
+    draw_streams(axes, line)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["compute", "dp_cp"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mamba", "exchanges", "moe"]
+    ends = [bars.get_datalim(axes.transData).x1 for bars in axes.collections]
+    assert ends == pytest.approx([1000, 2000, 1250]) and axes.get_xlim() == (0, 2000)
 
 
 def test_collectives_of_one_axis_follow_each_other_and_those_of_two_do_not():

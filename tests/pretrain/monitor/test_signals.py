@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.terminal import CTRL_C, Terminal
 
 ROOT = Path(__file__).parents[3]
 # Waits as a rank does in a collective whose other side is gone: in C, where no Python handler runs.
@@ -53,54 +53,17 @@ def test_ctrl_c_at_a_terminal_saves_and_the_next_start_resumes_bit_for_bit(
     def command(directory: str, *more: str) -> list[str]:
         settings = ["configs/probes/mqar.yaml", f"run.dir={tmp_path / directory}", "train.steps=12"]
         settings += ["train.micro_batch_size=16", "train.validate_every_steps=null", "schedule.warmup_steps=2"]
-        return [sys.executable, "-m", "amfm.launch", "train", *settings, "--nproc", str(nproc), *more]
+        return ["train", *settings, "--nproc", str(nproc), *more]
 
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as users do
-    subprocess.run(command("whole"), cwd=ROOT, check=True)
-    process, terminal = start_at_terminal(command("cut"))
-    wait_for_step(tmp_path / "cut" / "metrics.jsonl", 3)
-    os.write(terminal, b"\x03")
-    assert process.wait(timeout=900) == 130
-    assert "stopping after this step and saving" in read_all(terminal)
-    subprocess.run(command("cut"), cwd=ROOT, check=True)
+    assert Terminal(*command("whole")).end() == 0
+    cut = Terminal(*command("cut"))
+    cut.wait_for_lines(tmp_path / "cut" / "metrics.jsonl", 3)
+    cut.type(CTRL_C)
+    assert cut.end() == 130
+    assert "stopping after this step and saving" in cut.screen
+    assert Terminal(*command("cut")).end() == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-
-
-def start_at_terminal(command: list[str]) -> tuple[subprocess.Popen[bytes], int]:
-    """A process whose controlling terminal is a new pseudo-terminal, so that Ctrl-C reaches its whole group."""
-    ours, theirs = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", BECOME_SESSION_LEADER, *command],
-        cwd=ROOT,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    )
-    os.close(theirs)
-    return process, ours
-
-
-BECOME_SESSION_LEADER = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
-)
-
-
-def read_all(terminal: int) -> str:
-    """What was written to the terminal; reading ends with an error once the last process has closed it."""
-    parts = []
-    while True:
-        try:
-            parts.append(os.read(terminal, 65536))
-        except OSError:
-            return b"".join(parts).decode(errors="replace")
-
-
-def wait_for_step(path: Path, step: int) -> None:
-    deadline = time.monotonic() + 900
-    while not (path.exists() and len(path.read_text().splitlines()) >= step):
-        assert time.monotonic() < deadline, f"{path} has not reached {step} lines"
-        time.sleep(0.05)
 
 
 def losses(directory: Path) -> list[float]:

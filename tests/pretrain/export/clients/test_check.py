@@ -10,14 +10,17 @@ import pytest
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.launch.cli import run
+from amfm.launch.commands.client import require_equal
 from amfm.pretrain.export.clients.check import (
     CLIENTS,
+    ClientReport,
     check_export,
     check_installed,
     find_problems,
     known_faults,
     last_error,
 )
+from amfm.pretrain.export.clients.convert_gguf import with_pre_tokenizer
 from amfm.pretrain.export.clients.gguf_file import write_gguf
 from amfm.pretrain.export.export import export_checkpoint
 from tests.pretrain.export.exported_models import weights_folder
@@ -72,6 +75,43 @@ def test_a_file_for_llama_cpp_is_never_half_there(export: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match=r"llama\.cpp is not installed where"):
         write_gguf(export, tmp_path / "new.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("words", "normalizer", "is_known"),
+    [
+        ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}, None, True),
+        ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}, {"type": "NFC"}, False),
+        ({"type": "Whitespace"}, None, False),
+        (None, None, False),
+    ],
+)
+def test_a_tokenizer_json_of_ones_own_is_converted_where_llama_cpp_cuts_texts_alike(
+    words: dict[str, object] | None, normalizer: dict[str, str] | None, is_known: bool, tmp_path: Path
+) -> None:
+    class Converter:
+        """As the real one for a vocabulary that no release has."""
+
+        dir_model, model_arch = tmp_path, None
+
+        def get_vocab_base_pre(self, tokenizer: object) -> str:
+            raise NotImplementedError("BPE pre-tokenizer was not recognized")
+
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"pre_tokenizer": words, "normalizer": normalizer}))
+    converter = with_pre_tokenizer(Converter)()
+    if is_known:
+        assert converter.get_vocab_base_pre(None) == "gpt-2"
+        return
+    with pytest.raises(ValueError, match=r"llama\.cpp has no pre-tokenizer for this tokenizer\.json"):
+        converter.get_vocab_base_pre(None)
+
+
+def test_what_is_known_of_a_program_is_no_reason_to_try_again() -> None:
+    require_equal(ClientReport("llama.cpp", "equal"))
+    with pytest.raises(ValueError, match="known to"):
+        require_equal(ClientReport("llama.cpp", "refused", expected="known to"))
+    with pytest.raises(RuntimeError, match="no memory"):
+        require_equal(ClientReport("llama.cpp", "failed", error="no memory"))
 
 
 def test_refusals_that_no_setting_mends_are_expected(export: Path) -> None:
