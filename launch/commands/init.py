@@ -12,6 +12,7 @@ from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_pairs, say
 from amfm.launch.init.shapes import SIZES, STYLES
 from amfm.pretrain.extras import require_extra
+from amfm.pretrain.launcher_protocol import INTERRUPTED
 
 if TYPE_CHECKING:
     from amfm.launch.init.write import Written
@@ -72,6 +73,8 @@ def ask(name: str) -> str:
             return check(name, str(typer.prompt(text, default=DEFAULTS.get(name), err=True)))
         except ValueError as error:
             say(str(error).removeprefix(f"--{name} "))
+        except typer.Abort:  # Ctrl-C, which typer would end with 1
+            raise typer.Exit(INTERRUPTED) from None
 
 
 def check(name: str, value: str) -> str:
