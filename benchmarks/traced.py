@@ -123,6 +123,7 @@ CASES = (
     Case("deltaproduct", 8, of_mixer("P", "deltaproduct")),
     Case("kda", 8, of_mixer("K", "kda")),
     Case("gdn2", 8, of_mixer("{gdn2}", "gdn2")),
+    Case("mamba3", 8, of_mixer("{mamba3}", "mamba3")),
     Case("mamba1", 8, of_mixer("{mamba1}", "mamba1", "inner_size=2048")),
     Case("latent attention", 8, of_mixer("+", "mla", HEADS)),
     Case("kda, tensor, ZeRO 2", 8, of_mixer("K", "kda", beside=(*SPLIT, "parallel.zero_stage=2"))),
