@@ -66,7 +66,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "mixers": MODEL
     | {
-        "pattern": "MEGK*PEC",
+        "pattern": "MEGK*PEC{gdn2}{mamba3}",
         "mixers": {
             "short_conv": {},
             "gated_deltanet": {
@@ -77,6 +77,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
                 "chunk_size": 16,
             },
             "kda": {"num_heads": 8, "head_dim": 4, "gate_rank": 6, "chunk_size": 16},
+            "gdn2": {"num_heads": 8, "head_dim": 4, "gate_rank": 6, "chunk_size": 16},
+            # One of two groups is copied where tensor ranks are four.
+            "mamba3": {"num_heads": 8, "head_dim": 4, "state_size": 8, "num_groups": 2, "chunk_size": 16},
             # beta below 1: steps that reflect would amplify float32 rounding beyond the tolerance.
             "deltaproduct": {"num_heads": 8, "head_dim": 4, "chunk_size": 16},
         },
