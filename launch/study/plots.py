@@ -46,7 +46,7 @@ def draw_study(rows: Sequence[Row], measures: Mapping[str, Measure], state_token
     ]
     values = [point for _, _, point in panels]
     panels.append((f"{first}: throughput", "tokens / s", speed_of(first)))
-    panels.append((f"Decode state after {state_tokens:,} tokens", "a sequence", size_of))
+    panels.append((f"Decode state after {state_tokens:,} tokens", "per sequence", size_of))
     ratios = sorted({row.ratio: row.attention_share for row in rows}.items(), key=lambda pair: pair[1])
     places = {ratio: place for place, (ratio, _) in enumerate(ratios)}
     with matplotlib.rc_context(STYLE):
