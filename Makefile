@@ -53,7 +53,7 @@ test-seeds: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	@git log -1 --format='commit %h of %ci' && git status --short
-	$(BIN)/python -m pytest -m "slow and not gpu and not cluster" --timeout 3600 --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest -m "slow and not gpu and not cluster" --numprocesses 2 --dist worksteal
 
 # Do tests fail where the code is wrong? Verdicts are kept, so that a run goes on where it was stopped.
 test-mutation: $(VENV)/.installed-dev

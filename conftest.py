@@ -48,6 +48,13 @@ def pytest_fixture_setup(
         return (yield)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A slow test hangs after an hour, not after the limit of quick ones: minutes become many on a busy machine."""
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 def pytest_collection_finish() -> None:
     """Garbage is collected again, and what imports and collection made is left out of its rounds: it stays to the end."""
     gc.freeze()

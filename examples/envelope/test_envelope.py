@@ -124,7 +124,6 @@ def train_pruned(words: DataConfig, folder: Path, seed: int, *, priced: bool) ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_groups_end_at_the_same_share_of_the_weights_whether_or_not_they_pay_for_theirs(
     words: DataConfig, tmp_path: Path, seed: int
@@ -148,7 +147,6 @@ def run_amfm(*arguments: str, packages: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2000)
 def test_installed_it_is_a_section_of_a_run_that_a_cut_does_not_change_and_shrink_takes_out(
     data: DataConfig, tmp_path: Path
 ) -> None:

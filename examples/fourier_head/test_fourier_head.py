@@ -140,7 +140,6 @@ MODEL = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_a_run_trains_resumes_evaluates_and_is_not_exported(tmp_path: Path) -> None:
     packages = install_example("fourier_head", tmp_path / "packages")
     config = write_probe(tmp_path, TASK, MODEL, steps=60, sequence_length=24)
@@ -162,7 +161,6 @@ def test_its_entry_point_names_the_spec_and_what_does_not_fit_is_refused() -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -167,7 +167,6 @@ def packages(folder: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_a_run_that_is_cut_goes_on_as_if_it_were_not(tmp_path: Path) -> None:
     config = write_probe(tmp_path, RECALL, MODEL, steps=4, sequence_length=24)
     assert_a_cut_changes_nothing(config, tmp_path, packages(tmp_path / "packages"), stop=2)

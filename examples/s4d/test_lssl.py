@@ -143,7 +143,6 @@ def test_its_entry_point_names_the_spec_and_a_fixed_state_is_not_trained() -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("trains", [True, False])
 def test_a_run_that_is_cut_goes_on_as_if_it_were_not(tmp_path: Path, trains: bool) -> None:
     packages = install_example("s4d", tmp_path / "packages")

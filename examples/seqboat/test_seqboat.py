@@ -151,7 +151,6 @@ MODEL = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_a_run_that_is_cut_goes_on_as_if_it_were_not(tmp_path: Path) -> None:
     packages = install_example("seqboat", tmp_path / "packages")
     config = write_probe(tmp_path, RECALL, MODEL, steps=4, sequence_length=16)

@@ -10,7 +10,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.state_size import state_bytes
-from tests.end_to_end.plays import held_out_loss, train
+from tests.helpers.plays import held_out_loss, train
 
 # Two blocks of each; the inner width of `*-` is such that both models have as many weights, 0.26M.
 FORMS = {"gated units": ("C-C-", 352), "gated units without tokens before": ("----", 208), "attention": ("*-*-", 352)}
@@ -38,7 +38,6 @@ def test_its_state_has_the_same_bytes_after_any_text() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_gated_units_learn_text_nearly_as_attention_does_in_few_steps(plays: Path, seed: int) -> None:
     found = {}

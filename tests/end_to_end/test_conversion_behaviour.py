@@ -17,7 +17,7 @@ from amfm.model.mixers.window_linear import WindowLinearMixer
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.config.convert import ConvertConfig, StageName, TransferConfig, TuneConfig
 from amfm.pretrain.convert.prepare import prepare_stage
-from tests.end_to_end.plays import held_out_loss, train
+from tests.helpers.plays import held_out_loss, train
 
 HEADS = {"num_heads": 3, "num_kv_heads": 3, "head_dim": 32, "positions": "rope"}
 TRANSFER, TUNE = TransferConfig(steps=200), TuneConfig(steps=150, learning_rate=1e-3)
@@ -68,7 +68,6 @@ def convert(form: dict[str, Any], teacher: Weights, plays: Path, seed: int) -> t
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [0])
 def test_a_learned_gate_closes_most_of_the_gap_that_the_window_alone_leaves(plays: Path, seed: int) -> None:
     teacher = make_model(None, seed)

@@ -74,7 +74,6 @@ def accuracy_under_new_names(config: RunConfig, steps: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [0])
 def test_blocks_that_forgot_answer_under_new_names_after_fewer_steps(seed: int, tmp_path: Path) -> None:
     found = {}

@@ -41,7 +41,6 @@ def install_ablation(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("name", "overrides", "length", "low", "high"),
     [
@@ -62,7 +61,6 @@ def test_a_mixer_solves_what_it_can_represent(name, overrides, length, low, high
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_a_time_invariant_ablation_does_not_copy_selectively(tmp_path):
     install_ablation(tmp_path)
     overrides = [

@@ -16,7 +16,7 @@ from amfm.model.loss import IGNORE_INDEX
 from amfm.model.mtp import Ahead
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
-from tests.end_to_end.plays import play_bytes
+from tests.helpers.plays import play_bytes
 
 STEPS, ROWS, TOKENS, RATE = 200, 16, 64, 4e-3
 VALIDATION_ROWS = 512
@@ -85,7 +85,6 @@ def measure(model: HybridModel, rows: Tensor) -> Outcome:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
 def test_a_depth_drafts_what_the_model_says_and_costs_it_nothing(plays: Path) -> None:
     plain = train(plays, pattern="*-*-")
     joint = train(plays, pattern="*-*-/*-")

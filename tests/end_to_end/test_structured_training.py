@@ -11,7 +11,7 @@ from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.schema import GuideConfig, ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
-from tests.end_to_end.plays import held_out_loss, train
+from tests.helpers.plays import held_out_loss, train
 
 STEPS, PEAK = 220, 4e-3
 # Parameters of the two feed-forwards: 147K dense, 46K of each other form.
@@ -40,7 +40,6 @@ def train_on_bytes(folder: Path, form: str, seed: int, guide: GuideConfig | None
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [0])
 def test_a_guide_helps_low_rank_and_block_shuffle_needs_none(plays: Path, seed: int) -> None:
     dense, shuffled = (train_on_bytes(plays, form, seed) for form in ("dense", "blockshuffle"))

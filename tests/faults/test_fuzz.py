@@ -63,7 +63,6 @@ def test_no_reader_breaks_on_a_few_mutations(place: Path, capsys: pytest.Capture
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)
 def test_no_reader_breaks_on_many_mutations(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check(fuzz(place, 1000, CHEAP), capsys)
     check(fuzz(place, 100, DEAR), capsys)

@@ -108,7 +108,6 @@ def finish(launcher: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_every_stage_runs_in_its_layout_on_the_nodes_that_it_needs(
     data: DataConfig, whole: list[dict[str, Any]], tmp_path: Path, launcher: list[str]
 ) -> None:
@@ -121,7 +120,6 @@ def test_every_stage_runs_in_its_layout_on_the_nodes_that_it_needs(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_a_launcher_that_is_killed_at_a_boundary_leaves_nothing_running_and_costs_no_step(
     data: DataConfig, whole: list[dict[str, Any]], tmp_path: Path, launcher: list[str]
 ) -> None:

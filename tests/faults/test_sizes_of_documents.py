@@ -43,7 +43,6 @@ def read_back(config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_a_document_of_ten_million_tokens_is_stored_whole_and_read_in_rows(tmp_path: Path) -> None:
     piece = make_text(np.random.default_rng(0), 20_000)
     (tmp_path / "long.txt").write_text(piece)
@@ -61,7 +60,6 @@ def test_a_document_of_ten_million_tokens_is_stored_whole_and_read_in_rows(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_a_million_documents_of_a_few_tokens_are_all_there(tmp_path: Path) -> None:
     words = [f'{{"text": "{number % 997:x}"}}\n' for number in range(TINY_DOCUMENTS)]
     (tmp_path / "tiny.jsonl").write_text("".join(words))

@@ -105,7 +105,6 @@ def test_options_that_cannot_take_effect_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_three_minutes_of_faults_end_with_the_losses_of_an_undisturbed_run(tmp_path: Path) -> None:
     options = ["--minutes", "3", "--seed", "20", "--json", "--folder", str(tmp_path / "s")]
     done = subprocess.run(

@@ -136,7 +136,6 @@ def test_after_a_crash_a_block_of_the_node_cache_is_whole_or_fetched_again(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_after_a_crash_where_another_layout_begins_the_run_goes_on_in_the_right_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,7 +86,6 @@ def events(tmp_path: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2000)
 def test_a_stopped_rank_ends_the_attempt_by_name_and_the_run_goes_on(tmp_path: Path) -> None:
     write_config(tmp_path, launch__heartbeat_seconds=6, train__timeout_seconds=300)
     launcher = start_on_two_hosts(tmp_path)
@@ -101,7 +100,6 @@ def test_a_stopped_rank_ends_the_attempt_by_name_and_the_run_goes_on(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2000)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 0), (signal.SIGINT, 130)])
 def test_a_signal_to_the_launcher_saves_on_every_host(tmp_path: Path, number: signal.Signals, code: int) -> None:
     write_config(tmp_path, train__steps=2000)
@@ -118,7 +116,6 @@ def test_a_signal_to_the_launcher_saves_on_every_host(tmp_path: Path, number: si
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2000)
 def test_a_lost_rank_of_one_node_is_named_as_the_cause_and_the_end_is_json(tmp_path: Path) -> None:
     write_config(tmp_path, train__steps=60)
     command = [sys.executable, "-m", "amfm.launch", "launch", str(tmp_path / "run.yaml"), "--on", "torchrun", "--json"]
@@ -135,7 +132,6 @@ def test_a_lost_rank_of_one_node_is_named_as_the_cause_and_the_end_is_json(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2000)
 def test_a_spare_takes_the_place_of_a_lost_host_and_one_that_does_not_answer_is_passed_over(tmp_path: Path) -> None:
     write_config(tmp_path, launch__spare_nodes=1, train__steps=60)
     launcher = start_on_two_hosts(tmp_path, names="localhost\nnowhere\n127.0.0.1\n127.0.0.2\n")

@@ -77,7 +77,6 @@ def rank_processes(config_path: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_a_run_survives_a_lost_worker_and_a_lost_node_with_the_losses_of_an_undisturbed_one(
     cluster: Cluster, tmp_path: Path
 ) -> None:

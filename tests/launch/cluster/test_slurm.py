@@ -289,7 +289,6 @@ def ask(*command: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_SLURM, reason="needs root and Debian's slurm-wlm and munge")
-@pytest.mark.timeout(2000)
 def test_a_job_saves_before_its_time_limit_is_queued_again_and_finishes(
     cluster: None, config: RunConfig, tmp_path: Path
 ) -> None:
@@ -323,7 +322,6 @@ def test_a_job_saves_before_its_time_limit_is_queued_again_and_finishes(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_SLURM, reason="needs root and Debian's slurm-wlm and munge")
-@pytest.mark.timeout(2000)
 def test_the_doctor_runs_once_as_a_job_and_its_findings_are_in_the_log(
     cluster: None, config: RunConfig, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from amfm.pretrain.monitor.ownership import lock_directory
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.slow
 
 STEPS = 300
 CELLS = ("Mamba2-none-text-seed0", "Mamba2-1to1-text-seed0")

@@ -29,7 +29,6 @@ REASONS: dict[str, str] = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.skipif(CHECKOUT is None, reason="AMFM_TRANSFORMERS_CHECKOUT names no checkout of transformers")
 def test_no_test_of_transformers_fails_without_a_reason(tmp_path: Path) -> None:
     assert CHECKOUT is not None

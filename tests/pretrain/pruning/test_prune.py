@@ -196,7 +196,6 @@ def run_layouts(data: DataConfig, folder: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_every_axis_prunes_and_forgets_as_one_rank(data: DataConfig, tmp_path: Path) -> None:
     run_ranks(run_layouts, data, str(tmp_path), num_ranks=2)
     forget = {"every_steps": 2, "until_step": 2}

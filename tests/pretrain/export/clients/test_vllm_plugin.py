@@ -134,7 +134,6 @@ def test_a_model_that_vllm_cannot_serve_gets_no_plugin(data: DataConfig, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.skipif(VLLM is None, reason="AMFM_VLLM_PYTHON names no interpreter with vLLM")
 @pytest.mark.parametrize("name", SERVED)
 def test_vllm_gives_the_numbers_of_the_export(name: str, data: DataConfig, tmp_path: Path) -> None:

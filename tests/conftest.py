@@ -1,4 +1,4 @@
-"""What tests of behaviour share."""
+"""Text that tests of behaviour in several rooms train on."""
 
 from __future__ import annotations
 
