@@ -18,6 +18,7 @@ from tests.helpers.registration import assert_registered
 EXACT = 1e-6  # float32 products of decoded operands
 # An activation of another exponential falls on another code once in thousands, and one of e2m1 is far from its neighbour.
 FLIPPED = {"mxfp8": 2e-3, "nvfp4": 1e-2}
+REDRAWN = 0.25  # measured: 0.19 to 0.22 with four seeds
 both = pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
 SEED = 77
 COUNTS = [130, 0, 5, 128]
@@ -189,9 +190,12 @@ def test_experts_by_codes_are_the_emulation_twice_bitwise(name, activation, pois
         y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).sin())
         return [y.detach(), *(leaf.grad for leaf in leaves)]
 
-    for found, repeated, exact in zip(run(), run(), run(emulate=True), strict=True):
+    # Of x and up, whose gradients come from that of the hidden rows. nvfp4 draws its noise from the bits of all of it: where another
+    # exponential changes the last bit of one number, two roundings of 14% each are compared.
+    drawn = (1, 3) if name == "nvfp4" and activation == "swiglu" else ()
+    for place, (found, repeated, exact) in enumerate(zip(run(), run(), run(emulate=True), strict=True)):
         assert_bitwise(found, repeated)
-        assert_near(found, exact.double(), FLIPPED[name])
+        assert_near(found, exact.double(), REDRAWN if place in drawn else FLIPPED[name])
 
 
 @both
