@@ -23,7 +23,7 @@ def take_tokens(
     find: Callable[[Unit], UnitReport | None],
     write: Callable[[Sequence[Unit]], None],
 ) -> list[Unit]:
-    """The shortest beginning of `units` with `max_tokens` tokens, all of them where there are fewer; writes what is missing.
+    """Choose the shortest prefix of `units` with `max_tokens` tokens, or all of them if there are fewer; writes what is missing.
 
     find: the report of a unit that is done. write: does units, and raises where it can't.
     """

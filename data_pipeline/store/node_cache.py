@@ -180,9 +180,9 @@ class BlockCache:
 
 
 def own_folder(folder: Path, setting: str = "data.cache.folder") -> None:
-    """Make a folder that no one else can write to, or hold one that is there to that; `setting` names where it lies.
+    """Make a folder that no one else can write to, or require that of an existing one; `setting` is the key that chose it.
 
-    What is in it is checked by digests that lie next to it, which find damage and no malice: whoever can write here
+    What is in it is checked by digests that lie next to it, which find damage, not malice: whoever can write here
     decides what a run reads. Raises RuntimeError for a folder of someone else, a link, or one that others may write to.
     """
     try:

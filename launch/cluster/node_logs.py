@@ -93,6 +93,6 @@ def read_lines(log: Path, start: int, rank: int | None) -> Sequence[str]:
 
 
 def lines_of(lines: Sequence[str], *, rank: int) -> list[str]:
-    """The lines of a node's log that are of this rank, without its number."""
+    """The lines of a node's log that this rank wrote, without the rank's number."""
     found = (LABEL.fullmatch(line) for line in lines)
     return [match[2] for match in found if match is not None and int(match[1]) == rank]

@@ -207,7 +207,7 @@ def check_failure_options(failures_per_day: float | None, storage_gb_per_second:
 
 
 def check_write_options(write: bool, search: bool, overrides: list[str], preset: str | None) -> None:
-    """Refuse to write a layout that was not searched for the file as it is. Raises ValueError."""
+    """Check that --write gets a layout that was searched for this very file. Raises ValueError."""
     if write and preset is not None:
         raise ValueError(f"--write-layout writes into CONFIG.yaml, and --preset {preset} is amfm's own; copy it first")
     if write and (overrides or not search):

@@ -257,7 +257,7 @@ def replace_files(folder: Path, texts: Mapping[str, str]) -> None:
 
 
 def print_cells(cells: Sequence[Cell], state_tokens: int, *, as_json: bool) -> None:
-    """The grid before it runs."""
+    """Print the grid before it runs."""
     from amfm.launch.study.table import count_state, read_result, show_ratio
     from amfm.model.flops import count_parameters
     from amfm.pretrain.stages import total_steps

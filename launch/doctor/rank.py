@@ -91,7 +91,7 @@ def describe_rank(rank: int) -> RankReport:
 
 
 def examine_host() -> list[Finding]:
-    """Checks of one machine that every host runs for itself, without those of the place where the doctor is called."""
+    """Checks that every host runs for itself, without those of the machine where the doctor is called."""
     return [
         examine_python(),
         *examine_packages(),

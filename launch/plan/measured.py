@@ -213,7 +213,7 @@ class StandInGroup(SingleRankGroup):
 
 
 def counted_launches(note_launch: Callable[[], None]) -> AbstractContextManager[None]:
-    """Let launches of Triton kernels inside the block do nothing but be noted."""
+    """Inside the block, launches of Triton kernels are counted and do nothing."""
     from triton.runtime.jit import JITFunction
 
     return replaced([(JITFunction, "__getitem__", lambda *_: lambda *_, **__: note_launch())])

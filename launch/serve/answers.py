@@ -14,7 +14,7 @@ from amfm.launch.serve.served_model import ServedModel
 
 @dataclass
 class Answer:
-    """One continuation under way: `pieces` yields its text, and afterwards the counts and the reason it ended stand."""
+    """One continuation under way: `pieces` yields its text; afterwards the counts and the reason it ended are set."""
 
     request: Request
     model: ServedModel

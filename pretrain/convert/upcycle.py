@@ -120,7 +120,7 @@ def upcycled_model(model: ModelConfig, settings: UpcycleConfig, blocks: tuple[in
 
 
 def upcycled(config: RunConfig, teacher: Weights) -> Weights:
-    """The upcycled model, whose experts are made of the teacher's feed-forwards when they are asked for."""
+    """The upcycled model, whose experts are built from the teacher's feed-forwards on demand."""
     settings, blocks = conversion_of(config).upcycle, converted_blocks(config)
     assert settings is not None, "only configurations with convert.upcycle come here"
     model = upcycled_model(teacher.model, settings, blocks)

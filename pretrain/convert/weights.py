@@ -189,7 +189,7 @@ def stage_weights(stage: ConversionStage, report: Report = silent) -> Weights:
 
 
 def complete_stage(stage: ConversionStage, report: Report = silent) -> None:
-    """Write what the next stage starts from, after a finished transfer; nothing after others."""
+    """Write what the next stage starts from; only after a finished transfer, other stages write nothing."""
     folder = stage.run_dir.parent / "transferred"
     if stage.name == "transfer" and not folder.exists():
         write_folder(folder, stage_weights(stage, report))

@@ -260,7 +260,7 @@ def build_engine(
     sums_in_products: bool = True,
     record: Callable[[str, int], None] | None = None,
 ) -> ZeroEngine:
-    """Put a module, built in float32 and alike on all data ranks, under DeepSpeed. Every rank must call this.
+    """Put a module, built in float32 and identically on all data ranks, under DeepSpeed. Every rank must call this.
 
     With bf16 the weights become bf16 copies of float32 masters; buffers (such as the router's balancing bias) stay
     float32, because they are state that small steps move. `offload_optimizer` (ZeRO 1-3): masters and moments stay in

@@ -211,7 +211,7 @@ def begin_export(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def hold_place(out: Path, path: Path) -> Iterator[None]:
-    """Hold the lock file `path` of a folder to be written, and remove it at the end. Raises RuntimeError where another does."""
+    """Hold the lock file `path` of a folder to be written, and remove it at the end. Raises RuntimeError if another process holds it."""
     lock = None
     while lock is None:
         lock = take_lock(path, wait=False)

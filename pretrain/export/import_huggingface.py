@@ -134,7 +134,7 @@ def choose_depths(config: ModelConfig, tensors: Collection[str], target: Source)
 
 
 def only_sound(tensors: OnDemand, source: Path) -> OnDemand:
-    """The same tensors, of which a number that is not finite is refused as it is read.
+    """Wrap the tensors so that reading one with NaN or infinity raises ValueError.
 
     Raises ValueError for a dtype that is not read: integers and numbers of 8 bits need scales that no rule here knows.
     """

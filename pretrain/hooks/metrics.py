@@ -17,7 +17,7 @@ from amfm.pretrain.step_sums import StepResult
 
 
 class Metrics(Hook):
-    """Logs every step, also one that ends the run; comes after all hooks that find something for its line."""
+    """Logs every step, including one that ends the run; comes after all hooks that find something for its line."""
 
     def __init__(self, run: Run) -> None:
         self.run = run

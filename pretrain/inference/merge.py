@@ -43,7 +43,7 @@ def _multiply(state: OnDemand, place: str, structure: Structure, alpha: float) -
 
 
 def factored_places(config: ModelConfig) -> Iterator[tuple[str, Structure]]:
-    """Name each feed-forward with factored matrices by what its parameters begin with, and their form."""
+    """Map the prefix of each feed-forward with factored matrices to the form of its factors."""
     for place, letter in mixer_places(config):
         for part in config.block_options(letter).feed_forwards():
             if part.structure != DENSE:

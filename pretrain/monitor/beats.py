@@ -64,7 +64,7 @@ def parse_beat(line: bytes) -> Beat | None:
 
 
 def clear_beats(run_dir: Path) -> None:
-    """Remove the beats that an earlier start left, which must be silent; before any rank of this start beats."""
+    """Remove the beats that an earlier start left; call it when that start is silent, and before any rank of this one beats."""
     for path in (run_dir / "heartbeats").glob("rank-*.json"):
         with suppress(OSError):
             path.unlink(missing_ok=True)

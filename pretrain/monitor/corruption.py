@@ -229,8 +229,7 @@ def judge_replicas(
 ) -> dict[int, list[str]]:
     """Find which ranks differ, given every rank's replicas and masters: rank -> what is wrong with it, in words.
 
-    Right is what the owner's masters say, else what most ranks hold; where two opinions have equally many, all are
-    named.
+    The owner's masters are right, without them the majority; on a tie all ranks are named.
     """
     wrong: dict[int, list[str]] = {}
     for data_ranks in sorted(set().union(*(replicas for replicas, _ in told))):

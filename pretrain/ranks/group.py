@@ -52,7 +52,7 @@ class RankGroup:
     group: dist.ProcessGroup | None = None
 
     def all_gather(self, value: T) -> list[T]:
-        """Gather every rank's picklable value, in rank order, on all ranks; for what is small and differs on each."""
+        """Gather every rank's picklable value, in rank order, on all ranks; for small values that differ by rank."""
         return self.broadcast(self.gather(value))
 
     def gather(self, value: T) -> list[T]:

@@ -53,7 +53,7 @@ class TaskChoice:
 
 @dataclass
 class TaskSuite:
-    """Tasks that were found; `loaded` once their data is there, `problem` while it cannot be had. On the asking rank alone."""
+    """Tasks that were found; `loaded`: their data by name; `problem`: why it cannot be had. On the asking rank alone."""
 
     choice: TaskChoice
     manager: Any
