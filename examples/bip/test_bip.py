@@ -1,87 +1,100 @@
-"""BiP's two steps are its formulas, the mask follows what the loss says, and what it leaves can be shrunk."""
+"""BiP's two problems are solved by their formulas, each on its rows, and a run is started, trained, cut and exported."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import importlib
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
-from amfm_bip.bip import BipMasks
+import yaml
+from amfm_bip.block import BipMixer, masked
+from amfm_bip.spec import SPEC, BipOptions
+from torch import Tensor
+from torch.nn.functional import linear, silu
 
-from amfm.model.config.feed_forward import FeedForwardConfig
-from amfm.model.config.schema import ModelConfig
-from amfm.model.hybrid import HybridModel
+from amfm.model.mixers.interface import BuildContext
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.pretrain.inference.weights import Weights
-from amfm.pretrain.pruning.shrink import logit_difference, shrink_weights
+from tests.helpers.examples import assert_a_cut_changes_nothing, install_example, must, run_module, train_all
+from tests.pretrain.convert.conversions import MODEL
+from tests.pretrain.tiny_run import tiny_config, tiny_data
 
-CONFIG = ModelConfig(
-    pattern="--", vocab_size=16, hidden_size=8, feed_forward=FeedForwardConfig(hidden_size=6, activation="swiglu")
-)
-TOKENS, META = torch.arange(12)[None] % 16, PackMeta.one_document_a_row(1, 12)
+D, F = 5, 6
 
 
-def make_model() -> HybridModel:
-    model = HybridModel(CONFIG, single_rank_groups(), seed=3).double()
+def make_mixer(seed: int = 0, **options: object) -> BipMixer:
+    section = BipOptions(hidden_size=F, activation="swiglu", **{"keep": 0.5, "gamma": 0.7} | options)
+    mixer = BipMixer(section, BuildContext(D, 1e-5, 0, 1, single_rank_groups(), "torch", None)).double().train()
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
-    return model
+        for parameter in mixer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return mixer
 
 
-def loss(call):
-    return call(TOKENS, META, TOKENS.roll(-1, 1)).loss.total / 12
+def reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    gate, value = linear(x, up).chunk(2, -1)
+    return linear(silu(gate) * value, down)
 
 
-def test_both_steps_are_their_formulas() -> None:
-    model = make_model()
-    masks = BipMasks(model, keep=0.5, gamma=0.7, rate=0.1)
-    assert masks.mask().view(2, 6).sum(1).tolist() == [3, 3]
-    # The same with a model whose channels are masked by hand.
-    masked, m = make_model(), masks.mask().view(2, 6)
-    with torch.no_grad():
-        for block in range(2):
-            masked.get_parameter(f"blocks.{block}.mixer.up_proj.weight").mul_(m[block].repeat(2)[:, None])
-            masked.get_parameter(f"blocks.{block}.mixer.down_proj.weight").mul_(m[block])
-    loss(masked).backward()
-    expected = []
-    for block in range(2):
-        up, down = (f"blocks.{block}.mixer.{name}_proj.weight" for name in ("up", "down"))
-        g_up, g_down = masked.get_parameter(up).grad, masked.get_parameter(down).grad
-        straight = (model.get_parameter(up) * g_up).sum(1).view(2, 6).sum(0) + (model.get_parameter(down) * g_down).sum(
-            0
-        )
-        squares = g_up.square().sum(1).view(2, 6).sum(0) + g_down.square().sum(0)
-        expected.append(straight - m[block] * squares / 0.7)
-    before, scores = {name: p.detach().clone() for name, p in model.named_parameters()}, masks.scores.clone()
-    gradient = masks.upper_step(loss)
-    torch.testing.assert_close(gradient, torch.cat(expected).detach(), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(masks.scores, scores - 0.1 * gradient)
-    masks.scores.copy_(scores)
-    masks.lower_step(loss, torch.optim.SGD(model.parameters(), lr=0.01))
-    for name, parameter in model.named_parameters():
-        step = masked.get_parameter(name).grad
-        if name in masks.plan.groupings:
-            step = step * masks._spread(name, masks.mask()) + 0.7 * before[name]
-        torch.testing.assert_close(parameter.detach(), before[name] - 0.01 * step, rtol=1e-10, atol=1e-12)
+def test_each_problem_is_its_formula_on_its_own_rows() -> None:
+    mixer = make_mixer()
+    up, down, m = mixer.up_proj.weight, mixer.down_proj.weight, mixer.mask()
+    assert m.sum() == 3 and set(m.tolist()) == {0.0, 1.0}
+    assert mixer.scores[m == 1].min() > mixer.scores[m == 0].max()
+    x_BTD = torch.randn(5, 4, D, dtype=torch.float64)
+    output = mixer(x_BTD, PackMeta.one_document_a_row(5, 4))
+    z = [each.detach().requires_grad_() for each in masked(up, down, m)]
+    torch.testing.assert_close(output.y_BTD, reference(x_BTD, *z), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(output.auxiliary["bip"], 0.35 * (up.square().sum() + down.square().sum()).float())
+    found = torch.autograd.grad(output.y_BTD.sin().mean(), [up, down, mixer.scores])
+    # Below: two of five rows, whose mean is what counts, and only weights that compute.
+    below = torch.autograd.grad(reference(x_BTD[:2], *z).sin().mean(), z)
+    for actual, g, mask in zip(found, below, (m.repeat(2)[:, None], m)):
+        torch.testing.assert_close(actual, mask * g, rtol=1e-10, atol=1e-12)
+    # Above: the other three, and how trained weights answer a mask.
+    g_up, g_down = torch.autograd.grad(reference(x_BTD[2:], *z).sin().mean(), z)
+    straight = (up * g_up).sum(1).view(2, F).sum(0) + (down * g_down).sum(0)
+    answered = g_up.square().sum(1).view(2, F).sum(0) + g_down.square().sum(0)
+    torch.testing.assert_close(found[2], straight - m * answered / 0.7, rtol=1e-10, atol=1e-12)
 
 
-def test_a_useful_channel_comes_back_and_what_is_left_can_be_shrunk() -> None:
-    model = make_model().float()
-    masks = BipMasks(model, keep=0.5, gamma=5.0, rate=2.0)
-    first, optimizer = masks.mask(), torch.optim.AdamW(model.parameters(), lr=0.01)
-    losses = [masks.lower_step(loss, optimizer) for _ in range(12) if masks.upper_step(loss) is not None]
-    assert losses[-1] < losses[0] and not torch.equal(masks.mask(), first)
-    assert masks.finish() == 6
-    weights = Weights(CONFIG, model.state_dict(), None, "a test")
-    shrunk = shrink_weights(weights).weights
-    assert shrunk.model.feed_forward is not None and shrunk.model.feed_forward.hidden_size == 3
-    assert logit_difference(weights, replace(shrunk, origin="b"), TOKENS) < 1e-5
+def test_outside_of_training_all_rows_pass_the_mask() -> None:
+    mixer = make_mixer().eval()
+    x_BTD = torch.randn(1, 4, D, dtype=torch.float64)
+    meta = PackMeta.one_document_a_row(1, 4)
+    expected = reference(x_BTD, *masked(mixer.up_proj.weight, mixer.down_proj.weight, mixer.mask()))
+    torch.testing.assert_close(mixer(x_BTD, meta).y_BTD, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="micro_batch_size=1"):
+        mixer.train()(x_BTD, meta)
 
 
-def test_what_it_cannot_mask_is_refused() -> None:
-    with pytest.raises(ValueError, match="leaves the router choosing"):
-        BipMasks(make_model(), groups="experts", keep=0.5)
-    with pytest.raises(ValueError, match=r"model\.pattern=-- has no heads"):
-        BipMasks(make_model(), groups="heads", keep=0.5)
+def test_its_entry_point_names_the_spec_and_wrong_options_are_refused() -> None:
+    project = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text())["project"]
+    module, _, name = project["entry-points"]["amfm.mixers"]["bip"].partition(":")
+    assert getattr(importlib.import_module(module), name) is SPEC and SPEC.load() is BipMixer
+    assert [field for field, _ in BipOptions(hidden_size=4, keep=0.1).broken_rules()] == ["keep"]
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_started_trained_on_cut_and_exported(tmp_path: Path) -> None:
+    packages = install_example("bip", tmp_path / "packages")
+    data = tiny_data(tmp_path / "data")
+    tree = tiny_config(data, tmp_path / "dense").model_dump(mode="json", exclude_unset=True) | {"model": MODEL}
+    (tmp_path / "dense.yaml").write_text(yaml.safe_dump(tree))
+    train_all(packages, (tmp_path / "dense.yaml", []))
+    done = run_module("amfm_bip", "start", tmp_path / "dense", tmp_path / "start", packages=packages)
+    assert done.returncode == 0, done.stderr
+    tree["model"] = yaml.safe_load((tmp_path / "start" / "model.yaml").read_text())["model"]
+    assert tree["model"]["pattern"] == "*{bip}*{bip}"
+    tree["run"] |= {"dir": str(tmp_path / "run"), "initial_weights": str(tmp_path / "start")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    assert_a_cut_changes_nothing(tmp_path / "run.yaml", tmp_path, packages, stop=2)
+    done = run_module("amfm_bip", "cut", tmp_path / "whole", tmp_path / "small", packages=packages)
+    assert done.returncode == 0 and "logits differ by" in done.stdout, done.stdout + done.stderr
+    model = yaml.safe_load((tmp_path / "small" / "model.yaml").read_text())["model"]
+    assert model["feed_forward"]["hidden_size"] == 24
+    must("evaluate", tmp_path / "small", "--data", str(data.store), "--length", "48", "--json", packages=packages)
+    must("export", tmp_path / "small", tmp_path / "export", packages=packages)

@@ -21,6 +21,7 @@ from amfm.model.mixers.interface import BuildContext
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
 from tests.helpers.examples import assert_a_cut_changes_nothing, install_example, write_probe
+from tests.helpers.losses import OTHERS, UNITS, losses_on_plays
 
 D, LONGEST = 6, 40
 
@@ -118,3 +119,14 @@ def test_a_run_that_is_cut_goes_on_as_if_it_were_not(tmp_path: Path) -> None:
     packages = install_example("monarch", tmp_path / "packages")
     config = write_probe(tmp_path, RECALL, MODEL, steps=4, sequence_length=24)
     assert_a_cut_changes_nothing(config, tmp_path, packages, stop=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_on_text_its_convolutions_are_ahead_of_attention_in_few_steps(tmp_path: Path, seed: int) -> None:
+    mixers = {"monarch": {"max_tokens": 64}}
+    own = {"pattern": "({monarch}-)x2", "mixers": mixers, "feed_forward": UNITS | {"hidden_size": 352}}
+    packages = install_example("monarch", tmp_path / "packages")
+    found = losses_on_plays(packages, tmp_path / "plays", seed, 120, {"monarch": own} | OTHERS)
+    loss = {name: each["loss"] for name, each in found.items()}
+    assert loss["monarch"] < loss["attention"] - 0.1 < loss["without tokens before"] - 0.3

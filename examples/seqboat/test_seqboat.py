@@ -22,6 +22,7 @@ from tests.helpers.examples import (
     install_example,
     write_probe,
 )
+from tests.helpers.losses import OTHERS, UNITS, losses_on_plays
 
 K, E, WINDOW, D = 4, 6, 3, 10
 
@@ -155,3 +156,19 @@ def test_a_run_that_is_cut_goes_on_as_if_it_were_not(tmp_path: Path) -> None:
     packages = install_example("seqboat", tmp_path / "packages")
     config = write_probe(tmp_path, RECALL, MODEL, steps=4, sequence_length=16)
     assert_a_cut_changes_nothing(config, tmp_path, packages, stop=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_on_text_a_part_of_the_tokens_asks_for_attention(tmp_path: Path, seed: int) -> None:
+    # The same with hardly any attention is as good: what the unit is for is not shown yet (docs/log/2026-11.md).
+    unit = {"inner_size": 192, "head_dim": 32, "window": 64}
+    own = {"pattern": "({seqboat}-)x2", "feed_forward": UNITS | {"hidden_size": 256}}
+    forms = {
+        "seqboat": own | {"mixers": {"seqboat": unit}},
+        "one token in 64": own | {"mixers": {"seqboat": unit | {"capacity": 0.016}}},
+    }
+    packages = install_example("seqboat", tmp_path / "packages")
+    found = losses_on_plays(packages, tmp_path / "plays", seed, 120, forms | OTHERS)
+    assert 0.1 < found["seqboat"]["active"] / 2 < 0.9, "the mean of both blocks"
+    assert found["seqboat"]["loss"] < found["without tokens before"]["loss"] - 0.2

@@ -22,11 +22,13 @@ from amfm.model.config.section import Section
 SPEC_NAME = re.compile(r"[a-z][a-z0-9_]*")
 # Folders of examples/ that register a mixer, head, hook or adapter of a name, for messages where they are not installed.
 EXAMPLES = {
+    "bip": ("bip",),
     "envelope": ("envelope",),
     "flora": ("flora",),
     "fourier_head": ("fourier_head",),
     "longvq": ("seqboat", "longvq"),
     "lssl": ("s4d",),
+    "maestro": ("maestro",),
     "mlflow": ("mlflow",),
     "monarch": ("monarch",),
     "prometheus": ("prometheus",),
