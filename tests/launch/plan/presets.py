@@ -1,11 +1,11 @@
-"""The committed configurations, and their plans on H100s."""
+"""The committed configurations, and their plans on the GPUs that they are for."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from amfm.launch.plan.estimate import Assumptions
-from amfm.launch.plan.hardware import HARDWARE
+from amfm.launch.plan.hardware import HARDWARE, Hardware
 from amfm.launch.plan.plan import make_plan
 from amfm.pretrain.checks.load import load_checked
 
@@ -15,7 +15,7 @@ PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 H100 = HARDWARE["h100"]
 # What a preset's header says of its layout: for all of its training stages, or for those that it names.
 LAYOUT = re.compile(
-    r"Layout (?:of (?P<stages>[\w ]+?) )?for (?P<gpus>[\d,]+) H100, planned by `amfm plan`: (?P<gib>[\d.]+) GiB on the "
+    r"Layout (?:of (?P<stages>[\w ]+?) )?for (?P<gpus>[\d,]+) (?P<card>H100|B200), planned by `amfm plan`: (?P<gib>[\d.]+) GiB on the "
     r"fullest rank with a tenth to spare, (?P<mfu>[\d.]+%) MFU\.(?: Traced \(`--trace`\): (?P<ranks>.*?)\.(?: |$))?"
 )
 TRACED = re.compile(
@@ -45,6 +45,7 @@ class Header:
 
     stages: tuple[str, ...]
     gpus: int
+    hardware: Hardware
     gib: str
     mfu: str
     ranks: dict[int, tuple[str, float]]  # rank -> planned as printed, traced
@@ -58,6 +59,7 @@ def headers(name):
         Header(
             tuple((found["stages"] or "").replace(" and ", " ").split()),
             int(found["gpus"].replace(",", "")),
+            HARDWARE[found["card"].lower()],
             found["gib"],
             found["mfu"],
             {
@@ -70,7 +72,7 @@ def headers(name):
 
 
 def preset_gpus(name):
-    """The cluster of H100s for which a preset's layout is."""
+    """The size of the cluster for which a preset's layout is."""
     (gpus,) = {header.gpus for header in headers(name)}
     return gpus
 
@@ -80,4 +82,4 @@ def preset(name, *overrides, ranks=None):
 
 
 def plan_of(name, *overrides, ranks=8):
-    return make_plan(preset(name, *overrides, ranks=ranks), H100, ranks, Assumptions())
+    return make_plan(preset(name, *overrides, ranks=ranks), headers(name)[0].hardware, ranks, Assumptions())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from amfm.launch.plan.hardware import GIB, HARDWARE
+from amfm.launch.plan.hardware import GIB
 from amfm.launch.simulate.trace import trace_run
 from tests.launch.plan.presets import PRESETS, headers, preset, preset_gpus
 from tests.launch.simulate.allowed_waits import expected_waits, unnumbered
@@ -14,7 +14,9 @@ STATED = [(name, (header.stages or (None,))[0]) for name in PRESETS for header i
 def trace(name, ranks, stage):
     """The first ranks of the first and of the last pipeline stage, which peak where the plan says."""
     config = preset(name, ranks=ranks)
-    found = trace_run(config, ranks, HARDWARE["h100"], only_rank=None, stage_name=stage, report=lambda *_: None)
+    found = trace_run(
+        config, ranks, headers(name)[0].hardware, only_rank=None, stage_name=stage, report=lambda *_: None
+    )
     for entry in found:
         assert entry.error() == pytest.approx(0, abs=0.04), (entry.rank, entry.predicted, entry.traced["by_line"])
         assert entry.traced["mismatches"] == {}
