@@ -80,6 +80,7 @@ def hang_recipes(model: HybridModel, settings: LowPrecisionConfig) -> None:
                     recipe,
                     weight_gradient=settings.weight_gradient,
                     saved=settings.saved,
+                    dispatch=settings.dispatch,
                     emulate=settings.emulate,
                     seed=seed_of(model.seed, f"blocks.{index}.mixer.{name}"),
                 )

@@ -160,6 +160,11 @@ def from_e2m1(codes: Tensor) -> Tensor:
     return torch.cat([table, -table])[codes.int()]
 
 
+def packed_width(width: int) -> int:
+    """Bytes of a row of so many numbers as codes with their scales (packed_rows.py)."""
+    return -(-(width + -(-width // RUN["fp8_block"])) // 16) * 16
+
+
 def draw_noise(x_RO: Tensor, seed: int, product: int = 0, rows: int | None = None) -> Tensor:
     """Numbers in [0, 1) [R, O], one for each of a matrix, in steps of 2^-20: sums with the steps of e2m1 stay exact.
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from amfm.kernels.common.add_tile import add_tile
-from amfm.kernels.low_precision.triton_kernels import is_number, load_values, size_of, tile_of, to_e4m3
+from amfm.kernels.low_precision.triton_kernels import from_e4m3, is_number, load_values, size_of, tile_of, to_e4m3
 
 TILE = tl.constexpr(128)
 PIECE = tl.constexpr(512)  # bytes of scales of 128 rows and four runs
@@ -123,13 +123,6 @@ def measure_kernel(
 
 
 @triton.jit
-def _from_e4m3(code):
-    """The number of a code without a sign that is not NaN."""
-    normal = (((code + 960) << 20).to(tl.int32)).to(tl.float32, bitcast=True)
-    return tl.where(code < 8, code.to(tl.float32) * 0.001953125, normal)
-
-
-@triton.jit
 def _to_e2m1(value, noise, RANDOM: tl.constexpr):
     """`formats.to_e2m1`, as int32."""
     size = tl.minimum(tl.where(is_number(value), tl.abs(value), 6.0), 6.0)
@@ -153,8 +146,8 @@ def _scales_fp4(largest, whole, RANDOM: tl.constexpr):
     wanted = tl.div_rn(tl.div_rn(tl.where(is_finite, largest, 0.0), 6.0), whole)
     code = to_e4m3(wanted).to(tl.int32)
     if RANDOM:
-        code = tl.where(_from_e4m3(code) < wanted, tl.minimum(code, 125) + 1, code)
-    return code, _from_e4m3(code) * whole
+        code = tl.where(from_e4m3(code) < wanted, tl.minimum(code, 125) + 1, code)
+    return code, from_e4m3(code) * whole
 
 
 @triton.jit

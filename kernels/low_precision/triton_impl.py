@@ -14,18 +14,22 @@ from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of
 from amfm.kernels.common.gradient_sum import GradientSum
+from amfm.kernels.low_precision.formats import packed_width
 from amfm.kernels.low_precision.kept_weights import keeps_weights, made_once
 from amfm.kernels.low_precision.triton_kernels import (
     fp8_outer_kernel,
     fp8_product_kernel,
+    pack_rows_kernel,
     quantize_tiles_kernel,
     quantize_weight_kernel,
+    unpack_rows_kernel,
 )
 from amfm.kernels.swiglu.gate import unit_constants
 
 RUN = 128
 E4M3 = torch.float8_e4m3fn
 QUANTIZE = {"num_warps": 16}
+PACK = {"BLOCK_M": 32, "num_warps": 4}
 PRODUCT = {"BLOCK_N": 128, "num_warps": 8, "num_stages": 4}
 OUTER = {"BLOCK_N": 128, "num_warps": 8, "num_stages": 4}
 
@@ -267,3 +271,36 @@ def _(given: Any) -> Tensor:
     experts = 1 if given.offsets_E is None else len(given.offsets_E)
     made: Tensor = given.left.new_empty(experts, given.left.shape[1], given.right.shape[1], dtype=given.dtype)
     return made
+
+
+@torch.library.custom_op("amfm::pack_rows_triton", mutates_args=())
+def pack_rows(x_SD: Tensor) -> Tensor:
+    """As `packed_rows.pack_rows`."""
+    x_SD = x_SD.contiguous()
+    rows, width = x_SD.shape
+    packed = x_SD.new_empty(rows, packed_width(width), dtype=torch.uint8)
+    if rows:
+        grid = (triton.cdiv(rows, PACK["BLOCK_M"]), triton.cdiv(width, RUN))
+        pack_rows_kernel[grid](x_SD, packed, rows, width, packed.shape[1], **PACK)
+    return packed
+
+
+@fake_of(pack_rows)
+def _(given: Any) -> Tensor:
+    rows, width = given.x_SD.shape
+    packed: Tensor = given.x_SD.new_empty(rows, packed_width(width), dtype=torch.uint8)
+    return packed
+
+
+@torch.library.custom_op("amfm::unpack_rows_triton", mutates_args=("x_SD",))
+def unpack_rows(packed: Tensor, x_SD: Tensor) -> None:
+    """As `packed_rows.unpack_rows`."""
+    rows, width = x_SD.shape
+    if rows:
+        grid = (triton.cdiv(rows, PACK["BLOCK_M"]), triton.cdiv(width, RUN))
+        unpack_rows_kernel[grid](packed, x_SD, rows, width, packed.shape[1], **PACK)
+
+
+@fake_of(unpack_rows)
+def _(given: Any) -> None:
+    return None

@@ -51,6 +51,13 @@ def to_e4m3(value):
 
 
 @triton.jit
+def from_e4m3(code):
+    """The number of a code without a sign that is not NaN."""
+    normal = ((code + 960) << 20).to(tl.float32, bitcast=True)
+    return tl.where(code < 8, code.to(tl.float32) * 0.001953125, normal)
+
+
+@triton.jit
 def size_of(value):
     """Absolute numbers; a NaN counts for no scale."""
     return tl.where(is_number(value), tl.abs(value), 0.0)
@@ -129,6 +136,35 @@ def quantize_tiles_kernel(
             place = column[:, None] * RUN + lane[None, :]
             tl.store(column_codes + first * RUN + place, codes, mask=is_column[:, None])
             tl.store(column_scales + first + column, scale, mask=is_column)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def pack_rows_kernel(x, packed, rows, width, bytes_a_row, BLOCK_M: tl.constexpr):
+    """Rows [S, width] as codes and the e8m0 byte of each 128, [S, bytes_a_row] (packed_rows.py). Grid: (row blocks, runs)."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * RUN + tl.arange(0, RUN)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    first = row.to(tl.int64) * bytes_a_row
+    value = tl.load(x + row.to(tl.int64)[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    exponent = tl.maximum(((tl.max(size_of(value), 1).to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8, 1)
+    factor = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    tl.store(packed + first[:, None] + column[None, :], to_e4m3(value * factor[:, None]), mask=inside)
+    tl.store(packed + first + width + tl.program_id(1), exponent.to(tl.uint8), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def unpack_rows_kernel(packed, x, rows, width, bytes_a_row, BLOCK_M: tl.constexpr):
+    """The numbers of packed rows. Grid: (row blocks, runs)."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * RUN + tl.arange(0, RUN)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    first = row.to(tl.int64) * bytes_a_row
+    code = tl.load(packed + first[:, None] + column[None, :], mask=inside, other=0).to(tl.int32)
+    exponent = tl.load(packed + first + width + tl.program_id(1), mask=row < rows, other=1).to(tl.int32)
+    value = from_e4m3(code & 0x7F) * (exponent << 23).to(tl.float32, bitcast=True)[:, None]
+    value = tl.where((code & 0x7F) == 0x7F, float("nan"), tl.where(code >= 0x80, -value, value))
+    place = row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(x + place, value.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit

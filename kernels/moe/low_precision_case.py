@@ -159,6 +159,9 @@ def launches() -> Iterator[KernelLaunch]:
         yield kernel_launch(
             f"fp8 experts open, {activation}", triton_codes.open_kernel, types, swiglu, triton_codes.OPEN_TILE
         )
+    rows = types | {"packed": "*u8", "bytes_a_row": "i32:16"}
+    yield kernel_launch("fp8 packed rows", kernels.pack_rows_kernel, rows, {}, codes.PACK)
+    yield kernel_launch("fp8 unpacked rows", kernels.unpack_rows_kernel, rows, {}, codes.PACK)
     for plain, transposed, way in ((True, False, ""), (False, True, ", transposed"), (True, True, ", both ways")):
         constants = {"PLAIN": plain, "TRANSPOSED": transposed}
         yield kernel_launch(

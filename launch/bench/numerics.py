@@ -104,7 +104,9 @@ def compare_recipes(
 
 def section_of(config: RunConfig, recipe: RecipeName, device: torch.device, steps: int) -> LowPrecisionConfig:
     """The run's own section with another recipe, emulated where the device lacks it, and measured in the last step."""
-    section = config.low_precision.model_copy(update={"recipe": recipe, "measure_every_steps": steps})
+    section = config.low_precision.model_copy(
+        update={"recipe": recipe, "measure_every_steps": steps, "dispatch": "bf16"}
+    )
     tried = config.model_copy(update={"low_precision": section})
     lacks = any(device_problems(tried, device)) or config.train.precision == "float32"
     return section.model_copy(update={"emulate": section.emulate or lacks})

@@ -56,21 +56,31 @@ def expert_exchange_seconds(
     uneven = sent_rows * (imbalance if details and layout.expert_room is None else 1.0)
     travel = uneven * exchange_seconds(traffic.rows, layout, hardware) / blocks / 4
     beside_rows = uneven * exchange_seconds(details, layout, hardware) / blocks / 2 if details else 0.0
+    out = uneven * packed_seconds(config, layout, hardware) if config.low_precision.dispatch == "fp8" else travel
     # A backward pass that is cut in two has the gradients of inputs alone next to the exchanges.
     backward = 1 if layout.schedule == "zero_bubble" else 2
-    parts, longer, waited = layout.expert_parts, travel + beside_rows, 0.0
+    parts, waited = layout.expert_parts, 0.0
     narrow = held.narrow_letters(config.low_precision.narrow_blocks(config.model.letters))
-    num_narrow = count_routed(config.model, narrow)
+    num_narrow, whole = count_routed(config.model, narrow), 0.0
     for times, letter in ((blocks - num_narrow, None), (num_narrow, routed_letter(config.model, narrow))):
         if times:
             first, last, experts = computed_around(config, layout, hardware, storage, imbalance, letter)
-            once = waiting_seconds(longer, travel, first, experts, last, parts)
-            once += waiting_seconds(travel, longer, backward * last, backward * experts, backward * first, parts)
+            there = travel if letter is None else out
+            once = waiting_seconds(there + beside_rows, travel, first, experts, last, parts)
+            home = travel + beside_rows
+            once += waiting_seconds(there, home, backward * last, backward * experts, backward * first, parts)
             waited += times * once
+            whole += times * 2 * (there + home)
     counts = exchange_seconds(traffic.counts, layout, hardware)
-    whole = blocks * 2 * (travel + longer)
     exposed = waited if is_overlapped else whole
     return counts + exposed, whole - exposed
+
+
+def packed_seconds(config: RunConfig, layout: Layout, hardware: Hardware) -> float:
+    """Seconds in which the rows of one block travel one way as codes."""
+    traffic = expert_traffic(config, layout, 1, narrow=1)
+    assert traffic is not None and traffic.packed is not None, "rows travel as codes"
+    return exchange_seconds(traffic.packed, layout, hardware) / 2
 
 
 class Stop(NamedTuple):
@@ -106,11 +116,12 @@ def turns_exchange_seconds(
     uneven = sent_rows * (imbalance if traffic.details and layout.expert_room is None else 1.0)
     travel = uneven * exchange_seconds(traffic.rows, turn, hardware) / blocks / 4
     beside = uneven * exchange_seconds(traffic.details, turn, hardware) / blocks / 2 if traffic.details else 0.0
+    packed = uneven * packed_seconds(config, turn, hardware) if config.low_precision.dispatch == "fp8" else travel
     narrow = held.narrow_letters(config.low_precision.narrow_blocks(config.model.letters))
     first, last, experts = computed_around(
         config, turn, hardware, storage, imbalance, routed_letter(config.model, narrow)
     )
-    is_cut, waited = layout.schedule == "zero_bubble", 0.0
+    is_cut, waited, whole_seconds = layout.schedule == "zero_bubble", 0.0, 0.0
     for letters in passed_together(config.model, held):
         for is_forward in (True, False):
             stops, gap = [], 0.0
@@ -123,15 +134,18 @@ def turns_exchange_seconds(
                     gap += own
                     continue
                 around = max(0.0, own - back * (first + last + experts)) / 2
-                stop = Stop(gap + around, back * first, back * experts, back * last, travel + beside, travel)
+                there, home = packed if letter in narrow else travel, travel
+                whole_seconds += layout.turns * (there + home + beside)
+                stop = Stop(gap + around, back * first, back * experts, back * last, there + beside, home)
                 stops.append(
-                    stop if is_forward else stop._replace(first=stop.last, last=stop.first, out=travel, home=stop.out)
+                    stop
+                    if is_forward
+                    else stop._replace(first=stop.last, last=stop.first, out=there, home=home + beside)
                 )
                 gap = around
             waited += seconds_in_turns(stops, gap)
     counts = layout.turns * exchange_seconds(traffic.counts, turn, hardware)
-    whole = layout.turns * blocks * 2 * (2 * travel + beside)
-    return counts + waited, whole - waited
+    return counts + waited, whole_seconds - waited
 
 
 def passed_together(model: ModelConfig, held: StageShare) -> list[tuple[str, ...]]:

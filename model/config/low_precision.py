@@ -44,6 +44,10 @@ class LowPrecisionConfig(Section):
     saved: Literal["bf16", "fp8"] = Field(
         "bf16", description="Hidden rows of experts, kept for backward passes: fp8 as codes of e4m3 in blocks of 128."
     )
+    dispatch: Literal["bf16", "fp8"] = Field(
+        "bf16",
+        description="Rows on their way to experts on other ranks, and gradients on theirs: fp8 as codes of e4m3 in blocks of 128; what returns is bf16.",
+    )
     quantize_weights: Literal["each_product", "each_step"] = Field(
         "each_product",
         description="each_step: keep a step's codes of weights for all its micro-batches, in two directions: memory for fewer passes over weights.",

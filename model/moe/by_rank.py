@@ -170,7 +170,8 @@ class _Part:
         assert weights_RK.dtype.itemsize >= 4, "the router's weights are float32 at least, which holds ids exactly"
         details_RC = torch.cat([weights_RK, expert_ids_RK.to(weights_RK.dtype)], 1)
         self.most = min(self.top_k, experts.groups.ep.size())  # rows that a token sends
-        self.transfers = [RowTransfer(experts.groups.ep, plan.sent, plan.received) for _ in range(2)]
+        details = RowTransfer(experts.groups.ep, plan.sent, plan.received)
+        self.transfers = [experts.transfer(plan.sent, plan.received), details]
         self.under_way = [
             transfer.start(gather_choices(given, plan.rows, sum(plan.sent), self.most))
             for transfer, given in zip(self.transfers, (x_RD, details_RC))

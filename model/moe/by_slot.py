@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amfm.kernels.moe.op import grouped_feed_forward
 from amfm.kernels.moe.rows.op import combine_choices, gather_choices, put_in_slots, sort_choices, sort_rows
-from amfm.model.moe.transfer import HeldExperts, RowTransfer, exchange_counts, sum_over_width_ranks
+from amfm.model.moe.transfer import HeldExperts, exchange_counts, sum_over_width_ranks
 
 
 class RowsBySlot:
@@ -61,7 +61,7 @@ class _Part:
     def __init__(self, rows_SD: Tensor, counts_Xe: Tensor, slots: int, experts: HeldExperts) -> None:
         self.experts, self.counts_Xe, self.slots = experts, counts_Xe, slots
         splits = [counts_Xe.shape[1] * slots] * experts.groups.ep.size()
-        self.transfer = RowTransfer(experts.groups.ep, splits, splits)
+        self.transfer = experts.transfer(splits, splits)
         self.under_way = self.transfer.start(rows_SD)
 
     def compute(self) -> None:

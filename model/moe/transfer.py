@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from amfm.kernels.low_precision.packed_rows import pack_rows, unpack_rows
+from amfm.kernels.low_precision.recipe import recipe_of
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.waits import waiting
 
@@ -31,6 +33,12 @@ class HeldExperts:
     activation: str
     backend: str
     sent_share: float = 1.0
+
+    def transfer(self, sent: list[int], received: list[int]) -> RowTransfer:
+        """A transfer of rows to the ranks of their experts: as codes where their recipe says so."""
+        recipe = recipe_of(self.up_eFD)
+        packs = recipe is not None and recipe.dispatch == "fp8"
+        return RowTransfer(self.groups.ep, sent, received, Packing(forward=packs, backend=self.backend))
 
 
 def exchange_counts(counts_P: Tensor, groups: ProcessGroupCollection) -> Tensor:
@@ -51,6 +59,15 @@ def exchange_counts(counts_P: Tensor, groups: ProcessGroupCollection) -> Tensor:
     return arrived_XP.unflatten(0, (beside, -1))
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Whether rows travel as codes (kernels/low_precision/packed_rows.py) in a transfer's forward pass, and in its backward pass."""
+
+    forward: bool = False
+    backward: bool = False
+    backend: str = "torch"
+
+
 class RowTransfer:
     """An all-to-all of rows [S, D] in a group: `sent[r]` to rank r, in order, `received[r]` from it.
 
@@ -61,9 +78,10 @@ class RowTransfer:
     sees a gradient that flows from one node to the other and is not read in between.
     """
 
-    def __init__(self, group: Any, sent: list[int], received: list[int]) -> None:
-        self.group, self.sent, self.received = group, sent, received
+    def __init__(self, group: Any, sent: list[int], received: list[int], packing: Packing = Packing()) -> None:
+        self.group, self.sent, self.received, self.packing = group, sent, received, packing
         self.under_way: Any = None
+        self.landing: tuple[Tensor, Tensor] | None = None  # codes that arrive, and rows that they become
         self.gradient: Tensor | None = None
 
     def start(self, rows_SD: Tensor) -> Tensor:
@@ -81,16 +99,20 @@ class RowTransfer:
         return self.finish(self.start(rows_SD))
 
     def back(self) -> RowTransfer:
-        """Build the transfer that returns what this one brought."""
-        return RowTransfer(self.group, self.received, self.sent)
+        """Build the transfer that returns what this one brought; its gradient goes where this one's rows went, and as they."""
+        packing = Packing(backward=self.packing.forward, backend=self.packing.backend)
+        return RowTransfer(self.group, self.received, self.sent, packing)
 
-    def launch(self, rows_SD: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    def launch(self, rows_SD: Tensor, sent: list[int], received: list[int], *, packs: bool) -> Tensor:
         """Launch the all-to-all; `wait` before reading the rows."""
         assert self.under_way is None, "a transfer moves one batch of rows at a time"
         arrived_SD = rows_SD.new_empty(sum(received), rows_SD.shape[1])
-        self.under_way = dist.all_to_all_single(
-            arrived_SD, rows_SD.contiguous(), received, sent, group=self.group, async_op=True
-        )
+        handed, landing = rows_SD.contiguous(), arrived_SD
+        if packs:
+            handed = pack_rows(handed, self.packing.backend)
+            landing = handed.new_empty(sum(received), handed.shape[1])
+            self.landing = landing, arrived_SD
+        self.under_way = dist.all_to_all_single(landing, handed, received, sent, group=self.group, async_op=True)
         return arrived_SD
 
     def wait(self) -> None:
@@ -98,6 +120,9 @@ class RowTransfer:
         with waiting():
             self.under_way.wait()
         self.under_way = None
+        if self.landing is not None:
+            unpack_rows(*self.landing, self.packing.backend)
+            self.landing = None
 
 
 class _AllToAllStart(torch.autograd.Function):
@@ -106,7 +131,7 @@ class _AllToAllStart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_SD: Tensor, transfer: RowTransfer) -> Tensor:
         ctx.transfer = transfer
-        return transfer.launch(rows_SD, transfer.sent, transfer.received)
+        return transfer.launch(rows_SD, transfer.sent, transfer.received, packs=transfer.packing.forward)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -129,7 +154,8 @@ class _AllToAllWait(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         transfer: RowTransfer = ctx.transfer
-        transfer.gradient = transfer.launch(gradients[0], transfer.received, transfer.sent)
+        packs = transfer.packing.backward
+        transfer.gradient = transfer.launch(gradients[0], transfer.received, transfer.sent, packs=packs)
         # Only of the right shape for autograd: `start` takes the gradient that travelled.
         return gradients[0], None
 

@@ -85,6 +85,13 @@ def place_problems(config: RunConfig) -> Iterator[Problem]:
     if section.saved != "bf16" and not any(HIDDEN in section.recipes_of(letter) for letter in chosen & present):
         rule = "is about hidden rows of experts, which low_precision.letters does not name"
         yield Problem(f"{SECTION}.saved", rule, "remove it, or name E", section.saved)
+    if section.dispatch != "bf16":
+        if not any(HIDDEN in section.recipes_of(letter) for letter in chosen & present):
+            rule = "is about rows on their way to experts, which low_precision.letters does not name"
+            yield Problem(f"{SECTION}.dispatch", rule, "remove it, or name E", section.dispatch)
+        elif config.parallel.expert == 1:
+            rule = "is about rows on their way to other ranks, and parallel.expert is 1"
+            yield Problem(f"{SECTION}.dispatch", rule, "remove it, or spread experts", section.dispatch)
     if section.out_projection == "mxfp8" and section.recipe == "mxfp8":
         rule = "is what low_precision.recipe=mxfp8 does to all products"
         yield Problem(f"{SECTION}.out_projection", rule, "remove it, or use bf16", "mxfp8")

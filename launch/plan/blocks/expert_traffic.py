@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from amfm.kernels.low_precision.formats import packed_width
 from amfm.kernels.moe.capacity import expert_capacity
 from amfm.launch.plan.exchange import FLOAT32, INT64, Exchange, element_type
 from amfm.launch.plan.layout import Layout
@@ -15,15 +16,19 @@ from amfm.pretrain.config.schema import RunConfig
 
 
 class ExpertTraffic(NamedTuple):
-    """What E blocks send over one axis: rows, and with them what is known of each row's choices; before them their numbers."""
+    """What E blocks send over one axis: rows, and with them what is known of each row's choices; before them their numbers.
+
+    packed: rows that travel as codes, out in forward and gradients out in backward, where `low_precision.dispatch` has any.
+    """
 
     rows: Exchange
+    packed: Exchange | None
     details: Exchange | None
     counts: Exchange
 
 
-def expert_traffic(config: RunConfig, layout: Layout, blocks: int) -> ExpertTraffic | None:
-    """What this many E blocks send over the expert axis; None where experts are not spread.
+def expert_traffic(config: RunConfig, layout: Layout, blocks: int, narrow: int = 0) -> ExpertTraffic | None:
+    """What this many E blocks send over the expert axis; None where experts are not spread. `narrow`: those with a recipe.
 
     A token's row travels once to each rank that holds experts of its choice, and home again, forward and backward. Next
     to it go, out in forward and home in backward, the weights of its choices and their ids in float32. How many rows
@@ -43,9 +48,12 @@ def expert_traffic(config: RunConfig, layout: Layout, blocks: int) -> ExpertTraf
         numbers = layout.expert * (2 if layout.expert_room is None else 1) * layout.expert_parts
     else:
         rows, details, numbers = ranks * slots * moe.num_experts, None, moe.num_experts
-    moved = 4 * blocks * rows * (moe.latent_size or config.model.hidden_size) * size
+    width = moe.latent_size or config.model.hidden_size
+    packs = 2 * narrow if config.low_precision.dispatch == "fp8" else 0
+    moved, parts = rows * packs * packed_width(width), layout.expert_parts
     return ExpertTraffic(
-        Exchange("ep", "all_to_all", dtype, 4 * calls, moved),
+        Exchange("ep", "all_to_all", dtype, 4 * calls - packs * parts, (4 * blocks - packs) * rows * width * size),
+        Exchange("ep", "all_to_all", "uint8", packs * parts, moved) if packs else None,
         details,
         Exchange("ep", "all_to_all", "int64", blocks, blocks * ranks * numbers * INT64),
     )

@@ -24,7 +24,7 @@ from amfm.launch.plan.exchange import (
     crossing,
     element_type,
 )
-from amfm.launch.plan.layout import Layout, StageShare
+from amfm.launch.plan.layout import Layout, StageShare, count_routed
 from amfm.pretrain.config.schema import RunConfig
 
 
@@ -67,13 +67,17 @@ def tensor_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Ite
 
 def expert_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
     """What spread experts exchange; with x expert-tensor ranks each row goes to all of them, and x parts of it come back."""
-    traffic = expert_traffic(config, layout.one_turn(), layout.turns * held.routed_blocks)
+    narrow = count_routed(config.model, held.narrow_letters(config.low_precision.narrow_blocks(config.model.letters)))
+    traffic = expert_traffic(config, layout.one_turn(), layout.turns * held.routed_blocks, layout.turns * narrow)
     if traffic is None:
         return
     yield from filter(None, traffic)
     beside = layout.expert_tensor
     if beside > 1:
-        for exchange in filter(None, traffic[:2]):
+        # Between ranks that share experts' width rows are wide.
+        wide = expert_traffic(config, layout.one_turn(), layout.turns * held.routed_blocks)
+        assert wide is not None, "experts are spread"
+        for exchange in filter(None, (wide.rows, wide.details)):
             yield replace(exchange, axis="expt_tp", stage_bytes=beside * exchange.stage_bytes)
         yield replace(traffic.counts, axis="expt_tp", collective="all_gather")
 

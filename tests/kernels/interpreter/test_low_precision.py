@@ -6,7 +6,7 @@ import torch
 from amfm.kernels.common.split_backward import Later, compute_now, split_backward
 from amfm.kernels.linear.op import linear
 from amfm.kernels.low_precision import triton_impl
-from amfm.kernels.low_precision.formats import quantize
+from amfm.kernels.low_precision.formats import quantize, to_e8m0
 from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.kernels.low_precision.products import multiplies_codes
 from amfm.kernels.low_precision.recipe import NAMES, Recipe
@@ -275,3 +275,16 @@ def test_rows_of_experts_are_read_and_written_where_they_lie(poisoned_memory):
     assert_bitwise(y[sources], plain)
     y.sum().backward()
     assert moved.grad.isfinite().all() and moved.grad.abs().amax(1).min() > 0
+
+
+def test_packed_rows_are_those_of_the_definition_to_the_bit(poisoned_memory):
+    x = torch.randn(70, 200, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 70)[:, None]
+    x[3], x[4, 7], x[5, 9] = 0.0, torch.nan, 1e-40
+    packed, wanted = triton_impl.pack_rows(x), quantize(x, "fp8_block")
+    assert_bitwise(packed[:, :200].contiguous(), wanted.codes)
+    assert_bitwise(packed[:, 200:202].contiguous(), to_e8m0(wanted.scales))
+    found = torch.empty_like(x)
+    triton_impl.unpack_rows(packed, found)
+    assert found[4, 7].isnan() and torch.equal(found.nan_to_num(7.0), wanted.values().nan_to_num(7.0))
+    assert_registered(triton_impl.pack_rows, x)
+    assert_registered(triton_impl.unpack_rows, packed, found)

@@ -25,6 +25,8 @@ FACTORED = (
 )
 # Where a token has a choice on each rank, or one choice in all, no router changes how many rows travel.
 ONE_EACH = "model.moe.num_experts=4"
+# Rows go out as codes; emulated, as no one here multiplies these.
+NARROW = "low_precision.recipe=fp8_block low_precision.emulate=true low_precision.dispatch=fp8"
 ONE_CHOICE = "model.moe.top_k=1 model.moe.normalize_probabilities=false"
 MOM = "model.mixers={gated_deltanet: {num_heads: 4, head_dim: 8}, mom: {num_memories: 4}}"
 LIGHTNING = "model.mixers.lightning={num_heads: 8, head_dim: 8}"
@@ -36,6 +38,7 @@ TWO_RANKS = [
 ]
 TWO_RANKS_MORE = [
     "expert=2 model.moe.num_experts=2",
+    f"expert=2 model.moe.capacity_factor=1.5 {NARROW}",
     f"expert=2 overlap_experts=true {ONE_CHOICE}",
     "expert=2 overlap_experts=true expert_room=2",
     f"expert=2 overlap_experts=rows train.micro_batch_size=2 {ONE_CHOICE}",
@@ -60,12 +63,16 @@ FOUR_RANKS = [
     "pipeline=2 context=2",
     "pipeline=2 tensor=2 sequence_parallel=true model.pattern=ME*-/*E/*E model.mtp.shared=true",
     f"expert=2 train.precision=bf16 {ONE_CHOICE}",
+    f"expert=2 train.precision=bf16 {NARROW} {ONE_CHOICE}",
+    f"expert=2 expert_tensor=2 {NARROW} {ONE_CHOICE}",
     "tensor=2 train.precision=bf16",
 ]
 
 
 def overrides(layout: str) -> list[str]:
-    return [word if word.startswith(("model", "train")) else f"parallel.{word}" for word in layout.split()]
+    return [
+        word if word.startswith(("model", "train", "low_precision")) else f"parallel.{word}" for word in layout.split()
+    ]
 
 
 def count_all(layouts: list[str], num_ranks: int) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from amfm.kernels.diag_scan import torch_impl as diag_torch
 from amfm.kernels.diag_scan import triton_impl as diag
 from amfm.kernels.linear_cross_entropy import torch_impl as loss_torch
 from amfm.kernels.linear_cross_entropy import triton_impl as loss
-from amfm.kernels.low_precision import products
+from amfm.kernels.low_precision import products, triton_impl
 from amfm.kernels.low_precision.recipe import Recipe
 from amfm.kernels.mamba2 import triton_impl as mamba2
 from amfm.kernels.moe import counting_sort, recycling, triton_codes, triton_experts, triton_router
@@ -118,6 +118,13 @@ def multiplied(rows, *, name="fp8_block"):
     return by.product(x_rows, by.quantize_weight(weight), torch.bfloat16)
 
 
+def packed(rows):
+    """Rows as bytes, and back."""
+    found = torch.empty(6, 8)
+    triton_impl.unpack_rows(triton_impl.pack_rows(rows(6, 8).detach()), found)
+    return found
+
+
 def fed_by_torch(rows):
     offsets = torch.tensor([4, 8, 12, 16], dtype=torch.int32)
     return experts_torch._forward(
@@ -176,6 +183,7 @@ TRITON = (
     multiplied,
     lambda rows: fed_by_codes(rows, counts=True, weight_gradient="same"),
     lambda rows: fed_by_codes(rows, counts=False, weight_gradient="bf16"),
+    packed,
     partial(multiplied, name="mxfp8"),
     partial(multiplied, name="nvfp4"),
     lambda rows: fed_by_codes(rows, counts=True, weight_gradient="same", name="nvfp4"),

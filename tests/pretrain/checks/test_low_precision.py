@@ -48,6 +48,7 @@ def test_a_recipe_that_suits_its_run_is_taken(base):
             ["low_precision.letters=M", "low_precision.saved=fp8"],
             "low_precision.saved = fp8: is about hidden rows of experts",
         ),
+        (["low_precision.dispatch=fp8"], "low_precision.dispatch = fp8: is about rows on their way to other ranks"),
         (
             ["low_precision.recipe=mxfp8", "low_precision.out_projection=mxfp8"],
             "is what low_precision.recipe=mxfp8 does to all products",

@@ -138,7 +138,7 @@ health.straggler_percent
 health.check_state_every_steps
 kernels.backend kernels.experts
 low_precision.recipe low_precision.letters low_precision.wide_first low_precision.wide_last low_precision.out_projection
-low_precision.weight_gradient low_precision.saved low_precision.quantize_weights low_precision.emulate low_precision.measure_every_steps
+low_precision.weight_gradient low_precision.saved low_precision.dispatch low_precision.quantize_weights low_precision.emulate low_precision.measure_every_steps
 export.target export.max_position_embeddings
 evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size
 prune.groups prune.keep prune.method prune.start_step prune.every_steps prune.end_step
