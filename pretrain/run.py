@@ -9,6 +9,7 @@ from typing import IO, Any, cast
 
 from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.model.hybrid import HybridModel
+from amfm.model.indexer_stage import set_indexer_stage
 from amfm.pretrain.checkpoint.background import BackgroundSaver
 from amfm.pretrain.checkpoint.masters import MasterView
 from amfm.pretrain.config.schema import RunConfig
@@ -164,8 +165,14 @@ def identities_of(loader: PretrainLoader) -> dict[str, str]:
     return {"dataset": loader.store.identity(), "tokenizer": loader.store.tokenizer_identity}
 
 
+def set_up_model(model: HybridModel, stage: RunStage) -> None:
+    """Set what a stage changes in the model that is built: rotary positions, and what indexers do."""
+    model.set_rope(stage.rope)
+    set_indexer_stage(model, stage.indexer)
+
+
 def apply_stage(run: Run) -> None:
-    """Enter the next step's training stage if that is a new one: its rotary positions, a fresh loss window, an event.
+    """Enter the next step's training stage if that is a new one: its positions and indexers, a fresh loss window, an event.
 
     The run must have been built in its layout. Every rank must call this.
     """
@@ -175,7 +182,7 @@ def apply_stage(run: Run) -> None:
     run.stage = stage
     run.model.recompute_blocks(recomputed_letters(in_layout(run.config, stage)))
     run.progress.recent_losses.clear()  # other text or longer rows have another loss
-    run.model.set_rope(stage.rope)
+    set_up_model(run.model, stage)
     run.tell(
         "stage",
         f"stage {stage.name}: {stage.num_steps:,} steps of {stage.global_batch_size} x {stage.sequence_length} tokens",

@@ -16,6 +16,8 @@ from itertools import pairwise
 from typing import Literal
 
 from amfm.data_pipeline.config import DataConfig, PhaseConfig
+from amfm.model.config.indexer import IndexerStage
+from amfm.model.config.indexer_stage import in_indexer_stage
 from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import BatchRampConfig, ParallelConfig, RunConfig, ScheduleConfig, StageConfig
@@ -43,6 +45,7 @@ class RunStage:
     peak: float
     schedule: ScheduleConfig
     rope: RopeConfig | None
+    indexer: IndexerStage | None
     weights: dict[str, float] | None
     ramp: BatchRampConfig | None
     parallel: ParallelConfig
@@ -121,6 +124,7 @@ def resolve_stages(config: RunConfig) -> tuple[RunStage, ...]:
                 peak=section.learning_rate or config.optimizer.learning_rate,
                 schedule=section.schedule or config.schedule,
                 rope=rope,
+                indexer=section.indexer or (before.indexer if before else None),
                 weights=section.weights,
                 ramp=ramp,
                 parallel=section.parallel or (before.parallel if before else config.parallel),
@@ -234,11 +238,12 @@ def data_of_stages(config: RunConfig, stages: tuple[RunStage, ...]) -> DataConfi
 
 
 def model_of_stage(config: RunConfig, stage: RunStage) -> ModelConfig:
-    """Build the model section of a stage, with its rotary positions."""
-    attention = config.model.attention
+    """Build the model section of a stage, with its rotary positions and what its indexers do."""
+    model = in_indexer_stage(config.model, stage.indexer)
+    attention = model.attention
     if attention is None or stage.rope is None or stage.rope == attention.rope:
-        return config.model
-    return config.model.model_copy(update={"attention": attention.model_copy(update={"rope": stage.rope})})
+        return model
+    return model.model_copy(update={"attention": attention.model_copy(update={"rope": stage.rope})})
 
 
 def in_layout(config: RunConfig, stage: RunStage) -> RunConfig:

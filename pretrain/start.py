@@ -51,7 +51,7 @@ from amfm.pretrain.parallel import (
     start_process_group,
 )
 from amfm.pretrain.ranks.group import RankGroup
-from amfm.pretrain.run import Run, identities_of
+from amfm.pretrain.run import Run, identities_of, set_up_model
 from amfm.pretrain.saving import resume
 from amfm.pretrain.stages import Built, RunStage, data_of_stages, last_stage, resolve_stages, stage_of
 
@@ -95,7 +95,7 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     run.files.lock = lock
     # The checkpoint may have been saved in another stage than the model was built for.
     run.stage = last_stage(stages, run.progress.step)
-    run.model.set_rope(run.stage.rope)
+    set_up_model(run.model, run.stage)
     if run.parallel.is_main:
         run.files.owner = owner = Ownership.take(run.directory)
         run.heartbeat.fence = run.saver.fence = owner.check

@@ -265,6 +265,7 @@ def print_plan(made: Plan, title: str) -> None:
         ("whole run", f"{made.tokens:.3e} tokens, {days:,.1f} days, {days * 24 * own.layout.ranks:,.0f} GPU-hours")
     )
     print_pairs(f"Step time on {own.layout.ranks} x {made.hardware.name}", times)
+    print_sparse(made)
     print_replicas(made)
     print_goodput(made)
     if len(made.stages) > 1:
@@ -282,6 +283,20 @@ def print_plan(made: Plan, title: str) -> None:
     advice = advise(made)
     if advice:
         say(f"amfm: warning: {advice}")
+
+
+def print_sparse(made: Plan) -> None:
+    """Print from which rows on an indexer pays; nothing where no block has one."""
+    from amfm.launch.plan.plan import sparse_from
+
+    rows = [
+        (name, "never" if length is None else f"rows of about {length:,} tokens")
+        for name, length in sparse_from(made).items()
+    ]
+    if rows:
+        print_pairs(
+            f"Chosen keys take less time than all on {made.hardware.name} from (predicted, never measured)", rows
+        )
 
 
 def print_replicas(made: Plan) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from amfm.launch.plan.blocks.indexer import pays_from
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, estimate_as_dict, mfu_range
 from amfm.launch.plan.exchanges.buckets import bucketed_bytes
 from amfm.launch.plan.failures.goodput import Goodput, estimate_goodput
@@ -26,6 +27,7 @@ from amfm.launch.plan.left_out import LeftOut, Tally, untried
 from amfm.launch.plan.memory import persistent_bytes, storage_of
 from amfm.launch.plan.ranking import Found, at_stage, choose_layouts, rank_layouts
 from amfm.launch.plan.search import LARGEST_CONTEXT, all_layouts, is_allowed, neighbour_layouts, with_layout
+from amfm.model.config.indexer_stage import has_indexer
 from amfm.model.flops import Counts, count_parameters, flops_per_token
 from amfm.pretrain.checks.ranks import ranks_of_stage
 from amfm.pretrain.checks.stages import run_of_stage
@@ -176,20 +178,21 @@ def with_range(run: RunConfig, layout: Layout, hardware: Hardware, assumptions: 
 
 
 def search_stages(runs: list[RunConfig], ranks: int, hardware: Hardware, assumptions: Assumptions) -> list[Found]:
-    """Search the layouts of every stage, each taken as a run; stages of equal rows and batch share one search."""
-    known: dict[tuple[int, int, bool], Found] = {}
+    """Search the layouts of every stage, each taken as a run; stages of equal rows, batch and indexers share one search."""
+    known: dict[tuple[Any, ...], Found] = {}
+    shapes = []
     for run in runs:
         train = run.train
-        shape = (train.sequence_length, train.global_batch_size, train.batch_ramp is not None)
+        indexers = tuple(getattr(options, "indexer", None) for _, options in run.model.sections())
+        shape = (train.sequence_length, train.global_batch_size, train.batch_ramp is not None, indexers)
+        shapes.append(shape)
         if shape not in known:
             tally = Tally()
             layouts = all_layouts(run, ranks, hardware.gpus_per_node, tally)
             ranked = rank_layouts(run, [run], layouts, hardware, assumptions, recomputes=True, tally=tally)
             more = untried(run, ranks, hardware, largest_context=LARGEST_CONTEXT)
             known[shape] = replace(ranked, left_out=(*tally.reasons(), *more))
-    return [
-        known[run.train.sequence_length, run.train.global_batch_size, run.train.batch_ramp is not None] for run in runs
-    ]
+    return [known[shape] for shape in shapes]
 
 
 def advise(plan: Plan) -> str:
@@ -266,6 +269,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         },
         "flops_per_token": sum(plan.flops.values()),
         "flops_per_token_by_kind": plan.flops,
+        **({"sparse_from": sparse_from(plan)} if has_indexer(plan.config.model) else {}),
         **estimate_as_dict(plan.own),
         "stages": [
             {
@@ -291,6 +295,16 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "layouts": [estimate_as_dict(item) for item in plan.layouts],
         "near_misses": [estimate_as_dict(item) for item in plan.near_misses],
         **({"left_out": [vars(entry) for entry in plan.left_out]} if plan.is_search else {}),
+    }
+
+
+def sparse_from(plan: Plan) -> dict[str, int | None]:
+    """The row length from which chosen keys are predicted to take less time than all, by kind of block; None: from none."""
+    model, precision = plan.config.model, plan.config.train.precision
+    return {
+        kind.name: pays_from(options, model.hidden_size, plan.hardware, precision)
+        for kind, options in model.kinds_in_use()
+        if getattr(options, "indexer", None) is not None
     }
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from amfm.model.config.indexer import IndexerConfig, keys_and_scores
 from amfm.model.config.options import (
     QK_NORM_AND_CLIP,
     Axis,
@@ -42,6 +43,7 @@ class AttentionConfig(MixerOptions):
         False,
         description="One learned score per head that takes a share of every query's attention and has no value, as in gpt-oss.",
     )
+    indexer: IndexerConfig | None = Field(None, description="Chooses the keys that a token attends to; none: all.")
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
         """Query heads share key-value heads evenly, and rotary positions rotate something."""
@@ -52,6 +54,12 @@ class AttentionConfig(MixerOptions):
         elif self.rope != RopeConfig():
             rule = "is set but model.attention.positions=none never reads it"
             yield "rope", f"{rule}; use positions: rope, or remove the rope section"
+        if self.indexer is not None:
+            yield from self.indexer.broken_rules(is_rotary=self.positions == "rope", sinks=self.sinks)
+
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """The loss of its indexer."""
+        return () if self.indexer is None else ("indexer",)
 
     def cut_evenly(self) -> dict[Axis, dict[str, int]]:
         """Query heads."""
@@ -70,13 +78,15 @@ class AttentionConfig(MixerOptions):
         gates = {"none": 0, "head": self.num_heads, "element": self.num_heads * self.head_dim}
         projections = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
         matrices = hidden_size * (projections + gates[self.gate])
-        return Weights(matrices, matrices, 2 * self.head_dim * self.qk_norm + self.num_heads * self.sinks)
+        chooses, norm = (0, 0) if self.indexer is None else self.indexer.weights(hidden_size, hidden_size)
+        others = 2 * self.head_dim * self.qk_norm + self.num_heads * self.sinks + norm
+        return Weights(matrices + chooses, matrices + chooses, others)
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """Queries with keys and weights with values, over the (T + 1) / 2 keys that a token sees on average."""
-        keys = (sequence_length + 1) / 2
+        """Queries with keys and weights with values, over the (T + 1) / 2 keys that a token sees on average; an indexer's scores."""
+        keys, scores = keys_and_scores(self.indexer, sequence_length)
         # Two products, of 2 operations per channel and key each.
-        return 2 * 2 * keys * self.num_heads * self.head_dim
+        return 2 * 2 * keys * self.num_heads * self.head_dim + scores
 
     def prunable(self, groups: str) -> Prunable | None:
         """A key-value head with its query heads: rows of q, k, v and the gates, columns of o."""

@@ -16,6 +16,7 @@ from amfm.kernels.common.limits import (
     VECTOR_GATE_LIMITS,
     ScanLimits,
 )
+from amfm.model.config.indexer import IndexerConfig
 from amfm.model.config.options import QK_NORM_AND_CLIP, Axis, MixerOptions, OutputGate, must_divide
 
 
@@ -416,11 +417,20 @@ class MlaOptions(MixerOptions):
         False,
         description="One learned score per head that takes a share of every query's attention and has no value, as in gpt-oss.",
     )
+    indexer: IndexerConfig | None = Field(
+        None, description="Chooses the tokens whose latents a token attends to, as in DeepSeek-V3.2; none: all."
+    )
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
         """Channels are rotated in pairs."""
         if self.positions == "rope" and self.rope_head_dim % 2:
             yield "rope_head_dim", "must be even with positions: rope; add one, or use positions: none"
+        if self.indexer is not None:
+            yield from self.indexer.broken_rules(is_rotary=self.positions == "rope", sinks=self.sinks)
+
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """The loss of its indexer."""
+        return () if self.indexer is None else ("indexer",)
 
     def qk_clip(self) -> str:
         """By queries and keys; the norms of latents come before the matrices of heads."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from amfm.model.config.indexer_stage import has_indexer
 from amfm.model.config.kinds import all_kinds, kind_of
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.structure import DENSE
@@ -83,6 +84,8 @@ def check_mup(config: ModelConfig) -> None:
             f"model.mup was not shown to hold for blocks {', '.join(map(repr, unchecked))} of model.pattern, only for "
             f"{', '.join(map(repr, checked))} (docs/mup.md); remove model.mup, or use blocks of these kinds"
         )
+    if has_indexer(config):
+        raise ValueError("model.mup has no rule for an indexer; remove the indexer, or model.mup")
     for kind, options in config.sections():
         for part in options.feed_forwards():
             if part.structure != DENSE:

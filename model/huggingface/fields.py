@@ -11,11 +11,12 @@ from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.rope import Llama3Stretch, RopeConfig
 from amfm.model.config.schema import ModelConfig
+from amfm.model.config.section import Section
 
 # transformers multiplies experts with torch's grouped product, whose rows must be whole 16 bytes, in bf16 too.
 EXPERT_SIZE_MULTIPLE = 8
 # Options, none unless set, that few classes have: what is said of all others.
-RARE_OPTIONS = {"activation_limit": "does not limit gate and up", "sinks": "has no sinks"}
+RARE_OPTIONS = {"activation_limit": "does not limit gate and up", "sinks": "has no sinks", "indexer": "has no indexer"}
 # What a class wants of settings, by name, and why.
 Wanted = Mapping[str, tuple[object, str]]
 GATED: Wanted = {"activation": ("swiglu", "the feed-forward is gated")}
@@ -112,8 +113,8 @@ def unfit_rare_options(config: ModelConfig, target: str, holds: frozenset[str]) 
         for name, rule in RARE_OPTIONS.items():
             value = getattr(options, name, None)
             if name not in holds and value not in (None, False):
-                said = str(value).lower() if value is True else value
-                reasons.append(f"model.{kind.section}.{name}={said}: {target} {rule}; leave it out, or target own")
+                said = "" if isinstance(value, Section) else f"={str(value).lower() if value is True else value}"
+                reasons.append(f"model.{kind.section}.{name}{said}: {target} {rule}; leave it out, or target own")
     return reasons
 
 

@@ -29,9 +29,10 @@ _NAMES = {
 
 
 def unfit_for_own(config: ModelConfig) -> list[str]:
-    """List mixers of other packages, which the modelling files have not."""
+    """List mixers of other packages and indexers, which the modelling files have not."""
     ours = {spec.name for spec in BUILT_IN}
-    return [
+    choosing = [kind.section for kind, options in config.kinds_in_use() if getattr(options, "indexer", None)]
+    return [f"model.{section}.indexer is not in our modelling file yet; decode with amfm" for section in choosing] + [
         f"model.pattern has {symbol}: the mixer {name} of another package is not in our modelling file; "
         "use a mixer of ours where the model must leave amfm"
         for symbol, name in registered_mixers(config).items()

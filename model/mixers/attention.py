@@ -19,6 +19,7 @@ from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.rope import Llama3Stretch, RopeConfig
 from amfm.model.mixers.interface import AttentionCache, BlockState, BuildContext, MixerOutput, SoftmaxMixer
 from amfm.model.mixers.output_gate import gate_heads, gate_projection
+from amfm.model.mixers.sparse.indexer import NORM_BIAS, Indexer
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import gather_rows
 from amfm.model.parallel.groups import ProcessGroupCollection
@@ -42,7 +43,7 @@ class AttentionMixer(SoftmaxMixer):
         groups = build.groups
         self.section, self.backend, self.epsilon = section, build.backend, build.norm_epsilon
         self.groups = groups
-        self.head_dim, self.scale = section.head_dim, section.softmax_scale
+        self.head_dim, self.scale = section.head_dim, section.softmax_scale or section.head_dim**-0.5
         self.num_heads = divide(section.num_heads, groups, "model.attention.num_heads")
         self.num_kv_heads = divide_units(section.num_kv_heads, groups, "model.attention.num_kv_heads")
         query_width, kv_width = section.num_heads * self.head_dim, section.num_kv_heads * self.head_dim
@@ -61,6 +62,7 @@ class AttentionMixer(SoftmaxMixer):
             self.sinks, self.shards = make_sinks(section.num_heads, groups, "model.attention.num_heads")
         self.q_norm = HeadNorm(self.head_dim) if section.qk_norm else None
         self.k_norm = HeadNorm(self.head_dim) if section.qk_norm else None
+        self.indexer = None if section.indexer is None else Indexer(section.indexer, hidden, build)
         self.attention_factor = 1.0
         self.inverse_frequencies: Tensor | None
         self.register_buffer("inverse_frequencies", None, persistent=False)
@@ -70,11 +72,21 @@ class AttentionMixer(SoftmaxMixer):
         """Compute the rotary frequencies again, float32, on the device of the weights."""
         if self.section.positions == "none":
             return
+        device = self.q_proj.weight.device
+        frequencies, self.attention_factor = self._frequencies(self.head_dim, self.section.rope.fraction)
+        self.inverse_frequencies = frequencies.to(device)
+        if self.indexer is not None:
+            own = self.indexer.options
+            frequencies, self.indexer.attention_factor = self._frequencies(own.head_dim, own.rope_fraction)
+            self.indexer.inverse_frequencies = frequencies.to(device)
+
+    def _frequencies(self, size: int, fraction: float) -> tuple[Tensor, float]:
+        """Rotary frequencies of heads of so many channels, and the factor on cosine and sine."""
         rope = self.section.rope
-        frequencies, self.attention_factor = rope_frequencies(
-            self.head_dim,
+        return rope_frequencies(
+            size,
             theta=rope.theta,
-            fraction=rope.fraction,
+            fraction=fraction,
             scaling=rope.scaling,
             ntk_alpha=rope.ntk_alpha,
             yarn_factor=rope.yarn_factor,
@@ -83,7 +95,6 @@ class AttentionMixer(SoftmaxMixer):
             yarn_beta_slow=rope.yarn_beta_slow,
             llama3=llama3_numbers(rope.llama3),
         )
-        self.inverse_frequencies = frequencies.to(self.q_proj.weight.device)
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """Mix x [B, T, D] -> y [B, T, D]; with a cache the tokens also see its keys, and the longer cache is returned.
@@ -107,32 +118,43 @@ class AttentionMixer(SoftmaxMixer):
                 epsilon=self.epsilon,
                 backend=self.backend,
             )
-        k_BSJK, cache = k_BTJK, None
+        k_BSJK, cache, auxiliary = k_BTJK, None, None
+        index = None if self.indexer is None else self.indexer.sparse_rows(x_BTD, x_BTD, meta)
         if state is not None:
             assert isinstance(state, AttentionCache), f"an attention block got a {type(state).__name__}"
             k_BSJK = torch.cat([state.k_BSJK, k_BTJK], dim=1)
             v_BSJK = torch.cat([state.v_BSJK, v_BSJK], dim=1)
-            cache = AttentionCache(k_BSJK, v_BSJK)
+            index = None if index is None else index.after(state.index_k_BSC)
+            cache = AttentionCache(k_BSJK, v_BSJK, None if index is None else index.k_BSC)
         assert meta.segments is None or state is None, "rows that are cut over context ranks have no decode state"
-        o_BTHK = attend(
-            q_BTHK,
-            k_BSJK,
-            v_BSJK,
-            meta,
-            self.groups,
-            scale=self.scale,
-            backend=self.backend,
-            sinks_H=self.sinks,
-            highest_H=self.noted_logits(),
-        )
+        if self.indexer is not None and index is not None:
+            if meta.segments is not None:
+                k_BSJK, v_BSJK = gather_rows(torch.stack([k_BSJK, v_BSJK]), meta.segments, self.groups).unbind()
+            o_BTHK, auxiliary = self.indexer.attend(
+                index, q_BTHK, k_BSJK, v_BSJK, meta, scale=self.scale, highest_H=self.noted_logits()
+            )
+        else:
+            o_BTHK = attend(
+                q_BTHK,
+                k_BSJK,
+                v_BSJK,
+                meta,
+                self.groups,
+                scale=self.scale,
+                backend=self.backend,
+                sinks_H=self.sinks,
+                highest_H=self.noted_logits(),
+            )
+            if self.indexer is not None and self.training:
+                auxiliary = self.indexer.learn(x_BTD, x_BTD, q_BTHK, k_BSJK, meta, scale=self.scale)
         if gate_BTX:
             o_BTHK = gate_heads(o_BTHK, gate_BTX[0])
-        return MixerOutput(leave_tensor_region(self.o_proj(o_BTHK.flatten(-2)), self.groups), cache)
+        return MixerOutput(leave_tensor_region(self.o_proj(o_BTHK.flatten(-2)), self.groups), cache, auxiliary)
 
     def empty_state(self, num_rows: int) -> AttentionCache:
         """Build the cache before the first token: [B, 0, J, K], in the dtype of the weights."""
         empty = self.k_proj.weight.new_zeros(num_rows, 0, self.num_kv_heads, self.head_dim)
-        return AttentionCache(empty, empty)
+        return AttentionCache(empty, empty, None if self.indexer is None else self.indexer.no_keys(num_rows))
 
     def scale_logits(self, factors_H: Tensor) -> dict[nn.Parameter, Tensor]:
         """Queries alone: keys are those of several heads."""
@@ -140,7 +162,7 @@ class AttentionMixer(SoftmaxMixer):
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """Sinks begin at 0, the score of a key that says nothing."""
-        return torch.zeros(shape) if name == "sinks" else None
+        return torch.zeros(shape) if name in ("sinks", NORM_BIAS) else None
 
     def sequence_flops(self, sequence_length: int) -> float:
         """FLOPs per token of scores and of the values that they weigh."""

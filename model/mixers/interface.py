@@ -151,10 +151,14 @@ class MambaState(NamedTuple):
 
 
 class AttentionCache(NamedTuple):
-    """Cache of one attention block: the keys and values of all tokens so far, k_BSJK and v_BSJK [B, S, kv heads, head_dim]."""
+    """Cache of one attention block: the keys and values of all tokens so far, k_BSJK and v_BSJK [B, S, kv heads, head_dim].
+
+    index_k_BSC: the keys of its indexer, where one chooses what is read.
+    """
 
     k_BSJK: Tensor
     v_BSJK: Tensor
+    index_k_BSC: Tensor | None = None
 
 
 # Of a registered mixer: tensors [B, ...] by name.

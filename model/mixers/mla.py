@@ -17,10 +17,13 @@ from amfm.kernels.attention.varlen import DocumentEnds
 from amfm.kernels.linear.op import linear
 from amfm.kernels.rope.frequencies import rope_frequencies
 from amfm.kernels.rope.op import qk_norm_rope
+from amfm.kernels.sparse_attention.rows import IndexRows
+from amfm.model.config.indexer import keys_and_scores
 from amfm.model.config.mixer_options import MlaOptions
 from amfm.model.mixers.attention import make_sinks
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer, SoftmaxMixer
 from amfm.model.mixers.output_gate import gate_heads, gate_projection
+from amfm.model.mixers.sparse.indexer import NORM_BIAS, Indexer
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import gather_rows
 from amfm.model.parallel.layers import ColumnLinear, Linear, RMSNorm, RowLinear
@@ -58,6 +61,7 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
         self.sinks = None
         if options.sinks:
             self.sinks, self.shards = make_sinks(heads, groups, name)
+        self.indexer = None if options.indexer is None else Indexer(options.indexer, width or hidden, build)
         self.inverse_frequencies: Tensor | None
         self.register_buffer("inverse_frequencies", None, persistent=False)
 
@@ -66,12 +70,22 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
         if self.options.positions == "rope":
             frequencies, _ = rope_frequencies(self.options.rope_head_dim, theta=self.options.rope_theta)
             self.inverse_frequencies = frequencies.to(self.out_proj.weight.device)
+            if self.indexer is not None:
+                own = self.indexer.options
+                frequencies, _ = rope_frequencies(
+                    own.head_dim, theta=self.options.rope_theta, fraction=own.rope_fraction
+                )
+                self.indexer.inverse_frequencies = frequencies.to(self.out_proj.weight.device)
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """Mix x [B, T, D] -> y [B, T, D]; with a state the tokens also see its latents; the longer state is returned."""
-        q_BTHK, latent_BTX, gate_BTX = self._project(x_BTD, meta)
+        query_BTX, q_BTHK, latent_BTX, gate_BTX = self._project(x_BTD, meta)
         following: MixerState | None = None
-        if meta.segments is not None:
+        auxiliary: dict[str, Tensor] | None = None
+        index = None if self.indexer is None else self.indexer.sparse_rows(x_BTD, query_BTX, meta)
+        if index is not None:
+            o_BTHV, following, auxiliary = self._attend_chosen(index, q_BTHK, latent_BTX, meta, state)
+        elif meta.segments is not None:
             assert state is None, "rows that are cut over context ranks have no decode state"
             o_BTHV = self._attend_segments(q_BTHK, latent_BTX, meta, meta.segments)
         elif state is None:
@@ -84,18 +98,25 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
                 o_BTHV = self._attend_latents(q_BTHK, latent_BSX)
             else:
                 o_BTHV = self._attend(q_BTHK, *self._expand(latent_BSX), None)
+        if self.indexer is not None and index is None and self.training:
+            q_BTHX, k_BT1X = self._fold(q_BTHK.detach()), latent_BTX.unsqueeze(2)
+            auxiliary = self.indexer.learn(x_BTD, query_BTX, q_BTHX, k_BT1X, meta, scale=self.key_size**-0.5)
         if gate_BTX is not None:
             o_BTHV = gate_heads(o_BTHV, gate_BTX)
-        return MixerOutput(leave_tensor_region(self.out_proj(o_BTHV.flatten(-2)), self.build.groups), following)
+        y_BTD = leave_tensor_region(self.out_proj(o_BTHV.flatten(-2)), self.build.groups)
+        return MixerOutput(y_BTD, following, auxiliary)
 
-    def _project(self, x_BTD: Tensor, meta: PackMeta) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Project to queries [B, T, H, N + R], latents [B, T, r + R] of all tokens, and gates; rotary parts rotated."""
-        groups, options = self.build.groups, self.options
+    def _project(self, x_BTD: Tensor, meta: PackMeta) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Project to what queries are made of, queries [B, T, H, N + R], latents [B, T, r + R] of all tokens, and gates; rotary
+        parts rotated.
+        """
+        query_BTX, groups, options = x_BTD, self.build.groups, self.options
         gates = [] if self.g_proj is None else [self.g_proj.weight]
         if self.q_down is None or self.q_norm is None:
             q_BTX, *gate_BTX = project_stream(x_BTD, [self.q_proj.weight, *gates], groups)
         else:
-            (q_BTX,) = project_stream(self.q_norm(self.q_down(x_BTD)), [self.q_proj.weight], groups)
+            query_BTX = self.q_norm(self.q_down(x_BTD))
+            (q_BTX,) = project_stream(query_BTX, [self.q_proj.weight], groups)
             gate_BTX = list(project_stream(x_BTD, gates, groups)) if gates else []
         c_BTr, key_BTR = self.kv_down(x_BTD).split([options.latent_size, options.rope_head_dim], dim=-1)
         latent_BTX = enter_tensor_region(torch.cat([self.kv_norm(c_BTr.contiguous()), key_BTR], dim=-1), groups)
@@ -113,7 +134,7 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
             )
             q_BTHK = torch.cat([plain_BTHN, turned_BTHR], dim=-1)
             latent_BTX = torch.cat([c_BTr, key_BT1R.squeeze(2)], dim=-1)
-        return q_BTHK, latent_BTX, gate_BTX[0] if gate_BTX else None
+        return query_BTX, q_BTHK, latent_BTX, gate_BTX[0] if gate_BTX else None
 
     def _expand(self, latent_BSX: Tensor) -> tuple[Tensor, Tensor]:
         """Expand latents [B, S, r + R] to keys [B, S, H, N + R] and values [B, S, H, V] of this rank's heads."""
@@ -142,17 +163,49 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
 
     def _attend_latents(self, q_BTHK: Tensor, latent_BSX: Tensor) -> Tensor:
         """Attend within one document without expanding: all heads read the latents as one key and value head."""
-        options = self.options
-        up_HXr = self.kv_up.weight.unflatten(0, (self.num_heads, -1))
-        of_keys_HNr, of_values_HVr = up_HXr.split([options.nope_head_dim, options.value_head_dim], dim=1)
-        plain_BTHN, turned_BTHR = q_BTHK.split([options.nope_head_dim, options.rope_head_dim], dim=-1)
-        q_BTHX = torch.cat([torch.einsum("bthn,hnr->bthr", plain_BTHN, of_keys_HNr), turned_BTHR], dim=-1)
         latent_BS1X = latent_BSX.unsqueeze(2)
         # Our Triton kernel has no heads of this width, and one query needs none.
         backend = "torch" if self.build.backend == "triton" else self.build.backend
-        c_BS1r = latent_BS1X[..., : options.latent_size]
-        o_BTHr = _attend_padded(q_BTHX, latent_BS1X, c_BS1r, None, self.key_size**-0.5, backend, self.sinks)
+        c_BS1r = latent_BS1X[..., : self.options.latent_size]
+        q_BTHX = self._fold(q_BTHK)
+        return self._unfold(_attend_padded(q_BTHX, latent_BS1X, c_BS1r, None, self.key_size**-0.5, backend, self.sinks))
+
+    def _fold(self, q_BTHK: Tensor) -> Tensor:
+        """Queries of latents, [B, T, H, r + R]: the expansion of keys goes to the query."""
+        options = self.options
+        of_keys_HNr = self.kv_up.weight.unflatten(0, (self.num_heads, -1))[:, : options.nope_head_dim]
+        plain_BTHN, turned_BTHR = q_BTHK.split([options.nope_head_dim, options.rope_head_dim], dim=-1)
+        return torch.cat([torch.einsum("bthn,hnr->bthr", plain_BTHN, of_keys_HNr), turned_BTHR], dim=-1)
+
+    def _unfold(self, o_BTHr: Tensor) -> Tensor:
+        """Values [B, T, H, V] of weighted sums of latents."""
+        of_values_HVr = self.kv_up.weight.unflatten(0, (self.num_heads, -1))[:, self.options.nope_head_dim :]
         return torch.einsum("bthr,hvr->bthv", o_BTHr, of_values_HVr)
+
+    def _attend_chosen(
+        self, index: IndexRows, q_BTHK: Tensor, latent_BTX: Tensor, meta: PackMeta, state: BlockState
+    ) -> tuple[Tensor, MixerState | None, dict[str, Tensor]]:
+        """Attend to the latents that the indexer chooses, without expanding any; with the longer state, and the loss."""
+        assert self.indexer is not None, "it made the index"
+        following: MixerState | None = None
+        if meta.segments is not None:
+            assert state is None, "rows that are cut over context ranks have no decode state"
+            (latent_BTX,) = gather_rows(latent_BTX.unsqueeze(0), meta.segments, self.build.groups)
+        elif state is not None:
+            assert isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
+            latent_BTX, index = torch.cat([state["latent"], latent_BTX], dim=1), index.after(state["index_k"])
+            following = {"latent": latent_BTX, "index_k": index.k_BSC}
+        k_BS1X = latent_BTX.unsqueeze(2)
+        o_BTHr, auxiliary = self.indexer.attend(
+            index,
+            self._fold(q_BTHK),
+            k_BS1X,
+            k_BS1X[..., : self.options.latent_size],
+            meta,
+            scale=self.key_size**-0.5,
+            highest_H=self.noted_logits(),
+        )
+        return self._unfold(o_BTHr), following, auxiliary
 
     def _attend_segments(self, q_BTHK: Tensor, latent_BTX: Tensor, meta: PackMeta, segments: Segments) -> Tensor:
         """Attend from this rank's segments to the keys of whole rows, of which context ranks gather the latents."""
@@ -180,17 +233,26 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """Sinks begin at 0."""
-        return torch.zeros(shape) if name == "sinks" else None
+        return torch.zeros(shape) if name in ("sinks", NORM_BIAS) else None
 
     def empty_state(self, num_rows: int) -> MixerState:
-        """Build the state before the first token: no latents, [B, 0, r + R]."""
+        """Build the state before the first token: no latents, [B, 0, r + R], and no keys of an indexer that chooses."""
         width = self.options.latent_size + self.options.rope_head_dim
-        return {"latent": self.out_proj.weight.new_zeros(num_rows, 0, width)}
+        state = {"latent": self.out_proj.weight.new_zeros(num_rows, 0, width)}
+        index_k_BSC = None if self.indexer is None else self.indexer.no_keys(num_rows)
+        return state if index_k_BSC is None else state | {"index_k": index_k_BSC}
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """FLOPs per token of queries times the keys that it sees on average, and of weights times values."""
-        keys = (sequence_length + 1) / 2
-        return 2.0 * keys * self.num_heads * (self.key_size + self.options.value_head_dim)
+        """FLOPs per token of queries times the keys that it reads on average, and of weights times values; an indexer's scores.
+
+        Chosen keys and values are latents.
+        """
+        options = self.options
+        keys, scores = keys_and_scores(options.indexer, sequence_length)
+        sizes = self.key_size + options.value_head_dim
+        if options.indexer is not None and options.indexer.stage == "sparse":
+            sizes = 2 * options.latent_size + options.rope_head_dim
+        return 2.0 * keys * self.num_heads * sizes + scores
 
 
 def _attend_padded(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from amfm.kernels.low_precision.recipe import FIRST_CAPABILITY, WIDTH_MULTIPLE
+from amfm.model.config.indexer_stage import has_indexer
 from amfm.model.config.kinds import describe_symbol, kind_of
 from amfm.model.config.low_precision import DEFAULT_LETTERS, LowPrecisionConfig
 from amfm.model.config.pattern import parse_letters
@@ -29,6 +30,9 @@ def low_precision_problems(config: RunConfig) -> Iterator[Problem]:
     if section.recipe == "none":
         yield from without_recipe(section)
         return
+    if has_indexer(config.model):
+        rule = "was not tried with an indexer, whose choice would follow rounded scores"
+        yield Problem(f"{SECTION}.recipe", rule, "use none, or leave the indexer out", section.recipe)
     places = list(place_problems(config))
     yield from places
     yield from excluded_problems(config)

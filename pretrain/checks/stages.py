@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from amfm.model.config.indexer_stage import has_indexer
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.schema import RunConfig, StageConfig
 from amfm.pretrain.stages import RunStage, model_of_stage
@@ -47,6 +48,9 @@ def declaration_problems(config: RunConfig) -> Iterator[Problem]:
         if section.rope is not None and (config.model.attention is None or config.model.attention.positions == "none"):
             rule = "has no effect: model.attention.positions is none"
             yield Problem(f"{key}.rope", rule, "remove it, or use model.attention.positions=rope")
+        if section.indexer is not None and not has_indexer(config.model):
+            rule = "has no effect: no block of model.pattern has an indexer"
+            yield Problem(f"{key}.indexer", rule, "remove it, or give attention or mla one", section.indexer)
         for name in section.weights or {}:
             if name not in sources and config.data.probe is None:
                 rule = "is not a name of data.sources"

@@ -56,6 +56,8 @@ RARELY_SET: dict[str, dict[str, str]] = {
     "docs/mixers.md": {
         "model": "depth_scaled_init head residual_in_fp32 logits_z_loss_weight",
         "model.mamba": "conv_kernel conv_bias a_init_min a_init_max time_step_min time_step_max time_step_floor",
+        "stages.*": "indexer",
+        "model.attention.indexer": "top_k num_heads head_dim rope_fraction loss_weight stage",
         "model.attention.rope": "scaling ntk_alpha yarn_factor yarn_original_length yarn_beta_fast yarn_beta_slow",
         "model.attention.rope.llama3": "factor original_length slow_turns fast_turns",
         "model.feed_forward": "activation_limit",
@@ -77,6 +79,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "model.mixers.retnet": "conv_kernel chunk_size num_heads head_dim value_head_dim rope_theta",
         "model.mixers.transnormer": "chunk_size value_head_dim positions rope_theta",
         "model.mixers.mla": "gate sinks latent_norm_epsilon",
+        "model.mixers.mla.indexer": "top_k num_heads head_dim rope_fraction loss_weight stage",
         "model.mixers.window": "qk_norm positions gate",
         "model.mixers.window_linear": "qk_norm softmax_scale",
         "model.mtp": "detach",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from amfm.data_pipeline.config import DataConfig
+from amfm.model.config.indexer import IndexerStage
 from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import ModelConfig
@@ -288,6 +289,9 @@ class StageConfig(Section):
     micro_batch_size: int | None = Field(None, gt=0, description="Rows per forward pass and rank.")
     global_batch_size: int | None = Field(None, gt=0, description="Rows per optimizer step, over all ranks.")
     rope: RopeConfig | None = Field(None, description="Rotary positions from here on.")
+    indexer: IndexerStage | None = Field(
+        None, description="What indexers do from here on; none: as before, at first as their own `stage`."
+    )
     weights: dict[str, float] | None = Field(None, description="Weight of each source from here on; absent: not used.")
     learning_rate: float | None = Field(None, gt=0, description="Peak rate; none: optimizer.learning_rate.")
     schedule: ScheduleConfig | None = Field(None, description="Over the steps of this stage; none: `schedule`.")

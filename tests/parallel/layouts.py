@@ -101,6 +101,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
             },
         },
     },
+    "chosen_keys": MODEL
+    | {
+        "pattern": "M*E+",
+        "attention": MODEL["attention"] | {"indexer": {"top_k": 9, "head_dim": 8}},
+        "mixers": {
+            "mla": {
+                "num_heads": 8,
+                "latent_size": 12,
+                "query_latent_size": 10,
+                "nope_head_dim": 6,
+                "rope_head_dim": 4,
+                "value_head_dim": 5,
+                "positions": "rope",
+                "indexer": {"top_k": 9, "head_dim": 8},
+            },
+        },
+    },
     "parallel": MODEL
     | {
         "pattern": "(M&*)E(W&M)-",
@@ -338,6 +355,12 @@ LAYOUTS = [
     Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "mla", quick=True),
     Layout(4, {"tensor": 4, "sequence_parallel": True, "zero_stage": 2}, "mla"),
     Layout(4, {"pipeline": 2, "context": 2}, "mla"),
+    # Chosen keys: tensor ranks choose alike, context ranks among the keys of whole rows.
+    Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "chosen_keys"),
+    Layout(4, {"pipeline": 2, "zero_stage": 2}, "chosen_keys", {"train__recompute": "full"}),
+    Layout(2, {"pipeline": 2, "schedule": "zero_bubble"}, "chosen_keys"),
+    Layout(4, {"zero_stage": 3}, "chosen_keys"),
+    Layout(2, {"tensor": 2, "sequence_parallel": True}, "chosen_keys", {"train__compile": True}),
     # Mixers side by side, each with ranks of its own kind.
     Layout(2, {"context": 2}, "parallel", quick=True),
     Layout(4, {"pipeline": 2, "zero_stage": 2}, "parallel", {"train__recompute": "full"}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from amfm.launch.plan.activations import Storage
+from amfm.launch.plan.blocks import indexer
 from amfm.launch.plan.blocks.block import PlannedBlock
 from amfm.launch.plan.exchange import Exchange, element_type
 from amfm.launch.plan.layout import Layout
@@ -31,8 +32,16 @@ class PlannedAttention(PlannedBlock):
             line.passes(tokens * (5 * query + 3 * gates) * e)
         if attention.qk_norm or attention.positions == "rope":
             line.passes(5 * tokens * (query + keys) * e)
-        seen = (self.config.train.sequence_length + 1) / 2
-        line.mixing(tokens * 4 * seen * query, tokens * (2 * query + 2 * keys) * e)
+        length = self.config.train.sequence_length
+        if attention.indexer is not None:
+            indexer.add_indexer(line, tokens, length, attention, hidden, tensor)
+        if attention.indexer is None or attention.indexer.stage == "warm_up":
+            line.mixing(tokens * 2 * (length + 1) * query, tokens * (2 * query + 2 * keys) * e)
+
+    def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
+        """The crossings of its region, and what an indexer exchanges."""
+        yield from super().tensor_exchanges(layout, times)
+        yield from indexer.tensor_exchanges(self.config, layout, self.options, times)
 
     def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
         """Keys and values, gathered over the group in forward; their gradients are summed back to the owners in backward."""
@@ -41,3 +50,4 @@ class PlannedAttention(PlannedBlock):
         keys = layout.stage_ranks * 2 * layout.tokens(self.config) * heads * self.options.head_dim * size
         yield Exchange("cp", "all_gather", dtype, times, times * keys)
         yield Exchange("cp", "reduce_scatter", dtype, times, layout.context * times * keys)
+        yield from indexer.context_exchanges(self.config, layout, self.options, times)

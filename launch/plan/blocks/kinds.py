@@ -8,6 +8,7 @@ from amfm.launch.plan.activations import Storage
 from amfm.launch.plan.blocks.attention import PlannedAttention
 from amfm.launch.plan.blocks.block import PlannedBlock
 from amfm.launch.plan.blocks.feed_forward import PlannedFeedForward
+from amfm.launch.plan.blocks.indexer import PlannedLatent
 from amfm.launch.plan.blocks.mamba2 import PlannedMamba2
 from amfm.launch.plan.blocks.moe import PlannedMoe
 from amfm.launch.plan.exchange import Exchange
@@ -17,6 +18,7 @@ from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.kinds import find_kind
 from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.mixer_options import MlaOptions
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions
 from amfm.model.config.parallel_heads import ParallelOptions
@@ -55,6 +57,7 @@ KNOWN: dict[type[MixerOptions], type[PlannedBlock]] = {
     AttentionConfig: PlannedAttention,
     MoeConfig: PlannedMoe,
     FeedForwardConfig: PlannedFeedForward,
+    MlaOptions: PlannedLatent,
     ParallelOptions: PlannedParallel,
 }
 

@@ -30,6 +30,8 @@ NARROW = "low_precision.recipe=fp8_block low_precision.emulate=true low_precisio
 ONE_CHOICE = "model.moe.top_k=1 model.moe.normalize_probabilities=false"
 MOM = "model.mixers={gated_deltanet: {num_heads: 4, head_dim: 8}, mom: {num_memories: 4}}"
 LIGHTNING = "model.mixers.lightning={num_heads: 8, head_dim: 8}"
+INDEXER = "model.attention.indexer.top_k=50 model.attention.indexer.head_dim=8"
+WARM_UP = f"{INDEXER} model.attention.indexer.stage=warm_up"
 TWO_RANKS = [
     "expert=2 model.moe.capacity_factor=1.5",
     "tensor=2 sequence_parallel=true zero_stage=2 model.attention.qk_norm=true",
@@ -45,6 +47,10 @@ TWO_RANKS_MORE = [
     "expert=2 overlap_experts=true model.moe.capacity_factor=1.5",
     f"tensor=2 sequence_parallel=true {FACTORED} model.guide.share=0.5",
     "tensor=2 model.pattern=M/*E",
+    f"tensor=2 sequence_parallel=true {INDEXER}",
+    f"tensor=2 {WARM_UP}",
+    f"context=2 {INDEXER}",
+    f"context=2 {WARM_UP}",
 ]
 FOUR_RANKS = [
     f"expert=4 zero_stage=2 model.moe.latent_size=24 {ONE_EACH}",

@@ -182,10 +182,10 @@ def spread_config(name: str) -> ModelConfig:
     )
 
 
-def run_spread(name: str, section: ParallelConfig) -> dict[str, Tensor]:
+def run_spread(config: ModelConfig, section: ParallelConfig) -> dict[str, Tensor]:
     """What `run_model` gives, of whole weights, on every rank."""
     groups = initialize_parallel(section, timeout_seconds=60, num_threads=1).groups
-    model = HybridModel(spread_config(name), groups, seed=1).double()
+    model = HybridModel(config, groups, seed=1).double()
     found = run_model(model, groups=groups)
     sum_partial_gradients(find_partial_gradients(model, groups), groups)
     if groups.cp.size() > 1:
@@ -197,7 +197,7 @@ def run_spread(name: str, section: ParallelConfig) -> dict[str, Tensor]:
 
 
 def run_all_spread(layouts: list[tuple[str, ParallelConfig]]) -> list[dict[str, Tensor]]:
-    return [run_spread(name, section) for name, section in layouts]
+    return [run_spread(spread_config(name), section) for name, section in layouts]
 
 
 SECTIONS = {
@@ -230,9 +230,14 @@ def spread(slow: bool) -> dict[tuple[str, str], list[dict[str, Tensor]]]:
     [pytest.param(*layout, marks=pytest.mark.slow if layout in SLOW_LAYOUTS else ()) for layout in LAYOUTS],
 )
 def test_two_ranks_compute_what_one_does(name: str, kind: str) -> None:
-    model = HybridModel(spread_config(name), single_rank_groups(), seed=1).double()
+    assert_spread(spread_config(name), kind, spread((name, kind) in SLOW_LAYOUTS)[name, kind])
+
+
+def assert_spread(config: ModelConfig, kind: str, ranks: list[dict[str, Tensor]]) -> None:
+    """Fail unless each of two ranks found what one does."""
+    model = HybridModel(config, single_rank_groups(), seed=1).double()
     expected = run_model(model) | {f"weight of {key}": weight.detach() for key, weight in model.named_parameters()}
-    for rank, actual in enumerate(spread((name, kind) in SLOW_LAYOUTS)[name, kind]):
+    for rank, actual in enumerate(ranks):
         logits_BTV = expected["logits"]
         if kind == "context":
             segments = meta_of(packed_batch(DOCUMENTS)[2]).cut(rank, 2).segments

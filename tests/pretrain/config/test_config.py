@@ -27,6 +27,8 @@ model.attention.rope.theta model.attention.rope.fraction model.attention.rope.sc
 model.attention.rope.yarn_factor model.attention.rope.yarn_original_length model.attention.rope.yarn_beta_fast
 model.attention.rope.yarn_beta_slow model.attention.rope.llama3.factor
 model.attention.rope.llama3.original_length model.attention.rope.llama3.slow_turns model.attention.rope.llama3.fast_turns
+model.attention.indexer.top_k model.attention.indexer.num_heads model.attention.indexer.head_dim model.attention.indexer.rope_fraction
+model.attention.indexer.loss_weight model.attention.indexer.stage
 model.moe.num_experts model.moe.top_k model.moe.expert_hidden_size model.moe.shared_expert_hidden_size
 model.moe.shared_expert_gate model.moe.shared_expert_linear_kind model.moe.shared_expert_linear_rank
 model.moe.shared_expert_linear_blocks model.moe.activation model.moe.activation_limit model.moe.router model.moe.normalize_probabilities model.moe.routed_scaling
@@ -79,6 +81,8 @@ model.mixers.transnormer.rope_theta
 model.mixers.mla.num_heads model.mixers.mla.latent_size model.mixers.mla.query_latent_size
 model.mixers.mla.nope_head_dim model.mixers.mla.rope_head_dim model.mixers.mla.value_head_dim model.mixers.mla.positions
 model.mixers.mla.rope_theta model.mixers.mla.gate model.mixers.mla.latent_norm_epsilon model.mixers.mla.sinks
+model.mixers.mla.indexer.top_k model.mixers.mla.indexer.num_heads model.mixers.mla.indexer.head_dim model.mixers.mla.indexer.rope_fraction
+model.mixers.mla.indexer.loss_weight model.mixers.mla.indexer.stage
 model.mixers.window.num_heads model.mixers.window.num_kv_heads model.mixers.window.window model.mixers.window.head_dim
 model.mixers.window.qk_norm model.mixers.window.positions model.mixers.window.rope_theta
 model.mixers.window.gate model.mixers.window.sinks
@@ -122,7 +126,7 @@ optimizer.clip_grad_norm optimizer.state_dtype optimizer.muon.momentum optimizer
 optimizer.muon.per_head
 schedule.kind schedule.warmup_steps schedule.decay_steps schedule.decay_shape schedule.min_ratio
 stages.*.name stages.*.tokens stages.*.steps stages.*.sequence_length stages.*.micro_batch_size
-stages.*.global_batch_size stages.*.weights stages.*.learning_rate stages.*.recompute stages.*.recompute_blocks
+stages.*.global_batch_size stages.*.indexer stages.*.weights stages.*.learning_rate stages.*.recompute stages.*.recompute_blocks
 stages.*.rope.theta stages.*.rope.fraction stages.*.rope.scaling stages.*.rope.ntk_alpha stages.*.rope.yarn_factor
 stages.*.rope.yarn_original_length stages.*.rope.yarn_beta_fast stages.*.rope.yarn_beta_slow stages.*.rope.llama3.factor
 stages.*.rope.llama3.original_length stages.*.rope.llama3.slow_turns stages.*.rope.llama3.fast_turns

@@ -1,0 +1,1 @@
+"""Attention to keys that an indexer chooses."""
