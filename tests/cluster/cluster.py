@@ -26,6 +26,10 @@ PROGRAMS = {
     "ssh": ("sshd", "ssh", "ssh-keygen"),
     "slurm": ("munged", "slurmctld", "slurmd", "sbatch", "srun"),
 }
+# On two cores that do other work too. A run that is healthy comes to its next step long before.
+START_SECONDS, PATIENCE_SECONDS = 900.0, 2000.0
+GIVEN_UP = ("amfm: launch stopped", "not starting again", "are used up", "Aborted")
+FAKE_CLOCK = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
@@ -98,6 +102,17 @@ def cluster(count: int, engine: str = "", *, folder: Path) -> Iterator[Cluster]:
         quietly(NETWORK, "down", str(folder))
 
 
+def kill_ranks(nodes: Cluster, node: int) -> None:
+    """Kill the ranks of a node that are processes of their own, and not the programs that have their command line in theirs."""
+    nodes.run(node, "pkill", "-KILL", "-f", "^[^ ]+ -P -m amfm.launch train ")
+
+
+def wrong_clock(node: int, seconds: int) -> str:
+    """Shell text after which everything on a node, and nothing elsewhere, sees a clock that is ahead by these seconds."""
+    variables = f"LD_PRELOAD={FAKE_CLOCK} FAKETIME={seconds:+d}s FAKETIME_DONT_FAKE_MONOTONIC=1"
+    return f"if [ $(hostname) = node{node} ]; then export {variables}; fi"
+
+
 def quietly(*command: str) -> None:
     """Run a script, showing its output only where it fails."""
     # To a file: what stays behind (daemons) would hold a pipe open.
@@ -113,12 +128,11 @@ def amfm(*arguments: str | Path) -> list[str]:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, log: Path | None = None) -> Any:
-    """Wait for a condition to hold and return its value; fails with the end of a log."""
+    """Wait for a condition to hold and return its value; fails with the end of a log, at once where its launcher has given up."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline, (
-            log.read_text()[-4000:] if log and log.exists() else "it did not come to that"
-        )
+        text = log.read_text()[-4000:] if log and log.exists() else ""
+        assert time.monotonic() < deadline and not any(words in text for words in GIVEN_UP), text or "it never came"
         time.sleep(0.2)
     return value
 
@@ -134,5 +148,5 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
     """A run's events of one name."""
     path = run_dir / "events.jsonl"
-    lines = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    return [line for line in lines if line["event"] == name]
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line for text in lines if text.endswith("}") for line in [json.loads(text)] if line["event"] == name]

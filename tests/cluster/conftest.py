@@ -1,11 +1,13 @@
-"""A run for clusters, the losses that it must end with, and a folder with a short path for sockets."""
+"""A run for clusters, the losses that it must end with, a folder with a short path for sockets, and the table of faults."""
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,12 @@ import pytest
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
 from tests.cluster.cluster import amfm, metrics
+from tests.cluster.watch import Row, Watch, table, to_dict
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 STEPS = 60
+TABLE = Path("build/cluster.md")
+WatchRun = Callable[..., AbstractContextManager[Row]]
 
 
 @pytest.fixture
@@ -24,6 +29,8 @@ def folder() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="c.", dir="/tmp"))
     yield path
     shutil.rmtree(path, ignore_errors=True)
+    for printed in path.parent.glob(f"{path.name}.*.out"):
+        printed.unlink()
 
 
 def write_run(folder: Path, run_dir: Path, **overrides: Any) -> RunConfig:
@@ -48,11 +55,17 @@ def write_run(folder: Path, run_dir: Path, **overrides: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of the run on one rank that nothing disturbs."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    write_run(root, root / "run")
-    subprocess.run(amfm("train", root / "run.yaml"), check=True, capture_output=True)
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[float]:
+    """Losses of the run on one rank that nothing disturbs; run once, whichever of several workers comes first."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base if worker_id == "master" else base.parent) / "undisturbed"
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "done").exists():
+            write_run(root, root / "run")
+            subprocess.run(amfm("train", root / "run.yaml"), check=True, capture_output=True)
+            (root / "done").touch()
     return [line["loss"] for line in metrics(root / "run")]
 
 
@@ -61,3 +74,31 @@ def check_losses(run_dir: Path, expected: list[float]) -> None:
     losses = [line["loss"] for line in metrics(run_dir)]
     assert len(losses) == len(expected)
     assert losses == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.fixture
+def watch(folder: Path, undisturbed: list[float], record_property: Callable[[str, object], None]) -> WatchRun:
+    """Watch the run of this test from the moment of its fault to its end: `with watch(engine, fault): ...`"""
+
+    @contextmanager
+    def begin(engine: str, fault: str, run_name: str = "run", expected: Sequence[float] = undisturbed) -> Iterator[Row]:
+        row, logs, run_dir = Row(engine, fault), sorted(folder.glob("run/logs/slurm-*.log")), folder / run_name
+        with Watch(row, run_dir, logs[-1] if logs else folder / "launch.log"):
+            yield row
+        losses = [line["loss"] for line in metrics(run_dir)]
+        if len(losses) == len(expected):
+            row.difference = max(abs(ours - theirs) for ours, theirs in zip(losses, expected, strict=True))
+        record_property("row", to_dict(row))
+
+    return begin
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the rows of the tests that passed, and write them for the docs."""
+    reports = terminalreporter.stats.get("passed", [])
+    rows = [value for report in reports for name, value in getattr(report, "user_properties", ()) if name == "row"]
+    if rows:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(table(rows))
+        terminalreporter.section(f"faults ({TABLE})")
+        terminalreporter.write(TABLE.read_text())

@@ -22,7 +22,8 @@ set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 verb=${1:?verb}; DIR=$(realpath -m "${2:?directory}"); shift 2
 # Ray 2.60's head asks for a token, which workers and drivers send only in this mode: set both for programs at the cluster too.
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$DIR/ray_token
+# Ray lets everything else on the machine go first (15), and ends workers where its memory is nearly full: other work may be the reason.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$DIR/ray_token RAY_worker_niceness=0 RAY_memory_monitor_refresh_ms=0
 address() { echo "10.77.0.$((10 + $1))"; }
 pid_of() { cat "$DIR/node$1.pid"; }
 enter() { local i=$1; shift; nsenter --target "$(pid_of "$i")" --net --uts --mount --pid --wd="$PWD" -- "$@"; }
@@ -42,10 +43,10 @@ add() {  # $1: number of the node
   if [ "$i" = 0 ]; then
     enter 0 ip link add br0 type bridge; enter 0 ip addr add "$(address 0)/24" dev br0; enter 0 ip link set br0 up
   else
-    ip link add "nv$i" type veth peer name "nb$i"
-    ip link set "nb$i" netns "$(pid_of 0)"; ip link set "nv$i" netns "$(pid_of "$i")"
+    # Between the nodes' networks and never in the machine's own, where two clusters at a time would take each other's names.
+    nsenter --target "$(pid_of "$i")" --net ip link add eth0 type veth peer name "nb$i" netns "$(pid_of 0)"
     enter 0 ip link set "nb$i" master br0 up
-    enter "$i" ip link set "nv$i" name eth0; enter "$i" ip addr add "$(address "$i")/24" dev eth0; enter "$i" ip link set eth0 up
+    enter "$i" ip addr add "$(address "$i")/24" dev eth0; enter "$i" ip link set eth0 up
   fi
 }
 

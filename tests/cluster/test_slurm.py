@@ -6,8 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.cluster import Cluster, amfm, cluster, events, metrics, missing, wait_until
-from tests.cluster.conftest import check_losses, write_run
+from tests.cluster.cluster import (
+    PATIENCE_SECONDS,
+    START_SECONDS,
+    Cluster,
+    amfm,
+    cluster,
+    events,
+    kill_ranks,
+    metrics,
+    missing,
+    wait_until,
+)
+from tests.cluster.conftest import WatchRun, check_losses, write_run
 
 pytestmark = [
     pytest.mark.cluster,
@@ -44,7 +55,7 @@ def finish(nodes: Cluster, job: str, log: Path) -> None:
         let_start(nodes, job)
         return state(nodes, job) == "COMPLETED"
 
-    wait_until(is_over, 1500, log)
+    wait_until(is_over, PATIENCE_SECONDS, log)
 
 
 def processes_of_ranks(nodes: Cluster) -> str:
@@ -52,46 +63,51 @@ def processes_of_ranks(nodes: Cluster) -> str:
 
 
 def test_a_signal_while_ranks_load_is_answered_after_the_first_step_and_the_job_is_queued_again(
-    folder: Path, undisturbed: list[float]
+    folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
     write_run(folder, folder / "run")
     with cluster(2, "slurm", folder=folder) as nodes:
         job, log = submit(nodes, folder)
-        wait_until(lambda: processes_of_ranks(nodes), 600, log)
-        # What slurmctld sends before the time limit, to every rank of the step.
-        nodes.run(0, "scancel", "--signal=USR1", job)
-        assert not metrics(folder / "run"), "the signal came too late for this test"
-        wait_until(lambda: "is queued again" in log.read_text(), 900, log)
-        assert [line["step"] for line in metrics(folder / "run")] == [1]
-        finish(nodes, job, log)
+        wait_until(lambda: processes_of_ranks(nodes), START_SECONDS, log)
+        with watch("Slurm", "time limit's signal while ranks load"):
+            # What slurmctld sends before the time limit, to every rank of the step.
+            nodes.run(0, "scancel", "--signal=USR1", job)
+            assert not metrics(folder / "run"), "the signal came too late for this test"
+            wait_until(lambda: "is queued again" in log.read_text(), START_SECONDS, log)
+            assert [line["step"] for line in metrics(folder / "run")] == [1]
+            finish(nodes, job, log)
     check_losses(folder / "run", undisturbed)
     assert not events(folder / "run", "restarted"), "no attempt failed"
 
 
-def test_a_job_whose_limit_is_near_is_queued_again_instead_of_started(folder: Path, undisturbed: list[float]) -> None:
+def test_a_job_whose_limit_is_near_is_queued_again_instead_of_started(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
     """A rank dies so late in the job that another attempt would be killed at the limit, which Slurm does not requeue."""
     write_run(folder, folder / "run")
     with cluster(1, "slurm", folder=folder) as nodes:
         # The limit is farther away than the signal alone, and nearer than signal and start together.
         job, log = submit(nodes, folder, "launch.slurm.time_limit=3", "launch.slurm.signal_seconds=60")
-        wait_until(lambda: len(metrics(folder / "run")) > 12, 900, log)
-        nodes.run(1, "pkill", "-KILL", "-f", "amfm.launch train")
-        wait_until(lambda: "too little is left" in log.read_text(), 400, log)
-        wait_until(lambda: state(nodes, job) in ("PENDING", "RUNNING", "COMPLETED"), 60, log)
-        nodes.run(0, "scontrol", "update", f"JobId={job}", "TimeLimit=60", check=False)
-        finish(nodes, job, log)
+        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        with watch("Slurm", "rank killed shortly before the time limit"):
+            kill_ranks(nodes, 1)
+            wait_until(lambda: "too little is left" in log.read_text(), 400, log)
+            wait_until(lambda: state(nodes, job) in ("PENDING", "RUNNING", "COMPLETED"), 60, log)
+            nodes.run(0, "scontrol", "update", f"JobId={job}", "TimeLimit=60", check=False)
+            finish(nodes, job, log)
     check_losses(folder / "run", undisturbed)
 
 
 def test_a_node_lost_after_a_checkpoint_leaves_the_other_which_goes_on_from_it(
-    folder: Path, undisturbed: list[float]
+    folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
     write_run(folder, folder / "run")
     with cluster(2, "slurm", folder=folder) as nodes:
         job, log = submit(nodes, folder)
-        wait_until(lambda: len(metrics(folder / "run")) > 22, 900, log)
-        nodes.fault("lose", 2)
-        finish(nodes, job, log)
+        wait_until(lambda: len(metrics(folder / "run")) > 22, START_SECONDS, log)
+        with watch("Slurm", "power of a node lost"):
+            nodes.fault("lose", 2)
+            finish(nodes, job, log)
         text = log.read_text()
     assert "continuing with 1 of 2 nodes" in text
     (restarted,) = events(folder / "run", "restarted")
@@ -99,13 +115,16 @@ def test_a_node_lost_after_a_checkpoint_leaves_the_other_which_goes_on_from_it(
     check_losses(folder / "run", undisturbed)
 
 
-def test_a_spare_node_of_the_job_takes_the_place_of_a_lost_one(folder: Path, undisturbed: list[float]) -> None:
+def test_a_spare_node_of_the_job_takes_the_place_of_a_lost_one(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
     write_run(folder, folder / "run", launch__spare_nodes=1)
     with cluster(3, "slurm", folder=folder) as nodes:
         job, log = submit(nodes, folder, count=2)
-        wait_until(lambda: len(metrics(folder / "run")) > 22, 900, log)
-        nodes.fault("lose", 2)
-        finish(nodes, job, log)
+        wait_until(lambda: len(metrics(folder / "run")) > 22, START_SECONDS, log)
+        with watch("Slurm", "power of a node lost, a spare waits"):
+            nodes.fault("lose", 2)
+            finish(nodes, job, log)
         text = log.read_text()
     assert "continuing with" not in text, "the run keeps its size"
     (restarted,) = events(folder / "run", "restarted")
@@ -113,12 +132,13 @@ def test_a_spare_node_of_the_job_takes_the_place_of_a_lost_one(folder: Path, und
     check_losses(folder / "run", undisturbed)
 
 
-def test_a_cancelled_job_saves_its_last_step(folder: Path) -> None:
+def test_a_cancelled_job_saves_its_last_step(folder: Path, watch: WatchRun) -> None:
     write_run(folder, folder / "run", train__checkpoint_every_steps=None)  # no other checkpoint may stand for it
     with cluster(1, "slurm", folder=folder) as nodes:
         job, log = submit(nodes, folder)
-        wait_until(lambda: len(metrics(folder / "run")) > 3, 900, log)
-        nodes.run(0, "scancel", job)
-        wait_until(lambda: state(nodes, job) == "CANCELLED", 60, log)
-        last = metrics(folder / "run")[-1]["step"]
-        wait_until((folder / f"run/checkpoints/step-{last:08d}/manifest.json").exists, 30, log)
+        wait_until(lambda: len(metrics(folder / "run")) > 3, START_SECONDS, log)
+        with watch("Slurm", "scancel"):
+            nodes.run(0, "scancel", job)
+            wait_until(lambda: state(nodes, job) == "CANCELLED", 60, log)
+            last = metrics(folder / "run")[-1]["step"]
+            wait_until((folder / f"run/checkpoints/step-{last:08d}/manifest.json").exists, 30, log)

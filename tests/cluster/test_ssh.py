@@ -10,8 +10,20 @@ from typing import Any
 import pytest
 
 from amfm.pretrain import schedule
-from tests.cluster.cluster import Cluster, amfm, cluster, events, metrics, missing, wait_until
-from tests.cluster.conftest import check_losses, write_run
+from tests.cluster.cluster import (
+    FAKE_CLOCK,
+    PATIENCE_SECONDS,
+    START_SECONDS,
+    Cluster,
+    amfm,
+    cluster,
+    events,
+    metrics,
+    missing,
+    wait_until,
+    wrong_clock,
+)
+from tests.cluster.conftest import WatchRun, check_losses, write_run
 
 pytestmark = [
     pytest.mark.cluster,
@@ -19,31 +31,40 @@ pytestmark = [
     pytest.mark.skipif(bool(missing("ssh")), reason=missing("ssh")),
 ]
 
+needs_fake_clock = pytest.mark.skipif(FAKE_CLOCK is None, reason="needs Debian's libfaketime")
+
 
 def launch(
-    nodes: Cluster, root: Path, *options: str, hosts: str = "node1\nnode2\n", count: int | None = None
+    nodes: Cluster,
+    root: Path,
+    *options: str,
+    hosts: str = "node1\nnode2\n",
+    count: int | None = None,
 ) -> subprocess.Popen[bytes]:
     """`amfm launch --on torchrun` on the login node, its output in root/launch.log."""
     (root / "hostfile").write_text(hosts)  # `hosts` there is the nodes' /etc/hosts
     shell = f"ssh -F {root}/ssh_config -tt -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15"
-    words = ("launch", root / "run.yaml", *options, "--on", "torchrun", "--hosts", root / "hostfile")
-    number = str(count or len(hosts.split()))
-    return nodes.start(
-        0, root / "launch.log", *amfm(*words, "--nodes", number, "--nproc-per-node", "1", "--remote-shell", shell)
-    )
+    words = ("--on", "torchrun", "--hosts", root / "hostfile", "--nodes", str(count or len(hosts.split())))
+    command = amfm("launch", root / "run.yaml", *options, *words, "--nproc-per-node", "1", "--remote-shell", shell)
+    return nodes.start(0, root / "launch.log", *command)
 
 
-@pytest.mark.parametrize("fault", [("cut", 2), ("oneway", 2, "in")], ids=["cut", "open_in_one_direction"])
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [(("cut", 2), "link cut for good"), (("oneway", 2, "in"), "link open in one direction")],
+    ids=["cut", "open_in_one_direction"],
+)
 def test_a_link_that_is_cut_for_good_is_named_and_the_other_host_goes_on(
-    fault: tuple[Any, ...], folder: Path, undisturbed: list[float]
+    fault: tuple[Any, ...], what: str, folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
     write_run(folder, folder / "run", launch__heartbeat_seconds=20.0)
     log = folder / "launch.log"
     with cluster(2, "ssh", folder=folder) as nodes:
         launcher = launch(nodes, folder)
-        wait_until(lambda: len(metrics(folder / "run")) > 22, 900, log)
-        nodes.fault(*fault)
-        assert launcher.wait(timeout=1500) == 0, log.read_text()[-4000:]
+        wait_until(lambda: len(metrics(folder / "run")) > 22, START_SECONDS, log)
+        with watch("ssh", what):
+            nodes.fault(*fault)
+            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
     text = log.read_text()
     assert "continuing with 1 of 2 nodes" in text
     (restarted,) = events(folder / "run", "restarted")
@@ -52,39 +73,50 @@ def test_a_link_that_is_cut_for_good_is_named_and_the_other_host_goes_on(
     check_losses(folder / "run", undisturbed)
 
 
-def test_a_link_that_is_away_for_fifteen_seconds_costs_nothing(folder: Path, undisturbed: list[float]) -> None:
+def test_a_link_that_is_away_for_twenty_seconds_costs_nothing(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
     write_run(folder, folder / "run", launch__heartbeat_seconds=120.0, train__timeout_seconds=120.0)
     log = folder / "launch.log"
     with cluster(2, "ssh", folder=folder) as nodes:
         launcher = launch(nodes, folder)
-        wait_until(lambda: len(metrics(folder / "run")) > 12, 900, log)
-        nodes.fault("cut", 2)
-        with pytest.raises(subprocess.TimeoutExpired):
-            launcher.wait(timeout=15)
-        nodes.fault("heal", 2)
-        assert launcher.wait(timeout=1500) == 0, log.read_text()[-4000:]
+        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        with watch("ssh", "link away for 20 s"):
+            nodes.fault("cut", 2)
+            with pytest.raises(subprocess.TimeoutExpired):
+                launcher.wait(timeout=20)
+            nodes.fault("heal", 2)
+            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
     assert not events(folder / "run", "restarted")
     check_losses(folder / "run", undisturbed)
 
 
-def test_a_slow_and_lossy_link_is_waited_for(folder: Path, undisturbed: list[float]) -> None:
-    write_run(folder, folder / "run")
+@needs_fake_clock
+def test_a_slow_and_lossy_link_and_a_clock_that_is_slightly_off_cost_nothing(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
+    # The clock is off by more than the time without a sign of life after which a rank counts as lost.
+    write_run(folder, folder / "run", launch__heartbeat_seconds=20.0, launch__setup=wrong_clock(2, -50))
     log = folder / "launch.log"
     with cluster(2, "ssh", folder=folder) as nodes:
         nodes.fault("slow", 2, "20mbit", "10")
         launcher = launch(nodes, folder)
-        assert launcher.wait(timeout=900) == 0, log.read_text()[-4000:]
+        wait_until(lambda: metrics(folder / "run"), START_SECONDS, log)
+        with watch("ssh", "20 Mbit/s, 1% lost, clock 50 s behind"):
+            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+    assert not events(folder / "run", "restarted") and "is left out" not in log.read_text()
     check_losses(folder / "run", undisturbed)
 
 
-def test_a_stopped_rank_is_named_by_the_other(folder: Path, undisturbed: list[float]) -> None:
+def test_a_stopped_rank_is_named_by_the_other(folder: Path, undisturbed: list[float], watch: WatchRun) -> None:
     write_run(folder, folder / "run", launch__heartbeat_seconds=20.0)
     log = folder / "launch.log"
     with cluster(2, "ssh", folder=folder) as nodes:
         launcher = launch(nodes, folder)
-        wait_until(lambda: len(metrics(folder / "run")) > 12, 900, log)
-        nodes.run(2, "pkill", "-STOP", "amfm-rank")
-        assert launcher.wait(timeout=1500) == 0, log.read_text()[-4000:]
+        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        with watch("ssh", "rank stopped (SIGSTOP)"):
+            nodes.run(2, "pkill", "-STOP", "amfm-rank")
+            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
     (restarted,) = events(folder / "run", "restarted")
     assert "rank 1 on node2" in restarted["cause"]
     check_losses(folder / "run", undisturbed)
@@ -95,7 +127,7 @@ def test_a_host_name_that_does_not_resolve_is_said_with_the_name(folder: Path) -
     log = folder / "launch.log"
     with cluster(2, "ssh", folder=folder) as nodes:
         launcher = launch(nodes, folder, "launch.min_nodes=2", hosts="node1\nnowhere\n")
-        assert launcher.wait(timeout=900) == 3
+        assert launcher.wait(timeout=PATIENCE_SECONDS) == 3
     text = log.read_text()
     assert "nowhere: ssh: Could not resolve hostname nowhere" in text
     assert "1 node(s) can be used and launch.min_nodes=2" in text
@@ -106,18 +138,21 @@ def test_a_network_interface_that_a_host_lacks_is_named(folder: Path) -> None:
     log = folder / "launch.log"
     with cluster(2, "ssh", folder=folder) as nodes:
         launcher = launch(nodes, folder)
-        assert launcher.wait(timeout=900) in (2, 3)
+        assert launcher.wait(timeout=PATIENCE_SECONDS) in (2, 3)
     assert "ib7" in log.read_text()
 
 
-def test_a_spare_takes_the_place_of_a_node_that_loses_its_power(folder: Path, undisturbed: list[float]) -> None:
+def test_a_spare_takes_the_place_of_a_node_that_loses_its_power(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
     write_run(folder, folder / "run", launch__heartbeat_seconds=20.0, launch__spare_nodes=1)
     log = folder / "launch.log"
     with cluster(3, "ssh", folder=folder) as nodes:
         launcher = launch(nodes, folder, hosts="node1\nnode2\nnode3\n", count=2)
-        wait_until(lambda: len(metrics(folder / "run")) > 22, 900, log)
-        nodes.fault("lose", 2)
-        assert launcher.wait(timeout=1500) == 0, log.read_text()[-4000:]
+        wait_until(lambda: len(metrics(folder / "run")) > 22, START_SECONDS, log)
+        with watch("ssh", "power lost, a spare waits"):
+            nodes.fault("lose", 2)
+            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
     text = log.read_text()
     assert "continuing with" not in text, "the run keeps its size"
     (restarted,) = events(folder / "run", "restarted")
@@ -126,7 +161,7 @@ def test_a_spare_takes_the_place_of_a_node_that_loses_its_power(folder: Path, un
 
 
 def test_nodes_with_other_code_or_a_stale_mount_are_left_out_by_name_before_ranks_start(
-    folder: Path, undisturbed: list[float]
+    folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
     write_run(folder, folder / "run", launch__node_wait_seconds=1.0)
     log, stale = folder / "launch.log", folder / "stale"
@@ -138,7 +173,8 @@ def test_nodes_with_other_code_or_a_stale_mount_are_left_out_by_name_before_rank
         nodes.run(2, "mount", "--bind", str(folder / "other.py"), str(source))
         nodes.run(3, "mount", "--bind", str(stale), str(folder / "run"))
         launcher = launch(nodes, folder, hosts="node1\nnode2\nnode3\n")
-        assert launcher.wait(timeout=1500) == 0, log.read_text()[-4000:]
+        with watch("ssh", "other commit, stale mount"):
+            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
     left = json.loads((folder / "run/launch/left_out.json").read_text())["left_out"]
     assert "amfm's source files is" in left["node2"] and "does not see the launcher's file" in left["node3"]
     assert "continuing with 1 of 3 nodes" in log.read_text()
