@@ -96,8 +96,13 @@ class RankHost:
         found = [answer["faults"] for answer in read_answers(done.stdout) if "faults" in answer]
         return found[0] if found else [f"its check ended with code {done.returncode}"]
 
-    def run(self, command: list[str], variables: dict[str, str], directory: str, log: str) -> int:
-        """Start the rank with its output appended to its node's `log`, wait for it, and return its exit code."""
+    def run(
+        self, command: list[str], variables: dict[str, str], directory: str, log: str, rank: int | None = None
+    ) -> int:
+        """Start the process with its output appended to `log`, wait for it, and return its exit code.
+
+        `rank`: the log is its node's, and each line begins with this number; None where no other process writes there.
+        """
         path = Path(directory, log)
         path.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **variables, LAUNCHER_PID: str(os.getpid())}
@@ -108,11 +113,12 @@ class RankHost:
                 env=environment,
                 cwd=directory,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
+                stdout=output if rank is None else subprocess.PIPE,
                 stderr=subprocess.STDOUT,
             )
-            words = (int(variables["RANK"]), self.process.stdout, output)
-            copying = threading.Thread(target=copy_labelled, args=words, daemon=True)
+            if rank is None:
+                return self.process.wait()
+            copying = threading.Thread(target=copy_labelled, args=(rank, self.process.stdout, output), daemon=True)
             copying.start()
             code = self.process.wait()
             copying.join(LAST_LINES_SECONDS)
@@ -218,7 +224,7 @@ class RayCluster:
         nodes = [rank // self.ranks_per_node for rank in range(num_ranks)]
         logs = [str(node_log(self.run_dir, attempt.number, node)) for node in nodes]
         running = {
-            actor.run.remote(self.command, self._variables(attempt, rank, places), os.getcwd(), logs[rank]): rank
+            actor.run.remote(self.command, self._variables(attempt, rank, places), os.getcwd(), logs[rank], rank): rank
             for rank, actor in enumerate(self.actors)
         }
         with forward_to_ranks(self._forward) as interrupt:
