@@ -19,7 +19,7 @@ from amfm.model.mixers.interface import BuildContext
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
 from tests.helpers.examples import assert_a_cut_changes_nothing, install_example, write_probe
-from tests.helpers.losses import OTHERS, UNITS, losses_on_plays
+from tests.helpers.text.losses import OTHERS, UNITS, losses_on_plays
 
 H, K, V, W, D = 3, 4, 5, 3, 10
 

@@ -22,7 +22,7 @@ from tests.helpers.examples import (
     install_example,
     write_probe,
 )
-from tests.helpers.losses import OTHERS, UNITS, losses_on_plays
+from tests.helpers.text.losses import OTHERS, UNITS, losses_on_plays
 
 K, E, WINDOW, D = 4, 6, 3, 10
 

@@ -10,7 +10,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.state_size import state_bytes
-from tests.helpers.plays import held_out_loss, train
+from tests.helpers.text.plays import held_out_loss, train
 
 # Two blocks of each; the inner width of `*-` is such that both models have as many weights, 0.26M.
 FORMS = {"gated units": ("C-C-", 352), "gated units without tokens before": ("----", 208), "attention": ("*-*-", 352)}

@@ -17,7 +17,7 @@ from amfm.model.mixers.window_linear import WindowLinearMixer
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.config.convert import ConvertConfig, StageName, TransferConfig, TuneConfig
 from amfm.pretrain.convert.prepare import prepare_stage
-from tests.helpers.plays import held_out_loss, train
+from tests.helpers.text.plays import held_out_loss, train
 
 HEADS = {"num_heads": 3, "num_kv_heads": 3, "head_dim": 32, "positions": "rope"}
 TRANSFER, TUNE = TransferConfig(steps=200), TuneConfig(steps=150, learning_rate=1e-3)

@@ -16,7 +16,7 @@ from amfm.model.loss import IGNORE_INDEX
 from amfm.model.mtp import Ahead
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
-from tests.helpers.plays import play_bytes
+from tests.helpers.text.plays import play_bytes
 
 STEPS, ROWS, TOKENS, RATE = 200, 16, 64, 4e-3
 VALIDATION_ROWS = 512

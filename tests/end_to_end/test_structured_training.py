@@ -11,7 +11,7 @@ from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.schema import GuideConfig, ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
-from tests.helpers.plays import held_out_loss, train
+from tests.helpers.text.plays import held_out_loss, train
 
 STEPS, PEAK = 220, 4e-3
 # Parameters of the two feed-forwards: 147K dense, 46K of each other form.

@@ -13,7 +13,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
-from tests.helpers.plays import TOKENS, play_bytes, train
+from tests.helpers.text.plays import TOKENS, play_bytes, train
 
 HEADS: dict[str, Any] = {"num_heads": 3, "num_kv_heads": 3, "head_dim": 32, "positions": "rope", "sinks": True}
 # Bytes from here on are further from a row's first than three blocks of the windows reach back to it.

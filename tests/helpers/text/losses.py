@@ -1,4 +1,4 @@
-"""Models of packages of examples/ on the plays of tests/helpers/plays.py: a program, as packages are found by a new process."""
+"""Models of packages of examples/ on the plays of tests/helpers/text/plays.py: a program, as packages are found by a new process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def losses_on_plays(
     except RuntimeError as error:
         pytest.skip(str(error))
     done = run_module(
-        "tests.helpers.losses", folder, str(seed), str(steps), json.dumps(forms), packages=[*packages, ROOT]
+        "tests.helpers.text.losses", folder, str(seed), str(steps), json.dumps(forms), packages=[*packages, ROOT]
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
@@ -50,7 +50,7 @@ def main(folder: str, seed: str, steps: str, forms: str) -> int:
     from amfm.model.config.schema import ModelConfig
     from amfm.model.hybrid import HybridModel
     from amfm.model.parallel.groups import single_rank_groups
-    from tests.helpers.plays import held_out_loss, mean_loss, train
+    from tests.helpers.text.plays import held_out_loss, mean_loss, train
 
     found = {}
     for name, section in json.loads(forms).items():
