@@ -17,8 +17,8 @@ from amfm.pretrain.config.schema import OptimizerConfig
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.hooks.qk_clip import QkClip
 from amfm.pretrain.parallel import Parallel, initialize_parallel
-from tests.helpers.text.plays import held_out_loss, play_bytes
 from tests.helpers.spawn import run_ranks
+from tests.helpers.text.plays import held_out_loss, play_bytes
 from tests.pretrain.engine.muon.test_behaviour import MODEL
 
 STEPS, ROWS, TOKENS, RATE, LIMIT = 200, 16, 64, 0.03, 20.0

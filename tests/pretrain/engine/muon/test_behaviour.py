@@ -14,8 +14,8 @@ from amfm.model.packing import PackMeta
 from amfm.pretrain.config.schema import OptimizerConfig
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.parallel import Parallel, initialize_parallel
-from tests.helpers.text.plays import held_out_loss, play_bytes
 from tests.helpers.spawn import run_ranks
+from tests.helpers.text.plays import held_out_loss, play_bytes
 
 STEPS, ROWS, TOKENS = 200, 16, 64
 VALIDATION_ROWS = 512
