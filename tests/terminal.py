@@ -53,10 +53,15 @@ class Terminal:
         while not (path.exists() and len(path.read_text().splitlines()) >= number):
             assert time.monotonic() < deadline and self._read(), f"{path} has no {number} lines:\n{self.screen}"
 
-    def end(self) -> int:
-        """Read what is left, and return the exit code."""
+    def end(self, again: str = "") -> int:
+        """Read what is left, and return the exit code. Types `again` each second: a Ctrl-C in the moment before Python's input()
+        waits for a key is seen with the next key only.
+        """
+        typed = time.monotonic()
         while self._read():
-            pass
+            if again and time.monotonic() > typed + 1:
+                self.type(again)
+                typed = time.monotonic()
         os.close(self.ours)
         return self.process.wait(PATIENCE_SECONDS)
 

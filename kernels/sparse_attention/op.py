@@ -17,7 +17,7 @@ from torch import Tensor
 
 from amfm.kernels.attention.log_sums import raise_highest
 from amfm.kernels.common.shapes import check_documents, check_float, check_shape
-from amfm.kernels.runtime.backend import resolve_backend
+from amfm.kernels.runtime.backend import BACKENDS
 from amfm.kernels.sparse_attention import reference, torch_impl
 from amfm.kernels.sparse_attention.rows import IndexRows, keep
 
@@ -34,7 +34,7 @@ def choose_keys(
     _check_index(index, document_ids_BS)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1; got {top_k}")
-    choose = reference.choose_keys if _plain(backend, index.k_BSC) == "reference" else torch_impl.choose_keys
+    choose = reference.choose_keys if _plain(backend) == "reference" else torch_impl.choose_keys
     return choose(index, min(top_k, index.k_BSC.shape[1]), document_ids_BS)
 
 
@@ -66,7 +66,7 @@ def sparse_attention(
         check_float(name, tensor, q_BTHK)
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"key heads must divide the query heads; got {kv_heads} and {heads}")
-    attend = reference.sparse_attention if _plain(backend, q_BTHK) == "reference" else torch_impl.sparse_attention
+    attend = reference.sparse_attention if _plain(backend) == "reference" else torch_impl.sparse_attention
     o_BTHV, mass_BTN, log_sums_BTH = attend(q_BTHK, k_BSJK, v_BSJV, places_BTN, scale)
     if highest_H is not None:
         raise_highest(highest_H, log_sums_BTH.detach().transpose(1, 2))
@@ -81,7 +81,7 @@ def chosen_loss(index: IndexRows, places_BTN: Tensor, mass_BTN: Tensor, *, backe
     """
     _check_index(index, None)
     check_shape("mass_BTN", mass_BTN, tuple(places_BTN.shape), index.k_BSC)
-    loss = reference.chosen_loss if _plain(backend, index.k_BSC) == "reference" else torch_impl.chosen_loss
+    loss = reference.chosen_loss if _plain(backend) == "reference" else torch_impl.chosen_loss
     return loss(index, places_BTN, mass_BTN)
 
 
@@ -104,13 +104,15 @@ def warm_up_loss(
     _check_index(index, document_ids_BS)
     check_shape("q_BTHK", q_BTHK, (*index.q_BTIC.shape[:2], -1, -1), index.k_BSC)
     check_shape("k_BSJK", k_BSJK, (*index.k_BSC.shape[:2], -1, q_BTHK.shape[3]), index.k_BSC)
-    loss = reference.warm_up_loss if _plain(backend, q_BTHK) == "reference" else torch_impl.warm_up_loss
+    loss = reference.warm_up_loss if _plain(backend) == "reference" else torch_impl.warm_up_loss
     return loss(index, q_BTHK.detach(), k_BSJK.detach(), scale, document_ids_BS, sum_heads)
 
 
-def _plain(backend: str, like: Tensor) -> str:
-    """The backend, where Triton's kernels are those of PyTorch: there are none yet."""
-    return resolve_backend("torch" if backend == "triton" else backend, like.device, "sparse_attention")
+def _plain(backend: str) -> str:
+    """What runs: there are no Triton kernels yet, so that `auto` and `triton` are PyTorch on a GPU too."""
+    if backend not in BACKENDS:
+        raise ValueError(f"kernels backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    return "reference" if backend == "reference" else "torch"
 
 
 def _check_index(index: IndexRows, document_ids_BS: Tensor | None) -> None:

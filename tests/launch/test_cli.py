@@ -161,7 +161,7 @@ def test_a_run_that_failed_says_how_to_go_on(monkeypatch, base, capsys):
     def failing(*arguments: object, **options: object) -> None:
         raise RuntimeError("rank 1 died")
 
-    monkeypatch.setattr("amfm.pretrain.checks.check_run.load_checked", failing)
+    monkeypatch.setattr("amfm.pretrain.checks.load.load_checked", failing)
     assert run(["train", str(base)]) == 3
     assert capsys.readouterr().err.splitlines() == [
         "amfm: rank 1 died",
@@ -173,7 +173,7 @@ def test_memory_that_is_used_up_is_the_machines_state(monkeypatch, base, capsys)
     def broken(*arguments: object, **options: object) -> None:
         raise MemoryError("malloc of size 369367187904 failed")
 
-    monkeypatch.setattr("amfm.pretrain.checks.check_run.load_checked", broken)
+    monkeypatch.setattr("amfm.pretrain.checks.load.load_checked", broken)
     assert run(["config", str(base)]) == 3
     assert "this host's memory is used up (malloc of size 369367187904 failed)" in capsys.readouterr().err
 
@@ -193,7 +193,7 @@ def test_a_bug_keeps_its_traceback(kind, monkeypatch, base):
     def broken(*arguments: object, **options: object) -> None:
         raise kind("bug")
 
-    monkeypatch.setattr("amfm.pretrain.checks.check_run.load_checked", broken)
+    monkeypatch.setattr("amfm.pretrain.checks.load.load_checked", broken)
     with pytest.raises(kind, match="bug"):
         run(["config", str(base)])
 

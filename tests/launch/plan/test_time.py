@@ -27,6 +27,8 @@ def test_recomputed_blocks_pass_forward_twice():
 def test_a_step_is_never_faster_than_its_arithmetic_at_peak():
     for name in PRESETS:
         config = preset(name)
+        if "|" in config.model.pattern:
+            continue  # cut by hand into its stages
         step = estimate_step(config, Layout(1, 1, 1), H100, storage_of(config), overlap=1.0)
         train = config.train
         flops = sum(flops_per_token(config.model, train.sequence_length).values())
