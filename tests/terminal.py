@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[1]
 CTRL_C = "\x03"
 PATIENCE_SECONDS = 900
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
-# The terminal controls the process, so that Ctrl-C reaches its whole group.
+# The terminal controls the process, so that Ctrl-C reaches its whole group; a suite that runs in the background ignores it.
 BECOME_SESSION_LEADER = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+    "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
 )
 
 
@@ -53,15 +54,10 @@ class Terminal:
         while not (path.exists() and len(path.read_text().splitlines()) >= number):
             assert time.monotonic() < deadline and self._read(), f"{path} has no {number} lines:\n{self.screen}"
 
-    def end(self, again: str = "") -> int:
-        """Read what is left, and return the exit code. Types `again` each second: a Ctrl-C in the moment before Python's input()
-        waits for a key is seen with the next key only.
-        """
-        typed = time.monotonic()
+    def end(self) -> int:
+        """Read what is left, and return the exit code."""
         while self._read():
-            if again and time.monotonic() > typed + 1:
-                self.type(again)
-                typed = time.monotonic()
+            pass
         os.close(self.ours)
         return self.process.wait(PATIENCE_SECONDS)
 
