@@ -1,4 +1,4 @@
-"""The delta rule: Gated DeltaNet as in Qwen3-Next (states of 128 x 128, one step a token) and its relatives.
+"""The delta rule: Gated DeltaNet as in Qwen3-Next (states of 128 x 128, one step per token) and its relatives.
 
 Compiled ahead of time are also DeltaProduct with two steps per token, and Kimi Delta Attention as in Kimi Linear (a
 gate of each of 128 key channels).
@@ -109,7 +109,7 @@ def launches() -> Iterator[KernelLaunch]:
         common = {"Q": chunk, "QT": chunk // steps, "N": steps, "DOT": tl.bfloat16}
         gradients = ("gradients", gradients_kernel, gates, delta.gradient_candidates(steps)[0])
         for name, kernel, special, config in (*kernels, gradients):
-            label = f"delta {name}, {steps} {'step' if steps == 1 else 'steps'} a token"
+            label = f"delta {name}, {steps} {'step' if steps == 1 else 'steps'} per token"
             yield kernel_launch(label, kernel, types, common | special, config)
     yield from _channel_launches(types)
 

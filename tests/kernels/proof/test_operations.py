@@ -36,7 +36,7 @@ SPILLS_BEFORE_3_7 = {
     "mixer gradients, chunks of 128": 616,
     "gated norm, up to 8192 wide (Granite), backward with output": 32,
     "attention d_k d_v, head 128": 64,
-    "delta gradients, 1 step a token": 40,
+    "delta gradients, 1 step per token": 40,
     "delta gradients, 2 steps per token": 24,
     "experts down backward, SwiGLU, 1024 rows per expert": 32,
     "experts down backward, SwiGLU, some lost, 1024 rows per expert": 32,
@@ -73,7 +73,7 @@ def check(name: str, architecture: int) -> None:
         "router forward, Granite, 64",
         "scan walk, states only, chunks of 64",
         "vector scan gradients of scores",
-        "delta walk, states only, 1 step a token",
+        "delta walk, states only, 1 step per token",
         "gated norm, groups of 512 (Nemotron), forward",
     ],
 )
