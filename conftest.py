@@ -49,9 +49,9 @@ def pytest_fixture_setup(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A slow test hangs after an hour, not after the limit of quick ones: minutes become many on a busy machine."""
+    """Slow tests, and those of a real cluster, hang after an hour: minutes become many on a busy machine."""
     for item in items:
-        if item.get_closest_marker("slow") is not None:
+        if item.get_closest_marker("slow") or item.get_closest_marker("cluster"):
             item.add_marker(pytest.mark.timeout(3600))
 
 

@@ -28,7 +28,7 @@ from amfm.kernels.low_precision.scaled_kernels import (
     scaled_outer_kernel,
     scaled_product_kernel,
 )
-from amfm.kernels.low_precision.triton_impl import Tiles
+from amfm.kernels.low_precision.triton_impl import Tiles, count_tiles, rows_and_width
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import replace_methods
 from amfm.kernels.swiglu.gate import unit_constants
@@ -187,10 +187,10 @@ def _quantize(
     x = x.contiguous()
     made = _empty_codes(x, sources, tiles, offsets_E, activation, rows, columns, is_fp4, is_weight)
     row_codes, row_scales, column_codes, column_scales, *_ = made
-    size, width = _rows_and_width(x, sources, activation)
+    size, width = rows_and_width(x, sources, activation)
     matrices = len(x) if is_weight else 1
     experts = matrices if offsets_E is None else len(offsets_E)
-    run, count = RUN[_name(is_fp4)], _count_tiles(size, tiles)
+    run, count = RUN[_name(is_fp4)], count_tiles(size, tiles)
     flags = {"ACTIVATED": bool(activation), **unit_constants(activation), "WEIGHTED": weights is not None}
     flags |= {"GATHER": sources is not None, "TILED": tiles is not None, "RANDOM": random}
     flags |= {"TURN": is_fp4 and columns and not is_weight}
@@ -217,16 +217,6 @@ def _name(is_fp4: bool) -> Any:
     return "nvfp4" if is_fp4 else "mxfp8"
 
 
-def _rows_and_width(x: Tensor, sources: Tensor | None, activation: str) -> tuple[int, int]:
-    """Sorted rows, or those of a matrix, and numbers of each that are quantised."""
-    of_row = 2 if unit_constants(activation)["SWIGLU"] else 1
-    return (x.shape[-2] if sources is None else len(sources)), x.shape[-1] // of_row
-
-
-def _count_tiles(rows: int, tiles: Tensor | None) -> int:
-    return -(-rows // TILE) if tiles is None else len(tiles)
-
-
 def _empty_codes(
     x: Tensor,
     sources: Tensor | None,
@@ -239,8 +229,8 @@ def _empty_codes(
     is_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Memory for what `_quantize` makes; empty for what was not asked for."""
-    size, width = _rows_and_width(x, sources, activation)
-    count, packed, numbers = _count_tiles(size, tiles), 2 if is_fp4 else 1, 4 * RUN[_name(is_fp4)]
+    size, width = rows_and_width(x, sources, activation)
+    count, packed, numbers = count_tiles(size, tiles), 2 if is_fp4 else 1, 4 * RUN[_name(is_fp4)]
     matrices, summed = ((len(x),), size) if is_weight else ((), count * TILE)
     experts = (len(x) if is_weight else 1) if offsets_E is None else len(offsets_E)
 
@@ -282,7 +272,7 @@ def _product(
     y = left.new_empty(rows, columns, dtype=dtype)
     if rows:
         with _interpreted_scales():
-            scaled_product_kernel[(_count_tiles(rows, tiles) * triton.cdiv(columns, PRODUCT["BLOCK_N"]),)](
+            scaled_product_kernel[(count_tiles(rows, tiles) * triton.cdiv(columns, PRODUCT["BLOCK_N"]),)](
                 _bytes(left, is_fp4), left_scales, left_largest, _bytes(right, is_fp4), right_scales, right_largest, y,
                 sources, tiles, experts, rows, columns, stride * (2 if is_fp4 else 1),
                 TILED=tiles is not None, SCATTER=sources is not None, FP4=is_fp4, **PRODUCT,

@@ -21,7 +21,15 @@ import triton
 import triton.language as tl
 
 from amfm.kernels.common.add_tile import add_tile
-from amfm.kernels.low_precision.triton_kernels import from_e4m3, is_number, load_values, size_of, tile_of, to_e4m3
+from amfm.kernels.low_precision.triton_kernels import (
+    expert_tiles,
+    from_e4m3,
+    is_number,
+    load_values,
+    size_of,
+    tile_of,
+    to_e4m3,
+)
 
 TILE = tl.constexpr(128)
 PIECE = tl.constexpr(512)  # bytes of scales of 128 rows and four runs
@@ -374,16 +382,7 @@ def scaled_outer_kernel(
     BYTES: tl.constexpr = 64 if FP4 else 128
     G: tl.constexpr = 8 if FP4 else 4
     FORMAT: tl.constexpr = "e2m1" if FP4 else "e4m3"
-    if TILED:
-        each = tl.arange(0, EXPERTS)
-        ends = tl.load(offsets + each, mask=each < experts, other=0)
-        begins = tl.load(offsets + each - 1, mask=(each > 0) & (each < experts), other=0)
-        needed = tl.where(each < experts, (ends - begins + TILE - 1) // TILE, 0)
-        first = tl.sum(tl.where(each < expert, needed, 0), 0)
-        last = first + tl.sum(tl.where(each == expert, needed, 0), 0)
-    else:
-        first = 0
-        last = tl.cdiv(rows, TILE)
+    first, last = expert_tiles(offsets, expert, experts, rows, EXPERTS, TILED)
     pieces = stride // BYTES * (G // 4)
     byte = tl.arange(0, BYTES)
     row, column = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -101,8 +101,8 @@ def _quantize_rows(
     row_codes, row_scales, column_codes, column_scales = made = _empty_codes(
         x, sources, tiles, activation, rows, columns
     )
-    size, width = _rows_and_width(x, sources, activation)
-    count = _count_tiles(size, tiles)
+    size, width = rows_and_width(x, sources, activation)
+    count = count_tiles(size, tiles)
     if size:
         grid = (count * triton.cdiv(width, RUN),)
         quantize_tiles_kernel[grid](
@@ -114,13 +114,14 @@ def _quantize_rows(
     return made
 
 
-def _rows_and_width(x: Tensor, sources: Tensor | None, activation: str) -> tuple[int, int]:
-    """Sorted rows, and numbers of each that are quantised."""
+def rows_and_width(x: Tensor, sources: Tensor | None, activation: str) -> tuple[int, int]:
+    """Sorted rows, or those of each matrix, and numbers of each that are quantised."""
     of_row = 2 if unit_constants(activation)["SWIGLU"] else 1
-    return len(x if sources is None else sources), x.shape[1] // of_row
+    return (x.shape[-2] if sources is None else len(sources)), x.shape[-1] // of_row
 
 
-def _count_tiles(rows: int, tiles: Tensor | None) -> int:
+def count_tiles(rows: int, tiles: Tensor | None) -> int:
+    """Tiles of 128 rows: those that are listed, or those of all rows."""
     return -(-rows // RUN) if tiles is None else len(tiles)
 
 
@@ -128,8 +129,8 @@ def _empty_codes(
     x: Tensor, sources: Tensor | None, tiles: Tensor | None, activation: str, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Memory for row codes, their scales, column codes and theirs; empty for those that were not asked for."""
-    size, width = _rows_and_width(x, sources, activation)
-    count = _count_tiles(size, tiles)
+    size, width = rows_and_width(x, sources, activation)
+    count = count_tiles(size, tiles)
     return (
         x.new_empty((size, width) if rows else (0, width), dtype=torch.uint8),
         x.new_empty((-(-width // RUN), size) if rows else 0, dtype=torch.float32),
@@ -209,7 +210,7 @@ def _product(
     rows, (experts, columns, inner) = len(left), right.shape
     y = left.new_empty(rows, columns, dtype=dtype)
     if rows:
-        fp8_product_kernel[(_count_tiles(rows, tiles) * triton.cdiv(columns, PRODUCT["BLOCK_N"]),)](
+        fp8_product_kernel[(count_tiles(rows, tiles) * triton.cdiv(columns, PRODUCT["BLOCK_N"]),)](
             left.view(E4M3), left_scales, right.view(E4M3), right_scales, y, sources, tiles, experts, rows, columns, inner,
             TILED=tiles is not None, SCATTER=sources is not None, **PRODUCT,
         )  # fmt: skip

@@ -233,6 +233,20 @@ def fp8_product_kernel(
         tl.store(y + place, total.to(y.dtype.element_ty), mask=is_row[:, None] & (column[None, :] < columns))
 
 
+@triton.jit
+def expert_tiles(offsets, expert, experts, rows, EXPERTS: tl.constexpr, TILED: tl.constexpr):
+    """The first of an expert's tiles and the one behind its last: those of the experts before it precede them."""
+    if TILED:
+        each = tl.arange(0, EXPERTS)
+        ends = tl.load(offsets + each, mask=each < experts, other=0)
+        begins = tl.load(offsets + each - 1, mask=(each > 0) & (each < experts), other=0)
+        needed = tl.where(each < experts, (ends - begins + RUN - 1) // RUN, 0)
+        first = tl.sum(tl.where(each < expert, needed, 0), 0)
+        return first, first + tl.sum(tl.where(each == expert, needed, 0), 0)
+    else:  # the compiler would read on behind the return
+        return 0, tl.cdiv(rows, RUN)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def fp8_outer_kernel(
     left, left_scales, right, right_scales, result, offsets, experts, rows, lefts, rights,
@@ -244,16 +258,7 @@ def fp8_outer_kernel(
     Grid: (left blocks of 128, right blocks of BLOCK_N, E).
     """
     expert = tl.program_id(2).to(tl.int64)
-    if TILED:
-        each = tl.arange(0, EXPERTS)
-        ends = tl.load(offsets + each, mask=each < experts, other=0)
-        begins = tl.load(offsets + each - 1, mask=(each > 0) & (each < experts), other=0)
-        needed = tl.where(each < experts, (ends - begins + RUN - 1) // RUN, 0)
-        first = tl.sum(tl.where(each < expert, needed, 0), 0)
-        last = first + tl.sum(tl.where(each == expert, needed, 0), 0)
-    else:
-        first = 0
-        last = tl.cdiv(rows, RUN)
+    first, last = expert_tiles(offsets, expert, experts, rows, EXPERTS, TILED)
     lane = tl.arange(0, RUN)
     row, column = tl.program_id(0) * RUN + lane, tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     left_place = row[:, None] * RUN + lane[None, :]

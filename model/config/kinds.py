@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 from amfm.model.config import mixer_options as own
 from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.key_mixer_options import MlaOptions, WindowOptions
 from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions
@@ -226,14 +227,14 @@ BUILT_IN = (
     Kind(
         "mla",
         "amfm.model.mixers.mla:MlaMixer",
-        own.MlaOptions,
+        MlaOptions,
         letter="+",
         products=Products(("q_proj.weight", "kv_up.weight", "out_proj.weight")),
     ),
     Kind(
         "window",
         "amfm.model.mixers.window:WindowMixer",
-        own.WindowOptions,
+        WindowOptions,
         letter="W",
         products=Products(("in_proj.weight", "out_proj.weight")),
     ),

@@ -16,8 +16,7 @@ from amfm.kernels.common.limits import (
     VECTOR_GATE_LIMITS,
     ScanLimits,
 )
-from amfm.model.config.indexer import IndexerConfig
-from amfm.model.config.options import QK_NORM_AND_CLIP, Axis, MixerOptions, OutputGate, must_divide
+from amfm.model.config.options import Axis, MixerOptions, must_divide
 
 
 class LinearOptions(MixerOptions, ABC):
@@ -326,119 +325,6 @@ class MalaOptions(FeatureMapOptions):
     def state_shape(self) -> tuple[int, int]:
         """A row and a column for the sums."""
         return self.key_dim() + 1, self.value_dim() + 1
-
-
-class SharedKeyOptions(MixerOptions):
-    """The base of attention's options: query heads that share key and value heads evenly."""
-
-    num_heads: int = Field(gt=0, description="Query heads.")
-    num_kv_heads: int | None = Field(
-        None, gt=0, description="Key and value heads; must divide num_heads. none: num_heads."
-    )
-
-    def broken_rules(self) -> Iterator[tuple[str, str]]:
-        """As many query heads for each key head."""
-        if self.num_heads % self.kv_heads():
-            yield "num_kv_heads", f"must divide num_heads={self.num_heads}; use a divisor of it"
-
-    def kv_heads(self) -> int:
-        """Key and value heads."""
-        return self.num_kv_heads or self.num_heads
-
-    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
-        """Query heads."""
-        return {"tensor": {"num_heads": self.num_heads}}
-
-    def cut_or_copied(self) -> dict[str, int]:
-        """Key and value heads may be fewer than tensor ranks."""
-        return {"num_kv_heads": self.kv_heads()}
-
-
-class WindowOptions(SharedKeyOptions):
-    """Attention to the last few tokens (Beltagy et al. 2020, arXiv 2004.05150); letter `W`."""
-
-    window: int = Field(gt=0, description="Keys that a token sees, including its own.")
-    head_dim: int = Field(64, gt=0, description="Channels per head; even with positions: rope.")
-    qk_norm: bool = Field(False, description="RMSNorm over each query and key head.")
-    positions: Literal["none", "rope"] = Field(
-        "rope", description="`rope`: rotary positions, which restart at documents."
-    )
-    rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
-    gate: OutputGate = Field(
-        "none", description="Sigmoid of the input times each head's output: one gate per channel or per head."
-    )
-
-    sinks: bool = Field(
-        False,
-        description="One learned score per head that takes a share of every query's attention and has no value, as in gpt-oss.",
-    )
-
-    def broken_rules(self) -> Iterator[tuple[str, str]]:
-        """Channels are rotated in pairs, too."""
-        yield from super().broken_rules()
-        if self.positions == "rope" and self.head_dim % 2:
-            yield "head_dim", "must be even with positions: rope; add one, or use positions: none"
-
-    def qk_clip(self) -> str:
-        """By its queries, unless they are normed."""
-        return QK_NORM_AND_CLIP if self.qk_norm else ""
-
-    def lookback(self) -> tuple[int, str]:
-        """What the window reads."""
-        return self.window - 1, "window"
-
-
-class MlaOptions(MixerOptions):
-    """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434): keys and values from one narrow vector; letter `+`."""
-
-    num_heads: int = Field(gt=0, description="Heads.")
-    latent_size: int = Field(512, gt=0, description="Width of the vector that keys and values are made of.")
-    query_latent_size: int | None = Field(
-        None, gt=0, description="Width of one that queries are made of (DeepSeek-V3: 1536); none: made of the input."
-    )
-    nope_head_dim: int = Field(128, gt=0, description="Channels of a query and key head without position.")
-    rope_head_dim: int = Field(
-        64, gt=0, description="Further channels, whose key all heads share; rotated with positions: rope."
-    )
-    value_head_dim: int = Field(128, gt=0, description="Channels of a value head.")
-    positions: Literal["none", "rope"] = Field(
-        "none",
-        description="`none` as Kimi Linear; `rope` as DeepSeek-V3: rotary positions, which restart at documents.",
-    )
-    rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
-    gate: OutputGate = Field(
-        "none", description="Sigmoid of the input times each head's output: one gate per channel or per head."
-    )
-    latent_norm_epsilon: float = Field(
-        1e-6, gt=0, description="Of the norms of latents; transformers' classes use 1e-6 whatever rms_norm_eps is."
-    )
-
-    sinks: bool = Field(
-        False,
-        description="One learned score per head that takes a share of every query's attention and has no value, as in gpt-oss.",
-    )
-    indexer: IndexerConfig | None = Field(
-        None, description="Chooses the tokens whose latents a token attends to, as in DeepSeek-V3.2; none: all."
-    )
-
-    def broken_rules(self) -> Iterator[tuple[str, str]]:
-        """Channels are rotated in pairs."""
-        if self.positions == "rope" and self.rope_head_dim % 2:
-            yield "rope_head_dim", "must be even with positions: rope; add one, or use positions: none"
-        if self.indexer is not None:
-            yield from self.indexer.broken_rules(is_rotary=self.positions == "rope", sinks=self.sinks)
-
-    def auxiliary_names(self) -> tuple[str, ...]:
-        """The loss of its indexer."""
-        return () if self.indexer is None else ("indexer",)
-
-    def qk_clip(self) -> str:
-        """By queries and keys; the norms of latents come before the matrices of heads."""
-        return ""
-
-    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
-        """Heads."""
-        return {"tensor": {"num_heads": self.num_heads}}
 
 
 class MomOptions(MixerOptions):

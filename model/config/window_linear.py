@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from amfm.kernels.common.limits import DECAY_LIMITS, VECTOR_GATE_LIMITS, ScanLimits
-from amfm.model.config.mixer_options import SharedKeyOptions
+from amfm.model.config.key_mixer_options import SharedKeyOptions
 from amfm.model.config.options import OutputGate
 from amfm.model.config.rope import Llama3Stretch
 

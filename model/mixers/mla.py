@@ -19,7 +19,7 @@ from amfm.kernels.rope.frequencies import rope_frequencies
 from amfm.kernels.rope.op import qk_norm_rope
 from amfm.kernels.sparse_attention.rows import IndexRows
 from amfm.model.config.indexer import keys_and_scores
-from amfm.model.config.mixer_options import MlaOptions
+from amfm.model.config.key_mixer_options import MlaOptions
 from amfm.model.mixers.attention import make_sinks
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer, SoftmaxMixer
 from amfm.model.mixers.output_gate import gate_heads, gate_projection

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from amfm.kernels.attention.op import attention
 from amfm.kernels.rope.frequencies import rope_frequencies
 from amfm.kernels.rope.op import qk_norm_rope
-from amfm.model.config.mixer_options import WindowOptions
+from amfm.model.config.key_mixer_options import WindowOptions
 from amfm.model.mixers.attention import HeadNorm, make_sinks
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer, SoftmaxMixer
 from amfm.model.mixers.output_gate import gate_heads, gate_projection

@@ -24,7 +24,6 @@ from tests.cluster.conftest import WatchRun, check_losses, write_run
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.timeout(3600),
     pytest.mark.skipif(bool(missing()), reason=missing()),
 ]
 HEAD = "10.77.0.11:6379"

@@ -22,7 +22,6 @@ from tests.cluster.conftest import WatchRun, check_losses, write_run
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.timeout(3600),
     pytest.mark.skipif(bool(missing("slurm")), reason=missing("slurm")),
 ]
 

@@ -27,7 +27,6 @@ from tests.cluster.conftest import WatchRun, check_losses, write_run
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.timeout(3600),
     pytest.mark.skipif(bool(missing("ssh")), reason=missing("ssh")),
 ]
 

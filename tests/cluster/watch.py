@@ -28,7 +28,11 @@ LONGEST_CAUSE = 110
 
 @dataclass
 class Row:
-    """A line of the table. `seconds_to_notice`: None where there was nothing to notice. `ranks`: of each start. `difference`: None where losses aren't compared"""
+    """A line of the table.
+
+    `seconds_to_notice`: None where there was nothing to notice. `ranks`: of each start. `difference`: None where losses are
+    not compared.
+    """
 
     engine: str
     fault: str

@@ -56,6 +56,19 @@ def packed_batch(document_lengths=((7, 1, 12, 3), (23,)), vocab_size=40, seed=0)
     return tokens_BT, labels_BT, ids_BT
 
 
+def decode(model, tokens_BT, prefill_lengths):
+    """Logits of tokens fed in pieces of these lengths, then one at a time."""
+    rows, total = tokens_BT.shape
+    state, pieces, start = model.empty_state(rows), [], 0
+    for length in [*prefill_lengths, *[1] * (total - sum(prefill_lengths))]:
+        meta = PackMeta.one_document_a_row(rows, length, start=start)
+        output = model(tokens_BT[:, start : start + length], meta, state=state)
+        pieces.append(output.logits_BTV)
+        state, start = output.state, start + length
+        assert state.length == start
+    return torch.cat(pieces, 1), state
+
+
 def loss_of(output):
     """Mean loss per row of labels plus the auxiliary losses: one scalar that every gradient passes."""
     return output.loss.total / 10 + sum(output.auxiliary.values())

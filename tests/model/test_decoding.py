@@ -4,20 +4,7 @@ import pytest
 import torch
 
 from amfm.model.packing import PackMeta
-from tests.model.small_models import packed_batch, small_config, small_model
-
-
-def decode(model, tokens_BT, prefill_lengths):
-    """Logits of tokens fed in pieces of these lengths, then one at a time."""
-    rows, total = tokens_BT.shape
-    state, pieces, start = model.empty_state(rows), [], 0
-    for length in [*prefill_lengths, *[1] * (total - sum(prefill_lengths))]:
-        meta = PackMeta.one_document_a_row(rows, length, start=start)
-        output = model(tokens_BT[:, start : start + length], meta, state=state)
-        pieces.append(output.logits_BTV)
-        state, start = output.state, start + length
-        assert state.length == start
-    return torch.cat(pieces, 1), state
+from tests.model.small_models import decode, packed_batch, small_config, small_model
 
 
 @torch.no_grad()

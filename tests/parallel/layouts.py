@@ -34,6 +34,15 @@ TIMEOUT_SECONDS = 300
 LEARNING_RATE = 1e-3
 
 # Every core kind of block. Four tensor ranks outnumber the key-value heads and the groups of B and C.
+LATENT = {
+    "num_heads": 8,
+    "latent_size": 12,
+    "query_latent_size": 10,
+    "nope_head_dim": 6,
+    "rope_head_dim": 4,
+    "value_head_dim": 5,
+    "positions": "rope",
+}
 MODEL: dict[str, Any] = {
     "pattern": "ME*-ME",
     "vocab_size": 448,
@@ -88,17 +97,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     | {
         "pattern": "M+E+",
         "mixers": {
-            "mla": {
-                "num_heads": 8,
-                "latent_size": 12,
-                "query_latent_size": 10,
-                "nope_head_dim": 6,
-                "rope_head_dim": 4,
-                "value_head_dim": 5,
-                "positions": "rope",
-                "gate": "element",
-                "sinks": True,
-            },
+            "mla": LATENT | {"gate": "element", "sinks": True},
         },
     },
     "chosen_keys": MODEL
@@ -106,16 +105,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "pattern": "M*E+",
         "attention": MODEL["attention"] | {"indexer": {"top_k": 9, "head_dim": 8}},
         "mixers": {
-            "mla": {
-                "num_heads": 8,
-                "latent_size": 12,
-                "query_latent_size": 10,
-                "nope_head_dim": 6,
-                "rope_head_dim": 4,
-                "value_head_dim": 5,
-                "positions": "rope",
-                "indexer": {"top_k": 9, "head_dim": 8},
-            },
+            "mla": LATENT | {"indexer": {"top_k": 9, "head_dim": 8}},
         },
     },
     "parallel": MODEL

@@ -19,7 +19,7 @@ from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.roofline import Roofline
 from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.indexer import IndexerConfig, keys_and_scores
-from amfm.model.config.mixer_options import MlaOptions
+from amfm.model.config.key_mixer_options import MlaOptions
 from amfm.model.config.options import MixerOptions
 from amfm.pretrain.config.schema import RunConfig
 

@@ -16,9 +16,9 @@ from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.roofline import Roofline
 from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.key_mixer_options import MlaOptions
 from amfm.model.config.kinds import find_kind
 from amfm.model.config.mamba2 import Mamba2Config
-from amfm.model.config.mixer_options import MlaOptions
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions
 from amfm.model.config.parallel_heads import ParallelOptions

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.mixer_options import WindowOptions
+from amfm.model.config.key_mixer_options import WindowOptions
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import WeightEntry, WeightMap

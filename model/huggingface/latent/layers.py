@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from amfm.model.config.feed_forward import FeedForwardConfig
-from amfm.model.config.mixer_options import MlaOptions
+from amfm.model.config.key_mixer_options import MlaOptions
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.fields import (

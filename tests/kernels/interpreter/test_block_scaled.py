@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from amfm.kernels.common.split_backward import Later, compute_now, split_backward
-from amfm.kernels.linear.op import linear
 from amfm.kernels.low_precision import scaled_impl
 from amfm.kernels.low_precision.formats import RUN, draw_noise, quantize, to_e4m3, to_e8m0, turn
 from amfm.kernels.low_precision.recipe import Recipe
@@ -136,35 +134,6 @@ def test_tiles_span_no_two_experts_whose_products_are_those_of_decoded_operands(
         left = quantize(left, name, noise=noise).values().double()
         assert_near(outer[expert], left @ quantize(of_columns(taken, name)[0], name).values().double().t(), EXACT)
         assert_near(place.sum[expert], 2 * outer[expert].double(), EXACT)
-
-
-@both
-def test_linear_by_codes_is_the_emulation_twice_bitwise_and_lands_and_splits(name, poisoned_memory):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 70, 160, generator=generator).requires_grad_()
-    weight = torch.randn(96, 160, generator=generator).requires_grad_()
-    grad = torch.randn(2, 70, 96, generator=generator)
-
-    def run(**more):
-        x.grad = weight.grad = None
-        weight.recipe = Recipe(name, seed=SEED, **more)
-        y = linear(x, weight)
-        y.backward(grad)
-        return y.detach(), x.grad, weight.grad
-
-    once, again, emulated = run(), run(), run(emulate=True)
-    for found, repeated, exact in zip(once, again, emulated, strict=True):
-        assert_bitwise(found, repeated)
-        assert_near(found, exact.double(), EXACT)
-    later: Later = []
-    with split_backward(later):
-        assert run()[2] is None
-    compute_now(later, lambda weight: None)
-    assert_bitwise(weight.grad, once[2])
-    place = Place.of(weight)
-    run()
-    assert weight.grad is None
-    assert_near(place.sum, once[2].double(), EXACT)
 
 
 @both

@@ -139,17 +139,28 @@ def test_products_are_those_of_decoded_operands_of_each_expert(inner, poisoned_m
         assert_near(place.sum[expert], 2 * outer[expert].double(), EXACT)
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_gradient": "bf16"}])
-@pytest.mark.parametrize("rows", [(1, 1), (2, 70)])
-def test_linear_by_codes_is_the_emulation_twice_bitwise_and_lands_and_splits(rows, options, poisoned_memory):
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "options"),
+    [
+        ((1, 1), 144, 136, {"name": "fp8_block"}),
+        ((1, 1), 144, 136, {"name": "fp8_block", "weight_gradient": "bf16"}),
+        ((2, 70), 144, 136, {"name": "fp8_block"}),
+        ((2, 70), 144, 136, {"name": "fp8_block", "weight_gradient": "bf16"}),
+        ((2, 70), 160, 96, {"name": "mxfp8"}),
+        ((2, 70), 160, 96, {"name": "nvfp4", "seed": 77}),
+    ],
+)
+def test_linear_by_codes_is_the_emulation_twice_bitwise_and_lands_and_splits(
+    rows, inputs, outputs, options, poisoned_memory
+):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(*rows, 144, generator=generator).requires_grad_()
-    weight = torch.randn(136, 144, generator=generator).requires_grad_()
-    grad = torch.randn(*rows, 136, generator=generator)
+    x = torch.randn(*rows, inputs, generator=generator).requires_grad_()
+    weight = torch.randn(outputs, inputs, generator=generator).requires_grad_()
+    grad = torch.randn(*rows, outputs, generator=generator)
 
     def run(**more):
         x.grad = weight.grad = None
-        weight.recipe = Recipe("fp8_block", **options, **more)
+        weight.recipe = Recipe(**options, **more)
         y = linear(x, weight)
         y.backward(grad)
         return y.detach(), x.grad, weight.grad

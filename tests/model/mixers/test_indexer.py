@@ -21,7 +21,7 @@ from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.spawn import run_ranks
 from tests.model.mixers.samples import sample_options
 from tests.model.mixers.test_mixers import EXACT, SECTIONS, assert_spread, run_model, run_spread
-from tests.model.small_models import ATTENTION, meta_of, packed_batch, small_config, small_model
+from tests.model.small_models import ATTENTION, decode, meta_of, packed_batch, small_config, small_model
 
 INDEXER: dict[str, Any] = {"num_heads": 5, "head_dim": 4, "top_k": 4, "loss_weight": 0.7}
 FORMS = [(letter, stage) for letter in "*+" for stage in ("warm_up", "sparse")]
@@ -98,13 +98,8 @@ def test_a_text_in_pieces_is_the_whole_text(letter: str, stage: str) -> None:
     tokens_BT, _, _ = packed_batch(((31,), (31,)))
     with torch.no_grad():
         whole_BTV = model(tokens_BT, PackMeta.one_document_a_row(2, 31)).logits_BTV
-        state, pieces, start = model.empty_state(2), [], 0
-        for length in (9, 1, 1, 2, 17, 1):
-            meta = PackMeta.one_document_a_row(2, length, start=start)
-            output = model(tokens_BT[:, start : start + length], meta, state=state)
-            state, start = output.state, start + length
-            pieces.append(output.logits_BTV)
-    assert_near(torch.cat(pieces, dim=1), whole_BTV, EXACT, "logits")
+        logits_BTV, state = decode(model, tokens_BT, (9, 1, 1, 2, 17, 1))
+    assert_near(logits_BTV, whole_BTV, EXACT, "logits")
     assert count_bytes(state.blocks) == 4 * state_bytes(config, 31), "two rows in float64"
     plain = state_bytes(small_config(letter * 2, attention=ATTENTION, mixers={"mla": sample_options("mla")}), 31)
     keys = 2 * 31 * INDEXER["head_dim"] * 4 if stage == "sparse" else 0

@@ -25,7 +25,16 @@ from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.model.mixers.samples import mixer_config, registered_name, sample_names
-from tests.model.small_models import ATTENTION, cut_batch, loss_of, meta_of, packed_batch, small_config, small_model
+from tests.model.small_models import (
+    ATTENTION,
+    cut_batch,
+    decode,
+    loss_of,
+    meta_of,
+    packed_batch,
+    small_config,
+    small_model,
+)
 
 # float64: the same sums in another order.
 EXACT = 1e-10
@@ -141,13 +150,8 @@ def test_a_text_in_pieces_is_the_whole_text(name: str) -> None:
     tokens_BT, _, _ = packed_batch(((31,), (31,)))
     with torch.no_grad():
         whole_BTV = model(tokens_BT, PackMeta.one_document_a_row(2, 31)).logits_BTV
-        state, pieces, start = model.empty_state(2), [], 0
-        for length in (9, 1, 1, 2, 17, 1):
-            meta = PackMeta.one_document_a_row(2, length, start=start)
-            output = model(tokens_BT[:, start : start + length], meta, state=state)
-            state, start = output.state, start + length
-            pieces.append(output.logits_BTV)
-    assert_near(torch.cat(pieces, dim=1), whole_BTV, EXACT, "logits")
+        logits_BTV, _ = decode(model, tokens_BT, (9, 1, 1, 2, 17, 1))
+    assert_near(logits_BTV, whole_BTV, EXACT, "logits")
 
 
 @pytest.mark.parametrize("name", NAMES)
