@@ -24,13 +24,30 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SAID = (0, 1, -signal.SIGKILL)  # all passed, one failed, ended by us
 OUTPUT = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
-# In the copy: reads [arguments of pytest, file of the output] as JSON lines, answers with the exit code.
+# In the copy: reads [arguments of pytest, file of the output] as JSON lines, answers with the exit code. Tests that were quick
+# before run first, whichever file they are in.
 SERVER = """
-import json, os, sys
+import json, os, pathlib, sys
 answers = os.fdopen(os.dup(1), "w")  # what others print goes elsewhere
 os.dup2(2, 1)
 import numpy, torch, torch.distributed, torch.multiprocessing, torch.utils.data, deepspeed, megatron.core, zarr, pydantic
 import pytest, hypothesis, transformers, sentencepiece, tokenizers
+class QuickestFirst:
+    def __init__(self, file):
+        self.file = pathlib.Path(file)
+        self.seconds = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.now = {}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report):
+        self.now[report.nodeid] = self.now.get(report.nodeid, 0.0) + report.duration
+
+    def pytest_sessionfinish(self):
+        self.file.write_text(json.dumps(self.seconds | self.now))
+
 print("ready", file=answers, flush=True)
 for line in sys.stdin:
     arguments, log = json.loads(line)
@@ -39,7 +56,7 @@ for line in sys.stdin:
         os.setsid()
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1), os.dup2(output, 2)
-        code = pytest.main(arguments)
+        code = pytest.main(arguments, plugins=[QuickestFirst(log + ".seconds")])
         sys.stdout.flush()
         os._exit(code)
     print(pid, file=answers, flush=True)
