@@ -43,7 +43,7 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	touch $(VENV)/.installed $@
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --junitxml=build/test.xml
 
 # Other random numbers in every test, in another order each time.
 SEEDS ?= 1 2 3 4 5
@@ -53,7 +53,7 @@ test-seeds: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	@git log -1 --format='commit %h of %ci' && git status --short
-	$(BIN)/python -m pytest -m "slow and not gpu and not cluster" --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest -m "slow and not gpu and not cluster" --numprocesses 2 --dist worksteal --junitxml=build/test-slow.xml
 
 # Do tests fail where the code is wrong? Verdicts are kept, so that a run goes on where it was stopped.
 test-mutation: $(VENV)/.installed-dev

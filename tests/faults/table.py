@@ -1,11 +1,12 @@
 """The fault table: every way in which we know that a run can be hurt, and the tests that show what happens then.
 
 `python -m tests.faults.table` prints it and checks that each test exists; `--run` runs them (quick ones; `--slow` all) and
-prints a verdict a row. Exit code 1 when a row has no test, or one that fails.
+prints a verdict per row, `--reports` takes it from suites that ran. Exit code 1 when a row has no test, or one that fails.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -110,30 +111,24 @@ def find_tests() -> list[str]:
     return sorted(test for test in found if "::" not in test or test.partition("::")[0] not in found)
 
 
-def run_tests(marks: str) -> dict[str, str]:
-    """Outcome by file::test of all tests that the table names."""
-    with TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-vv",
-            "-m",
-            marks,
-            "--timeout",
-            "3600",
-            f"--junitxml={report}",
-            *find_tests(),
-        ]
-        code = subprocess.run(command, cwd=ROOT, check=False, stdout=sys.stderr).returncode
-        if code not in (0, 1):  # a file that can't be imported would look like tests that were not run
-            sys.exit(f"pytest ended with {code}: no verdict")
-        outcomes = {}
+def run_tests(marks: str, report: Path) -> None:
+    """Run all tests that the table names, with a JUnit report."""
+    command = [sys.executable, "-m", "pytest", "-vv", "-m", marks, "--timeout", "3600", f"--junitxml={report}"]
+    code = subprocess.run([*command, *find_tests()], cwd=ROOT, check=False, stdout=sys.stderr).returncode
+    if code not in (0, 1):  # a file that can't be imported would look like tests that were not run
+        sys.exit(f"pytest ended with {code}: no verdict")
+
+
+def read_outcomes(reports: list[Path]) -> dict[str, str]:
+    """Outcome by file::test of JUnit reports; of a test in several the one that tells more: failed, shown, skipped."""
+    worst = ("failure", "error", "shown", "skipped")
+    outcomes: dict[str, str] = {}
+    for report in reports:
         for case in xml.etree.ElementTree.parse(report).getroot().iter("testcase"):
-            kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
+            kinds = {child.tag for child in case} & set(worst)
             name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
-            outcomes[name] = min(kinds, default="shown")
+            found = [outcomes.get(name, "skipped"), min(kinds, default="shown", key=worst.index)]
+            outcomes[name] = min(found, key=worst.index)
     return outcomes
 
 
@@ -145,17 +140,35 @@ def judge(row: Row, outcomes: dict[str, str]) -> str:
     return "shown" if "shown" in found else "not run"
 
 
-if __name__ == "__main__":
-    marks = "not gpu" if "--slow" in sys.argv else "not slow and not gpu"
-    outcomes = run_tests(marks) if "--run" in sys.argv else {}
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.table")
+    parser.add_argument("--run", action="store_true", help="run the quick tests, and add a verdict to each row")
+    parser.add_argument("--slow", action="store_true", help="with --run: run all of them")
+    parser.add_argument(
+        "--reports", type=Path, nargs="+", default=[], metavar="XML",
+        help="take the verdicts from JUnit reports of suites, as `make test` and `make test-slow` leave them in build/",
+    )  # fmt: skip
+    given = parser.parse_args()
+    if (given.slow and not given.run) or (given.run and given.reports):
+        parser.error("--slow goes with --run, and --reports takes its place")
+    with TemporaryDirectory() as folder:
+        if given.run:
+            given.reports.append(Path(folder, "report.xml"))
+            run_tests("not gpu" if given.slow else "not slow and not gpu", given.reports[0])
+        outcomes = read_outcomes(given.reports)
     bad = False
     print(f"| # | fault | must follow | tests |{' verdict |' if outcomes else ''}")
+    print(f"|---|---|---|---|{'---|' if outcomes else ''}")
     for row in TABLE:
         missing = find_missing(row)
         verdict = f" {judge(row, outcomes)} |" if outcomes else ""
         tests = ", ".join(test.removesuffix("::") for test in row.tests)
-        print(
-            f"| {row.number} | {row.fault} | {row.outcome} | {tests}{' MISSING: ' + str(missing) if missing else ''} |{verdict}"
-        )
+        lost = f" MISSING: {missing}" if missing else ""
+        print(f"| {row.number} | {row.fault} | {row.outcome} | {tests}{lost} |{verdict}")
         bad = bad or bool(missing) or "FAILED" in verdict
     sys.exit(bad)
+
+
+if __name__ == "__main__":
+    main()
