@@ -8,6 +8,7 @@ from __future__ import annotations
 from amfm.model.config.plugins import describe_entry, installed_specs
 from amfm.model.huggingface import (
     deepseek_v3,
+    deepseek_v32,
     falcon_h1,
     gpt_oss,
     granitemoehybrid,
@@ -30,6 +31,7 @@ CLASSES: tuple[HfClass, ...] = (
     qwen3_5_moe.CLASS,
     kimi_linear.CLASS,
     deepseek_v3.CLASS,
+    deepseek_v32.CLASS,
     lfm2.CLASS,
     lfm2_moe.CLASS,
     gpt_oss.CLASS,

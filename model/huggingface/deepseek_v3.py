@@ -63,11 +63,16 @@ def deepseek_v3_fields(config: ModelConfig) -> dict[str, Any]:
 
 def model_config_from_deepseek_v3(fields: Mapping[str, Any]) -> ModelConfig:
     """Build our configuration from config.json; ValueError for what our model has not."""
+    types = [LAYER_TYPES["+"]] * fields["num_hidden_layers"]
+    return model_config_from_latent(fields, KIND, types, {"mla": {"rope_theta": rope_theta_of(fields)}})
+
+
+def rope_theta_of(fields: Mapping[str, Any]) -> float:
+    """Read the base of the rotation. Raises ValueError for one that is stretched."""
     rope = fields.get("rope_parameters") or {}
     require_fields(rope, {"rope_type": "default"})
-    theta = rope.get("rope_theta", fields.get("rope_theta", 10_000.0))
-    types = [LAYER_TYPES["+"]] * fields["num_hidden_layers"]
-    return model_config_from_latent(fields, KIND, types, {"mla": {"rope_theta": theta}})
+    theta: float = rope.get("rope_theta", fields.get("rope_theta", 10_000.0))
+    return theta
 
 
 def is_prediction_layer(name: str, config: ModelConfig) -> bool:

@@ -29,6 +29,7 @@ OurTarget = Literal[
     "qwen3_5_moe",
     "kimi_linear",
     "deepseek_v3",
+    "deepseek_v32",
     "lfm2",
     "lfm2_moe",
     "gpt_oss",

@@ -1,1 +1,1 @@
-"""What the transformers classes `kimi_linear` and `deepseek_v3` share: layers with latent attention, and their weights."""
+"""What the transformers classes `kimi_linear`, `deepseek_v3` and `deepseek_v32` share: layers with latent attention, and their weights."""

@@ -1,4 +1,4 @@
-"""What the transformers classes `kimi_linear` and `deepseek_v3` share: latent attention, sigmoid routers, layers of two blocks.
+"""What `kimi_linear`, `deepseek_v3` and `deepseek_v32` share: latent attention, sigmoid routers, layers of two blocks.
 
 Read from transformers 5.24 (`modeling_kimi_linear.py`, `modeling_deepseek_v3.py`). Every layer is a mixer and a feed-forward,
 each after a norm. Both have sigmoid routers with a bias and groups, and a shared expert, which is zero where ours has none.

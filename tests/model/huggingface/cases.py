@@ -109,6 +109,16 @@ def deepseek_v3_config(**changes) -> ModelConfig:
     return kimi_linear_config(**(fields | changes))
 
 
+def deepseek_v32_mixers(**changes) -> dict:
+    """Latent attention with an indexer of many heads: of few, scores are 0, and the class takes any of equal ones."""
+    indexer = {"top_k": 7, "num_heads": 16, "head_dim": 12, "rope_fraction": 0.5} | changes.pop("indexer", {})
+    return {"mla": MLA | {"positions": "rope", "query_latent_size": 9, "indexer": indexer} | changes}
+
+
+def deepseek_v32_config(**changes) -> ModelConfig:
+    return deepseek_v3_config(**({"mixers": deepseek_v32_mixers()} | changes))
+
+
 def lfm2_config(**changes) -> ModelConfig:
     fields = {
         "pattern": "C-C-*-",
@@ -276,6 +286,13 @@ CASES = {
         mixers={"mla": MLA | {"positions": "rope", "rope_theta": 300.0}},
         moe=grouped(KIMI_LINEAR.moe, shared_expert_hidden_size=32, expert_bias=True, normalize_probabilities=False),
     ),
+    "deepseek_v32, dense and sparse layers": deepseek_v32_config(),
+    "deepseek_v32, tied, narrow indexer heads, a few keys": deepseek_v32_config(
+        pattern="+E",
+        tie_embeddings=True,
+        feed_forward=None,
+        mixers=deepseek_v32_mixers(rope_theta=300.0, indexer={"head_dim": 8, "rope_fraction": 0.75, "top_k": 3}),
+    ),
     "lfm2, convolutions and attention, tied": lfm2_config(tie_embeddings=True),
     "lfm2, wider convolutions alone": lfm2_config(
         pattern="C-", attention=None, mixers={"short_conv": {"conv_kernel": 4}}
@@ -317,7 +334,7 @@ def build_ours(config: ModelConfig, seed: int = 0) -> HybridModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("norm.weight", ".D", "conv.bias", "sinks")):
+            if name.endswith(("norm.weight", "norm.bias", ".D", "conv.bias", "sinks")):
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
             elif not name.endswith(("A_log", "dt_bias")):
                 parameter.mul_(6.0)

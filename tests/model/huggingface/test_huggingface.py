@@ -70,13 +70,17 @@ def test_logits_and_all_gradients_equal_transformers(target: str, config: ModelC
     their_gradients = gradients_by_our_name(ours, theirs, target)
     compared = 0
     for name, parameter in ours.named_parameters():
+        if ".indexer." in name:
+            # A choice has no gradient, here as there.
+            assert parameter.grad is None and name not in their_gradients
+            continue
         rounded = relative_difference(parameter.grad, their_gradients[name])
         unrounded = relative_difference(exact_gradients[name], their_gradients[name])
         # A wrong map or formula shows in both; rounding that one side has alone shows in one.
         assert min(rounded, unrounded) < RELATIVE_TOLERANCE, (name, rounded, unrounded)
         assert rounded < GRADIENT_TOLERANCE, (name, rounded)
         compared += 1
-    assert compared == len(list(ours.parameters()))
+    assert compared == sum(".indexer." not in name for name, _ in ours.named_parameters())
 
 
 def gradients_by_our_name(ours: HybridModel, theirs: torch.nn.Module, target: str) -> dict[str, Tensor]:
@@ -90,7 +94,7 @@ def gradients_by_our_name(ours: HybridModel, theirs: torch.nn.Module, target: st
     }
     weights, gradients = ours.state_dict(), dict[str, Tensor]()
     for entry in mapping.entries:
-        if entry.ours.endswith("expert_bias"):
+        if entry.ours.endswith("expert_bias") or not on_disk.keys() & set(entry.theirs):
             continue
         # Through the map itself: some of theirs are twice ours.
         own = {name: weights[name].detach().clone().requires_grad_() for name in entry.our_names()}

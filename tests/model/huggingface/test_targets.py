@@ -18,6 +18,8 @@ from tests.model.huggingface.cases import (
     NEMOTRON_H,
     QWEN3_NEXT,
     deepseek_v3_config,
+    deepseek_v32_config,
+    deepseek_v32_mixers,
     delta_mixers,
     falcon_h1_config,
     gpt_oss_config,
@@ -129,6 +131,14 @@ UNFIT = {
         "model.pattern=K-+E": {"pattern": "K-+E", "mixers": {"kda": KDA, "mla": MLA | {"positions": "rope"}}},
         "model.mixers.mla.positions=none": {"mixers": {"mla": MLA}},
     },
+    "deepseek_v32": {
+        "model.pattern=+E+-": {"pattern": "+E+-"},
+        "model.mixers.mla.gate=head": {"mixers": deepseek_v32_mixers(gate="head")},
+        "model.mixers.mla.indexer is missing": {"mixers": deepseek_v32_mixers() | {"mla": MLA | {"positions": "rope"}}},
+        "model.mixers.mla.query_latent_size is missing": {"mixers": deepseek_v32_mixers(query_latent_size=None)},
+        "model.mixers.mla.indexer.stage=warm_up": {"mixers": deepseek_v32_mixers(indexer={"stage": "warm_up"})},
+        "model.mixers.mla.indexer.rope_fraction=1.0": {"mixers": deepseek_v32_mixers(indexer={"rope_fraction": 1.0})},
+    },
     "nemotron_h": {
         "model.moe.activation=swiglu": {"moe": grouped(NEMOTRON_H.moe, activation="swiglu")},
         "model.moe.router=softmax": {"moe": grouped(NEMOTRON_H.moe, router="softmax")},
@@ -227,6 +237,7 @@ BASES = {
     "qwen3_5_moe": qwen3_5_moe_config,
     "kimi_linear": kimi_linear_config,
     "deepseek_v3": deepseek_v3_config,
+    "deepseek_v32": deepseek_v32_config,
     "lfm2": lfm2_config,
     "lfm2_moe": lfm2_moe_config,
     "gpt_oss": gpt_oss_config,
@@ -243,7 +254,13 @@ def test_each_choice_a_class_cannot_hold_is_named_with_a_remedy(target: str, exp
     assert explain_unfit(base(), target) == []
     (reason,) = explain_unfit(base(**changes), target)
     assert expected in reason
-    assert "; " in reason and "own" in reason, "a remedy is missing"
+    assert "; " in reason, "a remedy is missing"
+    if explain_unfit(base(**changes), "own"):
+        # No other class holds an indexer, nor does our own file.
+        with pytest.raises(ValueError, match="indexer is not in our modelling file"):
+            choose_target(base(**changes))
+        return
+    assert "own" in reason
     assert choose_target(base(**changes)) != target
     assert explain_unfit(base(**changes), "own") == []
 

@@ -56,6 +56,7 @@ MISSING: dict[str, dict[str, str]] = {
     "falcon_h1": _NATIVE | _UNCLASSIFIED,
     "gpt_oss": {"a misspelt argument is an error": "check their spelling"},
     "deepseek_v3": {"a misspelt argument is an error": "check their spelling"},
+    "deepseek_v32": {"a misspelt argument is an error": "check their spelling"} | _UNCLASSIFIED,
 }
 # All habits are tried on these; of the others what their README names.
 TRIED = ("own", "nemotron_h")

@@ -93,7 +93,7 @@ def test_foreign_classes_missing_files_and_wrong_tensors_are_refused(data: DataC
     edit_json(out / "config.json", model_type="mamba2")
     with pytest.raises(
         ValueError,
-        match=r"model_type=mamba2; known are nemotron_h, .*, deepseek_v3, lfm2, lfm2_moe, gpt_oss, falcon_h1, amfm",
+        match=r"model_type=mamba2; known are nemotron_h, .*, deepseek_v3, deepseek_v32, lfm2, lfm2_moe, gpt_oss, falcon_h1, amfm",
     ):
         import_huggingface(out, tmp_path / "back")
     assert not (tmp_path / "back").exists()
@@ -145,7 +145,13 @@ LATENT = {
     "moe": {**MODEL["moe"], "activation": "swiglu", "shared_expert_hidden_size": 24},
 }
 ROTARY = {"mixers": {"mla": LATENT["mixers"]["mla"] | {"positions": "rope", "query_latent_size": 10}}}
-LATENT_MODELS = {"kimi_linear": LATENT, "deepseek_v3": LATENT | {"pattern": "+-+E"} | ROTARY}
+# As many heads of the indexer that no score is 0: of equal ones the class takes any.
+CHOOSING = ROTARY["mixers"]["mla"] | {"indexer": {"top_k": 6, "num_heads": 16, "head_dim": 8}}
+LATENT_MODELS = {
+    "kimi_linear": LATENT,
+    "deepseek_v3": LATENT | {"pattern": "+-+E"} | ROTARY,
+    "deepseek_v32": LATENT | {"pattern": "+-+E", "mixers": {"mla": CHOOSING}},
+}
 
 
 @pytest.mark.slow

@@ -1,0 +1,120 @@
+"""The transformers class `deepseek_v32`: deepseek_v3 whose latent attention reads the keys that an indexer chooses.
+
+Read from transformers 5.24 (`configuration_deepseek_v32.py`, `modeling_deepseek_v32.py`). Queries come from a latent. The
+indexer rotates as many channels of its heads as attention does, but pairs halves, where attention pairs neighbors. Of keys
+with equal scores, such as 0, the class may choose others than ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from amfm.model.config.indexer import IndexerConfig
+from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface import deepseek_v3
+from amfm.model.huggingface.entries import WeightEntry, WeightMap
+from amfm.model.huggingface.latent.layers import (
+    LAYER_TYPES,
+    latent_options,
+    mla_options,
+    model_config_from_latent,
+    unfit_blocks,
+    unfit_layers,
+)
+from amfm.model.huggingface.latent.weights import latent_map
+from amfm.model.huggingface.limits import IGNORED_ARGUMENTS
+
+KIND = replace(deepseek_v3.KIND, name="deepseek_v32", class_name="DeepseekV32ForCausalLM")
+# Ours and theirs, below the module of the indexer.
+NAMES = {
+    "query.weight": "wq_b.weight",
+    "key.weight": "wk.weight",
+    "key_norm.weight": "k_norm.weight",
+    "key_norm.bias": "k_norm.bias",
+    "head_weights.weight": "weights_proj.weight",
+}
+
+
+def unfit_for_deepseek_v32(config: ModelConfig) -> list[str]:
+    """List every choice that the class cannot hold, as value, rule and remedy."""
+    reasons = unfit_layers(config, KIND) + unfit_blocks(config, KIND)
+    if "+" not in config.letters:
+        return reasons
+    key, mla = "model.mixers.mla", mla_options(config)
+    if mla.indexer is None:
+        return [
+            *reasons,
+            f"{key}.indexer is missing: deepseek_v32 chooses its keys; set it, or target deepseek_v3 or own",
+        ]
+    if mla.query_latent_size is None:
+        reasons.append(f"{key}.query_latent_size is missing: deepseek_v32 makes queries from a latent; set it")
+    if mla.indexer.stage != "sparse":
+        rule = "deepseek_v32 attends to the chosen keys; train with stage sparse"
+        reasons.append(f"{key}.indexer.stage={mla.indexer.stage}: {rule}")
+    if mla.indexer.head_dim * mla.indexer.rope_fraction != mla.rope_head_dim:
+        rule = f"its indexer rotates rope_head_dim={mla.rope_head_dim} channels in deepseek_v32"
+        remedy = f"use {mla.rope_head_dim} / head_dim"
+        reasons.append(f"{key}.indexer.rope_fraction={mla.indexer.rope_fraction}: {rule}; {remedy}")
+    return reasons
+
+
+def deepseek_v32_fields(config: ModelConfig) -> dict[str, Any]:
+    """Build the fields of config.json that are the class's own."""
+    indexer = latent_options(config).indexer
+    assert indexer is not None, "explain_unfit was not called: deepseek_v32 has an indexer"
+    own = {
+        "architectures": [KIND.class_name],
+        "model_type": KIND.name,
+        "index_topk": indexer.top_k,
+        "index_head_dim": indexer.head_dim,
+        "index_n_heads": indexer.num_heads,
+    }
+    return deepseek_v3.deepseek_v3_fields(config) | own
+
+
+def model_config_from_deepseek_v32(fields: Mapping[str, Any]) -> ModelConfig:
+    """Build our configuration from config.json; ValueError for what our model has not."""
+    size = fields["index_head_dim"]
+    indexer = IndexerConfig(
+        top_k=fields["index_topk"],
+        num_heads=fields["index_n_heads"],
+        head_dim=size,
+        rope_fraction=fields["qk_rope_head_dim"] / size,
+    )
+    types = [LAYER_TYPES["+"]] * fields["num_hidden_layers"]
+    section = {"rope_theta": deepseek_v3.rope_theta_of(fields), "indexer": indexer}
+    return model_config_from_latent(fields, KIND, types, {"mla": section})
+
+
+def deepseek_v32_map(config: ModelConfig) -> WeightMap:
+    """Build the weight map of a model that fits the class."""
+    found = latent_map(config, KIND)
+    return replace(found, entries=(*found.entries, *_indexers(config)))
+
+
+def _indexers(config: ModelConfig) -> Iterator[WeightEntry]:
+    for index, letter in enumerate(config.letters):
+        for ours, theirs in NAMES.items() if letter == "+" else ():
+            place = f"model.layers.{index // 2}.self_attn.indexer."
+            yield WeightEntry(f"blocks.{index}.mixer.indexer.{ours}", (f"{place}{theirs}",))
+
+
+def _limits(config: ModelConfig) -> list[str]:
+    return [IGNORED_ARGUMENTS, "transformers has no class for sequence classification of it (reward models)."]
+
+
+CLASS = replace(
+    deepseek_v3.CLASS,
+    name="deepseek_v32",
+    model_type=KIND.name,
+    class_name=KIND.class_name,
+    unfit=unfit_for_deepseek_v32,
+    fields=deepseek_v32_fields,
+    length_names=(),
+    read=model_config_from_deepseek_v32,
+    weights=deepseek_v32_map,
+    limits=_limits,
+    holds=frozenset(("indexer",)),
+)
