@@ -129,7 +129,7 @@ def test_an_attempt_waits_for_what_the_one_before_it_still_holds(cluster: Cluste
     outcome = ranks.start(Attempt(0, 3, None))
     freeing.join()
     assert outcome.code == 0, outcome.cause
-    assert "2: Example: amfm prepare" in (tmp_path / "logs" / "attempt-0" / "node-2.log").read_text()
+    assert "2:  Example: amfm prepare" in (tmp_path / "logs" / "attempt-0" / "node-2.log").read_text()
 
 
 @pytest.mark.slow
