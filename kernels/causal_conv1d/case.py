@@ -81,13 +81,18 @@ def launches() -> Iterator[KernelLaunch]:
     types |= dict.fromkeys(("blocks_per_strip", "strips"), "i32")
     # Strides of a projection with 24 heads are multiples of 8 and not of 16 (`amfm.kernels.common.strides`).
     flags = {"W": WIDTH, "BIAS": True, "DOCUMENTS": True, "UNIT": 8, "SILU": True}
-    for name, kernel, config in (
-        ("forward", convolution_forward_kernel, convolution.FORWARD[0]),
-        ("backward", convolution_backward_kernel, convolution.BACKWARD[0]),
+    types |= dict.fromkeys(("window", "d_window"), "*bf16")
+    for name, kernel, config, absent in (
+        ("forward", convolution_forward_kernel, convolution.FORWARD[0], {"window": None}),
+        ("backward", convolution_backward_kernel, convolution.BACKWARD[0], {"window": None, "d_window": None}),
     ):
-        yield kernel_launch(f"convolution {name}, width {WIDTH}", kernel, types, flags, config)
-        bare = flags | {"W": 3, "BIAS": False, "SILU": False}
-        yield kernel_launch(f"convolution {name}, width 3 without SiLU", kernel, types, bare, config)
+        whole = flags | {"WINDOW": False} | absent
+        for text, special in (
+            (f"width {WIDTH}", whole),
+            (f"width {WIDTH}, behind a window", flags | {"WINDOW": True}),
+            ("width 3 without SiLU", whole | {"W": 3, "BIAS": False, "SILU": False}),
+        ):
+            yield kernel_launch(f"convolution {name}, {text}", kernel, types, special, config)
 
 
 def trials() -> Iterator[Sized]:

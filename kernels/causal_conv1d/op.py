@@ -3,13 +3,12 @@
 Source: Gu and Dao 2023 (arXiv 2312.00752), section 3.4, where it precedes the selective scan; Dao and Gu 2024
 (arXiv 2405.21060) convolves x, B and C together. LFM2 (arXiv 2511.23404) gates it instead of a SiLU.
 
-How: a token of another document counts as a zero input. The initial window is prepended to the row as W - 1
-tokens of its first document, so that no backend knows of it. Outputs for those tokens are cut off again.
+How: a token of another document counts as a zero input. The initial window counts as W - 1 tokens of the row's first
+document. Triton's kernels read it where a tile begins before the row; for PyTorch's it is prepended to the row, and the
+outputs of those tokens are cut off again.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -69,13 +68,17 @@ def causal_conv1d(
         )
         return y.to(x_BTC.dtype)
     document_ids_BT = drop_single_document(document_ids_BT)
+    if backend == "triton":
+        from amfm.kernels.causal_conv1d.triton_impl import convolve_triton
+
+        return convolve_triton(x_BTC, weight_CW, bias_C, document_ids_BT, initial_window_BWC, silu)
     if initial_window_BWC is None:
-        return _find_convolution(backend)(x_BTC, weight_CW, bias_C, document_ids_BT, silu)
+        return convolve(x_BTC, weight_CW, bias_C, document_ids_BT, silu)
     # The window's tokens get the id of the row's first token: that is the document it belongs to.
     longer = torch.cat([initial_window_BWC.to(x_BTC.dtype), x_BTC], dim=1)
     if document_ids_BT is not None:
         document_ids_BT = torch.cat([document_ids_BT[:, :1].expand(-1, W - 1), document_ids_BT], dim=1)
-    return _find_convolution(backend)(longer, weight_CW, bias_C, document_ids_BT, silu)[:, W - 1 :]
+    return convolve(longer, weight_CW, bias_C, document_ids_BT, silu)[:, W - 1 :]
 
 
 def causal_conv1d_step(
@@ -95,15 +98,6 @@ def causal_conv1d_step(
     if bias_C is not None:
         total = total + bias_C.to(wide)
     return F.silu(total).to(x_BC.dtype), inputs_BWC[:, 1:]
-
-
-def _find_convolution(backend: str) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None, bool], Tensor]:
-    """The implementation for a resolved backend; Triton is imported only where it is used."""
-    if backend == "torch":
-        return convolve
-    from amfm.kernels.causal_conv1d.triton_impl import convolve_triton
-
-    return convolve_triton
 
 
 def _check_weights(weight_CW: Tensor, bias_C: Tensor | None, channels: int, x: Tensor) -> int:

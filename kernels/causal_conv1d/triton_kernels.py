@@ -30,10 +30,19 @@ def _load_tap(weight, shift: tl.constexpr, column, C, W: tl.constexpr):
 
 
 @triton.jit
+def _load_inputs(x, window, t, T, stride, column, C, W: tl.constexpr, WINDOW: tl.constexpr):
+    """x at tokens t, [BLOCK_T, BLOCK_C] float32; before the row the inputs of its window [W - 1, C], or zeros."""
+    values = load_values(x, t, T, stride, column, C)
+    if WINDOW:
+        values += load_values(window, t + (W - 1), W - 1, C, column, C)
+    return values
+
+
+@triton.jit
 def _reach(ids, t, source, T, DOCUMENTS: tl.constexpr):
     """1 where tokens t and source lie in one document, [BLOCK_T, 1].
 
-    Places outside the row are clamped: their inputs read as zero, so any id will do.
+    Places outside the row are clamped: a window belongs to the document of the row's first token, and all else reads as zero.
     """
     if DOCUMENTS:
         here = tl.load(ids + tl.minimum(tl.maximum(t, 0), T - 1))
@@ -66,14 +75,14 @@ def _through_silu(dy, total, SILU: tl.constexpr):
 
 @triton.jit
 def convolution_forward_kernel(
-    x, weight, bias, ids, y, T, C, stride_b, stride_t,
-    W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, UNIT: tl.constexpr,
+    x, weight, bias, ids, window, y, T, C, stride_b, stride_t,
+    W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, SILU: tl.constexpr = True,
 ):  # fmt: skip
     """y [B, T, C]; one program per block of tokens and of channels.
 
     x [B, T, C] may have any strides of rows and tokens, given in multiples of UNIT, with channels packed; ids [B, T] are
-    document ids.
+    document ids, window [B, W - 1, C] the inputs before each row with WINDOW.
     Grid: (B * token blocks, channel blocks).
     """
     blocks = tl.cdiv(T, BLOCK_T)
@@ -81,16 +90,20 @@ def convolution_forward_kernel(
     t = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     stride_t = stride_t * UNIT
-    x_row, ids_row = x + batch * stride_b * UNIT, ids
+    x_row, ids_row, before = x + batch * stride_b * UNIT, ids, window
     if DOCUMENTS:
         ids_row = ids + batch * T
+    if WINDOW:
+        before = window + batch * (W - 1) * C
     start = tl.zeros((BLOCK_C,), tl.float32)
     if BIAS:
         start = tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
     w0, w1 = _load_tap(weight, 0, column, C, W), _load_tap(weight, 1, column, C, W)
     w2, w3 = _load_tap(weight, 2, column, C, W), _load_tap(weight, 3, column, C, W)
-    x0, x1 = load_values(x_row, t, T, stride_t, column, C), load_values(x_row, t - 1, T, stride_t, column, C)
-    x2, x3 = load_values(x_row, t - 2, T, stride_t, column, C), load_values(x_row, t - 3, T, stride_t, column, C)
+    x0 = load_values(x_row, t, T, stride_t, column, C)
+    x1 = _load_inputs(x_row, before, t - 1, T, stride_t, column, C, W, WINDOW)
+    x2 = _load_inputs(x_row, before, t - 2, T, stride_t, column, C, W, WINDOW)
+    x3 = _load_inputs(x_row, before, t - 3, T, stride_t, column, C, W, WINDOW)
     total = _add_taps(x0, x1, x2, x3, w0, w1, w2, w3, start, ids_row, t, T, DOCUMENTS)
     out = total
     if SILU:
@@ -101,20 +114,24 @@ def convolution_forward_kernel(
 
 @triton.jit
 def convolution_backward_kernel(
-    x, weight, bias, ids, d_y, d_x, partial, T, C, stride_b, stride_t, stride_dx, blocks_per_strip, strips,
-    W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, UNIT: tl.constexpr,
+    x, weight, bias, ids, window, d_y, d_x, d_window, partial,
+    T, C, stride_b, stride_t, stride_dx, blocks_per_strip, strips,
+    W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, SILU: tl.constexpr = True,
 ):  # fmt: skip
     """d_x [B, T, C], and a part of the gradients of weight and bias for each strip of tokens.
 
     Tokens of d_x lie `stride_dx` apart over all rows; strides are in multiples of UNIT. Parts are [B, strips, C * W + C]: laid out as the weight, then the bias.
+    With WINDOW d_window [B, W - 1, C] too, in a block of places before the row, which have inputs and no outputs.
     """
     batch, strip = (tl.program_id(0) // strips).to(tl.int64), tl.program_id(0) % strips
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     stride_t, stride_dx = stride_t * UNIT, stride_dx * UNIT
-    x_row, dy_row, ids_row = x + batch * stride_b * UNIT, d_y + batch * T * C, ids
+    x_row, dy_row, ids_row, before = x + batch * stride_b * UNIT, d_y + batch * T * C, ids, window
     if DOCUMENTS:
         ids_row = ids + batch * T
+    if WINDOW:
+        before = window + batch * (W - 1) * C
     start = tl.zeros((BLOCK_C,), tl.float32)
     if BIAS:
         start = tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
@@ -124,17 +141,17 @@ def convolution_backward_kernel(
     d_w2, d_w3 = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     d_start = tl.zeros((BLOCK_C,), tl.float32)
     first = strip * blocks_per_strip
-    for block in range(first, tl.minimum(first + blocks_per_strip, tl.cdiv(T, BLOCK_T))):
+    end = tl.minimum(first + blocks_per_strip, tl.cdiv(T, BLOCK_T))
+    if WINDOW:
+        first = tl.where(strip == 0, -1, first)
+    for block in range(first, end):
         t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-        back3, back2 = (
-            load_values(x_row, t - 3, T, stride_t, column, C),
-            load_values(x_row, t - 2, T, stride_t, column, C),
-        )
-        back1, here = load_values(x_row, t - 1, T, stride_t, column, C), load_values(x_row, t, T, stride_t, column, C)
-        next1, next2 = (
-            load_values(x_row, t + 1, T, stride_t, column, C),
-            load_values(x_row, t + 2, T, stride_t, column, C),
-        )
+        back3 = _load_inputs(x_row, before, t - 3, T, stride_t, column, C, W, WINDOW)
+        back2 = _load_inputs(x_row, before, t - 2, T, stride_t, column, C, W, WINDOW)
+        back1 = _load_inputs(x_row, before, t - 1, T, stride_t, column, C, W, WINDOW)
+        here = _load_inputs(x_row, before, t, T, stride_t, column, C, W, WINDOW)
+        next1 = _load_inputs(x_row, before, t + 1, T, stride_t, column, C, W, WINDOW)
+        next2 = _load_inputs(x_row, before, t + 2, T, stride_t, column, C, W, WINDOW)
         next3 = load_values(x_row, t + 3, T, stride_t, column, C)
 
         total = _add_taps(here, back1, back2, back3, w0, w1, w2, w3, start, ids_row, t, T, DOCUMENTS)
@@ -158,7 +175,12 @@ def convolution_backward_kernel(
         e = _through_silu(load_values(dy_row, t + 3, T, C, column, C), total, SILU)
         dx += e * w3[None, :] * _reach(ids_row, t + 3, t, T, DOCUMENTS)
         where = d_x + (batch * T + t.to(tl.int64))[:, None] * stride_dx + column[None, :]
-        tl.store(where, dx.to(d_x.dtype.element_ty), mask=(t < T)[:, None] & (column < C)[None, :])
+        tl.store(where, dx.to(d_x.dtype.element_ty), mask=((t >= 0) & (t < T))[:, None] & (column < C)[None, :])
+        if WINDOW:
+            place = t + (W - 1)
+            where = d_window + (batch * (W - 1) + place)[:, None] * C + column[None, :]
+            inside = ((t < 0) & (place >= 0))[:, None] & (column < C)[None, :]
+            tl.store(where, dx.to(d_window.dtype.element_ty), mask=inside)
     mine = partial + (batch * strips + strip) * (W + 1) * C
     # A column of the weight meets the tokens W - 1 minus its number back.
     taps = mine + column * W + (W - 1)

@@ -40,3 +40,11 @@ def outer_strides(*tensors: Tensor, dims: int = 2) -> list[int]:
 def pack(x: Tensor | None) -> Tensor | None:
     """As `x.contiguous()`, for a tensor that may be absent."""
     return None if x is None else x.contiguous()
+
+
+def token_stride(x: Tensor, dim: int = 1) -> int:
+    """The one distance of tokens over all rows of x [..., B, T, ...], `dim` being that of T.
+
+    The stride of a dimension of one token says nothing, and views give it any number; that of rows holds then.
+    """
+    return x.stride(dim if x.shape[dim] > 1 else dim - 1)

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from amfm.kernels.common.scan_launch import ScanLaunch, cut_segments, padded
-from amfm.kernels.common.strides import outer_strides
+from amfm.kernels.common.strides import outer_strides, token_stride
 from amfm.kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
 from amfm.kernels.decay_scan.triton_forward import chunk_state_kernel
 
@@ -177,7 +177,7 @@ def find_gradients(
     gradients_kernel[(tiles, q.shape[2] * launch.splits)](
         q, k, v, *gates.arguments(), skip, firsts, d_y, *states, d_q, d_k, d_v, d_g, d_scale, d_heads,
         launch.T, launch.H, launch.R, launch.K, launch.V, launch.chunks, launch.splits,
-        *outer_strides(q, k, v, gates.g), d_q.stride(2), d_v.stride(1), d_g.stride(1), SKIP=skip is not None,
-        DOCUMENTS=firsts is not None, **gates.constants(), **launch.config("scan_gradients", GRADIENTS[launch.tiles], v),
+        *outer_strides(q, k, v, gates.g), token_stride(d_q, 2), token_stride(d_v), token_stride(d_g),
+        SKIP=skip is not None, DOCUMENTS=firsts is not None, **gates.constants(), **launch.config("scan_gradients", GRADIENTS[launch.tiles], v),
     )  # fmt: skip
     return d_heads

@@ -164,7 +164,7 @@ def _backward(
     if parts is not None:
         shared = d_convolved.flatten(0, 1)[:, sizes.inner :]
         sum_parts(parts.view(launch.splits, len(shared), -1), shared)
-    d_taps = convolve_rows_backward(d_convolved, inputs, conv_weight, conv_bias, starts, d_inputs)
+    d_taps, _ = convolve_rows_backward(d_convolved, inputs, conv_weight, conv_bias, starts, d_inputs)
     return d_projected, d_taps, sum_first(d_heads, A_log.dtype), d_norm_weight, d_out_weight
 
 

@@ -46,6 +46,7 @@ def run(tensors: list[Tensor], ids: Tensor | None, backend: str, activation: str
         (40, 33, 3, True, (10,), "none"),
         (20, 8, 2, False, None, "silu"),
         (35, 5, 4, True, (1, 18), "silu"),
+        (1, 5, 4, True, None, "silu"),
     ],
 )
 def test_tiles_equal_single_steps_twice_bitwise(
@@ -86,5 +87,6 @@ def test_meta_tensors_pass_through() -> None:
 
 
 def test_registration_is_complete() -> None:
-    x, weight, bias = make(2, 5, 4, 4, window=False)
-    assert_registered(triton_impl._forward, x, weight, bias, None, True)
+    x, weight, bias, window = make(2, 5, 4, 4, window=True)
+    for before in (None, window):
+        assert_registered(triton_impl._forward, x, weight, bias, None, before, True)

@@ -22,6 +22,7 @@ SUMS = 4e-5
 
 CASES = {
     "one_token": MixerCase(T=1, lengths=()),
+    "one_token_of_two_rows": MixerCase(B=2, T=1),
     "odd_sizes": MixerCase(T=33, P=20, N=12, model=7, width=3, bias=False),
     "documents": MixerCase(B=2, T=37, lengths=(5, 1, 31)),
     "groups": MixerCase(T=20, H=4, G=2, P=8, N=8, norm_groups=2, width=2),

@@ -24,6 +24,7 @@ def test_streaming_kernels_compile_without_spills(architecture: int) -> None:
     signature = {"x": "*bf16", "weight": "*fp32", "bias": "*fp32", "ids": "*i32", "y": "*bf16"}
     signature |= dict.fromkeys(("T", "C"), "i32:16") | dict.fromkeys(("stride_b", "stride_t"), "i32")
     constants = {"W": 4, "BIAS": True, "DOCUMENTS": True, "UNIT": 8, "SILU": True, "BLOCK_T": 32, "BLOCK_C": 128}
+    constants |= {"WINDOW": False, "window": None}
     convolution = compile_ahead(convolution_forward_kernel, signature, constants, architecture)
     # Rows of odd length leave loads of single numbers.
     odd = compile_ahead(convolution_forward_kernel, signature, constants | {"UNIT": 1}, architecture)
