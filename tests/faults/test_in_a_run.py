@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -253,13 +254,15 @@ def test_a_run_needs_no_shared_memory_and_writes_nothing_beside_its_package(tmp_
 
 
 def count_what_stays(place: str, steps: int) -> list[dict[str, int]]:
-    """Memory, descriptors, threads and processes of a run, each hundred steps, in this process."""
+    """Memory that is not of files, descriptors, threads and processes of a run, each hundred steps, in this process."""
     data = tiny_data(Path(place, "data"))
     seen: list[dict[str, int]] = []
 
     def look(run: Any) -> None:
         process = psutil.Process()
-        here = {"rss": process.memory_info().rss, "files": process.num_fds(), "threads": process.num_threads()}
+        anonymous = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        assert anonymous is not None
+        here = {"bytes": int(anonymous[1]) << 10, "files": process.num_fds(), "threads": process.num_threads()}
         seen.append(here | {"processes": len(process.children(recursive=True))})
 
     for step in range(100, steps + 1, 100):
@@ -276,7 +279,8 @@ def count_what_stays(place: str, steps: int) -> list[dict[str, int]]:
 @pytest.mark.slow
 def test_two_thousand_steps_leave_no_memory_descriptors_threads_or_processes(tmp_path: Path) -> None:
     (seen,) = run_ranks(count_what_stays, str(tmp_path), 2000, num_ranks=1)
-    warm, last = seen[2], seen[-1]
+    # What a save that is still being written holds goes again: the least of the last looks is what stays.
+    last = {kind: min(here[kind] for here in seen[-5:]) for kind in seen[0]}
     for kind in ("files", "threads", "processes"):
         assert last[kind] <= max(here[kind] for here in seen[:5]), (kind, seen)
-    assert last["rss"] - warm["rss"] < 32 << 20, seen
+    assert last["bytes"] - seen[2]["bytes"] < 32 << 20, seen
