@@ -43,7 +43,7 @@ EXAMPLES = {"model.mixers.halving"}
 FOREIGN_FLAGS = {
     *("--toy", "--mem", "--cpus-per-task", "--container-image", "--container-mounts"),
     *("--model", "--model_args", "--include_path", "--batch_size"),  # lm_eval
-    "--logdir",  # tensorboard
+    *("--logdir", "--reports"),  # tensorboard, tests.faults.table
     *(
         "--no-pipeline-parallel",
         "--swiglu",
