@@ -24,6 +24,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from amfm.model.config.moe import BIAS_CHANNELS
 from amfm.model.config.mup import width_scales
 from amfm.model.config.schema import ModelConfig
 from amfm.model.head import Head
@@ -121,6 +122,10 @@ def _fill_experts(
     each = Shard(tuple(replace(cut, dim=cut.dim - 1) for cut in inner))
     for row, expert in zip(stack, own.tolist(), strict=True):
         fill_part(row, f"{name}.{expert}", each, shape[1:], config, groups, seed)
+    dim = {"up": 2, "down": 1}.get(name.rpartition(".experts.")[2])
+    if dim is not None and config.moe is not None and config.moe.bias:
+        # Biases begin at 0, and so does what fills their channels up (see `Experts`).
+        stack.narrow(dim, -BIAS_CHANNELS, BIAS_CHANNELS).zero_()
 
 
 def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, *, dim: int = 0) -> Tensor:

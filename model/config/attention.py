@@ -39,6 +39,9 @@ class AttentionConfig(MixerOptions):
         description="Sigmoid of the input times each head's output before o_proj: one gate per channel (`element`, as in Qwen3-Next) or per head.",
     )
 
+    bias: bool = Field(
+        False, description="Biases on the projections of queries, keys, values and output, as in gpt-oss."
+    )
     sinks: bool = Field(
         False,
         description="One learned score per head that takes a share of every query's attention and has no value, as in gpt-oss.",
@@ -80,6 +83,7 @@ class AttentionConfig(MixerOptions):
         matrices = hidden_size * (projections + gates[self.gate])
         chooses, norm = (0, 0) if self.indexer is None else self.indexer.weights(hidden_size, hidden_size)
         others = 2 * self.head_dim * self.qk_norm + self.num_heads * self.sinks + norm
+        others += (self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + hidden_size) * self.bias
         return Weights(matrices + chooses, matrices + chooses, others)
 
     def sequence_flops(self, sequence_length: int) -> float:
@@ -89,7 +93,7 @@ class AttentionConfig(MixerOptions):
         return 2 * 2 * keys * self.num_heads * self.head_dim + scores
 
     def prunable(self, groups: str) -> Prunable | None:
-        """A key-value head with its query heads: rows of q, k, v and the gates, columns of o."""
+        """A key-value head with its query heads: rows of q, k, v and the gates, numbers of their biases, columns of o."""
         if groups != "heads":
             return None
         queries = self.num_heads // self.num_kv_heads
@@ -100,6 +104,8 @@ class AttentionConfig(MixerOptions):
             "v_proj.weight": (0, count * keys, keys),
             "o_proj.weight": (1, count * rows, rows),
         }
+        if self.bias:
+            dims |= {f"{name}_proj.bias": dims[f"{name}_proj.weight"] for name in "qkv"}
         if self.sinks:
             dims["sinks"] = (0, count * queries, queries)
         if self.gate != "none":

@@ -51,6 +51,9 @@ class WindowOptions(SharedKeyOptions):
         "none", description="Sigmoid of the input times each head's output: one gate per channel or per head."
     )
 
+    bias: bool = Field(
+        False, description="Biases on the projections of queries, keys, values and output, as in gpt-oss."
+    )
     sinks: bool = Field(
         False,
         description="One learned score per head that takes a share of every query's attention and has no value, as in gpt-oss.",

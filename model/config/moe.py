@@ -25,6 +25,9 @@ from amfm.model.config.structure import (
     matrices_of,
 )
 
+# Channels by which rows of experts with biases are wider: one that is 1, and zeros up to whole 16 bytes in bf16.
+BIAS_CHANNELS = 8
+
 
 class MoeConfig(MixerOptions):
     """Mixture of experts with optional shared expert; letter `E` (Hunyuan: `F`)."""
@@ -48,6 +51,9 @@ class MoeConfig(MixerOptions):
         None,
         gt=0,
         description="Of routed and shared experts: gate at most this, and up between its negative and this, before they are multiplied: 7 in gpt-oss, 10 in DeepSeek-V4; none: no limit. Gated activations alone.",
+    )
+    bias: bool = Field(
+        False, description="Biases on the router's logits and on both products of routed experts, as in gpt-oss."
     )
     router: Literal["softmax", "sigmoid", "sqrt_softplus"] = Field(
         "sigmoid", description="How logits become scores; sqrt_softplus: the square root of log(1 + e^logit)."
@@ -184,9 +190,13 @@ class MoeConfig(MixerOptions):
         """num_experts."""
         return self.num_experts
 
+    def expert_width(self, hidden_size: int) -> int:
+        """Width of the rows that routed experts read and write, with the channels that biases need."""
+        return (self.latent_size or hidden_size) + BIAS_CHANNELS * self.bias
+
     def weights(self, hidden_size: int, *, is_guided: bool) -> Weights:
         """Router, shared expert and latent projections count for every token, experts top_k times."""
-        expert = matrices_of(self.activation) * (self.latent_size or hidden_size) * self.expert_hidden_size
+        expert = matrices_of(self.activation) * self.expert_width(hidden_size) * self.expert_hidden_size
         every_token = hidden_size * (self.num_experts + self.shared_expert_gate)
         every_token += sum(
             part.weights(hidden_size, is_guided=is_guided) for part in self.feed_forwards() if part.inner
@@ -194,7 +204,8 @@ class MoeConfig(MixerOptions):
         if self.latent_size is not None:
             every_token += 2 * hidden_size * self.latent_size
         routed = self.num_experts * expert
-        return Weights(every_token + routed, every_token + self.top_k * expert, routed=routed)
+        biases = self.num_experts * (1 + (self.latent_size or hidden_size)) * self.bias
+        return Weights(every_token + routed, every_token + self.top_k * expert, biases, routed=routed)
 
     def prunable(self, groups: str) -> Prunable | None:
         """Inner channels of the shared expert, or whole routed experts, whose bias then keeps the router from them."""
@@ -223,6 +234,8 @@ class MoeConfig(MixerOptions):
                 f"does not go with model.moe.num_router_groups={self.num_router_groups}: groups must stay of one size"
             )
             yield rule, "use 1"
+        if self.bias:
+            yield "does not go with model.moe.bias=true, whose biases it does not remove yet", "use false"
         if self.overflow == "recycle":
             rule = "does not go with model.moe.overflow=recycle, which sends tokens to any expert with room"
             yield rule, "use overflow: drop"

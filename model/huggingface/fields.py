@@ -16,7 +16,12 @@ from amfm.model.config.section import Section
 # transformers multiplies experts with torch's grouped product, whose rows must be whole 16 bytes, in bf16 too.
 EXPERT_SIZE_MULTIPLE = 8
 # Options, none unless set, that few classes have: what is said of all others.
-RARE_OPTIONS = {"activation_limit": "does not limit gate and up", "sinks": "has no sinks", "indexer": "has no indexer"}
+RARE_OPTIONS = {
+    "activation_limit": "does not limit gate and up",
+    "bias": "is written without these biases",
+    "sinks": "has no sinks",
+    "indexer": "has no indexer",
+}
 # What a class wants of settings, by name, and why.
 Wanted = Mapping[str, tuple[object, str]]
 GATED: Wanted = {"activation": ("swiglu", "the feed-forward is gated")}

@@ -29,10 +29,15 @@ _NAMES = {
 
 
 def unfit_for_own(config: ModelConfig) -> list[str]:
-    """List mixers of other packages and indexers, which the modelling files have not."""
+    """List mixers of other packages, indexers and biases, which the modelling files have not."""
     ours = {spec.name for spec in BUILT_IN}
-    choosing = [kind.section for kind, options in config.kinds_in_use() if getattr(options, "indexer", None)]
-    return [f"model.{section}.indexer is not in our modelling file yet; decode with amfm" for section in choosing] + [
+    lacking = [
+        f"model.{kind.section}.{name} is not in our modelling file yet; decode with amfm"
+        for kind, options in config.kinds_in_use()
+        for name in ("indexer", "bias")
+        if getattr(options, name, None)
+    ]
+    return lacking + [
         f"model.pattern has {symbol}: the mixer {name} of another package is not in our modelling file; "
         "use a mixer of ours where the model must leave amfm"
         for symbol, name in registered_mixers(config).items()

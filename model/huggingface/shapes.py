@@ -92,6 +92,8 @@ def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     if attention.gate != "none":
         shapes["g_proj.weight"] = (queries if attention.gate == "element" else attention.num_heads, width)
+    if attention.bias:
+        shapes |= {f"{name}_proj.bias": shapes[f"{name}_proj.weight"][:1] for name in "qkvo"}
     if attention.sinks:
         shapes["sinks"] = (attention.num_heads,)
     if attention.qk_norm:
@@ -118,7 +120,9 @@ def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"router.weight": (moe.num_experts, width)}
     if moe.expert_bias:
         shapes["expert_bias"] = (moe.num_experts,)
-    read, hidden = moe.latent_size or width, moe.expert_hidden_size
+    if moe.bias:
+        shapes |= {"router.bias": (moe.num_experts,), "down_bias": (moe.num_experts, moe.latent_size or width)}
+    read, hidden = moe.expert_width(width), moe.expert_hidden_size
     shapes["experts.up"] = (moe.num_experts, hidden * (matrices_of(moe.activation) - 1), read)
     shapes["experts.down"] = (moe.num_experts, read, hidden)
     if moe.shared_expert_hidden_size:

@@ -19,12 +19,11 @@ from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.rope import Llama3Stretch, RopeConfig
 from amfm.model.mixers.interface import AttentionCache, BlockState, BuildContext, MixerOutput, SoftmaxMixer
 from amfm.model.mixers.output_gate import gate_heads, gate_projection
-from amfm.model.mixers.sparse.indexer import NORM_BIAS, Indexer
+from amfm.model.mixers.sparse.indexer import Indexer
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import gather_rows
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import ColumnLinear, RowLinear, project_layers
-from amfm.model.parallel.regions import leave_tensor_region
 from amfm.model.parallel.shards import Shard, ShardSpec, divide, divide_units
 from amfm.model.segments import Segments
 
@@ -49,11 +48,16 @@ class AttentionMixer(SoftmaxMixer):
         query_width, kv_width = section.num_heads * self.head_dim, section.num_kv_heads * self.head_dim
         hidden, kv_name, kv_units = build.hidden_size, "model.attention.num_kv_heads", (section.num_kv_heads,)
         self.q_proj = ColumnLinear(
-            hidden, (query_width,), groups, name="model.attention.num_heads", units=(section.num_heads,)
+            hidden,
+            (query_width,),
+            groups,
+            name="model.attention.num_heads",
+            units=(section.num_heads,),
+            bias=section.bias,
         )
-        self.k_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units)
-        self.v_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units)
-        self.o_proj = RowLinear(query_width, hidden, groups, name="model.attention.num_heads")
+        self.k_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units, bias=section.bias)
+        self.v_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units, bias=section.bias)
+        self.o_proj = RowLinear(query_width, hidden, groups, name="model.attention.num_heads", bias=section.bias)
         self.g_proj = gate_projection(
             section.gate, hidden, section.num_heads, self.head_dim, groups, name="model.attention.num_heads"
         )
@@ -149,7 +153,7 @@ class AttentionMixer(SoftmaxMixer):
                 auxiliary = self.indexer.learn(x_BTD, x_BTD, q_BTHK, k_BSJK, meta, scale=self.scale)
         if gate_BTX:
             o_BTHK = gate_heads(o_BTHK, gate_BTX[0])
-        return MixerOutput(leave_tensor_region(self.o_proj(o_BTHK.flatten(-2)), self.groups), cache, auxiliary)
+        return MixerOutput(self.o_proj.leave(o_BTHK.flatten(-2), self.groups), cache, auxiliary)
 
     def empty_state(self, num_rows: int) -> AttentionCache:
         """Build the cache before the first token: [B, 0, J, K], in the dtype of the weights."""
@@ -158,11 +162,12 @@ class AttentionMixer(SoftmaxMixer):
 
     def scale_logits(self, factors_H: Tensor) -> dict[nn.Parameter, Tensor]:
         """Queries alone: keys are those of several heads."""
-        return {self.q_proj.weight: factors_H.repeat_interleave(self.head_dim)}
+        rows = factors_H.repeat_interleave(self.head_dim)
+        return {each: rows for each in (self.q_proj.weight, self.q_proj.bias) if each is not None}
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-        """Sinks begin at 0, the score of a key that says nothing."""
-        return torch.zeros(shape) if name in ("sinks", NORM_BIAS) else None
+        """Sinks begin at 0, the score of a key that says nothing, and so do biases."""
+        return torch.zeros(shape) if name == "sinks" or name.endswith(".bias") else None
 
     def sequence_flops(self, sequence_length: int) -> float:
         """FLOPs per token of scores and of the values that they weigh."""

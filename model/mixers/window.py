@@ -19,8 +19,8 @@ from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, M
 from amfm.model.mixers.output_gate import gate_heads, gate_projection
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_windows
-from amfm.model.parallel.layers import ColumnLinear, RowLinear
-from amfm.model.parallel.regions import leave_tensor_region, project_stream
+from amfm.model.parallel.layers import ColumnLinear, RowLinear, add_bias
+from amfm.model.parallel.regions import project_stream
 from amfm.model.parallel.shards import divide, divide_units
 from amfm.model.segments import Segments
 
@@ -46,11 +46,14 @@ class WindowMixer(SoftmaxMixer, SequenceMixer):
             groups,
             name="model.mixers.window.num_heads",
             units=(options.num_heads, kv_heads, kv_heads),
+            bias=options.bias,
         )
         self.g_proj = gate_projection(
             options.gate, hidden, options.num_heads, size, groups, name="model.mixers.window.num_heads"
         )
-        self.out_proj = RowLinear(options.num_heads * size, hidden, groups, name="model.mixers.window.num_heads")
+        self.out_proj = RowLinear(
+            options.num_heads * size, hidden, groups, name="model.mixers.window.num_heads", bias=options.bias
+        )
         self.sinks = None
         if options.sinks:
             self.sinks, self.shards = make_sinks(options.num_heads, groups, "model.mixers.window.num_heads")
@@ -69,7 +72,7 @@ class WindowMixer(SoftmaxMixer, SequenceMixer):
         """Mix x [B, T, D] -> y [B, T, D]; with a state the tokens also see its keys, and the newest keys are returned."""
         weights = [self.in_proj.weight] + ([] if self.g_proj is None else [self.g_proj.weight])
         projected_BTX, *gate_BTX = project_stream(x_BTD, weights, self.build.groups)
-        q_BTHK, k_BTJK, v_BTJK = self._heads(projected_BTX, meta)
+        q_BTHK, k_BTJK, v_BTJK = self._heads(add_bias(projected_BTX, self.in_proj.bias), meta)
         following: MixerState | None = None
         if meta.segments is not None:
             assert state is None, "rows that are cut over context ranks have no decode state"
@@ -81,7 +84,7 @@ class WindowMixer(SoftmaxMixer, SequenceMixer):
             o_BTHK, following = self._go_on(q_BTHK, k_BTJK, v_BTJK, meta, state)
         if gate_BTX:
             o_BTHK = gate_heads(o_BTHK, gate_BTX[0])
-        return MixerOutput(leave_tensor_region(self.out_proj(o_BTHK.flatten(-2)), self.build.groups), following)
+        return MixerOutput(self.out_proj.leave(o_BTHK.flatten(-2), self.build.groups), following)
 
     def _heads(self, projected_BTX: Tensor, meta: PackMeta) -> tuple[Tensor, Tensor, Tensor]:
         """Split the projection into q [B, T, H, K], k and v [B, T, J, K]; q and k normed and rotated where set."""
@@ -144,13 +147,13 @@ class WindowMixer(SoftmaxMixer, SequenceMixer):
 
     def scale_logits(self, factors_H: Tensor) -> dict[nn.Parameter, Tensor]:
         """Rows of queries, which come before keys and values."""
-        weight, factors = self.in_proj.weight, factors_H.repeat_interleave(self.options.head_dim)
-        others = factors.new_ones(2 * self.num_kv_heads * self.options.head_dim)
-        return {weight: torch.cat([factors, others])}
+        factors = factors_H.repeat_interleave(self.options.head_dim)
+        rows = torch.cat([factors, factors.new_ones(2 * self.num_kv_heads * self.options.head_dim)])
+        return {each: rows for each in (self.in_proj.weight, self.in_proj.bias) if each is not None}
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-        """Sinks begin at 0."""
-        return torch.zeros(shape) if name == "sinks" else None
+        """Sinks and biases begin at 0."""
+        return torch.zeros(shape) if name == "sinks" or name.endswith(".bias") else None
 
     def empty_state(self, num_rows: int) -> MixerState:
         """Build slots for the keys and values of window - 1 tokens, zeros until tokens fill them."""

@@ -13,6 +13,8 @@ A token's way through it:
    sorted by expert; where experts are spread over `groups.ep` (`_dispatched`) rows travel by all-to-all (dispatch.py),
    while the shared expert computes.
 6. Experts: each is its own feed-forward. The k results are summed by weight in float32, and projected up again.
+   With `bias` a row has further channels, the first of which is 1, so that the bias of gate and up is a column of their
+   matrix, in every kernel and on every rank. That of down is added to the sum, by the weights of the choices.
 7. Shared expert: sees every token at full width; its output is added.
 8. Balance: auxiliary losses (balance.py) push the router towards even loads through its gradient; after the optimizer's
    step `balance_experts` moves the bias of step 2 against the load of the whole global batch.
@@ -26,10 +28,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from amfm.kernels.linear.op import linear_float32
+from amfm.kernels.linear.op import linear, linear_float32
 from amfm.kernels.moe.op import Routing, expert_feed_forward, route
 from amfm.kernels.swiglu.gate import name_activation
-from amfm.model.config.moe import MoeConfig
+from amfm.model.config.moe import BIAS_CHANNELS, MoeConfig
 from amfm.model.feed_forward import FeedForward, up_segments
 from amfm.model.mixers.interface import BlockState, BuildContext, Mixer, MixerOutput
 from amfm.model.moe.balance import auxiliary_losses
@@ -39,7 +41,7 @@ from amfm.model.moe.spread import expected_ranks
 from amfm.model.moe.transfer import HeldExperts
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
-from amfm.model.parallel.layers import Linear
+from amfm.model.parallel.layers import Linear, add_bias, stream_shard
 from amfm.model.parallel.regions import (
     enter_tensor_region,
     gather_stream,
@@ -73,13 +75,18 @@ class MoeMixer(Mixer):
         self.activation = name_activation(moe.activation, moe.activation_limit)
         # A tensor, so that compiled blocks of different seeds share their graph.
         self.draw_seed = torch.zeros((), dtype=torch.int64, device="cpu")
-        self.router = Linear(build.hidden_size, moe.num_experts, groups)
+        self.router = Linear(build.hidden_size, moe.num_experts, groups, bias=moe.bias)
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(moe.num_experts) if moe.expert_bias else None)
         width = moe.latent_size or build.hidden_size
         self.latent_down = Linear(build.hidden_size, width, groups) if moe.latent_size else None
         self.latent_up = Linear(width, build.hidden_size, groups) if moe.latent_size else None
-        self.experts = Experts(moe, width, groups)
+        self.width = width
+        self.down_bias: nn.Parameter | None = None
+        if moe.bias:
+            self.down_bias = nn.Parameter(torch.empty(moe.num_experts, width))
+            self.shards = {"down_bias": stream_shard(groups)}
+        self.experts = Experts(moe, moe.expert_width(build.hidden_size), groups)
         self.sent_share = expected_ranks(moe, groups.ep.size()) / groups.ep.size()
         self.shared = None
         if moe.shared_expert_hidden_size:
@@ -125,7 +132,7 @@ class MoeMixer(Mixer):
         logits_RE, routing, chosen = self._choose(x_BTD, meta)
         way = self._way(x_BTD, chosen)
         sums_RD, shared_BTD = yield from dispatch_steps(**way)
-        return self._finish(x_BTD, logits_RE, routing, self._widen(x_BTD, sums_RD), shared_BTD)
+        return self._finish(x_BTD, logits_RE, routing, self._widen(x_BTD, sums_RD, chosen), shared_BTD)
 
     def _choose(self, x_BTD: Tensor, meta: PackMeta) -> tuple[Tensor, Routing, Choices]:
         """Logits of the router, what it chose, and what a capacity leaves of that."""
@@ -165,14 +172,15 @@ class MoeMixer(Mixer):
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
         """Router logits [B, T, E] in float32 at least: bf16 would tie experts that differ, and choose by their number."""
-        return linear_float32(x_BTD, self.router.weight)
+        return add_bias(linear_float32(x_BTD, self.router.weight), self.router.bias)
 
     def _routed(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
         """Compute routed and shared output where every tensor rank has a part of each expert's inner width."""
         narrow_BTD = x_BTD if self.latent_down is None else self.latent_down(x_BTD)
-        narrow_BTD = enter_tensor_region(narrow_BTD, self.groups)
+        # Wider before it enters: the all-reduce of its gradient is Megatron's, which needs a contiguous one.
+        rows_BTD = enter_tensor_region(self._with_one(narrow_BTD), self.groups)
         y_RD = expert_feed_forward(
-            narrow_BTD.flatten(0, 1),
+            rows_BTD.flatten(0, 1),
             chosen.expert_ids_RK,
             # Every rank's part of the experts gives a part of the gradient of the weights.
             sum_gradients(chosen.weights_RK, self.groups),
@@ -181,7 +189,8 @@ class MoeMixer(Mixer):
             activation=self.activation,
             backend=self.backend,
         )
-        y_BTD = leave_tensor_region(y_RD.view_as(narrow_BTD), self.groups)
+        y_BTD = leave_tensor_region(y_RD[:, : self.width].unflatten(0, rows_BTD.shape[:2]), self.groups)
+        y_BTD = self._add_down_bias(y_BTD, chosen)
         if self.latent_up is not None:
             y_BTD = self.latent_up(y_BTD)
         return y_BTD, None if self.shared is None else self._gate_shared(x_BTD, self.shared(x_BTD))
@@ -189,13 +198,13 @@ class MoeMixer(Mixer):
     def _dispatched(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
         """Compute the same where experts are spread over ranks; the shared expert computes while rows travel, half each way."""
         sums_RD, shared_BTD = dispatch_feed_forward(**self._way(x_BTD, chosen))
-        return self._widen(x_BTD, sums_RD), shared_BTD
+        return self._widen(x_BTD, sums_RD, chosen), shared_BTD
 
     def _way(self, x_BTD: Tensor, chosen: Choices) -> Dispatched:
         """What `dispatch_feed_forward` is given: this rank's rows, their choices, and the shared expert as the other work."""
         shared = self.shared
         narrow_BTD = x_BTD if self.latent_down is None else self.latent_down(x_BTD)
-        own_BTD = scatter_tokens(narrow_BTD, self.groups)
+        own_BTD = self._with_one(scatter_tokens(narrow_BTD, self.groups))
         ids_BTK, weights_BTK = (
             slice_tokens(choices_RK.unflatten(0, (x_BTD.shape[0], -1)), self.groups)
             for choices_RK in (chosen.expert_ids_RK, chosen.weights_RK)
@@ -214,14 +223,38 @@ class MoeMixer(Mixer):
             "slots": chosen.slots(own_BTD.shape[0] * own_BTD.shape[1], self.section.num_experts),
         }
 
-    def _widen(self, x_BTD: Tensor, sums_RD: Tensor) -> Tensor:
+    def _widen(self, x_BTD: Tensor, sums_RD: Tensor, chosen: Choices) -> Tensor:
         """The sums of this rank's tokens, of all of them and at full width."""
-        y_BTD = gather_tokens(sums_RD.unflatten(0, (x_BTD.shape[0], -1)), self.groups)
+        y_BTD = gather_tokens(sums_RD[:, : self.width].unflatten(0, (x_BTD.shape[0], -1)), self.groups)
+        y_BTD = self._add_down_bias(y_BTD, chosen)
         return y_BTD if self.latent_up is None else self.latent_up(y_BTD)
+
+    def _with_one(self, x_BTD: Tensor) -> Tensor:
+        """Rows as experts read them: with biases, a channel that is 1 and zeros behind."""
+        if self.down_bias is None:
+            return x_BTD
+        one_C = torch.eye(1, BIAS_CHANNELS, dtype=x_BTD.dtype, device=x_BTD.device)
+        return torch.cat([x_BTD, one_C.expand(*x_BTD.shape[:-1], -1)], dim=-1)
+
+    def _add_down_bias(self, y_BTD: Tensor, chosen: Choices) -> Tensor:
+        """Add the biases of each token's experts by weight to the sums of the stream's tokens, [B, T, D]."""
+        if self.down_bias is None:
+            return y_BTD
+        # A lost choice has weight 0, and any expert will do.
+        ids_RK = chosen.expert_ids_RK.clamp(max=len(self.down_bias) - 1)
+        weights_RE = chosen.weights_RK.new_zeros(len(ids_RK), len(self.down_bias))
+        weights_BTE = weights_RE.scatter_add(1, ids_RK, chosen.weights_RK).unflatten(0, (len(y_BTD), -1))
+        if self.groups.sequence_parallel:
+            weights_BTE = slice_tokens(weights_BTE, self.groups)
+        return y_BTD + linear(weights_BTE.to(y_BTD.dtype), self.down_bias.T)
 
     def _gate_shared(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
         """Output of the shared expert times sigmoid of its gate, one number a token, where it has one."""
         return y_BTD if self.shared_gate is None else y_BTD * torch.sigmoid(self.shared_gate(x_BTD))
+
+    def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """Biases begin at 0; those that are columns of `experts.up` are left to model/init.py."""
+        return torch.zeros(shape) if name in ("router.bias", "down_bias") else None
 
     def num_retired(self) -> int:
         """Experts whose bias keeps every token away. Waits for the device."""
@@ -254,7 +287,8 @@ class Experts(nn.Module):
     """Stacked weights of the routed experts that this rank holds: up [e, F, D] and down [e, D, F].
 
     e of the experts are here, cut over `groups.ep`, with F of their inner width, cut over `groups.expt_tp`; SwiGLU's up has
-    gate rows, then up rows.
+    gate rows, then up rows. With biases D is BIAS_CHANNELS more than the rows of tokens have, and column -BIAS_CHANNELS of up
+    is the bias; the columns after it, and as many rows of down, are zeros that have no effect and get no gradient.
     """
 
     def __init__(self, moe: MoeConfig, width: int, groups: ProcessGroupCollection) -> None:

@@ -45,7 +45,7 @@ class ColumnLinear(megatron_layers.ColumnParallelLinear):
 
     `segments` are the whole row counts of the matrices stacked in W, `units` what cannot be cut in each (see `ShardSpec`).
     Its input comes from `enter_tensor_region`; `project_layers` enters and multiplies, once for all layers that read it.
-    `lora`: what a fine-tune adds to W (model/lora.py).
+    `bias`: one number a row, cut as the rows. `lora`: what a fine-tune adds to W (model/lora.py).
     """
 
     lora: LowRankUpdate | None
@@ -61,6 +61,7 @@ class ColumnLinear(megatron_layers.ColumnParallelLinear):
         *,
         name: str,
         units: tuple[int, ...] = (),
+        bias: bool = False,
     ) -> None:
         # Without units any slice will do, but slices must be equal; with units `ShardSpec` allows copies of a unit.
         if not units:
@@ -77,13 +78,21 @@ class ColumnLinear(megatron_layers.ColumnParallelLinear):
             tp_group=groups.tp,
         )
         self.shards = {"weight": Shard((cut,))}
+        if bias:
+            self.bias = nn.Parameter(torch.empty(len(self.weight)))
+            self.shards["bias"] = Shard((cut,))
         self.lora = None
         _drop_extra_state(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., in] -> [..., out of this rank]."""
-        y = linear(x, self.weight)
+        y = add_bias(linear(x, self.weight), self.bias)
         return y if self.lora is None else y + self.lora(x)
+
+
+def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """Add a bias [out] where a layer has one."""
+    return y if bias is None else y + bias
 
 
 def project_layers(x_BTD: Tensor, layers: Sequence[ColumnLinear], groups: ProcessGroupCollection) -> tuple[Tensor, ...]:
@@ -99,7 +108,7 @@ def project_layers(x_BTD: Tensor, layers: Sequence[ColumnLinear], groups: Proces
     products = iter(project_stream(x_BTD, read, groups))
     outputs = []
     for layer in layers:
-        y_BTX = next(products)
+        y_BTX = add_bias(next(products), layer.bias)
         outputs.append(y_BTX if layer.lora is None else y_BTX + layer.lora.raise_rank(next(products)))
     return tuple(outputs)
 
@@ -111,7 +120,7 @@ class RowLinear(megatron_layers.RowParallelLinear):
 
     The parts are summed by `leave_tensor_region`, once for all that a block computes, and not in this layer: under sequence
     parallelism the sum is a reduce-scatter over tokens, which is the business of the region and not of a matrix.
-    `lora`: what a fine-tune adds to W (model/lora.py).
+    `bias` [out] is whole on every rank, and added once, to the sum: `leave` does both. `lora`: what a fine-tune adds to W (model/lora.py).
     """
 
     lora: LowRankUpdate | None
@@ -127,6 +136,7 @@ class RowLinear(megatron_layers.RowParallelLinear):
         *,
         name: str,
         segments: tuple[int, ...] = (),
+        bias: bool = False,
     ) -> None:
         segments = segments or (input_size,)
         for segment in segments:
@@ -142,6 +152,9 @@ class RowLinear(megatron_layers.RowParallelLinear):
             tp_group=groups.tp,
         )
         self.shards = {"weight": Shard((ShardSpec(1, "tp", segments),))}
+        if bias:
+            self.bias = nn.Parameter(torch.empty(output_size))
+            self.shards["bias"] = stream_shard(groups)
         self.lora = None
         _drop_extra_state(self)
 
@@ -149,6 +162,10 @@ class RowLinear(megatron_layers.RowParallelLinear):
         """Multiply x [..., in of this rank] -> [..., out], one addend of the sum over ranks."""
         y = linear(x, self.weight)
         return y if self.lora is None else y + self.lora(x)
+
+    def leave(self, x: Tensor, groups: ProcessGroupCollection) -> Tensor:
+        """Multiply, sum over ranks into the stream, and add the bias. Every rank of `groups.tp` must call."""
+        return add_bias(leave_tensor_region(self(x), groups), self.bias)
 
 
 class VocabEmbedding(megatron_layers.VocabParallelEmbedding):
@@ -188,19 +205,22 @@ def stream_shard(groups: ProcessGroupCollection) -> Shard:
 
 
 class Linear(nn.Module):
-    """y = x W^T with the whole W on every rank, over the stream between blocks.
+    """y = x W^T (plus a bias) with the whole W on every rank, over the stream between blocks.
 
     For narrow outputs (router logits, latents), where a collective would cost more than computing them on every rank.
     """
 
-    def __init__(self, input_size: int, output_size: int, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self, input_size: int, output_size: int, groups: ProcessGroupCollection, *, bias: bool = False
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(output_size, input_size))
-        self.shards = {"weight": stream_shard(groups)}
+        self.bias = nn.Parameter(torch.empty(output_size)) if bias else None
+        self.shards = {name: stream_shard(groups) for name in ("weight", "bias")[: 1 + bias]}
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., in] -> [..., out]."""
-        return linear(x, self.weight)
+        return add_bias(linear(x, self.weight), self.bias)
 
 
 class RMSNorm(nn.Module):

@@ -33,6 +33,10 @@ def low_precision_problems(config: RunConfig) -> Iterator[Problem]:
     if has_indexer(config.model):
         rule = "was not tried with an indexer, whose choice would follow rounded scores"
         yield Problem(f"{SECTION}.recipe", rule, "use none, or leave the indexer out", section.recipe)
+    moe = config.model.moe
+    if moe is not None and moe.bias and "E" in section.chosen(config.model.letters):
+        rule = "was not tried with biases of experts, which are columns of their matrices"
+        yield Problem(f"{SECTION}.recipe", rule, "leave E out of low_precision.letters, or use model.moe.bias: false")
     places = list(place_problems(config))
     yield from places
     yield from excluded_problems(config)

@@ -191,6 +191,11 @@ def weight_problems(options: WindowLinearOptions, attention: AttentionConfig) ->
     if attention.sinks:
         rule = "gives heads a sink, which window_linear has not, and the teacher's weights were trained with it"
         yield Problem("model.attention.sinks", rule, "give a teacher without sinks", "true")
+    if attention.bias:
+        rule = (
+            "adds biases to projections, which window_linear has not, and the teacher's weights were trained with them"
+        )
+        yield Problem("model.attention.bias", rule, "give a teacher without biases", "true")
     if attention.indexer is not None:
         rule = "chooses keys, and window_linear takes over attention to all of them"
         yield Problem("model.attention.indexer", rule, "give a teacher without one")

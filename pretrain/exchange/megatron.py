@@ -253,6 +253,9 @@ def check_fits(model: ModelConfig, path: Path) -> None:
         raise ValueError(
             f"{path}: model.attention.gate={model.attention.gate} is not read from Megatron-Core; leave it out"
         )
+    for key, section in (("attention", model.attention), ("moe", model.moe)):
+        if section is not None and section.bias:
+            raise ValueError(f"{path}: model.{key}.bias=true is not read from Megatron-Core; leave it out")
     factored = any(section is not None and kind != "dense" for section, kind in _structures(model))
     if factored:
         raise ValueError(f"{path}: Megatron-Core has no factored matrices; use linear_kind: dense")

@@ -58,6 +58,7 @@ NEW_ARGUMENT = "ds_sequence_parallel_fpdt"
 ATTENTION: Wanted = {
     "qk_norm": (False, "queries and keys are not normed"),
     "gate": ("none", "attention has no gate"),
+    "bias": (False, "projections are read without biases"),
     "sinks": (False, "attention has no sinks"),
 }
 ROPE: Wanted = {"scaling": ("none", "rotations are not stretched")}

@@ -11,6 +11,7 @@ Source: Kimi Team 2025 (arXiv 2507.20534), section 2.1, algorithm 1, by log-sum-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ class QkClip(Hook):
         for mixer, place in self.heads.mixers:
             for weight, rows in mixer.scale_logits(factors[place]).items():
                 if not bool((rows == 1).all()):
-                    yield self.names[id(weight)], (rows, parameter_shape(weight)[1])
+                    yield self.names[id(weight)], (rows, math.prod(parameter_shape(weight)[1:]))
 
     @torch.no_grad()
     def scale(self, optimizer: torch.optim.Optimizer) -> None:

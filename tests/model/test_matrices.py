@@ -102,7 +102,8 @@ def test_a_fused_matrix_is_split_by_segment_and_by_head() -> None:
     assert shapes(by_head, "blocks.1.mixer.experts.up") == [(1, 16, 32)] * 8
     swiglu, _ = build(VARIANTS["latent"])
     stacks = list_matrices(swiglu, groups, per_head=True)
-    assert shapes(stacks, "blocks.1.mixer.experts.up") == [(1, 16, 12), (1, 16, 12)] * 8
+    # Latents of 12 channels, and those of biases.
+    assert shapes(stacks, "blocks.1.mixer.experts.up") == [(1, 16, 20), (1, 16, 20)] * 8
     assert shapes(stacks, "blocks.3.mixer.up_proj.weight") == [(1, 48, 32), (1, 48, 32)]
 
 

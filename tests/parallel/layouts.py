@@ -69,8 +69,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "latent": MODEL
     | {
         "tie_embeddings": True,
-        "attention": MODEL["attention"] | {"gate": "element", "sinks": True},
-        "moe": MODEL["moe"] | {"latent_size": 12, "activation": "swiglu", "shared_expert_gate": True},
+        "attention": MODEL["attention"] | {"gate": "element", "sinks": True, "bias": True},
+        "moe": MODEL["moe"] | {"latent_size": 12, "activation": "swiglu", "shared_expert_gate": True, "bias": True},
         "multipliers": {"embedding": 2.0, "residual": 0.5, "logits": 0.5},
     },
     "mixers": MODEL
@@ -111,7 +111,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "parallel": MODEL
     | {
         "pattern": "(M&*)E(W&M)-",
-        "mixers": {"window": {"num_heads": 8, "num_kv_heads": 2, "window": 12, "head_dim": 4, "sinks": True}},
+        "mixers": {
+            "window": {"num_heads": 8, "num_kv_heads": 2, "window": 12, "head_dim": 4, "sinks": True, "bias": True}
+        },
     },
     "mtp": MODEL | {"pattern": "ME*-/*E/*E"},
     "mtp_shared": MODEL | {"pattern": "MEM*-/*E/*E", "tie_embeddings": True, "mtp": {"shared": True}},

@@ -48,7 +48,7 @@ def expert_traffic(config: RunConfig, layout: Layout, blocks: int, narrow: int =
         numbers = layout.expert * (2 if layout.expert_room is None else 1) * layout.expert_parts
     else:
         rows, details, numbers = ranks * slots * moe.num_experts, None, moe.num_experts
-    width = moe.latent_size or config.model.hidden_size
+    width = moe.expert_width(config.model.hidden_size)
     packs = 2 * narrow if config.low_precision.dispatch == "fp8" else 0
     moved, parts = rows * packs * packed_width(width), layout.expert_parts
     return ExpertTraffic(

@@ -34,7 +34,7 @@ class PlannedMoe(PlannedBlock):
         if moe.latent_size is not None:
             line.product(routed, hidden, width)
             line.product(routed, width, hidden)
-        add_experts(line, moe, width, tokens, layout, imbalance)
+        add_experts(line, moe, moe.expert_width(hidden), tokens, layout, imbalance)
         self._add_moves(line, layout, storage, imbalance, routed, width)
         for part in moe.feed_forwards():
             add_part(line, self.model, layout, tokens, part)

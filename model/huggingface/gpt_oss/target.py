@@ -2,8 +2,8 @@
 
 Read from transformers 5.24 (`configuration_gpt_oss.py`, `modeling_gpt_oss.py`). Every layer is attention, over a window (`W`)
 or not (`*`), and experts; both kinds of attention have the same heads and rotations, whose halves are paired as ours. A router
-takes the softmax of the chosen logits, which is ours of all, normalized. The class also has biases on its projections, router
-and experts, which our layers have not: an export writes those of router and experts as zeros, and released models are refused.
+takes the softmax of the chosen logits, which is ours of all, normalized. Projections have biases or not; router and experts
+always do, and an export of a model without them writes zeros. An import gives them all, to be trained on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ from amfm.model.huggingface.fields import (
     unfit_settings,
     unfit_softmax_scale,
 )
-from amfm.model.huggingface.gpt_oss.weights import StackedEntry, TransposedEntry, TurnedEntry
+from amfm.model.huggingface.gpt_oss.weights import (
+    BiasedEntry,
+    StackedEntry,
+    TransposedEntry,
+    TurnedEntry,
+    WidenedEntry,
+)
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS
 
@@ -97,13 +103,15 @@ def _unfit_window(config: ModelConfig, options: WindowOptions) -> Iterator[str]:
         rule = "gpt_oss rotates windows as attention, and ours are not stretched"
         yield f"model.attention.rope.scaling={attention.rope.scaling}: {rule}; use none, or target own"
     for name, value, other in (
+        ("bias", options.bias, attention.bias),
         ("num_heads", options.num_heads, attention.num_heads),
         ("num_kv_heads", options.kv_heads(), attention.num_kv_heads),
         ("head_dim", options.head_dim, attention.head_dim),
         ("rope_theta", options.rope_theta, attention.rope.theta),
     ):
         if value != other:
-            yield f"{key}.{name}={value}: windows of gpt_oss have that of attention; use {other}, or target own"
+            shown, use = (str(each).lower() if name == "bias" else each for each in (value, other))
+            yield f"{key}.{name}={shown}: windows of gpt_oss have that of attention; use {use}, or target own"
 
 
 def _unfit_experts(config: ModelConfig, moe: MoeConfig) -> Iterator[str]:
@@ -124,7 +132,6 @@ def gpt_oss_fields(config: ModelConfig) -> dict[str, Any]:
         "layer_types": [LAYER_TYPES[letter] for letter in mixers],
         "rms_norm_eps": config.norm_epsilon,
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
         "num_local_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "intermediate_size": moe.expert_hidden_size,
@@ -136,6 +143,7 @@ def gpt_oss_fields(config: ModelConfig) -> dict[str, Any]:
     if "W" in mixers:
         window = window_options(config)
         fields |= {
+            "attention_bias": window.bias,
             "sliding_window": window.window,
             "num_attention_heads": window.num_heads,
             "num_key_value_heads": window.kv_heads(),
@@ -145,6 +153,7 @@ def gpt_oss_fields(config: ModelConfig) -> dict[str, Any]:
     if "*" in mixers:
         assert config.attention is not None, "the pattern has *, the configuration no attention section"
         fields |= {
+            "attention_bias": config.attention.bias,
             "num_attention_heads": config.attention.num_heads,
             "num_key_value_heads": config.attention.num_kv_heads,
             "head_dim": config.attention.head_dim,
@@ -156,9 +165,9 @@ def gpt_oss_fields(config: ModelConfig) -> dict[str, Any]:
 def model_config_from_gpt_oss(fields: Mapping[str, Any]) -> ModelConfig:
     """Build our configuration from config.json with the class's defaults filled in.
 
-    Raises ValueError where the class uses something that our model does not have, such as the biases of released models.
+    Raises ValueError where the class uses something that our model does not have, such as stretched positions of windows.
     """
-    require_fields(fields, {"attention_bias": False, "swiglu_alpha": ALPHA, "hidden_act": "silu"})
+    require_fields(fields, {"swiglu_alpha": ALPHA, "hidden_act": "silu"})
     pattern = "".join(LETTERS[kind] + "E" for kind in fields["layer_types"])
     rope = rope_from_parameters(fields.get("rope_parameters") or {})
     if "W" in pattern and rope.scaling != "none":
@@ -169,6 +178,7 @@ def model_config_from_gpt_oss(fields: Mapping[str, Any]) -> ModelConfig:
         "num_heads": fields["num_attention_heads"],
         "num_kv_heads": fields["num_key_value_heads"],
         "head_dim": fields["head_dim"],
+        "bias": fields["attention_bias"],
         "sinks": True,
     }
     window = {"window": fields["sliding_window"], "positions": "rope", "rope_theta": rope.theta, **heads}
@@ -184,6 +194,7 @@ def model_config_from_gpt_oss(fields: Mapping[str, Any]) -> ModelConfig:
                 expert_hidden_size=fields["intermediate_size"],
                 activation="swiglu_oai",
                 activation_limit=fields["swiglu_limit"],
+                bias=True,
                 router="softmax",
             ),
         }
@@ -199,7 +210,7 @@ def gpt_oss_map(config: ModelConfig) -> WeightMap:
         norm = "post_attention_layernorm" if letter == "E" else "input_layernorm"
         entries.append(WeightEntry(f"{ours}norm.weight", (f"{layer}{norm}.weight",)))
         entries += _BLOCKS[letter](config, f"{ours}mixer.", layer)
-        if letter == "E":
+        if letter == "E" and config.moe is not None and not config.moe.bias:
             zeros |= _biases(config, f"{layer}mlp.")
     entries.append(WeightEntry("final_norm.weight", ("model.norm.weight",)))
     if not config.tie_embeddings:
@@ -208,27 +219,40 @@ def gpt_oss_map(config: ModelConfig) -> WeightMap:
 
 
 def _attention_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
-    for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "sinks"):
+    assert config.attention is not None, "the pattern has *, the configuration no attention section"
+    for name in [f"{each}_proj.{kind}" for each in "qkvo" for kind in _kinds(config.attention.bias)] + ["sinks"]:
         yield WeightEntry(ours + name, (f"{layer}self_attn.{name}",))
+
+
+def _kinds(bias: bool) -> tuple[str, ...]:
+    return ("weight", "bias") if bias else ("weight",)
 
 
 def _window_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
     window = window_options(config)
     keys = window.kv_heads() * window.head_dim
-    names = tuple(f"{layer}self_attn.{name}_proj.weight" for name in "qkv")
-    yield StackedEntry(f"{ours}in_proj.weight", names, sizes=(window.num_heads * window.head_dim, keys, keys))
-    yield WeightEntry(f"{ours}out_proj.weight", (f"{layer}self_attn.o_proj.weight",))
+    for kind in _kinds(window.bias):
+        names = tuple(f"{layer}self_attn.{name}_proj.{kind}" for name in "qkv")
+        yield StackedEntry(f"{ours}in_proj.{kind}", names, sizes=(window.num_heads * window.head_dim, keys, keys))
+        yield WeightEntry(f"{ours}out_proj.{kind}", (f"{layer}self_attn.o_proj.{kind}",))
     yield WeightEntry(f"{ours}sinks", (f"{layer}self_attn.sinks",))
 
 
 def _expert_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
     yield WeightEntry(f"{ours}router.weight", (f"{layer}mlp.router.weight",))
-    yield TurnedEntry(f"{ours}experts.up", (f"{layer}mlp.experts.gate_up_proj",))
-    yield TransposedEntry(f"{ours}experts.down", (f"{layer}mlp.experts.down_proj",))
+    up, down = f"{layer}mlp.experts.gate_up_proj", f"{layer}mlp.experts.down_proj"
+    if config.moe is not None and config.moe.bias:
+        yield WeightEntry(f"{ours}router.bias", (f"{layer}mlp.router.bias",))
+        yield BiasedEntry(f"{ours}experts.up", (up, f"{up}_bias"))
+        yield WidenedEntry(f"{ours}experts.down", (down,))
+        yield WeightEntry(f"{ours}down_bias", (f"{down}_bias",))
+    else:
+        yield TurnedEntry(f"{ours}experts.up", (up,))
+        yield TransposedEntry(f"{ours}experts.down", (down,))
 
 
 def _biases(config: ModelConfig, theirs: str) -> dict[str, tuple[int, ...]]:
-    """Biases that the class always has."""
+    """Biases that the class always has, for a model without them."""
     assert config.moe is not None, "the pattern has E, the configuration no moe section"
     experts = config.moe.num_experts
     return {
@@ -258,5 +282,5 @@ CLASS = HfTarget(
     read=model_config_from_gpt_oss,
     weights=gpt_oss_map,
     limits=limits,
-    holds=frozenset(("sinks", "activation_limit")),
+    holds=frozenset(("sinks", "activation_limit", "bias")),
 )

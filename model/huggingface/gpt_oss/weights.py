@@ -1,4 +1,4 @@
-"""How `gpt_oss` stores what is one matrix here: projections apart, and matrices of experts transposed."""
+"""How `gpt_oss` stores what is one matrix here: projections apart, and matrices of experts transposed, their biases apart."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from amfm.model.config.moe import BIAS_CHANNELS
 from amfm.model.huggingface.entries import Piece, WeightEntry
 from amfm.model.huggingface.qwen3_next_weights import part_pieces
-from amfm.model.on_demand import Shape
+from amfm.model.on_demand import Shape, cut_rows
 
 
 @dataclass(frozen=True)
@@ -62,3 +64,39 @@ class TurnedEntry(WeightEntry):
         """As in the base class."""
         rows = tensors[self.theirs[0]].transpose(1, 2)
         return torch.cat([rows[:, 0::2], rows[:, 1::2]], dim=1)
+
+
+@dataclass(frozen=True)
+class BiasedEntry(TurnedEntry):
+    """The same with a bias as a column behind those of the rows, [E, 2 F, D + BIAS_CHANNELS], which is a tensor of its own there."""
+
+    def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
+        """Expert by expert, both tensors."""
+        shape = shapes[self.ours]
+        for run in cut_rows(shape[0], shape):
+            yield Piece(self, {self.ours: run}, dict.fromkeys(self.theirs, run))
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        (turned,) = super().split(tensor[:, :, : 1 - BIAS_CHANNELS]).values()
+        matrix, bias = turned.split([turned.shape[1] - 1, 1], dim=1)
+        return {self.theirs[0]: matrix.contiguous(), self.theirs[1]: bias.squeeze(1).contiguous()}
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class."""
+        matrix, bias = (tensors[name] for name in self.theirs)
+        rows = super().join({self.theirs[0]: torch.cat([matrix, bias.unsqueeze(1)], dim=1)})
+        return pad(rows, (0, BIAS_CHANNELS - 1))
+
+
+@dataclass(frozen=True)
+class WidenedEntry(TransposedEntry):
+    """The stack of matrices behind those, [E, D + BIAS_CHANNELS, F]: its last rows are zeros, and not there."""
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        return super().split(tensor[:, :-BIAS_CHANNELS])
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class."""
+        return pad(super().join(tensors), (0, 0, 0, BIAS_CHANNELS))

@@ -7,7 +7,7 @@ import torch
 from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.mamba2 import Mamba2Config
-from amfm.model.config.moe import MoeConfig
+from amfm.model.config.moe import BIAS_CHANNELS, MoeConfig
 from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import ModelConfig, MultipliersConfig
 from amfm.model.hybrid import HybridModel
@@ -309,6 +309,11 @@ CASES = {
         moe=grouped(lfm2_moe_config().moe, expert_bias=False, normalize_probabilities=False),
     ),
     "gpt_oss, windows and attention by turns": gpt_oss_config(),
+    "gpt_oss, biases": gpt_oss_config(
+        mixers=gpt_oss_window(bias=True),
+        attention=gpt_oss_config().attention.model_copy(update={"bias": True}),
+        moe=grouped(gpt_oss_config().moe, bias=True),
+    ),
     "gpt_oss, windows alone, tied": gpt_oss_config(pattern="WE", attention=None, tie_embeddings=True),
     "gpt_oss, attention alone, yarn": gpt_oss_config(
         pattern="*E", mixers={}, attention=gpt_oss_config().attention.model_copy(update={"rope": YARN})
@@ -336,8 +341,12 @@ def build_ours(config: ModelConfig, seed: int = 0) -> HybridModel:
         for name, parameter in model.named_parameters():
             if name.endswith(("norm.weight", "norm.bias", ".D", "conv.bias", "sinks")):
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+            elif name.endswith((".bias", "down_bias")):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
             elif not name.endswith(("A_log", "dt_bias")):
                 parameter.mul_(6.0)
+            if name.endswith("experts.up") and config.moe is not None and config.moe.bias:
+                parameter[:, :, -BIAS_CHANNELS].copy_(torch.randn(parameter.shape[:2], generator=generator) * 0.2)
         for name, buffer in model.named_buffers():
             if name.endswith("expert_bias"):
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)

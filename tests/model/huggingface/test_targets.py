@@ -50,6 +50,7 @@ UNFIT = {
             "attention": SIDE_BY_SIDE.model_copy(update={"rope": RopeConfig(fraction=0.5)})
         },
         "model.attention.gate=head": {"attention": SIDE_BY_SIDE.model_copy(update={"gate": "head"})},
+        "model.attention.bias=true: falcon_h1 is": {"attention": SIDE_BY_SIDE.model_copy(update={"bias": True})},
         "model.attention.sinks=true: falcon_h1 has no sinks": {
             "attention": SIDE_BY_SIDE.model_copy(update={"sinks": True})
         },
@@ -70,6 +71,7 @@ UNFIT = {
         "model.attention.gate=element": {"attention": SINKS.model_copy(update={"gate": "element"})},
         "model.mixers.window.sinks=false": {"mixers": gpt_oss_window(sinks=False)},
         "model.mixers.window.gate=head": {"mixers": gpt_oss_window(gate="head")},
+        "model.mixers.window.bias=true: windows of gpt_oss have that": {"mixers": gpt_oss_window(bias=True)},
         "model.mixers.window.num_kv_heads=1": {"mixers": gpt_oss_window(num_kv_heads=1)},
         "model.mixers.window.rope_theta=300.0": {"mixers": gpt_oss_window(rope_theta=300.0)},
         "model.moe.activation=swiglu: in gpt_oss, experts have this unit": {
@@ -256,8 +258,8 @@ def test_each_choice_a_class_cannot_hold_is_named_with_a_remedy(target: str, exp
     assert expected in reason
     assert "; " in reason, "a remedy is missing"
     if explain_unfit(base(**changes), "own"):
-        # No other class holds an indexer, nor does our own file.
-        with pytest.raises(ValueError, match="indexer is not in our modelling file"):
+        # No other class holds indexers or biases, nor does our own file.
+        with pytest.raises(ValueError, match=r"(indexer|bias) is not in our modelling file"):
             choose_target(base(**changes))
         return
     assert "own" in reason

@@ -68,6 +68,10 @@ def test_a_recipe_that_suits_its_run_is_taken(base):
             ["model.moe.expert_hidden_size=40"],
             "multiples of 16, and experts.up of blocks E is 40 x 64 there; leave E out of low_precision.letters",
         ),
+        (
+            ["model.moe.bias=true"],
+            "biases of experts, which are columns of their matrices; leave E out of low_precision.letters",
+        ),
         (["model.mamba.num_heads=15"], "in_proj.weight of blocks M is 527 x 64 there"),
         (["parallel.tensor=2", "low_precision.recipe=mxfp8"], "in_proj.weight of blocks M is 296 x 64 there"),
     ],

@@ -22,7 +22,7 @@ model.mamba.num_heads model.mamba.head_dim model.mamba.state_size model.mamba.nu
 model.mamba.conv_bias model.mamba.chunk_size model.mamba.keep_states model.mamba.a_init_min model.mamba.a_init_max
 model.mamba.time_step_min model.mamba.time_step_max model.mamba.time_step_floor
 model.attention.num_heads model.attention.num_kv_heads model.attention.head_dim model.attention.qk_norm
-model.attention.positions model.attention.softmax_scale model.attention.gate model.attention.sinks
+model.attention.positions model.attention.softmax_scale model.attention.gate model.attention.bias model.attention.sinks
 model.attention.rope.theta model.attention.rope.fraction model.attention.rope.scaling model.attention.rope.ntk_alpha
 model.attention.rope.yarn_factor model.attention.rope.yarn_original_length model.attention.rope.yarn_beta_fast
 model.attention.rope.yarn_beta_slow model.attention.rope.llama3.factor
@@ -31,7 +31,7 @@ model.attention.indexer.top_k model.attention.indexer.num_heads model.attention.
 model.attention.indexer.loss_weight model.attention.indexer.stage
 model.moe.num_experts model.moe.top_k model.moe.expert_hidden_size model.moe.shared_expert_hidden_size
 model.moe.shared_expert_gate model.moe.shared_expert_linear_kind model.moe.shared_expert_linear_rank
-model.moe.shared_expert_linear_blocks model.moe.activation model.moe.activation_limit model.moe.router model.moe.normalize_probabilities model.moe.routed_scaling
+model.moe.shared_expert_linear_blocks model.moe.activation model.moe.activation_limit model.moe.bias model.moe.router model.moe.normalize_probabilities model.moe.routed_scaling
 model.moe.num_router_groups model.moe.router_group_top_k model.moe.router_group_merit model.moe.expert_bias model.moe.bias_update_rate
 model.moe.auxiliary_loss_weight model.moe.sequence_loss_weight model.moe.balance_counts model.moe.z_loss_weight model.moe.latent_size
 model.moe.capacity_factor model.moe.overflow
@@ -85,7 +85,7 @@ model.mixers.mla.indexer.top_k model.mixers.mla.indexer.num_heads model.mixers.m
 model.mixers.mla.indexer.loss_weight model.mixers.mla.indexer.stage
 model.mixers.window.num_heads model.mixers.window.num_kv_heads model.mixers.window.window model.mixers.window.head_dim
 model.mixers.window.qk_norm model.mixers.window.positions model.mixers.window.rope_theta
-model.mixers.window.gate model.mixers.window.sinks
+model.mixers.window.gate model.mixers.window.bias model.mixers.window.sinks
 model.mixers.window_linear.num_heads model.mixers.window_linear.num_kv_heads model.mixers.window_linear.window
 model.mixers.window_linear.head_dim model.mixers.window_linear.preset model.mixers.window_linear.features
 model.mixers.window_linear.gate model.mixers.window_linear.combine model.mixers.window_linear.linear_positions

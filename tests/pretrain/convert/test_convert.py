@@ -186,6 +186,7 @@ def test_the_verdict_says_when_the_linear_branch_is_unused() -> None:
             {"model__mixers": {"window_linear": WINDOW_LINEAR | {"preset": "liger"}}},
             "convert.transfer: has nothing to train: preset=liger",
         ),
+        ({"model__attention": MODEL["attention"] | {"bias": True}}, "model.attention.bias = true: adds biases"),
         ({"model__pattern": "--", "convert__keep": []}, "has no softmax attention"),
     ],
 )

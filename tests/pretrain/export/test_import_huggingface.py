@@ -17,6 +17,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.pipeline_split import cut_pieces
+from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.export.export import export_checkpoint
 from amfm.pretrain.export.import_huggingface import choose_depths, import_huggingface
 from amfm.pretrain.inference.weights import load_initial_weights, read_weights, write_weights
@@ -194,6 +195,47 @@ def test_a_run_starts_from_an_import_and_then_from_its_own_checkpoint(data: Data
         load_initial_weights(other, first, "another")
     more = tiny_config(data, tmp_path / "second", run__initial_weights=str(tmp_path / "gone"), train__steps=5)
     assert train(more) == 0, "a resumed run has its own weights and does not read the others again"
+
+
+def test_a_gpt_oss_with_biases_everywhere_is_read_trained_on_and_written(data: DataConfig, tmp_path: Path) -> None:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    released = tmp_path / "released"
+    export_checkpoint(weights_folder(data, tmp_path / "weights", "gpt_oss"), tmp_path / "out", verify=False)
+    class_config = GptOssConfig.from_pretrained(tmp_path / "out", attention_bias=True)
+    model, generator = GptOssForCausalLM(class_config).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm = name.endswith("norm.weight")
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + is_norm)
+        expected = model(torch.tensor([[5, 6, 7, 8, 9, 10, 11]])).logits
+    model.save_pretrained(released)
+    for file in (tmp_path / "out").glob("tokenizer*"):
+        (released / file.name).write_bytes(file.read_bytes())
+    import_huggingface(released, tmp_path / "import")
+    weights = read_weights(tmp_path / "import")
+    sections = (weights.model.attention, weights.model.mixers.window, weights.model.moe)
+    assert all(section is not None and section.bias for section in sections)
+    with torch.no_grad():
+        tokens = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+        ours = weights.build()(tokens, PackMeta.one_document_a_row(1, 7)).logits_BTV
+    # Two float32 implementations, logits of order 10.
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+    export_checkpoint(tmp_path / "import", tmp_path / "again", verify=False)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("released", "again"))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+    run = tiny_config(data, tmp_path / "run", run__initial_weights=str(tmp_path / "import"), train__steps=3)
+    run = run.model_copy(update={"model": weights.model})
+    assert train(RunConfig.model_validate(run.model_dump(mode="json"))) == 0
+    trained = read_weights(tmp_path / "run").state
+    biases = [name for name in trained if name.endswith("bias")]
+    assert len(biases) == 2 + 4 + 2 * 2 and all(not torch.equal(trained[name], weights.state[name]) for name in biases)
+    export_checkpoint(tmp_path / "run", tmp_path / "written")
+    import_huggingface(tmp_path / "written", tmp_path / "back")
+    back = read_weights(tmp_path / "back").state
+    assert all(torch.equal(back[name], trained[name]) for name in trained)
 
 
 def test_initial_weights_of_another_model_or_tokenizer_are_refused(data: DataConfig, tmp_path: Path) -> None:

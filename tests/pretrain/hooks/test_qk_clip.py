@@ -32,11 +32,11 @@ MODEL: dict[str, Any] = {
     "vocab_size": 448,
     "hidden_size": 32,
     "initializer_range": 0.5,
-    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "positions": "rope"},
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "positions": "rope", "bias": True},
     "mamba": {"num_heads": 4, "head_dim": 16, "state_size": 16, "num_groups": 2, "chunk_size": 16},
     "feed_forward": {"hidden_size": 48},
     "mixers": {
-        "window": {"num_heads": 4, "num_kv_heads": 1, "head_dim": 8, "window": 9, "sinks": True},
+        "window": {"num_heads": 4, "num_kv_heads": 1, "head_dim": 8, "window": 9, "sinks": True, "bias": True},
         "mla": {
             "num_heads": 4,
             "latent_size": 12,
@@ -68,6 +68,9 @@ def test_scores_of_high_heads_come_to_the_limit_and_others_keep_every_bit() -> N
     model = HybridModel(
         ModelConfig.model_validate(MODEL | {"initializer_range": 2.0}), single_rank_groups(), backend="torch"
     ).double()
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.bias"):
+            parameter.data.normal_(std=4.0)
     heads = HeadMaxima(model, RankGroup(0, 1), torch.device("cpu"))
     assert [int(part) for part in heads.sizes.values()] == [4, 4, 4, 4]
     mixers = [mixer for mixer, _ in heads.mixers]
@@ -81,7 +84,7 @@ def test_scores_of_high_heads_come_to_the_limit_and_others_keep_every_bit() -> N
     factors = torch.where(before > limit, limit / before, 1.0)
     for mixer, place in heads.mixers:
         for weight, rows in mixer.scale_logits(factors[place]).items():
-            weight.data.mul_(rows[:, None])
+            weight.data.mul_(rows if weight.dim() == 1 else rows[:, None])
     heads.flat.fill_(-torch.inf)
     for mixer in mixers:
         mixer(x_BTD, meta)

@@ -160,6 +160,10 @@ def test_forgetting_gives_the_embedding_new_first_values_and_no_moments(data: Da
             r"needs model.moe.expert_bias=true",
         ),
         (
+            {"prune": pruning("experts"), "model": MODEL | {"moe": MODEL["moe"] | {"bias": True}}},
+            r"does not go with model.moe.bias=true",
+        ),
+        (
             {
                 "prune": pruning("channels"),
                 "model": MODEL | {"feed_forward": {"hidden_size": 48, "linear_kind": "lowrank", "linear_rank": 4}},
