@@ -28,8 +28,8 @@ class PackMeta:
     all rows laid end to end, where they were asked for (`find_bounds`). single_document: no row has a boundary, so blocks may
     take the path without masks. first_continues: each row's first token continues with the document that a decode state
     holds.
-    segments: where ids and positions are those of this rank's part of the rows, T its tokens; the other fields stay those of
-    whole rows. halves: the layouts of the first and second half of the rows, where these pass blocks in turns (`with_halves`).
+    segments: where ids and positions are those of this rank's part of the rows, T its tokens, and starts_BT counts places in each
+    of its segments; the other fields stay those of whole rows. halves: the layouts of the first and second half of the rows, where these pass blocks in turns (`with_halves`).
     """
 
     document_ids_BT: Tensor
@@ -98,7 +98,8 @@ class PackMeta:
         """
         halves = tuple(half.find_bounds() for half in self.halves)
         if self.segments is not None:
-            return replace(self, segments=self.segments.find_ends(), halves=halves)
+            starts_BT = self.document_starts_BT()
+            return replace(self, starts_BT=starts_BT, segments=self.segments.find_ends(), halves=halves)
         if self.single_document:
             return self
         starts_BT = first_tokens(self.document_ids_BT)
@@ -148,8 +149,9 @@ class PackMeta:
     def document_starts_BT(self) -> Tensor | None:
         """The place of the first token of each token's document [B, T] int32; None where there is nothing to reset.
 
-        On the device, where `find_bounds` was not asked before the layout moved there.
+        In the segment, of rows that are cut. On the device, where `find_bounds` was not asked before the layout moved there.
         """
-        if self.single_document:
-            return None
-        return first_tokens(self.document_ids_BT) if self.starts_BT is None else self.starts_BT
+        if self.single_document or self.starts_BT is not None:
+            return self.starts_BT
+        ids_BT = self.document_ids_BT if self.segments is None else self.segments.as_rows(self.document_ids_BT)
+        return first_tokens(ids_BT).view(self.document_ids_BT.shape)

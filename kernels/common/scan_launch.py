@@ -114,6 +114,18 @@ class ScanLaunch:
         walk(states, True)
         return last
 
+    def ends(
+        self, walk: Callable[[Tensor | None, bool], tuple[Tensor, Tensor]], *, backward: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """What each row makes of a zero state, [B, H, K, V], and by which factor it passes any other on; no results are written.
+
+        For a row whose state comes from elsewhere while it is walked: by linearity these two say what leaves it then.
+        """
+        states, factors = walk(None, False)
+        if self.segments == 1:
+            return states[:, 0], factors[:, 0]
+        return pass_states(None, states, factors, backward=backward)[1], factors.prod(1)
+
     def segment_ends(self, like: Tensor, *gate: int) -> tuple[Tensor, Tensor]:
         """Room for one state a segment and for its decay, a factor for each head or, given K, for each key channel."""
         shapes = (self.K, self.V), gate

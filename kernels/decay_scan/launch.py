@@ -6,6 +6,7 @@ raw and takes gradients into slices of wider tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,28 @@ def walk(
     entering: Tensor | None,
 ) -> Tensor:
     """Walk rows forward, writing y and the states that enter chunks where they are given; returns the last state."""
+    return launch.over_segments(_forward(launch, q, k, v, gates, skip, firsts, y, entering), initial)
+
+
+def walk_to_end(
+    launch: DecayLaunch, q: Tensor, k: Tensor, v: Tensor, gates: Gates, firsts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Walk rows forward for what leaves them alone (`ScanLaunch.ends`)."""
+    return launch.ends(_forward(launch, q, k, v, gates, None, firsts, None, None))
+
+
+def _forward(
+    launch: DecayLaunch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    skip: Tensor | None,
+    firsts: Tensor | None,
+    y: Tensor | None,
+    entering: Tensor | None,
+) -> Callable[[Tensor | None, bool], tuple[Tensor, Tensor]]:
+    """The walk over the segments of all rows, as `ScanLaunch.over_segments` takes it."""
 
     def walk_segments(states: Tensor | None, store: bool) -> tuple[Tensor, Tensor]:
         final, decay = launch.segment_ends(v)
@@ -127,7 +150,7 @@ def walk(
         )  # fmt: skip
         return final, decay
 
-    return launch.over_segments(walk_segments, initial)
+    return walk_segments
 
 
 def walk_back(
@@ -135,6 +158,18 @@ def walk_back(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the states that leave chunks [B, chunks, H, K, V], in the dtype of d_y, and of the first state."""
     leaving = launch.chunk_states(d_y)
+    return leaving, launch.over_segments(_backward(launch, q, gates, firsts, d_y, leaving), d_final, backward=True)
+
+
+def walk_to_start(launch: DecayLaunch, q: Tensor, gates: Gates, firsts: Tensor | None, d_y: Tensor) -> Tensor:
+    """Walk rows backward for the gradient of their first state alone, as it is where the last state has none."""
+    return launch.ends(_backward(launch, q, gates, firsts, d_y, None), backward=True)[0]
+
+
+def _backward(
+    launch: DecayLaunch, q: Tensor, gates: Gates, firsts: Tensor | None, d_y: Tensor, leaving: Tensor | None
+) -> Callable[[Tensor | None, bool], tuple[Tensor, Tensor]]:
+    """The walk back over the segments of all rows."""
     grid, constants = launch.walk("scan_walk_back", WALK_BACK, d_y)
 
     def walk_segments(d_states: Tensor | None, store: bool) -> tuple[Tensor, Tensor]:
@@ -146,7 +181,7 @@ def walk_back(
         )  # fmt: skip
         return d_initial, decay
 
-    return leaving, launch.over_segments(walk_segments, d_final, backward=True)
+    return walk_segments
 
 
 def find_gradients(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from amfm.kernels.cases.trial import Sized, Trial, documents
 from amfm.kernels.common.documents import first_tokens
 from amfm.kernels.decay_scan.case import HEAD_DIM, STATE_SIZE
 from amfm.kernels.decay_scan.op import scan_flops
+from amfm.kernels.mamba2.exchange import SegmentsInOrder
 from amfm.kernels.mamba2.op import MixerSizes, mamba2_mix, mixer_bytes
 
 WIDTH = 4
@@ -121,7 +123,8 @@ def launches() -> Iterator[KernelLaunch]:
     halves = (
         "q", "k", "v", "y", "d_y", "d_v", "d_q", "d_k", "entering", "leaving", "g", "d_g", "A_log", "bias", "skip",
     )  # fmt: skip
-    types = dict.fromkeys(halves, "*bf16") | dict.fromkeys(("final", "decay", "d_initial", "d_heads"), "*fp32")
+    states = ("initial", "final", "decay", "d_initial", "d_final", "d_heads")
+    types = dict.fromkeys(halves, "*bf16") | dict.fromkeys(states, "*fp32")
     types |= {"firsts": "*i32"}
     strides = ("stride_qb", "stride_qt", "stride_kb", "stride_kt", "stride_vb", "stride_vt", "stride_dq", "stride_dv")
     types |= dict.fromkeys(("T", "K", "V", *strides), "i32:16")
@@ -131,10 +134,18 @@ def launches() -> Iterator[KernelLaunch]:
     walk = raw | {"SCALE": False, "scale": None, "INITIAL": False, "initial": None, "SKIP": True, "OUTPUT": True}
     back = raw | {"D_FINAL": False, "d_final": None, "STORE": True}
     gradients = raw | {"SCALE": False, "scale": None, "SKIP": True, "d_scale": None}
+    # Of segments: from a state that enters, and for what leaves alone.
+    entered = {key: value for key, value in walk.items() if key != "initial"} | {"INITIAL": True, "SAVE": True}
+    to_end = walk | {"SAVE": False, "OUTPUT": False, "SKIP": False} | dict.fromkeys(("y", "entering", "skip"))
+    left = {key: value for key, value in back.items() if key != "d_final"} | {"D_FINAL": True}
     kernels = (
         ("walk", chunk_state_kernel, walk | {"SAVE": False, "entering": None}, scan.WALK[0]),
         ("walk, states kept", chunk_state_kernel, walk | {"SAVE": True}, scan.WALK[0]),
+        ("walk from a state, states kept", chunk_state_kernel, entered, scan.WALK[0]),
+        ("walk to the end alone", chunk_state_kernel, to_end, scan.STATES_WALK[0]),
         ("walk back", walk_back_kernel, back, scan.WALK_BACK[0]),
+        ("walk back from a gradient", walk_back_kernel, left, scan.WALK_BACK[0]),
+        ("walk back to the start alone", walk_back_kernel, back | {"STORE": False, "leaving": None}, scan.WALK_BACK[0]),
         ("gradients", gradients_kernel, gradients, None),
     )
     for tiles in (1, 2):
@@ -150,9 +161,12 @@ def launches() -> Iterator[KernelLaunch]:
 def mixer_trial(
     inputs: Inputs, tokens: int, heads: int, groups: int = 1, *, model: int = 64, head_dim: int = 64, state: int = 128,
     norm_groups: int = 1, width: int = 4, chunk: int = 64, lengths: tuple[int, ...] = (), keep: bool = True, rows: int = 1,
-    exact: str = "reference",
+    segments: int = 0, exact: str = "reference",
 ) -> Trial:  # fmt: skip
-    """The parts of the projection are their own leaves, so that each one's gradient is judged by its own size."""
+    """The parts of the projection are their own leaves, so that each one's gradient is judged by its own size.
+
+    segments: into how many Triton's one row is cut, which hand on their states.
+    """
     sizes = MixerSizes(heads, head_dim, groups, state, norm_groups, EPSILON)
     names = ("z", "x", "B", "C", "dt")
     widths = (sizes.inner, sizes.inner, groups * state, groups * state, heads)
@@ -167,15 +181,18 @@ def mixer_trial(
         "out_weight": inputs.normal(model, sizes.inner, scale=sizes.inner**-0.5),
     }
     starts = first_tokens(documents(inputs, tokens, *lengths, rows=rows)) if lengths else None
+    exchange = SegmentsInOrder(starts.view(segments, -1)) if segments and starts is not None else None
 
     def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
         z, x, B, C, dt, conv, bias, A_log, D, dt_bias, norm, out = given.values()
         projected = torch.cat((z, x, B, C, dt), dim=-1)
-        mixed = mamba2_mix(
-            projected, conv, bias, A_log, D, dt_bias, norm, out, sizes,
-            document_starts_BT=starts, chunk_size=chunk, keep_states=keep, backend=backend,
-        )  # fmt: skip
-        return {"out": mixed}
+        others = conv, bias, A_log, D, dt_bias, norm, out, sizes
+        settings: dict[str, Any] = {"chunk_size": chunk, "keep_states": keep, "backend": backend}
+        if exchange is not None and backend == "triton":
+            settings |= {"document_starts_BT": exchange.starts(), "exchange": exchange}
+            mixed = mamba2_mix(projected.view(segments, -1, projected.shape[-1]), *others, **settings)
+            return {"out": mixed.view(rows, tokens, -1)}
+        return {"out": mamba2_mix(projected, *others, document_starts_BT=starts, **settings)}
 
     return Trial(leaves, run, SUMS, exact)
 
@@ -185,6 +202,8 @@ def trials() -> Iterator[Sized]:
     for chunk, lengths in ((64, (40, 1, 23)), (128, (128, 20, 45))):
         build = partial(mixer_trial, tokens=193, heads=2, chunk=chunk, lengths=lengths, keep=chunk == 64)
         yield Sized(f"mixer with documents, chunks of {chunk}", "first", build)
+    cut = partial(mixer_trial, tokens=194, heads=2, segments=2, lengths=(40, 70, 84), keep=False)
+    yield Sized("mixer in two segments with documents", "first", cut)
     yield Sized("mixer, one token", "small", partial(mixer_trial, tokens=1, heads=1, chunk=16))
     yield Sized(
         "mixer, two groups, two rows, uneven sizes", "small",

@@ -18,6 +18,7 @@ from amfm.kernels.common.shapes import check_documents, check_float, check_shape
 from amfm.kernels.decay_scan.op import mamba2_scan
 from amfm.kernels.linear.op import linear
 from amfm.kernels.low_precision.recipe import recipe_of
+from amfm.kernels.mamba2.exchange import Exchange
 from amfm.kernels.mamba2.reference import mix_by_steps
 from amfm.kernels.mamba2.sizes import MixerSizes
 from amfm.kernels.norm.op import gated_rms_norm
@@ -40,6 +41,7 @@ def mamba2_mix(
     document_starts_BT: Tensor | None = None,
     chunk_size: int = 64,
     keep_states: bool = False,
+    exchange: Exchange | None = None,
     backend: str = "torch",
 ) -> Tensor:
     """z, x, B, C, dt = projected; x, B, C = silu(conv(x, B, C)); y = scan(x, dt, B, C); norm(y silu(z)) W^T, [B, T, D].
@@ -49,8 +51,11 @@ def mamba2_mix(
     `document_starts_BT` [B, T] int32 is the place in the row of the first token of each token's document
     (`amfm.kernels.common.documents.first_tokens`), None where rows hold one document.
 
-    keep_states and chunk_size as in `mamba2_scan`, but that without states, as by default, y is made again too. Raises
-    ValueError for shapes, dtypes or devices that do not fit.
+    keep_states and chunk_size as in `mamba2_scan`, but that without states, as by default, y is made again too.
+
+    With an exchange rows are segments of longer rows: it hands them windows and states of the segments before, and all ranks
+    that it reaches must call, forward and backward. Triton alone takes one. Raises ValueError for shapes, dtypes or devices
+    that do not fit.
     """
     _check(projected_BTX, conv_weight_CW, conv_bias_C, norm_weight_I, out_weight_DI, sizes)
     rows, tokens, _ = projected_BTX.shape
@@ -59,6 +64,8 @@ def mamba2_mix(
         check_shape(name, vector, (sizes.heads,), projected_BTX)
         check_float(name, vector)
     backend = resolve_backend(backend, projected_BTX.device, "mamba2")
+    if exchange is not None and backend != "triton":
+        raise ValueError(f'segments with an exchange need backend "triton"; got {backend!r}; call the parts in turn')
     weights = (conv_weight_CW, conv_bias_C, A_log_H, D_H, dt_bias_H, norm_weight_I, out_weight_DI)
     if backend == "reference":
         wide = torch.float64 if projected_BTX.dtype == torch.float64 else torch.float32
@@ -73,11 +80,11 @@ def mamba2_mix(
     if backend == "triton":
         from amfm.kernels.mamba2.triton_impl import mix_triton
 
+        settings = sizes, document_starts_BT, chunk_size, keep_states, exchange
         if recipe_of(out_weight_DI) is None:
-            return mix_triton(projected_BTX, *weights, sizes, document_starts_BT, chunk_size, keep_states)
+            return mix_triton(projected_BTX, *weights, *settings)
         # A product of few bits is a separate operation: what it keeps are the codes of the normed rows.
-        normed_BTI = mix_triton(projected_BTX, *weights[:-1], None, sizes, document_starts_BT, chunk_size, keep_states)
-        return linear(normed_BTI, out_weight_DI)
+        return linear(mix_triton(projected_BTX, *weights[:-1], None, *settings), out_weight_DI)
     z_BTI, inputs_BTC, dt_BTH = projected_BTX.split(sizes.parts(), dim=-1)
     # Starts tell documents apart as ids do.
     convolved_BTC = causal_conv1d(inputs_BTC, conv_weight_CW, conv_bias_C, document_ids_BT=document_starts_BT)

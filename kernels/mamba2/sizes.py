@@ -26,6 +26,11 @@ class MixerSizes:
         return cls(heads, head_dim, groups, state, norm_groups, epsilon)
 
     @property
+    def numbers(self) -> list[int]:
+        """The integers in their order, as `of` takes them."""
+        return [self.heads, self.head_dim, self.groups, self.state, self.norm_groups]
+
+    @property
     def inner(self) -> int:
         """Width of z, x and y: heads times channels."""
         return self.heads * self.head_dim

@@ -103,14 +103,14 @@ class Roofline:
             quantised += weights * (self.forwards + 1) * (read + b)
         self.seconds += quantised / self.bandwidth
 
-    def mixing(self, flops: float, moved: float) -> None:
+    def mixing(self, flops: float, moved: float, *, backward: float = 2.5) -> None:
         """Add attention or a scan, given forward `flops` and bytes moved.
 
-        Backward costs 2.5 times the forward pass, as it recomputes the scores.
+        Backward costs `backward` times the forward pass: 2.5 where it recomputes the scores.
         """
         hardware = self.hardware
-        backward = hardware.attention_backward_efficiency or hardware.attention_efficiency
-        for passes, efficiency in ((self.forwards, hardware.attention_efficiency), (2.5, backward)):
+        rate = hardware.attention_backward_efficiency or hardware.attention_efficiency
+        for passes, efficiency in ((self.forwards, hardware.attention_efficiency), (backward, rate)):
             self.seconds += passes * max(flops / (self.peak * efficiency), moved / self.bandwidth)
 
     def passes(self, moved: float) -> None:

@@ -86,6 +86,13 @@ def _mixer(given: Named, *, backward: bool) -> int:
     return scan_flops(rows, tokens, heads, groups, size, width, chunk_size=given["chunk_size"], backward=backward)
 
 
+def _walk(given: Named) -> int:
+    """What segments take beyond a scan: a walk for what leaves each, forward, or back for what enters it."""
+    heads, width, _, size, _ = given["numbers"]
+    rows, tokens, _ = given["projected"].shape
+    return 2 * rows * tokens * heads * width * size
+
+
 def _vector(given: Named, *, backward: bool) -> int:
     """Scan with a decay for each key channel: every head has its own keys, so it counts as a group."""
     (rows, tokens, heads, size), width = given["k"].shape, given["v"].shape[-1]
@@ -134,6 +141,10 @@ KERNELS: dict[str, Callable[[Named], int]] = {
     **_both(_documents, "_varlen_attn"),
     **_both(_decay, "decay_scan_triton"),
     **_both(_mixer, "mamba2_triton"),
+    "mamba2_leaving_triton": _walk,
+    "mamba2_entered_triton": lambda given: _mixer(given, backward=False),
+    "mamba2_entered_triton_backward": _walk,
+    "mamba2_leaving_triton_backward": lambda given: _mixer(given, backward=True),
     **_both(_vector, "vector_scan_triton"),
     **_both(_delta, "delta_scan_triton"),
     **_both(_delta, "delta_vector_triton"),

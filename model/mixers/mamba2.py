@@ -8,8 +8,8 @@ It is a decay recurrence like those of `LinearMixer`, but has its own class: its
 scan, where tensors of their products need not be written to memory.
 
 On the Triton backend all that follows the first projection is one operation (kernels/mamba2), which keeps less for backward
-and launches fewer kernels. Decode states, rows cut over context ranks, and a norm whose group lies on several tensor ranks
-enter between its parts: there, and on the torch backend, the parts run as separate operations.
+and launches fewer kernels; rows that are cut over context ranks hand it an exchange of states. Decode states and a norm whose
+group lies on several tensor ranks enter between its parts: there, and on the torch backend, the parts run as separate operations.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.mixers.initial_values import first_decay_rates, first_time_steps
 from amfm.model.mixers.interface import BlockState, BuildContext, MambaState, Mixer, MixerOutput
 from amfm.model.packing import PackMeta
-from amfm.model.parallel.context import receive_states, receive_windows
+from amfm.model.parallel.context import SegmentExchange, receive_states, receive_windows
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import ColumnLinear, RowLinear, project_layers
 from amfm.model.parallel.regions import leave_tensor_region, sum_parts
@@ -79,8 +79,8 @@ class Mamba2Mixer(Mixer):
         Every rank of `groups.tp` and `groups.cp` must call.
         """
         (projected_BTX,) = project_layers(x_BTD, [self.in_proj], self.groups)
-        if self.is_one_operation and state is None and meta.segments is None and self.out_proj.lora is None:
-            mixed_BTD = self._mix(projected_BTX, meta.document_starts_BT())
+        if self.is_one_operation and state is None and self.out_proj.lora is None:
+            mixed_BTD = self._mix(projected_BTX, meta)
             return MixerOutput(leave_tensor_region(mixed_BTD, self.groups), None)
         num_rows, num_tokens, _ = projected_BTX.shape
         z_BTI, inputs_BTC, dt_BTH = projected_BTX.split([self.inner_size, self.conv.channels, self.num_heads], dim=-1)
@@ -96,8 +96,19 @@ class Mamba2Mixer(Mixer):
         y_BTI = self.norm(y_BTI.view(num_rows, num_tokens, self.inner_size), z_BTI)
         return MixerOutput(leave_tensor_region(self.out_proj(y_BTI), self.groups), next_state)
 
-    def _mix(self, projected_BTX: Tensor, document_starts_BT: Tensor | None) -> Tensor:
-        """Whole rows from the projection to this rank's addend of the output, [B, T, D], as one operation."""
+    def _mix(self, projected_BTX: Tensor, meta: PackMeta) -> Tensor:
+        """From the projection to this rank's addend of the output, [B, T, D], as one operation."""
+        segments, starts_BT = meta.segments, meta.document_starts_BT()
+        if segments is not None:
+            mixed_RLD = self._mix_rows(
+                segments.as_rows(projected_BTX),
+                None if starts_BT is None else segments.as_rows(starts_BT),
+                SegmentExchange(segments, self.groups),
+            )
+            return mixed_RLD.view(*projected_BTX.shape[:2], -1)
+        return self._mix_rows(projected_BTX, starts_BT, None)
+
+    def _mix_rows(self, projected_BTX: Tensor, starts_BT: Tensor | None, exchange: SegmentExchange | None) -> Tensor:
         sizes = MixerSizes(
             self.num_heads,
             self.head_dim,
@@ -116,9 +127,10 @@ class Mamba2Mixer(Mixer):
             self.norm.weight,
             self.out_proj.weight,
             sizes,
-            document_starts_BT=document_starts_BT,
+            document_starts_BT=starts_BT,
             chunk_size=self.chunk_size,
             keep_states=self.keep_states,
+            exchange=exchange,
             backend=self.backend,
         )
 

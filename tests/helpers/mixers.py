@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.common.documents import first_tokens
+from amfm.kernels.mamba2.exchange import SegmentsInOrder
 from amfm.kernels.mamba2.op import MixerSizes, mamba2_mix
 from tests.helpers.scans import ScanCase, make_documents
 
@@ -63,16 +64,30 @@ def make_leaves(case: MixerCase, dtype: torch.dtype, seed: int = 0) -> dict[str,
     return leaves if case.bias else {name: leaf for name, leaf in leaves.items() if name != "conv_bias"}
 
 
-def run_mixer(case: MixerCase, leaves: dict[str, Tensor], backend: str, *, keep: bool = True) -> dict[str, Tensor]:
-    """The output, and gradients of its weighted sum by name; None for one that landed elsewhere."""
+def run_mixer(
+    case: MixerCase, leaves: dict[str, Tensor], backend: str, *, keep: bool = True, segments: int = 0
+) -> dict[str, Tensor]:
+    """The output, and gradients of its weighted sum by name; None for one that landed elsewhere.
+
+    segments: into how many the case's one row is cut, which then tell each other their states; 0: it is whole.
+    """
+    projected, *weights = (leaves.get(name) for name in NAMES)
+    starts, exchange = case.starts(), None
+    if segments:
+        ids = torch.zeros(1, case.T, dtype=torch.int32) if starts is None else starts
+        exchange = SegmentsInOrder(ids.view(segments, -1))
+        starts = None if starts is None else exchange.starts()
+        projected = projected.view(segments, -1, projected.shape[-1])
     out = mamba2_mix(
-        *(leaves.get(name) for name in NAMES),
+        projected,
+        *weights,
         case.sizes(),
-        document_starts_BT=case.starts(),
+        document_starts_BT=starts,
         chunk_size=case.chunk,
         keep_states=keep,
+        exchange=exchange,
         backend=backend,
-    )
-    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
-    gradients = torch.autograd.grad((out.double() * weights).sum(), [*leaves.values()], allow_unused=True)
+    ).view(case.B, case.T, -1)
+    shares = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+    gradients = torch.autograd.grad((out.double() * shares).sum(), [*leaves.values()], allow_unused=True)
     return {"out": out} | {f"d_{name}": gradient for name, gradient in zip(leaves, gradients)}

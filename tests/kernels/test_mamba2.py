@@ -34,3 +34,9 @@ def test_tensors_of_other_sizes_are_refused(name: str, shape: tuple[int, ...], m
     leaves = make_leaves(case, torch.float32) | {name: torch.zeros(shape)}
     with pytest.raises(ValueError, match=message):
         mamba2_mix(*(leaves[each] for each in NAMES), case.sizes())
+
+
+def test_segments_need_the_backend_that_can_wait_for_states() -> None:
+    case = MixerCase(T=8)
+    with pytest.raises(ValueError, match="segments with an exchange need backend \"triton\"; got 'torch'"):
+        run_mixer(case, make_leaves(case, torch.float32), "torch", segments=2)

@@ -7,10 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
-from tests.model.small_models import ATTENTION, MAMBA, MOE, loss_of, packed_batch, small_config, small_model
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.spawn import run_ranks
+from tests.model.small_models import (
+    ATTENTION,
+    MAMBA,
+    MOE,
+    cut_batch,
+    loss_of,
+    meta_of,
+    packed_batch,
+    small_config,
+    small_model,
+)
 
 ROOT = Path(__file__).parents[2]
 CONFIG = small_config(
@@ -20,6 +36,8 @@ CONFIG = small_config(
     attention=ATTENTION.model_copy(update={"head_dim": 16}),
     moe=MOE.model_copy(update={"auxiliary_loss_weight": 0.1}),
 )
+
+CUT = small_config("M", hidden_size=16, mamba=CONFIG.mamba)
 
 
 @pytest.mark.slow
@@ -58,3 +76,34 @@ def test_losses_gradients_and_decoding_agree():
             state = output.state
             pieces.append(output.logits_BTV)
     torch.testing.assert_close(torch.cat(pieces, 1), full_BTV, rtol=1e-4, atol=1e-5)
+
+
+# Borders after 6, 12 and 18 tokens.
+ROWS = ((7, 1, 12, 4), (11, 1, 1, 11), (24,))
+
+
+def run_cut_rows():
+    """The loss and all gradients of a Mamba2 block in Triton, whose rows two context ranks cut."""
+    groups = initialize_parallel(ParallelConfig(context=2), timeout_seconds=300, num_threads=1).groups
+    model = HybridModel(CUT, groups, seed=3, backend="triton")
+    tokens_BT, labels_BT, meta = cut_batch(ROWS, groups)
+    loss = loss_of(model(tokens_BT, meta, labels_BT))
+    loss.backward()
+    results = {"loss": loss.detach()} | {name: weight.grad for name, weight in model.named_parameters()}
+    for value in results.values():
+        dist.all_reduce(value, group=groups.cp)
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="run by the test above in a process that interprets")
+def test_context_ranks_in_one_operation_compute_what_one_rank_does():
+    results = run_ranks(run_cut_rows, num_ranks=2)[0]
+    model = HybridModel(CUT, single_rank_groups(), seed=3).double()
+    tokens_BT, labels_BT, ids_BT = packed_batch(ROWS)
+    loss = loss_of(model(tokens_BT, meta_of(ids_BT), labels_BT))
+    loss.backward()
+    wanted = {"loss": loss.detach()} | {name: weight.grad for name, weight in model.named_parameters()}
+    for name, value in wanted.items():
+        error, scale = (results[name] - value).norm(), value.norm()
+        assert error <= 5e-5 * scale, f"{name}: off by {error:.3g} of {scale:.3g}"

@@ -32,6 +32,10 @@ class PlannedMamba2(PlannedBlock):
         scan = 2 * mamba.chunk_size * (groups * mamba.state_size + inner) + 4 * inner * mamba.state_size
         states = FLOAT32_BYTES * inner * mamba.state_size / mamba.chunk_size
         line.mixing(tokens * scan, tokens * ((channels + inner) * e + states))
+        if layout.context > 1:
+            # Segments are walked once more each way for the states that they hand on: x and B, or the gradient of y and C, are read.
+            walk = tokens * 2 * inner * mamba.state_size, tokens * (inner + groups * mamba.state_size) * e
+            line.mixing(*walk, backward=1)
 
     def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
         """One region, and mean squares of a norm whose group lies on several ranks."""

@@ -40,13 +40,44 @@ def test_operation_equals_the_definition_twice_bitwise(case: MixerCase, poisoned
         assert_bitwise(again[name], value, f"{name} repeated")
 
 
-def test_the_gradient_of_the_outputs_weight_lands_in_its_sum_to_the_bit(poisoned_memory: None) -> None:
+# Borders lie after each L tokens: documents end at them, and one token before or behind.
+SEGMENTS = {
+    "documents_at_and_next_to_borders": (MixerCase(T=99, P=20, N=12, lengths=(32, 1, 33, 1, 32)), 3),
+    "a_document_of_many_segments": (MixerCase(T=52, H=4, G=2, P=8, N=8, norm_groups=2, lengths=(3, 44, 5)), 4),
+    "two_tiles": (MixerCase(T=200, P=8, N=8, chunk=128, lengths=(90, 110)), 2),
+    "one_token": (MixerCase(T=3, width=2, lengths=(1, 2)), 3),
+}
+
+
+@pytest.mark.parametrize(("case", "segments"), SEGMENTS.values(), ids=SEGMENTS)
+def test_segments_that_pass_states_on_equal_the_whole_row(
+    case: MixerCase, segments: int, poisoned_memory: None
+) -> None:
+    expected = run_mixer(case, make_leaves(case, torch.float64), "reference")
+    leaves = make_leaves(case, torch.float32)
+    kept, again = (run_mixer(case, leaves, "triton", keep=keep, segments=segments) for keep in (True, False))
+    for name, value in kept.items():
+        assert_near(value, expected[name], SUMS if name in ("d_A_log", "d_dt_bias") else FLOAT32, name)
+        assert_bitwise(again[name], value, f"{name} with states made again")
+
+
+def test_a_rank_whose_row_is_cut_for_its_gpu_too_hands_on_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = MixerCase(T=132, P=8, N=8, lengths=(40, 92))
+    leaves = make_leaves(case, torch.float32)
+    whole = run_mixer(case, leaves, "triton", segments=2)
+    monkeypatch.setattr(scan_launch, "cut_segments", lambda chunks, *_: (3, 2))
+    for name, value in run_mixer(case, leaves, "triton", segments=2).items():
+        assert_near(value, whole[name].double(), FLOAT32, name)
+
+
+@pytest.mark.parametrize("segments", [0, 3])
+def test_the_gradient_of_the_outputs_weight_lands_in_its_sum_to_the_bit(segments: int, poisoned_memory: None) -> None:
     case = MixerCase(T=33, P=20, N=12, model=7)
     leaves = make_leaves(case, torch.float32)
-    wanted = run_mixer(case, leaves, "triton")
+    wanted = run_mixer(case, leaves, "triton", segments=segments)
     place = Place.of(leaves["out_weight"])
     for _ in range(2):
-        found = run_mixer(case, leaves, "triton")
+        found = run_mixer(case, leaves, "triton", segments=segments)
     assert_bitwise(place.sum, 2 * wanted.pop("d_out_weight"))
     assert found["d_out_weight"] is None
     for name, value in wanted.items():

@@ -28,7 +28,9 @@ from amfm.kernels.linear_cross_entropy import torch_impl as loss_torch
 from amfm.kernels.linear_cross_entropy import triton_impl as loss
 from amfm.kernels.low_precision import products, triton_impl
 from amfm.kernels.low_precision.recipe import Recipe
+from amfm.kernels.mamba2 import segments
 from amfm.kernels.mamba2 import triton_impl as mamba2
+from amfm.kernels.mamba2.sizes import MixerSizes
 from amfm.kernels.moe import counting_sort, recycling, triton_codes, triton_experts, triton_router
 from amfm.kernels.moe import torch_impl as experts_torch
 from amfm.kernels.moe.low_precision import ExpertRecipes
@@ -80,10 +82,34 @@ def numbers(*shape, below):
     return torch.randint(0, below, shape)
 
 
+def mixer_weights():
+    """Of 2 heads of 16 channels in 1 group with 16 state numbers."""
+    return leaf(64, 4), leaf(64), float32(2), float32(2), float32(2), leaf(32), leaf(8, 32)
+
+
 def mixed(rows, keep):
-    # 2 heads of 16 channels in 1 group with 16 state numbers.
-    parameters = leaf(64, 4), leaf(64), float32(2), float32(2), float32(2), leaf(32), leaf(8, 32)
-    return mamba2._forward(rows(1, 40, 98), *parameters, None, [2, 16, 1, 16, 1], 1e-5, 16, keep)
+    return mamba2._forward(rows(1, 40, 98), *mixer_weights(), None, [2, 16, 1, 16, 1], 1e-5, 16, keep)
+
+
+class Alone:
+    """An exchange of segments that all begin a document: what they would be told is zero."""
+
+    def windows(self, inputs, width):
+        return torch.zeros_like(inputs[:, :width])
+
+    def states(self, final, factor):
+        return torch.zeros_like(final), factor
+
+    def windows_back(self, d_windows):
+        return torch.zeros_like(d_windows)
+
+    def states_back(self, d_entering, factor):
+        return torch.zeros_like(d_entering)
+
+
+def mixed_segments(rows, keep):
+    sizes = MixerSizes(2, 16, 1, 16, 1, 1e-5)
+    return segments.mix_segments(rows(2, 20, 98), *mixer_weights(), None, sizes, 16, keep, Alone())
 
 
 def fed(rows, counts, kept=16):
@@ -153,6 +179,8 @@ def scanned(module, rows, keep, *absent, channels=()):
 TRITON = (
     lambda rows: mixed(rows, True),
     lambda rows: mixed(rows, False),
+    lambda rows: mixed_segments(rows, True),
+    lambda rows: mixed_segments(rows, False),
     lambda rows: attention._forward(rows(2, 20, 4, 16), rows(2, 20, 2, 16), rows(2, 20, 2, 16), None, None, None, 0.25),
     lambda rows: attention._forward(
         rows(2, 20, 4, 16), rows(2, 20, 2, 16), rows(2, 20, 2, 16), float32(4), None, None, 0.25

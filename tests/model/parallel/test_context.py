@@ -11,7 +11,7 @@ from amfm.launch.simulate.count_collectives import CommunicationCounter
 from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
-from amfm.model.parallel.context import receive_windows
+from amfm.model.parallel.context import SegmentExchange, receive_states, receive_windows
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.parallel.shards import parameter_shards
 from amfm.pretrain.config.schema import ParallelConfig
@@ -67,8 +67,28 @@ def run_model(case, groups, dtype=torch.float64, *, compiled=False):
     return {"loss": loss.detach(), "logits": logits_BTV, "counts": output.expert_counts, "gradients": gradients}
 
 
+def assert_exchange_is_that_of_autograd(groups):
+    """Mamba2's one operation asks for windows, states and their gradients itself, on Triton: of the same numbers."""
+    _, _, meta = cut_batch(DOCUMENTS[CASES[0][1]], groups)
+    segments, generator = meta.segments, torch.Generator().manual_seed(groups.cp.rank())
+    exchange, rows = SegmentExchange(segments, groups), 2 * len(meta.document_ids_BT)
+    inputs, final, d_windows, d_states = (
+        torch.randn(rows, *shape, generator=generator) for shape in ((segments.length, 5), (2, 3, 4), (3, 5), (2, 3, 4))
+    )
+    factor = torch.rand(rows, 2, generator=generator)
+    inputs.requires_grad_(), final.requires_grad_()
+    windows = receive_windows(inputs, 3, segments, groups)
+    states = receive_states(final.unflatten(0, (-1, 2)), factor.unflatten(0, (-1, 2)), segments, groups).flatten(0, 1)
+    d_inputs, d_final = torch.autograd.grad((windows, states), (inputs, final), (d_windows, d_states))
+    found, kept = exchange.states(final.detach(), factor)
+    assert torch.equal(exchange.windows(inputs.detach(), 3), windows) and torch.equal(found, states)
+    assert torch.equal(exchange.windows_back(d_windows), d_inputs[:, segments.length - 3 :])
+    assert torch.equal(exchange.states_back(d_states, kept), d_final)
+
+
 def run_cut(num_ranks, compiled):
     parallel = initialize_parallel(ParallelConfig(context=num_ranks), timeout_seconds=60, num_threads=1)
+    assert_exchange_is_that_of_autograd(parallel.groups)
     if compiled:
         results = {"compiled": run_model(COMPILED, parallel.groups, compiled=True)}
     else:
@@ -135,6 +155,8 @@ def test_segments_know_which_go_on_and_what_a_convolution_may_see():
         [True] * 3,
         [False] * 3,
     ]
+    for layout in (meta_of(ids_BT).cut(1, 2), meta_of(ids_BT).cut(1, 2).find_bounds()):
+        assert layout.document_starts_BT().tolist() == [[0, 1, 1, 1, 0, 1, 1, 1], [0] * 8]
     assert meta.document_ids_BT[0].tolist() == [0, 0, 0, 0, 3, 3, 3, 3]
     assert meta.positions_BT[0].tolist() == [0, 1, 2, 3, 3, 4, 5, 6]
 

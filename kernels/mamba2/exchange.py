@@ -1,0 +1,81 @@
+"""What segments of rows, on other ranks or on the same one, tell each other while Mamba2's mixer computes them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from amfm.kernels.common.documents import first_tokens
+
+
+class Exchange(Protocol):
+    """What R segments tell each other, wherever they are: segments are rows, and a row's first one begins from zeros."""
+
+    def windows(self, inputs_RLC: Tensor, width: int) -> Tensor:
+        """The `width` inputs before each segment [R, width, C]; zeros where they are of another document than its first token."""
+        ...
+
+    def windows_back(self, d_windows_RWC: Tensor) -> Tensor:
+        """From gradients of the windows to those of each segment's last inputs, [R, width, C]."""
+        ...
+
+    def states(self, final_RHNP: Tensor, factor_RH: Tensor) -> tuple[Tensor, Tensor]:
+        """The state that enters each segment, and what `states_back` needs of all.
+
+        Of the states after segments that began from zero, and the factors by which segments pass on what entered them.
+        """
+        ...
+
+    def states_back(self, d_entering_RHNP: Tensor, kept: Tensor) -> Tensor:
+        """Gradients of the states after segments.
+
+        Of those of the states that enter segments, as they would be if nothing read what leaves them.
+        """
+        ...
+
+
+class SegmentsInOrder:
+    """The exchange of one row's segments that are all here, in their order; ids [R, L] of its documents.
+
+    For checks of the kernels, which compare such segments with the whole row.
+    """
+
+    def __init__(self, ids_RL: Tensor) -> None:
+        self.ids_RL = ids_RL
+        self.goes_on_R = torch.zeros_like(ids_RL[:, 0], dtype=torch.bool)
+        self.goes_on_R[1:] = ids_RL[1:, 0] == ids_RL[:-1, -1]
+
+    def starts(self) -> Tensor:
+        """The place in its segment of the first token of each token's document, [R, L] int32."""
+        return first_tokens(self.ids_RL)
+
+    def windows(self, inputs_RLC: Tensor, width: int) -> Tensor:
+        """The last inputs of the segment before, of the same document."""
+        return self._own(inputs_RLC[:, inputs_RLC.shape[1] - width :].roll(1, 0))
+
+    def windows_back(self, d_windows_RWC: Tensor) -> Tensor:
+        """Back to whose inputs they were."""
+        return self._own(d_windows_RWC).roll(-1, 0)
+
+    def states(self, final_RHNP: Tensor, factor_RH: Tensor) -> tuple[Tensor, Tensor]:
+        """From the first segment to the last."""
+        return self._pass_on(final_RHNP, factor_RH, self.goes_on_R[1:]), factor_RH
+
+    def states_back(self, d_entering_RHNP: Tensor, kept: Tensor) -> Tensor:
+        """From the last segment to the first."""
+        return self._pass_on(d_entering_RHNP.flip(0), kept.flip(0), self.goes_on_R[1:].flip(0)).flip(0)
+
+    def _own(self, windows_RWC: Tensor) -> Tensor:
+        ids_RW = self.ids_RL[:, self.ids_RL.shape[1] - windows_RWC.shape[1] :].roll(1, 0)
+        is_own_RW1 = ((ids_RW == self.ids_RL[:, :1]) & self.goes_on_R[:, None])[..., None]
+        return torch.where(is_own_RW1, windows_RWC, torch.zeros_like(windows_RWC))
+
+    def _pass_on(self, own_RHNP: Tensor, factor_RH: Tensor, goes_on_R: Tensor) -> Tensor:
+        state_HNP = torch.zeros_like(own_RHNP[0])
+        states = [state_HNP]
+        for own_HNP, factor_H, goes_on in zip(own_RHNP, factor_RH, goes_on_R):
+            state_HNP = torch.where(goes_on, own_HNP + factor_H[:, None, None] * state_HNP, torch.zeros_like(own_HNP))
+            states.append(state_HNP)
+        return torch.stack(states)
