@@ -33,17 +33,22 @@ def low_precision_problems(config: RunConfig) -> Iterator[Problem]:
     if has_indexer(config.model):
         rule = "was not tried with an indexer, whose choice would follow rounded scores"
         yield Problem(f"{SECTION}.recipe", rule, "use none, or leave the indexer out", section.recipe)
-    moe = config.model.moe
-    if moe is not None and moe.bias and "E" in section.chosen(config.model.letters):
-        rule = "was not tried with biases of experts, which are columns of their matrices"
-        yield Problem(f"{SECTION}.recipe", rule, "leave E out of low_precision.letters, or use model.moe.bias: false")
     places = list(place_problems(config))
     yield from places
     yield from excluded_problems(config)
     if not places:
         yield from factor_problems(config)
+        yield from bias_problems(config)
     if not places and not section.emulate:
         yield from width_problems(config)
+
+
+def bias_problems(config: RunConfig) -> Iterator[Problem]:
+    """Refuse experts with biases; letters of the section must be those of kinds."""
+    moe, chosen = config.model.moe, config.low_precision.chosen(config.model.letters)
+    if moe is not None and moe.bias and any(HIDDEN in config.low_precision.recipes_of(letter) for letter in chosen):
+        rule = "was not tried with biases of experts, which are columns of their matrices"
+        yield Problem(f"{SECTION}.recipe", rule, "leave E out of low_precision.letters, or use model.moe.bias: false")
 
 
 def without_recipe(section: LowPrecisionConfig) -> Iterator[Problem]:

@@ -71,7 +71,7 @@ def for_each_head(rows: ScanRows) -> ScanRows:
 def read_delta(rows: ScanRows) -> Tensor:
     from fla.ops.delta_rule.naive import delta_rule_recurrence
 
-    q, k, v, _, beta = for_each_head(rows)
+    q, k, v, _, beta, _ = for_each_head(rows)
     one_step = (unscaled(q), k[:, :, 0], v[:, :, 0], beta[:, :, 0])
     return delta_rule_recurrence(*(x.transpose(1, 2) for x in one_step))[0].transpose(1, 2)
 
@@ -79,21 +79,21 @@ def read_delta(rows: ScanRows) -> Tensor:
 def read_gated_delta(rows: ScanRows) -> Tensor:
     from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
 
-    q, k, v, g, beta = for_each_head(rows)
+    q, k, v, g, beta, _ = for_each_head(rows)
     return naive_recurrent_gated_delta_rule(q, k[:, :, 0], v[:, :, 0], beta[:, :, 0], g, scale=1.0)[0]
 
 
 def read_gated_delta_chunks(rows: ScanRows) -> Tensor:
     from fla.ops.gated_delta_rule.naive import naive_chunk_gated_delta_rule
 
-    q, k, v, g, beta = for_each_head(rows)
+    q, k, v, g, beta, _ = for_each_head(rows)
     return naive_chunk_gated_delta_rule(q, k[:, :, 0], v[:, :, 0], g, beta[:, :, 0], chunk_size=16, scale=1.0)[0]
 
 
 def read_delta_product(rows: ScanRows) -> Tensor:
     from fla.ops.gated_delta_product.naive import naive_recurrent_gated_delta_product
 
-    q, k, v, g, beta = for_each_head(rows)
+    q, k, v, g, beta, _ = for_each_head(rows)
     steps = (x.flatten(1, 2) for x in (k, v))
     return naive_recurrent_gated_delta_product(q, *steps, g, beta.flatten(1, 2), 1.0, num_householder=rows.v.shape[2])[
         0
