@@ -152,6 +152,9 @@ def main() -> None:
     given = parser.parse_args()
     if (given.slow and not given.run) or (given.run and given.reports):
         parser.error("--slow goes with --run, and --reports takes its place")
+    for report in given.reports:
+        if not report.is_file():
+            parser.error(f"{report} does not exist; `make test` and `make test-slow` write such reports")
     with TemporaryDirectory() as folder:
         if given.run:
             given.reports.append(Path(folder, "report.xml"))
