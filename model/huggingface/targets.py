@@ -49,13 +49,16 @@ def choose_target(config: ModelConfig) -> Target:
 
     Raises ValueError for a model with mixers of other packages, which none of them has.
     """
-    for target in NATIVE_TARGETS:
-        if not explain_unfit(config, target):
-            return target
-    reasons = explain_unfit(config, "own")
+    reasons = unfit_for_all(config)
     if reasons:
         raise ValueError("; ".join(reasons))
-    return "own"
+    return next((target for target in NATIVE_TARGETS if not explain_unfit(config, target)), "own")
+
+
+def unfit_for_all(config: ModelConfig) -> list[str]:
+    """List why no target holds the configuration, in the words of `own`; empty where one does."""
+    fits_native = any(not explain_unfit(config, target) for target in NATIVE_TARGETS)
+    return [] if fits_native else explain_unfit(config, "own")
 
 
 def left_out_depths(config: ModelConfig, target: Target) -> str | None:

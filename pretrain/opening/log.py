@@ -12,7 +12,7 @@ import torch
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.model.config.pattern import explain_d
 from amfm.model.flops import count_parameters, flops_per_token
-from amfm.model.huggingface.targets import explain_unfit
+from amfm.model.huggingface.targets import unfit_for_all
 from amfm.model.low_precision import precision_table
 from amfm.pretrain.checkpoint.load import LoadedCheckpoint
 from amfm.pretrain.checks.low_precision import warn_of_recipe
@@ -77,7 +77,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     if warning is not None:
         run.tell("low_precision", f"warning: {warning}", text=warning)
     if run.config.export.target == "auto":
-        for reason in explain_unfit(run.config.model, "own"):
+        for reason in unfit_for_all(run.config.model):
             run.say(f"this model trains, and amfm export will refuse it: {reason}")
     cause = find_restart_cause(describe_environment([RESTART_CAUSE, TORCHRUN_RESTARTS]), last_event)
     if cause is not None:

@@ -49,7 +49,9 @@ def run_to(config: RunConfig) -> dict[str, torch.Tensor]:
     return weights
 
 
-def test_both_stages_give_the_same_bits_wherever_they_are_cut(data: DataConfig, tmp_path: Path) -> None:
+def test_both_stages_give_the_same_bits_wherever_they_are_cut(
+    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     expected = run_to(choosing_config(data, tmp_path / "whole", train__checkpoint_every_steps=1, train__keep_last=9))
     for stop in (2, 3, 5, None):
         found = run_to(choosing_config(data, tmp_path / "cut", train__stop_after_steps=stop))
@@ -58,6 +60,8 @@ def test_both_stages_give_the_same_bits_wherever_they_are_cut(data: DataConfig, 
     for key in ("loss", "grad_norm", "auxiliary"):
         assert [line[key] for line in cut] == [line[key] for line in whole]
     assert all(line["auxiliary"]["indexer"] > 0 for line in whole)
+    told = capsys.readouterr()
+    assert "this model trains, and amfm export will refuse it: model.attention.indexer" in told.out + told.err
     for step, stage in ((3, "warm_up"), (4, "sparse")):
         model = read_weights(tmp_path / "whole" / "checkpoints" / f"step-{step:08d}").model
         assert model.attention is not None and model.attention.indexer is not None

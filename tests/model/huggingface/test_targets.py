@@ -9,7 +9,7 @@ from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import MultipliersConfig
-from amfm.model.huggingface.targets import choose_target, explain_unfit
+from amfm.model.huggingface.targets import choose_target, explain_unfit, unfit_for_all
 from tests.model.huggingface.cases import (
     GRANITE,
     KDA,
@@ -275,3 +275,9 @@ def test_sections_that_the_pattern_does_not_use_stop_no_target() -> None:
 def test_unknown_target_is_refused() -> None:
     with pytest.raises(ValueError, match="'mamba2' is unknown; use auto, nemotron_h"):
         explain_unfit(NEMOTRON_H, "mamba2")
+
+
+def test_a_model_that_one_class_alone_holds_is_refused_by_own_and_not_by_all() -> None:
+    config = deepseek_v32_config()
+    assert explain_unfit(config, "own") and unfit_for_all(config) == []
+    assert choose_target(config) == "deepseek_v32"
