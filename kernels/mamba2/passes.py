@@ -45,6 +45,25 @@ class Rows:
     chunk_size: int
     initial: Tensor | None = None
 
+    @classmethod
+    def of(
+        cls,
+        projected: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Tensor | None,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        starts: Tensor | None,
+        sizes: MixerSizes,
+        chunk_size: int,
+        window: Tensor | None = None,
+        initial: Tensor | None = None,
+    ) -> Rows:
+        """Rows of a projection, x, B and C behind convolution and SiLU; they begin behind a window of inputs or zeros."""
+        _, inputs, _ = projected.split(sizes.parts(), dim=-1)
+        convolved = convolve_rows(inputs, conv_weight, conv_bias, starts, window)
+        return cls(projected, convolved, A_log, dt_bias, starts, sizes, chunk_size, initial)
+
     @property
     def z(self) -> Tensor:
         """The norm's gate, [B, T, I]."""
@@ -166,25 +185,16 @@ class Rows:
         return d_taps, sum_first(d_heads, self.A_log.dtype), d_window
 
 
-def convolve(
-    projected: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    starts: Tensor | None,
-    window: Tensor | None,
-    sizes: MixerSizes,
-) -> Tensor:
-    """x, B and C behind convolution and SiLU, [B, T, C]; rows begin behind a window of inputs or zeros."""
-    _, inputs, _ = projected.split(sizes.parts(), dim=-1)
-    return convolve_rows(inputs, conv_weight, conv_bias, starts, window)
+def fake_sizes(given: Any) -> tuple[MixerSizes, int, int, tuple[int, ...]]:
+    """Sizes, rows, tokens and the shape of the states that enter chunks, by an operation's arguments."""
+    sizes, (rows, tokens, _) = MixerSizes.of(given.numbers, given.epsilon), given.projected.shape
+    chunks = (tokens + given.chunk_size - 1) // given.chunk_size
+    return sizes, rows, tokens, (rows, chunks, sizes.heads, sizes.state, sizes.head_dim)
 
 
 def mixed_like(given: Any) -> tuple[Tensor, ...]:
     """Fake results of `Rows.mix`, by an operation's arguments."""
-    sizes, projected = MixerSizes.of(given.numbers, given.epsilon), given.projected
-    rows, tokens, _ = projected.shape
-    chunks = (tokens + given.chunk_size - 1) // given.chunk_size
-    states = (rows, chunks, sizes.heads, sizes.state, sizes.head_dim)
+    (sizes, rows, tokens, states), projected = fake_sizes(given), given.projected
     return (
         projected.new_empty(rows, tokens, sizes.inner if given.out_weight is None else len(given.out_weight)),
         projected.new_empty(rows * tokens, sizes.norm_groups, dtype=torch.float32),

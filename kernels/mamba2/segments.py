@@ -25,7 +25,7 @@ from amfm.kernels.common.gradient_sum import GradientSum, gradient_sum_of
 from amfm.kernels.mamba2.exchange import Exchange
 from amfm.kernels.mamba2.passes import (
     Rows,
-    convolve,
+    fake_sizes,
     mixed_like,
     norm_gradients_like,
     scan_gradients_like,
@@ -49,20 +49,18 @@ def _leaving(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The convolved channels, and of each segment from zero the state after it and its factor, in float32."""
     sizes = MixerSizes.of(numbers, epsilon)
-    convolved = convolve(projected, conv_weight, conv_bias, starts, window, sizes)
-    final, factor = Rows(projected, convolved, A_log, dt_bias, starts, sizes, chunk_size).leaving()
-    return convolved, final.contiguous(), factor.contiguous()
+    rows = Rows.of(projected, conv_weight, conv_bias, A_log, dt_bias, starts, sizes, chunk_size, window)
+    final, factor = rows.leaving()
+    return rows.convolved, final.contiguous(), factor.contiguous()
 
 
 @fake_of(_leaving)
 def _(given: Any) -> tuple[Tensor, ...]:
-    sizes, projected = MixerSizes.of(given.numbers, given.epsilon), given.projected
-    rows, tokens, _ = projected.shape
-    states = rows, sizes.heads, sizes.state, sizes.head_dim
+    (sizes, rows, tokens, (_, _, *state)), projected = fake_sizes(given), given.projected
     return (
         projected.new_empty(rows, tokens, sizes.channels),
-        projected.new_empty(states, dtype=torch.float32),
-        projected.new_empty(states[:2], dtype=torch.float32),
+        projected.new_empty(rows, *state, dtype=torch.float32),
+        projected.new_empty(rows, sizes.heads, dtype=torch.float32),
     )
 
 
@@ -122,21 +120,17 @@ def _entered_backward(
     and the states that enter chunks, which the rest needs (empty where forward kept these); gradients of both weights.
     """
     sizes, d_projected = MixerSizes.of(numbers, epsilon), projected.new_empty(projected.shape)
-    convolved = convolve(projected, conv_weight, conv_bias, starts, window, sizes)
-    rows = Rows(projected, convolved, A_log, dt_bias, starts, sizes, chunk_size, initial)
+    rows = Rows.of(projected, conv_weight, conv_bias, A_log, dt_bias, starts, sizes, chunk_size, window, initial)
     y, states = rows.again(D, y, entering)
     weights = norm_weight, out_weight
     d_y, d_norm, d_weight = rows.norm_back(d_out, y, reciprocal, *weights, d_projected, out_weight_sum, out_weight_adds)
     made = states.new_empty(0) if entering.numel() else states
-    return d_projected, d_y, rows.leaving_back(d_y).contiguous(), convolved, made, d_norm, d_weight
+    return d_projected, d_y, rows.leaving_back(d_y).contiguous(), rows.convolved, made, d_norm, d_weight
 
 
 @fake_of(_entered_backward)
 def _(given: Any) -> tuple[Tensor, ...]:
-    sizes, projected = MixerSizes.of(given.numbers, given.epsilon), given.projected
-    rows, tokens, _ = projected.shape
-    chunks = (tokens + given.chunk_size - 1) // given.chunk_size
-    states = (rows, chunks, sizes.heads, sizes.state, sizes.head_dim)
+    (sizes, rows, tokens, states), projected = fake_sizes(given), given.projected
     return (
         projected.new_empty(projected.shape),
         projected.new_empty(rows, tokens, sizes.inner),

@@ -20,7 +20,6 @@ from amfm.kernels.common.scan_launch import differentiated
 from amfm.kernels.mamba2.exchange import Exchange
 from amfm.kernels.mamba2.passes import (
     Rows,
-    convolve,
     mixed_like,
     norm_gradients_like,
     scan_gradients_like,
@@ -83,8 +82,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, the norm's r, and what is empty unless kept: y before the norm [B, T, I], the states that enter chunks."""
     sizes = MixerSizes.of(numbers, epsilon)
-    convolved = convolve(projected, conv_weight, conv_bias, starts, None, sizes)
-    rows = Rows(projected, convolved, A_log, dt_bias, starts, sizes, chunk_size)
+    rows = Rows.of(projected, conv_weight, conv_bias, A_log, dt_bias, starts, sizes, chunk_size)
     return rows.mix(D, norm_weight, out_weight, keep_states)
 
 
@@ -118,8 +116,7 @@ def _backward(
     order, in the dtype of A_log), of the norm's weight, and of the output's, which is empty where it lands or is absent.
     """
     sizes, d_projected = MixerSizes.of(numbers, epsilon), projected.new_empty(projected.shape)
-    convolved = convolve(projected, conv_weight, conv_bias, starts, None, sizes)
-    rows = Rows(projected, convolved, A_log, dt_bias, starts, sizes, chunk_size)
+    rows = Rows.of(projected, conv_weight, conv_bias, A_log, dt_bias, starts, sizes, chunk_size)
     y, entering = rows.again(D, y, entering)
     weights = norm_weight, out_weight
     d_y, d_norm, d_weight = rows.norm_back(d_out, y, reciprocal, *weights, d_projected, out_weight_sum, out_weight_adds)

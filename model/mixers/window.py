@@ -19,8 +19,7 @@ from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, M
 from amfm.model.mixers.output_gate import gate_heads, gate_projection
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_windows
-from amfm.model.parallel.layers import ColumnLinear, RowLinear, add_bias
-from amfm.model.parallel.regions import project_stream
+from amfm.model.parallel.layers import ColumnLinear, RowLinear, project_layers
 from amfm.model.parallel.shards import divide, divide_units
 from amfm.model.segments import Segments
 
@@ -70,9 +69,9 @@ class WindowMixer(SoftmaxMixer, SequenceMixer):
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """Mix x [B, T, D] -> y [B, T, D]; with a state the tokens also see its keys, and the newest keys are returned."""
-        weights = [self.in_proj.weight] + ([] if self.g_proj is None else [self.g_proj.weight])
-        projected_BTX, *gate_BTX = project_stream(x_BTD, weights, self.build.groups)
-        q_BTHK, k_BTJK, v_BTJK = self._heads(add_bias(projected_BTX, self.in_proj.bias), meta)
+        layers = [self.in_proj] if self.g_proj is None else [self.in_proj, self.g_proj]
+        projected_BTX, *gate_BTX = project_layers(x_BTD, layers, self.build.groups)
+        q_BTHK, k_BTJK, v_BTJK = self._heads(projected_BTX, meta)
         following: MixerState | None = None
         if meta.segments is not None:
             assert state is None, "rows that are cut over context ranks have no decode state"

@@ -110,7 +110,7 @@ def _unfit_window(config: ModelConfig, options: WindowOptions) -> Iterator[str]:
         ("rope_theta", options.rope_theta, attention.rope.theta),
     ):
         if value != other:
-            shown, use = (str(each).lower() if name == "bias" else each for each in (value, other))
+            shown, use = str(value).lower(), str(other).lower()
             yield f"{key}.{name}={shown}: windows of gpt_oss have that of attention; use {use}, or target own"
 
 
