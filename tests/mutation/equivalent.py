@@ -10,6 +10,18 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "3",
     ): "another size of the blocks that are kept: slower or faster, the same tokens",
     (
+        "model/parallel/context.py",
+        "state_BHKV = torch.zeros_like(final_ZBHKV[0])",
+        "0",
+        "1",
+    ): "zeros like another segment's state: there are two on every rank, of one shape",
+    (
+        "model/parallel/context.py",
+        "own_2CBLX = torch.empty_like(sent[0])",
+        "0",
+        "1",
+    ): "empty like another rank's part, of one shape",
+    (
         "model/moe/by_slot.py",
         'if backend != "triton" or rows_SD.device.type == "cpu":',
         'backend != "triton" or rows_SD.device.type == "cpu"',

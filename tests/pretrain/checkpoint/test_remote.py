@@ -17,6 +17,7 @@ from obstore.store import from_url
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.store.object_store import PART_BYTES, RemoteFolder
+from amfm.pretrain.checkpoint.commit import mark
 from amfm.pretrain.checkpoint.inspect import inspect_checkpoint
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
@@ -147,6 +148,16 @@ def test_a_start_sends_what_the_store_lacks_also_of_a_finished_run(data: DataCon
         assert train(config) == 0
         assert list(RemoteCheckpoints(url).list_objects()) == ["step-00000003"]
         assert [event["problem"] for event in read_events(tmp_path / "run", "copied")] == copies * [None]
+
+
+def test_a_marked_checkpoint_stays_in_the_store(data: DataConfig, tmp_path: Path, url: str) -> None:
+    config = tiny_config(data, tmp_path / "run", train__steps=3, train__checkpoint_every_steps=1, train__keep_last=3)
+    assert train(config) == 0
+    checkpoints = sorted((tmp_path / "run/checkpoints").glob("step-*"))
+    mark(checkpoints[0])
+    for checkpoint in checkpoints:
+        assert RemoteCheckpoints(url).push(checkpoint, ALONE, keep_last=1) == []
+    assert list(RemoteCheckpoints(url).list_objects()) == ["step-00000003", "step-00000001"]
 
 
 def test_a_run_whose_last_copy_cannot_be_sent_fails_and_the_same_command_sends_it(

@@ -11,6 +11,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.pretrain.config.schema import OptimizerConfig, ParallelConfig
+from amfm.pretrain.engine.buckets import Bucket
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine
 from amfm.pretrain.engine.optimizer import group_parameters, part_of
 from amfm.pretrain.parallel import initialize_parallel
@@ -32,12 +33,14 @@ class Trained:
     num_buckets: int
 
 
-def build(zero_stage: int, bucket_elements: int, events: list[str], *, in_products: bool = True) -> ZeroEngine:
+def build(
+    zero_stage: int, bucket_elements: int, events: list[str], *, in_products: bool = True, clip: float | None = 1.0
+) -> ZeroEngine:
     parallel = initialize_parallel(ParallelConfig(), timeout_seconds=60, num_threads=1)
     model = HybridModel(ModelConfig.model_validate(MODEL), parallel.groups)
     engine = build_engine(
         model,
-        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, epsilon=1e-3),
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, epsilon=1e-3, clip_grad_norm=clip),
         precision="float32",
         zero_stage=zero_stage,
         parallel=parallel,
@@ -121,18 +124,49 @@ def test_sums_in_products_are_those_of_hooks_to_the_bit() -> None:
         assert inside.events == behind.events, "buckets are complete at the same moments"
         for name, weight in behind.weights.items():
             assert torch.equal(inside.weights[name], weight), name
+        assert not any(event.startswith("gather") for event in inside.events), "nothing to gather from one rank"
 
 
-def train_in_one_bucket() -> list[str]:
+def train_in_two_buckets() -> list[str]:
     return train(2, 1 << 30).events
 
 
 def test_a_sum_that_travelled_is_gone_when_the_next_pass_brings_its_bucket_gradients() -> None:
-    for events in run_ranks(train_in_one_bucket, num_ranks=2):
-        begun = events.index("backward 1")
+    for events in run_ranks(train_in_two_buckets, num_ranks=2):
+        begun, ended = events.index("backward 1"), events.index("end 0")
         gradient = events.index("gradient of blocks.0", begun)
-        assert "reduce 0" in events[: events.index("end 0")], "the pass before has sent it"
-        assert "reduced 0" in events[begun:gradient]
+        assert "reduced 0" in events[begun:gradient], "the pass before has sent it"
+        first_pass = [event for event in events[:ended] if event.startswith("reduce")]
+        assert first_pass == ["reduce 1", "reduce 0", "reduced 1"], "of no more than one bucket a sum is on its way"
+
+
+def close_with_less_than_announced(zero_stage: int) -> list[dict[str, torch.Tensor]]:
+    """Weights after a step of one pass; then of one in which a second was announced, of which only the head came."""
+    found = []
+    for announced in (1, 2):
+        engine = build(zero_stage, 1, [], clip=None)  # or the head would make other steps smaller
+        rows = torch.randint(0, MODEL["vocab_size"], (ROWS, TOKENS), generator=torch.manual_seed(0))
+        meta = PackMeta.one_document_a_row(ROWS, TOKENS)
+        with engine.accumulate(announced):
+            engine.backward(engine.forward(rows, meta, rows).loss.total / rows.numel())
+            if announced == 2:
+                head = engine.module.head.weight
+                head.grad = torch.full_like(head, 1.0)
+                engine.take_gradient(head)
+        assert engine.step(LEARNING_RATE).applied
+        engine.wait_for_weights()
+        found.append({name: weight.detach().clone() for name, weight in engine.module.named_parameters()})
+    with engine.accumulate(1):
+        pass
+    assert engine.step(LEARNING_RATE).applied, "no gradient is a gradient of zero"
+    return found
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_what_is_left_when_a_step_ends_is_reduced(zero_stage: int) -> None:
+    for whole, more in run_ranks(close_with_less_than_announced, zero_stage, num_ranks=2):
+        for name, weight in whole.items():
+            assert torch.equal(more[name], weight) == (name != "head.weight"), name
 
 
 def test_gathers_end_inside_the_next_forward_pass(two_ranks: list[list[Trained]]) -> None:
@@ -144,6 +178,13 @@ def test_gathers_end_inside_the_next_forward_pass(two_ranks: list[list[Trained]]
         # The weights of the last block are awaited after the first one has computed.
         assert following.index("use blocks.0") < following.index(awaited[-1])
         assert all(f"gather {event.split()[1]}" in trained.events[:begun] for event in awaited)
+
+
+def test_the_first_gradient_of_a_product_is_left_in_the_sum_itself() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    bucket = Bucket(0, ["weight"], [weight], [0], 8, torch.distributed.group.WORLD, False, [0])
+    place, adds = bucket.take(0)
+    assert not adds and place.data_ptr() == bucket.view(0).data_ptr()
 
 
 def test_a_group_is_closed_behind_a_whole_block() -> None:
