@@ -24,9 +24,6 @@ _SUMS = (
 REASONS = {
     "scan gradients": _SUMS,
     "mixer gradients": f"{_SUMS}, and the distances of tokens in the projection and its gradient are arguments",
-    "mixer walk from a state": (
-        "holds a slice of the state next to four products of a tile, which leaves no register for its start in memory"
-    ),
     "gated norm, up to 8192 wide (Granite), backward": (
         "holds 16 values of a row per thread, of y, gate, gradient and weight"
     ),

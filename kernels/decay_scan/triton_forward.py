@@ -9,7 +9,7 @@ a tile.
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN201, SIM102, SIM108
+# ruff: noqa: ANN201, SIM108
 
 from __future__ import annotations
 
@@ -123,9 +123,9 @@ def chunk_state_kernel(
     for tile in tl.range(begin, tl.minimum(begin + segment_chunks * TILES, tl.cdiv(T, Q)), disable_licm=True):
         start = tile * Q
         if SAVE:
-            if tile % TILES == 0:
-                at = ((batch * chunks + tile // TILES) * H + h) * K * V + v_first
-                tl.store(entering + at + place, state.to(entering.dtype.element_ty), mask=in_state)
+            # A mask, since a branch takes the registers that a walk from a state lacks.
+            at = ((batch * chunks + tile // TILES) * H + h) * K * V + v_first
+            tl.store(entering + at + place, state.to(entering.dtype.element_ty), mask=in_state & (tile % TILES == 0))
         b, b_end, u, reach, first, last, keep = tile_gates(
             g, scale, A_log, bias, firsts, batch, start, T, h, H, stride_gb, stride_gt, Q, DOCUMENTS, SCALE, RAW
         )

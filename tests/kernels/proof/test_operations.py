@@ -1,5 +1,7 @@
 """Every kernel compiles for the GPUs it is meant for; docs/benchmarks/kernels_ahead_of_time.md has the table."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from amfm.kernels.runtime.backend import INTERPRETED, find_miscompile, triton_ve
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 LAUNCHES = {launch.name: launch for launch in all_launches()}
+TABLE = Path(__file__).parents[3] / "docs/benchmarks/kernels_ahead_of_time.md"
 SMALL = CardSizes(
     tokens=63, model=32, heads=2, head_dim=16, state=16, experts=4, top_k=2, expert_width=16,
     attention_heads=2, kv_heads=1, attention_dim=16, vocabulary=64,
@@ -87,6 +90,14 @@ def test_some_kernels_compile_for_hopper_without_spills(name: str) -> None:
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_every_kernel_compiles(name: str, architecture: int) -> None:
     check(name, architecture)
+
+
+def test_the_table_shows_every_kernel_and_no_spills_but_the_known_ones() -> None:
+    table = TABLE.read_text().split("<!-- compile table: begin -->")[1].split("<!-- compile table: end -->")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| ")][1:]
+    spilled = {row[0].strip(): row[3].split("/")[1].strip() for row in rows if "/" in row[3]}
+    assert {row[0].strip() for row in rows} == LAUNCHES.keys()
+    assert {name: int(spill) for name, spill in spilled.items() if int(spill)} == SPILLS
 
 
 @pytest.mark.parametrize("name", [name for name in ON_CARD if name not in ("attention", "swiglu")])
