@@ -48,7 +48,7 @@ class StepReport:
     tokens: list[int]
     expert_counts: dict[int, list[int]]
     news: RankNews
-    missed: int = 0
+    missed: int
 
     @property
     def loss(self) -> float:

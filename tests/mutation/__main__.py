@@ -45,7 +45,12 @@ class Result:
     @property
     def reason(self) -> str | None:
         """Why the change can't be seen, for those known as equivalent."""
-        return EQUIVALENT.get((self.source, self.code, self.mutant.before, self.mutant.after))
+        return reason_of(self.source, self.code, self.mutant)
+
+
+def reason_of(source: str, code: str, mutant: Mutant) -> str | None:
+    """Why nothing can see a change of this line, for those known as equivalent."""
+    return EQUIVALENT.get((source, code, mutant.before, mutant.after))
 
 
 def draw(room: str, count: int, seed: int, folder: Path) -> list[tuple[str, Mutant]]:
@@ -74,6 +79,7 @@ def try_room(
     limit: float | None = None
     for source, mutant in mutants:
         sound = (shop.folder / source).read_text()
+        code = sound.splitlines()[mutant.line - 1].strip()
         key = hashlib.sha256(f"{source} {mutant} {sound}".encode()).hexdigest()[:16]
         if key not in known and time.monotonic() > end:
             continue
@@ -86,14 +92,14 @@ def try_room(
                 print(f"{room}: tests pass in {passed.seconds:.0f} s", flush=True)
             shop.write(source, mutant.apply(sound))
             verdict = shop.run(ROOMS[room].tests, limit)
-            if not verdict.caught and ROOMS[room].wider:
+            if not verdict.caught and ROOMS[room].wider and reason_of(source, code, mutant) is None:
                 wider = shop.run(ROOMS[room].wider, 20 * limit)
                 verdict = Verdict(wider.caught, f"wider: {wider.by}", verdict.seconds + wider.seconds)
             shop.write(source, sound)
             known[key] = [verdict.caught, verdict.by]
             print(f"{verdict.seconds:4.0f} s", end=" ", flush=True)
         caught, by = known[key]
-        result = Result(room, source, mutant, sound.splitlines()[mutant.line - 1].strip(), caught, by)
+        result = Result(room, source, mutant, code, caught, by)
         print(f"{'caught' if caught else 'SURVIVED'} {source}:{mutant.line} {describe(mutant)} -- {by}", flush=True)
         yield result
 

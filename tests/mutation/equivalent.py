@@ -29,6 +29,12 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ): "a GPU alone takes the other branch, which leaves out work on empty slots",
     (
         "pretrain/monitor/corruption.py",
+        "CHUNK_ELEMENTS = 1 << 22",
+        "22",
+        "23",
+    ): "another size of the pieces: the same sum of integers",
+    (
+        "pretrain/monitor/corruption.py",
         "self.layout.engine.wait_for_weights()",
         "self.layout.engine.wait_for_weights()",
         "pass",

@@ -10,6 +10,7 @@ import torch
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import ModelOutput
 from amfm.model.loss import CrossEntropy
+from amfm.model.parallel.row_room import RowRoom
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.step_sums import RankNews, StepReport, empty_sums
@@ -22,6 +23,8 @@ def report_of_rank(tensor: int) -> tuple[StepReport, dict[int, list[int]]]:
     parallel = initialize_parallel(ParallelConfig(tensor=tensor), timeout_seconds=60, num_threads=1)
     sums = empty_sums(ModelConfig.model_validate(MODEL), parallel.device)
     part = 1 if tensor == 2 else 1 + parallel.rank
+    room = parallel.groups.row_room = RowRoom(1.0, parallel.device)
+    room.missed += part
     sums.nll += 0.1 * part
     sums.z_loss += 2.0 * part
     for name in sums.auxiliary:
@@ -43,6 +46,7 @@ def test_all_ranks_read_the_sums_and_the_news_of_all(tensor: int, times: int) ->
     assert set(report.auxiliary.values()) == {float(times)} and len(report.auxiliary) == 2
     assert report.expert_counts == counts == {1: [times, 2 * times, 3 * times, 2**40 * times]}
     assert report.news.signal == max(signal.SIGUSR1, signal.SIGTERM) and report.news.is_saving
+    assert report.missed == (3 if tensor == 1 else 2), "of each rank its own"
     # Tensor ranks read the same samples.
     assert report.news.damaged_samples == (7 if tensor == 1 else 2)
 
@@ -64,7 +68,7 @@ def test_micro_batches_add_up_by_hand_one_without_a_loss_among_them() -> None:
     assert [float(loss) for loss in sums.micro_losses] == [3.5, 6.0]
     report = sums.reduce(parallel, torch.tensor([20, 7]))
     assert (report.loss, report.z_loss, report.depth_losses()) == (7.0 / 20, 2.5, (2.0,))
-    assert report.expert_counts == {1: [3, 6, 0, 9]} and report.news == RankNews(0, False, 0)
+    assert report.expert_counts == {1: [3, 6, 0, 9]} and report.news == RankNews(0, False, 0) and report.missed == 0
     means = report.mean_auxiliary(config, 3)
     assert means == dict(zip(names, (1.0, 2.0, 3.0))) | {"logits_z": 2.5 / 20}
     assert "logits_z" not in report.mean_auxiliary(ModelConfig.model_validate(MODEL), 3)

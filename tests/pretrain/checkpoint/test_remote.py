@@ -23,6 +23,7 @@ from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.train import run_steps, train
@@ -205,6 +206,20 @@ def test_several_ranks_send_and_fetch_their_shares(
     assert read_events(tmp_path / "second", "start")[0]["resumed_from"] == "step-00000004"
     losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("straight", "second")]
     assert losses[1] == losses[0][4:]
+
+
+def pull_message(folder: str, url: str, variables: dict[str, str]) -> str:
+    os.environ.update(variables)
+    ranks = RankGroup(initialize_parallel(timeout_seconds=60).rank, 2)
+    with pytest.raises(RuntimeError) as raised:
+        RemoteCheckpoints(url).pull_newer(Path(folder), ranks)
+    return str(raised.value)
+
+
+def test_several_ranks_tell_a_damage_once(tmp_path: Path, url: str, server: dict[str, str]) -> None:
+    obstore.put(from_url(url), "step-00000002/manifest.json", b"{}")
+    first, second = run_ranks(pull_message, str(tmp_path), url, server)
+    assert first == second and first.count("is not an amfm checkpoint manifest") == 1
 
 
 def two_runs(data: DataConfig, folder: Path) -> tuple[Path, Path, Path]:
