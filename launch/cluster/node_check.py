@@ -29,6 +29,9 @@ CLOCK_SECONDS = 60.0
 STORAGE_BYTES = 1 << 20
 STORAGE_SECONDS = 5.0
 LINK_SECONDS = 8.0
+LOAD_SECONDS = (
+    40.0  # by which nodes may differ where each loads this program on its own, from storage that all ask at once
+)
 MIN_MEMORY_BYTES = 1 << 29  # a rank
 MIN_SHARED_BYTES = 1 << 26  # of /dev/shm, a rank
 DEVICE_DIM = 512
@@ -52,6 +55,7 @@ def make_request(run_dir: Path, ranks_per_node: int, *, loads_anew: bool) -> dic
         "ranks": ranks_per_node,
         "token": token,
         "time": time.time(),
+        "patience": LINK_SECONDS + LOAD_SECONDS * loads_anew,
         "code": collect_versions(),
     }
 
@@ -70,7 +74,7 @@ def check_node(request: Mapping[str, Any], received: float) -> list[str]:
     faults += check_storage(run_dir, request["token"])
     faults += check_memory(ranks)
     faults += check_devices(ranks)
-    faults += check_link(request["link"])
+    faults += check_link(request["link"], request["patience"])
     return faults
 
 
@@ -132,13 +136,16 @@ def check_memory(ranks: int) -> Iterator[str]:
         yield f"/dev/shm has {shutil.disk_usage(shared).free / 2**20:.0f} MiB free for {ranks} ranks; enlarge or clear it"
 
 
-def check_link(link: Mapping[str, Any]) -> Iterator[str]:
-    """The first node listens, tells at which port, and lets this many come; each other one goes there and hears a byte."""
+def check_link(link: Mapping[str, Any], patience: float) -> Iterator[str]:
+    """The first node listens, tells at which port, and lets this many come; each other one goes there and hears a byte.
+
+    patience: seconds for which the others try, whether or not the first one listens yet.
+    """
     if link.get("expect"):
         come = 0
         with socket.create_server(("", link.get("port", 0)), backlog=max(16, link["expect"])) as listener:
             tell(listening=listener.getsockname()[1])
-            deadline = time.monotonic() + 2 * LINK_SECONDS
+            deadline = time.monotonic() + patience + LINK_SECONDS
             while come < link["expect"] and (left := deadline - time.monotonic()) > 0:
                 listener.settimeout(left)
                 try:
@@ -151,7 +158,7 @@ def check_link(link: Mapping[str, Any]) -> Iterator[str]:
     if "connect" not in link:
         return
     host, port = link["connect"]
-    deadline, reason = time.monotonic() + LINK_SECONDS, "no answer"
+    deadline, reason = time.monotonic() + patience, "no answer"
     while time.monotonic() < deadline:
         try:
             with socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())) as connection:
@@ -196,6 +203,15 @@ def blame_links(faults: Mapping[str, Sequence[str]], first: str) -> dict[str, li
     return found
 
 
+def process_age() -> float:
+    """Seconds since this process started; 0 where the system does not say."""
+    stat = read_text(Path("/proc/self/stat"))
+    if stat is None:
+        return 0.0
+    started = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")  # since the system's own start
+    return max(0.0, time.monotonic() - started)
+
+
 def tell(**answer: Any) -> None:
     """Answer the launcher with one line; started over, since a rank may have left one unfinished."""
     sys.stdout.write(f"\n{MARK}{json.dumps(answer)}\n")
@@ -209,7 +225,8 @@ def read_answers(printed: str) -> list[dict[str, Any]]:
 
 def main(text: str) -> None:
     """Check this node as the request says, and tell the launcher."""
-    received, request = time.time(), json.loads(text)
+    # Not now: to load this from storage that all nodes ask at once may take longer than clocks may differ.
+    received, request = time.time() - process_age(), json.loads(text)
     link = request["link"]
     if "SLURM_NODEID" in os.environ and {"port", "connect"} <= link.keys():  # all nodes got the same request
         chosen = ("port", "expect") if os.environ["SLURM_NODEID"] == "0" else ("connect",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,17 @@ import pytest
 
 from amfm.launch.cluster import node_check
 from amfm.launch.cluster.left_out import LeftOut
-from amfm.launch.cluster.node_check import blame_links, check_code, check_link, check_node, make_request
+from amfm.launch.cluster.node_check import (
+    LINK_SECONDS,
+    blame_links,
+    check_code,
+    check_link,
+    check_node,
+    main,
+    make_request,
+    process_age,
+    read_answers,
+)
 
 
 def request(run_dir: Path, **changes: Any) -> dict[str, Any]:
@@ -33,20 +44,28 @@ def test_each_thing_that_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.Mo
         "the launcher has 1.0; install the same on every node"
     )
     assert "GiB of memory are free for 100000 ranks" in next(iter(node_check.check_memory(100_000)))
-    monkeypatch.setattr(node_check, "LINK_SECONDS", 0.3)
-    (unreached,) = check_link({"connect": ["127.0.0.1", 1]})
+    (unreached,) = check_link({"connect": ["127.0.0.1", 1]}, 0.3)
     assert "it does not reach 127.0.0.1 (port 1): " in unreached
 
 
+def test_a_clock_is_compared_as_of_the_start_of_a_process_that_loads_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    age = process_age()
+    monkeypatch.setattr(node_check, "CLOCK_SECONDS", age / 2)
+    main(json.dumps(request(tmp_path, time=time.time() - age)))
+    assert [answer["faults"] for answer in read_answers(capsys.readouterr().out)] == [[]]
+
+
 def test_nodes_come_to_the_first_one(capsys: pytest.CaptureFixture[str]) -> None:
-    waiting = threading.Thread(target=lambda: list(check_link({"expect": 2})))
+    waiting = threading.Thread(target=lambda: list(check_link({"expect": 2}, LINK_SECONDS)))
     waiting.start()
     said = ""
     while "listening" not in said:
         said += capsys.readouterr().out
         time.sleep(0.01)
     port = int(said.rpartition(" ")[2].strip("}\n"))
-    assert [list(check_link({"connect": ["127.0.0.1", port]})) for _ in range(2)] == [[], []]
+    assert [list(check_link({"connect": ["127.0.0.1", port]}, LINK_SECONDS)) for _ in range(2)] == [[], []]
     waiting.join(timeout=1)
     assert not waiting.is_alive()
 
