@@ -229,7 +229,7 @@ class Allocation:
         """
         if attempt.number and self.is_ending():
             say("amfm launch: too little is left of the job's time to start again")
-            return Outcome(DONE)
+            return Outcome(DONE, began=False)
         num_ranks = attempt.nodes * self.ranks_per_node
         logs = [node_log(self.config.run.dir, attempt.number, node) for node in range(attempt.nodes)]
         logs[0].parent.mkdir(parents=True, exist_ok=True)

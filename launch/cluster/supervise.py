@@ -45,7 +45,8 @@ class Attempt:
 class Outcome:
     """How an attempt ended: exit code as of one `amfm train`, and for a failure the rank, host and last words.
 
-    began: whether ranks were started at all; nodes that were lost since they were counted are not fault of the run.
+    began: whether ranks were started at all. Nodes that were lost since they were counted are not the run's fault, and the
+    run's events need not say why a launcher without time left started nothing.
     """
 
     code: int
@@ -79,7 +80,7 @@ def supervise(
         if attempt.nodes < nodes:
             say(f"amfm launch: continuing with {attempt.nodes} of {nodes} nodes")
         outcome = start(attempt)
-        if outcome.code == DONE and has_vanished(Path(config.run.dir)):
+        if outcome.code == DONE and outcome.began and has_vanished(Path(config.run.dir)):
             outcome = Outcome(RUN_FAILED, VANISHED)
         if outcome.code in (DONE, BAD_INPUT, INTERRUPTED):
             return outcome.code

@@ -215,7 +215,7 @@ def test_near_its_time_limit_a_job_starts_no_further_attempt(
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
     assert not allocation.is_ending()
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + config.launch.slurm.signal_seconds + 60))
-    assert allocation.is_ending() and allocation.start(Attempt(1, 1, "lost")) == Outcome(0)
+    assert allocation.is_ending() and allocation.start(Attempt(1, 1, "lost")) == Outcome(0, began=False)
 
 
 @pytest.mark.parametrize(("task", "named"), [(None, "7"), ("3", "5_3")])

@@ -61,6 +61,16 @@ def test_a_code_of_0_without_an_end_in_the_events_is_a_failure(
     assert run(config, Script(config, (0, "", None))) == 0
 
 
+def test_an_attempt_that_the_end_of_the_job_leaves_no_time_for_ends_the_launch(config: RunConfig) -> None:
+    """The rank that failed before it left no word of an end either."""
+    events = Path(config.run.dir, "events.jsonl")
+    events.parent.mkdir()
+    events.write_text('{"event": "start"}\n')
+    outcomes = [Outcome(3, "rank 1 was lost"), Outcome(0, began=False)]
+    assert supervise(config, lambda _: outcomes.pop(0), nodes=3, ranks_per_node=1, usable_nodes=lambda: 3) == 0
+    assert not outcomes
+
+
 def test_refused_input_is_not_started_again(config: RunConfig) -> None:
     script = Script(config, (2, "wrong tokenizer", None))
     assert run(config, script) == 2
