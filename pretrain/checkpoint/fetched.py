@@ -14,7 +14,7 @@ from amfm.data_pipeline.durable.deletion import try_to_delete
 from amfm.data_pipeline.durable.files import sync
 from amfm.data_pipeline.durable.naming import named
 from amfm.pretrain.checkpoint.commit import LATEST_NAME, TEMPORARY_NAME, RankFailure
-from amfm.pretrain.checkpoint.files import replace_text
+from amfm.pretrain.checkpoint.files import replace_text, sync_folders
 from amfm.pretrain.ranks.group import RankGroup
 
 FETCH_BYTES = 1 << 24
@@ -59,7 +59,7 @@ def commit_fetched(
             try_to_delete(temporary_dir, TEMPORARY_NAME)
         else:
             with problem.caught():
-                sync(temporary_dir)
+                sync_folders(temporary_dir)
                 os.rename(temporary_dir, temporary_dir.with_name(name))
                 sync(temporary_dir.parent)
                 replace_text(temporary_dir.with_name(LATEST_NAME), name + "\n")

@@ -5,6 +5,9 @@ Each rank writes one safetensors file, whose format any library reads without ou
 manifest lists every file with size and SHA-256, and carries a SHA-256 of its own text: a cut, swapped or edited file is
 found before anything is loaded. Files next to the manifest's are a fault if they hold tensors, else a warning.
 
+A file lies in the folder of its block of ranks, so that no folder of a checkpoint has thousands of files that all ranks create at
+once: a file system takes such entries one after the other. The first block's folder is the checkpoint itself.
+
 A manifest of version 1, which knew data parallelism alone, is read as one of version 2 (`upgrade_manifest`).
 """
 
@@ -14,10 +17,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +44,8 @@ MAPPINGS = (
     *("state", "config", "identities", "layout", "versions"),
 )
 CHUNK_BYTES = 1 << 24  # written, read and hashed at a time
+BLOCK_RANKS = 256  # whose files share a folder
+RANK_FILE = re.compile(r"(?:ranks-\d{5}/)?rank-(\d{5})\.safetensors")
 FLOAT32_KINDS = ("weight/", "exp_avg/", "exp_avg_sq/", "momentum/")
 NO_DIGEST = "0" * 64
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
@@ -57,8 +63,31 @@ class FileEntry:
 
 
 def rank_file_name(rank: int) -> str:
-    """Name of the file that a rank writes."""
-    return f"rank-{rank:05d}.safetensors"
+    """Name of the file that a rank writes, below the folder of the checkpoint."""
+    name, first = f"rank-{rank:05d}.safetensors", rank - rank % BLOCK_RANKS
+    return f"ranks-{first:05d}/{name}" if first else name
+
+
+def file_names_by_rank(manifest: Mapping[str, Any]) -> dict[int, str]:
+    """Names of a checkpoint's files by the rank that wrote them; older ones lie in no folders of blocks."""
+    found = {name: RANK_FILE.fullmatch(name) for name in manifest["files"]}
+    return {int(match[1]): name for name, match in found.items() if match is not None}
+
+
+def make_place(checkpoint_dir: Path, name: str) -> Path:
+    """Path of a file to be written below the folder of a checkpoint, which is there; its block's folder is made."""
+    path = checkpoint_dir / name
+    if path.parent != checkpoint_dir:
+        with named(path.parent):
+            path.parent.mkdir(exist_ok=True)
+    return path
+
+
+def sync_folders(checkpoint_dir: Path) -> None:
+    """Make the names of all files of a checkpoint durable. Raises OSError with the path."""
+    for path in checkpoint_dir.glob("ranks-*/"):
+        sync(path)
+    sync(checkpoint_dir)
 
 
 def measure_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
@@ -299,8 +328,11 @@ def find_fault(
 
 def find_foreign_files(checkpoint_dir: Path, manifest: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """List files that the manifest does not: (tensor files, which are a fault; others, which deserve a warning)."""
-    known = {MANIFEST_NAME, MARK_NAME, *manifest["files"]}
-    foreign = sorted(entry.name for entry in checkpoint_dir.iterdir() if entry.name not in known)
+    blocks = {str(PurePosixPath(name).parent) for name in manifest["files"]} | {"."}
+    known = {MANIFEST_NAME, MARK_NAME, *blocks, *manifest["files"]}
+    folders = [path for path in (checkpoint_dir / block for block in blocks) if path.is_dir()]
+    there = (str(entry.relative_to(checkpoint_dir)) for path in folders for entry in path.iterdir())
+    foreign = sorted(name for name in there if name not in known)
     tensor_files = [name for name in foreign if name.endswith(".safetensors")]
     return tensor_files, [name for name in foreign if name not in tensor_files]
 

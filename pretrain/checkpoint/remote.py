@@ -27,12 +27,12 @@ from amfm.data_pipeline.durable.naming import named
 from amfm.data_pipeline.store.object_store import RemoteFolder
 from amfm.pretrain.checkpoint.commit import RankFailure, is_marked, make_temporary, remove_temporary
 from amfm.pretrain.checkpoint.fetched import commit_fetched, copy_verified
-from amfm.pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, read_manifest
+from amfm.pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, make_place, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.ranks.group import RankGroup
 
 # What we write below the URL; nothing else there is looked at or removed.
-OBJECT_NAME = re.compile(r"(step-\d{8,})/(manifest\.json|keep|rank-\d{5}\.safetensors)")
+OBJECT_NAME = re.compile(r"(step-\d{8,})/(manifest\.json|keep|(?:ranks-\d{5}/)?rank-\d{5}\.safetensors)")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class RemoteCheckpoints:
         if damage is None:
             with problem.caught():
                 for file, entry in list(files.items())[ranks.rank :: ranks.world_size]:
-                    found = self._fetch_file(f"{name}/{file}", temporary_dir / file, entry)
+                    found = self._fetch_file(f"{name}/{file}", make_place(temporary_dir, file), entry)
                     damages += [] if found is None else [found]
         return commit_fetched(temporary_dir, name, damages, problem, ranks, doing)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from amfm.data_pipeline.progress import Report, silent
 from amfm.pretrain.checkpoint.commit import RankFailure
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
-from amfm.pretrain.checkpoint.files import StorageError, rank_file_name, verify_file
+from amfm.pretrain.checkpoint.files import StorageError, file_names_by_rank, verify_file
 from amfm.pretrain.checkpoint.fragments import create_state, refresh_working_weights, restore_group_settings
 from amfm.pretrain.checkpoint.random_state import restore_random_state
 from amfm.pretrain.checkpoint.reader import RangeReader
@@ -149,7 +149,7 @@ class Restore:
             new = f"ranks {rank} to {self.ranks.world_size - 1}" if rank < self.ranks.world_size - 1 else f"rank {rank}"
             text = f"{new} did not exist among the {saved_world_size} that saved; own random state is kept"
             return [text] if rank == saved_world_size else []
-        with open_tensors(self.checkpoint_dir / rank_file_name(rank), RuntimeError) as file:
+        with open_tensors(self.checkpoint_dir / file_names_by_rank(self.manifest)[rank], RuntimeError) as file:
             keys = [key for key in file.keys() if key.startswith("random/")]  # noqa: SIM118 - not a dict
             restore_random_state({key.removeprefix("random/"): file.get_tensor(key) for key in keys})
         return []

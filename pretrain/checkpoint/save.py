@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from amfm.data_pipeline.durable.deletion import try_to_delete
-from amfm.data_pipeline.durable.files import make_folders, sync
+from amfm.data_pipeline.durable.files import make_folders
 from amfm.pretrain.checkpoint.commit import (
     TEMPORARY_NAME,
     RankFailure,
@@ -47,8 +47,10 @@ from amfm.pretrain.checkpoint.compatibility import digest_config
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
 from amfm.pretrain.checkpoint.files import (
     FileEntry,
+    make_place,
     measure_tensors,
     rank_file_name,
+    sync_folders,
     write_tensors,
 )
 from amfm.pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
@@ -215,7 +217,7 @@ def write_snapshot(
 
     file: FileEntry | None = None
     with problem.caught():
-        path = temporary_dir / rank_file_name(ranks.rank)
+        path = make_place(temporary_dir, rank_file_name(ranks.rank))
         file = write_tensors(path, snapshot.tensors, snapshot.metadata())
     all_written = not ranks.collect(problem.text)
     joined = None
@@ -229,7 +231,7 @@ def write_snapshot(
                 # Marked before the rename, so that no pruning can meet the checkpoint without its mark.
                 if snapshot.marked:
                     mark(temporary_dir)
-                sync(temporary_dir)
+                sync_folders(temporary_dir)
                 if fence is not None:
                     fence()
                 saved = commit(temporary_dir, complete_manifest(snapshot.manifest, joined))

@@ -21,7 +21,7 @@ from amfm.data_pipeline.durable.deletion import try_to_delete
 from amfm.data_pipeline.durable.mounts import file_system_of, read_mounts
 from amfm.data_pipeline.store.node_cache import own_folder
 from amfm.pretrain.checkpoint.commit import RankFailure
-from amfm.pretrain.checkpoint.files import read_manifest
+from amfm.pretrain.checkpoint.files import file_names_by_rank, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.checkpoint.replicas.nodes import Nodes
 from amfm.pretrain.ranks.group import RankGroup
@@ -29,7 +29,6 @@ from amfm.pretrain.ranks.group import RankGroup
 OWN_NAME = re.compile(r"amfm-[0-9a-f]{12}-[0-9a-f]{32}")
 GENERATIONS = 2  # the old one goes when the new one stands on all nodes
 SPARE_BYTES = 1 << 24  # for manifests
-RANK_FILE = re.compile(r"rank-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -93,13 +92,13 @@ class NodeMemory:
                 remarks.append(str(error))
                 continue
             if manifest["step"] > after_step and ".old" not in path.name:
-                names = {RANK_FILE.fullmatch(name): entry["bytes"] for name, entry in manifest["files"].items()}
+                names, files = file_names_by_rank(manifest), manifest["files"]
                 held = [
-                    int(name[1])
-                    for name, size in names.items()
-                    if name is not None and (path / name[0]).is_file() and (path / name[0]).stat().st_size == size
+                    rank
+                    for rank, name in names.items()
+                    if (path / name).is_file() and (path / name).stat().st_size == files[name]["bytes"]
                 ]
-                found[manifest["step"]] = Generation(manifest["sha256"], len(names), tuple(held))
+                found[manifest["step"]] = Generation(manifest["sha256"], len(files), tuple(held))
         return found, remarks
 
     def clear(self) -> list[str]:

@@ -16,7 +16,14 @@ from pathlib import Path
 from amfm.data_pipeline.durable.files import make_folders
 from amfm.pretrain.checkpoint.commit import RankFailure, make_temporary, remove_temporary
 from amfm.pretrain.checkpoint.fetched import commit_fetched, copy_verified
-from amfm.pretrain.checkpoint.files import MANIFEST_NAME, rank_file_name, read_manifest, replace_text
+from amfm.pretrain.checkpoint.files import (
+    MANIFEST_NAME,
+    file_names_by_rank,
+    make_place,
+    rank_file_name,
+    read_manifest,
+    replace_text,
+)
 from amfm.pretrain.checkpoint.names import checkpoint_name, newest_saved_step
 from amfm.pretrain.checkpoint.replicas.memory import Generation, NodeMemory
 from amfm.pretrain.checkpoint.replicas.nodes import find_holders, share_out
@@ -105,12 +112,13 @@ def fetch(
 
 def copy_files(files: list[int], source_dir: Path, temporary_dir: Path) -> dict[int, str]:
     """Copy files of ranks; returns what is damaged, by rank of the file. Raises OSError where the disk does not take them."""
-    entries = read_manifest(source_dir)["files"] if files else {}
-    damages = {}
+    manifest = read_manifest(source_dir) if files else {"files": {}}
+    names, damages = file_names_by_rank(manifest), {}
     for file in files:
-        name = rank_file_name(file)
+        name = names[file]
         with (source_dir / name).open("rb") as source:
-            damage = copy_verified(source, temporary_dir / name, str(source_dir / name), entries[name])
+            place = make_place(temporary_dir, name)
+            damage = copy_verified(source, place, str(source_dir / name), manifest["files"][name])
         if damage is not None:
             damages[file] = damage
     return damages

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from amfm.data_pipeline.durable.deletion import try_to_delete
 from amfm.data_pipeline.store.node_cache import own_folder
 from amfm.pretrain.checkpoint.commit import TEMPORARY_NAME, RankFailure, commit, discard, remove_temporary
-from amfm.pretrain.checkpoint.files import rank_file_name, write_tensors
+from amfm.pretrain.checkpoint.files import make_place, rank_file_name, write_tensors
 from amfm.pretrain.checkpoint.manifest import JoinedReports, complete_manifest
 from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
@@ -72,7 +72,8 @@ def write_replica(memory: NodeMemory, snapshot: Snapshot, ranks: RankGroup) -> S
     report = snapshot.report
     if problem is None:
         with failure.caught():
-            file = write_tensors(temporary_dir / rank_file_name(ranks.rank), snapshot.tensors, snapshot.metadata())
+            path = make_place(temporary_dir, rank_file_name(ranks.rank))
+            file = write_tensors(path, snapshot.tensors, snapshot.metadata())
             report, size = dataclasses.replace(report, file=file), file.num_bytes
         problem = first_problem(failure, ranks)
     sizes = ranks.all_gather(size)
@@ -127,5 +128,5 @@ def send_copies(
             assert work is not None, "every rank belongs to the group"
             work.wait()
         for rank, copy in incoming.items():
-            with failure.caught(), (temporary_dir / rank_file_name(rank)).open("ab") as file:
+            with failure.caught(), make_place(temporary_dir, rank_file_name(rank)).open("ab") as file:
                 file.write(tensor_bytes(copy))

@@ -13,11 +13,13 @@ from typing import Any
 
 import obstore
 import pytest
+import torch
 from obstore.store import from_url
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.store.object_store import PART_BYTES, RemoteFolder
 from amfm.pretrain.checkpoint.commit import mark
+from amfm.pretrain.checkpoint.files import MAPPINGS, encode_manifest, make_place, rank_file_name, write_tensors
 from amfm.pretrain.checkpoint.inspect import inspect_checkpoint
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
@@ -125,6 +127,30 @@ def test_damage_in_the_store_is_passed_over_and_never_begins_anew(data: DataConf
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(RuntimeError, match=r"none of the \d checkpoints in s3://.* can be loaded: .* to start over"):
         train(tiny_config(data, tmp_path / "run", **settings(url)))
+
+
+def save_by_hand(checkpoint_dir: Path, step: int) -> Path:
+    """A checkpoint of two files of ranks in different blocks, without tensors of a model."""
+    files = {}
+    for rank in (0, 300):
+        name = rank_file_name(rank)
+        checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        entry = write_tensors(make_place(checkpoint_dir, name), {"random/torch": torch.arange(rank + step)}, {})
+        files[name] = {"bytes": entry.num_bytes, "sha256": entry.sha256}
+    body = {**{name: {} for name in MAPPINGS}, "step": step, "files": files}
+    (checkpoint_dir / "manifest.json").write_text(encode_manifest(body))
+    return checkpoint_dir
+
+
+def test_files_in_folders_of_blocks_are_sent_fetched_and_removed(tmp_path: Path, url: str) -> None:
+    store, names = RemoteCheckpoints(url), ["manifest.json", rank_file_name(0), rank_file_name(300)]
+    first, second = (save_by_hand(tmp_path / "own" / f"step-0000000{step}", step) for step in (1, 2))
+    assert store.push(first, ALONE, 1) == []
+    assert store.pull_newer(tmp_path / "fetched", ALONE) == []
+    (fetched,) = list_checkpoints(tmp_path / "fetched")
+    assert all((fetched / name).read_bytes() == (first / name).read_bytes() for name in names)
+    assert store.push(second, ALONE, 1) == []
+    assert sorted(facts.name for facts in store.folder.list()) == [f"{second.name}/{name}" for name in names]
 
 
 def test_an_unknown_kind_of_url_is_refused_before_anything_starts(data: DataConfig, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from amfm.pretrain.checkpoint import files
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
@@ -34,8 +35,9 @@ def test_each_file_is_read_once(tmp_path: Path) -> None:
     assert saved <= bytes_read() - before < 1.2 * saved
 
 
-def save_state(folder: str) -> list[str]:
-    """Save steps 1 and 2 and return what this rank holds at each."""
+def save_state(folder: str, block_ranks: int) -> list[str]:
+    """Save steps 1 and 2, in folders of that many ranks, and return what this rank holds at each."""
+    files.BLOCK_RANKS = block_ranks
     engine = make_engine(initialize_parallel(timeout_seconds=60, num_threads=1), stage=2)
     digests = []
     for step in (1, 2):
@@ -54,10 +56,15 @@ def load_state(folder: str) -> tuple[int, str]:
     return loaded.step, digest_state(engine)
 
 
-def test_what_a_damaged_checkpoint_left_is_replaced_by_the_one_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("block_ranks", "name"), [(256, "rank-00001.safetensors"), (1, "ranks-00001/rank-00001.safetensors")]
+)
+def test_what_a_damaged_checkpoint_left_is_replaced_by_the_one_before(
+    tmp_path: Path, block_ranks: int, name: str
+) -> None:
     """Rank 0 restores its sound file of step 2 before rank 1 finds a flipped bit in its own."""
-    digests = run_ranks(save_state, str(tmp_path), num_ranks=2)
-    path = tmp_path / "step-00000002" / "rank-00001.safetensors"
+    digests = run_ranks(save_state, str(tmp_path), block_ranks, num_ranks=2)
+    path = tmp_path / "step-00000002" / name
     content = bytearray(path.read_bytes())
     content[-5] ^= 4
     path.write_bytes(content)

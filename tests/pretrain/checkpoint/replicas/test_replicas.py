@@ -16,6 +16,7 @@ import torch.distributed
 import amfm.pretrain.checkpoint.replicas.write
 import amfm.pretrain.train
 from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.checkpoint import files
 from amfm.pretrain.checkpoint.background import BackgroundSaver
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints
 from amfm.pretrain.checkpoint.names import list_checkpoints
@@ -303,6 +304,12 @@ def test_two_nodes_lose_ranks_memory_and_copies(data: DataConfig, tmp_path: Path
         assert difference["tensors"] == {} and difference["state"] == {}, (name, difference)
 
 
+def be_in_blocks(fault: Callable[[int], None] | None, rank: int) -> None:
+    """Of two ranks, whose files share a folder."""
+    files.BLOCK_RANKS = 2
+    be_on_node(fault, rank)
+
+
 def go_on_with_one_node(data: DataConfig, place: Path) -> None:
     """A node is lost for good, and the run continues with the other in another layout; replicas are written during
     training.
@@ -311,9 +318,9 @@ def go_on_with_one_node(data: DataConfig, place: Path) -> None:
     memory.mkdir()
     run_dir.mkdir()
     both = settings(memory, train__micro_batch_size=1, train__checkpoint_in_background=True, parallel__zero_stage=2)
-    assert -9 in start(data, run_dir, both, 4, partial(be_on_node, partial(in_step, (2, 3))))
+    assert -9 in start(data, run_dir, both, 4, partial(be_in_blocks, partial(in_step, (2, 3))))
     lose_node(run_dir, memory)
-    assert start(data, run_dir, {**both, "parallel__tensor": 2}, 2, partial(be_on_node, None)) == [0, 0]
+    assert start(data, run_dir, {**both, "parallel__tensor": 2}, 2, partial(be_in_blocks, None)) == [0, 0]
 
 
 @pytest.mark.slow

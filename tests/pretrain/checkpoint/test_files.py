@@ -1,0 +1,33 @@
+"""Files of a checkpoint lie in folders of blocks of ranks, and those of older checkpoints in none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from amfm.pretrain.checkpoint.files import (
+    BLOCK_RANKS,
+    file_names_by_rank,
+    find_foreign_files,
+    make_place,
+    rank_file_name,
+)
+
+
+def test_no_folder_has_the_files_of_more_ranks_than_a_block_and_every_name_says_its_rank() -> None:
+    names = [rank_file_name(rank) for rank in range(16_384)]
+    assert names[255:257] == ["rank-00255.safetensors", "ranks-00256/rank-00256.safetensors"]
+    folders = [str(Path(name).parent) for name in names]
+    assert {folders.count(folder) for folder in set(folders)} == {BLOCK_RANKS}
+    assert file_names_by_rank({"files": dict.fromkeys(names)}) == dict(enumerate(names))
+
+
+def test_a_checkpoint_without_blocks_is_known_by_its_own_names() -> None:
+    names = [f"rank-{rank:05d}.safetensors" for rank in range(300)]
+    assert file_names_by_rank({"files": dict.fromkeys([*names, "others.json"])}) == dict(enumerate(names))
+
+
+def test_tensors_that_the_manifest_does_not_list_are_found_in_the_folders_of_blocks_too(tmp_path: Path) -> None:
+    names = [rank_file_name(0), rank_file_name(300), "ranks-00256/rank-00301.safetensors", "ranks-00256/notes.txt"]
+    for name in ("manifest.json", *names):
+        make_place(tmp_path, name).touch()
+    assert find_foreign_files(tmp_path, {"files": dict.fromkeys(names[:2])}) == (names[2:3], names[3:])
