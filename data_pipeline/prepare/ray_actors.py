@@ -63,6 +63,7 @@ def run_on_ray(
     Uses the running Ray of this process, else the cluster at `address`, else starts a small one for the time of the
     call. A unit whose actor dies is given to a new actor, three times at most, then RuntimeError.
     """
+    choose_token(address)  # before the import
     import ray  # here: training and a complete store never need it
 
     wanted = config.prepare.num_actors or (None if address else len(os.sched_getaffinity(0)))
