@@ -17,7 +17,7 @@ from torch import Tensor
 
 from amfm.kernels.attention.log_sums import raise_highest
 from amfm.kernels.common.shapes import check_documents, check_float, check_shape
-from amfm.kernels.runtime.backend import BACKENDS
+from amfm.kernels.runtime.backend import BACKENDS, resolve_backend
 from amfm.kernels.sparse_attention import reference, torch_impl
 from amfm.kernels.sparse_attention.rows import IndexRows, keep
 
@@ -41,7 +41,7 @@ def choose_keys(
 def sparse_attention(
     q_BTHK: Tensor,
     k_BSJK: Tensor,
-    v_BSJV: Tensor,
+    v_BSJV: Tensor | int,
     places_BTN: Tensor,
     *,
     scale: float,
@@ -50,8 +50,8 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v over the keys at `places_BTN` alone -> [B, T, H, V], and the weights of each key, [B, T, N].
 
-    q [B, T, H, K], k [B, S, J, K], v [B, S, J, V] with J dividing H; a place of -1 stands for none, and each query needs a key. The
-    weights are summed over heads and carry no gradient, in float32 at least as the softmax is. `highest_H` [H] is raised in
+    q [B, T, H, K], k [B, S, J, K], v [B, S, J, V] with J dividing H; a number V in place of v: values are the first V channels of
+    keys, as of latents. A place of -1 stands for none, and each query needs a key. The weights are summed over heads and carry no gradient, in float32 at least as the softmax is. `highest_H` [H] is raised in
     place to the largest log-sum-exp of each head's queries. Backward reads the chosen keys again. Raises ValueError for
     wrong shapes and dtypes.
     """
@@ -59,15 +59,27 @@ def sparse_attention(
     check_float("q_BTHK", q_BTHK)
     batch, tokens, heads, size = q_BTHK.shape
     check_shape("k_BSJK", k_BSJK, (batch, -1, -1, size), q_BTHK)
+    check_float("k_BSJK", k_BSJK, q_BTHK)
     keys, kv_heads = k_BSJK.shape[1:3]
-    check_shape("v_BSJV", v_BSJV, (batch, keys, kv_heads, -1), q_BTHK)
+    if isinstance(v_BSJV, int):
+        if not 0 < v_BSJV <= size:
+            raise ValueError(f"values must be 1 to {size} of the channels of keys; got {v_BSJV}")
+    else:
+        check_shape("v_BSJV", v_BSJV, (batch, keys, kv_heads, -1), q_BTHK)
+        check_float("v_BSJV", v_BSJV, q_BTHK)
     check_shape("places_BTN", places_BTN, (batch, tokens, -1), q_BTHK)
-    for name, tensor in (("k_BSJK", k_BSJK), ("v_BSJV", v_BSJV)):
-        check_float(name, tensor, q_BTHK)
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"key heads must divide the query heads; got {kv_heads} and {heads}")
-    attend = reference.sparse_attention if _plain(backend) == "reference" else torch_impl.sparse_attention
-    o_BTHV, mass_BTN, log_sums_BTH = attend(q_BTHK, k_BSJK, v_BSJV, places_BTN, scale)
+    backend = resolve_backend(backend, q_BTHK.device, "sparse_attention")
+    if backend == "triton":
+        from amfm.kernels.sparse_attention.triton_impl import sparse_attention_triton
+
+        v, value_size = (None, v_BSJV) if isinstance(v_BSJV, int) else (v_BSJV, v_BSJV.shape[3])
+        o_BTHV, mass_BTN, log_sums_BTH = sparse_attention_triton(q_BTHK, k_BSJK, v, places_BTN, scale, value_size)
+    else:
+        attend = reference.sparse_attention if backend == "reference" else torch_impl.sparse_attention
+        v_BSJV = k_BSJK[..., :v_BSJV] if isinstance(v_BSJV, int) else v_BSJV
+        o_BTHV, mass_BTN, log_sums_BTH = attend(q_BTHK, k_BSJK, v_BSJV, places_BTN, scale)
     if highest_H is not None:
         raise_highest(highest_H, log_sums_BTH.detach().transpose(1, 2))
     return o_BTHV, mass_BTN
@@ -109,7 +121,7 @@ def warm_up_loss(
 
 
 def _plain(backend: str) -> str:
-    """What runs: there are no Triton kernels yet, so that `auto` and `triton` are PyTorch on a GPU too."""
+    """What runs of the indexer's part, which has no Triton kernels: `auto` and `triton` are PyTorch on a GPU too."""
     if backend not in BACKENDS:
         raise ValueError(f"kernels backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     return "reference" if backend == "reference" else "torch"
@@ -129,3 +141,22 @@ def _check_index(index: IndexRows, document_ids_BS: Tensor | None) -> None:
 def index_flops(tokens: float, keys: float, heads: int, size: int) -> float:
     """Floating point operations of an indexer's scores: a product per head, then relu, weight and sum."""
     return tokens * keys * heads * (2 * size + 2)
+
+
+def sparse_flops(pairs: int, heads: int, size: int, value_size: int, *, backward: bool) -> int:
+    """Floating point operations of attention over pairs of a query and a chosen key: two products forward, five backward.
+
+    The weights that an indexer learns from take the first once more, which is not counted.
+    """
+    return pairs * heads * (2 * (3 * size + 2 * value_size) if backward else 2 * (size + value_size))
+
+
+def sparse_bytes(queries: int, outputs: int, keys: int, places: int, element: int, *, backward: bool) -> int:
+    """Least bytes, of numbers of q, of the output, of keys with their values, and of places, which are 8 bytes each.
+
+    Forward reads q, keys and places, and writes the output and float32 weights; backward reads all but weights and the output's
+    gradient, and writes three gradients. `element`: bytes of one number of q.
+    """
+    if backward:
+        return element * 2 * (queries + outputs + keys) + 8 * places
+    return element * (queries + outputs + keys) + 12 * places

@@ -7,6 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Of the Triton kernels' tiles: heads in forward, which fetches chosen keys once for each tile, and in backward, where the
+# gradients of scores are read once for each tile of channels.
+FORWARD_HEADS, SLOPE_HEADS, SUM_CHANNELS = 32, 128, 128
+
 
 class IndexRows(NamedTuple):
     """Score of query t and key s: sum over heads i of weight_ti relu(q_ti . k_s).

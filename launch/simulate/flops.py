@@ -16,6 +16,7 @@ from amfm.kernels.attention.op import attention_flops
 from amfm.kernels.decay_scan.op import scan_flops
 from amfm.kernels.delta_scan.op import delta_flops
 from amfm.kernels.diag_scan.op import diag_flops
+from amfm.kernels.sparse_attention.op import sparse_flops
 
 Named = dict[str, Any]
 Known = Callable[[Any], Any]
@@ -71,6 +72,13 @@ def _seen(window: int, queries: int, keys: int) -> int:
     pairs = queries * before + queries * (queries + 1) // 2
     hidden, least = keys - window, max(1, before + 1 - window)
     return pairs if not window or hidden < least else pairs - (least + hidden) * (hidden - least + 1) // 2
+
+
+def _chosen(given: Named, *, backward: bool) -> int:
+    """Attention to chosen keys, of as many as queries of one document see; scores made again for the weights aren't counted."""
+    (batch, queries, heads, size), keys = given["q_BTHK"].shape, given["k_BSJK"].shape[1]
+    pairs = batch * _seen(given["places_BTN"].shape[2], queries, keys)
+    return sparse_flops(pairs, heads, size, given["value_size"], backward=backward)
 
 
 def _decay(given: Named, *, backward: bool) -> int:
@@ -139,6 +147,7 @@ def _both(formula: Callable[..., int], name: str) -> dict[str, Callable[[Named],
 KERNELS: dict[str, Callable[[Named], int]] = {
     **_both(_attention, "attention_triton"),
     **_both(_documents, "_varlen_attn"),
+    **_both(_chosen, "sparse_attention_triton"),
     **_both(_decay, "decay_scan_triton"),
     **_both(_mixer, "mamba2_triton"),
     "mamba2_leaving_triton": _walk,

@@ -195,12 +195,11 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
             assert isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
             latent_BTX, index = torch.cat([state["latent"], latent_BTX], dim=1), index.after(state["index_k"])
             following = {"latent": latent_BTX, "index_k": index.k_BSC}
-        k_BS1X = latent_BTX.unsqueeze(2)
         o_BTHr, auxiliary = self.indexer.attend(
             index,
             self._fold(q_BTHK),
-            k_BS1X,
-            k_BS1X[..., : self.options.latent_size],
+            latent_BTX.unsqueeze(2),
+            self.options.latent_size,
             meta,
             scale=self.key_size**-0.5,
             highest_H=self.noted_logits(),

@@ -84,6 +84,14 @@ def test_a_choice_of_all_keys_is_dense_attention() -> None:
     assert_near(mass.sum(-1), torch.full((2, 40), 4.0), EXACT)
 
 
+def test_values_may_be_channels_of_keys() -> None:
+    q, k, _ = (x.requires_grad_() for x in make_heads(20, 20, 4, 1, 12, 5))
+    places = choose_keys(make_rows(20, 20), top_k=6)
+    found = [sparse_attention(q, k, v, places, scale=0.4)[0] for v in (5, k[..., :5])]
+    assert_bitwise(*found)
+    assert_all_near(*(list(torch.autograd.grad(o.square().sum(), (q, k))) for o in found), 0.0)
+
+
 def test_of_equal_scores_the_earlier_key_is_chosen_and_no_other_document_ever() -> None:
     index = IndexRows(*(torch.zeros_like(x) for x in make_rows(12, 12)))
     places = choose_keys(index, top_k=3, document_ids_BS=make_ids((7, 5)))
@@ -138,5 +146,7 @@ def test_wrong_shapes_are_refused_by_name() -> None:
         sparse_attention(q, k, v, places[:, 1:], scale=1.0)
     with pytest.raises(ValueError, match="key heads must divide"):
         sparse_attention(q[:, :, :3], k, v, places, scale=1.0)
+    with pytest.raises(ValueError, match="values must be 1 to 4 of the channels of keys; got 5"):
+        sparse_attention(q, k, 5, places, scale=1.0)
     with pytest.raises(ValueError, match="mass_BTN must have shape"):
         chosen_loss(index, places, torch.ones(2, 6, 4))

@@ -30,7 +30,7 @@ def _calls(path: Path, name: str) -> Iterator[tuple[int, set[str]]]:
 def test_all_kernels_are_looked_at() -> None:
     assert {path.parent.name for path in FILES} >= {
         "attention", "causal_conv1d", "decay_scan", "delta_scan", "diag_scan", "linear_cross_entropy", "moe", "norm",
-        "rope", "swiglu",
+        "rope", "sparse_attention", "swiglu",
     }  # fmt: skip
     assert sum(1 for path in FILES for _ in _calls(path, "load")) > 100
 

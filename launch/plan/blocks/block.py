@@ -49,8 +49,12 @@ class PlannedBlock:
         sizes = measured_sizes(self.model, self.letter, self.config.train.sequence_length)
         for name, outputs, inputs in sizes.matrices:
             line.product(tokens, inputs, outputs / tensor, weight=name)
-        line.mixing(tokens * sizes.sequence_flops / tensor, tokens * kept)
+        self.mix(line, tokens * sizes.sequence_flops / tensor, tokens * kept)
         line.passes(2 * tokens * kept)
+
+    def mix(self, line: Roofline, flops: float, moved: float) -> None:
+        """Add the recurrence or the attention of the mixer itself, of so many FLOPs and bytes in forward."""
+        line.mixing(flops, moved)
 
     def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
         """What this many blocks hand to collectives over tensor ranks in one micro-batch.

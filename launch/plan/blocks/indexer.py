@@ -1,15 +1,17 @@
 """What an indexer adds to a block, and the row length from which attention to the keys that it chooses is the faster one.
 
-All of it runs in PyTorch, in float32: scores of all keys once, without a backward pass, then gathered keys and values, written
-and read again. So these seconds are those of reading more than of arithmetic, and not those of a kernel that would read
-chosen keys where they lie. No GPU has measured them.
+The indexer's part runs in PyTorch, in float32: scores of all keys once, without a backward pass, and those of chosen keys,
+which are gathered. Attention to chosen keys is our Triton kernels', whose launches are counted here one by one: every key that
+a program fetches comes from memory, where a cache may hold it. No GPU has measured them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 
+from amfm.kernels.sparse_attention.rows import FORWARD_HEADS, SLOPE_HEADS, SUM_CHANNELS
 from amfm.kernels.sparse_attention.torch_impl import query_blocks
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
 from amfm.launch.plan.blocks.block import PlannedBlock
@@ -24,32 +26,56 @@ from amfm.model.config.options import MixerOptions
 from amfm.pretrain.config.schema import RunConfig
 
 LONGEST = 1 << 24
+# Of a pair, in a stable sort of 64-bit numbers with their places: eight passes that read and write both.
+SORTED_BYTES = 8 * 2 * 16
+PLACE_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What a query and a key cost: FLOPs of dense attention and of that to chosen keys, and the numbers read of a chosen key.
+    """What a query and a key are: query heads and key heads, channels of keys and of values, which may be channels of the keys.
 
-    target: FLOPs of the scores that a warm-up makes once more.
+    dense: FLOPs of dense attention, whose keys of latents are expanded.
     """
 
     dense: float
-    chosen: float
-    numbers: float
-    target: float
+    heads: float
+    kv_heads: float
+    size: int
+    value_size: int
+    shared: bool
 
     @classmethod
     def of(cls, options: MixerOptions, tensor: int = 1) -> Pair:
         """Those of the heads on one rank."""
+        heads = float(getattr(options, "num_heads")) / tensor  # noqa: B009
         if isinstance(options, AttentionConfig):
-            width, keys = options.num_heads / tensor, max(1.0, options.num_kv_heads / tensor)
-            products = 4 * width * options.head_dim
-            return cls(products, products, 2 * keys * options.head_dim, products / 2)
+            size, kv_heads = options.head_dim, max(1.0, options.num_kv_heads / tensor)
+            return cls(4 * heads * size, heads, kv_heads, size, size, shared=False)
         assert isinstance(options, MlaOptions), "only attention and latent attention have indexers"
-        key, heads = options.nope_head_dim + options.rope_head_dim, options.num_heads / tensor
-        latent = options.latent_size + options.rope_head_dim
-        folded = 2 * heads * (latent + options.latent_size)
-        return cls(2 * heads * (key + options.value_head_dim), folded, latent, 2 * heads * latent)
+        dense = 2 * heads * (options.nope_head_dim + options.rope_head_dim + options.value_head_dim)
+        latent = options.latent_size
+        return cls(dense, heads, 1.0, latent + options.rope_head_dim, latent, shared=True)
+
+    @property
+    def keys(self) -> float:
+        """Numbers of a key."""
+        return self.kv_heads * self.size
+
+    @property
+    def numbers(self) -> float:
+        """Numbers of a key and its value."""
+        return self.keys + (0.0 if self.shared else self.kv_heads * self.value_size)
+
+    @property
+    def scores(self) -> float:
+        """FLOPs of the product of queries and key."""
+        return 2 * self.heads * self.size
+
+    @property
+    def values(self) -> float:
+        """FLOPs of that of weights and value."""
+        return 2 * self.heads * self.value_size
 
 
 def add_indexer(line: Roofline, tokens: float, length: int, options: MixerOptions, hidden: int, tensor: int) -> None:
@@ -70,13 +96,36 @@ def add_indexer(line: Roofline, tokens: float, length: int, options: MixerOption
     # A head's products are written, cut at zero and read; their sum is masked, compared and counted.
     score, written = heads * (2 * size + 2), FLOAT32_BYTES * (3 * heads + 6)
     if indexer.stage == "warm_up":
-        add(line.forwards, seen, 3 * score + pair.target, 3 * written)
+        add(line.forwards, seen, 3 * score + pair.scores, 3 * written)
         return
     read, _ = keys_and_scores(indexer, length)
     add(line.forwards, seen, score, written)
     gathered = line.element_bytes + 2 * FLOAT32_BYTES
     add(line.forwards, read, 3 * score, size * gathered + 3 * written)
-    add(line.forwards + 2.5, read, pair.chosen, pair.numbers * gathered)
+    line.seconds += tokens * read * _chosen_seconds(line, pair)
+
+
+def _chosen_seconds(line: Roofline, pair: Pair) -> float:
+    """Seconds per query and chosen key of the kernels' launches (`kernels/sparse_attention/triton_impl.py`)."""
+    hardware, e = line.hardware, line.element_bytes
+    forward = line.peak * hardware.attention_efficiency
+    backward = line.peak * (hardware.attention_backward_efficiency or hardware.attention_efficiency)
+
+    def launch(rate: float, flops: float, moved: float) -> float:
+        return max(flops / rate, (moved + PLACE_BYTES) / line.bandwidth)
+
+    # Keys are fetched once per tile of a key head's heads; weights and slopes once per tile of channels.
+    wide, narrow = (ceil(pair.heads / pair.kv_heads / heads) for heads in (FORWARD_HEADS, SLOPE_HEADS))
+    of_keys, of_values = (e * pair.heads * ceil(size / SUM_CHANNELS) for size in (pair.size, pair.value_size))
+    both = pair.scores + pair.values
+    output = launch(forward, both, e * wide * pair.numbers)
+    weights = launch(forward, pair.scores, e * pair.keys)
+    slopes = launch(backward, both, e * (narrow * pair.numbers + 2 * pair.heads))
+    queries = launch(backward, pair.scores, e * narrow * pair.keys + of_keys)
+    keys = launch(backward, both, of_keys + of_values + FLOAT32_BYTES * pair.numbers)
+    # What a pair adds is read again, and the sum of its key read and written; a sort of places moves them some times.
+    sums = (3 * FLOAT32_BYTES * pair.numbers + SORTED_BYTES) / line.bandwidth
+    return line.forwards * (output + weights) + slopes + queries + keys + sums
 
 
 def pays_from(options: MixerOptions, hidden: int, hardware: Hardware, precision: str) -> int | None:
@@ -136,7 +185,7 @@ def context_exchanges(config: RunConfig, layout: Layout, options: MixerOptions, 
     tokens = layout.stage_ranks * layout.tokens(config) * size
     again = 0.0
     if indexer.stage == "warm_up":
-        again = Pair.of(options, layout.tensor).numbers / (2 if isinstance(options, AttentionConfig) else 1)
+        again = Pair.of(options, layout.tensor).keys
     keys = tokens * (indexer.head_dim + again)
     yield Exchange("cp", "all_gather", dtype, times * (2 if again else 1), times * keys)
     yield Exchange("cp", "reduce_scatter", dtype, times, layout.context * times * tokens * indexer.head_dim)
@@ -148,11 +197,16 @@ class PlannedLatent(PlannedBlock):
     options: MlaOptions
 
     def add(self, line: Roofline, layout: Layout, storage: Storage, imbalance: float) -> None:
-        """As one that is built says; of chosen keys the mixing once more, as PyTorch does it."""
+        """As one that is built says, and what an indexer adds."""
         super().add(line, layout, storage, imbalance)
         if self.options.indexer is not None:
             length, hidden = self.config.train.sequence_length, self.model.hidden_size
             add_indexer(line, layout.tokens(self.config), length, self.options, hidden, layout.tensor)
+
+    def mix(self, line: Roofline, flops: float, moved: float) -> None:
+        """Dense attention; that to chosen keys comes with the indexer."""
+        if self.options.indexer is None or self.options.indexer.stage == "warm_up":
+            super().mix(line, flops, moved)
 
     def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
         """The crossings of its region, and what an indexer exchanges."""

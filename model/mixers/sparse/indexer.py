@@ -98,13 +98,13 @@ class Indexer(Float32Buffers):
         index: IndexRows,
         q_BTHK: Tensor,
         k_BSJK: Tensor,
-        v_BSJV: Tensor,
+        v_BSJV: Tensor | int,
         meta: PackMeta,
         *,
         scale: float,
         highest_H: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Attend to the chosen keys of whole rows -> [B, T, H, V], and in training the loss.
+        """Attend to the chosen keys of whole rows -> [B, T, H, V], and in training the loss; values as `sparse_attention` takes them.
 
         Every rank of `groups.tp` and `groups.cp` must call.
         """
@@ -112,7 +112,7 @@ class Indexer(Float32Buffers):
         for queries, seen, ids_BS in _pieces(meta, index.k_BSC.shape[1]):
             part = _part(index, queries, seen)
             places_BLN = choose_keys(part, top_k=self.options.top_k, document_ids_BS=ids_BS, backend=backend)
-            k, v = k_BSJK[:, :seen], v_BSJV[:, :seen]
+            k, v = k_BSJK[:, :seen], v_BSJV if isinstance(v_BSJV, int) else v_BSJV[:, :seen]
             o_BLHV, mass_BLN = sparse_attention(
                 q_BTHK[:, queries], k, v, places_BLN, scale=scale, highest_H=highest_H, backend=backend
             )

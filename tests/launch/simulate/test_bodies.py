@@ -37,6 +37,7 @@ from amfm.kernels.moe.low_precision import ExpertRecipes
 from amfm.kernels.moe.rows import triton_impl as rows_triton
 from amfm.kernels.norm import triton_impl as norm
 from amfm.kernels.rope import triton_impl as rope
+from amfm.kernels.sparse_attention import triton_impl as sparse
 from amfm.kernels.swiglu import triton_impl as swiglu
 from amfm.launch.simulate.bodies import BodyRunner
 
@@ -158,6 +159,10 @@ def fed_by_torch(rows):
     )
 
 
+def chosen(rows, v):
+    return sparse._forward(rows(2, 20, 4, 24), rows(2, 30, 2, 24), v, numbers(2, 20, 7, below=30), 0.25, 16)
+
+
 def diagonal(module, rows, *last):
     # float32 steps and parameters next to values of the model's dtype.
     x, dt, B, C = rows(2, 20, 6), float32(2, 20, 6), rows(2, 20, 4), rows(2, 20, 4)
@@ -209,6 +214,8 @@ TRITON = (
     lambda rows: rope._forward(rows(2, 6, 2, 8), torch.randn(2, 6, 1, 4), torch.randn(2, 6, 1, 4), leaf(8), 1e-5),
     lambda rows: convolution._forward(rows(2, 9, 8), leaf(8, 4), leaf(8), None, None, True),
     lambda rows: convolution._forward(rows(2, 9, 8), leaf(8, 4), leaf(8), None, rows(2, 3, 8), True),
+    lambda rows: chosen(rows, rows(2, 30, 2, 16)),
+    lambda rows: chosen(rows, None),
     multiplied,
     lambda rows: fed_by_codes(rows, counts=True, weight_gradient="same"),
     lambda rows: fed_by_codes(rows, counts=False, weight_gradient="bf16"),

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from amfm.kernels.attention.triton_impl import attention_triton
 from amfm.kernels.delta_scan.op import delta_flops
 from amfm.kernels.delta_scan.vector import triton_impl as delta_vector
+from amfm.kernels.sparse_attention.triton_impl import sparse_attention_triton
 from amfm.launch.simulate.flops import count_flops
 from amfm.launch.simulate.values import KnownValues
 
@@ -55,6 +56,17 @@ def test_attention_counts_the_keys_that_documents_and_windows_leave(window: int 
     pairs = 2 * count_pairs(window, first_query) * HEADS * SIZE
     assert counted.flops["attention_triton"] == 4 * pairs
     assert counted.flops["attention_triton_backward"] == 10 * pairs
+
+
+def test_attention_to_chosen_keys_counts_those_that_queries_see() -> None:
+    tokens, keys, top_k, value = 20, 24, 9, 12
+    with FakeTensorMode(), Counted() as counted:
+        q, k = (torch.randn(2, length, heads, SIZE, requires_grad=True) for length, heads in ((tokens, 4), (keys, 1)))
+        places = torch.zeros(2, tokens, top_k, dtype=torch.int64)
+        sparse_attention_triton(q, k, None, places, 0.25, value)[0].sum().backward()
+    pairs = 2 * sum(min(top_k, seen) for seen in range(keys - tokens + 1, keys + 1)) * HEADS
+    assert counted.flops["sparse_attention_triton"] == pairs * 2 * (SIZE + value)
+    assert counted.flops["sparse_attention_triton_backward"] == pairs * 2 * (3 * SIZE + 2 * value)
 
 
 @pytest.mark.parametrize("window", [None, 9])
