@@ -74,7 +74,9 @@ class PlannedMoe(PlannedBlock):
         for part in moe.feed_forwards():
             yield from part_crossings(self.config, layout, part, times)
         if layout.expert == 1:
-            yield from crossing(self.config, layout, width, times=2 * times)
+            # Rows enter with the channels that biases need, and results leave without them.
+            for entering in (moe.expert_width(self.model.hidden_size), width):
+                yield from crossing(self.config, layout, entering, times=times)
             choices = layout.stage_ranks * tokens * moe.top_k
             yield Exchange("tp", "all_reduce", "float32", times, times * choices * FLOAT32)
         elif not layout.sequence_parallel:
