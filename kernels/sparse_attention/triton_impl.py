@@ -112,7 +112,7 @@ def key_candidates(group: int) -> tuple[Config, ...]:
 def _rows_and_ends(places_BTN: Tensor, keys: int) -> tuple[Tensor, Tensor]:
     """Rows of the chosen keys in those of all rows end to end, [B * T, N], -1 for none; the slot after each query's last, int32."""
     first_B = torch.arange(0, len(places_BTN) * keys, keys, device=places_BTN.device)
-    rows_QN = torch.where(places_BTN < 0, -1, places_BTN + first_B[:, None, None]).flatten(0, 1)
+    rows_QN = (places_BTN + first_B[:, None, None]).masked_fill(places_BTN < 0, -1).flatten(0, 1)
     slot_N = torch.arange(1, rows_QN.shape[1] + 1, device=rows_QN.device, dtype=torch.int32)
     return rows_QN, ((rows_QN >= 0) * slot_N).amax(-1).to(torch.int32)
 
@@ -220,7 +220,7 @@ def _add_block(block: _Block, k: Tensor, v: Tensor | None, sizes: Sizes, scale: 
         q, d_o, ends, shares, slopes, pairs, *sizes, value_first, one, scale, DOT=dot, **config
     )  # fmt: skip
     # Pairs without a key come behind all keys.
-    found, order = rows.where(rows >= 0, num_keys).flatten().sort(stable=True)
+    found, order = rows.masked_fill(rows < 0, num_keys).flatten().sort(stable=True)
     offsets = torch.searchsorted(found, torch.arange(num_keys + 1, device=device))
     grid = triton.cdiv(num_keys, SUM["KEYS"]), triton.cdiv(width, SUM["BLOCK_X"])
     sum_pairs_kernel[grid](pairs, order, offsets, d_rows, num_keys, width, **SUM)
