@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from amfm.launch.simulate.place import current_line
@@ -25,11 +26,22 @@ PEAK_GROWTH = 1.001
 LEAST_LINE = 1 << 20
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """A storage on the GPU: its bytes, the line that made it, the pass of a block that did (0: none), and its number."""
+
+    size: int
+    line: str
+    made_in: int
+    number: int
+
+
 @dataclass
 class MemoryMeter:
     """Bytes held now, the peak of each phase, and which lines allocated what was held at the highest peak."""
 
-    live: dict[int, tuple[int, str]] = field(default_factory=dict)
+    live: dict[int, Allocation] = field(default_factory=dict)
+    allocations: int = 0
     held: int = 0
     phase: str = "build"
     peaks: Counter[str] = field(default_factory=Counter)
@@ -59,8 +71,13 @@ class MemoryMeter:
         """Start the memory curve at this operation number."""
         self.curve = [(operation, self.held, self.phase)]
 
-    def track(self, result: Any, operation: int) -> None:
-        """Count storages of an operation's results that are new and on the GPU.
+    def find(self, tensor: Tensor) -> Allocation | None:
+        """The allocation behind a tensor; None of one on the host."""
+        is_on_card = isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda"
+        return self.live.get(tensor.untyped_storage()._cdata) if is_on_card else None
+
+    def track(self, result: Any, operation: int, made_in: int) -> None:
+        """Count storages of an operation's results that are new and on the GPU, as made in that pass of a block.
 
         Storages, not tensors: views share one. A finalizer takes the bytes off when Python frees the storage.
         """
@@ -72,7 +89,8 @@ class MemoryMeter:
             if key in self.live:
                 continue
             size = -(-storage.nbytes() // ALLOCATION_UNIT) * ALLOCATION_UNIT
-            self.live[key] = (size, current_line())
+            self.allocations += 1
+            self.live[key] = Allocation(size, current_line(), made_in, self.allocations)
             weakref.finalize(storage, self._free, key)
             self.held += size
             if self.held > self.peaks[self.phase]:
@@ -85,14 +103,14 @@ class MemoryMeter:
     def _free(self, key: int) -> None:
         entry = self.live.pop(key, None)
         if entry is not None:
-            self.held -= entry[0]
+            self.held -= entry.size
 
     def _note_lines(self) -> None:
         """Remember which lines allocated what is held now, at a new peak."""
         self.noted_peak = self.held
         found: Counter[str] = Counter()
-        for size, line in self.live.values():
-            found[line] += size
+        for entry in self.live.values():
+            found[entry.line] += entry.size
         self.by_line = dict(found.most_common())
 
 

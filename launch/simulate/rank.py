@@ -181,7 +181,7 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     model = build_model(config, parallel)
     for _, block in model.all_blocks():
         tracer.blocks.wrap(block, "forward", block.letter)
-        tracer.blocks.wrap(block, "_mix", block.letter)
+        tracer.blocks.wrap(block, "_mix", block.letter, begins=False)  # of a recomputed one
         tracer.blocks.wrap(block, "steps", block.letter)  # a pass, whose parts follow
         tracer.blocks.wrap(block, "advance", block.letter, begins=False)
     tracer.blocks.wrap(model, "embed", "embedding")

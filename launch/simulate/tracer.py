@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from amfm.launch.simulate.count_collectives import CommunicationCounter
 from amfm.launch.simulate.events import EventLog
 from amfm.launch.simulate.flops import count_flops
 from amfm.launch.simulate.memory import MemoryMeter
-from amfm.launch.simulate.place import BlockTracker, current_line
+from amfm.launch.simulate.place import OUTSIDE, BlockTracker, current_line
 from amfm.launch.simulate.values import KnownValues, leaves, real_tensors
 from amfm.model.parallel.groups import ProcessGroupCollection
 
@@ -64,8 +65,9 @@ class Tracer(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
-        self.memory, self.values, self.blocks = MemoryMeter(), KnownValues(), BlockTracker()
+        self.memory, self.values, self.blocks = MemoryMeter(), KnownValues(), BlockTracker(self._note_given)
         self.bodies, self.compiled, self.capture = BodyRunner(), CompiledKernels(), CaptureCheck()
+        self.given: dict[int, set[int]] = {}  # numbers of allocations by the pass of a block that is given them
         self.operations = 0
         self.meant_meta = 0
         self.base_phase = "build"
@@ -83,6 +85,7 @@ class Tracer(TorchDispatchMode):
         self.tally = Tally()
         self.traffic = {when: CommunicationCounter(self.groups) for when in ("passes", "once a step")}
         self.blocks.forget_passes()
+        self.given.clear()
         if self.log is not None:
             self.log.events = []
 
@@ -105,24 +108,41 @@ class Tracer(TorchDispatchMode):
         it.
         """
         self._note_launch(self.tally.triton_launches)
-        self.capture.launch(*self._place(), kernel.fn.__name__, (grid, *arguments, *named.values()))
+        self._note_captured(kernel.fn.__name__, (grid, *arguments, *named.values()))
         self.compiled.launch(kernel, arguments, named)
 
     def _note_launch(self, launches: Counter[str]) -> None:
         """Count a launch among those of its sort, and of the pass that it is part of, for the current block."""
-        kind = self.blocks.current()
+        kind, _ = self.blocks.current()
         launches[kind] += 1
         self.tally.launches_by_pass["backward" if self.blocks.is_backward() else "forward"][kind] += 1
 
-    def _place(self) -> tuple[str, str]:
-        """The current block's kind, and the pass of it."""
-        return self.blocks.current(), "backward" if self.blocks.is_backward() else "forward"
+    def _note_captured(self, name: str, given: tuple[Any, ...], results: Any = ()) -> None:
+        """Note what a graph of the current block would hold of a launch; outside of blocks there are none."""
+        kind, number = self.blocks.current()
+        if kind != OUTSIDE:
+            self.capture.launch(kind, self._direction(), name, given, results, partial(self._other_memory, number))
+
+    def _other_memory(self, number: int, tensor: Tensor) -> str:
+        """Which memory a tensor lies in, of one that this pass of a block neither makes nor is given; else nothing."""
+        found = self.memory.find(tensor)
+        if found is None or found.made_in == number or found.number in self.given.get(number, ()):
+            return ""
+        return f" in memory {found.number}+{tensor.storage_offset()} of {found.line}"
+
+    def _note_given(self, number: int, tensor: Tensor) -> None:
+        found = self.memory.find(tensor)
+        if found is not None:
+            self.given.setdefault(number, set()).add(found.number)
+
+    def _direction(self) -> str:
+        return "backward" if self.blocks.is_backward() else "forward"
 
     def note_wait(self, what: str) -> None:
         """Count a point where the host waits for the GPU, under its source line."""
         line = f"{current_line()}: {what}"
         self.tally.host_waits[line] += 1
-        self.capture.read(*self._place(), line)
+        self.capture.read(self.blocks.current()[0], self._direction(), line)
         if self.log is not None:
             self.log.host(line)
 
@@ -152,7 +172,7 @@ class Tracer(TorchDispatchMode):
                 f"--trace: the operation {func} ({current_line()}) has no fake function: register one with "
                 "`register_fake`, as operations in kernels/ do, or plan without --trace"
             ) from error
-        self.memory.track(out, self.operations)
+        self.memory.track(out, self.operations, self.blocks.current()[1])
         self.values.follow(func, args, kwargs, out)
         self.values.assume(func, args, out)
         self._count(func, args, kwargs, out)
@@ -230,7 +250,7 @@ class Tracer(TorchDispatchMode):
 
     def _count(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Count FLOPs, copies and launches of one operation for the current block."""
-        kind = self.blocks.current()
+        kind, _ = self.blocks.current()
         flops = count_flops(func, args, kwargs, out, self.values.read)
         if flops:
             self.tally.flops[kind] += flops
@@ -240,7 +260,7 @@ class Tracer(TorchDispatchMode):
             return
         if func.namespace != "amfm":
             self._note_launch(self.tally.other_launches)
-            self.capture.launch(*self._place(), str(func), (*args, *kwargs.values()), out)
+            self._note_captured(str(func), (*args, *kwargs.values()), out)
         if self.log is not None:
             self.log.compute(func, args, kwargs, out, flops=flops, kind=kind, phase=self.memory.phase)
 

@@ -1,17 +1,17 @@
-"""What of two steps a graph could not replay: reads of the host, other scalars and sizes, other launches."""
+"""What of two steps a graph could not replay: reads of the host, other scalars, sizes and addresses, other launches."""
 
 import torch
 
 from amfm.launch.simulate.capture import CaptureCheck
 
 
-def note(check: CaptureCheck, documents: int, longest: int, launches: int) -> None:
+def note(check: CaptureCheck, documents: int, longest: int, launches: int, memory: str = "") -> None:
     check.begin_step()
     offsets = torch.empty(documents + 1, dtype=torch.int32)
     for _ in range(2):
-        check.launch("*", "forward", "attend", (offsets, longest, 0.5), torch.empty(4, 8))
+        check.launch("*", "forward", "attend", (offsets, longest, 0.5), torch.empty(4, 8), lambda tensor: "")
     for _ in range(launches):
-        check.launch("M", "backward", "walk", ((4, 2), torch.empty(3), 64))
+        check.launch("M", "backward", "walk", ((4, 2), torch.empty(3), 64), (), lambda tensor: memory)
 
 
 def test_what_differs_between_two_steps_is_named_once_with_its_kernel() -> None:
@@ -35,3 +35,11 @@ def test_more_or_fewer_launches_are_a_change() -> None:
         for number in numbers:
             note(check, 3, 43, number)
         assert check.found()["M"]["backward"]["changed"] == [said]
+
+
+def test_other_memory_is_a_change() -> None:
+    check = CaptureCheck()
+    for memory in (" in memory 7+0 of x.py:1 f", " in memory 9+0 of x.py:1 f"):
+        note(check, 3, 43, 1, memory)
+    changed = ["walk: other memory of x.py:1 f"]
+    assert check.found()["M"]["backward"]["changed"] == changed
