@@ -13,8 +13,11 @@ from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.parallel.shards import parameter_shards
 from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import (
     ATTENTION,
@@ -82,14 +85,24 @@ def test_losses_gradients_and_decoding_agree():
 ROWS = ((7, 1, 12, 4), (11, 1, 1, 11), (24,))
 
 
-def run_cut_rows():
-    """The loss and all gradients of a Mamba2 block in Triton, whose rows two context ranks cut."""
-    groups = initialize_parallel(ParallelConfig(context=2), timeout_seconds=300, num_threads=1).groups
+CUTS = {
+    "context": ParallelConfig(context=2),
+    "context, tensor": ParallelConfig(context=2, tensor=2),
+    "context, tensor, tokens": ParallelConfig(context=2, tensor=2, sequence_parallel=True),
+}
+
+
+def run_cut_rows(section):
+    """The loss and all gradients of a Mamba2 block in Triton, whose rows two context ranks cut, and tensor ranks its heads."""
+    groups = initialize_parallel(section, timeout_seconds=300, num_threads=1).groups
     model = HybridModel(CUT, groups, seed=3, backend="triton")
+    assert model.blocks[0].mixer.is_one_operation
     tokens_BT, labels_BT, meta = cut_batch(ROWS, groups)
     loss = loss_of(model(tokens_BT, meta, labels_BT))
     loss.backward()
-    results = {"loss": loss.detach()} | {name: weight.grad for name, weight in model.named_parameters()}
+    sum_partial_gradients(find_partial_gradients(model, groups), groups)
+    results = {name: join_parts(weight.grad, shard, groups) for name, weight, shard in parameter_shards(model)}
+    results["loss"] = loss.detach()
     for value in results.values():
         dist.all_reduce(value, group=groups.cp)
     return results
@@ -97,13 +110,17 @@ def run_cut_rows():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="run by the test above in a process that interprets")
-def test_context_ranks_in_one_operation_compute_what_one_rank_does():
-    results = run_ranks(run_cut_rows, num_ranks=2)[0]
+@pytest.mark.parametrize("cut", CUTS)
+def test_context_ranks_in_one_operation_compute_what_one_rank_does(cut):
+    section = CUTS[cut]
+    ranks = run_ranks(run_cut_rows, section, num_ranks=section.context * section.tensor)
     model = HybridModel(CUT, single_rank_groups(), seed=3).double()
     tokens_BT, labels_BT, ids_BT = packed_batch(ROWS)
     loss = loss_of(model(tokens_BT, meta_of(ids_BT), labels_BT))
     loss.backward()
     wanted = {"loss": loss.detach()} | {name: weight.grad for name, weight in model.named_parameters()}
-    for name, value in wanted.items():
-        error, scale = (results[name] - value).norm(), value.norm()
-        assert error <= 5e-5 * scale, f"{name}: off by {error:.3g} of {scale:.3g}"
+    for rank, results in enumerate(ranks):
+        assert results.keys() == wanted.keys()
+        for name, value in wanted.items():
+            error, scale = (results[name] - value).norm(), value.norm()
+            assert error <= 5e-5 * scale, f"rank {rank}, {name}: off by {error:.3g} of {scale:.3g}"
