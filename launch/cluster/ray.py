@@ -90,11 +90,13 @@ class RankHost:
             env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             check=False,
         )
         found = [answer["faults"] for answer in read_answers(done.stdout) if "faults" in answer]
-        return found[0] if found else [f"its check ended with code {done.returncode}"]
+        last_line = done.stderr.strip().splitlines()[-1:]
+        return found[0] if found else [": ".join([f"its check ended with code {done.returncode}", *last_line])]
 
     def run(
         self, command: list[str], variables: dict[str, str], directory: str, log: str, rank: int | None = None

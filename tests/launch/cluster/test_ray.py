@@ -18,7 +18,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from amfm.launch.cluster.ray import RayCluster
+from amfm.launch.cluster.ray import RankHost, RayCluster
 from amfm.launch.cluster.supervise import Attempt
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
@@ -43,6 +43,11 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Cluster
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_check_that_breaks_is_told_with_its_last_words() -> None:
+    assert RankHost().check("{}", "") == ["its check ended with code 1: KeyError: 'link'"]
 
 
 def write_config(folder: Path, name: str) -> RunConfig:
