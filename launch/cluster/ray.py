@@ -89,8 +89,7 @@ class RankHost:
             [*isolated_python(), "-m", "amfm.launch.cluster.node_check", request],
             env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             check=False,
         )
