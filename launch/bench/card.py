@@ -1,4 +1,4 @@
-"""The whole job on a GPU: losses compared with a CPU's, a resume bit for bit, memory vs. the plan, speed, a profile.
+"""The whole job on a GPU: losses vs. a CPU's and of two GPUs vs. one's, a resume bit for bit, memory vs. the plan, speed.
 
 How: every stage starts `amfm train` or a benchmark as a separate process, so that one that fails takes no other along,
 and the report is written after each. The CPU's side of a comparison is the same command with the GPU hidden. Rehearsed
@@ -39,6 +39,14 @@ QUIET = ("run.tensorboard=false", "train.validate_every_steps=null", "train.chec
 # alone, then what the steps make of it.
 LIMITS = {"float32": (1e-4, 2e-2), "bf16": (5e-3, 5e-2)}
 STAGE_SECONDS = 1800.0
+# What two GPUs of a node exchange: gradients and weights, streams of a pipeline, experts' rows that are counted, and in slots.
+SLOTS: tuple[str, ...] = ("model.moe.capacity_factor=1.5",)
+PAIRS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "data": ((), ("parallel.zero_stage=2",)),
+    "pipeline": ((), ("parallel.pipeline=2",)),
+    "experts": ((), ("parallel.expert=2",)),
+    "experts in slots": (SLOTS, ("parallel.expert=2",)),
+}
 FIXED_SEGMENTS = {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}
 # What keeps checks of kernels, kernels of Triton, and those of torch.compile, each in a folder.
 CACHES = {"XDG_CACHE_HOME": "user", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
@@ -54,15 +62,22 @@ class Job:
     configs: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=lambda: dict(CONFIGS))
 
     def train(
-        self, name: str, run: str, *overrides: str, on_cpu: bool = False, environment: Mapping[str, str] = {}
+        self,
+        name: str,
+        run: str,
+        *overrides: str,
+        on_cpu: bool = False,
+        num_ranks: int = 1,
+        environment: Mapping[str, str] = {},
     ) -> list[dict[str, Any]]:
         """Train a configuration into the job's folder, continuing where it stands; returns a line of metrics a step.
 
-        environment: variables of this run. Raises RuntimeError with the end of what the run said where it fails.
+        num_ranks: on as many GPUs of this machine. environment: variables of this run. Raises RuntimeError with the end
+        of what the run said where it fails.
         """
         path, own = self.configs[name]
         directory = self.folder / run
-        words = ["train", path, f"run.dir={directory}", *own, *QUIET, *overrides]
+        words = ["train", path, f"run.dir={directory}", *own, *QUIET, *overrides, "--nproc", str(num_ranks)]
         run_child(rank_command(words), hides_card=on_cpu or self.device == "cpu", variables=environment)
         return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
@@ -121,9 +136,9 @@ def compare_losses(job: Job) -> dict[str, Any]:
 
 
 def judge_losses(card: list[float], cpu: list[float], limits: tuple[float, float]) -> list[str]:
-    """What is wrong with a GPU's losses, compared with a CPU's: `limits` on the first step's relative difference and on all."""
+    """What is wrong with losses, compared with a CPU's or one GPU's: `limits` on the first step's relative difference and on all."""
     if len(card) != len(cpu):
-        return [f"{len(card)} steps on the GPU, {len(cpu)} on the CPU"]
+        return [f"{len(card)} steps instead of {len(cpu)}"]
     differences = [abs(one - other) / abs(other) for one, other in zip(card, cpu, strict=True)]
     faults = (
         [] if differences[0] <= limits[0] else [f"the first loss differs by {differences[0]:.2g}, above {limits[0]:g}"]
@@ -135,13 +150,34 @@ def judge_losses(card: list[float], cpu: list[float], limits: tuple[float, float
     return faults
 
 
-def compare_resume(job: Job) -> dict[str, Any]:
-    """A run that stops half-way and continues, vs. one that does not: losses and gradient norms, to the bit."""
+def compare_two(job: Job) -> dict[str, Any]:
+    """Losses of two GPUs in bf16 vs. those of one, by what the two exchange, and a resume of two, to the bit."""
+    if job.device == "cuda":
+        import torch
+
+        if torch.cuda.device_count() < 2:
+            return {"skipped": f"this machine shows {torch.cuda.device_count()} GPU", "faults": []}
     name = next(iter(job.configs))
-    sizes = (*SMALL, f"train.steps={job.steps}", *_short_schedule(job.steps), "train.deterministic=true")
-    whole = job.train(name, "resume_whole", *sizes)
-    job.train(name, "resume_parts", *sizes, f"train.stop_after_steps={max(1, job.steps // 2)}")
-    parts = job.train(name, "resume_parts", *sizes)
+    sizes = (*SMALL, f"train.steps={job.steps}", *_short_schedule(job.steps), "train.precision=bf16")
+    kinds: tuple[tuple[str, ...], ...] = ((), SLOTS)
+    ones = {own: _losses(job.train(name, f"one_{len(own)}", *sizes, *own)) for own in kinds}
+    result: dict[str, Any] = {"losses": {"one": ones[()], "one in slots": ones[SLOTS]}, "faults": []}
+    for what, (own, layout) in PAIRS.items():
+        two = _losses(job.train(name, f"two_{what.replace(' ', '_')}", *sizes, *own, *layout, num_ranks=2))
+        result["losses"][what] = two
+        result["faults"] += [f"{what}: {fault}" for fault in judge_losses(two, ones[own], LIMITS["bf16"])]
+    resumed = compare_resume(job, *PAIRS["data"][1], num_ranks=2)
+    return result | {"differing_steps": resumed["differing_steps"], "faults": result["faults"] + resumed["faults"]}
+
+
+def compare_resume(job: Job, *layout: str, num_ranks: int = 1) -> dict[str, Any]:
+    """A run that stops half-way and continues, vs. one that does not: losses and gradient norms, to the bit."""
+    name, own = next(iter(job.configs)), f"resume_{num_ranks}"
+    sizes = (*SMALL, f"train.steps={job.steps}", *_short_schedule(job.steps), "train.deterministic=true", *layout)
+    whole = job.train(name, f"{own}_whole", *sizes, num_ranks=num_ranks)
+    half = f"train.stop_after_steps={max(1, job.steps // 2)}"
+    job.train(name, f"{own}_parts", *sizes, half, num_ranks=num_ranks)
+    parts = job.train(name, f"{own}_parts", *sizes, num_ranks=num_ranks)
     differing = [
         one["step"] for one, other in zip(whole, parts, strict=True)
         if (one["loss"], one["grad_norm"]) != (other["loss"], other["grad_norm"])
@@ -210,6 +246,7 @@ def profile(job: Job) -> dict[str, Any]:
 STAGES: dict[str, Callable[[Job], dict[str, Any]]] = {
     "losses": compare_losses,
     "resume": compare_resume,
+    "two_gpus": compare_two,
     "first_start": time_first_start,
     "memory": compare_memory,
     "speed": measure_speed,

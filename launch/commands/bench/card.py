@@ -15,7 +15,9 @@ def card(
     *,
     stage: Annotated[
         list[str] | None,
-        typer.Option(help="Run only this stage: losses, resume, first_start, memory, speed or profile; repeatable."),
+        typer.Option(
+            help="Run only this stage: losses, resume, two_gpus, first_start, memory, speed or profile; repeatable."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Steps per comparison.")] = 10,
     device: Annotated[
@@ -26,7 +28,7 @@ def card(
     ] = Path("runs/card"),
     as_json: JsonOption = False,
 ) -> None:
-    """Train tiny_cpu and ladder_150m on a GPU and check losses against a CPU, resuming, memory, speed and profile."""
+    """Train tiny_cpu and ladder_150m on a GPU and check losses against a CPU, two GPUs, resuming, memory, speed, profile."""
     import torch
 
     from amfm.launch.bench.card import Job, check_stages, run_stages
@@ -67,6 +69,15 @@ def print_job(result: dict[str, Any]) -> None:
         print_rows(f"Losses of {name}", ("step", *losses), rows)
     if "differing_steps" in stages.get("resume", {}):
         say(f"resume: {stages['resume']['steps']} steps, {len(stages['resume']['differing_steps'])} with other bits")
+    two = stages.get("two_gpus", {})
+    if "skipped" in two:
+        say(f"two_gpus: not run, {two['skipped']}")
+    elif "losses" in two:
+        rows = [
+            (str(step + 1), *(f"{loss:.6f}" for loss in row)) for step, row in enumerate(zip(*two["losses"].values()))
+        ]
+        print_rows("Losses of two GPUs and of one, bf16", ("step", *two["losses"]), rows)
+        say(f"two_gpus: resumed, {len(two['differing_steps'])} steps with other bits")
     starts = [
         (name, f"{found['empty_seconds']:.0f}", f"{found['filled_seconds']:.0f}")
         for name, found in stages.get("first_start", {}).get("first_start", {}).items()

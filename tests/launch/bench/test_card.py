@@ -21,7 +21,7 @@ def test_losses_are_judged_by_the_first_step_and_by_the_worst() -> None:
     assert judge_losses([4.01, 3.5, 3.0], CPU, limits) == ["the first loss differs by 0.0025, above 0.0001"]
     assert judge_losses([4.0, 3.8, 3.0], CPU, limits) == ["the loss of step 2 differs by 0.086, above 0.02"]
     assert judge_losses([4.0, float("nan"), 3.0], CPU, limits) != []
-    assert judge_losses([4.0], CPU, limits) == ["1 steps on the GPU, 3 on the CPU"]
+    assert judge_losses([4.0], CPU, limits) == ["1 steps instead of 3"]
 
 
 def test_a_stage_that_fails_stops_no_other_and_stands_in_the_report(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_what_an_allocator_reserved_is_in_gib_and_retries_are_named() -> None:
 def test_what_cannot_begin_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "old").write_text("")
     for words, said in (
-        (["--stage", "nonsense"], "--stage nonsense: there is no such stage; use losses, resume"),
+        (["--stage", "nonsense"], "--stage nonsense: there is no such stage; use losses, resume, two_gpus"),
         (["--device", "cpu", "--folder", str(tmp_path)], "is not empty"),
         (["--device", "tpu"], "--device tpu: use cuda, or cpu"),
     ):
@@ -54,17 +54,33 @@ def test_what_cannot_begin_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
         assert "this machine has no GPU that answers; rehearse with --device cpu" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="this machine has two")
+def test_two_gpus_are_not_compared_where_there_are_fewer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_stages(Job("cuda", tmp_path, 2), ["two_gpus"], tmp_path / "report.json", report=print)
+    number = torch.cuda.device_count()
+    assert found["stages"]["two_gpus"] == {"skipped": f"this machine shows {number} GPU", "faults": []}
+    print_job(found)
+    assert f"two_gpus: not run, this machine shows {number} GPU" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_job_goes_through_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both sides are the CPU, so float32 gives equal losses, and a resume equal bits."""
-    job = Job("cpu", tmp_path, 4, {"mqar": ("configs/probes/mqar.yaml", ("train.num_threads=1",))})
+    experts = "model.moe={num_experts: 4, top_k: 2, expert_hidden_size: 32, auxiliary_loss_weight: 0.01}"
+    settings = ("train.num_threads=1", "model.pattern=ME*", experts)
+    job = Job("cpu", tmp_path, 4, {"mqar": ("configs/probes/mqar.yaml", settings)})
     found = run_stages(job, [*STAGES], tmp_path / "report.json", report=print)
     assert found["faults"] == []
     losses = found["stages"]["losses"]["losses"]["mqar"]
     assert losses["cpu float32"] == losses["compared with: cpu float32"] and len(losses["cpu bf16"]) == 4
     assert found["stages"]["resume"]["steps"] == 4
+    two = found["stages"]["two_gpus"]
+    assert {len(losses) for losses in two["losses"].values()} == {4} and two["differing_steps"] == []
+    assert two["losses"]["one"] != two["losses"]["one in slots"], "choices beyond a slot are lost"
     starts = found["stages"]["first_start"]["first_start"]["mqar"]
     assert starts["filled_seconds"] > 0 and starts["empty_seconds"] > 0
     assert found["stages"]["profile"]["kernels"][0]["milliseconds"] > 0
     print_job(found)
-    assert "Longest operations" in " ".join(capsys.readouterr().out.split())
+    said = capsys.readouterr()
+    assert "Longest operations" in " ".join(said.out.split())
+    assert "two_gpus: resumed, 0 steps with other bits" in said.err
