@@ -102,9 +102,20 @@ def cluster(count: int, engine: str = "", *, folder: Path) -> Iterator[Cluster]:
         quietly(NETWORK, "down", str(folder))
 
 
-def kill_ranks(nodes: Cluster, node: int) -> None:
-    """Kill the ranks of a node that are processes of their own, and not the programs that have their command line in theirs."""
-    nodes.run(node, "pkill", "-KILL", "-f", "^[^ ]+ -P -m amfm.launch train ")
+# Ranks that are processes of their own, and not the programs that have their command line in theirs.
+RANK = "^[^ ]+ -P -m amfm.launch train "
+
+
+def signal_ranks(nodes: Cluster, node: int, name: str) -> None:
+    """Signal the ranks of a node that are processes of their own."""
+    nodes.run(node, "pkill", f"-{name}", "-f", RANK)
+
+
+def catches(nodes: Cluster, node: int, number: int) -> bool:
+    """Whether the first rank of a node catches a signal: it has begun."""
+    pid = nodes.run(node, "pgrep", "-o", "-f", RANK, check=False)
+    text = nodes.run(node, "grep", "SigCgt", f"/proc/{pid}/status", check=False)
+    return bool(text) and bool(int(text.split()[1], 16) >> (number - 1) & 1)
 
 
 def wrong_clock(node: int, seconds: int) -> str:

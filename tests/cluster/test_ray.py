@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from amfm.pretrain import schedule
+from amfm.pretrain.config.file import resolved_yaml
 from tests.cluster.cluster import (
+    NETWORK,
     PATIENCE_SECONDS,
     START_SECONDS,
     Cluster,
@@ -18,9 +21,11 @@ from tests.cluster.cluster import (
     events,
     metrics,
     missing,
+    quietly,
     wait_until,
 )
 from tests.cluster.conftest import WatchRun, check_losses, write_run
+from tests.helpers.tiny_store import write_jsonl
 
 pytestmark = [
     pytest.mark.cluster,
@@ -46,6 +51,11 @@ def launch(nodes: Cluster, root: Path, count: int) -> subprocess.Popen[bytes]:
     return nodes.start(1, root / "launch.log", "env", "-u", "RAY_AUTH_MODE", *amfm(*words))
 
 
+def come_back(nodes: Cluster, node: int) -> None:
+    """Start the raylet of a node again, as systemd or its operator would."""
+    quietly(NETWORK, "ray-node", str(nodes.folder), str(Path(sys.executable).parent), str(node))
+
+
 def test_a_cut_link_costs_one_failure_and_the_other_node_goes_on(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
@@ -60,6 +70,73 @@ def test_a_cut_link_costs_one_failure_and_the_other_node_goes_on(
     assert "continuing with 1 of 2 nodes" in log.read_text()
     assert len(events(folder / "run", "restarted")) == 1
     check_losses(folder / "run", undisturbed)
+
+
+def test_a_link_that_is_away_for_twenty_seconds_and_loses_packets_costs_nothing(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
+    write_run(folder, folder / "run", launch__heartbeat_seconds=120.0, train__timeout_seconds=120.0)
+    log = folder / "launch.log"
+    with cluster(2, "ray", folder=folder) as nodes:
+        nodes.fault("slow", 2, "50mbit", "10")
+        launcher = launch(nodes, folder, 2)
+        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        with watch("Ray", "50 Mbit/s, 1% lost, away for 20 s"):
+            nodes.fault("cut", 2)
+            with pytest.raises(subprocess.TimeoutExpired):
+                launcher.wait(timeout=20)
+            nodes.fault("heal", 2)
+            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+    assert not events(folder / "run", "restarted")
+    check_losses(folder / "run", undisturbed)
+
+
+def test_a_raylet_that_is_killed_and_comes_back_gets_ranks_again(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
+    write_run(folder, folder / "run", launch__node_wait_seconds=300.0)
+    log = folder / "launch.log"
+    with cluster(2, "ray", folder=folder) as nodes:
+        launcher = launch(nodes, folder, 2)
+        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        with watch("Ray", "raylet killed, comes back"):
+            nodes.run(2, "pkill", "-KILL", "-x", "raylet")
+            wait_until(lambda: "failed at checkpoint step" in log.read_text(), PATIENCE_SECONDS, log)
+            come_back(nodes, 2)
+            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+    assert "continuing with" not in log.read_text(), "the run keeps its size"
+    (restarted,) = events(folder / "run", "restarted")
+    assert "rank 1 on node2 was lost" in restarted["cause"]
+    check_losses(folder / "run", undisturbed)
+
+
+def test_a_store_that_a_cluster_prepares_while_it_loses_a_raylet_is_the_one_of_this_machine(folder: Path) -> None:
+    config = write_run(folder, folder / "run")
+    text = write_jsonl(folder / "text.jsonl", 40_000, seed=1)
+
+    def start(nodes: Cluster, name: str, *options: str) -> subprocess.Popen[bytes]:
+        """Prepare the store folder/name, with the report in folder/name.log."""
+        sources = (config.data.sources[0].model_copy(update={"paths": (str(text),)}),)
+        parts = config.data.prepare.model_copy(update={"part_bytes": 200_000})
+        data = config.data.model_copy(update={"store": str(folder / name), "sources": sources, "prepare": parts})
+        path = folder / f"{name}.yaml"
+        path.write_text(resolved_yaml(config.model_copy(update={"data": data})))
+        words = amfm("prepare", path, "--json", *options)
+        return nodes.start(1, folder / f"{name}.log", "env", "-u", "RAY_AUTH_MODE", *words)
+
+    def identity(preparing: subprocess.Popen[bytes], name: str) -> str:
+        log = folder / f"{name}.log"
+        assert preparing.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+        printed = f"\n{log.read_text()}"
+        return str(json.JSONDecoder().raw_decode(printed, printed.index("\n{") + 1)[0]["identity"])
+
+    with cluster(2, "ray", folder=folder) as nodes:
+        expected = identity(start(nodes, "here"), "here")
+        preparing = start(nodes, "there", "--address", HEAD)
+        wait_until(lambda: any((folder / "there").glob("**/*.jsonl")), START_SECONDS, folder / "there.log")
+        nodes.run(2, "pkill", "-KILL", "-x", "raylet")
+        assert preparing.poll() is None, "the store was complete before the fault"
+        assert identity(preparing, "there") == expected
 
 
 def test_a_cluster_that_refuses_our_token_is_said_with_the_remedy(folder: Path) -> None:

@@ -1,21 +1,25 @@
-"""Slurm as it is: time limits, requeues, lost nodes, cancelled jobs."""
+"""Slurm as it is: time limits, requeues, arrays, salloc, nodes that are lost, drained and come back, cancelled jobs."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.cluster import (
     PATIENCE_SECONDS,
+    SLURM,
     START_SECONDS,
     Cluster,
     amfm,
+    catches,
     cluster,
     events,
-    kill_ranks,
     metrics,
     missing,
+    quietly,
+    signal_ranks,
     wait_until,
 )
 from tests.cluster.conftest import WatchRun, check_losses, write_run
@@ -39,14 +43,19 @@ def submit(nodes: Cluster, root: Path, *options: str, count: int | None = None) 
     return job, root / "run" / "logs" / f"slurm-{job}.log"
 
 
-def state(nodes: Cluster, job: str) -> str:
+def field(nodes: Cluster, job: str, name: str) -> str:
+    """What scontrol says of a job under this name."""
     fields = dict(word.partition("=")[::2] for word in nodes.run(0, "scontrol", "-o", "show", "job", job).split())
-    return fields["JobState"]
+    return fields[name]
+
+
+def state(nodes: Cluster, job: str) -> str:
+    return field(nodes, job, "JobState")
 
 
 def let_start(nodes: Cluster, job: str) -> None:
-    """Slurm holds a requeued job back for two minutes; no one needs to wait for that here."""
-    nodes.run(0, "scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+    """Slurm holds a requeued job back for two minutes; no one needs to wait for that here, nor to keep the limit again."""
+    nodes.run(0, "scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60", check=False)
 
 
 def finish(nodes: Cluster, job: str, log: Path) -> None:
@@ -57,17 +66,14 @@ def finish(nodes: Cluster, job: str, log: Path) -> None:
     wait_until(is_over, PATIENCE_SECONDS, log)
 
 
-def processes_of_ranks(nodes: Cluster) -> str:
-    return nodes.run(1, "pgrep", "-f", "amfm.launch train", check=False)
-
-
 def test_a_signal_while_ranks_load_is_answered_after_the_first_step_and_the_job_is_queued_again(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
     write_run(folder, folder / "run")
     with cluster(2, "slurm", folder=folder) as nodes:
         job, log = submit(nodes, folder)
-        wait_until(lambda: processes_of_ranks(nodes), START_SECONDS, log)
+        # One that comes before a rank's first line ends it, and then the launcher knows by the job's limit what it was.
+        wait_until(lambda: all(catches(nodes, node, signal.SIGUSR1) for node in (1, 2)), START_SECONDS, log)
         with watch("Slurm", "time limit's signal while ranks load"):
             # What slurmctld sends before the time limit, to every rank of the step.
             nodes.run(0, "scancel", "--signal=USR1", job)
@@ -85,15 +91,37 @@ def test_a_job_whose_limit_is_near_is_queued_again_instead_of_started(
     """A rank dies so late in the job that another attempt would be killed at the limit, which Slurm does not requeue."""
     write_run(folder, folder / "run")
     with cluster(1, "slurm", folder=folder) as nodes:
-        # The limit is farther away than the signal alone, and nearer than signal and start together.
         job, log = submit(nodes, folder, "launch.slurm.time_limit=3", "launch.slurm.signal_seconds=60")
+        wait_until(lambda: state(nodes, job) == "RUNNING", 60, log)
+        # On a busy machine Slurm's own signal would come before the first step. The job's environment keeps its first end.
+        nodes.run(0, "scontrol", "update", f"JobId={job}", "TimeLimit=60")
         wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
         with watch("Slurm", "rank killed shortly before the time limit"):
-            kill_ranks(nodes, 1)
+            signal_ranks(nodes, 1, "KILL")
             wait_until(lambda: "too little is left" in log.read_text(), 400, log)
-            wait_until(lambda: state(nodes, job) in ("PENDING", "RUNNING", "COMPLETED"), 60, log)
-            nodes.run(0, "scontrol", "update", f"JobId={job}", "TimeLimit=60", check=False)
             finish(nodes, job, log)
+    assert len(events(folder / "run", "start")) == 2
+    check_losses(folder / "run", undisturbed)
+
+
+def test_the_signal_before_a_time_limit_costs_no_step_and_the_next_job_goes_on(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
+    """Slurm's own clock sends it: ranks are stopped so that they don't reach the last step before."""
+    write_run(folder, folder / "run", launch__heartbeat_seconds=900.0, train__timeout_seconds=900.0)
+    with cluster(2, "slurm", folder=folder) as nodes:
+        job, log = submit(nodes, folder, "launch.slurm.time_limit=60")
+        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        with watch("Slurm", "time limit") as row:
+            for node in (1, 2):
+                signal_ranks(nodes, node, "STOP")
+            # Slurm continues stopped tasks when it signals them.
+            hours, minutes, _ = map(int, field(nodes, job, "RunTime").split(":"))
+            nodes.run(0, "scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 3}")
+            wait_until(lambda: "is queued again" in log.read_text(), START_SECONDS, log)
+            finish(nodes, job, log)
+    assert row.steps_again == 0 and row.ranks == (2, 2)
+    assert not events(folder / "run", "restarted"), "no attempt failed"
     check_losses(folder / "run", undisturbed)
 
 
@@ -141,3 +169,77 @@ def test_a_cancelled_job_saves_its_last_step(folder: Path, watch: WatchRun) -> N
             wait_until(lambda: state(nodes, job) == "CANCELLED", 60, log)
             last = metrics(folder / "run")[-1]["step"]
             wait_until((folder / f"run/checkpoints/step-{last:08d}/manifest.json").exists, 30, log)
+
+
+@pytest.mark.parametrize("fault", ["drained", "lost"])
+def test_a_node_that_is_drained_or_lost_and_comes_back_takes_part_again_in_the_next_job(
+    fault: str, folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
+    write_run(folder, folder / "run")
+    with cluster(2, "slurm", folder=folder) as nodes:
+        job, log = submit(nodes, folder)
+        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        with watch("Slurm", f"node {fault}, comes back for the next job"):
+            if fault == "drained":
+                # A job keeps a drained node to its end; an attempt after it does without it.
+                nodes.run(0, "scontrol", "update", "nodename=node2", "state=drain", "reason=test")
+                signal_ranks(nodes, 1, "KILL")
+            else:
+                nodes.fault("lose", 2)
+            wait_until(lambda: "continuing with 1 of 2 nodes" in log.read_text(), PATIENCE_SECONDS, log)
+            wait_until(lambda: len(events(folder / "run", "start")) > 1, START_SECONDS, log)
+            nodes.run(0, "scancel", "--signal=USR1", job)  # what slurmctld sends before the time limit
+            wait_until(lambda: "is queued again" in log.read_text(), START_SECONDS, log)
+            if fault == "drained":
+                nodes.run(0, "scontrol", "update", "nodename=node2", "state=resume")
+            else:
+                nodes.fault("add", 2)
+                quietly(SLURM, "node", str(folder), "2")
+            finish(nodes, job, log)
+    assert [event["world_size"] for event in events(folder / "run", "start")] == [2, 1, 2]
+    check_losses(folder / "run", undisturbed)
+
+
+def test_an_allocation_of_salloc_takes_the_ranks_and_their_restarts(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
+    write_run(folder, folder / "run")
+    log = folder / "launch.log"
+    words = ("launch", folder / "run.yaml", "--on", "slurm", "--nodes", "2", "--nproc-per-node", "1")
+    with cluster(2, "slurm", folder=folder) as nodes:
+        launcher = nodes.start(0, log, "salloc", "--nodes=2", "--ntasks-per-node=1", "--no-kill", *amfm(*words))
+        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        with watch("salloc", "rank killed"):
+            signal_ranks(nodes, 2, "KILL")
+            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+    assert len(events(folder / "run", "restarted")) == 1
+    check_losses(folder / "run", undisturbed)
+
+
+def test_each_job_of_an_array_has_its_own_run_and_is_queued_again_alone(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
+    """As for an ablation: one script, whose jobs without an environment of the one who submits train in folders of their own."""
+    write_run(folder, folder / "run")
+    words = ("launch", folder / "run.yaml", "--on", "slurm", "--nodes", "1", "--nproc-per-node", "1", "--dry-run")
+    with cluster(2, "slurm", folder=folder) as nodes:
+        script = nodes.run(0, *amfm(*words, "launch.slurm.extra=['--array=0-1','--export=NONE']"))
+        # In double quotes, so that the shell of each job puts its number there.
+        line = script.splitlines()[-1]
+        own = " ".join(amfm("launch", folder / "run.yaml", f'"run.dir={folder}/run$SLURM_ARRAY_TASK_ID"', *words[2:-1]))
+        (folder / "array.sbatch").write_text(script.replace(line, f"exec {own}").replace("slurm-%j", "slurm-%a"))
+        (folder / "run/logs").mkdir(parents=True)
+        job = nodes.run(0, "sbatch", "--parsable", str(folder / "array.sbatch"))
+        log = folder / "run/logs/slurm-1.log"
+        first, second = folder / "run0", folder / "run1"
+        wait_until(lambda: len(metrics(second)) > 12, START_SECONDS, log)
+        with watch("Slurm array", "time limit's signal to one job", second.name):
+            nodes.run(0, "scancel", "--signal=USR1", f"{job}_1")
+            wait_until(lambda: "is queued again" in log.read_text(), START_SECONDS, log)
+            wait_until(
+                lambda: state(nodes, f"{job}_0") == "COMPLETED", PATIENCE_SECONDS, folder / "run/logs/slurm-0.log"
+            )
+            finish(nodes, f"{job}_1", log)
+    assert len(events(first, "start")) == 1 and len(events(second, "start")) == 2
+    check_losses(first, undisturbed)
+    check_losses(second, undisturbed)

@@ -1,9 +1,10 @@
-"""Hosts behind a real sshd: cut, half-open and slow links, stopped ranks, spares, hosts that are wrong."""
+"""Hosts behind a real sshd, or with a torchrun each: cut, half-open and slow links, stopped ranks, spares, nodes that are wrong."""
 
 from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.cluster.cluster import (
     events,
     metrics,
     missing,
+    signal_ranks,
     wait_until,
     wrong_clock,
 )
@@ -39,12 +41,15 @@ def launch(
     *options: str,
     hosts: str = "node1\nnode2\n",
     count: int | None = None,
+    ranks: int = 1,
 ) -> subprocess.Popen[bytes]:
     """`amfm launch --on torchrun` on the login node, its output in root/launch.log."""
     (root / "hostfile").write_text(hosts)  # `hosts` there is the nodes' /etc/hosts
     shell = f"ssh -F {root}/ssh_config -tt -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15"
     words = ("--on", "torchrun", "--hosts", root / "hostfile", "--nodes", str(count or len(hosts.split())))
-    command = amfm("launch", root / "run.yaml", *options, *words, "--nproc-per-node", "1", "--remote-shell", shell)
+    command = amfm(
+        "launch", root / "run.yaml", *options, *words, "--nproc-per-node", str(ranks), "--remote-shell", shell
+    )
     return nodes.start(0, root / "launch.log", *command)
 
 
@@ -159,23 +164,84 @@ def test_a_spare_takes_the_place_of_a_node_that_loses_its_power(
     check_losses(folder / "run", undisturbed)
 
 
-def test_nodes_with_other_code_or_a_stale_mount_are_left_out_by_name_before_ranks_start(
+@needs_fake_clock
+def test_nodes_that_are_not_like_the_launcher_are_left_out_by_name_before_ranks_start(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
-    write_run(folder, folder / "run", launch__node_wait_seconds=1.0)
+    settings = {"launch__node_wait_seconds": 1.0, "launch__setup": wrong_clock(5, 300), "launch__keep_loaded": False}
+    write_run(folder, folder / "run", **settings)
     log, stale = folder / "launch.log", folder / "stale"
     stale.mkdir()
     (folder / "run").mkdir()
     source = Path(schedule.__file__).resolve()
     (folder / "other.py").write_text(source.read_text() + "\n# another commit\n")
-    with cluster(3, "ssh", folder=folder) as nodes:
+    (folder / "no_names").write_text("127.0.0.1 localhost\n")
+    expected = {
+        "node2": "amfm's source files is",
+        "node3": "does not see the launcher's file",
+        "node5": "s ahead; set it (NTP)",
+        "node6": "it does not reach node1",
+    }
+    with cluster(6, "ssh", folder=folder) as nodes:
         nodes.run(2, "mount", "--bind", str(folder / "other.py"), str(source))
         nodes.run(3, "mount", "--bind", str(stale), str(folder / "run"))
-        launcher = launch(nodes, folder, hosts="node1\nnode2\nnode3\n")
-        with watch("ssh", "other commit, stale mount"):
+        other = other_python()
+        nodes.run(4, "mount", "--bind", str(other), str(Path(sys.executable).resolve()))
+        if other.name == f"python3.{sys.version_info.minor}":
+            expected["node4"] = "python is"
+        nodes.run(6, "mount", "--bind", str(folder / "no_names"), "/etc/hosts")
+        launcher = launch(nodes, folder, hosts="".join(f"node{number}\n" for number in range(1, 7)))
+        with watch("ssh", "other commit, stale mount, other Python, clock 300 s ahead, names that don't resolve"):
             assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
     left = json.loads((folder / "run/launch/left_out.json").read_text())["left_out"]
-    assert "amfm's source files is" in left["node2"] and "does not see the launcher's file" in left["node3"]
-    assert "continuing with 1 of 3 nodes" in log.read_text()
+    assert left.keys() == expected.keys(), left
+    assert all(text in left[name] for name, text in expected.items()), left
+    assert "node4" in left or "node4 does not answer: " in log.read_text()
+    assert "continuing with 1 of 6 nodes" in log.read_text()
     assert not events(folder / "run", "restarted"), "no attempt was lost"
+    check_losses(folder / "run", undisturbed)
+
+
+def other_python() -> Path:
+    """A Python of the system: one of this minor version, which runs what is installed here; else any, which does not start."""
+    names = (f"/usr/bin/python3.{sys.version_info.minor}", "/usr/bin/python3")
+    found = [path for path in map(Path, names) if path.exists() and path.resolve() != Path(sys.executable).resolve()]
+    return found[0] if found else pytest.skip("needs a Python other than this one")
+
+
+def test_storage_that_goes_stale_under_a_run_costs_no_checkpoint_that_was_whole(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
+    write_run(folder, folder / "run", launch__node_wait_seconds=1.0)
+    log, stale = folder / "launch.log", folder / "stale"
+    stale.mkdir()
+    with cluster(2, "ssh", folder=folder) as nodes:
+        launcher = launch(nodes, folder)
+        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        with watch("ssh", "mount goes stale under a rank"):
+            nodes.run(2, "mount", "--bind", str(stale), str(folder / "run"))
+            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+    left = json.loads((folder / "run/launch/left_out.json").read_text())["left_out"]
+    assert "does not see the launcher's file" in left["node2"]
+    assert "continuing with 1 of 2 nodes" in log.read_text()
+    check_losses(folder / "run", undisturbed)
+
+
+def test_a_torchrun_on_each_node_starts_all_ranks_again(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
+    write_run(folder, folder / "run")
+    log = folder / "launch.log"
+    words = ("launch", folder / "run.yaml", "--on", "torchrun", "--nodes", "2", "--nproc-per-node", "1")
+    with cluster(2, folder=folder) as nodes:
+        launchers = [
+            nodes.start(node, folder / name, *amfm(*words, "--master", "node1", "--node-rank", str(node - 1)))
+            for node, name in ((1, log.name), (2, "second.log"))
+        ]
+        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        with watch("torchrun per node", "rank killed"):
+            signal_ranks(nodes, 2, "KILL")
+            codes = [launcher.wait(timeout=PATIENCE_SECONDS) for launcher in launchers]
+            assert codes == [0, 0], log.read_text()[-4000:]
+    assert len(events(folder / "run", "restarted")) == 1
     check_losses(folder / "run", undisturbed)

@@ -7,14 +7,17 @@ table that `make test-cluster` ends with.
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import threading
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.cluster import events, metrics
+from tests.cluster.cluster import PATH, events, metrics
 
 POLL_SECONDS = 0.25
 # What launcher, ranks or Slurm say of a fault; a run that nothing disturbs says none of it.
@@ -22,7 +25,17 @@ TELLING = re.compile(
     r"no progress for|lost|not seen any more|failed at checkpoint|is left out|does not answer|queued again|too little is left|"
     r"restarted|srun: error|Node failure|Connection closed|ended by|Traceback|cannot be read|other rank"
 )
-HEAD = ("engine", "fault", "named", "noticed, s", "no step for, s", "steps again", "ranks", "losses differ by")
+HEAD = (
+    "engine",
+    "version",
+    "fault",
+    "named",
+    "noticed, s",
+    "no step for, s",
+    "steps again",
+    "ranks",
+    "losses differ by",
+)
 LONGEST_CAUSE = 110
 
 
@@ -48,7 +61,7 @@ class Row:
         noticed = "-" if self.seconds_to_notice is None else f"{self.seconds_to_notice:.0f}"
         differ = "-" if self.difference is None else f"{self.difference:.0e}" if self.difference else "0"
         numbers = [noticed, f"{self.seconds_without_step:.0f}", str(self.steps_again), ", ".join(map(str, self.ranks))]
-        return [self.engine, self.fault, self.named or "no one", *numbers, differ]
+        return [self.engine, version_of(self.engine), self.fault, self.named or "no one", *numbers, differ]
 
 
 class Watch:
@@ -108,6 +121,22 @@ class Watch:
     def _last_step(self) -> int:
         lines = metrics(self.run_dir)
         return int(lines[-1]["step"]) if lines else 0
+
+
+def version_of(engine: str) -> str:
+    """Version of the engine of a row."""
+    if engine in ("Ray", "torchrun per node"):
+        return version("ray" if engine == "Ray" else "torch")
+    command = ("ssh", "-V") if engine == "ssh" else ("slurmctld", "-V")
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+        env=os.environ | {"PATH": PATH},
+    )
+    return done.stdout.replace("OpenSSH_", "OpenSSH ").replace(",", " ").split()[1]
 
 
 def read_json(path: Path) -> dict[str, Any]:
