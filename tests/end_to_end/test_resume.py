@@ -16,10 +16,12 @@ STEPS, STOP = 4, 2
 Cases = list[tuple[str, int]]
 # Registered mixers keep nothing of their own between steps.
 MIXERS: dict[str, Any] = MODEL | {
-    "pattern": "{gdn2}E{mamba3}-",
+    "pattern": "{gdn2}E{mamba3}-C(W&M)",
     "mixers": {
         "gdn2": {"num_heads": 2, "head_dim": 8, "chunk_size": 16},
         "mamba3": {"num_heads": 4, "head_dim": 8, "state_size": 8, "num_groups": 2, "chunk_size": 16},
+        "short_conv": {},
+        "window": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "window": 12, "sinks": True},
     },
 }
 # One rank alone has nothing to spread: two stages stand for the rest there.
