@@ -39,6 +39,9 @@ STAGED = ("parallel.pipeline=2",)
 INTERLEAVED = ("parallel.schedule=interleaved", "parallel.virtual_stages=2")
 # Half of the blocks of each mixer's case are the mixer's; as wide as the preset's Mamba2.
 HEADS = "num_heads=16"
+# No file of ours holds an indexer.
+CHOSEN, AS_IT_IS = "indexer.top_k=512", ("export.target=auto",)
+WINDOW = "{num_heads: 16, num_kv_heads: 4, window: 1024, sinks: true}"
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,18 @@ CASES = (
     Case("mamba3", 8, of_mixer("{mamba3}", "mamba3")),
     Case("mamba1", 8, of_mixer("{mamba1}", "mamba1", "inner_size=2048")),
     Case("latent attention", 8, of_mixer("+", "mla", HEADS)),
+    Case("latent attention, chosen keys", 8, of_mixer("+", "mla", HEADS, CHOSEN, beside=AS_IT_IS)),
+    Case("chosen keys, tensor", 8, (*SPLIT, *AS_IT_IS, f"model.attention.{CHOSEN}")),
+    Case(
+        "warm-up of an indexer, context",
+        8,
+        ("parallel.context=2", *AS_IT_IS, f"model.attention.{CHOSEN}", "model.attention.indexer.stage=warm_up"),
+    ),
+    Case(
+        "short convolutions, windows next to Mamba2",
+        8,
+        ("model.pattern=CE(W&M)E", "model.mixers.short_conv={}", f"model.mixers.window={WINDOW}"),
+    ),
     Case("kda, tensor, ZeRO 2", 8, of_mixer("K", "kda", beside=(*SPLIT, "parallel.zero_stage=2"))),
     Case("gla, context", 8, of_mixer("{gla}", "gla", beside=("parallel.context=2",))),
 )  # fmt: skip

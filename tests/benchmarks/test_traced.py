@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from amfm.launch.plan.blocks.indexer import Pair
+from amfm.launch.simulate.trace import predicted_flops, traced_flops
+from amfm.model.config.indexer import keys_and_scores
+from amfm.model.config.pattern import block_kind
 from amfm.pretrain.checks.load import load_checked
 from benchmarks.command import run
 from benchmarks.traced import CASES, PRESET, SETTINGS, compare_bytes, trace_case, traced
@@ -27,6 +31,24 @@ def assert_as_planned(case):
         assert unnumbered(entry.traced["host_waits"]) == expected_waits(entry.config)
         found = compare_bytes(entry)
         assert found in ("equal", "as expected") or found.startswith(WITHOUT_FORMULA), found
+        # Each tensor rank does all of an indexer's part, and counts its share; a context rank's share of pairs is its own.
+        if entry.layout.tensor == entry.layout.context == 1:
+            assert_choices_are_counted(entry)
+
+
+def assert_choices_are_counted(entry):
+    """FLOPs of blocks that choose keys, without those of attention's scores that backward makes again."""
+    config, planned, traced = entry.config, predicted_flops(entry), traced_flops(entry)
+    length, letters = config.train.sequence_length, config.model.letters
+    tokens = entry.layout.tokens(config) * entry.layout.micro_batches(config)
+    for letter in set(letters):
+        options = config.model.block_options(letter)
+        indexer = getattr(options, "indexer", None)
+        if indexer is not None:
+            assert indexer.stage == "sparse"
+            read, kind = keys_and_scores(indexer, length)[0], block_kind(letter)
+            again = read * Pair.of(options).scores * tokens * letters.count(letter)
+            assert traced[kind] - again == pytest.approx(planned[kind], rel=0.04), (kind, traced, planned, again)
 
 
 def test_the_table_has_every_axis_schedule_stage_and_recurrence_and_no_wait_is_listed_in_vain():
