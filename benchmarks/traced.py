@@ -46,11 +46,12 @@ WINDOW = "{num_heads: 16, num_kv_heads: 4, window: 1024, sinks: true}"
 
 @dataclass(frozen=True)
 class Case:
-    """A layout of the table: its name there, ranks, and settings next to the preset's."""
+    """A layout of the table: its name there, ranks, settings next to the preset's, and the simulated GPU."""
 
     name: str
     ranks: int
     settings: tuple[str, ...]
+    gpu: str = "h100"
 
 
 def of_mixer(symbol: str, section: str, *options: str, beside: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -118,6 +119,19 @@ CASES = (
             "model.moe.shared_expert_gate=true",
         ),
     ),
+    Case("fp8_block", 8, ("low_precision.recipe=fp8_block",)),
+    Case(
+        "fp8_block, expert, saved and sent as codes",
+        8,
+        (
+            "parallel.expert=4",
+            "model.moe.capacity_factor=1.5",
+            "model.moe.expert_hidden_size=512",
+            "low_precision={recipe: fp8_block, saved: fp8, dispatch: fp8, quantize_weights: each_step}",
+        ),
+    ),
+    Case("mxfp8, expert", 8, ("parallel.expert=4", "low_precision.recipe=mxfp8"), "b200"),
+    Case("nvfp4, a block wide", 8, ("low_precision={recipe: nvfp4, wide_last: 1}",), "b200"),
     Case("two prediction depths", 8, ("model.pattern=(ME)*2 *E/*E/*E",)),
     Case("retnet", 8, of_mixer("{retnet}", "retnet")),
     Case("lightning", 8, of_mixer("L", "lightning")),
@@ -150,7 +164,7 @@ def trace_case(presets: Path, case: Case, report: Callable[[str], None]) -> list
     """Trace the first rank of the first and of the last pipeline stage of a case; `presets`: folder of the ladder."""
     config = load_checked(presets / f"{PRESET}.yaml", [*SETTINGS, *case.settings], world_size=case.ranks)
     report(f"{case.name}: {case.ranks} ranks")
-    return trace_run(config, case.ranks, HARDWARE["h100"], only_rank=None, stage_name=None, report=lambda *_: None)
+    return trace_run(config, case.ranks, HARDWARE[case.gpu], only_rank=None, stage_name=None, report=lambda *_: None)
 
 
 def trace_cases(presets: Path, cases: Iterable[Case], report: Callable[[str], None]) -> list[dict[str, Any]]:

@@ -73,17 +73,25 @@ def hang_recipes(model: HybridModel, settings: LowPrecisionConfig) -> None:
         if recipe_of(weight) is not None:
             del weight.recipe  # type: ignore[attr-defined]
     for index in set(settings.narrow_blocks(letters)) & set(model.blocks.indices()):
-        weights = dict(model.blocks[index].mixer.named_parameters())
-        for name, recipe in settings.recipes_of(letters[index]).items():
-            if name in weights:
-                weights[name].recipe = Recipe(  # type: ignore[attr-defined]
-                    recipe,
-                    weight_gradient=settings.weight_gradient,
-                    saved=settings.saved,
-                    dispatch=settings.dispatch,
-                    emulate=settings.emulate,
-                    seed=seed_of(model.seed, f"blocks.{index}.mixer.{name}"),
-                )
+        hang_on_mixer(model.blocks[index].mixer, letters[index], settings, model.seed, f"blocks.{index}.mixer.")
+
+
+def hang_on_mixer(
+    mixer: torch.nn.Module, letter: str, settings: LowPrecisionConfig, seed: int = 0, prefix: str = ""
+) -> list[torch.nn.Parameter]:
+    """Hang recipes on the weights of a narrow block's mixer; returns those. `prefix`: of their names in the whole model."""
+    weights = dict(mixer.named_parameters())
+    found = [(name, recipe) for name, recipe in settings.recipes_of(letter).items() if name in weights]
+    for name, recipe in found:
+        weights[name].recipe = Recipe(  # type: ignore[attr-defined]
+            recipe,
+            weight_gradient=settings.weight_gradient,
+            saved=settings.saved,
+            dispatch=settings.dispatch,
+            emulate=settings.emulate,
+            seed=seed_of(seed, prefix + name),
+        )
+    return [weights[name] for name, _ in found]
 
 
 def precision_table(config: ModelConfig, settings: LowPrecisionConfig, precision: str) -> list[PrecisionRow]:

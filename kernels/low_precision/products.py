@@ -27,8 +27,10 @@ def multiplies_codes(recipe: Recipe, device: torch.device) -> bool:
 
     Raises ValueError for a GPU that was not told to emulate and cannot multiply them.
     """
-    if recipe.emulate or (device.type == "cpu" and not INTERPRETED) or device.type == "meta":
+    if recipe.emulate or (device.type == "cpu" and not INTERPRETED):
         return False
+    if device.type == "meta":  # as a GPU that has them, for plans of its memory
+        return True
     if device.type == "cuda":
         needed, found = FIRST_CAPABILITY[recipe.name], torch.cuda.get_device_capability(device)
         if found < needed:

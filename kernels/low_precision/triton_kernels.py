@@ -58,6 +58,13 @@ def from_e4m3(code):
 
 
 @triton.jit
+def from_codes(code, scale):
+    """The numbers of codes, int32, times their scales."""
+    value = from_e4m3(code & 0x7F) * scale
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), tl.where(code >= 0x80, -value, value))
+
+
+@triton.jit
 def size_of(value):
     """Absolute numbers; a NaN counts for no scale."""
     return tl.where(is_number(value), tl.abs(value), 0.0)
@@ -69,6 +76,38 @@ def tile_of(tiles, tile, rows, TILED: tl.constexpr):
     if TILED:
         return tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1).to(tl.int64), tl.load(tiles + tile * 3 + 2)
     return 0, tile.to(tl.int64) * 128, rows
+
+
+@triton.jit
+def activate(value, up, SWIGLU: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr):
+    """A gated unit of gate and up, else the squared ReLU of the first; float32."""
+    if SWIGLU:
+        gate, up = limit_gate(value, up, SHIFT, LIMIT)
+        value = steep_silu(gate, ALPHA) * up
+    else:
+        value = tl.maximum(value, 0.0)
+        value = value * value
+    return value
+
+
+@triton.jit
+def store_row_codes(value, codes, scales, begin, lane, block, rows, width, is_row, inside):
+    """Codes along rows of some rows `lane` of a tile and a block of 128 columns, and their scales. `begin`: the tile's first row."""
+    scale, factor = power_of_two_scale(tl.max(size_of(value), 1))
+    # A wide scalar and narrow offsets: a tile of 64-bit addresses would spill registers.
+    place = lane[:, None] * width + (block * RUN + tl.arange(0, RUN))[None, :]
+    tl.store(codes + begin * width + place, to_e4m3(value * factor[:, None]), mask=inside)
+    tl.store(scales + block.to(tl.int64) * rows + begin + lane, scale, mask=is_row)
+
+
+@triton.jit
+def store_column_codes(value, codes, scales, tile, column, width, is_column):
+    """Codes along some columns of a tile, transposed, and their scales."""
+    scale, factor = power_of_two_scale(tl.max(size_of(value), 0))
+    first = tile.to(tl.int64) * width
+    place = column[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    tl.store(codes + first * RUN + place, tl.trans(to_e4m3(value * factor[None, :])), mask=is_column[:, None])
+    tl.store(scales + first + column, scale, mask=is_column)
 
 
 @triton.jit
@@ -84,14 +123,13 @@ def load_values(
     place = source[:, None] * features + column[None, :]
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     if SWIGLU:
-        up = tl.load(x + width + place, mask=inside, other=0.0).to(tl.float32)
-        gate, up = limit_gate(value, up, SHIFT, LIMIT)
-        value = steep_silu(gate, ALPHA) * up
+        value = activate(
+            value, tl.load(x + width + place, mask=inside, other=0.0).to(tl.float32), True, ALPHA, SHIFT, LIMIT
+        )
         if SHIFT != 0.0:  # also of lanes without an owner
             value = tl.where(inside, value, 0.0)
     elif ACTIVATED:
-        value = tl.maximum(value, 0.0)
-        value = value * value
+        value = activate(value, value, False, ALPHA, SHIFT, LIMIT)
     if WEIGHTED:
         pair = tl.load(pairs + row, mask=is_row, other=0)
         value = value * tl.load(weights + pair, mask=is_row, other=0.0).to(tl.float32)[:, None]
@@ -124,18 +162,9 @@ def quantize_tiles_kernel(
             ACTIVATED, SWIGLU, ALPHA, SHIFT, LIMIT, WEIGHTED, GATHER,
         )  # fmt: skip
         if ROWS:
-            scale, factor = power_of_two_scale(tl.max(size_of(value), 1))
-            # A wide scalar and narrow offsets: a tile of 64-bit addresses would spill registers.
-            place = lane[:, None] * width + column[None, :]
-            tl.store(row_codes + begin * width + place, to_e4m3(value * factor[:, None]), mask=inside)
-            tl.store(row_scales + block.to(tl.int64) * rows + row, scale, mask=is_row)
+            store_row_codes(value, row_codes, row_scales, begin, lane, block, rows, width, is_row, inside)
         if COLUMNS:
-            scale, factor = power_of_two_scale(tl.max(size_of(value), 0))
-            first = tile.to(tl.int64) * width
-            codes = tl.trans(to_e4m3(value * factor[None, :]))
-            place = column[:, None] * RUN + lane[None, :]
-            tl.store(column_codes + first * RUN + place, codes, mask=is_column[:, None])
-            tl.store(column_scales + first + column, scale, mask=is_column)
+            store_column_codes(value, column_codes, column_scales, tile, column, width, is_column)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -161,8 +190,7 @@ def unpack_rows_kernel(packed, x, rows, width, bytes_a_row, BLOCK_M: tl.constexp
     first = row.to(tl.int64) * bytes_a_row
     code = tl.load(packed + first[:, None] + column[None, :], mask=inside, other=0).to(tl.int32)
     exponent = tl.load(packed + first + width + tl.program_id(1), mask=row < rows, other=1).to(tl.int32)
-    value = from_e4m3(code & 0x7F) * (exponent << 23).to(tl.float32, bitcast=True)[:, None]
-    value = tl.where((code & 0x7F) == 0x7F, float("nan"), tl.where(code >= 0x80, -value, value))
+    value = from_codes(code, (exponent << 23).to(tl.float32, bitcast=True)[:, None])
     place = row.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(x + place, value.to(x.dtype.element_ty), mask=inside)
 
@@ -194,6 +222,27 @@ def quantize_weight_kernel(
         tl.store(transposed_scales + (expert * across + tl.program_id(1)) * down + tl.program_id(0), scale)
 
 
+@triton.jit
+def multiply_codes(
+    left, left_scales, right, right_scales, row, is_row, column, is_column, rows, inner, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Rows of codes times the transpose of columns' codes, [128, BLOCK_N] float32. The columns lie in one block of scales."""
+    lane = tl.arange(0, RUN)
+    left_place = row[:, None] * inner + lane[None, :]
+    right_place = column[None, :] * inner + lane[:, None]
+    total = tl.zeros((RUN, BLOCK_N), tl.float32)
+    for run in range(0, tl.cdiv(inner, RUN)):
+        is_inner = lane < inner - run * RUN
+        a = tl.load(left + left_place, mask=is_row[:, None] & is_inner[None, :], other=0.0)
+        b = tl.load(right + right_place, mask=is_column[None, :] & is_inner[:, None], other=0.0)
+        scale = tl.load(left_scales + tl.cast(run, tl.int64) * rows + row, mask=is_row, other=0.0)
+        scale = scale * tl.load(right_scales + run)
+        total += tl.dot(a, b, input_precision="tf32x3") * scale[:, None]
+        left_place += RUN
+        right_place += RUN
+    return total
+
+
 @triton.jit(do_not_specialize=["rows"])
 def fp8_product_kernel(
     left, left_scales, right, right_scales, y, sources, tiles, experts, rows, columns, inner,
@@ -207,27 +256,16 @@ def fp8_product_kernel(
     blocks = tl.cdiv(columns, BLOCK_N)
     expert, begin, end = tile_of(tiles, tl.program_id(0) // blocks, rows, TILED)
     if expert < experts:
-        lane = tl.arange(0, RUN)
-        row = begin + lane
+        row = begin + tl.arange(0, RUN)
         is_row = row < end
         first = tl.program_id(0) % blocks * BLOCK_N
         column = first + tl.arange(0, BLOCK_N)
-        runs = tl.cdiv(inner, RUN)
         matrix = tl.cast(expert, tl.int64)
         right += matrix * columns * inner
-        right_scales += (matrix * tl.cdiv(columns, RUN) + first // RUN) * runs
-        left_place = row[:, None] * inner + lane[None, :]
-        right_place = column[None, :] * inner + lane[:, None]
-        total = tl.zeros((RUN, BLOCK_N), tl.float32)
-        for run in range(0, runs):
-            is_inner = lane < inner - run * RUN
-            a = tl.load(left + left_place, mask=is_row[:, None] & is_inner[None, :], other=0.0)
-            b = tl.load(right + right_place, mask=(column[None, :] < columns) & is_inner[:, None], other=0.0)
-            scale = tl.load(left_scales + tl.cast(run, tl.int64) * rows + row, mask=is_row, other=0.0)
-            scale = scale * tl.load(right_scales + run)
-            total += tl.dot(a, b, input_precision="tf32x3") * scale[:, None]
-            left_place += RUN
-            right_place += RUN
+        right_scales += (matrix * tl.cdiv(columns, RUN) + first // RUN) * tl.cdiv(inner, RUN)
+        total = multiply_codes(
+            left, left_scales, right, right_scales, row, is_row, column, column < columns, rows, inner, BLOCK_N
+        )
         target = tl.load(sources + row, mask=is_row, other=0).to(tl.int64) if SCATTER else row
         place = target[:, None] * columns + column[None, :]
         tl.store(y + place, total.to(y.dtype.element_ty), mask=is_row[:, None] & (column[None, :] < columns))

@@ -34,6 +34,11 @@ def watch_operands(listener: Listener) -> Iterator[None]:
         _listeners.remove(listener)
 
 
+def is_watched() -> bool:
+    """Whether there is a listener: then operands are made wide that else are only made as codes."""
+    return bool(_listeners)
+
+
 def note_operands(recipe: Recipe, **operands: Tensor) -> None:
     """Tell listeners of the wide operands of a product, by their roles."""
     for listener in _listeners:

@@ -24,8 +24,8 @@ from torch import Tensor
 from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of, make_or_land
 from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.low_precision.emulated import input_gradient, output, quantize_columns, weight_gradient
-from amfm.kernels.low_precision.formats import Quantized, quantize
-from amfm.kernels.low_precision.recipe import Recipe, recipe_of
+from amfm.kernels.low_precision.formats import RUN, Quantized, quantize
+from amfm.kernels.low_precision.recipe import Recipe, RecipeName, recipe_of
 from amfm.kernels.moe.torch_loop import (
     activate,
     activation_backward,
@@ -36,6 +36,7 @@ from amfm.kernels.moe.torch_loop import (
     take_rows,
     take_weights,
 )
+from amfm.kernels.swiglu.gate import find_gate
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,14 @@ def recipes_of(up_EFD: Tensor, down_EDF: Tensor) -> ExpertRecipes | None:
     if up is None or down is None or replace(up, seed=0) != replace(down, seed=0):
         raise ValueError(f"experts' up and down must have the same recipe, or none; got {up} and {down}")
     return ExpertRecipes(up, down)
+
+
+def makes_codes(name: RecipeName, width: int, activation: str) -> bool:
+    """Whether kernels make codes of activations, and of hidden rows' gradients, where they make the numbers (triton_epilogues.py).
+
+    A gated unit's halves of `width` units must begin at blocks of codes.
+    """
+    return name == "fp8_block" and (find_gate(activation) is None or width % RUN[name] == 0)
 
 
 def feed_forward(

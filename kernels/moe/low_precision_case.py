@@ -29,6 +29,7 @@ from amfm.kernels.cases.trial import Sized, Trial
 from amfm.kernels.linear.low_precision import low_precision_linear
 from amfm.kernels.low_precision.recipe import Recipe, RecipeName
 from amfm.kernels.moe.case import experts_problem, experts_trial
+from amfm.kernels.moe.low_precision import makes_codes
 from amfm.kernels.moe.op import feed_forward_flops
 from amfm.kernels.swiglu.gate import unit_constants
 
@@ -103,9 +104,12 @@ def low_precision_experts_problem(
     pairs, flops = tokens * top_k, feed_forward_flops(tokens * top_k, model, width, "swiglu")
     numbers = 3 * experts * model * width
     # Rows read and written as codes, codes read, hidden rows written and read, activations as codes, results; weights and codes.
-    rows = model * (WIDE * passes + 2 * code + 2 * WIDE) + width * (2 * WIDE * (passes + 1) + 2 * code)
+    is_made = makes_codes(name, width, "swiglu")  # then hidden rows are not read, nor their gradients but as codes
+    rows = model * (WIDE * passes + 2 * code + 2 * WIDE) + width * (
+        2 * WIDE * (1 if is_made else passes + 1) + 2 * code
+    )
     forward = pairs * rows + numbers * (WIDE * passes + 2 * code)
-    backward = 2 * forward + pairs * width * 10 * WIDE + numbers * WIDE
+    backward = 2 * forward + pairs * width * (3 if is_made else 10) * WIDE + numbers * WIDE
     return Problem(wide.shape, wide.leaves, run, Minimum(int(forward), flops), Minimum(int(backward), 2 * flops), peers)
 
 
@@ -120,6 +124,7 @@ def launches() -> Iterator[KernelLaunch]:
     from amfm.kernels.low_precision import triton_impl as codes
     from amfm.kernels.low_precision import triton_kernels as kernels
     from amfm.kernels.moe import triton_codes
+    from amfm.kernels.moe import triton_epilogues as epilogues
 
     types = dict.fromkeys(("x", "weight", "y", "v", "hidden", "d_hidden", "active"), "*bf16")
     scales = ("row_scales", "column_scales", "scales", "transposed_scales", "left_scales", "right_scales")
@@ -159,6 +164,23 @@ def launches() -> Iterator[KernelLaunch]:
         yield kernel_launch(
             f"fp8 experts open, {activation}", triton_codes.open_kernel, types, swiglu, triton_codes.OPEN_TILE
         )
+        for saved, way in ((False, ""), (True, ", hidden rows as codes")):
+            fused = unit_constants(activation) | {"WEIGHTED": True, "SAVED": saved}
+            fused |= {} if saved else {"hidden_scales": None}
+            stored = types | dict.fromkeys(("like", "v"), "*bf16") | {"hidden": "*u8" if saved else "*bf16"}
+            stored |= dict.fromkeys(("active_codes", "row_codes"), "*u8")
+            stored |= dict.fromkeys(("active_scales", "hidden_scales"), "*fp32")
+            launch = kernel_launch(
+                f"fp8 experts up, {activation}{way}", epilogues.fp8_up_kernel, stored, fused, epilogues.UP
+            )
+            yield _multiplying(launch)
+            yield kernel_launch(
+                f"fp8 experts open as codes, {activation}{way}",
+                epilogues.fp8_open_kernel,
+                stored,
+                fused,
+                epilogues.OPEN_CODES,
+            )
     rows = types | {"packed": "*u8", "bytes_a_row": "i32:16"}
     yield kernel_launch("fp8 packed rows", kernels.pack_rows_kernel, rows, {}, codes.PACK)
     yield kernel_launch("fp8 unpacked rows", kernels.unpack_rows_kernel, rows, {}, codes.PACK)

@@ -2,7 +2,8 @@
 
 Forward: codes of the rows, up; activation, weight and codes of both in one pass, down, sum over choices. Backward: codes of the
 gradient along rows and columns, down; the activation's gradient, codes of it along rows and columns, up, sum; two outer products
-of column codes. Weights are quantised where they are multiplied, their transposes for gradients of inputs.
+of column codes. Weights are quantised where they are multiplied, their transposes for gradients of inputs. Of fp8_block up makes
+the activation's codes itself, and one pass the codes of all that follows the activation's gradient (triton_epilogues.py).
 
 Kept for backward: x and the hidden rows before the activation, as by `triton_experts.py`, or codes of the latter.
 """
@@ -30,9 +31,10 @@ from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.low_precision import triton_impl as codes
 from amfm.kernels.low_precision.formats import Quantized
 from amfm.kernels.low_precision.products import codes_of
-from amfm.kernels.low_precision.watch import note_operands
+from amfm.kernels.low_precision.watch import is_watched, note_operands
+from amfm.kernels.moe import triton_epilogues as epilogues
 from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles, tile_bound
-from amfm.kernels.moe.low_precision import ExpertRecipes
+from amfm.kernels.moe.low_precision import ExpertRecipes, makes_codes
 from amfm.kernels.moe.rows.triton_impl import add_rows_triton
 from amfm.kernels.moe.triton_experts import weights_half, wide_weight_gradients
 from amfm.kernels.moe.triton_kernels import load_tile, open_part, row_weights
@@ -159,14 +161,19 @@ class _Experts(torch.autograd.Function):
         x_codes, _ = up.quantize_rows(x_RD, tiles, given.sources, rows=True)
         note_operands(recipes.up, input=x_RD, weight=up_EFD.flatten(0, 1))
         note_operands(recipes.down, weight=down_EDF.flatten(0, 1))
-        hidden_SF = up.product(x_codes, up.quantize_weight(up_EFD), x_RD.dtype, tiles)
-        active, _ = down.quantize_rows(
-            hidden_SF, tiles, rows=True, activation=activation, weights=weights_RK, pairs=given.pairs
-        )
+        up_codes, choice = up.quantize_weight(up_EFD), (weights_RK, given.pairs)
+        if makes_codes(recipes.up.name, down_EDF.shape[2], activation):
+            saved = recipes.up.saved == "fp8"
+            kept, active = epilogues.up(x_codes, up_codes, tiles, *choice, activation, x_RD, saved=saved)
+        else:
+            hidden_SF = up.product(x_codes, up_codes, x_RD.dtype, tiles)
+            active, _ = down.quantize_rows(
+                hidden_SF, tiles, rows=True, activation=activation, weights=weights_RK, pairs=given.pairs
+            )
+            kept = (hidden_SF,)
+            if recipes.up.saved == "fp8":
+                kept, _ = codes.quantize_rows(hidden_SF, tiles, rows=True)
         y_RD = given.product(down, active, down.quantize_weight(down_EDF), tiles, x_RD)
-        kept: tuple[Tensor, ...] = (hidden_SF,)
-        if recipes.up.saved == "fp8":
-            kept, _ = codes.quantize_rows(hidden_SF, tiles, rows=True)
         ctx.given, ctx.activation, ctx.recipes, ctx.totals = given, activation, recipes, totals
         ctx.save_for_backward(x_RD, weights_RK, *tiles, up_EFD, down_EDF, *kept)
         return y_RD
@@ -178,21 +185,29 @@ class _Experts(torch.autograd.Function):
         dy_RD, keep = dy_RD.contiguous(), ctx.recipes.up.weight_gradient == "same"
         up, down = codes_of(ctx.recipes.up), codes_of(ctx.recipes.down)
         grads, grad_columns = down.quantize_rows(dy_RD, tiles, given.sources, rows=True, columns=keep, gradient=True)
+        note_operands(ctx.recipes.down, gradient=dy_RD)
         v_SW = down.product(grads, down.quantize_weight(down_EDF, transposed=True), dtype, tiles)
-        hidden_SF = _restore(dtype, *kept)
-        experts = len(offsets_E)
-        d_hidden, active, d_weights = _open(v_SW, hidden_SF, weights_RK, given.pairs, listed, experts, ctx.activation)
-        note_operands(ctx.recipes.down, input=active, gradient=dy_RD)
-        note_operands(ctx.recipes.up, gradient=d_hidden)
-        hidden_rows, hidden_columns = up.quantize_rows(d_hidden, tiles, rows=True, columns=keep, gradient=True)
+        rows, choice = len(v_SW), (weights_RK, given.pairs)
+        # Someone who looks at operands gets them wide.
+        if keep and makes_codes(ctx.recipes.up.name, down_EDF.shape[2], ctx.activation) and not is_watched():
+            hidden_rows, *columns, d_weights = epilogues.open_codes(v_SW, kept, *choice, tiles, ctx.activation)
+        else:
+            d_hidden, active, d_weights = _open(
+                v_SW, _restore(dtype, *kept), *choice, listed, len(offsets_E), ctx.activation
+            )
+            note_operands(ctx.recipes.down, input=active)
+            note_operands(ctx.recipes.up, gradient=d_hidden)
+            hidden_rows, hidden_columns = up.quantize_rows(d_hidden, tiles, rows=True, columns=keep, gradient=True)
+            columns = [hidden_columns]
+            if keep:
+                columns += down.quantize_rows(active, tiles, columns=True)[1:]
+                del d_hidden, active
+        del v_SW
         dx_RD = given.product(up, hidden_rows, up.quantize_weight(up_EFD, transposed=True), tiles, x_RD)
         weights = up_EFD, down_EDF
         if keep:
-            _, active_columns = down.quantize_rows(active, tiles, columns=True)
-            columns = hidden_columns, grad_columns, active_columns
-            half = partial(
-                _weights_half, (up, down), x_RD, given.sources, tiles, columns, weights, len(d_hidden), ctx.totals
-            )
+            sides = columns[0], grad_columns, columns[1]
+            half = partial(_weights_half, (up, down), x_RD, given.sources, tiles, sides, weights, rows, ctx.totals)
         else:
             wide = partial(wide_weight_gradients, dy_RD, x_RD, d_hidden, active, given.sources, offsets_E)
             half = partial(weights_half, ctx.totals, wide)
@@ -202,8 +217,7 @@ class _Experts(torch.autograd.Function):
             compute_later(weights, half)
         elif any(ctx.needs_input_grad[3:5]):
             d_up, d_down = half()
-        d_weights = None if weights_RK is None else d_weights
-        return dx_RD, d_weights, None, d_up, d_down, None, None, None, None, None
+        return dx_RD, None if weights_RK is None else d_weights, None, d_up, d_down, None, None, None, None, None
 
 
 def _restore(dtype: torch.dtype, rows_or_codes: Tensor, scales: Tensor | None = None) -> Tensor:

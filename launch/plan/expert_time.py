@@ -207,6 +207,7 @@ def computed_around(
         Roofline(
             hardware, config.train.precision, storage.element_bytes,
             recipes=recipes, wide_gradient=wide_gradient, kept_passes=passes,
+            saves_codes=config.low_precision.saved == "fp8",
         )
         for _ in range(4)
     )  # fmt: skip

@@ -2,8 +2,7 @@
 
 Products of a weight with a recipe run at that recipe's peak, and around them operands are quantised: activations and their
 gradients in a separate pass that writes codes along both dimensions, weights once for each product that reads them, or
-once per step. Memory is planned as without, but for codes of weights that are kept: codes of inputs take less than the
-bf16 that is counted for them.
+once per step. What blocks keep and work with is measured of blocks that have the recipe (measured.py), but for codes of weights.
 """
 
 from __future__ import annotations
@@ -12,10 +11,12 @@ import math
 from collections import Counter
 from functools import lru_cache
 
+from amfm.launch.plan.activations import Storage
 from amfm.launch.plan.layout import Layout, StageShare
 from amfm.model.config.low_precision import LowPrecisionConfig, RecipeName
 from amfm.model.config.schema import ModelConfig
 from amfm.model.low_precision import narrow_matrices
+from amfm.pretrain.config.schema import RunConfig
 
 # Of a number in an operand, its share of a scale included; a weight's blocks have fewer scales, which is not counted.
 OPERAND_BYTES: dict[RecipeName, float] = {"fp8_block": 1 + 4 / 128, "mxfp8": 1 + 1 / 32, "nvfp4": 0.5 + 1 / 16}
@@ -28,23 +29,34 @@ def planned_recipes(settings: LowPrecisionConfig, letter: str) -> dict[str, Reci
     return {} if settings.emulate else settings.recipes_of(letter)
 
 
+def narrow_kinds(config: RunConfig, held: StageShare, storage: Storage) -> frozenset[str]:
+    """Kinds of block of which all on a stage multiply by a recipe of low precision; emulated they take what wide ones do."""
+    if storage.backend != "triton" or config.low_precision.emulate:
+        return frozenset()
+    narrow = held.narrow_letters(config.low_precision.narrow_blocks(config.model.letters))
+    return frozenset(letter for letter in narrow if narrow.count(letter) == held.letters.count(letter))
+
+
 def kept_passes(settings: LowPrecisionConfig, micro_batches: int) -> int:
     """Micro-batches that share a weight's codes, 0 where each product makes them."""
     return micro_batches if settings.quantize_weights == "each_step" else 0
 
 
-def kept_code_bytes(model: ModelConfig, settings: LowPrecisionConfig, layout: Layout, held: StageShare) -> float:
-    """Bytes of the codes, in two directions, that a rank of a pipeline stage keeps of its weights during a step."""
-    if settings.quantize_weights != "each_step" or settings.emulate:
-        return 0.0
-    found = 0.0
-    for letter, times in Counter(held.narrow_letters(settings.narrow_blocks(model.letters))).items():
+def code_bytes(model: ModelConfig, settings: LowPrecisionConfig, layout: Layout, held: StageShare) -> float:
+    """Bytes of codes of its weights that a rank of a pipeline stage has at once during a step.
+
+    In two directions of all of them where they are made once a step, else the largest of one.
+    """
+    kept = largest = 0.0
+    narrow = () if settings.emulate else held.narrow_letters(settings.narrow_blocks(model.letters))
+    for letter, times in Counter(narrow).items():
         for matrix, recipe in narrow_matrices(model, settings, letter):
             ranks = (
                 layout.expert * layout.expert_tensor if matrix.shard.per_expert and layout.expert > 1 else layout.tensor
             )
-            found += times * 2 * OPERAND_BYTES[recipe] * math.prod(matrix.shape) / ranks
-    return found
+            size = OPERAND_BYTES[recipe] * math.prod(matrix.shape) / ranks
+            kept, largest = kept + times * 2 * size, max(largest, size)
+    return kept if settings.quantize_weights == "each_step" else largest
 
 
 @lru_cache(maxsize=256)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -34,11 +34,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from amfm.kernels.common.split_backward import Later, split_backward
+from amfm.kernels.low_precision.kept_weights import keep_weights
+from amfm.kernels.low_precision.products import codes_of
+from amfm.kernels.low_precision.recipe import recipe_of
 from amfm.launch.plan.activations import BlockBytes, Storage
 from amfm.launch.plan.stand_in_triton import triton_at_hand
 from amfm.model.block import Block
+from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
+from amfm.model.low_precision import hang_on_mixer
 from amfm.model.moe.spread import expected_ranks
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import AXES, ProcessGroupCollection, SingleRankGroup
@@ -57,7 +62,7 @@ class Cut:
 
     `in_slots`: whether rows to experts lie in slots of a capacity. Else they have `room` (`RowRoom`), or `sent` rows of a token
     travel, once to each rank of its experts, and the fullest rank gets `rows` times the mean. `in_halves`: of a micro-batch. `is_split`: whether weight
-    gradients are left for later.
+    gradients are left for later. `narrow`: the recipe by which its products are made, None without.
     """
 
     tensor: int = 1
@@ -71,6 +76,7 @@ class Cut:
     rows: float = 1.0
     room: float | None = None
     is_split: bool = False
+    narrow: LowPrecisionConfig | None = None
 
     def groups(self) -> ProcessGroupCollection:
         """The groups of the first rank, each of its axis' size."""
@@ -106,6 +112,8 @@ def _block_bytes(config: ModelConfig, letter: str, storage: Storage, cut: Cut) -
     dtype = torch.float32 if storage.element_bytes == 4 else torch.bfloat16
     # A run whose chunks or states Triton's kernels do not take has to ask for PyTorch's.
     backend = storage.backend if takes_kernels(config, letter) else "torch"
+    if backend == "torch":
+        cut = replace(cut, narrow=None)
     try:
         return _measure(config, letter, dtype, backend, cut)
     except RuntimeError as error:
@@ -139,6 +147,8 @@ def _measure(config: ModelConfig, letter: str, dtype: torch.dtype, backend: str,
         stream = torch.float32 if config.residual_in_fp32 else dtype
         residual_BTD = torch.empty(1, own, config.hidden_size, dtype=stream, requires_grad=True)
         delta_BTD = torch.empty(1, own, config.hidden_size, requires_grad=True)
+        if cut.narrow is not None:
+            stack.enter_context(codes_at_hand(block, letter, cut.narrow))
         if cut.is_split:
             stack.enter_context(split_backward(later))
         live.stacked = frozenset(weight.shape for weight in block.parameters() if weight.dim() == 3)
@@ -210,6 +220,17 @@ class StandInGroup(SingleRankGroup):
         if name.startswith("__"):
             raise AttributeError(name)
         return lambda *_, **__: self
+
+
+@contextmanager
+def codes_at_hand(block: Block, letter: str, settings: LowPrecisionConfig) -> Iterator[None]:
+    """Inside, a block multiplies by a recipe; codes of weights are there, since they do not grow with tokens."""
+    with keep_weights():
+        for weight in hang_on_mixer(block.mixer, letter, settings):
+            recipe = recipe_of(weight)
+            if recipe is not None:
+                codes_of(recipe).quantize_weight(weight)
+        yield
 
 
 def counted_launches(note_launch: Callable[[], None]) -> AbstractContextManager[None]:

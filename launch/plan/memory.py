@@ -33,7 +33,7 @@ from amfm.launch.plan.exchanges.buckets import bucketed_bytes, resting_bytes
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.in_flight import Moment, moments_of
 from amfm.launch.plan.layout import Layout, StageShare, count_routed, distinct_stages, held_by_stages
-from amfm.launch.plan.low_precision import kept_code_bytes
+from amfm.launch.plan.low_precision import code_bytes, narrow_kinds
 from amfm.launch.plan.measured import block_bytes
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import RunConfig
@@ -88,10 +88,18 @@ def estimate_memory(
     `imbalance`: routed rows of the fullest rank over the mean, where experts are spread.
     """
     stages = distinct_stages(
-        held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
+        held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings()),
+        frozenset(config.low_precision.narrow_blocks(config.model.letters)),
     )
     sizes = block_sizes(config, layout, storage, imbalance, {letter for held in stages for letter in held.letters})
-    found = [estimate_stage(config, layout, storage, held, imbalance, sizes) for held in stages]
+    narrow = {held: narrow_kinds(config, held, storage) for held in stages}
+    by_recipe = block_sizes(config, layout, storage, imbalance, frozenset().union(*narrow.values()), is_narrow=True)
+    found = [
+        estimate_stage(
+            config, layout, storage, held, imbalance, sizes | {letter: by_recipe[letter] for letter in narrow[held]}
+        )
+        for held in stages
+    ]
     fullest = max(found, key=Memory.total)
     parts = fullest.parts | {"margin": margin * fullest.total()}
     if hardware is not None:
@@ -109,11 +117,19 @@ def estimate_memory(
 
 
 def block_sizes(
-    config: RunConfig, layout: Layout, storage: Storage, imbalance: float, letters: Collection[str]
+    config: RunConfig,
+    layout: Layout,
+    storage: Storage,
+    imbalance: float,
+    letters: Collection[str],
+    *,
+    is_narrow: bool = False,
 ) -> dict[str, BlockBytes]:
-    """Bytes of each kind of block on a rank, those that are computed again as such."""
+    """Bytes of each kind of block on a rank, those that are computed again as such; `is_narrow`: by the recipe."""
     sizes = {
-        letter: block_bytes(config.model, letter, storage, cut_of(config, layout, letter, imbalance))
+        letter: block_bytes(
+            config.model, letter, storage, cut_of(config, layout, letter, imbalance, is_narrow=is_narrow)
+        )
         for letter in letters
     }
     for letter in layout.recompute & sizes.keys():
@@ -134,9 +150,11 @@ def estimate_stage(
     `sizes`: those of `block_sizes`, where they are known.
     """
     if sizes is None:
-        sizes = block_sizes(config, layout, storage, imbalance, set(held.letters))
+        narrow = narrow_kinds(config, held, storage)
+        sizes = block_sizes(config, layout, storage, imbalance, set(held.letters) - narrow)
+        sizes |= block_sizes(config, layout, storage, imbalance, narrow, is_narrow=True)
     stays = persistent_bytes(held, layout, storage)
-    codes = {"codes of weights": kept_code_bytes(config.model, config.low_precision, layout, held)}
+    codes = {"codes of weights": code_bytes(config.model, config.low_precision, layout, held)}
     moments = {
         "passes": stays | codes | busiest_pass(config, layout, storage, held, sizes),
         "optimizer step": stays | step_bytes(held, layout, storage),

@@ -6,9 +6,10 @@ An operation takes the longer of its arithmetic at a stated part of the peak and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
+from amfm.kernels.moe.low_precision import makes_codes
 from amfm.launch.plan.activations import FLOAT32_BYTES, up_rows
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout
@@ -24,7 +25,7 @@ class Roofline:
     `forwards` is 2 where blocks are recomputed, so that every method counts the forward part once more. `lands`: products
     add a weight's gradient to its float32 sum, which they read and write, where others write it. `recipes`: of low precision,
     by the names of weights; `wide_gradient`: their third product keeps the run's precision; `kept_passes`: micro-batches that use
-    the codes of a weight which are made once, 0 where each product makes them.
+    the codes of a weight which are made once, 0 where each product makes them; `saves_codes`: hidden rows of experts are kept as codes.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class Roofline:
         recipes: Mapping[str, RecipeName] = MappingProxyType({}),
         wide_gradient: bool = False,
         kept_passes: int = 0,
+        saves_codes: bool = False,
     ) -> None:
         self.recipes, self.wide_gradient, self.kept_passes = recipes, wide_gradient, kept_passes
+        self.saves_codes = saves_codes
         self.hardware, self.element_bytes, self.forwards, self.lands = hardware, element_bytes, forwards, lands
         self.peak = hardware.peak_flops(precision)
         self.bandwidth = hardware.memory_bytes_per_second * hardware.memory_efficiency
@@ -55,15 +58,17 @@ class Roofline:
         grouped: bool = False,
         wide: bool = False,
         weight: str = "",
+        made: Collection[str] = (),
     ) -> None:
         """Add [rows, in] x [in, out] and the two products of its backward pass; `groups` matrices share the rows.
 
         `grouped`: by a grouped kernel though it be of one matrix, as experts are. `wide`: in float32, as the router's logits
-        are. `weight`: its name below the mixer, by which it may have a recipe.
+        are. `weight`: its name below the mixer, by which it may have a recipe. `made`: which of "input", "output" and "gradient" of a
+        product by a recipe are codes where they are made, and never wide in memory.
         """
         recipe = self.recipes.get(weight)
         if recipe is not None:
-            self._narrow_product(rows, inputs, outputs, groups, recipe, grouped=grouped or groups > 1)
+            self._narrow_product(rows, inputs, outputs, groups, recipe, made, grouped=grouped or groups > 1)
             return
         hardware = self.hardware
         efficiency = hardware.grouped_efficiency if grouped or groups > 1 else hardware.product_efficiency
@@ -78,7 +83,15 @@ class Roofline:
             self.seconds += times * max(arithmetic, moved / self.bandwidth)
 
     def _narrow_product(
-        self, rows: float, inputs: float, outputs: float, groups: int, recipe: RecipeName, *, grouped: bool
+        self,
+        rows: float,
+        inputs: float,
+        outputs: float,
+        groups: int,
+        recipe: RecipeName,
+        made: Collection[str],
+        *,
+        grouped: bool,
     ) -> None:
         """`product` by a recipe, with the passes that quantise its operands."""
         hardware, e, b = self.hardware, self.element_bytes, OPERAND_BYTES[recipe]
@@ -88,15 +101,25 @@ class Roofline:
         sums = 2 * FLOAT32_BYTES if self.lands else e
         third = e if self.wide_gradient else b
         for times, seconds, moved in (
-            (self.forwards, flops / rate, rows * (b * inputs + e * outputs) + b * weights),
+            (
+                self.forwards,
+                flops / rate,
+                rows * (b * inputs + (b if "output" in made else e) * outputs) + b * weights,
+            ),
             (1, flops / rate, rows * (b * outputs + e * inputs) + b * weights),
             (1, flops / (wide if self.wide_gradient else rate), third * rows * (inputs + outputs) + sums * weights),
         ):
             self.seconds += times * max(seconds, moved / self.bandwidth)
         # Codes along rows, and along columns where the third product takes them; a weight's for either direction.
-        codes = b if self.wide_gradient else 2 * b
+        # Columns of experts' inputs are made in backward.
+        codes, columns = (b, 0.0) if self.wide_gradient else (2 * b, b)
         read = e * READS[recipe]
-        quantised = self.forwards * rows * inputs * (read + codes) + rows * outputs * (read + codes)
+        of_input, of_gradient = (0.0 if side in made else read for side in ("input", "gradient"))
+        if grouped:
+            quantised = self.forwards * rows * inputs * (of_input + b) + bool(columns) * rows * inputs * (of_input + b)
+        else:
+            quantised = self.forwards * rows * inputs * (of_input + codes)
+        quantised += rows * outputs * (of_gradient + codes)
         if self.kept_passes:
             quantised += weights * (read + 2 * b) / self.kept_passes
         else:
@@ -112,6 +135,10 @@ class Roofline:
         rate = hardware.attention_backward_efficiency or hardware.attention_efficiency
         for passes, efficiency in ((self.forwards, hardware.attention_efficiency), (backward, rate)):
             self.seconds += passes * max(flops / (self.peak * efficiency), moved / self.bandwidth)
+
+    def backward_passes(self, moved: float) -> None:
+        """Add memory-bound operations of backward by the bytes they move."""
+        self.seconds += moved / self.bandwidth
 
     def passes(self, moved: float) -> None:
         """Add memory-bound operations by the bytes they move, forward and backward together; a third are forward's."""
@@ -130,10 +157,21 @@ def add_feed_forward(
     weights: tuple[str, str] = ("", ""),
 ) -> None:
     """Up and down projection with the activation between them, `units` hidden units wide on this rank; `weights`: their names."""
-    up = up_rows(1, activation) * units
+    up, recipe, e = up_rows(1, activation) * units, line.recipes.get(weights[0]), line.element_bytes
+    if recipe is not None and grouped and makes_codes(recipe, int(units), activation):
+        # The activation is in the first product's epilogue; its gradient reads what was kept of the hidden rows.
+        b = OPERAND_BYTES[recipe]
+        first = ["output"] * line.saves_codes + ["gradient"] * (not line.wide_gradient)
+        line.product(rows, width, up, groups=groups, grouped=True, weight=weights[0], made=first)
+        line.product(rows, units, width, groups=groups, grouped=True, weight=weights[1], made=["input"])
+        line.backward_passes(rows * ((b if line.saves_codes else e) * up + e * units))
+        if line.wide_gradient:  # which takes the gradient and the activation wide
+            line.backward_passes(rows * e * (up + units))
+        return
     line.product(rows, width, up, groups=groups, grouped=grouped, weight=weights[0])
     line.product(rows, units, width, groups=groups, grouped=grouped, weight=weights[1])
-    line.passes(rows * (3 * up + 2 * units) * line.element_bytes)
+    # Experts by a recipe quantise the activation as they make it, and make it again in backward.
+    line.passes(rows * (3 * up + (1 if recipe is not None and grouped else 2) * units) * e)
 
 
 def add_part(line: Roofline, model: ModelConfig, layout: Layout, tokens: float, part: FeedForwardPart) -> None:

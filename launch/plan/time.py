@@ -26,7 +26,7 @@ from amfm.launch.plan.exchanges.stage import reduction_exchanges
 from amfm.launch.plan.expert_time import expert_exchange_seconds
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
-from amfm.launch.plan.low_precision import kept_passes, planned_recipes
+from amfm.launch.plan.low_precision import kept_passes, narrow_kinds, planned_recipes
 from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.roofline import Roofline
 from amfm.model.config.pattern import block_kind
@@ -115,6 +115,7 @@ def block_seconds(
         recipes=planned_recipes(config.low_precision, letter) if is_narrow else {},
         wide_gradient=config.low_precision.weight_gradient == "bf16",
         kept_passes=kept_passes(config.low_precision, layout.micro_batches(config)),
+        saves_codes=config.low_precision.saved == "fp8",
     )
     # The norm with its residual: two tensors read and two written; backward reads three and writes two.
     tokens = layout.tokens(config) / layout.stream_ranks
@@ -265,9 +266,10 @@ def host_seconds(
     model, launches, waits = config.model, 0, 0
     if storage.backend != "triton" or not (hardware.launch_seconds or hardware.wait_seconds):
         return 0.0  # PyTorch's own kernels, as a CPU runs them: their efficiencies have it
+    narrow = narrow_kinds(config, held, storage)
     for letter in set(held.letters):
         forwards, times = 2 if letter in layout.recompute else 1, held.letters.count(letter)
-        cut = cut_of(config, layout, letter, 1.0)
+        cut = cut_of(config, layout, letter, 1.0, is_narrow=letter in narrow)
         forward, backward = block_bytes(model, letter, storage, cut).launches
         launches += layout.turns * times * (forwards * forward + backward)
         waits += layout.turns * times * forwards * (cut.sent > 0)

@@ -1,7 +1,7 @@
 """Simulated CUDA device: what torch.cuda answers in a process without one.
 
 How it works: libraries ask torch.cuda for capability, memory, streams and events. Each question gets the answer of an
-H100 on which all work is finished at once, and each call that would block the host is reported, which is how host waits
+H100 or a B200 on which all work is finished at once, and each call that would block the host is reported, which is how host waits
 are counted. Answers are plain values in a table rather than a subclass of anything, because torch.cuda is a module of
 functions.
 """
@@ -21,20 +21,20 @@ Wait = Callable[[str], None]
 
 
 class SimulatedCard:
-    """One H100 of a node as torch.cuda would describe it.
+    """One H100 of a node, or with `is_blackwell` one B200, as torch.cuda would describe it.
 
     `index`: the device's number among `count` of its node. `note_wait` is called with a name whenever the host waits
     for it.
     """
 
-    def __init__(self, index: int, count: int, note_wait: Wait) -> None:
+    def __init__(self, index: int, count: int, note_wait: Wait, *, is_blackwell: bool = False) -> None:
         self.index, self.count, self.note_wait = index, count, note_wait
         self.properties = types.SimpleNamespace(
-            name="NVIDIA H100 80GB HBM3",
-            major=9,
+            name="NVIDIA B200" if is_blackwell else "NVIDIA H100 80GB HBM3",
+            major=10 if is_blackwell else 9,
             minor=0,
-            total_memory=85_000_000_000,
-            multi_processor_count=132,
+            total_memory=191_000_000_000 if is_blackwell else 85_000_000_000,
+            multi_processor_count=148 if is_blackwell else 132,
             shared_memory_per_block_optin=232_448,
             max_threads_per_multi_processor=2048,
             warp_size=32,
@@ -51,7 +51,7 @@ class SimulatedCard:
             "device_count": self.count,
             # As a device: a build without CUDA takes a bare number for a device of another accelerator.
             "current_device": torch.device("cuda", self.index),
-            "get_device_capability": (9, 0),
+            "get_device_capability": (self.properties.major, self.properties.minor),
             "get_device_properties": self.properties,
             "get_device_name": self.properties.name,
             "current_stream": self.stream,

@@ -64,7 +64,7 @@ def trace_rank(config: RunConfig, settings: dict[str, Any], report: Callable[[st
     rank, ranks, node = settings["rank"], settings["ranks"], settings["gpus_per_node"]
     # The first GPU of its node whatever the rank: what is made on "cuda" without a number lies there.
     tracer = Tracer(torch.device("cuda", 0))
-    card = SimulatedCard(0, node, tracer.note_wait)
+    card = SimulatedCard(0, node, tracer.note_wait, is_blackwell=settings["is_blackwell"])
     patches.install(card, tracer.note_launch, tracer.read_list)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(min(node, ranks)))
     torch.set_num_threads(1)

@@ -96,6 +96,7 @@ def trace_run(
             "rank": rank,
             "ranks": ranks,
             "gpus_per_node": hardware.gpus_per_node,
+            "is_blackwell": hardware.mxfp8_flops is not None,
             "events": events,
         }
         result = run_child(settings, partial(tell, report, number * PROGRESS_LINES, len(chosen) * PROGRESS_LINES))

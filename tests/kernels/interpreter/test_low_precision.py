@@ -10,7 +10,9 @@ from amfm.kernels.low_precision.formats import quantize, to_e8m0
 from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.kernels.low_precision.products import multiplies_codes
 from amfm.kernels.low_precision.recipe import NAMES, Recipe
+from amfm.kernels.moe import triton_codes, triton_epilogues
 from amfm.kernels.moe.counting_sort import list_tiles
+from amfm.kernels.moe.low_precision import makes_codes
 from amfm.kernels.moe.op import expert_feed_forward, grouped_feed_forward
 from tests.helpers.gradient_place import Place
 from tests.helpers.numbers import assert_bitwise, assert_near
@@ -286,6 +288,47 @@ def test_rows_of_experts_are_read_and_written_where_they_lie(poisoned_memory):
     assert_bitwise(y[sources], plain)
     y.sum().backward()
     assert moved.grad.isfinite().all() and moved.grad.abs().amax(1).min() > 0
+
+
+@pytest.mark.parametrize(("activation", "width", "dtype", "saved"), [
+    ("swiglu_oai@1.5", 128, torch.bfloat16, True), ("squared_relu", 200, torch.bfloat16, True), ("swiglu", 128, torch.float32, False),
+])  # fmt: skip
+def test_codes_made_in_epilogues_are_those_of_passes_afterwards_to_the_bit(
+    activation, width, dtype, saved, poisoned_memory
+):
+    generator = torch.Generator().manual_seed(0)
+    total, features = sum(COUNTS), width * (1 if activation == "squared_relu" else 2)
+    assert makes_codes("fp8_block", width, activation)
+    x, v = (torch.randn(total, size, generator=generator).to(dtype) for size in (72, width))
+    weight = torch.randn(len(COUNTS), features, 72, generator=generator) * 0.2
+    choice = torch.rand(total, generator=generator), torch.randperm(total, generator=generator).int()
+    tiles = tiled(COUNTS)
+    rows, matrices = triton_impl.quantize_rows(x, tiles, rows=True)[0], triton_impl.quantize_weight(weight)
+    kept, active = triton_epilogues.up(rows, matrices, tiles, *choice, activation, x, saved=saved)
+    found = triton_epilogues.open_codes(v, kept, *choice, tiles, activation)
+
+    hidden = triton_impl.product(rows, matrices, dtype, tiles)
+    how = {"activation": activation, "weights": choice[0], "pairs": choice[1]}
+    wide = triton_impl.quantize_rows(hidden, tiles, rows=True)[0] if saved else (hidden,)
+    for ours, passed in zip(
+        (*kept, *active), (*wide, *triton_impl.quantize_rows(hidden, tiles, rows=True, **how)[0]), strict=True
+    ):
+        assert_bitwise(ours, passed)
+    opened = triton_codes._open(v, triton_codes._restore(dtype, *kept), *choice, tiles.tiles, len(COUNTS), activation)
+    made = triton_impl.quantize_rows(opened[0], tiles, rows=True, columns=True)
+    made += triton_impl.quantize_rows(opened[1], tiles, columns=True)[1:]
+    used = sum(-(-count // 128) for count in COUNTS)  # of the tiles that there is room for
+    for ours, passed in zip(found[:3], made, strict=True):
+        columns = isinstance(ours, triton_impl.ColumnCodes)
+        for one, other in zip(ours, passed, strict=True):
+            assert_bitwise(*(each[:used] if columns else each for each in (one, other)))
+    assert_near(found[3], opened[2].double(), EXACT)  # added up in another order
+
+
+def test_a_gated_unit_that_begins_inside_a_block_takes_separate_passes():
+    assert [makes_codes(name, width, activation) for name, width, activation in (
+        ("fp8_block", 200, "swiglu"), ("fp8_block", 256, "swiglu"), ("mxfp8", 256, "swiglu"), ("fp8_block", 200, "squared_relu"),
+    )] == [False, True, False, True]  # fmt: skip
 
 
 def test_packed_rows_are_those_of_the_definition_to_the_bit(poisoned_memory):

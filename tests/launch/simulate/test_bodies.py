@@ -123,14 +123,14 @@ def fed(rows, counts, kept=16):
     )
 
 
-def fed_by_codes(rows, *, counts, weight_gradient, name="fp8_block"):
+def fed_by_codes(rows, *, counts, weight_gradient, name="fp8_block", activation="swiglu", saved="bf16"):
     """As `fed`, of codes in 8 or 4 bits."""
     pairs, tokens, places, _, offsets = counting_sort._sort(numbers(8, 2, below=4), 4)
     given = triton_codes.Places(tokens, pairs, places) if counts else triton_codes.Places(None, None, None)
     x, weights = rows(8 if counts else 16, 8), leaf(8, 2) if counts else None
-    recipe = Recipe(name, weight_gradient=weight_gradient)
+    recipe, up = Recipe(name, weight_gradient=weight_gradient, saved=saved), 8 if activation == "squared_relu" else 16
     return triton_codes._Experts.apply(
-        x, weights, offsets, leaf(4, 16, 8), leaf(4, 8, 8), given, 16, "swiglu", ExpertRecipes(recipe, recipe), None
+        x, weights, offsets, leaf(4, up, 8), leaf(4, 8, 8), given, 16, activation, ExpertRecipes(recipe, recipe), None
     )
 
 
@@ -219,6 +219,7 @@ TRITON = (
     multiplied,
     lambda rows: fed_by_codes(rows, counts=True, weight_gradient="same"),
     lambda rows: fed_by_codes(rows, counts=False, weight_gradient="bf16"),
+    lambda rows: fed_by_codes(rows, counts=True, weight_gradient="same", activation="squared_relu", saved="fp8"),
     packed,
     partial(multiplied, name="mxfp8"),
     partial(multiplied, name="nvfp4"),
