@@ -61,10 +61,13 @@ test-mutation: $(VENV)/.installed-dev
 
 # Launchers on real Slurm, sshd and Ray, on nodes in namespaces of this machine: needs root and Debian's slurm-wlm, munge,
 # openssh-server, iproute2, nftables, libfaketime. Tests of an engine that is not installed are skipped by its name. Mostly they wait,
-# so several share two cores, and each has the time that it needs then; what each fault cost is in build/cluster.md afterwards.
+# so several share two cores, and each has the time that it needs then; that of 64 ranks comes last, alone, for its 8 GiB of memory.
+# What each fault cost is in build/cluster.md afterwards.
 CLUSTER_WORKERS ?= 3
 test-cluster: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m cluster tests/cluster --timeout 3600 --numprocesses $(CLUSTER_WORKERS) --dist worksteal --durations 0
+	rm -f build/cluster.md
+	$(BIN)/python -m pytest -m "cluster and not slow" tests/cluster --timeout 3600 --numprocesses $(CLUSTER_WORKERS) --dist worksteal --durations 0
+	$(BIN)/python -m pytest -m "cluster and slow" tests/cluster --timeout 3600
 
 # What is in no extra, in an environment of its own: the peers of mixers, a run logged by wandb, trainers of exports, and the
 # tests of transformers itself where AMFM_TRANSFORMERS_CHECKOUT names a checkout of it. Skipped by `make test`.

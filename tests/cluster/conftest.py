@@ -94,11 +94,12 @@ def watch(folder: Path, undisturbed: list[float], record_property: Callable[[str
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the rows of the tests that passed, and write them for the docs."""
+    """Print the rows of the tests that passed, and write them for the docs, behind those that are there."""
     reports = terminalreporter.stats.get("passed", [])
     rows = [value for report in reports for name, value in getattr(report, "user_properties", ()) if name == "row"]
     if rows:
         TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(table(rows))
+        head, *lines = table(rows).splitlines(keepends=True)
+        TABLE.write_text((TABLE.read_text() if TABLE.exists() else head + lines[0]) + "".join(lines[1:]))
         terminalreporter.section(f"faults ({TABLE})")
         terminalreporter.write(TABLE.read_text())
