@@ -63,7 +63,7 @@ def read_hosts(path: Path) -> list[str]:
     return [check_host(host, str(path)) for host in hosts]
 
 
-@dataclass
+@dataclass(eq=False)
 class HostServer:
     """One host's server behind a remote shell: orders go in, and answers, amfm's first message and the last lines come out.
 
@@ -120,13 +120,16 @@ class HostServer:
         self.message = ""
         self.lines.clear()
 
-    def close(self) -> None:
-        """End the remote shell; the server ends with its input, and its ranks with it."""
+    def hang_up(self) -> None:
+        """Close the input: the server ends with it, and its ranks with the server."""
         assert self.process.stdin is not None, "started with a pipe"
         with suppress(OSError):
             self.process.stdin.close()
+
+    def close(self, deadline: float) -> None:
+        """Wait until the remote shell that was hung up has ended, and kill it where it has not by then."""
         try:
-            self.process.wait(timeout=STOP_SECONDS)
+            self.process.wait(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -223,18 +226,19 @@ class RemoteHosts:
         for host in hosts:
             if host not in self.servers or self.servers[host].process.poll() is not None:
                 self.servers[host] = self._start_server(host)
-        deadline, ready = time.monotonic() + READY_SECONDS, []
+        deadline, ready, silent = time.monotonic() + READY_SECONDS, [], []
         for host in hosts:
             server = self.servers[host]
             answer = server.wait_for("ready", deadline)
             if answer is None:
                 say(f"amfm launch: {host} does not answer: {server.last_words()}")
-                self._drop(server)
+                silent.append(server)
                 continue
             server.is_ready = True
             if answer.get("reason") and self.keep_loaded:
                 say(f"amfm launch: ranks on {host} load everything again in each attempt: {answer['reason']}")
             ready.append(server)
+        self._drop(*silent)
         return ready
 
     def _start_server(self, host: str) -> HostServer:
@@ -272,17 +276,21 @@ class RemoteHosts:
             answer = server.wait_for("faults", deadline)
             faults[server.host] = ["it did not answer the check"] if answer is None else answer["faults"]
         faults = blame_links(faults, first.host)
-        for server in {first.host: first, **{server.host: server for server in others}}.values():
-            if faults[server.host]:
-                self.left_out.leave_out(server.host, "; ".join(faults[server.host]))
-                self._drop(server)
+        failed = [server for server in [first, *others] if faults[server.host]]
+        for server in failed:
+            self.left_out.leave_out(server.host, "; ".join(faults[server.host]))
+        self._drop(*failed)
         return [server for server in servers if not faults[server.host]]
 
-    def _drop(self, server: HostServer) -> None:
-        """Give up a server."""
-        server.close()
-        self.servers.pop(server.host, None)
-        self.checked = [other for other in self.checked if other is not server]
+    def _drop(self, *servers: HostServer) -> None:
+        """Give up servers, with one wait for all of them."""
+        for server in servers:
+            server.hang_up()
+        deadline = time.monotonic() + STOP_SECONDS
+        for server in servers:
+            server.close(deadline)
+            self.servers.pop(server.host, None)
+        self.checked = [server for server in self.checked if server not in servers]
 
     def start(self, attempt: Attempt) -> Outcome:
         """Run one attempt on the first hosts that passed the check; the first host that fails ends it for all."""
@@ -336,23 +344,23 @@ class RemoteHosts:
                 for server in waiting.values():
                     server.order(stop=True)
             elif time.monotonic() > deadline:
-                for host in list(waiting):
-                    self._lose(waiting.pop(host))
+                self._lose(*waiting.values())
+                waiting.clear()
         if failed is None:
             return Outcome(DONE)
         refused = any(BAD_INPUT in found for found in codes.values())
         return Outcome(BAD_INPUT if refused else RUN_FAILED, f"{failed.host}: {failed.last_words()}")
 
-    def _lose(self, server: HostServer) -> None:
-        """Count a host whose server is gone, or does not answer any more."""
-        self._drop(server)
-        if not self.is_here:
-            self.left_out.lose(server.host)
+    def _lose(self, *servers: HostServer) -> None:
+        """Count hosts whose servers are gone, or do not answer any more."""
+        self._drop(*servers)
+        for server in servers:
+            if not self.is_here:
+                self.left_out.lose(server.host)
 
     def close(self) -> None:
         """End all servers."""
-        for server in list(self.servers.values()):
-            self._drop(server)
+        self._drop(*self.servers.values())
 
 
 def address_of(host: str) -> str:

@@ -7,13 +7,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from amfm.launch.cluster.hosts import RemoteHosts, read_hosts
+from amfm.launch.cluster.hosts import HostServer, RemoteHosts, read_hosts
 from tests.launch.cluster.test_torchrun import write_config
 
 
@@ -47,6 +48,20 @@ def test_a_file_of_hosts_is_read_without_remarks_and_refused_empty_or_double(tmp
     path.write_text("# nothing\n")
     with pytest.raises(ValueError, match="names no host"):
         read_hosts(path)
+
+
+def test_all_hosts_are_told_to_end_before_one_is_waited_for(tmp_path: Path) -> None:
+    hosts = RemoteHosts(
+        ["train"], ["first", "last"], nodes=2, ranks_per_node=1, port=29500, run_dir=str(tmp_path), setup=None, remote_shell=["ssh"]
+    )  # fmt: skip
+    last = subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True)
+    until = f"while kill -0 {last.pid}; do sleep 0.05; done"  # ended, and waited for by its parent
+    first = subprocess.Popen(["sh", "-c", until], stdin=subprocess.PIPE, start_new_session=True)
+    threading.Thread(target=last.wait, daemon=True).start()
+    hosts.servers = {name: HostServer(name, process) for name, process in (("first", first), ("last", last))}
+    hosts.close()
+    assert (first.returncode, last.returncode) == (0, 0), "neither was killed"
+    assert hosts.servers == {}
 
 
 def start_on_two_hosts(tmp_path: Path, nodes: int = 2, names: str = "localhost\n127.0.0.1\n") -> subprocess.Popen[str]:
