@@ -51,7 +51,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "launch.slurm": "partition account qos time_limit gpus cpus_per_task cpu_bind memory modules signal_seconds requeue container_image container_mounts container_python extra",
     },
     "docs/low_precision.md": {
-        "low_precision": "letters wide_first out_projection weight_gradient saved dispatch emulate measure_every_steps",
+        "low_precision": "letters wide_first out_projection weight_gradient emulate measure_every_steps",
     },
     "docs/mixers.md": {
         "model": "depth_scaled_init head residual_in_fp32 logits_z_loss_weight",
