@@ -45,6 +45,7 @@ def train_step(run: Run) -> StepResult:
     work = StepWork.begin(run)
     with run.clock("data"):
         batches = run.loader.take(work.num_rows, work.micro_rows)
+    run.clock("count")
     counts = count_valid_tokens(batches, run.parallel, run.config.model)
     share = LossShare.of_counts(counts, work.num_micro_batches, run.config.model)
     run.engine.module.train()

@@ -36,7 +36,7 @@ from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.profile import StepProfiler
 
 STEPS = 2  # the first allocates moments, the second has them during its passes
-PHASES = {"data": "forward", "forward": "forward", "reduce": "reduction", "optimizer": "optimizer"}
+PHASES = {"data": "forward", "count": "forward", "forward": "forward", "reduce": "reduction", "optimizer": "optimizer"}
 
 
 def serve() -> None:

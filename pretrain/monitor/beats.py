@@ -11,7 +11,7 @@ from pathlib import Path
 from amfm.data_pipeline.durable.lines import parse_line
 
 # In the order in which a step passes them: who is in an earlier one than the others is waited for.
-PHASES = ("start", "compile", "data", "forward", "reduce", "optimizer", "validate", "tasks", "save")
+PHASES = ("start", "compile", "data", "count", "forward", "reduce", "optimizer", "validate", "tasks", "save")
 MAX_BEATS_BYTES = 2**20  # of a node
 MAX_NAMED_HOSTS = 8  # in one message
 

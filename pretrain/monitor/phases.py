@@ -15,6 +15,7 @@ from amfm.pretrain.monitor.stragglers import HostClock, clock_of
 
 UNTIL_UPDATE = (
     "data",
+    "count",  # of valid tokens, over all ranks
     "forward",
     "reduce",
     "optimizer",

@@ -289,7 +289,8 @@ def test_who_is_not_seen_is_named_before_who_is_behind() -> None:
         "not seen any more: rank 1 on host1 (for 20 s, last at step 7, data)"
     )
     assert name_laggards([beats[0], beats[2]], 0, 6.0) == "behind the others: rank 2 on host2 (at step 7, data)"
-    same = [beat(0, 7, "reduce"), beat(1, 7, "reduce")]
-    assert name_laggards(same, 0, 6.0) == (
-        "all ranks are at the same place, so the network between host0 and host1 is the suspect"
-    )
+    for exchange in ("count", "reduce"):
+        same = [beat(0, 7, exchange), beat(1, 7, exchange)]
+        assert name_laggards(same, 0, 6.0) == (
+            "all ranks are at the same place, so the network between host0 and host1 is the suspect"
+        )
