@@ -138,11 +138,6 @@ def _check_index(index: IndexRows, document_ids_BS: Tensor | None) -> None:
     check_documents(document_ids_BS, batch, index.k_BSC.shape[1], index.q_BTIC, name="document_ids_BS")
 
 
-def index_flops(tokens: float, keys: float, heads: int, size: int) -> float:
-    """Floating point operations of an indexer's scores: a product per head, then relu, weight and sum."""
-    return tokens * keys * heads * (2 * size + 2)
-
-
 def sparse_flops(pairs: int, heads: int, size: int, value_size: int, *, backward: bool) -> int:
     """Floating point operations of attention over pairs of a query and a chosen key: two products forward, five backward.
 

@@ -173,6 +173,7 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
 def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable[[str], None]) -> Any:
     """A `Run` as `start_run` builds it, with simulated batches and without files."""
     from amfm.pretrain.engine.engine import build_engine
+    from amfm.pretrain.hooks.kept_weights import build_kept_weights
     from amfm.pretrain.monitor.phases import PhaseClock
     from amfm.pretrain.opening.model import build_model, build_pipeline
     from amfm.pretrain.run import Run
@@ -216,7 +217,7 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     nothing: Any = None
     saver: Any = types.SimpleNamespace(is_writing=lambda: False)
     signals: Any = types.SimpleNamespace(received=0)
-    return Run(
+    run = Run(
         config=config,
         parallel=parallel,
         engine=engine,
@@ -231,6 +232,8 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
         profiler=StepProfiler(None, Path(config.run.dir), parallel.rank, engine.module, heartbeat),
         pipeline=build_pipeline(config, parallel, engine),
     )
+    run.hooks = tuple(build_kept_weights(run))  # of all hooks the one that holds memory during passes
+    return run
 
 
 def compile_first(run: Any, tracer: Tracer) -> None:
