@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 FOLDER = Path(__file__).parent
 NETWORK, SLURM = str(FOLDER / "network.sh"), str(FOLDER / "slurm.sh")
 PROGRAMS = {
@@ -146,6 +148,24 @@ def wait_until(condition: Callable[[], Any], seconds: float, log: Path | None = 
         assert time.monotonic() < deadline and not any(words in text for words in GIVEN_UP), text or "it never came"
         time.sleep(0.2)
     return value
+
+
+def wait_for_steps(run_dir: Path, count: int, log: Path) -> None:
+    """Wait until a run has taken this many steps."""
+    wait_until(lambda: len(metrics(run_dir)) >= count, START_SECONDS, log)
+
+
+def end_well(launcher: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait for the launcher, which must end with 0."""
+    assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+
+
+def cut_for_a_while(nodes: Cluster, node: int, launcher: subprocess.Popen[bytes]) -> None:
+    """Cut a node's link for 20 s, in which the launcher must not end."""
+    nodes.fault("cut", node)
+    with pytest.raises(subprocess.TimeoutExpired):
+        launcher.wait(timeout=20)
+    nodes.fault("heal", node)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

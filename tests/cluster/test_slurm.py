@@ -15,11 +15,13 @@ from tests.cluster.cluster import (
     amfm,
     catches,
     cluster,
+    end_well,
     events,
     metrics,
     missing,
     quietly,
     signal_ranks,
+    wait_for_steps,
     wait_until,
 )
 from tests.cluster.conftest import WatchRun, check_losses, write_run
@@ -95,7 +97,7 @@ def test_a_job_whose_limit_is_near_is_queued_again_instead_of_started(
         wait_until(lambda: state(nodes, job) == "RUNNING", 60, log)
         # On a busy machine Slurm's own signal would come before the first step. The job's environment keeps its first end.
         nodes.run(0, "scontrol", "update", f"JobId={job}", "TimeLimit=60")
-        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        wait_for_steps(folder / "run", 13, log)
         with watch("Slurm", "rank killed shortly before the time limit"):
             signal_ranks(nodes, 1, "KILL")
             wait_until(lambda: "too little is left" in log.read_text(), 400, log)
@@ -111,7 +113,7 @@ def test_the_signal_before_a_time_limit_costs_no_step_and_the_next_job_goes_on(
     write_run(folder, folder / "run", launch__heartbeat_seconds=900.0, train__timeout_seconds=900.0)
     with cluster(2, "slurm", folder=folder) as nodes:
         job, log = submit(nodes, folder, "launch.slurm.time_limit=60")
-        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        wait_for_steps(folder / "run", 13, log)
         with watch("Slurm", "time limit") as row:
             for node in (1, 2):
                 signal_ranks(nodes, node, "STOP")
@@ -131,7 +133,7 @@ def test_a_node_lost_after_a_checkpoint_leaves_the_other_which_goes_on_from_it(
     write_run(folder, folder / "run")
     with cluster(2, "slurm", folder=folder) as nodes:
         job, log = submit(nodes, folder)
-        wait_until(lambda: len(metrics(folder / "run")) > 22, START_SECONDS, log)
+        wait_for_steps(folder / "run", 23, log)
         with watch("Slurm", "power of a node lost"):
             nodes.fault("lose", 2)
             finish(nodes, job, log)
@@ -148,7 +150,7 @@ def test_a_spare_node_of_the_job_takes_the_place_of_a_lost_one(
     write_run(folder, folder / "run", launch__spare_nodes=1)
     with cluster(3, "slurm", folder=folder) as nodes:
         job, log = submit(nodes, folder, count=2)
-        wait_until(lambda: len(metrics(folder / "run")) > 22, START_SECONDS, log)
+        wait_for_steps(folder / "run", 23, log)
         with watch("Slurm", "power of a node lost, a spare waits"):
             nodes.fault("lose", 2)
             finish(nodes, job, log)
@@ -163,7 +165,7 @@ def test_a_cancelled_job_saves_its_last_step(folder: Path, watch: WatchRun) -> N
     write_run(folder, folder / "run", train__checkpoint_every_steps=None)  # no other checkpoint may stand for it
     with cluster(1, "slurm", folder=folder) as nodes:
         job, log = submit(nodes, folder)
-        wait_until(lambda: len(metrics(folder / "run")) > 3, START_SECONDS, log)
+        wait_for_steps(folder / "run", 4, log)
         with watch("Slurm", "scancel"):
             nodes.run(0, "scancel", job)
             wait_until(lambda: state(nodes, job) == "CANCELLED", 60, log)
@@ -178,7 +180,7 @@ def test_a_node_that_is_drained_or_lost_and_comes_back_takes_part_again_in_the_n
     write_run(folder, folder / "run")
     with cluster(2, "slurm", folder=folder) as nodes:
         job, log = submit(nodes, folder)
-        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        wait_for_steps(folder / "run", 13, log)
         with watch("Slurm", f"node {fault}, comes back for the next job"):
             if fault == "drained":
                 # A job keeps a drained node to its end; an attempt after it does without it.
@@ -208,10 +210,10 @@ def test_an_allocation_of_salloc_takes_the_ranks_and_their_restarts(
     words = ("launch", folder / "run.yaml", "--on", "slurm", "--nodes", "2", "--nproc-per-node", "1")
     with cluster(2, "slurm", folder=folder) as nodes:
         launcher = nodes.start(0, log, "salloc", "--nodes=2", "--ntasks-per-node=1", "--no-kill", *amfm(*words))
-        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        wait_for_steps(folder / "run", 13, log)
         with watch("salloc", "rank killed"):
             signal_ranks(nodes, 2, "KILL")
-            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+            end_well(launcher, log)
     assert len(events(folder / "run", "restarted")) == 1
     check_losses(folder / "run", undisturbed)
 

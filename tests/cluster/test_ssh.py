@@ -18,10 +18,13 @@ from tests.cluster.cluster import (
     Cluster,
     amfm,
     cluster,
+    cut_for_a_while,
+    end_well,
     events,
     metrics,
     missing,
     signal_ranks,
+    wait_for_steps,
     wait_until,
     wrong_clock,
 )
@@ -65,10 +68,10 @@ def test_a_link_that_is_cut_for_good_is_named_and_the_other_host_goes_on(
     log = folder / "launch.log"
     with cluster(2, "ssh", folder=folder) as nodes:
         launcher = launch(nodes, folder)
-        wait_until(lambda: len(metrics(folder / "run")) > 22, START_SECONDS, log)
+        wait_for_steps(folder / "run", 23, log)
         with watch("ssh", what):
             nodes.fault(*fault)
-            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+            end_well(launcher, log)
     text = log.read_text()
     assert "continuing with 1 of 2 nodes" in text
     (restarted,) = events(folder / "run", "restarted")
@@ -84,13 +87,10 @@ def test_a_link_that_is_away_for_twenty_seconds_costs_nothing(
     log = folder / "launch.log"
     with cluster(2, "ssh", folder=folder) as nodes:
         launcher = launch(nodes, folder)
-        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        wait_for_steps(folder / "run", 13, log)
         with watch("ssh", "link away for 20 s"):
-            nodes.fault("cut", 2)
-            with pytest.raises(subprocess.TimeoutExpired):
-                launcher.wait(timeout=20)
-            nodes.fault("heal", 2)
-            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+            cut_for_a_while(nodes, 2, launcher)
+            end_well(launcher, log)
     assert not events(folder / "run", "restarted")
     check_losses(folder / "run", undisturbed)
 
@@ -107,7 +107,7 @@ def test_a_slow_and_lossy_link_and_a_clock_that_is_slightly_off_cost_nothing(
         launcher = launch(nodes, folder)
         wait_until(lambda: metrics(folder / "run"), START_SECONDS, log)
         with watch("ssh", "20 Mbit/s, 1% lost, clock 50 s behind"):
-            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+            end_well(launcher, log)
     assert not events(folder / "run", "restarted") and "is left out" not in log.read_text()
     check_losses(folder / "run", undisturbed)
 
@@ -117,10 +117,10 @@ def test_a_stopped_rank_is_named_by_the_other(folder: Path, undisturbed: list[fl
     log = folder / "launch.log"
     with cluster(2, "ssh", folder=folder) as nodes:
         launcher = launch(nodes, folder)
-        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        wait_for_steps(folder / "run", 13, log)
         with watch("ssh", "rank stopped (SIGSTOP)"):
             nodes.run(2, "pkill", "-STOP", "amfm-rank")
-            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+            end_well(launcher, log)
     (restarted,) = events(folder / "run", "restarted")
     assert "rank 1 on node2" in restarted["cause"]
     check_losses(folder / "run", undisturbed)
@@ -153,10 +153,10 @@ def test_a_spare_takes_the_place_of_a_node_that_loses_its_power(
     log = folder / "launch.log"
     with cluster(3, "ssh", folder=folder) as nodes:
         launcher = launch(nodes, folder, hosts="node1\nnode2\nnode3\n", count=2)
-        wait_until(lambda: len(metrics(folder / "run")) > 22, START_SECONDS, log)
+        wait_for_steps(folder / "run", 23, log)
         with watch("ssh", "power lost, a spare waits"):
             nodes.fault("lose", 2)
-            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+            end_well(launcher, log)
     text = log.read_text()
     assert "continuing with" not in text, "the run keeps its size"
     (restarted,) = events(folder / "run", "restarted")
@@ -192,7 +192,7 @@ def test_nodes_that_are_not_like_the_launcher_are_left_out_by_name_before_ranks_
         nodes.run(6, "mount", "--bind", str(folder / "no_names"), "/etc/hosts")
         launcher = launch(nodes, folder, hosts="".join(f"node{number}\n" for number in range(1, 7)))
         with watch("ssh", "other commit, stale mount, other Python, clock 300 s ahead, names that don't resolve"):
-            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+            end_well(launcher, log)
     left = json.loads((folder / "run/launch/left_out.json").read_text())["left_out"]
     assert left.keys() == expected.keys(), left
     assert all(text in left[name] for name, text in expected.items()), left
@@ -217,10 +217,10 @@ def test_storage_that_goes_stale_under_a_run_costs_no_checkpoint_that_was_whole(
     stale.mkdir()
     with cluster(2, "ssh", folder=folder) as nodes:
         launcher = launch(nodes, folder)
-        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        wait_for_steps(folder / "run", 13, log)
         with watch("ssh", "mount goes stale under a rank"):
             nodes.run(2, "mount", "--bind", str(stale), str(folder / "run"))
-            assert launcher.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+            end_well(launcher, log)
     left = json.loads((folder / "run/launch/left_out.json").read_text())["left_out"]
     assert "does not see the launcher's file" in left["node2"]
     assert "continuing with 1 of 2 nodes" in log.read_text()
@@ -238,7 +238,7 @@ def test_a_torchrun_on_each_node_starts_all_ranks_again(
             nodes.start(node, folder / name, *amfm(*words, "--master", "node1", "--node-rank", str(node - 1)))
             for node, name in ((1, log.name), (2, "second.log"))
         ]
-        wait_until(lambda: len(metrics(folder / "run")) > 12, START_SECONDS, log)
+        wait_for_steps(folder / "run", 13, log)
         with watch("torchrun per node", "rank killed"):
             signal_ranks(nodes, 2, "KILL")
             codes = [launcher.wait(timeout=PATIENCE_SECONDS) for launcher in launchers]
