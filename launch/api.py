@@ -16,7 +16,7 @@ from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.extras import require_extra
 
 if TYPE_CHECKING:
-    from amfm.data_pipeline.prepare.prepare import PrepareReport
+    from amfm.data_pipeline.prepare.report import PrepareReport
     from amfm.launch.plan.plan import Plan
     from amfm.pretrain.inference.generate import TextModel
     from amfm.pretrain.report.data import RunRecord

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from amfm.data_pipeline.prepare.journal import Journal
 from amfm.data_pipeline.prepare.plan import Unit, UnitSettings, make_units, part_bytes_of, plan_source
 from amfm.data_pipeline.prepare.ray_actors import run_on_ray
 from amfm.data_pipeline.prepare.rejects import describe_first_damage, describe_first_reject
+from amfm.data_pipeline.prepare.report import PrepareReport, Progress, ShowProgress, make_report
 from amfm.data_pipeline.prepare.token_limit import take_tokens
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport
 from amfm.data_pipeline.store.manifest import (
@@ -48,69 +49,10 @@ Results = Iterator[tuple[Unit, UnitReport | UnitFailure]]
 Runner = Callable[[Sequence[Unit], Path, Tokenizer, DataConfig], Results]
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a preparation; rates count what this call read in this stage.
-
-    stage: "tokenizer" while it is trained, "duplicates" while they are looked for, then "tokenize". eta_seconds: None
-    before the first part is done.
-    """
-
-    stage: str
-    units_done: int
-    units_total: int
-    documents: int
-    text_bytes: int
-    tokens: int
-    rejects: int
-    seconds: float
-    eta_seconds: float | None
-
-    @property
-    def documents_per_second(self) -> float:
-        """Documents over the seconds of this stage."""
-        return self.documents / max(self.seconds, 1e-9)
-
-    @property
-    def megabytes_per_second(self) -> float:
-        """10^6 bytes of text over the seconds of this stage."""
-        return self.text_bytes / 1e6 / max(self.seconds, 1e-9)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens over the seconds of this stage."""
-        return self.tokens / max(self.seconds, 1e-9)
-
-
-ShowProgress = Callable[[Progress], None] | None
-
-
-@dataclass(frozen=True)
-class PrepareReport:
-    """What a preparation found and did. tokens and documents: by source and split, of the whole store.
-
-    first_rejects: of each source that has any, where the first is and why. remarks: on leftovers that could not be deleted, and on sources with too little text.
-    """
-
-    store: str
-    identity: str
-    tokenizer_identity: str
-    vocab_size: int
-    units_total: int
-    units_written: int
-    tokens: dict[str, dict[Split, int]]
-    documents: dict[str, dict[Split, int]]
-    text_bytes: int
-    rejects: int
-    seconds: float
-    first_rejects: dict[str, str] = field(default_factory=dict)
-    remarks: tuple[str, ...] = ()
-
-
 def prepare(
     config: DataConfig,
     *,
-    progress: Callable[[Progress], None] | None = None,
+    progress: ShowProgress = None,
     address: str | None = None,
     runner: Runner | None = None,
 ) -> PrepareReport:
@@ -167,7 +109,7 @@ def prepare(
     remarks += _describe_short_sources(reports, limits)
     remarks += _describe_unheld_sources(config, reports)
     seconds = time.monotonic() - began
-    report = _report(config, identity, tokenizer, reports, units_written=write.written, seconds=seconds)
+    report = make_report(config, identity, tokenizer, reports, units_written=write.written, seconds=seconds)
     described = {name: describe_first_reject(store, of_source) for name, of_source in units.items()}
     first_rejects = {name: text for name, text in described.items() if text is not None}
     return replace(report, first_rejects=first_rejects, remarks=tuple(remarks))
@@ -218,7 +160,7 @@ def _tokenizer_of(
     store: Path,
     config: DataConfig,
     plans: Mapping[str, Sequence[Segment]],
-    progress: Callable[[Progress], None] | None,
+    progress: ShowProgress,
 ) -> Tokenizer:
     def begin_training() -> None:
         if progress:
@@ -237,7 +179,7 @@ def _without_duplicates(
     store: Path,
     tokenizer: Tokenizer,
     run: Runner,
-    progress: Callable[[Progress], None] | None,
+    progress: ShowProgress,
 ) -> dict[str, Sequence[Unit]]:
     """Hash what is not hashed yet and tell the units of sources that drop exact duplicates what to skip."""
     chosen = [source.name for source in config.sources if source.filters.exact_duplicates == "drop"]
@@ -271,7 +213,7 @@ def _write_missing(
     journal: Journal | None,
     results: Results,
     store: Path,
-    progress: Callable[[Progress], None] | None,
+    progress: ShowProgress,
 ) -> None:
     began = time.monotonic()
     expected = sum(unit.text_bytes for unit in missing)
@@ -394,34 +336,3 @@ def _finish(
         for path in store.glob(pattern):  # of calls that were killed
             remarks += try_to_delete(path, UNFINISHED)
     return identity, remarks
-
-
-def _report(
-    config: DataConfig,
-    identity: str,
-    tokenizer: Tokenizer,
-    reports: Mapping[str, Sequence[UnitReport]],
-    *,
-    units_written: int,
-    seconds: float,
-) -> PrepareReport:
-    def total(count: Callable[[Part], int]) -> dict[str, dict[Split, int]]:
-        return {
-            name: {split: sum(count(part) for item in of_source for part in item.parts[split]) for split in SPLITS}
-            for name, of_source in reports.items()
-        }
-
-    everything = [report for of_source in reports.values() for report in of_source]
-    return PrepareReport(
-        store=config.text_store(),
-        identity=identity,
-        tokenizer_identity=tokenizer.identity(),
-        vocab_size=tokenizer.vocab_size,
-        units_total=len(everything),
-        units_written=units_written,
-        tokens=total(lambda part: part.num_tokens),
-        documents=total(lambda part: part.num_documents),
-        text_bytes=sum(report.text_bytes for report in everything),
-        rejects=sum(report.rejects for report in everything),
-        seconds=seconds,
-    )

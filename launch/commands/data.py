@@ -19,7 +19,7 @@ from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import BAD_INPUT
 
 if TYPE_CHECKING:
-    from amfm.data_pipeline.prepare.prepare import Progress
+    from amfm.data_pipeline.prepare.report import Progress
     from amfm.launch.inspect_path import Inspection
 
 

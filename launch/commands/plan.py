@@ -10,6 +10,7 @@ import typer
 
 from amfm.launch.arguments import ConfigOrPreset, JsonOption, OverridesArgument, PresetOption, check_picture
 from amfm.launch.commands.goodput import print_goodput
+from amfm.launch.commands.layouts import print_chosen, print_layouts, print_left_out, print_stages
 from amfm.launch.commands.trace import print_seconds, print_trace
 from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
 from amfm.launch.presets import choose_config
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
     from amfm.launch.simulate.timeline import Timeline
     from amfm.launch.simulate.trace import TracedRank
     from amfm.pretrain.config.schema import RunConfig
-
-SHOWN_LAYOUTS = 8
-LONGEST_SHOWN = 3
-
 
 GpusOption = Annotated[int, typer.Option(min=1, help="Number of accelerators (one rank per accelerator).")]
 GpuOption = Annotated[str, typer.Option(metavar="a100|h100|h200|b200|FILE.yaml", help="Type of accelerator.")]
@@ -226,10 +223,10 @@ def write_winner(made: Plan, path: Path) -> None:
         lacking = next(entry.stage.name for entry in made.stages if entry.chosen is None)
         raise ValueError(f"--write-layout: no layout that was tried fits stage {lacking}; {advise(made)}")
     write_layout(path, chosen)
-    say(f"wrote {path}: {describe_layout(chosen[0])}")
+    say(f"wrote {path}: {chosen[0].layout.describe()}")
     for before, item, entry in zip(chosen, chosen[1:], made.stages[1:]):
         if item.layout != before.layout:
-            say(f"wrote stage {entry.stage.name}: {describe_layout(item)}")
+            say(f"wrote stage {entry.stage.name}: {item.layout.describe()}")
 
 
 def trace_ranks(
@@ -257,7 +254,7 @@ def print_plan(made: Plan, title: str) -> None:
     print_rows(f"Model of {title}", ("part", "parameters", "active", "FLOPs per token"), rows)
     parts = [(name, f"{size / GIB:,.2f} GiB") for name, size in own.memory.parts.items()]
     parts.append(("all", f"{own.memory.total() / GIB:,.2f} of {made.hardware.memory_gib:,.1f} GiB"))
-    print_pairs(f"Peak memory of the fullest rank, in the {own.memory.phase}: {describe_layout(own)}", parts)
+    print_pairs(f"Peak memory of the fullest rank, in the {own.memory.phase}: {own.layout.describe()}", parts)
     times = describe_step(own)
     days = made.seconds() / SECONDS_A_DAY
     times.append(("tokens per day", f"{made.tokens / days:.3e}"))
@@ -274,11 +271,11 @@ def print_plan(made: Plan, title: str) -> None:
     print_layouts(made)
     if made.is_search and made.layouts and made.layouts[0].layout != own.layout:
         best = made.layouts[0]
-        print_pairs(f"Step time of the fastest layout: {describe_layout(best)}", describe_step(best))
+        print_pairs(f"Step time of the fastest layout: {best.layout.describe()}", describe_step(best))
     print_left_out(made)
     if not made.is_own:
         say(
-            f"amfm: the configuration's own layout does not suit {own.layout.ranks} ranks; shown is {describe_layout(own)}"
+            f"amfm: the configuration's own layout does not suit {own.layout.ranks} ranks; shown is {own.layout.describe()}"
         )
     advice = advise(made)
     if advice:
@@ -333,89 +330,6 @@ def describe_step(item: Estimate) -> list[tuple[str, str]]:
     expected = "MFU, expected; no GPU has measured it" if ends else "MFU"
     mixed = [] if item.mfu_mixed is None else [("MFU, each product at its own peak", f"{item.mfu_mixed:.1%}")]
     return [*parts, *beside, ("all", f"{total:,.3f} s"), (expected, f"{item.mfu:.1%}"), *mixed, *ends]
-
-
-def print_layouts(made: Plan) -> None:
-    """Print the fastest layouts that fit, then the nearest misses with the reason; what all share is said once."""
-    from amfm.launch.plan.hardware import GIB
-
-    shown = [*made.layouts[:SHOWN_LAYOUTS], *made.near_misses]
-    words = [describe_layout(item).split() for item in shown]
-    shared = [word for word in words[0] if all(word in others for others in words)] if len(words) > 1 else []
-    rows = [
-        (
-            " ".join(word for word in own if word not in shared) or "nothing else",
-            f"{item.memory.total() / GIB:,.1f}",
-            f"{item.step.total():,.3f}",
-            f"{item.mfu:.1%}" if item.fits() else "",
-            describe_longest(item) if item.fits() else item.reason,
-        )
-        for item, own in zip(shown, words)
-    ]
-    what = f"Layouts, fastest first; then near misses{'. All have ' + ' '.join(shared) if shared else ''}"
-    print_rows(what, ("layout", "GiB", "s per step", "MFU", "most of the step, or why it does not fit"), rows)
-
-
-def print_left_out(made: Plan) -> None:
-    """Print why a search has no other layouts, counted, and what it does not try."""
-    rows = [("" if entry.count is None else f"{entry.count:,}", entry.what, entry.example) for entry in made.left_out]
-    if rows:
-        columns = ("layouts", "why not", "one of them; for what was not tried, the reason")
-        print_rows("Left out of the search", columns, rows)
-
-
-def describe_longest(item: Estimate) -> str:
-    """Name the LONGEST_SHOWN longest parts of a step with their shares."""
-    longest = sorted(item.step.parts(), key=lambda part: -part[1])[:LONGEST_SHOWN]
-    return ", ".join(f"{name} {seconds / item.step.total():.0%}" for name, seconds in longest)
-
-
-def print_stages(made: Plan) -> None:
-    """Print tokens, steps, memory and time of each training stage."""
-    from amfm.launch.plan.hardware import GIB
-    from amfm.launch.plan.plan import SECONDS_A_DAY
-
-    rows = [
-        (
-            entry.stage.name,
-            f"{entry.stage.num_tokens():.3e}",
-            f"{entry.stage.num_steps:,}",
-            f"{entry.stage.global_batch_size} x {entry.stage.sequence_length}",
-            f"{entry.estimate.memory.total() / GIB:,.1f}",
-            f"{entry.estimate.step.total():,.3f}",
-            f"{entry.estimate.mfu:.1%}",
-            f"{entry.seconds() / SECONDS_A_DAY:,.2f}",
-            entry.estimate.reason or "fits",
-        )
-        for entry in made.stages
-    ]
-    print_rows("Stages", ("stage", "tokens", "steps", "rows", "GiB", "s per step", "MFU", "days", ""), rows)
-
-
-def print_chosen(made: Plan) -> None:
-    """Print the layout that a search chose for each training stage; nothing without a search."""
-    from amfm.launch.plan.hardware import GIB
-    from amfm.launch.plan.plan import SECONDS_A_DAY
-
-    rows = [
-        (
-            entry.stage.name,
-            describe_layout(entry.chosen),
-            f"{entry.chosen.memory.total() / GIB:,.1f}",
-            f"{entry.chosen.step.total():,.3f}",
-            f"{entry.chosen.mfu:.1%}",
-            f"{entry.stage.num_steps * entry.chosen.step.total() / SECONDS_A_DAY:,.2f}",
-        )
-        for entry in made.stages
-        if entry.chosen is not None
-    ]
-    if rows:
-        print_rows("Each stage in its own layout", ("stage", "layout", "GiB", "s per step", "MFU", "days"), rows)
-
-
-def describe_layout(item: Estimate) -> str:
-    """A layout as the overrides that choose it."""
-    return item.layout.describe()
 
 
 def add_verbs(app: typer.Typer) -> None:

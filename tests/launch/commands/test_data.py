@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from amfm.data_pipeline.loader.loader import PretrainLoader
-from amfm.data_pipeline.prepare.prepare import Progress
+from amfm.data_pipeline.prepare.report import Progress
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.launch.cli import run
 from amfm.launch.commands.data import check_tokens, describe_progress

@@ -1,0 +1,92 @@
+"""Tables of a plan: its layouts, those that a search left out, and its training stages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from amfm.launch.console import print_rows
+
+if TYPE_CHECKING:
+    from amfm.launch.plan.estimate import Estimate
+    from amfm.launch.plan.plan import Plan
+
+SHOWN_LAYOUTS = 8
+LONGEST_SHOWN = 3
+
+
+def print_layouts(made: Plan) -> None:
+    """Print the fastest layouts that fit, then the nearest misses with the reason; what all share is said once."""
+    from amfm.launch.plan.hardware import GIB
+
+    shown = [*made.layouts[:SHOWN_LAYOUTS], *made.near_misses]
+    words = [item.layout.describe().split() for item in shown]
+    shared = [word for word in words[0] if all(word in others for others in words)] if len(words) > 1 else []
+    rows = [
+        (
+            " ".join(word for word in own if word not in shared) or "nothing else",
+            f"{item.memory.total() / GIB:,.1f}",
+            f"{item.step.total():,.3f}",
+            f"{item.mfu:.1%}" if item.fits() else "",
+            describe_longest(item) if item.fits() else item.reason,
+        )
+        for item, own in zip(shown, words)
+    ]
+    what = f"Layouts, fastest first; then near misses{'. All have ' + ' '.join(shared) if shared else ''}"
+    print_rows(what, ("layout", "GiB", "s per step", "MFU", "most of the step, or why it does not fit"), rows)
+
+
+def print_left_out(made: Plan) -> None:
+    """Print why a search has no other layouts, counted, and what it does not try."""
+    rows = [("" if entry.count is None else f"{entry.count:,}", entry.what, entry.example) for entry in made.left_out]
+    if rows:
+        columns = ("layouts", "why not", "one of them; for what was not tried, the reason")
+        print_rows("Left out of the search", columns, rows)
+
+
+def describe_longest(item: Estimate) -> str:
+    """Name the LONGEST_SHOWN longest parts of a step with their shares."""
+    longest = sorted(item.step.parts(), key=lambda part: -part[1])[:LONGEST_SHOWN]
+    return ", ".join(f"{name} {seconds / item.step.total():.0%}" for name, seconds in longest)
+
+
+def print_stages(made: Plan) -> None:
+    """Print tokens, steps, memory and time of each training stage."""
+    from amfm.launch.plan.hardware import GIB
+    from amfm.launch.plan.plan import SECONDS_A_DAY
+
+    rows = [
+        (
+            entry.stage.name,
+            f"{entry.stage.num_tokens():.3e}",
+            f"{entry.stage.num_steps:,}",
+            f"{entry.stage.global_batch_size} x {entry.stage.sequence_length}",
+            f"{entry.estimate.memory.total() / GIB:,.1f}",
+            f"{entry.estimate.step.total():,.3f}",
+            f"{entry.estimate.mfu:.1%}",
+            f"{entry.seconds() / SECONDS_A_DAY:,.2f}",
+            entry.estimate.reason or "fits",
+        )
+        for entry in made.stages
+    ]
+    print_rows("Stages", ("stage", "tokens", "steps", "rows", "GiB", "s per step", "MFU", "days", ""), rows)
+
+
+def print_chosen(made: Plan) -> None:
+    """Print the layout that a search chose for each training stage; nothing without a search."""
+    from amfm.launch.plan.hardware import GIB
+    from amfm.launch.plan.plan import SECONDS_A_DAY
+
+    rows = [
+        (
+            entry.stage.name,
+            entry.chosen.layout.describe(),
+            f"{entry.chosen.memory.total() / GIB:,.1f}",
+            f"{entry.chosen.step.total():,.3f}",
+            f"{entry.chosen.mfu:.1%}",
+            f"{entry.stage.num_steps * entry.chosen.step.total() / SECONDS_A_DAY:,.2f}",
+        )
+        for entry in made.stages
+        if entry.chosen is not None
+    ]
+    if rows:
+        print_rows("Each stage in its own layout", ("stage", "layout", "GiB", "s per step", "MFU", "days"), rows)
