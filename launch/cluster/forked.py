@@ -145,9 +145,9 @@ def become_rank(
             os.close(nothing)
             os.close(errors)
         code = run()
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
+        # As the interpreter ends, and forked children of multiprocessing: executors hear that no work will come, as those of
+        # torch.compile, whose threads would wait for it for ever; then threads that are not daemons are waited for.
+        threading._shutdown()  # type: ignore[attr-defined]
     finally:
         if sys.exc_info()[0] is not None:
             traceback.print_exc()

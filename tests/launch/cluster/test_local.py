@@ -62,17 +62,20 @@ WAITING = (
 
 FORKED = """
 import os, pathlib, signal, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from amfm.launch.cluster.forked import ForkedRank, can_fork
 from amfm.launch.cluster.local import run_forked
 assert can_fork()
 assert ForkedRank(lambda: int("PATH" in os.environ), os.environ, (), is_first=True).wait(), "it lost the variables that it was to keep"
-folder, code = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+folder, code, kept = pathlib.Path(sys.argv[1]), int(sys.argv[2]), []
 
 def run():
     rank = int(os.environ["RANK"])
     assert os.environ["WORLD_SIZE"] == "3" and os.environ["KIND"] == "forked"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     (folder / str(rank)).write_text(os.environ["AMFM_LAUNCHER_PID"])
+    kept.append(ThreadPoolExecutor())  # as torch.compile keeps one
+    kept[0].submit(int).result()
     print("said by", rank)
     sys.stderr.write(f"wrong in {rank}\\n")
     if rank == 1 and code < 0:
