@@ -96,8 +96,11 @@ def gather_stream(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
 
 def sum_gradients(weight: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """Use a replicated tensor for a part of the work: identity forward, all-reduce of the gradient backward."""
-    if groups.tp.size() == 1:
-        return weight
+    return weight if groups.tp.size() == 1 else _sum_gradients(weight, groups)
+
+
+@torch.compiler.disable  # torch.compile refuses the mapping, whose backward sums in place what it takes for a view
+def _sum_gradients(weight: Tensor, groups: ProcessGroupCollection) -> Tensor:
     same: Tensor = mappings.copy_to_tensor_model_parallel_region(weight, group=groups.tp)
     return same
 

@@ -265,6 +265,7 @@ LAYOUTS = [
     # Tensor and sequence parallel.
     Layout(2, {"tensor": 2, "sequence_parallel": True}),
     Layout(2, {"tensor": 2, "sequence_parallel": True, "zero_stage": 0}),
+    Layout(2, {"tensor": 2}, settings={"train__compile": True}),
     Layout(2, {"tensor": 2, "sequence_parallel": True}, settings={"train__compile": True}),
     Layout(4, {"tensor": 4, "sequence_parallel": True}, "latent", quick=True),
     Layout(4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 2}),
