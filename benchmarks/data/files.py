@@ -20,7 +20,6 @@ from amfm.data_pipeline.store.store import TokenStore
 SOURCE = "text"
 PRESETS = ("fast", "balanced", "small")
 HUGE_PART_TOKENS = 16_000_000  # what the default part_bytes of 64 MB of text gives
-ENTRIES_A_FILE = 2**16
 
 
 @dataclass(frozen=True)

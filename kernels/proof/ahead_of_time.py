@@ -22,8 +22,6 @@ from amfm.kernels.proof.transposed_products import find_transposed_products
 from amfm.kernels.runtime.backend import INTERPRETED
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Registers per thread that one program may take before ptxas spills: 65536 shared by its threads, at most 255.
-LARGEST_REGISTERS = 255
 
 
 @dataclass(frozen=True)

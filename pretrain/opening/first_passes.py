@@ -24,6 +24,7 @@ from torch import Tensor
 
 from amfm.data_pipeline.progress import format_seconds
 from amfm.kernels.common.split_backward import Later, compute_now, split_backward
+from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.model.block import Stream
 from amfm.model.hybrid import HybridModel
 from amfm.model.low_precision import hang_recipes
@@ -117,6 +118,7 @@ def pass_once(
     }
     has_sums = any(hasattr(weight, "gradient_sum") for weight in real.parameters())
     cuts = config.parallel.schedule == "zero_bubble" and config.parallel.pipeline > 1
+    keeps = config.low_precision.quantize_weights == "each_step"
     for part in parts_of(model, real, config):
         for offsets in part.find_offsets(real):
             part.lay(model, offsets, has_sums=has_sums)
@@ -124,7 +126,7 @@ def pass_once(
                 report(f"checking and compiling the kernels of {part.words}{words}")
                 later: Later = []
                 splits: AbstractContextManager[None] = split_backward(later) if cuts else nullcontext()
-                with splits, opened(parallel.groups.row_room):
+                with splits, keep_weights() if keeps else nullcontext(), opened(parallel.groups.row_room):
                     total = part.run(batch)
                     if total.requires_grad:  # the embedding of a conversion is frozen
                         total.backward()
