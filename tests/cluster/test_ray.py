@@ -105,7 +105,7 @@ def test_a_raylet_that_is_killed_and_comes_back_gets_ranks_again(
             end_well(launcher, log)
     assert "continuing with" not in log.read_text(), "the run keeps its size"
     (restarted,) = events(folder / "run", "restarted")
-    assert "rank 1 on node2 was lost" in restarted["cause"]
+    assert "on node2 was lost" in restarted["cause"], "Ray chooses which rank is where"
     check_losses(folder / "run", undisturbed)
 
 
