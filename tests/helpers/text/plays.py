@@ -31,6 +31,11 @@ def mean_loss(output: ModelOutput) -> Tensor:
     return output.loss.total / (ROWS * TOKENS)
 
 
+def as_it_is(rows: Tensor) -> Tensor:
+    """Rows of bytes [rows, tokens], unchanged."""
+    return rows
+
+
 def train(
     model: HybridModel,
     folder: Path,
@@ -40,8 +45,9 @@ def train(
     seed: int,
     weight_decay: float = 0.1,
     loss: Callable[[ModelOutput], Tensor] = mean_loss,
+    change: Callable[[Tensor], Tensor] = as_it_is,
 ) -> None:
-    """AdamW on what asks for gradients, with warm-up and a cosine to a tenth of the peak."""
+    """AdamW on what asks for gradients, with warm-up and a cosine to a tenth of the peak; `change` makes other text of rows."""
     training, _ = play_bytes(folder)
     generator = torch.Generator().manual_seed(seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -57,7 +63,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         starts = torch.randint(len(training) - TOKENS - 1, (ROWS,), generator=generator)
-        rows = torch.stack([training[start : start + TOKENS + 1] for start in starts.tolist()])
+        rows = change(torch.stack([training[start : start + TOKENS + 1] for start in starts.tolist()]))
         loss(model(rows[:, :-1].contiguous(), meta, rows[:, 1:].contiguous())).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -67,9 +73,11 @@ def train(
 
 
 @torch.no_grad()
-def held_out_loss(model: HybridModel, folder: Path, count: int = 256) -> float:
-    """Nats per byte on this many rows of held-out plays."""
+def held_out_loss(
+    model: HybridModel, folder: Path, count: int = 256, *, change: Callable[[Tensor], Tensor] = as_it_is
+) -> float:
+    """Nats per byte on this many rows of held-out plays, changed likewise."""
     _, held_out = play_bytes(folder)
-    rows = held_out[: count * (TOKENS + 1)].view(count, TOKENS + 1)
+    rows = change(held_out[: count * (TOKENS + 1)].view(count, TOKENS + 1))
     output = model(rows[:, :-1].contiguous(), PackMeta.one_document_a_row(count, TOKENS), rows[:, 1:].contiguous())
     return float(output.loss.nll_sum) / (count * TOKENS)
