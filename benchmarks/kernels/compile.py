@@ -31,9 +31,6 @@ REASONS = {
         "holds a product of scores next to three of the states for 32 columns of keys, which half the warps would double"
     ),
     "fp8 experts up": "holds a tile of the gate next to the sum of up, and makes codes of both and of their activation",
-    "fp8 experts open as codes": (
-        "holds a part of a tile of gate, up and the activation's gradient next to what it makes codes of"
-    ),
     "attention d_k d_v, head 256": (
         "holds two sums of keys x 256; with the 64 keys that wgmma takes it spills 400 bytes or more, with 32 nothing"
     ),

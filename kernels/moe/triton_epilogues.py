@@ -160,7 +160,7 @@ def fp8_open_kernel(
     hidden rows come as codes. Grid as of `fp8_up_kernel`. Codes along rows are made of half of a tile's rows at a time, or a quarter, those
     along columns of as many of its columns, which are read again from cache: whole tiles spill registers.
     """
-    parts: tl.constexpr = 4 if SAVED else 2
+    parts: tl.constexpr = 4 if SAVED or SWIGLU else 2
     part: tl.constexpr = BLOCK // parts
     blocks = tl.cdiv(width, BLOCK)
     tile = tl.program_id(0) // blocks

@@ -29,7 +29,6 @@ SPILLS = {
     "gated norm, up to 8192 wide (Granite), backward": 8,
     "gated norm, up to 8192 wide (Granite), backward with output": 32,
     "delta gradients, 2 steps per token": 16,
-    "fp8 experts open as codes, swiglu": 40,
     "fp8 experts up, swiglu, hidden rows as codes": 40,
 }
 # With 64 rows of a product, which wgmma takes, this one spills 400 bytes.
