@@ -97,7 +97,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the rows of the tests that passed, and write them for the docs, behind those that are there."""
     reports = terminalreporter.stats.get("passed", [])
     rows = [value for report in reports for name, value in getattr(report, "user_properties", ()) if name == "row"]
-    if rows:
+    if rows and not hasattr(terminalreporter.config, "workerinput"):  # a worker of xdist, whose rows the master has too
         TABLE.parent.mkdir(exist_ok=True)
         head, *lines = table(rows).splitlines(keepends=True)
         TABLE.write_text((TABLE.read_text() if TABLE.exists() else head + lines[0]) + "".join(lines[1:]))
