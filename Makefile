@@ -59,9 +59,10 @@ test-slow: $(VENV)/.installed-dev
 test-mutation: $(VENV)/.installed-dev
 	mkdir -p build && $(BIN)/python -m tests.mutation --keep build/mutation.jsonl --out docs/benchmarks/mutation.md
 
-# Launchers on real Slurm, sshd and Ray, on nodes in namespaces of this machine: needs root and Debian's slurm-wlm, munge,
-# openssh-server, iproute2, nftables, libfaketime. Tests of an engine that is not installed are skipped by its name. Mostly they wait,
-# so several share two cores, and each has the time that it needs then; that of 64 ranks comes last, alone, for its 8 GiB of memory.
+# Launchers on real Slurm, sshd and Ray, on nodes in namespaces of this machine: needs root and Debian's slurm-wlm, slurmdbd,
+# mariadb-server, munge, openssh-server, iproute2, nftables, libfaketime. Tests of an engine that is not installed are skipped by
+# its name. Mostly they wait, so several share two cores, and each has the time that it needs then; that of 64 ranks comes last,
+# alone, for its 8 GiB of memory.
 # What each fault cost is in build/cluster.md afterwards.
 CLUSTER_WORKERS ?= 3
 test-cluster: $(VENV)/.installed-dev

@@ -27,6 +27,7 @@ PROGRAMS = {
     "network": ("ip", "nsenter", "unshare", "tc", "nft"),
     "ssh": ("sshd", "ssh", "ssh-keygen"),
     "slurm": ("munged", "slurmctld", "slurmd", "sbatch", "srun"),
+    "accounts": ("slurmdbd", "mariadbd", "mariadb-install-db", "mariadb-admin", "sacctmgr"),
 }
 # On two cores that do other work too. A run that is healthy comes to its next step long before.
 START_SECONDS, PATIENCE_SECONDS = 900.0, 2000.0
@@ -41,7 +42,7 @@ def missing(*engines: str) -> str:
         return "needs root, for namespaces"
     lacks = [name for engine in ("network", *engines) for name in PROGRAMS[engine] if not shutil.which(name, path=PATH)]
     return (
-        f"needs {', '.join(lacks)}: Debian's iproute2, nftables, util-linux, openssh-server, slurm-wlm, munge"
+        f"needs {', '.join(lacks)}: Debian's iproute2, nftables, util-linux, openssh-server, slurm-wlm, munge, slurmdbd, mariadb-server"
         if lacks
         else ""
     )

@@ -6,6 +6,7 @@
 # slurm-wlm 24.11 and munge. Needs root.
 #
 #   slurm.sh up DIR N [CPUS] [MB]   bring it up; DIR short, such as $(mktemp -d /tmp/c.XXXX). CPUS (2) and MB (3000) of a node
+#   slurm.sh accounts DIR           from now on Slurm asks for accounts and QOS, kept by slurmdbd in a MariaDB on the login node
 #   slurm.sh login DIR CMD...       run a command on the login node, with Slurm's programs at this cluster
 #   slurm.sh node DIR I             start slurmd on node I (again)
 #   slurm.sh down DIR               end everything
@@ -58,6 +59,41 @@ CONF
   for i in $(seq 1 "$n"); do start_slurmd "$i"; done
   for _ in $(seq 60); do [ "$("$net" enter "$DIR" 0 sinfo -h -t idle -o %D 2>/dev/null)" = "$n" ] && break; sleep 0.5; done
   "$net" enter "$DIR" 0 sinfo ;;
+accounts)
+  mariadb-install-db --no-defaults --datadir="$DIR/db" --user=root --auth-root-authentication-method=normal --skip-test-db >/dev/null
+  "$net" enter "$DIR" 0 setsid mariadbd --no-defaults --user=root --datadir="$DIR/db" --socket="$DIR/db/socket" \
+    --pid-file="$DIR/db/pid" --bind-address=127.0.0.1 --skip-name-resolve </dev/null >"$DIR/db.log" 2>&1 &
+  (umask 077; cat >"$DIR/slurmdbd.conf" <<CONF
+AuthType=auth/munge
+AuthInfo=socket=$DIR/munge/socket
+DbdHost=node0
+SlurmUser=root
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StorageUser=root
+LogFile=$DIR/slurmdbd.log
+PidFile=$DIR/slurmdbd.pid
+CONF
+  )
+  # slurmdbd would create its database itself, but can't read an answer after that (libmariadb 11.8.9).
+  for _ in $(seq 120); do
+    mariadb-admin --no-defaults --socket="$DIR/db/socket" --user=root create slurm_acct_db >/dev/null 2>&1 && break; sleep 0.5
+  done
+  sed -i '/^AccountingStorageType/d' "$SLURM_CONF"
+  cat >>"$SLURM_CONF" <<CONF
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=node0
+AccountingStoragePass=$DIR/munge/socket
+AccountingStorageEnforce=associations,limits,qos
+CONF
+  "$net" enter "$DIR" 0 setsid slurmdbd </dev/null >/dev/null 2>&1
+  for _ in $(seq 120); do "$net" enter "$DIR" 0 sacctmgr -n list cluster >/dev/null 2>&1 && break; sleep 0.5; done
+  "$net" enter "$DIR" 0 sacctmgr -i add cluster test >/dev/null
+  "$net" enter "$DIR" 0 pkill -x slurmctld
+  for _ in $(seq 60); do "$net" enter "$DIR" 0 pgrep -x slurmctld >/dev/null || break; sleep 0.5; done
+  rm -f "$DIR/state/clustername"  # the number that the cluster had without a database
+  "$net" enter "$DIR" 0 setsid slurmctld </dev/null >/dev/null 2>&1
+  for _ in $(seq 60); do "$net" enter "$DIR" 0 sinfo -h >/dev/null 2>&1 && break; sleep 0.5; done ;;
 login) "$net" enter "$DIR" 0 "$@" ;;
 node) start_slurmd "$1" ;;
 down) "$net" down "$DIR" ;;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -250,3 +252,35 @@ def test_each_job_of_an_array_has_its_own_run_and_is_queued_again_alone(
     assert len(events(first, "start")) == 1 and len(events(second, "start")) == 2
     check_losses(first, undisturbed)
     check_losses(second, undisturbed)
+
+
+@pytest.mark.skipif(bool(missing("slurm", "accounts")), reason=missing("slurm", "accounts"))
+def test_an_account_is_charged_and_what_account_or_qos_refuse_is_said_in_slurms_words(
+    folder: Path, undisturbed: list[float]
+) -> None:
+    write_run(folder, folder / "run")
+    with cluster(1, "slurm", folder=folder) as nodes:
+        quietly(SLURM, "accounts", str(folder))
+        nodes.run(0, "sacctmgr", "-i", "add", "qos", "short", "Flags=DenyOnLimit", "MaxWall=90")
+        nodes.run(0, "sacctmgr", "-i", "add", "account", "team", "qos=short")
+        nodes.run(0, "sacctmgr", "-i", "add", "user", "root", "account=team", "qos=short", "defaultqos=short")
+        charged = ("launch.slurm.account=team", "launch.slurm.qos=short", "launch.slurm.time_limit=60")
+        for option, reason in (
+            ("launch.slurm.account=nobody", "Invalid account or account/partition combination specified"),
+            ("launch.slurm.qos=long", "Invalid qos specification"),
+            ("launch.slurm.time_limit=120", "Job violates accounting/QOS policy"),
+        ):
+            words = ("launch", folder / "run.yaml", "--on", "slurm", "--nodes", "1", "--nproc-per-node", "1")
+            refused = subprocess.run(
+                nodes.enter(0, *amfm(*words, *charged, option)),
+                capture_output=True,
+                text=True,
+                check=False,
+                env=os.environ | nodes.environment,
+            )
+            assert refused.returncode == 3 and reason in refused.stderr, refused.stderr
+        job, log = submit(nodes, folder, *charged)
+        finish(nodes, job, log)
+        assert (field(nodes, job, "Account"), field(nodes, job, "QOS")) == ("team", "short")
+        assert nodes.run(0, "sacct", "-n", "-X", "-P", "-j", job, "-o", "account,qos,state") == "team|short|COMPLETED"
+    check_losses(folder / "run", undisturbed)
