@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import select
@@ -12,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CTRL_C = "\x03"
-PATIENCE_SECONDS = 900
+PATIENCE_SECONDS, AGAIN_SECONDS = 900, 5
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 # The terminal controls the process, so that Ctrl-C reaches its whole group; a suite that runs in the background ignores it.
 BECOME_SESSION_LEADER = (
@@ -54,10 +55,17 @@ class Terminal:
         while not (path.exists() and len(path.read_text().splitlines()) >= number):
             assert time.monotonic() < deadline and self._read(), f"{path} has no {number} lines:\n{self.screen}"
 
-    def end(self) -> int:
-        """Read what is left, and return the exit code."""
+    def end(self, key: str = "") -> int:
+        """Press a key, read what is left, and return the exit code.
+
+        The key is pressed again every few seconds, as a person would: a Ctrl-C that comes after Python has written a question
+        and before it reads the answer is handled after the answer.
+        """
+        pressed = -math.inf
         while self._read():
-            pass
+            if key and time.monotonic() > pressed + AGAIN_SECONDS:
+                self.type(key)
+                pressed = time.monotonic()
         os.close(self.ours)
         return self.process.wait(PATIENCE_SECONDS)
 

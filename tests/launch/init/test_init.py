@@ -160,9 +160,8 @@ def test_each_answer_is_judged_before_the_next_question(tmp_path: Path) -> None:
         terminal.expect(question)
         terminal.type(f"{answer}\n")
     terminal.expect("Text: a file", times=2)
-    terminal.type(CTRL_C)
     said = terminal.screen
-    assert terminal.end() == 130
+    assert terminal.end(CTRL_C) == 130
     assert "7b must be one of 20m" in said and "granit must be one of nemotron" in said and "nowhere" in said
     assert said.count("Size of the model") == 2 and said.count("Style") == 2 and "--size" not in said
 
