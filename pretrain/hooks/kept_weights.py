@@ -14,8 +14,7 @@ from amfm.pretrain.step_sums import StepResult
 
 def build_kept_weights(run: Run) -> list[Hook]:
     """The hook, where `low_precision.quantize_weights` asks for it."""
-    section = run.config.low_precision
-    return [KeptWeights()] if section.recipe != "none" and section.quantize_weights == "each_step" else []
+    return [KeptWeights()] if run.config.low_precision.quantize_weights == "each_step" else []
 
 
 class KeptWeights(Hook):

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,11 +61,15 @@ class Cluster:
         """Command line that runs a command on a node."""
         return [NETWORK, "enter", str(self.folder), str(node), *command]
 
-    def run(self, node: int, *command: str, check: bool = True) -> str:
-        """Run a command on a node and return what it printed."""
-        done = subprocess.run(
+    def try_to(self, node: int, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command on a node, which may fail."""
+        return subprocess.run(
             self.enter(node, *command), capture_output=True, text=True, check=False, env=os.environ | self.environment
         )
+
+    def run(self, node: int, *command: str, check: bool = True) -> str:
+        """Run a command on a node and return what it printed."""
+        done = self.try_to(node, *command)
         assert not check or done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-2000:])
         return done.stdout.strip()
 
@@ -86,13 +90,13 @@ class Cluster:
 
 
 @contextmanager
-def cluster(count: int, engine: str = "", *, folder: Path) -> Iterator[Cluster]:
-    """Nodes with an engine (`ssh`, `slurm`, `ray` or none) for the time of the block."""
+def cluster(count: int, engine: str = "", *, folder: Path, options: Sequence[str] = ()) -> Iterator[Cluster]:
+    """Nodes with an engine (`ssh`, `slurm`, `ray` or none) for the time of the block; `options`: of `slurm.sh up`."""
     made = Cluster(folder, count, engine)
     try:
         if engine == "slurm":
             made.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
-            quietly(SLURM, "up", str(folder), str(count))
+            quietly(SLURM, "up", str(folder), str(count), *options)
         else:
             quietly(NETWORK, "up", str(folder), str(count))
         if engine == "ssh":

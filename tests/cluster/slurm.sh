@@ -5,8 +5,9 @@
 # on node0, the login node. Own key, own sockets, own configuration in DIR: nothing in /etc is used. Tried with Debian's
 # slurm-wlm 24.11 and munge. Needs root.
 #
-#   slurm.sh up DIR N [CPUS] [MB]   bring it up; DIR short, such as $(mktemp -d /tmp/c.XXXX). CPUS (2) and MB (3000) of a node
-#   slurm.sh accounts DIR           from now on Slurm asks for accounts and QOS, kept by slurmdbd in a MariaDB on the login node
+#   slurm.sh up DIR N [CPUS] [MB] [accounts]
+#                                   bring it up; DIR short, such as $(mktemp -d /tmp/c.XXXX). CPUS (2) and MB (3000) of a node;
+#                                   with `accounts` Slurm asks for accounts and QOS, which slurmdbd keeps in a MariaDB on node0
 #   slurm.sh login DIR CMD...       run a command on the login node, with Slurm's programs at this cluster
 #   slurm.sh node DIR I             start slurmd on node I (again)
 #   slurm.sh down DIR               end everything
@@ -16,11 +17,41 @@ PATH=$PATH:/usr/sbin:/sbin
 net="$(dirname "$(realpath "$0")")/network.sh"
 verb=${1:?verb}; DIR=$(realpath -m "${2:?directory}"); shift 2
 export SLURM_CONF=$DIR/slurm.conf
+until_ok() { for _ in $(seq 120); do "$@" >/dev/null 2>&1 && return; sleep 0.5; done; echo "never succeeded: $*" >&2; return 1; }
+count_idle() { [ "$("$net" enter "$DIR" 0 sinfo -h -t idle -o %D)" = "$1" ]; }
+start_accounts() {
+  cat >>"$SLURM_CONF" <<CONF
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=node0
+AccountingStoragePass=$DIR/munge/socket
+AccountingStorageEnforce=associations,limits,qos
+CONF
+  local sql=(--no-defaults --socket="$DIR/db/socket" --user=root)
+  mariadb-install-db --no-defaults --datadir="$DIR/db" --user=root --auth-root-authentication-method=normal --skip-test-db
+  "$net" enter "$DIR" 0 setsid mariadbd "${sql[@]}" --datadir="$DIR/db" --pid-file="$DIR/db/pid" --bind-address=127.0.0.1 \
+    --skip-name-resolve </dev/null >"$DIR/db.log" 2>&1 &
+  (umask 077; cat >"$DIR/slurmdbd.conf" <<CONF
+AuthType=auth/munge
+AuthInfo=socket=$DIR/munge/socket
+DbdHost=node0
+SlurmUser=root
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StorageUser=root
+LogFile=$DIR/slurmdbd.log
+PidFile=$DIR/slurmdbd.pid
+CONF
+  )
+  # slurmdbd would create its database itself, but can't read an answer after that (libmariadb 11.8.9).
+  until_ok mariadb-admin "${sql[@]}" create slurm_acct_db
+  "$net" enter "$DIR" 0 setsid slurmdbd </dev/null >/dev/null 2>&1
+  until_ok "$net" enter "$DIR" 0 sacctmgr -i add cluster test
+}
 start_slurmd() { "$net" enter "$DIR" "$1" setsid slurmd -N "node$1" -L "$DIR/slurmd$1.log" </dev/null >/dev/null 2>&1; }
 
 case $verb in
 up)
-  n=${1:?number of nodes}; cpus=${2:-2}; mb=${3:-3000}
+  n=${1:?number of nodes}; cpus=${2:-2}; mb=${3:-3000}; accounts=${4:-}
   "$net" up "$DIR" "$n"
   mkdir -p "$DIR/state" "$DIR/spool" "$DIR/munge"; chmod 755 "$DIR" "$DIR/munge"
   (umask 077; head -c 128 /dev/urandom >"$DIR/munge/key")
@@ -42,7 +73,6 @@ SlurmctldLogFile=$DIR/slurmctld.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
@@ -55,45 +85,11 @@ MinJobAge=3600
 NodeName=node[1-$n] NodeAddr=10.77.0.[11-$((10 + n))] CPUs=$cpus RealMemory=$mb State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP DefMemPerNode=$mb
 CONF
+  [ -z "$accounts" ] || start_accounts
   "$net" enter "$DIR" 0 setsid slurmctld </dev/null >/dev/null 2>&1
   for i in $(seq 1 "$n"); do start_slurmd "$i"; done
-  for _ in $(seq 60); do [ "$("$net" enter "$DIR" 0 sinfo -h -t idle -o %D 2>/dev/null)" = "$n" ] && break; sleep 0.5; done
+  until_ok count_idle "$n"
   "$net" enter "$DIR" 0 sinfo ;;
-accounts)
-  mariadb-install-db --no-defaults --datadir="$DIR/db" --user=root --auth-root-authentication-method=normal --skip-test-db >/dev/null
-  "$net" enter "$DIR" 0 setsid mariadbd --no-defaults --user=root --datadir="$DIR/db" --socket="$DIR/db/socket" \
-    --pid-file="$DIR/db/pid" --bind-address=127.0.0.1 --skip-name-resolve </dev/null >"$DIR/db.log" 2>&1 &
-  (umask 077; cat >"$DIR/slurmdbd.conf" <<CONF
-AuthType=auth/munge
-AuthInfo=socket=$DIR/munge/socket
-DbdHost=node0
-SlurmUser=root
-StorageType=accounting_storage/mysql
-StorageHost=127.0.0.1
-StorageUser=root
-LogFile=$DIR/slurmdbd.log
-PidFile=$DIR/slurmdbd.pid
-CONF
-  )
-  # slurmdbd would create its database itself, but can't read an answer after that (libmariadb 11.8.9).
-  for _ in $(seq 120); do
-    mariadb-admin --no-defaults --socket="$DIR/db/socket" --user=root create slurm_acct_db >/dev/null 2>&1 && break; sleep 0.5
-  done
-  sed -i '/^AccountingStorageType/d' "$SLURM_CONF"
-  cat >>"$SLURM_CONF" <<CONF
-AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost=node0
-AccountingStoragePass=$DIR/munge/socket
-AccountingStorageEnforce=associations,limits,qos
-CONF
-  "$net" enter "$DIR" 0 setsid slurmdbd </dev/null >/dev/null 2>&1
-  for _ in $(seq 120); do "$net" enter "$DIR" 0 sacctmgr -n list cluster >/dev/null 2>&1 && break; sleep 0.5; done
-  "$net" enter "$DIR" 0 sacctmgr -i add cluster test >/dev/null
-  "$net" enter "$DIR" 0 pkill -x slurmctld
-  for _ in $(seq 60); do "$net" enter "$DIR" 0 pgrep -x slurmctld >/dev/null || break; sleep 0.5; done
-  rm -f "$DIR/state/clustername"  # the number that the cluster had without a database
-  "$net" enter "$DIR" 0 setsid slurmctld </dev/null >/dev/null 2>&1
-  for _ in $(seq 60); do "$net" enter "$DIR" 0 sinfo -h >/dev/null 2>&1 && break; sleep 0.5; done ;;
 login) "$net" enter "$DIR" 0 "$@" ;;
 node) start_slurmd "$1" ;;
 down) "$net" down "$DIR" ;;

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -35,16 +33,15 @@ pytestmark = [
 ]
 
 
+def launch_command(root: Path, count: int, *options: str) -> list[str]:
+    """The command line that submits root/run.yaml to this many nodes, with a rank on each."""
+    words = ("launch", root / "run.yaml", "--on", "slurm", "--nodes", str(count), "--nproc-per-node", "1")
+    return amfm(*words, *options)
+
+
 def submit(nodes: Cluster, root: Path, *options: str, count: int | None = None) -> tuple[str, Path]:
     """Submit root/run.yaml from the login node; returns the job's number and its log."""
-    answer = nodes.run(
-        0,
-        *amfm(
-            *("launch", root / "run.yaml", "--on", "slurm", "--nodes", str(count or nodes.count)),
-            *("--nproc-per-node", "1", *options),
-        ),
-    )
-    job = answer.split()[-1]
+    job = nodes.run(0, *launch_command(root, count or nodes.count, *options)).split()[-1]
     return job, root / "run" / "logs" / f"slurm-{job}.log"
 
 
@@ -177,7 +174,7 @@ def test_a_cancelled_job_saves_its_last_step(folder: Path, watch: WatchRun) -> N
             nodes.run(0, "scancel", job)
             wait_until(lambda: state(nodes, job) == "CANCELLED", 60, log)
             last = metrics(folder / "run")[-1]["step"]
-            wait_until((folder / f"run/checkpoints/step-{last:08d}/manifest.json").exists, 30, log)
+            assert wait_until((folder / f"run/checkpoints/step-{last:08d}/manifest.json").exists, 30, log)
 
 
 @pytest.mark.parametrize("fault", ["drained", "lost"])
@@ -214,9 +211,10 @@ def test_an_allocation_of_salloc_takes_the_ranks_and_their_restarts(
 ) -> None:
     write_run(folder, folder / "run")
     log = folder / "launch.log"
-    words = ("launch", folder / "run.yaml", "--on", "slurm", "--nodes", "2", "--nproc-per-node", "1")
     with cluster(2, "slurm", folder=folder) as nodes:
-        launcher = nodes.start(0, log, "salloc", "--nodes=2", "--ntasks-per-node=1", "--no-kill", *amfm(*words))
+        launcher = nodes.start(
+            0, log, "salloc", "--nodes=2", "--ntasks-per-node=1", "--no-kill", *launch_command(folder, 2)
+        )
         wait_for_steps(folder / "run", 13, log)
         with watch("salloc", "rank killed"):
             signal_ranks(nodes, 2, "KILL")
@@ -259,8 +257,7 @@ def test_an_account_is_charged_and_what_account_or_qos_refuse_is_said_in_slurms_
     folder: Path, undisturbed: list[float]
 ) -> None:
     write_run(folder, folder / "run")
-    with cluster(1, "slurm", folder=folder) as nodes:
-        quietly(SLURM, "accounts", str(folder))
+    with cluster(1, "slurm", folder=folder, options=("2", "3000", "accounts")) as nodes:
         nodes.run(0, "sacctmgr", "-i", "add", "qos", "short", "Flags=DenyOnLimit", "MaxWall=90")
         nodes.run(0, "sacctmgr", "-i", "add", "account", "team", "qos=short")
         nodes.run(0, "sacctmgr", "-i", "add", "user", "root", "account=team", "qos=short", "defaultqos=short")
@@ -270,14 +267,7 @@ def test_an_account_is_charged_and_what_account_or_qos_refuse_is_said_in_slurms_
             ("launch.slurm.qos=long", "Invalid qos specification"),
             ("launch.slurm.time_limit=120", "Job violates accounting/QOS policy"),
         ):
-            words = ("launch", folder / "run.yaml", "--on", "slurm", "--nodes", "1", "--nproc-per-node", "1")
-            refused = subprocess.run(
-                nodes.enter(0, *amfm(*words, *charged, option)),
-                capture_output=True,
-                text=True,
-                check=False,
-                env=os.environ | nodes.environment,
-            )
+            refused = nodes.try_to(0, *launch_command(folder, 1, *charged, option))
             assert refused.returncode == 3 and reason in refused.stderr, refused.stderr
         job, log = submit(nodes, folder, *charged)
         finish(nodes, job, log)

@@ -18,16 +18,16 @@ from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.lora_mixer import LoraMixerConfig, Projection
 from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.schema import ModelConfig
-from amfm.model.hybrid import HybridModel, ModelOutput
+from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.config.convert import ConvertConfig, RoutingConfig, TuneConfig
 from amfm.pretrain.convert.prepare import prepare_stage
 from amfm.pretrain.convert.updates import UPDATE_ENDS
-from tests.helpers.text.plays import held_out_loss, mean_loss, train
+from tests.helpers.text.plays import as_it_is, held_out_loss, loss_with_auxiliary, train
 
 Change = Callable[[Tensor], Tensor]
 # The base knows plays in two alphabets. A kind changes the text of one of them, so that every byte tells the kind.
-KNOWN: tuple[Change, ...] = (lambda rows: rows, lambda rows: rows ^ 128)
+KNOWN: tuple[Change, ...] = (as_it_is, lambda rows: rows ^ 128)
 KINDS: dict[str, Change] = {"backwards": lambda rows: rows.flip(1), "ciphered": lambda rows: rows ^ 129}
 TARGETS: tuple[Projection, ...] = ("q", "k", "v", "o", "in", "out")
 RANK, ROUTED_RANK = 8, 4  # one update, or two
@@ -68,10 +68,7 @@ def tune(model: HybridModel, plays: Path, kinds: tuple[Change, ...], steps: int,
     def change(rows: Tensor) -> Tensor:
         return torch.cat([kind(rows[number :: len(kinds)]) for number, kind in enumerate(kinds)])
 
-    def loss(output: ModelOutput) -> Tensor:
-        return mean_loss(output) + sum(output.auxiliary.values())
-
-    train(model, plays, steps, peak=5e-3, seed=seed, weight_decay=0.0, loss=loss, change=change)
+    train(model, plays, steps, peak=5e-3, seed=seed, weight_decay=0.0, loss=loss_with_auxiliary, change=change)
     return model
 
 

@@ -31,6 +31,11 @@ def mean_loss(output: ModelOutput) -> Tensor:
     return output.loss.total / (ROWS * TOKENS)
 
 
+def loss_with_auxiliary(output: ModelOutput) -> Tensor:
+    """That, and what blocks add to it, such as losses of balance."""
+    return mean_loss(output) + sum(output.auxiliary.values())
+
+
 def as_it_is(rows: Tensor) -> Tensor:
     """Rows of bytes [rows, tokens], unchanged."""
     return rows
