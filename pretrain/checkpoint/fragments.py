@@ -137,8 +137,8 @@ def create_state(engine: Any, part: Part, optimizer_step: int) -> dict[str, Tens
     """
     optimizer = base_optimizer(engine)
     group = optimizer.param_groups[part.group]
-    # torch keeps the counter of the fused and capturable kernels next to the weights, else on the CPU.
-    device = part.master.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+    # torch keeps the counter of the fused kernels next to the weights, else on the CPU.
+    device = part.master.device if group.get("fused") else torch.device("cpu")
     state = optimizer.state[part.master]
     state["step"] = torch.tensor(float(optimizer_step), dtype=torch.float32, device=device)
     moments = moments_of(str(group["label"]))

@@ -39,4 +39,58 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "self.layout.engine.wait_for_weights()",
         "pass",
     ): "on CPU ranks weights that were gathered meanwhile are there when they are read",
+    (
+        "data_pipeline/store/store.py",
+        'DEFAULT_CACHE = CacheSettings(folder="~/.cache/amfm", max_bytes=64 * 10**9, block_bytes=4 * 2**20)',
+        "2**20",
+        "(2 * 20)",
+    ): "another size of the blocks that are kept: slower, the same tokens",
+    (
+        "pretrain/engine/gradients.py",
+        'all_data = groups.dp_cp if axis == "embd" and groups.dp_cp.size() > 2 else None',
+        'axis == "embd" and groups.dp_cp.size() > 2',
+        "(axis == 'embd' or groups.dp_cp.size() > 2)",
+    ): "more is summed over data ranks here, one of which hands the sum on: the same sum",
+    (
+        "pretrain/engine/gradients.py",
+        "if excess > 1:",
+        "excess > 1",
+        "(excess >= 1)",
+    ): "gradients whose norm is the limit are multiplied by 1",
+    (
+        "pretrain/engine/buckets.py",
+        "if bucket.group.size() > 1:",
+        "bucket.group.size() > 1",
+        "(bucket.group.size() >= 1)",
+    ): "a rank that is alone gathers its own weights",
+    (
+        "pretrain/engine/grad_norm.py",
+        "if len(set(copies)) == 1:",
+        "len(set(copies)) == 1",
+        "(False)",
+    ): "one number of copies for all elements becomes one for each: the same norm",
+    (
+        "pretrain/engine/grad_norm.py",
+        "numel = max(0, min(length, parameter.ds_numel - start))",
+        "0",
+        "1",
+    ): "a rank that has nothing of a parameter counts a number of its padding, which is zero",
+    (
+        "model/moe/transfer.py",
+        "if ranks == 1:",
+        "ranks == 1",
+        "(False)",
+    ): "a rank that is alone sends its rows to itself",
+    (
+        "launch/plan/memory.py",
+        "expert_gradients = e * held.routed / max(1, stored) if is_apart else 0.0",
+        "0.0",
+        "1.0",
+    ): "one byte of an estimate",
+    (
+        "pretrain/export/verify.py",
+        'job["export"], trust_remote_code=job["remote_code"], local_files_only=True',
+        "True",
+        "False",
+    ): "what is read is a folder, and a folder is read where it lies",
 }

@@ -1,3 +1,4 @@
+import gc
 import multiprocessing
 import os
 import pickle
@@ -117,6 +118,11 @@ def test_our_bytes_are_those_that_zarr_python_writes(tmp_path, compression):
     )  # fmt: skip
     array[:] = tokens
     assert (tmp_path / "a" / "c" / "0").read_bytes() == encode_shard(tokens, 128, 1024, compression)
+
+
+def test_opening_a_store_leaves_the_garbage_collector_as_it_was(prepared):
+    TokenStore.open(prepared.store)
+    assert gc.isenabled()
 
 
 def test_identity_depends_on_the_content_alone(prepared, tmp_path):

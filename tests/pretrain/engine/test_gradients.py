@@ -50,6 +50,16 @@ def test_accumulator_leaves_float32_parameters_alone_and_removes_its_hooks() -> 
     assert layer.weight.grad is not None and torch.equal(layer.weight.grad, torch.full((2, 3), 2.0))
 
 
+def test_a_gradient_that_comes_later_is_added_when_it_comes() -> None:
+    layer = nn.Linear(3, 2, bias=False).bfloat16()
+    accumulator = Float32Accumulator(layer)
+    accumulator.collect(layer.weight)  # of a split backward pass, which makes it later
+    layer.weight.grad = torch.ones(2, 3).bfloat16()
+    accumulator.collect(layer.weight)
+    accumulator.finish()
+    assert torch.equal(layer.weight.grad, torch.ones(2, 3).bfloat16())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_fault_names_the_first_parameter(bad: float) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(2, 1))
