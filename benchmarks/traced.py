@@ -41,6 +41,7 @@ INTERLEAVED = ("parallel.schedule=interleaved", "parallel.virtual_stages=2")
 HEADS = "num_heads=16"
 # No file of ours holds an indexer.
 CHOSEN, AS_IT_IS = "indexer.top_k=512", ("export.target=auto",)
+WARM_UP = (*AS_IT_IS, f"model.attention.{CHOSEN}", "model.attention.indexer.stage=warm_up")
 WINDOW = "{num_heads: 16, num_kv_heads: 4, window: 1024, sinks: true}"
 
 
@@ -145,11 +146,8 @@ CASES = (
     Case("latent attention", 8, of_mixer("+", "mla", HEADS)),
     Case("latent attention, chosen keys", 8, of_mixer("+", "mla", HEADS, CHOSEN, beside=AS_IT_IS)),
     Case("chosen keys, tensor", 8, (*SPLIT, *AS_IT_IS, f"model.attention.{CHOSEN}")),
-    Case(
-        "warm-up of an indexer, context",
-        8,
-        ("parallel.context=2", *AS_IT_IS, f"model.attention.{CHOSEN}", "model.attention.indexer.stage=warm_up"),
-    ),
+    Case("warm-up of an indexer, context", 8, ("parallel.context=2", *WARM_UP)),
+    Case("warm-up of an indexer, tensor, context", 8, (*SPLIT, "parallel.context=2", *WARM_UP)),
     Case(
         "short convolutions, windows next to Mamba2",
         8,
