@@ -29,15 +29,9 @@ _NAMES = {
 
 
 def unfit_for_own(config: ModelConfig) -> list[str]:
-    """List mixers of other packages, indexers and biases, which the modelling files have not."""
+    """List mixers of other packages, which the modelling files have not."""
     ours = {spec.name for spec in BUILT_IN}
-    lacking = [
-        f"model.{kind.section}.{name} is not in our modelling file yet; decode with amfm"
-        for kind, options in config.kinds_in_use()
-        for name in ("indexer", "bias")
-        if getattr(options, name, None)
-    ]
-    return lacking + [
+    return [
         f"model.pattern has {symbol}: the mixer {name} of another package is not in our modelling file; "
         "use a mixer of ours where the model must leave amfm"
         for symbol, name in registered_mixers(config).items()
@@ -109,10 +103,13 @@ def own_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
 
 
 def _limits(config: ModelConfig) -> list[str]:
-    return [
+    limits = [
         "States cannot go back to an earlier token: assisted generation and prefix tuning are refused, prompt tuning is not.",
         "Attention weights and router logits are not returned; asking for them is an error, as is every unknown argument.",
     ]
+    if any(getattr(options, "indexer", None) for _, options in config.kinds_in_use()):
+        limits.append("The loss of an indexer is not part of this class: fine-tuning leaves its weights as they are.")
+    return limits
 
 
 CLASS = HfTarget(

@@ -98,6 +98,15 @@ def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes["sinks"] = (attention.num_heads,)
     if attention.qk_norm:
         shapes |= {"q_norm.weight": (attention.head_dim,), "k_norm.weight": (attention.head_dim,)}
+    if attention.indexer is not None:
+        size, heads = attention.indexer.head_dim, attention.indexer.num_heads
+        shapes |= {
+            "indexer.query.weight": (heads * size, width),
+            "indexer.key.weight": (size, width),
+            "indexer.head_weights.weight": (heads, width),
+            "indexer.key_norm.weight": (size,),
+            "indexer.key_norm.bias": (size,),
+        }
     return shapes
 
 

@@ -49,13 +49,15 @@ def unfit_for_deepseek_v32(config: ModelConfig) -> list[str]:
             f"{key}.indexer is missing: deepseek_v32 chooses its keys; set it, or target deepseek_v3 or own",
         ]
     if mla.query_latent_size is None:
-        reasons.append(f"{key}.query_latent_size is missing: deepseek_v32 makes queries from a latent; set it")
+        reasons.append(
+            f"{key}.query_latent_size is missing: deepseek_v32 makes queries from a latent; set it, or target own"
+        )
     if mla.indexer.stage != "sparse":
-        rule = "deepseek_v32 attends to the chosen keys; train with stage sparse"
+        rule = "deepseek_v32 attends to the chosen keys; train with stage sparse, or target own"
         reasons.append(f"{key}.indexer.stage={mla.indexer.stage}: {rule}")
     if mla.indexer.head_dim * mla.indexer.rope_fraction != mla.rope_head_dim:
         rule = f"its indexer rotates rope_head_dim={mla.rope_head_dim} channels in deepseek_v32"
-        remedy = f"use {mla.rope_head_dim} / head_dim"
+        remedy = f"use {mla.rope_head_dim} / head_dim, or target own"
         reasons.append(f"{key}.indexer.rope_fraction={mla.indexer.rope_fraction}: {rule}; {remedy}")
     return reasons
 

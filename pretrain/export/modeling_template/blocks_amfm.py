@@ -1,8 +1,7 @@
-"""Blocks of an amfm hybrid model in plain torch: what each letter of the pattern computes.
+"""Blocks of an amfm hybrid model in plain torch: norms, Mamba2, feed-forward and experts.
 
-Sizes: B rows, T tokens, D model, H heads, P head size, G groups, N state, C convolution channels, W its width, K head
-size of attention, J key-value heads, E experts, R = B * T rows of tokens. F in attention: rotated pairs; L: a chunk; I:
-inner width, H * P.
+Sizes: B rows, T tokens, D model, H heads, P head size, G groups, N state, C convolution channels, W its width, E experts, R =
+B * T rows of tokens. L: a chunk; I: inner width, H * P.
 
 Written to be read and to match the training code, not for speed: decays, norms and routers compute in float32 whatever
 the weights' dtype, because rounding there changes which experts are chosen and how long a state lasts.
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_amfm import BlockState, empty_rows
 
@@ -150,125 +148,6 @@ class Mamba2(nn.Module):
         return torch.cat(outputs, dim=1), state_BHPN
 
 
-class Attention(nn.Module):
-    """Causal grouped-query attention (arXiv 2305.13245), with optional head norms, rotary positions and output gate."""
-
-    is_causal = True
-
-    def __init__(self, config: Any, index: int) -> None:
-        super().__init__()
-        section = config.attention
-        self.config, self.layer_idx = config, index
-        self.num_heads, self.num_kv_heads = section["num_heads"], section["num_kv_heads"]
-        self.head_dim, self.num_key_value_groups = section["head_dim"], self.num_heads // self.num_kv_heads
-        self.scale = section["softmax_scale"] or self.head_dim**-0.5
-        self.rope = section["rope"] if section["positions"] == "rope" else None
-        width = config.hidden_size
-        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=False)
-        # Exports of earlier versions have no gate.
-        self.gate = section.get("gate", "none")
-        if self.gate != "none":
-            self.g_proj = nn.Linear(width, self.num_heads * gate_size(self.gate, self.head_dim), bias=False)
-        if section["qk_norm"]:
-            self.q_norm = RMSNorm(self.head_dim, config.norm_epsilon)
-            self.k_norm = RMSNorm(self.head_dim, config.norm_epsilon)
-        self.qk_norm = section["qk_norm"]
-        # Exports of earlier versions have no sinks.
-        self.sinks = nn.Parameter(torch.zeros(self.num_heads)) if section.get("sinks", False) else None
-
-    def forward(self, x_BTD: Tensor, mask: Any, positions_BT: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        """x [B, T, D] -> y [B, T, D] and (keys, values) [B, J, S, K] of all S tokens so far; mask: as the backend takes it."""
-        rows, tokens, _ = x_BTD.shape
-        q_BTHK = self.q_proj(x_BTD).view(rows, tokens, self.num_heads, self.head_dim)
-        k_BTJK = self.k_proj(x_BTD).view(rows, tokens, self.num_kv_heads, self.head_dim)
-        v_BJTK = self.v_proj(x_BTD).view(rows, tokens, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        if self.qk_norm:
-            q_BTHK, k_BTJK = self.q_norm(q_BTHK), self.k_norm(k_BTJK)
-        if self.rope is not None:
-            frequencies, factor = rope_frequencies(self.rope, self.head_dim)
-            angles_BTF = positions_BT[..., None].float() * frequencies.to(x_BTD.device)
-            cos, sin = angles_BTF.cos()[:, :, None] * factor, angles_BTF.sin()[:, :, None] * factor
-            q_BTHK, k_BTJK = rotate(q_BTHK, cos, sin), rotate(k_BTJK, cos, sin)
-        q_BHTK, k_BJTK = q_BTHK.transpose(1, 2), k_BTJK.transpose(1, 2)
-        if state is not None:
-            k_BJTK, v_BJTK = torch.cat([state[0], k_BJTK], dim=2), torch.cat([state[1], v_BJTK], dim=2)
-        o_BTHK = attend(self, q_BHTK, k_BJTK, v_BJTK, mask, self.scale)
-        if self.gate != "none":
-            o_BTHK = gate_heads(o_BTHK, self.g_proj(x_BTD))
-        return self.o_proj(o_BTHK.reshape(rows, tokens, -1)), (k_BJTK, v_BJTK)
-
-
-def attend(module: Any, q_BHTK: Tensor, k_BJSK: Tensor, v_BJSV: Tensor, mask: Any, scale: float) -> Tensor:
-    """Attention [B, T, H, V] by the backend that the model was loaded with; key heads may be fewer than query heads."""
-    backend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, attend_eagerly)
-    o_BTHV, _ = backend(module, q_BHTK, k_BJSK, v_BJSV, mask, dropout=0.0, scaling=scale)
-    return o_BTHV
-
-
-def attend_eagerly(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
-) -> tuple[Tensor, Tensor]:
-    """Attention as products and a softmax in float32, with a mask that is added, and the module's sinks where it has them."""
-    key, value = (part.repeat_interleave(module.num_key_value_groups, dim=1) for part in (key, value))
-    scores = (query @ key.transpose(2, 3)).float() * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    if module.sinks is not None:
-        # One more score per head, whose weight is dropped.
-        sinks = module.sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sinks], dim=-1)
-    weights = scores.softmax(dim=-1)[..., : key.shape[2]].to(value.dtype)
-    return (weights @ value).transpose(1, 2), weights
-
-
-def gate_size(kind: str, head_dim: int) -> int:
-    """Number of gates per head: one for each channel (`element`), else one."""
-    return head_dim if kind == "element" else 1
-
-
-def gate_heads(o_BTHK: Tensor, gate_BTX: Tensor) -> Tensor:
-    """Multiply outputs [B, T, H, K] by the sigmoid of gates [B, T, H * K] or [B, T, H]."""
-    return o_BTHK * torch.sigmoid(gate_BTX).unflatten(-1, (o_BTHK.shape[2], -1))
-
-
-def rope_frequencies(rope: dict[str, Any], head_dim: int) -> tuple[Tensor, float]:
-    """Compute the radians a position of each rotated pair, and the factor on cosine and sine (YaRN, arXiv 2309.00071, section 3)."""
-    size = int(head_dim * rope["fraction"])
-    base, scaling = rope["theta"], rope["scaling"]
-    if scaling == "ntk":
-        base = base * rope["ntk_alpha"] ** (size / (size - 2))
-    inverse = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
-    if scaling == "llama3":
-        stretch = rope["llama3"]
-        turns = stretch["original_length"] * inverse / (2 * math.pi)
-        kept = ((turns - stretch["slow_turns"]) / (stretch["fast_turns"] - stretch["slow_turns"])).clamp(0, 1)
-        return inverse * kept + inverse / stretch["factor"] * (1 - kept), 1.0
-    if scaling != "yarn":
-        return inverse, 1.0
-
-    def pair_of(rotations: float) -> float:
-        length = rope["yarn_original_length"]
-        return size * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(base))
-
-    low = max(math.floor(pair_of(rope["yarn_beta_fast"])), 0)
-    high = min(math.ceil(pair_of(rope["yarn_beta_slow"])), size - 1)
-    ramp = ((torch.arange(size // 2, dtype=torch.float32) - low) / (high - low or 1e-3)).clamp(0, 1)
-    factor = rope["yarn_factor"]
-    attention_factor = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-    return inverse / factor * ramp + inverse * (1 - ramp), attention_factor
-
-
-def rotate(x_BTHK: Tensor, cos_BTF: Tensor, sin_BTF: Tensor) -> Tensor:
-    """Rotate, in float32, the pairs (i, i + half) of the first 2 * F channels; the others stay."""
-    half = cos_BTF.shape[-1]
-    first, second, rest = x_BTHK.float().split([half, half, x_BTHK.shape[-1] - 2 * half], dim=-1)
-    turned = torch.cat([first * cos_BTF - second * sin_BTF, second * cos_BTF + first * sin_BTF, rest], dim=-1)
-    return turned.to(x_BTHK.dtype)
-
-
 # Steepness of the gate's sigmoid, and what is added to up.
 GATES = {"swiglu": (1.0, 0.0), "swiglu_oai": (1.702, 1.0)}
 
@@ -298,45 +177,56 @@ class FeedForward(nn.Module):
         return self.down_proj(activate(self.up_proj(x), self.activation, self.limit))
 
 
+# Channels behind those of a token in the matrices of experts with biases.
+BIAS_CHANNELS = 8
+
+
 class Experts(nn.Module):
-    """Stacked weights of the routed experts: up [E, F, D] (gate rows, then up rows), down [E, D, F]."""
+    """Stacked weights of the routed experts: up [E, F, D] (gate rows, then up rows), down [E, D, F].
+
+    With biases D is BIAS_CHANNELS more: column -BIAS_CHANNELS of up is the bias; those after it, and rows of down, are zeros.
+    """
 
     def __init__(self, section: dict[str, Any], width: int) -> None:
         super().__init__()
         hidden, experts = section["expert_hidden_size"], section["num_experts"]
-        # Exports of earlier versions have no limit.
+        # Exports of earlier versions have no limit and no bias.
         self.activation, self.limit = section["activation"], section.get("activation_limit")
-        self.up = nn.Parameter(torch.zeros(experts, hidden * (2 if self.activation in GATES else 1), width))
-        self.down = nn.Parameter(torch.zeros(experts, width, hidden))
+        self.width, self.has_bias = width, section.get("bias", False)
+        rows = width + BIAS_CHANNELS * self.has_bias
+        self.up = nn.Parameter(torch.zeros(experts, hidden * (2 if self.activation in GATES else 1), rows))
+        self.down = nn.Parameter(torch.zeros(experts, rows, hidden))
 
-    def forward(self, x_RD: Tensor, ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor, ids_RK: Tensor, weights_RK: Tensor, down_bias_ED: Tensor | None) -> Tensor:
         """Sum weight times expert(x) over the chosen experts of each token; only experts that were chosen compute."""
         y_RD = torch.zeros_like(x_RD)
         if torch.compiler.is_compiling():
             # A graph cannot depend on the choice: all experts compute, and weights of those not chosen are zero.
             for expert in range(self.up.shape[0]):
-                out = self._run(x_RD, expert)
+                out = self._run(x_RD, expert, down_bias_ED)
                 weight_R = torch.where(ids_RK == expert, weights_RK, 0.0).sum(dim=-1, keepdim=True)
                 y_RD = y_RD + (out * weight_R).to(x_RD.dtype)
             return y_RD
         for expert in ids_RK.unique().tolist():
             rows, choice = (ids_RK == expert).nonzero(as_tuple=True)
-            out = self._run(x_RD[rows], expert)
+            out = self._run(x_RD[rows], expert, down_bias_ED)
             y_RD = y_RD.index_add(0, rows, (out * weights_RK[rows, choice, None]).to(x_RD.dtype))
         return y_RD
 
-    def _run(self, x_RD: Tensor, expert: int) -> Tensor:
+    def _run(self, x_RD: Tensor, expert: int, down_bias_ED: Tensor | None) -> Tensor:
         """One expert's feed-forward of rows."""
-        inner = activate(F.linear(x_RD, self.up[expert]), self.activation, self.limit)
-        return F.linear(inner, self.down[expert])
+        up, down = self.up[expert, :, : self.width], self.down[expert, : self.width]
+        up_bias = self.up[expert, :, self.width] if self.has_bias else None
+        inner = activate(F.linear(x_RD, up, up_bias), self.activation, self.limit)
+        return F.linear(inner, down, None if down_bias_ED is None else down_bias_ED[expert])
 
 
 class Router(nn.Linear):
-    """Scores of experts, in float32 whatever the dtype of its weight."""
+    """Scores of experts, in float32 whatever the dtype of its weight and bias."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., E]."""
-        return F.linear(x.float(), self.weight.float())
+        return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 def sqrt_softplus(logits_RE: Tensor) -> Tensor:
@@ -358,7 +248,8 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         section, width = config.moe, config.hidden_size
         self.section = section
-        self.router = Router(width, section["num_experts"], bias=False, dtype=torch.float32)
+        has_bias = section.get("bias", False)
+        self.router = Router(width, section["num_experts"], bias=has_bias, dtype=torch.float32)
         self.expert_bias: Tensor
         if section["expert_bias"]:
             self.register_buffer("expert_bias", torch.zeros(section["num_experts"], dtype=torch.float32))
@@ -367,6 +258,7 @@ class MixtureOfExperts(nn.Module):
             self.latent_down = nn.Linear(width, latent, bias=False)
             self.latent_up = nn.Linear(latent, width, bias=False)
         self.experts = Experts(section, latent or width)
+        self.down_bias = nn.Parameter(torch.zeros(section["num_experts"], latent or width)) if has_bias else None
         if section["shared_expert_hidden_size"]:
             size, limit = section["shared_expert_hidden_size"], section.get("activation_limit")
             self.shared = FeedForward(width, size, section["activation"], limit)
@@ -380,7 +272,7 @@ class MixtureOfExperts(nn.Module):
         x_RD = x_BTD.flatten(0, 1)
         ids_RK, weights_RK = self._route(self.router(x_RD))
         has_latent = self.section["latent_size"] is not None
-        y_RD = self.experts(self.latent_down(x_RD) if has_latent else x_RD, ids_RK, weights_RK)
+        y_RD = self.experts(self.latent_down(x_RD) if has_latent else x_RD, ids_RK, weights_RK, self.down_bias)
         if has_latent:
             y_RD = self.latent_up(y_RD)
         if self.section["shared_expert_hidden_size"]:

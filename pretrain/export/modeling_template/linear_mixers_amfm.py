@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks_amfm import DepthwiseConv, RMSNorm, rope_frequencies, rotate
+from .blocks_amfm import DepthwiseConv, RMSNorm
 from .cache_amfm import empty_rows
+from .rotary_amfm import plain_rope, rotate, rotation
 
 State = tuple[Tensor, ...]
 # From the projected parts to outputs [B, T, H * V] and a state.
@@ -163,9 +164,7 @@ def read(state_BHKV: Tensor, q: Tensor) -> Tensor:
 
 def rotary(theta: float, positions_BT: Tensor, *parts: Tensor) -> Iterator[Tensor]:
     """Rotate heads [B, T, H, K] by their positions, which count from the row's first token."""
-    frequencies, _ = rope_frequencies({"theta": theta, "fraction": 1.0, "scaling": "none"}, parts[0].shape[-1])
-    angles = positions_BT[..., None].float() * frequencies.to(positions_BT.device)
-    cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+    cos, sin = rotation(plain_rope(theta), parts[0].shape[-1], positions_BT)
     return (rotate(part, cos, sin) for part in parts)
 
 

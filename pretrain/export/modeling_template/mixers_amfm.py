@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks_amfm import DepthwiseConv, RMSNorm, attend, attend_eagerly, gate_heads, gate_size, rope_frequencies, rotate
+from .attention_amfm import attend, attend_chosen, attend_eagerly, gate_heads, gate_size
+from .blocks_amfm import DepthwiseConv, RMSNorm
 from .cache_amfm import empty_rows
 from .delta_mixers_amfm import DeltaNet, GatedDeltaNet, Gdn2, Kda
+from .documents_amfm import Stretch
+from .indexer_amfm import Indexer
 from .linear_mixers_amfm import (
     Gla,
     Hedgehog,
@@ -34,6 +37,7 @@ from .linear_mixers_amfm import (
     TransNormer,
 )
 from .mamba3_amfm import Mamba3
+from .rotary_amfm import plain_rope, rotate, rotation
 from .window_linear_amfm import WindowLinear
 
 LETTERS = {
@@ -56,13 +60,13 @@ class Window(nn.Module):
         self.options, self.size, self.heads = options, options["head_dim"], options["num_heads"]
         self.kv_heads, self.kept = options["num_kv_heads"] or self.heads, options["window"] - 1
         width = (self.heads + 2 * self.kv_heads) * self.size
-        self.in_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.out_proj = nn.Linear(self.heads * self.size, config.hidden_size, bias=False)
-        # Exports of earlier versions have no gate.
+        # Exports of earlier versions have no bias, gate and sinks.
+        has_bias = options.get("bias", False)
+        self.in_proj = nn.Linear(config.hidden_size, width, bias=has_bias)
+        self.out_proj = nn.Linear(self.heads * self.size, config.hidden_size, bias=has_bias)
         self.gate = options.get("gate", "none")
         if self.gate != "none":
             self.g_proj = nn.Linear(config.hidden_size, self.heads * gate_size(self.gate, self.size), bias=False)
-        # Exports of earlier versions have no sinks.
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if options.get("sinks", False) else None
         self.num_key_value_groups = self.heads // self.kv_heads
         if options["qk_norm"]:
@@ -107,10 +111,7 @@ class Window(nn.Module):
         if self.options["qk_norm"]:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.options["positions"] == "rope":
-            rope = {"theta": self.options["rope_theta"], "fraction": 1.0, "scaling": "none"}
-            frequencies, _ = rope_frequencies(rope, self.size)
-            angles = positions_BT[..., None].float() * frequencies.to(positions_BT.device)
-            cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+            cos, sin = rotation(plain_rope(self.options["rope_theta"]), self.size, positions_BT)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q, k, v
 
@@ -118,7 +119,7 @@ class Window(nn.Module):
 class Mla(nn.Module):
     """Attention whose keys and values come from one narrow vector a token (DeepSeek-AI 2024, arXiv 2405.04434).
 
-    The state is these vectors, each with the key that all heads share.
+    The state is these vectors, each with the key that all heads share, and the keys of its indexer.
     """
 
     is_causal, num_key_value_groups = True, 1
@@ -140,18 +141,17 @@ class Mla(nn.Module):
             self.g_proj = nn.Linear(width, self.heads * gate_size(self.gate, self.value), bias=False)
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if options.get("sinks", False) else None
         self.out_proj = nn.Linear(self.heads * self.value, width, bias=False)
+        self.rope = plain_rope(options["rope_theta"]) if options["positions"] == "rope" else None
+        self.indexer = Indexer(options["indexer"], width, queries or width) if options.get("indexer") else None
 
-    def forward(self, x_BTD: Tensor, mask: Any, positions_BT: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """x [B, T, D] -> y [B, T, D] and the state after it; mask: as the backend takes it."""
-        q = x_BTD if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x_BTD))
-        q = self.q_proj(q).unflatten(-1, (self.heads, -1))
+    def forward(self, x_BTD: Tensor, stretch: Stretch, state: State | None) -> tuple[Tensor, State]:
+        """x [B, T, D] -> y [B, T, D] and the state after it."""
+        query_BTX = x_BTD if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x_BTD))
+        q = self.q_proj(query_BTX).unflatten(-1, (self.heads, -1))
         c, key = self.kv_down(x_BTD).split([self.latent, self.turned], dim=-1)
         c = self.kv_norm(c)
-        if self.options["positions"] == "rope":
-            rope = {"theta": self.options["rope_theta"], "fraction": 1.0, "scaling": "none"}
-            frequencies, _ = rope_frequencies(rope, self.turned)
-            angles = positions_BT[..., None].float() * frequencies.to(positions_BT.device)
-            cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+        if self.rope is not None:
+            cos, sin = rotation(self.rope, self.turned, stretch.positions_BT)
             key = rotate(key[:, :, None], cos, sin)[:, :, 0]
             q = torch.cat([q[..., : self.plain], rotate(q[..., self.plain :], cos, sin)], dim=-1)
         # The state keeps the rotated shared key: its position is its own, whenever it is read.
@@ -162,10 +162,16 @@ class Mla(nn.Module):
         k, v = self.kv_up(c).unflatten(-1, (self.heads, -1)).split([self.plain, self.value], dim=-1)
         k = torch.cat([k, key[:, :, None].expand(-1, -1, self.heads, -1)], dim=-1)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        o = attend(self, q, k, v, mask, (self.plain + self.turned) ** -0.5)
+        following, scale = (latents,), (self.plain + self.turned) ** -0.5
+        if self.indexer is not None and self.indexer.is_sparse:
+            known = None if state is None else state[1]
+            seen_BTS, index_k_BSC = self.indexer.choose(x_BTD, query_BTX, stretch, self.rope, known)
+            o, following = attend_chosen(q, k, v, seen_BTS, scale), (latents, index_k_BSC)
+        else:
+            o = attend(self, q, k, v, stretch.attention_mask, scale)
         if self.gate != "none":
             o = gate_heads(o, self.g_proj(x_BTD))
-        return self.out_proj(o.flatten(2)), (latents,)
+        return self.out_proj(o.flatten(2)), following
 
 
 class Memories(nn.Module):

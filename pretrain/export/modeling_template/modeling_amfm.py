@@ -12,22 +12,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .blocks_amfm import Attention, DepthwiseConv, Experts, FeedForward, Mamba2, MixtureOfExperts, RMSNorm
+from .attention_amfm import Attention
+from .blocks_amfm import FeedForward, Mamba2, MixtureOfExperts, RMSNorm
 from .cache_amfm import AmfmCache, BlockState, as_own_cache
 from .configuration_amfm import AmfmConfig
-from .delta_mixers_amfm import DeltaNet
 from .documents_amfm import Place, Stretch, by_document, count_positions, find_documents, read_text_mask
-from .linear_mixers_amfm import LinearMixer, Mamba1
-from .mamba3_amfm import Mamba3
-from .mixers_amfm import LETTERS, Memories, Mla, build_mixer
-from .window_linear_amfm import WindowLinear
+from .first_values_amfm import give_first_values
+from .mixers_amfm import LETTERS, Mla, build_mixer
 
 # Programs pass these to every model; `is_causal` true and the longest document say nothing that is not known.
 HARMLESS = ("is_causal", "max_length_q", "max_length_k", "cu_seq_lens_k")
@@ -64,7 +61,7 @@ def run_mixer(mixer: nn.Module, x_BTD: Tensor, stretch: Stretch, state: BlockSta
     if isinstance(mixer, Mamba2):
         found = mixer(x_BTD, stretch.text_BT, state)
     elif isinstance(mixer, Attention | Mla):
-        found = mixer(x_BTD, stretch.attention_mask, stretch.positions_BT, state)
+        found = mixer(x_BTD, stretch, state)
     else:
         found = mixer(x_BTD, stretch.text_BT, stretch.positions_BT, state)
     return found
@@ -131,7 +128,7 @@ class AmfmPreTrainedModel(PreTrainedModel):
 
     def post_init(self) -> None:
         """Name the parameters that stay in float32: choosing experts and decay are sensitive to rounding."""
-        names = ("router.weight", "expert_bias", "A_log", "dt_bias", "gate_bias", "bound_logit")
+        names = ("router.weight", "router.bias", "expert_bias", "A_log", "dt_bias", "gate_bias", "bound_logit")
         present = [name for name in self.state_dict() if name.endswith(names)]
         self._keep_in_fp32_modules_strict = {name for name in names if any(key.endswith(name) for key in present)}
         super().post_init()
@@ -147,6 +144,10 @@ class AmfmPreTrainedModel(PreTrainedModel):
             )
         if self._has_sinks():
             raise ValueError("flash attention has no sinks here; use attn_implementation='eager'")
+        if "*" in self.config.mixer_symbols() and (self.config.attention or {}).get("indexer"):
+            raise ValueError(
+                "flash attention does not read the keys that an indexer chooses; use attn_implementation='sdpa'"
+            )
         return super()._flash_attn_can_dispatch(*args, **kwargs)
 
     def _sdpa_can_dispatch(self, *args: Any, **kwargs: Any) -> bool:
@@ -162,43 +163,8 @@ class AmfmPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Give a new module its first values: normal ones for matrices, ones for norms, decays and time steps by range."""
-        deviation = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding):
-            init.normal_(module.weight, std=deviation)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, DepthwiseConv):
-            bound = module.weight.shape[1] ** -0.5
-            init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, MixtureOfExperts) and module.section["expert_bias"]:
-            init.zeros_(module.expert_bias)
-        elif isinstance(module, Experts | LinearMixer | Memories | WindowLinear):
-            for parameter in module.parameters(recurse=False):
-                if parameter.dim() > 1:
-                    init.normal_(parameter, std=deviation)
-                else:
-                    init.zeros_(parameter)
-        if isinstance(module, Mamba3):
-            for parameter in (module.B_bias, module.C_bias, module.D):
-                init.ones_(parameter)
-        if isinstance(module, Mamba1 | Mamba2):
-            init.ones_(module.D)
-            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log_())
-        elif isinstance(module, DeltaNet) and module.has_decay:
-            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log_())
-        sinks = getattr(module, "sinks", None)
-        if isinstance(sinks, Tensor):
-            init.zeros_(sinks)
-        bias = getattr(module, "dt_bias", None)
-        if isinstance(bias, Tensor):
-            # Time steps log-uniform in 0.001 to 0.1; the bias is their inverse softplus.
-            step = torch.empty_like(bias).uniform_(-6.9, -2.3).exp()
-            init.copy_(bias, step + torch.log(-torch.expm1(-step)))
+        """Give a new module its first values."""
+        give_first_values(module, self.config.initializer_range)
 
 
 class AmfmModel(AmfmPreTrainedModel):

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks_amfm import RMSNorm, gate_heads, gate_size, rope_frequencies, rotate
+from .attention_amfm import gate_heads, gate_size
+from .blocks_amfm import RMSNorm
+from .rotary_amfm import rotate, rotation
 
 # What the options leave open, by the name of their preset.
 PRESETS = {
@@ -98,9 +100,7 @@ class WindowLinear(nn.Module):
             rope = {"theta": self.options["rope_theta"], "fraction": self.options["rope_fraction"], "scaling": "none"}
             if self.options["rope_llama3"] is not None:
                 rope |= {"scaling": "llama3", "llama3": self.options["rope_llama3"]}
-            frequencies, _ = rope_frequencies(rope, self.size)
-            angles = positions_BT[..., None].float() * frequencies.to(positions_BT.device)
-            cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+            cos, sin = rotation(rope, self.size, positions_BT)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         seen_q, seen_k = (q, k) if self.options["linear_positions"] == "rotary" else (plain_q, plain_k)
         if self.options["gate"] in ("learned", "channel"):

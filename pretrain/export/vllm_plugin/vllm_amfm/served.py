@@ -78,7 +78,8 @@ def unserved(fields: Mapping[str, Any]) -> list[str]:
 def _unknown_settings(name: str, section: Mapping[str, Any]) -> Iterator[str]:
     for key, value in section.items():
         if key not in KNOWN[name].split() and value not in (None, False):
-            yield f"the block {name}: {key}={value}, which the plug-in does not compute; leave it out"
+            shown = key if isinstance(value, Mapping) else f"{key}={value}"
+            yield f"the block {name}: {shown}, which the plug-in does not compute; leave it out"
     if section.get("activation", "swiglu") not in ("swiglu", "squared_relu"):
         yield f"the block {name}: activation={section['activation']}, which the plug-in does not compute; use swiglu"
 

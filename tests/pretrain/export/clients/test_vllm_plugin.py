@@ -116,6 +116,20 @@ def test_the_plugin_beside_the_weights_is_found_by_its_entry_point(data: DataCon
         ({"feed_forward": {"hidden_size": 48, "activation": "swiglu_oai"}}, "activation=swiglu_oai"),
         ({"pattern": "(M&*)-"}, "the block (M&*): vLLM has no part"),
         ({"pattern": "*-", "attention": MODEL["attention"] | {"sinks": True}}, "sinks=True"),
+        ({"pattern": "*-", "attention": MODEL["attention"] | {"bias": True}}, "the block attention: bias=True, which"),
+        (
+            {"pattern": "*-", "attention": MODEL["attention"] | {"indexer": {"top_k": 4}}},
+            "the block attention: indexer, which the plug-in does not compute",
+        ),
+        (
+            {"pattern": "W-", "mixers": {"window": sample_options("window") | {"bias": True}}},
+            "the block window: bias=True, which",
+        ),
+        (
+            {"pattern": "+-", "mixers": {"mla": sample_options("mla") | {"indexer": {"top_k": 4}}}},
+            "the block mla: indexer, which",
+        ),
+        ({"pattern": "ME*-", "moe": MODEL["moe"] | {"bias": True}}, "the block moe: bias=True, which"),
         ({"pattern": "*-"}, "heads of 8 in attention have no kernel on a CPU"),
         ({"pattern": "ME*-"}, "experts of squared ReLU"),
     ],
