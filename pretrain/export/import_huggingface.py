@@ -33,6 +33,7 @@ from amfm.model.huggingface.own import OWN_MODEL_TYPE
 from amfm.model.on_demand import OnDemand
 from amfm.model.on_demand import Source as OnDemandSource
 from amfm.pretrain.export.files import OUR_DESCRIPTION, begin_export, put_in_place, sync_files
+from amfm.pretrain.export.quantized import read_quantized
 from amfm.pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON
 from amfm.pretrain.inference.released import read_released
 from amfm.pretrain.inference.weights import DEPTH_PREFIX, Weights, check_shapes, write_weights
@@ -102,14 +103,10 @@ def read_huggingface(source: Path, report: Report = silent) -> tuple[Weights, So
     if found is None:
         known = ", ".join(BY_TYPE)
         raise ValueError(f"{source}/config.json has model_type={fields.get('model_type')}; known are {known}")
-    quantized = fields.get("quantization_config")
-    if quantized is not None:
-        how = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
-        raise ValueError(f"{source}/config.json: weights quantized by {how} are not read; take the release in bf16")
     config = choose_config(source, fields)
     tokenizer = read_tokenizer(source, fields)
     report(f"reading {source}")
-    tensors = read_tensors(source)
+    tensors = read_quantized(read_tensors(source), fields.get("quantization_config"), source)
     config, skipped = choose_depths(config, tensors, found.name)
     skipped += tuple(name for name in tensors if name.endswith(SKIPPED_SUFFIXES))
     sound = only_sound(tensors.without(set(skipped).__contains__), source)
