@@ -37,6 +37,7 @@ def rope_frequencies(
     yarn_original_length: int | None = None,
     yarn_beta_fast: float = 32.0,
     yarn_beta_slow: float = 1.0,
+    yarn_truncate: bool = True,
     llama3: Llama3Numbers | None = None,
 ) -> tuple[Tensor, float]:
     """Angle a token of each rotated pair of channels, float32 on CPU, and the factor on cosine and sine.
@@ -44,7 +45,7 @@ def rope_frequencies(
     d = int(head_dim * fraction) channels are rotated, so there are d / 2 angles.
     `scaling`: "none" theta^(-2i/d); "ntk" theta becomes theta * alpha^(d/(d-2)); "yarn" frequencies that turn fewer
     than `yarn_beta_slow` times over the trained length are divided by `yarn_factor`, those above `yarn_beta_fast`
-    are kept, and between them a ramp mixes both; "llama3" as `Llama3Numbers` says.
+    are kept, and between them a ramp mixes both, whose ends are rounded outwards to whole pairs if `yarn_truncate`; "llama3" as `Llama3Numbers` says.
 
     Raises ValueError for an odd number of rotated channels, a missing setting, or one that another scaling reads.
     Source: Su et al. 2021 (arXiv 2104.09864), section 3.4.2; Peng et al. 2023 (arXiv 2309.00071), sections 3.1 to 3.4.
@@ -65,8 +66,11 @@ def rope_frequencies(
     if scaling != "yarn":
         return frequencies, 1.0
     assert yarn_factor is not None and yarn_original_length is not None, "checked above"
-    low = math.floor(_pair_that_turns(yarn_beta_fast, dim, theta, yarn_original_length))
-    high = math.ceil(_pair_that_turns(yarn_beta_slow, dim, theta, yarn_original_length))
+    low, high = (
+        _pair_that_turns(turns, dim, theta, yarn_original_length) for turns in (yarn_beta_fast, yarn_beta_slow)
+    )
+    if yarn_truncate:
+        low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     width = high - low if high != low else 1e-3
     stretched = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from amfm.model.config.indexer import IndexerConfig
 from amfm.model.config.options import QK_NORM_AND_CLIP, Axis, MixerOptions, OutputGate
+from amfm.model.config.rope import MlaYarn, RopeConfig, YarnStretch
 
 
 class SharedKeyOptions(MixerOptions):
@@ -47,6 +48,10 @@ class WindowOptions(SharedKeyOptions):
         "rope", description="`rope`: rotary positions, which restart at documents."
     )
     rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
+    yarn: YarnStretch | None = Field(
+        None,
+        description="Rotary positions stretched as by model.attention.rope with scaling: yarn; none: not stretched.",
+    )
     gate: OutputGate = Field(
         "none", description="Sigmoid of the input times each head's output: one gate per channel or per head."
     )
@@ -64,6 +69,11 @@ class WindowOptions(SharedKeyOptions):
         yield from super().broken_rules()
         if self.positions == "rope" and self.head_dim % 2:
             yield "head_dim", "must be even with positions: rope; add one, or use positions: none"
+        yield from _broken_yarn(self.yarn, self.positions)
+
+    def rope(self) -> RopeConfig:
+        """Its rotary positions as those of attention."""
+        return RopeConfig(theta=self.rope_theta) if self.yarn is None else self.yarn.rope(self.rope_theta)
 
     def qk_clip(self) -> str:
         """By its queries, unless they are normed."""
@@ -92,6 +102,9 @@ class MlaOptions(MixerOptions):
         description="`none` as Kimi Linear; `rope` as DeepSeek-V3: rotary positions, which restart at documents.",
     )
     rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
+    yarn: MlaYarn | None = Field(
+        None, description="Rotary positions stretched by YaRN, as in DeepSeek-V3; none: not stretched."
+    )
     gate: OutputGate = Field(
         "none", description="Sigmoid of the input times each head's output: one gate per channel or per head."
     )
@@ -111,8 +124,18 @@ class MlaOptions(MixerOptions):
         """Channels are rotated in pairs."""
         if self.positions == "rope" and self.rope_head_dim % 2:
             yield "rope_head_dim", "must be even with positions: rope; add one, or use positions: none"
+        yield from _broken_yarn(self.yarn, self.positions)
         if self.indexer is not None:
             yield from self.indexer.broken_rules(is_rotary=self.positions == "rope", sinks=self.sinks)
+
+    def rope(self) -> RopeConfig:
+        """Rotary positions of the channels that have one."""
+        return RopeConfig(theta=self.rope_theta) if self.yarn is None else self.yarn.rope(self.rope_theta)
+
+    def scale(self) -> float:
+        """The factor on scores."""
+        on_scores = 1.0 if self.yarn is None else self.yarn.on_scores()
+        return (self.nope_head_dim + self.rope_head_dim) ** -0.5 * on_scores
 
     def auxiliary_names(self) -> tuple[str, ...]:
         """The loss of its indexer."""
@@ -125,3 +148,11 @@ class MlaOptions(MixerOptions):
     def cut_evenly(self) -> dict[Axis, dict[str, int]]:
         """Heads."""
         return {"tensor": {"num_heads": self.num_heads}}
+
+
+def _broken_yarn(yarn: YarnStretch | None, positions: str) -> Iterator[tuple[str, str]]:
+    """What is set is read, and its ramp has a length."""
+    if yarn is not None and positions == "none":
+        yield "yarn.factor", "is only read with positions: rope; remove yarn"
+    elif yarn is not None and yarn.beta_slow >= yarn.beta_fast:
+        yield "yarn.beta_slow", f"must be under beta_fast={yarn.beta_fast}; use 1 and 32"

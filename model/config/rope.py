@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -39,6 +40,9 @@ class RopeConfig(Section):
     )
     yarn_beta_fast: float = Field(32.0, gt=0, description="Rotations above which a frequency is left alone.")
     yarn_beta_slow: float = Field(1.0, gt=0, description="Rotations below which a frequency is interpolated.")
+    yarn_truncate: bool = Field(
+        True, description="Round the ends of the ramp between both outwards to whole pairs; gpt-oss: false."
+    )
     llama3: Llama3Stretch | None = Field(None, description="Only with scaling: llama3.")
 
     def broken_rules(self, head_dim: int) -> Iterator[tuple[str, str]]:
@@ -69,7 +73,57 @@ class RopeConfig(Section):
                 if self.scaling != scaling and getattr(self, field) is not None:
                     remedy = f"remove it or set scaling: {scaling}"
                     yield field, f"is only read with scaling: {scaling}, not {self.scaling}; {remedy}"
-        usual = {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
+        usual = {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, "yarn_truncate": True}
         for field, value in usual.items():
             if self.scaling != "yarn" and getattr(self, field) != value:
                 yield field, f"is only read with scaling: yarn, not {self.scaling}; remove it or set scaling: yarn"
+
+
+class YarnStretch(Section):
+    """YaRN of mixers other than attention (Peng et al. 2023, arXiv 2309.00071), as a section that is there or not."""
+
+    factor: float = Field(ge=1, description="Length to come / length trained.")
+    original_length: int = Field(gt=0, description="Length trained before stretching.")
+    beta_fast: float = Field(32.0, gt=0, description="Rotations above which a frequency is left alone.")
+    beta_slow: float = Field(1.0, gt=0, description="Rotations below which a frequency is interpolated.")
+    truncate: bool = Field(True, description="As model.attention.rope.yarn_truncate.")
+
+    def rope(self, theta: float) -> RopeConfig:
+        """The same as a rotary section of this base."""
+        return RopeConfig(
+            theta=theta,
+            scaling="yarn",
+            yarn_factor=self.factor,
+            yarn_original_length=self.original_length,
+            yarn_beta_fast=self.beta_fast,
+            yarn_beta_slow=self.beta_slow,
+            yarn_truncate=self.truncate,
+        )
+
+
+class MlaYarn(YarnStretch):
+    """YaRN of latent attention, whose factor may be on all scores instead of on what is rotated."""
+
+    mscale: float | None = Field(
+        None,
+        gt=0,
+        description="Scores are multiplied by (0.1 mscale ln(factor) + 1)^2 (DeepSeek-V3: 1.0), cosine and sine by nothing; none: these by 0.1 ln(factor) + 1.",
+    )
+
+    def on_scores(self) -> float:
+        """The factor on all scores."""
+        return 1.0 if self.mscale is None else (0.1 * self.mscale * math.log(self.factor) + 1.0) ** 2
+
+
+def yarn_of(rope: RopeConfig) -> YarnStretch | None:
+    """The stretch of a rotary section with scaling: yarn; None of another."""
+    if rope.scaling != "yarn":
+        return None
+    assert rope.yarn_factor is not None and rope.yarn_original_length is not None, "checked: yarn has both"
+    return YarnStretch(
+        factor=rope.yarn_factor,
+        original_length=rope.yarn_original_length,
+        beta_fast=rope.yarn_beta_fast,
+        beta_slow=rope.yarn_beta_slow,
+        truncate=rope.yarn_truncate,
+    )

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from amfm.model.config.rope import MlaYarn, yarn_of
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import WeightMap
-from amfm.model.huggingface.fields import require_fields
+from amfm.model.huggingface.fields import flat_rope_fields, parameters_of, rope_from_parameters
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.latent.layers import (
     LAYER_TYPES,
@@ -51,28 +52,37 @@ def unfit_for_deepseek_v3(config: ModelConfig) -> list[str]:
 
 def deepseek_v3_fields(config: ModelConfig) -> dict[str, Any]:
     """Build the fields of config.json that are the class's own."""
-    theta = latent_options(config).rope_theta
-    own = {
-        "rope_theta": theta,
-        "rope_interleave": True,
-        "num_nextn_predict_layers": 0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-    }
+    options = latent_options(config)
+    parameters = parameters_of(options.rope(), options.rope_head_dim)
+    if options.yarn is not None and options.yarn.mscale is not None:
+        parameters |= {"mscale": options.yarn.mscale, "mscale_all_dim": options.yarn.mscale}
+    own = {"rope_interleave": True, "num_nextn_predict_layers": 0, "rope_parameters": parameters}
+    own |= flat_rope_fields(parameters)
     return latent_fields(config, KIND) | own | expert_fields(config, KIND)
 
 
 def model_config_from_deepseek_v3(fields: Mapping[str, Any]) -> ModelConfig:
     """Build our configuration from config.json; ValueError for what our model has not."""
     types = [LAYER_TYPES["+"]] * fields["num_hidden_layers"]
-    return model_config_from_latent(fields, KIND, types, {"mla": {"rope_theta": rope_theta_of(fields)}})
+    return model_config_from_latent(fields, KIND, types, {"mla": read_positions(fields)})
 
 
-def rope_theta_of(fields: Mapping[str, Any]) -> float:
-    """Read the base of the rotation. Raises ValueError for one that is stretched."""
-    rope = fields.get("rope_parameters") or {}
-    require_fields(rope, {"rope_type": "default"})
-    theta: float = rope.get("rope_theta", fields.get("rope_theta", 10_000.0))
-    return theta
+def read_positions(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the rotation as settings of latent attention. Raises ValueError for a stretch other than YaRN."""
+    found = dict(fields.get("rope_parameters") or {})
+    found.setdefault("rope_theta", fields.get("rope_theta", 10_000.0))
+    mscale, of_all = found.pop("mscale", None), found.pop("mscale_all_dim", None)
+    rope = rope_from_parameters(found)
+    if rope.scaling == "llama3":
+        raise ValueError("config.json: rope_type=llama3 cannot be imported with latent attention; use default or yarn")
+    if (mscale or None) != (of_all or None):
+        raise ValueError(
+            f"config.json: mscale={mscale} and mscale_all_dim={of_all} cannot be imported; our latent attention has one number for "
+            "both"
+        )
+    yarn = yarn_of(rope)
+    section: dict[str, Any] = {"rope_theta": rope.theta}
+    return section if yarn is None else section | {"yarn": MlaYarn(**yarn.model_dump(), mscale=mscale or None)}
 
 
 def is_prediction_layer(name: str, config: ModelConfig) -> bool:

@@ -155,11 +155,15 @@ def read_mamba(fields: Mapping[str, Any]) -> Mamba2Config:
 
 def rope_parameters(attention: AttentionConfig) -> dict[str, Any]:
     """Build `rope_parameters` of an attention with rotary positions; each class places the rotated part of a head."""
-    rope = attention.rope
+    return parameters_of(attention.rope, attention.head_dim)
+
+
+def parameters_of(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
+    """The same of a rotary section and heads of so many channels."""
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
     if rope.scaling == "ntk":
         # NTK-aware scaling is plain RoPE of a larger base (see kernels/rope).
-        size = int(attention.head_dim * rope.fraction)
+        size = int(head_dim * rope.fraction)
         parameters["rope_theta"] = rope.theta * (rope.ntk_alpha or 1.0) ** (size / (size - 2))
     elif rope.scaling == "yarn":
         parameters |= {
@@ -169,6 +173,8 @@ def rope_parameters(attention: AttentionConfig) -> dict[str, Any]:
             "beta_fast": rope.yarn_beta_fast,
             "beta_slow": rope.yarn_beta_slow,
         }
+        if not rope.yarn_truncate:
+            parameters["truncate"] = False
     elif rope.llama3 is not None:
         parameters |= {
             "rope_type": "llama3",
@@ -197,7 +203,7 @@ def rope_from_parameters(parameters: Mapping[str, Any]) -> RopeConfig:
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind == "yarn":
-        require_fields(parameters, {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True})
+        require_fields(parameters, {"attention_factor": None, "mscale": None, "mscale_all_dim": None})
         return RopeConfig(
             theta=theta,
             scaling="yarn",
@@ -205,6 +211,7 @@ def rope_from_parameters(parameters: Mapping[str, Any]) -> RopeConfig:
             yarn_original_length=parameters["original_max_position_embeddings"],
             yarn_beta_fast=parameters.get("beta_fast") or 32.0,
             yarn_beta_slow=parameters.get("beta_slow") or 1.0,
+            yarn_truncate=parameters.get("truncate") is not False,
         )
     if kind == "llama3":
         stretch = Llama3Stretch(

@@ -77,28 +77,13 @@ class AttentionMixer(SoftmaxMixer):
         if self.section.positions == "none":
             return
         device = self.q_proj.weight.device
-        frequencies, self.attention_factor = self._frequencies(self.head_dim, self.section.rope.fraction)
+        frequencies, self.attention_factor = frequencies_of(self.section.rope, self.head_dim)
         self.inverse_frequencies = frequencies.to(device)
         if self.indexer is not None:
             own = self.indexer.options
-            frequencies, self.indexer.attention_factor = self._frequencies(own.head_dim, own.rope_fraction)
+            found = frequencies_of(self.section.rope, own.head_dim, own.rope_fraction)
+            frequencies, self.indexer.attention_factor = found
             self.indexer.inverse_frequencies = frequencies.to(device)
-
-    def _frequencies(self, size: int, fraction: float) -> tuple[Tensor, float]:
-        """Rotary frequencies of heads of so many channels, and the factor on cosine and sine."""
-        rope = self.section.rope
-        return rope_frequencies(
-            size,
-            theta=rope.theta,
-            fraction=fraction,
-            scaling=rope.scaling,
-            ntk_alpha=rope.ntk_alpha,
-            yarn_factor=rope.yarn_factor,
-            yarn_original_length=rope.yarn_original_length,
-            yarn_beta_fast=rope.yarn_beta_fast,
-            yarn_beta_slow=rope.yarn_beta_slow,
-            llama3=llama3_numbers(rope.llama3),
-        )
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """Mix x [B, T, D] -> y [B, T, D]; with a cache the tokens also see its keys, and the longer cache is returned.
@@ -177,6 +162,23 @@ class AttentionMixer(SoftmaxMixer):
         """Compute the rotary frequencies of other positions."""
         self.section = self.section.model_copy(update={"rope": rope})
         self.reset_buffers()
+
+
+def frequencies_of(rope: RopeConfig, size: int, fraction: float | None = None) -> tuple[Tensor, float]:
+    """Rotary frequencies of heads of so many channels, and the factor on cosine and sine; fraction: in place of the section's."""
+    return rope_frequencies(
+        size,
+        theta=rope.theta,
+        fraction=rope.fraction if fraction is None else fraction,
+        scaling=rope.scaling,
+        ntk_alpha=rope.ntk_alpha,
+        yarn_factor=rope.yarn_factor,
+        yarn_original_length=rope.yarn_original_length,
+        yarn_beta_fast=rope.yarn_beta_fast,
+        yarn_beta_slow=rope.yarn_beta_slow,
+        yarn_truncate=rope.yarn_truncate,
+        llama3=llama3_numbers(rope.llama3),
+    )
 
 
 def llama3_numbers(section: Llama3Stretch | None) -> Llama3Numbers | None:

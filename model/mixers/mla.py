@@ -15,12 +15,11 @@ from torch.nn import functional
 from amfm.kernels.attention.op import attention, fastest_backend
 from amfm.kernels.attention.varlen import DocumentEnds
 from amfm.kernels.linear.op import linear
-from amfm.kernels.rope.frequencies import rope_frequencies
 from amfm.kernels.rope.op import qk_norm_rope
 from amfm.kernels.sparse_attention.rows import IndexRows
 from amfm.model.config.indexer import keys_and_scores
 from amfm.model.config.key_mixer_options import MlaOptions
-from amfm.model.mixers.attention import make_sinks
+from amfm.model.mixers.attention import frequencies_of, make_sinks
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer, SoftmaxMixer
 from amfm.model.mixers.output_gate import gate_heads, gate_projection
 from amfm.model.mixers.sparse.indexer import NORM_BIAS, Indexer
@@ -47,7 +46,7 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
         groups, hidden, name = build.groups, build.hidden_size, "model.mixers.mla.num_heads"
         heads, latent = options.num_heads, options.latent_size
         self.num_heads = divide(heads, groups, name)
-        self.key_size = options.nope_head_dim + options.rope_head_dim
+        self.key_size, self.scale = options.nope_head_dim + options.rope_head_dim, options.scale()
         self.kv_down = Linear(hidden, latent + options.rope_head_dim, groups)
         self.kv_norm = RMSNorm(latent, options.latent_norm_epsilon, build.backend, groups)
         values = heads * (options.nope_head_dim + options.value_head_dim)
@@ -62,20 +61,22 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
         if options.sinks:
             self.sinks, self.shards = make_sinks(heads, groups, name)
         self.indexer = None if options.indexer is None else Indexer(options.indexer, width or hidden, build)
+        self.attention_factor = 1.0
         self.inverse_frequencies: Tensor | None
         self.register_buffer("inverse_frequencies", None, persistent=False)
 
     def reset_buffers(self) -> None:
         """Compute the rotary frequencies, on the device of the weights."""
         if self.options.positions == "rope":
-            frequencies, _ = rope_frequencies(self.options.rope_head_dim, theta=self.options.rope_theta)
-            self.inverse_frequencies = frequencies.to(self.out_proj.weight.device)
+            rope, yarn, device = self.options.rope(), self.options.yarn, self.out_proj.weight.device
+            frequencies, factor = frequencies_of(rope, self.options.rope_head_dim)
+            self.inverse_frequencies = frequencies.to(device)
+            self.attention_factor = factor if yarn is None or yarn.mscale is None else 1.0
             if self.indexer is not None:
                 own = self.indexer.options
-                frequencies, _ = rope_frequencies(
-                    own.head_dim, theta=self.options.rope_theta, fraction=own.rope_fraction
-                )
-                self.indexer.inverse_frequencies = frequencies.to(self.out_proj.weight.device)
+                frequencies, _ = frequencies_of(rope, own.head_dim, own.rope_fraction)
+                self.indexer.inverse_frequencies = frequencies.to(device)
+                self.indexer.attention_factor = self.attention_factor
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """Mix x [B, T, D] -> y [B, T, D]; with a state the tokens also see its latents; the longer state is returned."""
@@ -100,7 +101,7 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
                 o_BTHV = self._attend(q_BTHK, *self._expand(latent_BSX), None)
         if self.indexer is not None and index is None and self.training:
             q_BTHX, k_BT1X = self._fold(q_BTHK.detach()), latent_BTX.unsqueeze(2)
-            auxiliary = self.indexer.learn(x_BTD, query_BTX, q_BTHX, k_BT1X, meta, scale=self.key_size**-0.5)
+            auxiliary = self.indexer.learn(x_BTD, query_BTX, q_BTHX, k_BT1X, meta, scale=self.scale)
         if gate_BTX is not None:
             o_BTHV = gate_heads(o_BTHV, gate_BTX)
         y_BTD = leave_tensor_region(self.out_proj(o_BTHV.flatten(-2)), self.build.groups)
@@ -129,7 +130,7 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
                 key_BTR.unsqueeze(2).contiguous(),
                 meta.positions_BT,
                 self.inverse_frequencies,
-                1.0,
+                self.attention_factor,
                 backend=self.build.backend,
             )
             q_BTHK = torch.cat([plain_BTHN, turned_BTHR], dim=-1)
@@ -158,8 +159,7 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
             has_sinks=self.sinks is not None,
             gives_sums=highest_H is not None,
         )
-        scale = self.key_size**-0.5
-        return _attend_padded(q_BTHK, k_BSHK, v_BSHV, ids_BS, scale, backend, self.sinks, ends, highest_H)
+        return _attend_padded(q_BTHK, k_BSHK, v_BSHV, ids_BS, self.scale, backend, self.sinks, ends, highest_H)
 
     def _attend_latents(self, q_BTHK: Tensor, latent_BSX: Tensor) -> Tensor:
         """Attend within one document without expanding: all heads read the latents as one key and value head."""
@@ -168,7 +168,7 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
         backend = "torch" if self.build.backend == "triton" else self.build.backend
         c_BS1r = latent_BS1X[..., : self.options.latent_size]
         q_BTHX = self._fold(q_BTHK)
-        return self._unfold(_attend_padded(q_BTHX, latent_BS1X, c_BS1r, None, self.key_size**-0.5, backend, self.sinks))
+        return self._unfold(_attend_padded(q_BTHX, latent_BS1X, c_BS1r, None, self.scale, backend, self.sinks))
 
     def _fold(self, q_BTHK: Tensor) -> Tensor:
         """Queries of latents, [B, T, H, r + R]: the expansion of keys goes to the query."""
@@ -201,7 +201,7 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
             latent_BTX.unsqueeze(2),
             self.options.latent_size,
             meta,
-            scale=self.key_size**-0.5,
+            scale=self.scale,
             highest_H=self.noted_logits(),
         )
         return self._unfold(o_BTHr), following, auxiliary

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from amfm.kernels.attention.op import attention
-from amfm.kernels.rope.frequencies import rope_frequencies
 from amfm.kernels.rope.op import qk_norm_rope
 from amfm.model.config.key_mixer_options import WindowOptions
-from amfm.model.mixers.attention import HeadNorm, make_sinks
+from amfm.model.mixers.attention import HeadNorm, frequencies_of, make_sinks
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer, SoftmaxMixer
 from amfm.model.mixers.output_gate import gate_heads, gate_projection
 from amfm.model.packing import PackMeta
@@ -58,13 +57,14 @@ class WindowMixer(SoftmaxMixer, SequenceMixer):
             self.sinks, self.shards = make_sinks(options.num_heads, groups, "model.mixers.window.num_heads")
         self.q_norm = HeadNorm(size) if options.qk_norm else None
         self.k_norm = HeadNorm(size) if options.qk_norm else None
+        self.attention_factor = 1.0
         self.inverse_frequencies: Tensor | None
         self.register_buffer("inverse_frequencies", None, persistent=False)
 
     def reset_buffers(self) -> None:
         """Compute the rotary frequencies, on the device of the weights."""
         if self.options.positions == "rope":
-            frequencies, _ = rope_frequencies(self.options.head_dim, theta=self.options.rope_theta)
+            frequencies, self.attention_factor = frequencies_of(self.options.rope(), self.options.head_dim)
             self.inverse_frequencies = frequencies.to(self.out_proj.weight.device)
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
@@ -97,7 +97,7 @@ class WindowMixer(SoftmaxMixer, SequenceMixer):
             k_BTJK,
             meta.positions_BT,
             self.inverse_frequencies,
-            1.0,
+            self.attention_factor,
             q_weight_K=None if self.q_norm is None else self.q_norm.weight,
             k_weight_K=None if self.k_norm is None else self.k_norm.weight,
             epsilon=self.build.norm_epsilon,

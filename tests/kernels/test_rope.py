@@ -83,20 +83,21 @@ def test_rotation_agrees_with_the_llama_code_of_transformers():
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("fraction", [1.0, 0.5])
-def test_frequencies_agree_with_transformers(head_dim, fraction):
+@pytest.mark.parametrize(("fraction", "truncate"), [(1.0, True), (0.5, True), (1.0, False)])
+def test_frequencies_agree_with_transformers(head_dim, fraction, truncate):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     base = {"rope_theta": 500_000.0, "partial_rotary_factor": fraction}
     yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096, "beta_fast": 24.0, **base}
+    yarn["truncate"] = truncate
     config = LlamaConfig(
         hidden_size=head_dim * 2, num_attention_heads=2, head_dim=head_dim, max_position_embeddings=32768, rope_parameters=yarn
     )  # fmt: skip
     wanted, wanted_factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
     got, factor = rope_frequencies(
         head_dim, theta=500_000.0, fraction=fraction, scaling="yarn", yarn_factor=8.0, yarn_original_length=4096,
-        yarn_beta_fast=24.0,
+        yarn_beta_fast=24.0, yarn_truncate=truncate,
     )  # fmt: skip
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
     assert factor == pytest.approx(wanted_factor, rel=1e-12)

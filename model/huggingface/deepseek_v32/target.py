@@ -86,7 +86,7 @@ def model_config_from_deepseek_v32(fields: Mapping[str, Any]) -> ModelConfig:
         rope_fraction=fields["qk_rope_head_dim"] / size,
     )
     types = [LAYER_TYPES["+"]] * fields["num_hidden_layers"]
-    section = {"rope_theta": deepseek_v3.rope_theta_of(fields), "indexer": indexer}
+    section = deepseek_v3.read_positions(fields) | {"indexer": indexer}
     return model_config_from_latent(fields, KIND, types, {"mla": section})
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.key_mixer_options import WindowOptions
 from amfm.model.config.moe import MoeConfig
+from amfm.model.config.rope import yarn_of
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import WeightEntry, WeightMap
 from amfm.model.huggingface.fields import (
@@ -21,6 +22,7 @@ from amfm.model.huggingface.fields import (
     WHOLE_HEADS,
     Wanted,
     flat_rope_fields,
+    parameters_of,
     read_sizes,
     require_fields,
     rope_from_parameters,
@@ -99,9 +101,12 @@ def _unfit_window(config: ModelConfig, options: WindowOptions) -> Iterator[str]:
     yield from unfit_settings(key, options, "gpt_oss", {**ATTENDING, "gate": ("none", "attention has no gate")})
     if attention is None or "*" not in config.letters:
         return
-    if attention.rope.scaling != "none":
-        rule = "gpt_oss rotates windows as attention, and ours are not stretched"
-        yield f"model.attention.rope.scaling={attention.rope.scaling}: {rule}; use none, or target own"
+    if attention.rope.scaling not in ("none", "yarn"):
+        rule = "gpt_oss rotates windows as attention, and ours are stretched by yarn alone"
+        yield f"model.attention.rope.scaling={attention.rope.scaling}: {rule}; use none or yarn, or target own"
+    elif yarn_of(attention.rope) != options.yarn:
+        rule = "gpt_oss rotates windows as attention, whose stretch is another or none"
+        yield f"{key}.yarn: {rule}; use the numbers of model.attention.rope, or target own"
     for name, value, other in (
         ("bias", options.bias, attention.bias),
         ("num_heads", options.num_heads, attention.num_heads),
@@ -148,7 +153,7 @@ def gpt_oss_fields(config: ModelConfig) -> dict[str, Any]:
             "num_attention_heads": window.num_heads,
             "num_key_value_heads": window.kv_heads(),
             "head_dim": window.head_dim,
-            "rope_parameters": {"rope_type": "default", "rope_theta": window.rope_theta},
+            "rope_parameters": parameters_of(window.rope(), window.head_dim),
         }
     if "*" in mixers:
         assert config.attention is not None, "the pattern has *, the configuration no attention section"
@@ -165,14 +170,15 @@ def gpt_oss_fields(config: ModelConfig) -> dict[str, Any]:
 def model_config_from_gpt_oss(fields: Mapping[str, Any]) -> ModelConfig:
     """Build our configuration from config.json with the class's defaults filled in.
 
-    Raises ValueError where the class uses something that our model does not have, such as stretched positions of windows.
+    Raises ValueError where the class uses something that our model does not have, such as windows stretched as in Llama 3.
     """
     require_fields(fields, {"swiglu_alpha": ALPHA, "hidden_act": "silu"})
     pattern = "".join(LETTERS[kind] + "E" for kind in fields["layer_types"])
     rope = rope_from_parameters(fields.get("rope_parameters") or {})
-    if "W" in pattern and rope.scaling != "none":
+    if "W" in pattern and rope.scaling not in ("none", "yarn"):
         raise ValueError(
-            f"config.json: rope_type={rope.scaling} cannot be imported with sliding_attention: our windows are not stretched"
+            f"config.json: rope_type={rope.scaling} cannot be imported with sliding_attention: our windows are stretched by yarn "
+            "alone"
         )
     heads = {
         "num_heads": fields["num_attention_heads"],
@@ -181,7 +187,8 @@ def model_config_from_gpt_oss(fields: Mapping[str, Any]) -> ModelConfig:
         "bias": fields["attention_bias"],
         "sinks": True,
     }
-    window = {"window": fields["sliding_window"], "positions": "rope", "rope_theta": rope.theta, **heads}
+    turned = {"positions": "rope", "rope_theta": rope.theta, "yarn": yarn_of(rope)}
+    window = {"window": fields["sliding_window"], **turned, **heads}
     return ModelConfig.model_validate(
         {
             "pattern": pattern,

@@ -37,7 +37,7 @@ from .linear_mixers_amfm import (
     TransNormer,
 )
 from .mamba3_amfm import Mamba3
-from .rotary_amfm import plain_rope, rotate, rotation
+from .rotary_amfm import factor_on_scores, rotate, rotation, yarn_rope
 from .window_linear_amfm import WindowLinear
 
 LETTERS = {
@@ -111,7 +111,9 @@ class Window(nn.Module):
         if self.options["qk_norm"]:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.options["positions"] == "rope":
-            cos, sin = rotation(plain_rope(self.options["rope_theta"]), self.size, positions_BT)
+            # Exports of earlier versions have no yarn.
+            rope = yarn_rope(self.options["rope_theta"], self.options.get("yarn"))
+            cos, sin = rotation(rope, self.size, positions_BT)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q, k, v
 
@@ -141,7 +143,10 @@ class Mla(nn.Module):
             self.g_proj = nn.Linear(width, self.heads * gate_size(self.gate, self.value), bias=False)
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if options.get("sinks", False) else None
         self.out_proj = nn.Linear(self.heads * self.value, width, bias=False)
-        self.rope = plain_rope(options["rope_theta"]) if options["positions"] == "rope" else None
+        # Exports of earlier versions have no yarn.
+        yarn = options.get("yarn")
+        self.rope = yarn_rope(options["rope_theta"], yarn) if options["positions"] == "rope" else None
+        self.scale = (self.plain + self.turned) ** -0.5 * factor_on_scores(yarn)
         self.indexer = Indexer(options["indexer"], width, queries or width) if options.get("indexer") else None
 
     def forward(self, x_BTD: Tensor, stretch: Stretch, state: State | None) -> tuple[Tensor, State]:
@@ -162,13 +167,13 @@ class Mla(nn.Module):
         k, v = self.kv_up(c).unflatten(-1, (self.heads, -1)).split([self.plain, self.value], dim=-1)
         k = torch.cat([k, key[:, :, None].expand(-1, -1, self.heads, -1)], dim=-1)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        following, scale = (latents,), (self.plain + self.turned) ** -0.5
+        following: tuple[Tensor, ...] = (latents,)
         if self.indexer is not None and self.indexer.is_sparse:
             known = None if state is None else state[1]
             seen_BTS, index_k_BSC = self.indexer.choose(x_BTD, query_BTX, stretch, self.rope, known)
-            o, following = attend_chosen(q, k, v, seen_BTS, scale), (latents, index_k_BSC)
+            o, following = attend_chosen(q, k, v, seen_BTS, self.scale), (latents, index_k_BSC)
         else:
-            o = attend(self, q, k, v, stretch.attention_mask, scale)
+            o = attend(self, q, k, v, stretch.attention_mask, self.scale)
         if self.gate != "none":
             o = gate_heads(o, self.g_proj(x_BTD))
         return self.out_proj(o.flatten(2)), following

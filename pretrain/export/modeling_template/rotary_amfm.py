@@ -31,11 +31,14 @@ def rope_frequencies(rope: dict[str, Any], head_dim: int) -> tuple[Tensor, float
         length = rope["yarn_original_length"]
         return size * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_of(rope["yarn_beta_fast"])), 0)
-    high = min(math.ceil(pair_of(rope["yarn_beta_slow"])), size - 1)
+    low, high = pair_of(rope["yarn_beta_fast"]), pair_of(rope["yarn_beta_slow"])
+    if rope.get("yarn_truncate", True):  # exports of before have none
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
     ramp = ((torch.arange(size // 2, dtype=torch.float32) - low) / (high - low or 1e-3)).clamp(0, 1)
     factor = rope["yarn_factor"]
-    attention_factor = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    is_on_scores = rope.get("yarn_mscale") is not None
+    attention_factor = 0.1 * math.log(factor) + 1.0 if factor > 1 and not is_on_scores else 1.0
     return inverse / factor * ramp + inverse * (1 - ramp), attention_factor
 
 
@@ -57,3 +60,15 @@ def rotation(rope: dict[str, Any], head_dim: int, positions_BT: Tensor) -> tuple
 def plain_rope(theta: float) -> dict[str, Any]:
     """Rotary positions of whole heads, not stretched."""
     return {"theta": theta, "fraction": 1.0, "scaling": "none"}
+
+
+def yarn_rope(theta: float, yarn: dict[str, Any] | None) -> dict[str, Any]:
+    """The same, stretched where a mixer's options have `yarn`."""
+    stretch = {"scaling": "yarn", **{f"yarn_{name}": value for name, value in yarn.items()}} if yarn else {}
+    return plain_rope(theta) | stretch
+
+
+def factor_on_scores(yarn: dict[str, Any] | None) -> float:
+    """The factor on all scores of latent attention, which DeepSeek-V3 has instead of one on cosine and sine."""
+    mscale = (yarn or {}).get("mscale")
+    return 1.0 if yarn is None or mscale is None else (0.1 * mscale * math.log(yarn["factor"]) + 1.0) ** 2

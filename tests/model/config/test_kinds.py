@@ -144,6 +144,21 @@ def test_missing_options_are_named(pattern, mixers, message):
         ("gated_deltanet", {"num_key_heads": 3}, "num_key_heads=3 must divide num_heads=4; use"),
         ("window", {"num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=4; use"),
         ("window", {"head_dim": 5}, "head_dim=5 must be even with positions: rope; add"),
+        (
+            "window",
+            {"positions": "none", "yarn": {"factor": 4.0, "original_length": 8}},
+            r"yarn\.factor=4\.0 is only read with positions: rope; remove yarn",
+        ),
+        (
+            "mla",
+            {"positions": "none", "yarn": {"factor": 4.0, "original_length": 8}},
+            r"yarn\.factor=4\.0 is only read with positions: rope; remove yarn",
+        ),
+        (
+            "window",
+            {"yarn": {"factor": 4.0, "original_length": 8, "beta_slow": 40.0}},
+            r"yarn\.beta_slow=40\.0 must be under beta_fast=32\.0; use 1 and 32",
+        ),
         ("retnet", {"head_dim": 5}, "head_dim=5 must be even, because"),
         (
             "hedgehog",

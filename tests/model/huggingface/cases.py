@@ -8,7 +8,7 @@ from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import BIAS_CHANNELS, MoeConfig
-from amfm.model.config.rope import RopeConfig
+from amfm.model.config.rope import RopeConfig, YarnStretch
 from amfm.model.config.schema import ModelConfig, MultipliersConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
@@ -81,6 +81,7 @@ def qwen3_5_moe_config(**changes) -> ModelConfig:
 
 # Odd sizes of heads and latents, and as many heads of values as no other width.
 KDA = {"num_heads": 3, "head_dim": 7, "chunk_size": 16}
+MLA_YARN = {"factor": 4.0, "original_length": 8, "beta_fast": 3.0, "beta_slow": 0.5}
 MLA = {"num_heads": 3, "latent_size": 11, "nope_head_dim": 5, "rope_head_dim": 6, "value_head_dim": 7}
 
 
@@ -283,7 +284,7 @@ CASES = {
         pattern="+E",
         tie_embeddings=True,
         feed_forward=None,
-        mixers={"mla": MLA | {"positions": "rope", "rope_theta": 300.0}},
+        mixers={"mla": MLA | {"positions": "rope", "rope_theta": 300.0, "yarn": MLA_YARN | {"mscale": 1.0}}},
         moe=grouped(KIMI_LINEAR.moe, shared_expert_hidden_size=32, expert_bias=True, normalize_probabilities=False),
     ),
     "deepseek_v32, dense and sparse layers": deepseek_v32_config(),
@@ -291,7 +292,9 @@ CASES = {
         pattern="+E",
         tie_embeddings=True,
         feed_forward=None,
-        mixers=deepseek_v32_mixers(rope_theta=300.0, indexer={"head_dim": 8, "rope_fraction": 0.75, "top_k": 3}),
+        mixers=deepseek_v32_mixers(
+            rope_theta=300.0, yarn=MLA_YARN, indexer={"head_dim": 8, "rope_fraction": 0.75, "top_k": 3}
+        ),
     ),
     "lfm2, convolutions and attention, tied": lfm2_config(tie_embeddings=True),
     "lfm2, wider convolutions alone": lfm2_config(
@@ -315,6 +318,12 @@ CASES = {
         moe=grouped(gpt_oss_config().moe, bias=True),
     ),
     "gpt_oss, windows alone, tied": gpt_oss_config(pattern="WE", attention=None, tie_embeddings=True),
+    "gpt_oss, windows and attention as released, yarn": gpt_oss_config(
+        mixers=gpt_oss_window(yarn={"factor": 4.0, "original_length": 16, "truncate": False}),
+        attention=gpt_oss_config().attention.model_copy(
+            update={"rope": YarnStretch(factor=4.0, original_length=16, truncate=False).rope(200.0)}
+        ),
+    ),
     "gpt_oss, attention alone, yarn": gpt_oss_config(
         pattern="*E", mixers={}, attention=gpt_oss_config().attention.model_copy(update={"rope": YARN})
     ),

@@ -69,6 +69,9 @@ UNFIT = {
         },
         "model.attention.softmax_scale=0.3": {"attention": SINKS.model_copy(update={"softmax_scale": 0.3})},
         "model.attention.gate=element": {"attention": SINKS.model_copy(update={"gate": "element"})},
+        "model.mixers.window.yarn: gpt_oss rotates windows as attention": {
+            "mixers": gpt_oss_window(yarn={"factor": 4.0, "original_length": 16})
+        },
         "model.mixers.window.sinks=false": {"mixers": gpt_oss_window(sinks=False)},
         "model.mixers.window.gate=head": {"mixers": gpt_oss_window(gate="head")},
         "model.mixers.window.bias=true: windows of gpt_oss have that": {"mixers": gpt_oss_window(bias=True)},

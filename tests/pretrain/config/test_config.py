@@ -25,7 +25,7 @@ model.attention.num_heads model.attention.num_kv_heads model.attention.head_dim 
 model.attention.positions model.attention.softmax_scale model.attention.gate model.attention.bias model.attention.sinks
 model.attention.rope.theta model.attention.rope.fraction model.attention.rope.scaling model.attention.rope.ntk_alpha
 model.attention.rope.yarn_factor model.attention.rope.yarn_original_length model.attention.rope.yarn_beta_fast
-model.attention.rope.yarn_beta_slow model.attention.rope.llama3.factor
+model.attention.rope.yarn_beta_slow model.attention.rope.yarn_truncate model.attention.rope.llama3.factor
 model.attention.rope.llama3.original_length model.attention.rope.llama3.slow_turns model.attention.rope.llama3.fast_turns
 model.attention.indexer.top_k model.attention.indexer.num_heads model.attention.indexer.head_dim model.attention.indexer.rope_fraction
 model.attention.indexer.loss_weight model.attention.indexer.stage
@@ -81,11 +81,15 @@ model.mixers.transnormer.rope_theta
 model.mixers.mla.num_heads model.mixers.mla.latent_size model.mixers.mla.query_latent_size
 model.mixers.mla.nope_head_dim model.mixers.mla.rope_head_dim model.mixers.mla.value_head_dim model.mixers.mla.positions
 model.mixers.mla.rope_theta model.mixers.mla.gate model.mixers.mla.latent_norm_epsilon model.mixers.mla.sinks
+model.mixers.mla.yarn.factor model.mixers.mla.yarn.original_length model.mixers.mla.yarn.beta_fast
+model.mixers.mla.yarn.beta_slow model.mixers.mla.yarn.truncate model.mixers.mla.yarn.mscale
 model.mixers.mla.indexer.top_k model.mixers.mla.indexer.num_heads model.mixers.mla.indexer.head_dim model.mixers.mla.indexer.rope_fraction
 model.mixers.mla.indexer.loss_weight model.mixers.mla.indexer.stage
 model.mixers.window.num_heads model.mixers.window.num_kv_heads model.mixers.window.window model.mixers.window.head_dim
 model.mixers.window.qk_norm model.mixers.window.positions model.mixers.window.rope_theta
 model.mixers.window.gate model.mixers.window.bias model.mixers.window.sinks
+model.mixers.window.yarn.factor model.mixers.window.yarn.original_length model.mixers.window.yarn.beta_fast
+model.mixers.window.yarn.beta_slow model.mixers.window.yarn.truncate
 model.mixers.window_linear.num_heads model.mixers.window_linear.num_kv_heads model.mixers.window_linear.window
 model.mixers.window_linear.head_dim model.mixers.window_linear.preset model.mixers.window_linear.features
 model.mixers.window_linear.gate model.mixers.window_linear.combine model.mixers.window_linear.linear_positions
@@ -128,7 +132,8 @@ schedule.kind schedule.warmup_steps schedule.decay_steps schedule.decay_shape sc
 stages.*.name stages.*.tokens stages.*.steps stages.*.sequence_length stages.*.micro_batch_size
 stages.*.global_batch_size stages.*.indexer stages.*.weights stages.*.learning_rate stages.*.recompute stages.*.recompute_blocks
 stages.*.rope.theta stages.*.rope.fraction stages.*.rope.scaling stages.*.rope.ntk_alpha stages.*.rope.yarn_factor
-stages.*.rope.yarn_original_length stages.*.rope.yarn_beta_fast stages.*.rope.yarn_beta_slow stages.*.rope.llama3.factor
+stages.*.rope.yarn_original_length stages.*.rope.yarn_beta_fast stages.*.rope.yarn_beta_slow stages.*.rope.yarn_truncate
+stages.*.rope.llama3.factor
 stages.*.rope.llama3.original_length stages.*.rope.llama3.slow_turns stages.*.rope.llama3.fast_turns
 stages.*.schedule.kind stages.*.schedule.warmup_steps stages.*.schedule.decay_steps stages.*.schedule.decay_shape
 stages.*.schedule.min_ratio

@@ -12,6 +12,7 @@ from torch import Tensor
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.moe import MoeConfig
+from amfm.model.config.rope import YarnStretch
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
 from amfm.model.huggingface.weights import weight_map
@@ -32,6 +33,7 @@ from tests.pretrain.tiny_run import MODEL
 FLOAT32 = 2e-5
 NONE = TokenIds(None, None, None)
 TOKENS = 27
+YARN = {"factor": 4.0, "original_length": 6, "beta_fast": 2.0, "beta_slow": 0.2, "truncate": False}
 # Of four heads many scores are 0 in all, and of equal scores both sides must take the earliest.
 INDEXER: dict[str, Any] = {"top_k": 4, "num_heads": 4, "head_dim": 8}
 
@@ -42,7 +44,7 @@ def attention(**changes: Any) -> AttentionConfig:
 
 def choosing(**changes: Any) -> ModelConfig:
     indexer = INDEXER | changes
-    mixers = {"mla": sample_options("mla") | {"indexer": indexer}}
+    mixers = {"mla": sample_options("mla") | {"indexer": indexer, "yarn": YARN | {"mscale": 0.7}}}
     return small_config("*+*+", attention=attention(gate="head", indexer=indexer), mixers=mixers)
 
 
@@ -54,7 +56,7 @@ MODELS: dict[str, ModelConfig] = {
     "biases and sinks": small_config(
         "*WE(M&*)E",
         attention=attention(bias=True, sinks=True),
-        mixers={"window": sample_options("window") | {"bias": True, "sinks": True}},
+        mixers={"window": sample_options("window") | {"bias": True, "sinks": True, "yarn": YARN}},
         moe=BIASED,
     ),
     "biases of narrow experts": small_config("*E*E", moe=MOE.model_copy(update={"bias": True, "latent_size": 7})),
@@ -67,7 +69,7 @@ MODELS: dict[str, ModelConfig] = {
     "stretched positions": small_config(
         "**",
         attention=attention(
-            rope={"theta": 90.0, "scaling": "yarn", "yarn_factor": 4.0, "yarn_original_length": 16},
+            rope=YarnStretch(**YARN).rope(90.0).model_dump(),
             indexer=INDEXER | {"rope_fraction": 0.75},
         ),
     ),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from amfm.data_pipeline.config import DataConfig
+from amfm.model.config.rope import yarn_of
 from amfm.model.on_demand import on_demand
 from amfm.model.packing import PackMeta
 from amfm.pretrain.export.export import export_checkpoint
@@ -19,9 +20,18 @@ from amfm.pretrain.export.import_huggingface import import_huggingface
 from amfm.pretrain.export.quantized import decode_mxfp4, read_quantized
 from amfm.pretrain.inference.weights import read_weights, write_weights
 from tests.pretrain.export.exported_models import MODELS, random_weights
-from tests.pretrain.export.test_import_huggingface import LATENT_MODELS
+from tests.pretrain.export.test_import_huggingface import LATENT_MODELS, edit_json
 
 NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 150.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 3.0,
+    "beta_slow": 0.5,
+    "truncate": False,
+}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 12]}
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 5, 9]])
 
@@ -89,7 +99,10 @@ def test_a_gpt_oss_of_four_bits_is_read_as_the_class_computes_it(data: DataConfi
     (tmp_path / "weights").mkdir()
     write_weights(tmp_path / "weights", random_weights(data, model))
     like = export_checkpoint(tmp_path / "weights", tmp_path / "out", verify=False).path
+    # Positions are those of the release: stretched in windows and attention, by a ramp that is not rounded.
+    edit_json(like / "config.json", rope_parameters=YARN, rope_scaling=YARN)
     theirs, generator = GptOssForCausalLM(GptOssConfig.from_pretrained(like)).eval(), torch.Generator().manual_seed(1)
+    assert theirs.model.rotary_emb.attention_scaling > 1.1
     released: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -108,6 +121,7 @@ def test_a_gpt_oss_of_four_bits_is_read_as_the_class_computes_it(data: DataConfi
     method = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     import_huggingface(write_released(tmp_path / "released", like, released, method), tmp_path / "back")
     weights = read_weights(tmp_path / "back")
+    assert weights.model.mixers.window.yarn == yarn_of(weights.model.attention.rope) is not None
     with torch.no_grad():
         ours = weights.build()(TOKENS, PackMeta.one_document_a_row(1, TOKENS.shape[1])).logits_BTV
     # Two float32 implementations, logits of order 10.
@@ -128,7 +142,9 @@ def test_a_deepseek_of_eight_bits_is_what_its_numbers_and_scales_mean(
     data: DataConfig, tmp_path: Path, target: str
 ) -> None:
     (tmp_path / "weights").mkdir()
-    write_weights(tmp_path / "weights", random_weights(data, LATENT_MODELS[target]))
+    yarn = {"factor": 40.0, "original_length": 16, "mscale": 1.0}
+    mixers = {"mla": LATENT_MODELS[target]["mixers"]["mla"] | {"yarn": yarn}}
+    write_weights(tmp_path / "weights", random_weights(data, LATENT_MODELS[target] | {"mixers": mixers}))
     like = export_checkpoint(tmp_path / "weights", tmp_path / "out", verify=False).path
     released: dict[str, Tensor] = {}
     meant: dict[str, Tensor] = {}
@@ -140,7 +156,7 @@ def test_a_deepseek_of_eight_bits_is_what_its_numbers_and_scales_mean(
     import_huggingface(write_released(tmp_path / "released", like, released, FP8), tmp_path / "back")
     import_huggingface(write_released(tmp_path / "meant", like, meant, None), tmp_path / "same")
     back, same = (read_weights(tmp_path / name) for name in ("back", "same"))
-    assert back.model == same.model
+    assert back.model == same.model and back.model.mixers.mla.yarn.mscale == 1.0
     assert all(torch.equal(back.state[name], same.state[name]) for name in same.state)
 
 

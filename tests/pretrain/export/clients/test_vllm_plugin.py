@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
+from amfm.model.config.rope import YarnStretch
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.export.clients.check import check_export, known_faults
 from amfm.pretrain.export.export import export_checkpoint
@@ -24,6 +25,7 @@ from tests.pretrain.tiny_run import MODEL
 
 VLLM = os.environ.get("AMFM_VLLM_PYTHON")
 ROPE = {"theta": 300.0, "fraction": 0.5}
+YARN = {"factor": 4.0, "original_length": 16, "truncate": False}
 # Sizes of heads that vLLM's attention has on a CPU.
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
 SWIGLU = OWN["moe"] | {
@@ -128,6 +130,22 @@ def test_the_plugin_beside_the_weights_is_found_by_its_entry_point(data: DataCon
         (
             {"pattern": "+-", "mixers": {"mla": sample_options("mla") | {"indexer": {"top_k": 4}}}},
             "the block mla: indexer, which",
+        ),
+        (
+            {"pattern": "W-", "mixers": {"window": sample_options("window") | {"yarn": YARN}}},
+            "the block window: yarn, which",
+        ),
+        (
+            {"pattern": "+-", "mixers": {"mla": sample_options("mla") | {"yarn": YARN}}},
+            "the block mla: yarn, which",
+        ),
+        (
+            {
+                "pattern": "*-",
+                "attention": MODEL["attention"]
+                | {"positions": "rope", "rope": YarnStretch.model_validate(YARN).rope(90.0).model_dump()},
+            },
+            "the block attention: rope.yarn_truncate=false, which",
         ),
         ({"pattern": "ME*-", "moe": MODEL["moe"] | {"bias": True}}, "the block moe: bias=True, which"),
         ({"pattern": "*-"}, "heads of 8 in attention have no kernel on a CPU"),
