@@ -57,7 +57,7 @@ test-slow: $(VENV)/.installed-dev
 
 # Do tests fail where the code is wrong? Verdicts are kept, so that a run goes on where it was stopped.
 test-mutation: $(VENV)/.installed-dev
-	mkdir -p build && $(BIN)/python -m tests.mutation --keep build/mutation.jsonl --out docs/benchmarks/mutation.md
+	$(BIN)/python -m tests.mutation --keep docs/benchmarks/mutation.jsonl --out docs/benchmarks/mutation.md
 
 # Launchers on real Slurm, sshd and Ray, on nodes in namespaces of this machine: needs root and Debian's slurm-wlm, slurmdbd,
 # mariadb-server, munge, openssh-server, iproute2, nftables, libfaketime. Tests of an engine that is not installed are skipped by

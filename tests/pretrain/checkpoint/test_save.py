@@ -14,13 +14,17 @@ import pytest
 import torch
 
 from amfm.pretrain.checkpoint.compatibility import MAY_CHANGE, may_change
+from amfm.pretrain.checkpoint.engine_layout import EngineLayout
+from amfm.pretrain.checkpoint.files import read_manifest
 from amfm.pretrain.checkpoint.inspect import (
     diff_checkpoints,
     find_checkpoint,
     inspect_checkpoint,
     read_full_state,
 )
+from amfm.pretrain.checkpoint.load import find_mismatches, list_warnings
 from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.save import ranks_of
 from amfm.pretrain.config.fields import flatten_settings
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.parallel import initialize_parallel
@@ -38,6 +42,32 @@ def engine() -> ZeroEngine:
     engine = make_engine(initialize_parallel(timeout_seconds=60, num_threads=1))
     run_steps(engine, 0, 1)
     return engine
+
+
+def test_other_versions_of_libraries_are_named(engine: ZeroEngine, tmp_path: Path) -> None:
+    path = save(tmp_path, 1, engine)
+    manifest = read_manifest(path)
+    assert list_warnings(tmp_path, path, manifest, toy_config()) == []
+    manifest["versions"]["torch"] = "1.0"
+    (warning,) = list_warnings(tmp_path, path, manifest, toy_config())
+    assert warning.startswith("saved with torch 1.0, this is 2")
+
+
+def test_a_weight_of_another_shape_is_named(engine: ZeroEngine, tmp_path: Path) -> None:
+    manifest = read_manifest(save(tmp_path, 1, engine))
+    layout, ranks = EngineLayout.of(engine), ranks_of(engine)
+    assert find_mismatches(manifest, layout, ranks) == []
+    name = next(iter(manifest["parameters"]))
+    manifest["parameters"][name]["shape"] = [1, 2, 3]
+    (fault,) = find_mismatches(manifest, layout, ranks)
+    assert fault.startswith(f"{name} has shape [") and fault.endswith("in the checkpoint [1, 2, 3]")
+
+
+def test_a_checkpoint_stands_though_latest_cannot_be_written(engine: ZeroEngine, tmp_path: Path) -> None:
+    (tmp_path / "latest").mkdir()
+    saved = save_whole(tmp_path, 1, engine)
+    assert inspect_checkpoint(saved.path)["ok"]
+    assert any("latest stays as it was" in remark for remark in saved.remarks)
 
 
 def names(folder: Path) -> list[str]:
