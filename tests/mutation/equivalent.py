@@ -56,7 +56,7 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         'all_data = groups.dp_cp if axis == "embd" and groups.dp_cp.size() > 2 else None',
         "2",
         "3",
-    ): "gloo's three ranks add up in one order at both ends; libraries of cards may not",
+    ): "gloo's three ranks add up in one order at both ends; those of GPUs may not",
     (
         "pretrain/checkpoint/load.py",
         "if manifest is None or problems:",
