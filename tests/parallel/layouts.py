@@ -70,7 +70,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     | {
         "tie_embeddings": True,
         "attention": MODEL["attention"] | {"gate": "element", "sinks": True, "bias": True},
-        "moe": MODEL["moe"] | {"latent_size": 12, "activation": "swiglu", "shared_expert_gate": True, "bias": True},
+        "moe": MODEL["moe"]
+        | {
+            "latent_size": 12,
+            "activation": "swiglu",
+            "shared_expert_gate": True,
+            "bias": True,
+            "router": "sqrt_softplus",
+        },
         "multipliers": {"embedding": 2.0, "residual": 0.5, "logits": 0.5},
     },
     "mixers": MODEL
