@@ -9,7 +9,9 @@ states) collects in `Stream` on the way.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -17,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
+from amfm.kernels.common.split_backward import is_splitting
 from amfm.model.build import build_mixer
 from amfm.model.config.schema import ModelConfig
 from amfm.model.mixers.interface import BlockState, MixerOutput
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import RMSNorm
+from amfm.model.remade import Remade, run_inside
 from amfm.model.routed_updates import put_updates
 
 # Pauses where rows travel; at the end the residual and the mixer's output.
@@ -33,13 +37,13 @@ class Block(nn.Module):
     """Pre-norm residual block, x + multiplier * mixer(norm(x)); the addition is left to the next norm.
 
     With `recomputes` only the block's input is kept for the backward pass, which computes the rest again (Chen et al. 2016,
-    arXiv 1604.06174).
+    arXiv 1604.06174). Without `keeps_norm` what the mixer reads is made again there (remade.py).
     """
 
     def __init__(self, index: int, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
         super().__init__()
         self.letter = config.built_letters[index]
-        self.recomputes = False
+        self.recomputes, self.keeps_norm = False, True
         self.multiplier = config.multipliers.residual
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
         self.mixer = build_mixer(index, config, groups, backend)
@@ -64,11 +68,9 @@ class Block(nn.Module):
                 self._mix, residual_BTD, meta, use_reentrant=False, preserve_rng_state=self.has_dropout
             )
             return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
-        if delta_BTD is None:
-            normed_BTD = self.norm(residual_BTD)
-        else:
-            normed_BTD, residual_BTD = self.norm.add(delta_BTD, residual_BTD)
-        mixed = self._run_mixer(normed_BTD, meta, state)
+        normed_BTD, residual_BTD = self._add_and_norm(residual_BTD, delta_BTD)
+        with self._norm_again(normed_BTD, residual_BTD) or nullcontext():
+            mixed = self.mixer(normed_BTD, meta, state)
         return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
 
     def steps(self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta) -> BlockSteps:
@@ -77,11 +79,9 @@ class Block(nn.Module):
         Of a mixer that `travels`, in training; hooks of the modules do not see it. Each is continued by `advance`.
         """
         assert not self.recomputes, "checked: blocks in turns keep their activations"
-        if delta_BTD is None:
-            normed_BTD = self.norm(residual_BTD)
-        else:
-            normed_BTD, residual_BTD = self.norm.add(delta_BTD, residual_BTD)
-        mixed = yield from self.mixer.steps(normed_BTD.to(self.norm.weight.dtype), meta)
+        normed_BTD, residual_BTD = self._add_and_norm(residual_BTD, delta_BTD)
+        steps, again = self.mixer.steps(normed_BTD, meta), self._norm_again(normed_BTD, residual_BTD)
+        mixed = yield from (steps if again is None else run_inside(again, steps))
         return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
 
     def advance(self, steps: BlockSteps) -> tuple[Tensor, MixerOutput] | None:
@@ -93,11 +93,29 @@ class Block(nn.Module):
             return done
 
     def _mix(self, residual_BTD: Tensor, meta: PackMeta) -> MixerOutput:
-        return self._run_mixer(self.norm(residual_BTD), meta, None)
-
-    def _run_mixer(self, normed_BTD: Tensor, meta: PackMeta, state: BlockState) -> MixerOutput:
-        mixed: MixerOutput = self.mixer(normed_BTD.to(self.norm.weight.dtype), meta, state)
+        mixed: MixerOutput = self.mixer(self._norm(residual_BTD), meta, None)
         return mixed
+
+    def _norm(self, residual_BTD: Tensor) -> Tensor:
+        """What the mixer reads of the stream, in the dtype of the weights."""
+        normed_BTD: Tensor = self.norm(residual_BTD)
+        return normed_BTD.to(self.norm.weight.dtype)
+
+    def _add_and_norm(self, residual_BTD: Tensor, delta_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the mixer reads, and the sum of both."""
+        if delta_BTD is None:
+            return self._norm(residual_BTD), residual_BTD
+        normed_BTD, residual_BTD = self.norm.add(delta_BTD, residual_BTD)
+        return normed_BTD.to(self.norm.weight.dtype), residual_BTD
+
+    def _norm_again(self, normed_BTD: Tensor, residual_BTD: Tensor) -> Remade | None:
+        """Where nothing keeps the norm of this stream; None where it is kept, or nothing will ask for it.
+
+        A split pass keeps it: what its operations get of kept weights must be the parameters themselves.
+        """
+        if self.keeps_norm or is_splitting() or not torch.is_grad_enabled():
+            return None
+        return Remade(normed_BTD, partial(self._norm, residual_BTD.detach()))
 
 
 class Blocks(nn.Module):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from amfm.kernels.linear.activated import activated_linear, keeps_codes
 from amfm.kernels.swiglu.gate import find_gate, name_activation
 from amfm.kernels.swiglu.op import squared_relu, swiglu
 from amfm.model.config.feed_forward import FeedForwardConfig
@@ -74,13 +75,18 @@ class FeedForward(nn.Module):
 
     def project_down(self, inner: Tensor) -> Tensor:
         """The second half: activation and down projection of inner rows, back to the stream [B, T, D]."""
-        if self.unit is None:
-            inner = squared_relu(inner, backend=self.backend)
-        else:
-            inner = swiglu(inner, self.unit, backend=self.backend)
         if isinstance(self.down_proj, StructuredDown):
-            return self.down_proj.to_stream(inner)
-        return leave_tensor_region(self.down_proj(inner), self.groups)
+            return self.down_proj.to_stream(self._activate(inner))
+        if keeps_codes(self.down_proj.weight):
+            part = activated_linear(inner, self.down_proj.weight, self._activate, backend=self.backend)
+            return leave_tensor_region(part, self.groups)
+        return leave_tensor_region(self.down_proj(self._activate(inner)), self.groups)
+
+    def _activate(self, inner: Tensor) -> Tensor:
+        """The activation of inner rows."""
+        if self.unit is None:
+            return squared_relu(inner, backend=self.backend)
+        return swiglu(inner, self.unit, backend=self.backend)
 
 
 class FeedForwardMixer(FeedForward, Mixer):

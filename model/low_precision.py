@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from amfm.kernels.low_precision.recipe import Recipe, recipe_of, seed_of
+from amfm.model.block import Block
 from amfm.model.build import build_mixer
 from amfm.model.config.low_precision import LowPrecisionConfig, RecipeName
 from amfm.model.config.schema import ModelConfig
@@ -72,16 +73,19 @@ def hang_recipes(model: HybridModel, settings: LowPrecisionConfig) -> None:
     for weight in model.parameters():
         if recipe_of(weight) is not None:
             del weight.recipe  # type: ignore[attr-defined]
+    for block in model.blocks:
+        block.keeps_norm = True
     for index in set(settings.narrow_blocks(letters)) & set(model.blocks.indices()):
-        hang_on_mixer(model.blocks[index].mixer, letters[index], settings, model.seed, f"blocks.{index}.mixer.")
+        hang_on_block(model.blocks[index], settings, model.seed, f"blocks.{index}.mixer.")
 
 
-def hang_on_mixer(
-    mixer: torch.nn.Module, letter: str, settings: LowPrecisionConfig, seed: int = 0, prefix: str = ""
+def hang_on_block(
+    block: Block, settings: LowPrecisionConfig, seed: int = 0, prefix: str = ""
 ) -> list[torch.nn.Parameter]:
-    """Hang recipes on the weights of a narrow block's mixer; returns those. `prefix`: of their names in the whole model."""
-    weights = dict(mixer.named_parameters())
-    found = [(name, recipe) for name, recipe in settings.recipes_of(letter).items() if name in weights]
+    """Hang recipes on the weights of a narrow block; returns those. `prefix`: of their names in the whole model."""
+    block.keeps_norm = settings.saved == "bf16"
+    weights = dict(block.mixer.named_parameters())
+    found = [(name, recipe) for name, recipe in settings.recipes_of(block.letter).items() if name in weights]
     for name, recipe in found:
         weights[name].recipe = Recipe(  # type: ignore[attr-defined]
             recipe,

@@ -43,6 +43,11 @@ def split_backward(later: Later) -> Iterator[None]:
         _passes.pop()
 
 
+def is_splitting() -> bool:
+    """Whether a pass is being split."""
+    return bool(_passes)
+
+
 def is_split(*weights: Tensor) -> bool:
     """Whether gradients of these weights are computed later: all are parameters themselves, and a pass is being split."""
     return bool(_passes) and all(weight.is_leaf and weight.requires_grad for weight in weights)

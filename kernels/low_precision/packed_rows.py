@@ -41,6 +41,6 @@ def unpack_rows(packed: Tensor, x_SD: Tensor, backend: str = "torch") -> None:
 
 
 def _is_triton(x: Tensor, backend: str) -> bool:
-    """Whether kernels do it: a CPU without the interpreter has none."""
-    on_gpu = x.device.type == "cuda" or INTERPRETED
+    """Whether kernels do it: a CPU without the interpreter has none, a plan's tensors are as those of a GPU."""
+    on_gpu = x.device.type in ("cuda", "meta") or INTERPRETED
     return on_gpu and resolve_backend(backend, x.device, "moe") == "triton"

@@ -36,8 +36,8 @@ class Recipe:
 
     `name`: fp8_block, e4m3 in blocks of 128 (DeepSeek-V3, arXiv 2412.19437, section 3.3); mxfp8, e4m3 in blocks of 32 (OCP MX 1.0);
     nvfp4, e2m1 in blocks of 16 (Abecassis et al. 2025, arXiv 2509.25149). `weight_gradient`: "bf16" takes the third product from
-    the operands as they came. `saved`: "fp8" keeps an expert's hidden rows before the activation as e4m3 in blocks of 128 along
-    the row. `dispatch`: "fp8" sends rows to an expert's rank, and gradients of its results, as such codes (packed_rows.py). `emulate`: quantise, then multiply wide, on any device. `seed`: of nvfp4's random rounding, `seed_of` of the run's
+    the operands as they came. `saved`: "fp8" keeps hidden rows of experts and feed-forwards before the activation as e4m3 in blocks of
+    128 along the row. `dispatch`: "fp8" sends rows to an expert's rank, and gradients of its results, as such codes (packed_rows.py). `emulate`: quantise, then multiply wide, on any device. `seed`: of nvfp4's random rounding, `seed_of` of the run's
     seed and the weight's name.
     """
 

@@ -43,7 +43,7 @@ from amfm.model.block import Block
 from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
-from amfm.model.low_precision import hang_on_mixer
+from amfm.model.low_precision import hang_on_block
 from amfm.model.moe.spread import expected_ranks
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import AXES, ProcessGroupCollection, SingleRankGroup
@@ -148,7 +148,7 @@ def _measure(config: ModelConfig, letter: str, dtype: torch.dtype, backend: str,
         residual_BTD = torch.empty(1, own, config.hidden_size, dtype=stream, requires_grad=True)
         delta_BTD = torch.empty(1, own, config.hidden_size, requires_grad=True)
         if cut.narrow is not None:
-            stack.enter_context(codes_at_hand(block, letter, cut.narrow))
+            stack.enter_context(codes_at_hand(block, cut.narrow))
         if cut.is_split:
             stack.enter_context(split_backward(later))
         live.stacked = frozenset(weight.shape for weight in block.parameters() if weight.dim() == 3)
@@ -223,10 +223,10 @@ class StandInGroup(SingleRankGroup):
 
 
 @contextmanager
-def codes_at_hand(block: Block, letter: str, settings: LowPrecisionConfig) -> Iterator[None]:
+def codes_at_hand(block: Block, settings: LowPrecisionConfig) -> Iterator[None]:
     """Inside, a block multiplies by a recipe; codes of weights are there, since they do not grow with tokens."""
     with keep_weights():
-        for weight in hang_on_mixer(block.mixer, letter, settings):
+        for weight in hang_on_block(block, settings):
             recipe = recipe_of(weight)
             if recipe is not None:
                 codes_of(recipe).quantize_weight(weight)

@@ -18,6 +18,8 @@ from amfm.model.config.low_precision import RecipeName
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.structure import Activation, FeedForwardPart
 
+CODES: RecipeName = "fp8_block"  # by which hidden rows are kept
+
 
 class Roofline:
     """Sum of roofline seconds of forward and backward operations on one device.
@@ -25,7 +27,7 @@ class Roofline:
     `forwards` is 2 where blocks are recomputed, so that every method counts the forward part once more. `lands`: products
     add a weight's gradient to its float32 sum, which they read and write, where others write it. `recipes`: of low precision,
     by the names of weights; `wide_gradient`: their third product keeps the run's precision; `kept_passes`: micro-batches that use
-    the codes of a weight which are made once, 0 where each product makes them; `saves_codes`: hidden rows of experts are kept as codes.
+    the codes of a weight which are made once, 0 where each product makes them; `saves_codes`: hidden rows are kept as codes.
     """
 
     def __init__(
@@ -172,6 +174,10 @@ def add_feed_forward(
     line.product(rows, units, width, groups=groups, grouped=grouped, weight=weights[1])
     # Experts by a recipe quantise the activation as they make it, and make it again in backward.
     line.passes(rows * (3 * up + (1 if recipe is not None and grouped else 2) * units) * e)
+    if recipe is not None and not grouped and line.saves_codes:
+        # Codes of hidden rows are a pass of their own; backward makes of them the rows, their activation and its codes.
+        packed = line.forwards * (e + OPERAND_BYTES[CODES]) + OPERAND_BYTES[CODES] + e
+        line.backward_passes(rows * (packed * up + e * (up + 2 * units)))
 
 
 def add_part(line: Roofline, model: ModelConfig, layout: Layout, tokens: float, part: FeedForwardPart) -> None:

@@ -119,7 +119,10 @@ def block_seconds(
     )
     # The norm with its residual: two tensors read and two written; backward reads three and writes two.
     tokens = layout.tokens(config) / layout.stream_ranks
-    line.passes(9 * tokens * config.model.hidden_size * storage.element_bytes)
+    numbers = tokens * config.model.hidden_size * storage.element_bytes
+    line.passes(9 * numbers)
+    if line.recipes and line.saves_codes and forwards == 1 and layout.schedule != "zero_bubble":
+        line.backward_passes(2 * numbers)  # made again in place of being kept
     planned_block(config, letter).add(line, layout, storage, imbalance)
     return line.seconds
 

@@ -42,7 +42,8 @@ class LowPrecisionConfig(Section):
         "same", description="bf16: the product that makes the weights' gradients keeps train.precision."
     )
     saved: Literal["bf16", "fp8"] = Field(
-        "bf16", description="Hidden rows of experts, kept for backward passes: fp8 as codes of e4m3 in blocks of 128."
+        "bf16",
+        description="Hidden rows of experts and feed-forwards, kept for backward passes: fp8 as codes of e4m3 in blocks of 128, and norms before narrow blocks are made again.",
     )
     dispatch: Literal["bf16", "fp8"] = Field(
         "bf16",

@@ -21,7 +21,8 @@ from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schema import RunConfig
 
 SECTION = "low_precision"
-HIDDEN = "experts.up"  # the weight whose products are kept hidden rows
+HIDDEN = "experts.up"  # the weight whose products are hidden rows of experts
+FIRST = frozenset({HIDDEN, "up_proj.weight"})  # the weights whose products are hidden rows
 
 
 def low_precision_problems(config: RunConfig) -> Iterator[Problem]:
@@ -95,9 +96,9 @@ def place_problems(config: RunConfig) -> Iterator[Problem]:
     if section.out_projection is not None and not any(kind_of(letter).products.out for letter in chosen & present):
         rule = "is about output projections of Mamba2 and linear mixers, of which low_precision.letters names none"
         yield Problem(f"{SECTION}.out_projection", rule, "remove it", section.out_projection)
-    if section.saved != "bf16" and not any(HIDDEN in section.recipes_of(letter) for letter in chosen & present):
-        rule = "is about hidden rows of experts, which low_precision.letters does not name"
-        yield Problem(f"{SECTION}.saved", rule, "remove it, or name E", section.saved)
+    if section.saved != "bf16" and not any(FIRST & set(section.recipes_of(letter)) for letter in chosen & present):
+        rule = "is about hidden rows of experts and feed-forwards, which low_precision.letters does not name"
+        yield Problem(f"{SECTION}.saved", rule, "remove it, or name E or -", section.saved)
     if section.dispatch != "bf16":
         if not any(HIDDEN in section.recipes_of(letter) for letter in chosen & present):
             rule = "is about rows on their way to experts, which low_precision.letters does not name"

@@ -17,8 +17,13 @@ from amfm.pretrain.report.data import read_run
 from amfm.pretrain.report.plots import make_plots
 from tests.pretrain.tiny_run import Trained, read_events, tiny_config, tiny_data, train_and_collect
 
-# Random rounding, Hadamard matrices, and mxfp8 in output projections: every format is in it.
-NVFP4 = {"low_precision__recipe": "nvfp4", "low_precision__emulate": True, "low_precision__measure_every_steps": 2}
+# Random rounding, Hadamard matrices, mxfp8 in output projections, hidden rows as codes of e4m3: every format is in it.
+NVFP4 = {
+    "low_precision__recipe": "nvfp4",
+    "low_precision__emulate": True,
+    "low_precision__measure_every_steps": 2,
+    "low_precision__saved": "fp8",
+}
 
 
 @pytest.fixture(scope="module")

@@ -135,9 +135,9 @@ def test_turbos_keeps_fewer_activations_as_codes_of_inputs_and_of_hidden_rows():
         )
     }
     kept = {name: found.memory.parts["activations"] / 2**30 for name, found in plans.items()}
-    assert kept["saved"] < 22 < kept["fp8"] < kept["bf16"]
-    # An epilogue writes a byte where it wrote two, and backward reads one.
-    assert plans["saved"].step.total() < plans["fp8"].step.total()
+    assert kept["saved"] < 16 < 22 < kept["fp8"] < kept["bf16"]
+    # Of routed experts an epilogue writes a byte where it wrote two; of shared ones codes are a pass of their own.
+    assert plans["saved"].step.total() < 1.02 * plans["fp8"].step.total()
 
 
 def test_experts_whose_epilogues_make_codes_read_and_write_no_wide_activation():

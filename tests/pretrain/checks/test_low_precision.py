@@ -46,7 +46,7 @@ def test_a_recipe_that_suits_its_run_is_taken(base):
         (["low_precision.letters=E", "low_precision.out_projection=bf16"], "low_precision.letters names none; remove"),
         (
             ["low_precision.letters=M", "low_precision.saved=fp8"],
-            "low_precision.saved = fp8: is about hidden rows of experts",
+            "low_precision.saved = fp8: is about hidden rows of experts and feed-forwards",
         ),
         (["low_precision.dispatch=fp8"], "low_precision.dispatch = fp8: is about rows on their way to other ranks"),
         (
