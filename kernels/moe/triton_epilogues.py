@@ -48,6 +48,15 @@ def _as_stored(value, like):
 
 
 @triton.jit
+def _widen_by_bits(value):
+    """Narrow numbers as float32, of bfloat16 by their bits: of two casts the compiler makes one, whose wide result it keeps."""
+    if value.dtype == tl.bfloat16:
+        return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
 def _store_hidden(value, hidden, scales, begin, lane, block, rows, features, is_row, inside, SAVED: tl.constexpr):
     """A tile's block of 128 columns of hidden rows, or its codes with SAVED."""
     if SAVED:
@@ -104,7 +113,7 @@ def fp8_up_kernel(
             )  # fmt: skip
             up = _as_stored(up, like)
             _store_hidden(up, hidden, hidden_scales, begin, lane, blocks + block, rows, features, is_row, inside, SAVED)
-            active = activate(value.to(tl.float32), up, True, ALPHA, SHIFT, LIMIT)
+            active = activate(_widen_by_bits(value), up, True, ALPHA, SHIFT, LIMIT)
         else:
             active = activate(wide, wide, False, ALPHA, SHIFT, LIMIT)
         if WEIGHTED:
