@@ -1,11 +1,11 @@
 """Published training speeds vs. what the plan says of the same model, GPUs, layout, batch and recomputation.
 
 How it works: a published run becomes a configuration and a layout once; the plan's formulas then give its step with any
-hardware. Four things differ from a plan of amfm. Kernels are theirs (`THEIRS`): CUTLASS and Transformer Engine multiply
-experts, FlashAttention-3 attends, and DeepEP sends. The published systems dispatch with DeepEP or HybridEP, which send a token
-once to each node that has some of its experts (to each rank inside a node, as amfm always does). None says that its
-exchanges run in parallel with the shared expert, so all of them are waited for. And natural routing is planned with the
-fullest rank at 1.2 times the mean.
+hardware. What differs from a plan of amfm is in the run's row (`runs.py`) and here. Kernels are theirs (`THEIRS`): CUTLASS and
+Transformer Engine multiply experts, FlashAttention-3 attends, and DeepEP sends. The published systems dispatch with DeepEP or
+HybridEP, which send a token once to each node that has some of its experts (to each rank inside a node, as amfm always does).
+What is computed meanwhile, what recomputation sends again, how often a pipeline drains and to what experts are padded follow from
+the recipe and the code of the run. And natural routing is planned with the fullest rank at 1.2 times the mean.
 
 `fit_halves` fits the efficiencies of the hardware on every other run and plans the rest with them, then the other way round:
 what it prints of a run never comes from a fit that knew this run.
@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from amfm.launch.bench.efficiencies import fit_efficiencies
-from amfm.launch.plan.estimate import Assumptions, Estimate, estimate
+from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, memory_of
 from amfm.launch.plan.hardware import HARDWARE, Hardware
 from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.memory import Memory
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig, MtpConfig
 from amfm.model.flops import flops_per_token
@@ -72,9 +74,14 @@ class Anchor:
     flops_per_token: float
     assumptions: Assumptions
 
+    @cached_property
+    def memory(self) -> Memory:
+        """Memory of the fullest rank, which no efficiency changes."""
+        return memory_of(self.config, self.layout, self.assumptions, THEIRS)
+
     def plan(self, hardware: Hardware) -> Estimate:
         """The step by the plan's formulas."""
-        return estimate(self.config, self.layout, hardware, self.assumptions)
+        return estimate(self.config, self.layout, hardware, self.assumptions, self.memory)
 
     def ratio(self, found: Estimate) -> float:
         """Planned over published speed: of tokens, or of FLOPs where the preset stands for another model."""
@@ -114,10 +121,13 @@ def load_anchor(run: PublishedRun, presets: Path) -> Anchor:
     config = config.model_copy(update={"model": with_depths(config.model, run.depths)})
     layout = Layout.of(config, run.gpus)
     assert config.model.moe is not None, f"{run.preset} has no experts, and every published run has"
+    is_padded = run.padding > 1.0  # to a capacity, over which choices are lost
     assumptions = Assumptions(
-        imbalance=NATURAL_IMBALANCE if run.routing == "natural" else 1.0,
+        imbalance=NATURAL_IMBALANCE if run.routing == "natural" and not is_padded else run.padding,
         sent_rows=sent_rows(config.model.moe, layout.expert, HARDWARE["h100"].gpus_per_node),
-        overlaps_experts=False,
+        beside_experts=run.beside,
+        repeats=run.repeats,
+        drains=run.drains,
     )
     flops = sum(flops_per_token(config.model, run.sequence_length).values())
     return Anchor(run, config, layout, flops, assumptions)

@@ -6,14 +6,18 @@ rank busy longer. A model that is planned with another one's blocks is marked: t
 tokens.
 
 Sources: NeMo Automodel's benchmark examples (examples/llm_benchmark) and Megatron Bridge's model verification cards and
-performance recipes, read in November 2026. Their FSDP cuts weights and gradients over data ranks; here these rows are planned
-with ZeRO 1, whose compute is the same.
+performance recipes, read in November 2026. Automodel's rows are planned by its recipe and code as they were when the row's speed
+was published (its git history), since both changed later: whole blocks are recomputed, the shared expert runs on a separate
+stream next to the dispatch, and gradient accumulation fills and drains the pipeline each time. Its FSDP cuts weights and gradients
+over data ranks; here these rows are planned with ZeRO 1, whose compute is the same.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from amfm.launch.plan.expert_time import Beside
 
 TERA = 1e12
 
@@ -25,7 +29,12 @@ class PublishedRun:
     `tokens_per_second`, `flops_per_second`: of one GPU, as published. `layout`: keys of the `parallel` section.
     `depths`: of multi-token prediction, behind the preset's main blocks; several share one module, as all of these do.
     `is_stand_in`: the preset is another model than the one that was trained, so that only rates of FLOPs compare.
-    `low_precision`: overrides of that section, for runs in FP8. `cause`: what the publication says, or does not say, that the plan does not count; for rows that are planned more than a
+    `low_precision`: overrides of that section, for runs in FP8.
+    `beside`: what the code computes while experts' rows travel. `repeats`: exchanges of a forward pass that its recomputation
+    makes again: 1, the dispatch, where it stops at the last saved tensor; 2 where something is saved behind the combine.
+    `drains`: times that its pipeline drains in a step. `padding`: rows of an expert over the mean to which all are padded, 1.0
+    where they are not.
+    `cause`: what the publication says, or does not say, that the plan does not count; for rows that are planned more than a
     fifth off.
     """
 
@@ -44,6 +53,10 @@ class PublishedRun:
     is_stand_in: bool = False
     cause: str = ""
     low_precision: tuple[str, ...] = ()
+    beside: Beside = "nothing"
+    repeats: int = 0
+    drains: int = 1
+    padding: float = 1.0
 
 
 NANO, SUPER, ULTRA = "nemotron3_nano_30b", "nemotron3_super_120b", "nemotron3_ultra_550b"
@@ -59,7 +72,9 @@ def _interleaved(pipeline: int, virtual_stages: int, expert: int, tensor: int = 
 
 
 PUBLISHED = (
-    PublishedRun("Nemotron 3 Nano", NANO, 8, 16_789, 328 * TERA, {"expert": 8}, 4, 512, "full"),
+    PublishedRun(
+        "Nemotron 3 Nano", NANO, 8, 16_789, 328 * TERA, {"expert": 8}, 4, 512, "full", beside="shared", repeats=1
+    ),
     PublishedRun(
         "Nemotron 3 Super",
         SUPER,
@@ -70,9 +85,24 @@ PUBLISHED = (
         2,
         512,
         "full",
-        cause="its FSDP adds no float32 sums, and its exchanges are taken to be waited for",
+        beside="shared",
+        repeats=2,
+        cause="not known: its row with two pipeline stages, recomputation of experts alone and MTP is a third slower",
     ),
-    PublishedRun("Nemotron 3 Ultra, MTP", ULTRA, 128, 815, 293 * TERA, {"expert": 64}, 2, 256, "full", depths="/*E/*E"),
+    PublishedRun(
+        "Nemotron 3 Ultra, MTP",
+        ULTRA,
+        128,
+        815,
+        293 * TERA,
+        {"expert": 64},
+        2,
+        256,
+        "full",
+        depths="/*E/*E",
+        beside="shared",
+        repeats=2,
+    ),
     PublishedRun(
         "Nemotron 3 Super, MTP",
         SUPER,
@@ -84,7 +114,8 @@ PUBLISHED = (
         1280,
         "E",
         depths="/*E/*E",
-        cause="+23% with what it says: experts padded to 1.10, reductions after the passes; no CUDA graphs, not counted",
+        repeats=2,
+        padding=1.1,
     ),
     PublishedRun(
         "Nemotron 3 Super, MTP",
@@ -98,6 +129,8 @@ PUBLISHED = (
         "E",
         "natural",
         depths="/*E/*E",
+        repeats=2,
+        padding=1.1,
     ),
     PublishedRun(
         "Nemotron 3.5 Lightning, MTP",
@@ -141,21 +174,61 @@ PUBLISHED = (
         "-",
         depths="/+E",
     ),
-    PublishedRun("DeepSeek-V3", DEEPSEEK, 256, 1_002, 250 * TERA, _interleaved(4, 8, 64), 1, 512, "full"),
+    PublishedRun(
+        "DeepSeek-V3",
+        DEEPSEEK,
+        256,
+        1_002,
+        250 * TERA,
+        _interleaved(4, 8, 64),
+        1,
+        512,
+        "full",
+        beside="shared",
+        repeats=1,
+    ),
     PublishedRun(
         "DeepSeek-V3",
         DEEPSEEK,
         1024,
         865,
         216 * TERA,
-        _interleaved(4, 8, 64),
+        _interleaved(4, 4, 64),  # by its recipe; the table of speeds has 8 virtual stages
         1,
         8192,
-        "full",  # not published; it must: without, a rank keeps 127 GiB, and neither + nor E alone makes it fit
+        "full",
+        beside="shared",
+        repeats=1,
+        drains=4,
     ),
-    PublishedRun("Kimi K2", KIMI, 256, 924, 189 * TERA, _interleaved(8, 4, 32), 1, 512, "full"),
-    PublishedRun("Qwen3-30B-A3B", QWEN, 8, 12_040, 277 * TERA, {"expert": 8}, 4, 512, "full"),
-    PublishedRun("Qwen3-30B-A3B", QWEN, 16, 13_011, 299.4 * TERA, {"expert": 16}, 1, 1024, "none"),
+    PublishedRun(
+        "Kimi K2",
+        KIMI,
+        256,
+        924,
+        189 * TERA,
+        _interleaved(8, 4, 32),
+        1,
+        512,
+        "full",
+        beside="shared",
+        repeats=1,
+        drains=2,
+    ),
+    PublishedRun("Qwen3-30B-A3B", QWEN, 8, 12_040, 277 * TERA, {"expert": 8}, 4, 512, "full", repeats=1),
+    PublishedRun(
+        "Qwen3-30B-A3B",
+        QWEN,
+        16,
+        13_011,
+        299.4 * TERA,
+        {"expert": 16},
+        1,
+        1024,
+        "none",
+        beside="blocks",
+        cause="its exchanges run next to another micro-batch's blocks, on 32 multiprocessors; what that costs is not published",
+    ),
     PublishedRun(
         "Qwen3-30B-A3B",
         QWEN,
@@ -167,9 +240,21 @@ PUBLISHED = (
         1024,
         "none",
         "natural",
-        cause="0.67 of the same layout with forced routing; how uneven it routed is not published",
+        cause="0.67 of the forced row, whose exchanges are hidden; how uneven it routed is not published",
     ),
-    PublishedRun("Moonlight 16B-A3B", MOONLIGHT, 16, 22_528, 386.6 * TERA, {"expert": 8}, 2, 1024, "none", "natural"),
+    PublishedRun(
+        "Moonlight 16B-A3B",
+        MOONLIGHT,
+        16,
+        22_528,
+        386.6 * TERA,
+        {"expert": 8},
+        2,
+        1024,
+        "none",
+        "natural",
+        beside="blocks",
+    ),
 )
 
 # In FP8, planned by a recipe and outside of the fits. All linear layers take it there, attention's too, and weights are quantised

@@ -11,21 +11,37 @@ from collections.abc import Callable, Sequence
 from amfm.launch.plan.hardware import Hardware
 
 LEAST = 1e-3  # of an efficiency
-SWEEPS, HALVINGS = 12, 24  # over all efficiencies, and of the range of one
+SWEEPS, SECTIONS = 12, 24  # at most, over all efficiencies, and of the range of one
+SETTLED = 1e-3  # change of each efficiency in a sweep, as a part of it, after which another one is not worth it
 
 
 def fit_efficiencies(hardware: Hardware, fields: Sequence[str], loss: Callable[[Hardware], float]) -> Hardware:
     """The hardware with `fields` (each in (0, 1]) set so that `loss` is least along each of them."""
-    ratio = (5**0.5 - 1) / 2
     for _ in range(SWEEPS):
+        before = [getattr(hardware, field) for field in fields]
         for field in fields:
 
-            def at(power: float, hardware: Hardware = hardware, field: str = field) -> Hardware:
-                return hardware.model_copy(update={field: LEAST**power})
+            def loss_at(power: float, hardware: Hardware = hardware, field: str = field) -> float:
+                return loss(hardware.model_copy(update={field: LEAST**power}))
 
-            low, high = 0.0, 1.0
-            for _ in range(HALVINGS):
-                left, right = high - ratio * (high - low), low + ratio * (high - low)
-                low, high = (low, right) if loss(at(left)) < loss(at(right)) else (left, high)
-            hardware = at(low if low < 1e-3 else (low + high) / 2)
+            hardware = hardware.model_copy(update={field: LEAST ** find_valley(loss_at)})
+        if all(abs(getattr(hardware, field) / old - 1) < SETTLED for field, old in zip(fields, before)):
+            break
     return hardware
+
+
+def find_valley(loss: Callable[[float], float]) -> float:
+    """Where in [0, 1] a function with a single valley is least, by golden sections."""
+    ratio = (5**0.5 - 1) / 2
+    low, high, left, right = 0.0, 1.0, 1.0 - ratio, ratio
+    at_left, at_right = loss(left), loss(right)
+    for _ in range(SECTIONS):
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = loss(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = loss(right)
+    return low if low < 1e-3 else (low + high) / 2

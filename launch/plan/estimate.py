@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from amfm.launch.plan.expert_time import Beside
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.low_precision import narrow_flops_per_token
@@ -24,7 +25,8 @@ class Assumptions:
     `margin`: memory added for fragmentation and small allocations. `overlap`: part of ZeRO-3's gathers and of pipeline
     sends that hides behind compute. `imbalance`: routed rows of the fullest expert rank over the mean. `sent_rows`: of the
     rows that amfm sends to experts, a token's to each rank once, the part that travels; less than 1 where a dispatcher sends
-    it once to a node. `overlaps_experts`: whether they travel in parallel with what the blocks compute, as amfm's do.
+    it once to a node. `beside_experts`: what is computed while they travel, of amfm the shared expert. `repeats`: exchanges of a
+    forward pass that recomputation makes again, 0 to 2. `drains`: times that a pipeline fills and drains in a step.
     `failures_per_day`: of the whole allocation, None: goodput is not asked for; `storage_bytes_per_second`: of the store of
     checkpoints, all ranks together, None: as `launch/plan/failures/goodput.py` assumes.
     """
@@ -33,7 +35,9 @@ class Assumptions:
     overlap: float = 0.5
     imbalance: float = 1.2
     sent_rows: float = 1.0
-    overlaps_experts: bool = True
+    beside_experts: Beside = "shared"
+    repeats: int = 0
+    drains: int = 1
     failures_per_day: float | None = None
     storage_bytes_per_second: float | None = None
 
@@ -97,7 +101,9 @@ def estimate(
         overlap=assumptions.overlap,
         imbalance=assumptions.imbalance,
         sent_rows=assumptions.sent_rows,
-        overlaps_experts=assumptions.overlaps_experts,
+        beside_experts=assumptions.beside_experts,
+        repeats=assumptions.repeats,
+        drains=assumptions.drains,
     )
     train = config.train
     tokens = train.global_batch_size * train.sequence_length

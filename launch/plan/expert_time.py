@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from amfm.launch.plan.activations import Storage, up_rows
 from amfm.launch.plan.blocks.expert_traffic import expert_traffic
@@ -26,6 +26,9 @@ from amfm.launch.plan.roofline import Roofline, add_part
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import RunConfig
 
+# What is computed while rows travel: nothing, the block's shared expert, as in amfm, or blocks of another micro-batch.
+Beside = Literal["nothing", "shared", "blocks"]
+
 
 def expert_exchange_seconds(
     config: RunConfig,
@@ -36,16 +39,18 @@ def expert_exchange_seconds(
     *,
     imbalance: float,
     sent_rows: float,
-    is_overlapped: bool,
+    beside: Beside = "shared",
+    repeats: int = 0,
     block: Mapping[tuple[str, bool], float] = MappingProxyType({}),
 ) -> tuple[float, float]:
     """Seconds of a micro-batch's exchanges over the expert axis: what computing waits for, and what is hidden next to
     it.
 
-    `sent_rows`: the part of planned rows that travels. `is_overlapped`: whether anything is computed meanwhile. `block`: seconds
-    of a block by letter, and whether it has a recipe.
+    `sent_rows`: the part of planned rows that travels. `beside`: what is computed meanwhile. `repeats`: exchanges of a forward
+    pass that recomputation makes again: 1, the way out, or 2, the way home too. `block`: seconds of a block by letter, and
+    whether it has a recipe.
     """
-    if layout.turns > 1 and is_overlapped:
+    if layout.turns > 1 and beside != "nothing":
         return turns_exchange_seconds(config, layout, hardware, storage, held, imbalance, sent_rows, block)
     blocks = held.routed_blocks
     traffic = expert_traffic(config, layout, blocks)
@@ -69,10 +74,14 @@ def expert_exchange_seconds(
             once = waiting_seconds(there + beside_rows, travel, first, experts, last, parts)
             home = travel + beside_rows
             once += waiting_seconds(there, home, backward * last, backward * experts, backward * first, parts)
+            if repeats:
+                once += waiting_seconds(home, travel * (repeats - 1), first, experts, last, parts)
             waited += times * once
-            whole += times * 2 * (there + home)
+            whole += times * (2 * (there + home) + min(repeats, 1) * home + max(repeats - 1, 0) * travel)
     counts = exchange_seconds(traffic.counts, layout, hardware)
-    exposed = waited if is_overlapped else whole
+    if beside == "blocks":
+        waited = max(0.0, whole - sum(block[letter, False] for letter in held.letters))
+    exposed = whole if beside == "nothing" else waited
     return counts + exposed, whole - exposed
 
 

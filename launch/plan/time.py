@@ -23,7 +23,7 @@ from amfm.launch.plan.exchanges.seconds import (
     total_seconds,
 )
 from amfm.launch.plan.exchanges.stage import reduction_exchanges
-from amfm.launch.plan.expert_time import expert_exchange_seconds
+from amfm.launch.plan.expert_time import Beside, expert_exchange_seconds
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from amfm.launch.plan.low_precision import kept_passes, narrow_kinds, planned_recipes
@@ -156,7 +156,9 @@ def estimate_step(
     overlap: float,
     imbalance: float = 1.0,
     sent_rows: float = 1.0,
-    overlaps_experts: bool = True,
+    beside_experts: Beside = "shared",
+    repeats: int = 0,
+    drains: int = 1,
     stage: int | None = None,
 ) -> StepTime:
     """Seconds of one step of a pipeline stage, the slowest where none is named.
@@ -165,7 +167,8 @@ def estimate_step(
     parallel with the last backward pass under ZeRO-1 (each under ZeRO-2), gathers of weights next to the first forward
     pass. `imbalance`: routed rows of the fullest rank over the mean. `sent_rows`: the part of rows that travels to
     experts, of those that amfm sends.
-    `overlaps_experts`: whether that runs in parallel with what their blocks compute.
+    `beside_experts`: what is computed while they travel. `repeats`: of `expert_exchange_seconds`. `drains`: times that a
+    pipeline fills and drains.
     """
     every = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
     narrow = frozenset(config.low_precision.narrow_blocks(config.model.letters))
@@ -187,11 +190,12 @@ def estimate_step(
             held,
             imbalance=imbalance,
             sent_rows=sent_rows,
-            is_overlapped=overlaps_experts,
+            beside=beside_experts,
+            repeats=repeats,
             block=block,
         )
         blocks = seconds_by_letter(held, held.narrow_letters(narrow), block)
-        found.append(_estimate_stage(config, layout, hardware, storage, held, blocks, overlap, experts))
+        found.append(_estimate_stage(config, layout, hardware, storage, held, blocks, overlap, experts, drains))
     # Stages wait for each other at every step, so the slowest sets the pace.
     return max(found, key=StepTime.total)
 
@@ -217,6 +221,7 @@ def _estimate_stage(
     block: dict[str, float],
     overlap: float,
     experts: tuple[float, float],
+    drains: int,
 ) -> StepTime:
     """All parts of a step for one pipeline stage, from the seconds of all blocks of each kind.
 
@@ -233,7 +238,9 @@ def _estimate_stage(
     communication = {axis: passes * seconds for axis, seconds in one_pass.items() if seconds}
     busy = (sum(compute.values()) + sum(communication.values())) / passes
     # Idle time of a rank while the pipeline fills and drains, in passes of one micro-batch.
-    bubble = (layout.pipeline - 1) / layout.virtual_stages * busy / (3 if layout.schedule == "zero_bubble" else 1)
+    bubble = (
+        drains * (layout.pipeline - 1) / layout.virtual_stages * busy / (3 if layout.schedule == "zero_bubble" else 1)
+    )
     gathers = 0.0
     if layout.zero_stage == 3:
         # Forward and backward of each micro-batch, block by block.

@@ -74,6 +74,22 @@ def test_a_dispatcher_sends_a_token_once_a_node(anchors):
     assert sent_rows(moe, 8, 8) == 1.0
 
 
+def test_a_padded_row_has_its_padding_and_no_luck_of_routing(anchors):
+    padded = [anchor for anchor in anchors if anchor.published.padding > 1.0]
+    assert {anchor.published.routing for anchor in padded} == {"forced", "natural"}
+    assert {anchor.assumptions.imbalance for anchor in padded} == {1.1}
+    assert len({anchor.plan(THEIRS).step.total() for anchor in padded}) == 1
+    for anchor in anchors:
+        if anchor not in padded:
+            assert anchor.assumptions.imbalance == (1.2 if anchor.published.routing == "natural" else 1.0)
+
+
+def test_memory_is_what_the_plan_finds_without_being_given_it():
+    anchor = load_anchor(PUBLISHED[0], CONFIGS)
+    found = estimate(anchor.config, anchor.layout, THEIRS, anchor.assumptions)
+    assert anchor.plan(THEIRS) == found
+
+
 def test_the_fit_finds_efficiencies_that_explain_the_speeds():
     runs = [load_anchor(run, CONFIGS) for run in PUBLISHED if run.preset.endswith("qwen3_30b")]
     slow = THEIRS.model_copy(update={"product_efficiency": 0.4, "memory_efficiency": 0.5})

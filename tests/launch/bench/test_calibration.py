@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from amfm.launch.bench.calibration import Check, fit, granite_shape, planned_seconds, run_config, write_hardware
+from amfm.launch.bench.efficiencies import SECTIONS, find_valley
 from amfm.launch.cli import run
 from amfm.launch.plan.hardware import HARDWARE, load_hardware
 from amfm.model.config.feed_forward import FeedForwardConfig
@@ -39,6 +40,18 @@ def test_a_fit_finds_efficiencies_that_explain_the_times_of_a_machine():
         assert planned_seconds(config, found) == pytest.approx(planned_seconds(config, real), rel=1e-3)
     for field, value in KNOWN.items():
         assert getattr(found, field) == pytest.approx(value, rel=1e-2), field
+
+
+@pytest.mark.parametrize("place", [0.0, 0.013, 0.3, 0.71, 1.0])
+def test_a_valley_is_found_with_one_look_a_section(place):
+    looks = []
+
+    def loss(x):
+        looks.append(x)
+        return abs(x - place)
+
+    assert find_valley(loss) == pytest.approx(place, abs=1e-4)
+    assert len(looks) == SECTIONS + 2
 
 
 def test_what_no_efficiency_explains_ends_at_the_peak():

@@ -31,7 +31,7 @@ def test_a_pass_waits_for_what_has_not_arrived_when_it_is_needed():
 
 def exchanged(config, layout, **options):
     held = held_by_stages(config.model, layout, config.train.sequence_length)[0]
-    given = {"imbalance": 1.0, "sent_rows": 1.0, "is_overlapped": True} | options
+    given = {"imbalance": 1.0, "sent_rows": 1.0} | options
     return held, expert_exchange_seconds(config, layout, H100, storage_of(config), held, **given)
 
 
@@ -39,12 +39,38 @@ def test_no_more_is_hidden_than_is_computed_meanwhile_and_nothing_is_lost():
     config = preset("nemotron3_ultra_550b", ranks=1024)
     layout = replace(Layout.of(config, 1024), overlap_experts=False)
     held, (waited, hidden) = exchanged(config, layout)
-    _, (whole, nothing) = exchanged(config, layout, is_overlapped=False)
+    _, (whole, nothing) = exchanged(config, layout, beside="nothing")
     assert nothing == 0.0 < hidden < whole
     assert waited + hidden == pytest.approx(whole)
     first, last, _ = computed_around(config, layout, H100, storage_of(config), 1.0)
     assert hidden <= held.letters.count("E") * 3 * (first + last) * (1 + 1e-9)
     assert exchanged(config, replace(layout, expert=1))[1] == (0.0, 0.0)
+
+
+def test_what_recomputation_sends_again_is_counted_and_hides_like_a_first_pass():
+    config = preset("nemotron3_ultra_550b", ranks=1024)
+    layout = replace(Layout.of(config, 1024), overlap_experts=False)
+    counts = exchanged(config, layout, beside="nothing", sent_rows=0.0)[1][0]
+    whole = [exchanged(config, layout, beside="nothing", repeats=times)[1][0] for times in (0, 1, 2)]
+    # Both ways again are half of a step's exchanges; the way out has weights of choices besides.
+    assert whole[2] - whole[0] == pytest.approx((whole[0] - counts) / 2)
+    assert whole[1] - whole[0] > whole[2] - whole[1] > 0.0
+    beside = [exchanged(config, layout, repeats=times)[1] for times in (0, 1, 2)]
+    assert [sum(seconds) for seconds in beside] == pytest.approx(whole)
+    assert beside[0][1] < beside[1][1] < beside[2][1]
+
+
+def test_exchanges_next_to_another_micro_batch_wait_for_what_its_blocks_do_not_cover():
+    config = preset("nemotron3_ultra_550b", ranks=1024)
+    layout = replace(Layout.of(config, 1024), overlap_experts=False)
+    counts = exchanged(config, layout, beside="nothing", sent_rows=0.0)[1][0]
+    held, (whole, _) = exchanged(config, layout, beside="nothing")
+    for covered, exposed in ((0.25, 0.75), (1.0, 0.0), (3.0, 0.0)):
+        one = covered * (whole - counts) / len(held.letters)
+        block = {(letter, False): one for letter in held.letters}
+        _, (waited, hidden) = exchanged(config, layout, beside="blocks", block=block)
+        assert waited - counts == pytest.approx(exposed * (whole - counts), abs=1e-9)
+        assert waited + hidden == pytest.approx(whole)
 
 
 def test_halves_hide_more_and_cost_what_reads_the_weights_again():

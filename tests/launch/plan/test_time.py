@@ -69,6 +69,16 @@ def test_a_reduction_hides_behind_a_backward_pass_and_zero_2_reduces_in_each():
     assert each.hidden > bucketed.hidden and each.total() > bucketed.total()
 
 
+def test_a_pipeline_that_drains_more_often_idles_as_much_more():
+    config = preset("ladder_8b_a1b")
+    once, often = (
+        estimate_step(config, Layout(64, 1, 1, pipeline=4), H100, storage_of(config), overlap=0.5, drains=drains)
+        for drains in (1, 3)
+    )
+    assert often.bubble == pytest.approx(3 * once.bubble) and once.bubble > 0
+    assert often.total() > once.total()
+
+
 @pytest.mark.parametrize("seconds", [0.5, 3.0, 9.0, 40.0])
 @pytest.mark.parametrize(("pieces", "stages"), [(1, 4), (2, 3), (4, 8)])
 def test_what_is_left_of_a_reduction_is_that_of_a_link_that_serves_piece_after_piece(seconds, pieces, stages):
