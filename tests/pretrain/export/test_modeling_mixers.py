@@ -27,11 +27,9 @@ from tests.helpers.numbers import assert_near, relative_rms
 from tests.model.mixers.samples import ROTARY_FORMS, WINDOW_LINEAR_FORMS, mixer_config, sample_names, sample_options
 from tests.model.small_models import ATTENTION, FEED_FORWARD, MOE, small_config, small_model
 from tests.pretrain.export.exported_models import random_weights
+from tests.pretrain.export.own_forms import FLOAT32, assert_padding_changes_nothing, assert_pieces_are_the_whole
 from tests.pretrain.tiny_run import MODEL
 
-# float32 on both sides: chunks here, token after token there. The largest of MALA's difference of large sums. Our
-# own float32 gradients are 1.1e-4 from float64 for LightNet in a mixture of memories on one processor, theirs 2.2e-5.
-FLOAT32 = 2e-5
 NAMES = sample_names()
 # One inside is enough where what a mixture of memories does is the same for all; LightNet has a state more.
 DECODED = [name for name in NAMES if " over " not in name or name.endswith("lightnet")]
@@ -116,34 +114,13 @@ def assert_same_logits(config: ModelConfig) -> AmfmForCausalLM:
 
 
 @pytest.mark.parametrize("name", DECODED)
-@torch.no_grad()
 def test_a_text_in_pieces_is_the_whole_text(name: str) -> None:
-    _, theirs = both_models(name)
-    tokens_BT = sample_tokens()
-    whole_BTV = theirs(tokens_BT).logits
-    cache, start = None, 0
-    for length in (9, 1, 1, 6, 1, 3):
-        output = theirs(tokens_BT[:, start : start + length], cache=cache, use_cache=True)
-        cache = output.cache
-        assert_near(output.logits, whole_BTV[:, start : start + length], FLOAT32, f"tokens from {start}")
-        start += length
-    assert start == TOKENS
+    assert_pieces_are_the_whole(both_models(name)[1], sample_tokens(), (9, 1, 1, 6, 1, 3))
 
 
 @pytest.mark.parametrize("name", DECODED)
-@torch.no_grad()
 def test_padding_before_a_text_changes_nothing(name: str) -> None:
-    _, theirs = both_models(name)
-    tokens_BT = sample_tokens()
-    mask_BT = torch.ones_like(tokens_BT)
-    mask_BT[1, :8] = 0
-    first, rest = slice(0, 14), slice(14, TOKENS)
-    output = theirs(tokens_BT[:, first], attention_mask=mask_BT[:, first], use_cache=True)
-    following = theirs(tokens_BT[:, rest], attention_mask=mask_BT, cache=output.cache).logits
-    alone = theirs(tokens_BT[1:, 8:]).logits
-    assert output.logits.isfinite().all()
-    assert_near(torch.cat([output.logits[1:, 8:], following[1:]], dim=1), alone, FLOAT32, "the padded row")
-    assert_near(following[:1], theirs(tokens_BT[:1]).logits[:, rest], FLOAT32, "the other row")
+    assert_padding_changes_nothing(both_models(name)[1], sample_tokens(), cut=14)
 
 
 @pytest.mark.parametrize("name", NAMES)

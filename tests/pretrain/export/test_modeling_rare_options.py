@@ -27,10 +27,9 @@ from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.model.mixers.samples import sample_options
 from tests.model.small_models import ATTENTION, MOE, meta_of, small_config, small_model
 from tests.pretrain.export.exported_models import random_weights
+from tests.pretrain.export.own_forms import FLOAT32, assert_padding_changes_nothing, assert_pieces_are_the_whole
 from tests.pretrain.tiny_run import MODEL
 
-# float32 on both sides, in other orders.
-FLOAT32 = 2e-5
 NONE = TokenIds(None, None, None)
 TOKENS = 27
 YARN = {"factor": 4.0, "original_length": 6, "beta_fast": 2.0, "beta_slow": 0.2, "truncate": False}
@@ -121,34 +120,13 @@ def test_logits_and_all_gradients_equal_ours(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@torch.no_grad()
 def test_a_text_in_pieces_is_the_whole_text(name: str) -> None:
-    _, theirs = both_models(name)
-    tokens_BT = sample_tokens()
-    whole_BTV = theirs(tokens_BT).logits
-    cache, start = None, 0
-    for length in (9, 1, 1, 12, 1, 3):
-        output = theirs(tokens_BT[:, start : start + length], cache=cache, use_cache=True)
-        cache = output.cache
-        assert_near(output.logits, whole_BTV[:, start : start + length], FLOAT32, f"tokens from {start}")
-        start += length
-    assert start == TOKENS
+    assert_pieces_are_the_whole(both_models(name)[1], sample_tokens(), (9, 1, 1, 12, 1, 3))
 
 
 @pytest.mark.parametrize("name", MODELS)
-@torch.no_grad()
 def test_padding_before_a_text_changes_nothing(name: str) -> None:
-    _, theirs = both_models(name)
-    tokens_BT = sample_tokens()
-    mask_BT = torch.ones_like(tokens_BT)
-    mask_BT[1, :8] = 0
-    first, rest = slice(0, 17), slice(17, TOKENS)
-    output = theirs(tokens_BT[:, first], attention_mask=mask_BT[:, first], use_cache=True)
-    following = theirs(tokens_BT[:, rest], attention_mask=mask_BT, cache=output.cache).logits
-    alone = theirs(tokens_BT[1:, 8:]).logits
-    assert output.logits.isfinite().all()
-    assert_near(torch.cat([output.logits[1:, 8:], following[1:]], dim=1), alone, FLOAT32, "the padded row")
-    assert_near(following[:1], theirs(tokens_BT[:1]).logits[:, rest], FLOAT32, "the other row")
+    assert_padding_changes_nothing(both_models(name)[1], sample_tokens(), cut=17)
 
 
 @pytest.mark.parametrize("name", MODELS)
