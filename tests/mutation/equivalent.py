@@ -35,6 +35,12 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ): "another size of the pieces: the same sum of integers",
     (
         "pretrain/monitor/corruption.py",
+        "if self.at_rest:",
+        "self.at_rest",
+        "(True)",
+    ): "where nothing is noted nothing has changed: a pass over the state for nothing",
+    (
+        "pretrain/monitor/corruption.py",
         "self.layout.engine.wait_for_weights()",
         "self.layout.engine.wait_for_weights()",
         "pass",

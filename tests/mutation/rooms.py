@@ -45,7 +45,7 @@ ROOMS: dict[str, Room] = {
     ),
     "fragments": Room(
         ("pretrain/checkpoint/fragments.py",),
-        (f"{CHECKPOINT}/test_save.py", f"{CHECKPOINT}/test_frozen.py"),
+        (f"{CHECKPOINT}/test_fragments.py", f"{CHECKPOINT}/test_frozen.py", f"{CHECKPOINT}/test_save.py"),
         (f"{CHECKPOINT}/test_placement.py", "tests/parallel/test_reshard.py", *SLOW),
     ),
     "buckets": Room(("pretrain/engine/buckets.py",), (f"{ENGINE}/test_buckets.py",), ("tests/pretrain/test_ranks.py",)),

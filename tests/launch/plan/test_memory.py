@@ -58,8 +58,9 @@ def test_activations_grow_with_rows_and_one_micro_batch_needs_no_float32_sums():
     (held,) = held_by_stages(config.model, Layout(8, 0, 1), config.train.sequence_length)
     layout, storage = Layout(8, 0, 1), storage_of(config)
     sizes = block_sizes(config, layout, storage, 1.0, held.letters)
-    peaks = [busiest_pass(given, layout, storage, held, sizes)["gradients"] for given in (config, single)]
-    assert peaks[0] == 6 * total and peaks[1] <= 2 * total
+    two = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 16})})
+    peaks = [busiest_pass(given, layout, storage, held, sizes)["gradients"] for given in (config, two, single)]
+    assert peaks[:2] == [6 * total, 6 * total] and peaks[2] <= 2 * total
 
 
 def test_what_is_not_said_is_the_kernels_of_the_device_and_an_even_load():

@@ -9,12 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.packing import PackMeta
 from amfm.pretrain.export.export import ODD_TEXTS, export_checkpoint, find_problems, proof_text, run_proof
 from amfm.pretrain.export.files import ExportPlan, write_export
-from amfm.pretrain.export.verify import compare_logits
+from amfm.pretrain.export.verify import compare_logits, compare_tokens
 from amfm.pretrain.inference.weights import write_weights
 from tests.pretrain.export.exported_models import MODELS, random_weights
 
@@ -64,6 +70,31 @@ def test_another_most_likely_token_is_found_where_one_leads_and_not_in_a_near_ti
         changed_BTV[0, 5, second] = changed_BTV[0, 5, first] + lead
         save_file({"tokens_BT": tokens_BT, "logits_BTV": changed_BTV}, tmp_path / "reference.safetensors")
         assert compare_logits(job, tmp_path)["same_argmax"] is expected, lead
+
+
+def test_texts_are_read_as_training_read_them_and_what_differs_is_counted(tmp_path: Path) -> None:
+    """A tokenizer of letters, without capitals, that begins each text with a token of its own and has a control token."""
+    letters = {token: number for number, token in enumerate(["<s>", "<end>", "?", *"abc<>snd/"])}
+    backend = Tokenizer(WordLevel(letters, unk_token="?"))
+    backend.pre_tokenizer, backend.decoder = Split("", "isolated"), Fuse()
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    saved = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="<end>", unk_token="?", clean_up_tokenization_spaces=False
+    )
+    saved.save_pretrained(tmp_path)
+    job = {"export": str(tmp_path), "remote_code": False}
+    texts: list[tuple[str, list[int], bool]] = [
+        ("abc", [0, 3, 4, 5], True),
+        ("<end>", [0, 6, 2, 9, 10, 7], False),
+        ("bA", [0, 4, 2], False),
+        ("cb", [0, 5, 5, 5], True),
+    ]
+    assert compare_tokens(job | {"texts": texts[:3]}) == {
+        "differing_texts": [], "wrong_ids": 0, "num_ids": 13, "undecoded_texts": []
+    }  # fmt: skip
+    assert compare_tokens(job | {"texts": texts[3:]}) == {
+        "differing_texts": ["cb"], "wrong_ids": 2, "num_ids": 4, "undecoded_texts": ["cb"]
+    }  # fmt: skip
 
 
 def test_what_speaks_against_an_export_is_said(data: DataConfig) -> None:

@@ -53,7 +53,7 @@ def test_every_flipped_bit_changes_a_digest(dtype: torch.dtype) -> None:
 def test_the_owner_then_the_majority_says_which_replica_is_wrong() -> None:
     key = ("working weights", "a", 0, 4)
     three = [({(0, 1, 2): {key: value}}, {}) for value in (7, 8, 7)]
-    assert list(judge_replicas(three)) == [1]
+    assert judge_replicas(three) == {1: ["a [0:4]: working weights differ from those of the other data ranks"]}
     owned = [({(0, 1): {key: value}}, masters) for value, masters in ((7, {}), (8, {key: 8}))]
     assert list(judge_replicas(owned)) == [0]
     two = judge_replicas([({(0, 1): {key: value}}, {}) for value in (7, 8)])
