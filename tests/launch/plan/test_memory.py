@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from amfm.launch.plan.activations import head_bytes
+from amfm.launch.plan.activations import BlockBytes, head_bytes
 from amfm.launch.plan.blocks.cut import cut_of
 from amfm.launch.plan.in_flight import moments_of
 from amfm.launch.plan.layout import Layout, held_by_stages
@@ -212,6 +212,26 @@ def test_gradients_that_others_of_the_same_weight_join_wait_beside_prediction_de
     plain = preset("nemotron3_nano_30b", ranks=64)
     last = held_by_stages(plain.model, Layout.of(plain, 64), plain.train.sequence_length)[-1]
     assert not any(waiting_gradients(plain.model, Layout.of(plain, 64), last, 2, 5.0, 3.0))
+
+    # The fullest moment is in an expert block of the first depth, where experts work with more than anything else takes.
+    storage = storage_of(config)
+    assert storage.lands, "experts leave no gradients of their own"
+    sizes = block_sizes(config, layout, storage, 1.0, held.letters)
+    sizes["E"] = replace(sizes["E"], working=1e6)
+    kept_head, _ = head_bytes(model, storage, layout.tokens(config), layout.tensor, lands=True)
+    working = busiest_pass(config, layout, storage, held, sizes)["working space"]
+    assert working - 1e6 * layout.tokens(config) == pytest.approx(2 * table + kept_head)
+
+
+def test_the_head_of_tensor_ranks_adds_to_its_sum_while_logits_are_there():
+    config = preset("ladder_20m", "parallel.tensor=2", "train.global_batch_size=32")
+    layout, storage, model = Layout.of(config, 8), storage_of(config), config.model
+    assert layout.micro_batches(config) == 1 and storage.lands
+    (held,) = held_by_stages(model, layout, config.train.sequence_length)
+    sizes = {letter: BlockBytes(0.0, 0.0) for letter in held.letters}
+    parts = busiest_pass(config, layout, storage, held, sizes)
+    assert parts["logits"] > 0
+    assert parts["gradients"] == 4 * model.vocab_size * model.hidden_size / 2
 
 
 def test_pieces_of_unequal_size_are_held_in_unequal_numbers():
