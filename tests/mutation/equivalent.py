@@ -76,12 +76,6 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "(excess >= 1)",
     ): "gradients whose norm is the limit are multiplied by 1",
     (
-        "pretrain/engine/buckets.py",
-        "if bucket.group.size() > 1:",
-        "bucket.group.size() > 1",
-        "(bucket.group.size() >= 1)",
-    ): "a rank that is alone gathers its own weights",
-    (
         "pretrain/engine/grad_norm.py",
         "if len(set(copies)) == 1:",
         "len(set(copies)) == 1",

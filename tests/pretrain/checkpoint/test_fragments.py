@@ -52,17 +52,16 @@ def test_what_was_never_stepped_has_moments_of_zero_at_step_zero(parallel: Paral
 def test_settings_of_groups_pass_through_json_and_back(parallel: Parallel) -> None:
     engine = make_engine(parallel)
     run_steps(engine, 0, 1)
-    engine.adamw.param_groups[0]["lr"] = torch.tensor(0.25)
+    engine.adamw.param_groups[0].update(lr=torch.tensor(0.25), betas=(torch.tensor(0.5), 0.75))
     settings = json.loads(json.dumps(collect_group_settings(engine.deepspeed)))
     assert set(settings) == {"decay", "no_decay"}
     first = engine.adamw.param_groups[0]
-    assert settings[first["label"]]["lr"] == 0.25 and settings[first["label"]]["betas"] == list(first["betas"])
-    before = first["betas"]
+    assert settings[first["label"]]["lr"] == 0.25 and settings[first["label"]]["betas"] == [0.5, 0.75]
     first.update(lr=1.0, betas=(0.0, 0.0))
     restore_group_settings(engine.deepspeed, settings)
-    assert first["lr"] == 0.25 and first["betas"] == before and isinstance(first["betas"], tuple)
+    assert first["lr"] == 0.25 and first["betas"] == (0.5, 0.75)
     for group in engine.adamw.param_groups:
-        group.update(label="decay", lr=0.5, weight_decay=0.0)
+        group.update(label="decay", lr=0.5, betas=(0.5, 0.75), weight_decay=0.0)
     assert set(collect_group_settings(engine.deepspeed)) == {"decay"}
     engine.adamw.param_groups[-1]["lr"] = 0.125
     with pytest.raises(AssertionError, match="two groups of label decay have different settings"):
