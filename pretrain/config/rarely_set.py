@@ -97,7 +97,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "schedule": "decay_shape",
     },
     "docs/parallelism.md": {
-        "parallel": "expert_tensor expert_room offload_optimizer",
+        "parallel": "expert_tensor offload_optimizer",
         "train": "gradient_sums",
     },
     "docs/structure.md": {

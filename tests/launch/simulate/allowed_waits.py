@@ -7,6 +7,7 @@ from amfm.model.moe.capacity import slots_for
 from amfm.pretrain.config.schema import RunConfig
 
 LIST = Path(__file__).with_name("host_waits.txt")
+COUNTED = "experts that are spread and counted"  # the heading of the waits for rows, in every block
 
 
 def waits_by_section() -> dict[str, set[str]]:
@@ -30,7 +31,7 @@ def sections_of(config: RunConfig) -> set[str]:
     if config.train.precision == "bf16":
         found |= {f"{name} in bf16" for name in found}
     if "E" in letters and section.expert > 1 and section.expert_room is None and not has_slots(config):
-        found.add("experts that are spread and counted")
+        found.add(COUNTED)
     return found
 
 

@@ -5,7 +5,7 @@ import pytest
 from amfm.launch.plan.hardware import GIB
 from amfm.launch.simulate.trace import trace_run
 from tests.launch.plan.presets import PRESETS, headers, preset, preset_gpus
-from tests.launch.simulate.allowed_waits import expected_waits, unnumbered
+from tests.launch.simulate.allowed_waits import COUNTED, expected_waits, sections_of, unnumbered
 
 # Every layout that a header says was traced, by one of the training stages that it is for.
 STATED = [(name, (header.stages or (None,))[0]) for name in PRESETS for header in headers(name) if header.ranks]
@@ -31,6 +31,11 @@ def test_a_preset_is_traced_as_its_header_says(name, stage):
     header = next(header for header in headers(name) if stage in (header.stages or (None,)))
     traced = {entry.rank: entry.peak_bytes / GIB for entry in trace(name, preset_gpus(name), stage)}
     assert traced == pytest.approx({rank: found for rank, (_, found) in header.ranks.items()}, rel=0.01, abs=0.06)
+
+
+@pytest.mark.parametrize("name", ["nemotron3_super_120b", "nemotron3_super_nvfp4"])
+def test_super_waits_for_no_rows_of_experts(name):
+    assert COUNTED not in sections_of(preset(name, ranks=preset_gpus(name)))
 
 
 @pytest.mark.slow
