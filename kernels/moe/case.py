@@ -233,6 +233,7 @@ def launches() -> Iterator[KernelLaunch]:
         yield kernel_launch(name, kernels.sum_choices_kernel, types, constants, products.SUM_TILE)
     types |= {"x": "*bf16", "d_rows": "*bf16"}
     yield kernel_launch("rows spread", copies.spread_rows_kernel, types, {}, copies.COPY_TILE)
+    yield kernel_launch("rows cleared", copies.clear_gaps_kernel, types | {"gaps": "*u8"}, {}, copies.COPY_TILE)
     yield kernel_launch("rows weighted sum, backward", copies.combine_backward_kernel, types, {}, copies.COPY_TILE)
     yield from _sort_launches()
 

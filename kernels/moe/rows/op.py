@@ -23,14 +23,14 @@ class SortedChoices:
     """Choices of R tokens sorted by expert: how many each expert got, and where each stands.
 
     `counts_E` int64. `order` int64, the choice (token * K + number) at each sorted place, R * K at one without a choice, for
-    the torch backend; `places` [R * K] int32, the place of each choice, for Triton. `has_gaps`: whether places may be without
-    a choice.
+    the torch backend; `places` [R * K] int32, the place of each choice, for Triton, and `gaps` [S] bool, the places without a
+    choice, None where there are none.
     """
 
     counts_E: Tensor
     order: Tensor | None
     places: Tensor | None
-    has_gaps: bool = False
+    gaps: Tensor | None = None
 
 
 def choose_ranks(expert_ids_RK: Tensor, experts_a_rank: int, num_ranks: int) -> Tensor:
@@ -66,6 +66,7 @@ def put_in_slots(choices: SortedChoices, expert_ids_RK: Tensor, slots: int, part
     counts_E = choices.counts_E
     begins_E = counts_E.cumsum(0) - counts_E
     num_experts, width = len(counts_E) - 1, slots // parts
+    number_N = torch.arange(slots, device=expert_ids_RK.device)
     if choices.places is not None:
         flat_S = expert_ids_RK.flatten()
         number_S = choices.places - begins_E[flat_S]
@@ -73,13 +74,18 @@ def put_in_slots(choices: SortedChoices, expert_ids_RK: Tensor, slots: int, part
         place_S = (part_S * num_experts + flat_S) * width + number_S - part_S * width
         lost_S = num_experts * slots + number_S
         places = torch.where(flat_S < num_experts, place_S, lost_S).to(torch.int32)
-        return SortedChoices(counts_E, None, places, has_gaps=True)
+        is_gap_EN = number_N >= counts_E[:-1, None]
+        return SortedChoices(counts_E, None, places, _by_part(is_gap_EN, parts))
     assert choices.order is not None, "choices are sorted for one of the backends"
-    order_S, number_N = choices.order, torch.arange(slots, device=expert_ids_RK.device)
+    order_S = choices.order
     places_EN = (number_N + begins_E[:-1, None]).clamp(max=len(order_S) - 1)
     filled_EN = torch.where(number_N < counts_E[:-1, None], order_S[places_EN], len(order_S))
-    order_S = filled_EN.unflatten(1, (parts, width)).transpose(0, 1).flatten()
-    return SortedChoices(counts_E, order_S, None, has_gaps=True)
+    return SortedChoices(counts_E, _by_part(filled_EN, parts), None)
+
+
+def _by_part(slots_EN: Tensor, parts: int) -> Tensor:
+    """What is given for each slot of each expert, in the order in which slots stand: [S]."""
+    return slots_EN.unflatten(1, (parts, -1)).transpose(0, 1).flatten()
 
 
 def gather_choices(x_RD: Tensor, choices: SortedChoices, count: int, top_k: int) -> Tensor:
@@ -93,7 +99,7 @@ def gather_choices(x_RD: Tensor, choices: SortedChoices, count: int, top_k: int)
     check_shape("places", choices.places, (x_RD.shape[0] * top_k,), x_RD)
     from amfm.kernels.moe.rows.triton_impl import spread_rows_triton
 
-    return spread_rows_triton(x_RD, choices.places, count, top_k, choices.has_gaps)
+    return spread_rows_triton(x_RD, choices.places, count, top_k, choices.gaps)
 
 
 def combine_choices(rows_SD: Tensor, choices: SortedChoices, weights_RK: Tensor) -> Tensor:
@@ -104,7 +110,7 @@ def combine_choices(rows_SD: Tensor, choices: SortedChoices, weights_RK: Tensor)
     check_shape("places", choices.places, (weights_RK.numel(),), rows_SD)
     from amfm.kernels.moe.rows.triton_impl import combine_rows_triton
 
-    return combine_rows_triton(rows_SD, choices.places, weights_RK, choices.has_gaps)
+    return combine_rows_triton(rows_SD, choices.places, weights_RK, choices.gaps)
 
 
 def add_choices(rows_SD: Tensor, choices: SortedChoices, tokens: int, top_k: int) -> Tensor:
@@ -115,7 +121,7 @@ def add_choices(rows_SD: Tensor, choices: SortedChoices, tokens: int, top_k: int
     check_shape("places", choices.places, (tokens * top_k,), rows_SD)
     from amfm.kernels.moe.rows.triton_impl import add_rows_triton
 
-    return add_rows_triton(rows_SD, choices.places, tokens, top_k, choices.has_gaps)
+    return add_rows_triton(rows_SD, choices.places, tokens, top_k, choices.gaps)
 
 
 def sort_rows(expert_S: Tensor, num_experts: int, *, backend: str = "torch") -> Tensor:

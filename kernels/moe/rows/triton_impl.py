@@ -1,7 +1,8 @@
 """Rows by choice as Triton operations: one read of a token's row for all its copies, one sum a token, no atomics.
 
 Every kernel walks tokens, and finds a token's rows by the places of its choices. So backward of the weighted sum reads the
-gradient of a token once for the gradients of all its rows and weights, and nothing has to be cleared before.
+gradient of a token once for the gradients of all its rows and weights, and nothing has to be cleared before but the places
+that no choice has.
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.
@@ -67,35 +68,54 @@ def combine_backward_kernel(
         tl.store(d_weights + at, d_weight.to(d_weights.dtype.element_ty), mask=token < tokens)
 
 
-def spread_rows_triton(x_RD: Tensor, places: Tensor, count: int, top_k: int, has_gaps: bool = False) -> Tensor:
+@triton.jit(do_not_specialize=["rows"])
+def clear_gaps_kernel(gaps, rows_SD, rows, model, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """rows[place] = 0 for every place that is a gap.
+
+    Grid: place blocks; most have no gap, and write nothing.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_gap = tl.load(gaps + row, mask=row < rows, other=0) != 0
+    for begin in range(0, model, BLOCK_N):
+        column = begin + tl.arange(0, BLOCK_N)
+        zero = tl.zeros((BLOCK_M, BLOCK_N), rows_SD.dtype.element_ty)
+        given = is_gap[:, None] & (column[None, :] < model)
+        tl.store(rows_SD + row[:, None] * model + column[None, :], zero, mask=given)
+
+
+def spread_rows_triton(x_RD: Tensor, places: Tensor, count: int, top_k: int, gaps: Tensor | None = None) -> Tensor:
     """Rows [count, D], each a copy of its token's row, zeros at gaps; for float32, bfloat16 and float16."""
     dot_dtype(x_RD.dtype)  # refuses float64
-    return _spread(x_RD, places, count, top_k, has_gaps)
+    return _spread(x_RD, places, count, top_k, gaps)
 
 
-def add_rows_triton(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int, has_gaps: bool = False) -> Tensor:
+def add_rows_triton(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int, gaps: Tensor | None = None) -> Tensor:
     """Sums of rows [S, D] by token, [R, D], for float32, bfloat16 and float16; without gaps each row is some token's."""
     dot_dtype(rows_SD.dtype)
-    return _add(rows_SD, places, tokens, top_k, has_gaps)
+    return _add(rows_SD, places, tokens, top_k, gaps)
 
 
-def combine_rows_triton(rows_SD: Tensor, places: Tensor, weights_RK: Tensor, has_gaps: bool = False) -> Tensor:
+def combine_rows_triton(rows_SD: Tensor, places: Tensor, weights_RK: Tensor, gaps: Tensor | None = None) -> Tensor:
     """Weighted sums of rows [S, D] by token, [R, D], for float32, bfloat16 and float16."""
     dot_dtype(rows_SD.dtype)
-    return _combine(rows_SD, places, weights_RK, has_gaps)
+    return _combine(rows_SD, places, weights_RK, gaps)
 
 
-def _empty_rows(like: Tensor, rows: int, model: int, has_gaps: bool) -> Tensor:
-    """Memory for rows: cleared where some are not written, because what they hold is multiplied by zero later."""
-    return like.new_zeros(rows, model) if has_gaps else like.new_empty(rows, model)
+def _empty_rows(like: Tensor, rows: int, model: int, gaps: Tensor | None) -> Tensor:
+    """Memory for rows, cleared at gaps, which no one writes, because what they hold is multiplied by zero later."""
+    rows_SD = like.new_empty(rows, model)
+    if gaps is not None and rows_SD.numel():
+        grid = (triton.cdiv(rows, COPY_TILE["BLOCK_M"]),)
+        clear_gaps_kernel[grid](gaps.view(torch.uint8), rows_SD, rows, model, **COPY_TILE)
+    return rows_SD
 
 
 @torch.library.custom_op("amfm::spread_rows_triton", mutates_args=())
-def _spread(x_RD: Tensor, places: Tensor, count: int, top_k: int, has_gaps: bool) -> Tensor:
+def _spread(x_RD: Tensor, places: Tensor, count: int, top_k: int, gaps: Tensor | None) -> Tensor:
     """Copies [count, D] of rows of x [R, D]; places [R * K] int32."""
     x_RD = x_RD.contiguous()
     tokens, model = x_RD.shape
-    rows_SD = _empty_rows(x_RD, count, model, has_gaps)
+    rows_SD = _empty_rows(x_RD, count, model, gaps)
     if rows_SD.numel() and tokens:
         grid = (triton.cdiv(tokens, COPY_TILE["BLOCK_M"]), triton.cdiv(model, COPY_TILE["BLOCK_N"]))
         spread_rows_kernel[grid](x_RD, places, rows_SD, tokens, count, model, top_k, **COPY_TILE)
@@ -103,12 +123,12 @@ def _spread(x_RD: Tensor, places: Tensor, count: int, top_k: int, has_gaps: bool
 
 
 @_spread.register_fake
-def _(x_RD: Tensor, places: Tensor, count: int, top_k: int, has_gaps: bool) -> Tensor:
+def _(x_RD: Tensor, places: Tensor, count: int, top_k: int, gaps: Tensor | None) -> Tensor:
     return x_RD.new_empty(count, x_RD.shape[1])
 
 
 @torch.library.custom_op("amfm::add_rows_triton", mutates_args=())
-def _add(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int, has_gaps: bool) -> Tensor:
+def _add(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int, gaps: Tensor | None) -> Tensor:
     """Each token's rows added up: [R, D]; also the gradient of what `_spread` copies, as that is of this sum.
 
     Gaps concern backward alone.
@@ -117,21 +137,21 @@ def _add(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int, has_gaps: boo
 
 
 @_add.register_fake
-def _(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int, has_gaps: bool) -> Tensor:
+def _(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int, gaps: Tensor | None) -> Tensor:
     return rows_SD.new_empty(tokens, rows_SD.shape[1])
 
 
 def _save_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep the places."""
-    rows_SD, places, _, ctx.top_k, ctx.has_gaps = inputs
+    rows_SD, places, _, ctx.top_k, gaps = inputs
     ctx.rows = rows_SD.shape[0]
-    ctx.save_for_backward(places)
+    ctx.save_for_backward(places, gaps)
 
 
 def _differentiate_add(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
     """Gradient of the rows."""
-    (places,) = ctx.saved_tensors
-    return _spread(d_y, places, ctx.rows, ctx.top_k, ctx.has_gaps), None, None, None, None
+    places, gaps = ctx.saved_tensors
+    return _spread(d_y, places, ctx.rows, ctx.top_k, gaps), None, None, None, None
 
 
 _add.register_autograd(_differentiate_add, setup_context=_save_add)
@@ -139,22 +159,22 @@ _add.register_autograd(_differentiate_add, setup_context=_save_add)
 
 def _save_spread(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep the places."""
-    x_RD, places, _, ctx.top_k, _ = inputs
+    x_RD, places, _, ctx.top_k, gaps = inputs
     ctx.tokens = x_RD.shape[0]
-    ctx.save_for_backward(places)
+    ctx.save_for_backward(places, gaps)
 
 
 def _differentiate_spread(ctx: Any, d_rows: Tensor) -> tuple[Tensor | None, ...]:
     """Gradient of x."""
-    (places,) = ctx.saved_tensors
-    return _add(d_rows, places, ctx.tokens, ctx.top_k, True), None, None, None, None
+    places, gaps = ctx.saved_tensors
+    return _add(d_rows, places, ctx.tokens, ctx.top_k, gaps), None, None, None, None
 
 
 _spread.register_autograd(_differentiate_spread, setup_context=_save_spread)
 
 
 @torch.library.custom_op("amfm::combine_rows_triton", mutates_args=())
-def _combine(rows_SD: Tensor, places: Tensor, weights_RK: Tensor, has_gaps: bool) -> Tensor:
+def _combine(rows_SD: Tensor, places: Tensor, weights_RK: Tensor, gaps: Tensor | None) -> Tensor:
     """Weighted sums [R, D]; gaps concern backward alone."""
     tokens, top_k = weights_RK.shape
     return sum_choices(rows_SD.contiguous(), places, weights_RK.contiguous(), tokens, top_k)
@@ -167,13 +187,13 @@ def _(given: Any) -> Tensor:
 
 @torch.library.custom_op("amfm::combine_rows_triton_backward", mutates_args=())
 def _combine_backward(
-    d_y: Tensor, rows_SD: Tensor, places: Tensor, weights_RK: Tensor, has_gaps: bool
+    d_y: Tensor, rows_SD: Tensor, places: Tensor, weights_RK: Tensor, gaps: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of rows and weights."""
     d_y, rows_SD, weights_RK = d_y.contiguous(), rows_SD.contiguous(), weights_RK.contiguous()
     tokens, top_k = weights_RK.shape
     rows, model = rows_SD.shape
-    d_rows, d_weights = _empty_rows(rows_SD, rows, model, has_gaps), torch.empty_like(weights_RK)
+    d_rows, d_weights = _empty_rows(rows_SD, rows, model, gaps), torch.empty_like(weights_RK)
     if weights_RK.numel():
         combine_backward_kernel[(triton.cdiv(tokens, COPY_TILE["BLOCK_M"]),)](
             d_y, rows_SD, places, weights_RK, d_rows, d_weights, tokens, rows, model, top_k, **COPY_TILE

@@ -16,6 +16,7 @@ from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.roofline import Roofline, add_feed_forward, add_part
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.structure import matrices_of
+from amfm.model.moe.spread import expected_ranks
 
 
 class PlannedMoe(PlannedBlock):
@@ -49,11 +50,11 @@ class PlannedMoe(PlannedBlock):
         is_spread = layout.expert > 1
         if is_spread and static_slots(self.config, layout) is None:
             # To rows for other ranks and home from them, twice each; there sums over choices of products in expert order.
-            sent = sent_rows(self.config, layout)
-            # Places, which may be empty, are cleared before rows are put into them, and are as many on every rank.
-            touched, uneven = (3, imbalance) if layout.expert_room is None else (4, 1.0)
+            sent, reached = sent_rows(self.config, layout), expected_ranks(moe, layout.expert)
+            # Places are as many on every rank, and empty ones are cleared.
+            uneven, empty = (imbalance, 0.0) if layout.expert_room is None else (1.0, sent - reached)
             arrived = layout.expert_tensor * (imbalance * moe.top_k + uneven * sent)
-            line.passes(2 * routed * (touched * sent + arrived + 1) * width * e)
+            line.passes(2 * routed * (3 * sent + empty + arrived + 1) * width * e)
         elif not is_spread and storage.backend == "triton":
             # Sums over choices of products in expert order, of results and of gradients; rows are read where they lie.
             line.passes(2 * tokens * (moe.top_k + 1) * width * e)

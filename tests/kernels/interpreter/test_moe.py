@@ -384,6 +384,8 @@ def test_registration_is_complete():
     assert_registered(
         triton_experts._forward, x, None, None, rows.pairs, None, rows.offsets_E, up, down, "swiglu_oai@7.0", 6
     )
-    assert_registered(rows_triton._spread, x, pairs.places, 12, 2, False)
-    assert_registered(rows_triton._add, torch.randn(12, 8, requires_grad=True), pairs.places, 6, 2, False)
-    assert_registered(rows_triton._combine, torch.randn(12, 8, requires_grad=True), pairs.places, weights, False)
+    assert_registered(rows_triton._spread, x, pairs.places, 12, 2, None)
+    assert_registered(
+        rows_triton._add, torch.randn(12, 8, requires_grad=True), pairs.places, 6, 2, torch.zeros(12, dtype=torch.bool)
+    )
+    assert_registered(rows_triton._combine, torch.randn(12, 8, requires_grad=True), pairs.places, weights, None)
