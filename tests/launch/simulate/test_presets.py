@@ -33,8 +33,8 @@ def test_a_preset_is_traced_as_its_header_says(name, stage):
     assert traced == pytest.approx({rank: found for rank, (_, found) in header.ranks.items()}, rel=0.01, abs=0.06)
 
 
-@pytest.mark.parametrize("name", ["nemotron3_super_120b", "nemotron3_super_nvfp4"])
-def test_super_waits_for_no_rows_of_experts(name):
+@pytest.mark.parametrize("name", ["nemotron3_nano_30b", "nemotron3_super_120b", "nemotron3_super_nvfp4"])
+def test_nano_and_super_wait_for_no_rows_of_experts(name):
     assert COUNTED not in sections_of(preset(name, ranks=preset_gpus(name)))
 
 
