@@ -76,11 +76,11 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "(excess >= 1)",
     ): "gradients whose norm is the limit are multiplied by 1",
     (
-        "pretrain/engine/grad_norm.py",
-        "if len(set(copies)) == 1:",
-        "len(set(copies)) == 1",
-        "(False)",
-    ): "one number of copies for all elements becomes one for each: the same norm",
+        "model/moe/by_rank.py",
+        "if room is not None and room.is_open:",
+        "room is not None and room.is_open",
+        "(room is not None)",
+    ): "what passes outside of a step note is gone when a step's begin",
     (
         "pretrain/engine/grad_norm.py",
         "numel = max(0, min(length, parameter.ds_numel - start))",

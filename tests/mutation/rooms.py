@@ -54,7 +54,7 @@ ROOMS: dict[str, Room] = {
         ("tests/pretrain/test_ranks.py", "tests/pretrain/test_pipeline.py", "tests/parallel/test_layouts.py"),
     ),
     "grad_norm": Room(
-        ("pretrain/engine/grad_norm.py",), ("tests/pretrain/test_ranks.py", f"{ENGINE}/test_offload.py"),
+        ("pretrain/engine/grad_norm.py",), (f"{ENGINE}/test_grad_norm.py", "tests/pretrain/test_ranks.py", f"{ENGINE}/test_offload.py"),
         ("tests/pretrain/test_pipeline.py", "tests/parallel/test_layouts.py"),
     ),
     "step_sums": Room(
