@@ -26,6 +26,7 @@ from amfm.model.huggingface.latent.layers import (
 )
 from amfm.model.huggingface.latent.weights import latent_map
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS
+from amfm.model.huggingface.refusals import OUR_CONVERTER, Refusal
 
 KIND = LatentClass(
     name="deepseek_v3",
@@ -58,6 +59,8 @@ def deepseek_v3_fields(config: ModelConfig) -> dict[str, Any]:
         parameters |= {"mscale": options.yarn.mscale, "mscale_all_dim": options.yarn.mscale}
     own = {"rope_interleave": True, "num_nextn_predict_layers": 0, "rope_parameters": parameters}
     own |= flat_rope_fields(parameters)
+    # The class has them fixed. Without them vLLM scores experts by a softmax and reads no biases, and llama.cpp refuses the file.
+    own |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     return latent_fields(config, KIND) | own | expert_fields(config, KIND)
 
 
@@ -95,6 +98,12 @@ def deepseek_v3_map(config: ModelConfig) -> WeightMap:
     return latent_map(config, KIND)
 
 
+def deepseek_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
+    """Name the programs that are known to refuse a model of the class, or of deepseek_v32."""
+    rule = f'its converter loads no class of DeepSeek and ends with "AttributeError: DSPARK_MARKOV_W1"; {OUR_CONVERTER}'
+    return [Refusal("llama.cpp", rule, True)]
+
+
 def _limits(config: ModelConfig) -> list[str]:
     return [IGNORED_ARGUMENTS]
 
@@ -109,5 +118,6 @@ CLASS = HfTarget(
     read=model_config_from_deepseek_v3,
     weights=deepseek_v3_map,
     is_skipped=is_prediction_layer,
+    refusals=deepseek_refusals,
     limits=_limits,
 )

@@ -31,6 +31,7 @@ from amfm.model.huggingface.fields import (
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER, packed_rows
 from amfm.model.huggingface.qwen3_next_weights import GatedEntry
+from amfm.model.huggingface.refusals import Refusal, misses_sentencepiece, norms_groups_together
 from amfm.model.huggingface.shapes import block_shapes
 
 HEADS = ("(M&*)", "(*&M)")
@@ -172,6 +173,20 @@ def _dense_entries(ours: str, layer: str) -> Iterator[WeightEntry]:
     yield WeightEntry(f"{ours}mixer.down_proj.weight", (f"{layer}feed_forward.down_proj.weight",))
 
 
+def falcon_h1_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
+    """Name the programs that are known to refuse or misread a model of the class."""
+    mamba, attention = config.mamba, config.attention
+    assert mamba is not None and attention is not None, "every layer has both"
+    found = misses_sentencepiece("falcon_h1", tokenizer_kind) + norms_groups_together(mamba.num_groups)
+    if attention.softmax_scale is not None:
+        rule = (
+            f"model.attention.softmax_scale={attention.softmax_scale} gives other numbers without a word, because it does not read "
+            "key_multiplier; train without it for mlx-lm"
+        )
+        found.append(Refusal("mlx-lm", rule, misreads=True))
+    return found
+
+
 def limits(config: ModelConfig) -> list[str]:
     """What the class does not do."""
     return [packed_rows("Mamba2"), NO_CLASSIFIER, IGNORED_ARGUMENTS]
@@ -185,5 +200,6 @@ CLASS = HfTarget(
     fields=falcon_h1_fields,
     read=model_config_from_falcon_h1,
     weights=falcon_h1_map,
+    refusals=falcon_h1_refusals,
     limits=limits,
 )

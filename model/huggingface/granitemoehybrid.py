@@ -36,7 +36,7 @@ from amfm.model.huggingface.fields import (
 )
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER, packed_rows
-from amfm.model.huggingface.refusals import Refusal, misses_sentencepiece
+from amfm.model.huggingface.refusals import Refusal, misses_sentencepiece, norms_groups_together
 from amfm.model.huggingface.shapes import block_shapes
 
 # Classes that hold what this one does not.
@@ -269,14 +269,9 @@ def granite_map(config: ModelConfig) -> WeightMap:
 def granite_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
     """Name the programs that are known to refuse a model of the class."""
     refusals = misses_sentencepiece("granitemoehybrid", tokenizer_kind)
-    if config.mamba is None or "M" not in config.letters or config.mamba.num_groups == 1:
+    if config.mamba is None or "M" not in config.letters:
         return refusals
-    groups = config.mamba.num_groups
-    rule = (
-        f"model.mamba.num_groups={groups} gives other numbers without a word, because it norms all groups together; train with "
-        "num_groups: 1 for mlx-lm"
-    )
-    return [*refusals, Refusal("mlx-lm", rule, misreads=True)]
+    return refusals + norms_groups_together(config.mamba.num_groups)
 
 
 def _limits(config: ModelConfig) -> list[str]:

@@ -32,7 +32,7 @@ from amfm.model.huggingface.fields import (
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER
 from amfm.model.huggingface.qwen3_next_weights import GatedEntry, gated_experts
-from amfm.model.huggingface.refusals import Refusal
+from amfm.model.huggingface.refusals import Refusal, misses_sentencepiece
 
 LAYER_TYPES = {"C": "conv", "*": "full_attention"}
 LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}
@@ -85,6 +85,12 @@ def lfm2_fields(config: ModelConfig) -> dict[str, Any]:
         "model_type": "lfm2",
         "intermediate_size": config.feed_forward.hidden_size,
         "block_auto_adjust_ff_dim": False,
+        # What mlx-lm and vLLM ask for, after the released config.json: other names of the width, and numbers of the
+        # adjustment.
+        "block_dim": config.hidden_size,
+        "conv_dim": config.hidden_size,
+        "block_multiple_of": 256,
+        "block_ffn_dim_multiplier": 1.0,
     }
 
 
@@ -225,6 +231,11 @@ def refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
     return found
 
 
+def lfm2_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
+    """Name the programs that are known to refuse a model of the class."""
+    return misses_sentencepiece("lfm2", tokenizer_kind) + refusals(config, tokenizer_kind)
+
+
 CLASS = HfTarget(
     name="lfm2",
     model_type="lfm2",
@@ -233,6 +244,6 @@ CLASS = HfTarget(
     fields=lfm2_fields,
     read=model_config_from_lfm2,
     weights=lfm2_map,
-    refusals=refusals,
+    refusals=lfm2_refusals,
     limits=limits,
 )

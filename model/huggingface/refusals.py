@@ -48,3 +48,14 @@ def misses_sentencepiece(target: str, tokenizer_kind: str) -> list[Refusal]:
     """Name the classes in whose folders the converter does not look for a SentencePiece model."""
     rule = f'does not look for tokenizer.model in {target} and ends with "BPE pre-tokenizer was not recognized"'
     return refused_tokenizer(rule, tokenizer_kind)
+
+
+def norms_groups_together(num_groups: int) -> list[Refusal]:
+    """mlx-lm's classes with Mamba2 that norm all groups of it together, where there are several."""
+    if num_groups == 1:
+        return []
+    rule = (
+        f"model.mamba.num_groups={num_groups} gives other numbers without a word, because it norms all groups together; train with "
+        "num_groups: 1 for mlx-lm"
+    )
+    return [Refusal("mlx-lm", rule, misreads=True)]

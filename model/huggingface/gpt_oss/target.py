@@ -42,6 +42,7 @@ from amfm.model.huggingface.gpt_oss.weights import (
 )
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS
+from amfm.model.huggingface.refusals import Refusal, misses_sentencepiece
 
 LAYER_TYPES = {"W": "sliding_attention", "*": "full_attention"}
 LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}
@@ -280,6 +281,15 @@ def limits(config: ModelConfig) -> list[str]:
     ]
 
 
+def gpt_oss_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
+    """Name the programs that are known to refuse a model of the class."""
+    rule = (
+        'it reads experts in MXFP4, which an export has unquantized, and ends with "parameters not in model"; use another '
+        "program"
+    )
+    return [*misses_sentencepiece("gpt_oss", tokenizer_kind), Refusal("mlx-lm", rule)]
+
+
 CLASS = HfTarget(
     name="gpt_oss",
     model_type="gpt_oss",
@@ -288,6 +298,7 @@ CLASS = HfTarget(
     fields=gpt_oss_fields,
     read=model_config_from_gpt_oss,
     weights=gpt_oss_map,
+    refusals=gpt_oss_refusals,
     limits=limits,
     holds=frozenset(("sinks", "activation_limit", "bias")),
 )

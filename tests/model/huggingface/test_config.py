@@ -17,8 +17,11 @@ from tests.model.huggingface.cases import (
     QWEN3_NEXT,
     TARGETED,
     build_ours,
+    deepseek_v3_config,
+    deepseek_v32_config,
     granite_config,
     grouped,
+    lfm2_config,
     nemotron_h_config,
     qwen3_next_config,
 )
@@ -69,6 +72,14 @@ def test_config_json_has_the_keys_that_other_readers_ask_for() -> None:
         assert (qwen["rope_theta"], qwen["partial_rotary_factor"], qwen["full_attention_interval"]) == (200.0, 0.5, 2)
         assert qwen.get("intermediate_size") == (16 if target == "qwen3_next" else None)
     assert "full_attention_interval" not in fields_of(qwen3_next_config(pattern="*EGEGE"), "qwen3_next")
+    lfm2 = fields_of(lfm2_config(), "lfm2")
+    asked = ("block_dim", "block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim")
+    assert [lfm2[name] for name in asked] == [24, 256, 1.0, False], "mlx-lm's class has no default for them"
+    assert lfm2["conv_dim"] == 24, "vLLM asks for it"
+    for config, target in ((deepseek_v3_config(), "deepseek_v3"), (deepseek_v32_config(), "deepseek_v32")):
+        deepseek = fields_of(config, target)
+        routing = (deepseek["scoring_func"], deepseek["topk_method"])
+        assert routing == ("sigmoid", "noaux_tc"), "vLLM takes a softmax and no biases otherwise"
 
 
 def test_transformers_reads_the_flat_keys_of_a_scaled_rotation_as_the_nested_ones() -> None:

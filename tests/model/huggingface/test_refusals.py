@@ -10,7 +10,11 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.targets import known_refusals
 from tests.model.huggingface.cases import (
+    deepseek_v3_config,
+    deepseek_v32_config,
     delta_mixers,
+    falcon_h1_config,
+    gpt_oss_config,
     granite_config,
     kimi_linear_config,
     lfm2_config,
@@ -21,6 +25,7 @@ from tests.model.huggingface.cases import (
 
 ONE_GROUP = Mamba2Config(num_heads=6, head_dim=8, state_size=5, num_groups=1, chunk_size=16)
 WIDE = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=32, qk_norm=True, positions="rope")
+SCALED = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, positions="rope", softmax_scale=0.3)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +52,12 @@ WIDE = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=32, qk_norm=True, p
         ("kimi_linear", kimi_linear_config(pattern="+-"), []),
         ("lfm2", lfm2_config(), ["rotary kernel (lfm2.py:176", "model.tie_embeddings: true"]),
         ("lfm2_moe", lfm2_moe_config(tie_embeddings=True), ["rotary kernel (lfm2.py:176"]),
+        ("gpt_oss", gpt_oss_config(), ["experts in MXFP4"]),
+        ("falcon_h1", falcon_h1_config(), ["num_groups=2 gives other numbers"]),
+        ("falcon_h1", falcon_h1_config(mamba=ONE_GROUP, attention=SCALED), ["softmax_scale=0.3 gives other numbers"]),
+        ("falcon_h1", falcon_h1_config(mamba=ONE_GROUP), []),
+        ("deepseek_v3", deepseek_v3_config(), ["DSPARK_MARKOV_W1"]),
+        ("deepseek_v32", deepseek_v32_config(), ["DSPARK_MARKOV_W1"]),
         ("own", nemotron_h_config(), ["classes that it has itself"] * 2),
     ],
 )
@@ -64,6 +75,9 @@ def test_the_converter_that_reads_no_sentencepiece_model_is_named_with_ours() ->
         ("nemotron_h", nemotron_h_config(pattern="M-")),
         ("granitemoehybrid", granite_config(mamba=ONE_GROUP)),
         ("qwen3_next", qwen3_next_config(pattern="GEGE*E")),
+        ("lfm2", lfm2_config()),
+        ("gpt_oss", gpt_oss_config()),
+        ("falcon_h1", falcon_h1_config()),
     ]
     for target, config in cases:
         first = known_refusals(config, target, "sentencepiece")[0]
