@@ -17,6 +17,8 @@ from typing import Any
 
 UNUSED_SCORE = -1e4
 DRAFT_CLASSES = ("Qwen3NextForCausalLM", "Qwen3_5MoeForCausalLM")
+# Of a draft model: the converter's module of all DeepSeek classes asks for them, and the gguf of the same release lacks them.
+DRAFT_NAMES = ("DSPARK_MARKOV_W1", "DSPARK_MARKOV_W2", "DSPARK_CONF_PROJ")
 
 
 def convert(export: Path, out: Path) -> None:
@@ -29,6 +31,9 @@ def convert(export: Path, out: Path) -> None:
     config = json.loads((export / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] == "nemotron_h" and "n_routed_experts" not in config:
         ModelBase.load_hparams = staticmethod(lambda *_, **__: dict(config))
+    for name in DRAFT_NAMES:
+        if not hasattr(gguf.MODEL_TENSOR, name):
+            setattr(gguf.MODEL_TENSOR, name, None)
     name = get_model_architecture(ModelBase.load_hparams(export, False), ModelType.TEXT)
     model_class: Any = get_model_class(name)
     if (export / "tokenizer.model").is_file():
