@@ -1,0 +1,1 @@
+"""Other programs on our exports: `python -m benchmarks.clients`."""
