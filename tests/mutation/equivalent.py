@@ -22,12 +22,6 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "1",
     ): "empty like another rank's part, of one shape",
     (
-        "model/moe/by_slot.py",
-        'if backend != "triton" or rows_SD.device.type == "cpu":',
-        'backend != "triton" or rows_SD.device.type == "cpu"',
-        "(True)",
-    ): "a GPU alone takes the other branch, which leaves out work on empty slots",
-    (
         "pretrain/monitor/corruption.py",
         "CHUNK_ELEMENTS = 1 << 22",
         "22",
@@ -87,12 +81,6 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "0",
         "1",
     ): "a rank that has nothing of a parameter counts a number of its padding, which is zero",
-    (
-        "model/moe/transfer.py",
-        "if ranks == 1:",
-        "ranks == 1",
-        "(False)",
-    ): "a rank that is alone sends its rows to itself",
     (
         "launch/plan/memory.py",
         "expert_gradients = e * held.routed / max(1, stored) if is_apart else 0.0",
