@@ -99,7 +99,7 @@ def deepseek_v3_map(config: ModelConfig) -> WeightMap:
 
 
 def deepseek_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
-    """Name the programs that are known to refuse a model of the class, or of deepseek_v32."""
+    """Name the programs that are known to refuse a model of the class."""
     rule = f'its converter loads no class of DeepSeek and ends with "AttributeError: DSPARK_MARKOV_W1"; {OUR_CONVERTER}'
     return [Refusal("llama.cpp", rule, True)]
 

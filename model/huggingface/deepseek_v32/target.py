@@ -25,6 +25,7 @@ from amfm.model.huggingface.latent.layers import (
 )
 from amfm.model.huggingface.latent.weights import latent_map
 from amfm.model.huggingface.limits import IGNORED_ARGUMENTS
+from amfm.model.huggingface.refusals import Refusal
 
 KIND = replace(deepseek_v3.KIND, name="deepseek_v32", class_name="DeepseekV32ForCausalLM")
 # Ours and theirs, below the module of the indexer.
@@ -107,6 +108,12 @@ def _limits(config: ModelConfig) -> list[str]:
     return [IGNORED_ARGUMENTS, "transformers has no class for sequence classification of it (reward models)."]
 
 
+def deepseek_v32_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
+    """Name the programs that are known to refuse a model of the class."""
+    rule = 'it chooses keys on GPUs alone and ends with "Sparse Attention is not supported on CPU"; serve it from a GPU'
+    return [*deepseek_v3.deepseek_refusals(config, tokenizer_kind), Refusal("vllm", rule)]
+
+
 CLASS = replace(
     deepseek_v3.CLASS,
     name="deepseek_v32",
@@ -117,6 +124,7 @@ CLASS = replace(
     length_names=(),
     read=model_config_from_deepseek_v32,
     weights=deepseek_v32_map,
+    refusals=deepseek_v32_refusals,
     limits=_limits,
     holds=frozenset(("indexer",)),
 )

@@ -287,7 +287,20 @@ def gpt_oss_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
         'it reads experts in MXFP4, which an export has unquantized, and ends with "parameters not in model"; use another '
         "program"
     )
-    return [*misses_sentencepiece("gpt_oss", tokenizer_kind), Refusal("mlx-lm", rule)]
+    found = [*misses_sentencepiece("gpt_oss", tokenizer_kind), Refusal("mlx-lm", rule)]
+    rope = gpt_oss_fields(config)["rope_parameters"]
+    if rope["rope_type"] != "yarn":
+        rule = (
+            "it takes positions stretched by yarn alone and ends with \"KeyError: 'factor'\"; train with yarn for vLLM"
+        )
+        found.append(Refusal("vllm", rule))
+    elif not rope.get("truncate", True):
+        rule = (
+            "yarn_truncate: false gives other numbers without a word, because it rounds the ends of the ramp; train with true for "
+            "llama.cpp"
+        )
+        found.append(Refusal("llama.cpp", rule, misreads=True))
+    return found
 
 
 CLASS = HfTarget(

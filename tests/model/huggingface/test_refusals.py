@@ -10,6 +10,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.targets import known_refusals
 from tests.model.huggingface.cases import (
+    YARN,
     deepseek_v3_config,
     deepseek_v32_config,
     delta_mixers,
@@ -25,6 +26,8 @@ from tests.model.huggingface.cases import (
 
 ONE_GROUP = Mamba2Config(num_heads=6, head_dim=8, state_size=5, num_groups=1, chunk_size=16)
 WIDE = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=32, qk_norm=True, positions="rope")
+STRETCHED = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, positions="rope", sinks=True, rope=YARN)
+EXACT = STRETCHED.model_copy(update={"rope": YARN.model_copy(update={"yarn_truncate": False})})
 SCALED = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, positions="rope", softmax_scale=0.3)
 
 
@@ -52,12 +55,14 @@ SCALED = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, positions="rop
         ("kimi_linear", kimi_linear_config(pattern="+-"), []),
         ("lfm2", lfm2_config(), ["rotary kernel (lfm2.py:176", "model.tie_embeddings: true"]),
         ("lfm2_moe", lfm2_moe_config(tie_embeddings=True), ["rotary kernel (lfm2.py:176"]),
-        ("gpt_oss", gpt_oss_config(), ["experts in MXFP4"]),
+        ("gpt_oss", gpt_oss_config(), ["experts in MXFP4", "stretched by yarn alone"]),
+        ("gpt_oss", gpt_oss_config(pattern="*E", mixers={}, attention=STRETCHED), ["experts in MXFP4"]),
+        ("gpt_oss", gpt_oss_config(pattern="*E", mixers={}, attention=EXACT), ["MXFP4", "yarn_truncate: false gives"]),
         ("falcon_h1", falcon_h1_config(), ["num_groups=2 gives other numbers"]),
         ("falcon_h1", falcon_h1_config(mamba=ONE_GROUP, attention=SCALED), ["softmax_scale=0.3 gives other numbers"]),
         ("falcon_h1", falcon_h1_config(mamba=ONE_GROUP), []),
         ("deepseek_v3", deepseek_v3_config(), ["DSPARK_MARKOV_W1"]),
-        ("deepseek_v32", deepseek_v32_config(), ["DSPARK_MARKOV_W1"]),
+        ("deepseek_v32", deepseek_v32_config(), ["DSPARK_MARKOV_W1", "Sparse Attention is not supported on CPU"]),
         ("own", nemotron_h_config(), ["classes that it has itself"] * 2),
     ],
 )
