@@ -43,6 +43,9 @@ LATENT = {
     "value_head_dim": 5,
     "positions": "rope",
 }
+# Stretched positions: frequencies of a rank's rows are those of whole rows.
+YARN = {"factor": 4.0, "original_length": 16, "beta_fast": 4.0, "beta_slow": 0.5}
+WINDOW = {"num_heads": 8, "num_kv_heads": 2, "window": 12, "head_dim": 4, "sinks": True, "bias": True}
 MODEL: dict[str, Any] = {
     "pattern": "ME*-ME",
     "vocab_size": 448,
@@ -103,24 +106,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mla": MODEL
     | {
         "pattern": "M+E+",
-        "mixers": {
-            "mla": LATENT | {"gate": "element", "sinks": True},
-        },
+        "mixers": {"mla": LATENT | {"gate": "element", "sinks": True, "yarn": YARN | {"mscale": 0.7}}},
     },
     "chosen_keys": MODEL
     | {
         "pattern": "M*E+",
         "attention": MODEL["attention"] | {"indexer": {"top_k": 9, "head_dim": 8}},
-        "mixers": {
-            "mla": LATENT | {"indexer": {"top_k": 9, "head_dim": 8}},
-        },
+        "mixers": {"mla": LATENT | {"indexer": {"top_k": 9, "head_dim": 8}}},
     },
     "parallel": MODEL
     | {
         "pattern": "(M&*)E(W&M)-",
-        "mixers": {
-            "window": {"num_heads": 8, "num_kv_heads": 2, "window": 12, "head_dim": 4, "sinks": True, "bias": True}
-        },
+        "attention": MODEL["attention"]
+        | {"rope": {"scaling": "yarn"} | {f"yarn_{name}": value for name, value in YARN.items()}},
+        "mixers": {"window": WINDOW | {"yarn": YARN}},
     },
     "mtp": MODEL | {"pattern": "ME*-/*E/*E"},
     "mtp_shared": MODEL | {"pattern": "MEM*-/*E/*E", "tie_embeddings": True, "mtp": {"shared": True}},
