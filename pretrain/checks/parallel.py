@@ -53,7 +53,7 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
         and config.model.moe is not None
         and config.model.moe.capacity_factor is not None
     ):
-        rule = f"is room for rows that are not limited, and model.moe.capacity_factor={config.model.moe.capacity_factor:g} gives them slots"
+        rule = f"is room for rows that are not limited, and model.moe.capacity_factor={config.model.moe.capacity_factor:g} limits them"
         yield Problem("parallel.expert_room", rule, "use none", str(section.expert_room))
     if section.offload_optimizer and section.zero_stage == 0:
         rule = "moves what ZeRO spreads, and parallel.zero_stage is 0"

@@ -51,7 +51,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         ),
         (
             ["model.pattern=M*E", MOE, "model.moe.capacity_factor=2", "parallel.expert=2", "parallel.expert_room=1.5"],
-            "parallel.expert_room = 1.5: is room for rows that are not limited, and model.moe.capacity_factor=2 gives",
+            "parallel.expert_room = 1.5: is room for rows that are not limited, and model.moe.capacity_factor=2 limits",
         ),
         (
             ["parallel.tensor=2", "parallel.expert_tensor=1"],
