@@ -206,8 +206,10 @@ TRITON = (
     lambda rows: counting_sort.limit_pairs(numbers(8, 2, below=4), 4, 3),
     lambda rows: recycling.recycle_pairs(numbers(8, 2, below=4), 4, 3, torch.tensor(3), 4),
     lambda rows: triton_router._forward(float32(6, 4), None, "sigmoid", 2, True, 1.0, 2, 1, 2),
-    lambda rows: rows_triton._spread(rows(6, 8), numbers(12, below=12).int(), 12, 2, False),
-    lambda rows: rows_triton._combine(rows(12, 8), numbers(12, below=12).int(), leaf(6, 2), True),
+    lambda rows: rows_triton._spread(rows(6, 8), numbers(12, below=12).int(), 12, 2, None),
+    lambda rows: rows_triton._combine(
+        rows(12, 8), numbers(12, below=12).int(), leaf(6, 2), numbers(12, below=2).bool()
+    ),
     lambda rows: scanned(decay, rows, True, None, None),
     lambda rows: scanned(decay, rows, False, leaf(2, 20, 2), leaf(2)),
     lambda rows: scanned(decay_vector, rows, True, channels=(16,)),
