@@ -92,6 +92,8 @@ class FeedForward(nn.Module):
 class FeedForwardMixer(FeedForward, Mixer):
     """The mixer of a dense feed-forward block."""
 
+    is_graphable = True
+
     def __init__(self, options: FeedForwardConfig, build: BuildContext) -> None:
         super().__init__(
             build.hidden_size,

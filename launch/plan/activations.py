@@ -23,13 +23,14 @@ class BlockBytes:
     peak.
 
     `left`: what remains of a pass that puts off the gradients of weights, of which they will be made. `launches`: operations
-    that the host starts, forward and backward, whatever the tokens.
+    that the host starts, forward and backward, whatever the tokens. `is_graphable`: whether CUDA graphs can replay them.
     """
 
     kept: float
     working: float
     left: float = 0.0
     launches: tuple[int, int] = (0, 0)
+    is_graphable: bool = False
 
 
 @dataclass(frozen=True)

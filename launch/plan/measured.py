@@ -170,7 +170,8 @@ def _measure(config: ModelConfig, letter: str, dtype: torch.dtype, backend: str,
         del edges
         left, most = live.held(begin)
     launches = forward, live.launches - forward
-    return BlockBytes(kept / COUNTED_TOKENS, (most - kept) / COUNTED_TOKENS, left / COUNTED_TOKENS, launches)
+    sizes = kept / COUNTED_TOKENS, (most - kept) / COUNTED_TOKENS, left / COUNTED_TOKENS
+    return BlockBytes(*sizes, launches, block.mixer.is_graphable)
 
 
 def _forget_gradient(parameter: Tensor) -> None:

@@ -30,6 +30,7 @@ from amfm.launch.plan.activations import (
 from amfm.launch.plan.blocks.cut import cut_of
 from amfm.launch.plan.exchange import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS
 from amfm.launch.plan.exchanges.buckets import bucketed_bytes, resting_bytes
+from amfm.launch.plan.graphs import with_graphs
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.in_flight import Moment, moments_of
 from amfm.launch.plan.layout import Layout, StageShare, count_routed, distinct_stages, held_by_stages
@@ -155,9 +156,11 @@ def estimate_stage(
         sizes |= block_sizes(config, layout, storage, imbalance, narrow, is_narrow=True)
     stays = persistent_bytes(held, layout, storage)
     codes = {"codes of weights": code_bytes(config.model, config.low_precision, layout, held)}
+    phases = busiest_pass(config, layout, storage, held, sizes), step_bytes(held, layout, storage)
+    passes, step = with_graphs(config, layout, storage, held, sizes, *phases)
     moments = {
-        "passes": stays | codes | busiest_pass(config, layout, storage, held, sizes),
-        "optimizer step": stays | step_bytes(held, layout, storage),
+        "passes": stays | codes | passes,
+        "optimizer step": stays | step,
         "building": building_bytes(held, layout, storage),
     }
     phase = max(moments, key=lambda name: sum(moments[name].values()))

@@ -33,6 +33,7 @@ MEMORY_COLOURS = {
     "activations": "#00707a",
     "working space": "#2bb3b8",
     "logits": "#94dcd8",
+    "graphs": "#d0efee",
     "margin": "#d9d9d9",
 }
 MORE_MEMORY = ("#c9a3d6", "#7fcdbb", "#54278f", "#1d91c0")

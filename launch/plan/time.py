@@ -24,6 +24,7 @@ from amfm.launch.plan.exchanges.seconds import (
 )
 from amfm.launch.plan.exchanges.stage import reduction_exchanges
 from amfm.launch.plan.expert_time import Beside, expert_exchange_seconds
+from amfm.launch.plan.graphs import pass_launches
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from amfm.launch.plan.low_precision import kept_passes, narrow_kinds, planned_recipes
@@ -280,7 +281,7 @@ def host_seconds(
     for letter in set(held.letters):
         forwards, times = 2 if letter in layout.recompute else 1, held.letters.count(letter)
         cut = cut_of(config, layout, letter, 1.0, is_narrow=letter in narrow)
-        forward, backward = block_bytes(model, letter, storage, cut).launches
+        forward, backward = pass_launches(config, block_bytes(model, letter, storage, cut))
         launches += layout.turns * times * (forwards * forward + backward)
         waits += layout.turns * times * forwards * (cut.sent > 0)
     return max(0.0, launches * hardware.launch_seconds - compute) + waits * hardware.wait_seconds

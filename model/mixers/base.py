@@ -51,6 +51,7 @@ class LinearMixer(SequenceMixer):
     """
 
     has_in_out_updates = True
+    is_graphable = True
     recurrence: Recurrence
 
     def __init__(self, options: LinearOptions, build: BuildContext) -> None:

@@ -72,6 +72,14 @@ class Mixer(Float32Buffers):
         """Whether its rows travel to other ranks and other work may run meanwhile: then it has `steps`."""
         return False
 
+    @property
+    def is_graphable(self) -> bool:
+        """Whether passes in training launch the same, with the same numbers from the host, whatever documents the rows hold.
+
+        So that a CUDA graph can replay them on a rank that holds all of the model.
+        """
+        return False
+
     def steps(self, x_BTD: Tensor, meta: PackMeta) -> Generator[None, None, MixerOutput]:
         """Mix as `forward` does without a state, pausing where rows have set out."""
         raise NotImplementedError(f"{type(self).__name__} has no steps")

@@ -44,6 +44,7 @@ class Mamba2Mixer(Mixer):
     """
 
     has_in_out_updates = True
+    is_graphable = True
 
     def __init__(self, mamba: Mamba2Config, build: BuildContext) -> None:
         super().__init__()

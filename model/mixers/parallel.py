@@ -49,6 +49,11 @@ class ParallelMixer(Mixer):
         following = None if state is None else ParallelState(tuple(output.state for output in outputs))
         return MixerOutput(y_BTD, following, auxiliary or None)
 
+    @property
+    def is_graphable(self) -> bool:
+        """Where all of them are."""
+        return all(branch.is_graphable for branch in self._mixers())
+
     def empty_state(self, num_rows: int) -> BlockState:
         """Build the state of each mixer before the first token."""
         return ParallelState(tuple(branch.empty_state(num_rows) for branch in self._mixers()))

@@ -26,6 +26,8 @@ class ShortConvMixer(SequenceMixer):
     Source: Liquid AI 2025, "LFM2 technical report", arXiv 2511.23404, section 2.
     """
 
+    is_graphable = True
+
     def __init__(self, options: ShortConvOptions, build: BuildContext) -> None:
         super().__init__()
         self.options, self.build = options, build

@@ -127,6 +127,11 @@ class MoeMixer(Mixer):
         """Whether experts are spread over ranks."""
         return self.groups.ep.size() > 1
 
+    @property
+    def is_graphable(self) -> bool:
+        """Where rows stay on their rank, kernels read on the device how many each expert has."""
+        return not self.travels
+
     def steps(self, x_BTD: Tensor, meta: PackMeta) -> Generator[None, None, MixerOutput]:
         """Mix as `forward` does, pausing when rows have set out to their experts, and when sums have set out home."""
         logits_RE, routing, chosen = self._choose(x_BTD, meta)

@@ -54,6 +54,7 @@ MAY_CHANGE = (
     "train.recompute",
     "train.recompute_blocks",
     "train.gradient_sums",
+    "train.cuda_graphs",
     "train.num_threads",
     "train.profile",
     "train.profile.*",

@@ -21,6 +21,7 @@ from amfm.data_pipeline.store.object_store import SCHEMES, is_url
 from amfm.model.config.checks import check_model
 from amfm.model.huggingface.targets import explain_unfit, unfit_tokenizer
 from amfm.pretrain.checks.conversion import conversion_problems, routed_problems
+from amfm.pretrain.checks.cuda_graphs import graph_problems
 from amfm.pretrain.checks.low_precision import low_precision_problems
 from amfm.pretrain.checks.mixers import kernel_problems, training_problems
 from amfm.pretrain.checks.optimizer import optimizer_problems
@@ -101,7 +102,7 @@ def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
     problems += [*kernel_problems(config, config.kernels.backend), *task_layout_problems(config)]
     if not model:
         problems += [*export_problems(config), *pipeline_problems(config), *depth_problems(config)]
-        problems += low_precision_problems(config)
+        problems += [*low_precision_problems(config), *graph_problems(config)]
     if world_size is None:
         problems += whole_batch_problems(config)
     else:

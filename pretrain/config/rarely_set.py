@@ -87,6 +87,9 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "model.mixers.window_linear": "qk_norm softmax_scale",
         "model.mtp": "detach",
     },
+    "docs/gpu.md": {
+        "train": "cuda_graphs",
+    },
     "docs/finetuning.md": {
         "run": "initial_weights",
     },

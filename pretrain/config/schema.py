@@ -198,6 +198,10 @@ class TrainConfig(Section):
     compile: bool = Field(
         False, description="Compile the blocks one by one with torch.compile; costs a minute or two at start."
     )
+    cuda_graphs: Literal["none", "blocks"] = Field(
+        "none",
+        description="Passes that a GPU replays without the host: none, or those of all blocks but attention, on data ranks alone.",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="Blocks that keep only their input and are computed again in the backward pass: none, those of recompute_blocks, all.",

@@ -48,7 +48,7 @@ class Bucket:
     `is_partial`: its gradients are summed over other ranks before those that share the weights. `wanted`: hooks that fire
     until the group is complete. `sums`: the float32 sum of what was not reduced yet. `filled`: parameters whose place in it holds
     something, by number. `landed`: those that a product has added to in a pass whose hook did not fire yet, and what it made
-    next to the sum. `share`: this rank's reduced range.
+    next to the sum. `kept`: the sum of every step, where it stays. `share`: this rank's reduced range.
     """
 
     index: int
@@ -62,6 +62,7 @@ class Bucket:
     seen: int = 0
     wanted: int = 0
     sums: Tensor | None = None
+    kept: Tensor | None = None
     filled: set[int] = field(default_factory=set)
     landed: dict[int, Tensor | None] = field(default_factory=dict)
     share: Tensor | None = None
@@ -82,6 +83,12 @@ class Bucket:
             self.sums[self.offsets[-1] + self.parameters[-1].numel() :].zero_()  # behind the last parameter
         start = self.offsets[number]
         return self.sums[start : start + parameter.numel()].view(parameter.shape)
+
+    def begin_kept(self) -> None:
+        """Begin a step with zeros in the sum that stays, if there is one."""
+        if self.kept is not None:
+            self.sums = self.kept.zero_()
+            self.filled = set(range(len(self.parameters)))
 
     def add(self, number: int, gradient: Tensor) -> None:
         """Add a gradient to the sum; the first one is stored."""
@@ -189,6 +196,18 @@ class GradientBuckets:
             bucket.sums = bucket.share = None
             bucket.landed.clear()
             bucket.norms.clear()
+            bucket.begin_kept()
+
+    def keep_sums(self) -> None:
+        """Give each bucket one sum for the whole run, at one address, which is added to from the first pass on.
+
+        Before the first backward pass of a step. Of ZeRO 1: under ZeRO 2 the sum of a pass may still travel in the next.
+        """
+        assert not self.every_pass, "checked: graphs are for ZeRO 1"
+        for bucket in self.buckets:
+            if bucket.kept is None:
+                bucket.kept = torch.empty(bucket.flat_size, dtype=torch.float32, device=bucket.parameters[0].device)
+            bucket.begin_kept()
 
     def prepare(self, bucket: Bucket) -> None:
         """Make ready for a gradient: a sum of the pass before has travelled in parallel with a forward pass, and two
@@ -219,6 +238,11 @@ class GradientBuckets:
         if is_complete or (self.every_pass and bucket.seen % len(bucket.parameters) == 0):
             self.ready.add(bucket.index)
             self._start_ready()
+
+    def note(self, parameter: Tensor) -> None:
+        """Learn that a replayed pass has added a gradient to a parameter's sum, before the hook of the parameter fires."""
+        bucket, number = self.places[id(parameter)]
+        bucket.landed[number] = None
 
     def _start_ready(self) -> None:
         """Start the reductions whose turn it is; after the last group it is the first one's again, for the next pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from amfm.pretrain.hook import Hook
+from amfm.pretrain.hooks.cuda_graphs import build_cuda_graphs
 from amfm.pretrain.hooks.experts import Experts
 from amfm.pretrain.hooks.kept_weights import build_kept_weights
 from amfm.pretrain.hooks.metrics import Metrics
@@ -25,4 +26,12 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
     """
     tasks = [Tasks(run, suite)] if run.config.evaluate.tasks else []
     watched = [*build_state_watch(run), *build_quantization(run), *build_kept_weights(run), Validations(run), *tasks]
-    return (*build_table(run), *watched, Metrics(run), Stragglers(run), Experts(run), *build_replicas(run))
+    return (
+        *build_table(run),
+        *watched,
+        *build_cuda_graphs(run),
+        Metrics(run),
+        Stragglers(run),
+        Experts(run),
+        *build_replicas(run),
+    )

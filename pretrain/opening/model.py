@@ -17,6 +17,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.low_precision import hang_recipes
 from amfm.model.pipeline_split import Piece, cut_pieces, pieces_of_rank
 from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checks.cuda_graphs import check_graph_device
 from amfm.pretrain.checks.low_precision import check_device
 from amfm.pretrain.checks.mixers import check_kernels
 from amfm.pretrain.config.schema import RunConfig
@@ -81,6 +82,7 @@ def build_model(
     backend = choose_backend(config, parallel)
     check_kernels(config, backend)
     check_device(config, parallel.device)
+    check_graph_device(config, parallel.device)
     model = HybridModel(
         config.model,
         parallel.groups,

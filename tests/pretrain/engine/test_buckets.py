@@ -55,10 +55,13 @@ def build(
     return engine
 
 
-def train(zero_stage: int, bucket_elements: int = 1, *, in_products: bool = True) -> Trained:
-    """Steps on tokens of which data rank r of n takes every n-th micro-batch."""
+def train(zero_stage: int, bucket_elements: int = 1, *, in_products: bool = True, keeps: bool = False) -> Trained:
+    """Steps on tokens of which data rank r of n takes every n-th micro-batch; `keeps`: with sums at one address."""
     events: list[str] = []
     engine = build(zero_stage, bucket_elements, events, in_products=in_products)
+    if keeps:
+        assert engine.buckets is not None
+        engine.buckets.keep_sums()
     ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     tokens = torch.randint(0, MODEL["vocab_size"], (STEPS, 2 * PASSES, ROWS, TOKENS), generator=torch.manual_seed(0))
     meta = PackMeta.one_document_a_row(ROWS, TOKENS)
@@ -125,6 +128,18 @@ def test_sums_in_products_are_those_of_hooks_to_the_bit() -> None:
         for name, weight in behind.weights.items():
             assert torch.equal(inside.weights[name], weight), name
         assert not any(event.startswith("gather") for event in inside.events), "nothing to gather from one rank"
+
+
+def train_with_kept_sums() -> list[Trained]:
+    return [train(1, keeps=keeps) for keeps in (False, True)]
+
+
+def test_sums_that_stay_are_those_that_each_step_makes_to_the_bit() -> None:
+    for made, kept in run_ranks(train_with_kept_sums, num_ranks=2):
+        assert kept.losses == made.losses
+        assert kept.events == made.events, "they travel at the same moments"
+        for name, weight in made.weights.items():
+            assert torch.equal(kept.weights[name], weight), name
 
 
 def train_in_two_buckets() -> list[str]:

@@ -1,0 +1,60 @@
+"""What CUDA graphs of blocks (pretrain/cuda_graphs/) cost and save: memory at addresses that stay, and launches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from amfm.launch.plan.activations import FLOAT32_BYTES, BlockBytes, Storage, stream_bytes
+from amfm.launch.plan.exchanges.buckets import bucketed_bytes
+from amfm.launch.plan.layout import Layout, StageShare
+from amfm.pretrain.config.schema import RunConfig
+
+# Of a pass that is replayed: two copies at most, where what flows in lies elsewhere, and the graph.
+REPLAY_LAUNCHES = 3
+
+Parts = dict[str, float]
+
+
+def pass_launches(config: RunConfig, block: BlockBytes) -> tuple[int, int]:
+    """Launches of the host for a block's forward and backward pass."""
+    is_replayed = config.train.cuda_graphs == "blocks" and block.is_graphable
+    return (REPLAY_LAUNCHES, REPLAY_LAUNCHES) if is_replayed else block.launches
+
+
+def with_graphs(
+    config: RunConfig,
+    layout: Layout,
+    storage: Storage,
+    held: StageShare,
+    sizes: Mapping[str, BlockBytes],
+    passes: Parts,
+    step: Parts,
+) -> tuple[Parts, Parts]:
+    """Parts of passes and of the optimizer's step, with what graphs hold in both.
+
+    Sums of gradients are there from the first pass on and stay, where else each step makes them and lets go of them.
+    """
+    if config.train.cuda_graphs == "none":
+        return passes, step
+    graphs = {"graphs": graph_bytes(config, layout, storage, held, sizes)}
+    sums = bucketed_bytes(held, layout)
+    shares = FLOAT32_BYTES * held.share(layout) if max(layout.dense_sharers, layout.expert_sharers) > 1 else 0.0
+    return passes | graphs | {"gradients": sums}, step | graphs | {"gradients": sums + shares}
+
+
+def graph_bytes(
+    config: RunConfig, layout: Layout, storage: Storage, held: StageShare, sizes: Mapping[str, BlockBytes]
+) -> float:
+    """Bytes that graphs hold besides what passes keep: a block's delta, and the gradients of what flowed in.
+
+    And what flows in, where no graph made it.
+    """
+    residual = stream_bytes(config.model, storage)
+    delta = config.model.hidden_size * storage.element_bytes
+    total, is_behind = 0.0, False
+    for letter in held.letters:
+        is_graph = sizes[letter].is_graphable
+        if is_graph:
+            total += 2 * delta + residual + (0.0 if is_behind else residual + delta)
+        is_behind = is_graph
+    return layout.tokens(config) * total

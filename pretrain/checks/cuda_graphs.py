@@ -1,0 +1,70 @@
+"""What `train.cuda_graphs` does not go with: whatever a replay would leave out, or has other memory or launches for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from amfm.pretrain.config.errors import ConfigError, Problem
+from amfm.pretrain.config.schema import RunConfig
+
+KEY = "train.cuda_graphs"
+NONE = "or train.cuda_graphs=none"
+
+
+def graph_problems(config: RunConfig) -> Iterator[Problem]:
+    """Refuse settings that exclude graphs of blocks, each with what would go wrong. `config`: of one stage."""
+    if config.train.cuda_graphs == "none":
+        return
+    for key, value, allowed, rule in excluded_settings(config):
+        if value not in allowed:
+            remedy = f"use {str(allowed[0]).lower()}, {NONE}"
+            yield Problem(key, f"does not go with {KEY}=blocks: it {rule}", remedy, str(value).lower())
+    sections = {
+        "convert": (config.convert, "trains blocks next to those that they replace"),
+        "health.check_state_every_steps": (config.health.check_state_every_steps, "computes gradients of its own"),
+        "model.guide": (config.model.guide, "changes with the step, which a replay does not know"),
+        "model.lora_mixer": (config.model.lora_mixer, "changes with the step, which a replay does not know"),
+    }
+    for key, (section, rule) in sections.items():
+        if section is not None:
+            yield Problem(key, f"does not go with {KEY}=blocks: it {rule}", f"remove it, {NONE}")
+
+
+def excluded_settings(config: RunConfig) -> Iterator[tuple[str, object, tuple[object, ...], str]]:
+    """Settings by key: value, what it may be, and why not something else."""
+    parallel, train = config.parallel, config.train
+    yield "train.compile", train.compile, (False,), "compiles blocks, which then launch by Inductor's own rules"
+    yield "train.recompute", train.recompute, ("none",), "computes blocks again in passes that are not captured"
+    sums = "hands gradients to autograd, of which graphs of all blocks would keep a copy"
+    yield "train.gradient_sums", train.gradient_sums, ("auto", "product"), sums
+    stages = {0: "sums gradients by autograd", 2: "sends the sum of each pass", 3: "gathers weights to other memory"}
+    yield "parallel.zero_stage", parallel.zero_stage, (1,), stages.get(parallel.zero_stage, "")
+    yield (
+        "parallel.pipeline",
+        parallel.pipeline,
+        (1,),
+        "has several micro-batches in flight, each with memory of its own",
+    )
+    yield (
+        "parallel.expert",
+        parallel.expert,
+        (1,),
+        "counts rows for other ranks on the host, or sends them inside a block",
+    )
+    yield "parallel.tensor", parallel.tensor, (1,), "sends inside of blocks, and collectives are not captured"
+    yield "parallel.context", parallel.context, (1,), "cuts rows into segments, whose sizes a replay does not know"
+    recipe = "keeps codes of weights, whose memory changes with each step"
+    yield "low_precision.recipe", config.low_precision.recipe, ("none",), recipe
+    wide = train.precision == "float32"
+    backends = ("triton",) if wide else ("auto", "triton")
+    reads = "computes in PyTorch's operations in float32" if wide else "reads numbers on the host"
+    yield "kernels.backend", config.kernels.backend, backends, reads
+
+
+def check_graph_device(config: RunConfig, device: torch.device) -> None:
+    """Raise ConfigError for graphs on a device that has none."""
+    if config.train.cuda_graphs != "none" and device.type != "cuda":
+        rule = f"are replayed by a GPU, and this run is on a {device.type.upper()}"
+        raise ConfigError([Problem(KEY, rule, "use none", config.train.cuda_graphs)])

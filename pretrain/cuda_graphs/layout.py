@@ -1,0 +1,49 @@
+"""Where documents begin and end, at addresses that stay: what graphs read of a micro-batch's layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from amfm.kernels.common.documents import first_tokens
+from amfm.model.packing import PackMeta
+
+
+class FixedLayout:
+    """The layout of rows, whatever documents they hold, in tensors that each micro-batch is copied to.
+
+    Rows without boundaries are read as rows with them: one list of launches serves both.
+    """
+
+    def __init__(self, meta: PackMeta) -> None:
+        self.last: PackMeta | None = None
+        self.meta = replace(
+            meta,
+            document_ids_BT=meta.document_ids_BT.clone(),
+            positions_BT=meta.positions_BT.clone(),
+            starts_BT=torch.empty_like(meta.document_ids_BT),
+            single_document=False,
+            document_ends=None,
+        )
+        self.take(meta)
+
+    def take(self, meta: PackMeta) -> None:
+        """Copy the layout of a micro-batch, once for all of its blocks."""
+        if meta is self.last:
+            return
+        assert self.meta.starts_BT is not None and meta.segments is None and not meta.halves
+        self.meta.document_ids_BT.copy_(meta.document_ids_BT)
+        self.meta.positions_BT.copy_(meta.positions_BT)
+        self.meta.starts_BT.copy_(_starts_of(meta))
+        self.last = meta
+
+
+def _starts_of(meta: PackMeta) -> Tensor:
+    """The place of the first token of each token's document, [B, T] int32."""
+    if meta.starts_BT is not None:
+        return meta.starts_BT
+    if meta.single_document:
+        return torch.zeros_like(meta.document_ids_BT)
+    return first_tokens(meta.document_ids_BT).view(meta.document_ids_BT.shape)

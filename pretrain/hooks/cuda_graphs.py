@@ -1,0 +1,104 @@
+"""Blocks of a model as CUDA graphs (`train.cuda_graphs`, pretrain/cuda_graphs/): captured before the first pass of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from amfm.model.block import Block
+from amfm.pretrain.cuda_graphs.block import GraphedBlock
+from amfm.pretrain.cuda_graphs.device import Capture, CudaCapture
+from amfm.pretrain.cuda_graphs.layout import FixedLayout
+from amfm.pretrain.hook import Hook
+from amfm.pretrain.micro_batch import LossShare, MicroBatch
+from amfm.pretrain.run import Run
+
+_LOG = logging.getLogger(__name__)
+
+
+def build_cuda_graphs(run: Run) -> list[Hook]:
+    """The hook, where `train.cuda_graphs` asks for it."""
+    return [CudaGraphs(run)] if run.config.train.cuda_graphs == "blocks" else []
+
+
+class CudaGraphs(Hook):
+    """Captures the blocks whose mixer `is_graphable`, and again when a stage of the run gives them other rows.
+
+    capture: how; by default on the run's GPU.
+    """
+
+    def __init__(self, run: Run, capture: Capture | None = None) -> None:
+        self.run, self.capture = run, capture
+        self.graphs: dict[int, GraphedBlock] = {}
+        self.addresses: tuple[int, ...] = ()
+
+    def before_passes(self, micro_batches: Sequence[MicroBatch], share: LossShare) -> None:
+        """Capture, where there are no graphs for what lies in memory now."""
+        addresses = self.find_addresses(micro_batches[0])
+        if addresses != self.addresses:
+            self.drop()
+            self.capture_blocks(micro_batches[0])
+            self.addresses = addresses
+
+    def find_addresses(self, batch: MicroBatch) -> tuple[int, ...]:
+        """What graphs hold that is not theirs: sizes of rows, the stage, and where weights and buffers lie."""
+        tensors: list[Tensor] = [*self.run.model.parameters(), *self.run.model.buffers()]
+        return (*batch.tokens_BT.shape, self.run.stages.index(self.run.stage), *(t.data_ptr() for t in tensors))
+
+    def capture_blocks(self, batch: MicroBatch) -> None:
+        """Capture all forward passes in order, then all backward passes in reverse: the order of every step."""
+        model, buckets = self.run.model, self.run.engine.buckets
+        assert buckets is not None, "checked: graphs are for ZeRO 1"
+        buckets.keep_sums()
+        capture = self.capture or CudaCapture(self.run.parallel.device)
+        layout = FixedLayout(batch.meta)
+        shape = (*batch.tokens_BT.shape, model.config.hidden_size)
+        before: GraphedBlock | None = None
+        for index in model.blocks.indices():
+            block = model.blocks[index]
+            if not block.mixer.is_graphable:
+                before = None
+                continue
+            dtypes = [model.stream_dtype(), block.norm.weight.dtype][: 1 if index == 0 else 2]
+            before = self.graphs[index] = GraphedBlock(block, buckets, layout, shape, dtypes, before)
+            with naming(index, block):
+                before.capture_forward(capture)
+        for index in reversed(self.graphs):
+            with naming(index, model.blocks[index]):
+                self.graphs[index].capture_backward(capture, self.graphs.get(index + 1))
+        for index, graphs in self.graphs.items():
+            put_forward(model.blocks[index], graphs)
+        buckets.keep_sums()  # where capturing computed something, it lies in the sums of before
+        if self.run.parallel.is_main:
+            _LOG.info("%d of %d blocks are CUDA graphs", len(self.graphs), len(model.blocks))
+
+    def drop(self) -> None:
+        """Let go of all graphs; blocks compute as ever."""
+        for index in self.graphs:
+            put_forward(self.run.model.blocks[index], None)
+        self.graphs.clear()
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self.drop()
+
+
+@contextmanager
+def naming(index: int, block: Block) -> Iterator[None]:
+    """Say of what a block does that no graph holds in which block it was."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"block {index} ({block.letter}) could not be captured as a CUDA graph; use train.cuda_graphs=none: {error}"
+        ) from error
+
+
+def put_forward(block: Block, graphs: GraphedBlock | None) -> None:
+    """Let graphs stand for a block's forward method, or none."""
+    vars(block).pop("forward", None)
+    if graphs is not None:
+        vars(block)["forward"] = graphs

@@ -1,0 +1,46 @@
+"""Graphs of blocks in a plan: three launches for a pass, and memory that stays."""
+
+from __future__ import annotations
+
+import pytest
+
+from amfm.launch.plan.graphs import REPLAY_LAUNCHES, graph_bytes, pass_launches
+from amfm.launch.plan.layout import Layout, held_by_stages
+from amfm.launch.plan.measured import block_bytes
+from amfm.launch.plan.memory import block_sizes, estimate_memory, storage_of
+from amfm.launch.plan.time import estimate_step
+from tests.launch.plan.presets import H100, preset
+
+LAYOUT = Layout(8, 1, 4)
+
+
+def test_a_replayed_pass_has_few_launches_and_attention_all_of_its_own() -> None:
+    config = preset("ladder_20m", "train.cuda_graphs=blocks")
+    for letter in "ME*":
+        block = block_bytes(config.model, letter, storage_of(config))
+        launches = pass_launches(config, block)
+        assert launches == (block.launches if letter == "*" else (REPLAY_LAUNCHES, REPLAY_LAUNCHES))
+        assert min(block.launches) > REPLAY_LAUNCHES
+        assert pass_launches(preset("ladder_20m"), block) == block.launches
+
+
+def test_a_small_model_waits_less_for_its_host() -> None:
+    plain, graphs = (
+        estimate_step(config, LAYOUT, H100, storage_of(config), overlap=0.5)
+        for config in (preset("ladder_20m"), preset("ladder_20m", "train.cuda_graphs=blocks"))
+    )
+    assert graphs.host < plain.host and graphs.total() < plain.total()
+
+
+def test_sums_stay_and_graphs_hold_a_delta_and_gradients_of_what_flows_in() -> None:
+    config = preset("ladder_20m", "train.cuda_graphs=blocks", "model.pattern=MM*M", "model.residual_in_fp32=false")
+    storage = storage_of(config)
+    (held,) = held_by_stages(config.model, LAYOUT, config.train.sequence_length)
+    sizes = block_sizes(config, LAYOUT, storage, 1.0, set(held.letters))
+    stream = 2 * LAYOUT.tokens(config) * config.model.hidden_size
+    # Three streams for each of three blocks; the first and the one behind attention also hold both that flow in.
+    assert graph_bytes(config, LAYOUT, storage, held, sizes) == (3 * 3 + 2 * 2) * stream
+    plain = estimate_memory(preset("ladder_20m", "model.pattern=MM*M"), LAYOUT, storage, margin=0.0)
+    memory = estimate_memory(config, LAYOUT, storage, margin=0.0)
+    assert memory.parts["graphs"] == pytest.approx(13 * stream)
+    assert memory.total() - plain.total() >= memory.parts["graphs"]
