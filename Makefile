@@ -99,7 +99,7 @@ gpu: export PYTHONPATH := $(CURDIR)/src:$(CURDIR)
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed-dev)
 	@mkdir -p $(GPU_RUNS); failed=0; \
 	$(GPU_PYTHON) -m amfm.kernels.acceptance --out $(GPU_RUNS)/acceptance.json || failed=1; \
-	$(GPU_PYTHON) -m pytest -p no:cacheprovider -m gpu tests/kernels/interpreter tests/pretrain/monitor || failed=1; \
+	$(GPU_PYTHON) -m pytest -p no:cacheprovider -m gpu tests/kernels/interpreter tests/pretrain/monitor tests/pretrain/hooks || failed=1; \
 	test -d data/shakespeare || { $(GPU_PYTHON) -m amfm.launch corpus shakespeare data/corpus/shakespeare && \
 		$(GPU_PYTHON) -m amfm.launch prepare configs/tiny_cpu.yaml; } || failed=1; \
 	$(GPU_PYTHON) -m amfm.launch bench card --folder $(GPU_RUNS)/job || failed=1; \
