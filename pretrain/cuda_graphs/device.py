@@ -39,7 +39,7 @@ class CudaCapture:
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self.stream):
-            # Other threads, such as NCCL's, may go on asking the device for what they like.
+            # Other threads, such as NCCL's, may continue to ask the device for what they like.
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 run()
