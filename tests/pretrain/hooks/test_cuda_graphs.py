@@ -20,7 +20,7 @@ from amfm.pretrain.hooks.cuda_graphs import CudaGraphs, build_cuda_graphs
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.train import run_steps
-from tests.helpers.recorded_graph import HostRead, record
+from tests.pretrain.hooks.recorded_graph import HostRead, record
 from tests.pretrain.tiny_run import MODEL, Trained, collect_weights, read_metrics, tiny_config
 
 ROOT = Path(__file__).parents[3]
