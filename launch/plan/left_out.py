@@ -84,4 +84,8 @@ def untried(config: RunConfig, ranks: int, hardware: Hardware, *, largest_contex
         )
     if len(letters) > 2:
         yield LeftOut("recomputation of some kinds of block together", None, "one kind, else all of them")
+    if config.train.cuda_graphs == "none":
+        yield LeftOut(
+            "train.cuda_graphs=blocks", None, "no GPU has run it; set it for a run on data ranks, and plan that"
+        )
     yield LeftOut("parallel.offload_optimizer", None, "the plan does not model memory and processors of the host")
