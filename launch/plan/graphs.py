@@ -29,17 +29,27 @@ def with_graphs(
     sizes: Mapping[str, BlockBytes],
     passes: Parts,
     step: Parts,
+    *,
+    is_captured: bool,
 ) -> tuple[Parts, Parts]:
     """Parts of passes and of the optimizer's step, with what graphs hold in both.
 
-    Sums of gradients are there from the first pass on and stay, where else each step makes them and lets go of them.
+    Sums of gradients are there from the first pass on and stay, where else each step makes them and lets go of them. What
+    captured passes keep and work with lies in a pool that nothing else gets.
     """
     if config.train.cuda_graphs == "none":
         return passes, step
     graphs = {"graphs": graph_bytes(config, layout, storage, held, sizes)}
     sums = bucketed_bytes(held, layout)
     shares = FLOAT32_BYTES * held.share(layout) if max(layout.dense_sharers, layout.expert_sharers) > 1 else 0.0
-    return passes | graphs | {"gradients": sums}, step | graphs | {"gradients": sums + shares}
+    passes, step = passes | graphs | {"gradients": sums}, step | graphs | {"gradients": sums + shares}
+    if is_captured:
+        captured = [sizes[letter] for letter in held.letters if sizes[letter].is_graphable]
+        tokens = layout.tokens(config)
+        working = tokens * max((size.working for size in captured), default=0.0)
+        passes["working space"] = max(passes["working space"], working)
+        step |= {"activations": tokens * sum(size.kept for size in captured), "working space": working}
+    return passes, step
 
 
 def graph_bytes(

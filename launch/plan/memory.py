@@ -145,10 +145,12 @@ def estimate_stage(
     held: StageShare,
     imbalance: float,
     sizes: Mapping[str, BlockBytes] | None = None,
+    *,
+    is_captured: bool = True,
 ) -> Memory:
     """Peak bytes of a rank of one pipeline stage, without margin: the fullest of its three phases.
 
-    `sizes`: those of `block_sizes`, where they are known.
+    `sizes`: those of `block_sizes`, where they are known. `is_captured`: whether passes under `train.cuda_graphs` are captured.
     """
     if sizes is None:
         narrow = narrow_kinds(config, held, storage)
@@ -157,7 +159,7 @@ def estimate_stage(
     stays = persistent_bytes(held, layout, storage)
     codes = {"codes of weights": code_bytes(config.model, config.low_precision, layout, held)}
     phases = busiest_pass(config, layout, storage, held, sizes), step_bytes(held, layout, storage)
-    passes, step = with_graphs(config, layout, storage, held, sizes, *phases)
+    passes, step = with_graphs(config, layout, storage, held, sizes, *phases, is_captured=is_captured)
     moments = {
         "passes": stays | codes | passes,
         "optimizer step": stays | step,

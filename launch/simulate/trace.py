@@ -109,7 +109,9 @@ def predicted_memory(config: RunConfig, ranks: int, rank: int) -> Memory:
     """What the plan says of a rank's peak, without margin; `config` is what was traced, or would be (`traced_config`)."""
     layout = Layout.of(config, ranks)
     held = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
-    return estimate_stage(config, layout, storage_of(config), held[pipeline_stage(config, ranks, rank)], 1.0)
+    stage = held[pipeline_stage(config, ranks, rank)]
+    # Graphs' memory is held, but no pass is captured (`hold_as_graphs`).
+    return estimate_stage(config, layout, storage_of(config), stage, 1.0, is_captured=False)
 
 
 def check_torch(version: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from amfm.launch.plan.graphs import REPLAY_LAUNCHES, graph_bytes, pass_launches
+from amfm.launch.plan.graphs import REPLAY_LAUNCHES, graph_bytes, pass_launches, with_graphs
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.memory import block_sizes, estimate_memory, storage_of
@@ -44,3 +44,20 @@ def test_sums_stay_and_graphs_hold_a_delta_and_gradients_of_what_flows_in() -> N
     memory = estimate_memory(config, LAYOUT, storage, margin=0.0)
     assert memory.parts["graphs"] == pytest.approx(13 * stream)
     assert memory.total() - plain.total() >= memory.parts["graphs"]
+
+
+def test_what_captured_passes_keep_stays_while_the_optimizer_steps() -> None:
+    config = preset("ladder_20m", "train.cuda_graphs=blocks")
+    storage = storage_of(config)
+    (held,) = held_by_stages(config.model, LAYOUT, config.train.sequence_length)
+    sizes = block_sizes(config, LAYOUT, storage, 1.0, set(held.letters))
+    parts = [
+        with_graphs(config, LAYOUT, storage, held, sizes, {"working space": 0.0}, {}, is_captured=is_captured)
+        for is_captured in (True, False)
+    ]
+    tokens = LAYOUT.tokens(config)
+    kept = tokens * sum(sizes[letter].kept for letter in held.letters if letter != "*")
+    working = tokens * max(size.working for letter, size in sizes.items() if letter != "*")
+    (passes, step), (_, eager) = parts
+    assert step["activations"] == pytest.approx(kept) and step["working space"] == passes["working space"] == working
+    assert "activations" not in eager and step["gradients"] == eager["gradients"] > passes["gradients"]
