@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -43,6 +44,9 @@ class CudaCapture:
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 run()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # which only says that something failed before
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph.replay
