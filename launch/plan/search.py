@@ -17,6 +17,7 @@ from itertools import chain, product
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.left_out import Tally
 from amfm.model.flops import block_flops
+from amfm.pretrain.checks.cuda_graphs import graph_problems
 from amfm.pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
 from amfm.pretrain.checks.ranks import batch_problems
 from amfm.pretrain.config.errors import Problem
@@ -120,4 +121,5 @@ def find_problem(config: RunConfig, ranks: int) -> Problem | None:
     """The first rule of layouts that a run of one training stage breaks on `ranks` ranks; None where it obeys all."""
     # The batch is shared evenly before anyone asks for micro-batches.
     rules = chain(world_problems(config, ranks), layout_problems(config), batch_problems(config, ranks))
-    return next(chain(rules, micro_batch_problems(config, ranks), pipeline_problems(config)), None)
+    more = chain(micro_batch_problems(config, ranks), pipeline_problems(config), graph_problems(config))
+    return next(chain(rules, more), None)

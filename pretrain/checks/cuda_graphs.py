@@ -66,5 +66,5 @@ def excluded_settings(config: RunConfig) -> Iterator[tuple[str, object, tuple[ob
 def check_graph_device(config: RunConfig, device: torch.device) -> None:
     """Raise ConfigError for graphs on a device that has none."""
     if config.train.cuda_graphs != "none" and device.type != "cuda":
-        rule = f"are replayed by a GPU, and this run is on a {device.type.upper()}"
+        rule = f"needs a GPU, which replays the passes, and this run is on a {device.type.upper()}"
         raise ConfigError([Problem(KEY, rule, "use none", config.train.cuda_graphs)])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from amfm.launch.plan.graphs import REPLAY_LAUNCHES, graph_bytes, pass_launches, with_graphs
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.memory import block_sizes, estimate_memory, storage_of
+from amfm.launch.plan.search import is_allowed, with_layout
 from amfm.launch.plan.time import estimate_step
 from tests.launch.plan.presets import H100, preset
 
@@ -61,3 +64,11 @@ def test_what_captured_passes_keep_stays_while_the_optimizer_steps() -> None:
     (passes, step), (_, eager) = parts
     assert step["activations"] == pytest.approx(kept) and step["working space"] == passes["working space"] == working
     assert "activations" not in eager and step["gradients"] == eager["gradients"] > passes["gradients"]
+
+
+def test_a_search_keeps_to_layouts_that_have_graphs() -> None:
+    config = preset("ladder_20m", "train.cuda_graphs=blocks")
+    assert is_allowed(with_layout(config, LAYOUT), 8)
+    for layout in (replace(LAYOUT, zero_stage=2), replace(LAYOUT, context=2), replace(LAYOUT, tensor=2)):
+        assert not is_allowed(with_layout(config, layout), 8)
+        assert is_allowed(with_layout(preset("ladder_20m"), layout), 8)

@@ -116,7 +116,10 @@ def test_a_block_that_reads_a_number_is_named(data: DataConfig, tmp_path: Path) 
 
 def test_a_cpu_has_no_graphs(data: DataConfig, tmp_path: Path) -> None:
     config = tiny_config(data, tmp_path, train__cuda_graphs="blocks", train__precision="bf16", kernels__backend="auto")
-    with SignalWatch() as signals, pytest.raises(ConfigError, match="are replayed by a GPU, and this run is on a CPU"):
+    with (
+        SignalWatch() as signals,
+        pytest.raises(ConfigError, match="needs a GPU, which replays the passes, and this run is on a CPU"),
+    ):
         start_run(config, signals)
 
 
