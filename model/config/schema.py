@@ -148,7 +148,8 @@ class ModelConfig(Section):
 
         Raises ValueError where the text is not a pattern, or names a kind that nothing registers.
         """
-        found = {part.name: None for symbol in self.built_letters for part in kind_of(symbol).parts}
+        symbols = dict.fromkeys(self.built_letters)
+        found = {part.name: None for symbol in symbols for part in kind_of(symbol).parts}
         if self.head is not None:
             found[find_kind(self.head).name] = None
         for name in list(found):
