@@ -39,11 +39,12 @@ def with_graphs(
     """
     if config.train.cuda_graphs == "none":
         return passes, step
-    graphs = {"graphs": graph_bytes(config, layout, storage, held, sizes)}
     sums = bucketed_bytes(held, layout)
     shares = FLOAT32_BYTES * held.share(layout) if max(layout.dense_sharers, layout.expert_sharers) > 1 else 0.0
-    passes, step = passes | graphs | {"gradients": sums}, step | graphs | {"gradients": sums + shares}
+    passes, step = passes | {"gradients": sums}, step | {"gradients": sums + shares}
     if is_captured:
+        graphs = {"graphs": graph_bytes(config, layout, storage, held, sizes)}
+        passes, step = passes | graphs, step | graphs
         captured = [sizes[letter] for letter in held.letters if sizes[letter].is_graphable]
         tokens = layout.tokens(config)
         working = tokens * max((size.working for size in captured), default=0.0)
@@ -62,9 +63,10 @@ def graph_bytes(
     residual = stream_bytes(config.model, storage)
     delta = config.model.hidden_size * storage.element_bytes
     total, is_behind = 0.0, False
-    for letter in held.letters:
+    for place, letter in enumerate(held.letters):
         is_graph = sizes[letter].is_graphable
         if is_graph:
-            total += 2 * delta + residual + (0.0 if is_behind else residual + delta)
+            flows_in = residual + delta * (place > 0)
+            total += delta + flows_in * (1 if is_behind else 2)
         is_behind = is_graph
     return layout.tokens(config) * total

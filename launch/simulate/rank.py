@@ -120,7 +120,8 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
 
     run = build_run(config, parallel, tracer, report)
     held = tracer.memory.held
-    kept = hold_as_graphs(run) if config.train.cuda_graphs == "blocks" else []
+    if config.train.cuda_graphs == "blocks":
+        run.engine.buckets.keep_sums()  # blocks are passed as ever, which is what the check of captures is about
     compile_first(run, tracer)
     build_peaks = dict(tracer.memory.peaks)
     parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in run.engine.module.parameters())
@@ -140,7 +141,6 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     tracer.capture.begin_step()
     tracer.enter("checkpoint staging")
     stage_checkpoint(run)
-    del kept
     peaks = {**build_peaks, **step_peaks, "checkpoint staging": tracer.memory.peaks["checkpoint staging"]}
     return {
         "parameters": parameters,
@@ -236,25 +236,6 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     )
     run.hooks = tuple(build_kept_weights(run))  # of all hooks the one that holds memory during passes
     return run
-
-
-def hold_as_graphs(run: Any) -> list[torch.Tensor]:
-    """Hold what graphs of blocks have at addresses that stay (pretrain/cuda_graphs/block.py).
-
-    Blocks are passed as ever, which is what the check of captures is about.
-    """
-    run.engine.buckets.keep_sums()
-    model, stage = run.engine.module, run.stage
-    shape = (stage.micro_batch_size, stage.sequence_length, model.config.hidden_size)
-    residual, delta = model.stream_dtype(), next(model.parameters()).dtype
-    held: list[torch.Tensor] = []
-    is_behind = False
-    for block in model.blocks:
-        if block.mixer.is_graphable:
-            dtypes = [delta, delta, residual] if is_behind else [delta, delta, residual, residual, delta]
-            held += [torch.empty(shape, dtype=dtype, device=run.parallel.device) for dtype in dtypes]
-        is_behind = block.mixer.is_graphable
-    return held
 
 
 def compile_first(run: Any, tracer: Tracer) -> None:

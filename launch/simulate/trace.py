@@ -110,7 +110,7 @@ def predicted_memory(config: RunConfig, ranks: int, rank: int) -> Memory:
     layout = Layout.of(config, ranks)
     held = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
     stage = held[pipeline_stage(config, ranks, rank)]
-    # Graphs' memory is held, but no pass is captured (`hold_as_graphs`).
+    # Sums of gradients stay as graphs need them, but no pass is captured.
     return estimate_stage(config, layout, storage_of(config), stage, 1.0, is_captured=False)
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from amfm.kernels.common.documents import first_tokens
 from amfm.model.packing import PackMeta
 
 
@@ -36,14 +34,6 @@ class FixedLayout:
         assert self.meta.starts_BT is not None and meta.segments is None and not meta.halves
         self.meta.document_ids_BT.copy_(meta.document_ids_BT)
         self.meta.positions_BT.copy_(meta.positions_BT)
-        self.meta.starts_BT.copy_(_starts_of(meta))
+        starts_BT = meta.document_starts_BT()
+        self.meta.starts_BT.zero_() if starts_BT is None else self.meta.starts_BT.copy_(starts_BT)
         self.last = meta
-
-
-def _starts_of(meta: PackMeta) -> Tensor:
-    """The place of the first token of each token's document, [B, T] int32."""
-    if meta.starts_BT is not None:
-        return meta.starts_BT
-    if meta.single_document:
-        return torch.zeros_like(meta.document_ids_BT)
-    return first_tokens(meta.document_ids_BT).view(meta.document_ids_BT.shape)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from amfm.model.block import Block
+from amfm.model.scheduled import Scheduled
 from amfm.pretrain.cuda_graphs.block import GraphedBlock
 from amfm.pretrain.cuda_graphs.device import Capture, CudaCapture
 from amfm.pretrain.cuda_graphs.layout import FixedLayout
@@ -25,7 +26,7 @@ def build_cuda_graphs(run: Run) -> list[Hook]:
 
 
 class CudaGraphs(Hook):
-    """Captures the blocks whose mixer `is_graphable`, and again when a stage of the run gives them other rows.
+    """Captures the blocks whose mixer `is_graphable` and depends on no step, and again when a stage gives them other rows.
 
     capture: how; by default on the run's GPU.
     """
@@ -39,14 +40,14 @@ class CudaGraphs(Hook):
         """Capture, where there are no graphs for what lies in memory now."""
         addresses = self.find_addresses(micro_batches[0])
         if addresses != self.addresses:
-            self.drop()
+            self.close()
             self.capture_blocks(micro_batches[0])
             self.addresses = addresses
 
     def find_addresses(self, batch: MicroBatch) -> tuple[int, ...]:
-        """What graphs hold that is not theirs: sizes of rows, the stage, and where weights and buffers lie."""
+        """What graphs hold that is not theirs: sizes of rows, and where weights and buffers lie."""
         tensors: list[Tensor] = [*self.run.model.parameters(), *self.run.model.buffers()]
-        return (*batch.tokens_BT.shape, self.run.stages.index(self.run.stage), *(t.data_ptr() for t in tensors))
+        return (*batch.tokens_BT.shape, *(tensor.data_ptr() for tensor in tensors))
 
     def capture_blocks(self, batch: MicroBatch) -> None:
         """Capture all forward passes in order, then all backward passes in reverse: the order of every step."""
@@ -59,7 +60,7 @@ class CudaGraphs(Hook):
         before: GraphedBlock | None = None
         for index in model.blocks.indices():
             block = model.blocks[index]
-            if not block.mixer.is_graphable:
+            if not block.mixer.is_graphable or any(isinstance(part, Scheduled) for part in block.modules()):
                 before = None
                 continue
             dtypes = [model.stream_dtype(), block.norm.weight.dtype][: 1 if index == 0 else 2]
@@ -71,19 +72,14 @@ class CudaGraphs(Hook):
                 self.graphs[index].capture_backward(capture, self.graphs.get(index + 1))
         for index, graphs in self.graphs.items():
             put_forward(model.blocks[index], graphs)
-        buckets.keep_sums()  # where capturing computed something, it lies in the sums of before
         if self.run.parallel.is_main:
             _LOG.info("%d of %d blocks are CUDA graphs", len(self.graphs), len(model.blocks))
 
-    def drop(self) -> None:
-        """Let go of all graphs; blocks compute as ever."""
+    def close(self) -> None:
+        """Let go of all graphs and their memory; blocks compute as ever."""
         for index in self.graphs:
             put_forward(self.run.model.blocks[index], None)
         self.graphs.clear()
-
-    def close(self) -> None:
-        """Let go of the memory."""
-        self.drop()
 
 
 @contextmanager

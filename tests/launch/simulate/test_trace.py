@@ -89,8 +89,6 @@ def test_graphs_of_blocks_hold_what_a_step_of_data_ranks_launches(small):
     # Attention is not captured: its library takes the number of documents, and the tokens of the longest one.
     assert entry.traced["capture"]["*"]["forward"]["changed"]
     assert entry.traced["peak_bytes"] == pytest.approx(entry.predicted.total(), rel=0.04)
-    (plain,) = trace(small, 2, "model.mamba.chunk_size=128", "train.precision=bf16")
-    assert entry.traced["peak_bytes"] > plain.traced["peak_bytes"], "sums stay between steps"
 
 
 def test_trace_gives_json_a_picture_and_a_timeline(small, tmp_path, capsys):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 # Kernels ask on a CPU alone whether there is a boundary at all; what they do where there is one is right where there is none.
 ALONE_ON_CPU = "drop_single_document"
-READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal", "aten.item")
+READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal")
 
 
 class HostRead(RuntimeError):

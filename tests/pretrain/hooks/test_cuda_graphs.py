@@ -42,6 +42,8 @@ def train(
     class Noting(CudaGraphs):
         def capture_blocks(self, batch: Any) -> None:
             super().capture_blocks(batch)
+            assert self.run.engine.buckets is not None
+            self.run.engine.buckets.keep_sums()  # unlike a capture, recording has computed, and added to them
             captured.append(list(self.graphs))
 
     config = tiny_config(data, directory, **overrides)
@@ -97,6 +99,17 @@ def test_a_stage_of_other_rows_is_captured_again(data: DataConfig, tmp_path: Pat
     replayed, captured = train(data, tmp_path / "graphs", graphs=True, stages=stages, **given)
     assert captured == [[0, 1], [0, 1]]
     assert_equal_to_the_bit(plain, replayed)
+
+
+def test_a_block_that_depends_on_the_step_is_not_captured(data: DataConfig, tmp_path: Path) -> None:
+    with SignalWatch() as signals:
+        run = start_run(tiny_config(data, tmp_path, model__pattern="M-", model__moe=None), signals)
+        vars(run.model.blocks[1].mixer)["set_step"] = lambda step, total_steps, seed: None
+        hook = CudaGraphs(run, record)
+        run.hooks = (hook, *run.hooks)
+        run_steps(run)
+        assert list(hook.graphs) == [0]
+        close_run(run)
 
 
 def test_a_block_that_reads_a_number_is_named(data: DataConfig, tmp_path: Path) -> None:
