@@ -56,17 +56,19 @@ def with_graphs(
 def graph_bytes(
     config: RunConfig, layout: Layout, storage: Storage, held: StageShare, sizes: Mapping[str, BlockBytes]
 ) -> float:
-    """Bytes that graphs hold besides what passes keep: a block's delta, and the gradients of what flowed in.
+    """Bytes that graphs hold besides what passes keep: a block's delta, and the gradient of what flowed in.
 
-    And what flows in, where no graph made it.
+    And what flows in, where no graph made it; and the gradients of what flows out, where no graph makes them.
     """
     residual = stream_bytes(config.model, storage)
     delta = config.model.hidden_size * storage.element_bytes
-    total, is_behind = 0.0, False
-    for place, letter in enumerate(held.letters):
-        is_graph = sizes[letter].is_graphable
+    captured = [sizes[letter].is_graphable for letter in held.letters]
+    total = 0.0
+    for place, is_graph in enumerate(captured):
         if is_graph:
             flows_in = residual + delta * (place > 0)
-            total += delta + flows_in * (1 if is_behind else 2)
-        is_behind = is_graph
+            # The gradient of a sum is that of both addends: one tensor, unless they have two dtypes.
+            total += delta + (residual if residual == delta else flows_in)
+            total += 0.0 if place and captured[place - 1] else flows_in
+            total += 0.0 if place + 1 < len(captured) and captured[place + 1] else residual + delta
     return layout.tokens(config) * total

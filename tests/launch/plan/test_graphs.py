@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,13 @@ from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.memory import block_sizes, estimate_memory, storage_of
 from amfm.launch.plan.search import is_allowed, with_layout
 from amfm.launch.plan.time import estimate_step
+from amfm.pretrain.hooks.cuda_graphs import CudaGraphs
+from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.train import run_steps
 from tests.launch.plan.presets import H100, preset
+from tests.pretrain.hooks.recorded_graph import record
+from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 LAYOUT = Layout(8, 1, 4)
 
@@ -41,13 +48,38 @@ def test_sums_stay_and_graphs_hold_a_delta_and_gradients_of_what_flows_in() -> N
     (held,) = held_by_stages(config.model, LAYOUT, config.train.sequence_length)
     sizes = block_sizes(config, LAYOUT, storage, 1.0, set(held.letters))
     stream = 2 * LAYOUT.tokens(config) * config.model.hidden_size
-    # Each block's delta and the gradients of what flows in, in the first alone without a delta; that one and the block
-    # behind attention hold what flows in too.
-    assert graph_bytes(config, LAYOUT, storage, held, sizes) == (2 + 3 + 3 + 1 + 2) * stream
+    # Each block's delta and the gradient of the sum that flows in; the first block and the one behind attention hold what
+    # flows in too, to the first without a delta; those before attention and before the head, gradients of what flows out.
+    expected = (2 + 2 + 2 + 1 + 2 + 2 + 2) * stream
+    assert graph_bytes(config, LAYOUT, storage, held, sizes) == expected
     plain = estimate_memory(preset("ladder_20m", "model.pattern=MM*M"), LAYOUT, storage, margin=0.0)
     memory = estimate_memory(config, LAYOUT, storage, margin=0.0)
-    assert memory.parts["graphs"] == pytest.approx(11 * stream)
+    assert memory.parts["graphs"] == pytest.approx(expected)
     assert memory.total() - plain.total() >= memory.parts["graphs"]
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_graphs_hold_the_bytes_that_the_plan_says(tmp_path: Path, is_wide: bool) -> None:
+    given = {"pattern": "MM*M", "moe": None, "residual_in_fp32": is_wide}
+    given = {f"model__{key}": value for key, value in given.items()} | {"train__precision": "bf16"}
+    config = tiny_config(tiny_data(tmp_path), tmp_path / "run", **given)
+    with SignalWatch() as signals:
+        run = start_run(config, signals)
+        hook = CudaGraphs(run, record)
+        run.hooks = (hook, *run.hooks)
+        run_steps(run)
+        held_bytes = {}
+        for index, graphs in hook.graphs.items():
+            own = [graphs.outputs[1], *graphs.input_gradients]
+            own += graphs.inputs if index - 1 not in hook.graphs else []
+            own += graphs.output_gradients if index + 1 not in hook.graphs else []
+            held_bytes |= {tensor.data_ptr(): tensor.nbytes for tensor in own}
+        close_run(run)
+    layout = Layout(1, 1, config.train.micro_batch_size)
+    storage = storage_of(config)
+    (held,) = held_by_stages(config.model, layout, config.train.sequence_length)
+    sizes = block_sizes(config, layout, storage, 1.0, set(held.letters))
+    assert graph_bytes(config, layout, storage, held, sizes) == sum(held_bytes.values())
 
 
 def test_what_captured_passes_keep_stays_while_the_optimizer_steps() -> None:

@@ -20,6 +20,7 @@ from amfm.pretrain.hooks.cuda_graphs import CudaGraphs, build_cuda_graphs
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.train import run_steps
+from tests.helpers.spawn import run_ranks
 from tests.pretrain.hooks.recorded_graph import HostRead, record
 from tests.pretrain.tiny_run import MODEL, Trained, collect_weights, read_metrics, tiny_config
 
@@ -53,7 +54,7 @@ def train(
         if graphs:
             run.hooks = (Noting(run, record), *run.hooks)
         code = run_steps(run)
-        trained = Trained(code, read_metrics(run.directory), collect_weights(run))
+        trained = Trained(code, read_metrics(run.directory) if run.parallel.is_main else [], collect_weights(run))
         close_run(run)
     return trained, captured
 
@@ -72,6 +73,18 @@ def test_replayed_blocks_train_to_the_bit_as_blocks_do(data: DataConfig, tmp_pat
     assert_equal_to_the_bit(plain, replayed)
     # A graph reads the memory that it was captured with: stale rows would have the losses of the first micro-batch.
     assert len(set(replayed.series("loss"))) == 4
+
+
+def train_both(data: DataConfig, directory: Path, overrides: dict[str, Any]) -> list[Trained]:
+    return [train(data, directory / str(graphs), graphs=graphs, **overrides)[0] for graphs in (False, True)]
+
+
+def test_data_ranks_replay_blocks_and_share_their_sums_to_the_bit(data: DataConfig, tmp_path: Path) -> None:
+    main, other = run_ranks(train_both, data, tmp_path, DENSE | LONG)
+    assert_equal_to_the_bit(*main)
+    assert len(set(main[1].series("loss"))) == 4
+    for name, weight in main[1].weights.items():
+        assert torch.equal(weight, other[1].weights[name]), name
 
 
 def test_rows_of_one_document_are_replayed_as_rows_of_several(data: DataConfig, tmp_path: Path) -> None:

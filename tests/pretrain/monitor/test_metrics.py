@@ -52,7 +52,7 @@ def test_plots_that_the_disk_refuses_are_said_once_and_end_no_run(
     log = RunLog(tiny_config(data, tmp_path, run__tensorboard=True), resumed_at_step=0)
     (plots,) = (tmp_path / "tensorboard").iterdir()
     (tmp_path / "full").symlink_to("/dev/full")
-    (tmp_path / "full").replace(plots)  # in one piece: the writer's thread makes a file anew where it finds none
+    (tmp_path / "full").replace(plots)  # in one piece: the writer's thread creates the file again where it finds none
     for step in range(1, 200):  # its thread writes some time later
         log.write_metrics({"step": step, "loss": 2.0})
         time.sleep(0.001)
