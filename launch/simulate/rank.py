@@ -19,6 +19,7 @@ import time
 import types
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,9 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     run = build_run(config, parallel, tracer, report)
     held = tracer.memory.held
     if config.train.cuda_graphs == "blocks":
-        run.engine.buckets.keep_sums()  # blocks are passed as ever, which is what the check of captures is about
+        # Blocks are passed as ever, which is what the check of captures is about, but with what their graphs would read.
+        run.engine.buckets.keep_sums()
+        read_fixed_layout(run.model)
     compile_first(run, tracer)
     build_peaks = dict(tracer.memory.peaks)
     parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in run.engine.module.parameters())
@@ -236,6 +239,23 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     )
     run.hooks = tuple(build_kept_weights(run))  # of all hooks the one that holds memory during passes
     return run
+
+
+def read_fixed_layout(model: Any) -> None:
+    """Let blocks that graphs can hold read documents where graphs do, in tensors that stay (pretrain/cuda_graphs/layout.py)."""
+    from amfm.pretrain.cuda_graphs.layout import FixedLayout
+
+    layouts: list[FixedLayout] = []
+
+    def pass_fixed(forward: Callable[..., Any], residual_BTD: Any, delta_BTD: Any, meta: Any, state: Any = None) -> Any:
+        if not layouts:
+            layouts.append(FixedLayout(meta))
+        layouts[0].take(meta)
+        return forward(residual_BTD, delta_BTD, layouts[0].meta, state)
+
+    for block in model.blocks:
+        if block.mixer.is_graphable:
+            block.forward = partial(pass_fixed, block.forward)
 
 
 def compile_first(run: Any, tracer: Tracer) -> None:

@@ -72,6 +72,11 @@ class AttentionMixer(SoftmaxMixer):
         self.register_buffer("inverse_frequencies", None, persistent=False)
         self.reset_buffers()
 
+    @property
+    def is_graphable(self) -> bool:
+        """Where our kernels attend, which find documents on the device; not with an indexer."""
+        return self.backend == "triton" and self.indexer is None
+
     def reset_buffers(self) -> None:
         """Compute the rotary frequencies again, float32, on the device of the weights."""
         if self.section.positions == "none":

@@ -65,6 +65,11 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
         self.inverse_frequencies: Tensor | None
         self.register_buffer("inverse_frequencies", None, persistent=False)
 
+    @property
+    def is_graphable(self) -> bool:
+        """As of attention."""
+        return self.build.backend == "triton" and self.indexer is None
+
     def reset_buffers(self) -> None:
         """Compute the rotary frequencies, on the device of the weights."""
         if self.options.positions == "rope":

@@ -61,6 +61,11 @@ class WindowMixer(SoftmaxMixer, SequenceMixer):
         self.inverse_frequencies: Tensor | None
         self.register_buffer("inverse_frequencies", None, persistent=False)
 
+    @property
+    def is_graphable(self) -> bool:
+        """As of attention."""
+        return self.build.backend == "triton"
+
     def reset_buffers(self) -> None:
         """Compute the rotary frequencies, on the device of the weights."""
         if self.options.positions == "rope":

@@ -200,7 +200,7 @@ class TrainConfig(Section):
     )
     cuda_graphs: Literal["none", "blocks"] = Field(
         "none",
-        description="Passes that a GPU replays without the host: none, or those of all blocks but attention, on data ranks alone.",
+        description="Passes that a GPU replays without the host: none, or those of blocks, on data ranks alone.",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",

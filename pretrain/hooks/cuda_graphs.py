@@ -15,6 +15,7 @@ from amfm.pretrain.cuda_graphs.device import Capture, CudaCapture
 from amfm.pretrain.cuda_graphs.layout import FixedLayout
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.micro_batch import LossShare, MicroBatch
+from amfm.pretrain.opening.first_passes import pass_once
 from amfm.pretrain.run import Run
 
 _LOG = logging.getLogger(__name__)
@@ -41,8 +42,17 @@ class CudaGraphs(Hook):
         addresses = self.find_addresses(micro_batches[0])
         if addresses != self.addresses:
             self.close()
+            if self.addresses:  # not of the first step, before which a run has compiled
+                self.compile_again(micro_batches[0])
             self.capture_blocks(micro_batches[0])
             self.addresses = addresses
+
+    def compile_again(self, batch: MicroBatch) -> None:
+        """Compile kernels for rows of another shape: inside a capture, they could not be loaded."""
+        run, (rows, tokens) = self.run, batch.tokens_BT.shape
+        config = run.built.config_of(run.config, run.stage)
+        step = run.progress.step
+        pass_once(config, run.parallel, run.model, (rows, tokens), lambda part: run.heartbeat.at(step, "compile"))
 
     def find_addresses(self, batch: MicroBatch) -> tuple[int, ...]:
         """What graphs hold that is not theirs: sizes of rows, and where weights and buffers lie."""

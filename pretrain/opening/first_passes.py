@@ -34,6 +34,7 @@ from amfm.model.pipeline_split import Piece, whole_piece
 from amfm.model.scheduled import set_step
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.convert.prepare import prepare_stage
+from amfm.pretrain.cuda_graphs.layout import FixedLayout
 from amfm.pretrain.engine.engine import restore_buffers
 from amfm.pretrain.micro_batch import MicroBatch
 from amfm.pretrain.opening.alike_group import alike_groups, destroy
@@ -43,6 +44,7 @@ from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.recompute import recomputed_letters
 
 _LOG = logging.getLogger(__name__)
+SEVERAL = ", rows of several documents"
 
 
 def compiles_anything(config: RunConfig, parallel: Parallel) -> bool:
@@ -114,8 +116,11 @@ def pass_once(
             config.model.num_depths,
             takes_turns=parallel.groups.takes_turns,
         ).to(parallel.device)
-        for words, documents in (("", 1), (", rows of several documents", 3))
+        for words, documents in (("", 1), (SEVERAL, 3))
     }
+    if config.train.cuda_graphs == "blocks":
+        several = batches[SEVERAL]
+        batches[f"{SEVERAL}, as graphs read them"] = replace(several, meta=FixedLayout(several.meta).meta)
     has_sums = any(hasattr(weight, "gradient_sum") for weight in real.parameters())
     cuts = config.parallel.schedule == "zero_bubble" and config.parallel.pipeline > 1
     keeps = config.low_precision.quantize_weights == "each_step"

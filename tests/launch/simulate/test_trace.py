@@ -83,11 +83,10 @@ def test_experts_whose_rows_need_no_counting_wait_for_nothing(small, setting, su
 
 def test_graphs_of_blocks_hold_what_a_step_of_data_ranks_launches(small):
     (entry,) = trace(small, 2, "train.cuda_graphs=blocks", "model.mamba.chunk_size=128", "train.precision=bf16")
-    for letter in "M-E":
+    for letter in "M*-E":
         for which, found in entry.traced["capture"][letter].items():
             assert found["launches"] > 5 and not found["host_reads"] and not found["changed"], (letter, which, found)
-    # Attention is not captured: its library takes the number of documents, and the tokens of the longest one.
-    assert entry.traced["capture"]["*"]["forward"]["changed"]
+    assert_all_compiled_first(entry)  # a capture loads no kernel
     assert entry.traced["peak_bytes"] == pytest.approx(entry.predicted.total(), rel=0.04)
 
 
