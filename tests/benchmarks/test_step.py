@@ -66,6 +66,7 @@ def test_allocator_settings_of_the_environment_are_the_only_treatment_of_a_step(
     assert "memory is treated one way, as the environment says in MALLOC_MMAP_MAX_" in captured.out + captured.err
 
 
+@pytest.mark.slow
 def test_muon_and_adamw_take_turns_at_steps_of_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
     result = bench_optimizers(rounds=1, num_threads=1, micro_batches=2, report=lambda _: None, shape=SMALL)

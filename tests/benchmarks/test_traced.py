@@ -78,6 +78,7 @@ def test_the_table_has_every_axis_schedule_stage_and_recurrence_and_no_wait_is_l
     assert {name for config in configs for name in sections_of(config)} >= waits_by_section().keys()
 
 
+@pytest.mark.slow
 def test_memory_bytes_and_waits_of_one_layout_are_as_planned():
     assert_as_planned(BY_NAME["kda, tensor, ZeRO 2"])
 

@@ -10,6 +10,7 @@ from benchmarks.command import run
 from benchmarks.kernels.__main__ import kernels
 
 
+@pytest.mark.slow
 def test_the_audit_counts_in_a_child_process(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(kernels, ["--audit", "--op", "swiglu", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -16,6 +16,7 @@ from benchmarks.kernels.__main__ import kernels
 ROW = {"op", "pass", "shape", "dtype", "backend", "milliseconds", "roofline_fraction", "ratio"}
 
 
+@pytest.mark.slow
 def test_a_norm_beside_transformers_as_json_without_a_compiler(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

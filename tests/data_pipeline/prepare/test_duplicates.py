@@ -69,6 +69,7 @@ def test_a_second_call_reads_no_text_again(reference):
     assert not list(Path(reference.store).rglob("*.hashes.npy"))
 
 
+@pytest.mark.slow
 def test_ray_finds_the_same_with_several_actors(reference, ray_session, tmp_path):
     config = elsewhere(reference, tmp_path, num_actors=3)
     prepare(config)

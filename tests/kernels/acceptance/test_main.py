@@ -33,6 +33,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     return code, said.getvalue(), json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_any_fault_ends_with_three_and_is_named(planted: Planted) -> None:
     code, said, _ = planted
     assert code == 3, said

@@ -47,9 +47,16 @@ SEGMENTS = {
     "two_tiles": (MixerCase(T=200, P=8, N=8, chunk=128, lengths=(90, 110)), 2),
     "one_token": (MixerCase(T=3, width=2, lengths=(1, 2)), 3),
 }
+LONG_SEGMENTS = ("a_document_of_many_segments", "two_tiles")
 
 
-@pytest.mark.parametrize(("case", "segments"), SEGMENTS.values(), ids=SEGMENTS)
+@pytest.mark.parametrize(
+    ("case", "segments"),
+    [
+        pytest.param(*given, id=name, marks=[pytest.mark.slow] if name in LONG_SEGMENTS else [])
+        for name, given in SEGMENTS.items()
+    ],
+)
 def test_segments_that_pass_states_on_equal_the_whole_row(
     case: MixerCase, segments: int, poisoned_memory: None
 ) -> None:
@@ -61,6 +68,7 @@ def test_segments_that_pass_states_on_equal_the_whole_row(
         assert_bitwise(again[name], value, f"{name} with states made again")
 
 
+@pytest.mark.slow
 def test_a_rank_whose_row_is_cut_for_its_gpu_too_hands_on_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     case = MixerCase(T=132, P=8, N=8, lengths=(40, 92))
     leaves = make_leaves(case, torch.float32)

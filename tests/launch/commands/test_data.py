@@ -70,6 +70,7 @@ def test_inspect_decodes_what_a_global_sample_trains_on(tmp_path, base, capsys):
     assert "is for --sample G" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_installed_python_sources_are_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["corpus", "python-sources", str(tmp_path), "--megabytes", "1", "--json"]
     assert run(command) == 0

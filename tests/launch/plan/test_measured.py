@@ -38,7 +38,13 @@ def kept_by(config):
     return sum(storage.nbytes() for storage in kept.values()) / TOKENS
 
 
-@pytest.mark.parametrize("name", list(registered_kinds()))
+# The longest, half of the time of all; others of their families are quick.
+SLOW = ("mom", "deltaproduct", "kda", "gdn2", "plstm")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in registered_kinds()]
+)
 def test_kept_bytes_of_a_registered_mixer_are_those_of_a_real_pass(name):
     config = mixer_config(name, blocks=1)
     symbol = registered_kinds()[name].symbol

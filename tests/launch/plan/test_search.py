@@ -51,6 +51,7 @@ def test_a_search_recomputes_no_more_than_it_must_and_tries_every_schedule(capsy
     assert why["parallel.tensor above 8"]["example"].startswith("a block waits for its sums")
 
 
+@pytest.mark.slow
 def test_each_stage_is_searched_and_stays_in_a_layout_that_is_as_good(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(

@@ -61,6 +61,7 @@ def plan_blocks() -> dict[str, Any]:
     tuple(map(int, importlib.metadata.version("megatron-core").split(".")[:2])) >= (0, 17),
     reason="NOT TESTED: this megatron-core imports Triton itself; where Triton is missing pip installs an older one",
 )
+@pytest.mark.slow
 def test_a_plan_for_gpus_is_the_same_where_triton_is_not_installed() -> None:
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_TRITON]
     apart = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])

@@ -63,6 +63,7 @@ def test_a_composed_layout_sends_the_bytes_of_the_formulas_and_waits_where_it_ma
     [("model.moe.capacity_factor=1.5", "hook"), ("parallel.expert_room=1.3", "product")],
     ids=["capacity_factor", "expert_room"],
 )
+@pytest.mark.slow
 def test_experts_whose_rows_need_no_counting_wait_for_nothing(small, setting, sums):
     (entry,) = trace(small, 4, "parallel.expert=4", setting, f"train.gradient_sums={sums}")
     waits = unnumbered(entry.traced["host_waits"])
