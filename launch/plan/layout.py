@@ -188,6 +188,11 @@ class StageShare:
     routed_blocks: int = 0
     indices: tuple[int, ...] = ()
 
+    @property
+    def main_letters(self) -> tuple[str, ...]:
+        """Letters but those of the depths."""
+        return self.letters[: len(self.indices)]
+
     def narrow_letters(self, narrow: Collection[int]) -> tuple[str, ...]:
         """Letters of the blocks that make products by a recipe, `narrow` being the indices of all such blocks of the model."""
         return tuple(letter for letter, index in zip(self.letters, self.indices) if index in narrow)

@@ -8,6 +8,7 @@ long, a third of that where the schedule cuts backward passes in two (Qi et al. 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -278,10 +279,12 @@ def host_seconds(
     if storage.backend != "triton" or not (hardware.launch_seconds or hardware.wait_seconds):
         return 0.0  # PyTorch's own kernels, as a CPU runs them: their efficiencies have it
     narrow = narrow_kinds(config, held, storage)
-    for letter in set(held.letters):
-        forwards, times = 2 if letter in layout.recompute else 1, held.letters.count(letter)
+    num_main = len(held.main_letters)
+    blocks = Counter((letter, place < num_main) for place, letter in enumerate(held.letters))
+    for (letter, is_main), times in blocks.items():
+        forwards = 2 if letter in layout.recompute else 1
         cut = cut_of(config, layout, letter, 1.0, is_narrow=letter in narrow)
-        forward, backward = pass_launches(config, block_bytes(model, letter, storage, cut))
+        forward, backward = pass_launches(config, block_bytes(model, letter, storage, cut), is_main=is_main)
         launches += layout.turns * times * (forwards * forward + backward)
         waits += layout.turns * times * forwards * (cut.sent > 0)
     return max(0.0, launches * hardware.launch_seconds - compute) + waits * hardware.wait_seconds

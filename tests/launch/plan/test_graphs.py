@@ -28,11 +28,25 @@ def test_a_replayed_pass_has_few_launches_where_kernels_find_documents_on_the_de
     config = preset("ladder_20m", "train.cuda_graphs=blocks")
     for letter in "ME*":
         block = block_bytes(config.model, letter, storage_of(config))
-        assert pass_launches(config, block) == (REPLAY_LAUNCHES, REPLAY_LAUNCHES)
+        assert pass_launches(config, block, is_main=True) == (REPLAY_LAUNCHES, REPLAY_LAUNCHES)
         assert min(block.launches) > REPLAY_LAUNCHES
-        assert pass_launches(preset("ladder_20m"), block) == block.launches
+        assert pass_launches(preset("ladder_20m"), block, is_main=True) == block.launches
     attention = block_bytes(config.model, "*", replace(storage_of(config), backend="torch"))
-    assert pass_launches(config, attention) == attention.launches
+    assert pass_launches(config, attention, is_main=True) == attention.launches
+
+
+def test_blocks_of_depths_are_no_graphs() -> None:
+    given = ("train.cuda_graphs=blocks", "model.pattern=MM/MM", "model.mtp={loss_weight: 0.3}")
+    with_depth, without = preset("ladder_20m", *given), preset("ladder_20m", given[0], "model.pattern=MM")
+    held = []
+    for config in (with_depth, without):
+        storage = storage_of(config)
+        (share,) = held_by_stages(config.model, LAYOUT, config.train.sequence_length)
+        sizes = block_sizes(config, LAYOUT, storage, 1.0, set(share.letters))
+        held.append(graph_bytes(config, LAYOUT, storage, share, sizes))
+    assert held[0] == held[1]
+    block = block_bytes(with_depth.model, "M", storage_of(with_depth))
+    assert pass_launches(with_depth, block, is_main=False) == block.launches
 
 
 def test_a_small_model_waits_less_for_its_host() -> None:
