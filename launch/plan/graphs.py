@@ -45,19 +45,12 @@ def with_graphs(
     if is_captured:
         graphs = {"graphs": graph_bytes(config, layout, storage, held, sizes)}
         passes, step = passes | graphs, step | graphs
-        captured = [
-            sizes[letter] for letter, is_graph in zip(held.main_letters, find_captured(held, sizes)) if is_graph
-        ]
+        captured = [sizes[letter] for letter in held.main_letters if sizes[letter].is_graphable]
         tokens = layout.tokens(config)
         working = tokens * max((size.working for size in captured), default=0.0)
         passes["working space"] = max(passes["working space"], working)
         step |= {"activations": tokens * sum(size.kept for size in captured), "working space": working}
     return passes, step
-
-
-def find_captured(held: StageShare, sizes: Mapping[str, BlockBytes]) -> list[bool]:
-    """Which of the main blocks are graphs."""
-    return [sizes[letter].is_graphable for letter in held.main_letters]
 
 
 def graph_bytes(
@@ -69,7 +62,8 @@ def graph_bytes(
     """
     residual = stream_bytes(config.model, storage)
     delta = config.model.hidden_size * storage.element_bytes
-    captured, total = find_captured(held, sizes), 0.0
+    captured = [sizes[letter].is_graphable for letter in held.main_letters]
+    total = 0.0
     for place, is_graph in enumerate(captured):
         if is_graph:
             flows_in = residual + delta * (place > 0)

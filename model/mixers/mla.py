@@ -67,7 +67,7 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
 
     @property
     def is_graphable(self) -> bool:
-        """As of attention."""
+        """Where our kernels attend, as in attention."""
         return self.build.backend == "triton" and self.indexer is None
 
     def reset_buffers(self) -> None:

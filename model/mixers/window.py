@@ -63,7 +63,7 @@ class WindowMixer(SoftmaxMixer, SequenceMixer):
 
     @property
     def is_graphable(self) -> bool:
-        """As of attention."""
+        """Where our kernels attend, as in attention."""
         return self.build.backend == "triton"
 
     def reset_buffers(self) -> None:
