@@ -113,6 +113,7 @@ check: $(VENV)/.installed-dev
 	git ls-files | xargs $(BIN)/codespell
 	$(BIN)/python tests/prose.py
 	$(BIN)/python tests/size.py
+	$(BIN)/python tests/limits.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

@@ -57,7 +57,7 @@ TRAIN: dict[str, Any] = {
     "precision": "float32",
     "validation_batches": 1,
     "num_threads": 1,
-    "timeout_seconds": 60,
+    "timeout_seconds": 900,
     "checkpoint_in_background": False,  # or the place of its event among the others depends on the disk
     "keep_last": 9,
 }

@@ -11,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+from tests.helpers.patience import PATIENCE_SECONDS
+
 ROOT = Path(__file__).parents[1]
 CTRL_C = "\x03"
-PATIENCE_SECONDS, AGAIN_SECONDS = 900, 5
+AGAIN_SECONDS = 5
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 # The terminal controls the process, so that Ctrl-C reaches its whole group; a suite that runs in the background ignores it.
 BECOME_SESSION_LEADER = (

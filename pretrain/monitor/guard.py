@@ -86,10 +86,40 @@ class Guard:
         return note
 
 
+class Signs:
+    """What a rank lets its guard know; `now` are seconds of a clock that only runs forward.
+
+    `stop_seconds`: what a rank gets after SIGTERM at most.
+    """
+
+    def __init__(self, stop_seconds: float, now: float) -> None:
+        self.stop_seconds = stop_seconds
+        self.limit, self.is_asked = 0.0, False
+        self.last = self.looked = now
+
+    def take(self, content: bytes, now: float) -> None:
+        """Note what came through the pipe: signs of life, and the numbers of signals next to them."""
+        *signs, _ = content.replace(bytes([signal.SIGTERM]), b"\nstop\n").split(b"\n")
+        for sign in signs:
+            if sign == b"stop":
+                self.is_asked = True
+            elif number := read_number(sign):
+                self.limit, self.last, self.is_asked = number[0], now, False
+
+    def find_overdue(self, now: float, is_stopped: bool) -> tuple[float, str] | None:
+        """Seconds without a sign where they are too many, and since which signal; a rank that is stopped gets its time again."""
+        if now - self.looked > 4 * LOOK_SECONDS or is_stopped:
+            self.last = now
+        self.looked = now
+        allowed = min(self.limit, self.stop_seconds) if self.is_asked else self.limit
+        if not self.limit or now - self.last <= allowed:
+            return None
+        return now - self.last, "after SIGTERM" if allowed < self.limit else ""
+
+
 def guard(pid: int, rank: str, stop_seconds: float) -> None:
     """Look at process `pid`, whose signs come on standard input, until they end or it does."""
-    limit, is_asked = 0.0, False
-    last = looked = time.monotonic()
+    signs = Signs(stop_seconds, time.monotonic())
     while os.getppid() == pid:
         ready, _, _ = select.select([0], [], [], LOOK_SECONDS)
         now = time.monotonic()
@@ -97,18 +127,9 @@ def guard(pid: int, rank: str, stop_seconds: float) -> None:
             content = os.read(0, 1 << 16)
             if not content:
                 return
-            *signs, _ = content.replace(bytes([signal.SIGTERM]), b"\nstop\n").split(b"\n")
-            for sign in signs:
-                if sign == b"stop":
-                    is_asked = True
-                elif number := read_number(sign):
-                    limit, last, is_asked = number[0], now, False
-        if now - looked > 4 * LOOK_SECONDS or is_stopped(pid):
-            last = now
-        looked = now
-        allowed = min(limit, stop_seconds) if is_asked else limit
-        if limit and now - last > allowed:
-            end(pid, rank, now - last, "after SIGTERM" if is_asked and allowed < limit else "")
+            signs.take(content, now)
+        if overdue := signs.find_overdue(now, is_stopped(pid)):
+            end(pid, rank, *overdue)
             return
 
 

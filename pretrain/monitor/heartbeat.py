@@ -37,6 +37,21 @@ MANY_RANKS = 512  # from which on one rank of a node reads what the other nodes 
 LAST_WORDS = 1.5  # intervals between the last published beat of a rank that is dead and what it noted after it, at most
 
 
+class Stall:
+    """How long a rank has been awake without progress; `now` are seconds of a clock that only runs forward."""
+
+    def __init__(self, interval: float, now: float) -> None:
+        self.interval = interval
+        self.awake_since = self.woken = now
+
+    def measure(self, now: float, moved: float) -> float:
+        """Seconds since it moved, asked every interval: one that was itself stopped (SIGSTOP) gets its time again."""
+        if now - self.woken > 3 * self.interval:
+            self.awake_since = now
+        self.woken = now
+        return now - max(moved, self.awake_since)
+
+
 class Heartbeat:
     """The threads of one rank, from `start` to `close`. `at` costs an assignment; a thread alone writes files.
 
@@ -186,14 +201,11 @@ class Heartbeat:
 
     def _watch(self) -> None:
         """End the process when the phase has not changed for `timeout_seconds` of being awake; the watchdog thread."""
-        awake_since = woken = time.monotonic()
+        stall = Stall(self.interval, time.monotonic())
         while not self._closed.wait(self.interval):
             if self.guard is not None:
                 self.guard.expect(self.timeout_seconds)
-            before, woken = woken, time.monotonic()
-            if woken - before > 3 * self.interval:  # the process was itself stopped (SIGSTOP): it gets its time again
-                awake_since = woken
-            seconds = woken - max(self._place[2], awake_since)
+            seconds = stall.measure(time.monotonic(), self._place[2])
             if self.timeout_seconds is not None and seconds > self.timeout_seconds:
                 what = f"no progress for {seconds:.0f} s (launch.heartbeat_seconds={self.timeout_seconds:g})"
                 self._end(what, self._look_around())

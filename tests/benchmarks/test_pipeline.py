@@ -10,13 +10,14 @@ import pytest
 
 from benchmarks.command import run
 from benchmarks.pipeline import SCHEDULES, load_stages, pipeline
+from tests.helpers.patience import PATIENCE_SECONDS
 
 
 @pytest.mark.slow
 def test_two_schedules_take_turns_and_their_ratio_is_of_neighbours() -> None:
     sizes = ["model.pattern=M*E-", "train.sequence_length=32"]
     command = [sys.executable, "-m", "benchmarks.pipeline", "--rounds", "2", "--json", *sizes]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=900).stdout)
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE_SECONDS).stdout)
     whole, cut = (found["seconds"][schedule] for schedule in SCHEDULES)
     assert len(whole) == len(cut) == 2 and found["stages"] == 2 and found["micro_batches"] == 8
     ratios = sorted(b / a for a, b in zip(whole, cut))

@@ -169,7 +169,7 @@ def cut_for_a_while(nodes: Cluster, node: int, launcher: subprocess.Popen[bytes]
     """Cut a node's link for 20 s, in which the launcher must not end."""
     nodes.fault("cut", node)
     with pytest.raises(subprocess.TimeoutExpired):
-        launcher.wait(timeout=20)
+        launcher.wait(timeout=20)  # short: it must not end
     nodes.fault("heal", node)
 
 

@@ -77,7 +77,7 @@ def test_a_cut_link_costs_one_failure_and_the_other_node_goes_on(
 def test_a_link_that_is_away_for_twenty_seconds_and_loses_packets_costs_nothing(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
-    write_run(folder, folder / "run", launch__heartbeat_seconds=120.0, train__timeout_seconds=120.0)
+    write_run(folder, folder / "run", launch__heartbeat_seconds=120.0, train__timeout_seconds=PATIENCE_SECONDS)
     log = folder / "launch.log"
     with cluster(2, "ray", folder=folder) as nodes:
         nodes.fault("slow", 2, "50mbit", "10")

@@ -48,7 +48,7 @@ def launch(
 ) -> subprocess.Popen[bytes]:
     """`amfm launch --on torchrun` on the login node, its output in root/launch.log."""
     (root / "hostfile").write_text(hosts)  # `hosts` there is the nodes' /etc/hosts
-    shell = f"ssh -F {root}/ssh_config -tt -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15"
+    shell = f"ssh -F {root}/ssh_config -tt -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15"  # short: a node that is away is tried once more
     words = ("--on", "torchrun", "--hosts", root / "hostfile", "--nodes", str(count or len(hosts.split())))
     command = amfm(
         "launch", root / "run.yaml", *options, *words, "--nproc-per-node", str(ranks), "--remote-shell", shell
@@ -83,7 +83,7 @@ def test_a_link_that_is_cut_for_good_is_named_and_the_other_host_goes_on(
 def test_a_link_that_is_away_for_twenty_seconds_costs_nothing(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
-    write_run(folder, folder / "run", launch__heartbeat_seconds=120.0, train__timeout_seconds=120.0)
+    write_run(folder, folder / "run", launch__heartbeat_seconds=120.0, train__timeout_seconds=PATIENCE_SECONDS)
     log = folder / "launch.log"
     with cluster(2, "ssh", folder=folder) as nodes:
         launcher = launch(nodes, folder)

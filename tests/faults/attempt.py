@@ -17,9 +17,8 @@ import torch.distributed
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.failures import describe, exit_code
 from amfm.pretrain.train import train
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.tiny_run import tiny_config
-
-PATIENCE_SECONDS = 60.0
 
 
 @dataclass
@@ -35,7 +34,6 @@ class Attempt:
     settings: dict[str, Any]
     num_ranks: int
     prepare: Callable[[int], None] | None = None
-    patience_seconds: float = PATIENCE_SECONDS
     pids: list[int] = field(default_factory=list)
 
     def start(self) -> None:
@@ -70,8 +68,8 @@ class Attempt:
         return os.waitid(os.P_PID, self.pids[0], os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
     def finish(self) -> list[int]:
-        """Exit codes (negative: signals) of all ranks, which must come within the patience."""
-        deadline, codes = time.monotonic() + self.patience_seconds, {}
+        """Exit codes (negative: signals) of all ranks, which must come within PATIENCE_SECONDS."""
+        deadline, codes = time.monotonic() + PATIENCE_SECONDS, {}
         while len(codes) < len(self.pids):
             assert time.monotonic() < deadline, "a rank outlived the others"
             for pid in self.pids:

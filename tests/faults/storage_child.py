@@ -1,7 +1,7 @@
 """Runs of a process that a faulty disk was put in front of: each in a separate fork, its faults on while a file exists.
 
 Called as `python -m tests.faults.storage_child FOLDER`, which holds jobs.json: the data, and for each name (of a
-fault, or any other) run directory, settings, number of ranks, and seconds of patience. Writes results.json: by name exit code and words of each rank.
+fault, or any other) run directory, settings and number of ranks. Writes results.json: by name exit code and words of each rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if __name__ == "__main__":
         run_dir.mkdir(exist_ok=True)
         switch = place / f"{name}.on"
         switch.touch()
-        attempt = Attempt(data, run_dir, job["settings"], job["ranks"], patience_seconds=job.get("patience", 60))
+        attempt = Attempt(data, run_dir, job["settings"], job["ranks"])
         attempt.start()
         codes = attempt.finish()
         switch.unlink(missing_ok=True)  # who waits for this run may have ended its faults before

@@ -66,7 +66,7 @@ def attempt(data: DataConfig, run_dir: Path, settings: dict[str, Any], fault: st
         if fault is not None and rank == ranks - 1:
             inject.after_step(HURT_AFTER, getattr(inject, fault))
 
-    start = Attempt(data, run_dir, {**SETTINGS, **settings}, ranks, prepare=prepare, patience_seconds=120)
+    start = Attempt(data, run_dir, {**SETTINGS, **settings}, ranks, prepare=prepare)
     run_dir.mkdir(exist_ok=True)
     start.start()
     codes = start.finish()

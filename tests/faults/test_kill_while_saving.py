@@ -16,6 +16,7 @@ import torch.multiprocessing
 
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import digest_state, load, make_engine, run_steps, save
 
@@ -58,7 +59,7 @@ def was_killed(pid: int) -> bool:
 
 def make_three(folder: Path) -> tuple[ZeroEngine, dict[int, str]]:
     """An engine at step 3, checkpoints of steps 1 and 2 in the folder, and the digest of the state at each step."""
-    engine = make_engine(initialize_parallel(timeout_seconds=60, num_threads=1))
+    engine = make_engine(initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1))
     digests = {}
     for step in (1, 2, 3):
         run_steps(engine, step - 1, step)
@@ -141,7 +142,7 @@ def test_killed_at_random_moments_the_newest_whole_checkpoint_is_found(tmp_path:
 
 
 def die_on_one_rank(folder: str, number: int) -> None:
-    parallel = initialize_parallel(timeout_seconds=30, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     engine = make_engine(parallel)
     save(Path(folder), 1, engine)
     if parallel.rank == 1:
@@ -150,7 +151,7 @@ def die_on_one_rank(folder: str, number: int) -> None:
 
 
 def load_on_all_ranks(folder: str) -> tuple[int, tuple[str, ...]]:
-    engine = make_engine(initialize_parallel(timeout_seconds=30, num_threads=1))
+    engine = make_engine(initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1))
     loaded = load(Path(folder), engine)
     assert loaded is not None
     return loaded.step, loaded.skipped

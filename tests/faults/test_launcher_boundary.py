@@ -19,6 +19,7 @@ import yaml
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.launch.rank_command import rank_command
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.helpers.srun import NODES, write_programs
 from tests.parallel.test_stage_layouts import run_layouts, staged_config
@@ -130,7 +131,7 @@ def test_a_launcher_that_is_killed_at_a_boundary_leaves_nothing_running_and_cost
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.002)
     os.kill(killed.pid, signal.SIGKILL)
-    _, alive = psutil.wait_procs(running(path), timeout=900)
+    _, alive = psutil.wait_procs(running(path), timeout=PATIENCE_SECONDS)
     assert not alive, f"{[process.cmdline() for process in alive]} continued without their launcher"
     finish(start(path, launcher))
     check_against(whole, tmp_path / "run")

@@ -17,17 +17,17 @@ from amfm.pretrain.checkpoint.inspect import diff_checkpoints, inspect_checkpoin
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.monitor.beats import read_beats
 from tests.faults.attempt import Attempt, die_in
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data
 
 STEPS, SAVED = 6, 2
-TIMEOUT_SECONDS = 40
 VICTIM = 1
 SETTINGS = {
     "train__steps": STEPS,
     "train__checkpoint_every_steps": SAVED,
     "train__micro_batch_size": 1,
-    "train__timeout_seconds": TIMEOUT_SECONDS,
+    "train__timeout_seconds": PATIENCE_SECONDS,
 }
 
 
@@ -83,7 +83,7 @@ def check(place: Path, results: dict[str, Any], num_ranks: int) -> None:
     last = f"checkpoints/step-{STEPS:08d}"
     for fault, (codes, seconds, left, broken, said, events) in results.items():
         assert codes[VICTIM] == -9 and all(codes[rank] == 3 for rank in survivors), (fault, codes)
-        assert seconds < TIMEOUT_SECONDS, "the others end within train.timeout_seconds"
+        assert seconds < PATIENCE_SECONDS, "the others end within train.timeout_seconds"
         for rank in survivors:
             assert said[rank].startswith(f"rank {VICTIM} on "), (fault, rank, said[rank])
             assert "is lost (last seen at step" in said[rank]

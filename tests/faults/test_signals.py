@@ -17,6 +17,7 @@ from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.checkpoint.inspect import inspect_checkpoint
 from amfm.pretrain.train import train
 from tests.faults.disk import fault, with_faults
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
 
 STEPS = 40
@@ -36,7 +37,7 @@ def test_more_sigterms_during_the_save_that_the_first_one_asked_for_change_nothi
     run_dir = tmp_path / "run"
     jobs = {
         "data": data.model_dump(mode="json"),
-        "runs": {"job": {"run": "run", "settings": SETTINGS, "ranks": 1, "patience": 100}},
+        "runs": {"job": {"run": "run", "settings": SETTINGS, "ranks": 1}},
     }
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     process = subprocess.Popen(
@@ -49,7 +50,7 @@ def test_more_sigterms_during_the_save_that_the_first_one_asked_for_change_nothi
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
         time.sleep(0.3)
         rank.send_signal(number)
-    assert process.wait(timeout=900) == 0
+    assert process.wait(timeout=PATIENCE_SECONDS) == 0
     assert json.loads((tmp_path / "results.json").read_text())["job"] == {"codes": [0], "said": [""]}
     (saved,) = (run_dir / "checkpoints").glob("step-*")
     assert inspect_checkpoint(saved)["ok"] and read_events(run_dir)[-1]["event"] == "signal"
@@ -60,7 +61,7 @@ def test_more_sigterms_during_the_save_that_the_first_one_asked_for_change_nothi
 
 
 def wait_for(path: Path, holds: Callable[[Path], bool]) -> None:
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not (path.exists() and holds(path)):
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -16,6 +16,7 @@ import yaml
 
 from amfm.launch.rank_command import rank_command
 from amfm.pretrain.launcher_protocol import RUN_FAILED
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.parallel.test_stage_layouts import STEPS, staged_config
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data
 
@@ -53,7 +54,7 @@ def test_what_dies_at_the_boundary_costs_no_step(
     tmp_path: Path, victims: Callable[[subprocess.Popen[bytes]], list[int]]
 ) -> None:
     (tmp_path / "straight").mkdir()
-    assert start(write_config(tmp_path / "straight")).wait(timeout=900) == 0
+    assert start(write_config(tmp_path / "straight")).wait(timeout=PATIENCE_SECONDS) == 0
     straight = read_metrics(tmp_path / "straight" / "run")
     assert [line["step"] for line in straight] == list(range(1, 2 * STEPS + 1))
     assert [event["stage"] for event in read_events(tmp_path / "straight" / "run", "next_layout")] == ["stage1"]
@@ -66,10 +67,10 @@ def test_what_dies_at_the_boundary_costs_no_step(
         time.sleep(0.002)
     for pid in victims(launcher):
         os.kill(pid, signal.SIGKILL)
-    code = launcher.wait(timeout=900)
+    code = launcher.wait(timeout=PATIENCE_SECONDS)
     if code != 0:  # the ranks were not yet through with the save
         assert code in (RUN_FAILED, -signal.SIGKILL)
         time.sleep(1)
-        assert start(path).wait(timeout=900) == 0
+        assert start(path).wait(timeout=PATIENCE_SECONDS) == 0
     killed = read_metrics(tmp_path / "killed" / "run")
     assert [line["loss"] for line in killed] == [line["loss"] for line in straight]

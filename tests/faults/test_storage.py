@@ -14,6 +14,7 @@ import pytest
 
 from amfm.pretrain.launcher_protocol import RUN_FAILED
 from tests.faults.disk import fault, with_faults
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data
 
 SETTINGS = {"train__steps": 4, "train__checkpoint_every_steps": 2}
@@ -111,7 +112,9 @@ def test_storage_that_hangs_under_the_loader_is_named_and_the_run_goes_on_after_
     jobs = {"data": tiny_data(tmp_path / "data").model_dump(mode="json"), "runs": runs}
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     child = [sys.executable, "-m", "tests.faults.storage_child", str(tmp_path)]
-    done = subprocess.run(child, env=with_faults(rules), check=True, timeout=900, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        child, env=with_faults(rules), check=True, timeout=PATIENCE_SECONDS, stderr=subprocess.PIPE, text=True
+    )
     results = json.loads((tmp_path / "results.json").read_text())
     assert [results[name]["codes"] for name in runs] == [[0], [RUN_FAILED], [0]]
     assert "amfm: rank 0 on " in done.stderr and "no progress for " in done.stderr

@@ -21,6 +21,7 @@ from amfm.pretrain.monitor.beats import Beat
 from amfm.pretrain.monitor.heartbeat import HUNG
 from amfm.pretrain.monitor.ownership import Ownership, require_silence
 from tests.faults.disk import fault, with_faults
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data
 
 STEPS = 24
@@ -30,7 +31,8 @@ FENCED = (
     "from pathlib import Path\n"
     "from amfm.pretrain.monitor.heartbeat import Heartbeat\n"
     "from amfm.pretrain.monitor.ownership import Ownership\n"
-    "heartbeat = Heartbeat(Path(sys.argv[1]), rank=0, timeout_seconds=0.8)\n"
+    "heartbeat = Heartbeat(Path(sys.argv[1]), rank=0, timeout_seconds=900)\n"
+    "heartbeat.interval = 0.1\n"
     "heartbeat.fence = Ownership.take(Path(sys.argv[1])).check\n"
     "heartbeat.start()\n"
     "print('ready', flush=True)\n"
@@ -45,7 +47,7 @@ def test_a_start_is_refused_while_a_rank_of_another_host_beats(tmp_path: Path) -
     folder.mkdir()
 
     def live() -> None:
-        while not stop.wait(0.2):
+        while not stop.wait(0.2):  # short: between beats
             beat = Beat(0, "elsewhere", 7, "forward", time.time() - 1e6)  # its clock is behind
             (folder / "rank-0.tmp").write_text(json.dumps(asdict(beat)))
             os.replace(folder / "rank-0.tmp", folder / "rank-0.json")
@@ -80,7 +82,7 @@ class Host:
     def __init__(self, place: Path, name: str, data: Any, run_dir: Path, *, step_seconds: float = 0.5) -> None:
         self.place, self.name = place / name, name
         self.place.mkdir()
-        run = {"run": str(run_dir), "settings": SETTINGS, "ranks": 1, "patience": 200}
+        run = {"run": str(run_dir), "settings": SETTINGS, "ranks": 1}
         jobs = {"data": data, "runs": {"run": run}}
         (self.place / "jobs.json").write_text(json.dumps(jobs))
         wait = fault("write", "*/metrics.jsonl", f"sleep={step_seconds}", when=self.place / "run.on")
@@ -93,7 +95,7 @@ class Host:
 
     def finish(self) -> tuple[int, str]:
         """Exit code and words of its rank."""
-        words = self.process.communicate(timeout=900)[1]
+        words = self.process.communicate(timeout=PATIENCE_SECONDS)[1]
         result = json.loads((self.place / "results.json").read_text())["run"]
         return result["codes"][0], result["said"][0] + words
 
@@ -108,7 +110,7 @@ class Host:
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not (run_dir / "metrics.jsonl").exists() or len(read_metrics_so_far(run_dir)) < step:
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -138,7 +140,7 @@ def test_a_host_that_comes_back_after_it_was_replaced_ends_and_saves_nothing(tmp
     wait_for_step(run_dir, 6)
     first.signal(signal.SIGSTOP)  # cut off from the network, as seen by the others
     second = Host(tmp_path, "second", data, run_dir)
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while len(read_events(run_dir, "start")) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.1)

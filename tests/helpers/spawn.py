@@ -58,7 +58,7 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, num_ranks: int = 2)
             start_method="forkserver",
         )
         try:
-            while not context.join(timeout=1.0):
+            while not context.join(timeout=1.0):  # short: between looks
                 pass
         finally:
             for process in context.processes:

@@ -10,6 +10,7 @@ import pytest
 
 from amfm.launch.cli import app, describe, exit_code, run
 from tests.helpers.json_output import one_object
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.config.files import BASE
 
 VERBS = [command.name or command.callback.__name__ for command in app.registered_commands]
@@ -219,5 +220,5 @@ runpy.run_module("amfm.launch", run_name="__main__")
 
 def test_ctrl_c_while_the_command_line_is_imported_ends_in_silence():
     command = [sys.executable, "-c", INTERRUPTED_AT_TYPER]
-    end = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    end = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
     assert (end.returncode, end.stderr) == (130, "")

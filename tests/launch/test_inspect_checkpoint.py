@@ -11,12 +11,13 @@ import torch
 from amfm.launch.cli import run
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.checkpoint.toys import make_engine, save
 
 
 @pytest.fixture(scope="module")
 def engine() -> ZeroEngine:
-    return make_engine(initialize_parallel(timeout_seconds=60, num_threads=1))
+    return make_engine(initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1))
 
 
 def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, object], str]:

@@ -16,6 +16,7 @@ from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.numbers import assert_near
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.model.mixers.samples import sample_options
@@ -120,7 +121,7 @@ def test_blocks_without_such_projections_get_none() -> None:
 def run_spread(sections: list[ParallelConfig]) -> list[dict[str, Tensor]]:
     found = []
     for section in sections:
-        groups = initialize_parallel(section, timeout_seconds=60, num_threads=1).groups
+        groups = initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1).groups
         found.append(run_model(with_updates(groups)))
     return found
 

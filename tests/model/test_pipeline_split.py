@@ -13,6 +13,7 @@ from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.numbers import assert_near, relative_rms
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import MOE, loss_of, meta_of, packed_batch, small_config, small_model
 
@@ -108,7 +109,7 @@ TIED = small_config("M|*", tie_embeddings=True)
 
 def sum_tied_gradients():
     """What a stage has of the tied embedding's gradient before and after the sum, over all data ranks."""
-    groups = initialize_parallel(ParallelConfig(pipeline=2), timeout_seconds=60, num_threads=1).groups
+    groups = initialize_parallel(ParallelConfig(pipeline=2), timeout_seconds=PATIENCE_SECONDS, num_threads=1).groups
     # Every rank computes both stages, and continues with its own.
     parts = [HybridModel(TIED, groups, seed=3, pieces=[piece]).double() for piece in cut_pieces(TIED, 2, 23)]
     loss_of(output_of(parts, seed=groups.dp.rank())).backward()

@@ -21,6 +21,7 @@ from amfm.model.routed_updates import RoutedUpdates, sharpness_loss
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.numbers import assert_near
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import cut_batch, small_config, small_model
 from tests.model.test_lora import DOCUMENTS, EXACT, MIXERS, run_model
@@ -157,7 +158,7 @@ def with_routed(groups: Any = None) -> HybridModel:
 def run_spread(sections: list[ParallelConfig]) -> list[dict[str, Tensor]]:
     found = []
     for section in sections:
-        groups = initialize_parallel(section, timeout_seconds=60, num_threads=1).groups
+        groups = initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1).groups
         found.append(run_model(with_routed(groups)))
     return found
 

@@ -17,6 +17,7 @@ from amfm.model.parallel.shards import parameter_shards
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import (
@@ -94,7 +95,7 @@ CUTS = {
 
 def run_cut_rows(section):
     """The loss and all gradients of a Mamba2 block in Triton, whose rows two context ranks cut, and tensor ranks its heads."""
-    groups = initialize_parallel(section, timeout_seconds=300, num_threads=1).groups
+    groups = initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1).groups
     model = HybridModel(CUT, groups, seed=3, backend="triton")
     assert model.blocks[0].mixer.is_one_operation
     tokens_BT, labels_BT, meta = cut_batch(ROWS, groups)

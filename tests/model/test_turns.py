@@ -17,6 +17,7 @@ from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.model.moe.test_dispatch import BASE
 from tests.model.small_models import loss_of, packed_batch, small_config
@@ -82,7 +83,7 @@ def run_rows(config: ModelConfig, groups: ProcessGroupCollection, seed: int, *, 
 def compare_turns() -> dict[str, tuple[Outcome, Outcome]]:
     found = {}
     for name, (section, config) in CASES.items():
-        parallel = initialize_parallel(section, timeout_seconds=60, num_threads=1)
+        parallel = initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1)
         seed = parallel.groups.dp.rank()
         found[name] = tuple(run_rows(config, parallel.groups, seed, in_turns=each) for each in (True, False))
     return found
@@ -118,7 +119,7 @@ class Events(TorchDispatchMode):
 
 def order_of_events() -> list[str]:
     """Forward and backward of two blocks of each kind, without balance losses, whose gradients come at other times."""
-    parallel = initialize_parallel(ParallelConfig(expert=2), timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(ParallelConfig(expert=2), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     model = HybridModel(config_of("MEME", auxiliary_loss_weight=0.0, sequence_loss_weight=0.0), parallel.groups, seed=3)
     tokens_BT, labels_BT, ids_BT = packed_batch(DOCUMENTS, seed=parallel.rank)
     with Events() as events:

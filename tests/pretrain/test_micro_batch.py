@@ -13,6 +13,7 @@ from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.micro_batch import MicroBatch, MicroBatches
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.model.small_models import small_config
 
 LENGTH = 24
@@ -74,7 +75,7 @@ def test_no_value_of_a_device_tensor_is_read_on_the_way_through_the_model(starts
 
 @pytest.mark.parametrize("asked", [[0, 1, 2], [0, 0, 2, 1], [-1]])
 def test_a_step_s_micro_batches_are_prepared_when_they_are_first_asked_for_and_once(asked: list[int]) -> None:
-    parallel = initialize_parallel(timeout_seconds=30, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     batches = [make_batch([[0, place], [0]]) for place in (3, 5, 9)]
     given = MicroBatches(batches, parallel, small_config("M"))
     assert len(given) == 3

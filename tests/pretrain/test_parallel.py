@@ -14,6 +14,7 @@ import torch.distributed
 from amfm.launch.rank_command import isolated_python
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import choose_gpu, initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 
 SIMULATED = """
@@ -27,7 +28,7 @@ ranks, section = int(sys.argv[1]), json.loads(sys.argv[2])
 dist.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
 made, own = [], dist.new_group
 dist.new_group = lambda ranks=None, **settings: (made.append(len(ranks)), own(ranks, **settings))[1]
-initialize_parallel(ParallelConfig(**section), timeout_seconds=60, num_threads=1)
+initialize_parallel(ParallelConfig(**section), timeout_seconds=900, num_threads=1)
 held = [group for group in parallel_state._global_process_group_list if group is not None]
 print(json.dumps({"made": made, "held": [group.size() for group in held]}))
 """
@@ -36,7 +37,7 @@ TURBOS = {"tensor": 2, "sequence_parallel": True, "expert": 32, "pipeline": 16}
 
 def simulate(ranks: int, section: dict[str, Any]) -> dict[str, list[int]]:
     command = [*isolated_python(), "-W", "ignore", "-c", SIMULATED, str(ranks), json.dumps(section)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS)
     found: dict[str, list[int]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -58,7 +59,7 @@ def test_a_task_that_sees_one_gpu_takes_it_and_a_rank_without_one_is_told_both_n
 def connect(section: dict[str, Any]) -> list[tuple[int, int]]:
     """Sockets of this process after the groups are made, and after every rank has talked to all."""
     counts = []
-    parallel = initialize_parallel(ParallelConfig(**section), timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(ParallelConfig(**section), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     process = psutil.Process()
     counts.append(len(process.net_connections()))
     for group in (parallel.groups.tp, parallel.groups.pp, parallel.groups.dp_cp):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.checkpoint.names import list_checkpoints
@@ -176,10 +178,16 @@ def test_nan_on_one_rank_skips_the_step_on_both(data: DataConfig, tmp_path: Path
 def hang_last_rank(data: DataConfig, folder: str) -> str:
     """The last rank stays away from a step until the other one has given up on it, which says why."""
     given_up = Path(folder, "given up")
-    config = tiny_config(data, Path(folder), train__timeout_seconds=4, parallel__zero_stage=2)
+    config = tiny_config(data, Path(folder), train__timeout_seconds=1234, parallel__zero_stage=2)
+    set_timeout = getattr(
+        distributed_c10d, "set_timeout", distributed_c10d._set_pg_timeout
+    )  # older releases have the second alone
     with SignalWatch() as signals:
         run = start_run(config, signals)
-        train_step(run)
+        train_step(run)  # of a busy machine and compilers, before the time of what follows is short
+        for group in distributed_c10d._world.pg_map:
+            assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=1234)
+            set_timeout(timedelta(seconds=4), group)
         if run.parallel.rank == 1:
             while not given_up.exists():
                 time.sleep(0.05)

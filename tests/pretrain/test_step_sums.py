@@ -14,13 +14,14 @@ from amfm.model.parallel.row_room import RowRoom
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.step_sums import RankNews, StepReport, empty_sums
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import MODEL
 
 
 def report_of_rank(tensor: int) -> tuple[StepReport, dict[int, list[int]]]:
     """Each rank adds sums of its own; with tensor ranks both have seen the same tokens."""
-    parallel = initialize_parallel(ParallelConfig(tensor=tensor), timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(ParallelConfig(tensor=tensor), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     sums = empty_sums(ModelConfig.model_validate(MODEL), parallel.device)
     part = 1 if tensor == 2 else 1 + parallel.rank
     room = parallel.groups.row_room = RowRoom(1.0, parallel.device)
@@ -54,7 +55,7 @@ def test_all_ranks_read_the_sums_and_the_news_of_all(tensor: int, times: int) ->
 def test_micro_batches_add_up_by_hand_one_without_a_loss_among_them() -> None:
     """Two with a loss, as the last pipeline stage has, and one without, as the others have."""
     config = ModelConfig.model_validate(MODEL | {"pattern": "ME*-/*-", "mtp": {}, "logits_z_loss_weight": 0.5})
-    parallel = initialize_parallel(ParallelConfig(), timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(ParallelConfig(), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     sums = empty_sums(config, parallel.device, extra=("extra",))
     names = list(sums.auxiliary)
     assert len(names) == 3 and len(sums.mtp_nll) == 1

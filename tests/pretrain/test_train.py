@@ -25,6 +25,7 @@ from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step
 from amfm.pretrain.train import run_steps, train
 from tests.helpers.full_disk import largest_file
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 from tests.pretrain.tiny_run import collect_weights, read_events, read_metrics, tiny_config, validate_now
@@ -232,7 +233,7 @@ def test_a_background_save_that_fails_ends_the_run_before_the_next_save(data: Da
 
 
 def wait_for_lines(path: Path, count: int) -> None:
-    deadline = time.monotonic() + 900  # on a busy machine it starts slowly
+    deadline = time.monotonic() + PATIENCE_SECONDS  # on a busy machine it starts slowly
     while time.monotonic() < deadline:
         if path.exists() and len(path.read_text().splitlines()) >= count:
             return
@@ -255,7 +256,7 @@ def test_a_signal_saves_at_the_next_boundary_and_the_run_goes_on(
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "config.json")])
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2)
     process.send_signal(number)
-    assert process.wait(timeout=900) == code
+    assert process.wait(timeout=PATIENCE_SECONDS) == code
     step = read_metrics(tmp_path / "run")[-1]["step"]
     assert read_events(tmp_path / "run")[-1] | {"time": ""} == {
         "time": "",

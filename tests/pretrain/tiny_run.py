@@ -19,6 +19,7 @@ from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.run import Run
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.train import run_steps
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.tiny_store import make_tiny_store
 
 MODEL: dict[str, Any] = {
@@ -59,7 +60,7 @@ def tiny_config(data: DataConfig, run_dir: Path, **overrides: Any) -> RunConfig:
             "precision": "float32",
             "validation_batches": 1,
             "num_threads": 1,
-            "timeout_seconds": 60,
+            "timeout_seconds": PATIENCE_SECONDS,
         },
         "optimizer": {"learning_rate": 3e-3},
         "schedule": {"kind": "wsd", "warmup_steps": 2},

@@ -107,7 +107,7 @@ def write_config(data: DataConfig, layout: Layout, run_dir: Path) -> Path:
                 "precision": "bf16" if layout.on_ray else "float32",
                 "checkpoint_every_steps": 6,
                 "num_threads": 1,
-                "timeout_seconds": 120,
+                "timeout_seconds": 120,  # short: a rank that is stopped is given up within a round
             },
             "optimizer": {"learning_rate": 3e-3},
             "parallel": layout.parallel,

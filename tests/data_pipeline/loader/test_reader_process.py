@@ -10,6 +10,7 @@ import pytest
 
 from amfm.data_pipeline.loader.reader_process import ReadingProcess, load_message
 from tests.data_pipeline.loader.loading import load, stream
+from tests.helpers.patience import PATIENCE_SECONDS
 
 
 def test_a_killed_reading_process_is_one_clear_error(config):
@@ -71,8 +72,8 @@ def test_a_loader_in_a_forked_or_spawned_process_gives_the_same_rows(config, met
     results = context.Queue()
     child = context.Process(target=read_in_a_child, args=(config, results))
     child.start()
-    rows = results.get(timeout=900)
-    child.join(timeout=900)
+    rows = results.get(timeout=PATIENCE_SECONDS)
+    child.join(timeout=PATIENCE_SECONDS)
     parent.close()
     assert child.exitcode == 0 and rows == stream(load(config), 3, 8)
 

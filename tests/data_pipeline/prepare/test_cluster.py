@@ -16,6 +16,7 @@ from amfm.data_pipeline.prepare.ray_actors import run_on_ray
 from amfm.data_pipeline.store.manifest import Layout
 from amfm.data_pipeline.tokenizer.tokenizer import SentencePieceTokenizer
 from tests.data_pipeline.prepare.stores import ROOT, actor_pids, contents, elsewhere, is_descendant
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 
 pytestmark = pytest.mark.slow
@@ -75,7 +76,7 @@ def test_a_killed_node_loses_and_duplicates_nothing(reference, cluster, tmp_path
     read_until(process, stage, 2)
     made.remove_node(nodes[0], allow_graceful=False)
     process.stdout.read()
-    assert process.wait(120) == 0, "the node that is left does the whole work"
+    assert process.wait(PATIENCE_SECONDS) == 0, "the node that is left does the whole work"
     assert contents(config.store) == contents(reference.store)
 
 
@@ -93,7 +94,7 @@ def test_a_killed_driver_and_killed_actors_lose_and_duplicate_nothing(reference,
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
     process.stdout.read()
-    assert process.wait(120) == 0 and killed
+    assert process.wait(PATIENCE_SECONDS) == 0 and killed
     assert contents(config.store) == contents(reference.store)
 
 

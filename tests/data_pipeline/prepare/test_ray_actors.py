@@ -15,6 +15,7 @@ from amfm.data_pipeline.prepare.prepare import prepare
 from amfm.data_pipeline.prepare.ray_actors import start_ray
 from amfm.data_pipeline.store.store import TokenStore
 from tests.data_pipeline.prepare.stores import actor_pids, contents, elsewhere, is_descendant
+from tests.helpers.patience import PATIENCE_SECONDS
 
 # In a separate process: a session's Ray would be used instead of one that is started.
 DRIVER = """
@@ -31,7 +32,7 @@ with running_ray(None, 1):
 def priorities(environment: dict[str, str]) -> str:
     root = Path(__file__).parents[3]
     return subprocess.run(
-        [sys.executable, "-c", DRIVER], env=environment, cwd=root, check=True, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", DRIVER], env=environment, cwd=root, check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS
     ).stdout.splitlines()[-1]  # fmt: skip
 
 
@@ -92,7 +93,7 @@ with running_ray(None, 1):
 def test_a_stranger_cannot_join_a_ray_of_our_own() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     root = Path(__file__).parents[3]
-    subprocess.run([sys.executable, "-c", WITH_TOKEN], env=environment, cwd=root, check=True, timeout=900)
+    subprocess.run([sys.executable, "-c", WITH_TOKEN], env=environment, cwd=root, check=True, timeout=PATIENCE_SECONDS)
 
 
 def test_an_address_at_which_nothing_answers_is_one_message_at_once(capfd):

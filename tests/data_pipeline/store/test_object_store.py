@@ -27,6 +27,7 @@ from amfm.data_pipeline.store.shards import DamagedError
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.data_pipeline.verify import verify_store
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.s3 import BUCKET, s3_server, upload
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 
@@ -108,7 +109,7 @@ def test_a_reading_process_fetches_blocks_before_their_rows_are_due(server, remo
     server.seen.clear()
     loader = PretrainLoader(config, sequence_length=64, micro_batch_size=8, seed=1)
     taken = [batch.tokens_BT.tolist() for batch in loader.take(16)]
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while server.gets("/tokens/") < num_blocks and time.monotonic() < deadline:
         time.sleep(0.1)
     fetched = server.gets("/tokens/")
@@ -317,5 +318,5 @@ def test_a_forked_process_is_told_to_be_spawned(remote):
 
     process = context.Process(target=read)
     process.start()
-    assert "can't be read in a forked process; start the process by spawn" in answers.get(timeout=30)
+    assert "can't be read in a forked process; start the process by spawn" in answers.get(timeout=PATIENCE_SECONDS)
     process.join()

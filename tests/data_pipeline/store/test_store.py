@@ -13,6 +13,7 @@ from amfm.data_pipeline.store.manifest import Layout
 from amfm.data_pipeline.store.part_writer import write_part
 from amfm.data_pipeline.store.shards import DamagedError, ShardedArray, encode_shard
 from amfm.data_pipeline.store.store import TokenStore
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.tiny_store import make_tiny_store
 
 
@@ -207,7 +208,7 @@ def test_a_store_that_was_read_works_in_forked_and_spawned_processes(prepared, m
     results = context.Queue()
     process = context.Process(target=sum_tokens, args=(store, results))
     process.start()
-    assert results.get(timeout=900) == expected
+    assert results.get(timeout=PATIENCE_SECONDS) == expected
     process.join()
 
 

@@ -21,6 +21,7 @@ from amfm.pretrain.launcher_protocol import DONE, NEXT_LAYOUT
 from amfm.pretrain.monitor.metrics import RunLog
 from amfm.pretrain.parallel import initialize_parallel
 from tests.faults.staged import BOUNDARY, run_to_the_end, staged_config
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 from tests.pretrain.checkpoint.toys import make_engine, run_steps, save
 from tests.pretrain.tiny_run import tiny_config, tiny_data
@@ -40,7 +41,7 @@ def record(name: str, before: Callable[[Path], None], work: Callable[[Path], Non
 
 
 def record_save() -> None:
-    engine = make_engine(initialize_parallel(timeout_seconds=60, num_threads=1))
+    engine = make_engine(initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1))
 
     def save_at(folder: Path, step: int) -> None:
         run_steps(engine, step - 1, step)

@@ -26,6 +26,7 @@ from amfm.pretrain.monitor.metrics import keep_until
 from tests.faults.crash.states import CrashState, Operation, crash_states, read_record
 from tests.faults.disk import with_record
 from tests.faults.staged import BOUNDARY, run_to_the_end, staged_config
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.tiny_store import run_in_process
 from tests.pretrain.tiny_run import read_metrics
 
@@ -34,7 +35,7 @@ def record_child(place: Path, *arguments: str) -> Path:
     place.mkdir(exist_ok=True)
     environment = with_record(place / "record", place / "watched")
     command = [sys.executable, "-m", "tests.faults.crash.record_child", str(place), *arguments]
-    subprocess.run(command, env=environment, check=True, timeout=900)
+    subprocess.run(command, env=environment, check=True, timeout=PATIENCE_SECONDS)
     return place
 
 

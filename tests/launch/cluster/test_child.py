@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from amfm.launch.cluster.child import Child
+from tests.helpers.patience import PATIENCE_SECONDS
 
 PARENT = """
 from amfm.launch.cluster.child import Child
@@ -32,7 +33,7 @@ def test_a_child_ends_when_its_parent_is_killed():
         child = Path("/proc", parent.stdout.readline().strip())
         assert is_running(child)
         parent.kill()
-    end = time.monotonic() + 900
+    end = time.monotonic() + PATIENCE_SECONDS
     while is_running(child):
         assert time.monotonic() < end, "the child lives on"
         time.sleep(0.05)

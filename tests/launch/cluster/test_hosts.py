@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from amfm.launch.cluster.hosts import HostServer, RemoteHosts, read_hosts
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.launch.cluster.test_torchrun import write_config
 
 
@@ -82,7 +83,7 @@ def find_rank(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
 
 
 def wait_for_step(tmp_path: Path, step: int) -> None:
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + PATIENCE_SECONDS
     path = tmp_path / "run/metrics.jsonl"
     while not path.exists() or len(path.read_text().splitlines()) < step:
         assert time.monotonic() < deadline, f"no step {step}"
@@ -90,7 +91,7 @@ def wait_for_step(tmp_path: Path, step: int) -> None:
 
 
 def wait_for_event(tmp_path: Path, name: str) -> None:
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while name not in [event["event"] for event in events(tmp_path)]:
         assert time.monotonic() < deadline, f"no event {name}"
         time.sleep(0.05)
@@ -106,7 +107,7 @@ def test_a_stopped_rank_ends_the_attempt_by_name_and_the_run_goes_on(tmp_path: P
     launcher = start_on_two_hosts(tmp_path)
     wait_for_step(tmp_path, 15)
     find_rank(launcher, 1).suspend()
-    _, errors = launcher.communicate(timeout=900)
+    _, errors = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 0, errors
     assert "no progress for" in errors
     assert "not seen any more: rank 1" in errors
@@ -121,7 +122,7 @@ def test_a_signal_to_the_launcher_saves_on_every_host(tmp_path: Path, number: si
     launcher = start_on_two_hosts(tmp_path)
     wait_for_step(tmp_path, 15)
     launcher.send_signal(number)
-    _, errors = launcher.communicate(timeout=900)
+    _, errors = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == code, errors
     assert ("interrupted; the ranks save and end" in errors) == (code == 130)
     assert events(tmp_path)[-1]["event"] == "signal"
@@ -138,7 +139,7 @@ def test_a_lost_rank_of_one_node_is_named_as_the_cause_and_the_end_is_json(tmp_p
     launcher = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_step(tmp_path, 15)
     find_rank(launcher, 1).kill()
-    output, errors = launcher.communicate(timeout=900)
+    output, errors = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 0, errors
     (event,) = [event for event in events(tmp_path) if event["event"] == "restarted"]
     assert str(event["cause"]).startswith("localhost: ")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from amfm.launch.cluster.local import join_codes, run_command
+from tests.helpers.patience import PATIENCE_SECONDS
 
 
 def python(code: str) -> list[str]:
@@ -93,7 +94,11 @@ def test_forked_ranks_are_told_apart_and_end_as_processes_of_their_own_do(
     code: int, joined: int, tmp_path: Path
 ) -> None:
     launcher = subprocess.run(
-        [*python(FORKED), str(tmp_path), str(code)], capture_output=True, text=True, check=False, timeout=120
+        [*python(FORKED), str(tmp_path), str(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
     )
     assert launcher.returncode == joined, launcher.stderr
     assert launcher.stdout == "said by 0\n"
@@ -123,10 +128,10 @@ def test_signals_reach_every_rank(tmp_path: Path) -> None:
     launcher = subprocess.Popen(
         python(f"import sys; from amfm.launch.cluster.local import run_command; sys.exit(run_command({command!r}, 2))")
     )
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.2)
     os.kill(launcher.pid, signal.SIGUSR1)
-    assert launcher.wait(timeout=900) == 0
+    assert launcher.wait(timeout=PATIENCE_SECONDS) == 0
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(int(signal.SIGUSR1))] * 2

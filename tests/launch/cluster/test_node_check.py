@@ -23,6 +23,7 @@ from amfm.launch.cluster.node_check import (
     process_age,
     read_answers,
 )
+from tests.helpers.patience import PATIENCE_SECONDS
 
 
 def request(run_dir: Path, **changes: Any) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def test_nodes_come_to_the_first_one(capsys: pytest.CaptureFixture[str]) -> None
         time.sleep(0.01)
     port = int(said.rpartition(" ")[2].strip("}\n"))
     assert [list(check_link({"connect": ["127.0.0.1", port]}, LINK_SECONDS)) for _ in range(2)] == [[], []]
-    waiting.join(timeout=1)
+    waiting.join(timeout=PATIENCE_SECONDS)
     assert not waiting.is_alive()
 
 

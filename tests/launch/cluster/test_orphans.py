@@ -9,6 +9,8 @@ import sys
 
 import psutil
 
+from tests.helpers.patience import PATIENCE_SECONDS
+
 LAUNCHER = (
     "import subprocess\n"
     "from amfm.launch.cluster.orphans import ending_with_us\n"
@@ -25,7 +27,7 @@ def test_a_child_ends_when_its_launcher_is_killed() -> None:
     assert word == "ready" and child.ppid() == launcher.pid
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
-    gone, alive = psutil.wait_procs([child], timeout=900)
+    gone, alive = psutil.wait_procs([child], timeout=PATIENCE_SECONDS)
     for process in alive:
         process.kill()
     assert gone == [child]

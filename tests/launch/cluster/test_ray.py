@@ -22,6 +22,7 @@ from amfm.launch.cluster.ray import RankHost, RayCluster
 from amfm.launch.cluster.supervise import Attempt
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 STEPS = 300
@@ -61,7 +62,7 @@ def write_config(folder: Path, name: str) -> RunConfig:
         train__steps=STEPS,
         train__global_batch_size=12,
         train__checkpoint_every_steps=10,
-        train__timeout_seconds=20,
+        train__timeout_seconds=PATIENCE_SECONDS,
         launch__node_wait_seconds=3,
         launch__heartbeat_seconds=30,
     )

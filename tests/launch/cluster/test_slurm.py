@@ -21,6 +21,7 @@ from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.report.data import read_run
 from tests.helpers.json_output import one_object
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -271,7 +272,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for daemon in daemons:
         processes.append(subprocess.Popen(daemon, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         time.sleep(1)
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while (ask("sinfo", "-h", "-t", "idle", "-o", "%D") or "0") != "2":
         assert time.monotonic() < deadline, ask("sinfo")
         time.sleep(0.5)
@@ -280,7 +281,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     time.sleep(1)
     for process in reversed(processes):
         process.terminate()
-        process.wait(timeout=900)
+        process.wait(timeout=PATIENCE_SECONDS)
 
 
 def ask(*command: str) -> str:
@@ -301,7 +302,7 @@ def test_a_job_saves_before_its_time_limit_is_queued_again_and_finishes(
     submitted = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     job = submitted.split()[-1]
     assert submitted.startswith("Submitted batch job")
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not (tmp_path / "run/metrics.jsonl").exists():
         assert time.monotonic() < deadline, (tmp_path / f"run/logs/slurm-{job}.log").read_text()
         time.sleep(0.2)
@@ -311,7 +312,7 @@ def test_a_job_saves_before_its_time_limit_is_queued_again_and_finishes(
         assert time.monotonic() < deadline, log
         time.sleep(0.2)
     # Slurm holds a job back for a while after a requeue; the user needs not wait.
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not read_run(tmp_path / "run").is_finished():
         subprocess.run(["scontrol", "release", job], capture_output=True, check=False)
         subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True, check=False)
@@ -329,7 +330,7 @@ def test_the_doctor_runs_once_as_a_job_and_its_findings_are_in_the_log(
     command += ["--nodes", "2", "--nproc-per-node", "1", "--doctor"]
     job = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
     log = tmp_path / f"run/logs/slurm-{job}.log"
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while ask("squeue", "-h", "-j", job, "-o", "%T"):
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.5)

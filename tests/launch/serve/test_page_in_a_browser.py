@@ -6,6 +6,7 @@ import subprocess
 from html import unescape
 
 from amfm.launch.serve.server import ModelServer
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.launch.serve.conftest import serving
 from tests.pretrain.report.test_page_in_a_browser import BROWSER, FLAGS, needs_browser
 
@@ -35,7 +36,7 @@ def test_what_is_typed_is_continued(imported, tmp_path):
     with serving(imported, ActingServer) as server:
         flags = [*FLAGS, f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000000", "--dump-dom"]
         shown = subprocess.run(
-            [BROWSER, *flags, f"{server.url}/"], capture_output=True, text=True, timeout=900, check=True
+            [BROWSER, *flags, f"{server.url}/"], capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True
         )
     found = re.search(r'data-seen="([^"]*)"', shown.stdout)
     assert found is not None, shown.stdout[-2000:]

@@ -16,13 +16,14 @@ from amfm.launch.cli import run
 from amfm.launch.serve import server as serving
 from amfm.launch.serve.server import ModelServer
 from amfm.pretrain.inference.generate import Sampling, generate
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.launch.serve.conftest import TEMPLATE
 
 JSON = {"Content-Type": "application/json"}
 
 
 def ask(server: ModelServer, path: str, body: Any = None, headers: dict[str, str] = JSON) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=PATIENCE_SECONDS)
     try:
         content = body if isinstance(body, str | None) else json.dumps(body)
         connection.request("GET" if body is None else "POST", path, content, headers)
@@ -140,7 +141,7 @@ def test_bodies_and_hosts_that_a_foreign_page_could_send_are_refused(server):
 
 def talk(server: ModelServer, sent: bytes) -> str:
     """Send bytes and read until the server ends the connection."""
-    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=PATIENCE_SECONDS) as connection:
         connection.sendall(sent)
         return b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
 
@@ -198,7 +199,7 @@ def test_connections_have_a_number_and_an_end(server, monkeypatch):
         time.sleep(0.05)
     with ExitStack() as stack:
         # Each says a part of a request, and no more; a byte now and then would not help it.
-        silent = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(100)]
+        silent = [stack.enter_context(socket.create_connection(address, timeout=PATIENCE_SECONDS)) for _ in range(100)]
         for connection in silent:
             connection.sendall(b"GET /health HTTP/1.1\r\n")
         refused = sum(connection.recv(1 << 10).startswith(b"HTTP/1.1 503 ") for connection in silent)

@@ -9,11 +9,12 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from amfm.launch.simulate.count_collectives import CommunicationCounter, Traffic, sum_traffic
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 
 
 def call_everything() -> list[Traffic]:
-    parallel = initialize_parallel(ParallelConfig(tensor=2), timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(ParallelConfig(tensor=2), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     groups = parallel.groups
     dist.all_reduce(torch.ones(5))
     with CommunicationCounter(groups) as counter:

@@ -22,6 +22,7 @@ from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.numbers import assert_bitwise, assert_near
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.model.mixers.samples import mixer_config, registered_name, sample_names
@@ -188,7 +189,7 @@ def spread_config(name: str) -> ModelConfig:
 
 def run_spread(config: ModelConfig, section: ParallelConfig) -> dict[str, Tensor]:
     """What `run_model` gives, of whole weights, on every rank."""
-    groups = initialize_parallel(section, timeout_seconds=60, num_threads=1).groups
+    groups = initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1).groups
     model = HybridModel(config, groups, seed=1).double()
     found = run_model(model, groups=groups)
     sum_partial_gradients(find_partial_gradients(model, groups), groups)

@@ -23,6 +23,7 @@ from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.numbers import assert_near
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.model.mixers.samples import WINDOW_LINEAR_FORMS as FORMS
@@ -180,7 +181,7 @@ def own_grad(weight: Tensor) -> Tensor:
 def run_forms(names: list[str]) -> dict[tuple[str, str], dict[str, Tensor]]:
     found = {}
     for kind, section in (("tensor", ParallelConfig(tensor=2)), ("context", ParallelConfig(context=2))):
-        groups = initialize_parallel(section, timeout_seconds=60, num_threads=1).groups
+        groups = initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1).groups
         for name in names:
             found[name, kind] = run_form(HybridModel(config_of(FORMS[name]), groups, seed=1).double(), groups)
     return found

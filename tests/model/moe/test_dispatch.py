@@ -27,6 +27,7 @@ from amfm.model.parallel.shards import parameter_shards
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import cut_batch, loss_of, small_config
@@ -143,7 +144,7 @@ def reduce_outcome(outcome: Outcome, model: HybridModel, groups: ProcessGroupCol
 def run_layouts() -> dict[tuple[str, str], Outcome]:
     results = {}
     for name, layout in LAYOUTS.items():
-        parallel = initialize_parallel(layout.section, timeout_seconds=60, num_threads=1)
+        parallel = initialize_parallel(layout.section, timeout_seconds=PATIENCE_SECONDS, num_threads=1)
         for config in layout.configs:
             results[name, config] = run_batches(CONFIGS[config], layout, parallel.groups)
     return results
@@ -195,7 +196,7 @@ def test_slots_are_not_made_where_most_would_stay_empty() -> None:
 
 def count_bytes() -> dict[str, list[Traffic]]:
     """What two ranks send each other in a forward and backward pass of one block of experts, plain and at half the width."""
-    parallel = initialize_parallel(ParallelConfig(expert=2), timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(ParallelConfig(expert=2), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     counted = {}
     for name, latent_size in (("plain", None), ("latent", 6)):
         moe = BASE.model_copy(
@@ -253,7 +254,7 @@ def compare_room() -> list[tuple[str, bool, int, int, list[str]]]:
     """Of counted rows and rows with room, as much as an even router's half more or any router's: what differs, and misses."""
     found = []
     for name, section in ROOMY.items():
-        parallel = initialize_parallel(section, timeout_seconds=60, num_threads=1)
+        parallel = initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1)
         layout = Layout(section, shunned=(2, 3))  # a rank of four gets nothing
         counted = run_batches(CONFIGS["dropless"], layout, parallel.groups)
         for shares in (1.0, 100.0):
@@ -282,7 +283,9 @@ def test_rows_with_room_are_those_that_are_counted_to_the_bit_and_what_has_no_ro
 
 def order_of_events() -> list[str]:
     """Collectives over expert ranks, and products of experts, of a forward and backward pass in halves."""
-    parallel = initialize_parallel(ParallelConfig(expert=2, overlap_experts=True), timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(
+        ParallelConfig(expert=2, overlap_experts=True), timeout_seconds=PATIENCE_SECONDS, num_threads=1
+    )
     moe = BASE.model_copy(update={"auxiliary_loss_weight": 0.0, "sequence_loss_weight": 0.0})
     model = HybridModel(small_config("E", moe=moe), parallel.groups, seed=3)
     tokens_BT, labels_BT, meta = cut_batch(DOCUMENTS, parallel.groups, seed=parallel.rank)
@@ -314,7 +317,7 @@ def test_half_of_the_rows_travel_while_experts_compute_the_other_half() -> None:
 
 def transfer_rows() -> tuple[list[bool], torch.Tensor, torch.Tensor]:
     """Rank 0 sends one row of three to rank 1, which keeps its two."""
-    parallel = initialize_parallel(ParallelConfig(expert=2), timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(ParallelConfig(expert=2), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     sent, received = (([2, 1], [2, 0]), ([0, 2], [1, 2]))[parallel.rank]
     transfer = RowTransfer(parallel.groups.ep, sent, received)
     rows_SD = (torch.arange(6.0).view(-1, 2)[: sum(sent)] + 10 * parallel.rank).requires_grad_()

@@ -12,6 +12,7 @@ from amfm.model.moe.by_slot import RowsBySlot
 from amfm.model.moe.transfer import HeldExperts
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 
 TOKENS, MODEL, WIDTH, EXPERTS = 96, 144, 40, 4
@@ -44,7 +45,7 @@ class Sent(TorchDispatchMode):
 
 def dispatch_rows(cases):
     """Results, gradients and bytes of each case: class of rows, parts, dispatch."""
-    parallel, found = initialize_parallel(ParallelConfig(expert=2), timeout_seconds=60, num_threads=1), {}
+    parallel, found = initialize_parallel(ParallelConfig(expert=2), timeout_seconds=PATIENCE_SECONDS, num_threads=1), {}
     for kind, parts, dispatch in cases:
         generator = torch.Generator().manual_seed(parallel.rank)
         x = torch.randn(TOKENS, MODEL, generator=generator).bfloat16().requires_grad_()

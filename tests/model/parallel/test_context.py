@@ -16,6 +16,7 @@ from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.parallel.shards import parameter_shards
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import StandInGroup, cut_batch, loss_of, meta_of, packed_batch, small_config
 
@@ -87,7 +88,7 @@ def assert_exchange_is_that_of_autograd(groups):
 
 
 def run_cut(num_ranks, compiled):
-    parallel = initialize_parallel(ParallelConfig(context=num_ranks), timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(ParallelConfig(context=num_ranks), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     assert_exchange_is_that_of_autograd(parallel.groups)
     if compiled:
         results = {"compiled": run_model(COMPILED, parallel.groups, compiled=True)}
@@ -183,7 +184,7 @@ LENGTHS = (24, 48, 240)
 
 def count_bytes(num_ranks):
     """Bytes that this rank sends for a Mamba2 block and for an attention block, forward and backward, by row length."""
-    parallel = initialize_parallel(ParallelConfig(context=num_ranks), timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(ParallelConfig(context=num_ranks), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     groups, sent = parallel.groups, {}
     for pattern in "M*":
         model = HybridModel(small_config(pattern), groups, seed=3)

@@ -21,6 +21,7 @@ from amfm.model.scheduled import set_step
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import loss_of, packed_batch, small_config
@@ -121,7 +122,7 @@ def compute(config: ModelConfig, groups: ProcessGroupCollection) -> Computed:
 
 def tensor_groups(sequence_parallel: bool) -> ProcessGroupCollection:
     section = ParallelConfig(tensor=2, sequence_parallel=sequence_parallel)
-    return initialize_parallel(section, timeout_seconds=60, num_threads=1).groups
+    return initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1).groups
 
 
 def compute_all() -> list[Computed]:
@@ -176,7 +177,7 @@ FACTORED = {
 
 
 def compute_factored() -> list[Computed]:
-    groups = initialize_parallel(ParallelConfig(tensor=4), timeout_seconds=60, num_threads=1).groups
+    groups = initialize_parallel(ParallelConfig(tensor=4), timeout_seconds=PATIENCE_SECONDS, num_threads=1).groups
     return [compute(config, groups) for config in FACTORED.values()]
 
 

@@ -12,6 +12,7 @@ import torch
 from amfm.pretrain.checkpoint.background import BackgroundSaver
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import IDENTITIES, load, make_engine, run_steps, save, toy_config
 
@@ -24,9 +25,9 @@ def arguments(step: int) -> dict[str, Any]:
 
 def save_while_training(place: str) -> tuple[int, list[str | None], str]:
     """Save in the background at steps 1 to 3 while the steps continue; then make rank 1 fail."""
-    parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     engine = make_engine(parallel, stage=2, precision="bf16")
-    saver = BackgroundSaver(engine, timeout_seconds=60)
+    saver = BackgroundSaver(engine, timeout_seconds=PATIENCE_SECONDS)
     finished = []
     for step in (1, 2, 3):
         run_steps(engine, step - 1, step)

@@ -9,6 +9,7 @@ import pytest
 
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import digest_state, load, make_engine, run_steps, save
 
@@ -18,7 +19,7 @@ STAGES = (0, 1, 2, 3)
 
 def resume_in_every_stage(folder: str) -> dict[str, Any]:
     """On each rank: train, save, continue; then load into a fresh engine and continue again."""
-    parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     results = {}
     for precision in PRECISIONS:
         for stage in STAGES:
@@ -40,7 +41,7 @@ def resume_in_every_stage(folder: str) -> dict[str, Any]:
 
 def load_into_other_stages(folder: str, target: str) -> list[str]:
     """Load each checkpoint into an engine of another stage, and save it from there under `target`."""
-    parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     warnings: list[str] = []
     for precision in PRECISIONS:
         for stage in STAGES:

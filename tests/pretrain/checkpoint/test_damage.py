@@ -25,6 +25,7 @@ from amfm.pretrain.checkpoint.files import (
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, inspect_checkpoint, read_full_state
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.checkpoint.toys import digest_state, load, make_engine, run_steps, save
 
 SHARD = "rank-00000.safetensors"
@@ -33,7 +34,7 @@ HEAD = ("format", "format_version", "sha256")
 
 @pytest.fixture(scope="module")
 def engine() -> ZeroEngine:
-    return make_engine(initialize_parallel(timeout_seconds=60, num_threads=1), stage=2, precision="bf16")
+    return make_engine(initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1), stage=2, precision="bf16")
 
 
 @pytest.fixture(scope="module")

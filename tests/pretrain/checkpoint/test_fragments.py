@@ -18,13 +18,14 @@ from amfm.pretrain.checkpoint.fragments import (
 )
 from amfm.pretrain.engine.parts import list_parts
 from amfm.pretrain.parallel import Parallel, initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import make_engine, run_steps
 
 
 @pytest.fixture
 def parallel() -> Parallel:
-    return initialize_parallel(timeout_seconds=60, num_threads=1)
+    return initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
 
 
 def test_ranks_that_hold_the_same_write_every_number_once() -> None:
@@ -75,7 +76,7 @@ def wanted(name: str, numel: int) -> Tensor:
 
 def put_back(stage: int, precision: str) -> list[str]:
     """New masters after a step, and the parameters that the model then computes with as they were."""
-    parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     engine = make_engine(parallel, stage=stage, precision=precision)
     run_steps(engine, 0, 1)
     engine.wait_for_weights()  # as those who restore do: gathers of the step's weights may be under way

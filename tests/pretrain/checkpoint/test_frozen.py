@@ -11,6 +11,7 @@ from amfm.pretrain.checkpoint.files import read_manifest
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints, inspect_checkpoint, read_full_state
 from amfm.pretrain.exchange.universal import export_universal
 from amfm.pretrain.parallel import initialize_parallel, set_determinism
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import digest_state, load, make_engine, run_steps, save
 
@@ -19,7 +20,7 @@ FROZEN = ("experts", "down.weight", "norm.bias")
 
 def resume_frozen(folder: str, stage: int, precision: str) -> tuple[str, str, list[str]]:
     """Digests of an uninterrupted engine and of one that was saved, rebuilt from another seed, and continued."""
-    parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     whole = make_engine(parallel, stage=stage, precision=precision, frozen=FROZEN)
     run_steps(whole, 0, 2)
     before = {name: whole.module.get_parameter(name).detach().clone() for name in FROZEN}
@@ -51,7 +52,9 @@ def test_two_ranks_with_frozen_weights_resume_bit_for_bit(tmp_path: Path, stage:
 
 
 def test_a_checkpoint_holds_frozen_weights_without_moments(tmp_path: Path) -> None:
-    engine = make_engine(initialize_parallel(timeout_seconds=60, num_threads=1), precision="bf16", frozen=FROZEN)
+    engine = make_engine(
+        initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1), precision="bf16", frozen=FROZEN
+    )
     run_steps(engine, 0, 2)
     path = save(tmp_path, 2, engine)
     manifest = read_manifest(path)
@@ -67,7 +70,7 @@ def test_a_checkpoint_holds_frozen_weights_without_moments(tmp_path: Path) -> No
 
 
 def test_frozen_and_trained_weights_are_not_taken_for_each_other(tmp_path: Path) -> None:
-    parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     some = make_engine(parallel, frozen=FROZEN)
     run_steps(some, 0, 1)
     save(tmp_path / "some", 1, some)

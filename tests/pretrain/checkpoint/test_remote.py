@@ -30,6 +30,7 @@ from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.train import run_steps, train
 from tests.helpers.killing_proxy import Gate, killing_proxy
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.s3 import BUCKET, s3_server
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
@@ -236,7 +237,7 @@ def test_several_ranks_send_and_fetch_their_shares(
 
 def pull_message(folder: str, url: str, variables: dict[str, str]) -> str:
     os.environ.update(variables)
-    ranks = RankGroup(initialize_parallel(timeout_seconds=60).rank, 2)
+    ranks = RankGroup(initialize_parallel(timeout_seconds=PATIENCE_SECONDS).rank, 2)
     with pytest.raises(RuntimeError) as raised:
         RemoteCheckpoints(url).pull_newer(Path(folder), ranks)
     return str(raised.value)

@@ -11,6 +11,7 @@ from torch import nn
 from amfm.pretrain.checkpoint import files
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import digest_state, load, make_engine, run_steps, save, toy_config
 
@@ -23,7 +24,7 @@ def bytes_read() -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_each_file_is_read_once(tmp_path: Path) -> None:
-    parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     engine = build_engine(
         nn.Linear(512, 512), optimizer=toy_config().optimizer, precision="float32", zero_stage=1, parallel=parallel
     )
@@ -38,7 +39,7 @@ def test_each_file_is_read_once(tmp_path: Path) -> None:
 def save_state(folder: str, block_ranks: int) -> list[str]:
     """Save steps 1 and 2, in folders of that many ranks, and return what this rank holds at each."""
     files.BLOCK_RANKS = block_ranks
-    engine = make_engine(initialize_parallel(timeout_seconds=60, num_threads=1), stage=2)
+    engine = make_engine(initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1), stage=2)
     digests = []
     for step in (1, 2):
         run_steps(engine, step - 1, step)
@@ -49,7 +50,7 @@ def save_state(folder: str, block_ranks: int) -> list[str]:
 
 def load_state(folder: str) -> tuple[int, str]:
     """Load into an engine that has gone elsewhere."""
-    engine = make_engine(initialize_parallel(timeout_seconds=60, num_threads=1), stage=2, seed=7)
+    engine = make_engine(initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1), stage=2, seed=7)
     run_steps(engine, 5, 6)
     loaded = load(Path(folder), engine)
     assert loaded is not None

@@ -29,6 +29,7 @@ from amfm.pretrain.config.fields import flatten_settings
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.full_disk import largest_file
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import IDENTITIES, load, make_engine, run_steps, save, save_whole, toy_config
 
@@ -39,7 +40,7 @@ REMOUNT = 32
 
 @pytest.fixture(scope="module")
 def engine() -> ZeroEngine:
-    engine = make_engine(initialize_parallel(timeout_seconds=60, num_threads=1))
+    engine = make_engine(initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1))
     run_steps(engine, 0, 1)
     return engine
 
@@ -127,7 +128,7 @@ def test_a_file_in_place_of_the_folder_is_named(engine: ZeroEngine, tmp_path: Pa
 
 def test_a_state_with_nan_is_not_saved(engine: ZeroEngine, tmp_path: Path) -> None:
     save(tmp_path, 1, engine)
-    broken = make_engine(initialize_parallel(timeout_seconds=60, num_threads=1))
+    broken = make_engine(initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1))
     with torch.no_grad():
         broken.module.expert_bias[1] = float("nan")
     with pytest.raises(RuntimeError, match="tensor buffer/expert_bias holds NaN or infinity"):
@@ -137,7 +138,7 @@ def test_a_state_with_nan_is_not_saved(engine: ZeroEngine, tmp_path: Path) -> No
 
 def fail_on_one_rank(folder: str) -> tuple[str, list[str], int]:
     """Rank 1's disk is full at the second save; the third works again."""
-    parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     engine = make_engine(parallel, stage=3)
     save(Path(folder), 1, engine)
     try:
@@ -285,7 +286,7 @@ def test_every_allowed_name_exists_and_is_documented_and_the_text_is_guarded() -
 
 
 def test_another_model_is_named_tensor_by_tensor(tmp_path: Path) -> None:
-    parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     save(tmp_path, 1, make_engine(parallel))
     other = make_engine(parallel, extra=True)
     with pytest.raises(RuntimeError) as caught:

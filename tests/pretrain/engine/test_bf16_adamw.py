@@ -20,6 +20,7 @@ from amfm.pretrain.engine.bf16_adamw import Bf16AdamW, draw, round_by_chance
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine
 from amfm.pretrain.engine.parts import Part, Span
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import load, save
 from tests.pretrain.tiny_run import MODEL
@@ -94,7 +95,7 @@ def test_rounding_depends_on_name_and_place_and_not_on_the_cut() -> None:
 
 def make_engine(zero_stage: int, seed: int, **axes: int) -> ZeroEngine:
     section = ParallelConfig(zero_stage=zero_stage, **axes)
-    parallel = initialize_parallel(section, timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     model = HybridModel(ModelConfig.model_validate(MODEL), parallel.groups, seed=seed)
     optimizer = OptimizerConfig(learning_rate=RATE, state_dtype="bf16")
     return build_engine(model, optimizer=optimizer, precision="bf16", zero_stage=zero_stage, parallel=parallel)

@@ -15,6 +15,7 @@ from amfm.pretrain.engine.buckets import Bucket
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine
 from amfm.pretrain.engine.optimizer import group_parameters, part_of
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import MODEL
 
@@ -36,7 +37,7 @@ class Trained:
 def build(
     zero_stage: int, bucket_elements: int, events: list[str], *, in_products: bool = True, clip: float | None = 1.0
 ) -> ZeroEngine:
-    parallel = initialize_parallel(ParallelConfig(), timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(ParallelConfig(), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     model = HybridModel(ModelConfig.model_validate(MODEL), parallel.groups)
     engine = build_engine(
         model,
@@ -203,7 +204,7 @@ def test_the_first_gradient_of_a_product_is_left_in_the_sum_itself() -> None:
 
 
 def test_a_group_is_closed_behind_a_whole_block() -> None:
-    model = HybridModel(ModelConfig.model_validate(MODEL), initialize_parallel(timeout_seconds=60).groups)
+    model = HybridModel(ModelConfig.model_validate(MODEL), initialize_parallel(timeout_seconds=PATIENCE_SECONDS).groups)
     groups = group_parameters(model, 0.1, bucket_elements=1)
     parts = [{part_of(name) for name in group["parameter_names"]} for group in groups if group["label"] == "decay"]
     assert parts == [{"embedding"}, *({f"blocks.{number}"} for number in range(4)), {"head"}]

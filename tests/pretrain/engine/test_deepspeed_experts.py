@@ -11,12 +11,13 @@ from amfm.pretrain.config.schema import OptimizerConfig, ParallelConfig
 from amfm.pretrain.engine.deepspeed_experts import SIGN
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import MODEL
 
 
 def build() -> list[bool]:
-    parallel = initialize_parallel(ParallelConfig(expert=2), timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(ParallelConfig(expert=2), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     model = HybridModel(ModelConfig.model_validate(MODEL), parallel.groups)
     engine = build_engine(
         model, optimizer=OptimizerConfig(learning_rate=1e-3), precision="float32", zero_stage=1, parallel=parallel
@@ -44,7 +45,7 @@ def test_deepspeed_takes_our_experts_and_groups_for_its_own() -> None:
 
 
 def build_on_one_rank() -> list[bool]:
-    parallel = initialize_parallel(ParallelConfig(), timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(ParallelConfig(), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     model = HybridModel(ModelConfig.model_validate(MODEL), parallel.groups)
     engine = build_engine(
         model, optimizer=OptimizerConfig(learning_rate=1e-3), precision="float32", zero_stage=1, parallel=parallel

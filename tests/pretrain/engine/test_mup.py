@@ -25,6 +25,7 @@ from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.engine.optimizer import build_optimizer
 from amfm.pretrain.exchange.universal import export_universal
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import Trained, tiny_config, tiny_data, train_and_collect
 
@@ -133,7 +134,7 @@ def spread_of(rows: list[tuple[float, float]]) -> tuple[float, float]:
 
 def changes_by_muon(patterns: list[str], widths: tuple[int, ...], mup: bool) -> dict[str, list[tuple[float, float]]]:
     """Changes by six steps of Muon at rate 0.01, of each pattern at each width; runs on a rank, for Muon needs an engine."""
-    parallel = initialize_parallel(timeout_seconds=600, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     optimizer = OptimizerConfig(learning_rate=0.01, kind="muon")
 
     def change(pattern: str, width: int) -> tuple[float, float]:

@@ -21,6 +21,7 @@ from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.exchange.common_file import read_common
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.exchange.conftest import Evil, Unbroken
 from tests.pretrain.tiny_run import MODEL, tiny_config
@@ -70,7 +71,7 @@ def write_hybrid(checkpoint: str, folder: str) -> None:
     """MambaModel and AdamW with the numbers of a checkpoint of ours, saved by megatron-core."""
     from tests.pretrain.exchange import megatron_models as megatron
 
-    initialize_parallel(timeout_seconds=60, num_threads=1)
+    initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     shapes = {name: entry["shape"] for name, entry in read_manifest(Path(checkpoint))["parameters"].items()}
     saved = load_file(Path(checkpoint, "rank-00000.safetensors"))
     kinds = {
@@ -92,7 +93,7 @@ def write_gpt(folder: str) -> dict[str, Tensor]:
     """GPTModel, dense with stacked layers and with experts, saved by megatron-core, each with its logits."""
     from tests.pretrain.exchange import megatron_models as megatron
 
-    initialize_parallel(timeout_seconds=60, num_threads=1)
+    initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     logits = {}
     with megatron.on_cpu():
         configs = {

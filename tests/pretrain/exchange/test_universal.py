@@ -37,6 +37,7 @@ from amfm.pretrain.exchange import torch_file
 from amfm.pretrain.exchange.universal import export_universal
 from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.train import train
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.exchange.conftest import Unbroken
 from tests.pretrain.tiny_run import tiny_config
@@ -84,7 +85,7 @@ def batch() -> tuple[Tensor, PackMeta, Tensor]:
 
 def load_everywhere(config: RunConfig, out: str) -> dict[int, float]:
     """Load in each stage; in 1 and 2 step once, next to our own engine. Returns the largest difference of a weight."""
-    parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     # Or DeepSpeed compiles half a minute for collectives through shared memory, which are none of this test's claims.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     folder = Path(config.run.dir, "checkpoints")

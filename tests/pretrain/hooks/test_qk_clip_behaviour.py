@@ -17,6 +17,7 @@ from amfm.pretrain.config.schema import OptimizerConfig
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.hooks.qk_clip import QkClip
 from amfm.pretrain.parallel import Parallel, initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.helpers.text.plays import held_out_loss, play_bytes
 from tests.pretrain.engine.muon.test_behaviour import MODEL
@@ -52,7 +53,7 @@ def train_bytes(parallel: Parallel, plays: Path, limit: float, seed: int) -> tup
 
 
 def compare(plays: Path, seeds: list[int]) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    parallel = initialize_parallel(timeout_seconds=1200, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     return [(train_bytes(parallel, plays, LIMIT, seed), train_bytes(parallel, plays, 1e9, seed)) for seed in seeds]
 
 

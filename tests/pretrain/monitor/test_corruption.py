@@ -21,6 +21,7 @@ from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.run import Run
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.train import run_steps
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import make_engine
 from tests.pretrain.checkpoint.toys import run_steps as run_steps_of_toy
@@ -63,7 +64,7 @@ def test_the_owner_then_the_majority_says_which_replica_is_wrong() -> None:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_working_weight_that_is_not_its_rounded_master_is_found_at_the_first_look(stage: int) -> None:
     """Nothing was noted at rest before, and one rank has no replicas: the masters alone tell."""
-    parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     engine = make_engine(parallel, stage=stage, precision="bf16")
     run_steps_of_toy(engine, 0, 1)
     layout = EngineLayout.of(engine)

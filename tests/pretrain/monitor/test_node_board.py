@@ -16,11 +16,12 @@ def test_ranks_see_each_other_and_whoever_published_goes_on_until_it_stops(tmp_p
     first.note(4, 2, 10.5)
     second.note(5, 1, 11.5)
     assert first.read() == second.read() == third.read() == [(2, 5, 1, 11.5), (6, 4, 2, 10.5)]
-    assert first.claim(0.2) and first.claim(0.2)
-    assert not second.claim(0.2) and not third.claim(0.2)
-    time.sleep(0.3)
-    assert second.claim(0.2), "the writer is late"
-    assert second.claim(0.2) and not first.claim(0.2) and not third.claim(0.2), "and the new one continues"
+    hour = 3600.0
+    assert first.claim(hour) and first.claim(hour)
+    assert not second.claim(hour) and not third.claim(hour)
+    time.sleep(0.001)
+    assert second.claim(0.0), "the writer is late"
+    assert second.claim(hour) and not first.claim(hour) and not third.claim(hour), "and the new one continues"
     second.clear()
     assert third.read() == [(6, 4, 2, 10.5)]
 

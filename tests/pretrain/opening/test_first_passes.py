@@ -20,6 +20,7 @@ from amfm.pretrain.opening.first_passes import Part, compile_first
 from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
@@ -36,7 +37,7 @@ def pass_in_turn(folder: str) -> dict[str, Any]:
     )
     first_passes.compiles_anything = lambda *_: True
     with SignalWatch() as signals:
-        parallel = initialize_parallel(config.parallel, timeout_seconds=60)
+        parallel = initialize_parallel(config.parallel, timeout_seconds=PATIENCE_SECONDS)
         model = first_passes.build_kinds(config, parallel)
         for weight in model.parameters():
             weight.gradient_sum = None  # there is one, as in buckets: those of the run must not be asked
@@ -105,6 +106,6 @@ def test_after_the_first_passes_a_step_compiles_nothing(tmp_path: Path) -> None:
 
 def test_a_run_that_compiles_nothing_takes_no_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(tiny_data(tmp_path / "data"), tmp_path / "run")
-    parallel = initialize_parallel(config.parallel, timeout_seconds=60)
+    parallel = initialize_parallel(config.parallel, timeout_seconds=PATIENCE_SECONDS)
     monkeypatch.setattr(first_passes, "pass_once", None)
     compile_first(config, parallel, torch.nn.Identity(), (2, 48), pytest.fail)

@@ -7,6 +7,7 @@ import torch
 
 from amfm.kernels.runtime import tuning
 from amfm.kernels.runtime.tuning import Environment, Table, choose_table
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 
 HOPPER = Environment("NVIDIA H100 80GB HBM3", "3.9.0", "13.4.59")
@@ -24,7 +25,7 @@ def agree(tables: list[Table]) -> list[dict[str, dict[str, int]]]:
     from amfm.pretrain.opening.tiles import agree_on_tiles
     from amfm.pretrain.parallel import start_process_group
 
-    start_process_group(60.0)
+    start_process_group(PATIENCE_SECONDS)
     agree_on_tiles(tables[torch.distributed.get_rank()])
     candidates = ({"num_warps": 1}, {"num_warps": 4}, {"num_warps": 8})
     answers = []

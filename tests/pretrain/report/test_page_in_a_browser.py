@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from amfm.pretrain.report.report import write_report
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.report.test_overlay import make_runs
 from tests.pretrain.report.test_report import line, make_run
 
@@ -43,7 +44,7 @@ def run_in_browser(page: Path, script: str, profile: Path) -> dict[str, object]:
     tail = f"<script>{HELPERS}{script};document.body.dataset.seen = JSON.stringify(seen);</script>"
     acting.write_text(page.read_text().replace("</body>", f"{tail}</body>"))
     command = [BROWSER, *FLAGS, f"--user-data-dir={profile}", "--dump-dom", acting.as_uri()]
-    document = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True).stdout
+    document = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True).stdout
     found = re.search(r'data-seen="([^"]*)"', document)
     assert found is not None, document[-2000:]
     return json.loads(unescape(found[1]))

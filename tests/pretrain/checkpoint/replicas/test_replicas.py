@@ -27,6 +27,7 @@ from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.train import train
 from tests.faults.attempt import Attempt, die_in
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import IDENTITIES, make_engine, toy_config
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
@@ -34,7 +35,6 @@ from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
 STEPS, SAVED, LAST = 8, 4, 6
 HOSTS = ("node-a", "node-a", "node-b", "node-b")
 VICTIM = 3
-PATIENCE_SECONDS = 300.0  # on a machine with other work
 
 
 def settings(memory: Path, **others: Any) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def start(
     prepare: Callable[[int], None] | None = None,
 ) -> list[int]:
     """Exit codes of one start of a run."""
-    attempt = Attempt(data, run_dir, settings, num_ranks, prepare, PATIENCE_SECONDS)
+    attempt = Attempt(data, run_dir, settings, num_ranks, prepare)
     attempt.start()
     return attempt.finish()
 
@@ -115,8 +115,8 @@ def test_a_start_goes_on_from_memory_and_an_end_in_order_leaves_nothing(data: Da
 
 
 def test_a_replica_that_fails_is_a_remark_and_leaves_the_one_before(tmp_path: Path) -> None:
-    parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
-    saver = BackgroundSaver(make_engine(parallel), timeout_seconds=60)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
+    saver = BackgroundSaver(make_engine(parallel), timeout_seconds=PATIENCE_SECONDS)
     saver.replicas = memory = NodeMemory.of(str(tmp_path), tmp_path / "run", saver.ranks)
     memory.token = "0" * 32
     config = toy_config()

@@ -14,6 +14,7 @@ from amfm.model.packing import PackMeta
 from amfm.pretrain.config.schema import OptimizerConfig
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.parallel import Parallel, initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.helpers.text.plays import held_out_loss, play_bytes
 
@@ -49,7 +50,7 @@ def final_loss(parallel: Parallel, plays: Path, kind: str, rate: float) -> float
 
 
 def compare(plays: Path, rates: dict[str, list[float]]) -> dict[str, dict[float, float]]:
-    parallel = initialize_parallel(timeout_seconds=600, num_threads=1)
+    parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     return {kind: {rate: final_loss(parallel, plays, kind, rate) for rate in each} for kind, each in rates.items()}
 
 

@@ -21,6 +21,7 @@ from amfm.pretrain.engine.muon.exchange import deal_owners
 from amfm.pretrain.engine.muon.optimizer import Muon
 from amfm.pretrain.engine.parts import Part, Span, cut_evenly, list_ranks
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.parallel.layouts import VARIANTS
@@ -148,7 +149,9 @@ def join_ranges(parts: list[Part], weights: dict[str, Tensor], group: Any) -> di
 def run_case(case: Case) -> dict[str, Tensor]:
     """Three steps in one layout; whole weights by name, the same on every rank."""
     axes, kind, per_head = case
-    parallel = initialize_parallel(ParallelConfig(zero_stage=1, **axes), timeout_seconds=120, num_threads=1)
+    parallel = initialize_parallel(
+        ParallelConfig(zero_stage=1, **axes), timeout_seconds=PATIENCE_SECONDS, num_threads=1
+    )
     groups = parallel.groups
     model = build(groups)
     stacks = list_matrices(model, groups, per_head=per_head)

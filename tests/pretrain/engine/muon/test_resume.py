@@ -17,6 +17,7 @@ from amfm.pretrain.config.schema import OptimizerConfig, ParallelConfig
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine
 from amfm.pretrain.exchange.universal import export_universal
 from amfm.pretrain.parallel import initialize_parallel
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import load, save
 from tests.pretrain.tiny_run import MODEL
@@ -27,7 +28,7 @@ KIND = {"optimizer__kind": "muon"}
 
 def make_engine(zero_stage: int, seed: int, **axes: int) -> ZeroEngine:
     section = ParallelConfig(zero_stage=zero_stage, **axes)
-    parallel = initialize_parallel(section, timeout_seconds=60, num_threads=1)
+    parallel = initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     model = HybridModel(ModelConfig.model_validate(MODEL), parallel.groups, seed=seed)
     optimizer = OptimizerConfig(learning_rate=RATE, kind="muon")
     return build_engine(model, optimizer=optimizer, precision="float32", zero_stage=zero_stage, parallel=parallel)

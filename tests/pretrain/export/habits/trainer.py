@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.export.habits.exported import Exported, tokens
 
 TEXT = "Once upon a time a man said what a word is worth, and nobody knew."
@@ -87,7 +88,7 @@ def gradients_of_two_ranks(export: Exported) -> dict[str, Tensor]:
     arguments = [sys.executable, "-c", RANK, str(export.folder), str(bool(export.arguments)), str(rows), str(found)]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29717", "WORLD_SIZE": "2"}
     ranks = [subprocess.Popen(arguments, env=os.environ | shared | {"RANK": str(rank)}) for rank in range(2)]
-    assert [rank.wait(timeout=900) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=PATIENCE_SECONDS) for rank in ranks] == [0, 0]
     return load_file(found)
 
 
