@@ -61,4 +61,4 @@ if [ ! -e "$work/export" ]; then
     amfm export "$work/run" "$work/export"
 fi
 amfm generate "$work/run" --prompt "The" --max-new-tokens 20
-echo "continue_released: run $work/run, transformers checkpoint $work/export, its logits proved against ours"
+echo "continue_released: run $work/run, transformers checkpoint $work/export, logits verified against ours"

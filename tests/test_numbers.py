@@ -83,7 +83,7 @@ def test_predictions_of_the_readme() -> None:
     table = rows("README.md", "preset")
     assert len(table) == 6
     for preset, gpus, memory, mfu in table:
-        planned = headers(re.findall(r"`(.*)`", preset)[0])[0]
+        planned = headers(re.findall(r"`(.*?)`", preset)[0])[0]
         assert (gpus, memory, mfu) == (f"{planned.gpus:,}", f"{planned.gib} GiB", planned.mfu), preset
 
 

@@ -89,7 +89,7 @@ class ModelConfig(Section):
     )
     vocab_size: int = Field(gt=0, le=10_000_000, description="Rows of the embedding; at least the tokenizer's.")
     hidden_size: int = Field(gt=0, le=1_000_000, description="Width of the residual stream.")
-    norm_epsilon: float = Field(1e-5, gt=0, description="Of every RMSNorm.")
+    norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon of every RMSNorm.")
     tie_embeddings: bool = Field(False, description="Head shares the embedding's weights.")
     head: str | None = Field(
         None,

@@ -180,7 +180,7 @@ def falcon_h1_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal
     found = misses_sentencepiece("falcon_h1", tokenizer_kind) + norms_groups_together(mamba.num_groups)
     if attention.softmax_scale is not None:
         rule = (
-            f"model.attention.softmax_scale={attention.softmax_scale} gives other numbers without a word, because it does not read "
+            f"model.attention.softmax_scale={attention.softmax_scale} silently produces different values, because it does not read "
             "key_multiplier; train without it for mlx-lm"
         )
         found.append(Refusal("mlx-lm", rule, misreads=True))

@@ -222,7 +222,7 @@ def refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
     if "*" in config.letters:
         rule = (
             "it hands heads as their own dimension to its rotary kernel (lfm2.py:176, lfm2_moe.py:257), which on a CPU takes "
-            "them for tokens and gives other numbers without a word; serve it from a GPU"
+            "them for tokens and silently produces different values; serve it from a GPU"
         )
         found.append(Refusal("vllm", rule, misreads=True))
     if not config.tie_embeddings:

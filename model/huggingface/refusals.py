@@ -55,7 +55,7 @@ def norms_groups_together(num_groups: int) -> list[Refusal]:
     if num_groups == 1:
         return []
     rule = (
-        f"model.mamba.num_groups={num_groups} gives other numbers without a word, because it norms all groups together; train with "
+        f"model.mamba.num_groups={num_groups} silently produces different values, because it norms all groups together; train with "
         "num_groups: 1 for mlx-lm"
     )
     return [Refusal("mlx-lm", rule, misreads=True)]

@@ -296,7 +296,7 @@ def gpt_oss_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
         found.append(Refusal("vllm", rule))
     elif not rope.get("truncate", True):
         rule = (
-            "yarn_truncate: false gives other numbers without a word, because it rounds the ends of the ramp; train with true for "
+            "yarn_truncate: false silently produces different values, because it rounds the ends of the ramp; train with true for "
             "llama.cpp"
         )
         found.append(Refusal("llama.cpp", rule, misreads=True))

@@ -15,8 +15,8 @@ PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 H100 = HARDWARE["h100"]
 # What a preset's header says of its layout: for all of its training stages, or for those that it names.
 LAYOUT = re.compile(
-    r"Layout (?:of (?P<stages>[\w ]+?) )?for (?P<gpus>[\d,]+) (?P<card>H100|B200), planned by `amfm plan`: (?P<gib>[\d.]+) GiB on the "
-    r"fullest rank with a tenth to spare, (?P<mfu>[\d.]+%) MFU\.(?: Traced \(`--trace`\): (?P<ranks>.*?)\.(?: |$))?"
+    r"Layout (?:of (?P<stages>[\w ]+?) )?for (?P<gpus>[\d,]+) (?P<card>H100|B200), planned by `amfm plan`: (?P<gib>[\d.]+) GiB "
+    r"at most per GPU with 10% headroom, (?P<mfu>[\d.]+%) MFU\.(?: Traced \(`--trace`\): (?P<ranks>.*?)\.(?: |$))?"
 )
 TRACED = re.compile(
     r"rank (?P<rank>[\d,]+) (?:planned )?at (?P<planned>[\d.]+)(?: GiB)? and (?:traced at )?(?P<traced>[\d.]+)"
