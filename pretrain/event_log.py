@@ -23,10 +23,10 @@ def read_events(run_dir: Path) -> Iterator[dict[str, Any]]:
         yield from (record for _, record in read_lines(path) if record is not None)
 
 
-def find_last_saved(run_dir: Path) -> int | None:
-    """The step of the newest checkpoint that a run's events report; None where they report none."""
-    saved = [event.get("step") for event in read_events(run_dir) if event.get("event") == "checkpoint"]
-    return max((step for step in saved if isinstance(step, int)), default=None)
+def find_saved(run_dir: Path) -> set[int]:
+    """The steps of the checkpoints that were saved in a run directory, as its events report; pruning may have removed some."""
+    saved = (event.get("step") for event in read_events(run_dir) if event.get("event") == "checkpoint")
+    return {step for step in saved if isinstance(step, int)}
 
 
 def has_vanished(run_dir: Path) -> bool:

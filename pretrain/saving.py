@@ -16,6 +16,7 @@ from amfm.pretrain.checkpoint.background import Saved
 from amfm.pretrain.checkpoint.commit import SavedCheckpoint
 from amfm.pretrain.checkpoint.load import LoadedCheckpoint, load_newest
 from amfm.pretrain.checkpoint.names import checkpoint_name
+from amfm.pretrain.checkpoint.remote import Pulled
 from amfm.pretrain.checkpoint.replicas.recover import recover
 from amfm.pretrain.monitor.ownership import read_owner
 from amfm.pretrain.run import Progress, Run
@@ -29,10 +30,10 @@ def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
     What the run directory lacks is first fetched from `train.checkpoint_store` and from the memory of the nodes, where
     the run has them. Every rank must call this. Raises as `load_newest` does.
     """
-    passed_over: list[str] = []
+    pulled = Pulled()
     if run.saver.remote is not None:
         report("looking for checkpoints in the store")
-        passed_over = run.saver.remote.pull_newer(run.directory / "checkpoints", run.saver.ranks)
+        pulled = run.saver.remote.pull_newer(run.directory / "checkpoints", run.saver.ranks)
     if run.saver.replicas is not None:
         report("looking for replicas in the memory of the nodes")
         recover(
@@ -49,7 +50,7 @@ def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
         report=report,
     )
     if loaded is not None:
-        loaded = replace(loaded, skipped=(*passed_over, *loaded.skipped))
+        loaded = replace(loaded, skipped=(*pulled.passed_over, *loaded.skipped), fetched=pulled.name)
         run.loader.load_state_dict(loaded.state["loader"])
         run.progress = Progress(**loaded.state["progress"])
         run.saved_step = loaded.step

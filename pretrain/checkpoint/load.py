@@ -27,7 +27,7 @@ from amfm.pretrain.checkpoint.restore import Restore
 from amfm.pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.moments import FROZEN
-from amfm.pretrain.event_log import find_last_saved
+from amfm.pretrain.event_log import find_saved
 from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.versions import collect_versions
 
@@ -39,7 +39,7 @@ class LoadedCheckpoint:
     """A checkpoint that was loaded: its step, the loop's own state, and what deserves a line in the event log.
 
     `skipped`: newer checkpoints that were passed over, each with its reason. `warnings`: oddities that did no harm.
-    `changes`: settings that differ from the saved run and may.
+    `changes`: settings that differ from the saved run and may. `fetched`: the checkpoint that this start took from a store.
     """
 
     step: int
@@ -48,6 +48,7 @@ class LoadedCheckpoint:
     skipped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
+    fetched: str | None = None
 
 
 def load_newest(
@@ -109,7 +110,7 @@ def refuse_lost(checkpoints_dir: Path, ranks: RankGroup) -> None:
     A disk that is not mounted, a moved link or storage that shows files late would else begin the run again, silently,
     and drop the metrics of all that it had done. All ranks must call it.
     """
-    saved = find_last_saved(checkpoints_dir.parent) if ranks.rank == 0 else None
+    saved = max(find_saved(checkpoints_dir.parent), default=None) if ranks.rank == 0 else None
     step = ranks.broadcast(saved)
     if step is not None:
         raise RuntimeError(

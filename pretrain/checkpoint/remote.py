@@ -8,7 +8,8 @@ first. Only then are older steps removed, manifest first.
 A start takes from the store what the run directory does not have: the newest step beyond its own, fetched by all ranks
 into a temporary folder, with every digest compared on the way, and renamed into place. From there it is loaded like any
 other (load.py). A damaged step is passed over for the one before, and a store that does not answer ends the start: older
-numbers must not be trained on because of a network.
+numbers must not be trained on because of a network. A step that was saved here and is gone from here was taken away by
+someone, and is not brought back unasked.
 
 A copy that can't be sent is a remark, because the checkpoint of the run directory stands; the next save sends the next one.
 The last one of a run has no next: it is tried once more, and a start sends what the store lacks of the checkpoint that it
@@ -20,7 +21,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from amfm.data_pipeline.durable.files import make_folders, sync
 from amfm.data_pipeline.durable.naming import named
@@ -29,6 +30,7 @@ from amfm.pretrain.checkpoint.commit import RankFailure, is_marked, make_tempora
 from amfm.pretrain.checkpoint.fetched import commit_fetched, copy_verified
 from amfm.pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, make_place, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.event_log import find_saved
 from amfm.pretrain.ranks.group import RankGroup
 
 # What we write below the URL; nothing else there is looked at or removed.
@@ -50,6 +52,13 @@ class SentCopy:
     def warnings(self) -> tuple[str, ...]:
         """What the user is told."""
         return self.remarks
+
+
+class Pulled(NamedTuple):
+    """The step that was fetched from a store, if any, and newer ones that are damaged there."""
+
+    name: str | None = None
+    passed_over: tuple[str, ...] = ()
 
 
 class RemoteCheckpoints:
@@ -113,40 +122,55 @@ class RemoteCheckpoints:
             self.folder.delete([f"{step}/{file}" for file in first])
             self.folder.delete([f"{step}/{file}" for file in objects if file not in first])
 
-    def pull_newer(self, checkpoints_dir: Path, ranks: RankGroup) -> list[str]:
-        """Fetch the newest sound step beyond those of a folder, if the store has one; returns what was passed over.
+    def pull_newer(self, checkpoints_dir: Path, ranks: RankGroup) -> Pulled:
+        """Fetch the newest sound step beyond those of a folder, if the store has one.
 
         All ranks must call it. Raises RuntimeError on all ranks when the store does not answer, or when it has steps and
-        neither it nor the folder has a sound one.
+        neither it nor the folder has a sound one; ValueError when someone took the newest one out of the folder.
         """
         problem, doing = RankFailure(), f"checkpoints of {self.folder.url} were not fetched"
         newer: list[str] = []
-        has_local = False
+        newest = -1
+        taken: str | None = None
         if ranks.rank == 0:
             with problem.caught():
                 local = [step_of(path.name.removesuffix(".old")) for path in list_checkpoints(checkpoints_dir)]
-                has_local = bool(local)
+                newest = max(local, default=-1)
                 steps = self.list_objects()
-                newer = [
-                    name
-                    for name, objects in steps.items()
-                    if MANIFEST_NAME in objects and step_of(name) > max(local, default=-1)
-                ]
+                newer = [name for name, objects in steps.items() if MANIFEST_NAME in objects and step_of(name) > newest]
+                taken = self._explain_taken(newer, checkpoints_dir, newest)
         ranks.raise_together(problem.text, doing)
-        newer, has_local = ranks.broadcast((newer, has_local))
+        newer, newest, taken = ranks.broadcast((newer, newest, taken))
+        if taken is not None:
+            raise ValueError(taken)
         skipped: list[str] = []
         for name in newer:
             damage = self._fetch(name, checkpoints_dir, ranks, doing)
             if damage is None:
-                return skipped
+                return Pulled(name, tuple(skipped))
             skipped.append(f"{name} of {self.folder.url}: {damage}")
-        if skipped and not has_local:
+        if skipped and newest < 0:
             raise RuntimeError(
                 f"none of the {len(skipped)} checkpoints in {self.folder.url} can be loaded: "
                 + " | ".join(skipped)
                 + ". Name another train.checkpoint_store to start over."
             )
-        return skipped
+        return Pulled(None, tuple(skipped))
+
+    def _explain_taken(self, newer: list[str], checkpoints_dir: Path, newest: int) -> str | None:
+        """Describe a step that was saved in the folder and is now in the store alone, while an older one is still here.
+
+        None where there is none, and for a folder that lost all of them, which is what the store is for.
+        """
+        saved = find_saved(checkpoints_dir.parent) if newest >= 0 else set()
+        taken = next((name for name in newer if step_of(name) in saved), None)
+        if taken is None:
+            return None
+        return (
+            f"{self.folder.url} has {taken}, which by {checkpoints_dir.parent / 'events.jsonl'} was saved in "
+            f"{checkpoints_dir} and is not there any more, while step {newest} is. To train on from step {newest}, move {taken} "
+            f"out of the store too; to continue from {taken}, put it back"
+        )
 
     def _fetch(self, name: str, checkpoints_dir: Path, ranks: RankGroup, doing: str) -> str | None:
         """Fetch one step into its place; returns what is damaged, None for nothing. All ranks must call it."""

@@ -85,6 +85,9 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     for hook in run.hooks:
         hook.at_start()
     if loaded is not None:
+        if loaded.fetched is not None:
+            store = run.config.train.checkpoint_store
+            run.tell("fetched", f"{loaded.fetched} was fetched from {store}", checkpoint=loaded.fetched, store=store)
         run.say(f"resumed from {loaded.path} at step {loaded.step}")
         if loaded.step >= run.num_steps:
             run.say("already finished: to train on, raise train.steps or declare another stage")

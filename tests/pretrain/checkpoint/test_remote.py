@@ -108,8 +108,20 @@ def test_a_run_goes_on_from_the_store_when_its_directory_is_lost(data: DataConfi
     assert [event["resumed_from"] for event in read_events(tmp_path / "run", "start")] == ["step-00000004"]
     losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("straight", "run")]
     assert losses[1] == losses[0][4:]
+    (fetched,) = read_events(tmp_path / "run", "fetched")
+    assert (fetched["checkpoint"], fetched["store"]) == ("step-00000004", url)
     assert list(RemoteCheckpoints(url).list_objects()) == ["step-00000006", "step-00000004"], "keep_last of them"
     assert not any(event.get("remarks") for event in read_events(tmp_path / "run", "checkpoint"))
+
+
+def test_a_step_that_someone_moved_aside_is_not_fetched_back(data: DataConfig, tmp_path: Path, url: str) -> None:
+    assert train(tiny_config(data, tmp_path / "run", **settings(url, train__stop_after_steps=4))) == 0
+    newest, older = list_checkpoints(tmp_path / "run/checkpoints")
+    shutil.move(newest, tmp_path / "aside")
+    with pytest.raises(ValueError, match=r"has step-00000004, which by .*events.jsonl was saved .* while step 2 is"):
+        train(tiny_config(data, tmp_path / "run", **settings(url)))
+    assert list_checkpoints(tmp_path / "run/checkpoints") == [older]
+    assert list(RemoteCheckpoints(url).list_objects()) == ["step-00000004", "step-00000002"]
 
 
 def test_damage_in_the_store_is_passed_over_and_never_begins_anew(data: DataConfig, tmp_path: Path, url: str) -> None:
@@ -147,7 +159,7 @@ def test_files_in_folders_of_blocks_are_sent_fetched_and_removed(tmp_path: Path,
     store, names = RemoteCheckpoints(url), ["manifest.json", rank_file_name(0), rank_file_name(300)]
     first, second = (save_by_hand(tmp_path / "own" / f"step-0000000{step}", step) for step in (1, 2))
     assert store.push(first, ALONE, 1) == []
-    assert store.pull_newer(tmp_path / "fetched", ALONE) == []
+    assert store.pull_newer(tmp_path / "fetched", ALONE).passed_over == ()
     (fetched,) = list_checkpoints(tmp_path / "fetched")
     assert all((fetched / name).read_bytes() == (first / name).read_bytes() for name in names)
     assert store.push(second, ALONE, 1) == []
@@ -267,7 +279,7 @@ def test_killed_while_a_step_is_sent_anew_no_manifest_names_files_of_two(
         for kill in (1, 2):  # the first file is not there yet, or it is
             assert RemoteCheckpoints(f"{url}/{kill}").push(older, ALONE, 2) == []
             assert pusher.push(f"{url}/{kill}", kill) == -9
-            assert RemoteCheckpoints(f"{url}/{kill}").pull_newer(tmp_path / f"copy {kill}", ALONE) == []
+            assert RemoteCheckpoints(f"{url}/{kill}").pull_newer(tmp_path / f"copy {kill}", ALONE).passed_over == ()
             assert list_checkpoints(tmp_path / f"copy {kill}") == []
         pusher.process.kill()
 
@@ -287,7 +299,7 @@ def test_killed_at_any_request_the_store_holds_a_whole_checkpoint(
                 for checkpoint in (first, older) if again else (first,):
                     assert RemoteCheckpoints(place).push(checkpoint, ALONE, 2) == []
                 code = pusher.push(place, kill)
-                assert RemoteCheckpoints(place).pull_newer(copy, ALONE) == []
+                assert RemoteCheckpoints(place).pull_newer(copy, ALONE).passed_over == ()
                 (found,) = list_checkpoints(copy)
                 assert inspect_checkpoint(found)["ok"] and found.name in (first.name, second.name)
                 assert RemoteCheckpoints(place).push(second, ALONE, 1) == []
