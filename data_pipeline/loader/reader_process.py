@@ -93,7 +93,7 @@ class ReadingProcess:
 def load_message(stream: IO[bytes]) -> Any:
     """Load what the other end has sent next; EOFError where it died before that, or within it, as with a full pipe."""
     try:
-        return pickle.load(stream)
+        return pickle.load(stream)  # noqa: S301 - a pipe of the process that it started
     except pickle.UnpicklingError as error:
         raise EOFError("the message is cut short") from error
 

@@ -1,7 +1,7 @@
-"""Reads what Megatron-Core saves apart from tensors, without running code: `common.pt` is a pickle of many types.
+"""Reads what Megatron-Core and DeepSpeed save apart from tensors, without running code: a pickle of many types.
 
-torch's own `weights_only` refuses the whole file for one argument of an unknown type. Here every unknown type becomes an
-empty stand-in, and the numbers that an import needs are read.
+torch's `weights_only` refuses a whole file for one argument of an unknown type. Here every name that it doesn't know becomes
+an empty stand-in, and the numbers that an import needs are read. TorchScript archives, which torch would run, are refused.
 """
 
 from __future__ import annotations
@@ -10,21 +10,12 @@ import argparse
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from amfm.data_pipeline.durable.foreign_files import take
-
-# What rebuilds tensors and containers; nothing of it opens files or calls what a file names.
-KNOWN = {
-    ("collections", "OrderedDict"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_tensor"),
-    ("torch._utils", "_rebuild_parameter"),
-}
 
 
 class Unread:
@@ -40,19 +31,13 @@ class Unread:
         """Stand in for what it would make, too."""
         return self
 
+    def __eq__(self, other: object) -> bool:
+        """Equal to its class: torch asks whether what a pickle calls is among the names that it was given."""
+        return other is Unread or isinstance(other, Unread)
 
-class CommonReader(pickle.Unpickler):
-    """An unpickler of tensors, containers, numbers and a program's arguments."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Find what rebuilds tensors; arguments become a namespace, and any other name a stand-in."""
-        if (module, name) == ("argparse", "Namespace"):
-            return argparse.Namespace
-        found = getattr(torch, name, None) if module in ("torch", "torch.storage") else None
-        is_storage = isinstance(found, type) and name.endswith("Storage")
-        if is_storage or isinstance(found, torch.dtype | torch.layout) or found is torch.Size:
-            return found
-        return super().find_class(module, name) if (module, name) in KNOWN else Unread
+    def __hash__(self) -> int:
+        """One for all, as they are equal."""
+        return hash(Unread)
 
 
 def read_common(path: Path) -> dict[str, Any]:
@@ -60,7 +45,10 @@ def read_common(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_Pickle, mmap=True)
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        stand_ins: list[Any] = [(Unread, name) for name in unknown if name != "argparse.Namespace"]
+        with torch.serialization.safe_globals([*stand_ins, argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a whole file of torch.save ({str(error)[:200]}); copy the folder again"
@@ -78,11 +66,3 @@ def find_steps(optimizer: Any) -> Iterator[int]:
             yield int(value)
         else:
             yield from find_steps(value)
-
-
-def _load(file: BinaryIO, **options: Any) -> Any:
-    return CommonReader(file, **options).load()
-
-
-# What torch.load asks of a module that unpickles for it.
-_Pickle: Any = SimpleNamespace(Unpickler=CommonReader, load=_load, __name__="common")

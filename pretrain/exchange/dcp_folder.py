@@ -15,11 +15,14 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -29,31 +32,50 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from amfm.data_pipeline.durable.foreign_files import inside, parse_object, take
+from amfm.data_pipeline.durable.foreign_files import inside, parse_object, read_bounded, take
 from amfm.data_pipeline.durable.naming import named
 from amfm.model.on_demand import Source
 from amfm.pretrain.exchange.common_file import Unread
 from amfm.pretrain.exchange.torch_file import READ_TYPES, find_numbers, read_numbers
 
 METADATA = ".metadata"
-RECORD_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+MAX_METADATA_BYTES = 1 << 30  # 10^6 chunks have 155 MB
+RECORD_TYPES: dict[str, Any] = {
+    f"{kind.__module__}.{kind.__qualname__}": kind
+    for kind in (
+        OrderedDict,
+        torch.Size,
+        torch.serialization._get_layout,
+        metadata.BytesStorageMetadata,
+        metadata.ChunkStorageMetadata,
+        metadata.Metadata,
+        metadata.MetadataIndex,
+        metadata.StorageMeta,
+        metadata.TensorProperties,
+        metadata.TensorStorageMetadata,
+        metadata._MEM_FORMAT_ENCODING,
+        _StorageInfo,
+    )
+}
 
 
-class RecordReader(pickle.Unpickler):
-    """Reads the records of Distributed Checkpoint out of a pickle, and calls nothing else."""
+class RecordReader(pickle._Unpickler):
+    """Reads the records of Distributed Checkpoint out of a pickle, and calls nothing else.
+
+    The unpickler that is written in Python: that in C makes room for as many objects as a file claims to have, 16 GiB for
+    ten bytes. Byte arrays, of which the same is true, are in no record.
+    """
+
+    dispatch: ClassVar = {
+        code: step for code, step in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         """Find a record type, a dtype or a container; any other name becomes a stand-in."""
         found = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(found, torch.dtype | torch.layout) or found is torch.Size:
+        if isinstance(found, torch.dtype | torch.layout):
             return found
-        if (module, name) in (("torch.serialization", "_get_layout"), ("collections", "OrderedDict")):
-            return super().find_class(module, name)
-        if module in RECORD_MODULES and "." not in name:
-            kind = super().find_class(module, name)
-            if isinstance(kind, type) and kind.__module__ == module:
-                return kind
-        return Unread
+        return RECORD_TYPES.get(f"{module}.{name}", Unread)
 
 
 class DcpFolder:
@@ -188,13 +210,12 @@ def read_metadata(path: Path) -> Metadata:
     if not file.is_file():
         raise ValueError(f"{file} is missing; give the folder that torch Distributed Checkpoint wrote")
     try:
-        with file.open("rb") as stream:
-            found = RecordReader(stream).load()
+        found = RecordReader(BytesIO(read_bounded(file, MAX_METADATA_BYTES))).load()
         if isinstance(found, Metadata) and isinstance(found.state_dict_metadata, dict | OrderedDict):
             cast("Any", found).storage_data = found.storage_data or {}
             return found
         problem: object = f"it holds {type(found).__name__}"
-    except (pickle.UnpicklingError, EOFError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (pickle.UnpicklingError, EOFError, TypeError, ValueError, AttributeError, LookupError) as error:
         problem = error
     raise ValueError(f"{file} is not the metadata of torch Distributed Checkpoint ({problem}); copy the folder again")
 

@@ -18,12 +18,11 @@ from amfm.model.packing import PackMeta
 from amfm.pretrain.checkpoint.files import read_manifest
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints
 from amfm.pretrain.config.file import resolved_yaml
-from amfm.pretrain.exchange.common_file import read_common
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
-from tests.pretrain.exchange.conftest import Evil, Unbroken
+from tests.pretrain.exchange.conftest import Unbroken
 from tests.pretrain.tiny_run import MODEL, tiny_config
 
 MOE: dict[str, Any] = {
@@ -171,9 +170,3 @@ def test_logits_of_gpt_models_are_equal(data: DataConfig, tmp_path: Path) -> Non
             ours = read_weights(tmp_path / f"{name}-in").build()(IDS_BT, PackMeta.one_document_a_row(1, 24))
         # Two float32 implementations that add in another order; logits of order 1.
         assert torch.allclose(ours.logits_BTV, logits[name], atol=1e-5, rtol=1e-5), name
-
-
-def test_common_state_runs_no_code(tmp_path: Path) -> None:
-    torch.save({"iteration": 3, "args": Evil(tmp_path / "touched")}, tmp_path / "common.pt")
-    assert read_common(tmp_path / "common.pt")["iteration"] == 3
-    assert not (tmp_path / "touched").exists()

@@ -1,0 +1,56 @@
+"""Nothing runs from data: what the product may not call, wherever it reads a file. Files that try it are in the tests of each reader."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("launch", "pretrain", "model", "kernels", "data_pipeline", "examples", "benchmarks")
+# Bases of an unpickler: only one whose names are a list.
+UNPICKLERS = {"pretrain/exchange/dcp_folder.py"}
+
+
+def test_no_file_is_loaded_in_a_way_that_runs_what_it_names() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {what}"
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for line, what in faults(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
+    ]
+    assert not found
+
+
+def test_what_would_run_a_file_is_found() -> None:
+    bad = (
+        "torch.load(p)", "torch.load(p, weights_only=False)", "torch.load(p, weights_only=not safe)", "torch.jit.load(p)",
+        "jit.load(p)", "torch.package.PackageImporter(p)", "pickle.Unpickler(f).load()", "numpy.load(p, allow_pickle=True)",
+        "AutoModel.from_pretrained(p, trust_remote_code=True)", "tensor = torch.load",
+    )  # fmt: skip
+    assert [text for text in bad if not list(faults(text, "a.py"))] == []
+    assert not list(faults("torch.load(p, weights_only=True); numpy.load(p); json.load(f)", "a.py"))
+
+
+def faults(source: str, path: str) -> Iterator[tuple[int, str]]:
+    """Lines with what loads a file and may run what is in it. Pickle's functions, eval, exec and YAML are ruff's rules S."""
+    tree = ast.parse(source)
+    safe = {
+        id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call) and "weights_only=True" in keywords(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            for word in {"allow_pickle=True", "trust_remote_code=True", "weights_only=False"} & keywords(node):
+                yield node.lineno, word
+        elif isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+            if name == "torch.load" and id(node) not in safe:
+                yield node.lineno, "torch.load without weights_only=True"
+            if name.endswith(("jit.load", "torch.package.PackageImporter")):
+                yield node.lineno, name
+            if name.endswith("Unpickler") and path not in UNPICKLERS:
+                yield node.lineno, name
+
+
+def keywords(node: ast.Call) -> set[str]:
+    return {f"{word.arg}={ast.unparse(word.value)}" for word in node.keywords}
