@@ -40,7 +40,12 @@ def is_installed(module: str) -> bool:
 
 def describe_missing(purpose: str, module: str, extra: str) -> str:
     """The message about a module of an extra that is not installed."""
-    return f"{purpose} needs {module}, which is not installed; pip install '{DISTRIBUTION}[{extra}]'"
+    return f"{purpose} needs {module}, which is not installed; {install_command(extra)}"
+
+
+def install_command(extra: str) -> str:
+    """How to install an extra: from a clone, as long as no package index serves amfm under a name of ours."""
+    return f"run pip install '.[{extra}]' in the clone of amfm"
 
 
 @contextmanager

@@ -142,13 +142,18 @@ def export(
         )
         require_equal(checked)
         return
-    proof = "not verified"
+    verification = "not verified"
     if report.max_logit_difference is not None:
         same = "same most likely token everywhere" if report.same_argmax else "another most likely token somewhere"
-        proof = (
+        verification = (
             f"largest logit difference {report.max_logit_difference:.1e} over {report.tokens_compared:,} tokens, {same}"
         )
-    pairs = [("folder", report.path), ("class", report.class_name), ("proof", proof), ("compared on", report.compared)]
+    pairs = [
+        ("folder", report.path),
+        ("class", report.class_name),
+        ("verification", verification),
+        ("compared on", report.compared),
+    ]
     pairs += [("why no native class", reason) for reason in report.reasons]
     pairs += [("left out", report.left_out)] if report.left_out else []
     pairs += [("kept", text) for text in report.kept]

@@ -45,7 +45,7 @@ def shrink(
         ("folder", report.path),
         ("parameters", f"{report.parameters_before:,} -> {report.parameters_after:,} ({share:.1%})"),
         *((place, f"{before:,} -> {after:,}") for place, (before, after) in report.counts.items()),
-        ("proof", f"largest logit difference {report.max_logit_difference:.1e} on {report.compared}"),
+        ("verification", f"largest logit difference {report.max_logit_difference:.1e} on {report.compared}"),
     ]
     print_pairs("Shrunk", pairs)
 

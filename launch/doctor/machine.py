@@ -24,7 +24,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from amfm.pretrain.extras import DISTRIBUTION, EXTRAS
+from amfm.pretrain.extras import DISTRIBUTION, EXTRAS, install_command
 
 GIB = 2**30
 MIN_FREE_GIB = 2.0
@@ -95,7 +95,7 @@ def examine_packages() -> list[Finding]:
         version = installed_version(need.name)
         wanted = f'pip install "{need.name}{need.specifier}"'
         if version is None and extra:
-            remedy = f"pip install '{DISTRIBUTION}[{extra}]'"
+            remedy = install_command(extra)
             findings.append(Finding(need.name, "warn", f"not installed; part of the extra `{extra}`", remedy))
         elif version is None:
             findings.append(Finding(need.name, "fail", "not installed", wanted))

@@ -133,8 +133,7 @@ def check_plot_services(config: RunConfig) -> None:
         )
     if config.run.wandb_project is not None and not is_installed("wandb"):
         raise ValueError(
-            f"run.wandb_project={config.run.wandb_project} needs the wandb package, which is not installed; "
-            "pip install 'amfm-pretrain[wandb]', or remove run.wandb_project"
+            f"{describe_missing(f'run.wandb_project={config.run.wandb_project}', 'wandb', 'wandb')}, or remove run.wandb_project"
         )
 
 

@@ -10,7 +10,6 @@ continues. What the model raises passes through.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ import torch
 
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.pretrain.checkpoint.random_state import collect_random_state, restore_random_state
+from amfm.pretrain.extras import describe_missing, is_installed
 from amfm.pretrain.failures import describe
 from amfm.pretrain.tasks.scoring import Job
 
@@ -113,10 +113,8 @@ class TaskSuite:
 
 def require_lm_eval(setting: str) -> None:
     """Raise ValueError where lm-eval is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError(
-            f"{setting} needs lm-eval, which is not installed; pip install 'amfm-pretrain[eval]', or leave it out"
-        )
+    if not is_installed("lm_eval"):
+        raise ValueError(f"{describe_missing(setting, 'lm_eval', 'eval')}, or leave it out")
 
 
 def open_suite(choice: TaskChoice, setting: str) -> TaskSuite:

@@ -192,11 +192,11 @@ def test_first_steps_from_init_to_an_export_and_training_with_the_core_alone(
 
     other = (*TOY, "run.dir=core")
     refused = amfm_of(core, "prepare", "my/run.yaml", *TOY)
-    assert refused.returncode == 2 and "pip install 'amfm-pretrain[data]'" in refused.stderr
+    assert refused.returncode == 2 and "pip install '.[data]'" in refused.stderr
     refused = amfm_of(core, "train", "my/run.yaml", *other)
     assert (
         refused.returncode == 2
-        and "pip install 'amfm-pretrain[report]', or set run.tensorboard: false" in refused.stderr
+        and "pip install '.[report]' in the clone of amfm, or set run.tensorboard: false" in refused.stderr
     )
     for stop in ("2", "4"):
         trained = amfm_of(
@@ -207,4 +207,4 @@ def test_first_steps_from_init_to_an_export_and_training_with_the_core_alone(
     assert again == [line["loss"] for line in lines]
     assert amfm_of(core, "generate", "core", "--prompt", "import", "--max-new-tokens", "2").returncode == 0
     refused = amfm_of(core, "export", "core", "core_export")
-    assert refused.returncode == 2 and "pip install 'amfm-pretrain[export]'" in refused.stderr
+    assert refused.returncode == 2 and "pip install '.[export]'" in refused.stderr

@@ -47,14 +47,14 @@ def without_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_pyarrow")
 def test_a_verb_names_the_extra_that_it_needs_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["prepare", "--preset", "tiny_cpu"]) == 2
-    message = "amfm prepare needs pyarrow, which is not installed; pip install 'amfm-pretrain[data]'"
+    message = "amfm prepare needs pyarrow, which is not installed; run pip install '.[data]' in the clone of amfm"
     assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match=re.escape(message)):
         require_extra("data", "amfm prepare")
 
 
 def test_an_import_that_no_verb_foresaw_names_the_extra_and_others_pass() -> None:
-    with pytest.raises(ValueError, match=r"needs obstore, which is not installed; pip install 'amfm-pretrain\[data\]'"):
+    with pytest.raises(ValueError, match=r"needs obstore, which is not installed; run pip install '\.\[data\]'"):
         with absent_extras_in_words():
             raise ModuleNotFoundError("No module named 'obstore'", name="obstore")
     with pytest.raises(ModuleNotFoundError), absent_extras_in_words():

