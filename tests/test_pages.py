@@ -50,6 +50,7 @@ FOREIGN_FLAGS = {
         "--squared-relu",
         "--untie-embeddings-and-output-weights",
     ),  # Megatron-DeepSpeed
+    *("--global-batch-size", "--micro-batch-size"),  # Megatron-LM
     "--seed-offset",  # of our tests
 }
 
@@ -257,3 +258,10 @@ def is_python(name: str) -> bool:
     module, _, attribute = name.rpartition(".")
     source = (ROOT / module.replace(".", "/")).with_suffix(".py")
     return source.exists() and re.search(rf"\b{attribute}\b", source.read_text()) is not None
+
+
+def test_every_event_that_a_run_records_is_on_the_page_of_events() -> None:
+    calls = re.compile(r"\b(?:record_event|write_event|tell)\(\s*\"([a-z_]+)\"")
+    recorded = {name for path in ROOT.glob("pretrain/**/*.py") for name in calls.findall(path.read_text())}
+    listed = set(re.findall(r"`([a-z_]+)`", (ROOT / "docs/metrics.md").read_text().partition("## events.jsonl")[2]))
+    assert len(recorded) > 20 and recorded <= listed, recorded - listed

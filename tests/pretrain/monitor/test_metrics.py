@@ -98,9 +98,7 @@ def test_tensorboard_gets_every_number(data: DataConfig, tmp_path: Path) -> None
 @pytest.mark.skipif(HAS_WANDB, reason="wandb is installed")
 def test_wandb_without_its_package_is_refused_with_a_remedy(data: DataConfig, tmp_path: Path) -> None:
     config = tiny_config(data, tmp_path, run__wandb_project="hybrids")
-    with pytest.raises(
-        ValueError, match=r"run\.wandb_project=hybrids needs wandb, .*pip install '\.\[wandb\]'"
-    ):
+    with pytest.raises(ValueError, match=r"run\.wandb_project=hybrids needs wandb, .*pip install '\.\[wandb\]'"):
         check_plot_services(config)
 
 
