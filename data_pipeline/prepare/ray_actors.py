@@ -11,7 +11,7 @@ import gc
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def running_ray(address: str | None, num_cpus: int) -> Iterator[None]:
 def start_ray(address: str | None, **options: Any) -> None:
     """Join the cluster at an address, or start one on this machine; call `choose_token` before Ray is imported.
 
-    Workers find our packages before whatever lies in the working directory. Raises ValueError for an address at which no
+    Workers import nothing from the working directory of this process, and have our packages' folder as theirs. Raises ValueError for an address at which no
     cluster answers: asked before Ray is, which tries for a minute and prints what its own libraries think of it.
     RuntimeError where the machine is too busy to start Ray in the half minute that it allows.
     """
@@ -109,10 +109,12 @@ def start_ray(address: str | None, **options: Any) -> None:
     package_root = str(Path(__file__).parents[3])
     job = ray.job_config.JobConfig(code_search_path=[package_root])
     try:
-        # Without an address Ray itself would join a cluster that runs here.
-        ray.init(
-            address=address or "local", job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options
-        )
+        # From there, because Ray puts the working directory before the packages of its workers. Without an address Ray
+        # itself would join a cluster that runs here.
+        with chdir(package_root):
+            ray.init(
+                address=address or "local", job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options
+            )
     except ConnectionError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"--address {address}: {reason} {SEND_TOKEN} {START_RAY}") from error
@@ -166,7 +168,7 @@ class _Dispatcher:
 
     def _start_actor(self) -> None:
         """Ask Ray for an actor; it gets units once `is_alive` has answered."""
-        actor = self.actor_class.remote(str(self.store), self.tokenizer)
+        actor = self.actor_class.remote(str(self.store.absolute()), self.tokenizer)
         self.actors.append(actor)
         self.starting[actor.is_alive.remote()] = actor
 

@@ -19,31 +19,37 @@ from tests.helpers.patience import PATIENCE_SECONDS
 
 # In a separate process: a session's Ray would be used instead of one that is started.
 DRIVER = """
+import os, sys
 import psutil, ray
 from amfm.data_pipeline.prepare.ray_actors import PartWriter, running_ray
 with running_ray(None, 1):
     writer = ray.remote(num_cpus=1)(PartWriter).remote(".", None)
     assert ray.get(writer.is_alive.remote())
     below = psutil.Process().children(recursive=True)
+    assert os.getcwd() not in ray.get(ray.remote(num_cpus=0)(lambda: sys.path).remote())
     print("nice", *(child.nice() for child in below if "PartWriter" in "".join(child.cmdline())))
 """
 
 
-def priorities(environment: dict[str, str]) -> str:
-    root = Path(__file__).parents[3]
+def priorities(environment: dict[str, str], folder: Path) -> str:
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[3] / "src")}
     return subprocess.run(
-        [sys.executable, "-c", DRIVER], env=environment, cwd=root, check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+        [sys.executable, "-P", "-c", DRIVER], env=environment, cwd=folder, check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS
     ).stdout.splitlines()[-1]  # fmt: skip
 
 
-def test_actors_of_a_ray_of_our_own_run_at_the_priority_of_their_driver(alone_with_ray: None) -> None:
+def test_actors_of_a_ray_of_our_own_have_the_priority_of_their_driver_and_import_nothing_of_the_working_directory(
+    alone_with_ray: None, tmp_path: Path
+) -> None:
+    for name in ("amfm", "pydantic", "blake3", "zarr"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the working directory ran')")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_worker_niceness"}
-    assert priorities(environment) == f"nice {os.nice(0)}"
+    assert priorities(environment, tmp_path) == f"nice {os.nice(0)}"
 
 
 @pytest.mark.slow
-def test_the_environment_may_set_another_priority_of_actors(alone_with_ray: None) -> None:
-    assert priorities(os.environ | {"RAY_worker_niceness": "7"}) == f"nice {min(os.nice(0) + 7, 19)}"
+def test_the_environment_may_set_another_priority_of_actors(alone_with_ray: None, tmp_path: Path) -> None:
+    assert priorities(os.environ | {"RAY_worker_niceness": "7"}, tmp_path) == f"nice {min(os.nice(0) + 7, 19)}"
 
 
 @pytest.mark.parametrize("num_actors", [1, 3])
