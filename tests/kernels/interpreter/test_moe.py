@@ -20,9 +20,9 @@ from amfm.kernels.moe.rows.op import (
 )
 from amfm.kernels.proof.counting import count_launches
 from amfm.kernels.runtime.backend import triton_version
-from tests.helpers.interpreted_products import multiply_term_by_term
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.helpers.registration import assert_registered
+from tests.kernels.interpreter.products import multiply_term_by_term
 from tests.kernels.test_moe import landed_gradients, run, run_with_lost_choices, split_gradients
 
 FLOAT32 = 1e-5  # products over some fifty terms; a softmax's gradient cancels
