@@ -14,7 +14,6 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -28,12 +27,12 @@ import pydantic_core
 from amfm.data_pipeline.prepare.filters import Filter
 from amfm.data_pipeline.prepare.sources import InputFile
 from amfm.data_pipeline.store.megatron_files import read_megatron_documents, read_megatron_index
-from amfm.data_pipeline.store.object_store import is_url
 
 MAX_DOCUMENT_BYTES = 2**28  # of a text, decompressed; a small file can hold one that takes a node's memory
 MAX_UNPACKED_BYTES = 2**31  # of a compressed parquet or arrow file, which is held in memory
 TOO_LONG = f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB, the most that a document may have"
-COUNTED_BYTES = 2**30  # as far into a file lines are counted, to say where a record is
+FOOTER_SHARE = 8  # a segment of parquet is at least so many times its file's footer, which each segment parses
+BATCH_ROWS = 1024  # of parquet that memory holds at once: a small file may unpack to 10^9 equal cells
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,9 @@ class Segment:
     split: Literal["train", "validation"] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
-    """One text, its size in UTF-8 and where it came from."""
+    """One text, its size in UTF-8 and where it came from: a byte of plain jsonl, a line of compressed, a row."""
 
     text: str
     num_bytes: int
@@ -67,7 +66,7 @@ class TokenDocument:
     position: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reject:
     """One record that gives no document; position as in `Document`."""
 
@@ -78,22 +77,20 @@ class Reject:
 def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
     """Cut a file into segments of about segment_bytes that together cover it exactly once.
 
-    Plain jsonl by byte ranges, parquet by row groups, Megatron by documents; other files are one segment. Empty files
-    have none.
+    Plain jsonl by byte ranges, parquet by runs of row groups, Megatron by documents; other files are one segment. Empty
+    files have none.
     """
     if file.num_bytes == 0:
         return []
     if file.kind == "parquet" and file.compression == "none":
-        metadata = _read_parquet_metadata(file)
+        metadata, _ = _read_footer(file)
         sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
-        return [Segment(file, number, number + 1, size) for number, size in enumerate(sizes)]
+        runs = _join_neighbours(sizes, max(segment_bytes, FOOTER_SHARE * metadata.serialized_size))
+        return [Segment(file, first, stop, sum(sizes[first:stop])) for first, stop in runs]
     if file.kind == "megatron":
-        offsets = read_megatron_index(Path(file.path)).offsets
-        bounds = [0]
-        while bounds[-1] < len(offsets) - 1:
-            reach = int(np.searchsorted(offsets, offsets[bounds[-1]] + segment_bytes, side="right")) - 1
-            bounds.append(max(bounds[-1] + 1, reach))
-        return [Segment(file, low, high, int(offsets[high] - offsets[low])) for low, high in pairwise(bounds)]
+        index = read_megatron_index(Path(file.path))
+        index.check()
+        return [Segment(file, first, stop, num_bytes) for first, stop, num_bytes in index.cut(segment_bytes)]
     if file.kind == "jsonl" and file.compression == "none":
         starts = range(0, file.num_bytes, segment_bytes)
         stops = [min(start + segment_bytes, file.num_bytes) for start in starts]
@@ -102,12 +99,25 @@ def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
     return [Segment(file, 0, file.num_bytes, estimate)]
 
 
-def _read_parquet_metadata(file: InputFile) -> Any:
-    """Read the footer of a parquet file; ValueError when it is none, because the plan needs its row groups."""
+def _join_neighbours(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """[first, stop) of runs of neighbours whose sizes together are at most `most`, or of one that is larger alone."""
+    first = total = 0
+    for number, size in enumerate(sizes):
+        if number > first and total + size > most:
+            yield first, number
+            first, total = number, 0
+        total += size
+    if sizes:
+        yield first, len(sizes)
+
+
+def _read_footer(file: InputFile) -> tuple[Any, pyarrow.Schema]:
+    """Read metadata and schema of a parquet file; ValueError when it is none, because the plan needs its row groups."""
     try:
         with file.open_arrow() as opened:
-            return pyarrow.parquet.read_metadata(opened)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+            metadata = pyarrow.parquet.read_metadata(opened)
+            return metadata, metadata.schema.to_arrow_schema()
+    except (pyarrow.ArrowException, OSError) as error:
         if _is_of_the_disk(error):
             raise
         raise ValueError(f"{file.shown} isn't a whole parquet file; restore or remove it") from error
@@ -122,9 +132,9 @@ def check_column(files: Sequence[InputFile], text_column: str) -> None:
     for file in files:
         if file.kind != "parquet" or file.compression != "none":
             return
-        schema = _read_parquet_metadata(file).schema.to_arrow_schema()
-        if text_column not in schema.names:
-            problem = problem or f"{file.shown} has no column {text_column!r} among {', '.join(schema.names)}"
+        _, schema = _read_footer(file)
+        if (found := _column_problem(schema, text_column)) is not None:
+            problem = problem or f"{file.shown} has {found}"
             continue
         kind = schema.field(text_column).type
         if not (pyarrow.types.is_primitive(kind) or pyarrow.types.is_nested(kind)):
@@ -132,6 +142,14 @@ def check_column(files: Sequence[InputFile], text_column: str) -> None:
         problem = problem or f"column {text_column!r} of {file.shown} holds {kind}, not text"
     if problem:
         raise ValueError(f"{problem}; set text_column to the column with text")
+
+
+def _column_problem(schema: pyarrow.Schema, text_column: str) -> str | None:
+    """Why a table has not one column of this name; None where it has."""
+    number = schema.names.count(text_column)
+    if number == 1:
+        return None
+    return f"{'no column' if number == 0 else f'{number} columns'} {text_column!r} among {', '.join(schema.names)}"
 
 
 # What gzip, zlib and zstd raise for broken streams; an OSError with a number is the disk's and is not for us.
@@ -153,7 +171,6 @@ class SegmentReader:
         self.segment, self.text_column = segment, text_column
         self.reason_to_drop = reason_to_drop
         self.covered_bytes = 0
-        self.lines_before: int | None = None
 
     def __iter__(self) -> Iterator[Document | TokenDocument | Reject]:
         if self.segment.file.kind == "megatron":
@@ -191,43 +208,33 @@ class SegmentReader:
                     number += 1
                     if line.isspace():
                         continue
-                    position = f"{file.name}:line {number}"
+                    # To count lines costs the reading of all before: `rejects.place_of` does it for the one it prints.
+                    position = f"{file.name}:{f'line {number}' if offset is None else f'byte {offset}'}"
                     is_whole = len(line) <= MAX_DOCUMENT_BYTES
-                    item = self._parse(line, position) if is_whole else Reject(position, TOO_LONG)
-                    if isinstance(item, Reject) and file.compression == "none":
-                        item = Reject(f"{file.name}:{self._place(number, offset)}", item.reason)
-                    yield item
+                    yield self._parse(line, position) if is_whole else Reject(position, TOO_LONG)
         except _STREAM_ERRORS as error:
             if _is_of_the_disk(error):
                 raise
             yield Reject(f"{file.name}:line {number + 1}", f"{DAMAGED} compressed file, the rest is lost: {error}")
 
-    def _place(self, number: int, offset: int) -> str:
-        """Line and byte of the segment's line `number`; the byte alone far into a file, or in one that is not here."""
-        file, start = self.segment.file, self.segment.start
-        if self.lines_before is None and start <= COUNTED_BYTES and not is_url(file.path):
-            self.lines_before = 0
-            with file.open() as stream:
-                while start > 0 and (block := stream.read(min(start, 2**20))):
-                    self.lines_before, start = self.lines_before + block.count(b"\n"), start - len(block)
-                # A line that begins before the segment is of the range before.
-                self.lines_before += self.segment.start > 0 and block[-1:] != b"\n"
-        return f"byte {offset}" if self.lines_before is None else f"line {self.lines_before + number} (byte {offset})"
-
-    def _lines(self, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-        """Iterate over (offset, line) of lines whose first byte lies in the segment; offset 0 in compressed files.
+    def _lines(self, stream: IO[bytes]) -> Iterator[tuple[int | None, bytes]]:
+        """Iterate over (offset, line) of lines whose first byte lies in the segment; offset None in compressed files.
 
         Of a line that is longer than MAX_DOCUMENT_BYTES one byte more than that is given, and the rest read over.
         """
         if self.segment.file.compression != "none":
             while (found := self._line(stream))[1]:
-                yield 0, found[0]
+                yield None, found[0]
             return
         offset = self.segment.start
         if offset:
-            # From one byte before: if that ends a line, the segment's first byte begins one.
+            # From one byte before: if that ends a line, the segment's first byte begins one. And not beyond the segment:
+            # a line across many would be read by each of them to its end.
             stream.seek(offset - 1)
-            offset += self._line(stream)[1] - 1
+            before = stream.readline(self.segment.stop - offset + 1)
+            if not before.endswith(b"\n"):
+                return
+            offset += len(before) - 1
         while offset < self.segment.stop:
             line, num_bytes = self._line(stream)
             if not line:
@@ -259,16 +266,17 @@ class SegmentReader:
         try:
             with open_seekable(file) as opened:
                 table = pyarrow.parquet.ParquetFile(opened)
-                if self.text_column not in table.schema_arrow.names:
-                    names = ", ".join(table.schema_arrow.names)
-                    yield Reject(file.name, f"no column {self.text_column!r} among {names}")
+                if (problem := _column_problem(table.schema_arrow, self.text_column)) is not None:
+                    yield Reject(file.name, problem)
                     return
                 whole = file.compression != "none"  # then the segment is the file, in bytes
                 for group in range(table.num_row_groups) if whole else range(self.segment.start, self.segment.stop):
-                    rows = table.read_row_group(group, columns=[self.text_column], use_threads=False)
-                    for row, text in enumerate(rows[self.text_column]):
-                        yield self._check_cell(text, f"{file.name}:group {group} row {row}")
-        except (pyarrow.ArrowInvalid, *_STREAM_ERRORS) as error:
+                    row = 0
+                    for batch in table.iter_batches(BATCH_ROWS, [group], [self.text_column], use_threads=False):
+                        for text in batch.column(0):
+                            yield self._check_cell(text, f"{file.name}:group {group} row {row}")
+                            row += 1
+        except (pyarrow.ArrowException, *_STREAM_ERRORS) as error:
             if _is_of_the_disk(error):
                 raise
             yield Reject(file.name, f"damaged parquet: {error}")
@@ -278,15 +286,15 @@ class SegmentReader:
         file = self.segment.file
         try:
             with open_seekable(file) as opened, pyarrow.ipc.open_stream(opened) as stream:
-                if self.text_column not in stream.schema.names:
-                    yield Reject(file.name, f"no column {self.text_column!r} among {', '.join(stream.schema.names)}")
+                if (problem := _column_problem(stream.schema, self.text_column)) is not None:
+                    yield Reject(file.name, problem)
                     return
                 row = 0
                 for batch in stream:
                     for text in batch.column(self.text_column):
                         yield self._check_cell(text, f"{file.name}:row {row}")
                         row += 1
-        except (pyarrow.ArrowInvalid, *_STREAM_ERRORS) as error:
+        except (pyarrow.ArrowException, *_STREAM_ERRORS) as error:
             if _is_of_the_disk(error):
                 raise
             yield Reject(file.name, f"damaged arrow stream: {error}")

@@ -1,19 +1,30 @@
 """The record of what gave no document: a file of JSON lines a unit below STORE/rejects, and the first of them in words.
 
 A position names the file as the plan does (`0/a.jsonl`: below the source's first path), so that the bytes of a store don't
-depend on where its text lay. For a person the path as it is here stands in its place.
+depend on where its text lay. For a person the path as it is here stands in its place, and the line of a byte.
+
+A file of something else than JSON lines gives as many rejects as lines, more than memory and disk may hold: they are written
+as they come, and from some number on they are counted alone.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
-from amfm.data_pipeline.durable.files import write_file_atomically
+from amfm.data_pipeline.durable.files import replacing
 from amfm.data_pipeline.durable.lines import read_lines
 from amfm.data_pipeline.prepare.documents import DAMAGED, Reject, Segment
 from amfm.data_pipeline.prepare.plan import Unit
+from amfm.data_pipeline.prepare.sources import InputFile
+from amfm.data_pipeline.store.object_store import is_url
+
+MAX_LISTED = 100_000  # rejects of a unit that are written, some 10 MB
+COUNTED_BYTES = 2**30  # as far into a file lines are counted, to print where a record is
 
 
 def rejects_path(store: Path, unit: Unit) -> Path:
@@ -21,15 +32,34 @@ def rejects_path(store: Path, unit: Unit) -> Path:
     return store / "rejects" / unit.source / f"{unit.number:06d}.jsonl"
 
 
-def write_rejects(store: Path, unit: Unit, rejects: Sequence[Reject]) -> None:
-    """Write the rejects of a unit, or remove those of an earlier attempt."""
+class RejectList:
+    """Counts the rejects of a unit, and writes the first MAX_LISTED of them and each that stands for a damaged file."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self.path, self.stack = path, stack
+        self.number = 0
+        self._file: IO[bytes] | None = None
+
+    def append(self, reject: Reject) -> None:
+        """Count one, and write it. Raises OSError of the disk."""
+        self.number += 1
+        if self.number > MAX_LISTED and not reject.reason.startswith(DAMAGED):
+            return
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.stack.enter_context(replacing(self.path))
+        self._file.write(json.dumps({"position": reject.position, "reason": reject.reason}).encode() + b"\n")
+
+
+@contextmanager
+def listing_rejects(store: Path, unit: Unit) -> Iterator[RejectList]:
+    """Yield the list of a unit's rejects, which takes the place of that of an earlier attempt when the block ends well."""
     path = rejects_path(store, unit)
-    if not rejects:
-        path.unlink(missing_ok=True)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"position": item.position, "reason": item.reason}) + "\n" for item in rejects]
-    write_file_atomically(path, "".join(lines).encode())
+    with ExitStack() as stack:
+        rejects = RejectList(path, stack)
+        yield rejects
+        if not rejects.number:
+            path.unlink(missing_ok=True)
 
 
 def describe_first_reject(store: Path, units: Sequence[Unit]) -> str | None:
@@ -52,8 +82,23 @@ def _describe_first(store: Path, units: Sequence[Unit], reason: str) -> str | No
 
 
 def place_of(position: str, segments: Sequence[Segment]) -> str:
-    """A position with the path of its file in the place of the plan's name for it."""
+    """A position with the path of its file in the place of the plan's name for it, and the line of a byte."""
     for segment in segments:
-        if position == segment.file.name or position.startswith(f"{segment.file.name}:"):
-            return segment.file.shown + position.removeprefix(segment.file.name)
+        file = segment.file
+        if position == file.name or position.startswith(f"{file.name}:"):
+            place = position.removeprefix(file.name)
+            byte = re.fullmatch(r":byte (\d+)", place)
+            line = _count_lines(file, int(byte[1])) if byte else None
+            return file.shown + (place if line is None else f":line {line} ({place[1:]})")
     return position
+
+
+def _count_lines(file: InputFile, offset: int) -> int | None:
+    """Which line of a plain file holds this byte, from 1; None where it is far into it, or in one that is not here."""
+    if offset > COUNTED_BYTES or is_url(file.path):
+        return None
+    line = 1
+    with file.open() as stream:
+        while offset > 0 and (block := stream.read(min(offset, 2**20))):
+            line, offset = line + block.count(b"\n"), offset - len(block)
+    return line

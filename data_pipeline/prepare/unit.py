@@ -23,7 +23,7 @@ from amfm.data_pipeline.prepare.documents import Document, Reject, SegmentReader
 from amfm.data_pipeline.prepare.duplicates import hash_text, load_skips, write_hashes
 from amfm.data_pipeline.prepare.filters import make_filter
 from amfm.data_pipeline.prepare.plan import Unit
-from amfm.data_pipeline.prepare.rejects import write_rejects
+from amfm.data_pipeline.prepare.rejects import RejectList, listing_rejects
 from amfm.data_pipeline.samples.permutation import derive_key, permute
 from amfm.data_pipeline.store.manifest import SPLITS, Part, Split
 from amfm.data_pipeline.store.part_writer import write_part
@@ -32,6 +32,7 @@ from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 BATCH_DOCUMENTS = 512
 BATCH_CHARACTERS = 2_000_000
 SPLIT_LENGTH = 1024  # characters or tokens that decide a document's split together with its size
+BYTES_A_DOCUMENT = 16  # of text, at the least, by which tiny documents count: each takes 200 bytes of memory
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -75,7 +76,7 @@ def run_unit(unit: Unit, store: Path, tokenizer: Tokenizer) -> UnitReport | Unit
     """
     began, cpu_began = time.monotonic(), time.process_time()
     try:
-        report = _hash_unit(unit, store) if unit.stage == "hash" else _UnitWriter(unit, store, tokenizer).run()
+        report = _hash_unit(unit, store) if unit.stage == "hash" else _write_unit(unit, store, tokenizer)
         return replace(report, seconds=time.monotonic() - began, cpu_seconds=time.process_time() - cpu_began)
     except OSError as error:
         reason: Literal["disk_full", "disk_error"] = "disk_full" if error.errno in DISK_FULL else "disk_error"
@@ -96,14 +97,19 @@ def _hash_unit(unit: Unit, store: Path) -> UnitReport:
     return UnitReport({split: [] for split in SPLITS}, len(digests), text_bytes, tokens=0, rejects=0, covered_bytes=0)
 
 
+def _write_unit(unit: Unit, store: Path, tokenizer: Tokenizer) -> UnitReport:
+    """Write the parts of a unit, then its rejects."""
+    with listing_rejects(store, unit) as rejects:
+        return _UnitWriter(unit, store, tokenizer, rejects).run()
+
+
 class _UnitWriter:
     """Writes one unit: what was collected since the last part, parts written, rejects, and bytes of jsonl covered."""
 
-    def __init__(self, unit: Unit, store: Path, tokenizer: Tokenizer) -> None:
-        self.unit, self.store, self.tokenizer = unit, store, tokenizer
+    def __init__(self, unit: Unit, store: Path, tokenizer: Tokenizer, rejects: RejectList) -> None:
+        self.unit, self.store, self.tokenizer, self.rejects = unit, store, tokenizer, rejects
         self.collected: dict[Split, _Collected] = {split: _Collected() for split in SPLITS}
         self.parts: dict[Split, list[Part]] = {split: [] for split in SPLITS}
-        self.rejects: list[Reject] = []
         self.covered_bytes = 0
         self.knows_text = True  # false where documents come as tokens: their bytes are not text
         self.split_key = derive_key(unit.settings.seed, "validation")
@@ -117,14 +123,13 @@ class _UnitWriter:
         for split in SPLITS:
             if self.collected[split].pieces:
                 self._write(split)
-        write_rejects(self.store, self.unit, self.rejects)
         parts = [part for split in SPLITS for part in self.parts[split]]
         return UnitReport(
             parts=self.parts,
             documents=sum(part.num_documents for part in parts),
             text_bytes=sum(part.text_bytes for part in parts),
             tokens=sum(part.num_tokens for part in parts),
-            rejects=len(self.rejects),
+            rejects=self.rejects.number,
             covered_bytes=self.covered_bytes,
         )
 
@@ -211,9 +216,13 @@ class _UnitWriter:
             start = stop
 
     def _write_full_parts(self) -> None:
-        """Write a split that has grown to twice the part size: text may be far larger than the plan's estimate."""
+        """Write a split that has grown to twice the part size, in text or in what memory tiny documents take.
+
+        Text may be far larger than the plan's estimate.
+        """
         for split in SPLITS:
-            if self.collected[split].text_bytes >= 2 * self.unit.settings.part_bytes:
+            collected, part_bytes = self.collected[split], self.unit.settings.part_bytes
+            if max(collected.text_bytes, BYTES_A_DOCUMENT * len(collected.pieces)) >= 2 * part_bytes:
                 self._write(split)
 
     def _write(self, split: Split) -> None:

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,57 +31,112 @@ SPAN_TOKENS = 2**20
 
 @dataclass(frozen=True)
 class MegatronIndex:
-    """What an .idx says. offsets: first byte of each document in the .bin, and the end; [documents + 1]."""
+    """What the head of an .idx says; the rest is read in pieces, because it can have gigabytes.
 
+    num_bytes: of the .bin next to it.
+    """
+
+    path: Path
     dtype: str
-    offsets: npt.NDArray[np.int64]
+    num_sequences: int
+    num_documents: int
+    num_bytes: int
 
-    @property
-    def num_documents(self) -> int:
-        """Documents in the file."""
-        return len(self.offsets) - 1
+    def offsets(self, first: int, stop: int) -> npt.NDArray[np.int64]:
+        """First byte in the .bin of each document in [first, stop), and the end; [stop - first + 1]. ValueError if damaged."""
+        sequences = self._bounds(first, stop + 1)
+        before, after = int(sequences[0]), int(sequences[-1])
+        if (np.diff(sequences, prepend=0, append=self.num_sequences) < 0).any():
+            raise self._disordered()
+        begins = self._pointers(before, min(after + 1, self.num_sequences))
+        offsets = np.append(begins, self.num_bytes)[sequences - before]
+        if (np.diff(offsets, prepend=0, append=self.num_bytes) < 0).any():
+            raise self._disordered()
+        return offsets
+
+    def cut(self, num_bytes: int) -> Iterator[tuple[int, int, int]]:
+        """First and stop of runs of documents of about `num_bytes`, one document at least, and the bytes of each."""
+        first, width = 0, 2**12
+        while first < self.num_documents:
+            stop = min(first + width, self.num_documents)
+            offsets = self.offsets(first, stop)
+            reach = max(1, int(np.searchsorted(offsets, offsets[0] + num_bytes, side="right")) - 1)
+            if first + reach == stop < self.num_documents:
+                width *= 2
+                continue
+            yield first, first + reach, int(offsets[reach] - offsets[0])
+            first += reach
+
+    def check(self) -> None:
+        """Read all of it, a piece at a time. Raises ValueError where it is damaged or doesn't fit the .bin."""
+        end, itemsize = 0, np.dtype(self.dtype).itemsize
+        for start in range(0, self.num_sequences, SPAN_TOKENS):
+            stop = min(start + SPAN_TOKENS, self.num_sequences)
+            lengths = self._read("<i4", 0, start, stop).astype(np.int64) * itemsize
+            ends = end + np.cumsum(lengths)
+            if (lengths < 0).any():
+                raise ValueError(f"{self.path} is damaged: a sequence has a negative length; restore it from a copy")
+            if not np.array_equal(self._pointers(start, stop), ends - lengths):
+                raise ValueError(
+                    f"{self.path} has gaps between its sequences; write the dataset again with Megatron's builder"
+                )
+            end = int(ends[-1])
+        if end != self.num_bytes:
+            raise ValueError(
+                f"{self.path.with_suffix('.bin')} has {self.num_bytes} bytes, its index says {end}; restore both from a copy"
+            )
+        if [*self._bounds(0, 1), *self._bounds(self.num_documents, self.num_documents + 1)] != [0, self.num_sequences]:
+            raise self._disordered()
+        for start in range(0, self.num_documents, SPAN_TOKENS):
+            self.offsets(start, min(start + SPAN_TOKENS, self.num_documents))
+
+    def _pointers(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        return self._read("<i8", 4 * self.num_sequences, start, stop)
+
+    def _bounds(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        return self._read("<i8", 12 * self.num_sequences, start, stop)
+
+    def _read(self, dtype: str, column: int, start: int, stop: int) -> npt.NDArray[Any]:
+        offset = HEADER.size + column + start * np.dtype(dtype).itemsize
+        values = np.fromfile(self.path, dtype, stop - start, offset=offset)
+        if len(values) < stop - start:
+            raise ValueError(f"{self.path} became shorter while it was read; restore it from a copy")
+        return values
+
+    def _disordered(self) -> ValueError:
+        return ValueError(
+            f"{self.path} is damaged: its documents must begin one behind the other and hold all of its {self.num_sequences} "
+            "sequences; restore it from a copy"
+        )
 
 
 def read_megatron_index(path: Path) -> MegatronIndex:
-    """Read an .idx file; ValueError when it isn't one or doesn't fit the .bin next to it."""
-    content = path.read_bytes()
-    if len(content) < HEADER.size or content[: len(MAGIC)] != MAGIC:
+    """Read the head of an .idx file; ValueError when it isn't one. `check` reads the rest."""
+    with path.open("rb") as file:
+        header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
+    if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
         raise ValueError(
             f"{path} isn't a Megatron index (no {MAGIC[:7].decode()} at its start); name the .idx of a dataset"
         )
-    _, version, code, num_sequences, num_bounds = HEADER.unpack_from(content)
+    _, version, code, num_sequences, num_bounds = HEADER.unpack(header)
     if version != 1 or code not in DTYPE_BY_CODE:
         raise ValueError(f"{path} has version {version} and dtype code {code}; version 1 with integer tokens is read")
+    if num_bounds < 1:
+        raise ValueError(f"{path} is damaged: it has no end of its documents; restore it from a copy")
     expected = HEADER.size + num_sequences * 12 + num_bounds * 8
-    if len(content) < expected:
-        raise ValueError(f"{path} is cut short: {len(content)} bytes of {expected}; restore it from a copy")
-    lengths = np.frombuffer(content, "<i4", num_sequences, HEADER.size).astype(np.int64)
-    pointers = np.frombuffer(content, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
-    bounds = np.frombuffer(content, "<i8", num_bounds, HEADER.size + 12 * num_sequences)
-    dtype = DTYPE_BY_CODE[code]
-    sequence_ends = np.cumsum(lengths) * np.dtype(dtype).itemsize
-    if not np.array_equal(pointers[1:], sequence_ends[:-1]) or (num_sequences and pointers[0] != 0):
-        raise ValueError(f"{path} has gaps between its sequences; write the dataset again with Megatron's builder")
-    if (np.diff(bounds, prepend=0, append=num_sequences) < 0).any():
-        raise ValueError(
-            f"{path} is damaged: its documents must begin one behind the other among its {num_sequences} sequences; restore "
-            "it from a copy"
-        )
-    size = path.with_suffix(".bin").stat().st_size
-    used = int(sequence_ends[-1]) if num_sequences else 0
-    if size != used:
-        raise ValueError(
-            f"{path.with_suffix('.bin')} has {size} bytes, its index says {used}; restore both from a copy"
-        )
-    return MegatronIndex(dtype, np.concatenate((np.zeros(1, np.int64), sequence_ends))[bounds])
+    if size < expected:
+        raise ValueError(f"{path} is cut short: {size} bytes of {expected}; restore it from a copy")
+    num_bytes = path.with_suffix(".bin").stat().st_size
+    return MegatronIndex(path, DTYPE_BY_CODE[code], num_sequences, num_bounds - 1, num_bytes)
 
 
 def read_megatron_documents(path: Path, first: int, stop: int) -> Iterator[npt.NDArray[np.int64]]:
     """Read the token ids of documents [first, stop) of the dataset whose .idx is at path, int64, one array a document."""
     index = read_megatron_index(path)
+    offsets = index.offsets(first, stop)
     with path.with_suffix(".bin").open("rb") as file:
-        file.seek(int(index.offsets[first]))
-        for size in np.diff(index.offsets[first : stop + 1]).tolist():
+        file.seek(int(offsets[0]))
+        for size in np.diff(offsets).tolist():
             yield np.frombuffer(file.read(size), dtype=index.dtype).astype(np.int64)
 
 

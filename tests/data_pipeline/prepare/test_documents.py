@@ -1,6 +1,8 @@
 import gzip
 import json
+from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
@@ -9,7 +11,9 @@ import pytest
 from amfm.data_pipeline.config import SourceConfig
 from amfm.data_pipeline.prepare import documents
 from amfm.data_pipeline.prepare.documents import Document, Reject, Segment, SegmentReader, check_column, cut_segments
+from amfm.data_pipeline.prepare.rejects import place_of
 from amfm.data_pipeline.prepare.sources import list_files
+from amfm.data_pipeline.store.megatron_files import HEADER, MAGIC
 
 
 def source_of(*paths, **settings):
@@ -72,13 +76,74 @@ def test_every_kind_reads_alike_in_every_compression(tmp_path, kind, suffix):
     assert texts_of(read_all(list_files(source_of(path)), 1000)) == [text]
 
 
-def test_parquet_is_read_by_row_groups(tmp_path):
-    texts = [f"document {number}" for number in range(50)]
+def test_parquet_is_read_by_runs_of_row_groups(tmp_path):
+    texts = [f"document {number} " * 400 for number in range(50)]
     table = pyarrow.table({"id": range(50), "body": texts})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
     files = list_files(source_of(tmp_path / "a.parquet"))
-    assert len(cut_segments(files[0], 10)) == 8
-    assert texts_of(read_all(files, 10, "body")) == texts
+    assert [len(cut_segments(files[0], segment_bytes)) for segment_bytes in (10, 90_000, 10**6)] == [8, 4, 1]
+    for segment_bytes in (10, 90_000):
+        assert texts_of(read_all(files, segment_bytes, "body")) == texts
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    schema = pyarrow.schema([("text", pyarrow.string()), ("text", pyarrow.string())])
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], schema=schema)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_stream(tmp_path / "b.arrow", schema) as stream:
+        stream.write_table(table)
+    a, b = list_files(source_of(tmp_path))
+    with pytest.raises(ValueError, match=r"a.parquet has 2 columns 'text' among text, text; set text_column"):
+        check_column([a], "text")
+    assert [item.reason for item in read_all([a, b], 1000)] == ["2 columns 'text' among text, text"] * 2
+
+
+def bytes_read(read):
+    """Bytes that this process asks of files while `read` runs."""
+
+    def so_far():
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = so_far()
+    read()
+    return so_far() - before
+
+
+def write_kind(kind, path, size):
+    """A file of about `size` or 8 times `size` KiB that was quadratic to read: of as many small pieces as there can be."""
+    if kind == "many row groups":
+        table = pyarrow.table({f"c{number}": ["some text " * 10] * size for number in range(5)})
+        pyarrow.parquet.write_table(table.rename_columns([*"abcd", "text"]), path, row_group_size=1)
+    elif kind == "documents of tokens":
+        lengths, ids = np.full(size * 64, 4, "<i4"), np.arange(size * 256, dtype="<i4") % 1000
+        path.with_suffix(".bin").write_bytes(ids.tobytes())
+        pointers, bounds = np.arange(len(lengths), dtype="<i8") * 16, np.arange(len(lengths) + 1, dtype="<i8")
+        head = HEADER.pack(MAGIC, 1, 4, len(lengths), len(bounds))
+        path.write_bytes(head + lengths.tobytes() + pointers.tobytes() + bounds.tobytes())
+    elif kind == "rejects":
+        path.write_text((json.dumps({"text": "x" * 500}) + "\n" + "no JSON" * 70 + "\n") * size * 8)
+    else:
+        path.write_text(json.dumps({"text": "x" * 8192 * size}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("many row groups", "a.parquet"),
+        ("documents of tokens", "a.idx"),
+        ("rejects", "a.jsonl"),
+        ("one line", "a.jsonl"),
+    ],
+)
+def test_bytes_that_are_read_grow_with_the_file_and_no_faster(tmp_path, kind, name):
+    """Whatever is read again for each segment makes 1 TB impossible."""
+    read, sizes = [], []
+    for size in (250, 1000):
+        write_kind(kind, tmp_path / name, size)
+        files = list_files(source_of(tmp_path / name))
+        sizes.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
+        read.append(bytes_read(lambda files=files: read_all(files, 50_000)))
+    assert read[1] / read[0] < 1.5 * sizes[1] / sizes[0]
 
 
 def test_a_hugging_face_dataset_on_disk_is_read(tmp_path):
@@ -126,8 +191,13 @@ def test_bad_records_become_rejects_with_place_and_reason(tmp_path):
         assert part in reason
     assert len(reasons) == 8
     # A blank line counts; the first record begins at byte 0.
-    positions = [f"0/a.jsonl:line {n} (byte {len(b'x'.join(lines[: n - 1])) + 1})" for n in (3, 4, 5, 6, 7, 8, 9, 10)]
+    numbers = (3, 4, 5, 6, 7, 8, 9, 10)
+    positions = [f"0/a.jsonl:byte {len(b'x'.join(lines[: number - 1])) + 1}" for number in numbers]
     assert [reject.position for reject in rejects] == positions
+    segments = cut_segments(*list_files(source_of(tmp_path / "a.jsonl")), 17)
+    for number, position in zip(numbers, positions):
+        shown = f"{tmp_path}/a.jsonl:line {number} ({position.partition(':')[2]})"
+        assert place_of(position, segments) == shown
     for segment_bytes in (1, 17, 40):
         cut = read_all(list_files(source_of(tmp_path / "a.jsonl")), segment_bytes)
         assert [item.position for item in cut if isinstance(item, Reject)] == positions
@@ -157,7 +227,8 @@ def test_a_document_beyond_the_limit_is_a_reject_and_the_rest_is_read(tmp_path, 
         items = read_all(list_files(source_of(tmp_path)), segment_bytes)
         assert texts_of(items) == ["short", "short", "c" * 1000]
         rejects = [item for item in items if isinstance(item, Reject)]
-        assert [item.position.split(":")[-1].split(" (")[0] for item in rejects[:2]] == ["line 2", "line 4"]
+        places = ["line 2", "line 4"] if suffix else ["byte 18", "byte 100049"]
+        assert [item.position.split(":")[-1] for item in rejects[:2]] == places
         assert ["longer than" in item.reason for item in rejects[:3]] == [True] * 3
         assert len(rejects) == 3 + bool(suffix) and (not suffix or "unpacks to more than" in rejects[3].reason)
 

@@ -98,7 +98,7 @@ def test_bad_megatron_input_is_refused(tiny, tmp_path):
     content = tokens.read_bytes()
     tokens.write_bytes(content[:-2])
     with pytest.raises(ValueError, match=r"a.bin has \d+ bytes, its index says \d+; restore both"):
-        read_megatron_index(index)
+        read_megatron_index(index).check()
     wrong = bytearray(content)
     wrong[:2] = (4000).to_bytes(2, "little")
     tokens.write_bytes(wrong)
@@ -115,13 +115,33 @@ def test_bad_megatron_input_is_refused(tiny, tmp_path):
         prepare(import_config(tiny, tmp_path, index), runner=run_in_process)
 
 
-@pytest.mark.parametrize("bounds", [[0, 2, 1, 3], [0, 1, 2, 4], [-1, 1, 2, 3], [0, 1, 2, 2**60]])
+@pytest.mark.parametrize(
+    "bounds", [[0, 2, 1, 3], [0, 1, 2, 4], [-1, 1, 2, 3], [0, 1, 2, 2**60], [1, 1, 2, 3], [0, 1, 2, 2]]
+)
 def test_documents_that_are_none_of_the_sequences_are_refused(tmp_path, bounds):
     lengths = np.array([2, 1, 3], "<i4")
     content = HEADER.pack(MAGIC, 1, 8, 3, 4) + lengths.tobytes() + np.array([0, 4, 6], "<i8").tobytes()
     (tmp_path / "a.bin").write_bytes(np.arange(6, dtype="<u2").tobytes())
     (tmp_path / "a.idx").write_bytes(content + np.array([0, 1, 2, 3], "<i8").tobytes())
-    assert read_megatron_index(tmp_path / "a.idx").num_documents == 3
+    index = read_megatron_index(tmp_path / "a.idx")
+    index.check()
+    assert index.num_documents == 3
     (tmp_path / "a.idx").write_bytes(content + np.array(bounds, "<i8").tobytes())
     with pytest.raises(ValueError, match=r"a.idx is damaged: its documents must begin one behind the other"):
-        read_megatron_index(tmp_path / "a.idx")
+        index.check()
+    if bounds[0] == 0 and bounds[-1] != 2:  # what is wrong between two readers' ranges the plan alone sees
+        with pytest.raises(ValueError, match=r"a.idx is damaged: its documents must begin one behind the other"):
+            list(read_megatron_documents(tmp_path / "a.idx", 0, 3))
+
+
+@pytest.mark.parametrize("lengths", [[2, -1, 5], [-1, 1, 6], [6, 2**31 - 1, -(2**31 - 1)]])
+def test_a_sequence_of_negative_length_is_refused(tmp_path, lengths):
+    """The sums fit the .bin, and to read it would give the rest of the file for the document."""
+    pointers = np.cumsum([0, *lengths[:-1]]) * 2
+    (tmp_path / "a.bin").write_bytes(np.arange(6, dtype="<u2").tobytes())
+    content = HEADER.pack(MAGIC, 1, 8, 3, 4) + np.array(lengths, "<i4").tobytes() + pointers.astype("<i8").tobytes()
+    (tmp_path / "a.idx").write_bytes(content + np.array([0, 1, 2, 3], "<i8").tobytes())
+    with pytest.raises(ValueError, match=r"a.idx is damaged: a sequence has a negative length"):
+        read_megatron_index(tmp_path / "a.idx").check()
+    with pytest.raises(ValueError, match=r"a.idx is damaged"):
+        list(read_megatron_documents(tmp_path / "a.idx", 0, 3))
