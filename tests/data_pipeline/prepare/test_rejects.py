@@ -1,4 +1,4 @@
-"""A file that is no JSON lines gives a reject a line: counted all, listed some, each with its byte."""
+"""A file of something else than JSON lines gives as many rejects as lines: counted all, listed some, each with its byte."""
 
 import gzip
 import json
