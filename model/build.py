@@ -6,10 +6,14 @@ not used, and its mixer is built exactly as a built-in one.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
+
 from amfm.model.config.kinds import kind_of
 from amfm.model.config.schema import ModelConfig
 from amfm.model.mixers.interface import BuildContext, Mixer
-from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
 
 
 def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> Mixer:
@@ -38,3 +42,13 @@ def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection,
     )
     mixer: Mixer = kind_of(letter).load()(config.block_options(letter), build)
     return mixer
+
+
+@lru_cache(maxsize=256)
+def sample_mixer(config: ModelConfig, letter: str, index: int | None = None) -> Mixer:
+    """A whole mixer of this symbol without storage, to ask for names, shapes and counts; of block `index`, by default the first."""
+    if letter not in config.built_letters:  # one of several side by side
+        config = config.model_copy(update={"pattern": letter, "mtp": None})
+    with torch.device("meta"):
+        place = config.built_letters.index(letter) if index is None else index
+        return build_mixer(place, config, single_rank_groups(), "torch")

@@ -1,9 +1,8 @@
 """Parameter and FLOP counts of a model, from its configuration alone: nothing is allocated.
 
 Kinds: `mamba`, `attention`, `moe`, `feed_forward`, registered mixers by name, `embedding`, `head`, `final_norm`, and `mtp` for
-all of multi-token prediction; a block's norm counts with the block. The four kinds with a separate section are counted
-in closed form, so that a launcher can show sizes without importing torch. A registered mixer is counted by building one
-on the meta device, so that a plugin need not repeat its own shapes in a formula; torch is imported only then.
+all of multi-token prediction; a block's norm counts with the block. A mixer is counted on one that is built on the meta
+device, so that no kind repeats its shapes in a formula; torch is imported only then.
 
 FLOPs are those of the model and not of the program that computes it: recomputed activations, the chunked form of a scan
 and padding do not count. A utilisation computed from them can therefore be compared between kernels and settings.
@@ -14,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from amfm.model.config.pattern import block_kind
 from amfm.model.config.schema import ModelConfig
@@ -105,24 +105,44 @@ def _depth_parameters(config: ModelConfig) -> tuple[int, int]:
     return config.num_depth_modules * total, config.num_depth_modules * active
 
 
+class Weights(NamedTuple):
+    """Numbers of parameters of one mixer: all, those that one token passes, those of them in matrices, and routed experts'."""
+
+    total: int
+    active: int
+    matrices: int
+    routed: int
+
+
+@lru_cache(maxsize=256)
+def count_weights(config: ModelConfig, letter: str) -> Weights:
+    """Count the parameters of a mixer of this symbol, on one that is built without storage."""
+    from amfm.model.build import sample_mixer
+    from amfm.model.parallel.shards import parameter_shards
+
+    total = matrices = routed = 0
+    for name, weight, shard in parameter_shards(sample_mixer(config, letter)):
+        total += weight.numel()
+        if weight.dim() > 1 and not name.endswith("bias"):  # the taps of a convolution are a matrix, too
+            matrices += weight.numel()
+            routed += weight.numel() * shard.per_expert
+    chosen, moe = config.block_options(letter).routed_experts(), config.moe
+    idle = routed - routed * moe.top_k // chosen if chosen and moe is not None else 0
+    return Weights(total, total - idle, matrices - idle, routed)
+
+
 def block_parameters(config: ModelConfig, letter: str) -> tuple[int, int]:
     """(total, active) parameters of one block with its norm."""
-    rest = config.hidden_size + _routed_updates(config, letter)
-    weights = config.block_options(letter).weights(config.hidden_size, is_guided=config.guide is not None)
-    if weights is None:
-        total = _measured(config, letter, 1)[0] + rest
-        return total, total
-    rest += weights.others
-    return weights.matrices + rest, weights.active + rest
+    rest, weights = config.hidden_size + _routed_updates(config, letter), count_weights(config, letter)
+    return weights.total + rest, weights.active + rest
 
 
 def _block_forward_flops(config: ModelConfig, letter: str, sequence_length: int) -> float:
     """Forward FLOPs of one token in one block: 2 a weight that it passes, then what mixes over the sequence."""
-    options = config.block_options(letter)
-    weights = options.weights(config.hidden_size, is_guided=config.guide is not None)
-    if weights is None:
-        return _measured(config, letter, sequence_length)[1]
-    return 2.0 * weights.active + options.sequence_flops(sequence_length)
+    from amfm.model.build import sample_mixer
+
+    mixing = sample_mixer(config, letter).sequence_flops(sequence_length)
+    return 2.0 * count_weights(config, letter).matrices + mixing
 
 
 @lru_cache(maxsize=256)
@@ -142,22 +162,3 @@ def _all_of_kind(config: ModelConfig, letter: str) -> int:
     places = [index for index, other in enumerate(config.letters) if other == letter]
     shapes = [shape for place in places for shape in block_shapes(config, letter, place).values()]
     return len(places) * config.hidden_size + sum(math.prod(shape) for shape in shapes)
-
-
-@lru_cache(maxsize=256)
-def _measured(config: ModelConfig, letter: str, sequence_length: int) -> tuple[int, float]:
-    """(parameters, forward operations per token) of a mixer whose options count nothing, counted on one that is
-    built.
-    """
-    import torch
-
-    from amfm.model.build import build_mixer
-    from amfm.model.parallel.groups import single_rank_groups
-
-    with torch.device("meta"):
-        mixer = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")
-    parameters = list(mixer.parameters())
-    # A matrix counts 2 a weight, and so do the taps of a convolution.
-    matrices = sum(parameter.numel() for parameter in parameters if parameter.dim() > 1)
-    total = sum(parameter.numel() for parameter in parameters)
-    return total, 2.0 * matrices + mixer.sequence_flops(sequence_length)

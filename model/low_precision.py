@@ -15,11 +15,10 @@ import torch
 
 from amfm.kernels.low_precision.recipe import Recipe, recipe_of, seed_of
 from amfm.model.block import Block
-from amfm.model.build import build_mixer
+from amfm.model.build import sample_mixer
 from amfm.model.config.low_precision import LowPrecisionConfig, RecipeName
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
-from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.parallel.shards import Shard, parameter_shards
 
 
@@ -47,8 +46,7 @@ class PrecisionRow(NamedTuple):
 @lru_cache(maxsize=256)
 def list_matrices(config: ModelConfig, letter: str) -> tuple[Matrix, ...]:
     """The weights of a kind of block with rows and columns, of a mixer that is built without storage. No collectives."""
-    with torch.device("meta"):
-        mixer = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")
+    mixer = sample_mixer(config, letter)
     return tuple(
         Matrix(name, tuple(weight.shape), shard) for name, weight, shard in parameter_shards(mixer) if weight.dim() > 1
     )

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from amfm.launch.plan.matrices import NO_MATRICES, MatrixShare, count_matrices
 from amfm.model.config.schema import ModelConfig
-from amfm.model.flops import block_parameters
+from amfm.model.flops import block_parameters, count_weights
 from amfm.model.pipeline_split import cut_pieces, pieces_of_rank
 from amfm.pretrain.config.schema import MuonConfig, RunConfig
 from amfm.pretrain.recompute import recomputed_letters
@@ -232,12 +232,6 @@ def count_routed(model: ModelConfig, letters: tuple[str, ...]) -> int:
     return sum(model.block_options(letter).routed_experts() > 0 for letter in letters)
 
 
-def routed_parameters(model: ModelConfig, letter: str) -> int:
-    """Parameters of all routed experts of one block."""
-    weights = model.block_options(letter).weights(model.hidden_size, is_guided=model.guide is not None)
-    return weights.routed if weights is not None else 0
-
-
 def held_by_stages(
     model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonConfig | None = None
 ) -> tuple[StageShare, ...]:
@@ -278,7 +272,7 @@ def _held(model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonCo
     letters, pattern = model.letters, model.parsed_pattern
     kinds = dict.fromkeys(model.built_letters)
     whole = {letter: block_parameters(model, letter)[0] for letter in kinds}
-    routed = {letter: routed_parameters(model, letter) for letter in kinds}
+    routed = {letter: count_weights(model, letter).routed for letter in kinds}
     table = model.vocab_size * model.hidden_size
     cut = cut_pieces(model, layout.pipeline * layout.virtual_stages, sequence_length)
     held = []

@@ -14,7 +14,6 @@ from amfm.model.config.options import (
     MixerOptions,
     OutputGate,
     Prunable,
-    Weights,
     must_divide,
 )
 from amfm.model.config.rope import RopeConfig
@@ -75,16 +74,6 @@ class AttentionConfig(MixerOptions):
     def qk_clip(self) -> str:
         """By its queries, unless they are normed."""
         return QK_NORM_AND_CLIP if self.qk_norm else ""
-
-    def weights(self, hidden_size: int, *, is_guided: bool) -> Weights:
-        """q, k, v and o, a gate; the norms of queries and keys."""
-        gates = {"none": 0, "head": self.num_heads, "element": self.num_heads * self.head_dim}
-        projections = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
-        matrices = hidden_size * (projections + gates[self.gate])
-        chooses, norm = (0, 0) if self.indexer is None else self.indexer.weights(hidden_size, hidden_size)
-        others = 2 * self.head_dim * self.qk_norm + self.num_heads * self.sinks + norm
-        others += (self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + hidden_size) * self.bias
-        return Weights(matrices + chooses, matrices + chooses, others)
 
     def sequence_flops(self, sequence_length: int) -> float:
         """Queries with keys and weights with values, over the (T + 1) / 2 keys that a token sees on average; an indexer's scores."""

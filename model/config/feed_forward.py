@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from amfm.model.config.options import Axis, MixerOptions, Prunable, Weights, channel_dims
+from amfm.model.config.options import Axis, MixerOptions, Prunable, channel_dims
 from amfm.model.config.structure import Activation, FeedForwardPart, LinearKind, Structure, broken_limit
 
 
@@ -52,12 +52,6 @@ class FeedForwardConfig(MixerOptions):
         """Channels, and blocks of factors."""
         blocks = {} if self.linear_blocks is None else {"linear_blocks": self.linear_blocks}
         return {"tensor": {"hidden_size": self.hidden_size} | blocks}
-
-    def weights(self, hidden_size: int, *, is_guided: bool) -> Weights:
-        """Its matrices."""
-        (own,) = self.feed_forwards()
-        matrices = own.weights(hidden_size, is_guided=is_guided)
-        return Weights(matrices, matrices)
 
     def prunable(self, groups: str) -> Prunable | None:
         """Inner channels."""

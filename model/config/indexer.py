@@ -44,11 +44,6 @@ class IndexerConfig(Section):
         if sinks:
             yield "indexer", "chooses keys, and its sums have no sinks yet; leave one of the two out"
 
-    def weights(self, hidden_size: int, query_width: int) -> tuple[int, int]:
-        """Numbers of its matrices, and of its norm."""
-        matrices = query_width * self.num_heads * self.head_dim + hidden_size * (self.head_dim + self.num_heads)
-        return matrices, 2 * self.head_dim
-
 
 def keys_and_scores(indexer: IndexerConfig | None, sequence_length: int) -> tuple[float, float]:
     """Keys that a token attends to on average in a row of one document, and FLOPs per token of the indexer's scores.

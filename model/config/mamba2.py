@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from amfm.kernels.common.limits import DECAY_LIMITS, ScanLimits
-from amfm.model.config.options import Axis, MixerOptions, Weights, must_divide
+from amfm.model.config.options import Axis, MixerOptions, must_divide
 
 
 class Mamba2Config(MixerOptions):
@@ -75,18 +75,6 @@ class Mamba2Config(MixerOptions):
     def scan(self) -> tuple[ScanLimits, int, tuple[int, int]]:
         """As the limits of its kernels say."""
         return DECAY_LIMITS, self.chunk_size, (self.state_size, self.head_dim)
-
-    def weights(self, hidden_size: int, *, is_guided: bool) -> Weights:
-        """in_proj and out_proj; the convolution; A_log, D and dt_bias, a number a head each; the gated norm."""
-        # z; then x, B and C, which are the channels of the convolution; then dt.
-        in_rows = self.inner_size() + self.conv_channels() + self.num_heads
-        matrices = hidden_size * (in_rows + self.inner_size())
-        others = self.conv_channels() * (self.conv_kernel + self.conv_bias) + 3 * self.num_heads + self.inner_size()
-        return Weights(matrices, matrices, others)
-
-    def sequence_flops(self, sequence_length: int) -> float:
-        """The convolution and the recurrence."""
-        return 2 * self.conv_kernel * self.conv_channels() + self.recurrence_flops()
 
     def recurrence_flops(self) -> int:
         """Of the recurrence itself, whatever the chunk: a state number a token takes decay, times B, add, times C, add."""

@@ -11,7 +11,6 @@ from amfm.model.config.options import (
     Axis,
     MixerOptions,
     Prunable,
-    Weights,
     channel_dims,
     must_divide,
 )
@@ -22,7 +21,6 @@ from amfm.model.config.structure import (
     LinearKind,
     Structure,
     broken_limit,
-    matrices_of,
 )
 
 # Channels by which rows of experts with biases are wider: one that is 1, and zeros up to whole 16 bytes in bf16.
@@ -193,19 +191,6 @@ class MoeConfig(MixerOptions):
     def expert_width(self, hidden_size: int) -> int:
         """Width of the rows that routed experts read and write, with the channels that biases need."""
         return (self.latent_size or hidden_size) + BIAS_CHANNELS * self.bias
-
-    def weights(self, hidden_size: int, *, is_guided: bool) -> Weights:
-        """Router, shared expert and latent projections count for every token, experts top_k times."""
-        expert = matrices_of(self.activation) * self.expert_width(hidden_size) * self.expert_hidden_size
-        every_token = hidden_size * (self.num_experts + self.shared_expert_gate)
-        every_token += sum(
-            part.weights(hidden_size, is_guided=is_guided) for part in self.feed_forwards() if part.inner
-        )
-        if self.latent_size is not None:
-            every_token += 2 * hidden_size * self.latent_size
-        routed = self.num_experts * expert
-        biases = self.num_experts * (1 + (self.latent_size or hidden_size)) * self.bias
-        return Weights(every_token + routed, every_token + self.top_k * expert, biases, routed=routed)
 
     def prunable(self, groups: str) -> Prunable | None:
         """Inner channels of the shared expert, or whole routed experts, whose bias then keeps the router from them."""

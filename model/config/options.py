@@ -1,4 +1,4 @@
-"""What the options of every kind of block answer: rules, ranks, kernels, counts and pruning ask nothing else. No torch here.
+"""What the options of every kind of block answer: rules, ranks, kernels and pruning ask nothing else. No torch here.
 
 A kind of block is its options (a frozen section of the configuration, derived from `MixerOptions`), its mixer
 (model/mixers/interface.py) and one row of the table of kinds (kinds.py). Whoever wants to know something of a block asks its
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 from amfm.kernels.common.limits import ScanLimits
 from amfm.model.config.section import Section
@@ -18,18 +18,6 @@ from amfm.model.config.structure import FeedForwardPart
 
 OutputGate = Literal["none", "element", "head"]
 Axis = Literal["tensor", "expert_tensor", "expert"]
-
-
-class Weights(NamedTuple):
-    """Numbers of parameters of one mixer: those of matrices, those of them that one token passes, and all others.
-
-    routed: those of the matrices that belong to experts of a router, which expert ranks share.
-    """
-
-    matrices: int
-    active: int
-    others: int = 0
-    routed: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,17 +99,6 @@ class MixerOptions(Section):
     def feed_forwards(self) -> tuple[FeedForwardPart, ...]:
         """The dense feed-forwards inside, whose matrices may be factored."""
         return ()
-
-    def weights(self, hidden_size: int, *, is_guided: bool) -> Weights | None:
-        """Count the parameters of the mixer on a stream of this width; None: they are counted on one that is built.
-
-        is_guided: factored matrices have dense ones next to them.
-        """
-        return None
-
-    def sequence_flops(self, sequence_length: int) -> float:
-        """Forward FLOPs per token next to products with matrices; read where `weights` are counted."""
-        return 0.0
 
     def prunable(self, groups: str) -> Prunable | None:
         """The groups of weights of this name (channels, experts, heads) that it can lose; None where it has none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from amfm.model.config.options import MixerOptions, Weights
+from amfm.model.config.options import MixerOptions
 
 
 class ParallelOptions(MixerOptions):
@@ -20,13 +20,3 @@ class ParallelOptions(MixerOptions):
     def lookback(self) -> tuple[int, str]:
         """The longest."""
         return max(each.lookback() for each in self.branches)
-
-    def weights(self, hidden_size: int, *, is_guided: bool) -> Weights | None:
-        """Their sum, where all are counted in closed form."""
-        found = [each.weights(hidden_size, is_guided=is_guided) for each in self.branches]
-        known = [weights for weights in found if weights is not None]
-        return None if len(known) < len(found) else Weights(*map(sum, zip(*known, strict=True)))
-
-    def sequence_flops(self, sequence_length: int) -> float:
-        """Their sum."""
-        return sum(each.sequence_flops(sequence_length) for each in self.branches)

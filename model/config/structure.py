@@ -142,12 +142,6 @@ class FeedForwardPart(NamedTuple):
         for field, rule in self.structure.broken_rules(width, self.inner, rows):
             yield f"{self.prefix}{field}", rule
 
-    def weights(self, width: int, *, is_guided: bool) -> int:
-        """Weights on a stream of this width; guided factors have the dense matrices too."""
-        up = (matrices_of(self.activation) - 1) * self.inner
-        dense = width * (up + self.inner) if is_guided and self.structure != DENSE else 0
-        return self.structure.weights(width, up) + self.structure.weights(self.inner, width) + dense
-
     def dense_settings(self) -> dict[str, str | None]:
         """The settings of the same sizes with dense matrices."""
         return {

@@ -29,7 +29,7 @@ from amfm.pretrain.monitor.metrics import RunLog
 from amfm.pretrain.monitor.panel import plural
 from amfm.pretrain.parallel import describe_environment
 from amfm.pretrain.run import Run
-from amfm.pretrain.stages import FRESH_START_EVENTS
+from amfm.pretrain.stages import FRESH_START_EVENTS, resolve_stages
 
 
 def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
@@ -45,6 +45,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
         "parameters": counts.total,
         "active_parameters": counts.active,
         "flops_per_token": sum(flops_per_token(run.model.config, length).values()),
+        "by_kind": describe_kinds(run.config),
     } | describe_products(run.config)
     environment = record_environment(run.parallel, run.peak, facts, keeps_freed_memory=run.keeps_freed_memory)
     # Whole or as they were: a full disk or a kill must not take from a run what it is.
@@ -99,6 +100,18 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
         for kind, texts in remarks.items():
             for text in texts:
                 run.tell("resume", f"{kind}: {text}", kind=kind, text=text)
+
+
+def describe_kinds(config: RunConfig) -> dict[str, Any]:
+    """Parameters and FLOPs by kind of block, for environment.json, so that a report shows them without torch."""
+    lengths = {stage.sequence_length for stage in resolve_stages(config)}
+    lengths |= {phase.sequence_length for phase in config.data.phases if phase.sequence_length is not None}
+    counts = count_parameters(config.model)
+    return {
+        "parameters": counts.total_by_kind,
+        "active_parameters": counts.active_by_kind,
+        "flops_per_token": {str(length): flops_per_token(config.model, length) for length in sorted(lengths)},
+    }
 
 
 def describe_products(config: RunConfig) -> dict[str, Any]:

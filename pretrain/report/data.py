@@ -16,6 +16,7 @@ from typing import Any
 
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.data_pipeline.durable.lines import read_lines
+from amfm.model.flops import Counts, count_parameters, flops_per_token
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.stages import RunStage, resolve_stages
@@ -43,6 +44,21 @@ class RunRecord:
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.stages[-1].last_step
+
+    @cached_property
+    def counts(self) -> Counts:
+        """Parameters by kind of block: as the run recorded them, or counted, which imports torch."""
+        kinds = self.environment.get("model", {}).get("by_kind")
+        if kinds is None:
+            return count_parameters(self.config.model)
+        total, active = kinds["parameters"], kinds["active_parameters"]
+        return Counts(sum(total.values()), sum(active.values()), total, active)
+
+    def flops_per_token(self, sequence_length: int) -> dict[str, float]:
+        """Training FLOPs of one token by kind of block, in rows of this length: as recorded, or counted."""
+        recorded = self.environment.get("model", {}).get("by_kind", {}).get("flops_per_token", {})
+        found: dict[str, float] | None = recorded.get(str(sequence_length))
+        return flops_per_token(self.config.model, sequence_length) if found is None else found
 
     def name(self) -> str:
         """Name the run: as configured, else the last part of its directory."""

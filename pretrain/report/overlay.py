@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from amfm.model.flops import count_parameters
 from amfm.pretrain.config.file import diff_configs
 from amfm.pretrain.report.data import RunRecord
 from amfm.pretrain.report.draw import DASHES
@@ -128,7 +127,7 @@ def render_runs(records: Sequence[RunRecord]) -> str:
         losses = [record.last("loss"), record.last("validation_loss")]
         cells = [
             f"{record.last_step():,} of {record.num_steps:,}",
-            count(count_parameters(record.config.model).total),
+            count(record.counts.total),
             "-" if tokens is None else count(tokens),
             *("-" if loss is None else f"{loss:.4f}" for loss in losses),
             "-" if speed is None else count(speed),

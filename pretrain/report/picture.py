@@ -13,7 +13,6 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from amfm.model.flops import count_parameters
 from amfm.pretrain.report.colours import LIGHT
 from amfm.pretrain.report.data import RunRecord
 from amfm.pretrain.report.draw import draw_plot, style
@@ -53,8 +52,7 @@ def draw_picture(records: Sequence[RunRecord], path: Path) -> None:
 
 def describe_run(record: RunRecord) -> str:
     """Name, size and result of a run in one line."""
-    counts = count_parameters(record.config.model)
-    facts = [f"{short(counts.total)} parameters", f"{record.last_step():,} steps"]
+    facts = [f"{short(record.counts.total)} parameters", f"{record.last_step():,} steps"]
     tokens, validation = record.last("tokens"), record.last("validation_loss")
     if tokens is not None:
         facts.append(f"{short(tokens)} tokens")

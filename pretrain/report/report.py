@@ -13,7 +13,6 @@ from pathlib import Path
 
 from amfm.data_pipeline.durable.naming import named
 from amfm.model.config.kinds import describe_symbol
-from amfm.model.flops import count_parameters, flops_per_token
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.monitor.panel import plural
 from amfm.pretrain.report.data import RunRecord, read_run
@@ -122,7 +121,7 @@ def make_cards(record: RunRecord) -> list[Card]:
     out, or show a dash.
     """
     config = record.config
-    counts = count_parameters(config.model)
+    counts = record.counts
     pattern = config.model.parsed_pattern
     blocks = ", ".join(f"{number} {describe_symbol(letter)}" for letter, number in pattern.counts().items())
     loss, validation = record.last("loss"), record.last("validation_loss")
@@ -167,10 +166,10 @@ def describe_model(record: RunRecord) -> Table:
     Row lengths are those of its stages and data phases: attention's share grows with them.
     """
     config = record.config
-    counts = count_parameters(config.model)
+    counts = record.counts
     phases = [phase.sequence_length for phase in config.data.phases if phase.sequence_length is not None]
     lengths = dict.fromkeys([*(stage.sequence_length for stage in record.stages), *phases])
-    flops = [flops_per_token(config.model, length) for length in lengths]
+    flops = [record.flops_per_token(length) for length in lengths]
     kinds = dict.fromkeys([*counts.total_by_kind, *flops[0]])
     rows = [
         (

@@ -8,6 +8,7 @@ import pytest
 from amfm.launch.plan.blocks.indexer import Pair
 from amfm.launch.simulate.batches import DOCUMENTS
 from amfm.launch.simulate.trace import predicted_flops, traced_flops
+from amfm.model.build import sample_mixer
 from amfm.model.config.indexer import keys_and_scores
 from amfm.model.config.pattern import block_kind
 from amfm.pretrain.checks.load import load_checked
@@ -43,7 +44,7 @@ def assert_indexed_blocks_are_counted(entry):
     keys are counted on one rank alone: a context rank's share of them is its own.
     """
     config, layout, planned, traced = entry.config, entry.layout, predicted_flops(entry), traced_flops(entry)
-    length, hidden, letters = config.train.sequence_length, config.model.hidden_size, config.model.letters
+    length, letters = config.train.sequence_length, config.model.letters
     for letter in set(letters):
         options, kind = config.model.block_options(letter), block_kind(letter)
         indexer = getattr(options, "indexer", None)
@@ -51,7 +52,8 @@ def assert_indexed_blocks_are_counted(entry):
         if indexer is None or (indexer.stage == "sparse" and is_cut):
             continue
         pair, (read, scores) = Pair.of(options, layout.tensor), keys_and_scores(indexer, length)
-        matrices, _ = indexer.weights(hidden, getattr(options, "query_latent_size", None) or hidden)
+        named = sample_mixer(config.model, letter).named_parameters()
+        matrices = sum(weight.numel() for name, weight in named if "indexer." in name and weight.dim() > 1)
         own, again = 3 * (2 * matrices + scores) * (1 - 1 / layout.tensor), read * pair.scores
         if indexer.stage == "warm_up":
             seen = (length / DOCUMENTS + 1) / 2

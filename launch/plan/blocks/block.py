@@ -20,10 +20,9 @@ from amfm.launch.plan.exchange import Exchange, crossing
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.roofline import Roofline
-from amfm.model.build import build_mixer
+from amfm.model.build import sample_mixer
 from amfm.model.config.options import MixerOptions
 from amfm.model.config.schema import ModelConfig
-from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.state_size import state_tensors
 from amfm.pretrain.config.schema import RunConfig
 
@@ -90,8 +89,8 @@ class MeasuredSizes:
 @lru_cache(maxsize=256)
 def measured_sizes(config: ModelConfig, letter: str, sequence_length: int) -> MeasuredSizes:
     """Build one mixer on the meta device and read its sizes. Cached: a search asks for the same few again and again."""
+    mixer = sample_mixer(config, letter)
     with torch.device("meta"):
-        mixer = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")
         state = mixer.empty_state(1)
     matrices = tuple(
         (name, weight.shape[-2], weight.numel() // weight.shape[-2])

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 OPTIONS = '''
 from pydantic import Field
 
-from amfm.model.config.options import MixerOptions, Prunable, Weights, channel_dims
+from amfm.model.config.options import MixerOptions, Prunable, channel_dims
 
 
 class SqueezeConfig(MixerOptions):
@@ -29,9 +29,6 @@ class SqueezeConfig(MixerOptions):
 
     def cut_evenly(self):
         return {"tensor": {"width": self.width}}
-
-    def weights(self, hidden_size, *, is_guided):
-        return Weights(2 * hidden_size * self.width, 2 * hidden_size * self.width)
 
     def prunable(self, groups):
         return Prunable({"width": 1}, self.width, channel_dims(self.width)) if groups == "channels" else None

@@ -285,3 +285,15 @@ def test_spikes_do_not_rule_the_speed_and_events_are_on_every_plot(tmp_path) -> 
     assert 1000 < plots["throughput"]["highest"] < 1500 and plots["mfu"]["highest"] is None
     assert all(plot["events"] == [[50, "start"], [70, "skipped step"]] for plot in plots.values())
     assert set(data_of(page)["runs"][0]["rates"]) == {1e-3}
+
+
+def test_a_report_takes_the_counts_that_the_run_recorded(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [line(1)])
+    kinds = {"parameters": {"mamba": 70}, "active_parameters": {"mamba": 60}}
+    length = read_run(run).stages[0].sequence_length
+    facts = {"by_kind": {**kinds, "flops_per_token": {str(length): {"mamba": 5.0}}}}
+    (run / "environment.json").write_text(json.dumps({"model": facts}))
+    record = read_run(run)
+    assert (record.counts.total, record.counts.active) == (70, 60)
+    assert ("mamba", "70", "60", "5") in describe_model(record).rows
+    assert record.flops_per_token(length + 1) == flops_per_token(record.config.model, length + 1)
