@@ -28,7 +28,6 @@ from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.fresh_start import needed_now
 from amfm.pretrain.hooks.build import build_hooks
-from amfm.pretrain.hooks.tasks import open_tasks
 from amfm.pretrain.identity import describe_start, require_same_on_all_ranks
 from amfm.pretrain.monitor.beats import clear_beats
 from amfm.pretrain.monitor.environment import find_peak
@@ -147,7 +146,11 @@ def build_run(
     loader = open_loader(config, data_of_stages(config, stages), parallel, "train", stages[0])
     check_vocabulary(config, loader)
     check_tokenizer(config)
-    tasks = open_tasks(built, parallel)
+    tasks = None
+    if config.evaluate.tasks:
+        from amfm.pretrain.hooks.tasks import open_tasks
+
+        tasks = open_tasks(built, parallel)
     require_same_on_all_ranks(identities_of(loader))
     report("building the model and its optimizer")
     if not deterministic:

@@ -1,7 +1,8 @@
 """Sizes that stay small by rule: `python tests/size.py [COMMIT]` prints lines of Python by package.
 
 Without a commit it also checks the working tree, and ends with 1 where a rule is broken: the loop and the step stay
-readable at a glance, and a folder is a list that one can keep in mind.
+readable at a glance, a folder is a list that one can keep in mind, and so is what the loop reaches by imports at the top of
+files. What one setting alone needs is imported where that setting is read.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ PRODUCT = ("launch", "pretrain", "model", "kernels", "data_pipeline")
 BESIDE = ("benchmarks", "tests", "examples")
 LONGEST = {("pretrain/train.py", "run_steps"): 25, ("pretrain/step.py", "train_step"): 60}
 MOST_FILES = 25  # of a folder, __init__.py apart
+TRAINING_PATH = PurePosixPath("pretrain/train.py")
+MOST_REACHED = 35_000  # lines that TRAINING_PATH reaches; lower it when it can be
 
 
 def count_lines(commit: str | None) -> dict[PurePosixPath, int]:
@@ -56,6 +59,35 @@ def long_functions() -> list[str]:
     return problems
 
 
+def reached_files(start: PurePosixPath, lines: dict[PurePosixPath, int]) -> set[PurePosixPath]:
+    """Files of the product that a file reaches by imports at the top of files, itself among them."""
+    found, waiting = {start}, [start]
+    while waiting:
+        tree = ast.parse((ROOT / waiting.pop()).read_text(encoding="utf-8"))
+        for node in tree.body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{name}" for name in names] + [str(node.module)]
+            places = [PurePosixPath(*name.split(".")[1:]) for name in names if name.startswith("amfm.")]
+            paths = {path for place in places for path in (place.with_suffix(".py"), place / "__init__.py")}
+            new = paths & lines.keys() - found
+            found |= new
+            waiting += new
+    return found
+
+
+def long_training_path(lines: dict[PurePosixPath, int]) -> list[str]:
+    """Print what the loop of training reaches; a problem where it is too much."""
+    reached = reached_files(TRAINING_PATH, lines)
+    number = sum(lines[path] for path in reached)
+    print(f"{TRAINING_PATH} reaches {len(reached)} files, {number:,} lines")
+    if number <= MOST_REACHED:
+        return []
+    return [
+        f"{TRAINING_PATH} reaches {number:,} lines, at most {MOST_REACHED:,}; import what few runs need where its setting is read"
+    ]
+
+
 def full_folders(lines: dict[PurePosixPath, int]) -> list[str]:
     """Folders with too many Python files."""
     files = Counter(path.parent for path in lines if path.name != "__init__.py" and path.parts[0] in PRODUCT + BESIDE)
@@ -70,7 +102,7 @@ def main(commit: str | None) -> int:
     """Print sizes, and for the working tree what breaks a rule; returns the exit code."""
     lines = count_lines(commit)
     print_sizes(lines)
-    problems = [] if commit else long_functions() + full_folders(lines)
+    problems = [] if commit else long_functions() + full_folders(lines) + long_training_path(lines)
     for problem in problems:
         print(f"too large: {problem}", file=sys.stderr)
     return int(bool(problems))

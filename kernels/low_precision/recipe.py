@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -57,6 +57,24 @@ def recipe_of(weight: Tensor | None) -> Recipe | None:
     """How this weight is multiplied; None: as it is."""
     found: Recipe | None = getattr(weight, "recipe", None)
     return found
+
+
+@dataclass(frozen=True)
+class ExpertRecipes:
+    """How experts' up and down are multiplied: alike but for their seeds."""
+
+    up: Recipe
+    down: Recipe
+
+
+def recipes_of(up_EFD: Tensor, down_EDF: Tensor) -> ExpertRecipes | None:
+    """The recipes of both weights, None where they have none. Raises ValueError where they differ in more than their seeds."""
+    up, down = recipe_of(up_EFD), recipe_of(down_EDF)
+    if up is None and down is None:
+        return None
+    if up is None or down is None or replace(up, seed=0) != replace(down, seed=0):
+        raise ValueError(f"experts' up and down must have the same recipe, or none; got {up} and {down}")
+    return ExpertRecipes(up, down)
 
 
 def seed_of(seed: int, name: str) -> int:

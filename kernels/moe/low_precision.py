@@ -14,7 +14,6 @@ kernels store between two products (h, v, dh, and w a for d_down) is rounded to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,7 @@ from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of, make
 from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.low_precision.emulated import input_gradient, output, quantize_columns, weight_gradient
 from amfm.kernels.low_precision.formats import RUN, Quantized, quantize
-from amfm.kernels.low_precision.recipe import Recipe, RecipeName, recipe_of
+from amfm.kernels.low_precision.recipe import ExpertRecipes, Recipe, RecipeName
 from amfm.kernels.moe.torch_loop import (
     activate,
     activation_backward,
@@ -37,24 +36,6 @@ from amfm.kernels.moe.torch_loop import (
     take_weights,
 )
 from amfm.kernels.swiglu.gate import find_gate
-
-
-@dataclass(frozen=True)
-class ExpertRecipes:
-    """How experts' up and down are multiplied: alike but for their seeds."""
-
-    up: Recipe
-    down: Recipe
-
-
-def recipes_of(up_EFD: Tensor, down_EDF: Tensor) -> ExpertRecipes | None:
-    """The recipes of both weights, None where they have none. Raises ValueError where they differ in more than their seeds."""
-    up, down = recipe_of(up_EFD), recipe_of(down_EDF)
-    if up is None and down is None:
-        return None
-    if up is None or down is None or replace(up, seed=0) != replace(down, seed=0):
-        raise ValueError(f"experts' up and down must have the same recipe, or none; got {up} and {down}")
-    return ExpertRecipes(up, down)
 
 
 def makes_codes(name: RecipeName, width: int, activation: str) -> bool:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from amfm.kernels.common.shapes import check_float, check_shape
 from amfm.kernels.low_precision.products import multiplies_codes
-from amfm.kernels.moe import low_precision
+from amfm.kernels.low_precision.recipe import recipes_of
 from amfm.kernels.moe.grouping import Grouping, count_experts, group_by_expert
-from amfm.kernels.moe.low_precision import recipes_of
 from amfm.kernels.moe.reference import expert_feed_forward_reference, grouped_feed_forward_reference, route_reference
 from amfm.kernels.moe.rows.op import combine_choices, gather_choices, sort_choices
 from amfm.kernels.moe.rows.torch_impl import invert, reorder_rows
@@ -147,6 +146,8 @@ def grouped_feed_forward(
 
         return grouped_feed_forward_triton(x_RD, sources_R, offsets_E, up_EFD, down_EDF, activation)
     if recipes is not None:
+        from amfm.kernels.moe import low_precision
+
         return low_precision.feed_forward(x_RD, None, None, offsets_E, up_EFD, down_EDF, activation, recipes)
     return grouped_feed_forward_torch(x_RD, offsets_E, up_EFD, down_EDF, activation)
 
@@ -213,6 +214,8 @@ def expert_feed_forward(
     weights_S = weights_RK.reshape(-1).index_select(0, groups.order[:rows])
     places = groups.token_ids[:rows], offsets_E
     if recipes is not None:
+        from amfm.kernels.moe import low_precision
+
         return low_precision.feed_forward(x_RD, weights_S, *places, up_EFD, down_EDF, activation, recipes)
     return expert_feed_forward_torch(x_RD, weights_S, *places, up_EFD, down_EDF, activation)
 

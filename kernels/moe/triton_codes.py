@@ -31,10 +31,11 @@ from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.low_precision import triton_impl as codes
 from amfm.kernels.low_precision.formats import Quantized
 from amfm.kernels.low_precision.products import codes_of
+from amfm.kernels.low_precision.recipe import ExpertRecipes
 from amfm.kernels.low_precision.watch import is_watched, note_operands
 from amfm.kernels.moe import triton_epilogues as epilogues
 from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles, tile_bound
-from amfm.kernels.moe.low_precision import ExpertRecipes, makes_codes
+from amfm.kernels.moe.low_precision import makes_codes
 from amfm.kernels.moe.rows.triton_impl import add_rows_triton
 from amfm.kernels.moe.triton_experts import weights_half, wide_weight_gradients
 from amfm.kernels.moe.triton_kernels import load_tile, open_part, row_weights

@@ -16,10 +16,10 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.refusals import Refusal
 
 if TYPE_CHECKING:
     from amfm.model.huggingface.entries import WeightMap
+    from amfm.model.huggingface.refusals import Refusal
 
 ENTRY_POINTS = "amfm.export_targets"
 OurTarget = Literal[

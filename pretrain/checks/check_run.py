@@ -19,7 +19,6 @@ from pathlib import Path
 from amfm.data_pipeline.config import CacheConfig
 from amfm.data_pipeline.store.object_store import SCHEMES, is_url
 from amfm.model.config.checks import check_model
-from amfm.model.huggingface.targets import explain_unfit, unfit_tokenizer
 from amfm.pretrain.checks.conversion import conversion_problems, routed_problems
 from amfm.pretrain.checks.cuda_graphs import graph_problems
 from amfm.pretrain.checks.low_precision import low_precision_problems
@@ -319,7 +318,11 @@ def whole_batch_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def export_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check that the declared export class can hold the model."""
+    """Check that the declared export class can hold the model; `auto` finds one when it exports."""
+    if config.export.target == "auto":
+        return
+    from amfm.model.huggingface.targets import explain_unfit, unfit_tokenizer
+
     for reason in explain_unfit(config.model, config.export.target):
         yield whole_message(
             f"export.target={config.export.target} cannot hold this model: {reason} (export.target=auto trains it as it is)"

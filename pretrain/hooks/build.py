@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from amfm.pretrain.hook import Hook
-from amfm.pretrain.hooks.cuda_graphs import build_cuda_graphs
 from amfm.pretrain.hooks.experts import Experts
 from amfm.pretrain.hooks.kept_weights import build_kept_weights
 from amfm.pretrain.hooks.metrics import Metrics
@@ -12,10 +13,11 @@ from amfm.pretrain.hooks.replicas import build_replicas
 from amfm.pretrain.hooks.state_watch import build_state_watch
 from amfm.pretrain.hooks.stragglers import Stragglers
 from amfm.pretrain.hooks.table import build_table
-from amfm.pretrain.hooks.tasks import Tasks
 from amfm.pretrain.hooks.validate import Validations
 from amfm.pretrain.run import Run
-from amfm.pretrain.tasks.suite import TaskSuite
+
+if TYPE_CHECKING:
+    from amfm.pretrain.tasks.suite import TaskSuite
 
 
 def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
@@ -24,12 +26,21 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
     Those that edit masters come first, so that all others see the weights of the next step; the log comes after all that
     add to its line. suite: the tasks of `evaluate`, on the main rank alone.
     """
-    tasks = [Tasks(run, suite)] if run.config.evaluate.tasks else []
+    tasks: list[Hook] = []
+    graphs: list[Hook] = []
+    if run.config.evaluate.tasks:
+        from amfm.pretrain.hooks.tasks import Tasks
+
+        tasks.append(Tasks(run, suite))
+    if run.config.train.cuda_graphs == "blocks":
+        from amfm.pretrain.hooks.cuda_graphs import CudaGraphs
+
+        graphs.append(CudaGraphs(run))
     watched = [*build_state_watch(run), *build_quantization(run), *build_kept_weights(run), Validations(run), *tasks]
     return (
         *build_table(run),
         *watched,
-        *build_cuda_graphs(run),
+        *graphs,
         Metrics(run),
         Stragglers(run),
         Experts(run),

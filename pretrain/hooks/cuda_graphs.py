@@ -21,11 +21,6 @@ from amfm.pretrain.run import Run
 _LOG = logging.getLogger(__name__)
 
 
-def build_cuda_graphs(run: Run) -> list[Hook]:
-    """The hook, where `train.cuda_graphs` asks for it."""
-    return [CudaGraphs(run)] if run.config.train.cuda_graphs == "blocks" else []
-
-
 class CudaGraphs(Hook):
     """Captures the blocks whose mixer `is_graphable` and depends on no step, and again when a stage gives them other rows.
 

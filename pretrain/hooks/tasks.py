@@ -41,13 +41,11 @@ class _End:
 
 
 def open_tasks(config: RunConfig, parallel: Parallel) -> TaskSuite | None:
-    """Find the run's tasks by name and load their data, on rank 0; None on the others and without tasks.
+    """Find the run's tasks by name and load their data, on rank 0; None on the others.
 
     Data that cannot be had is no reason not to train: it is tried again at each measurement. Every rank must call this.
     Raises ValueError on every rank for unknown names, a missing lm-eval, and generation on ranks that share tokens.
     """
-    if not config.evaluate.tasks:
-        return None
     require_lm_eval(SETTING)
     suite, problem = None, None
     if parallel.is_main:

@@ -33,7 +33,6 @@ from amfm.model.parallel.row_room import opened
 from amfm.model.pipeline_split import Piece, whole_piece
 from amfm.model.scheduled import set_step
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.convert.prepare import prepare_stage
 from amfm.pretrain.cuda_graphs.layout import FixedLayout
 from amfm.pretrain.engine.engine import restore_buffers
 from amfm.pretrain.micro_batch import MicroBatch
@@ -156,6 +155,8 @@ def build_kinds(config: RunConfig, parallel: Parallel) -> HybridModel:
         draws=False,
     )
     if config.convert is not None:
+        from amfm.pretrain.convert.prepare import prepare_stage
+
         prepare_stage(model, config.convert)
     hang_recipes(model, config.low_precision)
     if config.train.compile:

@@ -12,15 +12,12 @@ import torch
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.model.config.pattern import explain_d
 from amfm.model.flops import count_parameters, flops_per_token
-from amfm.model.huggingface.targets import unfit_for_all
 from amfm.model.low_precision import precision_table
 from amfm.pretrain.checkpoint.load import LoadedCheckpoint
 from amfm.pretrain.checks.low_precision import warn_of_recipe
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.event_log import read_events
-from amfm.pretrain.inference.released import FILE as RELEASED
-from amfm.pretrain.inference.released import find_released
 from amfm.pretrain.launcher_protocol import RESTART_CAUSE, TORCHRUN_RESTARTS
 from amfm.pretrain.monitor.display import Display
 from amfm.pretrain.monitor.environment import record_environment
@@ -78,6 +75,8 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     if warning is not None:
         run.tell("low_precision", f"warning: {warning}", text=warning)
     if run.config.export.target == "auto":
+        from amfm.model.huggingface.targets import unfit_for_all
+
         for reason in unfit_for_all(run.config.model):
             run.say(f"this model trains, and amfm export will refuse it: {reason}")
     cause = find_restart_cause(describe_environment([RESTART_CAUSE, TORCHRUN_RESTARTS]), last_event)
@@ -125,7 +124,12 @@ def describe_products(config: RunConfig) -> dict[str, Any]:
 def keep_released(run: Run) -> None:
     """Copy what the released model that a run continues brings into its directory, for the export."""
     path = run.config.run.initial_weights
-    if path is None or (run.directory / RELEASED).is_file():
+    if path is None:
+        return
+    from amfm.pretrain.inference.released import FILE as RELEASED
+    from amfm.pretrain.inference.released import find_released
+
+    if (run.directory / RELEASED).is_file():
         return
     found = find_released(Path(path))
     if found is not None:

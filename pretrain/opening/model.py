@@ -21,9 +21,7 @@ from amfm.pretrain.checks.cuda_graphs import check_graph_device
 from amfm.pretrain.checks.low_precision import check_device
 from amfm.pretrain.checks.mixers import check_kernels
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.convert.prepare import prepare_stage
 from amfm.pretrain.engine.engine import ZeroEngine
-from amfm.pretrain.inference.weights import load_initial_weights
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.pipeline import Pipeline
 from amfm.pretrain.recompute import recomputed_letters
@@ -95,11 +93,15 @@ def build_model(
     )
     resumes = bool(list_checkpoints(Path(config.run.dir) / "checkpoints"))
     if config.run.initial_weights is not None and not resumes:
+        from amfm.pretrain.inference.weights import load_initial_weights
+
         has_text = config.data.probe is None
         tokenizer = TokenStore.open(config.data.text_store()).tokenizer_identity if has_text else NO_TOKENIZER
         for text in load_initial_weights(model, config.run.initial_weights, tokenizer):
             remark(text)
     if config.convert is not None:
+        from amfm.pretrain.convert.prepare import prepare_stage
+
         prepare_stage(model, config.convert, resumes=resumes)
     hang_recipes(model, config.low_precision)
     if config.train.compile:

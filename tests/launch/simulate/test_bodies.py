@@ -27,13 +27,12 @@ from amfm.kernels.diag_scan import triton_impl as diag
 from amfm.kernels.linear_cross_entropy import torch_impl as loss_torch
 from amfm.kernels.linear_cross_entropy import triton_impl as loss
 from amfm.kernels.low_precision import products, triton_impl
-from amfm.kernels.low_precision.recipe import Recipe
+from amfm.kernels.low_precision.recipe import ExpertRecipes, Recipe
 from amfm.kernels.mamba2 import segments
 from amfm.kernels.mamba2 import triton_impl as mamba2
 from amfm.kernels.mamba2.sizes import MixerSizes
 from amfm.kernels.moe import counting_sort, recycling, triton_codes, triton_experts, triton_router
 from amfm.kernels.moe import torch_impl as experts_torch
-from amfm.kernels.moe.low_precision import ExpertRecipes
 from amfm.kernels.moe.rows import triton_impl as rows_triton
 from amfm.kernels.norm import triton_impl as norm
 from amfm.kernels.rope import triton_impl as rope
