@@ -20,10 +20,17 @@ from triton.runtime import interpreter
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import replace_methods
 from tests.helpers.made_on import MadeOn
+from tests.helpers.quick_interpreter import quick_interpreter
 
 ON_CARD = not INTERPRETED and torch.cuda.is_available()
-# What is about the interpreter itself: its counts, its races, its rounding, tiles timed by a given clock.
-ABOUT_THE_INTERPRETER = ["test_counting.py", "test_emulation.py", "test_races.py", "test_tuning.py"]
+# What is about the interpreter itself: its counts, its races, its rounding, its speed, tiles timed by a given clock.
+ABOUT_THE_INTERPRETER = [
+    "test_counting.py",
+    "test_emulation.py",
+    "test_quick_interpreter.py",
+    "test_races.py",
+    "test_tuning.py",
+]
 collect_ignore_glob = [] if INTERPRETED else ABOUT_THE_INTERPRETER if ON_CARD else ["test_*.py"]
 
 
@@ -71,6 +78,13 @@ def patched_once_a_launch() -> Iterator[None]:
         return scope
 
     with replace_methods(interpreter, {"_patch_lang": patch_once}):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """Interpret with less bookkeeping; `test_quick_interpreter.py` compares with and without."""
+    with quick_interpreter() if INTERPRETED else nullcontext():
         yield
 
 

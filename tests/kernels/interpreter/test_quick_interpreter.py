@@ -1,0 +1,100 @@
+"""Kernels give the same bits, and the same messages for wrong shapes, with and without `quick_interpreter`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from tests.helpers.quick_interpreter import quick_interpreter
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> None:
+    """In place of the folder's: each test here runs kernels both ways."""
+
+
+def both_ways(run: Callable[[], object]) -> list[object]:
+    """Results with the interpreter as it is installed, with the quick one, and as installed once more."""
+    found = [run()]
+    with quick_interpreter():
+        found.append(run())
+    return [*found, run()]
+
+
+@triton.jit
+def _mixed(x, y, out, n, B: tl.constexpr, C: tl.constexpr):
+    """Masks, broadcasts, integers of both widths, casts down and up, a product, a sum and a scan."""
+    rows, columns = tl.arange(0, B), tl.arange(0, C)
+    at = rows[:, None] * C + columns[None, :]
+    inside = (rows < n)[:, None] & (columns != 3)[None, :]
+    a = tl.load(x + at, mask=inside, other=0.5)
+    b = tl.load(y + at).to(tl.bfloat16).to(tl.float32)
+    product = tl.dot(a, tl.trans(b))
+    total = tl.sum(product, axis=1)[:, None] + tl.cumsum(a * b, 0) * 2 - columns[None, :]
+    tl.store(out + at, tl.where(at % 5 == 0, -total, total / (1 + at)), mask=rows[:, None] < n + 1)
+
+
+def test_kernels_give_the_bits_of_the_interpreter_as_it_is_installed() -> None:
+    x, y = torch.randn(2, 16, 16)
+
+    def run() -> torch.Tensor:
+        out = torch.zeros(16, 16)
+        _mixed[(1,)](x, y, out, 11, B=16, C=16)
+        return out.view(torch.int32)
+
+    before, quick, after = both_ways(run)
+    assert before.count_nonzero() > 100 and quick.equal(before) and after.equal(before)
+
+
+@triton.jit
+def _wraps(x, out, B: tl.constexpr):
+    at = tl.arange(0, B)
+    value = tl.load(x + at)
+    tl.store(out + at, value * value + value)
+
+
+def test_integers_wrap_in_place_of_an_assertion() -> None:
+    x = torch.full((4,), 2**31 - 3, dtype=torch.int32)
+
+    def run() -> list[int]:
+        out = torch.zeros_like(x)
+        _wraps[(1,)](x, out, B=4)
+        return out.tolist()
+
+    assert both_ways(run) == [(x * x + x).tolist()] * 3
+
+
+@triton.jit
+def _unequal(out, B: tl.constexpr, C: tl.constexpr):
+    tl.store(out + tl.arange(0, B), tl.arange(0, B) + tl.arange(0, C))
+
+
+@triton.jit
+def _not_a_power(out, B: tl.constexpr):
+    tl.store(out + tl.arange(0, 4), tl.sum(tl.zeros((4, B), tl.float32), 1))
+
+
+@pytest.mark.parametrize(("kernel", "sizes"), [(_unequal, {"B": 4, "C": 8}), (_not_a_power, {"B": 3})])
+def test_shapes_that_do_not_fit_are_refused_with_the_same_message(kernel: object, sizes: dict[str, int]) -> None:
+    def run() -> str:
+        with pytest.raises(interpreter.InterpreterError) as error:
+            kernel[(1,)](torch.zeros(8), **sizes)
+        return str(error.value)
+
+    messages = both_ways(run)
+    assert len(set(messages)) == 1 and messages[0]
+
+
+def test_less_is_computed() -> None:
+    """Blocks of one shape share what follows from it, and overflow is not computed for an assertion that is left out."""
+    installed = tl.block_type(tl.int32, [4, 8])
+    with quick_interpreter():
+        one, other = (tl.block_type(dtype, [4, 8]) for dtype in (tl.int32, tl.float32))
+        assert one.shape is other.shape and (one, str(one)) == (installed, str(installed))
+        assert not interpreter.interpreter_builder.options.sanitize_overflow
+    assert tl.block_type(tl.int32, [4, 8]).shape is not one.shape
