@@ -28,6 +28,7 @@ from amfm.launch.commands import (
     plan,
     profile,
     recipes,
+    rollback,
     serve,
     shrink,
     study,
@@ -56,7 +57,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for module in (
-    *(init, config, recipes, doctor, data, plan, train, watch, launch, profile, tasks),
+    *(init, config, recipes, doctor, data, plan, train, rollback, watch, launch, profile, tasks),
     *(convert, evaluate, export, shrink, serve, bench, study),
 ):
     module.add_verbs(app)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.durable.lines import read_lines
+from amfm.data_pipeline.durable.lines import LineFile, read_lines
 
 ENDS = ("end", "signal")  # the last word of a start that ended in good order
 
@@ -23,10 +24,47 @@ def read_events(run_dir: Path) -> Iterator[dict[str, Any]]:
         yield from (record for _, record in read_lines(path) if record is not None)
 
 
+def append_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
+    """Append one event to a run's log, for who does not have it open; the caller holds the run's lock."""
+    events = LineFile(run_dir / "events.jsonl")
+    events.write(describe_event(event, step, **details))
+    events.sync()
+    events.close()
+
+
+def describe_event(event: str, step: int, **details: Any) -> dict[str, Any]:
+    """An event as a line of events.jsonl has it, of this moment."""
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"time": time, "event": event, "step": step, **details}
+
+
 def find_saved(run_dir: Path) -> set[int]:
-    """The steps of the checkpoints that were saved in a run directory, as its events report; pruning may have removed some."""
-    saved = (event.get("step") for event in read_events(run_dir) if event.get("event") == "checkpoint")
-    return {step for step in saved if isinstance(step, int)}
+    """The steps of the checkpoints that were saved in a run directory and not set aside by a rollback, as its events report.
+
+    Pruning may have removed some.
+    """
+    saved: set[int] = set()
+    for event in read_events(run_dir):
+        step = event.get("step")
+        if event.get("event") == "checkpoint" and isinstance(step, int):
+            saved.add(step)
+        elif event.get("event") == "rolled_back_to" and isinstance(step, int):
+            saved = {each for each in saved if each <= step}
+        elif event.get("event") == "rolled_forward" and isinstance(event.get("steps"), list):
+            saved |= {each for each in event["steps"] if isinstance(each, int)}
+    return saved
+
+
+def is_rolled_back(run_dir: Path) -> bool:
+    """Whether a run was rolled back since its newest start."""
+    words = [event["event"] for event in read_events(run_dir) if event.get("event") in ("start", "rolled_back_to")]
+    return words[-1:] == ["rolled_back_to"]
+
+
+def find_rollback(run_dir: Path) -> int | None:
+    """The step that a run was last rolled back to on purpose; None where it never was."""
+    steps = [event.get("step") for event in read_events(run_dir) if event.get("event") == "rolled_back_to"]
+    return steps[-1] if steps and isinstance(steps[-1], int) else None
 
 
 def has_vanished(run_dir: Path) -> bool:

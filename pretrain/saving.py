@@ -17,8 +17,10 @@ from amfm.pretrain.checkpoint.commit import SavedCheckpoint
 from amfm.pretrain.checkpoint.load import LoadedCheckpoint, load_newest
 from amfm.pretrain.checkpoint.names import checkpoint_name
 from amfm.pretrain.checkpoint.remote import Pulled
+from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
 from amfm.pretrain.checkpoint.replicas.recover import recover
 from amfm.pretrain.monitor.ownership import read_owner
+from amfm.pretrain.rollback import find_new_rollback, roll_back_once
 from amfm.pretrain.run import Progress, Run
 from amfm.pretrain.stages import Built, is_due
 from amfm.pretrain.step_sums import StepResult
@@ -30,18 +32,15 @@ def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
     What the run directory lacks is first fetched from `train.checkpoint_store` and from the memory of the nodes, where
     the run has them. Every rank must call this. Raises as `load_newest` does.
     """
-    pulled = Pulled()
+    pulled, resume_step = Pulled(), run.config.train.resume_step
+    if resume_step is not None:
+        roll_back_once(run.directory, resume_step, run.saver.remote, run.saver.ranks)
     if run.saver.remote is not None:
         report("looking for checkpoints in the store")
         pulled = run.saver.remote.pull_newer(run.directory / "checkpoints", run.saver.ranks)
     if run.saver.replicas is not None:
         report("looking for replicas in the memory of the nodes")
-        recover(
-            run.saver.replicas,
-            run.directory,
-            lambda: (read_owner(run.directory) or {}).get("token"),
-            run.saver.ranks,
-        )
+        recover_replicas(run, run.saver.replicas)
     loaded = load_newest(
         run.directory / "checkpoints",
         run.saver.layout,
@@ -59,6 +58,19 @@ def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
         run.saver.replicas.remarks += run.saver.replicas.clear()
         run.saver.replicas.check_room(run.saver.measure(run.config), run.saver.ranks)
     return loaded
+
+
+def recover_replicas(run: Run, replicas: NodeMemory) -> None:
+    """Bring the newest replica to the checkpoints, or to those set aside where the run was rolled back since.
+
+    Every rank must call this.
+    """
+    folder = run.directory / "checkpoints"
+    recover(replicas, folder, lambda: (read_owner(run.directory) or {}).get("token"), run.saver.ranks)
+    last = run.saver.ranks.broadcast(find_new_rollback(run.directory) if run.parallel.is_main else None)
+    if last is not None:
+        replicas.remarks.append(f"what was in memory before the rollback to step {last.step} goes to {last.folder}")
+        recover(replicas, folder / last.folder, lambda: last.replicas_of, run.saver.ranks)
 
 
 def restore_newest_weights(run: Run) -> int | None:

@@ -19,7 +19,7 @@ from amfm.data_pipeline.memory import keep_freed_memory
 from amfm.data_pipeline.progress import Report, silent
 from amfm.pretrain.checkpoint.background import BackgroundSaver
 from amfm.pretrain.checkpoint.commit import make_checkpoints_folder
-from amfm.pretrain.checkpoint.names import newest_saved_step
+from amfm.pretrain.checkpoint.names import continued_step
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
 from amfm.pretrain.checks.check_run import check_run
@@ -67,7 +67,7 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     record_collectives(Path(config.run.dir) / "flight")
     rank, world_size, _, _ = start_process_group(config.train.timeout_seconds)
     require_same_on_all_ranks(describe_start(config))
-    newest = RankGroup(rank, world_size).broadcast(newest_saved_step(config.run.dir) if rank == 0 else None)
+    newest = RankGroup(rank, world_size).broadcast(continued_step(config) if rank == 0 else None)
     steps_done = max(0, newest)
     check_run(config, world_size, steps_done=steps_done, goes_on=launcher_goes_on())
     check_plot_services(config)

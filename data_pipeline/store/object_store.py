@@ -20,6 +20,7 @@ SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 METADATA_REQUEST = "/latest/api/token"  # what a machine in AWS asks first for the credentials of its role
 PART_BYTES = 16 * 2**20  # a larger object is sent in parts of this size, this many at a time
 PARTS_AT_A_TIME = 4
+MAX_COPY_BYTES = 5 * 10**9  # that S3 copies in one request
 STREAM_BYTES = 2 * 2**20  # one request of a file that is read from one end to the other
 
 
@@ -100,11 +101,27 @@ class RemoteFolder:
         with file, self._explained(name, "written") as (library, client):
             library.put(client, name, file, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_A_TIME)
             sent = os.fstat(file.fileno()).st_size
+        self._require_size(name, sent)
+
+    def _require_size(self, name: str, sent: int) -> None:
+        """Raise RuntimeError for an object that has another size than was sent."""
         arrived = self.look_up(name).num_bytes
         if arrived != sent:
             raise RuntimeError(
                 f"{self.url}/{name} has {arrived} bytes, {sent} were sent; run the same command to continue"
             )
+
+    def copy(self, name: str, target: str) -> None:
+        """Copy an object, by the store itself where one request can; a larger one comes through this machine. Checks the size."""
+        size = self.look_up(name).num_bytes
+        with self._explained(name, "copied") as (library, client):
+            if size <= MAX_COPY_BYTES:
+                library.copy(client, name, target)
+            else:
+                with self.open(name) as source, library.open_writer(client, target, buffer_size=PART_BYTES) as sink:
+                    while block := source.read(PART_BYTES):
+                        sink.write(block)
+        self._require_size(target, size)
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete objects, as far as they are there."""

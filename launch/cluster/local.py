@@ -25,7 +25,7 @@ from typing import IO
 from amfm.launch.cluster.forked import ForkedRank, RankProcess, can_fork
 from amfm.launch.heavy_imports import heavy_imports
 from amfm.launch.rank_command import rank_command, rank_variables
-from amfm.pretrain.checkpoint.names import newest_saved_step
+from amfm.pretrain.checkpoint.names import continued_step
 from amfm.pretrain.checks.ranks import ranks_of_stage
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.event_log import VANISHED, has_vanished
@@ -54,7 +54,7 @@ def run_layouts(config: RunConfig, arguments: Sequence[str], num_ranks: int) -> 
     """
     stages = resolve_stages(config)
     while True:
-        stage = stage_of(stages, max(0, newest_saved_step(config.run.dir)))
+        stage = stage_of(stages, max(0, continued_step(config)))
         ranks = ranks_of_stage(config, stage, range(num_ranks, 0, -1))
         if ranks < num_ranks:
             sys.stderr.write(f"amfm: stage {stage.name} runs on {ranks} of {num_ranks} ranks, which suit its layout\n")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amfm.launch.console import say
-from amfm.pretrain.checkpoint.names import newest_saved_step
+from amfm.pretrain.checkpoint.names import continued_step, newest_saved_step
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.schema import RunConfig
@@ -75,7 +75,7 @@ def supervise(
     stuck = wasted = number = 0
     while wasted <= config.launch.max_restarts:
         usable = wait_for_nodes(config, nodes, usable_nodes)
-        before = newest_saved_step(config.run.dir)
+        before = continued_step(config)
         attempt = Attempt(number, fitting_nodes(config, usable, ranks_per_node, steps_done=max(0, before)), cause)
         if attempt.nodes < nodes:
             say(f"amfm launch: continuing with {attempt.nodes} of {nodes} nodes")

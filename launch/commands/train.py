@@ -58,12 +58,12 @@ def train(
         code = run_layouts(config, ["train", str(path), *(overrides or []), *(["--force"] if force else [])], nproc)
     else:
         from amfm.launch.plan.card_fit import check_fits, this_card
-        from amfm.pretrain.checkpoint.names import newest_saved_step
+        from amfm.pretrain.checkpoint.names import continued_step
         from amfm.pretrain.failures import describe_exit
 
         card = None if force else this_card()
         if card is not None:
-            check_fits(config, numbers[0], card, steps_done=max(0, newest_saved_step(config.run.dir)))
+            check_fits(config, numbers[0], card, steps_done=max(0, continued_step(config)))
         try:
             code = train_run(config)
         except SystemExit as error:  # of a plug-in while the run started: not what the shell is to see

@@ -24,7 +24,7 @@ from torch import Tensor
 from amfm.pretrain.checkpoint.commit import SavedCheckpoint
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
 from amfm.pretrain.checkpoint.files import measure_tensors
-from amfm.pretrain.checkpoint.remote import RemoteCheckpoints, SentCopy, step_of
+from amfm.pretrain.checkpoint.remote import RemoteCheckpoints, SentCopy, step_named
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
 from amfm.pretrain.checkpoint.replicas.write import SavedReplica, write_replica
 from amfm.pretrain.checkpoint.save import Snapshot, ranks_of, take_snapshot, write_snapshot
@@ -97,7 +97,7 @@ class BackgroundSaver:
         assert remote is not None, "copies are sent where the run has a store"
 
         def push() -> SentCopy:
-            return SentCopy(step_of(checkpoint_dir.name), tuple(remote.push(checkpoint_dir, self.ranks, keep_last)))
+            return SentCopy(step_named(checkpoint_dir.name), tuple(remote.push(checkpoint_dir, self.ranks, keep_last)))
 
         finished = self.wait()
         self._run(push)

@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "train.checkpoint_in_background",
     "train.keep_last",
     "train.checkpoint_store",
+    "train.resume_step",
     "train.keep_every_steps",
     "train.replica_every_steps",
     "train.replica_folder",

@@ -7,6 +7,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from amfm.pretrain.event_log import find_rollback
+
+if TYPE_CHECKING:
+    from amfm.pretrain.config.schema import RunConfig
 
 # `step-N.old` is a complete checkpoint that is being replaced by another of the same step.
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,})(\.old)?")
@@ -33,6 +39,12 @@ def newest_saved_step(run_dir: str | Path) -> int:
     """Step of the newest complete checkpoint of a run by its name, -1 without one."""
     found = list_checkpoints(Path(run_dir) / "checkpoints")
     return step_of(found[0]) if found else -1
+
+
+def continued_step(config: RunConfig) -> int:
+    """Step that the next start of a run continues from, -1 for none: that of `train.resume_step`, until it went back there."""
+    run_dir, step = Path(config.run.dir), config.train.resume_step
+    return newest_saved_step(run_dir) if step is None or find_rollback(run_dir) == step else step
 
 
 def step_of(checkpoint: Path) -> int:

@@ -37,9 +37,8 @@ def describe_raised_rate(saved: RunConfig, current: RunConfig, step: int, checkp
     for path in checkpoints:
         older = step_of(path)
         if before.first_step < older < step and math.isclose(now.rate(older), before.rate(older), rel_tol=TOLERANCE):
-            places = "that folder" + (" and of train.checkpoint_store" if current.train.checkpoint_store else "")
             return (
-                f"{said}. To continue from where the old schedule and the new one agree, at step {older:,}: stop this, move the checkpoints after "
-                f"{path} out of {places}, and start again. To keep the rate low, append a stage with its own learning_rate"
+                f"{said}. To continue from where the old schedule and the new one agree, at step {older:,}: stop this, and amfm rollback "
+                f"{path.parent.parent} --to {older}. To keep the rate low, append a stage with its own learning_rate"
             )
     return f"{said}, and no older checkpoint has the same rate under both. To keep it low, append a stage with its own learning_rate"

@@ -19,6 +19,7 @@ continues from.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -30,7 +31,7 @@ from amfm.pretrain.checkpoint.commit import RankFailure, is_marked, make_tempora
 from amfm.pretrain.checkpoint.fetched import commit_fetched, copy_verified
 from amfm.pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, make_place, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
-from amfm.pretrain.event_log import find_saved
+from amfm.pretrain.event_log import find_rollback, find_saved
 from amfm.pretrain.ranks.group import RankGroup
 
 # What we write below the URL; nothing else there is looked at or removed.
@@ -68,14 +69,32 @@ class RemoteCheckpoints:
         """ValueError for a URL of an unknown kind; nothing is asked of the network yet."""
         self.folder = RemoteFolder(url)
 
-    def list_objects(self) -> dict[str, list[str]]:
-        """List the objects of every step by its name, newest first. One rank calls it; RuntimeError as `RemoteFolder`."""
+    def list_objects(self, within: str = "") -> dict[str, list[str]]:
+        """List the objects of every step by its name, newest first. One rank calls it; RuntimeError as `RemoteFolder`.
+
+        within: a folder below the URL, such as that of a rollback.
+        """
         steps: dict[str, list[str]] = {}
+        prefix = f"{within}/" if within else ""
         for facts in self.folder.list():
-            match = OBJECT_NAME.fullmatch(facts.name)
-            if match is not None:
+            match = OBJECT_NAME.fullmatch(facts.name.removeprefix(prefix))
+            if match is not None and facts.name.startswith(prefix):
                 steps.setdefault(match[1], []).append(match[2])
-        return dict(sorted(steps.items(), key=lambda entry: step_of(entry[0]), reverse=True))
+        return dict(sorted(steps.items(), key=lambda entry: step_named(entry[0]), reverse=True))
+
+    def list_whole(self, within: str = "") -> dict[str, list[str]]:
+        """List the steps that are checkpoints, as `list_objects` does."""
+        return {name: objects for name, objects in self.list_objects(within).items() if MANIFEST_NAME in objects}
+
+    def rename(self, name: str, target: str, objects: Sequence[str]) -> None:
+        """Give a step another place below the URL; killed anywhere, one of both is whole. One rank calls it.
+
+        Stores can't rename: copied, the manifest last, then removed, the manifest first.
+        """
+        ordered = sorted(objects, key=lambda file: file == MANIFEST_NAME)
+        for file in ordered:
+            self.folder.copy(f"{name}/{file}", f"{target}/{file}")
+        self.folder.delete([f"{name}/{file}" for file in reversed(ordered)])
 
     def lacks(self, name: str, ranks: RankGroup) -> bool:
         """Whether the store has no whole copy of a step, or does not answer. All ranks must call it."""
@@ -113,7 +132,7 @@ class RemoteCheckpoints:
         kept = 0
         for step, objects in self.list_objects().items():
             is_whole = MANIFEST_NAME in objects
-            if step_of(step) > step_of(name) or MARK_NAME in objects:
+            if step_named(step) > step_named(name) or MARK_NAME in objects:
                 continue  # a run that fell back sends later steps again
             kept += is_whole
             if is_whole and kept <= keep_last:
@@ -134,10 +153,9 @@ class RemoteCheckpoints:
         taken: str | None = None
         if ranks.rank == 0:
             with problem.caught():
-                local = [step_of(path.name.removesuffix(".old")) for path in list_checkpoints(checkpoints_dir)]
+                local = [step_named(path.name.removesuffix(".old")) for path in list_checkpoints(checkpoints_dir)]
                 newest = max(local, default=-1)
-                steps = self.list_objects()
-                newer = [name for name, objects in steps.items() if MANIFEST_NAME in objects and step_of(name) > newest]
+                newer = [name for name in self.list_whole() if step_named(name) > newest]
                 taken = self._explain_taken(newer, checkpoints_dir, newest)
         ranks.raise_together(problem.text, doing)
         newer, newest, taken = ranks.broadcast((newer, newest, taken))
@@ -163,13 +181,15 @@ class RemoteCheckpoints:
         None where there is none, and for a folder that lost all of them, which is what the store is for.
         """
         saved = find_saved(checkpoints_dir.parent) if newest >= 0 else set()
-        taken = next((name for name in newer if step_of(name) in saved), None)
+        saved -= {find_rollback(checkpoints_dir.parent)}  # named, so it is wanted
+        taken = next((name for name in newer if step_named(name) in saved), None)
         if taken is None:
             return None
+        step = step_named(taken)
         return (
             f"{self.folder.url} has {taken}, which by {checkpoints_dir.parent / 'events.jsonl'} was saved in "
-            f"{checkpoints_dir} and is not there any more, while step {newest} is. To train on from step {newest}, move {taken} "
-            f"out of the store too; to continue from {taken}, put it back"
+            f"{checkpoints_dir} and is not there any more, while step {newest} is. To go back to step {newest}: amfm rollback "
+            f"{checkpoints_dir.parent} --to {newest}. To continue from step {step} of the store: train.resume_step={step}"
         )
 
     def _fetch(self, name: str, checkpoints_dir: Path, ranks: RankGroup, doing: str) -> str | None:
@@ -181,7 +201,7 @@ class RemoteCheckpoints:
             with problem.caught():
                 make_folders(checkpoints_dir)
                 remove_temporary(checkpoints_dir)
-                temporary_dir = make_temporary(checkpoints_dir, step_of(name))
+                temporary_dir = make_temporary(checkpoints_dir, step_named(name))
                 files, damage = self._fetch_manifest(name, temporary_dir)
         ranks.raise_together(problem.text, doing)
         temporary_name, files, damage = ranks.broadcast((temporary_dir.name, files, damage))
@@ -207,7 +227,7 @@ class RemoteCheckpoints:
             manifest = read_manifest(folder)
         except RuntimeError as error:
             return {}, str(error)
-        if manifest["step"] != step_of(name):
+        if manifest["step"] != step_named(name):
             return {}, f"its manifest is of step {manifest['step']}"
         return manifest["files"], None
 
@@ -220,6 +240,6 @@ class RemoteCheckpoints:
             return str(error)
 
 
-def step_of(name: str) -> int:
+def step_named(name: str) -> int:
     """Number of a step by the name of its folder."""
     return int(name.removeprefix("step-"))

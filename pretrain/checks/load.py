@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from amfm.pretrain.checkpoint.names import newest_saved_step
+from amfm.pretrain.checkpoint.names import continued_step
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.file import load_located
 from amfm.pretrain.config.schema import RunConfig
@@ -30,7 +30,7 @@ def load_checked(
     located = load_located(path, overrides)
     from amfm.pretrain.checks.check_run import check_run
 
-    done = max(0, newest_saved_step(located.config.run.dir)) if resumes else 0
+    done = max(0, continued_step(located.config)) if resumes else 0
     try:
         check_run(located.config, world_size, steps_done=done, goes_on=goes_on)
     except ConfigError as error:

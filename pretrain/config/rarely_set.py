@@ -8,7 +8,7 @@ from __future__ import annotations
 
 RARELY_SET: dict[str, dict[str, str]] = {
     "docs/checkpoints.md": {
-        "train": "seed checkpoint_in_background checkpoint_store keep_every_steps replica_every_steps replica_folder timeout_seconds max_skipped_steps deterministic",
+        "train": "seed checkpoint_in_background checkpoint_store resume_step keep_every_steps replica_every_steps replica_folder timeout_seconds max_skipped_steps deterministic",
         "export": "max_position_embeddings",
     },
     "docs/conversion.md": {

@@ -170,6 +170,11 @@ class TrainConfig(Section):
         None,
         description="URL (s3://, gs://, az://) that gets a copy of each checkpoint, keep_last of them; a start fetches from there what run.dir does not have. none: only run.dir.",
     )
+    resume_step: int | None = Field(
+        None,
+        gt=0,
+        description="Go back to the checkpoint of this step, once: later ones are set aside, here and in checkpoint_store, as by amfm rollback. none: continue from the newest.",
+    )
     keep_every_steps: int | None = Field(
         None,
         gt=0,

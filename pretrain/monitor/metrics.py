@@ -7,7 +7,6 @@ one JSON object, so that a kill damages the last line at most, and any program c
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 from amfm.data_pipeline.durable.files import replacing
 from amfm.data_pipeline.durable.lines import LineFile, read_lines
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.event_log import describe_event
 from amfm.pretrain.extras import describe_missing, is_installed
 
 Metrics = dict[str, Any]
@@ -53,8 +53,7 @@ class RunLog:
 
     def write_event(self, event: str, step: int, **details: Any) -> None:
         """Write one line for what does not happen at every step: start, checkpoint, validation, signal, skip, end."""
-        time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.events.write({"time": time, "event": event, "step": step, **details})
+        self.events.write(describe_event(event, step, **details))
 
     def sync(self) -> None:
         """Make the lines durable: a checkpoint of a step must not outlive the line of the step.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -35,14 +34,13 @@ def test_a_run_is_interrupted_finished_and_extended_without_a_loss_or_a_surprise
 
     extended = train(16)
     extended.expect("the schedule raises the learning rate again: step 13 runs at")
-    extended.expect("and start again.")
+    extended.expect("To keep the rate low")
     extended.type(CTRL_C)
     extended.end()
-    told = re.search(r"move the checkpoints after (\S*step-0*(\d+)) out of that folder", extended.screen)
+    told = re.search(r"amfm rollback (\S+) --to (\d+)\.", extended.screen)
     assert told is not None, extended.screen
-    for folder in Path(told[1]).parent.glob("step-*"):
-        if folder.name > Path(told[1]).name:
-            shutil.rmtree(folder)
+    gone_back = Terminal("rollback", told[1], "--to", told[2])
+    assert gone_back.end() == 0 and "--undo 1" in gone_back.screen
     goes_on = train(16)
     assert goes_on.end() == 0 and "finished at step 16 of 16" in goes_on.screen
     assert "raises the learning rate" not in goes_on.screen and int(told[2]) == 8

@@ -18,7 +18,7 @@ VERBS = [command.name or command.callback.__name__ for command in app.registered
 
 def test_the_verbs_are_those_of_the_contract():
     assert set(VERBS) == {
-        *("doctor", "config", "corpus", "prepare", "train", "inspect", "report", "plan", "launch"),
+        *("doctor", "config", "corpus", "prepare", "train", "rollback", "inspect", "report", "plan", "launch"),
         *(
             "evaluate",
             "generate",

@@ -24,13 +24,13 @@ from amfm.pretrain.checkpoint.files import (
     read_manifest,
     replace_text,
 )
-from amfm.pretrain.checkpoint.names import checkpoint_name, newest_saved_step
+from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints, step_of
 from amfm.pretrain.checkpoint.replicas.memory import Generation, NodeMemory
 from amfm.pretrain.checkpoint.replicas.nodes import find_holders, share_out
 from amfm.pretrain.ranks.group import RankGroup
 
 
-def recover(memory: NodeMemory, run_dir: Path, read_token: Callable[[], object], ranks: RankGroup) -> None:
+def recover(memory: NodeMemory, checkpoints_dir: Path, read_token: Callable[[], object], ranks: RankGroup) -> None:
     """Make the newest whole replica beyond the disk's checkpoints one of them; `memory.remarks` hear of it, or why not.
 
     read_token: reads the token of the start before, None where there was none; then nothing happens. All ranks must call it.
@@ -39,8 +39,9 @@ def recover(memory: NodeMemory, run_dir: Path, read_token: Callable[[], object],
     problem, token, newest = RankFailure(), None, -1
     if ranks.rank == 0:
         with problem.caught():
-            token, newest = read_token(), newest_saved_step(run_dir)
-    ranks.raise_together(problem.text, f"{run_dir} does not say who wrote the replicas")
+            token = read_token()
+            newest = max(map(step_of, list_checkpoints(checkpoints_dir)), default=-1)
+    ranks.raise_together(problem.text, f"{checkpoints_dir.parent} does not say who wrote the replicas")
     token, newest = ranks.broadcast((token, newest))
     if not isinstance(token, str) or not re.fullmatch("[0-9a-f]{32}", token):
         return
@@ -58,7 +59,7 @@ def recover(memory: NodeMemory, run_dir: Path, read_token: Callable[[], object],
         found = {node: generations[step] for node, generations in held.items() if step in generations}
         first = next(iter(found.values()))
         alike = {node: entry for node, entry in found.items() if entry.sha256 == first.sha256}
-        reason = fetch(memory, run_dir / "checkpoints", token, step, alike, ranks)
+        reason = fetch(memory, checkpoints_dir, token, step, alike, ranks)
         if reason is None:
             memory.remarks.append(f"step {step} comes from the memory of {len(alike)} of {len(held)} nodes")
             return

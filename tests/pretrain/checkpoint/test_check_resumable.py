@@ -64,7 +64,7 @@ def test_a_longer_schedule_names_both_rates_and_the_checkpoint_before_the_decay(
     settings = ["optimizer.learning_rate=2e-3", "schedule.warmup_steps=5", "schedule.decay_steps=20"]
     said = extended(80, 60)
     assert said is not None and "step 61 runs at 1.9e-03, step 60 ran at 2.0e-04" in said
-    assert f"at step 40: stop this, move the checkpoints after {tmp_path / checkpoint_name(40)} out" in said
+    assert f"at step 40: stop this, and amfm rollback {tmp_path.parent} --to 40." in said
     assert extended(80, 40) is None, "before the decay nothing bends"
     assert extended(60, 60) is None and extended(80, 60, "schedule.min_ratio=1.0") is None
     settings = ["schedule.kind=cosine", "schedule.warmup_steps=5"]

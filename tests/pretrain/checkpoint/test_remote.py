@@ -46,18 +46,24 @@ while place := sys.stdin.readline().strip():
     if pid == 0:
         print(os.getpid(), flush=True)
         sys.stdin.readline()
-        os._exit(RemoteCheckpoints(place).push(Path(sys.argv[1]), RankGroup(0, 1), 1) != [])
+        os._exit(bool(eval("RemoteCheckpoints(place)." + sys.argv[2])))
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
-class Pusher:
-    """A process that copies a checkpoint, each time in a separate fork, killed at its request of a given number."""
+COPY = "push(Path(sys.argv[1]), RankGroup(0, 1), 1)"
 
-    def __init__(self, checkpoint: Path, endpoint: str, gate: Gate) -> None:
+
+class Pusher:
+    """A process that copies a checkpoint, each time in a separate fork, killed at its request of a given number.
+
+    work: what it does instead of copying.
+    """
+
+    def __init__(self, checkpoint: Path, endpoint: str, gate: Gate, work: str = COPY) -> None:
         self.gate = gate
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PUSH, str(checkpoint)],
+            [sys.executable, "-c", PUSH, str(checkpoint), work],
             env={**os.environ, "AWS_ENDPOINT_URL": endpoint},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -306,4 +312,25 @@ def test_killed_at_any_request_the_store_holds_a_whole_checkpoint(
                 assert list(RemoteCheckpoints(place).list_objects()) == [second.name]
                 kill += 1
             assert code == 0 and kill > 6, "each object and each deletion was a request"
+        pusher.process.kill()
+
+
+@pytest.mark.slow
+def test_killed_at_any_request_a_step_that_is_renamed_is_whole_in_one_place(
+    tmp_path: Path, url: str, server: dict[str, str]
+) -> None:
+    step = save_by_hand(tmp_path / "step-00000001", 1)
+    names = ["manifest.json", rank_file_name(0), rank_file_name(300)]
+    with killing_proxy(server["AWS_ENDPOINT_URL"]) as (endpoint, gate):
+        pusher = Pusher(step, endpoint, gate, f"rename('step-00000001', 'aside/step-00000001', {names})")
+        kill, code = 0, -9
+        while code == -9:
+            store = RemoteCheckpoints(f"{url}/{kill}")
+            assert store.push(step, ALONE, 2) == []
+            code = pusher.push(store.folder.url, kill)
+            here, aside = store.list_whole(), store.list_whole("aside")
+            assert all(sorted(objects) == sorted(names) for objects in (*here.values(), *aside.values()))
+            assert here or aside
+            kill += 1
+        assert code == 0 and not here and aside and kill > 9, "each copy and each deletion was a request"
         pusher.process.kill()

@@ -119,7 +119,7 @@ data.prepare.seed
 data.phases.*.start_sample data.phases.*.weights data.phases.*.sequence_length
 train.steps train.stop_after_steps train.sequence_length train.micro_batch_size train.global_batch_size train.seed
 train.precision train.checkpoint_every_steps train.checkpoint_in_background train.keep_last train.checkpoint_store
-train.keep_every_steps train.replica_every_steps train.replica_folder
+train.resume_step train.keep_every_steps train.replica_every_steps train.replica_folder
 train.validate_every_steps train.validation_batches
 train.log_every_steps train.timeout_seconds train.max_skipped_steps train.compile train.cuda_graphs train.recompute
 train.recompute_blocks train.gradient_sums train.num_threads train.deterministic

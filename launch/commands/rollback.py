@@ -1,0 +1,114 @@
+"""The verb that goes back to an earlier step of a run, and forward again: rollback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from amfm.data_pipeline.progress import Waiting
+from amfm.launch.arguments import JsonOption
+from amfm.launch.console import print_json, print_pairs, print_rows
+from amfm.launch.existing import require_exists
+from amfm.launch.heavy_imports import heavy_imports
+
+if TYPE_CHECKING:
+    from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
+    from amfm.pretrain.rollback import Rollback
+
+
+def rollback(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run directory.", callback=require_exists)],
+    *,
+    to: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Make the checkpoint of step N the newest one.")
+    ] = None,
+    undo: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="Take rollback K back: continue where it left off.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Go back to step N: later checkpoints are set aside, in the run directory and in its store; nothing is deleted.
+
+    The same `amfm train` then continues from step N, whose checkpoint is kept for good. Without --to and --undo, lists
+    the steps and what is set aside.
+    """
+    if to is not None and undo is not None:
+        raise ValueError(f"--to {to} goes back and --undo {undo} forward; give one of them")
+    if not (run_dir / "config.yaml").is_file():
+        raise FileNotFoundError(f"{run_dir} holds no config.yaml, so it is not a run directory; give run.dir of a run")
+    with Waiting("amfm rollback") as waiting, heavy_imports():
+        waiting("looking at the checkpoints")
+        from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
+        from amfm.pretrain.config.file import load_config
+        from amfm.pretrain.monitor.ownership import lock_directory
+        from amfm.pretrain.rollback import roll_back, roll_forward
+
+        store = load_config(run_dir / "config.yaml").train.checkpoint_store
+        remote = None if store is None else RemoteCheckpoints(store)
+        made: Rollback | None = None
+        if to is not None or undo is not None:
+            with lock_directory(run_dir):
+                if to is not None:
+                    made = roll_back(run_dir, to, remote, by="amfm rollback")
+                elif undo is not None:
+                    made = roll_forward(run_dir, undo, remote)
+        steps, rollbacks = list_steps(run_dir, remote)
+    if as_json:
+        print_json({"steps": steps, "rollbacks": rollbacks})
+        return
+    if made is not None:
+        print_made(run_dir, made, steps[-1]["step"] if steps else None)
+    print_rows(
+        f"Checkpoints of {run_dir}",
+        ("step", "run directory", "store", "kept for good"),
+        [(row["step"], *("yes" if row[name] else "-" for name in ("here", "store", "kept"))) for row in steps],
+    )
+    if rollbacks:
+        rows = [
+            (row["number"], row["step"], ", ".join(map(str, row["steps"])) or "-", row["time"]) for row in rollbacks
+        ]
+        print_rows("Set aside", ("rollback", "to step", "steps", "at"), rows)
+
+
+def print_made(run_dir: Path, made: Rollback, newest: int | None) -> None:
+    """Print what was done, and the command that takes it back."""
+    where = run_dir / "checkpoints" / made.folder
+    print_pairs(
+        f"{run_dir} continues from step {newest}",
+        [
+            ("set aside", ", ".join(map(str, made.steps)) or "no checkpoint"),
+            ("in", where),
+            ("to take it back", f"amfm rollback {run_dir} --undo {made.number}"),
+        ],
+    )
+
+
+def list_steps(run_dir: Path, remote: RemoteCheckpoints | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The checkpoints of a run, oldest first, and its rollbacks, as JSON values."""
+    from dataclasses import asdict
+
+    from amfm.pretrain.checkpoint.commit import is_marked
+    from amfm.pretrain.checkpoint.files import MARK_NAME
+    from amfm.pretrain.checkpoint.names import list_checkpoints, step_of
+    from amfm.pretrain.checkpoint.remote import step_named
+    from amfm.pretrain.rollback import list_rollbacks
+
+    here = {step_of(path): path for path in list_checkpoints(run_dir / "checkpoints")}
+    there = {} if remote is None else {step_named(name): objects for name, objects in remote.list_whole().items()}
+    steps = [
+        {
+            "step": step,
+            "here": step in here,
+            "store": step in there,
+            "kept": (step in here and is_marked(here[step])) or MARK_NAME in there.get(step, []),
+        }
+        for step in sorted({*here, *there})
+    ]
+    return steps, [asdict(each) for each in list_rollbacks(run_dir, remote)]
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
+    app.command(epilog="Example: amfm rollback runs/my --to 20000; amfm rollback runs/my --undo 1")(rollback)
