@@ -13,14 +13,13 @@ from typing import Any
 
 from amfm.data_pipeline.progress import Report, silent
 from amfm.pretrain.checkpoint.background import Saved
-from amfm.pretrain.checkpoint.commit import SavedCheckpoint
+from amfm.pretrain.checkpoint.commit import RankFailure, SavedCheckpoint
 from amfm.pretrain.checkpoint.load import LoadedCheckpoint, load_newest
 from amfm.pretrain.checkpoint.names import checkpoint_name
 from amfm.pretrain.checkpoint.remote import Pulled
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
 from amfm.pretrain.checkpoint.replicas.recover import recover
 from amfm.pretrain.monitor.ownership import read_owner
-from amfm.pretrain.rollback import find_new_rollback, roll_back_once
 from amfm.pretrain.run import Progress, Run
 from amfm.pretrain.stages import Built, is_due
 from amfm.pretrain.step_sums import StepResult
@@ -34,6 +33,8 @@ def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
     """
     pulled, resume_step = Pulled(), run.config.train.resume_step
     if resume_step is not None:
+        from amfm.pretrain.rollback import roll_back_once
+
         roll_back_once(run.directory, resume_step, run.saver.remote, run.saver.ranks)
     if run.saver.remote is not None:
         report("looking for checkpoints in the store")
@@ -67,7 +68,14 @@ def recover_replicas(run: Run, replicas: NodeMemory) -> None:
     """
     folder = run.directory / "checkpoints"
     recover(replicas, folder, lambda: (read_owner(run.directory) or {}).get("token"), run.saver.ranks)
-    last = run.saver.ranks.broadcast(find_new_rollback(run.directory) if run.parallel.is_main else None)
+    problem, last = RankFailure(), None
+    if run.parallel.is_main:
+        from amfm.pretrain.rollback import find_new_rollback
+
+        with problem.caught():
+            last = find_new_rollback(run.directory)
+    run.saver.ranks.raise_together(problem.text, "what was set aside can't be read")
+    last = run.saver.ranks.broadcast(last)
     if last is not None:
         replicas.remarks.append(f"what was in memory before the rollback to step {last.step} goes to {last.folder}")
         recover(replicas, folder / last.folder, lambda: last.replicas_of, run.saver.ranks)

@@ -19,7 +19,7 @@ continues from.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -27,7 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 from amfm.data_pipeline.durable.files import make_folders, sync
 from amfm.data_pipeline.durable.naming import named
 from amfm.data_pipeline.store.object_store import RemoteFolder
-from amfm.pretrain.checkpoint.commit import RankFailure, is_marked, make_temporary, remove_temporary
+from amfm.pretrain.checkpoint.commit import RankFailure, is_marked, make_temporary, mark, remove_temporary
 from amfm.pretrain.checkpoint.fetched import commit_fetched, copy_verified
 from amfm.pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, make_place, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
@@ -122,17 +122,19 @@ class RemoteCheckpoints:
                 if is_marked(checkpoint_dir):
                     self.folder.write(f"{name}/{MARK_NAME}", b"")
                 self.folder.write(f"{name}/{MANIFEST_NAME}", (checkpoint_dir / MANIFEST_NAME).read_bytes())
-                self._prune(name, keep_last)
+                self._prune(
+                    name, keep_last, {path.name for path in list_checkpoints(checkpoint_dir.parent) if is_marked(path)}
+                )
             told = [problem.text]
         texts = [text for text in ranks.broadcast(told) if text is not None]
         return [f"{name} was not copied to {self.folder.url}: {texts[0]}"] if texts else []
 
-    def _prune(self, name: str, keep_last: int) -> None:
-        """Remove the copies of old steps, and what was sent of steps without a manifest; marked ones stay."""
+    def _prune(self, name: str, keep_last: int, marked: set[str]) -> None:
+        """Remove the copies of old steps, and what was sent of steps without a manifest; those marked here or there stay."""
         kept = 0
         for step, objects in self.list_objects().items():
             is_whole = MANIFEST_NAME in objects
-            if step_named(step) > step_named(name) or MARK_NAME in objects:
+            if step_named(step) > step_named(name) or MARK_NAME in objects or step in marked:
                 continue  # a run that fell back sends later steps again
             kept += is_whole
             if is_whole and kept <= keep_last:
@@ -148,23 +150,25 @@ class RemoteCheckpoints:
         neither it nor the folder has a sound one; ValueError when someone took the newest one out of the folder.
         """
         problem, doing = RankFailure(), f"checkpoints of {self.folder.url} were not fetched"
-        newer: list[str] = []
+        newer: dict[str, list[str]] = {}
         newest = -1
         taken: str | None = None
         if ranks.rank == 0:
             with problem.caught():
                 local = [step_named(path.name.removesuffix(".old")) for path in list_checkpoints(checkpoints_dir)]
                 newest = max(local, default=-1)
-                newer = [name for name in self.list_whole() if step_named(name) > newest]
+                newer = {name: objects for name, objects in self.list_whole().items() if step_named(name) > newest}
                 taken = self._explain_taken(newer, checkpoints_dir, newest)
         ranks.raise_together(problem.text, doing)
         newer, newest, taken = ranks.broadcast((newer, newest, taken))
         if taken is not None:
             raise ValueError(taken)
         skipped: list[str] = []
-        for name in newer:
+        for name, objects in newer.items():
             damage = self._fetch(name, checkpoints_dir, ranks, doing)
             if damage is None:
+                if ranks.rank == 0 and MARK_NAME in objects:
+                    mark(checkpoints_dir / name)
                 return Pulled(name, tuple(skipped))
             skipped.append(f"{name} of {self.folder.url}: {damage}")
         if skipped and newest < 0:
@@ -175,7 +179,7 @@ class RemoteCheckpoints:
             )
         return Pulled(None, tuple(skipped))
 
-    def _explain_taken(self, newer: list[str], checkpoints_dir: Path, newest: int) -> str | None:
+    def _explain_taken(self, newer: Iterable[str], checkpoints_dir: Path, newest: int) -> str | None:
         """Describe a step that was saved in the folder and is now in the store alone, while an older one is still here.
 
         None where there is none, and for a folder that lost all of them, which is what the store is for.

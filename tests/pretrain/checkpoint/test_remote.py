@@ -18,7 +18,7 @@ from obstore.store import from_url
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.store.object_store import PART_BYTES, RemoteFolder
-from amfm.pretrain.checkpoint.commit import mark
+from amfm.pretrain.checkpoint.commit import is_marked, mark
 from amfm.pretrain.checkpoint.files import MAPPINGS, encode_manifest, make_place, rank_file_name, write_tensors
 from amfm.pretrain.checkpoint.inspect import inspect_checkpoint
 from amfm.pretrain.checkpoint.names import list_checkpoints
@@ -201,9 +201,15 @@ def test_a_marked_checkpoint_stays_in_the_store(data: DataConfig, tmp_path: Path
     assert train(config) == 0
     checkpoints = sorted((tmp_path / "run/checkpoints").glob("step-*"))
     mark(checkpoints[0])
+    store = RemoteCheckpoints(url)
     for checkpoint in checkpoints:
-        assert RemoteCheckpoints(url).push(checkpoint, ALONE, keep_last=1) == []
-    assert list(RemoteCheckpoints(url).list_objects()) == ["step-00000003", "step-00000001"]
+        assert store.push(checkpoint, ALONE, keep_last=1) == []
+        mark(checkpoints[1])  # after it was sent
+    assert list(store.list_objects()) == ["step-00000003", "step-00000002", "step-00000001"]
+    assert store.push(checkpoints[1], ALONE, keep_last=1) == []
+    store.folder.delete(["step-00000003/manifest.json"])
+    assert store.pull_newer(tmp_path / "fetched", ALONE).name == "step-00000002"
+    assert is_marked(tmp_path / "fetched/step-00000002")
 
 
 def test_a_run_whose_last_copy_cannot_be_sent_fails_and_the_same_command_sends_it(
