@@ -30,7 +30,8 @@ from typing import Any
 from amfm.launch.cluster.interrupt import forward_to_ranks
 from amfm.launch.cluster.left_out import LeftOut
 from amfm.launch.cluster.lines import check_host, remote_command, shell_line, with_variables
-from amfm.launch.cluster.node_check import MARK, blame_links, make_request
+from amfm.launch.cluster.links import blame_links, find_port
+from amfm.launch.cluster.node_check import MARK, make_request
 from amfm.launch.cluster.node_logs import find_message, is_telling
 from amfm.launch.cluster.orphans import ending_with_us
 from amfm.launch.cluster.supervise import Attempt, Outcome
@@ -67,13 +68,14 @@ def read_hosts(path: Path) -> list[str]:
 class HostServer:
     """One host's server behind a remote shell: orders go in, and answers, amfm's first message and the last lines come out.
 
-    is_named: whether its lines are shown with the host in front. is_ready: it has loaded everything.
+    is_named: whether its lines are shown with the host in front. is_ready: it has loaded everything. port: free by its check.
     """
 
     host: str
     process: subprocess.Popen[bytes]
     is_named: bool = True
     is_ready: bool = False
+    port: int | None = None
     message: str = ""
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
     answers: queue.Queue[dict[str, Any]] = field(default_factory=queue.Queue)
@@ -143,7 +145,7 @@ class HostServer:
 class RemoteHosts:
     """Runs attempts on a list of hosts, each through `[*remote_shell, host, line]`, one attempt at a time.
 
-    `spares`: hosts beyond an attempt's that have a server too. The others of the list come in where these are too few.
+    `port`: of the first attempt, where ranks meet; None: one that is free. `spares`: hosts beyond an attempt's that have a server too. The others of the list come in where these are too few.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class RemoteHosts:
         *,
         nodes: int,
         ranks_per_node: int,
-        port: int,
+        port: int | None,
         run_dir: str,
         setup: str | None,
         remote_shell: Sequence[str],
@@ -268,13 +270,14 @@ class RemoteHosts:
         others = [server for server in servers if server is not first]
         first.order(check=request | {"link": {"expect": len(others)}})
         answer = first.wait_for("listening", deadline) if others else None
-        link = {} if answer is None else {"connect": [address_of(first.host), answer["listening"]]}
+        link = {} if answer is None else {"connect": [address_of(first.host), [answer["listening"]]]}
         for server in others:
             server.order(check=request | {"link": link})
         faults: dict[str, list[str]] = {}
         for server in [*others, first]:
             answer = server.wait_for("faults", deadline)
             faults[server.host] = ["it did not answer the check"] if answer is None else answer["faults"]
+            server.port = None if answer is None else answer["port"]
         faults = blame_links(faults, first.host)
         failed = [server for server in [first, *others] if faults[server.host]]
         for server in failed:
@@ -301,7 +304,7 @@ class RemoteHosts:
             "nodes": attempt.nodes,
             "master": address_of(self.running[0].host),
             # Another port each time: ranks of the last attempt may still hold theirs.
-            "port": self.port + attempt.number,
+            "port": self.running[0].port or find_port() if self.port is None else self.port + attempt.number,
             "cause": " ".join((attempt.cause or "").split())[:MAX_CAUSE],
         }
         for place, server in enumerate(self.running):

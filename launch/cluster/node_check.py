@@ -17,18 +17,19 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.durable.files import write_file_atomically
+from amfm.launch.cluster.links import LINK_SECONDS, await_links, check_link, find_port, listen
 from amfm.launch.doctor.machine import has_cuda
 from amfm.pretrain.versions import collect_versions, digest_code
 
 CLOCK_SECONDS = 60.0
 STORAGE_BYTES = 1 << 20
 STORAGE_SECONDS = 5.0
-LINK_SECONDS = 8.0
 LOAD_SECONDS = (
     40.0  # by which nodes may differ where each loads this program on its own, from storage that all ask at once
 )
@@ -36,7 +37,6 @@ MIN_MEMORY_BYTES = 1 << 29  # a rank
 MIN_SHARED_BYTES = 1 << 26  # of /dev/shm, a rank
 DEVICE_DIM = 512
 DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))  # looked for before torch is loaded, which takes seconds
-UNREACHED = "it does not reach"
 MARK = "amfm-node: "  # before an answer to the launcher, among what ranks print
 
 
@@ -74,7 +74,7 @@ def check_node(request: Mapping[str, Any], received: float) -> list[str]:
     faults += check_storage(run_dir, request["token"])
     faults += check_memory(ranks)
     faults += check_devices(ranks)
-    faults += check_link(request["link"], request["patience"])
+    faults += check_links(request["link"], request["token"], request["patience"])
     return faults
 
 
@@ -104,12 +104,14 @@ def check_storage(run_dir: Path, token: str) -> Iterator[str]:
                 return
             time.sleep(0.2)
         content = os.urandom(STORAGE_BYTES)
-        with path.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        same = path.read_bytes() == content
-        path.unlink()
+        try:
+            with path.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            same = path.read_bytes() == content
+        finally:
+            path.unlink(missing_ok=True)
         if not same:
             yield f"{run_dir} gives back other bytes than were written"
     except OSError as error:
@@ -136,38 +138,21 @@ def check_memory(ranks: int) -> Iterator[str]:
         yield f"/dev/shm has {shutil.disk_usage(shared).free / 2**20:.0f} MiB free for {ranks} ranks; enlarge or clear it"
 
 
-def check_link(link: Mapping[str, Any], patience: float) -> Iterator[str]:
-    """The first node listens, tells at which port, and lets this many come; each other one goes there and hears a byte.
-
-    patience: seconds for which the others try, whether or not the first one listens yet.
-    """
+def check_links(link: Mapping[str, Any], token: str, patience: float) -> Iterator[str]:
+    """The first node listens, tells at which port, and lets this many come; each other one goes there and hears the token."""
     if link.get("expect"):
-        come = 0
-        with socket.create_server(("", link.get("port", 0)), backlog=max(16, link["expect"])) as listener:
+        for port in link.get("ports") or [0]:
+            with suppress(OSError):
+                listener = listen(port, backlog=max(16, link["expect"]))
+                break
+        else:
+            yield f"none of its ports {link['ports']} is free for others to reach it"
+            return
+        with listener:
             tell(listening=listener.getsockname()[1])
-            deadline = time.monotonic() + patience + LINK_SECONDS
-            while come < link["expect"] and (left := deadline - time.monotonic()) > 0:
-                listener.settimeout(left)
-                try:
-                    other, _ = listener.accept()
-                except TimeoutError:
-                    break
-                with other:
-                    other.sendall(b"!")
-                    come += 1
-    if "connect" not in link:
-        return
-    host, port = link["connect"]
-    deadline, reason = time.monotonic() + patience, "no answer"
-    while time.monotonic() < deadline:
-        try:
-            with socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())) as connection:
-                if connection.recv(1) == b"!":
-                    return
-        except OSError as error:
-            reason = str(error)
-        time.sleep(0.2)
-    yield f"{UNREACHED} {host} (port {port}): {reason}; look at its link, its interface and firewalls"
+            await_links(listener, link["expect"], token, patience)
+    if "connect" in link:
+        yield from check_link(link, token, patience)
 
 
 def check_devices(ranks: int) -> Iterator[str]:
@@ -190,17 +175,6 @@ def check_devices(ranks: int) -> Iterator[str]:
             continue
         if not torch.equal(found, expected):
             yield f"GPU {index} multiplies wrongly: {int((found != expected).sum())} of {expected.numel()} numbers differ"
-
-
-def blame_links(faults: Mapping[str, Sequence[str]], first: str) -> dict[str, list[str]]:
-    """Faults by node, where a first node that none of several others reaches is the one at fault, and not all others."""
-    found = {name: list(texts) for name, texts in faults.items()}
-    unreached = [name for name, texts in found.items() if any(UNREACHED in text for text in texts)]
-    if len(unreached) > 1 and len(unreached) == len(found) - 1 and first in found:
-        found[first].append(f"none of {len(unreached)} others reaches it")
-        for name in unreached:
-            found[name] = [text for text in found[name] if UNREACHED not in text]
-    return found
 
 
 def process_age() -> float:
@@ -228,11 +202,11 @@ def main(text: str) -> None:
     # Not now: to load this from storage that all nodes ask at once may take longer than clocks may differ.
     received, request = time.time() - process_age(), json.loads(text)
     link = request["link"]
-    if "SLURM_NODEID" in os.environ and {"port", "connect"} <= link.keys():  # all nodes got the same request
-        chosen = ("port", "expect") if os.environ["SLURM_NODEID"] == "0" else ("connect",)
+    if "SLURM_NODEID" in os.environ and {"ports", "connect"} <= link.keys():  # all nodes got the same request
+        chosen = ("ports", "expect") if os.environ["SLURM_NODEID"] == "0" else ("connect",)
         request["link"] = {name: link[name] for name in chosen}
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    tell(faults=check_node(request, received), node=node)
+    tell(faults=check_node(request, received), node=node, port=find_port())
 
 
 if __name__ == "__main__":

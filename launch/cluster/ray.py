@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +27,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from amfm.data_pipeline.prepare.ray_actors import start_ray
 from amfm.launch.cluster.interrupt import forward_to_ranks
 from amfm.launch.cluster.left_out import LeftOut
-from amfm.launch.cluster.node_check import blame_links, make_request, read_answers
+from amfm.launch.cluster.links import blame_links, find_port
+from amfm.launch.cluster.node_check import make_request, read_answers
 from amfm.launch.cluster.node_logs import Follower, copy_labelled, last_words, node_log
 from amfm.launch.cluster.supervise import Attempt, Outcome
 from amfm.launch.rank_command import isolated_python, rank_command, rank_variables
@@ -41,24 +40,6 @@ PLACEMENT_SECONDS = 60.0
 LAST_LINES_SECONDS = 5.0  # for what a rank left behind and that holds its output open
 READY_SECONDS = 600.0  # for Ray to start the actors' processes, which load from storage that all nodes ask at once
 CHECK_SECONDS = 120.0
-LOWEST_PORT = 20_000  # below are those of Ray's workers
-
-
-def find_port() -> int:
-    """A port that is free, for a process that listens there many seconds later.
-
-    It lies below those that the kernel gives to connections on its own: one of them would be taken again before long.
-    """
-    try:
-        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    except OSError:  # not Linux
-        first = 49_152
-    for port in random.sample(range(LOWEST_PORT, max(first, LOWEST_PORT + 1000)), 100):
-        with suppress(OSError), socket.create_server(("", port)):
-            return port
-    raise RuntimeError(
-        f"no port between {LOWEST_PORT} and {first} is free for the ranks to meet; free some on this host"
-    )
 
 
 class Place(NamedTuple):
@@ -238,9 +219,9 @@ class RayCluster:
         names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
         waiting = {}
         for rank in range(0, len(places), self.ranks_per_node):
-            link: dict[str, Any] = {"connect": [places[0].address, places[0].check_port]}
+            link: dict[str, Any] = {"connect": [places[0].address, [places[0].check_port]]}
             if rank == 0:
-                link = {"port": places[0].check_port, "expect": len(places) // self.ranks_per_node - 1}
+                link = {"ports": [places[0].check_port], "expect": len(places) // self.ranks_per_node - 1}
             gpus = ",".join(place.gpus for place in places[rank : rank + self.ranks_per_node] if place.gpus)
             check = self.actors[rank].check.remote(json.dumps(request | {"link": link}), gpus)
             waiting[check] = names[places[rank].node]

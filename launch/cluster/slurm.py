@@ -16,14 +16,19 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from amfm.launch.cluster.batch_host import BatchHostWatch
+from amfm.launch.cluster.controller import AWAY, address_of, ask
+from amfm.launch.cluster.interrupt import forward_to_ranks
 from amfm.launch.cluster.left_out import LeftOut
 from amfm.launch.cluster.lines import (
     check_variables,
@@ -33,19 +38,19 @@ from amfm.launch.cluster.lines import (
     shell_line,
     with_variables,
 )
-from amfm.launch.cluster.node_check import blame_links, make_request, read_answers
+from amfm.launch.cluster.links import blame_links, candidates
+from amfm.launch.cluster.node_check import make_request, read_answers
 from amfm.launch.cluster.node_logs import Follower, find_message, first_message, node_log
 from amfm.launch.cluster.orphans import ending_with_us
 from amfm.launch.cluster.supervise import Attempt, Outcome
 from amfm.launch.console import say
 from amfm.launch.rank_command import isolated_python, rank_command
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.event_log import read_events
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, RESTART_CAUSE, RUN_FAILED
 
-FIRST_PORT, NUM_PORTS = 20_000, 12_000
 POLL_SECONDS = 0.5
 CHECK_SECONDS = 120.0
-CHECK_PORTS = 6_000  # between the ports of ranks and that of a check
 START_SECONDS = 120  # loading and a first step: an attempt that has less before its signal would save nothing new
 FAILED_TASK = re.compile(r"srun: error: .*\btasks? (\d+)")
 # Each task takes its number as a rank from the variables that Slurm sets for it.
@@ -178,23 +183,29 @@ class Allocation:
         self.variables = check_variables(config.launch.environment, "launch.environment")
         self.left_out = LeftOut(Path(config.run.dir))
         self.checked: list[str] = []  # for the attempt to come
+        self.ports: dict[str, int] = {}  # free ones, by node
         self.running: list[str] = []
+        self.srun: subprocess.Popen[bytes] | None = None
+        self.was_signalled = False
+        self.num_events = sum(1 for _ in read_events(Path(config.run.dir)))  # before this launcher
+        self.watch = BatchHostWatch(Path(config.run.dir), requeue=config.launch.slurm.requeue)
+        self.cause = self.watch.take_cause()  # of the first attempt
+        if self.cause:
+            say(f"amfm launch: {self.cause}; continuing in the job that was queued again")
 
     def environment(self, attempt: Attempt) -> dict[str, str]:
-        """Environment of an attempt: ranks meet on the first node, at a port derived from job and attempt.
-
-        A new port for each attempt, as ranks of the last one may still hold theirs.
-        """
-        number = int(self.job) + attempt.number
+        """Environment of an attempt: ranks meet on the first node, at the port that its check found free."""
+        first = (self.checked or self.hosts())[0]
         variables = {
             "WORLD_SIZE": str(attempt.nodes * self.ranks_per_node),
             "LOCAL_WORLD_SIZE": str(self.ranks_per_node),
             GOES_ON: "1",
-            "MASTER_ADDR": address_of((self.checked or self.hosts())[0]),
-            "MASTER_PORT": str(FIRST_PORT + number % NUM_PORTS),
+            "MASTER_ADDR": address_of(first),
+            "MASTER_PORT": str(self.ports.get(first) or candidates(f"{self.job}, attempt {attempt.number}")[0]),
         }
-        if attempt.cause:
-            variables[RESTART_CAUSE] = attempt.cause
+        cause, self.cause = attempt.cause or self.cause, None
+        if cause:
+            variables[RESTART_CAUSE] = cause
         return os.environ | self.variables | variables
 
     def hosts(self) -> list[str]:
@@ -207,13 +218,14 @@ class Allocation:
     def usable_nodes(self) -> int:
         """Number of allocated nodes that are up and pass the check for the attempt to come, spares among them."""
         up = [name for name in self.hosts() if name not in self.left_out.reasons]
+        self.watch.keep(up)
         for name in self.running:
             if name not in up and name not in self.left_out.reasons:
                 self.left_out.lose(name)
         self.running = []
         if not up or set(up) == set(self.checked):
             return len(up)
-        faults = check_nodes(self.config, up, self.ranks_per_node, os.environ | self.variables, self.job)
+        faults, self.ports = check_nodes(self.config, up, self.ranks_per_node, os.environ | self.variables, self.job)
         for name, texts in faults.items():
             if texts:
                 self.left_out.leave_out(name, "; ".join(texts))
@@ -222,14 +234,27 @@ class Allocation:
         return len(self.checked)
 
     def start(self, attempt: Attempt) -> Outcome:
-        """Run one attempt to its end, showing rank 0's log and what srun says.
+        """Run one attempt to its end, showing rank 0's log and what srun says; signals to the launcher go to the ranks.
 
         Cause of a failure: the first amfm message of srun's output, of the rank that srun names, or of any rank; else
         srun's first error. Slurm stops all ranks when one fails.
         """
-        if attempt.number and self.is_ending():
-            say("amfm launch: too little is left of the job's time to start again")
-            return Outcome(DONE, began=False)
+        with forward_to_ranks(self._forward) as interrupt:
+            if self.was_signalled:  # before there were ranks
+                return interrupt.outcome(Outcome(DONE, began=False))
+            if attempt.number and self.is_ending():
+                say("amfm launch: too little is left of the job's time to start again")
+                return Outcome(DONE, began=False)
+            return interrupt.outcome(self._run_ranks(attempt))
+
+    def _forward(self, number: int) -> None:
+        """Let the ranks save and end: srun hands them SIGUSR1, and would kill them on SIGTERM."""
+        self.was_signalled = True
+        if self.srun is not None and self.srun.poll() is None:
+            self.srun.send_signal(signal.SIGUSR1)
+
+    def _run_ranks(self, attempt: Attempt) -> Outcome:
+        """Run srun to its end and say how that was."""
         num_ranks = attempt.nodes * self.ranks_per_node
         logs = [node_log(self.config.run.dir, attempt.number, node) for node in range(attempt.nodes)]
         logs[0].parent.mkdir(parents=True, exist_ok=True)
@@ -246,14 +271,13 @@ class Allocation:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         ) as process:
+            self.srun = process
             reader = threading.Thread(target=said.follow, args=(process.stdout,), daemon=True)
             reader.start()
             while process.poll() is None:
                 shown.show()
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=POLL_SECONDS)
-                except subprocess.TimeoutExpired:
-                    continue
             reader.join()
         shown.show()
         code = process.returncode
@@ -265,7 +289,9 @@ class Allocation:
         ]
         words = (first_message(logs[node], rank=rank, start=sizes[node]) for node, rank in places)
         message = said.message or next((text for text in words if text), "")
-        return Outcome(RUN_FAILED, message or said.error or f"srun ended with code {code}")
+        cause = message or said.error or f"srun ended with code {code}"
+        # Where srun did not reach the controller, there were no ranks.
+        return Outcome(RUN_FAILED, cause, began=bool(message) or not AWAY.search(said.error))
 
     def is_ending(self) -> bool:
         """Whether the job is so near its time limit that ranks were told to stop, or would be before a first step.
@@ -276,19 +302,16 @@ class Allocation:
         slurm = self.config.launch.slurm
         return slurm.requeue and ends is not None and int(ends) - time.time() < slurm.signal_seconds + START_SECONDS
 
-    def queue_again(self) -> None:
-        """Requeue the job, whose time ended before the run was finished."""
-        array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-        # One job of an array has the array's own number, which stands for all of its jobs here.
-        ask("scontrol", "requeue", f"{array}_{task}" if array and task else self.job)
-
 
 def check_nodes(
     config: RunConfig, names: Sequence[str], ranks_per_node: int, environment: Mapping[str, str], job: str
-) -> dict[str, list[str]]:
-    """What is wrong with each of these nodes of the job, by name, nothing for an empty list; who does not answer is missing."""
-    port = FIRST_PORT + (int(job) + CHECK_PORTS) % NUM_PORTS
-    link = {"port": port, "connect": [address_of(names[0]), port], "expect": len(names) - 1}
+) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """What is wrong with each of these nodes of the job, by name, nothing for an empty list, and a free port of each.
+
+    Who does not answer is missing.
+    """
+    ports = candidates(f"check of {job}")
+    link = {"ports": ports, "connect": [address_of(names[0]), ports], "expect": len(names) - 1}
     request = make_request(Path(config.run.dir), ranks_per_node, loads_anew=True) | {"link": link}
     module = [*isolated_python(), "-m", "amfm.launch.cluster.node_check", json.dumps(request)]
     container, command = in_container(config, module)
@@ -314,8 +337,9 @@ def check_nodes(
         said = done.stdout
     except subprocess.TimeoutExpired as error:
         said = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
-    found = {answer["node"]: answer["faults"] for answer in read_answers(said) if "faults" in answer}
-    return blame_links(found, names[0])
+    answers = [answer for answer in read_answers(said) if "faults" in answer]
+    faults = blame_links({answer["node"]: answer["faults"] for answer in answers}, names[0])
+    return faults, {answer["node"]: answer["port"] for answer in answers}
 
 
 class SrunOutput:
@@ -337,17 +361,3 @@ class SrunOutput:
                     self.failed_task = int(found[1])
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
-
-
-def address_of(node: str) -> str:
-    """Address at which Slurm reaches a node; on some clusters it is not the node's name."""
-    fields = dict(field.partition("=")[::2] for field in ask("scontrol", "-o", "show", "node", node).split())
-    return fields.get("NodeAddr", node)
-
-
-def ask(*command: str) -> str:
-    """Standard output of one of Slurm's programs. Raises RuntimeError with its error text when it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr.strip()}")
-    return done.stdout

@@ -17,7 +17,6 @@ from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument
 from amfm.launch.commands.train import summarize
 from amfm.launch.console import print_json, say
 from amfm.launch.rank_command import rank_command
-from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
 
 if TYPE_CHECKING:
     from amfm.launch.cluster.hosts import RemoteHosts
@@ -277,7 +276,7 @@ def launch_torchrun(
             names,
             nodes=nodes,
             ranks_per_node=ranks,
-            port=number,
+            port=number if port else None,
             run_dir=config.run.dir,
             setup=None if hosts is None else config.launch.setup,
             remote_shell=HERE if hosts is None else remote_shell,
@@ -328,8 +327,9 @@ def launch_slurm(
 
     Returns the exit code of the run, or what a dry run or a submission shows.
     """
+    from amfm.launch.cluster.requeue import queue_rest
     from amfm.launch.cluster.slurm import Allocation, is_inside_allocation, submit, write_script
-    from amfm.pretrain.report.data import read_run
+    from amfm.pretrain.monitor.signals import note_signals
 
     again = ["launch", str(path), *overrides, "--on", "slurm", "--nodes", str(nodes), "--nproc-per-node", str(ranks)]
     again += ["--doctor"] if work.max_restarts is None else []
@@ -343,18 +343,13 @@ def launch_slurm(
             return Shown(script, {"script": script})
         answer = submit(config, script)
         return Shown(f"{answer}\n", {"submitted": answer, "job": answer.split()[-1]})
+    note_signals()  # those that come before there are ranks, or between two attempts
     allocation = Allocation(config, work.arguments, ranks_per_node=ranks)
-    code = run_attempts(config, work, allocation, nodes, ranks)
-    # Ranks that the time limit's signal ended badly (while they loaded, or in a collective) continue in the next job
-    # too.
-    is_cut_off = code == DONE or (code == RUN_FAILED and allocation.is_ending())
-    if work.max_restarts is None or not is_cut_off or not config.launch.slurm.requeue:
-        return code
-    # DONE also ends a run that saved on a signal before the time limit: only its record tells whether steps are left.
-    if not read_run(config.run.dir).is_finished():
-        say("amfm launch: the job's time ended before the run's last step; the job is queued again")
-        allocation.queue_again()
-    return code
+    try:
+        code = run_attempts(config, work, allocation, nodes, ranks)
+    finally:
+        allocation.watch.close()
+    return code if work.max_restarts is None else queue_rest(config, allocation, code)
 
 
 def launch_ray(

@@ -43,6 +43,8 @@ def write_run(folder: Path, run_dir: Path, **overrides: Any) -> RunConfig:
             "train__global_batch_size": 12,
             "train__sequence_length": 256,
             "train__checkpoint_every_steps": 10,
+            # Not more: at 3e-3 the order of a sum over ranks alone moves the last losses by 2e-3, as nothing does at this one.
+            "optimizer__learning_rate": 1e-3,
             "launch__heartbeat_seconds": 60.0,
             "launch__node_wait_seconds": 10.0,
             "launch__slurm": {"gpus": False, "signal_seconds": 60},
@@ -73,7 +75,7 @@ def check_losses(run_dir: Path, expected: list[float]) -> None:
     """Every step is there once, with the loss of an undisturbed run: sums over ranks differ in their order alone."""
     losses = [line["loss"] for line in metrics(run_dir)]
     assert len(losses) == len(expected)
-    assert losses == pytest.approx(expected, abs=5e-4)
+    assert losses == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@
 #                                   with `accounts` Slurm asks for accounts and QOS, which slurmdbd keeps in a MariaDB on node0
 #   slurm.sh login DIR CMD...       run a command on the login node, with Slurm's programs at this cluster
 #   slurm.sh node DIR I             start slurmd on node I (again)
+#   slurm.sh controller DIR         start slurmctld (again)
 #   slurm.sh down DIR               end everything
 # Faults: network.sh cut, lose, slow ... on the same DIR; `login DIR scancel ...`, `scontrol update nodename=...`.
 set -euo pipefail
@@ -47,6 +48,7 @@ CONF
   "$net" enter "$DIR" 0 setsid slurmdbd </dev/null >/dev/null 2>&1
   until_ok "$net" enter "$DIR" 0 sacctmgr -i add cluster test
 }
+start_slurmctld() { "$net" enter "$DIR" 0 setsid slurmctld </dev/null >/dev/null 2>&1; }
 start_slurmd() { "$net" enter "$DIR" "$1" setsid slurmd -N "node$1" -L "$DIR/slurmd$1.log" </dev/null >/dev/null 2>&1; }
 
 case $verb in
@@ -86,12 +88,13 @@ NodeName=node[1-$n] NodeAddr=10.77.0.[11-$((10 + n))] CPUs=$cpus RealMemory=$mb 
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP DefMemPerNode=$mb
 CONF
   [ -z "$accounts" ] || start_accounts
-  "$net" enter "$DIR" 0 setsid slurmctld </dev/null >/dev/null 2>&1
+  start_slurmctld
   for i in $(seq 1 "$n"); do start_slurmd "$i"; done
   until_ok count_idle "$n"
   "$net" enter "$DIR" 0 sinfo ;;
 login) "$net" enter "$DIR" 0 "$@" ;;
 node) start_slurmd "$1" ;;
+controller) start_slurmctld ;;
 down) "$net" down "$DIR" ;;
 *) sed -n '2,/^set/p' "$0" >&2; exit 2 ;;
 esac

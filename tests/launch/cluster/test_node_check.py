@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -12,11 +15,10 @@ import pytest
 
 from amfm.launch.cluster import node_check
 from amfm.launch.cluster.left_out import LeftOut
+from amfm.launch.cluster.links import LINK_SECONDS, blame_links, candidates, listen
 from amfm.launch.cluster.node_check import (
-    LINK_SECONDS,
-    blame_links,
     check_code,
-    check_link,
+    check_links,
     check_node,
     main,
     make_request,
@@ -45,7 +47,7 @@ def test_each_thing_that_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.Mo
         "the launcher has 1.0; install the same on every node"
     )
     assert "GiB of memory are free for 100000 ranks" in next(iter(node_check.check_memory(100_000)))
-    (unreached,) = check_link({"connect": ["127.0.0.1", 1]}, 0.3)
+    (unreached,) = check_links({"connect": ["127.0.0.1", [1]]}, "token", 0.3)
     assert "it does not reach 127.0.0.1 (port 1): " in unreached
 
 
@@ -58,17 +60,52 @@ def test_a_clock_is_compared_as_of_the_start_of_a_process_that_loads_for_long(
     assert [answer["faults"] for answer in read_answers(capsys.readouterr().out)] == [[]]
 
 
-def test_nodes_come_to_the_first_one(capsys: pytest.CaptureFixture[str]) -> None:
-    waiting = threading.Thread(target=lambda: list(check_link({"expect": 2}, LINK_SECONDS)))
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_nodes_come_to_the_first_one(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if ":" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("this host has no IPv6")
+    waiting = threading.Thread(target=lambda: list(check_links({"expect": 2}, "token", LINK_SECONDS)))
     waiting.start()
     said = ""
     while "listening" not in said:
         said += capsys.readouterr().out
         time.sleep(0.01)
     port = int(said.rpartition(" ")[2].strip("}\n"))
-    assert [list(check_link({"connect": ["127.0.0.1", port]}, LINK_SECONDS)) for _ in range(2)] == [[], []]
+    assert [list(check_links({"connect": [host, [port]]}, "token", LINK_SECONDS)) for _ in range(2)] == [[], []]
     waiting.join(timeout=PATIENCE_SECONDS)
     assert not waiting.is_alive()
+
+
+def answer_once(listener: socket.socket, words: bytes) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.sendall(words)
+
+
+def test_a_port_that_another_job_has_is_passed_over_by_both_sides(capsys: pytest.CaptureFixture[str]) -> None:
+    """Jobs on one node: what listens there may accept, and say nothing or something else."""
+    ports = candidates("check of 7")
+    assert not set(ports) & set(candidates("check of 8"))
+    with listen(ports[0]) as taken, listen(ports[1]) as other:
+        for listener, words in ((taken, b""), (other, b"theirs")):
+            threading.Thread(target=answer_once, args=(listener, words), daemon=True).start()
+        links = {"ports": ports, "expect": 1}
+        waiting = threading.Thread(target=lambda: list(check_links(links, "token", LINK_SECONDS)))
+        waiting.start()
+        assert list(check_links({"connect": ["127.0.0.1", ports]}, "token", LINK_SECONDS)) == []
+        waiting.join(timeout=PATIENCE_SECONDS)
+    assert f'"listening": {ports[2]}' in capsys.readouterr().out
+
+
+def test_a_full_disk_is_named_and_keeps_no_part_of_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = request(tmp_path)
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert any("No space left on device" in fault for fault in node_check.check_storage(tmp_path, asked["token"]))
+    assert [path.name for path in (tmp_path / "launch").iterdir()] == ["check-token"]
 
 
 def test_one_that_no_other_reaches_is_at_fault_itself() -> None:

@@ -219,21 +219,6 @@ def test_near_its_time_limit_a_job_starts_no_further_attempt(
     assert allocation.is_ending() and allocation.start(Attempt(1, 1, "lost")) == Outcome(0, began=False)
 
 
-@pytest.mark.parametrize(("task", "named"), [(None, "7"), ("3", "5_3")])
-def test_a_job_of_an_array_is_queued_again_alone(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str | None, named: str
-) -> None:
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\n')
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    if task is not None:
-        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
-    Allocation(config, ["train"], ranks_per_node=1).queue_again()
-    assert (tmp_path / "words").read_text() == f"requeue {named}\n"
-
-
 def free_port() -> int:
     with socket.create_server(("", 0)) as listener:
         return int(listener.getsockname()[1])

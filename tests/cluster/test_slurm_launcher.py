@@ -1,0 +1,105 @@
+"""Slurm's launcher itself: its host is lost, the controller is away, signals reach it alone, the run stops on purpose."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import (
+    SLURM,
+    START_SECONDS,
+    cluster,
+    end_well,
+    events,
+    metrics,
+    missing,
+    quietly,
+    signal_ranks,
+    wait_for_steps,
+    wait_until,
+)
+from tests.cluster.conftest import WatchRun, check_losses, write_run
+from tests.cluster.test_slurm import field, finish, launch_command, state, submit
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(bool(missing("slurm")), reason=missing("slurm")),
+]
+
+
+def test_a_job_whose_batch_host_is_lost_is_queued_again_by_its_other_node(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
+    """Slurm would leave it running, with nothing in it, until its time limit."""
+    write_run(folder, folder / "run")
+    with cluster(3, "slurm", folder=folder) as nodes:
+        job, log = submit(nodes, folder, count=2)
+        wait_for_steps(folder / "run", 13, log)
+        with watch("Slurm", "power of the batch host lost"):
+            nodes.fault("lose", int(field(nodes, job, "BatchHost").removeprefix("node")))
+            wait_until(lambda: field(nodes, job, "Restarts") == "1", 300, log)
+            finish(nodes, job, log)
+        text = log.read_text()
+    assert "continuing in the job that was queued again" in text
+    (restarted,) = events(folder / "run", "restarted")
+    assert "the batch host node1 was lost" in restarted["cause"]
+    check_losses(folder / "run", undisturbed)
+
+
+def test_a_run_that_stops_on_purpose_is_not_queued_again(folder: Path) -> None:
+    write_run(folder, folder / "run")
+    with cluster(1, "slurm", folder=folder) as nodes:
+        job, log = submit(nodes, folder, "train.stop_after_steps=3")
+        wait_until(lambda: state(nodes, job) in ("COMPLETED", "PENDING"), START_SECONDS, log)
+        assert (state(nodes, job), field(nodes, job, "Restarts")) == ("COMPLETED", "0")
+    assert [event["reason"] for event in events(folder / "run", "end")] == ["stop_after_steps"]
+
+
+def test_a_controller_that_is_away_while_a_rank_is_lost_is_waited_for(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
+    write_run(folder, folder / "run")
+    with cluster(1, "slurm", folder=folder) as nodes:
+        job, log = submit(nodes, folder)
+        wait_for_steps(folder / "run", 13, log)
+        with watch("Slurm", "controller away while a rank is killed"):
+            nodes.run(0, "pkill", "-KILL", "slurmctld")
+            signal_ranks(nodes, 1, "KILL")
+            wait_until(lambda: "controller does not answer" in log.read_text(), START_SECONDS, log)
+            quietly(SLURM, "controller", str(folder))
+            finish(nodes, job, log)
+    assert len(events(folder / "run", "restarted")) == 1
+    check_losses(folder / "run", undisturbed)
+
+
+@pytest.mark.parametrize("name", ["TERM", "USR1"])
+def test_a_signal_to_the_launcher_alone_reaches_the_ranks_which_save(
+    name: str, folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
+    """As `--signal=B:TERM` sends it, `scancel --full`, and scripts of a site before maintenance."""
+    write_run(folder, folder / "run")
+    with cluster(1, "slurm", folder=folder) as nodes:
+        job, log = submit(nodes, folder)
+        wait_for_steps(folder / "run", 13, log)
+        with watch("Slurm", f"SIG{name} to the batch script alone") as row:
+            nodes.run(0, "scancel", "--batch", f"--signal={name}", job)
+            wait_until(lambda: "is queued again" in log.read_text(), START_SECONDS, log)
+            finish(nodes, job, log)
+    assert row.steps_again == 0 and not events(folder / "run", "restarted"), "no attempt failed"
+    check_losses(folder / "run", undisturbed)
+
+
+def test_a_signal_in_an_allocation_of_salloc_ends_well_and_says_how_to_continue(folder: Path) -> None:
+    """Slurm queues batch jobs alone again."""
+    write_run(folder, folder / "run")
+    log = folder / "launch.log"
+    with cluster(1, "slurm", folder=folder) as nodes:
+        launcher = nodes.start(0, log, "salloc", "--nodes=1", "--ntasks-per-node=1", *launch_command(folder, 1))
+        wait_for_steps(folder / "run", 3, log)
+        nodes.run(0, "scancel", f"--signal={signal.SIGUSR1.name}", "1")
+        end_well(launcher, log)
+    assert "the same command continues it in another allocation" in log.read_text()
+    last = metrics(folder / "run")[-1]["step"]
+    assert (folder / f"run/checkpoints/step-{last:08d}/manifest.json").exists()
