@@ -44,6 +44,43 @@ def test_only_start_ray_starts_ray_which_keeps_the_working_directory_from_its_wo
     assert found == {"data_pipeline/prepare/ray_actors.py"}
 
 
+# What gives a file its final name: a name that is random, or must not exist, and a folder that only its owner may enter.
+RENAMES = {
+    "data_pipeline/durable/files.py": "replacing(), for all others",
+    "data_pipeline/store/node_cache.py": "in a folder of mode 700",
+    "data_pipeline/store/part_writer.py": "a folder that mkdir made",
+    "kernels/runtime/user_cache.py": "kernels import no other package; opened with x",
+    "pretrain/checkpoint/commit.py": "folders that mkdir made",
+    "pretrain/checkpoint/fetched.py": "a folder that mkdir made",
+    "pretrain/checkpoint/files.py": "opened with x",
+    "pretrain/export/clients/gguf_file.py": "in a folder of mode 700",
+    "pretrain/export/export.py": "a folder that mkdir made",
+    "pretrain/export/files.py": "a folder that mkdir made",
+    "pretrain/monitor/heartbeat.py": "opened with x",
+    "pretrain/rollback.py": "files and folders of the run, which have their names already",
+}
+
+
+def test_files_get_their_names_where_no_link_in_a_temporary_name_is_followed() -> None:
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES[:5]
+        for path in (ROOT / package).rglob("*.py")
+        if re.search(r"\.(replace|rename)\(", text := path.read_text(encoding="utf-8"))
+        and any(is_rename(node) for node in ast.walk(ast.parse(text)))
+    }
+    assert found == RENAMES.keys()
+
+
+def is_rename(node: ast.AST) -> bool:
+    """os.replace and os.rename, and those of a path: one argument, where text takes two and dataclasses keywords."""
+    if not (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("replace", "rename")
+    ):
+        return False
+    return ast.unparse(node.func.value) == "os" or (len(node.args) == 1 and not node.keywords)
+
+
 def faults(source: str, path: str) -> Iterator[tuple[int, str]]:
     """Lines with what loads a file and may run what is in it. Pickle's functions, eval, exec and YAML are ruff's rules S."""
     if not MARKS.search(source):

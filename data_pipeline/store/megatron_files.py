@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from amfm.data_pipeline.durable.files import replacing
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.manifest import Split
 from amfm.data_pipeline.store.store import TokenStore
@@ -143,8 +144,8 @@ def read_megatron_documents(path: Path, first: int, stop: int) -> Iterator[npt.N
 def export_megatron(store: TokenStore, source: str, split: Split, prefix: str | Path, report: Report = silent) -> int:
     """Write a source as PREFIX.bin and PREFIX.idx, a document a sequence with its end token; returns the documents.
 
-    uint16 stays uint16; uint32 becomes int32, Megatron's other token type. The .idx appears last, under its final
-    name. ValueError when an id doesn't fit int32.
+    uint16 stays uint16; uint32 becomes int32, Megatron's other token type. Both are written under random names, synced and
+    renamed, the .idx last. ValueError when an id doesn't fit int32.
     """
     bin_path, index_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     dtype = "uint16" if store.layout.dtype == "uint16" else "int32"
@@ -155,7 +156,7 @@ def export_megatron(store: TokenStore, source: str, split: Split, prefix: str | 
     bin_path.parent.mkdir(parents=True, exist_ok=True)
     lengths: list[npt.NDArray[np.int64]] = []
     done, total = 0, store.num_tokens(source, split) * np.dtype(dtype).itemsize
-    with bin_path.open("wb") as file:
+    with replacing(bin_path) as file:
         for part in store.parts(source, split):
             ends = store.document_ends(part)
             lengths.append(ends - np.concatenate((np.zeros(1, np.int64), ends[:-1])))
@@ -163,12 +164,11 @@ def export_megatron(store: TokenStore, source: str, split: Split, prefix: str | 
                 tokens = store.read_tokens(part, start, min(part.num_tokens, start + SPAN_TOKENS))
                 done += file.write(tokens.astype(dtype).tobytes())
                 report(f"writing {bin_path.name}", done, total)
+        index_path.unlink(missing_ok=True)  # of other tokens
     flat = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
     pointers = (np.cumsum(flat) - flat) * np.dtype(dtype).itemsize
-    temporary = index_path.with_name(f".writing-{index_path.name}")
-    with temporary.open("wb") as file:
+    with replacing(index_path) as file:
         file.write(HEADER.pack(MAGIC, 1, CODE_BY_DTYPE[dtype], len(flat), len(flat) + 1))
         file.write(flat.astype("<i4").tobytes() + pointers.astype("<i8").tobytes())
         file.write(np.arange(len(flat) + 1, dtype="<i8").tobytes())
-    os.replace(temporary, index_path)
     return len(flat)

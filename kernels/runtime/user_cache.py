@@ -76,5 +76,7 @@ def write_whole(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all, its folder with it. Raises OSError where it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1))
+    partial.unlink(missing_ok=True)  # whatever it is: a link is not followed
+    with partial.open("x") as file:
+        json.dump(content, file, indent=1)
     partial.replace(path)

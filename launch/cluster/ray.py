@@ -89,7 +89,9 @@ class RankHost:
         path.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **variables, LAUNCHER_PID: str(os.getpid())}
         # Unbuffered: the ranks of a node append whole lines to one file.
-        with path.open("ab", buffering=0) as output:
+        with open(
+            path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o644)
+        ) as output:
             self.process = subprocess.Popen(
                 command,
                 env=environment,

@@ -110,9 +110,10 @@ def submit(config: RunConfig, script: str) -> str:
     path = Path(config.run.dir) / "launch" / "job.sbatch"
     path.parent.mkdir(parents=True, exist_ok=True)
     Path(log_file(config)).parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)  # launch.setup is in it, and may hold secrets
-    path.chmod(0o600)
-    path.write_text(script, encoding="utf-8")
+    path.unlink(missing_ok=True)  # whatever it is: a link is not followed
+    # launch.setup is in it, and may hold secrets.
+    with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(script)
     try:
         done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:

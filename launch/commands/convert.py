@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.progress import Waiting
 from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument
 from amfm.launch.console import print_json, print_pairs, print_rows, say
@@ -98,7 +99,7 @@ def run_stage(stage: ConversionStage, place: str, nproc: int) -> int:
 
     if not stage.is_finished():
         say(f"amfm convert: {place}, convert-{stage.name}: {stage.config.train.steps} steps in {stage.run_dir}")
-        stage.file.write_text(resolved_yaml(stage.config), encoding="utf-8")
+        write_file_atomically(stage.file, resolved_yaml(stage.config).encode())
         code = run_layouts(stage.config, ["train", str(stage.file)], nproc)
         if code != DONE or not stage.is_finished():
             return code

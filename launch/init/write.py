@@ -8,7 +8,6 @@ A model that fits no layout of the machine is refused with the next larger machi
 from __future__ import annotations
 
 import math
-import os
 import re
 import shlex
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.prepare.hub import is_hub, parse_hub
 from amfm.data_pipeline.store.object_store import is_url
 from amfm.launch.init.machine import Choice, Machine, find_layout, larger_machines
@@ -78,9 +78,7 @@ def write_config(answers: Answers) -> Written:
         draft.write_text(written, encoding="utf-8")
         load_checked(draft, world_size=answers.machine.ranks)
     answers.folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".yaml.part")
-    temporary.write_text(written, encoding="utf-8")
-    os.replace(temporary, path)
+    write_file_atomically(path, written.encode())
     return Written(path, choice)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from amfm.data_pipeline.durable.files import replacing
 from amfm.launch.plan.estimate import Estimate
 from amfm.pretrain.checks.load import load_checked
 
@@ -27,15 +28,12 @@ def write_layout(path: Path, chosen: Sequence[Estimate]) -> None:
     Raises ConfigError, and leaves the file alone, where a rule is broken.
     """
     text = path.read_text(encoding="utf-8")
-    beside = path.with_name(f".{path.stem}.layout.yaml")
     first = chosen[0]
     found = edited(text, first.layout.settings(), first.train, stage_settings(chosen))
-    beside.write_text(found, encoding="utf-8")
-    try:
-        load_checked(beside, (), world_size=first.layout.ranks)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(found.encode())
+        file.flush()
+        load_checked(Path(file.name), (), world_size=first.layout.ranks)
 
 
 def stage_settings(chosen: Sequence[Estimate]) -> list[dict[str, Any]]:

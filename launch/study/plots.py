@@ -6,7 +6,6 @@ temporary file and renamed, as a study that is interrupted must not leave half a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from amfm.data_pipeline.durable.files import replacing
 from amfm.launch.study.grid import ONLY_ATTENTION
 from amfm.launch.study.table import ACCURACY, Measure, Row, show_ratio
 from amfm.pretrain.report.numbers import short
@@ -78,10 +78,9 @@ def draw_study(rows: Sequence[Row], measures: Mapping[str, Measure], state_token
         # One legend for the figure: mixers have the same colour and marker in every panel.
         handles, labels = axes[0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
-        temporary = path.with_suffix(".png.part")
         # Without the software's name in it, equal results give equal files.
-        canvas.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
-    os.replace(temporary, path)
+        with replacing(path) as file:
+            canvas.savefig(file, format="png", dpi=130, metadata={"Software": None})
 
 
 def draw_panel(axes: Any, rows: Sequence[Row], places: Mapping[str, int], point: Callable[[Row], Point | None]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.prepare.ray_actors import start_ray
 from amfm.launch.cluster.local import forward_signals
 from amfm.launch.cluster.node_logs import last_words
@@ -119,7 +120,7 @@ class _Dispatcher:
         """Write a cell's resolved configuration, without secrets, and start `amfm train` on it."""
         path = self.study_dir / "configs" / f"{cell.name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(resolved_yaml(without_secrets(cell.config)), encoding="utf-8")
+        write_file_atomically(path, resolved_yaml(without_secrets(cell.config)).encode())
         log_of(cell, self.study_dir).unlink(missing_ok=True)  # a cause is looked for in it
         threads = str(self.room.threads)
         # A fresh actor for each cell: Ray gives it its own GPU or cores, and they are free again once it is killed.

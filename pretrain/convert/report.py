@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from amfm.data_pipeline.durable.files import replacing, write_file_atomically
 from amfm.pretrain.convert.measure import AT_ONCE, TEACHER, TRANSFERRED, TUNED, ConversionReport
 from amfm.pretrain.convert.stages import ConversionStage
 from amfm.pretrain.convert.weights import write_folder
@@ -33,9 +33,7 @@ def write_result(found: ConversionReport, tuned: Weights, stages: Sequence[Conve
     """Write the merged weights where they are not there yet, and next to them the report and its picture."""
     if not found.result.exists():
         write_folder(found.result, tuned)
-    temporary = found.result / f"{JSON_NAME}.part"
-    temporary.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, found.result / JSON_NAME)
+    write_file_atomically(found.result / JSON_NAME, (json.dumps(found.to_json(), indent=2) + "\n").encode())
     draw_conversion(found, stages, found.result / PICTURE_NAME)
 
 
@@ -53,9 +51,8 @@ def draw_conversion(found: ConversionReport, stages: Sequence[ConversionStage], 
             axes[1].set_ylim(0, 1)
             axes[1].set_xlabel("block")
             axes[1].set_title("Share of the mass behind the window", fontsize=9.5)
-        temporary = path.with_suffix(".part")
-        canvas.savefig(temporary, format="svg", metadata={"Date": None})
-    os.replace(temporary, path)
+        with replacing(path) as file:
+            canvas.savefig(file, format="svg", metadata={"Date": None})
 
 
 def _draw_losses(found: ConversionReport, stages: Sequence[ConversionStage], axes: Axes) -> None:

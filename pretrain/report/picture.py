@@ -5,7 +5,6 @@ The plots are those of the report, drawn in its light colours on one canvas of u
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from amfm.data_pipeline.durable.files import replacing
 from amfm.pretrain.report.colours import LIGHT
 from amfm.pretrain.report.data import RunRecord
 from amfm.pretrain.report.draw import draw_plot, style
@@ -42,12 +42,11 @@ def draw_picture(records: Sequence[RunRecord], path: Path) -> None:
             axes.set_title(plot.title, fontsize=9.5)
         for axes in panels[len(plots) :]:
             axes.set_axis_off()
-        temporary = path.with_suffix(f"{path.suffix}.part")
         # Without a date and with a fixed salt for ids, a picture kept under version control changes only with its run.
         dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
         kind = path.suffix.removeprefix(".")
-        canvas.savefig(temporary, format=kind, dpi=144, metadata=dates.get(kind))
-    os.replace(temporary, path)
+        with replacing(path) as file:
+            canvas.savefig(file, format=kind, dpi=144, metadata=dates.get(kind))
 
 
 def describe_run(record: RunRecord) -> str:

@@ -7,11 +7,10 @@ are chosen and put into words; plots.py and overlay.py choose the curves, page.p
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from amfm.data_pipeline.durable.naming import named
+from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.model.config.kinds import describe_symbol
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.monitor.panel import plural
@@ -50,10 +49,7 @@ def write_report(run_dirs: Sequence[str | Path], out: Path | None = None) -> Pat
     records = [read_run(folder) for folder in run_dirs]
     page = render_run(records[0]) if len(records) == 1 else render_overlay(records)
     # Renamed into place: a browser that reloads meanwhile sees the old page or the new one.
-    temporary = place.with_name(place.name + ".part")
-    with named(temporary):
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, place)
+    write_file_atomically(place, page.encode())
     return place
 
 

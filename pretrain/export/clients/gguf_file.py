@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from amfm.data_pipeline.durable.files import sync
 from amfm.pretrain.export.clients.check import SCRIPTS, check_installed, known_faults, last_error, read_export
@@ -30,17 +31,16 @@ def write_gguf(export: str | Path, out: str | Path, python: str | None = None) -
     interpreter = python or sys.executable
     check_installed("llama.cpp", interpreter)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.stem}.part.gguf")
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    command = [interpreter, "-P", str(SCRIPTS / "convert_gguf.py"), str(folder), str(temporary.absolute())]
-    try:
+    # In a folder of a random name that only we may enter: a program that follows links writes there.
+    with TemporaryDirectory(prefix=".writing-", dir=target.parent) as scratch:
+        temporary = Path(scratch).absolute() / target.name
+        command = [interpreter, "-P", str(SCRIPTS / "convert_gguf.py"), str(folder), str(temporary)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             words = last_error(done.stderr) or str(done.returncode)
             kind = ValueError if words.startswith("ValueError") else RuntimeError  # of the script: about the export
             raise kind(f"{export} was not converted: {words.removeprefix('ValueError: ')}")
         os.rename(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     sync(target.resolve().parent)
     return target.stat().st_size

@@ -87,6 +87,17 @@ def test_export_of_an_import_gives_the_same_documents(tiny, tmp_path):
     assert sorted(documents_of(again, "web", "train")) == sorted(documents_of(store, "source0", "train"))
 
 
+def test_links_in_the_place_of_exported_files_are_not_followed(tiny, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for name in ("out.bin", "out.idx", ".writing-out.idx"):
+        (tmp_path / name).symlink_to(precious)
+    store, source = TokenStore.open(tiny.store), tiny.sources[0].name
+    documents = export_megatron(store, source, "train", tmp_path / "out")
+    assert precious.read_text() == "precious"
+    assert read_megatron_index(tmp_path / "out.idx").num_documents == documents
+
+
 def test_bad_megatron_input_is_refused(tiny, tmp_path):
     export_megatron(TokenStore.open(tiny.store), "source0", "train", tmp_path / "a")
     index, tokens = tmp_path / "a.idx", tmp_path / "a.bin"

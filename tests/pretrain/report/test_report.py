@@ -247,8 +247,19 @@ def test_each_row_length_of_the_stages_has_its_own_arithmetic(tmp_path):
 
 def test_a_full_disk_is_named_with_the_path_of_the_page(tmp_path):
     run = make_run(tmp_path, [line(step) for step in range(1, 30)])
-    with largest_file(1000), pytest.raises(OSError, match=r"report\.html\.part"):
+    with largest_file(1000), pytest.raises(OSError, match=r"\.writing-report\.html"):
         write_report([run])
+
+
+def test_a_link_in_the_place_of_the_page_or_of_its_unfinished_file_is_not_followed(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [line(step) for step in range(1, 30)])
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for name in ("report.html", "report.html.part", ".writing-report.html"):
+        (run / name).symlink_to(precious)
+    page = write_report([run])
+    assert precious.read_text() == "precious"
+    assert "<html" in page.read_text() and not page.is_symlink()
 
 
 def test_goodput_counts_what_failures_cost_and_no_pause_between_two_calls(tmp_path: Path) -> None:
