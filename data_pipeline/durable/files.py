@@ -27,7 +27,11 @@ SYNC_THREADS = 4  # a part has 14 files and folders; more threads cost more than
 
 
 def check_free(out: Path) -> None:
-    """Raise ValueError where a folder to be written would meet a file, or a folder with content."""
+    """Raise ValueError where a folder to be written would meet a file, a folder with content, or the working directory."""
+    if out.resolve() == Path.cwd():
+        raise ValueError(
+            f"{out} is the working directory, which would be replaced; name a folder that is missing or empty"
+        )
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() and not out.is_dir():

@@ -7,14 +7,17 @@ another type) gives one message that names the file, as the error that the calle
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 MAX_JSON_BYTES = 1 << 28  # a manifest of 10^6 parts has half of it
+MAX_WORD_BYTES = 4096
 Error = Callable[[str], Exception]
 Value = TypeVar("Value")
 
@@ -32,13 +35,30 @@ def inside(folder: Path, name: object, error: Error = ValueError) -> Path:
     return folder / str(name)
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file to read. Raises OSError for what is not a regular file: a FIFO would wait for a writer without end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
 def read_bounded(path: Path, max_bytes: int = MAX_JSON_BYTES, error: Error = ValueError) -> bytes:
     """Read a file of at most `max_bytes`, whose size is checked before. Raises OSError when it can't be read."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise error(f"{path} has {size} bytes, more than the {max_bytes} that such a file may have")
         return file.read(max_bytes)
+
+
+def read_word(path: Path) -> str:
+    """Read a file that holds one name or number. Raises OSError when it can't be read, ValueError when it is not text."""
+    try:
+        return read_bounded(path, MAX_WORD_BYTES).decode().strip()
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{path} is damaged: it must hold one word, and is not UTF-8") from problem
 
 
 def parse_object(content: bytes, path: Path | str, error: Error = ValueError) -> dict[str, Any]:

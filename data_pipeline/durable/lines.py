@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from amfm.data_pipeline.durable.foreign_files import open_regular
 from amfm.data_pipeline.durable.naming import named
 
 MAX_LINE_BYTES = 1 << 26
@@ -77,7 +78,7 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """(number from 1, object or None) of every line that is not blank; lines longer than 64 MiB count as damaged."""
-    with named(path), path.open("rb") as file:
+    with named(path), open_regular(path) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
             number += 1

@@ -133,9 +133,11 @@ def _find_known(store: Path, units: Sequence[Unit]) -> dict[str, str] | None:
         return None
     try:
         key, known = json.loads(path.read_bytes())
-    except (ValueError, TypeError):  # cut or damaged: found again
+    except (ValueError, TypeError, RecursionError):  # cut or damaged: found again
         return None
-    return known if key == _key(units) and all(_skips_path(store, unit).is_file() for unit in units) else None
+    if key != _key(units) or not isinstance(known, dict) or {type(digest) for digest in known.values()} - {str}:
+        return None
+    return known if all(unit.name in known and _skips_path(store, unit).is_file() for unit in units) else None
 
 
 def _folder(store: Path, unit: Unit) -> Path:

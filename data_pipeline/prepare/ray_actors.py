@@ -10,6 +10,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
 from pathlib import Path
@@ -111,7 +113,7 @@ def start_ray(address: str | None, **options: Any) -> None:
     try:
         # From there, because Ray puts the working directory before the packages of its workers. Without an address Ray
         # itself would join a cluster that runs here.
-        with chdir(package_root):
+        with chdir(package_root), _keeping_sigterm():
             ray.init(
                 address=address or "local", job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options
             )
@@ -125,6 +127,15 @@ def start_ray(address: str | None, **options: Any) -> None:
             "Ray did not start on this machine within 30 s; wait until the machine is less busy, and run the same command "
             "to continue"
         ) from error
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Give SIGTERM back the handler that it has: Ray's own prints a stack of C++."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 class _Dispatcher:

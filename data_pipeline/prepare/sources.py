@@ -12,6 +12,7 @@ import glob
 import hashlib
 import os
 import re
+import stat
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,14 +116,14 @@ def _list_local(given: str, where: str) -> list[_Found]:
     path = Path(given).expanduser()
     if path.is_dir():
         items = _walk(path, where)
-        return _choose_in_folder([_stat(item, item.relative_to(path).as_posix()) for item in items], where)
-    if path.is_file():
-        return _choose_one(_stat(path, path.name), where)
+        return _choose_in_folder([_stat(item, item.relative_to(path).as_posix(), where) for item in items], where)
+    if path.exists():  # a device, too, which is refused
+        return _choose_one(_stat(path, path.name, where), where)
     matches = [Path(item) for item in glob.glob(str(path), recursive=True)]
     root = _fixed_root(str(path))
     for item in matches:
         _refuse_dead_link(item, item.name, where)
-    found = [_stat(item, item.relative_to(root).as_posix()) for item in matches if item.is_file()]
+    found = [_stat(item, item.relative_to(root).as_posix(), where) for item in matches if not item.is_dir()]
     return _choose_matches(found, where)
 
 
@@ -145,7 +146,7 @@ def _walk(folder: Path, where: str) -> list[Path]:
                 raise ValueError(f"{where}: {item} is a link to a folder, and those are not followed; {remedy}")
         for item in (Path(current, name) for name in names):
             _refuse_dead_link(item, item.name, where)
-            if item.is_file():
+            if item.is_file() or _is_data(item.name):
                 found.append(item)
     return found
 
@@ -192,8 +193,12 @@ def _version_number(version: str) -> int:
     return int.from_bytes(hashlib.blake2b(version.encode(), digest_size=7).digest(), "big")
 
 
-def _stat(path: Path, name: str) -> _Found:
+def _stat(path: Path, name: str, where: str) -> _Found:
     facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise ValueError(
+            f"{where}: {path} is not a regular file, and a pipe or device can't be read twice; name a file"
+        )
     return _Found(name, str(path.resolve()), facts.st_size, facts.st_mtime_ns)
 
 

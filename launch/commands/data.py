@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -60,14 +62,30 @@ def corpus(
         )
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came; as with Ctrl-C, code on the way does not handle it as an error."""
+
+
 @contextmanager
 def said_to_be_resumable() -> Iterator[None]:
-    """Report after Ctrl-C inside the block that nothing of a preparation is lost."""
+    """Report after Ctrl-C or SIGTERM inside the block that nothing of a preparation is lost.
+
+    RuntimeError for SIGTERM: a supervisor calls again.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except Terminated:
+        raise RuntimeError("prepare was stopped by SIGTERM; the same command does what is missing") from None
     except KeyboardInterrupt:
         say("amfm: prepare interrupted; the same command does what is missing")
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def prepare(

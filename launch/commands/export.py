@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from amfm.data_pipeline.durable.files import check_free
+from amfm.data_pipeline.durable.files import check_free, write_file_atomically
 from amfm.data_pipeline.progress import Waiting
 from amfm.launch.arguments import CheckpointArgument, JsonOption
 from amfm.launch.commands.client import (
@@ -341,10 +341,11 @@ def import_tokenizer(source: Path, out: Path, pattern: str | None, special: list
     wrong = [text for text, (name, _, index) in zip(special, pairs) if not name or not index.isdecimal()]
     if wrong:
         raise ValueError(f"--special {wrong[0]} must be TOKEN=ID, such as '<|endoftext|>=100257'")
+    check_free(out)
     content = convert_tiktoken(source, pattern=pattern, special_tokens={name: int(index) for name, _, index in pairs})
     out.mkdir(parents=True, exist_ok=True)
     target = out / "tokenizer.json"
-    target.write_bytes(content)
+    write_file_atomically(target, content)
     if as_json:
         print_json({"path": str(target)})
     else:

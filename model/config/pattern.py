@@ -31,6 +31,7 @@ from amfm.model.config.kinds import CORE, LETTERS, list_kinds
 from amfm.model.config.plugins import SPEC_NAME
 
 MAX_BLOCKS = 4096
+MAX_NESTED = 64  # parentheses in parentheses
 SHOWN_AROUND = 100  # characters on each side of a caret
 
 
@@ -78,6 +79,7 @@ def parse_pattern(text: str) -> Pattern:
     Raises ValueError with the position, a caret under it and the rule where the text is not a pattern.
     """
     parser = _Parser(text)
+    parser.check_nesting()
     items, end = parser.sequence(0, opened_at=None)
     assert end == len(text), f"the parser stopped at {end} of {len(text)}"
     slashes = [place for place, (symbol, _) in enumerate(items) if symbol == "/"]
@@ -153,6 +155,14 @@ class _Parser:
         start = max(0, position - SHOWN_AROUND)
         shown = self.text[start : position + SHOWN_AROUND].replace("\n", " ").replace("\t", " ")
         return ValueError(f"pattern, character {position + 1}: {rule}\n  {shown}\n  {' ' * (position - start)}^")
+
+    def check_nesting(self) -> None:
+        """Refuse parentheses that are nested deeper than the parser may go."""
+        depth = 0
+        for position, symbol in enumerate(self.text):
+            depth += (symbol == "(") - (symbol == ")")
+            if depth > MAX_NESTED:
+                raise self.error(position, f"more than {MAX_NESTED} parentheses in each other; write them flatter")
 
     def depth(self, items: list[tuple[str, int]]) -> tuple[str, ...]:
         """Check the items of one prediction depth, its `/` first; returns its blocks."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,7 +27,9 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 # Bounds far above any configuration: aliases can make a small file expand without end.
 MAX_NODES = 100_000
 MAX_DEPTH = 64
-MAX_BYTES = 1 << 24
+MAX_BYTES = 1 << 20
+MAX_DIGITS = 100  # of a whole number; what has more is text, and refused where a number must be
+_TAG = "a tag"
 _SPECIAL = {".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
 
 
@@ -67,6 +70,8 @@ def parse_scalar(text: str) -> Scalar:
         return True
     if _FALSE.match(text):
         return False
+    if len(text) > MAX_DIGITS:
+        return text
     if _INTEGER.match(text):
         return int(text)
     whole = _WHOLE_EXPONENT.match(text)
@@ -75,6 +80,18 @@ def parse_scalar(text: str) -> Scalar:
     if _FLOAT.match(text):
         return float(text)
     return _SPECIAL.get(text.lower(), text)
+
+
+class _Untagged(yaml.SafeLoader):
+    """Refuses tags (`!!binary`, `!mine`): what they ask for is not done, and a value that is read otherwise is wrong."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a node that has no tag."""
+        event: Any = self.peek_event()
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise yaml.MarkedYAMLError(problem=f"{_TAG} {tag[:80]!r}, which is not read", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
 
 class TreeReader:
@@ -90,7 +107,7 @@ class TreeReader:
     def read(self, text: str) -> Entry:
         """Parse `text`; raises ConfigError for text that is not YAML."""
         try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            node = yaml.compose(text, Loader=_Untagged)
         except RecursionError as error:
             raise self.refuse("nested too deeply", None) from error
         except yaml.YAMLError as error:
@@ -104,6 +121,8 @@ class TreeReader:
             elif "mapping values are not allowed" in reason:
                 reason = "a colon where no key can be"
                 remedy = "indent the line as its neighbours are, or put the text before the colon in quotes"
+            elif reason.startswith(_TAG):
+                remedy = "remove it; quotes make a text of anything"
             elif "character '\\t'" in reason:
                 reason, remedy = "it is indented with a tab", "use spaces"
             raise ConfigError([Problem("", f"not valid YAML ({reason})", remedy, origin=origin)]) from error
@@ -211,6 +230,9 @@ def read_tree(path: Path, problems: list[Problem], *, chain: tuple[Path, ...] = 
         shown = str(extends.plain())
         raise ConfigError([Problem("extends", rule, "write `extends: other.yaml`", shown, extends.origin)])
     chain = (*chain, path.resolve())
+    if "\0" in extends.value:
+        rule = "must be the path of one YAML file, without a NUL"
+        raise ConfigError([Problem("extends", rule, "write `extends: other.yaml`", extends.value, extends.origin)])
     parent = path.parent / extends.value
     if parent.resolve() in chain:
         names = " -> ".join(item.name for item in (*chain, parent))

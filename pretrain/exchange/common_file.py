@@ -7,7 +7,6 @@ an empty stand-in, and the numbers that an import needs are read. TorchScript ar
 from __future__ import annotations
 
 import argparse
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from amfm.data_pipeline.durable.foreign_files import take
+from amfm.pretrain.exchange.torch_file import UNREADABLE
 
 
 class Unread:
@@ -49,7 +49,7 @@ def read_common(path: Path) -> dict[str, Any]:
         stand_ins: list[Any] = [(Unread, name) for name in unknown if name != "argparse.Namespace"]
         with torch.serialization.safe_globals([*stand_ins, argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, AttributeError, ValueError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{path} is not a whole file of torch.save ({str(error)[:200]}); copy the folder again"
         ) from error

@@ -32,11 +32,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from amfm.data_pipeline.durable.foreign_files import inside, parse_object, read_bounded, take
+from amfm.data_pipeline.durable.foreign_files import inside, parse_object, read_bounded, take, understood
 from amfm.data_pipeline.durable.naming import named
 from amfm.model.on_demand import Source
 from amfm.pretrain.exchange.common_file import Unread
-from amfm.pretrain.exchange.torch_file import READ_TYPES, find_numbers, read_numbers
+from amfm.pretrain.exchange.torch_file import READ_TYPES, UNREADABLE, find_numbers, read_numbers
 
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 1 << 30  # 10^6 chunks have 155 MB
@@ -92,7 +92,8 @@ class DcpFolder:
         self.values = {name for name, found in entries.items() if isinstance(found, BytesStorageMetadata)}
         # Where the numbers of chunks begin in their files.
         self.begins: dict[MetadataIndex, int] = {}
-        self.check()
+        with understood(path / METADATA):
+            self.check()
 
     def check(self) -> None:
         """Hold files and chunks to the metadata."""
@@ -123,7 +124,7 @@ class DcpFolder:
         try:
             with self._saved(MetadataIndex(name)) as saved:
                 return torch.load(saved, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{self.path}: {name} holds an object that is not read: {error}") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -215,7 +216,7 @@ def read_metadata(path: Path) -> Metadata:
             cast("Any", found).storage_data = found.storage_data or {}
             return found
         problem: object = f"it holds {type(found).__name__}"
-    except (pickle.UnpicklingError, EOFError, TypeError, ValueError, AttributeError, LookupError) as error:
+    except UNREADABLE as error:
         problem = error
     raise ValueError(f"{file} is not the metadata of torch Distributed Checkpoint ({problem}); copy the folder again")
 

@@ -21,7 +21,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from amfm.data_pipeline.durable.foreign_files import read_object
+from amfm.data_pipeline.durable.foreign_files import read_object, read_word
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.shapes import block_shapes
 from amfm.model.on_demand import OnDemand, Shape, Source
@@ -72,7 +72,7 @@ EXPERTS = {"experts.up": "linear_fc1.weight", "experts.down": "linear_fc2.weight
 def find_iteration(path: Path) -> Path:
     """The folder of the newest iteration where a path is one of several; else the path itself."""
     if (path / LATEST).is_file():
-        text = (path / LATEST).read_text(encoding="utf-8").strip()
+        text = read_word(path / LATEST)
         return path / (f"iter_{int(text):07d}" if text.isdecimal() else "release")
     return path
 

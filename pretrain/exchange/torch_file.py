@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,11 @@ from amfm.model.on_demand import BLOCK_NUMEL, Shape, Source, cut_rows
 from amfm.pretrain.tensor_files import tensor_bytes
 
 PARAM = "param"
+# What torch and its unpickler raise for files that are damaged or something else.
+UNREADABLE = (
+    *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, TypeError, AttributeError, LookupError),
+    *(AssertionError, ArithmeticError, MemoryError, struct.error),
+)
 READ_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -78,7 +84,7 @@ def find_numbers(saved: Path | BinaryIO, where: object) -> tuple[Tensor, int]:
     try:
         with FakeTensorMode():
             found = torch.load(saved, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{where} is not a whole file of torch.save ({str(error)[:200]}); copy the folder again"
         ) from error

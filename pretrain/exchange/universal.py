@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.data_pipeline.durable.foreign_files import inside, read_object
+from amfm.data_pipeline.durable.foreign_files import inside, read_object, read_word
 from amfm.data_pipeline.progress import Report, silent
 from amfm.model.config.schema import ModelConfig
 from amfm.model.on_demand import OnDemand, Shape, Source, source_of
@@ -178,7 +178,7 @@ class UniversalFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         if (path / LATEST).is_file():
-            self.path = inside(path, (path / LATEST).read_text(encoding="utf-8").strip())
+            self.path = inside(path, read_word(path / LATEST))
         zero = self.path / "zero"
         if not zero.is_dir():
             raise ValueError(f"{zero} is missing; give a folder that DeepSpeed's ds_to_universal wrote, or its tag's")

@@ -294,7 +294,10 @@ def find_problems(plan: ExportPlan, proof: dict[str, Any]) -> list[str]:
 
 def _fail(temporary: Path, out: Path, problems: list[str]) -> str:
     """Rename the folder to OUT.failed, for examination, and compose the error's message."""
-    names = (out.with_name(f"{out.name}{number}.failed") for number in ("", *(f".{count}" for count in range(1, 1000))))
+    place = out.resolve()
+    names = (
+        place.with_name(f"{place.name}{number}.failed") for number in ("", *(f".{count}" for count in range(1, 1000)))
+    )
     failed = next(path for path in names if not os.path.lexists(path))
     os.rename(temporary, failed)
     return (

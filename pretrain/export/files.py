@@ -201,6 +201,7 @@ def begin_export(out: Path) -> Iterator[Path]:
     After the block it is gone, unless it got its name: half an export must not keep a full disk full. Errors of the system
     carry its path. Raises RuntimeError while another process writes to OUT.
     """
+    out = out.resolve()  # a link to an empty folder stays, and its folder is replaced
     temporary = out.with_name(f".{out.name}.amfm-export")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     with hold_place(out, temporary.with_suffix(".amfm-export-lock")):
@@ -240,10 +241,11 @@ def put_in_place(temporary: Path, out: Path) -> None:
 
     Raises OSError when something was put into OUT meanwhile.
     """
+    out = out.resolve()
     if out.exists():
         out.rmdir()
     os.rename(temporary, out)
-    sync(out.resolve().parent)
+    sync(out.parent)
 
 
 def model_card(plan: ExportPlan) -> str:

@@ -30,6 +30,7 @@ from amfm.model.huggingface.classes import BY_NAME, BY_TYPE
 from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
 from amfm.model.huggingface.hf_class import HfTarget, Source, Target
 from amfm.model.huggingface.own import OWN_MODEL_TYPE
+from amfm.model.huggingface.targets import explain_unfit
 from amfm.model.on_demand import OnDemand
 from amfm.model.on_demand import Source as OnDemandSource
 from amfm.pretrain.export.files import OUR_DESCRIPTION, begin_export, put_in_place, sync_files
@@ -190,7 +191,7 @@ def read_tokenizer(source: Path, fields: Mapping[str, Any]) -> Tokenizer:
     for name in (MODEL_FILE, ORIGINAL_JSON, "tokenizer.json"):
         if (source / name).is_file():
             eos_id = fields.get("eos_token_id")
-            return read_tokenizer_file(source / name, eos_id[0] if isinstance(eos_id, list) else eos_id)
+            return read_tokenizer_file(source / name, next(iter(eos_id), None) if isinstance(eos_id, list) else eos_id)
     raise ValueError(f"{source} has no tokenizer; put tokenizer.model or tokenizer.json of this checkpoint there")
 
 
@@ -218,6 +219,8 @@ def choose_config(source: Path, fields: Mapping[str, Any]) -> ModelConfig:
 
 def _same_config_json(described: ModelConfig, read: ModelConfig, target: Target) -> bool:
     """Whether two configurations of ours give the same config.json, special ids and row length aside."""
+    if any(explain_unfit(config, target) for config in (described, read)):
+        return False
     # Equal when both would write the same config.json: what it has no field for is then the description's to say.
     none = TokenIds(None, None, None)
     left, right = (huggingface_config(c, target, none, max_position_embeddings=1) for c in (described, read))

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from amfm.data_pipeline.durable.foreign_files import open_regular
 from amfm.data_pipeline.durable.lines import parse_line
 from amfm.data_pipeline.durable.naming import named
 from amfm.pretrain.config.file import load_config
@@ -43,7 +44,7 @@ class GrowingFile:
     def read(self) -> tuple[bool, list[dict[str, Any]]]:
         """(whether the file is another one than at the last call, its new lines). What is not an object is left out."""
         try:
-            with named(self.path), self.path.open("rb") as file:
+            with named(self.path), open_regular(self.path) as file:
                 status = os.fstat(file.fileno())
                 is_new = status.st_ino != self._inode or status.st_size < self._place
                 if is_new:

@@ -49,7 +49,8 @@ class NodeBoard:
                 facts = os.fstat(number)
                 if facts.st_uid != os.geteuid() or not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1:
                     raise PermissionError(errno.EPERM, "not a file of this user's", str(path))
-                os.ftruncate(number, size)  # every rank the same: what is there stays
+                # Every rank the same: what is there stays. Full memory is an error here, and a SIGBUS in a file with holes.
+                os.posix_fallocate(number, 0, size)
                 self.memory = mmap.mmap(number, size)
             finally:
                 os.close(number)

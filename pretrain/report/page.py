@@ -137,12 +137,15 @@ def render_time(value: object) -> str:
 
 def show_time(value: object) -> str:
     """Format seconds since 1970 or ISO 8601 in one form, in UTC; any other text stays as it is."""
-    if isinstance(value, (int, float)):
-        moment = datetime.fromtimestamp(value, UTC)
-    elif isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", value):
-        moment = datetime.fromisoformat(value).astimezone(UTC)
-    else:
-        return "" if value is None else str(value)
+    try:
+        if isinstance(value, (int, float)):
+            moment = datetime.fromtimestamp(value, UTC)
+        elif isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", value):
+            moment = datetime.fromisoformat(value).astimezone(UTC)
+        else:
+            return "" if value is None else str(value)
+    except (ValueError, OverflowError, OSError):  # of a damaged line
+        return str(value)
     return moment.strftime("%Y-%m-%d %H:%M:%S")
 
 

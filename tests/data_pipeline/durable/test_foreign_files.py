@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from amfm.data_pipeline.durable.foreign_files import inside, read_object, take, understood
+from amfm.data_pipeline.durable.foreign_files import inside, read_object, read_word, take, understood
+from amfm.data_pipeline.durable.lines import read_lines
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", ".", "a\0b", None, 3, ["x"]])
@@ -46,3 +48,22 @@ def test_a_key_that_is_missing_or_of_another_kind_is_named() -> None:
         take({"bytes": True}, "bytes", int, "index")
     with pytest.raises(ValueError, match="m is not as its format asks: 'layout' is missing"), understood("m"):
         {}["layout"]
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_object, read_word, lambda path: list(read_lines(path))):
+        with pytest.raises(OSError, match="is not a regular file"):
+            read(tmp_path / "pipe")
+
+
+def test_a_file_of_one_word_is_one_word(tmp_path: Path) -> None:
+    path = tmp_path / "latest"
+    path.write_text("global_step4\n")
+    assert read_word(path) == "global_step4"
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="must hold one word"):
+        read_word(path)
+    path.write_bytes(b"a" * 5000)
+    with pytest.raises(ValueError, match="latest has 5000 bytes, more than the 4096"):
+        read_word(path)

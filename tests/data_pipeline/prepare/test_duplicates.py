@@ -126,3 +126,15 @@ def test_a_full_disk_while_looking_for_duplicates_is_one_message_and_the_next_ca
         in_process(config, progress=tighten)
     in_process(config)
     assert contents(config.store) == contents(reference.store)
+
+
+@pytest.mark.parametrize("known", [[], {}, {"web/000000": 3}, "x", None])
+def test_what_was_found_and_is_damaged_is_found_again(tmp_path, known):
+    config = make_tiny_store(tmp_path, num_documents=30)
+    drop = {"filters": FilterConfig(exact_duplicates="drop")}
+    config = config.model_copy(update={"sources": tuple(source.model_copy(update=drop) for source in config.sources)})
+    first = in_process(config)
+    (found,) = Path(config.store).glob("duplicates/*/found.json")
+    key, _ = json.loads(found.read_bytes())
+    found.write_text(json.dumps([key, known]))
+    assert in_process(config).identity == first.identity

@@ -19,10 +19,14 @@ from tests.helpers.patience import PATIENCE_SECONDS
 
 # In a separate process: a session's Ray would be used instead of one that is started.
 DRIVER = """
-import os, sys
+import os, signal, sys
 import psutil, ray
 from amfm.data_pipeline.prepare.ray_actors import PartWriter, running_ray
+came = []
+signal.signal(signal.SIGTERM, lambda *_: came.append(1))
 with running_ray(None, 1):
+    signal.raise_signal(signal.SIGTERM)
+    assert came, "Ray has a handler of its own for SIGTERM"
     writer = ray.remote(num_cpus=1)(PartWriter).remote(".", None)
     assert ray.get(writer.is_alive.remote())
     below = psutil.Process().children(recursive=True)

@@ -1,5 +1,7 @@
 """Which files of a folder are a source's, and that none is left out silently."""
 
+import os
+
 import pytest
 
 from amfm.data_pipeline.config import SourceConfig
@@ -66,3 +68,11 @@ def test_messages_leave_out_the_secrets_of_an_address(monkeypatch):
     shown = sources.InputFile("s3://key:SECRET@bucket/a?SECRET", "0/a", "text", "none", 1, 1).shown
     assert shown == "s3://bucket/a"
     assert http_files.without_secrets("/data/what?/@home") == "/data/what?/@home"
+
+
+def test_a_pipe_is_refused_by_name_in_a_folder_and_by_a_glob(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    os.mkfifo(tmp_path / "b.txt")
+    for path in (tmp_path / "b.txt", tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(ValueError, match=r"b.txt is not a regular file"):
+            files_of(path)

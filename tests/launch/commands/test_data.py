@@ -1,6 +1,7 @@
 """`amfm corpus`, `prepare` and `inspect --sample`: what they refuse and what they print."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.data_pipeline.prepare.report import Progress
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.launch.cli import run
-from amfm.launch.commands.data import check_tokens, describe_progress
+from amfm.launch.commands.data import check_tokens, describe_progress, said_to_be_resumable
 from amfm.pretrain.config.file import load_config
 from tests.helpers.json_output import one_object
 from tests.helpers.tiny_store import make_tiny_store
@@ -85,3 +86,11 @@ def test_installed_python_sources_are_a_corpus(tmp_path: Path, capsys: pytest.Ca
     assert "--megabytes 1000000 must be at most" in capsys.readouterr().err
     assert run(["corpus", "shakespeare", str(tmp_path / "plays"), "--megabytes", "3"]) == 2
     assert "--megabytes=3 is for python-sources" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_preparation_with_words_and_code_3():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="prepare was stopped by SIGTERM; the same command does what is missing"):
+        with said_to_be_resumable():
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -28,6 +28,8 @@ def test_a_tiktoken_file_becomes_a_tokenizer_json(tmp_path, capsys):
     assert run(["import", str(file), str(out), *options]) == 0
     tokenizer = read_tokenizer_file(out / "tokenizer.json", "<end>")
     assert tokenizer.encode("aé ") == [0x61, 0xC3, 0xA9, 0x20] and tokenizer.eos_id == 300
+    assert run(["import", str(file), str(out), *options]) == 2
+    assert "out exists and is not empty" in capsys.readouterr().err
     assert run(["import", str(file), str(out)]) == 2
     assert "give it with --pattern" in capsys.readouterr().err
     assert run(["import", str(file), str(out), "--pattern", ".", "--special", "end"]) == 2

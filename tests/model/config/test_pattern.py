@@ -161,3 +161,9 @@ def test_any_text_is_a_pattern_or_a_message_with_a_caret(text):
     else:
         assert parse_pattern(pattern.canonical()) == pattern
         assert all(pattern.pieces())
+
+
+def test_parentheses_nest_as_deep_as_anyone_writes_them_and_no_deeper():
+    assert parse_pattern("(" * 64 + "M" + ")" * 64).letters == ("M",)
+    with pytest.raises(ValueError, match="character 65: more than 64 parentheses in each other"):
+        parse_pattern("(" * 5000)

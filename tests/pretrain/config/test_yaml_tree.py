@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
 from amfm.pretrain.config.errors import ConfigError
-from amfm.pretrain.config.yaml_tree import TreeReader
+from amfm.pretrain.config.yaml_tree import TreeReader, read_tree
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 9)}]\n" for number in range(1, 12)
@@ -36,3 +37,21 @@ def test_an_alias_that_is_used_twice_is_two_values() -> None:
     assert TreeReader("run.yaml").read("a: &a {x: 1}\nb: *a\nc: [*a, *a]").plain() == {
         "a": {"x": 1}, "b": {"x": 1}, "c": [{"x": 1}, {"x": 1}],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["a: !!str 240", "a: !!binary aGVsbG8=", "a: !mine {b: 1}", "!!map {a: 1}", "a: ! x"])
+def test_a_tag_is_refused_and_not_left_out(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"run.yaml:1: not valid YAML \(a tag '.*', which is not read\); remove it"):
+        TreeReader("run.yaml").read(text)
+
+
+@pytest.mark.parametrize("digits", ["9" * 5000, "9" * 5000 + "e9", "0." + "3" * 5000])
+def test_a_number_of_thousands_of_digits_is_no_number(digits: str) -> None:
+    """Python refuses to read one, in words about itself; as text it is refused with the place and rule of its setting."""
+    assert TreeReader("run.yaml").read(f"a: {digits}").plain() == {"a": digits}
+
+
+def test_an_extended_name_with_nul_is_refused_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text('extends: "a\\0b"\n')
+    with pytest.raises(ConfigError, match=r"a.yaml:1: extends = .*must be the path of one YAML file"):
+        read_tree(tmp_path / "a.yaml", [])

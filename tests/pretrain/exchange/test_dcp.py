@@ -4,6 +4,7 @@ never left.
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,11 @@ def test_what_is_missing_cut_or_another_model_s_is_named_and_nothing_is_written(
     with (cut / "__0_0.distcp").open("r+b") as file:
         file.truncate(1000)
     assert "has 1000 bytes" in refused(cut)
+    with (exported / ".metadata").open("rb") as file:
+        written = pickle.load(file)
+    del next(iter(written.storage_data.values())).__dict__["offset"]
+    (cut / ".metadata").write_bytes(pickle.dumps(written))
+    assert "metadata is not as its format asks: " in refused(cut)
     assert "leave out --config" in refused(exported, "--config", str(Path(unbroken.config.run.dir, "config.yaml")))
     other = {"model": {"embedding.weight": torch.zeros(7, 32), "strange": torch.zeros(2)}}
     dcp.save(other, checkpoint_id=tmp_path / "other", no_dist=True)

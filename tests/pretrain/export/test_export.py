@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from amfm.data_pipeline.config import DataConfig, PhaseConfig
+from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.tokenizer.tokenizer import read_tokenizer_file
 from amfm.model.huggingface.weights import weight_map
 from amfm.model.packing import PackMeta
 from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
-from amfm.pretrain.export.files import begin_export
+from amfm.pretrain.export.files import begin_export, put_in_place
 from amfm.pretrain.export.import_huggingface import import_huggingface
 from amfm.pretrain.inference.weights import read_weights, write_weights
 from amfm.pretrain.train import train
@@ -259,3 +260,18 @@ def test_bf16_and_resaving_keep_our_class_usable(data: DataConfig, tmp_path: Pat
     assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
     model.save_pretrained(tmp_path / "again")
     load_with_transformers(tmp_path / "again")
+
+
+def test_the_working_directory_is_no_place_and_a_link_is_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with begin_export(tmp_path / "link") as temporary:
+        (temporary / "file").touch()
+        put_in_place(temporary, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "empty").iterdir()] == ["file"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="is the working directory, which would be replaced; name a folder"):
+        check_free(Path("."))

@@ -75,6 +75,12 @@ def test_a_description_that_no_longer_fits_is_not_believed(data: DataConfig, tmp
     report = import_huggingface(tmp_path / "out", tmp_path / "back")
     assert report.model.moe is not None and report.model.moe.routed_scaling == 3.0
     assert report.model.moe.auxiliary_loss_weight == 0.0, "what config.json does not say has its default"
+    edit_json(tmp_path / "out" / "config.json", eos_token_id=[])
+    import_huggingface(tmp_path / "out", tmp_path / "without-end")
+    for model_type in ("gpt_oss", "qwen3_next"):  # which hold no such model
+        edit_json(tmp_path / "out" / "config.json", model_type=model_type)
+        with pytest.raises(ValueError, match="the checkpoint's tensors are not those of its configuration"):
+            import_huggingface(tmp_path / "out", tmp_path / "other")
 
 
 def test_foreign_classes_missing_files_and_wrong_tensors_are_refused(data: DataConfig, tmp_path: Path) -> None:

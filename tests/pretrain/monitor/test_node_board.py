@@ -59,3 +59,9 @@ def test_without_a_token_a_board_is_private() -> None:
     one.note(1, 1, 1.0)
     assert one.read() == [(3, 1, 1, 1.0)] and other.read() == []
     assert one.claim(2.0) and other.claim(2.0)
+
+
+def test_the_board_s_memory_is_there_before_it_is_written_to(tmp_path: Path) -> None:
+    """A file with holes in full memory is a SIGBUS at the first note; an error at the start gives a private board."""
+    board = NodeBoard(0, 1000, tmp_path / "board")
+    assert (tmp_path / "board").stat().st_blocks * 512 >= len(board.memory)

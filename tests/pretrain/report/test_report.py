@@ -164,6 +164,8 @@ def test_times_are_shown_in_one_form():
     assert show_time("2026-11-24T17:28:07+01:00") == "2026-11-24 16:28:07"
     assert show_time("yesterday") == "yesterday"
     assert show_time(None) == ""
+    for damaged in (1e308, float("nan"), -(10**30), "9999-99-99T99:99:99", "0001-01-01T00:00:00+14:00"):
+        assert show_time(damaged) == str(damaged)
 
 
 def test_text_of_the_run_cannot_become_markup(tmp_path):
