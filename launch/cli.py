@@ -83,8 +83,8 @@ def options(
         False, "--version", is_eager=True, callback=print_version, help="Print the version and exit."
     ),
 ) -> None:
-    """Options of every verb."""
-    context.obj = traceback
+    """Options of every verb; `--traceback` is read by `run`, which verbs get for the ranks that they start."""
+    context.obj = run
 
 
 def main() -> None:

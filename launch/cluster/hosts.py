@@ -181,7 +181,7 @@ class RemoteHosts:
 
     def _line(self) -> str:
         """One line for another host's shell: change directory, run setup, become the server."""
-        server = [*isolated_python(), "-m", "amfm.launch.cluster.node_server"]
+        server = [*isolated_python(), "-m", "amfm.launch.node_server"]
         words = [*server, str(self.ranks_per_node), str(int(self.keep_loaded)), *self.arguments]
         command = shlex.join(with_variables(self.environment, words))
         return shell_line([["cd", os.getcwd()], *([self.setup] if self.setup else []), f"exec {command}"])

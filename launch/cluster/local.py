@@ -9,7 +9,6 @@ imports torch next to them.
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import socket
@@ -47,10 +46,12 @@ def run_local(arguments: Sequence[str], num_ranks: int) -> int:
     return run_command(rank_command(arguments), num_ranks)
 
 
-def run_layouts(config: RunConfig, arguments: Sequence[str], num_ranks: int) -> int:
+def run_layouts(
+    config: RunConfig, arguments: Sequence[str], num_ranks: int, run: Callable[[Sequence[str]], int]
+) -> int:
     """Run `amfm train` as ranks on this machine, again for each stage with its own layout; returns the exit code.
 
-    Such a stage runs on as many of the ranks as its layout can use.
+    Such a stage runs on as many of the ranks as its layout can use. `run`: the command line, which forked ranks call.
     """
     stages = resolve_stages(config)
     while True:
@@ -58,7 +59,7 @@ def run_layouts(config: RunConfig, arguments: Sequence[str], num_ranks: int) -> 
         ranks = ranks_of_stage(config, stage, range(num_ranks, 0, -1))
         if ranks < num_ranks:
             sys.stderr.write(f"amfm: stage {stage.name} runs on {ranks} of {num_ranks} ranks, which suit its layout\n")
-        code = run_train(arguments, ranks, {GOES_ON: "1"})
+        code = run_train(arguments, ranks, {GOES_ON: "1"}, run)
         if code == DONE and has_vanished(Path(config.run.dir)):
             sys.stderr.write(f"amfm: {VANISHED}\n")
             return RUN_FAILED
@@ -66,22 +67,17 @@ def run_layouts(config: RunConfig, arguments: Sequence[str], num_ranks: int) -> 
             return code
 
 
-def run_train(arguments: Sequence[str], num_ranks: int, variables: Mapping[str, str]) -> int:
+def run_train(
+    arguments: Sequence[str], num_ranks: int, variables: Mapping[str, str], run: Callable[[Sequence[str]], int]
+) -> int:
     """Run an `amfm train` command line as ranks on this machine, forked where that is safe; returns the exit code."""
     if not can_fork():
         return run_command(rank_command(arguments), num_ranks, variables)
     with heavy_imports():
-        importlib.import_module("amfm.pretrain.train")  # what ranks need is here once, before they are copied
+        import amfm.pretrain.train  # noqa: F401 - what ranks need is here once, before they are copied
     if not can_fork():  # an import has started a thread
         return run_command(rank_command(arguments), num_ranks, variables)
-
-    def run() -> int:
-        code: int = importlib.import_module("amfm.launch.cli").run(
-            arguments
-        )  # the command line imports launchers, not the reverse
-        return code
-
-    return run_forked(run, num_ranks, variables)
+    return run_forked(lambda: run(arguments), num_ranks, variables)
 
 
 def run_forked(run: Callable[[], int], num_ranks: int, variables: Mapping[str, str] = {}) -> int:

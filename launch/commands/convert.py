@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def convert(
+    context: typer.Context,
     path: ConfigArgument,
     overrides: OverridesArgument = None,
     *,
@@ -53,7 +55,7 @@ def convert(
         start = write_start(config, waiting)
     stages = list(conversion_stages(config))
     for number, stage in enumerate(stages, start=1):
-        code = run_stage(stage, f"stage {number} of {len(stages)}", nproc)
+        code = run_stage(stage, f"stage {number} of {len(stages)}", nproc, context.obj)
         if code != DONE:
             raise typer.Exit(code)
         if not stage.is_finished():
@@ -91,8 +93,8 @@ def upcycle_model(config: RunConfig, waiting: Waiting, *, as_json: bool) -> None
     print_pairs("Upcycled model", pairs)
 
 
-def run_stage(stage: ConversionStage, place: str, nproc: int) -> int:
-    """Run a stage that is not finished as ranks on this machine; returns the exit code."""
+def run_stage(stage: ConversionStage, place: str, nproc: int, run: Callable[[Sequence[str]], int]) -> int:
+    """Run a stage that is not finished as ranks on this machine, each by the command line `run`; returns the exit code."""
     from amfm.launch.cluster.local import run_layouts
     from amfm.pretrain.config.file import resolved_yaml
     from amfm.pretrain.convert.weights import complete_stage
@@ -100,7 +102,7 @@ def run_stage(stage: ConversionStage, place: str, nproc: int) -> int:
     if not stage.is_finished():
         say(f"amfm convert: {place}, convert-{stage.name}: {stage.config.train.steps} steps in {stage.run_dir}")
         write_file_atomically(stage.file, resolved_yaml(stage.config).encode())
-        code = run_layouts(stage.config, ["train", str(stage.file)], nproc)
+        code = run_layouts(stage.config, ["train", str(stage.file)], nproc, run)
         if code != DONE or not stage.is_finished():
             return code
     complete_stage(stage)

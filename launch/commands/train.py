@@ -26,6 +26,7 @@ from amfm.pretrain.launcher_protocol import GOES_ON
 
 
 def train(
+    context: typer.Context,
     path: ConfigOrPreset = None,
     overrides: OverridesArgument = None,
     *,
@@ -55,7 +56,8 @@ def train(
     if starts_ranks:
         from amfm.launch.cluster.local import run_layouts
 
-        code = run_layouts(config, ["train", str(path), *(overrides or []), *(["--force"] if force else [])], nproc)
+        arguments = ["train", str(path), *(overrides or []), *(["--force"] if force else [])]
+        code = run_layouts(config, arguments, nproc, context.obj)
     else:
         from amfm.launch.plan.card_fit import check_fits, this_card
         from amfm.pretrain.checkpoint.names import continued_step

@@ -5,6 +5,7 @@ import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.helpers.json_output import one_object
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.config.files import BASE
 
+ROOT = Path(__file__).parents[2]
 VERBS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
 
@@ -222,3 +224,14 @@ def test_ctrl_c_while_the_command_line_is_imported_ends_in_silence():
     command = [sys.executable, "-c", INTERRUPTED_AT_TYPER]
     end = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
     assert (end.returncode, end.stderr) == (130, "")
+
+
+def test_no_import_of_ours_is_hidden_in_a_string() -> None:
+    """Contracts of imports (pyproject.toml) do not see those, and circles come back through them."""
+    files = [
+        path for folder in ("launch", "pretrain", "model", "data_pipeline") for path in (ROOT / folder).rglob("*.py")
+    ]
+    assert len(files) > 500
+    assert [
+        str(path) for path in files if re.search(r'import_module\(\s*f?"amfm', path.read_text(encoding="utf-8"))
+    ] == []

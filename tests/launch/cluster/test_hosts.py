@@ -34,7 +34,7 @@ def test_a_line_for_a_host_goes_to_the_directory_sets_up_and_becomes_the_server(
     line = commands[1][2]
     assert line.split(" && ")[:2] == [f"cd '{tmp_path}/a b'", "module load cuda"]
     assert shlex.split(line.split(" && ")[2]) == [
-        *("exec", "env", "A=b c", sys.executable, "-P", "-m", "amfm.launch.cluster.node_server", "8", "1"),
+        *("exec", "env", "A=b c", sys.executable, "-P", "-m", "amfm.launch.node_server", "8", "1"),
         *words,
     ]
 

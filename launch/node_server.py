@@ -9,13 +9,12 @@ Orders come as lines of JSON on standard input: `check` (node_check.py), `start`
 what the ranks print, as lines of JSON behind a mark. When the launcher or its remote shell is gone, standard input ends, and with it this
 process and its ranks.
 
-    python -m amfm.launch.cluster.node_server RANKS KEEP_LOADED ARGUMENTS...
+    python -m amfm.launch.node_server RANKS KEEP_LOADED ARGUMENTS...
 """
 
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
 import select
@@ -49,10 +48,12 @@ def load() -> str:
     if reason:
         return reason
     with heavy_imports():
-        # The command line imports launchers, not the reverse.
-        importlib.import_module("amfm.launch.cli").quiet_libraries()
-        for module in ("checks.check_run", "stages", "train"):
-            importlib.import_module(f"amfm.pretrain.{module}")
+        from amfm.launch.cli import quiet_libraries
+
+        quiet_libraries()
+        import amfm.pretrain.checks.check_run
+        import amfm.pretrain.stages
+        import amfm.pretrain.train  # noqa: F401
     collect_versions()  # of the code that is loaded, and that ranks run whatever is edited later
     gc.freeze()  # what is shared with the ranks stays shared: the collector writes into what it looks at
     return why_not_fork()
@@ -145,8 +146,9 @@ class NodeServer:
             name_process(f"amfm-rank-{rank}")
             if self.arguments[:1] == ["train"]:
                 note_signals()
-            code: int = importlib.import_module("amfm.launch.cli").run(self.arguments)
-            return code
+            from amfm.launch.cli import run as run_command_line
+
+            return run_command_line(self.arguments)
 
         return self.fork(run, environment)
 
