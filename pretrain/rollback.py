@@ -120,7 +120,7 @@ def roll_back(run_dir: Path, step: int, remote: RemoteCheckpoints | None, *, by:
     )
     make_folders(checkpoints_dir / made.folder)
     write_file_atomically(checkpoints_dir / made.folder / RECORD_NAME, made.encode())
-    lines = copy_later_lines(run_dir, made)
+    copy_later_lines(run_dir, made)
     if remote is not None:
         remote.folder.write(f"{made.folder}/{RECORD_NAME}", made.encode())
         for name in later:
@@ -132,11 +132,11 @@ def roll_back(run_dir: Path, step: int, remote: RemoteCheckpoints | None, *, by:
     if (checkpoints_dir / checkpoint_name(step)).is_dir():
         mark(checkpoints_dir / checkpoint_name(step))
         replace_text(checkpoints_dir / LATEST_NAME, checkpoint_name(step) + "\n")
-    keep_until(run_dir / "metrics.jsonl", step)
+    cut = keep_until(run_dir / "metrics.jsonl", step)
     if owner is not None:
         Ownership.take(run_dir)
-    facts = {"number": made.number, "steps": list(made.steps), "metrics_lines": lines, "by": by}
-    append_event(run_dir, "rolled_back_to", step, **facts)
+    facts = {"number": made.number, "steps": list(made.steps), "by": by}
+    append_event(run_dir, "rolled_back_to", step, **facts, discarded_steps=cut.steps, discarded_seconds=cut.seconds)
     return made
 
 
@@ -231,12 +231,11 @@ def move(path: Path, folder: Path) -> None:
     sync(path.parent)
 
 
-def copy_later_lines(run_dir: Path, made: Rollback) -> int:
-    """Copy the lines of metrics.jsonl after the step of a rollback to a file of its own; returns how many, no file for none."""
+def copy_later_lines(run_dir: Path, made: Rollback) -> None:
+    """Copy the lines of metrics.jsonl after the step of a rollback to a file of its own, if there are any."""
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["step"] > made.step]
     if lines:
         write_lines(metrics_before(run_dir, made.number), lines)
-    return len(lines)
 
 
 def bring_back_lines(run_dir: Path, taken: Rollback) -> None:

@@ -42,6 +42,7 @@ from amfm.pretrain.opening.data import check_tokenizer, check_vocabulary, open_l
 from amfm.pretrain.opening.first_passes import compile_first
 from amfm.pretrain.opening.log import open_log
 from amfm.pretrain.opening.model import build_model, build_pipeline, choose_flash, share_tiles
+from amfm.pretrain.opening.origin import gather_hosts
 from amfm.pretrain.parallel import (
     initialize_parallel,
     launcher_goes_on,
@@ -95,10 +96,11 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     # The checkpoint may have been saved in another stage than the model was built for.
     run.stage = last_stage(stages, run.progress.step)
     set_up_model(run.model, run.stage)
+    hosts = gather_hosts(run.saver.ranks)
     if run.parallel.is_main:
         run.files.owner = owner = Ownership.take(run.directory)
         run.heartbeat.fence = run.saver.fence = owner.check
-        open_log(run, loaded)
+        open_log(run, loaded, hosts)
         clear_beats(run.directory)
     token = run.saver.ranks.broadcast(run.files.owner and run.files.owner.token)
     if run.saver.replicas is not None:

@@ -127,6 +127,9 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
 }
 VOLATILE = {"time", "seconds", "tokens_per_second", "mfu", "memory_bytes", "saved_at"}
+# Of the event of a start: where and when it was, by which code, and what a halfway run does not do again.
+ORIGIN = {"hosts", "job", "code", "versions", "config", "config_sha256"}
+ORIGIN |= {"began_at", "failed_starts", "last_line_at", "discarded_steps", "discarded_seconds"}
 
 
 def main() -> int:
@@ -259,7 +262,9 @@ def describe_side(work: Path) -> dict[str, Any]:
         run = work / name
         for kind in ("metrics", "events"):
             lines = [json.loads(line) for line in (run / f"{kind}.jsonl").read_text().splitlines()]
-            found[f"{name}: {kind}.jsonl"] = [strip(line) for line in lines]
+            found[f"{name}: {kind}.jsonl"] = [
+                strip({key: value for key, value in line.items() if key not in ORIGIN}) for line in lines
+            ]
         for path in sorted(path for path in (run / "checkpoints").rglob("*") if path.is_file()):
             found[f"{name}: {path.relative_to(run)}"] = digest_file(path)
     return found

@@ -188,6 +188,12 @@ def inspect(
             min=0, metavar="G", help="Show the text of global sample G of a run, or of a store with --config."
         ),
     ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Of a run: which start trained step N, with its hosts, code and settings."
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="CONFIG", help="Configuration for --sample of a store.")
     ] = None,
@@ -198,6 +204,9 @@ def inspect(
 
     if sample is not None:
         show_sample(path, sample, config, as_json=as_json)
+        return
+    if step is not None:
+        show_origin(Path(path), step, as_json=as_json)
         return
     if config is not None:
         raise ValueError(f"--config {config} is for --sample G; leave it out, or add --sample")
@@ -238,6 +247,28 @@ def print_differences(diff: Path, other: Inspection, path: Path, found: Inspecti
         print_json(document)
     else:
         print_rows(f"{diff} -> {path}", ("what", str(diff), str(path)), rows)
+
+
+def show_origin(run_dir: Path, step: int, *, as_json: bool) -> None:
+    """Print which starts trained a step, and which of them the run still consists of."""
+    from amfm.pretrain.report.attempts import HEADER, list_attempts
+    from amfm.pretrain.report.data import read_run
+
+    record = read_run(run_dir)
+    attempts = list_attempts(record.events, record.last_step())
+    found = [attempt for attempt in attempts if attempt.did(step)]
+    if not found:
+        raise ValueError(f"no start of {run_dir} trained step {step}; it has steps 1 to {record.last_step()}")
+    if as_json:
+        print_json(
+            {"step": step, "starts": [attempt.describe() | {"is_kept": attempt.keeps(step)} for attempt in found]}
+        )
+        return
+    for attempt in found:
+        kept = "as the run has it" if attempt.keeps(step) else "given up later"
+        versions = ", ".join(f"{name} {version}" for name, version in (attempt.event.get("versions") or {}).items())
+        rows = [*zip(HEADER, attempt.words(), strict=True), ("versions", versions or "-")]
+        print_pairs(f"Step {step} of {run_dir}, {kept}", rows)
 
 
 def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bool) -> None:

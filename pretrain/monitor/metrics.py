@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from amfm.data_pipeline.durable.files import replacing
 from amfm.data_pipeline.durable.lines import LineFile, read_lines
@@ -27,14 +27,14 @@ Metrics = dict[str, Any]
 class RunLog:
     """The open log files of one run; exists on the main rank alone.
 
-    A line is with the operating system when the call returns, and on the disk after `sync`. `dropped_lines`: lines of
-    metrics.jsonl that were cut or damaged, left out at the start. Raises OSError when the directory cannot be written.
+    A line is with the operating system when the call returns, and on the disk after `sync`. `cut`: lines of
+    metrics.jsonl that were left out at the start. Raises OSError when the directory cannot be written.
     """
 
     def __init__(self, config: RunConfig, *, resumed_at_step: int) -> None:
         directory = self.directory = Path(config.run.dir)
         self._place = os.stat(directory)
-        self.dropped_lines = keep_until(directory / "metrics.jsonl", resumed_at_step)
+        self.cut = keep_until(directory / "metrics.jsonl", resumed_at_step)
         self.metrics = LineFile(directory / "metrics.jsonl")
         self.events = LineFile(directory / "events.jsonl")
         self.tensorboard = open_tensorboard(directory, resumed_at_step) if config.run.tensorboard else None
@@ -99,22 +99,33 @@ class RunLog:
             )
 
 
-def keep_until(path: Path, step: int) -> int:
-    """Drop the lines of steps that a resumed run will do again, and those that are cut or damaged; returns how many were.
+class Cut(NamedTuple):
+    """Lines that were left out of metrics.jsonl: damaged ones, those of steps to be done again, and the seconds of these."""
+
+    damaged: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+
+
+def keep_until(path: Path, step: int) -> Cut:
+    """Drop the lines of steps that a resumed run will do again, and those that are cut or damaged; returns what was dropped.
 
     The file is replaced at once, line by line, so that neither a kill nor its size matters.
     """
     if not path.exists():
-        return 0
-    damaged = 0
+        return Cut()
+    damaged, steps, seconds = 0, 0, 0.0
     with replacing(path) as file:
         for _, record in read_lines(path):
             found = None if record is None else record.get("step")
-            if not isinstance(found, int):
+            if record is None or not isinstance(found, int):
                 damaged += 1
             elif found <= step:
                 file.write(json.dumps(record).encode() + b"\n")
-    return damaged
+            else:
+                spent = record.get("seconds")
+                steps, seconds = steps + 1, seconds + (finite(spent) or 0.0 if isinstance(spent, int | float) else 0.0)
+    return Cut(damaged, steps, seconds)
 
 
 def open_tensorboard(directory: Path, resumed_at_step: int) -> Any:

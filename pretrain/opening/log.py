@@ -24,16 +24,17 @@ from amfm.pretrain.monitor.environment import record_environment
 from amfm.pretrain.monitor.experts import describe_unbalanced
 from amfm.pretrain.monitor.metrics import RunLog
 from amfm.pretrain.monitor.panel import plural
+from amfm.pretrain.opening.origin import describe_origin
 from amfm.pretrain.parallel import describe_environment
 from amfm.pretrain.run import Run
 from amfm.pretrain.stages import FRESH_START_EVENTS, resolve_stages
 
 
-def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
+def open_log(run: Run, loaded: LoadedCheckpoint | None, hosts: dict[str, str]) -> None:
     """Write configuration and environment, open log and display, and report how the run begins. Main rank only.
 
     Drops lines of metrics.jsonl beyond the step that the run resumes from. Everything that loading passed over, warned
-    of or found changed goes to the events too.
+    of or found changed goes to the events too. hosts: as `gather_hosts` gives them.
     """
     counts = count_parameters(run.model.config)
     length = run.stage.sequence_length
@@ -60,9 +61,16 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     )
     for remark in run.loader.describe_repeats(run.stages[-1].first_sample + run.stages[-1].num_samples()):
         run.say(remark)
-    if log.dropped_lines:
-        run.say(f"metrics.jsonl: {plural(log.dropped_lines, 'line')} cut short or damaged, left out")
-    run.record_event("start", world_size=run.parallel.world_size, resumed_from=loaded and loaded.path.name)
+    if log.cut.damaged:
+        run.say(f"metrics.jsonl: {plural(log.cut.damaged, 'line')} cut short or damaged, left out")
+    run.record_event(
+        "start",
+        world_size=run.parallel.world_size,
+        resumed_from=loaded and loaded.path.name,
+        discarded_steps=log.cut.steps,
+        discarded_seconds=log.cut.seconds,
+        **describe_origin(run, hosts),
+    )
     for text in run.remarks:
         run.tell("initial_weights", text, text=text)
     ambiguous = explain_d(run.config.model.pattern)

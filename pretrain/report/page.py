@@ -24,6 +24,8 @@ from amfm.pretrain.report.plots import Plot
 
 # A long run logs thousands of checkpoints; older events stay in events.jsonl.
 MAX_EVENTS = 200
+# Of events: what has its own column, and what the table of starts has.
+COLUMNS = {"time", "event", "step", "hosts", "job", "code", "versions", "config_sha256", "config"}
 
 VARIABLES = f"""
 :root {{ color-scheme: light dark; {LIGHT.css()}
@@ -119,7 +121,7 @@ def render_events(events: Sequence[Mapping[str, object]]) -> str:
         return '<div class="panel"><p class="none">No events were logged.</p></div>'
     rows = []
     for event in list(reversed(events))[:MAX_EVENTS]:
-        rest = {key: value for key, value in event.items() if key not in {"time", "event", "step"}}
+        rest = {key: value for key, value in event.items() if key not in COLUMNS}
         step = event.get("step")
         texts = ("" if step is None else plain(step), str(event.get("event", "")), plain(rest) if rest else "")
         cells = [render_time(event.get("time")), *map(escape, texts)]

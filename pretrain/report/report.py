@@ -14,6 +14,7 @@ from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.model.config.kinds import describe_symbol
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.monitor.panel import plural
+from amfm.pretrain.report.attempts import HEADER, list_attempts
 from amfm.pretrain.report.data import RunRecord, read_run
 from amfm.pretrain.report.goodput import measure_goodput
 from amfm.pretrain.report.numbers import count, duration, perplexity
@@ -36,6 +37,8 @@ from amfm.pretrain.report.page import (
 from amfm.pretrain.report.page_data import describe_page
 from amfm.pretrain.report.plots import make_plots
 from amfm.pretrain.report.tasks import describe_tasks, tasks_plot
+
+MAX_STARTS = 100
 
 
 def write_report(run_dirs: Sequence[str | Path], out: Path | None = None) -> Path:
@@ -85,6 +88,7 @@ def render_run(record: RunRecord) -> str:
         f"<h2>Model</h2>{render_table(describe_model(record))}",
         f"<h2>Data</h2>{render_table(describe_data(record))}",
         *([] if tasks is None else [f"<h2>Tasks</h2>{render_table(tasks)}"]),
+        f"<h2>Starts</h2>{render_table(describe_starts(record))}",
         f"<h2>Events</h2>{render_events(record.events)}",
         "<h2>Environment and configuration</h2>",
         render_details("Environment", render_pairs(flatten(record.environment))),
@@ -179,6 +183,13 @@ def describe_model(record: RunRecord) -> Table:
     total = ("all", f"{counts.total:,}", f"{counts.active:,}", *(count(sum(column.values())) for column in flops))
     header = ("part", "parameters", "active", *(f"training FLOPs per token, rows of {length:,}" for length in lengths))
     return Table(f"Pattern {config.model.parsed_pattern.canonical()}", header, (*rows, total))
+
+
+def describe_starts(record: RunRecord) -> Table:
+    """Tabulate which start did which steps, where, and with which code and settings; the newest MAX_STARTS of them."""
+    attempts = list_attempts(record.events, record.last_step())
+    hidden = f"the newest {MAX_STARTS} of {len(attempts):,}" if len(attempts) > MAX_STARTS else ""
+    return Table(hidden, HEADER, tuple(each.words() for each in attempts[-MAX_STARTS:]), is_summed=False)
 
 
 def describe_data(record: RunRecord) -> Table:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,12 +19,14 @@ import yaml
 
 from amfm.data_pipeline.config import DataConfig, PhaseConfig, TokenizerConfig
 from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.pretrain.checkpoint.files import read_manifest
 from amfm.pretrain.hooks.validate import Validation
 from amfm.pretrain.monitor.ownership import lock_directory
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step
 from amfm.pretrain.train import run_steps, train
+from amfm.pretrain.versions import OWN_CODE, collect_versions
 from tests.helpers.full_disk import largest_file
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
@@ -71,6 +74,11 @@ def test_run_directory_holds_config_environment_metrics_and_events(data: DataCon
     assert environment["keeps_freed_memory"] is True
     events = [event["event"] for event in read_events(tmp_path)]
     assert events == ["start", "validation", "validation", "checkpoint", "end"]
+    (start,) = read_events(tmp_path, "start")
+    assert start["hosts"] == {socket.gethostname(): "0"} and start["code"] == collect_versions()[OWN_CODE]
+    assert start["versions"] == {name: text for name, text in collect_versions().items() if name != OWN_CODE}
+    assert (tmp_path / start["config"]).read_text() == (tmp_path / "config.yaml").read_text()
+    assert start["config_sha256"] == read_manifest(tmp_path / "checkpoints/step-00000004")["config_sha256"]
     assert (tmp_path / "checkpoints" / "latest").exists()
 
 

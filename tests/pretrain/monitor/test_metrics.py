@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.pretrain.monitor.metrics import RunLog, check_plot_services, flatten_numbers, keep_until
+from amfm.pretrain.monitor.metrics import Cut, RunLog, check_plot_services, flatten_numbers, keep_until
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
 
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
@@ -18,17 +18,20 @@ HAS_WANDB = importlib.util.find_spec("wandb") is not None
 
 def test_resume_drops_steps_to_be_done_again_and_a_line_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
-    assert keep_until(path, 2) == 1
+    path.write_text(
+        "".join(json.dumps({"step": step}) + "\n" for step in (1, 2))
+        + '{"step": 3, "seconds": 1.5}\n{"step": 4, "seconds": null}\n{"step": 5, "lo'
+    )
+    assert keep_until(path, 2) == Cut(damaged=1, steps=2, seconds=1.5)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert keep_until(tmp_path / "absent.jsonl", 2) == 0
+    assert keep_until(tmp_path / "absent.jsonl", 2) == Cut()
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_resume_leaves_out_lines_that_are_no_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('null\n[1]\n{"step": "2"}\n{"loss": 1}\n{"step": 2}\n')
-    assert keep_until(path, 2) == 4
+    assert keep_until(path, 2).damaged == 4
     assert path.read_text() == '{"step": 2}\n'
 
 
@@ -38,7 +41,7 @@ def test_a_link_in_the_place_of_a_log_or_of_its_temporary_name_leads_nowhere(dat
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     (run_dir / "metrics.tmp").symlink_to(precious)
-    assert keep_until(run_dir / "metrics.jsonl", 1) == 0
+    assert keep_until(run_dir / "metrics.jsonl", 1).damaged == 0
     (run_dir / "events.jsonl").symlink_to(precious)
     with pytest.raises(OSError, match=r"events\.jsonl"):
         RunLog(tiny_config(data, run_dir), resumed_at_step=1)
