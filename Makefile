@@ -128,13 +128,14 @@ docs: $(VENV)/.installed
 	$(BIN)/amfm config --reference > docs/configuration.md
 	$(BIN)/amfm config --schema > configs/schema.json
 
-# All pages and the API reference as a site in build/site/html; a warning fails it.
+# All pages and the API reference as a site in build/site/html; a warning fails it. Needs npm, for the script that draws diagrams.
 site: $(VENV)/.installed-site
-	$(BIN)/python docs/site/stage_pages.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
+	variables=$$($(BIN)/python docs/site/stage_pages.py) && \
+	env $$variables NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 $(VENV)/.installed-site: $(VENV)/.installed
 	$(PIP) --editable '.[site]'
+	mkdir -p build/site && cd build/site && npm pack --silent mermaid@11 && tar -xzf mermaid-11.*.tgz package/dist/mermaid.min.js
 	touch $@
 
 # Pinned versions for GPU nodes, by the CUDA of PyTorch's wheels; needs uv and the package registry. The interpreter of

@@ -43,12 +43,12 @@ class SourceConfig(Section):
     max_bytes: int | None = Field(
         None,
         gt=0,
-        description="Use at most about this much text: files and byte ranges chosen by prepare.seed; none: all of it.",
+        description="Use at most about this much text: files and byte ranges chosen by prepare.seed; null: all of it.",
     )
     max_tokens: int | None = Field(
         None,
         gt=0,
-        description="Stop at the first part with which the store has this many tokens of the source; of many files only as many as needed are read. none: all of them.",
+        description="Stop at the first part with which the store has this many tokens of the source; of many files only as many as needed are read. null: all of them.",
     )
 
 
@@ -63,10 +63,10 @@ class PhaseConfig(Section):
     weights: dict[str, float] | None = Field(
         None,
         min_length=1,
-        description="Weight by source name; a source that isn't named isn't drawn in the phase. none: as before.",
+        description="Weight by source name; a source that isn't named isn't drawn in the phase. null: as before.",
     )
     sequence_length: int | None = Field(
-        None, gt=0, description="Tokens per row; none: as before. The phase then starts at a whole global batch."
+        None, gt=0, description="Tokens per row; null: as before. The phase then starts at a whole global batch."
     )
 
 
@@ -75,11 +75,11 @@ class TokenizerConfig(Section):
 
     model: str | None = Field(
         None,
-        description="A SentencePiece .model, a Hugging Face tokenizer.json or a file of an installed package; none: train a SentencePiece.",
+        description="A SentencePiece .model, a Hugging Face tokenizer.json or a file of an installed package; null: train a SentencePiece.",
     )
     eos_token: str | None = Field(
         None,
-        description="End-of-text token of a tokenizer.json; none: the one named by tokenizer_config.json in its folder.",
+        description="End-of-text token of a tokenizer.json; null: the one named by tokenizer_config.json in its folder.",
     )
     algorithm: Literal["unigram", "bpe"] = Field(
         "unigram", description="Kind to train (unigram encodes several times faster)."
@@ -95,7 +95,7 @@ class PrepareConfig(Section):
     preset: Literal["fast", "balanced", "small"] = Field(
         "fast", description="`fast`: no compression; `balanced`: lz4hc; `small`: zstd; all with crc32c."
     )
-    num_actors: int | None = Field(None, gt=0, description="Ray actors that tokenize; none: one per core.")
+    num_actors: int | None = Field(None, gt=0, description="Ray actors that tokenize; null: one per core.")
     part_bytes: int = Field(
         64_000_000, gt=0, description="Text bytes per part: the unit of work, of retry and of one writer."
     )

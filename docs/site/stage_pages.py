@@ -1,7 +1,8 @@
 """Copy the pages of the site to build/site/pages: every tracked page, and the files and folders that pages link to.
 
 The copy has the repository's paths, so that links between pages, to recipes, examples and sources work as they stand. A link
-to a folder becomes one to its README.md, or to a list of what it holds.
+to a folder becomes one to its README.md, or to a list of what it holds. The word REPOSITORY in `git clone` lines becomes the
+address under [project.urls] in pyproject.toml. Prints the variables that mkdocs.yml reads.
 """
 
 from __future__ import annotations
@@ -9,22 +10,31 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "build" / "site" / "pages"
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"^(```.*?^```)", re.DOTALL | re.MULTILINE)
+VERSION = re.compile(r'^__version__ = "(.+)"', re.MULTILINE)
+MERMAID = ROOT / "build" / "site" / "package" / "dist" / "mermaid.min.js"  # unpacked by `make site`
 
 
 def stage() -> None:
     """Write the folder again from the start."""
     shutil.rmtree(PAGES, ignore_errors=True)
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    version = VERSION.search((ROOT / "src" / "amfm" / "__init__.py").read_text())
+    assert version, "src/amfm/__init__.py has no version"
     tracked = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in tracked.stdout.splitlines():
         if not name.startswith((".github/", "tests/")):
-            parts = FENCE.split((ROOT / name).read_text())
+            parts = FENCE.split((ROOT / name).read_text().replace("git clone REPOSITORY", f"git clone {repository}"))
             write(name, "".join(part if part.startswith("```") else resolve_links(part, name) for part in parts))
+    (PAGES / "javascripts").mkdir()
+    shutil.copyfile(MERMAID, PAGES / "javascripts" / MERMAID.name)
+    print(f"AMFM_REPOSITORY={repository} AMFM_VERSION={version[1]}")
 
 
 def resolve_links(text: str, page: str) -> str:

@@ -4,8 +4,8 @@ Peaks are of the vendors' data sheets, without sparsity: A100 80GB SXM, H100 SXM
 of FP8 are what DeepGEMM states for large shapes on H800, and below; those of FP4 are guesses.
 `memory_gib` is what the device reports to PyTorch, which is less than the name says. The efficiencies are assumptions, of
 amfm's own kernels as they were compiled and of cuBLAS, until a GPU has measured them; so is what collectives, the host and
-ranks of unequal speed cost. A separate file has none of those costs unless it says so: what `amfm bench calibrate` fits
-has them in its efficiencies.
+ranks of unequal speed cost. Fields that a separate file leaves out have the table's values; `amfm bench calibrate` writes
+every field, with those costs in the efficiencies that it fits.
 """
 
 from __future__ import annotations
@@ -196,4 +196,5 @@ def load_hardware(name: str, option: str = "--gpu") -> Hardware:
             f"{option} {name} is not in the table ({', '.join(HARDWARE)}); use {nearest}, or a .yaml file with the fields "
             "that docs/planning.md lists"
         )
-    return read_schema(path, (), Hardware)[0]
+    hardware = read_schema(path, (), Hardware)[0]
+    return hardware.model_copy(update={k: v for k, v in ASSUMED.items() if k not in hardware.model_fields_set})

@@ -276,8 +276,8 @@ def host_seconds(
     Routed experts whose rows are counted by rank make the host wait once a forward pass (model/moe/by_rank.py).
     """
     model, launches, waits = config.model, 0, 0
-    if storage.backend != "triton" or not (hardware.launch_seconds or hardware.wait_seconds):
-        return 0.0  # PyTorch's own kernels, as a CPU runs them: their efficiencies have it
+    if not (hardware.launch_seconds or hardware.wait_seconds):
+        return 0.0  # a machine whose calibrated efficiencies have it
     narrow = narrow_kinds(config, held, storage)
     num_main = len(held.main_letters)
     blocks = Counter((letter, place < num_main) for place, letter in enumerate(held.letters))

@@ -45,7 +45,7 @@ class AttentionConfig(MixerOptions):
         False,
         description="One learned score per head that takes a share of every query's attention and has no value, as in gpt-oss.",
     )
-    indexer: IndexerConfig | None = Field(None, description="Chooses the keys that a token attends to; none: all.")
+    indexer: IndexerConfig | None = Field(None, description="Chooses the keys that a token attends to; null: all.")
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
         """Query heads share key-value heads evenly, and rotary positions rotate something."""

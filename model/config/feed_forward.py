@@ -21,7 +21,7 @@ class FeedForwardConfig(MixerOptions):
     activation_limit: float | None = Field(
         None,
         gt=0,
-        description="Gate at most this, and up between its negative and this, before they are multiplied: 7 in gpt-oss, 10 in DeepSeek-V4; none: no limit. Gated activations alone.",
+        description="Gate at most this, and up between its negative and this, before they are multiplied: 7 in gpt-oss, 10 in DeepSeek-V4; null: no limit. Gated activations alone.",
     )
     linear_kind: LinearKind = Field(
         "dense",

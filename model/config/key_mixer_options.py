@@ -17,7 +17,7 @@ class SharedKeyOptions(MixerOptions):
 
     num_heads: int = Field(gt=0, description="Query heads.")
     num_kv_heads: int | None = Field(
-        None, gt=0, description="Key and value heads; must divide num_heads. none: num_heads."
+        None, gt=0, description="Key and value heads; must divide num_heads. null: num_heads."
     )
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
@@ -50,7 +50,7 @@ class WindowOptions(SharedKeyOptions):
     rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
     yarn: YarnStretch | None = Field(
         None,
-        description="Rotary positions stretched as by model.attention.rope with scaling: yarn; none: not stretched.",
+        description="Rotary positions stretched as by model.attention.rope with scaling: yarn; null: not stretched.",
     )
     gate: OutputGate = Field(
         "none", description="Sigmoid of the input times each head's output: one gate per channel or per head."
@@ -90,7 +90,7 @@ class MlaOptions(MixerOptions):
     num_heads: int = Field(gt=0, description="Heads.")
     latent_size: int = Field(512, gt=0, description="Width of the vector that keys and values are made of.")
     query_latent_size: int | None = Field(
-        None, gt=0, description="Width of one that queries are made of (DeepSeek-V3: 1536); none: made of the input."
+        None, gt=0, description="Width of one that queries are made of (DeepSeek-V3: 1536); null: made of the input."
     )
     nope_head_dim: int = Field(128, gt=0, description="Channels of a query and key head without position.")
     rope_head_dim: int = Field(
@@ -103,7 +103,7 @@ class MlaOptions(MixerOptions):
     )
     rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
     yarn: MlaYarn | None = Field(
-        None, description="Rotary positions stretched by YaRN, as in DeepSeek-V3; none: not stretched."
+        None, description="Rotary positions stretched by YaRN, as in DeepSeek-V3; null: not stretched."
     )
     gate: OutputGate = Field(
         "none", description="Sigmoid of the input times each head's output: one gate per channel or per head."
@@ -117,7 +117,7 @@ class MlaOptions(MixerOptions):
         description="One learned score per head that takes a share of every query's attention and has no value, as in gpt-oss.",
     )
     indexer: IndexerConfig | None = Field(
-        None, description="Chooses the tokens whose latents a token attends to, as in DeepSeek-V3.2; none: all."
+        None, description="Chooses the tokens whose latents a token attends to, as in DeepSeek-V3.2; null: all."
     )
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:

@@ -36,7 +36,7 @@ class LowPrecisionConfig(Section):
     )
     out_projection: Literal["same", "bf16", "mxfp8"] | None = Field(
         None,
-        description="Recipe of the output projections of Mamba2 and linear mixers; none: mxfp8 under nvfp4, else the same.",
+        description="Recipe of the output projections of Mamba2 and linear mixers; null: mxfp8 under nvfp4, else the same.",
     )
     weight_gradient: Literal["same", "bf16"] = Field(
         "same", description="bf16: the product that makes the weights' gradients keeps train.precision."

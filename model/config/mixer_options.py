@@ -61,7 +61,7 @@ class HeadOptions(LinearOptions):
 
     num_heads: int = Field(gt=0, description="Heads of the recurrence; independent of hidden_size.")
     head_dim: int = Field(64, gt=0, description="Channels of a query and key head.")
-    value_head_dim: int | None = Field(None, gt=0, description="Channels of a value head; none: head_dim.")
+    value_head_dim: int | None = Field(None, gt=0, description="Channels of a value head; null: head_dim.")
 
     def heads(self) -> int:
         """num_heads."""
@@ -105,7 +105,7 @@ class DeltaNetOptions(HeadOptions):
     num_key_heads: int | None = Field(
         None,
         gt=0,
-        description="Query and key heads, each shared by num_heads / num_key_heads value heads; none: num_heads.",
+        description="Query and key heads, each shared by num_heads / num_key_heads value heads; null: num_heads.",
     )
     allow_negative_eigenvalues: bool = Field(
         False, description="beta in (0, 2) and not (0, 1), so that a state may change sign (arXiv 2411.12537)."
@@ -164,7 +164,7 @@ class ChannelDeltaOptions(VectorGateOptions):
 
     conv_kernel: Literal[0, 2, 3, 4] = Field(4, description="Width of the causal convolution over q, k and v; 0: none.")
     gate_rank: int | None = Field(
-        None, gt=0, description="Inner width of the low-rank projections of decay and output gate; none: head_dim."
+        None, gt=0, description="Inner width of the low-rank projections of decay and output gate; null: head_dim."
     )
     scan_limits: ClassVar[ScanLimits | None] = VECTOR_DELTA_LIMITS
 
@@ -237,7 +237,7 @@ class Mamba1Options(LinearOptions):
     inner_size: int = Field(gt=0, description="Channels of the scan; usually twice hidden_size.")
     state_size: int = Field(16, gt=0, description="State numbers per channel.")
     dt_rank: int | None = Field(
-        None, gt=0, description="Inner width of the time step's projection; none: hidden_size / 16."
+        None, gt=0, description="Inner width of the time step's projection; null: hidden_size / 16."
     )
     scan_limits: ClassVar[ScanLimits | None] = DIAG_LIMITS
 

@@ -48,7 +48,7 @@ class MoeConfig(MixerOptions):
     activation_limit: float | None = Field(
         None,
         gt=0,
-        description="Of routed and shared experts: gate at most this, and up between its negative and this, before they are multiplied: 7 in gpt-oss, 10 in DeepSeek-V4; none: no limit. Gated activations alone.",
+        description="Of routed and shared experts: gate at most this, and up between its negative and this, before they are multiplied: 7 in gpt-oss, 10 in DeepSeek-V4; null: no limit. Gated activations alone.",
     )
     bias: bool = Field(
         False, description="Biases on the router's logits and on both products of routed experts, as in gpt-oss."
@@ -84,12 +84,12 @@ class MoeConfig(MixerOptions):
         0.0, ge=0, description="Squared log-sum-exp of the router logits (Zoph et al. 2022, arXiv 2202.08906)."
     )
     latent_size: int | None = Field(
-        None, gt=0, description="Width at which tokens travel to routed experts; none: hidden_size."
+        None, gt=0, description="Width at which tokens travel to routed experts; null: hidden_size."
     )
     capacity_factor: float | None = Field(
         None,
         gt=0,
-        description="While training, an expert takes this many times its even share of a micro-batch's choices; none: no limit.",
+        description="While training, an expert takes this many times its even share of a micro-batch's choices; null: no limit.",
     )
     overflow: Literal["drop", "recycle"] = Field(
         "drop",

@@ -107,7 +107,7 @@ class MlaYarn(YarnStretch):
     mscale: float | None = Field(
         None,
         gt=0,
-        description="Scores are multiplied by (0.1 mscale ln(factor) + 1)^2 (DeepSeek-V3: 1.0), cosine and sine by nothing; none: these by 0.1 ln(factor) + 1.",
+        description="Scores are multiplied by (0.1 mscale ln(factor) + 1)^2 (DeepSeek-V3: 1.0), cosine and sine by nothing; null: these by 0.1 ln(factor) + 1.",
     )
 
     def on_scores(self) -> float:

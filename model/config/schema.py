@@ -93,7 +93,7 @@ class ModelConfig(Section):
     tie_embeddings: bool = Field(False, description="Head shares the embedding's weights.")
     head: str | None = Field(
         None,
-        description="A head of an installed package, by name, with its options in model.mixers; none: a matrix and a softmax.",
+        description="A head of an installed package, by name, with its options in model.mixers; null: a matrix and a softmax.",
     )
     initializer_range: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
     depth_scaled_init: bool = Field(
@@ -104,13 +104,13 @@ class ModelConfig(Section):
     moe: MoeConfig | None = Field(None, description="Needed by E (F).")
     feed_forward: FeedForwardConfig | None = Field(None, description="Needed by - (D).")
     mixers: RegisteredMixers = Field(RegisteredMixers(), description="Other sequence mixers; docs/mixers.md.")
-    guide: GuideConfig | None = Field(None, description="Guide factored matrices while they train; none: no guide.")
+    guide: GuideConfig | None = Field(None, description="Guide factored matrices while they train; null: no guide.")
     lora_mixer: LoraMixerConfig | None = Field(
         None,
-        description="Low-rank updates of attention's projections that a router chooses among; none: no such updates.",
+        description="Low-rank updates of attention's projections that a router chooses among; null: no such updates.",
     )
     multipliers: MultipliersConfig = Field(MultipliersConfig(), description="Constant factors in the forward pass.")
-    mup: MupConfig | None = Field(None, description="Carry the learning rate over widths; none: one rate for all.")
+    mup: MupConfig | None = Field(None, description="Carry the learning rate over widths; null: one rate for all.")
     mtp: MtpConfig | None = Field(
         None, description="Multi-token prediction; of depths behind `/` in the pattern alone, which have its defaults."
     )

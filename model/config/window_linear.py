@@ -47,24 +47,24 @@ class WindowLinearOptions(SharedKeyOptions):
     )
     features: Features | None = Field(
         None,
-        description="Features of queries and keys: `hedgehog` [softmax(W x), softmax(-W x)], `softmax` of the head itself. none: the preset's.",
+        description="Features of queries and keys: `hedgehog` [softmax(W x), softmax(-W x)], `softmax` of the head itself. null: the preset's.",
     )
     gate: DecayGate | None = Field(
         None,
-        description="What older tokens fade by: nothing, `key` logsigmoid(k) / 16 per channel, `learned` one number per head from the input, `channel` one per feature from the input. none: the preset's.",
+        description="What older tokens fade by: nothing, `key` logsigmoid(k) / 16 per channel, `learned` one number per head from the input, `channel` one per feature from the input. null: the preset's.",
     )
     combine: Combination | None = Field(
         None,
-        description="`joint`: one sum over window and older tokens; `average`: the window's output and that of linear attention over all tokens. none: the preset's.",
+        description="`joint`: one sum over window and older tokens; `average`: the window's output and that of linear attention over all tokens. null: the preset's.",
     )
     linear_positions: LinearPositions | None = Field(
-        None, description="Whether features see rotated queries and keys. none: the preset's."
+        None, description="Whether features see rotated queries and keys. null: the preset's."
     )
     linear_weight: float = Field(
         0.5, gt=0, lt=1, description="Share of linear attention with combine: average; the window has the rest."
     )
     feature_size: int | None = Field(
-        None, gt=0, description="Rows of a hedgehog's W, half of the features of a head; none: head_dim."
+        None, gt=0, description="Rows of a hedgehog's W, half of the features of a head; null: head_dim."
     )
     meta_tokens: int = Field(
         0, ge=0, description="Learned keys and values per head that every window also sees (Lizard, arXiv 2507.09025)."
@@ -76,9 +76,9 @@ class WindowLinearOptions(SharedKeyOptions):
     rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
     rope_fraction: float = Field(1.0, gt=0, le=1, description="Part of each head that is rotated.")
     rope_llama3: Llama3Stretch | None = Field(
-        None, description="As model.attention.rope.llama3 of a teacher with scaling: llama3; none: not stretched."
+        None, description="As model.attention.rope.llama3 of a teacher with scaling: llama3; null: not stretched."
     )
-    softmax_scale: float | None = Field(None, gt=0, description="Of the window's scores; none: head_dim ** -0.5.")
+    softmax_scale: float | None = Field(None, gt=0, description="Of the window's scores; null: head_dim ** -0.5.")
     output_gate: OutputGate = Field(
         "none", description="Sigmoid of the input times each head's output: one gate per channel or per head."
     )

@@ -32,11 +32,11 @@ class RoutingConfig(Section):
     hard_from_step: int | None = Field(
         None,
         gt=0,
-        description="Steps of tuning in which all updates count, by the softmax of the router, before only the top_k count; none: the top_k from the first step.",
+        description="Steps of tuning in which all updates count, by the softmax of the router, before only the top_k count; null: the top_k from the first step.",
     )
     updates: tuple[str, ...] = Field(
         (),
-        description="Updates trained elsewhere, one for each of num_experts, which stay as they are while the router is trained: runs `convert-tune` or `convert-tune-teacher` of conversions without routing, or folders that peft wrote for an export of target own. none: updates of the conversion's own.",
+        description="Updates trained elsewhere, one for each of num_experts, which stay as they are while the router is trained: runs `convert-tune` or `convert-tune-teacher` of conversions without routing, or folders that peft wrote for an export of target own. null: updates of the conversion's own.",
     )
 
 
@@ -58,7 +58,7 @@ class TuneConfig(Section):
     )
     routing: RoutingConfig | None = Field(
         None,
-        description="Choose among several updates, which then stay in the result; none: one, merged into the weights.",
+        description="Choose among several updates, which then stay in the result; null: one, merged into the weights.",
     )
 
     def routed(self) -> LoraMixerConfig | None:
@@ -110,14 +110,14 @@ class ConvertConfig(Section):
     to: str = Field("window_linear", description="The mixer that attention becomes; its options are in model.mixers.")
     blocks: tuple[int, ...] | None = Field(
         None,
-        description="Blocks to convert, by their number in the pattern from 0; none: every attention block (upcycle: every feed-forward).",
+        description="Blocks to convert, by their number in the pattern from 0; null: every attention block (upcycle: every feed-forward).",
     )
     keep: tuple[int, ...] = Field((), description="Indices of attention blocks to keep; alternative to blocks.")
     upcycle: UpcycleConfig | None = Field(
         None, description="Make experts of the feed-forwards instead; nothing is trained, so without transfer and tune."
     )
     transfer: TransferConfig | None = Field(
-        None, description="Of window_linear with its own weights; none: no such stage."
+        None, description="Of window_linear with its own weights; null: no such stage."
     )
     tune: TuneConfig | None = Field(None, description="Of every conversion of attention, and of its controls.")
     stage: StageName | None = Field(

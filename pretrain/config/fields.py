@@ -120,7 +120,7 @@ def section_at(parts: tuple[str | int, ...], root: type[BaseModel] = RunConfig) 
 
 
 def name_type(annotation: Any) -> str:
-    """Name a type in words: `int`, `text`, `float or null`, `softmax | sigmoid`, `list of text`."""
+    """Name a type in words: `int`, `string`, `float or null`, `softmax | sigmoid`, `list of string`."""
     origin = typing.get_origin(annotation)
     if origin is Literal:
         return " | ".join(show_value(value) for value in typing.get_args(annotation))
@@ -130,7 +130,7 @@ def name_type(annotation: Any) -> str:
         return " to ".join(name_type(argument) for argument in typing.get_args(annotation)) + " mapping"
     if origin in {typing.Union, types.UnionType}:
         return " or ".join(name_type(argument) for argument in typing.get_args(annotation))
-    names = {str: "text", type(None): "null", bool: "true | false", int: "int", float: "float"}
+    names = {str: "string", type(None): "null", bool: "true | false", int: "int", float: "float"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
@@ -150,8 +150,9 @@ def reference_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "One YAML file is one run. This page is written by `make docs` (`amfm config --reference`) and a test keeps it",
-        "fresh, so change the descriptions in the schema, not here.",
+        "<!-- Written by `make docs` (`amfm config --reference`); change the descriptions in the schema, not here. -->",
+        "",
+        "One YAML file is one run.",
         "",
         "- `extends: other.yaml` (relative to the file) lays a file over another one: sections merge key by key, a list",
         "  or a plain value replaces what was below, `null` removes an optional section.",
@@ -166,24 +167,17 @@ def reference_page() -> str:
         "  `# yaml-language-server: $schema=schema.json` (the path from the file) on top.",
         "",
     ]
-    lines += [
-        "Settings of presets and recipes come first; the rest is [below](#rarely-set), each with the page that describes when to set it.",
-        "",
-    ]
-    sections = [section for section in describe_sections() if not section.key.startswith(REPEATED)]
-    for section in sections:
+    lines += ["Settings of presets and recipes come first; the others name the page that describes when to set them.", ""]
+    for section in describe_sections():
+        if section.key.startswith(REPEATED):
+            continue
         lines += [f"## `{section.key}`", "", section.meaning, ""]
-        lines += setting_table([row for row in section.fields if row.user is None])
+        lines += setting_table(sorted(section.fields, key=lambda row: row.user is not None))
         if section.key == "stages.*":
             lines += [
                 "Its `rope`, `schedule` and `parallel` are as the sections of that name; what is left out is as before.",
                 "",
             ]
-    lines += ["# Rarely set", "", "What no preset and no recipe sets.", ""]
-    for section in sections:
-        rare = [row for row in section.fields if row.user is not None]
-        if rare:
-            lines += [f"## More of `{section.key}`", "", *setting_table(rare)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -197,11 +191,9 @@ def setting_table(rows: Sequence[FieldRow]) -> list[str]:
         default = "required" if row.default is None else f"`{row.default}`"
         name = row.key.rsplit(".", 1)[1]
         kind, meaning = (text.replace("|", "\\|") for text in (row.type, row.meaning))
-        line = f"| `{name}` | {kind} | {default} | {meaning} |"
-        if row.user is not None:
-            page = row.user.removeprefix("docs/")
-            line += f" [{page.removesuffix('.md')}]({page}) |"
-        lines.append(line)
+        page = (row.user or "").removeprefix("docs/")
+        link = f" [{page.removesuffix('.md')}]({page}) |" if page else " |" * has_users
+        lines.append(f"| `{name}` | {kind} | {default} | {meaning} |{link}")
     return [*lines, ""]
 
 

@@ -10,7 +10,7 @@ from amfm.model.config.section import Section
 class SlurmConfig(Section):
     """What goes into the batch script of `amfm launch --on slurm`."""
 
-    partition: str | None = Field(None, description="Partition; none: the cluster's default.")
+    partition: str | None = Field(None, description="Partition; null: the cluster's default.")
     account: str | None = Field(None, description="Account that is billed.")
     qos: str | None = Field(None, description="Quality of service.")
     time_limit: str | int | None = Field(
@@ -18,7 +18,7 @@ class SlurmConfig(Section):
     )
     gpus: bool = Field(True, description="Ask for one GPU per rank; false on clusters without GPUs.")
     cpus_per_task: int | None = Field(
-        None, gt=0, description="Cores per rank, for the job and for srun; none: the cluster's default."
+        None, gt=0, description="Cores per rank, for the job and for srun; null: the cluster's default."
     )
     cpu_bind: str | None = Field(
         None,
@@ -27,7 +27,7 @@ class SlurmConfig(Section):
     )
     memory: str | int | None = Field(
         None,
-        description="Memory per node, as Slurm writes it: megabytes, or 500G (0: all); none: the cluster's default, which is often small.",
+        description="Memory per node, as Slurm writes it: megabytes, or 500G (0: all); null: the cluster's default, which is often small.",
     )
     modules: tuple[str, ...] = Field((), description="Loaded with `module load` before anything else runs.")
     signal_seconds: int = Field(
@@ -49,7 +49,7 @@ class KubernetesConfig(Section):
     """What goes into the manifests of `amfm launch --on kubernetes --dry-run`."""
 
     image: str | None = Field(None, description="Image of the pods, with amfm in it, as the Dockerfile builds it.")
-    namespace: str | None = Field(None, description="Namespace; none: that of kubectl's context.")
+    namespace: str | None = Field(None, description="Namespace; null: that of kubectl's context.")
     claim: str | None = Field(
         None, description="PersistentVolumeClaim (ReadWriteMany) that holds configuration, store and run.dir."
     )
@@ -65,7 +65,7 @@ class LaunchConfig(Section):
     heartbeat_seconds: float | None = Field(
         900.0,
         gt=0,
-        description="A rank that stays in one phase of a step for longer ends the attempt and names the ranks that it waits for; none: only collectives time out.",
+        description="A rank that stays in one phase of a step for longer ends the attempt and names the ranks that it waits for; null: only collectives time out.",
     )
     max_restarts: int = Field(
         3, ge=0, description="Restarts after failures without a newer checkpoint; attempts that wrote one do not count."

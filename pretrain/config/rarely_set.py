@@ -1,4 +1,4 @@
-"""Settings that no preset and no recipe sets, by the page that says when they are set: the second half of the reference.
+"""Settings that no preset and no recipe sets, by the page that describes when to set them, which the reference links to.
 
 Every other setting is in a file of configs/ or recipes/. A new setting joins one of them, or this table; a test holds both.
 `stages.*` repeats rope, schedule and parallel, and so is left out.
@@ -9,8 +9,8 @@ from __future__ import annotations
 RARELY_SET: dict[str, dict[str, str]] = {
     "docs/checkpoints.md": {
         "train": "seed checkpoint_in_background checkpoint_store resume_step keep_every_steps replica_every_steps replica_folder timeout_seconds max_skipped_steps deterministic",
-        "export": "max_position_embeddings",
     },
+    "docs/export.md": {"export": "max_position_embeddings"},
     "docs/conversion.md": {
         "model.mixers.window_linear": "preset features gate combine linear_positions linear_weight feature_size meta_tokens rope_theta rope_fraction output_gate chunk_size",
         "model.mixers.window_linear.rope_llama3": "factor original_length slow_turns fast_turns",

@@ -39,7 +39,7 @@ class RunSection(Section):
     """Directory and name of the run."""
 
     dir: str = Field(description="Run directory: checkpoints, metrics, report; a second start resumes from it.")
-    name: str | None = Field(None, description="Shown in logs and the report; none: the last part of dir.")
+    name: str | None = Field(None, description="Shown in logs and the report; null: the last part of dir.")
     initial_weights: str | None = Field(
         None,
         description="Start from these weights (an import, a checkpoint or another run) instead of random ones; read once; a resumed run uses its checkpoint.",
@@ -79,7 +79,7 @@ class OptimizerConfig(Section):
     epsilon: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
     weight_decay: float = Field(0.1, ge=0, description="On matrices; norms, biases, A_log, D and dt_bias never decay.")
     clip_grad_norm: float | None = Field(1.0, gt=0, description="Largest global gradient norm; null: no clipping.")
-    muon: MuonConfig | None = Field(None, description="Settings of kind muon; none: its defaults.")
+    muon: MuonConfig | None = Field(None, description="Settings of kind muon; null: its defaults.")
     state_dtype: Literal["float32", "bf16"] = Field(
         "float32",
         description="Of masters and moments; bf16: 6 bytes per parameter instead of 12, with stochastic rounding (train.precision=bf16, ZeRO 1 to 3, adamw).",
@@ -104,10 +104,10 @@ class ScheduleConfig(Section):
         description="Warm-up, stable, decay; warm-up and cosine; warm-up and constant; warm-up, then the peak times sqrt(warm-up / step); or a schedule of an installed package.",
     )
     warmup_steps: int | None = Field(
-        None, ge=0, description="Linear rise from 0 to the peak; none: a twentieth of train.steps."
+        None, ge=0, description="Linear rise from 0 to the peak; null: a twentieth of train.steps."
     )
     decay_steps: int | None = Field(
-        None, gt=0, description="wsd: length of the final decay; none: a fifth of train.steps."
+        None, gt=0, description="wsd: length of the final decay; null: a fifth of train.steps."
     )
     decay_shape: Literal["linear", "sqrt", "cosine"] = Field(
         "linear", description="wsd: form of the decay (sqrt: 1 - sqrt, Haegele et al. 2024, arXiv 2405.18392)."
@@ -144,7 +144,7 @@ class TrainConfig(Section):
     """The loop."""
 
     steps: int | None = Field(
-        None, gt=0, le=10**12, description="Optimizer steps of the whole run; none: as in `stages`."
+        None, gt=0, le=10**12, description="Optimizer steps of the whole run; null: as in `stages`."
     )
     stop_after_steps: int | None = Field(
         None, gt=0, description="Save and exit (code 0) when this step is done; the schedule still spans `steps`."
@@ -152,13 +152,13 @@ class TrainConfig(Section):
     sequence_length: int = Field(gt=0, description="Tokens per row.")
     micro_batch_size: int = Field(gt=0, description="Rows per forward pass and rank.")
     global_batch_size: int = Field(gt=0, description="Rows per optimizer step, over all ranks.")
-    batch_ramp: BatchRampConfig | None = Field(None, description="Start with smaller batches; none: full at once.")
+    batch_ramp: BatchRampConfig | None = Field(None, description="Start with smaller batches; null: full at once.")
     seed: int = Field(0, ge=0, lt=2**63, description="Of weights, data order and every other random draw.")
     precision: Literal["float32", "bf16"] = Field(
         "bf16", description="Of weights and activations; master weights and moments are float32 always."
     )
     checkpoint_every_steps: int | None = Field(
-        None, gt=0, description="Save every N steps; none: only at the end and on signals."
+        None, gt=0, description="Save every N steps; null: only at the end and on signals."
     )
     checkpoint_in_background: bool = Field(
         True, description="Steps wait for a copy in memory only while a thread writes; false: until it is on the disk."
@@ -168,7 +168,7 @@ class TrainConfig(Section):
     )
     checkpoint_store: str | None = Field(
         None,
-        description="URL (s3://, gs://, az://) that gets a copy of each checkpoint, keep_last of them; a start fetches from there what run.dir does not have. none: only run.dir.",
+        description="URL (s3://, gs://, az://) that gets a copy of each checkpoint, keep_last of them; a start fetches from there what run.dir does not have. null: only run.dir.",
     )
     resume_step: int | None = Field(
         None,
@@ -178,16 +178,16 @@ class TrainConfig(Section):
     keep_every_steps: int | None = Field(
         None,
         gt=0,
-        description="Mark the checkpoints of every N steps: they are never pruned, in addition to keep_last; none: marked by hand only.",
+        description="Mark the checkpoints of every N steps: they are never pruned, in addition to keep_last; null: marked by hand only.",
     )
     replica_every_steps: int | None = Field(
-        None, gt=0, description="Steps without a checkpoint after which the memory of two nodes gets one; none: never."
+        None, gt=0, description="Steps without a checkpoint after which the memory of two nodes gets one; null: never."
     )
     replica_folder: str = Field("/dev/shm", description="Folder in each node's memory for replica_every_steps.")
     validate_every_steps: int | None = Field(
         None,
         gt=0,
-        description="Measure validation loss every N steps; none: only at the end, and not at all where no document is held out.",
+        description="Measure validation loss every N steps; null: only at the end, and not at all where no document is held out.",
     )
     validation_batches: int = Field(8, gt=0, description="Global batches per validation.")
     log_every_steps: int = Field(
@@ -217,12 +217,12 @@ class TrainConfig(Section):
         description="Where weight gradients join the float32 sum of a step: in the product that makes them, which under bf16 saves a rounding and their way through memory, or behind it, by a hook; auto: in the product under parallel.zero_stage 1 and 2, unless blocks are compiled.",
     )
     num_threads: int | None = Field(
-        None, gt=0, le=4096, description="CPU threads per rank; none: cores / ranks on this machine."
+        None, gt=0, le=4096, description="CPU threads per rank; null: cores / ranks on this machine."
     )
-    profile: ProfileConfig | None = Field(None, description="Trace some steps; none: no trace.")
+    profile: ProfileConfig | None = Field(None, description="Trace some steps; null: no trace.")
     deterministic: bool | None = Field(
         None,
-        description="Library kernels that add in one order, and our kernels' own tiles instead of tuned ones; none: yes on a CPU, no on CUDA, where such library kernels are slower. Our kernels always add in one order.",
+        description="Library kernels that add in one order, and our kernels' own tiles instead of tuned ones; null: yes on a CPU, no on CUDA, where such library kernels are slower. Our kernels always add in one order.",
     )
 
     def sums_in_products(self) -> bool:
@@ -241,7 +241,7 @@ class ParallelConfig(Section):
     )
     expert: int = Field(1, gt=0, description="Ranks over which the routed experts are spread.")
     expert_tensor: int | None = Field(
-        None, gt=0, description="Ranks that share each routed expert; none: `tensor`, or 1 with `expert` above 1."
+        None, gt=0, description="Ranks that share each routed expert; null: `tensor`, or 1 with `expert` above 1."
     )
     overlap_experts: Literal[False, True, "rows"] = Field(
         False,
@@ -251,7 +251,7 @@ class ParallelConfig(Section):
         None,
         ge=1,
         le=1e3,
-        description="Places for rows of spread experts, in even shares, so that the host need not count rows, such as 1.5; a step in which they do not suffice is computed again. none: the host counts rows.",
+        description="Places for rows of spread experts, in even shares, so that the host need not count rows, such as 1.5; a step in which they do not suffice is computed again. null: the host counts rows.",
     )
     context: int = Field(1, gt=0, description="Ranks that share the tokens of each row.")
     pipeline: int = Field(1, gt=0, description="Stages of consecutive blocks; `|` in model.pattern cuts them.")
@@ -299,20 +299,20 @@ class StageConfig(Section):
     global_batch_size: int | None = Field(None, gt=0, description="Rows per optimizer step, over all ranks.")
     rope: RopeConfig | None = Field(None, description="Rotary positions from here on.")
     indexer: IndexerStage | None = Field(
-        None, description="What indexers do from here on; none: as before, at first as their own `stage`."
+        None, description="What indexers do from here on; null: as before, at first as their own `stage`."
     )
     weights: dict[str, float] | None = Field(None, description="Weight of each source from here on; absent: not used.")
-    learning_rate: float | None = Field(None, gt=0, description="Peak rate; none: optimizer.learning_rate.")
-    schedule: ScheduleConfig | None = Field(None, description="Over the steps of this stage; none: `schedule`.")
+    learning_rate: float | None = Field(None, gt=0, description="Peak rate; null: optimizer.learning_rate.")
+    schedule: ScheduleConfig | None = Field(None, description="Over the steps of this stage; null: `schedule`.")
     parallel: ParallelConfig | None = Field(
         None,
-        description="Layout from here on, whole: what it leaves out has its default. The run saves, and continues with new processes; none: as before.",
+        description="Layout from here on, whole: what it leaves out has its default. The run saves, and continues with new processes; null: as before.",
     )
     recompute: Literal["none", "selective", "full"] | None = Field(
         None, description="Blocks that are computed again in backward passes, as train.recompute."
     )
     recompute_blocks: str | None = Field(
-        None, description="Letters for recompute: selective; none: as before, or empty where recompute is given."
+        None, description="Letters for recompute: selective; null: as before, or empty where recompute is given."
     )
 
 
@@ -334,12 +334,12 @@ class HealthConfig(Section):
     straggler_percent: float | None = Field(
         25.0,
         gt=0,
-        description="Report ranks that compute this many percent longer than the median, every 20 steps; none: never.",
+        description="Report ranks that compute this many percent longer than the median, every 20 steps; null: never.",
     )
     check_state_every_steps: int | None = Field(
         None,
         gt=0,
-        description="Look for silent corruption every N steps and before each save: state that changed at rest, copies that differ, a micro-batch that gives other bits when run again. The run ends (code 3) and names the rank; none: never.",
+        description="Look for silent corruption every N steps and before each save: state that changed at rest, copies that differ, a micro-batch that gives other bits when run again. The run ends (code 3) and names the rank; null: never.",
     )
 
 
@@ -366,7 +366,7 @@ class ExportConfig(Section):
     max_position_embeddings: int | None = Field(
         None,
         gt=0,
-        description="Tokens per text that the export declares; none: the rows of training, and no fewer than the released model had that the run continues.",
+        description="Tokens per text that the export declares; null: the rows of training, and no fewer than the released model had that the run continues.",
     )
 
 
@@ -374,14 +374,14 @@ class EvaluateConfig(Section):
     """Tasks of lm-eval that are measured on the model while it trains."""
 
     tasks: tuple[str, ...] = Field((), description="Tasks, groups or tags of lm-eval, by name; empty: none.")
-    include_path: str | None = Field(None, description="Folder with YAML files of further tasks; none: lm-eval's own.")
+    include_path: str | None = Field(None, description="Folder with YAML files of further tasks; null: lm-eval's own.")
     every_steps: int | None = Field(None, gt=0, description="None: only after the last step.")
-    limit: int | None = Field(None, gt=0, description="Documents of each task; none: all.")
+    limit: int | None = Field(None, gt=0, description="Documents of each task; null: all.")
     num_fewshot: int | None = Field(
-        None, ge=0, description="Examples before each question; none: as the task defines, else 0."
+        None, ge=0, description="Examples before each question; null: as the task defines, else 0."
     )
     micro_batch_size: int | None = Field(
-        None, gt=0, description="Rows per forward pass and rank; none: train.micro_batch_size."
+        None, gt=0, description="Rows per forward pass and rank; null: train.micro_batch_size."
     )
 
 
@@ -394,18 +394,18 @@ class RunConfig(Section):
     train: TrainConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
-    stages: tuple[StageConfig, ...] = Field((), description="Consecutive stretches of the run; none: one, as above.")
+    stages: tuple[StageConfig, ...] = Field((), description="Consecutive stretches of the run; null: one, as above.")
     parallel: ParallelConfig = ParallelConfig()
     health: HealthConfig = HealthConfig()
     kernels: KernelsConfig = KernelsConfig()
     low_precision: LowPrecisionConfig = LowPrecisionConfig()
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    prune: PruneConfig | None = Field(None, description="Set groups of weights to zero on the way; none: no pruning.")
-    forget: ForgetConfig | None = Field(None, description="Re-initialise the embedding on the way; none: never.")
-    qk_clip: QkClipConfig | None = Field(None, description="Bound the scores of attention; none: they may grow.")
+    prune: PruneConfig | None = Field(None, description="Set groups of weights to zero on the way; null: no pruning.")
+    forget: ForgetConfig | None = Field(None, description="Re-initialise the embedding on the way; null: never.")
+    qk_clip: QkClipConfig | None = Field(None, description="Bound the scores of attention; null: they may grow.")
     hooks: RegisteredHooks = RegisteredHooks()
-    convert: ConvertConfig | None = Field(None, description="Of `amfm convert`; none: train what `model` says.")
+    convert: ConvertConfig | None = Field(None, description="Of `amfm convert`; null: train what `model` says.")
     launch: LaunchConfig = LaunchConfig()
 
     def own_losses(self) -> tuple[str, ...]:

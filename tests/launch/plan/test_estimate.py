@@ -77,4 +77,6 @@ def test_the_host_costs_launches_that_computing_does_not_hide_and_its_waits():
     assert host_seconds(config, layout, H100, storage, held, 0.0) == pytest.approx(seconds)
     hidden = host_seconds(config, layout, H100, storage, held, compute=1e3)
     assert hidden == pytest.approx(waits * H100.wait_seconds)
-    assert host_seconds(config, layout, H100, Storage(2, "torch"), held, 0.0) == 0.0
+    assert (
+        host_seconds(config, layout, H100, Storage(2, "torch"), held, 0.0) > seconds
+    )  # operations of PyTorch are smaller

@@ -2,7 +2,7 @@
 
 import pytest
 
-from amfm.launch.plan.hardware import load_hardware
+from amfm.launch.plan.hardware import ASSUMED, HARDWARE, load_hardware
 
 
 def test_hardware_can_come_from_a_file(tmp_path):
@@ -13,6 +13,10 @@ def test_hardware_can_come_from_a_file(tmp_path):
     )
     hardware = load_hardware(str(path))
     assert (hardware.memory_gib, hardware.gpus_per_node) == (24, 1)
+    silent = {name: getattr(hardware, name) for name in ASSUMED}
+    assert silent == {name: getattr(HARDWARE["h100"], name) for name in ASSUMED}
+    path.write_text(path.read_text() + "launch_seconds: 0\n")
+    assert load_hardware(str(path)) == hardware.model_copy(update={"launch_seconds": 0})
     path.write_text("name: own\nbf16_flop: 1e14\nfloat32_flops: -1\n")
     with pytest.raises(ValueError) as refused:
         load_hardware(str(path))
