@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.multiprocessing
 
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS
-from tests.helpers.spawn import run_ranks
+from tests.helpers.spawn import RankFailedError, run_ranks
 from tests.pretrain.checkpoint.toys import digest_state, load, make_engine, run_steps, save
 
 # Everything that the protocol asks of the disk, and through which a kill may fall.
@@ -158,8 +157,7 @@ def load_on_all_ranks(folder: str) -> tuple[int, tuple[str, ...]]:
 
 
 def test_the_death_of_one_rank_while_saving_ends_the_others_and_leaves_no_half_checkpoint(tmp_path: Path) -> None:
-    ended = (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)
-    with pytest.raises(ended) as error:
+    with pytest.raises(RankFailedError) as error:
         run_ranks(die_on_one_rank, str(tmp_path), 0, num_ranks=2)
     # By the death, or by the connection that it cut; not because a wait for the dead one ran out.
     assert "imed out" not in str(error.value)

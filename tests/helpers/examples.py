@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from tests.helpers.zygote import BARE, run_program
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -46,7 +48,7 @@ def run_module(
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-W", "ignore", "-m", module, *map(str, words)]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
+    return run_program(command, env=environment, cwd=cwd, zygote=BARE)
 
 
 def must(*words: str | Path, packages: list[Path]) -> str:

@@ -24,7 +24,7 @@ from amfm.kernels.runtime.interpreter import replace_methods
 
 Make = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-# Values that are no constexpr and hold none.
+# Values that need no unwrapping.
 _PLAIN = frozenset({int, float, bool, str, type(None), core.tensor, core.dtype, core.pointer_type, core.block_type})
 _BUILTIN = core.builtin(lambda: None).__code__  # of what the decorator of Triton's builtins returns
 

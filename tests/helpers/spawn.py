@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
+import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
-import torch.multiprocessing
 
+from tests.helpers import zygote
 from tests.helpers.seeds import seed_all
 
-# Imported once, by the process from which all ranks are forked, before it has threads: a rank then starts in a moment.
-PRELOADED = ["amfm.pretrain.train", "tests.helpers.frozen"]
+
+class RankFailedError(Exception):
+    """What a rank raised, with its stack, or which signal ended it."""
 
 
 def _run_rank(
@@ -34,7 +37,11 @@ def _run_rank(
     )
     torch.set_num_threads(1)
     seed_all(seed)
-    result = function(*arguments)
+    try:
+        result = function(*arguments)
+    except BaseException:
+        Path(folder, f"{rank}.error").write_text(traceback.format_exc())
+        raise
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(result))
 
 
@@ -49,18 +56,23 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, num_ranks: int = 2)
     """
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.set_forkserver_preload(PRELOADED)
-        context = torch.multiprocessing.start_processes(
-            _run_rank,
-            (num_ranks, store.port, torch.initial_seed(), folder, function, arguments),
-            nprocs=num_ranks,
-            join=False,
-            start_method="forkserver",
-        )
+        ranks: list[zygote.Forked] = []
         try:
-            while not context.join(timeout=1.0):  # short: between looks
-                pass
+            for rank in range(num_ranks):
+                rank_arguments = (rank, num_ranks, store.port, torch.initial_seed(), folder, function, arguments)
+                ranks.append(zygote.call(_run_rank, *rank_arguments))
+            running = {process.connection: rank for rank, process in enumerate(ranks)}
+            while running:
+                for connection in wait(list(running)):
+                    rank = running.pop(connection)
+                    _check(rank, ranks[rank].wait(), Path(folder, f"{rank}.error"))
         finally:
-            for process in context.processes:
+            for process in ranks:
                 process.kill()
         return [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(num_ranks)]
+
+
+def _check(rank: int, code: int, error: Path) -> None:
+    if code:
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        raise RankFailedError(f"rank {rank} {how}\n{error.read_text() if error.exists() else ''}")

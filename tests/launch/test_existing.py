@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,15 @@ import pytest
 
 from amfm.launch.existing import require, require_model
 
-LISTED = "import sys; from amfm.launch.cli import run; code = run(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+# Command lines, then what each ended with and whether torch was imported by then.
+LISTED = """
+import contextlib, io, json, sys
+from amfm.launch.cli import run
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        code = run(words)
+    print(json.dumps([code, errors.getvalue(), "torch" in sys.modules]))
+"""
 
 
 @pytest.fixture
@@ -46,22 +55,23 @@ def test_a_path_without_a_near_one_keeps_its_remedy_and_a_name_of_the_hub_gets_i
     assert require(Path("s3://bucket/store"), "") == Path("s3://bucket/store")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["serve", "runs/nope"], "runs/nope does not exist"),
-        (["plan", "configs/nemotron3_nano.yaml", "--gpus", "8"], "did you mean configs/nemotron3_nano_30b.yaml?"),
-        (["plan", "configs/granite4_h_small.yaml", "--gpus", "8"], "--preset granite4_h_small"),
-        (["plan", "configs/tiny_cpu.yaml", "--gpus", "8", "--gpu", "h1000"], "use h100"),
-        (["import", "runs/first", "configs"], "configs exists and is not empty"),
-        (["export", "runs/first", "configs/tiny_cpu.yaml"], "configs/tiny_cpu.yaml is a file; name a folder"),
-        (["train", "--preset", "tiny_cpu", "train.step=9"], "did you mean train.steps?"),
-        (["prepare", "--preset", "tiny_cpu", "train.steps=-9"], "train.steps=-9: must be"),
-        (["plan", "--preset", "tiny_cpu", "--gpus", "1", "model.hidden_size=0"], "model.hidden_size=0: must be"),
-    ],
-)
-def test_paths_gpus_and_settings_are_judged_before_torch_is_imported(
-    here: Path, arguments: list[str], said: str
-) -> None:
-    done = subprocess.run([sys.executable, "-c", LISTED, *arguments], capture_output=True, text=True, check=False)
-    assert done.stdout == "2 False\n" and said in done.stderr, done.stderr
+REFUSED = [
+    (["serve", "runs/nope"], "runs/nope does not exist"),
+    (["plan", "configs/nemotron3_nano.yaml", "--gpus", "8"], "did you mean configs/nemotron3_nano_30b.yaml?"),
+    (["plan", "configs/granite4_h_small.yaml", "--gpus", "8"], "--preset granite4_h_small"),
+    (["plan", "configs/tiny_cpu.yaml", "--gpus", "8", "--gpu", "h1000"], "use h100"),
+    (["import", "runs/first", "configs"], "configs exists and is not empty"),
+    (["export", "runs/first", "configs/tiny_cpu.yaml"], "configs/tiny_cpu.yaml is a file; name a folder"),
+    (["train", "--preset", "tiny_cpu", "train.step=9"], "did you mean train.steps?"),
+    (["prepare", "--preset", "tiny_cpu", "train.steps=-9"], "train.steps=-9: must be"),
+    (["plan", "--preset", "tiny_cpu", "--gpus", "1", "model.hidden_size=0"], "model.hidden_size=0: must be"),
+]
+
+
+def test_paths_gpus_and_settings_are_judged_before_torch_is_imported(here: Path) -> None:
+    command = [sys.executable, "-c", LISTED, json.dumps([arguments for arguments, _ in REFUSED])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(code, with_torch) for code, _, with_torch in answers] == [(2, False)] * len(REFUSED), done.stderr
+    for (arguments, said), (_, errors, _) in zip(REFUSED, answers):
+        assert said in errors, arguments

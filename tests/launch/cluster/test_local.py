@@ -13,6 +13,7 @@ import pytest
 
 from amfm.launch.cluster.local import join_codes, run_command
 from tests.helpers.patience import PATIENCE_SECONDS
+from tests.helpers.zygote import run_program
 
 
 def python(code: str) -> list[str]:
@@ -93,13 +94,7 @@ sys.exit(run_forked(run, 3, {"KIND": "forked"}))
 def test_forked_ranks_are_told_apart_and_end_as_processes_of_their_own_do(
     code: int, joined: int, tmp_path: Path
 ) -> None:
-    launcher = subprocess.run(
-        [*python(FORKED), str(tmp_path), str(code)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE_SECONDS,
-    )
+    launcher = run_program([*python(FORKED), str(tmp_path), str(code)])
     assert launcher.returncode == joined, launcher.stderr
     assert launcher.stdout == "said by 0\n"
     assert {"wrong in 0", "rank 1: wrong in 1", "rank 2: wrong in 2"} <= set(launcher.stderr.splitlines())

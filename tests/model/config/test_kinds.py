@@ -13,6 +13,7 @@ import pytest
 from amfm.model.config.checks import check_model
 from amfm.model.config.kinds import registered_kinds
 from amfm.model.config.pattern import parse_pattern
+from tests.helpers.zygote import BARE, run_program
 from tests.model.mixers.samples import sample_options
 from tests.model.small_models import small_config
 
@@ -58,6 +59,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
+from tests.helpers.zygote import BARE, run_program
 
 tree = {"pattern": "{halving}", "vocab_size": 8, "hidden_size": 8, "mixers": {"halving": {"num_heads": 2, "head_dim": 4}}}
 model = HybridModel(ModelConfig.model_validate(tree), single_rank_groups())
@@ -82,14 +84,13 @@ def install(folder: Path, entry_points: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{root}"}
 
 
-def run_python(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+def python(code: str) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-c", code]
 
 
 def test_a_package_registers_its_mixer_by_entry_point(tmp_path):
-    found = run_python(USE, install(tmp_path, "halving = halving_plugin:SPEC"))
+    environment = install(tmp_path, "halving = halving_plugin:SPEC")
+    found = subprocess.run(python(USE), env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert "torch.Size([1, 8, 8])" in found.stdout
     assert "'model.mixers.halving.share'" in found.stdout
@@ -105,7 +106,8 @@ def test_a_package_registers_its_mixer_by_entry_point(tmp_path):
     ],
 )
 def test_a_broken_package_is_named(entry_points, message, tmp_path):
-    found = run_python("import amfm.model.config.schema", install(tmp_path, entry_points))
+    environment = install(tmp_path, entry_points)
+    found = run_program(python("import amfm.model.config.schema"), env=environment, zygote=BARE)
     assert found.returncode != 0
     assert message in found.stderr and "of halving (group amfm.mixers)" in found.stderr
 

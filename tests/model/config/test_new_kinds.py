@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.zygote import BARE, run_program
 
 ROOT = Path(__file__).parents[3]
 OPTIONS = '''
@@ -56,6 +57,7 @@ class SqueezeMixer(Mixer):
 PACKAGE_ROW = """
 from amfm.model.config.kinds import Kind
 from squeeze_options import SqueezeConfig
+from tests.helpers.zygote import BARE, run_program
 
 KIND = Kind("squeeze", "squeeze_mixer:SqueezeMixer", SqueezeConfig, mixes="channels")
 """
@@ -127,9 +129,7 @@ print("trained", symbol, "of", Path(amfm.model.__file__).parent)
 
 def use(symbol: str, key: str, path: str) -> str:
     command = [sys.executable, "-W", "ignore", "-c", USE, str(ROOT), symbol, key]
-    found = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    found = run_program(command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, zygote=BARE)
     assert found.returncode == 0, found.stderr
     return found.stdout
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from amfm.pretrain.checkpoint.compatibility import check_resumable
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.file import load_config, resolved_yaml
 from amfm.pretrain.config.saved import read_saved_config
+from tests.helpers.zygote import BARE, run_program
 
 ROOT = Path(__file__).parents[3]
 PLUGIN = '''
@@ -39,6 +39,7 @@ SAVE = """
 import json, sys
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.saved import packages_used
+from tests.helpers.zygote import BARE, run_program
 for overrides in ([], ["model.mixers.halving={num_heads: 2}"], ["hooks.watching={}"]):
     config = load_config(sys.argv[1], overrides)
     print(json.dumps({"config": config.model_dump(mode="json"), "packages": packages_used(config)}))
@@ -55,7 +56,7 @@ def manifests(tmp_path: Path, base: Path) -> list[dict[str, Any]]:
     (metadata / "entry_points.txt").write_text("[amfm.mixers]\nm = halves:MIXER\n[amfm.hooks]\nh = halves:HOOK\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-W", "ignore", "-c", SAVE, str(base)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_program(command, env=environment, zygote=BARE)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) | {"step": 3, "identities": {}} for line in done.stdout.splitlines()]
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from amfm.pretrain.exchange.dcp import export_dcp
 from amfm.pretrain.exchange.dcp_folder import DcpFolder
 from amfm.pretrain.exchange.read import import_state
 from amfm.pretrain.inference.weights import read_weights
+from tests.helpers.zygote import BARE, run_program
 from tests.pretrain.exchange.conftest import Unbroken
 
 
@@ -36,7 +36,7 @@ def from_torch(unbroken: Unbroken, exported: Path, tmp_path_factory: pytest.Temp
     out = tmp_path_factory.mktemp("plain") / "out"
     file = unbroken.checkpoint / "rank-00000.safetensors"
     command = [sys.executable, str(Path(__file__).with_name("plain_torch.py")), str(exported), str(file), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_program(command, zygote=BARE)
     assert done.returncode == 0, done.stderr
     return out
 

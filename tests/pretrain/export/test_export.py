@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.tokenizer.tokenizer import read_tokenizer_file
 from amfm.model.huggingface.weights import weight_map
 from amfm.model.packing import PackMeta
+from amfm.pretrain.export import export
 from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
 from amfm.pretrain.export.files import begin_export, put_in_place
 from amfm.pretrain.export.import_huggingface import import_huggingface
@@ -41,7 +43,10 @@ def load_with_transformers(folder: Path):
     return model
 
 
-def test_a_trained_run_exports_with_equal_logits_on_validation_text(data: DataConfig, tmp_path: Path) -> None:
+def test_a_trained_run_exports_with_equal_logits_on_validation_text(
+    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "subprocess", subprocess)  # verified as users do, in a fresh interpreter
     assert train(tiny_config(data, tmp_path / "run")) == 0
     report = export_checkpoint(tmp_path / "run", tmp_path / "out")
     assert report.class_name == "NemotronHForCausalLM"

@@ -1,0 +1,225 @@
+"""The processes that `zygote.py` starts: they import, then fork what they are asked for.
+
+Called as `python -m tests.helpers.zygote_server FULL BARE`, with the file descriptors of both listening sockets. Both end
+at the end of standard input. Each connection is one fork: a request with its standard streams comes in, its process
+number and its exit code go out.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import os
+import pickle
+import runpy
+import selectors
+import shutil
+import signal
+import socket
+import sys
+import threading
+import traceback
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.zygote import NUMBER
+
+BARE_MODULES = ("torch", "deepspeed", "megatron.core.parallel_state", "typer", "pydantic", "safetensors.torch", "yaml")
+FULL_MODULES = ("amfm.launch.cli", "amfm.launch.cluster.local", "amfm.pretrain.train", "tests.helpers.spawn")
+
+
+class Server:
+    """Forks what connections ask for and sends exit codes, one event after the other, in one thread."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+        self.paths = [path for path in sys.path[1:] if path not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        self.children: dict[int, socket.socket] = {}
+        self.selector = selectors.DefaultSelector()
+        self.reader, self.writer = socket.socketpair()
+        for end in (self.reader, self.writer):
+            end.setblocking(False)
+
+    def serve(self) -> None:
+        """Fork until standard input ends."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for the process that runs the tests
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+        for source in (0, self.listener, self.reader):
+            self.selector.register(source, selectors.EVENT_READ)
+        while True:
+            for key, _ in self.selector.select():
+                if key.fileobj == 0:
+                    signal.set_wakeup_fd(-1)
+                    for pid in self.children:
+                        os.kill(pid, signal.SIGKILL)
+                    return
+                if key.fileobj is self.reader:
+                    self.reader.recv(1 << 16)
+                elif key.fileobj is self.listener:
+                    self.fork(self.listener.accept()[0])
+                else:  # nothing waits for the process any longer
+                    self.selector.unregister(key.fileobj)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(key.data, signal.SIGKILL)
+            self.reap()
+
+    def fork(self, connection: socket.socket) -> None:
+        """Do in a fork what a connection asks for."""
+        try:
+            request, streams = receive(connection)
+        except ConnectionError:  # it ended while it asked
+            connection.close()
+            return
+        pid = os.fork()
+        if not pid:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for owned in (self.selector, self.reader, self.writer, self.listener, connection, *self.children.values()):
+                owned.close()
+            become(request, streams, self.paths)
+        for stream in streams:
+            os.close(stream)
+        self.children[pid] = connection
+        self.selector.register(connection, selectors.EVENT_READ, pid)
+        self.send(connection, pid)
+
+    def reap(self) -> None:
+        """Send the exit codes of processes that have ended."""
+        while self.children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            connection = self.children.pop(pid, None)
+            if connection is None:
+                continue
+            if connection in self.selector.get_map():
+                self.selector.unregister(connection)
+                self.send(connection, os.waitstatus_to_exitcode(status))
+            connection.close()
+
+    def send(self, connection: socket.socket, number: int) -> None:
+        """Send a number; a connection that is closed at the other end is found where events are read."""
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(NUMBER.pack(number))
+
+
+def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """A request, and the file descriptors of its standard streams."""
+    head, streams, _, _ = socket.recv_fds(connection, NUMBER.size, 3)
+    if len(head) < NUMBER.size:
+        raise ConnectionError
+    (size,) = NUMBER.unpack(head)
+    data = bytearray()
+    while len(data) < size:
+        more = connection.recv(min(1 << 20, size - len(data)))
+        if not more:
+            raise ConnectionError
+        data += more
+    return pickle.loads(data), list(streams)
+
+
+def become(request: dict[str, Any], streams: list[int], paths: list[str]) -> None:
+    """Be the process that was asked for; ends it."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        is_error = number == 2  # written at the end of each line, with escapes for what cannot be encoded
+        opened = open(  # noqa: SIM115
+            number,
+            "w" if number else "r",
+            buffering=1 if is_error else -1,
+            encoding="utf-8",
+            errors="backslashreplace" if is_error else "strict",
+            closefd=False,
+        )
+        setattr(sys, name, opened)
+        setattr(sys, f"__{name}__", opened)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    code = 1
+    try:
+        if "call" in request:
+            sys.path[:] = request["paths"]
+            function, arguments = pickle.loads(request["call"])
+            function(*arguments)
+        else:
+            run_words(request["words"], paths)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+    finally:
+        try:
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code & 0xFF)
+
+
+def run_words(words: list[str], paths: list[str]) -> None:
+    """Run `[-P] [-W ACTION] (-m MODULE | -c CODE | SCRIPT) WORDS` as Python would."""
+    words, is_safe = list(words), False
+    while words[0] in ("-P", "-W"):
+        if words.pop(0) == "-P":
+            is_safe = True
+        else:
+            warnings.simplefilter(words.pop(0))  # type: ignore[arg-type]
+    kind = words.pop(0) if words[0] in ("-m", "-c") else ""
+    what, *rest = words
+    first = str(Path(what).resolve().parent) if not kind else os.getcwd() if kind == "-m" else ""
+    own = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = [*([] if is_safe else [first]), *own, *paths]
+    importlib.invalidate_caches()
+    sys.argv = [what if kind != "-c" else "-c", *rest]
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    if kind == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        exec(compile(what, "<string>", "exec"), main.__dict__)
+    else:
+        runpy.run_path(what, run_name="__main__")
+
+
+def load(modules: tuple[str, ...]) -> None:
+    """Import modules, and leave what they made out of rounds of the garbage collector: forks share its memory."""
+    gc.disable()
+    for name in modules:
+        importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
+
+
+def main() -> None:
+    """Serve with the bare modules in a fork, and with all here."""
+    full, bare = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+    folder = Path(full.getsockname()).parent
+    load(BARE_MODULES)
+    pid = os.fork()
+    if not pid:
+        full.close()
+        Server(bare).serve()
+        os._exit(0)
+    bare.close()
+    load(FULL_MODULES)
+    Server(full).serve()
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)  # so that its seconds are counted
+    shutil.rmtree(folder)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
