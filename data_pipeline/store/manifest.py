@@ -16,7 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from amfm.data_pipeline.durable.files import write_file_atomically
+import numpy as np
+import numpy.typing as npt
+
+from amfm.data_pipeline.durable.files import digest_files, write_file_atomically
 from amfm.data_pipeline.store.shards import Compression, DamagedError
 
 FORMAT_VERSION = 3
@@ -58,7 +61,8 @@ class Part:
     """One part as the manifest records it.
 
     path: relative to the store. token_shards, document_shards, head_shards: bytes of each shard file. digest: BLAKE3 of all
-    files of the part, names included.
+    files of the part, names included. opening_digest: of what every opening of the part reads, so that a part of another
+    store is noticed at once; empty where the part was written before there was one.
     """
 
     path: str
@@ -69,6 +73,7 @@ class Part:
     document_shards: tuple[int, ...]
     head_shards: tuple[int, ...]
     digest: str
+    opening_digest: str = ""
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Part:
@@ -89,7 +94,13 @@ class Part:
             tuple(record["document_shards"]),
             tuple(record.get("head_shards", ())),  # a journal of format 1 has none, and its units are written again
             record["digest"],
+            record.get("opening_digest", ""),
         )
+
+
+def digest_opening(document_ends: npt.NDArray[np.uint64], chunk_heads: npt.NDArray[np.generic]) -> str:
+    """BLAKE3 of the document ends and chunk heads of a part, which its tokens decide."""
+    return digest_files([("document_ends", document_ends.tobytes()), ("chunk_heads", chunk_heads.tobytes())])
 
 
 @dataclass(frozen=True, slots=True)

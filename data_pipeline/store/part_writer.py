@@ -19,7 +19,15 @@ import numpy.typing as npt
 
 from amfm.data_pipeline.durable.deletion import delete, try_to_delete
 from amfm.data_pipeline.durable.files import UNFINISHED, digest_files, make_folders, sync, write_tree
-from amfm.data_pipeline.store.manifest import DOCUMENT_CHUNK, MAX_SHARD_TOKENS, PART_NAME, Layout, Part, shard_length
+from amfm.data_pipeline.store.manifest import (
+    DOCUMENT_CHUNK,
+    MAX_SHARD_TOKENS,
+    PART_NAME,
+    Layout,
+    Part,
+    digest_opening,
+    shard_length,
+)
 from amfm.data_pipeline.store.shards import Compression, encode_shard
 
 
@@ -72,6 +80,7 @@ def write_part(
         document_shards=sizes["document_ends"],
         head_shards=sizes["chunk_heads"],
         digest=digest_files(sorted(files.items())),
+        opening_digest=digest_opening(document_ends, arrays["chunk_heads"]),
     )
 
 

@@ -32,6 +32,7 @@ from amfm.data_pipeline.store.manifest import (
     PartsBySource,
     Split,
     TokenizerRecord,
+    digest_opening,
     identify_source,
     identify_store,
     shard_length,
@@ -260,11 +261,10 @@ class TokenStore:
         heads_array = self._array(f"{folder}/chunk_heads", layout.dtype, num_chunks, DOCUMENT_CHUNK)
         with self._forgetting_damage(part):
             values, tokens.heads = ends_array.read_all(), heads_array.read_all()
+            _check_opening(folder, part, values, tokens.heads)
         ends = values.astype(np.int64)  # searching uint64 for an int would convert all of it each time
         ends_array.close()
         heads_array.close()
-        if len(ends) == 0 or int(ends[-1]) != part.num_tokens:
-            raise DamagedError(f"{folder} is damaged: its documents don't end at its {part.num_tokens} tokens")
         self._open_parts[part.path] = tokens, ends
         if len(self._open_parts) > MAX_OPEN_PARTS:
             self._open_parts.popitem(last=False)[1][0].close()
@@ -317,6 +317,17 @@ def _shard_files(part: Part) -> Iterator[tuple[str, int]]:
     ):
         for number, size in enumerate(sizes):
             yield f"{part.path}/{name}/c/{number}", size
+
+
+def _check_opening(folder: str, part: Part, ends: npt.NDArray[Any], heads: npt.NDArray[np.generic]) -> None:
+    """Raise DamagedError where document ends and chunk heads are not those of the part that the manifest names."""
+    if len(ends) == 0 or int(ends[-1]) != part.num_tokens:
+        raise DamagedError(f"{folder} is damaged: its documents don't end at its {part.num_tokens} tokens")
+    if part.opening_digest and digest_opening(ends, heads) != part.opening_digest:
+        raise DamagedError(
+            f"{folder} is not the part that the manifest names: it is of another store, or was prepared again under this "
+            "run; restore it from a copy, or run `amfm prepare CONFIG` to write it again"
+        )
 
 
 def check_part_files(store: Path | str, part: Part, listed: Mapping[str, int] | None = None) -> None:

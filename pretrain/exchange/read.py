@@ -19,7 +19,7 @@ from amfm.pretrain.exchange.dcp import DcpStates
 from amfm.pretrain.exchange.megatron import MegatronFolder, is_megatron
 from amfm.pretrain.exchange.state import TrainingState, WrittenRun, write_run
 from amfm.pretrain.exchange.universal import UniversalFolder, is_universal
-from amfm.pretrain.export.import_huggingface import write_model
+from amfm.pretrain.export.import_huggingface import only_sound, write_model
 from amfm.pretrain.inference.weights import Weights
 
 
@@ -68,7 +68,8 @@ def _adopt(
     if not has_moments:
         # With the tokenizer of the run's store.
         tokenizer = load_tokenizer(config.data.text_store())
-        return Weights(config.model, OnDemand({**tensors["weight"], **buffers}), tokenizer, f"imported from {source}")
+        sound = only_sound(OnDemand({**tensors["weight"], **buffers}), source)
+        return Weights(config.model, sound, tokenizer, f"imported from {source}")
     return adopt(config, str(folder.path), tensors, buffers, folder.step(expected.shapes), step=step)
 
 

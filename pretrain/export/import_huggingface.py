@@ -146,8 +146,9 @@ def only_sound(tensors: OnDemand, source: Path) -> OnDemand:
     def checked(name: str, found: OnDemandSource) -> OnDemandSource:
         def read(start: int, stop: int) -> Tensor:
             rows = found.read(start, stop)
-            if not torch.isfinite(rows).all():
-                raise ValueError(f"{source}: {name} holds NaN or infinity; download the file again")
+            # In float32, which they become: float64 holds numbers beyond it.
+            if not torch.isfinite(rows.float()).all():
+                raise ValueError(f"{source}: {name} holds NaN or infinity in float32; download the file again")
             return rows
 
         return replace(found, read=read)

@@ -4,17 +4,19 @@ import os
 import pickle
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
 
+from amfm.data_pipeline.prepare.prepare import prepare
 from amfm.data_pipeline.store.manifest import Layout
 from amfm.data_pipeline.store.part_writer import write_part
 from amfm.data_pipeline.store.shards import DamagedError, ShardedArray, encode_shard
 from amfm.data_pipeline.store.store import TokenStore
 from tests.helpers.patience import PATIENCE_SECONDS
-from tests.helpers.tiny_store import make_tiny_store
+from tests.helpers.tiny_store import make_tiny_store, run_in_process
 
 
 @pytest.fixture(scope="module", params=["fast", "balanced", "small"])
@@ -184,6 +186,28 @@ def test_an_edited_manifest_is_noticed(copied):
     manifest.write_text(text.replace('"version": 3', '"version": 9'))
     with pytest.raises(ValueError, match="format version 9, this program reads 3"):
         TokenStore.open(copied.path)
+
+
+def test_a_part_of_another_store_with_equal_sizes_is_noticed_when_it_is_opened(tmp_path):
+    one = make_tiny_store(tmp_path, num_documents=50, part_bytes=10**6, validation_fraction=0.0)
+    in_another_order = one.prepare.model_copy(update={"seed": 1})
+    other = one.model_copy(update={"store": str(tmp_path / "other"), "prepare": in_another_order})
+    prepare(other, runner=run_in_process)
+    store, part = TokenStore.open(one.store), first_part(TokenStore.open(one.store))
+    sizes = {path.relative_to(one.store): path.stat().st_size for path in Path(one.store, part.path).rglob("c/*")}
+    shutil.rmtree(store.path / part.path)
+    shutil.copytree(Path(other.store, part.path), store.path / part.path)
+    assert {
+        path.relative_to(one.store): path.stat().st_size for path in Path(one.store, part.path).rglob("c/*")
+    } == sizes
+    for reader in (store, TokenStore.open(one.store)):
+        with pytest.raises(DamagedError, match="is not the part that the manifest names: it is of another store"):
+            reader.read_tokens(part, 0, 1)
+    # Of a store that was prepared before there was a digest nothing more is asked than before.
+    manifest = store.path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(part.opening_digest, ""))
+    old = TokenStore.open(one.store)
+    assert old.identity() == store.identity() and len(old.read_tokens(first_part(old), 0, 10)) == 10
 
 
 def test_a_folder_that_is_no_store_says_what_to_run(tmp_path):

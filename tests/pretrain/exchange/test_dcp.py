@@ -106,6 +106,14 @@ def test_what_is_missing_cut_or_another_model_s_is_named_and_nothing_is_written(
         import_state(tmp_path / "shape", tmp_path / "out", config)
 
 
+def test_weights_beyond_float32_are_refused(exported: Path, unbroken: Unbroken, tmp_path: Path) -> None:
+    weights = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in _shapes(exported).items()}
+    weights["embedding.weight"][3, 5] = 1e300
+    dcp.save({"model": weights}, checkpoint_id=tmp_path / "large", no_dist=True)
+    with pytest.raises(ValueError, match=r"embedding\.weight holds NaN or infinity in float32"):
+        import_state(tmp_path / "large", tmp_path / "out", unbroken.config)
+
+
 def _shapes(exported: Path) -> dict[str, tuple[int, ...]]:
     folder = DcpFolder(exported)
     return {name.removeprefix("model."): folder.shape(name) for name in folder.tensors if name.startswith("model.")}

@@ -114,6 +114,7 @@ def test_foreign_classes_missing_files_and_wrong_tensors_are_refused(data: DataC
     ("bad", "said"),
     [
         (torch.full((32,), math.nan), r"backbone\.norm_f\.weight holds NaN or infinity"),
+        (torch.full((32,), 1e300, dtype=torch.float64), r"backbone\.norm_f\.weight holds NaN or infinity in float32"),
         (torch.ones(32, dtype=torch.int32), r"backbone\.norm_f\.weight is int32; .*take the release in bf16"),
         (torch.ones(32).to(torch.float8_e4m3fn), r"backbone\.norm_f\.weight is float8_e4m3fn"),
     ],
