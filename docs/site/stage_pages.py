@@ -18,6 +18,7 @@ PAGES = ROOT / "build" / "site" / "pages"
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"^(```.*?^```)", re.DOTALL | re.MULTILINE)
 VERSION = re.compile(r'^__version__ = "(.+)"', re.MULTILINE)
+UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n"  # what was measured on a day is not what readers look for
 MERMAID = ROOT / "build" / "site" / "package" / "dist" / "mermaid.min.js"  # unpacked by `make site`
 
 
@@ -31,7 +32,8 @@ def stage() -> None:
     for name in tracked.stdout.splitlines():
         if not name.startswith((".github/", "tests/")):
             parts = FENCE.split((ROOT / name).read_text().replace("git clone REPOSITORY", f"git clone {repository}"))
-            write(name, "".join(part if part.startswith("```") else resolve_links(part, name) for part in parts))
+            head = UNSEARCHED if name.startswith("docs/log/") else ""
+            write(name, head + "".join(part if part.startswith("```") else resolve_links(part, name) for part in parts))
     (PAGES / "javascripts").mkdir()
     shutil.copyfile(MERMAID, PAGES / "javascripts" / MERMAID.name)
     print(f"AMFM_REPOSITORY={repository} AMFM_VERSION={version[1]}")
