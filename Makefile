@@ -42,8 +42,10 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
 	touch $(VENV)/.installed $@
 
+# Whole files, longest first; processor seconds are printed, and fail CI where they grew. RECORD=1 records them instead.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --junitxml=build/test.xml
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --junitxml=build/test.xml \
+		--processor-seconds $(if $(RECORD),record,compare)
 
 # Other random numbers in every test, in another order each time.
 SEEDS ?= 1 2 3 4 5

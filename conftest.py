@@ -18,19 +18,14 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest  # noqa: E402
 
-from tests.helpers import zygote  # noqa: E402
 from tests.helpers.seeds import seed_of, seeded  # noqa: E402
+
+pytest_plugins = ["tests.helpers.processor"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Ask for other random numbers than those that every run draws."""
     parser.addoption("--seed-offset", type=int, default=0, metavar="N", help="draw other random numbers in every test")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Where tests have workers, start the processes from which they fork ranks and programs once for all of them."""
-    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
-        config.add_cleanup(zygote.start())
 
 
 @pytest.fixture(autouse=True)

@@ -45,6 +45,8 @@ READ_EARLY = (
     "TRITON_",
 )
 NUMBER = struct.Struct("<q")
+END = struct.Struct("<qd")  # exit code, and processor seconds with those of children
+_SECONDS = [0.0]
 
 
 class Forked:
@@ -52,29 +54,35 @@ class Forked:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self.pid = self._read()
+        (self.pid,) = self._read(NUMBER)
         self.returncode: int | None = None
 
-    def _read(self) -> int:
+    def _read(self, form: struct.Struct) -> tuple[Any, ...]:
         data = b""
-        while len(data) < NUMBER.size:
-            more = self.connection.recv(NUMBER.size - len(data))
+        while len(data) < form.size:
+            more = self.connection.recv(form.size - len(data))
             if not more:
                 log = Path(os.environ[ADDRESS], "log")
                 raise RuntimeError(f"the process from which tests fork ended: {log.read_text()[-2000:]}")
             data += more
-        return int(NUMBER.unpack(data)[0])
+        return form.unpack(data)
 
     def wait(self) -> int:
         """Exit code of the process, or the signal that ended it, negative, once it has ended."""
         if self.returncode is None:
-            self.returncode = self._read()
+            self.returncode, seconds = self._read(END)
+            _SECONDS[0] += seconds
             self.connection.close()
-        return self.returncode
+        return int(self.returncode or 0)
 
     def kill(self) -> None:
         """End the process; without effect where it has ended."""
         self.connection.close()
+
+
+def forked_seconds() -> float:
+    """Processor seconds of what this process had forked and waited for."""
+    return _SECONDS[0]
 
 
 def call(function: Callable[..., None], *arguments: Any) -> Forked:
@@ -148,8 +156,9 @@ def start() -> Callable[[], None]:
     owner = os.getpid()
 
     def end() -> None:
-        if os.getpid() == owner:
-            os.environ.pop(ADDRESS, None)
+        if os.getpid() == owner and server.returncode is None:
+            if os.environ.get(ADDRESS) == folder:
+                del os.environ[ADDRESS]
             server.communicate()  # at the end of its input it ends
 
     return end

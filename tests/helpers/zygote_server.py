@@ -26,7 +26,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.zygote import NUMBER
+from tests.helpers.zygote import END, NUMBER
 
 BARE_MODULES = ("torch", "deepspeed", "megatron.core.parallel_state", "typer", "pydantic", "safetensors.torch", "yaml")
 FULL_MODULES = ("amfm.launch.cli", "amfm.launch.cluster.local", "amfm.pretrain.train", "tests.helpers.spawn")
@@ -87,12 +87,12 @@ class Server:
             os.close(stream)
         self.children[pid] = connection
         self.selector.register(connection, selectors.EVENT_READ, pid)
-        self.send(connection, pid)
+        self.send(connection, NUMBER.pack(pid))
 
     def reap(self) -> None:
         """Send the exit codes of processes that have ended."""
         while self.children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            pid, status, used = os.wait4(-1, os.WNOHANG)
             if not pid:
                 return
             connection = self.children.pop(pid, None)
@@ -100,13 +100,13 @@ class Server:
                 continue
             if connection in self.selector.get_map():
                 self.selector.unregister(connection)
-                self.send(connection, os.waitstatus_to_exitcode(status))
+                self.send(connection, END.pack(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime))
             connection.close()
 
-    def send(self, connection: socket.socket, number: int) -> None:
-        """Send a number; a connection that is closed at the other end is found where events are read."""
+    def send(self, connection: socket.socket, data: bytes) -> None:
+        """Send; a connection that is closed at the other end is found where events are read."""
         with contextlib.suppress(ConnectionError):
-            connection.sendall(NUMBER.pack(number))
+            connection.sendall(data)
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
