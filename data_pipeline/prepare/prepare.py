@@ -10,6 +10,7 @@ it.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -108,6 +109,7 @@ def prepare(
         identity, remarks = _finish(store, tokenizer, layout, reports, names, pins)
     remarks += _describe_short_sources(reports, limits)
     remarks += _describe_unheld_sources(config, reports)
+    remarks += _describe_files_read_twice(plans)
     seconds = time.monotonic() - began
     report = make_report(config, identity, tokenizer, reports, units_written=write.written, seconds=seconds)
     described = {name: describe_first_reject(store, of_source) for name, of_source in units.items()}
@@ -140,6 +142,15 @@ def _describe_unheld_sources(config: DataConfig, reports: Mapping[str, Sequence[
                 f"source {name!r} has no validation documents at data.validation_fraction={config.validation_fraction}, and a run "
                 "that validates will refuse it: give more documents (one file of text is one document) or raise the fraction"
             )
+
+
+def _describe_files_read_twice(plans: Mapping[str, Sequence[Segment]]) -> Iterator[str]:
+    """Report which sources have a file several times, by two of their paths or by links."""
+    for name, segments in plans.items():
+        files = {segment.file.name: segment.file.shown for segment in segments}
+        path, times = Counter(files.values()).most_common(1)[0]
+        if times > 1:
+            yield f"source {name!r} has {path} {times} times, by its paths or by links, and so each of its documents"
 
 
 def _unit_settings(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, layout: Layout) -> UnitSettings:

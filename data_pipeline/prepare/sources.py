@@ -113,18 +113,35 @@ def list_files(source: SourceConfig, pins: Mapping[str, str] = {}) -> list[Input
 
 def _list_local(given: str, where: str) -> list[_Found]:
     """List a folder (all levels), a file, or the files that a glob matches."""
+    if not given.strip():
+        raise ValueError(f"{where} is empty, and would be all of the working directory; {_REMEDY}")
     path = Path(given).expanduser()
     if path.is_dir():
         items = _walk(path, where)
+        for item in items:
+            _refuse_dead_link(item, item.name, where)
         return _choose_in_folder([_stat(item, item.relative_to(path).as_posix(), where) for item in items], where)
     if path.exists():  # a device, too, which is refused
         return _choose_one(_stat(path, path.name, where), where)
-    matches = [Path(item) for item in glob.glob(str(path), recursive=True)]
+    matches = _match(path, where)
     root = _fixed_root(str(path))
     for item in matches:
         _refuse_dead_link(item, item.name, where)
+        for folder in item.relative_to(root).parents:
+            _refuse_linked_folder(root / folder, where, but=root)
     found = [_stat(item, item.relative_to(root).as_posix(), where) for item in matches if not item.is_dir()]
     return _choose_matches(found, where)
+
+
+def _match(path: Path, where: str) -> list[Path]:
+    """List what a glob matches. Below `**` folders are walked as below one that is named: links may lead back to them."""
+    if "**" not in path.parts:
+        return [Path(item) for item in glob.glob(str(path))]
+    depth = path.parts.index("**")
+    pattern = _compile_glob("/".join(path.parts[depth:]))
+    folders = [Path(item) for item in glob.glob(str(Path(*path.parts[:depth])) or ".")]
+    found = [(folder, item) for folder in folders if folder.is_dir() for item in _walk(folder, where)]
+    return [item for folder, item in found if pattern.fullmatch(item.relative_to(folder).as_posix())]
 
 
 def _walk(folder: Path, where: str) -> list[Path]:
@@ -141,14 +158,18 @@ def _walk(folder: Path, where: str) -> list[Path]:
     for current, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "lost+found"]
         for item in (Path(current, name) for name in folders):
-            if item.is_symlink():
-                remedy = f"add {item.resolve()} to paths, or remove the link"
-                raise ValueError(f"{where}: {item} is a link to a folder, and those are not followed; {remedy}")
+            _refuse_linked_folder(item, where)
         for item in (Path(current, name) for name in names):
-            _refuse_dead_link(item, item.name, where)
             if item.is_file() or _is_data(item.name):
                 found.append(item)
     return found
+
+
+def _refuse_linked_folder(path: Path, where: str, *, but: Path | None = None) -> None:
+    """Refuse a link to a folder, which may hold text of the source a second time; `but`: where the user's own path leads."""
+    if path != but and path.is_symlink():
+        remedy = f"add {path.resolve()} to paths, or remove the link"
+        raise ValueError(f"{where}: {path} is a link to a folder, and those are not followed; {remedy}")
 
 
 def _refuse_dead_link(path: Path, name: str, where: str) -> None:

@@ -167,7 +167,10 @@ def reference_page() -> str:
         "  `# yaml-language-server: $schema=schema.json` (the path from the file) on top.",
         "",
     ]
-    lines += ["Settings of presets and recipes come first; the others name the page that describes when to set them.", ""]
+    lines += [
+        "Settings of presets and recipes come first; the others name the page that describes when to set them.",
+        "",
+    ]
     for section in describe_sections():
         if section.key.startswith(REPEATED):
             continue

@@ -270,6 +270,17 @@ def test_a_file_that_is_cut_ends_the_preparation_unless_its_rest_may_be_lost(tmp
     assert kept.rejects == 1 and kept.units_written == 0, "what was read is read once"
 
 
+def test_a_file_that_a_source_has_twice_is_a_remark(reference: DataConfig, tmp_path: Path) -> None:
+    config = elsewhere(reference, tmp_path)
+    (tmp_path / "link.jsonl").symlink_to(config.sources[0].paths[0])
+    twice = config.sources[0].model_copy(update={"paths": (config.sources[0].paths[0], str(tmp_path / "link.jsonl"))})
+    (remark,) = in_process(config.model_copy(update={"sources": (twice, config.sources[1])})).remarks
+    assert (
+        remark
+        == f"source 'source0' has {config.sources[0].paths[0]} 2 times, by its paths or by links, and so each of its documents"
+    )
+
+
 def test_a_source_of_which_nothing_is_held_out_is_named(reference: DataConfig, tmp_path: Path) -> None:
     config = elsewhere(reference, tmp_path).model_copy(update={"validation_fraction": 1e-9})
     assert [remark.partition(" at ")[0] for remark in in_process(config).remarks] == [

@@ -43,6 +43,35 @@ def test_a_link_to_a_folder_is_named_with_what_it_leads_to(folder, tmp_path):
         files_of(folder)
 
 
+@pytest.mark.parametrize("given", ["**/*.txt", "*/*.txt", "s*/**/*.jsonl", "**"])
+def test_a_glob_refuses_links_to_folders_which_may_lead_back(folder, given):
+    expected = {"*/*.txt": None, "s*/**/*.jsonl": ["0/sub/b.jsonl"]}.get(
+        given, ["0/a.txt", "0/sub/b.jsonl"][: 1 + (given == "**")]
+    )
+    if expected:
+        assert files_of(folder / given) == expected
+    place = folder / "sub" if given.startswith("s") else folder
+    (place / "self").symlink_to(".")
+    (place / "me").symlink_to(".")  # two: 2^40 paths, by glob.glob
+    with pytest.raises(ValueError, match=r"(self|me) is a link to a folder, and those are not followed; add "):
+        files_of(folder / given)
+
+
+def test_a_glob_may_begin_at_a_link_and_match_links_to_files(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "sub" / "c.txt").symlink_to(folder / "a.txt")
+    assert files_of(tmp_path / "link" / "**" / "*.txt") == ["0/a.txt", "0/sub/c.txt"]
+    assert files_of(tmp_path / "link" / "s*" / "*.txt") == ["0/sub/c.txt"]
+
+
+@pytest.mark.parametrize("given", ["", " "])
+def test_an_empty_path_is_not_the_working_directory(folder, monkeypatch, given):
+    monkeypatch.chdir(folder)
+    assert files_of(".") == ["0/a.txt", "0/sub/b.jsonl"]
+    with pytest.raises(ValueError, match="is empty, and would be all of the working directory"):
+        files_of(given)
+
+
 def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
     listed = sources.os.scandir
 
