@@ -20,7 +20,7 @@ import pytest  # noqa: E402
 
 from tests.helpers.seeds import seed_of, seeded  # noqa: E402
 
-pytest_plugins = ["tests.helpers.processor"]
+pytest_plugins = ["tests.helpers.processes.processor"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tests.helpers.zygote import BARE, run_program
+from tests.helpers.processes.zygote import BARE, run_program
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from tests.helpers import zygote
+from tests.helpers.processes import zygote
 from tests.helpers.seeds import seed_all
 
 

@@ -20,7 +20,7 @@ from triton.runtime import interpreter
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import replace_methods
 from tests.helpers.made_on import MadeOn
-from tests.helpers.quick_interpreter import quick_interpreter
+from tests.kernels.interpreter.quick_interpreter import quick_interpreter
 
 ON_CARD = not INTERPRETED and torch.cuda.is_available()
 # What is about the interpreter itself: its counts, its races, its rounding, its speed, tiles timed by a given clock.

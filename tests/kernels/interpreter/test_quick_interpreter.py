@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from tests.helpers.quick_interpreter import quick_interpreter
+from tests.kernels.interpreter.quick_interpreter import quick_interpreter
 
 
 @pytest.fixture(autouse=True, scope="module")

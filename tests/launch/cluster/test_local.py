@@ -13,7 +13,7 @@ import pytest
 
 from amfm.launch.cluster.local import join_codes, run_command
 from tests.helpers.patience import PATIENCE_SECONDS
-from tests.helpers.zygote import run_program
+from tests.helpers.processes.zygote import run_program
 
 
 def python(code: str) -> list[str]:

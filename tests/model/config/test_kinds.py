@@ -13,7 +13,7 @@ import pytest
 from amfm.model.config.checks import check_model
 from amfm.model.config.kinds import registered_kinds
 from amfm.model.config.pattern import parse_pattern
-from tests.helpers.zygote import BARE, run_program
+from tests.helpers.processes.zygote import BARE, run_program
 from tests.model.mixers.samples import sample_options
 from tests.model.small_models import small_config
 
@@ -59,7 +59,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
-from tests.helpers.zygote import BARE, run_program
+from tests.helpers.processes.zygote import BARE, run_program
 
 tree = {"pattern": "{halving}", "vocab_size": 8, "hidden_size": 8, "mixers": {"halving": {"num_heads": 2, "head_dim": 4}}}
 model = HybridModel(ModelConfig.model_validate(tree), single_rank_groups())

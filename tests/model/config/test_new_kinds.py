@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.zygote import BARE, run_program
+from tests.helpers.processes.zygote import BARE, run_program
 
 ROOT = Path(__file__).parents[3]
 OPTIONS = '''
@@ -57,7 +57,7 @@ class SqueezeMixer(Mixer):
 PACKAGE_ROW = """
 from amfm.model.config.kinds import Kind
 from squeeze_options import SqueezeConfig
-from tests.helpers.zygote import BARE, run_program
+from tests.helpers.processes.zygote import BARE, run_program
 
 KIND = Kind("squeeze", "squeeze_mixer:SqueezeMixer", SqueezeConfig, mixes="channels")
 """

@@ -15,7 +15,7 @@ from amfm.pretrain.checkpoint.compatibility import check_resumable
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.file import load_config, resolved_yaml
 from amfm.pretrain.config.saved import read_saved_config
-from tests.helpers.zygote import BARE, run_program
+from tests.helpers.processes.zygote import BARE, run_program
 
 ROOT = Path(__file__).parents[3]
 PLUGIN = '''
@@ -39,7 +39,7 @@ SAVE = """
 import json, sys
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.saved import packages_used
-from tests.helpers.zygote import BARE, run_program
+from tests.helpers.processes.zygote import BARE, run_program
 for overrides in ([], ["model.mixers.halving={num_heads: 2}"], ["hooks.watching={}"]):
     config = load_config(sys.argv[1], overrides)
     print(json.dumps({"config": config.model_dump(mode="json"), "packages": packages_used(config)}))

@@ -20,7 +20,7 @@ from amfm.pretrain.exchange.dcp import export_dcp
 from amfm.pretrain.exchange.dcp_folder import DcpFolder
 from amfm.pretrain.exchange.read import import_state
 from amfm.pretrain.inference.weights import read_weights
-from tests.helpers.zygote import BARE, run_program
+from tests.helpers.processes.zygote import BARE, run_program
 from tests.pretrain.exchange.conftest import Unbroken
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from amfm.pretrain.export import export
-from tests.helpers.zygote import BARE, run_program
+from tests.helpers.processes.zygote import BARE, run_program
 
 
 @pytest.fixture(autouse=True)

@@ -33,9 +33,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers import zygote
+from tests.helpers.processes import zygote
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECORD = ROOT / "tests" / "seconds.json"
 PROPERTY = "processor_seconds"
 SAMPLE_EVERY_SECONDS = 10.0

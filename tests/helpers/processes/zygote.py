@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 FULL, BARE = "full", "bare"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ADDRESS = "AMFM_TEST_ZYGOTE"
 # Python and libraries read these when they start or are imported, so a fork has them as the first process did.
 READ_EARLY = (
@@ -147,7 +147,7 @@ def start() -> Callable[[], None]:
     Path(folder, "variables.json").write_text(json.dumps(_read_early(os.environ)))
     listeners = [_listen(os.path.join(folder, name)) for name in (FULL, BARE)]
     numbers = [listener.fileno() for listener in listeners]
-    command = [sys.executable, "-m", "tests.helpers.zygote_server", *map(str, numbers)]
+    command = [sys.executable, "-m", "tests.helpers.processes.zygote_server", *map(str, numbers)]
     with open(os.path.join(folder, "log"), "wb") as log:  # warnings of imports, in all
         server = subprocess.Popen(command, pass_fds=numbers, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=ROOT)
     for listener in listeners:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.patience import PATIENCE_SECONDS
+from tests.helpers.processes.zygote import BARE, call, run_program
 from tests.helpers.spawn import RankFailedError, run_ranks
-from tests.helpers.zygote import BARE, call, run_program
 
 SHOWN = """
 import atexit, os, sys, threading, time

@@ -1,6 +1,6 @@
 """The processes that `zygote.py` starts: they import, then fork what they are asked for.
 
-Called as `python -m tests.helpers.zygote_server FULL BARE`, with the file descriptors of both listening sockets. Both end
+Called as `python -m tests.helpers.processes.zygote_server FULL BARE`, with the file descriptors of both listening sockets. Both end
 at the end of standard input. Each connection is one fork: a request with its standard streams comes in, its process
 number and its exit code go out.
 """
@@ -26,7 +26,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.zygote import END, NUMBER
+from tests.helpers.processes.zygote import END, NUMBER
 
 BARE_MODULES = ("torch", "deepspeed", "megatron.core.parallel_state", "typer", "pydantic", "safetensors.torch", "yaml")
 FULL_MODULES = ("amfm.launch.cli", "amfm.launch.cluster.local", "amfm.pretrain.train", "tests.helpers.spawn")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers.processor import RECORD, Seconds, grown_most, judge, longest_first, read_record
+from tests.helpers.processes.processor import RECORD, Seconds, grown_most, judge, longest_first, read_record
 
 RECORDED = Seconds(1000.0, 0.020)
 
