@@ -21,6 +21,8 @@ from amfm.kernels.decay_scan.triton_forward import chunk_state_kernel
 
 # Tokens of a step: a chunk of 128 is two, which keeps their products in registers.
 LARGEST_TILE = 64
+# Rows of a state next to which two stages of loads fit.
+WIDEST_STATE = 128
 # Heads of a group that one program of the gradient kernel walks over: fewer fill the GPU better, more share sums.
 HEADS_PER_SPLIT = 32
 # Candidates of each kernel, the fixed one first; BLOCK_V: columns of V that a program takes, or takes at a time. Compiled
@@ -29,6 +31,8 @@ WALK = tuple(
     {"BLOCK_V": columns, "num_warps": warps, "num_stages": stages}
     for columns, warps, stages in ((32, 8, 2), (32, 4, 2), (64, 8, 2), (64, 8, 1))
 )
+# A state of 256 x 32 next to two stages of loads spills, next to one it does not.
+WIDE_WALK = (WALK[0] | {"num_stages": 1}, *WALK)
 STATES_WALK = tuple(
     {"BLOCK_V": columns, "num_warps": warps, "num_stages": stages}
     for columns, warps, stages in ((64, 8, 2), (64, 4, 2), (32, 4, 2), (64, 8, 3))
@@ -140,7 +144,9 @@ def _forward(
     def walk_segments(states: Tensor | None, store: bool) -> tuple[Tensor, Tensor]:
         final, decay = launch.segment_ends(v)
         written = (y, entering) if store else (None, None)
-        name, candidates = ("scan_states_walk", STATES_WALK) if written[0] is None else ("scan_walk", WALK)
+        name, candidates = "scan_walk", WALK if launch.K <= WIDEST_STATE else WIDE_WALK
+        if written[0] is None:
+            name, candidates = "scan_states_walk", STATES_WALK
         grid, constants = launch.walk(name, candidates, v)
         chunk_state_kernel[grid](
             q, k, v, *gates.arguments(), skip, firsts, states, *written, final, decay, *launch.sizes,

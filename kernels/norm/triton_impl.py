@@ -140,6 +140,8 @@ def norm_rows_backward(
     rows, width = flat.shape
     groups = reciprocal.shape[1]
     tile = _tile(width // groups, rows)
+    if out is not None and tile["BLOCK_S"] == TILE_VALUES:  # the normed values next to four others of 32 a thread spill
+        tile["num_warps"] *= 2
     strides = (0, 0) if second is None else (second.stride(0), d_z.view(rows, width).stride(0))
     unit = stride_unit(*strides)
     # Few programs that walk many blocks each: every program writes one partial of the weight's gradient.

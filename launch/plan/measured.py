@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -125,7 +125,22 @@ def _block_bytes(config: ModelConfig, letter: str, storage: Storage, cut: Cut) -
         ) from error
 
 
-def _measure(config: ModelConfig, letter: str, dtype: torch.dtype, backend: str, cut: Cut) -> BlockBytes:
+def pass_block(config: ModelConfig, letter: str, cut: Cut, note_launch: Callable[..., None]) -> None:
+    """Pass one block forward and backward in bfloat16 without storage, and hand each launch of a Triton kernel to `note_launch`.
+
+    It is called with the kernel and the arguments of the launch.
+    """
+    _measure(without_stretch(config), letter, torch.bfloat16, "triton", cut, note_launch)
+
+
+def _measure(
+    config: ModelConfig,
+    letter: str,
+    dtype: torch.dtype,
+    backend: str,
+    cut: Cut,
+    note_launch: Callable[..., None] = lambda *_, **__: None,
+) -> BlockBytes:
     """Build one block on the meta device, pass it forward and backward, and count its storages."""
     meta = pack_meta(cut.context, has_documents=backend == "triton").map_tensors(lambda tensor: tensor.to("meta"))
     if config.moe is not None and not cut.in_slots:  # a limit moves choices, and no bytes to speak of
@@ -136,7 +151,7 @@ def _measure(config: ModelConfig, letter: str, dtype: torch.dtype, backend: str,
     with ExitStack() as stack:
         if backend == "triton":
             stack.enter_context(triton_at_hand())
-            stack.enter_context(counted_launches(live.launch))
+            stack.enter_context(counted_launches(live, note_launch))
         stack.enter_context(without_device())
         stack.enter_context(torch.device("meta"))
         stack.enter_context(default_dtype(dtype))
@@ -234,11 +249,15 @@ def codes_at_hand(block: Block, settings: LowPrecisionConfig) -> Iterator[None]:
         yield
 
 
-def counted_launches(note_launch: Callable[[], None]) -> AbstractContextManager[None]:
-    """Inside the block, launches of Triton kernels are counted and do nothing."""
+def counted_launches(live: LiveBytes, note_launch: Callable[..., None]) -> AbstractContextManager[None]:
+    """Inside the block, launches of Triton kernels are counted and noted, and do nothing."""
     from triton.runtime.jit import JITFunction
 
-    return replaced([(JITFunction, "__getitem__", lambda *_: lambda *_, **__: note_launch())])
+    def launch(kernel: Any, grid: Any) -> Callable[..., None]:
+        live.launches += 1
+        return partial(note_launch, kernel)
+
+    return replaced([(JITFunction, "__getitem__", launch)])
 
 
 def without_device() -> AbstractContextManager[None]:
@@ -359,10 +378,6 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, Tensor) and id_of(tensor) not in given and id_of(tensor) not in self.numbers:
                 self._note(tensor)
         return out
-
-    def launch(self) -> None:
-        """Count a launch of a Triton kernel."""
-        self.launches += 1
 
     def leave_out(self, tensor: Tensor | None) -> None:
         """Count the storage of a weight's gradient in no sum."""
