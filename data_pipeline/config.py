@@ -95,7 +95,9 @@ class PrepareConfig(Section):
     preset: Literal["fast", "balanced", "small"] = Field(
         "fast", description="`fast`: no compression; `balanced`: lz4hc; `small`: zstd; all with crc32c."
     )
-    num_actors: int | None = Field(None, gt=0, description="Ray actors that tokenize; null: one per core.")
+    num_actors: int | None = Field(
+        None, gt=0, description="Ray actors that tokenize; null: one per core, and no Ray for less than 50 MB of text."
+    )
     part_bytes: int = Field(
         64_000_000, gt=0, description="Text bytes per part: the unit of work, of retry and of one writer."
     )

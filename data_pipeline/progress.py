@@ -16,7 +16,7 @@ from typing import Protocol
 
 from amfm.data_pipeline.terminal import printable
 
-QUIET_SECONDS = 3.0  # of work that ends sooner nothing is said
+QUIET_SECONDS = 1.0  # of work that ends sooner nothing is said
 EVERY_SECONDS = 10.0
 
 

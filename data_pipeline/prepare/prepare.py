@@ -1,4 +1,4 @@
-"""Prepare a token store from text: plan, tokenizer, parts by Ray actors, journal, and the manifest last.
+"""Prepare a token store from text: plan, tokenizer, parts, journal, and the manifest last.
 
 The plan cuts the sources into units; a unit's bytes depend on the unit alone, not on the actor, its neighbours or how
 often it was tried. So a store is byte-identical for any number of actors and after any kill. An actor writes a part
@@ -27,11 +27,12 @@ from amfm.data_pipeline.prepare.duplicates import mark_duplicates, units_to_hash
 from amfm.data_pipeline.prepare.hub import pin_revisions, read_pins, write_pins
 from amfm.data_pipeline.prepare.journal import Journal
 from amfm.data_pipeline.prepare.plan import Unit, UnitSettings, make_units, part_bytes_of, plan_source
-from amfm.data_pipeline.prepare.ray_actors import run_on_ray
 from amfm.data_pipeline.prepare.rejects import describe_first_damage, describe_first_reject
 from amfm.data_pipeline.prepare.report import PrepareReport, Progress, ShowProgress, make_report
+from amfm.data_pipeline.prepare.run_units import run_units
 from amfm.data_pipeline.prepare.token_limit import take_tokens
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport
+from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.manifest import (
     PART_NAME,
     SPLITS,
@@ -54,14 +55,16 @@ def prepare(
     config: DataConfig,
     *,
     progress: ShowProgress = None,
+    waiting: Report = silent,
     address: str | None = None,
     runner: Runner | None = None,
 ) -> PrepareReport:
     """Make or complete the token store of a configuration.
 
     The second call with the same inputs writes nothing; after a crash, or when a source is added, only the missing
-    parts are written. Ray is started only if parts are missing, on this machine unless `address` names a cluster
-    (whose nodes must see the same paths), and stopped if it was started here; `runner` replaces it in tests.
+    parts are written: in this process, or by Ray where the text is large (run_units.py). Ray is started on this machine
+    unless `address` names a cluster (whose nodes must see the same paths), and stopped if it was started here; `runner`
+    replaces both in tests. `waiting` hears what is waited for while there is no progress.
     ValueError for settings and input, RuntimeError for a full disk or another preparation of the same store.
     """
     began, place = time.monotonic(), config.text_store()
@@ -92,7 +95,7 @@ def prepare(
             for source in config.sources
         }
         journal = Journal(store)
-        run = runner or (lambda *arguments: run_on_ray(*arguments, address=address))
+        run = runner or (lambda *arguments: run_units(*arguments, address=address, report=waiting))
         units = _without_duplicates(units, config, store, tokenizer, run, progress)
         write = _UnitsWriter(journal, lambda missing: run(missing, store, tokenizer, config), store, progress)
         find = partial(journal.find, store)

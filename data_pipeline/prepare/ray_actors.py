@@ -13,15 +13,17 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.memory import keep_freed_memory
 from amfm.data_pipeline.prepare.plan import Unit
+from amfm.data_pipeline.prepare.ray_patience import START_SECONDS, patient_start
 from amfm.data_pipeline.prepare.ray_token import START_RAY, choose_token, must_answer
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
+from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.part_writer import import_zarr
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 
@@ -58,24 +60,32 @@ class PartWriter:
 
 
 def run_on_ray(
-    units: Sequence[Unit], store: Path, tokenizer: Tokenizer, config: DataConfig, *, address: str | None = None
+    units: Sequence[Unit],
+    store: Path,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    *,
+    address: str | None = None,
+    report: Report = silent,
 ) -> Iterator[tuple[Unit, UnitReport | UnitFailure]]:
     """Write units on Ray actors and yield each report as it comes.
 
     Uses the running Ray of this process, else the cluster at `address`, else starts a small one for the time of the
-    call. A unit whose actor dies is given to a new actor, three times at most, then RuntimeError.
+    call. A unit whose actor dies is given to a new actor, three times at most, then RuntimeError. `report` hears what is
+    waited for before the first unit.
     """
     choose_token(address)  # before the import
     import ray  # here: training and a complete store never need it
 
     wanted = config.prepare.num_actors or (None if address else len(os.sched_getaffinity(0)))
-    with running_ray(address, min(wanted or len(units), len(units))):
+    with running_ray(address, min(wanted or len(units), len(units)), report):
         num_actors = min(len(units), wanted or int(ray.cluster_resources().get("CPU", 1)))
+        report("waiting for processes that write parts")
         yield from _Dispatcher(ray, units, store, tokenizer).run(num_actors)
 
 
 @contextmanager
-def running_ray(address: str | None, num_cpus: int) -> Iterator[None]:
+def running_ray(address: str | None, num_cpus: int, report: Report = silent) -> Iterator[None]:
     """Use the Ray of this process, else the cluster at `address`, else a small one for the time of the block."""
     choose_token(address)
     import ray
@@ -89,19 +99,20 @@ def running_ray(address: str | None, num_cpus: int) -> Iterator[None]:
         # Ray lets everything else on the machine go first (15), but here its work is what the caller waits for.
         os.environ.setdefault("RAY_worker_niceness", "0")
     try:
-        start_ray(address, **options)
+        start_ray(address, report, **options)
         yield
     finally:
         ray.shutdown()
 
 
-def start_ray(address: str | None, **options: Any) -> None:
+def start_ray(address: str | None, report: Report = silent, **options: Any) -> None:
     """Join the cluster at an address, or start one on this machine; call `choose_token` before Ray is imported.
 
     Workers import nothing from the working directory of this process, and have our packages' folder as theirs. Raises ValueError for an address at which no
     cluster answers: asked before Ray is, which tries for a minute and prints what its own libraries think of it.
-    RuntimeError where the machine is too busy to start Ray in the half minute that it allows.
+    RuntimeError where Ray's processes end while they start, or don't answer for a quarter of an hour.
     """
+    report("starting Ray" if address is None else f"joining the Ray cluster at {address}")
     import ray
 
     if address is None:
@@ -113,7 +124,7 @@ def start_ray(address: str | None, **options: Any) -> None:
     try:
         # From there, because Ray puts the working directory before the packages of its workers. Without an address Ray
         # itself would join a cluster that runs here.
-        with chdir(package_root), _keeping_sigterm():
+        with nullcontext() if address else patient_start(), chdir(package_root), _keeping_sigterm():
             ray.init(
                 address=address or "local", job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options
             )
@@ -124,8 +135,8 @@ def start_ray(address: str | None, **options: Any) -> None:
         if NOT_STARTED not in str(error):  # Ray gives it no class of its own
             raise
         raise RuntimeError(
-            "Ray did not start on this machine within 30 s; wait until the machine is less busy, and run the same command "
-            "to continue"
+            f"Ray did not start on this machine: its node ended, or did not answer within {START_SECONDS // 60} minutes; look at "
+            "/tmp/ray/session_latest/logs/raylet.err, and run the same command to continue"
         ) from error
 
 

@@ -321,9 +321,10 @@ class SampleReader:
                 "(one file of text is one document) or raise data.validation_fraction, and run `amfm prepare CONFIG`; or "
                 "hold nothing out, with data.validation_fraction=0"
             )
+        more = "" if split == "train" else "raise data.validation_fraction and run `amfm prepare CONFIG` again, "
         return (
             f"train.sequence_length={length} must be below the {longest} tokens of the largest {split} part of source "
-            f"{source!r}; shorten it, or give more text"
+            f"{source!r}; {more}give more text, or shorten the rows"
         )
 
     def _count_source(self, source: str, length: int) -> None:

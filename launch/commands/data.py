@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,9 @@ from amfm.pretrain.launcher_protocol import BAD_INPUT
 
 if TYPE_CHECKING:
     from amfm.data_pipeline.prepare.report import Progress
+    from amfm.data_pipeline.store.manifest import Split
     from amfm.launch.inspect_path import Inspection
+    from amfm.pretrain.config.schema import RunConfig
 
 
 def corpus(
@@ -115,14 +117,14 @@ def prepare(
     with said_to_be_resumable(), Waiting("amfm prepare") as waiting, show_progress("prepare") as show:
 
         def show_parts(now: Progress) -> None:
-            waiting.end()
+            waiting("training the tokenizer" if now.stage == "tokenizer" else "")  # which shows no progress
             show(*describe_progress(now))
 
         waiting("looking at the files of the sources")
-        report = prepare_store(config.data, progress=show_parts, address=address)
+        report = prepare_store(config.data, progress=show_parts, waiting=waiting, address=address)
     for remark in report.remarks:
         say(f"warning: {remark}")
-    check_tokens(report.tokens, config.train.sequence_length)
+    check_rows(config)
     if as_json:
         print_json(asdict(report))
         return
@@ -145,14 +147,19 @@ def prepare(
     print_pairs("Token store", pairs.items())
 
 
-def check_tokens(tokens: Mapping[str, Mapping[Any, int]], sequence_length: int) -> None:
-    """Check that each source of a store fills a row of training. Raises ValueError."""
-    for name, by_split in tokens.items():
-        if by_split["train"] <= sequence_length:
-            raise ValueError(
-                f"source {name!r} has {by_split['train']:,} training tokens, and a row of train.sequence_length="
-                f"{sequence_length:,} needs more; give more text, or shorter rows"
-            )
+def check_rows(config: RunConfig) -> None:
+    """Open the rows that `amfm train` will ask for. Raises ValueError, as it would, where a source fills none."""
+    from amfm.data_pipeline.samples.samples import SampleReader, SampleSettings
+    from amfm.pretrain.stages import data_of_stages, resolve_stages
+
+    stages = resolve_stages(config)
+    data, lengths = data_of_stages(config, stages), {stage.sequence_length for stage in stages}
+    wanted: list[tuple[Split, int]] = [("train", stages[0].sequence_length)]
+    if config.train.validate_every_steps is not None:
+        wanted += [("validation", length) for length in sorted(lengths)]
+    for split, length in wanted:
+        settings = SampleSettings.from_config(data, split=split, sequence_length=length, seed=config.train.seed)
+        SampleReader(settings).store.close()
 
 
 def describe_progress(now: Progress) -> tuple[int, int, str, float | None]:

@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.prepare.ray_actors import start_ray
+from amfm.data_pipeline.progress import Waiting
 from amfm.launch.cluster.local import forward_signals
 from amfm.launch.cluster.node_logs import last_words
 from amfm.launch.cluster.ray import RankHost, first_line
@@ -79,8 +80,9 @@ def run_cells(
     `begins` and `ends` hear of each cell, `polls` about twice a second. A signal continues to the running cells, which
     save and end; the rest don't start. Starts and stops its own Ray.
     """
-    start_ray(None, num_cpus=room.slots * room.threads, object_store_memory=OBJECT_STORE_BYTES)
     try:
+        with Waiting("amfm study") as waiting:
+            start_ray(None, waiting, num_cpus=room.slots * room.threads, object_store_memory=OBJECT_STORE_BYTES)
         return _Dispatcher(cells, study_dir, room, begins, ends).run(polls)
     finally:
         ray.shutdown()

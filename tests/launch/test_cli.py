@@ -165,10 +165,10 @@ def test_a_run_that_failed_says_how_to_go_on(monkeypatch, base, capsys):
         raise RuntimeError("rank 1 died")
 
     monkeypatch.setattr("amfm.pretrain.checks.load.load_checked", failing)
-    assert run(["train", str(base)]) == 3
+    assert run(["prepare", str(base)]) == 3
     assert capsys.readouterr().err.splitlines() == [
         "amfm: rank 1 died",
-        "amfm: train stopped; resume with the same command (amfm --traceback train ... shows where it failed)",
+        "amfm: prepare stopped; resume with the same command (amfm --traceback prepare ... shows where it failed)",
     ]
 
 

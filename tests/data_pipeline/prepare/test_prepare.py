@@ -41,10 +41,10 @@ def test_a_driver_killed_at_any_moment_loses_and_duplicates_nothing(reference, t
     assert contents(config.store) == contents(reference.store)
 
 
-def test_second_preparation_writes_nothing_and_starts_no_ray(reference, monkeypatch):
+def test_second_preparation_writes_nothing(reference, monkeypatch):
     before = moments(reference.store)
     monkeypatch.setattr(
-        "amfm.data_pipeline.prepare.prepare.run_on_ray", lambda *_, **__: pytest.fail("Ray was started")
+        "amfm.data_pipeline.prepare.prepare.run_units", lambda *_, **__: pytest.fail("something was written")
     )
     report = prepare(reference)
     assert report.units_written == 0 and report.tokens["source0"]["train"] > 0

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from amfm.data_pipeline.prepare.prepare import prepare
-from amfm.data_pipeline.prepare.ray_actors import start_ray
+from amfm.data_pipeline.prepare.ray_actors import run_on_ray, start_ray
+from amfm.data_pipeline.prepare.ray_patience import NODE, is_node_alive
 from amfm.data_pipeline.store.store import TokenStore
 from tests.data_pipeline.prepare.stores import actor_pids, contents, elsewhere, is_descendant
 from tests.helpers.patience import PATIENCE_SECONDS
@@ -60,7 +61,7 @@ def test_the_environment_may_set_another_priority_of_actors(alone_with_ray: None
 def test_ray_writes_the_same_bytes_with_any_number_of_actors(reference, ray_session, tmp_path, num_actors):
     config = elsewhere(reference, tmp_path, num_actors=num_actors)
     seen = []
-    report = prepare(config, progress=seen.append)
+    report = prepare(config, progress=seen.append, runner=run_on_ray)
     assert contents(config.store) == contents(reference.store)
     assert report.units_written == report.units_total == seen[-1].units_done > 6
     assert report.identity == TokenStore.open(reference.store).identity()
@@ -85,6 +86,47 @@ def test_killed_actors_lose_and_duplicate_nothing(reference, ray_session, tmp_pa
     prepare(config, progress=kill_one)
     assert killed
     assert contents(config.store) == contents(reference.store)
+
+
+# The node's program begins 45 s after its process; Ray itself waits 30 s for it.
+SLOW_NODE = """
+import sys, time
+from pathlib import Path
+from amfm.data_pipeline.prepare.ray_token import choose_token
+choose_token()
+from ray._private import services
+from amfm.data_pipeline.prepare.ray_actors import running_ray
+
+slow = Path(sys.argv[1], "raylet")
+slow.write_text(f'#!/bin/sh\\nsleep 45\\nexec {services.RAYLET_EXECUTABLE} "$@"\\n')
+slow.chmod(0o755)
+services.RAYLET_EXECUTABLE = str(slow)
+began, heard = time.monotonic(), []
+with running_ray(None, 1, lambda what, *_: heard.append(what)):
+    print(heard, time.monotonic() - began > 45)
+"""
+
+
+@pytest.mark.slow
+def test_ray_starts_where_its_node_is_not_served_for_longer_than_ray_itself_waits(
+    alone_with_ray: None, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", SLOW_NODE, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[3], check=False, capture_output=True, text=True, timeout=900
+    )
+    assert done.stdout.splitlines()[-1:] == ["['starting Ray'] True"], done.stderr
+
+
+def test_a_node_that_ended_is_not_waited_for(ray_session: None) -> None:
+    """And Ray has what its patience takes the place of, in the words that it is known by."""
+    import psutil
+    from ray._private import node
+
+    assert is_node_alive()
+    own = psutil.Process()
+    assert [child.name() for child in own.children()].count(NODE) == 1
+    assert "ray._private.services.get_node(" in Path(node.__file__).read_text(encoding="utf-8")
 
 
 WITH_TOKEN = """

@@ -5,16 +5,17 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.data_pipeline.prepare.report import Progress
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.launch.cli import run
-from amfm.launch.commands.data import check_tokens, describe_progress, said_to_be_resumable
+from amfm.launch.commands.data import describe_progress, said_to_be_resumable
 from amfm.pretrain.config.file import load_config
 from tests.helpers.json_output import one_object
-from tests.helpers.tiny_store import make_tiny_store
+from tests.helpers.tiny_store import make_text, make_tiny_store
 
 
 def test_corpus_names_the_known_ones(capsys):
@@ -34,10 +35,22 @@ def test_prepare_names_missing_text(base, capsys, tmp_path):
     assert "none.txt" in capsys.readouterr().err
 
 
-def test_a_source_that_fills_no_row_is_refused():
-    check_tokens({"web": {"train": 129, "validation": 0}}, 128)
-    with pytest.raises(ValueError, match=r"source 'web' has 2 training tokens, and a row of train.sequence_length=128"):
-        check_tokens({"web": {"train": 2, "validation": 0}}, 128)
+def test_rows_that_a_store_cannot_fill_are_refused_when_it_is_prepared(tmp_path, base, capsys):
+    """As training would, of text held out too where the run validates."""
+    random = np.random.default_rng(0)
+    for number in range(12):
+        (tmp_path / f"{number}.txt").write_text(make_text(random, 300))
+    settings = [
+        f"data.store={tmp_path}/store",
+        f"data.sources=[{{name: texts, paths: ['{tmp_path}/*.txt']}}]",
+        *("data.tokenizer={vocab_size: 320}", "data.validation_fraction=0.1", "train.validate_every_steps=5"),
+    ]
+    assert run(["prepare", str(base), *settings, "train.sequence_length=64"]) == 0
+    assert run(["prepare", str(base), *settings, "train.sequence_length=2048"]) == 2
+    assert "below the" in (said := capsys.readouterr().err) and "largest validation part" in said
+    assert "raise data.validation_fraction and run `amfm prepare CONFIG` again" in said
+    assert run(["prepare", str(base), *settings, "train.sequence_length=65536"]) == 2
+    assert "largest train part" in capsys.readouterr().err
 
 
 def test_progress_of_a_preparation_names_rates_and_the_time_to_go():
