@@ -259,7 +259,7 @@ def initialize_parallel(
     else:
         device = torch.device("cpu")
         place_megatron_buffers_on_cpu()
-    torch.set_num_threads(num_threads or max(1, count_cores() // local_world_size))
+    torch.set_num_threads(num_threads or choose_threads(local_world_size))
     groups = ProcessGroupCollection.use_mpu_process_groups(AXES)
     groups.sequence_parallel, groups.overlap_experts = section.sequence_parallel, section.overlap_experts is True
     groups.takes_turns = section.overlap_experts == "rows"
@@ -334,6 +334,17 @@ def count_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def choose_threads(local_world_size: int) -> int:
+    """Threads of a rank: OMP_NUM_THREADS where the user set it, else the rank's share of the cores.
+
+    torchrun sets it to 1 for several ranks of a node, whatever the machine, so below it the share is taken.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if given.isdecimal() and int(given) and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return int(given)
+    return max(1, count_cores() // local_world_size)
 
 
 def set_determinism(seed: int, deterministic: bool | None = None) -> bool:

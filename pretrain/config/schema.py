@@ -217,7 +217,10 @@ class TrainConfig(Section):
         description="Where weight gradients join the float32 sum of a step: in the product that makes them, which under bf16 saves a rounding and their way through memory, or behind it, by a hook; auto: in the product under parallel.zero_stage 1 and 2, unless blocks are compiled.",
     )
     num_threads: int | None = Field(
-        None, gt=0, le=4096, description="CPU threads per rank; null: cores / ranks on this machine."
+        None,
+        gt=0,
+        le=4096,
+        description="CPU threads per rank; null: OMP_NUM_THREADS, or cores / ranks on this machine.",
     )
     profile: ProfileConfig | None = Field(None, description="Trace some steps; null: no trace.")
     deterministic: bool | None = Field(

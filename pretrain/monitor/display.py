@@ -24,14 +24,23 @@ from amfm.pretrain.monitor.signals import ON_INTERRUPT
 class Display:
     """Shows the steps of one start of a run; exists on the main rank alone.
 
-    `first_step`: steps that were done before.
+    `first_step`: steps that were done before. `shows_mfu`: whether the peak of the devices is known (panel.py).
     """
 
-    def __init__(self, config: RunConfig, *, first_step: int, last_step: int, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        first_step: int,
+        last_step: int,
+        shows_mfu: bool = True,
+        console: Console | None = None,
+    ) -> None:
         self.config = config
         self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
         name = config.run.name or config.run.dir.rstrip("/").rsplit("/", 1)[-1]
         self.state = RunState(f"amfm train {name}", first_step=first_step, last_step=last_step, began=time.time())
+        self.state.shows_mfu = shows_mfu
         if first_step:  # it resumed, so its checkpoint stands; how old that is, is not known here
             self.state.checkpoint_step = first_step
         self.live: LivePanel | None = None

@@ -176,6 +176,7 @@ class FollowedRun:
             self._read_config()
             self.state, self.cause = "running", ""
             self.panel.first_step, self.panel.began = step, to_seconds(event.get("time"))
+            self.panel.shows_mfu = event.get("device") != "cpu"
         elif kind == "checkpoint" and isinstance(step, int):
             moment = to_seconds(event.get("time"))
             self.panel.checkpoint_step, self.panel.checkpoint_time = step, moment

@@ -6,6 +6,7 @@ Drawn from the lines that a run logs, so that the run itself (display.py) and wh
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -25,13 +26,15 @@ BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 48
 KEPT_LOSSES = 400
 AVERAGED_STEPS = 20
+LEAST_STEPS = 3  # for a time left: the first steps warm up, and one may hold a pause of the machine
 
 
 class RunState:
     """What the lines of a run tell about it: newest step, curve of the loss, pace and newest checkpoint.
 
     `first_step`, `last_step`: where this start of the run begins and ends. `began`: when it started, seconds since the
-    epoch, None while that is not known. `status` is its own line at the panel's foot.
+    epoch, None while that is not known. `status` is its own line at the panel's foot. `shows_mfu`: false on a CPU, whose peak
+    is measured at the start, in what other programs leave of it.
     """
 
     def __init__(self, name: str, *, first_step: int, last_step: int, began: float | None) -> None:
@@ -44,6 +47,7 @@ class RunState:
         self.checkpoint_step: int | None = None
         self.checkpoint_time: float | None = None
         self.status = ""
+        self.shows_mfu = True
 
     def take_metrics(self, metrics: dict[str, Any]) -> None:
         """Take a step's line of metrics.jsonl."""
@@ -60,11 +64,11 @@ class RunState:
         self.checkpoint_step, self.checkpoint_time = step, when
 
     def remaining(self) -> str:
-        """Estimate the time to the last step at the mean pace of the last AVERAGED_STEPS steps."""
-        if self.metrics is None or not self.seconds:
-            return "-"
-        pace = sum(self.seconds) / len(self.seconds)
-        return format_duration(pace * max(0, self.last_step - self.metrics["step"]))
+        """Time to the last step at the median pace of the last AVERAGED_STEPS steps; empty before LEAST_STEPS of them."""
+        if self.metrics is None or len(self.seconds) < LEAST_STEPS:
+            return ""
+        pace = statistics.median_low(self.seconds)
+        return f"{format_duration(pace * max(0, self.last_step - self.metrics['step']))} left"
 
     def steps_at_stake(self) -> int:
         """Steps since the newest checkpoint, the one under way included."""
@@ -99,7 +103,7 @@ class RunState:
             f"grad norm {show_number(metrics['grad_norm'], '.3f')}",
             f"lr {metrics['lr']:.2e}",
             f"{metrics['tokens_per_second']:,.0f} tokens/s",
-            f"MFU {metrics['mfu']:.1%}",
+            *self.describe_mfu(metrics),
         ]
         if metrics["expert_load"]:
             parts.append(f"expert load {max(metrics['expert_load'].values()):.2f}")
@@ -109,7 +113,11 @@ class RunState:
             parts.append(show_accuracy(metrics))
         if metrics["skipped"]:
             parts.append("SKIPPED")
-        return ", ".join([*parts, f"{self.remaining()} left"])
+        return ", ".join([*parts, *filter(None, [self.remaining()])])
+
+    def describe_mfu(self, metrics: dict[str, Any]) -> list[str]:
+        """The model FLOPs utilization of a step, in a list that is empty where it means nothing."""
+        return [f"MFU {metrics['mfu']:.1%}"] if self.shows_mfu else []
 
     def draw(self) -> Panel:
         """Draw the panel; a run without a step yet has progress and checkpoint alone."""
@@ -118,7 +126,7 @@ class RunState:
         bar.add_row(
             ProgressBar(total=max(1, self.last_step), completed=step, width=SPARKLINE_WIDTH),
             f"{step:,}/{self.last_step:,}",
-            f"{self.remaining()} left",
+            self.remaining(),
         )
         rows: list[Any] = [bar]
         if self.metrics is not None:
@@ -141,7 +149,7 @@ class RunState:
         )
         facts.add_row(
             f"{metrics['tokens_per_second']:,.0f} tokens/s",
-            f"MFU {metrics['mfu']:.1%}",
+            *self.describe_mfu(metrics),
             f"{metrics['tokens']:,} tokens",
         )
         rows: list[Any] = [curve, facts]

@@ -52,11 +52,14 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, hosts: dict[str, str]) -
     keep_released(run)
     last_event = find_last_event(run.directory)
     run.files.log = log = RunLog(run.config, resumed_at_step=run.progress.step)
-    run.files.display = Display(run.config, first_step=run.progress.step, last_step=run.last_step)
+    device = run.parallel.device.type
+    run.files.display = Display(
+        run.config, first_step=run.progress.step, last_step=run.last_step, shows_mfu=device != "cpu"
+    )
     run.signals.answer = run.files.display.answer_interrupt
     run.say(
         f"{facts['pattern']}: {counts.total:,} parameters ({counts.active:,} active), {run.config.train.precision}, "
-        f"ZeRO {run.engine.zero_stage}, {plural(run.parallel.world_size, 'rank')} on {run.parallel.device.type} with "
+        f"ZeRO {run.engine.zero_stage}, {plural(run.parallel.world_size, 'rank')} on {device} with "
         f"{plural(torch.get_num_threads(), 'thread')}, {run.stage.global_batch_size} x {length} tokens per step"
     )
     for remark in run.loader.describe_repeats(run.stages[-1].first_sample + run.stages[-1].num_samples()):
@@ -66,6 +69,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, hosts: dict[str, str]) -
     run.record_event(
         "start",
         world_size=run.parallel.world_size,
+        device=device,
         resumed_from=loaded and loaded.path.name,
         discarded_steps=log.cut.steps,
         discarded_seconds=log.cut.seconds,

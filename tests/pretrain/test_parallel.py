@@ -13,7 +13,7 @@ import torch.distributed
 
 from amfm.launch.rank_command import isolated_python
 from amfm.pretrain.config.schema import ParallelConfig
-from amfm.pretrain.parallel import choose_gpu, initialize_parallel
+from amfm.pretrain.parallel import choose_gpu, choose_threads, count_cores, initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 
@@ -76,3 +76,13 @@ def test_sockets_do_not_grow_with_the_square_of_the_ranks() -> None:
     # A listener a group, and neighbours in rings; a mesh of every group were 3 for each of 16 groups.
     assert max(made for ((made, _),) in four) <= 24
     assert max(used for ((_, used),) in four) <= max(used for ((_, used),) in two) + 16
+
+
+def test_threads_are_those_that_the_user_set_else_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = count_cores()
+    for given, threads in {"1": 1, "3,2": 3, "": cores, "0": cores, "many": cores}.items():
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert choose_threads(1) == threads, given
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun set it, and not the user
+    assert choose_threads(1) == cores and choose_threads(10_000) == 1

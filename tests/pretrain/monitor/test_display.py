@@ -48,9 +48,22 @@ def test_piped_output_is_plain_lines_at_the_configured_pace(data: DataConfig, tm
     assert "\x1b" not in out.getvalue()
     assert [line.split(",")[0] for line in lines] == ["step 1/20", "step 5/20", "step 7/20", "[not markup]"]
     assert lines[0] == (
-        "step 1/20, loss 5.5000, grad norm 1.250, lr 1.00e-03, 1,234 tokens/s, MFU 25.0%, expert load 1.50, 38s left"
-    )
+        "step 1/20, loss 5.5000, grad norm 1.250, lr 1.00e-03, 1,234 tokens/s, MFU 25.0%, expert load 1.50"
+    ), "one step, which warms up, gives no pace"
+    assert lines[1].endswith("expert load 1.50, 30s left")
     assert "SKIPPED" in lines[2] and "loss -" in lines[2]
+
+
+def test_the_time_left_is_that_of_the_usual_step_and_a_cpu_has_no_mfu(data: DataConfig, tmp_path: Path) -> None:
+    out = io.StringIO()
+    config = tiny_config(data, tmp_path, train__steps=20, train__log_every_steps=1)
+    display = Display(config, first_step=0, last_step=20, shows_mfu=False, console=Console(file=out, soft_wrap=True))
+    for step, seconds in enumerate([90.0, 2.0, 2.0, 600.0, 2.0], 1):  # a warm-up, and a lid that was closed
+        display.show(metrics_of(step, seconds=seconds))
+    display.close()
+    lines = out.getvalue().splitlines()
+    assert [line.rpartition(", ")[2] for line in lines[2:]] == ["34s left", "32s left", "30s left"]
+    assert "left" not in "".join(lines[:2]) and "MFU" not in out.getvalue()
 
 
 def test_terminal_shows_progress_curve_pace_and_experts(data: DataConfig, tmp_path: Path) -> None:
