@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,8 @@ QUESTIONS = {
     "hardware": "Hardware (cpu, 1xh100, 8xh100, 64xb200, 8xFILE.yaml)",
 }
 CHOICES: dict[str, tuple[str, ...]] = {"size": tuple(SIZES), "style": tuple(STYLES)}
-DEFAULTS = {"size": "20m", "style": "nemotron", "hardware": "cpu"}
+DEFAULTS = {"size": "3m", "style": "nemotron", "hardware": "cpu"}
+SIZE_FOR_GPUS = "20m"
 
 
 def init(
@@ -46,7 +48,8 @@ def init(
         raise ValueError(f"{path} is there already; name another folder, or move it away")
     require_extra("data", "amfm init")
     given = {"size": size, "style": style, "data": data, "hardware": hardware}
-    answers = {name: ask(name) if value is None else check(name, value) for name, value in given.items()}
+    defaults = DEFAULTS | ({} if hardware in (None, "cpu") else {"size": SIZE_FOR_GPUS})
+    answers = {name: ask(name, defaults) if value is None else check(name, value) for name, value in given.items()}
     say("planning layouts ...")
     from amfm.launch.init.machine import find_machine
     from amfm.launch.init.write import Answers, next_commands, write_config
@@ -61,16 +64,16 @@ def init(
     say("next:\n" + "\n".join(f"  {command}" for command in commands))
 
 
-def ask(name: str) -> str:
+def ask(name: str, defaults: Mapping[str, str]) -> str:
     """Ask a person at a terminal. Raises ValueError where there is none."""
     if not sys.stdin.isatty():
         raise ValueError(
-            f"--{name} is not given, and there is no terminal to ask at; add --{name} {DEFAULTS.get(name, 'PATH')}"
+            f"--{name} is not given, and there is no terminal to ask at; add --{name} {defaults.get(name, 'PATH')}"
         )
     text = QUESTIONS[name].format(", ".join(CHOICES.get(name, ())))
     while True:
         try:
-            return check(name, str(typer.prompt(text, default=DEFAULTS.get(name), err=True)))
+            return check(name, str(typer.prompt(text, default=defaults.get(name), err=True)))
         except ValueError as error:
             say(str(error).removeprefix(f"--{name} "))
         except typer.Abort:  # Ctrl-C, which typer would end with 1
@@ -113,5 +116,5 @@ def describe(written: Written) -> dict[str, Any]:
 def add_verbs(app: typer.Typer) -> None:
     """Register the verb of this file."""
     app.command(
-        epilog="Example: amfm init shakespeare --size 20m --style nemotron --data data/corpus/shakespeare --hardware cpu"
+        epilog="Example: amfm init shakespeare --size 3m --style nemotron --data data/corpus/shakespeare --hardware cpu"
     )(init)

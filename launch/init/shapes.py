@@ -1,8 +1,8 @@
 """The models that `amfm init` offers: sizes of the ladder of presets, in the styles of four published families.
 
 A size says how wide and deep a model is and how it is trained; a style says which blocks it has and how they are built.
-Nemotron's style of a size is the preset of that size under configs/, which a test compares with this table; at 30B, Nemotron's
-and Granite's are the published models.
+Nemotron's style of a size from 20m on is the preset of that size under configs/, which a test compares with this table; at 30B,
+Nemotron's and Granite's are the published models.
 """
 
 from __future__ import annotations
@@ -41,6 +41,21 @@ class Size:
 
 
 SIZES = {
+    # Trains in minutes on a laptop, as configs/tiny_cpu.yaml does, which also has a dense block.
+    "3m": Size(
+        pattern="(ME)*2 *E (ME)*2",
+        delta_pattern="(GE)*3 *E",
+        vocab_size=2_048,
+        hidden_size=192,
+        mamba=(6, 32, 1),
+        attention=(6, 2, 32),
+        experts=(8, 2, 96, 192),
+        sequence_length=512,
+        global_batch_size=64,
+        steps=2_000,
+        learning_rate=4.0e-3,
+        warmup_steps=100,
+    ),
     "20m": Size(
         pattern="(ME)*3 *E (ME)*2",
         delta_pattern="((GE)*3 *E)*2",

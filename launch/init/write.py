@@ -11,7 +11,6 @@ import math
 import re
 import shlex
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,13 @@ from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.prepare.hub import is_hub, parse_hub
 from amfm.data_pipeline.store.object_store import is_url
 from amfm.launch.init.machine import Choice, Machine, find_layout, larger_machines
+from amfm.launch.init.pace import cpu_seconds_per_token
 from amfm.launch.init.shapes import STYLES, Size, bias_update_rate, model_section, size_of
 from amfm.launch.init.text import DEFAULT, Text, look_at
-from amfm.model.flops import count_parameters, flops_per_token
+from amfm.model.config.schema import ModelConfig
+from amfm.model.flops import count_parameters
 from amfm.pretrain.checks.load import load_checked
+from amfm.pretrain.parallel import count_cores
 
 FILE_NAME = "run.yaml"
 # Pieces that a tokenizer trained on so little text should have; SentencePiece refuses more than it can find.
@@ -115,6 +117,9 @@ def compose(answers: Answers, text: Text) -> dict[str, Any]:
     if not is_url(answers.data):
         fitting = [pieces for limit, pieces in SMALL_VOCABULARIES if text.num_bytes < limit]
         model["vocab_size"] = min([model["vocab_size"], *fitting])
+    held = text.held_fraction(train["sequence_length"])
+    if not held:
+        del train["validate_every_steps"]
     return {
         "run": {"dir": str(folder / "runs" / f"{answers.style}_{answers.size}")},
         "model": model,
@@ -123,7 +128,7 @@ def compose(answers: Answers, text: Text) -> dict[str, Any]:
             "store": str(folder / "store" / project_name(answers)),
             "sources": [source_section(answers.data, text.column, train)],
             "tokenizer": {"vocab_size": model["vocab_size"], "training_bytes": 200_000_000},
-            "validation_fraction": 0.01 if text.num_bytes < 1e9 else 0.0005,
+            "validation_fraction": held,
         },
         "train": train,
         "optimizer": {"learning_rate": size.learning_rate, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
@@ -152,7 +157,7 @@ def training(size: Size) -> dict[str, Any]:
 
 
 def short_training() -> dict[str, Any]:
-    """The `train` section of about an hour on a CPU, to see text come out."""
+    """The `train` section of some minutes (3m) to an hour (20m) on a CPU, to see text come out."""
     return {
         "steps": 400,
         "sequence_length": 256,
@@ -192,6 +197,7 @@ REMARKS = {
     "model.vocab_size": "of the tokenizer below",
     "data.store": "where amfm prepare writes tokens",
     "data.sources": "more of them may follow, each with a weight",
+    "data.validation_fraction": "part of the documents that are kept for validation; one alone leaves nothing to keep",
     "data.tokenizer": "trained on the text; or name yours: {model: tokenizer.json}",
     "train.steps": "optimizer steps",
     "train.global_batch_size": "rows per step, over all ranks",
@@ -221,23 +227,18 @@ def explain(answers: Answers, choice: Choice, tree: dict[str, Any]) -> str:
 
 
 def describe_time(answers: Answers, choice: Choice) -> list[str]:
-    """How long the run takes on this machine's CPU, where it is trained on that: a guess.
-
-    From half to an eighth of the rate of a product of matrices, timed now: small blocks reach less of it than large ones.
-    """
+    """How long the run takes on this machine's CPU, where it is trained on that, by passes of the model timed now."""
     if not answers.machine.is_cpu:
         return []
     train = choice.config.train
     assert train.steps is not None and train.global_batch_size is not None, "compose sets them"
-    per_step = (
-        train.global_batch_size
-        * train.sequence_length
-        * sum(flops_per_token(choice.config.model, train.sequence_length).values())
-    )
-    hours = train.steps * per_step / measure_flops() / 3600
+    smaller = ModelConfig.model_validate(model_section("3m", answers.style))
+    tokens = train.steps * train.global_batch_size * train.sequence_length
+    hours = tokens * cpu_seconds_per_token(choice.config.model, train.sequence_length, smaller) / 3600
+    cores = train.num_threads or count_cores()
     return [
-        f"{train.steps} steps take {format_hours(hours / 0.5)} to {format_hours(hours / 0.125)} on this CPU alone, by a "
-        "product of matrices timed here;",
+        f"{train.steps} steps take about {format_hours(hours / cores)} on {cores} cores that do nothing else "
+        f"({format_hours(hours)} of one), by passes of the model timed here;",
         "train.stop_after_steps=20 shows the pace first.",
     ]
 
@@ -247,21 +248,6 @@ def format_hours(hours: float) -> str:
     return (
         f"{hours * 60:.0f} minutes" if hours < 1.5 else f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"
     )
-
-
-def measure_flops() -> float:
-    """Floating-point operations per second of a float32 product on this CPU, timed for some tenths of a second."""
-    import torch
-
-    size = 1024
-    matrix = torch.ones(size, size)
-    matrix @ matrix  # the first one starts threads
-    begun = time.perf_counter()
-    rounds = 0
-    while (passed := time.perf_counter() - begun) < 0.2:
-        matrix @ matrix
-        rounds += 1
-    return rounds * 2 * size**3 / passed
 
 
 def next_commands(answers: Answers) -> list[str]:

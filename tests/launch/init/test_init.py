@@ -2,19 +2,26 @@
 
 import itertools
 import json
+import os
 import random
+import re
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from amfm.launch.cli import run
 from amfm.launch.init.machine import find_machine
+from amfm.launch.init.pace import cpu_seconds_per_token
 from amfm.launch.init.shapes import SIZES, STYLES, model_section
+from amfm.launch.init.text import look_at
+from amfm.launch.init.write import Answers, compose
 from amfm.launch.plan.estimate import Assumptions
 from amfm.launch.plan.plan import make_plan
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig
-from amfm.model.flops import count_parameters
+from amfm.model.flops import count_parameters, flops_per_token
 from amfm.model.huggingface.targets import choose_target
 from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.file import load_config
@@ -28,9 +35,9 @@ PRESETS = {
     "8b": "ladder_8b_a1b",
     "30b": "nemotron3_nano_30b",
 }
-SAID = {"20m": 20e6, "150m": 150e6, "1b": 1e9, "8b": 8e9, "30b": 30e9}
+SAID = {"3m": 3e6, "20m": 20e6, "150m": 150e6, "1b": 1e9, "8b": 8e9, "30b": 30e9}
 # What each size needs at least; a combination with less is refused.
-HARDWARE = {"20m": "cpu", "150m": "1xh100", "1b": "1xh100", "8b": "8xh100", "30b": "64xh100"}
+HARDWARE = {"3m": "cpu", "20m": "cpu", "150m": "1xh100", "1b": "1xh100", "8b": "8xh100", "30b": "64xh100"}
 
 
 @pytest.fixture
@@ -48,7 +55,7 @@ def call(folder: Path, text: Path, size: str, style: str, hardware: str) -> int:
     return run(["init", str(folder), *itertools.chain(*flags.items()), "--json"])
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", PRESETS)
 def test_nemotron_style_is_the_preset_of_its_size(size: str) -> None:
     made = ModelConfig.model_validate(model_section(size, "nemotron"))
     preset = load_config(CONFIGS / f"{PRESETS[size]}.yaml")
@@ -124,7 +131,7 @@ def check_written(
 def test_what_cannot_be_is_refused(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [
         (("20m", "mamba", "cpu"), "--style mamba must be one of nemotron, granite, qwen3next, turbos"),
-        (("2b", "granite", "cpu"), "--size 2b must be one of 20m, 150m, 1b, 8b, 30b"),
+        (("2b", "granite", "cpu"), "--size 2b must be one of 3m, 20m, 150m, 1b, 8b, 30b"),
         (("20m", "granite", "h100"), "--hardware h100 must be cpu, or a number and an accelerator"),
         (("20m", "granite", "8xh1000"), "use h100"),
         (("30b", "granite", "1xh100"), "--size 30b does not fit --hardware 1xh100 (79.1 GiB per rank)"),
@@ -162,8 +169,48 @@ def test_each_answer_is_judged_before_the_next_question(tmp_path: Path) -> None:
     terminal.expect("Text: a file", times=2)
     said = terminal.screen
     assert terminal.end(CTRL_C) == 130
-    assert "7b must be one of 20m" in said and "granit must be one of nemotron" in said and "nowhere" in said
+    assert "7b must be one of 3m" in said and "granit must be one of nemotron" in said and "nowhere" in said
     assert said.count("Size of the model") == 2 and said.count("Style") == 2 and "--size" not in said
+
+
+@pytest.mark.parametrize(
+    ("documents", "letters", "fraction"),
+    [
+        (1, 40_000, 0.0),  # nothing to keep: a run that validated would be refused
+        (2, 40_000, 0.2),  # of two texts one is always kept
+        (120, 29_000, 0.083),
+        (1_200, 5_000, 0.01),
+    ],
+)
+def test_enough_documents_are_kept_for_validation(
+    tmp_path: Path, documents: int, letters: int, fraction: float
+) -> None:
+    for number in range(documents):
+        (tmp_path / f"{number}.txt").touch()
+        os.truncate(tmp_path / f"{number}.txt", letters)
+    (tmp_path / "empty.txt").touch()
+    text = look_at(str(tmp_path))
+    assert text.documents == documents and text.held_fraction(256) == fraction
+    tree = compose(Answers(tmp_path, "3m", "nemotron", str(tmp_path), find_machine("cpu")), text)
+    assert ("validate_every_steps" in tree["train"]) == (fraction > 0)
+
+
+def test_records_are_counted_by_the_length_of_the_first(tmp_path: Path, text: Path) -> None:
+    assert look_at(str(text)).documents == pytest.approx(800, rel=0.05)
+    column = pyarrow.table({"text": ["a text of some words"] * 300})
+    pyarrow.parquet.write_table(column, tmp_path / "a.parquet")
+    assert look_at(str(tmp_path / "a.parquet")).documents == pytest.approx(300)
+
+
+def test_time_of_a_run_is_that_of_passes_on_one_core(tmp_path: Path, text: Path) -> None:
+    """And of a model that is too large to try, by the operations that a smaller one makes."""
+    small, large = (ModelConfig.model_validate(model_section(size, "granite")) for size in ("3m", "150m"))
+    seconds = cpu_seconds_per_token(small, 256, small)
+    ratio = sum(flops_per_token(large, 256).values()) / sum(flops_per_token(small, 256).values())
+    assert cpu_seconds_per_token(large, 256, small) / seconds == pytest.approx(ratio, rel=0.9), "two measurements"
+    assert call(tmp_path / "run", text, "3m", "granite", "cpu") == 0
+    head = (tmp_path / "run" / "run.yaml").read_text()
+    assert re.search(r"# 400 steps take about [\d.]+ (minutes|hours) on \d+ cores that do nothing else", head)
 
 
 def test_the_column_with_the_text_is_found_and_a_folder_s_name_is_quoted(
@@ -172,7 +219,7 @@ def test_the_column_with_the_text_is_found_and_a_folder_s_name_is_quoted(
     monkeypatch.chdir(tmp_path)
     lines = [{"id": "a-much", "content": "a text that is longer than the name of its record"}] * 800
     Path("text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert call(Path("my run é"), Path("text.jsonl"), "20m", "nemotron", "cpu") == 0
+    assert call(Path("my run é"), Path("text.jsonl"), "3m", "nemotron", "cpu") == 0
     config = load_config(Path("my run é/run.yaml"))
     assert config.data.sources[0].text_column == "content"
     assert Path(config.data.store).name == "my_run"
@@ -184,7 +231,7 @@ def test_the_column_with_the_text_is_found_and_a_folder_s_name_is_quoted(
 
 
 def test_a_short_run_balances_its_experts_in_big_steps(tmp_path: Path, text: Path) -> None:
-    assert call(tmp_path / "run", text, "20m", "nemotron", "cpu") == 0
+    assert call(tmp_path / "run", text, "3m", "nemotron", "cpu") == 0
     short = load_config(tmp_path / "run/run.yaml")
     assert short.model.moe is not None and short.model.moe.bias_update_rate == 2e-2
     # Fewer steps than planned still leave a schedule that fits: the decay is a share of them.
@@ -206,14 +253,14 @@ def test_at_a_terminal_it_asks(tmp_path: Path, text: Path) -> None:
 
 @pytest.mark.slow
 def test_the_one_for_a_cpu_trains(tmp_path: Path, text: Path) -> None:
-    assert call(tmp_path / "run", text, "20m", "nemotron", "cpu") == 0
+    assert call(tmp_path / "run", text, "3m", "nemotron", "cpu") == 0
     path = str(tmp_path / "run" / "run.yaml")
     assert run(["prepare", path]) == 0
     assert run(["train", path, "train.stop_after_steps=2", "train.global_batch_size=4"]) == 0
 
 
 def test_a_data_set_by_name_is_not_asked_for_and_gives_what_the_run_reads(tmp_path: Path, capsys) -> None:
-    flags = {"--size": "20m", "--style": "nemotron", "--data": "hub:owner/big-text/sample", "--hardware": "cpu"}
+    flags = {"--size": "20m", "--style": "nemotron", "--data": "hub:owner/big-text/sample", "--hardware": "1xh100"}
     assert run(["init", str(tmp_path / "hub"), *itertools.chain(*flags.items())]) == 0
     config = load_config(tmp_path / "hub/run.yaml")
     (source,) = config.data.sources
