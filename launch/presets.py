@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def choose_config(path: Path | None, overrides: Sequence[str] | None, preset: st
             raise ValueError("no CONFIG.yaml given; name a file, or a preset: --preset tiny_cpu")
         if not path.exists() and path.with_suffix("").name in preset_names():
             raise FileNotFoundError(f"{path} does not exist; amfm brings one along: --preset {path.stem}")
-        return require(path, "name an existing YAML file"), words
+        near = difflib.get_close_matches(path.stem, preset_names(), n=1, cutoff=0.8)
+        remedy = f"did you mean --preset {near[0]}?" if near else "name an existing YAML file"
+        return require(path, remedy), words
     if path is not None:
         if "=" not in str(path):
             raise ValueError(f"{path} and --preset {preset} both name a configuration; give one of them")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +43,11 @@ def train(
     is_first = os.environ.get("RANK", "0") == "0"
     # Under torchrun or --nproc this process is one rank of several.
     is_rank = nproc == 1 and "RANK" in os.environ
+    if not is_rank:
+        from amfm.pretrain.checks.early import check_early
+        from amfm.pretrain.config.file import load_config
+
+        check_early(load_config(path, overrides), describe_prepare(path, overrides, preset))
     with Waiting("amfm train", speaks=is_first) as waiting, heavy_imports():
         waiting("loading PyTorch and DeepSpeed")
         from amfm.pretrain.checks.load import load_checked
@@ -73,6 +80,12 @@ def train(
     if as_json and is_first:
         print_json(summarize(config.run.dir))
     raise typer.Exit(code)
+
+
+def describe_prepare(path: Path, overrides: Sequence[str], preset: str | None) -> str:
+    """The command line that prepares the store of a run."""
+    given = f"--preset {preset}" if preset is not None else shlex.quote(str(path))
+    return " ".join(["amfm prepare", given, *(shlex.quote(word) for word in overrides if word.startswith("data."))])
 
 
 def summarize(run_dir: str) -> dict[str, Any]:

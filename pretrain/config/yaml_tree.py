@@ -24,6 +24,7 @@ _FALSE = re.compile(r"(false|False|FALSE)\Z")
 _INTEGER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*\Z")
 _WHOLE_EXPONENT = re.compile(r"([-+]?[0-9]+)(\.0*)?[eE]\+?([0-9]{1,2})\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
+_COLONLESS = re.compile(r"\s*[A-Za-z_]\w*(:\S[^{}\[\]\"']*|\s+[\w.+-]+)?\s*\Z")  # `steps 400`, `steps:400`, `steps`
 # Bounds far above any configuration: aliases can make a small file expand without end.
 MAX_NODES = 100_000
 MAX_DEPTH = 64
@@ -125,6 +126,9 @@ class TreeReader:
                 remedy = "remove it; quotes make a text of anything"
             elif "character '\\t'" in reason:
                 reason, remedy = "it is indented with a tab", "use spaces"
+            if mark and (line := line_without_colon(text, mark.line)) is not None:
+                origin = Origin(self.source, line) if self.keep_lines else origin
+                reason, remedy = "no `: ` between key and value", "write `key: value`"
             raise ConfigError([Problem("", f"not valid YAML ({reason})", remedy, origin=origin)]) from error
         if node is None:
             return Entry({}, self.origin(None))
@@ -183,6 +187,16 @@ class TreeReader:
                 continue
             mapping[name] = self.convert(value_node, key, origin)
         return mapping
+
+
+def line_without_colon(text: str, wrong: int) -> int | None:
+    """Number of the line before line `wrong` (from 0) that has text, counted from 1, where it is a key that lacks its colon.
+
+    A parser takes such a line for the beginning of a longer text, and complains about the line after it.
+    """
+    before = [(number, line.partition(" #")[0]) for number, line in enumerate(text.splitlines()[:wrong], 1)]
+    number, line = next(((n, line) for n, line in reversed(before) if line.strip()[:1] not in ("", "#")), (0, ""))
+    return number if _COLONLESS.match(line) else None
 
 
 def merge(below: Entry, above: Entry) -> Entry:

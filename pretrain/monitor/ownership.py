@@ -30,6 +30,7 @@ from amfm.pretrain.monitor.beats import read_beats
 from amfm.pretrain.monitor.heartbeat import WRITE_SECONDS
 
 OWNER_NAME = "owner.json"
+LOCK_NAME = "lock"
 MAX_OWNER_BYTES = 4096
 WATCH_SECONDS = 3 * WRITE_SECONDS
 
@@ -82,13 +83,16 @@ def lock_directory(directory: Path) -> IO[bytes]:
     another host, which may not see the lock, train here.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    lock = take_lock(directory / "lock", wait=False)
+    lock = take_lock(directory / LOCK_NAME, wait=False)
     if lock is None:
-        raise RuntimeError(
-            f"another process trains in {directory}; wait for it, end it, or give this run another run.dir"
-        )
+        raise RuntimeError(describe_taken(directory))
     require_silence(directory)
     return lock
+
+
+def describe_taken(directory: Path) -> str:
+    """Message for a start in a run directory whose lock another process holds."""
+    return f"another process trains in {directory}; wait for it, end it, or give this run another run.dir"
 
 
 def require_silence(run_dir: Path) -> None:

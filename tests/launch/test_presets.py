@@ -30,6 +30,7 @@ def test_a_verb_takes_a_preset_and_overrides(capsys: pytest.CaptureFixture[str])
         ),
         (["train", "--preset", "../secret"], "brings no such preset along"),
         (["train", "own.yaml", "--preset", "tiny_cpu"], "own.yaml and --preset tiny_cpu both name a configuration"),
+        (["train", "elsewhere/tiny_cpuu.yaml"], "tiny_cpuu.yaml does not exist; did you mean --preset tiny_cpu?"),
         (["prepare"], "no CONFIG.yaml given; name a file, or a preset: --preset tiny_cpu"),
     ],
 )
