@@ -22,24 +22,43 @@ quickstart: $(VENV)/.installed
 	$(BIN)/amfm generate $(RUN) --prompt "To be, or not to be" --max-new-tokens 80
 	$(BIN)/amfm report $(RUN)
 	@echo "quickstart: store data/shakespeare, run $(RUN), report $(RUN)/report.html, transformers checkpoint $(EXPORT)"
+	@echo "next, for your own text: source $(BIN)/activate; amfm init my"
 
 install: $(VENV)/.installed
 
-# Without compiling all 27,000 files of the packages: Python compiles those that it imports.
-PIP := $(BIN)/python -m pip install --quiet --no-compile
+# Without compiling all 27,000 files of the packages: Python compiles those that it imports. What pip unpacks lies in the
+# environment's folder: /tmp may be half of the memory, and what a killed installation leaves there stays.
+PIP_TEMPORARY := $(VENV)/temporary
+PIP = rm -rf $(PIP_TEMPORARY) && mkdir -p $(PIP_TEMPORARY) && TMPDIR="$(CURDIR)/$(PIP_TEMPORARY)" $(BIN)/python -m pip install --no-compile
+# An index with CPU wheels of PyTorch, 3 GB of downloads less: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+INSTALL_GB ?= $(if $(TORCH_INDEX),4,10)
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "amfm needs Python 3.11, 3.12 or 3.13: install one, or name it: make PYTHON=/path/to/python"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip
+	@free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1000000)}'); test "$$free" -ge $(INSTALL_GB) || { \
+		echo "installing amfm needs $(INSTALL_GB) GB of disk in $(CURDIR), and $$free are free: make room, or continue with less: make INSTALL_GB=0"; exit 2; }
+	$(PYTHON) -m venv "$(VENV)"
+	$(PIP) --quiet --upgrade pip
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(announce)
+	$(if $(TORCH_INDEX),$(PIP) torch --index-url "$(TORCH_INDEX)")
 	$(PIP) --editable '.[all]'
+	rm -rf $(PIP_TEMPORARY)
 	touch $@
+
+define announce
+@echo "installing into $(CURDIR)/$(VENV): about 3.3 GB to download (10 minutes at 50 Mbit/s), 6.3 GB on disk, 1 to 5 minutes of unpacking;"
+@echo "most of it is CUDA, which wheels of PyTorch for CPUs leave out: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+endef
 
 # With all that `.installed` has, so that a fresh folder resolves its packages once.
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(announce)
+	$(if $(TORCH_INDEX),$(PIP) torch --index-url "$(TORCH_INDEX)")
 	$(PIP) --editable '.[dev]'
+	rm -rf $(PIP_TEMPORARY)
 	touch $(VENV)/.installed $@
 
 # Whole files, longest first; processor seconds are printed, and fail CI where they grew. RECORD=1 records them instead.
