@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http import HTTPStatus
 from typing import get_args
 
+from amfm.launch.http_server import HttpHandler, HttpServer
 from amfm.pretrain.monitor.follow import FollowedRun, State
 from amfm.pretrain.monitor.metrics import flatten_numbers
 
@@ -47,24 +48,19 @@ def escape(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-def make_server(run: FollowedRun, host: str, port: int) -> ThreadingHTTPServer:
+def make_server(run: FollowedRun, host: str, port: int) -> HttpServer:
     """A server that answers `/metrics`. Raises OSError where the address can't be had."""
     lock = threading.Lock()  # a look changes what the run remembers
 
-    class Metrics(BaseHTTPRequestHandler):
+    class Metrics(HttpHandler):
         def do_GET(self) -> None:
-            if self.path.split("?")[0] not in ("/metrics", "/"):
-                self.send_error(404, "only /metrics is here")
-                return
-            with lock:
-                body = format_metrics(run).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", CONTENT_TYPE)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.server.has_come(self.connection)
+            path = self.accept()
+            if path in ("/metrics", "/"):
+                with lock:
+                    body = format_metrics(run).encode()
+                self.send(HTTPStatus.OK, body, CONTENT_TYPE)
+            elif path is not None:
+                self.refuse(HTTPStatus.NOT_FOUND, "only /metrics is here")
 
-        def log_message(self, *_: object) -> None:
-            """Scrapes come every few seconds: nothing is said of them."""
-
-    return ThreadingHTTPServer((host, port), Metrics)
+    return HttpServer(host, port, Metrics)

@@ -28,7 +28,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_scrape_gets_the_newest_numbers_and_the_state(directory: Path) -> None:
+def test_a_scrape_gets_the_newest_numbers_and_the_state_and_a_foreign_page_nothing(directory: Path) -> None:
     with make_server(FollowedRun(directory), "127.0.0.1", 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}"
@@ -37,6 +37,9 @@ def test_a_scrape_gets_the_newest_numbers_and_the_state(directory: Path) -> None
         later = urllib.request.urlopen(f"{address}/metrics").read().decode()
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{address}/other")
+        stranger = urllib.request.Request(f"{address}/metrics", headers={"Host": "rebound.example"})
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(stranger)
         server.shutdown()
     found = dict(line.rsplit(" ", 1) for line in text.splitlines())
     name = f'run="{directory.name}"'
