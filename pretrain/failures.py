@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from amfm.data_pipeline.store.object_store import NoCredentialsError
+from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.launcher_protocol import BAD_INPUT, RUN_FAILED
 
 # What a path in the settings can be wrong about; the rest of the system's errors are the machine's state.
@@ -91,6 +92,17 @@ def imports_in_words() -> Iterator[None]:
         if any(words in str(error).lower() for words in NO_MEMORY):
             raise MemoryError(str(error)) from error
         raise
+
+
+@contextmanager
+def settings_worked(run_dir: str) -> Iterator[None]:
+    """Inside the block a run starts; where it has a checkpoint, its paths were good once, and errors of the system end with 3."""
+    try:
+        yield
+    except OSError as error:
+        if newest_saved_step(run_dir) < 0:
+            raise
+        raise RuntimeError(describe(error)) from error
 
 
 def describe_exit(error: SystemExit) -> str:

@@ -30,8 +30,8 @@ from typing import Any
 from amfm.launch.cluster.interrupt import forward_to_ranks
 from amfm.launch.cluster.left_out import LeftOut
 from amfm.launch.cluster.lines import check_host, remote_command, shell_line, with_variables
-from amfm.launch.cluster.links import blame_links, find_port
-from amfm.launch.cluster.node_check import MARK, make_request
+from amfm.launch.cluster.links import find_port
+from amfm.launch.cluster.node_check import MARK, blame, make_request
 from amfm.launch.cluster.node_logs import find_message, is_telling
 from amfm.launch.cluster.orphans import ending_with_us
 from amfm.launch.cluster.supervise import Attempt, Outcome
@@ -278,7 +278,7 @@ class RemoteHosts:
             answer = server.wait_for("faults", deadline)
             faults[server.host] = ["it did not answer the check"] if answer is None else answer["faults"]
             server.port = None if answer is None else answer["port"]
-        faults = blame_links(faults, first.host)
+        faults = blame(faults, first.host, self.run_dir)
         failed = [server for server in [first, *others] if faults[server.host]]
         for server in failed:
             self.left_out.leave_out(server.host, "; ".join(faults[server.host]))

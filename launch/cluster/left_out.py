@@ -49,6 +49,9 @@ class LeftOut:
         self._write()
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"left_out": self.reasons, "losses": dict(self.losses)}, indent=1) + "\n"
-        write_file_atomically(self.path, text.encode())
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_file_atomically(self.path, text.encode())
+        except OSError as error:  # this launcher knows it anyway
+            say(f"amfm launch: {self.path}: {error.strerror}; the next launch tries these nodes again")

@@ -17,18 +17,18 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.durable.files import write_file_atomically
-from amfm.launch.cluster.links import LINK_SECONDS, await_links, check_link, find_port, listen
+from amfm.launch.cluster.links import LINK_SECONDS, await_links, blame_links, check_link, find_port, listen
+from amfm.launch.cluster.storage import blame_storage, describe_refusal, probe
 from amfm.launch.doctor.machine import has_cuda
 from amfm.pretrain.versions import collect_versions, digest_code
 
 CLOCK_SECONDS = 60.0
-STORAGE_BYTES = 1 << 20
 STORAGE_SECONDS = 5.0
 LOAD_SECONDS = (
     40.0  # by which nodes may differ where each loads this program on its own, from storage that all ask at once
@@ -94,7 +94,6 @@ def check_code(expected: Mapping[str, str]) -> Iterator[str]:
 
 def check_storage(run_dir: Path, token: str) -> Iterator[str]:
     """The run directory is the launcher's, and takes a file and gives it back."""
-    path = run_dir / "launch" / f"check-{socket.gethostname()}-{os.getpid()}"
     deadline = time.monotonic() + STORAGE_SECONDS
     try:
         while (seen := read_text(token_file(run_dir))) != token:
@@ -103,19 +102,10 @@ def check_storage(run_dir: Path, token: str) -> Iterator[str]:
                 yield f"{run_dir} {what}: another or a stale mount; mount the shared storage again"
                 return
             time.sleep(0.2)
-        content = os.urandom(STORAGE_BYTES)
-        try:
-            with path.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            same = path.read_bytes() == content
-        finally:
-            path.unlink(missing_ok=True)
-        if not same:
+        if not probe(run_dir / "launch"):
             yield f"{run_dir} gives back other bytes than were written"
     except OSError as error:
-        yield f"{run_dir}: {error.strerror} (errno {error.errno})"
+        yield describe_refusal(run_dir, error)
 
 
 def read_text(path: Path) -> str | None:
@@ -175,6 +165,12 @@ def check_devices(ranks: int) -> Iterator[str]:
             continue
         if not torch.equal(found, expected):
             yield f"GPU {index} multiplies wrongly: {int((found != expected).sum())} of {expected.numel()} numbers differ"
+
+
+def blame(faults: Mapping[str, Sequence[str]], first: str, run_dir: Path) -> dict[str, list[str]]:
+    """Faults by the node that has them. Raises OSError where the storage has them."""
+    blame_storage(faults, run_dir)
+    return blame_links(faults, first)
 
 
 def process_age() -> float:

@@ -1,9 +1,9 @@
 """Log files of nodes, one per node and attempt, in which each line has the number of its rank in front: `37: text`.
 
-Ray's actors and Slurm's srun both write them to `run.dir/logs/attempt-A/node-N.log`, which all nodes share; N counts the nodes of
-the attempt from 0. A file per rank would be thousands in one folder. Rank 0's lines are shown while the ranks run, and the last
-words of a failed one name the cause. Files are appended to: a job that is queued again counts its attempts from 0. So
-what stood there before an attempt is left out.
+Ray's actors write them to `run.dir/logs/attempt-A/node-N.log`, and Slurm's srun to the same in a folder `job-J`, as two jobs of
+a run may overlap; N counts the nodes of the attempt from 0. A file per rank would be thousands in one folder. Rank 0's lines are
+shown while the ranks run, and the last words of a failed one name the cause. Files are appended to, so what stood there
+before an attempt is left out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -21,9 +22,9 @@ CONTROL_SEQUENCE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1
 LABEL = re.compile(r" *(\d+): ?(.*)")  # srun aligns the numbers
 
 
-def node_log(run_dir: str, attempt: int, node: int | str) -> Path:
-    """Where the output of a node's ranks in an attempt goes; `node` may be a placeholder of Slurm's."""
-    return Path(run_dir, "logs", f"attempt-{attempt}", f"node-{node}.log")
+def node_log(run_dir: str, attempt: int, node: int | str, *, job: str | None = None) -> Path:
+    """Where the output of a node's ranks in an attempt goes, in a folder of the job; `node` may be a placeholder of Slurm's."""
+    return Path(run_dir, "logs", *([] if job is None else [f"job-{job}"]), f"attempt-{attempt}", f"node-{node}.log")
 
 
 def copy_labelled(rank: int, stream: IO[bytes], log: IO[bytes]) -> None:
@@ -40,7 +41,7 @@ class Follower:
 
     def show(self) -> None:
         """Copy what was appended since the last call, in whole lines."""
-        if self.path.exists():
+        with suppress(OSError):  # not there yet, or its storage is away: what is missing comes later
             with self.path.open("rb") as file:
                 file.seek(self.offset)
                 content = file.read()

@@ -27,8 +27,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from amfm.data_pipeline.prepare.ray_actors import start_ray
 from amfm.launch.cluster.interrupt import forward_to_ranks
 from amfm.launch.cluster.left_out import LeftOut
-from amfm.launch.cluster.links import blame_links, find_port
-from amfm.launch.cluster.node_check import make_request, read_answers
+from amfm.launch.cluster.links import find_port
+from amfm.launch.cluster.node_check import blame, make_request, read_answers
 from amfm.launch.cluster.node_logs import Follower, copy_labelled, last_words, node_log
 from amfm.launch.cluster.supervise import Attempt, Outcome
 from amfm.launch.rank_command import isolated_python, rank_command, rank_variables
@@ -230,7 +230,9 @@ class RayCluster:
         done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=CHECK_SECONDS)
         late = [f"it did not answer the check within {CHECK_SECONDS:.0f} s"]
         faults = {name: ray.get(check) if check in done else late for check, name in waiting.items()}
-        failed = {name: texts for name, texts in blame_links(faults, names[places[0].node]).items() if texts}
+        failed = {
+            name: texts for name, texts in blame(faults, names[places[0].node], Path(self.run_dir)).items() if texts
+        }
         for name, texts in failed.items():
             self.left_out.leave_out(name, "; ".join(texts))
         return list(failed)

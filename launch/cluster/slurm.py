@@ -38,8 +38,8 @@ from amfm.launch.cluster.lines import (
     shell_line,
     with_variables,
 )
-from amfm.launch.cluster.links import blame_links, candidates
-from amfm.launch.cluster.node_check import make_request, read_answers
+from amfm.launch.cluster.links import candidates
+from amfm.launch.cluster.node_check import blame, make_request, read_answers
 from amfm.launch.cluster.node_logs import Follower, find_message, first_message, node_log
 from amfm.launch.cluster.orphans import ending_with_us
 from amfm.launch.cluster.supervise import Attempt, Outcome
@@ -80,7 +80,7 @@ def write_script(
         "time": ("launch.slurm.time_limit", slurm.time_limit),
         "signal": ("launch.slurm.signal_seconds", f"USR1@{slurm.signal_seconds}"),
         "open-mode": ("", "append"),
-        "output": ("run.dir", log_file(config)),
+        "output": ("run.dir", str(log_file(config, "%j"))),
     }
     lines = [sbatch_directive(name, value, key) for name, (key, value) in directives.items() if value is not None]
     lines += ["#SBATCH --requeue" if slurm.requeue else "#SBATCH --no-requeue", "#SBATCH --no-kill"]
@@ -92,14 +92,16 @@ def write_script(
         body.append(config.launch.setup)
     body.append(shell_line([["exec", *rank_command(arguments)]]))
     variables = check_variables(config.launch.environment, "launch.environment")
-    srun = shlex.join(with_variables(variables, srun_command(config, rank_arguments, 0, nodes, ranks_per_node)))
+    log = node_log(config.run.dir, 0, "%n", job="JOB").absolute()
+    srun = shlex.join(with_variables(variables, srun_command(config, rank_arguments, log, nodes, ranks_per_node)))
     remark = ["# The last line starts, for each attempt with its own number in the name of the logs:", f"#   {srun}"]
     return "\n".join(["#!/bin/bash", *lines, "", *remark, "set -e", *body]) + "\n"
 
 
-def log_file(config: RunConfig) -> str:
-    """Path to which Slurm appends the output of all attempts of a job (`%j` is its number)."""
-    return str((Path(config.run.dir) / "logs" / "slurm-%j.log").absolute())
+def log_file(config: RunConfig, job: str) -> Path:
+    """Path to which Slurm appends the output of all attempts of a job, as Slurm reads it: `%j` is the job's number."""
+    folder = (Path(config.run.dir) / "logs").absolute()
+    return Path(str(folder).replace("%", "%%"), f"slurm-{job}.log")
 
 
 def submit(config: RunConfig, script: str) -> str:
@@ -107,14 +109,16 @@ def submit(config: RunConfig, script: str) -> str:
 
     Raises RuntimeError when there is no sbatch here or it refuses the script.
     """
-    path = Path(config.run.dir) / "launch" / "job.sbatch"
+    path = (Path(config.run.dir) / "launch" / "job.sbatch").absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    Path(log_file(config)).parent.mkdir(parents=True, exist_ok=True)
+    Path(config.run.dir, "logs").mkdir(exist_ok=True)
     path.unlink(missing_ok=True)  # whatever it is: a link is not followed
     # launch.setup is in it, and may hold secrets.
     with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         file.write(script)
     try:
+        if not any(line.startswith(("--dependency", "-d")) for line in config.launch.slurm.extra):
+            refuse_second(path)
         done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise RuntimeError(
@@ -126,6 +130,18 @@ def submit(config: RunConfig, script: str) -> str:
     return done.stdout.strip()
 
 
+def refuse_second(script: Path) -> None:
+    """Raise ValueError where a job of this user has the script already; says nothing where Slurm does not answer, as sbatch will."""
+    command = ["squeue", "--me", "--noheader", "--format=%i %T %o"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    for job, state, path in (words for line in listed.splitlines() if len(words := line.split(maxsplit=2)) == 3):
+        if path.strip() == str(script):
+            raise ValueError(
+                f"job {job} ({state.lower()}) has this run already; end it with scancel {job}, or queue behind it with "
+                f"launch.slurm.extra=['--dependency=afterany:{job}']"
+            )
+
+
 def is_inside_allocation() -> bool:
     """Whether this process runs inside an allocation of sbatch or salloc, which then takes the ranks."""
     return "SLURM_JOB_ID" in os.environ
@@ -134,18 +150,17 @@ def is_inside_allocation() -> bool:
 def srun_command(
     config: RunConfig,
     arguments: Sequence[str],
-    attempt: int,
+    log: Path,
     nodes: int,
     ranks_per_node: int,
     names: Sequence[str] = (),
 ) -> list[str]:
-    """The srun command line of an attempt on `nodes` nodes, these by name where names are given.
+    """The srun command line of an attempt on `nodes` nodes, these by name where names are given; `log`: of a node, by its `%n`.
 
     srun does not take the cores a task from the job (since Slurm 22.05), so they are said again. `%n` in the name of the
     logs is the node's number. The job's --export=NONE is srun's default too, and would take all variables from the ranks.
     """
     slurm = config.launch.slurm
-    log = node_log(config.run.dir, attempt, "%n").absolute()
     words = [
         "srun",
         f"--nodes={nodes}",
@@ -248,6 +263,12 @@ class Allocation:
                 return Outcome(DONE, began=False)
             return interrupt.outcome(self._run_ranks(attempt))
 
+    def _log(self, attempt: Attempt, node: int | str) -> Path:
+        """The log of a node: in a folder of this job, and of this start of it."""
+        starts = os.environ.get("SLURM_RESTART_COUNT", "0")
+        job = self.job if starts == "0" else f"{self.job}-restart-{starts}"
+        return node_log(self.config.run.dir, attempt.number, node, job=job).absolute()
+
     def _forward(self, number: int) -> None:
         """Let the ranks save and end: srun hands them SIGUSR1, and would kill them on SIGTERM."""
         self.was_signalled = True
@@ -257,14 +278,14 @@ class Allocation:
     def _run_ranks(self, attempt: Attempt) -> Outcome:
         """Run srun to its end and say how that was."""
         num_ranks = attempt.nodes * self.ranks_per_node
-        logs = [node_log(self.config.run.dir, attempt.number, node) for node in range(attempt.nodes)]
+        logs = [self._log(attempt, node) for node in range(attempt.nodes)]
         logs[0].parent.mkdir(parents=True, exist_ok=True)
         sizes = [log.stat().st_size if log.exists() else 0 for log in logs]
         shown, said = Follower(logs[0]), SrunOutput()
         environment, self.running = self.environment(attempt), self.checked[: attempt.nodes]
         self.checked = []
         command = srun_command(
-            self.config, self.arguments, attempt.number, attempt.nodes, self.ranks_per_node, self.running
+            self.config, self.arguments, self._log(attempt, "%n"), attempt.nodes, self.ranks_per_node, self.running
         )
         with subprocess.Popen(
             ending_with_us(command),
@@ -339,7 +360,7 @@ def check_nodes(
     except subprocess.TimeoutExpired as error:
         said = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
     answers = [answer for answer in read_answers(said) if "faults" in answer]
-    faults = blame_links({answer["node"]: answer["faults"] for answer in answers}, names[0])
+    faults = blame({answer["node"]: answer["faults"] for answer in answers}, names[0], Path(config.run.dir))
     return faults, {answer["node"]: answer["port"] for answer in answers}
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from amfm.launch.cluster.storage import StorageWait
 from amfm.launch.console import say
 from amfm.pretrain.checkpoint.names import continued_step, newest_saved_step
 from amfm.pretrain.checks.check_run import check_run
@@ -73,21 +74,20 @@ def supervise(
     cause: str | None = None
     causes: list[str] = []
     stuck = wasted = number = 0
+    storage = StorageWait(Path(config.run.dir), config.launch.storage_wait_seconds)
     while wasted <= config.launch.max_restarts:
-        usable = wait_for_nodes(config, nodes, usable_nodes)
+        usable = storage.until(lambda: wait_for_nodes(config, nodes, usable_nodes))
         before = continued_step(config)
         attempt = Attempt(number, fitting_nodes(config, usable, ranks_per_node, steps_done=max(0, before)), cause)
         if attempt.nodes < nodes:
             say(f"amfm launch: continuing with {attempt.nodes} of {nodes} nodes")
-        outcome = start(attempt)
-        if outcome.code == DONE and outcome.began and has_vanished(Path(config.run.dir)):
-            outcome = Outcome(RUN_FAILED, VANISHED)
+        outcome = run_attempt(start, attempt, storage)
         if outcome.code in (DONE, BAD_INPUT, INTERRUPTED):
             return outcome.code
         if not outcome.began:
             say(f"amfm launch: {outcome.cause}; looking again, which counts as no attempt")
             continue
-        after, number = newest_saved_step(config.run.dir), number + 1
+        after, number = storage.until(lambda: newest_saved_step(config.run.dir)), number + 1
         stuck = 0 if after > before else stuck + 1
         # Not by the code alone: srun and torchrun have their own codes for ranks that end one after the other.
         if after > before and after in fresh_starts(config):
@@ -109,6 +109,19 @@ def supervise(
             return RUN_FAILED
     say(f"amfm launch: launch.max_restarts={config.launch.max_restarts} are used up. First cause: {causes[0]}")
     return RUN_FAILED
+
+
+def run_attempt(start: Callable[[Attempt], Outcome], attempt: Attempt, storage: StorageWait) -> Outcome:
+    """Run one attempt: a refusal of the storage, in a check that runs with it, is none; an end without a word is a failure."""
+    try:
+        outcome = start(attempt)
+    except OSError as error:
+        storage.refuse(error)
+        return Outcome(RUN_FAILED, f"the storage refused: {error.strerror}", began=False)
+    storage.deadline = None
+    if outcome.code == DONE and outcome.began and has_vanished(storage.run_dir):
+        return Outcome(RUN_FAILED, VANISHED)
+    return outcome
 
 
 def has_left_layout(stages: tuple[RunStage, ...], before: int, after: int) -> bool:

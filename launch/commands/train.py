@@ -68,13 +68,14 @@ def train(
     else:
         from amfm.launch.plan.card_fit import check_fits, this_card
         from amfm.pretrain.checkpoint.names import continued_step
-        from amfm.pretrain.failures import describe_exit
+        from amfm.pretrain.failures import describe_exit, settings_worked
 
         card = None if force else this_card()
         if card is not None:
             check_fits(config, numbers[0], card, steps_done=max(0, continued_step(config)))
         try:
-            code = train_run(config)
+            with settings_worked(config.run.dir):
+                code = train_run(config)
         except SystemExit as error:  # of a plug-in while the run started: not what the shell is to see
             raise RuntimeError(describe_exit(error)) from error
     if as_json and is_first:

@@ -76,6 +76,11 @@ class LaunchConfig(Section):
     node_wait_seconds: float = Field(
         60.0, ge=0, description="How long a new start waits for lost nodes before it continues with fewer."
     )
+    storage_wait_seconds: float = Field(
+        600.0,
+        ge=0,
+        description="How long a launcher waits for shared storage that is full, read-only, stale or away, before it ends with code 3.",
+    )
     spare_nodes: int = Field(
         0,
         ge=0,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import sys
+from pathlib import Path
 
 import pytest
 
 from amfm.data_pipeline.store.object_store import NoCredentialsError
-from amfm.pretrain.failures import describe, exit_code, imports_in_words, while_running
+from amfm.pretrain.failures import describe, exit_code, imports_in_words, settings_worked, while_running
 
 
 @pytest.mark.parametrize("name", ["ESTALE", "EIO", "ETIMEDOUT", "ENOTCONN", "ENOSPC", "EDQUOT", "EHOSTDOWN"])
@@ -81,3 +82,13 @@ def test_a_kernel_that_does_not_fit_the_card_ends_a_run_in_words() -> None:
     ):
         raise OutOfResources(300000, 232448, "shared memory")
     assert exit_code(raised.value) == 3
+
+
+def test_a_path_that_was_good_once_is_the_machine_s_state(tmp_path: Path) -> None:
+    """As a mount that became read-only before a restart: the same settings work again when it is back."""
+    gone = OSError(errno.EROFS, "Read-only file system", "/data")
+    with pytest.raises(OSError, match="Read-only"), settings_worked(str(tmp_path)):
+        raise gone
+    (tmp_path / "checkpoints/step-00000010").mkdir(parents=True)
+    with pytest.raises(RuntimeError, match="/data: Read-only file system"), settings_worked(str(tmp_path)):
+        raise gone

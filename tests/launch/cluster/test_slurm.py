@@ -107,7 +107,7 @@ def test_the_script_asks_for_what_the_configuration_says(tmp_path: Path) -> None
         "#   env NCCL_SOCKET_IFNAME=ib0 srun --nodes=4 --ntasks=32 --ntasks-per-node=8 --cpus-per-task=12 "
         "--cpu-bind=rank_ldom"
     )
-    assert f"--label --output={tmp_path}/run/logs/attempt-0/node-%n.log --open-mode=append" in srun
+    assert f"--label --output={tmp_path}/run/logs/job-JOB/attempt-0/node-%n.log --open-mode=append" in srun
     assert srun.endswith(f"rank {sys.executable} -P -m amfm.launch train 'a b.yaml'")
     assert lines[-1] == f"exec {sys.executable} -P -m amfm.launch launch 'a b.yaml' --on slurm"
 
@@ -158,7 +158,7 @@ def test_the_cause_of_a_failure_is_kept_above_a_long_traceback(
 def test_each_node_has_a_log_and_the_failed_rank_names_the_cause(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logs = tmp_path / "run/logs/attempt-1"
+    logs = tmp_path / "run/logs/job-7/attempt-1"
     logs.mkdir(parents=True)
     (logs / "node-0.log").write_text("1: amfm: of the job before\n")
     write = f"printf '0: amfm: lost\\n1: amfm: NaN\\n' >> {logs}/node-0.log"
@@ -182,6 +182,30 @@ def test_each_node_has_a_log_and_the_failed_rank_names_the_cause(
     words = (tmp_path / "words").read_text()
     assert f"--container-image=image.sqsh --container-workdir={os.getcwd()} --container-mounts=/a:/a" in words
     assert words.endswith("rank python3 -P -m amfm.launch train\n")
+
+
+def test_a_percent_sign_in_the_run_directory_is_a_letter_for_slurm(tmp_path: Path) -> None:
+    config = tiny_config(tiny_data(tmp_path / "data"), tmp_path / "run 5% %j")
+    script = write_script(config, ["launch"], ["train"], nodes=1, ranks_per_node=1)
+    (output,) = [line for line in script.splitlines() if line.startswith("#SBATCH --output=")]
+    assert output == f"#SBATCH --output='{tmp_path}/run 5%% %%j/logs/slurm-%j.log'"
+
+
+def test_a_run_that_a_job_has_already_is_not_submitted_again_except_behind_it(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path(config.run.dir) / "launch/job.sbatch"
+    programs = {"squeue": f"echo 6 RUNNING /other; echo 7 RUNNING {script}", "sbatch": "echo Submitted batch job 8"}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    command = ["launch", str(tmp_path / "run.yaml"), "--on", "slurm", "--nproc-per-node", "1"]
+    assert run(command) == 2
+    said = capsys.readouterr().err
+    assert "job 7 (running) has this run already" in said and "--dependency=afterany:7" in said
+    assert run([*command, "launch.slurm.extra=['--dependency=afterany:7']"]) == 0
 
 
 @pytest.mark.parametrize(("name", "value"), [("A B", "x"), ("NCCL", "a\nb")])

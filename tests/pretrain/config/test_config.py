@@ -159,7 +159,7 @@ convert.transfer.steps convert.transfer.learning_rate convert.transfer.scale
 convert.tune.steps convert.tune.learning_rate convert.tune.rank convert.tune.alpha convert.tune.targets convert.tune.adapters
 convert.tune.routing.num_experts convert.tune.routing.top_k convert.tune.routing.balance_weight convert.tune.routing.specialization_weight
 convert.tune.routing.hard_from_step convert.tune.routing.updates
-launch.heartbeat_seconds launch.max_restarts launch.min_nodes launch.node_wait_seconds launch.spare_nodes
+launch.heartbeat_seconds launch.max_restarts launch.min_nodes launch.node_wait_seconds launch.storage_wait_seconds launch.spare_nodes
 launch.keep_loaded launch.setup
 launch.environment
 launch.slurm.partition launch.slurm.account launch.slurm.qos launch.slurm.time_limit launch.slurm.gpus

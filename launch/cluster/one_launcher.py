@@ -1,0 +1,59 @@
+"""One launcher for a run: a second one would hold its nodes for as long as the first trains, and take that one's progress for its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from amfm.data_pipeline.durable.files import write_file_atomically
+from amfm.data_pipeline.durable.locks import take_lock
+from amfm.launch.console import say
+
+LEAVING_SECONDS = 120.0  # for ranks of the launcher before, and locks of a host that is gone
+POLL_SECONDS = 1.0
+
+
+@contextmanager
+def only_launcher(run_dir: Path) -> Iterator[None]:
+    """Inside the block this process alone launches the run. Raises ValueError where another launcher or `amfm train` has it.
+
+    On a file system that does not share locks between hosts, the ranks themselves refuse to train next to others.
+    """
+    folder = run_dir / "launch"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = wait_for_lock(folder / "launcher", f"{run_dir} has another launcher ({describe_launcher(folder)})")
+    with lock:
+        wait_for_lock(run_dir / "lock", f"another process trains in {run_dir}").close()
+        facts = {"host": socket.gethostname(), "process": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+        write_file_atomically(folder / "launcher.json", json.dumps(facts).encode() + b"\n")
+        yield
+
+
+def wait_for_lock(path: Path, taken: str) -> IO[bytes]:
+    """A lock, as soon as it is free. Raises ValueError when it is `taken` for LEAVING_SECONDS."""
+    deadline = time.monotonic() + LEAVING_SECONDS
+    is_said = False
+    while (lock := take_lock(path, wait=False)) is None:
+        if time.monotonic() > deadline:
+            raise ValueError(f"{taken}; wait for it, end it, or give this run another run.dir")
+        if not is_said:
+            say(f"amfm launch: {taken}; waiting for its end, {LEAVING_SECONDS:.0f} s at most")
+        is_said = True
+        time.sleep(POLL_SECONDS)
+    return lock
+
+
+def describe_launcher(folder: Path) -> str:
+    """Name the launcher that has a run, by what it wrote."""
+    try:
+        facts = json.loads((folder / "launcher.json").read_text(encoding="utf-8"))
+        job = f", job {facts['job']}" if facts["job"] else ""
+        return f"process {facts['process']} on {facts['host']}{job}"
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return "which has not written who it is"
