@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -34,12 +35,13 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from amfm.data_pipeline.durable.foreign_files import inside, parse_object, read_bounded, take, understood
 from amfm.data_pipeline.durable.naming import named
-from amfm.model.on_demand import Source
+from amfm.model.on_demand import Shape, Source
 from amfm.pretrain.exchange.common_file import Unread
 from amfm.pretrain.exchange.torch_file import READ_TYPES, UNREADABLE, find_numbers, read_numbers
 
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 1 << 30  # 10^6 chunks have 155 MB
+MAX_COMPARED = 1000  # chunks of one tensor, each with each other
 RECORD_TYPES: dict[str, Any] = {
     f"{kind.__module__}.{kind.__qualname__}": kind
     for kind in (
@@ -231,14 +233,51 @@ def _chunk_faults(name: str, found: TensorStorageMetadata, storage: dict[Metadat
     missing = [chunk for chunk in found.chunks if MetadataIndex(name, chunk.offsets) not in storage]
     if missing:
         return [f"{name}: no file has its chunk at {list(missing[0].offsets)}"]
-    ends = [[first + size for first, size in zip(chunk.offsets, chunk.sizes)] for chunk in found.chunks]
-    if any(end > whole for chunk_ends in ends for end, whole in zip(chunk_ends, found.size)):
+    boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in found.chunks]
+    if not all(len(offsets) == len(sizes) == len(found.size) for offsets, sizes in boxes):
+        return [f"{name}: a chunk has other dimensions than shape {list(found.size)}"]
+    sides = [side for offsets, sizes in boxes for side in zip(offsets, sizes, found.size)]
+    if any(first < 0 or size < 0 or first + size > whole for first, size, whole in sides):
         return [f"{name}: a chunk ends outside of shape {list(found.size)}"]
-    held, whole = sum(math.prod(chunk.sizes) for chunk in found.chunks), math.prod(found.size)
-    corners = {tuple(chunk.offsets) for chunk in found.chunks}
-    if held != whole or len(corners) != len(found.chunks):
+    held, whole = sum(math.prod(sizes) for _, sizes in boxes), math.prod(found.size)
+    if held != whole or len(dict(boxes)) != len(boxes):
         return [f"{name}: its chunks hold {held} numbers of {whole}"]
-    return []
+    return [] if _are_apart(boxes) else [f"{name}: its chunks overlap, and so do not hold all of it"]
+
+
+def _are_apart(boxes: list[tuple[Shape, Shape]]) -> bool:
+    """Whether boxes (offsets, sizes) do not overlap: cut along straight lines as far as that goes, then compared in pairs.
+
+    Layouts of ranks are grids, whose cuts separate all boxes. False, too, where more than MAX_COMPARED have no cut in common.
+    """
+    waiting = [[box for box in boxes if math.prod(box[1])]]
+    while waiting:
+        together = waiting.pop()
+        for axis in range(len(together[0][0]) if together else 0):
+            if len(pieces := _cut(together, axis)) > 1:
+                waiting += pieces
+                break
+        else:
+            if len(together) > MAX_COMPARED or any(_overlap(*pair) for pair in combinations(together, 2)):
+                return False
+    return True
+
+
+def _cut(boxes: list[tuple[Shape, Shape]], axis: int) -> list[list[tuple[Shape, Shape]]]:
+    """Boxes in groups that a straight line across an axis separates."""
+    groups: list[list[tuple[Shape, Shape]]] = []
+    reached = 0
+    for box in sorted(boxes, key=lambda box: box[0][axis]):
+        if not groups or box[0][axis] >= reached:
+            groups.append([])
+        groups[-1].append(box)
+        reached = max(reached, box[0][axis] + box[1][axis])
+    return groups
+
+
+def _overlap(left: tuple[Shape, Shape], right: tuple[Shape, Shape]) -> bool:
+    """Whether two boxes have a number in common."""
+    return all(a < b + size_b and b < a + size_a for a, size_a, b, size_b in zip(*left, *right))
 
 
 def read_json(folder: DcpFolder, name: str) -> dict[str, Any]:

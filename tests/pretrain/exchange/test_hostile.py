@@ -15,8 +15,15 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from amfm.launch.cli import run
+from amfm.pretrain.exchange import dcp_folder
 from amfm.pretrain.exchange.common_file import Unread, read_common
 from amfm.pretrain.exchange.dcp_folder import DcpFolder
 from amfm.pretrain.exchange.torch_file import read_param
@@ -131,6 +138,37 @@ def test_metadata_makes_no_object_of_torch_that_is_no_record(tmp_path: Path) -> 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(FileSystemWriter))
     with pytest.raises(ValueError, match="it holds type"):
         DcpFolder(tmp_path)
+
+
+def chunk_faults(shape: tuple[int, ...], *chunks: tuple[tuple[int, ...], tuple[int, ...]]) -> list[str]:
+    """What is wrong with chunks at (offsets, sizes) that are all stored."""
+    cut = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in chunks]
+    stored = {MetadataIndex("x", chunk.offsets): None for chunk in cut}
+    found = TensorStorageMetadata(TensorProperties(dtype=torch.float32), torch.Size(shape), cut)
+    return dcp_folder._chunk_faults("x", found, stored)
+
+
+def test_chunks_that_overlap_and_leave_a_gap_are_refused_whatever_their_sum() -> None:
+    overlapping = "x: its chunks overlap, and so do not hold all of it"
+    assert chunk_faults((6,), ((0,), (2,)), ((2,), (4,))) == []
+    assert chunk_faults((6,), ((0,), (4,)), ((2,), (2,))) == [overlapping]  # 4 and 5 are in none
+    assert chunk_faults((4, 4), ((0, 0), (2, 4)), ((2, 0), (2, 2)), ((2, 2), (2, 2))) == []
+    assert chunk_faults((4, 4), ((0, 0), (3, 4)), ((2, 1), (2, 2))) == [overlapping]
+    pinwheel = ((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)), ((1, 1), (1, 1))
+    assert chunk_faults((3, 3), *pinwheel) == []  # no straight line cuts it
+    assert chunk_faults((3, 3), *pinwheel[:3], ((1, 0), (1, 2)), ((2, 0), (1, 1))) == []
+    assert chunk_faults((3, 3), *pinwheel[:3], ((1, 0), (1, 2)), ((1, 1), (1, 1))) == [overlapping]
+    assert chunk_faults((6,), ((-2,), (4,)), ((2,), (2,))) == ["x: a chunk ends outside of shape [6]"]
+    assert chunk_faults((2, 3), ((0,), (6,))) == ["x: a chunk has other dimensions than shape [2, 3]"]
+    assert chunk_faults((4,), ((0,), (4,)), ((4,), (0,))) == []
+    assert chunk_faults((), ((), ())) == [] and chunk_faults((0, 3)) == []
+
+
+def test_a_large_grid_of_chunks_is_looked_at_once() -> None:
+    grid = [((row * 3, column * 5), (3, 5)) for row in range(50) for column in range(60)]
+    assert chunk_faults((150, 300), *grid) == []
+    moved = [((0, 1), (3, 5)) if place == (0, 0) else (place, size) for place, size in grid]
+    assert chunk_faults((150, 300), *moved) == ["x: its chunks overlap, and so do not hold all of it"]
 
 
 @pytest.mark.parametrize(
