@@ -25,7 +25,7 @@ import pyarrow.parquet
 import pydantic_core
 
 from amfm.data_pipeline.prepare.filters import Filter
-from amfm.data_pipeline.prepare.sources import InputFile
+from amfm.data_pipeline.prepare.sources import BUFFER_BYTES, InputFile
 from amfm.data_pipeline.store.megatron_files import read_megatron_documents, read_megatron_index
 
 MAX_DOCUMENT_BYTES = 2**28  # of a text, decompressed; a small file can hold one that takes a node's memory
@@ -152,6 +152,21 @@ def _column_problem(schema: pyarrow.Schema, text_column: str) -> str | None:
     return f"{'no column' if number == 0 else f'{number} columns'} {text_column!r} among {', '.join(schema.names)}"
 
 
+def _check_offsets(column: Any) -> None:
+    """Raise ArrowInvalid for a column whose cells lie outside of its bytes: to look at one would end the process.
+
+    Cells that are not UTF-8 pass, because each of them is a reject of its own.
+    """
+    try:
+        column.validate(full=True)
+    except pyarrow.ArrowInvalid:
+        binary = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}.get(column.type)
+        if binary is None:
+            raise
+        column.validate()  # or the view itself is not sound
+        column.view(binary).validate(full=True)
+
+
 # What gzip, zlib and zstd raise for broken streams; an OSError with a number is the disk's and is not for us.
 DAMAGED = "damaged"  # begins the reason of each reject that stands for a file, or the rest of one
 _STREAM_ERRORS = (EOFError, OSError, zlib.error)
@@ -185,7 +200,7 @@ class SegmentReader:
         file = self.segment.file
         try:
             with open_input(file) as stream:
-                content = stream.read(MAX_DOCUMENT_BYTES + 1)
+                content = _read_at_most(stream, MAX_DOCUMENT_BYTES + 1)
                 if len(content) > MAX_DOCUMENT_BYTES:
                     yield Reject(file.name, TOO_LONG)
                     return
@@ -291,7 +306,9 @@ class SegmentReader:
                     return
                 row = 0
                 for batch in stream:
-                    for text in batch.column(self.text_column):
+                    column = batch.column(self.text_column)
+                    _check_offsets(column)
+                    for text in column:
                         yield self._check_cell(text, f"{file.name}:row {row}")
                         row += 1
         except (pyarrow.ArrowException, *_STREAM_ERRORS) as error:
@@ -347,12 +364,21 @@ def open_input(file: InputFile) -> IO[bytes]:
     return file.open()
 
 
+def _read_at_most(stream: IO[bytes], most: int) -> bytes:
+    """Read a stream up to so many bytes; in pieces, because it makes room for all that it is asked for."""
+    pieces = []
+    while most > 0 and (piece := stream.read(min(most, BUFFER_BYTES))):
+        pieces.append(piece)
+        most -= len(piece)
+    return b"".join(pieces)
+
+
 def open_seekable(file: InputFile) -> Any:
     """Open a file for pyarrow's readers, which seek: a compressed one is decompressed into memory."""
     if file.compression == "none":
         return file.open_arrow()
     with open_input(file) as stream:
-        content = stream.read(MAX_UNPACKED_BYTES + 1)
+        content = _read_at_most(stream, MAX_UNPACKED_BYTES + 1)
     if len(content) > MAX_UNPACKED_BYTES:
         raise pyarrow.ArrowInvalid(f"it unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB; decompress it first")
     return pyarrow.BufferReader(content)

@@ -67,6 +67,16 @@ def read_param(path: Path) -> Source:
     return Source(shape, torch.float32, read)
 
 
+def read_integer(path: Path) -> int:
+    """Read a file of one number that torch saved. Raises ValueError where it is damaged, or holds something else."""
+    try:
+        return int(torch.load(path, weights_only=True))
+    except UNREADABLE as error:
+        raise ValueError(
+            f"{path} holds no number that torch saved ({str(error)[:200]}); copy the folder again"
+        ) from error
+
+
 def read_numbers(path: Path, begin: int, shape: Shape, dtype: torch.dtype) -> Tensor:
     """Read numbers that lie behind each other from a byte of a file on."""
     raw = bytearray(math.prod(shape) * dtype.itemsize)

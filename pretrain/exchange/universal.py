@@ -42,7 +42,7 @@ from amfm.pretrain.exchange.megatron_deepspeed import (
 )
 from amfm.pretrain.exchange.names import OwnNames
 from amfm.pretrain.exchange.state import ExportedState, TrainingState, check_record, export_state, with_tuples
-from amfm.pretrain.exchange.torch_file import read_param, write_param
+from amfm.pretrain.exchange.torch_file import read_integer, read_param, write_param
 from amfm.pretrain.stages import last_stage, resolve_stages
 from amfm.pretrain.tensor_files import TensorFile, write_tensors
 
@@ -235,7 +235,7 @@ class UniversalFolder:
                 return one_step(set(steps), missing[0])
         if missing:
             raise ValueError(f"{missing[0]} has no step; AdamW's bias correction needs that of each moment")
-        return one_step({int(torch.load(file, weights_only=True)) for file in files}, self.path)
+        return one_step({read_integer(file) for file in files}, self.path)
 
     def module(self, buffers: Mapping[str, Shape]) -> dict[str, Source]:
         """Read buffers from the module that DeepSpeed saves. Raises ValueError where they are not there."""

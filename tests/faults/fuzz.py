@@ -7,6 +7,8 @@ than it has when it begins.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import random
@@ -21,17 +23,33 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from amfm.data_pipeline.config import FilterConfig, SourceConfig
 from amfm.data_pipeline.durable.foreign_files import read_object
+from amfm.data_pipeline.prepare.documents import SegmentReader, check_column, cut_segments
+from amfm.data_pipeline.prepare.duplicates import mark_duplicates
+from amfm.data_pipeline.prepare.filters import make_filter
 from amfm.data_pipeline.prepare.journal import Journal
+from amfm.data_pipeline.prepare.plan import Unit, UnitSettings
+from amfm.data_pipeline.prepare.rejects import place_of
+from amfm.data_pipeline.prepare.sources import list_files
+from amfm.data_pipeline.store.manifest import Layout
 from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.tiktoken import convert_tiktoken
 from amfm.data_pipeline.tokenizer.tokenizer import read_tokenizer_file
 from amfm.data_pipeline.verify import verify_store
+from amfm.model.config.pattern import parse_pattern
 from amfm.pretrain.checkpoint.files import encode_manifest, read_manifest, verify_checkpoint
 from amfm.pretrain.config.file import load_config
+from amfm.pretrain.exchange.common_file import find_steps, read_common
+from amfm.pretrain.exchange.dcp_folder import DcpFolder
+from amfm.pretrain.exchange.torch_file import read_integer
+from amfm.pretrain.exchange.universal import UniversalFolder
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.monitor.beats import read_beats
+from amfm.pretrain.monitor.follow import FollowedRun
 from amfm.pretrain.monitor.metrics import keep_until
 from amfm.pretrain.report.data import read_json_lines
+from amfm.pretrain.report.page import render_events
 from amfm.pretrain.tensor_files import TensorFile
 
 # Of the processor's time: other programs may hold up a reader that is quick. One that waits for something takes longer yet.
@@ -39,6 +57,7 @@ MAX_SECONDS = 5.0
 MAX_WAITING_SECONDS = 60.0
 MAX_BYTES = 1 << 30
 ODD = (None, [], {}, "", "../../x", "/etc/passwd", "\0", -1, 0, 2**63, 1e308, True, [[]], {"x": None}, "x" * 5000)
+UNIT_SETTINGS = UnitSettings("text", FilterConfig(), 0.0, 0, 1000, Layout.for_vocabulary(400, 512, "fast"), "x", 400, 2)
 # Deeper than any recursion limit that Python has or had, cut and whole; random mutations rarely put it where a value begins.
 NESTED = (b'{"x": ' + b"[" * 200_000, b'{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n")
 
@@ -95,6 +114,10 @@ class Readers:
     def yaml(self) -> tuple[Path, Callable[[], Any]]:
         return self.place / "run.yaml", lambda: load_config(self.place / "run.yaml")
 
+    def find(self, name: str) -> tuple[Path, Callable[[], Any]]:
+        """A reader by its name; those of sources have the name of their file."""
+        return self.source(name) if "." in name else getattr(self, name)()
+
     def store_manifest(self) -> tuple[Path, Callable[[], Any]]:
         return self.store / "manifest.json", lambda: TokenStore.open(self.store).close()
 
@@ -145,6 +168,83 @@ class Readers:
 
     def weights_description(self) -> tuple[Path, Callable[[], Any]]:
         return self.place / "weights" / "weights.json", lambda: read_weights(self.place / "weights")
+
+    def source(self, name: str) -> tuple[Path, Callable[[], Any]]:
+        """A file of text or tokens, as an actor reads it: all its segments, and what is left of damage in words."""
+        path = self.place / "sources" / name
+
+        def read() -> None:
+            for file in list_files(SourceConfig(name="a", paths=(str(path),))):
+                check_column([file], "text")
+                for segment in cut_segments(file, 1000):
+                    for item in SegmentReader(segment, "text", make_filter(FilterConfig(min_characters=3), "a")):
+                        place_of(item.position, [segment])
+
+        return path, read
+
+    def found_duplicates(self) -> tuple[Path, Callable[[], Any]]:
+        unit = Unit("a", 0, (), UNIT_SETTINGS)
+        path = self.store / "duplicates" / "a" / "found.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "000000.skips.npy").touch()
+        key = hashlib.blake2b(unit.key().encode(), digest_size=16).hexdigest()
+        path.write_text(json.dumps([key, {unit.name: "0" * 32}]))
+        return path, lambda: mark_duplicates(self.store, [unit])
+
+    def pattern(self) -> tuple[Path, Callable[[], Any]]:
+        """A pattern string, in a file of its own."""
+        path = self.place / "pattern"
+        path.write_text("(ME)*3|(M*E)x2({retnet}&W&*)/*E/*E")
+        return path, lambda: parse_pattern(path.read_bytes().decode(errors="replace"))
+
+    def events(self) -> tuple[Path, Callable[[], Any]]:
+        path = self.place / "events.jsonl"
+        path.write_text('{"time": 1.5, "event": "start", "step": 0, "ranks": 2}\n' * 3)
+        return path, lambda: render_events(read_json_lines(path)[0])
+
+    def followed(self) -> tuple[Path, Callable[[], Any]]:
+        path = self.place / "metrics.jsonl"
+        return path, lambda: FollowedRun(self.place).look()
+
+    def dcp_metadata(self) -> tuple[Path, Callable[[], Any]]:
+        return self.place / "dcp" / ".metadata", lambda: self.read_dcp(self.place / "dcp")
+
+    def dcp_tensors(self) -> tuple[Path, Callable[[], Any]]:
+        return next((self.place / "dcp").glob("*.distcp")), lambda: self.read_dcp(self.place / "dcp")
+
+    @staticmethod
+    def read_dcp(path: Path) -> None:
+        folder = DcpFolder(path)
+        for name in [name for name in folder.tensors if name.startswith("model.")]:
+            folder.source(name).read(0, 1)
+        for name in sorted(folder.values)[:3]:
+            folder.value(name)
+
+    def universal(self, name: str) -> tuple[Path, Callable[[], Any]]:
+        """A file of the universal layout."""
+        return self.place / "universal" / name, lambda: UniversalFolder(self.place / "universal").read()
+
+    def universal_latest(self) -> tuple[Path, Callable[[], Any]]:
+        return self.universal("latest_universal")
+
+    def universal_weights(self) -> tuple[Path, Callable[[], Any]]:
+        return self.universal("global_step1/zero/embedding.weight/fp32.pt")
+
+    def universal_record(self) -> tuple[Path, Callable[[], Any]]:
+        return self.universal("global_step1/amfm/record.json")
+
+    def step_of_torch(self) -> tuple[Path, Callable[[], Any]]:
+        path = self.place / "universal/global_step1/zero/embedding.weight/step.pt"
+        return path, lambda: read_integer(path)
+
+    def common_state(self) -> tuple[Path, Callable[[], Any]]:
+        path = self.place / "universal/global_step1/mp_rank_00_model_states.pt"
+        return path, lambda: list(find_steps(read_common(path)))
+
+    def tiktoken(self) -> tuple[Path, Callable[[], Any]]:
+        path = self.place / "bytes.tiktoken"
+        path.write_bytes(b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)))
+        return path, lambda: convert_tiktoken(path, pattern=".", special_tokens={"<end>": 300})
 
     def imported_config(self) -> tuple[Path, Callable[[], Any]]:
         return self.imported("config.json")
@@ -206,7 +306,7 @@ def fuzz(name: str, path: Path, read: Callable[[], Any], count: int) -> dict[str
 
 if __name__ == "__main__":
     readers = Readers(Path(sys.argv[1]))
-    chosen = {name: getattr(readers, name)() for name in sys.argv[3:]}
+    chosen = {name: readers.find(name) for name in sys.argv[3:]}
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MAX_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))

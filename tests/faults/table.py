@@ -84,6 +84,12 @@ TABLE = (
     Row(52, "standard error that takes nothing; control characters; another encoding", "same exit code; written out; explained", (L + "test_cli.py::test_standard_error", L + "test_console.py::test_names_from_elsewhere", L + "commands/test_watch.py::test_events_give", L + "test_cli.py::test_an_override_in")),
     Row(53, "a document without an end, packed small; one of 10^7 tokens, 10^6 tiny ones", "a reject; the tokens of the text", (D + "prepare/test_documents.py::test_a_document_beyond", F + "test_sizes_of_documents.py::")),
     Row(54, "requests in the bodies of refused ones, half-open connections, prompts without an end, a model that fails", "one answer and the end of the connection", (L + "serve/test_server.py::test_what_follows", L + "serve/test_server.py::test_connections", L + "serve/test_server.py::test_what_cannot_take", L + "serve/test_server.py::test_a_model_that_fails")),
+    Row(60, "a write, sync, rename of export, import, prepare that fails (ENOSPC, EIO) or is interrupted (EINTR)", "code 3 with the path, OUT absent, again is equal; done again", (F + "writes/test_failing_writes.py::",)),
+    Row(61, "mutated files of every kind that is read", "one message, in a gigabyte of memory", (F + "test_fuzz.py::", D + "prepare/test_documents.py::test_arrow_cells")),
+    Row(62, "sources of many row groups, documents, rejects, or one line", "read once, however large; rejects leave memory", (D + "prepare/test_documents.py::test_bytes_that_are_read", D + "prepare/test_rejects.py::")),
+    Row(63, "shared memory of a node that is full", "a private board, no SIGBUS", (P + "monitor/test_node_board.py::test_the_board_s_memory",)),
+    Row(64, "SIGTERM of a preparation", "code 3, the same command does what is missing", (L + "commands/test_data.py::test_sigterm", D + "prepare/test_ray_actors.py::test_actors_of_a_ray")),
+    Row(65, "a pipe or device in the place of a file", "refused, not waited for", (D + "durable/test_foreign_files.py::test_a_pipe", D + "prepare/test_sources.py::test_a_pipe")),
     Row(38, "a rank or a node lost between checkpoints, with replicas in memory; copies lost, damaged, half written", "from memory at the newer step, else from the disk, same end", (P + "checkpoint/replicas/test_replicas.py::",)),
 )  # fmt: skip
 

@@ -9,8 +9,8 @@
  *   kill                 end the process with SIGKILL before the call
  *   ignore               say that it was done, and do nothing (flock alone)
  * OPERATION: open read write fsync rename mkdir unlink rmdir truncate flock, or * for all but flock. PATTERN: as in a shell, over the
- * whole path, where * also matches slashes. The first `after` calls that match pass; with `when` a rule holds while that
- * file exists.
+ * whole path, where * also matches slashes. The first `after` calls that match pass, and with `times=N` those behind the
+ * N that follow; with `when` a rule holds while that file exists.
  *
  * AMFM_HOST: what gethostname answers.
  *
@@ -38,7 +38,7 @@
 
 struct rule {
     char operation[16], pattern[512], when[512];
-    long after, seen;
+    long after, times, seen;
     int number, torn, tearing, kill;
     double seconds, rate;
 };
@@ -66,6 +66,7 @@ static void read_rules(void) {
         while ((word = strsep(&words, " "))) {
             if (!*word) continue;
             if (!strncmp(word, "after=", 6)) rule.after = atol(word + 6);
+            else if (!strncmp(word, "times=", 6)) rule.times = atol(word + 6);
             else if (!strncmp(word, "when=", 5)) snprintf(rule.when, sizeof rule.when, "%s", word + 5);
             else if (!strncmp(word, "errno=", 6)) rule.number = atoi(word + 6);
             else if (!strncmp(word, "torn=", 5)) rule.number = atoi(word + 5), rule.torn = 1;
@@ -111,7 +112,8 @@ static int judge(const char *operation, const char *path, size_t *bytes) {
         if (strcmp(rule->operation, "*") && strcmp(rule->operation, operation)) continue;
         if (fnmatch(rule->pattern, path, 0)) continue;
         if (rule->when[0] && syscall(SYS_faccessat, AT_FDCWD, rule->when, F_OK)) continue;
-        if (__sync_fetch_and_add(&rule->seen, 1) < rule->after) continue;
+        long seen = __sync_fetch_and_add(&rule->seen, 1);
+        if (seen < rule->after || (rule->times && seen >= rule->after + rule->times)) continue;
         if (rule->kill) kill(getpid(), SIGKILL);
         double seconds = rule->seconds + (rule->rate && bytes ? *bytes / rule->rate : 0);
         if (seconds > 0) {

@@ -256,6 +256,17 @@ def test_a_cell_that_is_not_utf8_is_a_reject_and_the_rest_is_read(tmp_path, kind
     assert reject.position.endswith("row 1") and reject.reason == "not UTF-8: invalid start byte at byte 4"
 
 
+@pytest.mark.parametrize("offsets", [[0, 3, -(2**31), 6], [0, 3, 2**30, 6], [0, 3, 2, 6]])
+def test_arrow_cells_outside_of_their_bytes_are_damage_and_not_looked_at(tmp_path, offsets):
+    """Arrow ends the process at the first look, by std::length_error or a segmentation fault."""
+    buffers = [None, pyarrow.py_buffer(np.array(offsets, "<i4")), pyarrow.py_buffer(b"onetwo")]
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 3, buffers)
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", pyarrow.schema([("text", pyarrow.string())])) as stream:
+        stream.write_batch(pyarrow.RecordBatch.from_arrays([column], ["text"]))
+    (item,) = read_all(list_files(source_of(tmp_path / "a.arrow")), 1000)
+    assert isinstance(item, Reject) and item.reason.startswith("damaged arrow stream")
+
+
 def test_parquet_without_text_in_the_column_is_refused_by_its_footer(tmp_path):
     """A source of which no file can have text; one such file among others gives rejects."""
     for name, column in {"a": [1.5], "b": [["x"]], "c": ["x"]}.items():

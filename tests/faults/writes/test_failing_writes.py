@@ -1,0 +1,95 @@
+"""A disk that is full, broken or interrupted at any write of a verb: code 3 with the path, OUT absent, and again is equal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.export.export import export_checkpoint
+from amfm.pretrain.launcher_protocol import RUN_FAILED
+from amfm.pretrain.train import train
+from tests.faults.disk import fault, with_faults
+from tests.helpers.tiny_store import make_tiny_store
+from tests.pretrain.tiny_run import tiny_config
+
+RULES = 15  # disk.c knows 16
+NOT_COMPARED = {
+    "README.md",
+    "journal.jsonl",
+    ".lock",
+    "config.yaml",
+}  # which name the folder, or follow the order of work
+
+Case = tuple[str, str, str, int]  # verb, operation, error, calls that pass before it
+
+
+def write_text(place: Path) -> None:
+    """Text for a preparation."""
+    (place / "config.json").write_text(make_tiny_store(place / "text", num_documents=60).model_dump_json())
+
+
+@pytest.fixture(scope="module")
+def place(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, an export of it, and text: what the verbs read."""
+    place = tmp_path_factory.mktemp("writes")
+    assert train(tiny_config(data, place / "run", train__stop_after_steps=1)) == 0
+    export_checkpoint(place / "run", place / "exported", verify=False)
+    write_text(place)
+    return place
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in NOT_COMPARED]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def check(place: Path, cases: list[Case]) -> int:
+    """Let each verb meet its fault, after an undisturbed call of each; returns how many met one that is an error."""
+    verbs = sorted({case[0] for case in cases})
+    jobs = [*verbs, *(case[0] for case in cases)]
+    rules = []
+    for number, (_, operation, error, after) in enumerate(cases, start=len(verbs)):
+        rule = fault(operation, f"{place}/*out{number}[!0-9]*", error, after=after, when=place / f"{number}.on")
+        rules.append(f"{rule} times=1" if error == "EINTR" else rule)
+    (place / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-W", "ignore", "-m", "tests.faults.writes.child", str(place)]
+    done = subprocess.run(command, env=with_faults(rules), check=True, stdout=subprocess.PIPE, text=True)
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(results) == len(jobs) and all(result["first"]["code"] == 0 for result in results[: len(verbs)])
+    failed = 0
+    for number, (case, result) in enumerate(zip(cases, results[len(verbs) :]), start=len(verbs)):
+        verb, _, error, _ = case
+        if result["first"]["code"] == 0:
+            assert result["again"] is None
+        else:
+            failed += 1
+            assert error != "EINTR", ("what was interrupted is done again", case, result)
+            assert result["first"]["code"] == RUN_FAILED and f"out{number}" in result["first"]["said"], (case, result)
+            assert result["left"] == ([f"out{number}"] if verb == "prepare" else []), (case, result)
+            assert result["again"]["code"] == 0, (case, result)
+        assert digests(place / f"out{number}") == digests(place / f"out{verbs.index(verb)}"), (case, result)
+    for path in place.glob("out*"):
+        subprocess.run(["rm", "-rf", str(path)], check=True)
+    return failed
+
+
+def test_a_preparation_whose_write_fails_names_it_and_goes_on_to_the_same_store(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    cases = [("write", "ENOSPC", 6), ("rename", "EIO", 1), ("fsync", "EIO", 20), ("write", "EINTR", 9)]
+    assert check(tmp_path, [("prepare", *case) for case in cases]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["export", "dcp", "universal", "import", "prepare"])
+@pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EINTR"])
+def test_every_write_of_every_verb_may_fail(place: Path, verb: str, error: str) -> None:
+    operations = ["write"] if error == "EINTR" else ["write", "fsync", "rename", "mkdir", "open"]
+    cases = [(verb, operation, error, after) for after in (0, 1, 2, 4, 9, 20, 45) for operation in operations]
+    failed = sum(check(place, cases[start : start + RULES]) for start in range(0, len(cases), RULES))
+    assert (failed == 0) == (error == "EINTR")
