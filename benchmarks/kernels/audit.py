@@ -47,7 +47,7 @@ def audit_kernels(names: list[str] | None = None) -> dict[str, Any]:
 
 def count_problem(counted: CountedProblem) -> list[dict[str, Any]]:
     """A row for each pass of one problem. Needs a process that interprets Triton."""
-    from amfm.kernels.proof.counting import count_launches
+    from benchmarks.kernels.counting import count_launches
 
     problem = counted.problem
     with count_launches() as launches:

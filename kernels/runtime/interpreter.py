@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from amfm.kernels.runtime.backend import INTERPRETED
 
@@ -37,17 +36,6 @@ def count_programs(device: torch.device, per_processor: int = 2) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count * per_processor
-
-
-def memories_of(arguments: dict[str, Any]) -> list[tuple[str, torch.UntypedStorage]]:
-    """The memory behind a launch's tensors and descriptors of tensors, each with the names of the arguments that share it."""
-    memories: dict[int, tuple[list[str], torch.UntypedStorage]] = {}
-    for name, value in arguments.items():
-        value = value.base if isinstance(value, TensorDescriptor) else value
-        if isinstance(value, torch.Tensor) and value.numel():
-            storage = value.untyped_storage()
-            memories.setdefault(storage.data_ptr(), ([], storage))[0].append(name)
-    return [("|".join(names), storage) for names, storage in memories.values()]
 
 
 @contextmanager

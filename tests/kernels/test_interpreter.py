@@ -27,7 +27,7 @@ Interpreted = Callable[[str, str], tuple[int, str]]
 SERVER = """
 import gc, json, os, sys
 import pytest, torch
-import amfm.kernels.proof.races
+import tests.kernels.interpreter.races
 
 gc.freeze()
 for line in sys.stdin:

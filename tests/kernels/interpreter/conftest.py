@@ -101,7 +101,7 @@ def no_races() -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    from amfm.kernels.proof.races import find_races
+    from tests.kernels.interpreter.races import find_races
 
     with find_races() as races:
         yield

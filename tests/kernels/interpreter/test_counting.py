@@ -9,9 +9,9 @@ from amfm.kernels.causal_conv1d.op import causal_conv1d, convolution_bytes
 from amfm.kernels.decay_scan.op import mamba2_scan
 from amfm.kernels.delta_scan.op import delta_flops
 from amfm.kernels.linear_cross_entropy.op import linear_cross_entropy
-from amfm.kernels.proof.counting import count_launches
 from amfm.kernels.swiglu.op import swiglu, swiglu_bytes
 from benchmarks.kernels.audit import count_named
+from benchmarks.kernels.counting import count_launches
 from tests.helpers.deltas import DeltaCase, call_delta, make_delta_inputs
 
 

@@ -18,8 +18,8 @@ from amfm.kernels.moe.rows.op import (
     sort_choices,
     sort_rows,
 )
-from amfm.kernels.proof.counting import count_launches
 from amfm.kernels.runtime.backend import triton_version
+from benchmarks.kernels.counting import count_launches
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.helpers.registration import assert_registered
 from tests.kernels.interpreter.products import multiply_term_by_term

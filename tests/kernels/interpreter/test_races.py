@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from amfm.kernels.proof.counting import count_launches
-from amfm.kernels.proof.races import Race, find_races
 from amfm.kernels.swiglu.op import swiglu
+from benchmarks.kernels.counting import count_launches
+from tests.kernels.interpreter.races import Race, find_races
 
 
 @pytest.fixture(autouse=True)

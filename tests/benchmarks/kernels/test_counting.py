@@ -2,8 +2,8 @@
 
 import pytest
 
-from amfm.kernels.proof.counting import count_launches
 from amfm.kernels.runtime.backend import INTERPRETED
+from benchmarks.kernels.counting import count_launches
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets")

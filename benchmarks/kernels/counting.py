@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from amfm.kernels.runtime.backend import INTERPRETED
-from amfm.kernels.runtime.interpreter import memories_of, replace_methods
+from amfm.kernels.runtime.interpreter import replace_methods
 
 
 @dataclass
@@ -166,3 +167,14 @@ def count_launches() -> Iterator[list[Launch]]:
     }
     with replace_methods(builder, methods), replace_methods(interpreter.GridExecutor, {"__call__": counted_run}):
         yield counter.launches
+
+
+def memories_of(arguments: dict[str, Any]) -> list[tuple[str, torch.UntypedStorage]]:
+    """The memory behind a launch's tensors and descriptors of tensors, each with the names of the arguments that share it."""
+    memories: dict[int, tuple[list[str], torch.UntypedStorage]] = {}
+    for name, value in arguments.items():
+        value = value.base if isinstance(value, TensorDescriptor) else value
+        if isinstance(value, torch.Tensor) and value.numel():
+            storage = value.untyped_storage()
+            memories.setdefault(storage.data_ptr(), ([], storage))[0].append(name)
+    return [("|".join(names), storage) for names, storage in memories.values()]

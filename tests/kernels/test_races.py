@@ -2,8 +2,8 @@
 
 import pytest
 
-from amfm.kernels.proof.races import find_races
 from amfm.kernels.runtime.backend import INTERPRETED
+from tests.kernels.interpreter.races import find_races
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets")

@@ -22,7 +22,8 @@ import torch
 from triton.runtime import interpreter
 
 from amfm.kernels.runtime.backend import INTERPRETED
-from amfm.kernels.runtime.interpreter import memories_of, replace_methods
+from amfm.kernels.runtime.interpreter import replace_methods
+from benchmarks.kernels.counting import memories_of
 
 _NOBODY, _SEVERAL = -1, -2
 
