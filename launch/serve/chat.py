@@ -18,6 +18,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from amfm.data_pipeline.durable.foreign_files import read_bounded, read_object
 
 MAX_TEMPLATE_BYTES = 1 << 20
+# By what a template calls: filters and operators raise what Python's own do.
+RAISED = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -29,7 +40,7 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
+        except (TemplateError, RecursionError, MemoryError) as error:
             raise ValueError(f"the model's chat template can't be read: {error}") from error
         self._special_tokens = special_tokens
 
@@ -37,7 +48,7 @@ class ChatTemplate:
         """Write messages as a prompt that the assistant's answer follows. Raises ValueError where the template refuses."""
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
-        except (TemplateError, TypeError, ArithmeticError, LookupError) as error:
+        except RAISED as error:
             raise ValueError(f"the model's chat template refuses these messages: {error}") from error
 
 
