@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,12 @@ def append_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
 
 def describe_event(event: str, step: int, **details: Any) -> dict[str, Any]:
     """An event as a line of events.jsonl has it, of this moment."""
-    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"time": time, "event": event, "step": step, **details}
+    return {"time": in_iso(time.time()), "event": event, "step": step, **details}
+
+
+def in_iso(seconds: float) -> str:
+    """Seconds since 1970 as ISO 8601, in UTC and milliseconds."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def find_saved(run_dir: Path) -> set[int]:

@@ -136,7 +136,7 @@ def roll_back(run_dir: Path, step: int, remote: RemoteCheckpoints | None, *, by:
     if owner is not None:
         Ownership.take(run_dir)
     facts = {"number": made.number, "steps": list(made.steps), "by": by}
-    append_event(run_dir, "rolled_back_to", step, **facts, discarded_steps=cut.steps, discarded_seconds=cut.seconds)
+    append_event(run_dir, "rolled_back_to", step, **facts, **cut.facts())
     return made
 
 

@@ -38,6 +38,7 @@ from amfm.pretrain.monitor.ownership import Ownership, lock_directory
 from amfm.pretrain.monitor.phases import PhaseClock
 from amfm.pretrain.monitor.profile import StepProfiler
 from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.monitor.starting import Starting
 from amfm.pretrain.opening.data import check_tokenizer, check_vocabulary, open_loader
 from amfm.pretrain.opening.first_passes import compile_first
 from amfm.pretrain.opening.log import open_log
@@ -74,7 +75,9 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     check_plot_services(config)
     # Before data and model are built: a second start in the same directory is refused at once.
     lock = lock_directory(Path(config.run.dir)) if rank == 0 else None
-    if rank == 0:
+    starting = Starting(Path(config.run.dir)) if rank == 0 else None
+    if starting is not None:
+        report = starting.hearing(report)
         make_checkpoints_folder(Path(config.run.dir) / "checkpoints")
     if torch.cuda.is_available():
         (Path(config.run.dir) / "flight").mkdir(parents=True, exist_ok=True)
@@ -97,10 +100,11 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     run.stage = last_stage(stages, run.progress.step)
     set_up_model(run.model, run.stage)
     hosts = gather_hosts(run.saver.ranks)
-    if run.parallel.is_main:
+    if starting is not None:
         run.files.owner = owner = Ownership.take(run.directory)
         run.heartbeat.fence = run.saver.fence = owner.check
-        open_log(run, loaded, hosts)
+        open_log(run, loaded, {"hosts": hosts, **starting.facts()})
+        starting.finish()
         clear_beats(run.directory)
     token = run.saver.ranks.broadcast(run.files.owner and run.files.owner.token)
     if run.saver.replicas is not None:

@@ -127,6 +127,7 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
 }
 VOLATILE = {"time", "seconds", "tokens_per_second", "mfu", "memory_bytes", "saved_at"}
+VOLATILE |= {"validation_seconds", "tasks_seconds"}
 # Of the event of a start: where and when it was, by which code, and what a halfway run does not do again.
 ORIGIN = {"hosts", "job", "code", "versions", "config", "config_sha256"}
 ORIGIN |= {"began_at", "failed_starts", "last_line_at", "discarded_steps", "discarded_seconds"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,7 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
     flops = sum(flops_per_token(run.model.config, result.sequence_length).values())
     metrics: dict[str, Any] = {
         "step": run.progress.step,
+        "time": round(time.time(), 3),
         "loss": finite(result.loss),
         "grad_norm": finite(result.grad_norm),
         "lr": result.learning_rate,

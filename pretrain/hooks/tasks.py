@@ -79,8 +79,10 @@ class Tasks(Hook):
         """Measure each `evaluate.every_steps`, and after the last step."""
         step, every = self.run.progress.step, self.run.config.evaluate.every_steps
         if is_due(step, every) or step == self.run.num_steps:
+            began = time.monotonic()
             values = self.measure()
-            result.found.update({"tasks": values} if values else {})
+            spent = {"tasks_seconds": time.monotonic() - began}
+            result.found.update({"tasks": values, **spent} if values else {})
 
     def measure(self) -> dict[str, float]:
         """Measure the tasks and return their values; none where that was not possible. Every rank must call this."""

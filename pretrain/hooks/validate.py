@@ -7,6 +7,7 @@ validation compare. The loader starts at its first sample each time: two validat
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,7 +145,9 @@ class Validations(Hook):
         run, step, loader = self.run, self.run.progress.step, self.loader
         if loader is None or not (is_due(step, run.config.train.validate_every_steps) or step == run.num_steps):
             return
+        began = time.perf_counter()
         validation = validate(run, loader)
+        result.found["validation_seconds"] = time.perf_counter() - began
         run.progress.validation_loss = validation.loss
         run.progress.validated_step = step
         facts: dict[str, Any] = {

@@ -100,11 +100,20 @@ class RunLog:
 
 
 class Cut(NamedTuple):
-    """Lines that were left out of metrics.jsonl: damaged ones, those of steps to be done again, and the seconds of these."""
+    """Lines that were left out of metrics.jsonl: damaged ones, those of steps to be done again, and the seconds of these.
+
+    last_line_at: time of the newest line before anything was left out, in seconds since 1970.
+    """
 
     damaged: int = 0
     steps: int = 0
     seconds: float = 0.0
+    last_line_at: float | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What an event tells of it."""
+        facts = {"discarded_steps": self.steps, "discarded_seconds": self.seconds, "last_line_at": self.last_line_at}
+        return {name: value for name, value in facts.items() if value is not None}
 
 
 def keep_until(path: Path, step: int) -> Cut:
@@ -114,18 +123,26 @@ def keep_until(path: Path, step: int) -> Cut:
     """
     if not path.exists():
         return Cut()
-    damaged, steps, seconds = 0, 0, 0.0
+    damaged, steps, seconds, times = 0, 0, 0.0, [0.0]
     with replacing(path) as file:
         for _, record in read_lines(path):
             found = None if record is None else record.get("step")
             if record is None or not isinstance(found, int):
                 damaged += 1
-            elif found <= step:
+                continue
+            times.append(number_of(record, "time"))
+            if found <= step:
                 file.write(json.dumps(record).encode() + b"\n")
             else:
-                spent = record.get("seconds")
-                steps, seconds = steps + 1, seconds + (finite(spent) or 0.0 if isinstance(spent, int | float) else 0.0)
-    return Cut(damaged, steps, seconds)
+                steps += 1
+                seconds += sum(number_of(record, name) for name in ("seconds", "validation_seconds", "tasks_seconds"))
+    return Cut(damaged, steps, seconds, max(times) or None)
+
+
+def number_of(record: Mapping[str, Any], name: str) -> float:
+    """A finite number of a line, 0 where it has none."""
+    value = record.get(name)
+    return finite(value) or 0.0 if isinstance(value, int | float) else 0.0
 
 
 def open_tensorboard(directory: Path, resumed_at_step: int) -> Any:
@@ -165,7 +182,7 @@ def open_wandb(config: RunConfig) -> Any:
 def flatten_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Flatten nested metrics to numbers named by their path (`expert_load/3`; of a list, by place: `mtp_loss/1`).
 
-    The step itself, texts and null are left out; truth values become 0 and 1.
+    The step itself, its time, texts and null are left out; truth values become 0 and 1.
     """
     flat: dict[str, float] = {}
     for name, value in metrics.items():
@@ -173,7 +190,7 @@ def flatten_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, f
             flat |= flatten_numbers(value, f"{prefix}{name}/")
         elif isinstance(value, list):
             flat |= flatten_numbers({str(place): item for place, item in enumerate(value, 1)}, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and prefix + name != "step":
+        elif isinstance(value, int | float) and prefix + name not in ("step", "time"):
             flat[prefix + name] = float(value)
     return flat
 

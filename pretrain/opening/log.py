@@ -30,11 +30,11 @@ from amfm.pretrain.run import Run
 from amfm.pretrain.stages import FRESH_START_EVENTS, resolve_stages
 
 
-def open_log(run: Run, loaded: LoadedCheckpoint | None, hosts: dict[str, str]) -> None:
+def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) -> None:
     """Write configuration and environment, open log and display, and report how the run begins. Main rank only.
 
     Drops lines of metrics.jsonl beyond the step that the run resumes from. Everything that loading passed over, warned
-    of or found changed goes to the events too. hosts: as `gather_hosts` gives them.
+    of or found changed goes to the events too. origin: what else the event of the start records.
     """
     counts = count_parameters(run.model.config)
     length = run.stage.sequence_length
@@ -71,9 +71,9 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, hosts: dict[str, str]) -
         world_size=run.parallel.world_size,
         device=device,
         resumed_from=loaded and loaded.path.name,
-        discarded_steps=log.cut.steps,
-        discarded_seconds=log.cut.seconds,
-        **describe_origin(run, hosts),
+        **log.cut.facts(),
+        **describe_origin(run),
+        **origin,
     )
     for text in run.remarks:
         run.tell("initial_weights", text, text=text)

@@ -44,15 +44,14 @@ def in_ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
-def describe_origin(run: Run, hosts: dict[str, str]) -> dict[str, Any]:
-    """Keep the configuration of this start, and give what its event records. Main rank only."""
+def describe_origin(run: Run) -> dict[str, Any]:
+    """Keep the configuration of this start, and give what its event records of it, besides the hosts. Main rank only."""
     digest = digest_config(run.config)
     kept = run.directory / FOLDER / f"config-{digest[:12]}.yaml"
     make_folders(kept.parent)
     write_file_atomically(kept, resolved_yaml(run.config).encode())
     versions = collect_versions()
     return {
-        "hosts": hosts,
         "job": describe_environment(JOB),
         "code": versions.pop(OWN_CODE),
         "versions": versions,

@@ -1,49 +1,199 @@
-"""Goodput of a run that was: seconds inside steps that count, of those for which it held its machines.
+"""Where the time of a run went: steps that count, measuring, saving, and what was lost by which cause.
 
-A failure that a launcher answered with another attempt costs all the time until that attempt's start. A run that was stopped,
-or that no one restarted, held its machines until its last sign of life. A step that was done twice counts once.
+Counted is the time for which the run held its machines: from the begin of a process until its last sign of life, and, where
+a launcher restarted it, all the time between. What passed between two commands by hand, or in the queue, is not, and shown
+as `away`. Releases before wrote less: then starts count from their event, and the rest as other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any
 
-from amfm.pretrain.report.data import RunRecord
+from amfm.pretrain.report.data import RunRecord, is_number
+from amfm.pretrain.stages import FRESH_START_EVENTS
 
 ENDS = ("end", "signal", "failed", "gave_up")
+IN_ORDER = ("end", "signal", "rolled_back_to", "rolled_forward", *FRESH_START_EVENTS)
+MEASURED = ("validation_seconds", "tasks_seconds")
 
 
-class Goodput(NamedTuple):
-    """Seconds that trained, seconds that passed, and how often a launcher started the run again after a failure."""
+@dataclass(frozen=True)
+class TimeUse:
+    """Seconds of a run by use, and how often it was started again after it failed.
 
-    trained: float
-    passed: float
-    restarts: int
+    steps: that count. measuring: validation and tasks. saving: what steps waited for. starting: from the begin of a process
+    to its first step, failed starts included. again: steps that a resume or a rollback took away. waiting: for a
+    restart. other: the rest, such as hooks and logs. away: between commands, when no machine was held.
+    """
+
+    steps: float = 0.0
+    measuring: float = 0.0
+    saving: float = 0.0
+    starting: float = 0.0
+    again: float = 0.0
+    waiting: float = 0.0
+    other: float = 0.0
+    away: float = 0.0
+    restarts: int = 0
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of the time that was held, by use, in the order of the fields."""
+        return {name: value for name, value in asdict(self).items() if name not in ("away", "restarts")}
+
+    def held(self) -> float:
+        """Seconds for which machines were held."""
+        return sum(self.parts().values())
 
     def share(self) -> float:
-        """Which part of the time trained."""
-        return min(1.0, self.trained / self.passed)
+        """Which part of the time trained what counts."""
+        return self.steps / self.held()
 
 
-def measure_goodput(record: RunRecord) -> Goodput | None:
-    """Measure it from events and metrics; None where no start with its time was recorded."""
-    times = [
-        (str(event.get("event")), datetime.fromisoformat(event["time"]).timestamp())
-        for event in record.events
-        if isinstance(event.get("time"), str)
-    ]
-    starts = [index for index, (name, _) in enumerate(times) if name == "start"]
-    if not starts:
+@dataclass(frozen=True)
+class Span:
+    """One start: its events, from its own one to the last before the next start, with their times; and its last sign of life."""
+
+    events: Sequence[Mapping[str, Any]]
+    end: float
+
+    @property
+    def start(self) -> float:
+        """When its log began."""
+        return seconds_of(self.events[0]["time"])
+
+    @property
+    def began(self) -> float:
+        """When its process began."""
+        return min(self.start, moment(self.events[0].get("began_at"), self.start))
+
+    def failed_starts(self) -> list[tuple[float, float]]:
+        """Begin and seconds of the starts before it that came to no log."""
+        found = self.events[0].get("failed_starts") or []
+        return [(moment(each.get("began_at"), self.began), float(each.get("seconds") or 0.0)) for each in found]
+
+    def was_restarted(self) -> bool:
+        """Whether a launcher started it, after a failure, while it held the machines."""
+        return any(event.get("event") == "restarted" for event in self.events)
+
+    def ended_in_order(self) -> bool:
+        """Whether it ended as it was asked to."""
+        return any(event.get("event") in IN_ORDER for event in self.events)
+
+
+def measure_goodput(record: RunRecord) -> TimeUse | None:
+    """Measure where the time went, from events and metrics; None where no start with its time was recorded."""
+    spans = find_spans(record)
+    if not spans or spans[-1].end <= spans[0].start:
         return None
-    passed, restarts = 0.0, 0
-    attempts = [times[begin:after] for begin, after in zip(starts, [*starts[1:], len(times)])]
-    for attempt, following in zip(attempts, [*attempts[1:], []]):
-        last, end = attempt[-1]
-        if any(name == "restarted" for name, _ in following):
-            end, restarts = following[0][1], restarts + 1
-        elif not following and last not in ENDS:
-            # It still runs, or was killed: steps write no events, and the newest line of metrics may be younger.
-            end = max(end, (record.directory / "metrics.jsonl").stat().st_mtime)
-        passed += end - attempt[0][1]
-    return Goodput(record.seconds(), passed, restarts) if passed > 0 else None
+    steps = record.seconds()
+    measuring = sum(sum(record.series(name)[1]) for name in MEASURED)
+    starting, waiting, away, restarts = 0.0, 0.0, 0.0, 0
+    held = sum(span.end - span.began for span in spans)
+    for before, span in zip([None, *spans], spans):
+        failed = span.failed_starts()
+        spent = sum(seconds for _, seconds in failed)
+        starting += span.start - span.began + spent
+        held += spent
+        restarts += len(failed)
+        if before is not None:
+            gap = max(0.0, span.began - before.end - spent)
+            restarts += not before.ended_in_order()
+            if span.was_restarted():
+                waiting, held = waiting + gap, held + gap
+            else:
+                away += gap
+    again = count_discarded(record.events)
+    pauses, warm_up = measure_pauses(record, spans)
+    known = steps + measuring + starting + waiting + again + pauses + warm_up
+    return TimeUse(
+        steps=steps,
+        measuring=measuring,
+        saving=pauses,
+        starting=starting + warm_up,
+        again=again,
+        waiting=waiting,
+        other=max(0.0, held - known),
+        away=away,
+        restarts=restarts,
+    )
+
+
+def find_spans(record: RunRecord) -> list[Span]:
+    """Cut the events of a run at its starts."""
+    timed = [event for event in record.events if isinstance(event.get("time"), str)]
+    begins = [place for place, event in enumerate(timed) if event.get("event") == "start"]
+    spans = []
+    for begin, after in zip(begins, [*begins[1:], len(timed)]):
+        events = timed[begin:after]
+        signs = [
+            seconds_of(event["time"])
+            for event in events
+            if event.get("event") not in ("rolled_back_to", "rolled_forward")
+        ]
+        # Steps write no events: the newest line of metrics, which the next start or a rollback saw, may be younger.
+        seen = [*events[1:], *timed[after : after + 1]]
+        signs += [event["last_line_at"] for event in seen if is_number(event.get("last_line_at"))]
+        if after == len(timed):
+            line = record.metrics[-1]
+            is_open = not any(event.get("event") in ENDS for event in events)
+            if is_number(line.get("time")):
+                signs.append(float(line["time"]))
+            elif is_open:
+                signs.append((record.directory / "metrics.jsonl").stat().st_mtime)
+        limit = (
+            moment(timed[after].get("began_at"), seconds_of(timed[after]["time"])) if after < len(timed) else max(signs)
+        )
+        spans.append(Span(events, max(signs[0], min(limit, max(signs)))))
+    return spans
+
+
+def count_discarded(events: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds of steps that resumes and rollbacks took away, less what was brought back."""
+    by_rollback: dict[Any, float] = {}
+    total = 0.0
+    for event in events:
+        spent = event.get("discarded_seconds")
+        seconds = float(spent) if isinstance(spent, int | float) and is_number(spent) else 0.0
+        if event.get("event") == "rolled_back_to":
+            by_rollback[event.get("number")] = seconds
+        if event.get("event") == "rolled_forward":
+            seconds = -by_rollback.pop(event.get("number"), 0.0)
+        total += seconds
+    return total
+
+
+def measure_pauses(record: RunRecord, spans: Sequence[Span]) -> tuple[float, float]:
+    """Seconds that saving took between steps and at the ends, and those before the first step of each start."""
+    saved = {event.get("step") for event in record.events if event.get("event") == "checkpoint"}
+    lines = [line for line in record.metrics if is_number(line.get("time")) and is_number(line.get("seconds"))]
+    saving = warm_up = 0.0
+    for span in spans:
+        own = [line for line in lines if span.start - 1 <= line["time"] <= span.end + 1]
+        if not own:
+            continue
+        warm_up += max(0.0, begin_of(own[0]) - span.start)
+        for line, following in pairwise(own):
+            saving += max(0.0, begin_of(following) - line["time"]) * (line.get("step") in saved)
+        if own[-1].get("step") in saved and span.ended_in_order():
+            saving += max(0.0, span.end - own[-1]["time"])
+    return saving, warm_up
+
+
+def begin_of(line: Mapping[str, Any]) -> float:
+    """When the step of a line began."""
+    measured = sum(line[name] for name in MEASURED if is_number(line.get(name)))
+    return float(line["time"]) - float(line["seconds"]) - float(measured)
+
+
+def moment(value: object, default: float) -> float:
+    """Seconds since 1970 of a time in ISO 8601, the default where there is none."""
+    return seconds_of(value) if isinstance(value, str) else default
+
+
+def seconds_of(time: str) -> float:
+    """Seconds since 1970 of a time in ISO 8601."""
+    return datetime.fromisoformat(time).timestamp()

@@ -57,6 +57,16 @@ class Table:
     is_summed: bool = True
 
 
+@dataclass(frozen=True)
+class Share:
+    """A part of a whole: its class in the style sheet, what it is, which part, and how much in words."""
+
+    kind: str
+    label: str
+    part: float
+    text: str
+
+
 def render_document(title: str, parts: Iterable[str], data: Mapping[str, Any]) -> str:
     """Render a whole page from the parts of its body, in order; `data` is what its script draws."""
     folder = Path(__file__).parent
@@ -94,6 +104,23 @@ def render_cards(cards: Sequence[Card]) -> str:
         for card in cards
     ]
     return f'<section class="cards">{"".join(boxes)}</section>'
+
+
+def render_shares(shares: Sequence[Share], text: str) -> str:
+    """Render parts of a whole as one bar, with a legend of those that are not empty, and a line of text."""
+    seen = [share for share in shares if share.part > 0.0005]
+    bars = [
+        f'<div class="use {share.kind}" style="width:{100 * share.part:.2f}%" title="{escape(share.label)}: {escape(share.text)}"></div>'
+        for share in seen
+    ]
+    keys = [
+        f'<li><span class="use {share.kind}"></span>{escape(share.label)} <b>{escape(share.text)}</b></li>'
+        for share in seen
+    ]
+    return (
+        f'<div class="panel"><div class="shares" role="img" aria-label="{escape(text)}">{"".join(bars)}</div>'
+        f'<ul class="shares-key">{"".join(keys)}</ul><p class="none">{escape(text)}.</p></div>'
+    )
 
 
 def render_plots(plots: Sequence[Plot]) -> str:

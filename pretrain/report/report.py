@@ -21,6 +21,7 @@ from amfm.pretrain.report.numbers import count, duration, perplexity
 from amfm.pretrain.report.overlay import MAX_RUNS, compare_configs, overlay_plots, render_runs
 from amfm.pretrain.report.page import (
     Card,
+    Share,
     Table,
     flatten,
     render_cards,
@@ -31,14 +32,26 @@ from amfm.pretrain.report.page import (
     render_note,
     render_pairs,
     render_plots,
+    render_shares,
     render_table,
     render_text,
+    show_time,
 )
 from amfm.pretrain.report.page_data import describe_page
 from amfm.pretrain.report.plots import make_plots
 from amfm.pretrain.report.tasks import describe_tasks, tasks_plot
 
 MAX_STARTS = 100
+# Of `TimeUse.parts`, in its order: the class of the page's style sheet, and words.
+USES = (
+    ("useful", "steps that count"),
+    ("useful-2", "validation and tasks"),
+    ("saved", "saving"),
+    ("lost", "starting"),
+    ("lost-2", "steps done again"),
+    ("lost-3", "waiting for a restart"),
+    ("lost-4", "other"),
+)
 
 
 def write_report(run_dirs: Sequence[str | Path], out: Path | None = None) -> Path:
@@ -77,13 +90,14 @@ def render_run(record: RunRecord) -> str:
     is_done = record.is_finished()
     state = "finished" if is_done else f"unfinished: step {record.last_step():,} of {record.num_steps:,}"
     progress = min(100.0, 100 * record.last_step() / record.num_steps)
-    curves, tasks = tasks_plot(record), describe_tasks(record)
+    curves, tasks, time = tasks_plot(record), describe_tasks(record), describe_time(record)
     plots = [*make_plots(record), *([] if curves is None else [curves])]
     parts = [
         render_heading(record.name(), state, str(record.directory), is_done=is_done),
         f'<div class="bar"><div style="width:{progress:.2f}%"></div></div>',
         render_cards(make_cards(record)),
         *map(render_note, record.notes),
+        *([] if time is None else [f"<h2>Time</h2>{render_shares(*time)}"]),
         f"<h2>Curves</h2>{render_plots(plots)}",
         f"<h2>Model</h2>{render_table(describe_model(record))}",
         f"<h2>Data</h2>{render_table(describe_data(record))}",
@@ -151,13 +165,28 @@ def make_cards(record: RunRecord) -> list[Card]:
         source = record.environment.get("peak", {}).get("source", "of the device's peak")
         cards.append(Card("MFU", f"{100 * mfu:.1f} %", source))
     cards.append(Card("Time", duration(record.seconds()), "inside training steps"))
-    goodput = measure_goodput(record)
-    if goodput is not None:
-        again = f", {plural(goodput.restarts, 'restart')}" if goodput.restarts else ""
+    use = measure_goodput(record)
+    if use is not None:
+        again = f", {plural(use.restarts, 'restart')}" if use.restarts else ""
         cards.append(
-            Card("Goodput", f"{100 * goodput.share():.1f} %", f"in steps, of {duration(goodput.passed)}{again}")
+            Card("Goodput", f"{100 * use.share():.1f} %", f"in steps that count, of {duration(use.held())}{again}")
         )
     return cards
+
+
+def describe_time(record: RunRecord) -> tuple[list[Share], str] | None:
+    """Shares of the time for which the run held its machines, useful ones first, and a line below; None without times."""
+    use = measure_goodput(record)
+    if use is None:
+        return None
+    shares = [
+        Share(kind, label, seconds / use.held(), f"{duration(seconds)}, {100 * seconds / use.held():.1f} %")
+        for (kind, label), seconds in zip(USES, use.parts().values(), strict=True)
+    ]
+    lost = use.held() - use.steps - use.measuring - use.saving
+    away = f"; {duration(use.away)} between commands, when it did not run, is not counted" if use.away >= 1 else ""
+    text = f"{duration(use.held())} on its machines, of which {duration(lost)} ({100 * lost / use.held():.1f} %) were lost{away}"
+    return shares, text
 
 
 def describe_model(record: RunRecord) -> Table:
@@ -189,7 +218,10 @@ def describe_starts(record: RunRecord) -> Table:
     """Tabulate which start did which steps, where, and with which code and settings; the newest MAX_STARTS of them."""
     attempts = list_attempts(record.events, record.last_step())
     hidden = f"the newest {MAX_STARTS} of {len(attempts):,}" if len(attempts) > MAX_STARTS else ""
-    return Table(hidden, HEADER, tuple(each.words() for each in attempts[-MAX_STARTS:]), is_summed=False)
+    rows = [
+        (number, show_time(time), *rest) for number, time, *rest in (each.words() for each in attempts[-MAX_STARTS:])
+    ]
+    return Table(hidden, HEADER, tuple(rows), is_summed=False)
 
 
 def describe_data(record: RunRecord) -> Table:

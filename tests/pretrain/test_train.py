@@ -35,6 +35,7 @@ from tests.pretrain.tiny_run import collect_weights, read_events, read_metrics, 
 
 METRICS = {
     "step",
+    "time",
     "loss",
     "grad_norm",
     "lr",
@@ -49,7 +50,7 @@ METRICS = {
     "skipped",
 }
 
-VALIDATION = {"validation_loss", "validation_bits_per_byte", "validation_by_source"}
+VALIDATION = {"validation_loss", "validation_seconds", "validation_bits_per_byte", "validation_by_source"}
 
 
 def test_run_directory_holds_config_environment_metrics_and_events(data: DataConfig, tmp_path: Path) -> None:

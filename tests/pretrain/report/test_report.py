@@ -11,7 +11,6 @@ import pytest
 from amfm.model.flops import flops_per_token
 from amfm.pretrain.config.file import load_config, resolved_yaml
 from amfm.pretrain.report.data import read_run
-from amfm.pretrain.report.goodput import measure_goodput
 from amfm.pretrain.report.numbers import count, distinct, plain
 from amfm.pretrain.report.page import show_time
 from amfm.pretrain.report.picture import draw_picture
@@ -262,22 +261,6 @@ def test_a_link_in_the_place_of_the_page_or_of_its_unfinished_file_is_not_follow
     page = write_report([run])
     assert precious.read_text() == "precious"
     assert "<html" in page.read_text() and not page.is_symlink()
-
-
-def test_goodput_counts_what_failures_cost_and_no_pause_between_two_calls(tmp_path: Path) -> None:
-    run = make_run(tmp_path, [line(step) for step in range(1, 101)])
-    assert measure_goodput(read_run(run)) is None
-    seconds = {"start": 0, "checkpoint": 20, "again": 100, "restarted": 101, "signal": 110, "later": 5000, "end": 5010}
-    names = {"again": "start", "later": "start"}
-    events = [
-        {"time": f"2026-11-28T{at // 3600:02}:{at // 60 % 60:02}:{at % 60:02}+00:00", "event": names.get(name, name)}
-        for name, at in seconds.items()
-    ]
-    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    # The first attempt until the second began, the second until its signal, the third, of a later call, until its end.
-    assert measure_goodput(read_run(run)) == (50.0, 120.0, 1)
-    page = write_report([run]).read_text()
-    assert "41.7 %" in page and "in steps, of 2 min, 1 restart<" in page
 
 
 def test_labels_of_an_axis_differ() -> None:

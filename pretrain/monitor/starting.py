@@ -1,0 +1,87 @@
+"""When a start began, and what it was at before it had a log: starts that fail there cost time too.
+
+The main rank appends what it is at to `run.dir/starting.jsonl`. The start that comes as far as its log records in its event
+what it finds there of others, and removes the file.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from amfm.data_pipeline.durable.lines import LineFile, read_lines
+from amfm.data_pipeline.progress import Report
+from amfm.pretrain.event_log import in_iso
+
+NAME = "starting.jsonl"
+NOTE_SECONDS = 1.0  # between two lines
+IMPORTED = time.time()
+
+
+def process_began() -> float:
+    """When this process began, in seconds since 1970: by the kernel, or when this file was imported."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError, ValueError):  # not Linux
+        return IMPORTED
+
+
+# Of the starts in this process: the first began with it, later ones when they are made.
+_beginnings: Iterator[float | None] = chain([process_began()], iter(lambda: None, 0))
+
+
+class Starting:
+    """A start that has the run's lock and no log yet; exists on the main rank alone."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.began = next(_beginnings) or time.time()
+        self.path = run_dir / NAME
+        self._noted = 0.0
+        self._lines = LineFile(self.path)
+        self.note("begin")
+
+    def note(self, text: str) -> None:
+        """Append what the start is at, once in NOTE_SECONDS; a full disk is for what follows to report."""
+        now = time.time()
+        if now - self._noted >= NOTE_SECONDS:
+            self._noted = now
+            with suppress(OSError):
+                self._lines.write({"began_at": self.began, "time": now, "at": text})
+
+    def hearing(self, report: Report) -> Report:
+        """Make a report that notes what it hears."""
+
+        def both(what: str, done: int = 0, total: int = 0) -> None:
+            self.note(what)
+            report(what, done, total)
+
+        return both
+
+    def facts(self) -> dict[str, Any]:
+        """When this start began, and those before it that came to no log, with the seconds until their last sign of life."""
+        failed = [
+            {"began_at": in_iso(start["began_at"]), "seconds": start["time"] - start["began_at"], "at": start["at"]}
+            for start in read_failed(self.path)
+            if start["began_at"] != self.began
+        ]
+        return {"began_at": in_iso(self.began)} | ({"failed_starts": failed} if failed else {})
+
+    def finish(self) -> None:
+        """Remove the file, once the log has what it held."""
+        self._lines.close()
+        self.path.unlink(missing_ok=True)
+
+
+def read_failed(path: Path) -> list[dict[str, Any]]:
+    """The last line of each start that a file has, oldest first; lines that are not as this file writes them are left out."""
+    found: dict[float, dict[str, Any]] = {}
+    for _, line in read_lines(path) if path.is_file() else ():
+        if line is not None and all(isinstance(line.get(name), float) for name in ("began_at", "time")):
+            found[line["began_at"]] = {"at": "", **line}
+    return [found[began] for began in sorted(found)]

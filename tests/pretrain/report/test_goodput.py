@@ -1,0 +1,92 @@
+"""Where the time of a run went: what resumes cut out, loading, failed starts and restarts by hand are counted."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from amfm.data_pipeline.progress import silent
+from amfm.pretrain.monitor.starting import Starting, read_failed
+from amfm.pretrain.report.data import read_run
+from amfm.pretrain.report.goodput import measure_goodput
+from amfm.pretrain.report.report import write_report
+from tests.pretrain.report.test_report import line, make_run
+
+ORIGIN = 1_800_000_000
+
+
+def at(seconds: float) -> str:
+    return datetime.fromtimestamp(ORIGIN + seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def write_events(run_dir: Path, *events: dict[str, object]) -> None:
+    (run_dir / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_what_releases_before_recorded_counts_restarts_and_no_pause_between_two_calls(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [line(step, seconds=0.25) for step in range(1, 101)])
+    assert measure_goodput(read_run(run)) is None
+    seconds = {"start": 0, "checkpoint": 20, "again": 100, "restarted": 101, "signal": 110, "later": 5000, "end": 5010}
+    names = {"again": "start", "later": "start"}
+    write_events(run, *({"time": at(when), "event": names.get(name, name)} for name, when in seconds.items()))
+    use = measure_goodput(read_run(run))
+    # The first attempt and the wait for the second, the second until its signal, the third, of a later call.
+    assert use is not None and (use.steps, use.waiting, use.held(), use.restarts) == (25.0, 80.0, 120.0, 1)
+    assert use.away == 4890
+    page = write_report([run]).read_text()
+    assert "20.8 %" in page and "in steps that count, of 2 min, 1 restart<" in page
+
+
+def test_a_run_that_was_killed_and_restarted_by_hand_shows_all_that_it_lost(tmp_path: Path) -> None:
+    """Killed after 20 steps without a checkpoint, and after 40 with one of step 25; one start failed while it loaded."""
+    times = {step: 111.0 + step for step in range(1, 26)} | {step: 186.0 + step for step in range(26, 61)}
+    run = make_run(
+        tmp_path, [line(step, seconds=1.0, time=ORIGIN + when + 0.5 * (step > 50)) for step, when in times.items()]
+    )
+    failed = [{"began_at": at(160), "seconds": 12.0, "at": "opening the data"}]
+    write_events(
+        run,
+        {"event": "start", "step": 0, "time": at(10), "began_at": at(0)},
+        {"event": "start", "step": 0, "time": at(110), "began_at": at(100), "discarded_seconds": 20.0, "last_line_at": ORIGIN + 31.0},
+        {"event": "checkpoint", "step": 25, "time": at(137)},
+        {"event": "start", "step": 25, "time": at(210), "began_at": at(200), "discarded_seconds": 15.0, "last_line_at": ORIGIN + 151.0, "failed_starts": failed},
+        {"event": "checkpoint", "step": 50, "time": at(240)},
+        {"event": "end", "step": 60, "time": at(247)},
+    )  # fmt: skip
+    use = measure_goodput(read_run(run))
+    assert use is not None and use.held() == pytest.approx(31 + 51 + 12 + 47)
+    assert (use.steps, use.again, use.restarts, use.waiting) == (60.0, 35.0, 3, 0.0)
+    # Four loads, and from the log to the first step of the two starts whose lines are left.
+    assert use.starting == pytest.approx(10 + 10 + 12 + 10 + 1 + 1)
+    assert use.saving == pytest.approx(0.5) and use.away == pytest.approx(69 + 37)
+    assert use.share() == pytest.approx(60 / 141)
+    page = write_report([run]).read_text()
+    assert "steps done again <b>35.0 s, 24.8 %" in page and "2 min between commands, when it did not run" in page
+
+
+def test_rollbacks_are_lost_time_until_they_are_taken_back(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [line(step, seconds=1.0) for step in range(1, 11)])
+    events = [
+        {"event": "start", "step": 0, "time": at(0)},
+        {"event": "end", "step": 10, "time": at(20)},
+        {"event": "rolled_back_to", "step": 4, "time": at(900), "number": 1, "discarded_seconds": 6.0},
+        {"event": "rolled_forward", "step": 10, "time": at(950), "number": 1},
+    ]
+    for count, lost in ((3, 6.0), (4, 0.0)):
+        write_events(run, *events[:count])
+        use = measure_goodput(read_run(run))
+        assert use is not None and use.again == lost and use.held() == pytest.approx(20.0)
+
+
+def test_a_start_that_fails_before_its_log_is_in_the_next_ones_event(tmp_path: Path) -> None:
+    failed = Starting(tmp_path)
+    failed.hearing(silent)("opening the data")
+    (before,) = read_failed(tmp_path / "starting.jsonl")
+    (tmp_path / "starting.jsonl").open("a").write('{"torn": ')
+    start = Starting(tmp_path)
+    (found,) = start.facts()["failed_starts"]
+    assert found["began_at"][:19] == datetime.fromtimestamp(before["began_at"], UTC).isoformat()[:19]
+    assert found["seconds"] == before["time"] - before["began_at"] >= 0 and start.began > failed.began
+    start.finish()
+    assert list(tmp_path.iterdir()) == []
