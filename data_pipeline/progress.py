@@ -18,6 +18,7 @@ from amfm.data_pipeline.terminal import printable
 
 QUIET_SECONDS = 1.0  # of work that ends sooner nothing is said
 EVERY_SECONDS = 10.0
+COUNTED_BYTES = 10**9  # of less the share and the time left are noise
 
 
 class Report(Protocol):
@@ -86,7 +87,7 @@ class Waiting:
     def describe(self) -> str:
         """The present state in words."""
         seconds = time.monotonic() - self.began
-        if not self.total:
+        if self.total < COUNTED_BYTES:
             return f"{self.what} ({format_seconds(seconds)} so far)"
         left = f", {format_seconds(seconds * (self.total - self.done) / self.done)} to go" if self.done else ""
         return f"{self.what}: {100 * self.done // self.total}% of {format_bytes(self.total)}{left}"

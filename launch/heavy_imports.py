@@ -10,6 +10,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from amfm.data_pipeline.progress import Waiting
+
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
@@ -21,3 +23,11 @@ def heavy_imports() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+@contextmanager
+def loading(verb: str, what: str = "PyTorch") -> Iterator[None]:
+    """Heavy imports of a verb, which says so where they take longer than a second."""
+    with Waiting(f"amfm {verb}") as waiting, heavy_imports():
+        waiting(f"loading {what}")
+        yield

@@ -16,6 +16,7 @@ from amfm.data_pipeline.progress import Waiting
 from amfm.launch.arguments import ConfigOrPreset, JsonOption, OverridesArgument, PresetOption
 from amfm.launch.commands.synthetic import show_synthetic_row
 from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
+from amfm.launch.heavy_imports import loading
 from amfm.launch.presets import choose_config
 from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import BAD_INPUT
@@ -104,9 +105,10 @@ def prepare(
     """Train or load the tokenizer and write the token store from all sources; does only what is missing."""
     path, overrides = choose_config(path, overrides, preset)
     require_extra("data", "amfm prepare")
-    from amfm.pretrain.checks.load import load_checked
+    with loading("prepare"):
+        from amfm.pretrain.checks.load import load_checked
 
-    config = load_checked(path, overrides or [])
+        config = load_checked(path, overrides or [])
     if config.data.probe is not None:
         if as_json:
             print_json({"probe": config.data.probe.task, "units_written": 0})

@@ -12,6 +12,7 @@ import typer
 
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_rows, say
+from amfm.launch.heavy_imports import loading
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ def doctor(
         raise ValueError(f"{given} belongs to --cluster; add --cluster, or leave it out")
     from amfm.launch.doctor.machine import examine_machine
 
-    if print_findings("This machine", examine_machine(), as_json=as_json):
+    with loading("doctor", "the packages that amfm needs, to see whether they work"):
+        findings = examine_machine()
+    if print_findings("This machine", findings, as_json=as_json):
         raise typer.Exit(BAD_INPUT)
 
 

@@ -22,6 +22,7 @@ from amfm.launch.commands.tasks import (
     read_choice,
 )
 from amfm.launch.console import print_json, print_pairs, show_progress
+from amfm.launch.heavy_imports import loading
 
 if TYPE_CHECKING:
     from amfm.pretrain.inference.evaluate import Evaluation
@@ -92,7 +93,8 @@ def evaluate(
             as_json=as_json,
         )
         return
-    from amfm.pretrain.inference.evaluate import evaluate_checkpoint
+    with loading("evaluate"):
+        from amfm.pretrain.inference.evaluate import evaluate_checkpoint
 
     with Waiting("amfm evaluate") as waiting, show_progress("evaluate", every_seconds=5.0) as show:
 
@@ -181,8 +183,9 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Generate text from a prompt. The recurrent state is kept, so the cost per token does not grow with the text."""
-    from amfm.pretrain.inference.generate import Sampling
-    from amfm.pretrain.inference.generate import generate as generate_text
+    with loading("generate"):
+        from amfm.pretrain.inference.generate import Sampling
+        from amfm.pretrain.inference.generate import generate as generate_text
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     with Waiting("amfm generate") as waiting:

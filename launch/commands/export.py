@@ -23,6 +23,7 @@ from amfm.launch.commands.client import (
 )
 from amfm.launch.console import print_json, print_pairs
 from amfm.launch.existing import require_exists, require_model
+from amfm.launch.heavy_imports import loading
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.refusals import ClientName
 from amfm.pretrain.extras import require_extra
@@ -115,7 +116,8 @@ def export(
         export_state(checkpoint, out, file_format, as_json=as_json)
         return
     require_extra("export", "amfm export")
-    from amfm.pretrain.export.export import export_checkpoint
+    with loading("export", "PyTorch and transformers"):
+        from amfm.pretrain.export.export import export_checkpoint
 
     with Waiting("amfm export") as waiting:
         report = export_checkpoint(checkpoint, out, target=target, verify=verify, report=waiting)

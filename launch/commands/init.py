@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from amfm.data_pipeline.progress import Waiting
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_pairs, say
+from amfm.launch.heavy_imports import loading
 from amfm.launch.init.shapes import SIZES, STYLES
 from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import INTERRUPTED
@@ -50,12 +52,14 @@ def init(
     given = {"size": size, "style": style, "data": data, "hardware": hardware}
     defaults = DEFAULTS | ({} if hardware in (None, "cpu") else {"size": SIZE_FOR_GPUS})
     answers = {name: ask(name, defaults) if value is None else check(name, value) for name, value in given.items()}
-    say("planning layouts ...")
-    from amfm.launch.init.machine import find_machine
-    from amfm.launch.init.write import Answers, next_commands, write_config
+    with loading("init"):
+        from amfm.launch.init.machine import find_machine
+        from amfm.launch.init.write import Answers, next_commands, write_config
 
     asked = Answers(folder, answers["size"], answers["style"], answers["data"], find_machine(answers["hardware"]))
-    written = write_config(asked)
+    with Waiting("amfm init") as waiting:
+        waiting("planning layouts, and on a CPU timing passes of the model")
+        written = write_config(asked)
     facts, commands = describe(written), next_commands(asked)
     if as_json:
         print_json(facts | {"next": commands})

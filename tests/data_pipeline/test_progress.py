@@ -28,6 +28,12 @@ def test_what_cannot_be_counted_is_named_with_the_time_so_far():
     assert report.describe() == "building the model (20 s so far)"
 
 
+def test_a_small_file_has_no_time_left():
+    report = Waiting("amfm train", speaks=False)
+    report("reading step-00000080", 10**6, 42 * 10**6)
+    assert report.describe() == "reading step-00000080 (0 s so far)"
+
+
 def test_durations_and_sizes_are_said_as_people_say_them():
     assert [format_seconds(n) for n in (3.4, 89, 300, 7500)] == ["3 s", "89 s", "5 min", "2 h 05 min"]
     assert [format_bytes(n) for n in (12, 1_500_000, 2 * 10**12)] == ["12 bytes", "1.5 MB", "2.0 TB"]
