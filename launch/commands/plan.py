@@ -14,6 +14,7 @@ from amfm.launch.commands.layouts import print_chosen, print_layouts, print_left
 from amfm.launch.commands.trace import print_seconds, print_trace
 from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
 from amfm.launch.presets import choose_config
+from amfm.pretrain.extras import is_installed
 
 if TYPE_CHECKING:
     from amfm.launch.plan.estimate import Assumptions, Estimate
@@ -185,6 +186,10 @@ def check_trace_options(trace: bool, search: bool, rank: int | None, stage: str 
     lost = [name for name, value in given.items() if value is not None]
     if lost and not trace:
         raise ValueError(f"{lost[0]} has no effect without --trace; add it, or leave it out")
+    if trace and not is_installed("triton"):
+        raise ValueError(
+            "--trace counts launches of kernels that need Triton, which is not installed; pip install triton"
+        )
     if timeline is not None and timeline.suffix != ".json":
         raise ValueError(f"--timeline {timeline} is JSON; use a name that ends in .json")
     if timeline is not None and not timeline.parent.is_dir():
