@@ -51,6 +51,16 @@ def test_a_check_that_breaks_is_told_with_its_last_words() -> None:
     assert RankHost().check("{}", "") == ["its check ended with code 1: KeyError: 'link'"]
 
 
+def test_the_log_of_a_rank_is_not_opened_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "log").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"):
+        RankHost().run(["echo", "a line"], {}, str(tmp_path), "log")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert RankHost().run(["echo", "a line"], {}, str(tmp_path), "logs/own") == 0
+    assert (tmp_path / "logs" / "own").read_text() == "a line\n"
+
+
 def write_config(folder: Path, name: str) -> RunConfig:
     # 12 rows in micro-batches of 2: one, two and three ranks can share them.
     config = tiny_config(
