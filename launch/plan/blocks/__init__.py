@@ -1,1 +1,1 @@
-"""What a step costs in each kind of block: one file per kind, and one for all kinds that have none."""
+"""What a step costs in each kind of block: by its kind where that is known, else as one that is built says."""

@@ -1,7 +1,7 @@
 """What the planner asks of a block, and the answers of a kind that has no file here, from one built without storage.
 
 So a kind of a package is planned like our own. A kind whose formulas are known overrides what it knows better, in a
-separate file (`kinds.py` has the table); nothing else in the plan knows one kind from another.
+class of `kinds.py`, which has the table; nothing else in the plan knows one kind from another.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from amfm.launch.plan.activations import Storage
-from amfm.launch.plan.blocks.context_traffic import segment_states
+from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
 from amfm.launch.plan.blocks.cut import cut_of
 from amfm.launch.plan.exchange import Exchange, crossing
 from amfm.launch.plan.layout import Layout
@@ -25,6 +24,8 @@ from amfm.model.config.options import MixerOptions
 from amfm.model.config.schema import ModelConfig
 from amfm.model.state_size import state_tensors
 from amfm.pretrain.config.schema import RunConfig
+
+SEGMENTS = 2  # of a row on each context rank
 
 
 class PlannedBlock:
@@ -99,3 +100,8 @@ def measured_sizes(config: ModelConfig, letter: str, sequence_length: int) -> Me
     )
     numbers = sum(tensor.numel() for tensor in state_tensors(state))
     return MeasuredSizes(matrices, mixer.sequence_flops(sequence_length), numbers)
+
+
+def segment_states(rows: int, numbers: int) -> int:
+    """Bytes of a rank's segment states and of their gradients in float32, for a state of `numbers` numbers per row."""
+    return SEGMENTS * rows * 2 * numbers * FLOAT32_BYTES

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from amfm.launch.plan.activations import Storage
-from amfm.launch.plan.blocks.attention import PlannedAttention
-from amfm.launch.plan.blocks.block import PlannedBlock
-from amfm.launch.plan.blocks.feed_forward import PlannedFeedForward
+from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
+from amfm.launch.plan.blocks import indexer
+from amfm.launch.plan.blocks.block import SEGMENTS, PlannedBlock, segment_states
 from amfm.launch.plan.blocks.indexer import PlannedLatent
-from amfm.launch.plan.blocks.mamba2 import PlannedMamba2
 from amfm.launch.plan.blocks.moe import PlannedMoe
-from amfm.launch.plan.exchange import Exchange
+from amfm.launch.plan.exchange import FLOAT32, Exchange, element_type, part_crossings
 from amfm.launch.plan.layout import Layout
-from amfm.launch.plan.roofline import Roofline
+from amfm.launch.plan.roofline import Roofline, add_part
 from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.key_mixer_options import MlaOptions
@@ -23,6 +21,134 @@ from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions
 from amfm.model.config.parallel_heads import ParallelOptions
 from amfm.pretrain.config.schema import RunConfig
+
+
+class PlannedMamba2(PlannedBlock):
+    """A Mamba2 block, of whose heads each tensor rank has a part."""
+
+    is_exact = True
+    options: Mamba2Config
+
+    def add(self, line: Roofline, layout: Layout, storage: Storage, imbalance: float) -> None:
+        """Projections, causal convolution, chunked scan and gated norm of a rank's heads."""
+        mamba, e, hidden = self.options, line.element_bytes, self.model.hidden_size
+        tokens, tensor = layout.tokens(self.config), layout.tensor
+        inner, groups = mamba.inner_size() / tensor, max(1, mamba.num_groups / tensor)
+        channels = inner + 2 * groups * mamba.state_size
+        line.product(tokens, hidden, inner + channels + mamba.num_heads / tensor, weight="in_proj.weight")
+        line.product(tokens, inner, hidden, weight="out_proj.weight")
+        line.passes(tokens * channels * 5 * e + tokens * inner * 8 * e)  # convolution, gated norm
+        # Scores once per group, their product with x, and the state's way in and out.
+        scan = 2 * mamba.chunk_size * (groups * mamba.state_size + inner) + 4 * inner * mamba.state_size
+        states = FLOAT32_BYTES * inner * mamba.state_size / mamba.chunk_size
+        line.mixing(tokens * scan, tokens * ((channels + inner) * e + states))
+        if layout.context > 1:
+            # Segments are walked once more each way for the states that they hand on: x and B, or the gradient of y and C, are read.
+            walk = tokens * 2 * inner * mamba.state_size, tokens * (inner + groups * mamba.state_size) * e
+            line.mixing(*walk, backward=1)
+
+    def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
+        """One region, and mean squares of a norm whose group lies on several ranks."""
+        yield from super().tensor_exchanges(layout, times)
+        if self.options.num_groups < layout.tensor:
+            numbers = layout.stage_ranks * layout.tokens(self.config) * self.options.num_groups
+            yield Exchange("tp", "all_reduce", "float32", 2 * times, 2 * times * numbers * FLOAT32)
+
+    def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
+        """States and decays, and the convolution's windows at the edges of segments."""
+        dtype, size = element_type(self.config)
+        ranks, rows, context, tensor = layout.stage_ranks, layout.micro_batch_size, layout.context, layout.tensor
+        states = ranks * handed_states(self.options, rows, tensor)
+        windows = ranks // context * exchanged_windows(self.options, rows, context, tensor, size)
+        yield Exchange("cp", "all_gather", "float32", 2 * times, times * states)
+        yield Exchange("cp", "all_to_all", dtype, 2 * times, times * windows)
+
+
+def handed_states(mamba: Mamba2Config, rows: int, tensor: int) -> int:
+    """Bytes that a rank hands to a block's two all-gathers: float32 states and decays of two segments per row.
+
+    Independent of the row's length, which is the point of passing states.
+    """
+    heads = mamba.num_heads // tensor
+    return segment_states(rows, heads * mamba.head_dim * mamba.state_size) + SEGMENTS * rows * heads * FLOAT32_BYTES
+
+
+def exchanged_windows(mamba: Mamba2Config, rows: int, context: int, tensor: int, width: int) -> int:
+    """Bytes of convolution inputs that neighbouring segments exchange in a group of c ranks: c - 1 pairs, both ways.
+
+    The 4 counts both directions between neighbours, in forward and in backward; each window is W - 1 tokens of all
+    channels.
+    """
+    return 4 * (context - 1) * rows * (mamba.conv_kernel - 1) * conv_channels(mamba, tensor) * width
+
+
+def conv_channels(mamba: Mamba2Config, tensor: int) -> int:
+    """Channels C of the convolution on a tensor rank: x, B and C.
+
+    A group of B and C that several tensor ranks share lies whole on each of them.
+    """
+    return mamba.inner_size() // tensor + 2 * max(1, mamba.num_groups // tensor) * mamba.state_size
+
+
+class PlannedAttention(PlannedBlock):
+    """A block of causal attention, of whose query heads each tensor rank has a part."""
+
+    is_exact = True
+    options: AttentionConfig
+
+    def add(self, line: Roofline, layout: Layout, storage: Storage, imbalance: float) -> None:
+        """Projections, q-k norm and rotation, gates, and causal attention over half of the row on average."""
+        attention, e, hidden = self.options, line.element_bytes, self.model.hidden_size
+        tokens, tensor = layout.tokens(self.config), layout.tensor
+        query = attention.num_heads / tensor * attention.head_dim
+        keys = max(1, attention.num_kv_heads / tensor) * attention.head_dim
+        gates = {"none": 0.0, "head": query / attention.head_dim, "element": query}[attention.gate]
+        line.product(tokens, hidden, query + 2 * keys + gates, weight="q_proj.weight")
+        line.product(tokens, query, hidden, weight="o_proj.weight")
+        if gates:
+            line.passes(tokens * (5 * query + 3 * gates) * e)
+        if attention.qk_norm or attention.positions == "rope":
+            line.passes(5 * tokens * (query + keys) * e)
+        length = self.config.train.sequence_length
+        if attention.indexer is not None:
+            indexer.add_indexer(line, tokens, length, attention, hidden, tensor)
+        if attention.indexer is None or attention.indexer.stage == "warm_up":
+            line.mixing(tokens * 2 * (length + 1) * query, tokens * (2 * query + 2 * keys) * e)
+
+    def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
+        """The crossings of its region, and what an indexer exchanges."""
+        yield from super().tensor_exchanges(layout, times)
+        yield from indexer.tensor_exchanges(self.config, layout, self.options, times)
+
+    def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
+        """Keys and values, gathered over the group in forward; their gradients are summed back to the owners in backward."""
+        dtype, size = element_type(self.config)
+        heads = max(1, self.options.num_kv_heads // layout.tensor)
+        keys = layout.stage_ranks * 2 * layout.tokens(self.config) * heads * self.options.head_dim * size
+        yield Exchange("cp", "all_gather", dtype, times, times * keys)
+        yield Exchange("cp", "reduce_scatter", dtype, times, layout.context * times * keys)
+        yield from indexer.context_exchanges(self.config, layout, self.options, times)
+
+
+class PlannedFeedForward(PlannedBlock):
+    """A dense feed-forward, of whose channels each tensor rank has a part."""
+
+    is_exact = True
+    options: FeedForwardConfig
+
+    def add(self, line: Roofline, layout: Layout, storage: Storage, imbalance: float) -> None:
+        """Up and down projection with the activation between them."""
+        for part in self.options.feed_forwards():
+            add_part(line, self.model, layout, layout.tokens(self.config), part)
+
+    def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
+        """One region; of factored matrices with other widths."""
+        for part in self.options.feed_forwards():
+            yield from part_crossings(self.config, layout, part, times)
+
+    def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
+        """Nothing: a token reads no other."""
+        yield from ()
 
 
 class PlannedParallel(PlannedBlock):
