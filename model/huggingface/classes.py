@@ -6,6 +6,7 @@ Classes of packages are written where they are asked for by name.
 from __future__ import annotations
 
 from amfm.model.config.plugins import describe_entry, installed_specs
+from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface import (
     deepseek_v3,
     deepseek_v32,
@@ -22,6 +23,7 @@ from amfm.model.huggingface import (
     qwen3_5_moe,
     qwen3_next,
 )
+from amfm.model.huggingface.entries import WeightMap
 from amfm.model.huggingface.hf_class import ENTRY_POINTS, HfClass, HfTarget, Source, Target
 
 CLASSES: tuple[HfClass, ...] = (
@@ -61,3 +63,8 @@ BY_NAME: dict[Source, HfClass] = {found.name: found for found in (*CLASSES, *WRI
 BY_TYPE: dict[str, HfClass] = {found.model_type: found for found in CLASSES}
 TARGETS: tuple[Target, ...] = tuple(WRITTEN)
 NATIVE_TARGETS: tuple[Target, ...] = tuple(name for name, found in OURS.items() if not found.ships_code)
+
+
+def weight_map(config: ModelConfig, target: Source) -> WeightMap:
+    """Build the map between our names and those of `target`; the configuration must fit it (`explain_unfit`)."""
+    return BY_NAME[target].weights(config)

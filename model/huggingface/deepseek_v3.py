@@ -25,8 +25,7 @@ from amfm.model.huggingface.latent.layers import (
     unfit_layers,
 )
 from amfm.model.huggingface.latent.weights import latent_map
-from amfm.model.huggingface.limits import IGNORED_ARGUMENTS
-from amfm.model.huggingface.refusals import OUR_CONVERTER, Refusal
+from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, OUR_CONVERTER, Refusal
 
 KIND = LatentClass(
     name="deepseek_v3",

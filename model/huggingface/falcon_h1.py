@@ -29,9 +29,15 @@ from amfm.model.huggingface.fields import (
     unfit_settings,
 )
 from amfm.model.huggingface.hf_class import HfTarget
-from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER, packed_rows
 from amfm.model.huggingface.qwen3_next_weights import GatedEntry
-from amfm.model.huggingface.refusals import Refusal, misses_sentencepiece, norms_groups_together
+from amfm.model.huggingface.refusals import (
+    IGNORED_ARGUMENTS,
+    NO_CLASSIFIER,
+    Refusal,
+    misses_sentencepiece,
+    norms_groups_together,
+    packed_rows,
+)
 from amfm.model.huggingface.shapes import block_shapes
 
 HEADS = ("(M&*)", "(*&M)")

@@ -26,9 +26,8 @@ from amfm.model.huggingface.latent.layers import (
     unfit_layers,
 )
 from amfm.model.huggingface.latent.weights import latent_map
-from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER, packed_rows
 from amfm.model.huggingface.qwen3_next_weights import RowsEntry
-from amfm.model.huggingface.refusals import Refusal
+from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, NO_CLASSIFIER, Refusal, packed_rows
 from amfm.model.on_demand import Shape
 
 KIND = LatentClass(

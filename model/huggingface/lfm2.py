@@ -30,9 +30,8 @@ from amfm.model.huggingface.fields import (
     unfit_softmax_scale,
 )
 from amfm.model.huggingface.hf_class import HfTarget
-from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, NO_CLASSIFIER
 from amfm.model.huggingface.qwen3_next_weights import GatedEntry, gated_experts
-from amfm.model.huggingface.refusals import Refusal, misses_sentencepiece
+from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, NO_CLASSIFIER, Refusal, misses_sentencepiece
 
 LAYER_TYPES = {"C": "conv", "*": "full_attention"}
 LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}

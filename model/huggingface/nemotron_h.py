@@ -32,14 +32,17 @@ from amfm.model.huggingface.fields import (
     unfit_softmax_scale,
 )
 from amfm.model.huggingface.hf_class import HfTarget
-from amfm.model.huggingface.limits import (
+from amfm.model.huggingface.refusals import (
     IGNORED_ARGUMENTS,
     NO_ADAPTER_ON_OUTPUT,
     NO_CLASSIFIER,
     NO_EMBEDDINGS,
+    NO_SQUARED_RELU_EXPERTS,
+    OUR_CONVERTER,
+    Refusal,
+    misses_sentencepiece,
     packed_rows,
 )
-from amfm.model.huggingface.refusals import NO_SQUARED_RELU_EXPERTS, OUR_CONVERTER, Refusal, misses_sentencepiece
 from amfm.model.huggingface.shapes import block_shapes
 
 # The class clamps dt at run time to at least `time_step_min`; training does not. 0 fails in its initialisation (log).

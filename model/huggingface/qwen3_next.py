@@ -31,9 +31,8 @@ from amfm.model.huggingface.fields import (
     unfit_softmax_scale,
 )
 from amfm.model.huggingface.hf_class import HfTarget
-from amfm.model.huggingface.limits import IGNORED_ARGUMENTS, packed_rows
 from amfm.model.huggingface.qwen3_next_weights import delta_options, qwen3_next_map
-from amfm.model.huggingface.refusals import OUR_CONVERTER, Refusal, refused_tokenizer
+from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, OUR_CONVERTER, Refusal, packed_rows, refused_tokenizer
 
 LAYER_TYPES = {"G": "linear_attention", "*": "full_attention"}
 # What a mixture of the class must be.

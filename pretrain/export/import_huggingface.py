@@ -1,7 +1,7 @@
 """From a transformers folder to weights that training, generation, evaluation and export accept.
 
 config.json becomes our model configuration, tensors are renamed and reshaped by the same weight map that exports them
-(model/huggingface/weights.py), read backwards, some rows at a time. transformers fills in the defaults of config.json, because they belong to
+(model/huggingface/classes.py), read backwards, some rows at a time. transformers fills in the defaults of config.json, because they belong to
 its class and may be left out of the file; no model code of the folder is run, and nothing is fetched. Every name and
 number in the folder is someone else's: paths stay inside the folder, and shapes are compared before anything is
 written.

@@ -24,8 +24,7 @@ from amfm.model.huggingface.latent.layers import (
     unfit_layers,
 )
 from amfm.model.huggingface.latent.weights import latent_map
-from amfm.model.huggingface.limits import IGNORED_ARGUMENTS
-from amfm.model.huggingface.refusals import Refusal
+from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, Refusal
 
 KIND = replace(deepseek_v3.KIND, name="deepseek_v32", class_name="DeepseekV32ForCausalLM")
 # Ours and theirs, below the module of the indexer.

@@ -41,8 +41,7 @@ from amfm.model.huggingface.gpt_oss.weights import (
     WidenedEntry,
 )
 from amfm.model.huggingface.hf_class import HfTarget
-from amfm.model.huggingface.limits import IGNORED_ARGUMENTS
-from amfm.model.huggingface.refusals import Refusal, misses_sentencepiece
+from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, Refusal, misses_sentencepiece
 
 LAYER_TYPES = {"W": "sliding_attention", "*": "full_attention"}
 LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}

@@ -8,9 +8,9 @@ import pytest
 
 from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.schema import ModelConfig, MultipliersConfig
+from amfm.model.huggingface.classes import weight_map
 from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
 from amfm.model.huggingface.hf_class import Target
-from amfm.model.huggingface.weights import weight_map
 from tests.model.huggingface.cases import (
     GRANITE,
     NEMOTRON_H,

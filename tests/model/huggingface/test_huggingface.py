@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.classes import weight_map
 from amfm.model.huggingface.config import TokenIds, huggingface_config
 from amfm.model.huggingface.targets import choose_target, explain_unfit
-from amfm.model.huggingface.weights import weight_map
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from tests.model.huggingface.cases import NEMOTRON_H, TARGETED, VOCABULARY, build_ours

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from amfm.data_pipeline.config import DataConfig, PhaseConfig
 from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.tokenizer.tokenizer import read_tokenizer_file
-from amfm.model.huggingface.weights import weight_map
+from amfm.model.huggingface.classes import weight_map
 from amfm.model.packing import PackMeta
 from amfm.pretrain.export import export
 from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint

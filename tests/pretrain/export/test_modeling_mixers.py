@@ -12,10 +12,10 @@ from torch import Tensor
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.config import kinds as registry
 from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.classes import weight_map
 from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
 from amfm.model.huggingface.shapes import weight_shapes
 from amfm.model.huggingface.targets import choose_target, explain_unfit
-from amfm.model.huggingface.weights import weight_map
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.model.huggingface.weights import weight_map
+from amfm.model.huggingface.classes import weight_map
 from amfm.model.packing import PackMeta
 from amfm.pretrain.export.export import export_checkpoint
 from amfm.pretrain.inference.weights import Weights, read_weights, write_weights
