@@ -1,12 +1,15 @@
-"""The dtype in which matrix products run on this machine.
+"""Matrix products on this machine: the dtype in which they run, and products of very few rows.
 
-Projections, attention, decay scans, experts and the head ask here, so that one rule decides for all of them.
+Projections, attention, decay scans, experts and the head ask here, so that one rule decides for all of them. oneMKL multiplies
+one to three rows by another routine, which adds up in another order: a token's result would then depend, in its last bit, on how
+many tokens of other documents chose its expert.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 # Asked once: torch.compile can't look into the question, and would cut a block's graph at every product.
 _MULTIPLIES_BF16 = torch.cpu._is_avx512_bf16_supported()
@@ -23,3 +26,15 @@ def gemm_dtype(tensor: Tensor) -> torch.dtype:
     if tensor.dtype == torch.bfloat16 and _MULTIPLIES_BF16:
         return tensor.dtype
     return torch.float32
+
+
+STEADY_ROWS = 4  # from here on a row of a product does not depend on how many others there are
+
+
+def steady_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left [M, K] @ right [K, N], into `out` where there is one; very few rows as part of a larger product."""
+    rows = len(left)
+    if rows >= STEADY_ROWS:
+        return torch.mm(left, right, out=out)
+    product = torch.mm(functional.pad(left, (0, 0, 0, STEADY_ROWS - rows)), right)[:rows]
+    return product if out is None else out.copy_(product)

@@ -17,8 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.gemm_precision import gemm_dtype
-from amfm.kernels.common.steady_product import steady_product
+from amfm.kernels.common.gemm_precision import gemm_dtype, steady_product
 from amfm.kernels.low_precision.formats import TURNED, Quantized, draw_noise, quantize, turn
 from amfm.kernels.low_precision.kept_weights import made_once
 from amfm.kernels.low_precision.recipe import Recipe

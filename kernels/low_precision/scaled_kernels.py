@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amfm.kernels.common.add_tile import add_tile
+from amfm.kernels.common.tiles import add_tile
 from amfm.kernels.low_precision.triton_kernels import (
     expert_tiles,
     from_e4m3,

@@ -19,8 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amfm.kernels.common.add_tile import add_tile
 from amfm.kernels.common.silu import limit_gate, steep_silu
+from amfm.kernels.common.tiles import add_tile
 
 RUN = tl.constexpr(128)
 

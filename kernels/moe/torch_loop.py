@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amfm.kernels.common.steady_product import steady_product
+from amfm.kernels.common.gemm_precision import steady_product
 from amfm.kernels.moe.grouping import sort_stably
 from amfm.kernels.swiglu.gate import find_gate
 

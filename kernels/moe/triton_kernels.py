@@ -18,8 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amfm.kernels.common.add_tile import add_tile, halves
 from amfm.kernels.common.silu import limit_gate, pass_limit, sigmoid, silu_backward, steep_silu
+from amfm.kernels.common.tiles import add_tile, halves
 
 
 @triton.jit
