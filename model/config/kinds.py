@@ -24,8 +24,7 @@ from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.key_mixer_options import MlaOptions, WindowOptions
 from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig
-from amfm.model.config.options import MixerOptions
-from amfm.model.config.parallel_heads import ParallelOptions
+from amfm.model.config.options import MixerOptions, ParallelOptions
 from amfm.model.config.plugins import how_to_install, list_packages, load_named, specs_by_name
 from amfm.model.config.window_linear import WindowLinearOptions
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from amfm.kernels.common.limits import ScanLimits
 from amfm.model.config.section import Section
 from amfm.model.config.structure import FeedForwardPart
@@ -119,3 +121,18 @@ def must_divide(field: str, part: int, whole_key: str, whole: int) -> Iterator[t
 def channel_dims(inner: int) -> dict[str, tuple[int, int, int]]:
     """`Prunable.dims` of the inner channels of a feed-forward: gate rows, then up rows, the same channel after `inner` rows."""
     return {"up_proj.weight": (0, inner, 1), "down_proj.weight": (1, inner, 1)}
+
+
+class ParallelOptions(MixerOptions):
+    """Sequence mixers that read one norm and are added. Rules, ranks and limits are those of each mixer's own section."""
+
+    names: tuple[str, ...] = Field(description="Kinds of the mixers, in order.")
+    branches: tuple[MixerOptions, ...] = Field(description="Their options.")
+
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """Those of all, each once."""
+        return tuple(dict.fromkeys(name for each in self.branches for name in each.auxiliary_names()))
+
+    def lookback(self) -> tuple[int, str]:
+        """The longest."""
+        return max(each.lookback() for each in self.branches)

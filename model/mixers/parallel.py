@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from amfm.model.config.kinds import find_kind
-from amfm.model.config.parallel_heads import ParallelOptions
+from amfm.model.config.options import ParallelOptions
 from amfm.model.config.rope import RopeConfig
 from amfm.model.mixers.interface import BlockState, BuildContext, Mixer, MixerOutput, ParallelState
 from amfm.model.packing import PackMeta

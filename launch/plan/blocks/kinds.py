@@ -18,8 +18,7 @@ from amfm.model.config.key_mixer_options import MlaOptions
 from amfm.model.config.kinds import find_kind
 from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig
-from amfm.model.config.options import MixerOptions
-from amfm.model.config.parallel_heads import ParallelOptions
+from amfm.model.config.options import MixerOptions, ParallelOptions
 from amfm.pretrain.config.schema import RunConfig
 
 
