@@ -13,6 +13,7 @@ from amfm.launch.commands.goodput import print_goodput
 from amfm.launch.commands.layouts import print_chosen, print_layouts, print_left_out, print_stages
 from amfm.launch.commands.trace import print_seconds, print_trace
 from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
+from amfm.launch.heavy_imports import loading
 from amfm.launch.presets import choose_config
 from amfm.pretrain.extras import is_installed
 
@@ -110,12 +111,13 @@ def plan(
         check_picture(picture)
     if tokens is not None and not tokens > 0:
         raise ValueError(f"--tokens {tokens:g} must be greater than 0; use for example 1e12")
-    from amfm.pretrain.checks.load import load_checked
-
     numbers = None if search else range(gpus, 0, -hardware.gpus_per_node)
-    config = load_checked(path, overrides or [], world_size=numbers)
-    from amfm.launch.plan.estimate import Assumptions
-    from amfm.launch.plan.plan import make_plan, plan_as_dict
+    with loading("plan"):
+        from amfm.pretrain.checks.load import load_checked
+
+        config = load_checked(path, overrides or [], world_size=numbers)
+        from amfm.launch.plan.estimate import Assumptions
+        from amfm.launch.plan.plan import make_plan, plan_as_dict
 
     storage = None if storage_gb_per_second is None else 1e9 * storage_gb_per_second
     assumptions = Assumptions(

@@ -11,6 +11,7 @@ from amfm.launch.arguments import JsonOption, choose_device
 from amfm.launch.commands.evaluate import BackendOption, DeviceOption
 from amfm.launch.console import print_json, say
 from amfm.launch.existing import require_model
+from amfm.launch.heavy_imports import loading
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 GIB = 2**30
@@ -46,8 +47,9 @@ def serve(
     Until Ctrl-C. Conversations continue from the state they left: a turn costs its own tokens. Chat needs a model whose
     folder has a chat template.
     """
-    from amfm.launch.serve.served_model import load_model
-    from amfm.launch.serve.server import ModelServer
+    with loading("serve"):
+        from amfm.launch.serve.served_model import load_model
+        from amfm.launch.serve.server import ModelServer
 
     # The port first: it is known at once whether it is free, and loading takes time.
     with ModelServer(host, port) as server:
