@@ -1,7 +1,7 @@
 """`amfm` and `python -m amfm.launch`: the command line, with signals answered from its first line on.
 
 Importing PyTorch takes seconds, on a large cluster minutes. A scheduler that announces its time limit in that time must not
-kill the ranks by it: `amfm train` notes SIGTERM and SIGUSR1 until it can save.
+kill the ranks by it: `amfm train` notes SIGTERM, SIGUSR1 and SIGHUP until it can save.
 """
 
 import os

@@ -18,7 +18,6 @@ import gc
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import termios
@@ -34,12 +33,12 @@ from amfm.launch.cluster.node_check import tell
 from amfm.launch.heavy_imports import heavy_imports
 from amfm.launch.rank_command import isolated_python, rank_command, rank_variables
 from amfm.pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID, RESTART_CAUSE
-from amfm.pretrain.monitor.signals import note_signals
+from amfm.pretrain.monitor.signals import WATCHED, note_signals
 from amfm.pretrain.versions import collect_versions
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0  # for the other ranks of the node to end on their own after one failed
-RESETS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+RESETS = WATCHED
 
 
 def load() -> str:

@@ -72,6 +72,13 @@ def find_rollback(run_dir: Path) -> int | None:
     return steps[-1] if steps and isinstance(steps[-1], int) else None
 
 
+def last_word(run_dir: Path, seen: int = 0) -> str | None:
+    """How the newest start of a run ended in good order, by its events after the first `seen`; None where it has not said."""
+    words = [str(event.get("event")) for event in read_events(run_dir)]
+    new = words[seen:] if len(words) >= seen else words  # someone emptied the file
+    return next((word for word in reversed(new) if word in ENDS), None)
+
+
 def has_vanished(run_dir: Path) -> bool:
     """Whether the newest start of a run left no word of its end: its exit code 0 is then a library's that called `_exit`.
 

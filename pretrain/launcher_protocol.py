@@ -14,4 +14,5 @@ INTERRUPTED = 130  # Ctrl-C, as shells count it: a script must not take the run 
 LAUNCHER_PID = "AMFM_LAUNCHER_PID"  # of launch/cluster/local.py: its ranks end with it
 GOES_ON = "AMFM_LAUNCHER_GOES_ON"  # its launcher starts a stage of another layout on as many ranks as that needs
 TORCHRUN_RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun itself has started its ranks again
+STOPPED_FAILS = "AMFM_STOPPED_FAILS"  # a launcher ends with 3 where a signal stopped a run that has steps left: Kubernetes takes 0 for its end
 RESTART_CAUSE = "AMFM_RESTART_CAUSE"  # why the attempt before this one ended; goes into the event log

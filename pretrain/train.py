@@ -39,7 +39,7 @@ from amfm.pretrain.step import train_step
 def train(config: RunConfig) -> int:
     """Train, resuming on its own from `run.dir`, and return the exit code. Every rank must call this.
 
-    0: the steps asked for are done, or SIGTERM or SIGUSR1 asked to stop, and everything is saved. 130: Ctrl-C, saved.
+    0: the steps asked for are done, or SIGTERM, SIGUSR1 or SIGHUP asked to stop, and everything is saved. 130: Ctrl-C, saved.
     3: an anomaly ended the run (`handle_anomaly`), or `train.checkpoint_store` does not take its last checkpoint; the
     newest checkpoint stands. 4: the next step needs ranks that are rebuilt, and everything is saved: the same
     command continues.

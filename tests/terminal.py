@@ -71,6 +71,11 @@ class Terminal:
         os.close(self.ours)
         return self.process.wait(PATIENCE_SECONDS)
 
+    def close(self) -> int:
+        """Close the window, which signals its processes with SIGHUP, and return the exit code."""
+        os.close(self.ours)
+        return self.process.wait(PATIENCE_SECONDS)
+
     def _read(self) -> bool:
         """Read what is there now; False where the last process has closed the terminal."""
         if select.select([self.ours], [], [], 0.05)[0]:

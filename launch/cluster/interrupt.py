@@ -35,7 +35,7 @@ class Interrupt:
 
 @contextmanager
 def forward_to_ranks(forward: Callable[[int], None]) -> Iterator[Interrupt]:
-    """Inside the block, hand SIGTERM and SIGUSR1 to `forward`, and the first Ctrl-C as SIGTERM."""
+    """Inside the block, hand SIGTERM, SIGUSR1 and SIGHUP to `forward`, and the first Ctrl-C as SIGTERM."""
     interrupt = Interrupt()
     with forward_signals(lambda number: forward(interrupt.translate(number)), (*FORWARDED, signal.SIGINT)):
         yield interrupt

@@ -7,6 +7,7 @@ on it, which supervises, also with fewer nodes. All pods mount one claim, which 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import re
 import shlex
@@ -18,6 +19,7 @@ import yaml
 
 from amfm.launch.cluster.lines import check_variables, plain
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.launcher_protocol import BAD_INPUT, STOPPED_FAILS
 
 Form = Literal["jobset", "rayjob", "skypilot"]
 PORT = 29500
@@ -44,9 +46,10 @@ def write_manifest(
 
 
 def name_of(config: RunConfig) -> str:
-    """The run's name as Kubernetes allows it: lower case letters, digits and hyphens."""
+    """The run's name as Kubernetes allows it: lower case letters, digits and hyphens; a changed one with digits of the run's own."""
     text = config.run.name or PurePosixPath(config.run.dir).name
-    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:MAX_NAME].strip("-") or "amfm"
+    name = re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:MAX_NAME].strip("-") or "amfm"
+    return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def shell(config: RunConfig, command: Sequence[str], raw: str = "") -> list[str]:
@@ -60,6 +63,7 @@ def pod_of(config: RunConfig, container: dict[str, Any], ranks: int, *, gpus: bo
     """The specification of a pod that has a node's GPUs, the claim, and enough shared memory: 64 MB are the default."""
     settings = config.launch.kubernetes
     variables = check_variables(config.launch.environment, "launch.environment")
+    env = [*container.get("env", []), *({"name": name, "value": text} for name, text in variables.items())]
     volumes: list[dict[str, Any]] = [
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": settings.shared_memory}}
     ]
@@ -74,7 +78,7 @@ def pod_of(config: RunConfig, container: dict[str, Any], ranks: int, *, gpus: bo
                 "image": plain(str(settings.image), "launch.kubernetes.image"),
                 "workingDir": settings.mount,
                 **container,
-                **({"env": [{"name": name, "value": text} for name, text in variables.items()]} if variables else {}),
+                **({"env": env} if env else {}),
                 **({"resources": {"limits": {"nvidia.com/gpu": ranks}}} if gpus else {}),
                 "volumeMounts": mounts,
             }
@@ -100,7 +104,10 @@ def make_jobset(config: RunConfig, arguments: list[str], nodes: int, ranks: int,
         "command": shell(config, words, '--node-rank "$JOB_COMPLETION_INDEX"' if nodes > 1 else ""),
         "ports": [{"containerPort": PORT}],
     }
-    pod = pod_of(config, container, ranks, gpus=gpus) | {"restartPolicy": "Never"}
+    pod = pod_of(config, container | {"env": [{"name": STOPPED_FAILS, "value": "1"}]}, ranks, gpus=gpus) | {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": config.launch.kubernetes.grace_seconds,
+    }
     spread = {
         "podAntiAffinity": {
             "requiredDuringSchedulingIgnoredDuringExecution": [
@@ -116,6 +123,12 @@ def make_jobset(config: RunConfig, arguments: list[str], nodes: int, ranks: int,
         "completions": nodes,
         "completionMode": "Indexed",
         "backoffLimit": 0,
+        # Input that was refused would be refused again.
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onExitCodes": {"containerName": "amfm", "operator": "In", "values": [BAD_INPUT]}}
+            ]
+        },
         "template": {"spec": pod | {"affinity": spread}},
     }
     return {
@@ -124,7 +137,10 @@ def make_jobset(config: RunConfig, arguments: list[str], nodes: int, ranks: int,
         "metadata": metadata_of(config),
         "spec": {
             "network": {"enableDNSHostnames": True},
-            "failurePolicy": {"maxRestarts": config.launch.max_restarts},
+            "failurePolicy": {
+                "maxRestarts": config.launch.max_restarts,
+                "rules": [{"name": "refused", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
             "replicatedJobs": [{"name": NODE, "replicas": 1, "template": {"spec": job}}],
         },
     }

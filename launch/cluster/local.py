@@ -29,11 +29,11 @@ from amfm.pretrain.checks.ranks import ranks_of_stage
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.event_log import VANISHED, has_vanished
 from amfm.pretrain.launcher_protocol import DONE, GOES_ON, INTERRUPTED, LAUNCHER_PID, NEXT_LAYOUT, RUN_FAILED
-from amfm.pretrain.monitor.signals import take_noted
+from amfm.pretrain.monitor.signals import SAVING, take_noted
 from amfm.pretrain.stages import resolve_stages, stage_of
 
 GRACE_SECONDS = 30.0  # what the other ranks get to end on their own after one failed
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+FORWARDED = SAVING
 HOST = "127.0.0.1"
 
 

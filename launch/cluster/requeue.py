@@ -13,16 +13,9 @@ from amfm.launch.cluster.slurm import Allocation
 from amfm.launch.console import say
 from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.event_log import ENDS, read_events
+from amfm.pretrain.event_log import last_word
 from amfm.pretrain.launcher_protocol import DONE
 from amfm.pretrain.stages import resolve_stages
-
-
-def last_word(run_dir: Path, seen: int) -> str | None:
-    """How the newest start of a run ended in good order, by its events after the first `seen`; None where it has not said."""
-    words = [str(event.get("event")) for event in read_events(run_dir)]
-    new = words[seen:] if len(words) >= seen else words  # someone emptied the file
-    return next((word for word in reversed(new) if word in ENDS), None)
 
 
 def queue_rest(config: RunConfig, allocation: Allocation, code: int) -> int:

@@ -52,6 +52,7 @@ from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, RESTART_CA
 POLL_SECONDS = 0.5
 CHECK_SECONDS = 120.0
 START_SECONDS = 120  # loading and a first step: an attempt that has less before its signal would save nothing new
+SIGNALLED = signal.strsignal(signal.SIGUSR1) or "User defined signal 1"
 FAILED_TASK = re.compile(r"srun: error: .*\btasks? (\d+)")
 # Each task takes its number as a rank from the variables that Slurm sets for it.
 AS_RANK = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
@@ -305,6 +306,9 @@ class Allocation:
         code = process.returncode
         if code in (DONE, BAD_INPUT):
             return Outcome(code)
+        if SIGNALLED in said.error:  # before the rank's first line, which notes it
+            self.was_signalled = True
+            return Outcome(DONE, began=False)
         named = [said.failed_task] if said.failed_task is not None and said.failed_task < num_ranks else []
         places = [(rank // self.ranks_per_node, rank) for rank in named] + [
             (node, None) for node in range(attempt.nodes)

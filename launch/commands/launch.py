@@ -5,6 +5,7 @@ Options that cannot take effect with the chosen launcher are refused; `--dry-run
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument
 from amfm.launch.commands.train import summarize
 from amfm.launch.console import print_json, say
 from amfm.launch.rank_command import rank_command
+from amfm.pretrain.event_log import last_word
+from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED, STOPPED_FAILS
 
 if TYPE_CHECKING:
     from amfm.launch.cluster.hosts import RemoteHosts
@@ -109,6 +112,9 @@ def launch(
     else:
         done = launch_ray(config, work, nodes, ranks, address, dry_run=dry_run)
     if isinstance(done, int):
+        if done == DONE and STOPPED_FAILS in os.environ and last_word(Path(config.run.dir)) == "signal":
+            say("amfm launch: a signal stopped the run before its last step")
+            done = RUN_FAILED
         if as_json:
             has_begun = not doctor and (Path(config.run.dir) / "config.yaml").is_file()
             progress = summarize(config.run.dir) if has_begun else {}

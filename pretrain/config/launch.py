@@ -55,6 +55,11 @@ class KubernetesConfig(Section):
     )
     mount: str = Field("/shared", description="Where the shared storage is in each pod; also the working directory.")
     shared_memory: str = Field("64Gi", description="Size of /dev/shm in each pod, whose default of 64 MB is too small.")
+    grace_seconds: int = Field(
+        300,
+        gt=0,
+        description="What a JobSet's pods get to save after SIGTERM, as at a drain; Kubernetes' own default is 30.",
+    )
     accelerator: str = Field("H100", description="GPU of a SkyPilot task, by SkyPilot's name.")
     bucket: str | None = Field(None, description="Bucket that a SkyPilot task mounts there, such as s3://BUCKET.")
 

@@ -1,6 +1,6 @@
-"""Signals: SIGTERM, SIGUSR1 and Ctrl-C ask the run to save and stop at the next step boundary.
+"""Signals: SIGTERM, SIGUSR1, SIGHUP (its terminal was closed) and Ctrl-C ask the run to save and stop at the next step boundary.
 
-SIGTERM and SIGUSR1 are noted from the first line of a process on (`note_signals`), before anything heavy is imported;
+All but Ctrl-C are noted from the first line of a process on (`note_signals`), before anything heavy is imported;
 the watch of the run takes over what came until then.
 
 The first Ctrl-C is answered at once, in a separate thread: a step may take minutes, and a panel that is being redrawn
@@ -18,21 +18,27 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Below nohup the run outlives its terminal, and SIGHUP stays ignored.
+SAVING = tuple(
+    number
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+)
+WATCHED = (*SAVING, signal.SIGINT)
 ON_INTERRUPT = "Ctrl-C: stopping after this step and saving; Ctrl-C again ends now and loses {lost}"
 
 _noted: list[int] = []
 
 
 def note_signals() -> None:
-    """Remember SIGTERM and SIGUSR1 instead of ending on them, until `take_noted`. Call it from the main thread."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """Remember signals that ask to save instead of ending on them, until `take_noted`. Call it from the main thread."""
+    for number in SAVING:
         signal.signal(number, _note)
 
 
 def take_noted() -> list[int]:
     """The signals noted so far, once; where none replaced it, the system's own action holds again."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in SAVING:
         if signal.getsignal(number) is _note:
             signal.signal(number, signal.SIG_DFL)
     taken = _noted.copy()

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from amfm.launch.cli import run
+from amfm.launch.cluster.kubernetes import name_of
 from amfm.pretrain.config.file import resolved_yaml
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
@@ -84,12 +85,41 @@ def test_a_jobset_holds_to_its_schema_and_starts_a_torchrun_per_pod(
     assert unknown_fields(made, parsed.to_dict()) == []
     job = parsed.spec.replicated_jobs[0].template.spec
     assert (job.parallelism, job.completions, job.completion_mode, job.backoff_limit) == (2, 2, "Indexed", 0)
+    assert job.template.spec.termination_grace_period_seconds == 300
+    (rule,) = job.pod_failure_policy.rules
+    assert (rule.action, rule.on_exit_codes.operator, rule.on_exit_codes.values) == ("FailJob", "In", [2])
+    assert parsed.spec.failure_policy.rules[0].action == "FailJobSet"
     (container,) = job.template.spec.containers
+    assert [variable.name for variable in container.env] == ["AMFM_STOPPED_FAILS", "NCCL_SOCKET_IFNAME"]
     *_, line = container.command
     assert line.startswith("source /shared/env.sh && exec amfm launch ")
-    assert line.endswith('--master my-run-8b-node-0-0.my-run-8b:29500 --node-rank "$JOB_COMPLETION_INDEX"')
-    assert made["metadata"] == {"name": "my-run-8b", "namespace": "training"}
+    assert line.endswith(
+        '--master my-run-8b-604a1f-node-0-0.my-run-8b-604a1f:29500 --node-rank "$JOB_COMPLETION_INDEX"'
+    )
+    assert made["metadata"] == {"name": "my-run-8b-604a1f", "namespace": "training"}
     assert {mount.mount_path for mount in container.volume_mounts} == {"/dev/shm", "/shared"}
+
+
+def test_runs_whose_names_kubernetes_would_write_alike_have_two(tmp_path: Path) -> None:
+    data = tiny_data(tmp_path / "data")
+    names = [name_of(tiny_config(data, tmp_path / "run", run__name=name)) for name in ("lr-x", "lr_x", "lr.x")]
+    assert names[0] == "lr-x" and len(set(names)) == 3
+
+
+def test_a_run_that_a_drain_stopped_is_not_complete(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pod that ends with 0 is a success for its job."""
+    monkeypatch.setattr("amfm.launch.commands.launch.run_attempts", lambda *_: 0)
+    (tmp_path / "run").mkdir()
+    events = tmp_path / "run/events.jsonl"
+    command = ["launch", str(path), "--on", "torchrun", "--nproc-per-node", "1"]
+    events.write_text('{"event": "start"}\n{"event": "signal"}\n')
+    assert run(command) == 0
+    monkeypatch.setenv("AMFM_STOPPED_FAILS", "1")
+    assert run(command) == 3
+    events.write_text('{"event": "start"}\n{"event": "end"}\n')
+    assert run(command) == 0
 
 
 def test_a_rayjob_s_pods_hold_to_their_schema_and_its_workers_are_nodes_and_spares(

@@ -155,6 +155,25 @@ def test_the_cause_of_a_failure_is_kept_above_a_long_traceback(
     assert allocation.start(Attempt(0, 1, None)) == Outcome(3, "amfm: rank 1: no progress")
 
 
+def test_a_signal_that_ends_a_rank_before_its_first_line_is_no_failure(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = {
+        "sinfo": ":",
+        "scontrol": "echo n1",
+        "srun": "echo 'srun: error: n1: task 0: User defined signal 1'; exit 138",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    allocation = Allocation(config, ["train"], ranks_per_node=2)
+    assert allocation.start(Attempt(0, 1, None)) == Outcome(0, began=False)
+    assert allocation.was_signalled
+
+
 def test_each_node_has_a_log_and_the_failed_rank_names_the_cause(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -166,7 +166,7 @@ launch.slurm.partition launch.slurm.account launch.slurm.qos launch.slurm.time_l
 launch.slurm.cpus_per_task launch.slurm.cpu_bind launch.slurm.memory launch.slurm.modules launch.slurm.signal_seconds launch.slurm.requeue launch.slurm.container_image
 launch.slurm.container_mounts launch.slurm.container_python launch.slurm.extra
 launch.kubernetes.image launch.kubernetes.namespace launch.kubernetes.claim launch.kubernetes.mount
-launch.kubernetes.shared_memory launch.kubernetes.accelerator launch.kubernetes.bucket
+launch.kubernetes.shared_memory launch.kubernetes.grace_seconds launch.kubernetes.accelerator launch.kubernetes.bucket
 """
 
 

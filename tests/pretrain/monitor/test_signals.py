@@ -66,6 +66,18 @@ def test_ctrl_c_at_a_terminal_saves_and_the_next_start_resumes_bit_for_bit(
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_closed_terminal_saves_the_step(nproc: int, tmp_path: Path) -> None:
+    settings = ["configs/probes/mqar.yaml", f"run.dir={tmp_path}", "train.steps=400", "schedule.warmup_steps=2"]
+    window = Terminal("train", *settings, "train.micro_batch_size=16", "--nproc", str(nproc))
+    window.wait_for_lines(tmp_path / "metrics.jsonl", 3)
+    assert window.close() == 0
+    last = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["name"]) == ("signal", "SIGHUP")
+    assert (tmp_path / f"checkpoints/step-{len(losses(tmp_path)):08d}/manifest.json").exists()
+
+
 def losses(directory: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
@@ -80,9 +92,22 @@ def test_a_signal_before_the_run_is_taken_over_by_its_watch_and_the_system_s_act
         "    assert watch.received == signal.SIGUSR1\n"
         "with SignalWatch() as watch:\n"
         "    assert watch.received == 0\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    assert watch.received == signal.SIGHUP\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGTERM
+
+
+def test_a_run_below_nohup_outlives_its_terminal() -> None:
+    program = (
+        "import os, signal\n"
+        "from amfm.pretrain.monitor.signals import SignalWatch\n"
+        "with SignalWatch() as watch:\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    assert watch.received == 0\n"
+    )
+    assert subprocess.run(["nohup", sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_only_training_outlives_a_signal_while_it_loads() -> None:
