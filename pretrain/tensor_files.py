@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from amfm.data_pipeline.durable.naming import named
@@ -206,12 +205,8 @@ def open_tensors(path: Path, error: Callable[[str], Exception] = ValueError) -> 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write contiguous tensors that share no memory to one file.
 
-    Raises OSError with the path, RuntimeError without a number.
+    Held twice meanwhile. Raises OSError with the path. (What safetensors writes itself no one else may read, whatever the
+    umask says.)
     """
-    try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-    except SafetensorError as problem:
-        number = re.search(r"os error (\d+)", str(problem))
-        if number is None:
-            raise RuntimeError(f"{path}: cannot be written ({problem})") from problem
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from problem
+    with named(path):
+        path.write_bytes(save(dict(tensors), metadata={"format": "pt"}))

@@ -261,10 +261,11 @@ class SegmentReader:
     def _line(self, stream: IO[bytes]) -> tuple[bytes, int]:
         """A line, as far as it may be long, and its whole length."""
         line = stream.readline(MAX_DOCUMENT_BYTES + 1)
-        num_bytes, last = len(line), line
-        while len(last) == MAX_DOCUMENT_BYTES + 1 and not last.endswith(b"\n"):
-            last = stream.readline(MAX_DOCUMENT_BYTES + 1)
-            num_bytes += len(last)
+        num_bytes = len(line)
+        while num_bytes > MAX_DOCUMENT_BYTES and not line.endswith(b"\n") and (rest := stream.readline(BUFFER_BYTES)):
+            num_bytes += len(rest)
+            if rest.endswith(b"\n"):
+                break
         return line, num_bytes
 
     def _parse(self, line: bytes, position: str) -> Document | Reject:
@@ -364,13 +365,12 @@ def open_input(file: InputFile) -> IO[bytes]:
     return file.open()
 
 
-def _read_at_most(stream: IO[bytes], most: int) -> bytes:
+def _read_at_most(stream: IO[bytes], most: int) -> bytearray:
     """Read a stream up to so many bytes; in pieces, because it makes room for all that it is asked for."""
-    pieces = []
-    while most > 0 and (piece := stream.read(min(most, BUFFER_BYTES))):
-        pieces.append(piece)
-        most -= len(piece)
-    return b"".join(pieces)
+    content = bytearray()
+    while piece := stream.read(min(most - len(content), BUFFER_BYTES)):
+        content += piece
+    return content
 
 
 def open_seekable(file: InputFile) -> Any:

@@ -45,6 +45,12 @@ def test_a_tag_is_refused_and_not_left_out(text: str) -> None:
         TreeReader("run.yaml").read(text)
 
 
+def test_a_file_of_megabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("- 1\n" * 300_000)
+    with pytest.raises(ValueError, match=r"a.yaml has 1200000 bytes, more than the 1048576 that such a file may have"):
+        read_tree(tmp_path / "a.yaml", [])
+
+
 @pytest.mark.parametrize("digits", ["9" * 5000, "9" * 5000 + "e9", "0." + "3" * 5000])
 def test_a_number_of_thousands_of_digits_is_no_number(digits: str) -> None:
     """Python refuses to read one, in words about itself; as text it is refused with the place and rule of its setting."""

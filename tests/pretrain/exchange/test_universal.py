@@ -174,6 +174,8 @@ def test_a_round_trip_is_bit_equal_and_what_is_not_whole_is_named(
     exported: tuple[RunConfig, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, out = exported
+    modes = {path.stat().st_mode for path in out.rglob("*") if path.is_file()}
+    assert len(modes) == 1, "of each file what the umask says"
     assert run(["import", str(out), str(tmp_path / "back")]) == 0
     step = "step-00000002"
     found = diff_checkpoints(Path(config.run.dir, "checkpoints", step), tmp_path / "back" / "checkpoints" / step)
