@@ -41,7 +41,7 @@ SETTING = re.compile(rf"(?:{'|'.join(SECTIONS)})(?:\.(?:[a-z_0-9]+|\*))+")
 EXAMPLES = {"model.mixers.halving", "optimizer.lr"}  # the second is torchtitan's
 # Flags of other programs that pages name, and of our recipes.
 FOREIGN_FLAGS = {
-    *("--toy", "--mem", "--cpus-per-task", "--container-image", "--container-mounts"),
+    *("--toy", "--mem", "--dependency", "--cpus-per-task", "--container-image", "--container-mounts"),
     *("--model", "--model_args", "--include_path", "--batch_size"),  # lm_eval
     *("--logdir", "--reports"),  # tensorboard, tests.faults.table
     *(
