@@ -11,6 +11,8 @@ from typing import Any
 from amfm.data_pipeline.durable.lines import LineFile, read_lines
 
 ENDS = ("end", "signal")  # the last word of a start that ended in good order
+FRESH_START_EVENTS = ("next_layout", "guide_removed")  # of ranks that restart in good order
+IN_ORDER = (*ENDS, "rolled_back_to", "rolled_forward", *FRESH_START_EVENTS)  # or what may follow it
 
 VANISHED = (
     "all ranks ended with code 0 and the run's events report no end: a plug-in or a library ended the process; the same command "

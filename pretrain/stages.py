@@ -204,10 +204,6 @@ class Built:
         return None
 
 
-# Events of ranks that restart in good order.
-FRESH_START_EVENTS = ("next_layout", "guide_removed")
-
-
 def fresh_starts(config: RunConfig) -> list[int]:
     """Steps after which a run starts its ranks again: the next step is built by something else."""
     stages = resolve_stages(config)

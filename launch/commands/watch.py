@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -44,7 +44,7 @@ def watch(
     if prometheus is not None:
         serve_metrics(run, prometheus)
     elif as_json:
-        print_json(run.to_json(run.final()))
+        print_json(run.to_json(run.final()) | {"health": judge_whole(run_dir)})
     else:
         try:
             show_live(run, stays=stay)
@@ -52,6 +52,19 @@ def watch(
             say(f"amfm: no longer watching {run_dir}; the run is not touched")
             raise typer.Exit(INTERRUPTED) from None
     raise typer.Exit(RUN_FAILED if run.state in ("failed", "lost") else DONE)
+
+
+def judge_whole(run_dir: Path) -> dict[str, Any] | None:
+    """The verdict on a run as JSON values; None before its first step."""
+    from amfm.pretrain.monitor.health import judge
+    from amfm.pretrain.report.data import read_json_lines
+
+    metrics, events = (
+        read_json_lines(path)[0] if path.is_file() else []
+        for path in (run_dir / "metrics.jsonl", run_dir / "events.jsonl")
+    )
+    steps = [line for line in metrics if isinstance(line.get("step"), int)]
+    return judge(steps, events).to_json() if steps else None
 
 
 def serve_metrics(run: FollowedRun, address: str) -> None:

@@ -180,6 +180,8 @@ class FollowedRun:
         elif kind == "checkpoint" and isinstance(step, int):
             moment = to_seconds(event.get("time"))
             self.panel.checkpoint_step, self.panel.checkpoint_time = step, moment
+        elif kind in ("rolled_back_to", "rolled_forward") and isinstance(step, int):
+            self.panel.checkpoint_step, self.panel.checkpoint_time = step, None
         elif kind == "end":
             is_whole = event.get("reason") == "finished"
             self.state, self.cause = ("finished", "") if is_whole else ("stopped", str(event.get("reason", "")))

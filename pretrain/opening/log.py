@@ -17,7 +17,7 @@ from amfm.pretrain.checkpoint.load import LoadedCheckpoint
 from amfm.pretrain.checks.low_precision import warn_of_recipe
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.event_log import read_events
+from amfm.pretrain.event_log import FRESH_START_EVENTS, read_events
 from amfm.pretrain.launcher_protocol import RESTART_CAUSE, TORCHRUN_RESTARTS
 from amfm.pretrain.monitor.display import Display
 from amfm.pretrain.monitor.environment import record_environment
@@ -27,7 +27,7 @@ from amfm.pretrain.monitor.panel import plural
 from amfm.pretrain.opening.origin import describe_origin
 from amfm.pretrain.parallel import describe_environment
 from amfm.pretrain.run import Run
-from amfm.pretrain.stages import FRESH_START_EVENTS, resolve_stages
+from amfm.pretrain.stages import resolve_stages
 
 
 def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) -> None:

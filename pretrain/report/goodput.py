@@ -13,11 +13,10 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
+from amfm.pretrain.event_log import IN_ORDER
 from amfm.pretrain.report.data import RunRecord, is_number
-from amfm.pretrain.stages import FRESH_START_EVENTS
 
 ENDS = ("end", "signal", "failed", "gave_up")
-IN_ORDER = ("end", "signal", "rolled_back_to", "rolled_forward", *FRESH_START_EVENTS)
 MEASURED = ("validation_seconds", "tasks_seconds")
 
 

@@ -17,6 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from amfm.pretrain.monitor.health import Verdict
 from amfm.pretrain.report.colours import DARK, LIGHT
 from amfm.pretrain.report.draw import draw_svg
 from amfm.pretrain.report.numbers import plain
@@ -94,6 +95,16 @@ def render_heading(name: str, state: str, where: str, *, is_done: bool) -> str:
         f'<header><h1>{escape(name)}</h1><span class="state {"done" if is_done else "going"}">{escape(state)}</span>'
         f'<span class="where">{escape(where)}, written {written}</span></header>'
     )
+
+
+def render_verdict(verdict: Verdict) -> str:
+    """Render whether the run is well: a sign and a word, and each finding with what to do."""
+    found = [
+        f"<li><b>{escape(finding.text)}</b> {escape(finding.remedy)} ({escape(finding.page)})</li>"
+        for finding in verdict.findings
+    ]
+    kind, sign = ("look", "&#9650;") if found else ("well", "&#9679;")
+    return f'<div class="verdict {kind}"><p>{sign} {escape(verdict.level)}</p><ul>{"".join(found)}</ul></div>'
 
 
 def render_cards(cards: Sequence[Card]) -> str:

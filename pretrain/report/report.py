@@ -13,6 +13,7 @@ from pathlib import Path
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.model.config.kinds import describe_symbol
 from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.monitor.health import judge
 from amfm.pretrain.monitor.panel import plural
 from amfm.pretrain.report.attempts import HEADER, list_attempts
 from amfm.pretrain.report.data import RunRecord, read_run
@@ -35,6 +36,7 @@ from amfm.pretrain.report.page import (
     render_shares,
     render_table,
     render_text,
+    render_verdict,
     show_time,
 )
 from amfm.pretrain.report.page_data import describe_page
@@ -95,6 +97,7 @@ def render_run(record: RunRecord) -> str:
     parts = [
         render_heading(record.name(), state, str(record.directory), is_done=is_done),
         f'<div class="bar"><div style="width:{progress:.2f}%"></div></div>',
+        render_verdict(judge(record.metrics, record.events)),
         render_cards(make_cards(record)),
         *map(render_note, record.notes),
         *([] if time is None else [f"<h2>Time</h2>{render_shares(*time)}"]),
