@@ -33,7 +33,9 @@ NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")
 def exit_code(error: ValueError | RuntimeError | OSError | MemoryError) -> int:
     """2 for what the user can correct, 3 for the machine's state; for an error that ended a start, or a whole verb."""
     if isinstance(error, OSError):
-        # Libraries raise some without a number, for files that are not there.
+        # Libraries raise some without a number, for files that are not there, and for those that do not answer.
+        if isinstance(error, TimeoutError):
+            return RUN_FAILED
         return BAD_INPUT if error.errno is None or error.errno in CORRECTABLE else RUN_FAILED
     return BAD_INPUT if isinstance(error, ValueError | NoCredentialsError) else RUN_FAILED
 

@@ -30,7 +30,7 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with named(path):
-            self._descriptor = os.open(path, FLAGS, 0o644)
+            self._descriptor = os.open(path, FLAGS, 0o666)
             self._drop_torn_end()
 
     def write(self, record: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ def take_lock(path: Path, *, wait: bool) -> IO[bytes] | None:
     would hit another file. A link is refused (OSError, ELOOP). The lock belongs to the open file, which a child inherits
     by fork but not over exec.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     lock = os.fdopen(descriptor, "r+b", buffering=0)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -130,7 +130,11 @@ def start_ray(address: str | None, report: Report = silent, **options: Any) -> N
             )
     except ConnectionError as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"--address {address}: {reason} {SEND_TOKEN} {START_RAY}") from error
+        # It has answered before, so that it is there; a driver talks to it through the Ray process of its own machine.
+        join = (
+            f"This machine must be a node of the cluster: `ray start --address {address}` here, or run this on a node."
+        )
+        raise ValueError(f"--address {address}: {reason} {join} {SEND_TOKEN} {START_RAY}") from error
     except Exception as error:
         if NOT_STARTED not in str(error):  # Ray gives it no class of its own
             raise

@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +91,7 @@ class RankHost:
         environment = {**os.environ, **variables, LAUNCHER_PID: str(os.getpid())}
         # Unbuffered: the ranks of a node append whole lines to one file.
         with open(
-            path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o644)
+            path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)
         ) as output:
             self.process = subprocess.Popen(
                 command,
@@ -165,10 +166,11 @@ class RayCluster:
         except RayError as error:
             return Outcome(RUN_FAILED, first_line(error))
         finally:
-            for actor in self.actors:
-                ray.kill(actor)
+            with suppress(RayError):  # of a cluster whose head is gone, which says nothing new
+                for actor in self.actors:
+                    ray.kill(actor)
+                remove_placement_group(group)
             self.actors = []
-            remove_placement_group(group)
 
     def _is_placed(self, group: Any, nodes: int) -> bool:
         """Wait until the group has its nodes; False when that takes too long, or too few are left to hope for.

@@ -26,6 +26,12 @@ def test_a_path_is_the_users_to_correct_until_the_run_is_under_way(name: str) ->
     assert exit_code(raised.value) == 3
 
 
+def test_what_did_not_answer_in_time_is_the_machine_s_state() -> None:
+    """As Ray's GetTimeoutError, which has no number, where the head of a cluster is gone."""
+    assert exit_code(TimeoutError("GCS server is dead")) == 3
+    assert exit_code(FileNotFoundError("no such dataset")) == 2
+
+
 def test_credentials_are_the_users_to_set_until_the_run_is_under_way() -> None:
     assert exit_code(NoCredentialsError("none")) == 2
     with pytest.raises(RuntimeError, match="none") as raised, while_running():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from amfm.data_pipeline.durable.lines import LineFile
 from amfm.data_pipeline.durable.locks import take_lock
 
 
@@ -27,3 +29,16 @@ def test_a_link_in_the_place_of_a_lock_is_refused_and_its_target_untouched(tmp_p
     with pytest.raises(OSError, match="symbolic links"):
         take_lock(path, wait=False)
     assert victim.read_text() == "years of work"
+
+
+def test_locks_and_logs_have_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:
+    """A group with umask 002 continues the run of a colleague."""
+    before = os.umask(0o002)
+    try:
+        lock, lines = take_lock(tmp_path / "lock", wait=False), LineFile(tmp_path / "lines")
+    finally:
+        os.umask(before)
+    assert lock is not None
+    lock.close()
+    lines.close()
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o664}
