@@ -159,7 +159,7 @@ class Master:
         self.samples: list[float] = []
         self.lines: list[str] = []
         self.busy = machine_seconds()
-        self.end = zygote.start()
+        os.environ[zygote.ADDRESS], self.end = zygote.start()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Add a test's seconds to its file's."""

@@ -13,6 +13,7 @@ with the process that started them, and what was forked ends when nothing waits 
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import os
 import pickle
@@ -52,8 +53,8 @@ _SECONDS = [0.0]
 class Forked:
     """A process that was forked, with those parts of `subprocess.Popen` that tests use."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
+    def __init__(self, connection: socket.socket, folder: str) -> None:
+        self.connection, self.folder = connection, folder
         (self.pid,) = self._read(NUMBER)
         self.returncode: int | None = None
 
@@ -62,7 +63,7 @@ class Forked:
         while len(data) < form.size:
             more = self.connection.recv(form.size - len(data))
             if not more:
-                log = Path(os.environ[ADDRESS], "log")
+                log = Path(self.folder, "log")
                 raise RuntimeError(f"the process from which tests fork ended: {log.read_text()[-2000:]}")
             data += more
         return form.unpack(data)
@@ -130,19 +131,27 @@ def _read_early(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _ask(zygote: str, request: dict[str, Any], streams: Sequence[int]) -> Forked:
-    folder = os.environ.get(ADDRESS)
-    if folder is None or json.loads(Path(folder, "variables.json").read_text()) != _read_early(os.environ):
-        atexit.register(start())
+    folder, variables = os.environ.get(ADDRESS), _read_early(os.environ)
+    if folder is None or json.loads(Path(folder, "variables.json").read_text()) != variables:
+        folder = _own(tuple(sorted(variables.items())))
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(os.path.join(os.environ[ADDRESS], zygote))
+    connection.connect(os.path.join(folder, zygote))
     data = pickle.dumps({"env": dict(os.environ), "cwd": str(Path.cwd())} | request)
     socket.send_fds(connection, [NUMBER.pack(len(data))], list(streams))
     connection.sendall(data)
-    return Forked(connection)
+    return Forked(connection, folder)
 
 
-def start() -> Callable[[], None]:
-    """Start both processes, for this process and all that it starts; returns what ends them."""
+@functools.cache
+def _own(variables: tuple[tuple[str, str], ...]) -> str:
+    """The folder of processes that this one starts with its variables, where it has none that were started for it."""
+    folder, end = start()
+    atexit.register(end)
+    return folder
+
+
+def start() -> tuple[str, Callable[[], None]]:
+    """Start both processes; returns their folder, which `ADDRESS` names to others, and what ends them."""
     folder = tempfile.mkdtemp(prefix="z.")
     Path(folder, "variables.json").write_text(json.dumps(_read_early(os.environ)))
     listeners = [_listen(os.path.join(folder, name)) for name in (FULL, BARE)]
@@ -152,16 +161,13 @@ def start() -> Callable[[], None]:
         server = subprocess.Popen(command, pass_fds=numbers, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=ROOT)
     for listener in listeners:
         listener.close()
-    os.environ[ADDRESS] = folder
     owner = os.getpid()
 
     def end() -> None:
         if os.getpid() == owner and server.returncode is None:
-            if os.environ.get(ADDRESS) == folder:
-                del os.environ[ADDRESS]
             server.communicate()  # at the end of its input it ends
 
-    return end
+    return folder, end
 
 
 def _listen(place: str) -> socket.socket:

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import importlib.util
 import os
 import pickle
 import runpy
@@ -29,6 +30,9 @@ from typing import Any
 from tests.helpers.processes.zygote import END, NUMBER
 
 BARE_MODULES = ("torch", "deepspeed", "megatron.core.parallel_state", "typer", "pydantic", "safetensors.torch", "yaml")
+# What transformers imports of others for each export that is verified, where it is installed. Not transformers: it reads its
+# folders when it is imported.
+FOR_TRANSFORMERS = ("PIL.Image", "scipy.optimize", "tokenizers")
 FULL_MODULES = ("amfm.launch.cli", "amfm.launch.cluster.local", "amfm.pretrain.train", "tests.helpers.spawn")
 
 
@@ -206,7 +210,8 @@ def main() -> None:
     """Serve with the bare modules in a fork, and with all here."""
     full, bare = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
     folder = Path(full.getsockname()).parent
-    load(BARE_MODULES)
+    present = [name for name in FOR_TRANSFORMERS if importlib.util.find_spec(name.partition(".")[0])]
+    load((*BARE_MODULES, *present))
     pid = os.fork()
     if not pid:
         full.close()

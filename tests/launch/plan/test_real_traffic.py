@@ -32,10 +32,11 @@ MOM = "model.mixers={gated_deltanet: {num_heads: 4, head_dim: 8}, mom: {num_memo
 LIGHTNING = "model.mixers.lightning={num_heads: 8, head_dim: 8}"
 INDEXER = "model.attention.indexer.top_k=50 model.attention.indexer.head_dim=8"
 WARM_UP = f"{INDEXER} model.attention.indexer.stage=warm_up"
+FEWER_ROWS = "train.global_batch_size=8"
 TWO_RANKS = [
-    "expert=2 model.moe.capacity_factor=1.5",
-    "tensor=2 sequence_parallel=true zero_stage=2 model.attention.qk_norm=true",
-    "context=2 model.moe.auxiliary_loss_weight=0.1 model.moe.sequence_loss_weight=0.1",
+    f"expert=2 model.moe.capacity_factor=1.5 {FEWER_ROWS}",
+    f"tensor=2 sequence_parallel=true zero_stage=2 model.attention.qk_norm=true {FEWER_ROWS}",
+    f"context=2 model.moe.auxiliary_loss_weight=0.1 model.moe.sequence_loss_weight=0.1 {FEWER_ROWS}",
     "pipeline=2 model.tie_embeddings=true",
 ]
 TWO_RANKS_MORE = [
