@@ -43,7 +43,7 @@ def test_a_refusal_is_waited_for_and_said_once(
     wait = StorageWait(tmp_path, 300)
     assert wait.until(look) == "done" and not answers
     assert capsys.readouterr().err.count("waiting for the storage") == 1
-    wait.limit = wait.deadline = 0.0
+    wait.limit = wait.deadline = 0.0  # short: the wait is over before it begins
     answers += [FULL]
     with pytest.raises(RuntimeError, match=r"No space left on device, for 0 s \(launch\.storage_wait_seconds\)"):
         wait.until(look)
