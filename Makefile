@@ -10,7 +10,7 @@ CLIENTS := .clients
 # Processes that share the tests; each has one thread, and tests start up to eight ranks of their own.
 WORKERS ?= 3
 
-.PHONY: quickstart install test test-seeds test-slow test-cluster test-peers test-mutation test-versions gpu check format docs site dist constraints bench clients clean
+.PHONY: quickstart install test test-seeds test-processors test-slow test-cluster test-peers test-mutation test-versions gpu check format docs site dist constraints bench clients clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/amfm doctor
@@ -71,6 +71,12 @@ SEEDS ?= 1 2 3 4 5
 test-seeds: $(VENV)/.installed-dev
 	for seed in $(SEEDS); do $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --seed-offset $$seed \
 		-p randomly --randomly-seed $$seed --randomly-dont-reset-seed || exit 1; done
+
+# As on other processors, and with the newest release of Python: 1, 2 and 4 threads, older vector units.
+test-processors: $(VENV)/.installed-dev
+	$(BIN)/python tests/processors.py --numprocesses $(WORKERS) --dist worksteal
+	tests/versions.sh build/versions/newest python3.13 torch
+	build/versions/newest/bin/python -m pytest -p no:cacheprovider --numprocesses $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.installed-dev
 	@git log -1 --format='commit %h of %ci' && git status --short
