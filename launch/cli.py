@@ -1,12 +1,11 @@
 """The `amfm` command: its verbs, and how an error becomes one message and an exit code.
 
 Exit codes: 0 done, 2 bad input, 3 the run failed and can be resumed, 4 a rank ended before a stage of another layout, 130 interrupted; a bug shows its traceback.
-Heavy packages are imported inside the verbs, so that help and mistakes answer at once.
+The verb that is called is imported (verbs.py), and heavy packages inside it, so that help and mistakes answer at once.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import sys
 import warnings
@@ -16,28 +15,8 @@ from typing import Any
 import typer
 
 from amfm.data_pipeline.terminal import LastingStream
-from amfm.launch.commands import (
-    config,
-    convert,
-    data,
-    doctor,
-    evaluate,
-    export,
-    init,
-    launch,
-    plan,
-    profile,
-    recipes,
-    rollback,
-    serve,
-    shrink,
-    study,
-    tasks,
-    train,
-    watch,
-)
-from amfm.launch.commands.bench import verbs as bench
 from amfm.launch.console import UNUSED_LIBRARIES, print_json, say
+from amfm.launch.verbs import Verbs, without_types_of_flags
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.extras import DISTRIBUTION, absent_extras_in_words
 from amfm.pretrain.failures import describe, exit_code, imports_in_words, is_bug, launches_in_words
@@ -50,23 +29,21 @@ RESUMABLE_VERBS = ("train", "convert", "prepare", "launch", "study")
 
 app = typer.Typer(
     name="amfm",
+    cls=Verbs,
     help="Pretrain hybrid Mamba2, attention and mixture-of-experts language models from one YAML file.",
     epilog="Example: amfm prepare configs/tiny_cpu.yaml, then amfm train configs/tiny_cpu.yaml train.stop_after_steps=20",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (
-    *(init, config, recipes, doctor, data, plan, train, rollback, watch, launch, profile, tasks),
-    *(convert, evaluate, export, shrink, serve, bench, study),
-):
-    module.add_verbs(app)
 
 
 def print_version(asked: bool) -> None:
     """Typer callback: print `amfm VERSION` and exit; a checkout that was never installed has no number."""
     if not asked:
         return
+    import importlib.metadata
+
     try:
         number = importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -134,23 +111,6 @@ def run(arguments: Sequence[str]) -> int:
             )
             say(f"amfm: {arguments[0]} stopped; {again} (amfm --traceback {arguments[0]} ... shows where it failed)")
         return code
-
-
-def without_types_of_flags(command: Any) -> Any:
-    """Return a command whose help, and that of those below it, gives flags no type: typer writes `<bool>`, as if one followed."""
-    original = command.get_params
-
-    def get_params(context: Any) -> Any:
-        parameters = original(context)
-        for parameter in parameters:
-            if getattr(parameter, "is_flag", False) and parameter.metavar is None:
-                parameter.metavar = ""
-        return parameters
-
-    command.get_params = get_params
-    for child in getattr(command, "commands", {}).values():
-        without_types_of_flags(child)
-    return command
 
 
 def describe_as_json(message: str, code: int, error: BaseException) -> dict[str, Any]:

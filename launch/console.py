@@ -14,7 +14,6 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
 from amfm.data_pipeline.progress import format_seconds
@@ -107,6 +106,8 @@ def show_progress(name: str, *, every_seconds: float = 1.0, console: Console | N
 
         yield show_line
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(BAR_WIDTH, table_column=Column(min_width=BAR_WIDTH)),

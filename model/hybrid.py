@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from amfm.kernels.linear_cross_entropy.op import CrossEntropy
 from amfm.kernels.runtime.backend import resolve_backend
+from amfm.kernels.runtime.compiling import prepare_to_compile
 from amfm.model.block import Block, Blocks, Stream, multiply
 from amfm.model.config.checks import check_model
 from amfm.model.config.mup import logits_multiplier
@@ -148,6 +149,7 @@ class HybridModel(nn.Module):
         their own. The mixer is compiled, not the block: torch limits the number of graphs a function may have, and blocks of
         all kinds share one function.
         """
+        prepare_to_compile()
         for _, block in self.all_blocks():
             block.mixer.compile(backend=compiler)
 

@@ -8,6 +8,8 @@ made only where someone asks for them: in decoding, evaluation of a task, and co
 from __future__ import annotations
 
 import torch
+
+import amfm.model.parallel  # noqa: F401  # isort: skip  # first, since it guards the import of Megatron-core
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,

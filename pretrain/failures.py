@@ -12,8 +12,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from amfm.data_pipeline.store.object_store import NoCredentialsError
-from amfm.pretrain.checkpoint.names import newest_saved_step
+from amfm.data_pipeline.store.credentials import NoCredentialsError
 from amfm.pretrain.launcher_protocol import BAD_INPUT, RUN_FAILED
 
 # What a path in the settings can be wrong about; the rest of the system's errors are the machine's state.
@@ -102,6 +101,8 @@ def settings_worked(run_dir: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        from amfm.pretrain.checkpoint.names import newest_saved_step
+
         if newest_saved_step(run_dir) < 0:
             raise
         raise RuntimeError(describe(error)) from error

@@ -21,11 +21,14 @@ import numpy
 import torch
 import torch.distributed
 import torch.utils.deterministic
+
+import amfm.model.parallel  # noqa: F401  # isort: skip  # first, since it guards the import of Megatron-core
 from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
+from amfm.kernels.runtime.compiling import use_deterministic_algorithms
 from amfm.model.parallel.groups import AXES, ProcessGroupCollection
 from amfm.model.parallel.row_room import RowRoom
 from amfm.pretrain.config.schema import ParallelConfig
@@ -359,7 +362,7 @@ def set_determinism(seed: int, deterministic: bool | None = None) -> bool:
     chosen = not torch.cuda.is_available() if deterministic is None else deterministic
     if chosen:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(chosen, warn_only=torch.cuda.is_available())
+    use_deterministic_algorithms(chosen, warn_only=torch.cuda.is_available())
     # Filling costs a pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return chosen

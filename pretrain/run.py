@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.model.hybrid import HybridModel
@@ -24,9 +24,11 @@ from amfm.pretrain.monitor.phases import UNTIL_UPDATE, PhaseClock
 from amfm.pretrain.monitor.profile import StepProfiler
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.parallel import Parallel
-from amfm.pretrain.pipeline import Pipeline
 from amfm.pretrain.recompute import recomputed_letters
 from amfm.pretrain.stages import Built, RunStage, in_layout, stage_of
+
+if TYPE_CHECKING:
+    from amfm.pretrain.pipeline import Pipeline
 
 
 @dataclass

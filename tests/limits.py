@@ -16,14 +16,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SHORTEST = 300.0
 REASON = "# short: "
-_NUMBER = r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\b"
+_NUMBER = r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\b(?! \*)"  # and no product of numbers
 LIMITS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         # timeout=60, "timeout_seconds": 60, train__timeout_seconds=60, patience: float = 60
         rf"\b\w*(?:timeout|patience|deadline)(?:_seconds|_s)?[\"']?\]?(?:\s*:\s*(?:float|int))?\s*[=:]\s*{_NUMBER}",
         rf"\.(?:wait|join|communicate|result)\(\s*{_NUMBER}\s*\)",
-        rf"(?:monotonic|perf_counter|time)\(\) \+ {_NUMBER}(?! \*)",
+        rf"(?:monotonic|perf_counter|time)\(\) \+ {_NUMBER}",
         rf"\b(?:start_process_group|mark\.timeout)\(\s*{_NUMBER}",
     )
 ]

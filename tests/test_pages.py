@@ -17,6 +17,7 @@ import pytest
 import typer
 
 from amfm.launch.cli import app
+from amfm.launch.verbs import VERBS, load_verb
 from amfm.pretrain.config.fields import describe_fields, describe_sections
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +91,9 @@ def source_files() -> set[str]:
 
 @cache
 def command_line() -> typer.core.TyperGroup:
-    return typer.main.get_command(app)
+    command = typer.main.get_command(app)
+    command.commands = {name: load_verb(name) for name in VERBS}
+    return command
 
 
 @cache

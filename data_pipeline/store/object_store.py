@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.durable.naming import named
+from amfm.data_pipeline.store.credentials import NoCredentialsError
 from amfm.data_pipeline.store.range_stream import RangeStream
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
@@ -27,10 +28,6 @@ STREAM_BYTES = 2 * 2**20  # one request of a file that is read from one end to t
 def is_url(path: str) -> bool:
     """Whether a path of the configuration names an object store and no folder."""
     return "://" in path
-
-
-class NoCredentialsError(RuntimeError):
-    """This machine has no credentials for an object store: for its user to set where a command starts."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import functools
 import logging
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from amfm.kernels.attention.log_sums import note_log_sums
@@ -23,6 +22,7 @@ from amfm.kernels.attention.varlen import DocumentEnds, attention_varlen, refuse
 from amfm.kernels.attention.window_torch import WindowSums, window_attention_torch, window_sums_torch
 from amfm.kernels.common.shapes import check_documents, check_float, check_shape
 from amfm.kernels.runtime.backend import resolve_backend
+from amfm.kernels.runtime.compiling import assume_constant
 
 _LOG = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def fastest_backend(
     return "torch"
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def _note_choice(backend: str, reason: str) -> None:
     """As `_log_choice`, where torch.compile looks: a message would cut a graph in two."""
     _log_choice(backend, reason)

@@ -12,7 +12,7 @@ takes both as plain numbers, so it alone is let in.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import inspect
 import re
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from amfm.kernels.attention.flash import largest_head
+from amfm.kernels.runtime.compiling import assume_constant
 
 FIRST_TORCH = (2, 10)
 PARAMETERS = ("cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size", "enable_gqa")
 _MODULE = "torch.nn.attention.varlen"
-# PyTorch's function, None in releases before it. Looked up once: torch.compile can't look into an import.
-_VARLEN_ATTENTION: Any = importlib.import_module(_MODULE).varlen_attn if importlib.util.find_spec(_MODULE) else None
+_varlen_attention: Any = None
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,20 @@ def refuse_varlen(dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def _refuse_own_release() -> str | None:
     """What `_refuse_release` says of this torch, of which torch.compile need know no more."""
     return _refuse_release(torch.__version__)
+
+
+@assume_constant
+def _load() -> None:
+    """Import PyTorch's function once: its module imports half a compiler, which a CPU has no use for.
+
+    Its place is a global, which torch.compile reads; into an import it can't look.
+    """
+    global _varlen_attention  # noqa: PLW0603
+    _varlen_attention = importlib.import_module(_MODULE).varlen_attn
 
 
 @functools.cache
@@ -77,7 +87,8 @@ def _refuse_release(version: str) -> str | None:
     major, minor = map(int, re.findall(r"\d+", version)[:2])
     if (major, minor) < FIRST_TORCH:
         return f"torch {version} does not have it; torch 2.10 and later do"
-    missing = [name for name in PARAMETERS if name not in inspect.signature(_VARLEN_ATTENTION).parameters]
+    _load()
+    missing = [name for name in PARAMETERS if name not in inspect.signature(_varlen_attention).parameters]
     return f"that of torch {version} does not take {', '.join(missing)}" if missing else None
 
 
@@ -95,8 +106,9 @@ def attention_varlen(
         (ends.offsets, ends.longest) if ends.key_offsets is None else (ends.key_offsets, ends.longest_keys)
     )
     before = -1 if window is None else window - 1
+    _load()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        y: Tensor = _VARLEN_ATTENTION(
+        y: Tensor = _varlen_attention(
             q, k, v, ends.offsets, key_offsets, ends.longest, longest_keys,
             scale=scale, window_size=(before, 0), enable_gqa=heads != k.shape[1],
         )  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from amfm.kernels.common.gradient_sum import gradient_sum_of
+from amfm.kernels.runtime import compiling  # noqa: F401  # first: it marks the custom operations
 
 # Of backward's results and of what was kept, by name: gradients by the names of the inputs.
 Unpack = Callable[[tuple[Tensor, ...], Any], dict[str, Tensor | None]]

@@ -32,6 +32,7 @@ from amfm.kernels.mamba2.passes import (
     split_heads,
 )
 from amfm.kernels.mamba2.sizes import MixerSizes
+from amfm.kernels.runtime.compiling import disable_compile
 
 
 @torch.library.custom_op("amfm::mamba2_leaving_triton", mutates_args=())
@@ -234,7 +235,7 @@ class _MixSegments(torch.autograd.Function):
         return d_projected, *d_weights, d_norm_weight, into_out, *(None,) * 6
 
 
-@torch.compiler.disable
+@disable_compile
 def mix_segments(
     projected_RLX: Tensor,
     conv_weight_CW: Tensor,

@@ -17,6 +17,7 @@ import re
 
 import torch
 
+from amfm.kernels.runtime.compiling import assume_constant
 from amfm.kernels.runtime.first_use import CannotCheck, can_be_checked, find_faults
 from amfm.kernels.runtime.user_cache import place_triton_cache
 
@@ -113,7 +114,7 @@ def find_miscompile(version: tuple[int, int, int], capability_major: int) -> str
     return None
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def _check_triton(device: torch.device, operation: str | None) -> None:
     """Raise ValueError where an operation's kernels cannot run on `device`, or are wrong; every call of one asks."""
     refusal = refuse_triton(device)

@@ -13,6 +13,7 @@ from torch import Tensor
 from amfm.kernels.moe.grouping import count_experts
 from amfm.kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
 from amfm.kernels.moe.op import Routing
+from amfm.kernels.runtime.compiling import disable_compile
 from amfm.model.config.moe import MoeConfig
 from amfm.model.parallel.groups import ProcessGroupCollection
 
@@ -49,7 +50,7 @@ def sum_over_context(counts: Tensor, groups: ProcessGroupCollection) -> Tensor:
     return counts if groups.cp.size() == 1 else _sum(counts, groups)
 
 
-@torch.compiler.disable
+@disable_compile
 def _sum(counts: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """All-reduce a copy: the counts of this rank are reported too."""
     total = counts.clone()

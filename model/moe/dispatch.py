@@ -22,9 +22,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any, NotRequired, TypedDict, Unpack
 
-import torch
 from torch import Tensor
 
+from amfm.kernels.runtime.compiling import disable_compile
 from amfm.model.moe.by_rank import RowsByRank
 from amfm.model.moe.by_slot import RowsBySlot
 from amfm.model.moe.transfer import HeldExperts
@@ -47,7 +47,7 @@ class Dispatched(TypedDict):
     slots: NotRequired[int | None]
 
 
-@torch.compiler.disable
+@disable_compile
 def dispatch_feed_forward(**way: Unpack[Dispatched]) -> tuple[Tensor, Any]:
     """Sum weight times expert over each token's choices, [R, D], and call the other work while rows travel; returns both.
 

@@ -17,11 +17,12 @@ import torch.distributed
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from amfm.kernels.runtime.compiling import disable_compile
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.segments import Segments
 
 
-@torch.compiler.disable
+@disable_compile
 def receive_windows(inputs_RLC: Tensor, width: int, segments: Segments, groups: ProcessGroupCollection) -> Tensor:
     """Receive the `width` inputs before each of this rank's segments: [R, width, C], from inputs [R, L, C] of all segments.
 
@@ -35,7 +36,7 @@ def receive_windows(inputs_RLC: Tensor, width: int, segments: Segments, groups: 
     return _hide_others(windows_B2WC, segments).flatten(0, 1)
 
 
-@torch.compiler.disable
+@disable_compile
 def receive_states(final_B2HKV: Tensor, transfer: Tensor, segments: Segments, groups: ProcessGroupCollection) -> Tensor:
     """Compute the state that enters each of this rank's segments, [B, 2, H, K, V], from what every segment does to states.
 
@@ -47,7 +48,7 @@ def receive_states(final_B2HKV: Tensor, transfer: Tensor, segments: Segments, gr
     return states_B2HKV
 
 
-@torch.compiler.disable
+@disable_compile
 def gather_rows(parts_CBTX: Tensor, segments: Segments, groups: ProcessGroupCollection) -> Tensor:
     """Gather whole rows from all ranks' segments: [C, B, T / ranks, ...] -> [C, B, T, ...]; backward sums gradients."""
     rows_CBTX: Tensor = _GatherRows.apply(parts_CBTX, segments, groups.cp)

@@ -18,6 +18,7 @@ from torch import Tensor
 from amfm.kernels.common.gradient_sum import gradient_sum_of
 from amfm.kernels.linear.op import linear, linear_gradients
 from amfm.kernels.low_precision.recipe import recipe_of
+from amfm.kernels.runtime.compiling import disable_compile
 from amfm.model.parallel.groups import ProcessGroupCollection
 
 
@@ -99,7 +100,7 @@ def sum_gradients(weight: Tensor, groups: ProcessGroupCollection) -> Tensor:
     return weight if groups.tp.size() == 1 else _sum_gradients(weight, groups)
 
 
-@torch.compiler.disable  # torch.compile refuses the mapping, whose backward sums in place what it takes for a view
+@disable_compile  # torch.compile refuses the mapping, whose backward sums in place what it takes for a view
 def _sum_gradients(weight: Tensor, groups: ProcessGroupCollection) -> Tensor:
     same: Tensor = mappings.copy_to_tensor_model_parallel_region(weight, group=groups.tp)
     return same

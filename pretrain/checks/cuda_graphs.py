@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-import torch
+from typing import TYPE_CHECKING
 
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    import torch
 
 KEY = "train.cuda_graphs"
 NONE = "or train.cuda_graphs=none"

@@ -7,18 +7,20 @@ one (`check_device`), and left out with `emulate`, which multiplies wide.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import torch
-
-from amfm.kernels.low_precision.recipe import FIRST_CAPABILITY, WIDTH_MULTIPLE
 from amfm.model.config.indexer_stage import has_indexer
 from amfm.model.config.kinds import describe_symbol, kind_of
 from amfm.model.config.low_precision import DEFAULT_LETTERS, LowPrecisionConfig
 from amfm.model.config.pattern import parse_letters
 from amfm.model.config.structure import DENSE
-from amfm.model.low_precision import Matrix, narrow_matrices
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from amfm.model.low_precision import Matrix
 
 SECTION = "low_precision"
 HIDDEN = "experts.up"  # the weight whose products are hidden rows of experts
@@ -145,6 +147,9 @@ def factor_problems(config: RunConfig) -> Iterator[Problem]:
 
 def width_problems(config: RunConfig) -> Iterator[Problem]:
     """Check that products on a rank have operands of whole 16-byte pieces."""
+    from amfm.kernels.low_precision.recipe import WIDTH_MULTIPLE
+    from amfm.model.low_precision import narrow_matrices
+
     section = config.low_precision
     for letter in sorted(section.chosen(config.model.letters)):
         for matrix, recipe in narrow_matrices(config.model, section, letter):
@@ -193,6 +198,10 @@ def device_problems(config: RunConfig, device: torch.device) -> Iterator[Problem
     section = config.low_precision
     if section.recipe == "none" or section.emulate:
         return
+    import torch
+
+    from amfm.kernels.low_precision.recipe import FIRST_CAPABILITY
+
     letters = config.model.letters
     recipes = {recipe for letter in section.chosen(letters) for recipe in section.recipes_of(letter).values()}
     for recipe in sorted(recipes):

@@ -16,12 +16,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from amfm.pretrain.engine.parts import Part
+if TYPE_CHECKING:
+    from amfm.pretrain.engine.parts import Part
 
 CHUNK_ELEMENTS = 1 << 20  # stepped in float32 at a time
 CHUNK_BYTES = 64  # that a number takes meanwhile: five float32, four int64 or their halves

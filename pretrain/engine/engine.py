@@ -47,6 +47,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from amfm.kernels.runtime.compiling import nothing_compiled
 from amfm.model.matrices import list_matrices
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.pretrain.config.schema import OptimizerConfig
@@ -285,7 +286,8 @@ def build_engine(
     buckets: dict[str, Any] = {}
     if zero_stage in BUCKETED:
         buckets = {"bucket_elements": bucket_elements, "apart": [entry.parameter for entry in partials]}
-    with register_experts_with_deepspeed(module, parallel.groups):
+    # Nothing of DeepSpeed's is compiled; a muon of its own would be.
+    with register_experts_with_deepspeed(module, parallel.groups), nothing_compiled():
         engine, _, _, _ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(module, optimizer, stacks, **buckets),

@@ -19,6 +19,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.matrices import MatrixStack
 from amfm.pretrain.config.optimizers import optimizer_specs
 from amfm.pretrain.config.schema import OptimizerConfig
+from amfm.pretrain.engine.adamw import AdamW
 from amfm.pretrain.engine.bf16_adamw import Bf16AdamW
 from amfm.pretrain.engine.moments import MUON, ONE
 from amfm.pretrain.engine.muon.optimizer import Muon
@@ -140,5 +141,5 @@ def build_optimizer(
         assert muon is None, "optimizer_problems refuses Muon with bf16 states"
         return Bf16AdamW(groups, **settings)
     if muon is None:
-        return torch.optim.AdamW(groups, **settings)
+        return AdamW(groups, **settings)
     return Muon(groups, muon, base_width=None if mup is None else mup.base_hidden_size, **settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,8 +24,10 @@ from amfm.pretrain.checks.mixers import check_kernels
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.parallel import Parallel
-from amfm.pretrain.pipeline import Pipeline
 from amfm.pretrain.recompute import recomputed_letters
+
+if TYPE_CHECKING:
+    from amfm.pretrain.pipeline import Pipeline
 
 _LOG = logging.getLogger(__name__)
 
@@ -126,4 +129,6 @@ def build_pipeline(config: RunConfig, parallel: Parallel, engine: ZeroEngine) ->
     """
     if config.parallel.pipeline == 1:
         return None
+    from amfm.pretrain.pipeline import Pipeline  # torch's schedules import its compiler
+
     return Pipeline(engine.module, config.parallel, parallel, collect=engine.take_gradient)

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from amfm.launch.cli import app, describe, exit_code, run
+from amfm.launch.cli import describe, exit_code, run
+from amfm.launch.verbs import VERBS, load_verb
 from tests.helpers.json_output import one_object
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.config.files import BASE
 
 ROOT = Path(__file__).parents[2]
-VERBS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
 
 def test_the_verbs_are_those_of_the_contract():
     assert set(VERBS) == {
+        *("bench", "study"),
         *("doctor", "config", "corpus", "prepare", "train", "rollback", "inspect", "report", "plan", "launch"),
         *(
             "evaluate",
@@ -36,6 +37,12 @@ def test_the_verbs_are_those_of_the_contract():
             "recipes",
         ),
     }
+
+
+def test_help_lists_what_the_verbs_say_themselves():
+    for name, (_, text) in VERBS.items():
+        verb = load_verb(name)
+        assert (verb.name, (verb.short_help or verb.help).split("\n\n")[0]) == (name, text)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from amfm.kernels.rope.op import qk_norm_rope
+from amfm.kernels.runtime.compiling import disable_compile
 from amfm.kernels.sparse_attention.op import choose_keys, chosen_loss, sparse_attention, warm_up_loss
 from amfm.kernels.sparse_attention.rows import IndexRows
 from amfm.model.config.indexer import IndexerConfig
@@ -92,7 +93,7 @@ class Indexer(Float32Buffers):
         """The keys of a decode state before the first token, [B, 0, C], where keys are chosen now."""
         return self.key.weight.new_zeros(num_rows, 0, self.options.head_dim) if self.is_sparse else None
 
-    @torch.compiler.disable  # blocks of queries would each be compiled
+    @disable_compile  # blocks of queries would each be compiled
     def attend(
         self,
         index: IndexRows,
@@ -122,7 +123,7 @@ class Indexer(Float32Buffers):
                 losses.append(chosen_loss(part, places_BLN, mass_BLN, backend=backend))
         return torch.cat(outputs, dim=1), self._mean(losses, index)
 
-    @torch.compiler.disable
+    @disable_compile
     def learn(
         self, x_BTD: Tensor, query_BTX: Tensor, q_BTHK: Tensor, k_BSJK: Tensor, meta: PackMeta, *, scale: float
     ) -> dict[str, Tensor]:

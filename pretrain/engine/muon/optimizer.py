@@ -24,13 +24,14 @@ from torch import Tensor
 from amfm.model.matrices import MatrixStack
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.pretrain.config.schema import MuonConfig
+from amfm.pretrain.engine.adamw import AdamW
 from amfm.pretrain.engine.moments import MUON
 from amfm.pretrain.engine.muon.exchange import MatrixExchange, join
 from amfm.pretrain.engine.muon.newton_schulz import BATCH_ELEMENTS, orthogonalize
 from amfm.pretrain.engine.parts import Part
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """Steps groups labelled `muon` by Muon and the others as AdamW does.
 
     `base_width`: of muP, where the model has one. `attach` tells it which matrices its parameters are, once a wrapper has cut them; a step before does nothing to them.

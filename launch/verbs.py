@@ -1,0 +1,170 @@
+"""The verbs of `amfm`, in the order of its help, and where each is: the verb that is called is the only one that is imported.
+
+What help lists of a verb is written down here, so that it answers without them; a test compares it with the verbs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+# Name -> file below launch/commands, first line of its help.
+VERBS = {
+    "init": ("init", "Write a first configuration that is valid and predicted to fit; asks for what is not given."),
+    "config": (
+        "config",
+        "Check a configuration and print it resolved, with `extends`, overrides and defaults applied.",
+    ),
+    "recipes": ("recipes", "List the recipes that come with amfm, or print the path of one."),
+    "doctor": ("doctor", "Check this machine, or every host with --cluster, and suggest fixes."),
+    "corpus": (
+        "data",
+        "Download a sample text from the package registry, or collect one without a network; does nothing if it exists.",
+    ),
+    "prepare": (
+        "data",
+        "Train or load the tokenizer and write the token store from all sources; does only what is missing.",
+    ),
+    "inspect": ("data", "Identify a folder and verify its checksums; exit code 2 if something is wrong."),
+    "plan": (
+        "plan",
+        "Estimate parameters, FLOPs, memory and time of a run, and the layouts that fit, before you rent GPUs.",
+    ),
+    "train": (
+        "train",
+        "Train, or resume from run.dir. A signal, Ctrl-C and train.stop_after_steps save and end the run.",
+    ),
+    "report": ("train", "Write one HTML page with interactive curves, expert load, events and configuration."),
+    "rollback": (
+        "rollback",
+        "Go back to step N: later checkpoints are set aside, in the run directory and in its store; nothing is deleted.",
+    ),
+    "watch": (
+        "watch",
+        "Show a run live, from any machine that sees its directory: progress, speed, ranks, checkpoints, outcome.",
+    ),
+    "launch": (
+        "launch",
+        "Start a run on many nodes and restart it from the newest checkpoint after failures, on fewer nodes if necessary.",
+    ),
+    "profile": ("profile", "Show where the time of a traced step went, by kind of work, kind of block and operation."),
+    "tasks": (
+        "tasks",
+        "Make three small lm-eval tasks from a store's held-out text: multiple choice, completion and perplexity.",
+    ),
+    "convert": (
+        "convert",
+        "Replace a trained model's attention by other mixers (section `convert`): transfer, tune, measure, write the merged weights.",
+    ),
+    "evaluate": (
+        "evaluate",
+        "Measure loss and perplexity on a split of a store, accuracy on a synthetic task, or tasks of lm-eval.",
+    ),
+    "generate": (
+        "evaluate",
+        "Generate text from a prompt. The recurrent state is kept, so the cost per token does not grow with the text.",
+    ),
+    "export": ("export", "Write a transformers checkpoint and verify its logits in a fresh process."),
+    "import": (
+        "export",
+        "Import a transformers checkpoint or another program's training state, to continue, export or use it.",
+    ),
+    "shrink": (
+        "shrink",
+        "Remove channels, experts and heads that pruning set to zero, and verify that the logits are unchanged.",
+    ),
+    "serve": (
+        "serve",
+        "Serve a model with an OpenAI-compatible API (completions, chat completions, streaming) and a page to try it.",
+    ),
+    "bench": ("bench.verbs", "Measure this machine: kernels, a whole job on its GPU, and its speed for `amfm plan`."),
+    "study": ("study", "Train grids of small models and compare them."),
+}
+
+
+class Verbs(TyperGroup):
+    """The group of all verbs: names and first lines, until one is called."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = {name: TyperCommand(name, help=text) for name, (_, text) in VERBS.items()}
+
+    def resolve_command(self, context: Any, words: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Find the verb that `words` begin with, and import it."""
+        name, command, rest = super().resolve_command(context, words)
+        return name, load_verb(name) if name else command, rest
+
+
+def load_verb(name: str) -> Any:
+    """Import a verb as a command; flags of it, and of what is below it, have no type in help: typer writes `<bool>`, as if a
+    value followed.
+    """
+    part = typer.Typer()
+    import_file(VERBS[name][0]).add_verbs(part)
+    return without_types_of_flags(typer.main.get_group(part).commands[name])
+
+
+def import_file(name: str) -> Any:
+    """Import a file of `VERBS`; written out, so that contracts of imports see them."""
+    module: Any
+    match name:
+        case "init":
+            from amfm.launch.commands import init as module
+        case "config":
+            from amfm.launch.commands import config as module
+        case "recipes":
+            from amfm.launch.commands import recipes as module
+        case "doctor":
+            from amfm.launch.commands import doctor as module
+        case "data":
+            from amfm.launch.commands import data as module
+        case "plan":
+            from amfm.launch.commands import plan as module
+        case "train":
+            from amfm.launch.commands import train as module
+        case "rollback":
+            from amfm.launch.commands import rollback as module
+        case "watch":
+            from amfm.launch.commands import watch as module
+        case "launch":
+            from amfm.launch.commands import launch as module
+        case "profile":
+            from amfm.launch.commands import profile as module
+        case "tasks":
+            from amfm.launch.commands import tasks as module
+        case "convert":
+            from amfm.launch.commands import convert as module
+        case "evaluate":
+            from amfm.launch.commands import evaluate as module
+        case "export":
+            from amfm.launch.commands import export as module
+        case "shrink":
+            from amfm.launch.commands import shrink as module
+        case "serve":
+            from amfm.launch.commands import serve as module
+        case "bench.verbs":
+            from amfm.launch.commands.bench import verbs as module
+        case "study":
+            from amfm.launch.commands import study as module
+        case _:
+            raise KeyError(name)
+    return module
+
+
+def without_types_of_flags(command: Any) -> Any:
+    """Return a command whose help, and that of those below it, gives flags no type."""
+    original = command.get_params
+
+    def get_params(context: Any) -> Any:
+        parameters = original(context)
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+                parameter.metavar = ""
+        return parameters
+
+    command.get_params = get_params
+    for child in getattr(command, "commands", {}).values():
+        without_types_of_flags(child)
+    return command

@@ -1,0 +1,88 @@
+"""What a start of each kind imports: modules are counted, since seconds are the machine's.
+
+A contract of the product: more than half of what a start took were a compiler and libraries that nothing called.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from amfm.pretrain.config.file import resolved_yaml
+from tests.helpers.patience import PATIENCE_SECONDS
+from tests.pretrain.tiny_run import tiny_config, tiny_data
+
+COMPILER = {
+    *("torch._dynamo", "torch._inductor", "sympy", "networkx", "torch.distributed.tensor"),
+    *("torch.distributed.pipelining", "torch.distributed.fsdp", "megatron.core.optimizer", "torch.nn.attention.varlen"),
+}
+HEAVY = {"torch", "ray", "zarr", "transformers", "deepspeed", "megatron"}
+# With what has been imported after each of several command lines.
+PROGRAM = """
+import json, sys
+from amfm.launch.cli import run
+after = [(run(words), sorted(sys.modules)) for words in json.loads(sys.argv[1])]
+print("\\n" + json.dumps(after))
+"""
+
+
+def run_each(*command_lines: list[str], program: str = PROGRAM) -> list[tuple[int, set[str]]]:
+    """Exit code of each command line, one after the other in a fresh process, and the modules that are there then."""
+    command = [sys.executable, "-W", "ignore", "-c", program, json.dumps(command_lines)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS)
+    return [(code, set(found)) for code, found in json.loads(done.stdout.splitlines()[-1])]
+
+
+def test_help_imports_little_more_than_typer() -> None:
+    ((code, found),) = run_each(["--help"])
+    assert code == 0 and "typer.rich_utils" in found
+    assert not found & (HEAVY | {"pydantic", "yaml", "numpy", "importlib.metadata"})
+    assert {name for name in found if name.startswith("amfm.launch.commands")} == set()
+    assert len(found) < 380, "340, of which typer has 320"
+
+
+def test_settings_are_refused_and_folders_inspected_without_torch(tmp_path: Path) -> None:
+    data = tiny_data(tmp_path / "data")
+    path = tmp_path / "run.yaml"
+    path.write_text(resolved_yaml(tiny_config(data, tmp_path / "run")), encoding="utf-8")
+    refused = [
+        ["train", str(path), change] for change in ("train.steps=0", "train.micro_batch_size=3", "model.pattern=q")
+    ]
+    others = [["config", str(path)], ["inspect", data.store, "--quick"]]
+    found = run_each(*refused, *others)
+    assert [code for code, _ in found] == [2, 2, 2, 0, 0]
+    assert not found[-1][1] & HEAVY
+
+
+def test_a_run_that_compiles_nothing_imports_no_compiler(tmp_path: Path) -> None:
+    data = tiny_data(tmp_path / "data")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        resolved_yaml(tiny_config(data, tmp_path / "run", train__steps=2, schedule__warmup_steps=1)), encoding="utf-8"
+    )
+    ((code, found),) = run_each(["train", str(path)])
+    assert code == 0 and {"torch", "deepspeed", "megatron.core"} <= found
+    assert not found & COMPILER
+    assert len(found) < 3100, "2,900, of which PyTorch has 1,230 and DeepSpeed 410; 4,900 with the compiler"
+
+
+REST_OF_MEGATRON = """
+import amfm.model.parallel.groups, sys
+assert "megatron.core.optimizer" not in sys.modules
+import megatron.core
+from megatron.core import parallel_state
+assert "megatron.core.optimizer" not in sys.modules, "one of its modules"
+from megatron.core import DistributedDataParallel, __version__
+assert megatron.core.optimizer is sys.modules["megatron.core.optimizer"]
+import torch
+assert torch.compile.__name__ == "compile" and "triton" not in {name for name, found in sys.modules.items() if found is None}
+"""
+
+
+def test_who_asks_megatron_for_the_rest_gets_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", REST_OF_MEGATRON], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
