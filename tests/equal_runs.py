@@ -196,6 +196,7 @@ def train_side(root: Path, work: Path, *stops: int) -> None:
     """Run this file as a program in the folder `work`, with the packages of `root`."""
     metadata = work.parent / "packages" / "amfm_envelope-1.0.dist-info"
     metadata.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(__file__, metadata.parent / "side_program.py")  # ranks import by name what they run
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: amfm-envelope\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[amfm.hooks]\nenvelope = amfm_envelope.spec:SPEC\n")
     paths = [root / "src", root, root / "examples" / "envelope", metadata.parent]
@@ -225,6 +226,7 @@ def train_all(stops: list[int]) -> None:
     importlib.import_module("torch").manual_seed(0)  # which ranks of tests are seeded with
     spawn = importlib.import_module("tests.helpers.spawn")
     stores = importlib.import_module("tests.helpers.tiny_store")
+    program = importlib.import_module("side_program")
     described = Path("data.json")
     if not described.exists():
         data = stores.make_tiny_store("data", num_documents=200, mean_words=12, num_sources=2)
@@ -235,7 +237,7 @@ def train_all(stops: list[int]) -> None:
             base, change = COMMON.get(section, {}), over.get(section, {})
             tree[section] = {**base, **change} if isinstance(change, Mapping) else change
         for stop in stops:
-            codes = spawn.run_ranks(train_until, tree, stop, num_ranks=num_ranks)
+            codes = spawn.run_ranks(program.train_until, tree, stop, num_ranks=num_ranks)
             Path(name, f"codes-{stop}.json").write_text(json.dumps(codes))
             if stop != stops[-1]:
                 shutil.copytree(name, Path("halfway") / name)

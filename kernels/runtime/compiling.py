@@ -41,6 +41,8 @@ def _wait_for_compiler(marked: Any) -> None:
     Its wrapper looks for `__dynamo_disable` at the function, and imports the compiler where there is none. `__wrapped__` may
     have been copied from a function further inside.
     """
+    if "fn" not in marked.__code__.co_freevars:
+        return  # the wrapper of another PyTorch, which imports the compiler at the first call
     function = marked.__closure__[marked.__code__.co_freevars.index("fn")].cell_contents
 
     def call(*args: Any, **settings: Any) -> Any:
