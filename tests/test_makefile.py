@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,8 @@ def folder(tmp_path: Path) -> Path:
 
 def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = ["make", f"PYTHON={sys.executable}", *words]
-    return subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
+    alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    return subprocess.run(command, cwd=folder, env=alone, check=False, capture_output=True, text=True)
 
 
 def test_an_installation_names_what_it_takes_and_shows_its_progress(folder: Path) -> None:

@@ -50,7 +50,9 @@ def read_bounded(path: Path, max_bytes: int = MAX_JSON_BYTES, error: Error = Val
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise error(f"{path} has {size} bytes, more than the {max_bytes} that such a file may have")
-        return file.read(size)  # and not as much as it may have: room is made for that
+        return file.read(
+            max(size, 1)
+        )  # not as much as it may have, for which room is made; one byte shows what the storage refuses
 
 
 def read_word(path: Path) -> str:
