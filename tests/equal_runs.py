@@ -127,9 +127,13 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
 }
 VOLATILE = {"time", "seconds", "tokens_per_second", "mfu", "memory_bytes", "saved_at"}
-VOLATILE |= {"validation_seconds", "tasks_seconds"}
+VOLATILE |= {
+    "validation_seconds",
+    "tasks_seconds",
+    "opening_digest",
+}  # the last is of what the files hold, compared apart
 # Of the event of a start: where and when it was, by which code, and what a halfway run does not do again.
-ORIGIN = {"hosts", "job", "code", "versions", "config", "config_sha256"}
+ORIGIN = {"hosts", "job", "code", "versions", "config", "config_sha256", "device"}
 ORIGIN |= {"began_at", "failed_starts", "last_line_at", "discarded_steps", "discarded_seconds"}
 
 
