@@ -26,9 +26,13 @@ def outputs_and_gradients(config, dtype, tokens_BT, labels_BT, ids_BT, weights_B
     return logits_BTV.detach(), model.embedding.weight.grad.view(*tokens_BT.shape, -1)
 
 
+# Of logits and gradients of a few units: some roundings of 2^-24 and of 2^-9; a document that leaks changes them by far more.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pattern", ["M", "*", "E", "-", "ME*-M*E"])
-def test_changing_one_document_leaves_the_others_bit_equal(pattern, dtype):
+def test_changing_one_document_leaves_the_others_equal(pattern, dtype):
     config = small_config(pattern, moe=MOE.model_copy(update={"top_k": 3}))
     tokens_BT, labels_BT, ids_BT = packed_batch(LENGTHS)
     ones_BT = torch.ones(tokens_BT.shape, dtype=dtype)
@@ -43,8 +47,10 @@ def test_changing_one_document_leaves_the_others_bit_equal(pattern, dtype):
             config, dtype, other_tokens, other_labels, ids_BT, other_weights
         )
         assert not torch.equal(new_logits[changed], logits[changed])
-        assert torch.equal(new_logits[~changed], logits[~changed])
-        assert torch.equal(new_gradients[~changed], gradients[~changed])
+        # An expert that gets another number of rows is multiplied in another order on some processors.
+        rounding = ROUNDING[dtype] if "E" in pattern else 0.0
+        torch.testing.assert_close(new_logits[~changed], logits[~changed], rtol=0, atol=rounding)
+        torch.testing.assert_close(new_gradients[~changed], gradients[~changed], rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "E", "-", "ME*-M*E"])
