@@ -71,6 +71,10 @@ VERBS = {
         "export",
         "Import a transformers checkpoint or another program's training state, to continue, export or use it.",
     ),
+    "merge": (
+        "merge",
+        "Merge checkpoints: write the mean of their weights, often better than the last one before the rate decays.",
+    ),
     "shrink": (
         "shrink",
         "Remove channels, experts and heads that pruning set to zero, and verify that the logits are unchanged.",
@@ -140,6 +144,8 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import evaluate as module
         case "export":
             from amfm.launch.commands import export as module
+        case "merge":
+            from amfm.launch.commands import merge as module
         case "shrink":
             from amfm.launch.commands import shrink as module
         case "serve":

@@ -22,7 +22,7 @@ from amfm.data_pipeline.store.manifest import SPLITS, Part, Split
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
-from amfm.pretrain.inference.weights import read_weights
+from amfm.pretrain.inference.weights import Weights, read_weights
 from amfm.pretrain.source_losses import SourceLoss, bits_per_byte, losses_of
 
 IGNORED = -100
@@ -61,7 +61,7 @@ class _Row:
 
 
 def evaluate_checkpoint(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Weights,
     *,
     store: str | Path | None = None,
     split: Split = "validation",
@@ -82,7 +82,7 @@ def evaluate_checkpoint(
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}")
-    weights = read_weights(checkpoint, report)
+    weights = checkpoint if isinstance(checkpoint, Weights) else read_weights(checkpoint, report)
     run, identity = weights.run, weights.tokenizer.identity()
     place = store if store is not None or run is None else run.data.store
     if place is None:

@@ -32,6 +32,7 @@ def test_the_verbs_are_those_of_the_contract():
             "watch",
             "serve",
             "tasks",
+            "merge",
             "shrink",
             "convert",
             "recipes",

@@ -10,6 +10,7 @@ import torch
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.hybrid import HybridModel
 from amfm.pretrain.checkpoint.inspect import inspect_checkpoint
+from amfm.pretrain.export.average import average
 from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
 from amfm.pretrain.inference.evaluate import evaluate_checkpoint
 from amfm.pretrain.inference.generate import Sampling, generate
@@ -38,6 +39,9 @@ def test_a_run_of_three_axes_is_exported_evaluated_and_continued(data: DataConfi
     for name, tensor in one.state.items():
         torch.testing.assert_close(cut.state[name], tensor, rtol=0, atol=2e-5, msg=name)
     assert isinstance(cut.build(), HybridModel)
+    merged = average([one, cut], (0.5, 0.5)).state
+    for name, tensor in one.state.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-5, msg=name)
     report = export_checkpoint(tmp_path / "cut", tmp_path / "export")
     assert report.target == "nemotron_h"
     assert report.max_logit_difference is not None and report.max_logit_difference <= LOGIT_TOLERANCE
