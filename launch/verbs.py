@@ -1,6 +1,7 @@
 """The verbs of `amfm`, in the order of its help, and where each is: the verb that is called is the only one that is imported.
 
-What help lists of a verb is written down here, so that it answers without them; a test compares it with the verbs.
+The first paragraph of a verb's help is written here alone, so that the list answers without the verbs: `load_verb` puts it
+in place of the first paragraph of the function's docstring.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-# Name -> file below launch/commands, first line of its help.
+PACKAGED = "examples"
+# Name -> file below launch/commands, first paragraph of its help. A verb of `PACKAGED` comes with a package of
+# examples/ (entry point group `amfm.verbs`, a typer application).
 VERBS = {
     "init": ("init", "Write a first configuration that is valid and predicted to fit; asks for what is not given."),
     "config": (
@@ -84,7 +87,7 @@ VERBS = {
         "Serve a model with an OpenAI-compatible API (completions, chat completions, streaming) and a page to try it.",
     ),
     "bench": ("bench.verbs", "Measure this machine: kernels, a whole job on its GPU, and its speed for `amfm plan`."),
-    "study": ("study", "Train grids of small models and compare them."),
+    "study": (PACKAGED, "Train grids of small models and compare them (a package: examples/study)."),
 }
 
 
@@ -103,11 +106,30 @@ class Verbs(TyperGroup):
 
 def load_verb(name: str) -> Any:
     """Import a verb as a command; flags of it, and of what is below it, have no type in help: typer writes `<bool>`, as if a
-    value followed.
+    value followed. Raises ValueError for one whose package is not installed.
     """
+    file, text = VERBS[name]
     part = typer.Typer()
-    import_file(VERBS[name][0]).add_verbs(part)
-    return without_types_of_flags(typer.main.get_group(part).commands[name])
+    if file == PACKAGED:
+        part.add_typer(load_packaged(name), name=name)
+    else:
+        import_file(file).add_verbs(part)
+    command = typer.main.get_group(part).commands[name]
+    _, gap, rest = (command.help or "").partition("\n\n")
+    command.help = text + gap + rest
+    return without_types_of_flags(command)
+
+
+def load_packaged(name: str) -> typer.Typer:
+    """The application of a verb that an installed package brings. Raises ValueError where there is none."""
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group="amfm.verbs", name=name):
+        application: typer.Typer = entry.load()
+        return application
+    raise ValueError(
+        f"amfm {name} is a package that is not installed; in a clone of amfm: pip install ./examples/{name}"
+    )
 
 
 def import_file(name: str) -> Any:
@@ -152,8 +174,6 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import serve as module
         case "bench.verbs":
             from amfm.launch.commands.bench import verbs as module
-        case "study":
-            from amfm.launch.commands import study as module
         case _:
             raise KeyError(name)
     return module

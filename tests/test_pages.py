@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from amfm.launch.cli import app
-from amfm.launch.verbs import VERBS, load_verb
+from amfm.launch.verbs import PACKAGED, VERBS, load_verb
 from amfm.pretrain.config.fields import describe_fields, describe_sections
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,8 @@ def source_files() -> set[str]:
 @cache
 def command_line() -> typer.core.TyperGroup:
     command = typer.main.get_command(app)
-    command.commands = {name: load_verb(name) for name in VERBS}
+    command.commands = {name: load_verb(name) for name, (file, _) in VERBS.items() if file != PACKAGED}
+    command.commands["study"] = typer.main.get_command(importlib.import_module("amfm_study.verbs").study)
     return command
 
 

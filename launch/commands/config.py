@@ -34,7 +34,7 @@ def config(
     help_all: HelpAllOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a configuration and print it resolved, with `extends`, overrides and defaults applied."""
+    """The verb `config`."""
     if schema or fields or reference:
         print_about_schema(schema=schema, reference=reference, as_json=as_json)
         return

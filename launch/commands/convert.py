@@ -28,7 +28,7 @@ def convert(
     nproc: Annotated[int, typer.Option(min=1, help="Number of ranks on this machine.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Replace a trained model's attention by other mixers (section `convert`): transfer, tune, measure, write the merged weights.
+    """The verb `convert`.
 
     With convert.upcycle, feed-forwards become experts instead, and nothing is trained. Each stage is a run below
     run.dir. Stopped at any point, the same command continues.

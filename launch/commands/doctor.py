@@ -30,7 +30,7 @@ def doctor(
     nproc: Annotated[int, typer.Option(min=1, help="With --cluster: start this many ranks on this machine.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Check this machine, or every host with --cluster, and suggest fixes."""
+    """The verb `doctor`."""
     if cluster:
         raise typer.Exit(doctor_cluster(shared, nproc, as_json=as_json))
     if shared is not None or nproc > 1:

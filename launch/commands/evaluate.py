@@ -66,7 +66,7 @@ def evaluate(
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure loss and perplexity on a split of a store, accuracy on a synthetic task, or tasks of lm-eval.
+    """The verb `evaluate`.
 
     Computes in float32.
     """
@@ -182,7 +182,7 @@ def generate(
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Generate text from a prompt. The recurrent state is kept, so the cost per token does not grow with the text."""
+    """The verb `generate`."""
     with loading("generate"):
         from amfm.pretrain.inference.generate import Sampling
         from amfm.pretrain.inference.generate import generate as generate_text

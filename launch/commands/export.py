@@ -95,7 +95,7 @@ def export(
     client_python: ClientPythonOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a transformers checkpoint and verify its logits in a fresh process.
+    """The verb `export`.
 
     With --check another program reads the export, or an export that exists, and is compared with transformers.
     """
@@ -261,7 +261,7 @@ def import_(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Import a transformers checkpoint or another program's training state, to continue, export or use it.
+    """The verb `import`.
 
     A training state with moments becomes a run directory, which `amfm train OUT/config.yaml` continues from. A
     .tiktoken file becomes OUT/tokenizer.json.

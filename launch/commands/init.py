@@ -44,7 +44,7 @@ def init(
     hardware: Annotated[str | None, typer.Option(metavar="cpu|8xh100|8xFILE.yaml", help="Target hardware.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a first configuration that is valid and predicted to fit; asks for what is not given."""
+    """The verb `init`."""
     path = folder / "run.yaml"
     if path.exists():  # before anything is asked
         raise ValueError(f"{path} is there already; name another folder, or move it away")

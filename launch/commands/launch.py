@@ -79,7 +79,7 @@ def launch(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Start a run on many nodes and restart it from the newest checkpoint after failures, on fewer nodes if necessary."""
+    """The verb `launch`."""
     from amfm.pretrain.checks.load import load_checked
 
     ranks = nproc_per_node or count_gpus() or 1

@@ -99,7 +99,7 @@ def plan(
     timeline: TimelineOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Estimate parameters, FLOPs, memory and time of a run, and the layouts that fit, before you rent GPUs."""
+    """The verb `plan`."""
     path, overrides = choose_config(path, overrides, preset)
     from amfm.launch.plan.hardware import load_hardware
 

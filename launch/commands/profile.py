@@ -27,7 +27,7 @@ def profile(
     rank: Annotated[int | None, typer.Option(min=0, help="Rank of the trace; default: the first available.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show where the time of a traced step went, by kind of work, kind of block and operation."""
+    """The verb `profile`."""
     from amfm.launch.profile.show import profile_run
 
     found = profile_run(run_dir, step, rank)

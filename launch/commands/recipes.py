@@ -21,7 +21,7 @@ def recipes(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """List the recipes that come with amfm, or print the path of one."""
+    """The verb `recipes`."""
     found = find_recipes()
     if name is None:
         if as_json:

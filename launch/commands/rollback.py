@@ -29,7 +29,7 @@ def rollback(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Go back to step N: later checkpoints are set aside, in the run directory and in its store; nothing is deleted.
+    """The verb `rollback`.
 
     The same `amfm train` then continues from step N, whose checkpoint is kept for good. Without --to and --undo, lists
     the steps and what is set aside.

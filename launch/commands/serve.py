@@ -42,7 +42,7 @@ def serve(
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Serve a model with an OpenAI-compatible API (completions, chat completions, streaming) and a page to try it.
+    """The verb `serve`.
 
     Until Ctrl-C. Conversations continue from the state they left: a turn costs its own tokens. Chat needs a model whose
     folder has a chat template.

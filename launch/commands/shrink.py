@@ -20,7 +20,7 @@ def shrink(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove channels, experts and heads that pruning set to zero, and verify that the logits are unchanged.
+    """The verb `shrink`.
 
     OUT is a weights folder: for export, generation, evaluation, or run.initial_weights of a run that trains on.
     """

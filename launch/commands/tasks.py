@@ -38,7 +38,7 @@ def tasks(
     documents: Annotated[int, typer.Option(min=1, help="Maximum number of documents per task.")] = 200,
     as_json: JsonOption = False,
 ) -> None:
-    """Make three small lm-eval tasks from a store's held-out text: multiple choice, completion and perplexity."""
+    """The verb `tasks`."""
     from amfm.pretrain.tasks.make_tasks import make_tasks
 
     names, longest_answer = make_tasks(store, out, name=name, num_documents=documents)

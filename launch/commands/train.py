@@ -38,7 +38,7 @@ def train(
     help_all: HelpAllOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train, or resume from run.dir. A signal, Ctrl-C and train.stop_after_steps save and end the run."""
+    """The verb `train`."""
     path, overrides = choose_config(path, overrides, preset)
     is_first = os.environ.get("RANK", "0") == "0"
     # Under torchrun or --nproc this process is one rank of several.
@@ -126,7 +126,7 @@ def report(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write one HTML page with interactive curves, expert load, events and configuration.
+    """The verb `report`.
 
     Several runs lie over each other, with the settings in which they differ.
     """

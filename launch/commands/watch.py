@@ -31,7 +31,7 @@ def watch(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a run live, from any machine that sees its directory: progress, speed, ranks, checkpoints, outcome.
+    """The verb `watch`.
 
     Only reads. Ends with the run: exit code 0 when it finished or was stopped, 3 when it failed or is gone. With --json
     prints what is now, once.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from amfm.launch.cli import describe, exit_code, run
-from amfm.launch.verbs import VERBS, load_verb
+from amfm.launch.verbs import PACKAGED, VERBS, load_verb
 from tests.helpers.json_output import one_object
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.config.files import BASE
@@ -40,13 +40,21 @@ def test_the_verbs_are_those_of_the_contract():
     }
 
 
-def test_help_lists_what_the_verbs_say_themselves():
-    for name, (_, text) in VERBS.items():
+def test_help_of_a_verb_begins_with_its_line_in_the_list():
+    for name in ("train", "watch", "import", "bench"):
         verb = load_verb(name)
-        assert (verb.name, (verb.short_help or verb.help).split("\n\n")[0]) == (name, text)
+        assert verb.name == name and verb.help.split("\n\n")[0] == VERBS[name][1] and not verb.short_help
+    assert load_verb("watch").help.split("\n\n")[1].startswith("Only reads.")
 
 
-@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_of_a_package_that_is_not_installed_says_how_to_install_it(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not list(Path(entry).glob("amfm_study-*"))])
+    assert run(["study", "mixers", "study.yaml"]) == 2
+    said = "amfm: amfm study is a package that is not installed; in a clone of amfm: pip install ./examples/study\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("verb", [name for name, (file, _) in VERBS.items() if file != PACKAGED])
 def test_every_verb_has_help_with_an_example(verb, capsys):
     assert run([verb, "--help"]) == 0
     shown = capsys.readouterr().out

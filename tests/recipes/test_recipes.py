@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.helpers.examples import install_example
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted(path.name for path in RECIPES.glob("*.sh"))
 
@@ -95,6 +97,8 @@ def test_a_released_hybrid_trains_on_and_comes_out_as_its_class(
 
 @pytest.mark.slow
 def test_an_ablation_of_two_cells(tmp_path: Path, environment: dict[str, str]) -> None:
+    packages = install_example("study", tmp_path / "packages")
+    environment["PYTHONPATH"] = os.pathsep.join([*map(str, packages), environment["PYTHONPATH"]])
     done = play("ablate_mixers.sh", str(tmp_path / "work"), "--toy", environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "work" / "study" / "study.png").is_file()

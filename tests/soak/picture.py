@@ -8,11 +8,12 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from amfm.launch.study.plots import COLOURS
 from tests.soak.faults import LOCAL_KINDS, RAY_KINDS
 from tests.soak.settings import STEPS
 from tests.soak.soak import Round
 
+# For people who do not see all colours (Wong 2011, Nature Methods 8, 441).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 MARKERS = "osv^DPX*<>hp"
 STYLE = {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 

@@ -20,7 +20,6 @@ VERBS = (
 def add_verbs(app: typer.Typer) -> None:
     """Add `bench` to the command."""
     bench = typer.Typer(
-        help="Measure this machine: kernels, a whole job on its GPU, and its speed for `amfm plan`.",
         epilog="Example: amfm bench card",
         no_args_is_help=True,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from amfm.launch.study.grid import Cell
+from amfm_study.grid import Cell
+
 from amfm.pretrain.config.file import resolved_yaml
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.report.test_report import line

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from amfm.launch.study.grid import Cell
-from amfm.launch.study.mixture.cells import CHECK, CONFIGURED, EQUAL, FIT, PROPOSAL, Search, named, weights_of
-from amfm.launch.study.mixture.law import INTERVAL, Law, Proposal, rank_correlation
+from amfm_study.grid import Cell
+from amfm_study.mixture.cells import CHECK, CONFIGURED, EQUAL, FIT, PROPOSAL, Search, named, weights_of
+from amfm_study.mixture.law import INTERVAL, Law, Proposal, rank_correlation
 
 Array = NDArray[np.float64]
 

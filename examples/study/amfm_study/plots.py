@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from amfm.data_pipeline.durable.files import replacing
-from amfm.launch.study.grid import ONLY_ATTENTION
-from amfm.launch.study.table import ACCURACY, Measure, Row, show_ratio
 from amfm.pretrain.report.numbers import short
+from amfm_study.grid import ONLY_ATTENTION
+from amfm_study.table import ACCURACY, Measure, Row, show_ratio
 
 # Told apart by people who don't see all colours (Wong 2011, Nature Methods 8, 441), and by marker.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from amfm_study.settings import expand_settings
+from amfm_study.study import RunTask, SettingConfig, SettingsStudyConfig, Study
+from small_study import finish, write_small_study
 
 from amfm.launch.cli import run
-from amfm.launch.study.settings import expand_settings
-from amfm.launch.study.study import RunTask, SettingConfig, SettingsStudyConfig, Study
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.file import diff_configs
-from tests.launch.study.small_study import finish, write_small_study
 
 MUON = SettingConfig(label="muon", overrides=("optimizer.kind=muon", "optimizer.learning_rate=4e-3"))
 

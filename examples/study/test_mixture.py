@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from amfm.data_pipeline.config import DataConfig
-from amfm.launch.cli import run
-from amfm.launch.study.mixture.cells import (
+from amfm_study.mixture.cells import (
     compared_cells,
     draw_candidates,
     open_search,
     sampled_cells,
     weights_of,
 )
-from amfm.launch.study.mixture.config import MixtureStudyConfig, load_mixture_study
-from amfm.launch.study.mixture.law import propose
-from amfm.launch.study.mixture.losses import measure_losses
-from amfm.launch.study.study import Study
+from amfm_study.mixture.config import MixtureStudyConfig, load_mixture_study
+from amfm_study.mixture.law import propose
+from amfm_study.mixture.losses import measure_losses
+from amfm_study.study import Study
+
+from amfm.data_pipeline.config import DataConfig
+from amfm.launch.cli import run
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.file import diff_configs, resolved_yaml
 from amfm.pretrain.train import train

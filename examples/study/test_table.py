@@ -7,15 +7,15 @@ from pathlib import Path
 from statistics import mean, median
 
 import pytest
+from amfm_study.grid import Cell, expand_grid
+from amfm_study.study import load_study
+from amfm_study.table import make_rows, read_result, study_markdown
+from small_study import finish, write_small_study
 
 from amfm.launch.cli import run
-from amfm.launch.study.grid import Cell, expand_grid
-from amfm.launch.study.study import load_study
-from amfm.launch.study.table import make_rows, read_result, study_markdown
 from amfm.model.flops import count_parameters
 from amfm.model.state_size import state_bytes
 from amfm.pretrain.config.file import load_config
-from tests.launch.study.small_study import finish, write_small_study
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from amfm.launch.study.grid import Cell, load_run, repeated_problems
-from amfm.launch.study.study import SettingsStudyConfig, Study
-from amfm.launch.study.table import CellResult, measure_of, show_summary, state_facts, summarize
 from amfm.model.flops import count_parameters
 from amfm.pretrain.config.errors import ConfigError, Problem
+from amfm_study.grid import Cell, load_run, repeated_problems
+from amfm_study.study import SettingsStudyConfig, Study
+from amfm_study.table import CellResult, measure_of, show_summary, state_facts, summarize
 
 SET_BY_STUDY = {
     "train.seed": "seeds",

@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+from amfm_study.grid import Cell, expand_grid
+from amfm_study.run import CellEnd
+from amfm_study.show import StudyDisplay, last_metrics
+from amfm_study.study import load_study
+from amfm_study.table import read_result
 from rich.console import Console
+from small_study import finish, write_small_study
 
-from amfm.launch.study.grid import Cell, expand_grid
-from amfm.launch.study.run import CellEnd
-from amfm.launch.study.show import StudyDisplay, last_metrics
-from amfm.launch.study.study import load_study
-from amfm.launch.study.table import read_result
-from tests.launch.study.small_study import finish, write_small_study
 from tests.pretrain.report.test_report import line
 
 

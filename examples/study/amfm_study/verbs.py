@@ -16,17 +16,16 @@ from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
 
 if TYPE_CHECKING:
-    from amfm.launch.study.grid import Cell
-    from amfm.launch.study.run import CellEnd, Room
-    from amfm.launch.study.study import RunsConfig, SettingsStudyConfig, Study, StudyConfig
+    from amfm_study.grid import Cell
+    from amfm_study.run import CellEnd, Room
+    from amfm_study.study import RunsConfig, SettingsStudyConfig, Study, StudyConfig
 
 StudyArgument = Annotated[
-    Path, typer.Argument(metavar="STUDY.yaml", help="Study file (docs/studies.md).", callback=require_exists)
+    Path, typer.Argument(metavar="STUDY.yaml", help="Study file (examples/study/README.md).", callback=require_exists)
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the cells and their progress, without training.")]
 
 study = typer.Typer(
-    help="Train grids of small models and compare them.",
     epilog="Example: amfm study mixers configs/studies/hybrid_ratio_1m.yaml",
     no_args_is_help=True,
 )
@@ -44,8 +43,8 @@ def mixers(
     from amfm.data_pipeline.prepare.ray_token import choose_token
 
     choose_token()
-    from amfm.launch.study.grid import expand_grid
-    from amfm.launch.study.study import load_study
+    from amfm_study.grid import expand_grid
+    from amfm_study.study import load_study
 
     plan = load_study(path, overrides or [])
     cells = expand_grid(plan)
@@ -67,8 +66,8 @@ def settings(
     from amfm.data_pipeline.prepare.ray_token import choose_token
 
     choose_token()
-    from amfm.launch.study.settings import expand_settings
-    from amfm.launch.study.study import load_settings_study
+    from amfm_study.settings import expand_settings
+    from amfm_study.study import load_settings_study
 
     plan = load_settings_study(path, overrides or [])
     cells = expand_settings(plan)
@@ -91,13 +90,13 @@ def mixture(
 
     choose_token()
     from amfm.launch.arguments import choose_device
-    from amfm.launch.study.mixture.cells import open_search, sampled_cells, weights_of
-    from amfm.launch.study.mixture.config import load_mixture_study
-    from amfm.launch.study.mixture.find import find_mixture
-    from amfm.launch.study.mixture.losses import measure_losses
-    from amfm.launch.study.mixture.plot import draw_mixture
-    from amfm.launch.study.mixture.result import Tried, mixture_json, mixture_markdown
-    from amfm.launch.study.table import read_result
+    from amfm_study.mixture.cells import open_search, sampled_cells, weights_of
+    from amfm_study.mixture.config import load_mixture_study
+    from amfm_study.mixture.find import find_mixture
+    from amfm_study.mixture.losses import measure_losses
+    from amfm_study.mixture.plot import draw_mixture
+    from amfm_study.mixture.result import Tried, mixture_json, mixture_markdown
+    from amfm_study.table import read_result
 
     plan = load_mixture_study(path, overrides or [])
     search = open_search(plan)
@@ -130,7 +129,7 @@ def mixture(
 
 def train_all(plan: Study[RunsConfig], cells: Sequence[Cell]) -> None:
     """Train those of the cells that are not done; exits with RUN_FAILED where one failed, with DONE where a signal came."""
-    from amfm.launch.study.table import read_result
+    from amfm_study.table import read_result
 
     missing = [cell for cell in cells if read_result(cell) is None]
     if not missing:
@@ -147,7 +146,7 @@ def room_of(config: RunsConfig) -> Room:
     """What this machine has for the runs of a study."""
     import torch
 
-    from amfm.launch.study.run import find_room
+    from amfm_study.run import find_room
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return find_room(config.threads_per_run, config.runs_at_once, gpus)
@@ -158,7 +157,7 @@ def run_study(
 ) -> None:
     """Run what is missing, `write` the results given the runs at once, show them, and exit as the runs ended."""
     require_extra("report", "amfm study")
-    from amfm.launch.study.table import read_result
+    from amfm_study.table import read_result
 
     room = room_of(plan.config)
     missing = [cell for cell in cells if read_result(cell) is None]
@@ -184,9 +183,9 @@ def run_missing(
     anything starts when a task's text isn't prepared.
     """
     from amfm.data_pipeline.store.store import TokenStore
-    from amfm.launch.study.run import run_cells
-    from amfm.launch.study.show import StudyDisplay
-    from amfm.launch.study.table import read_result
+    from amfm_study.run import run_cells
+    from amfm_study.show import StudyDisplay
+    from amfm_study.table import read_result
 
     for data in {
         cell.config.data.store: cell.config.data for cell in missing if cell.config.data.probe is None
@@ -214,8 +213,8 @@ def write_results(plan: Study[StudyConfig], cells: Sequence[Cell], slots: int) -
 
     Each file replaces the last one in a rename, so a reader never sees half of one.
     """
-    from amfm.launch.study.plots import draw_study
-    from amfm.launch.study.table import make_rows, measure_of, read_result, study_json, study_markdown
+    from amfm_study.plots import draw_study
+    from amfm_study.table import make_rows, measure_of, read_result, study_json, study_markdown
 
     folder, tokens = Path(plan.config.dir), plan.config.state_tokens
     results = [result for cell in cells if (result := read_result(cell)) is not None]
@@ -234,8 +233,8 @@ def write_results(plan: Study[StudyConfig], cells: Sequence[Cell], slots: int) -
 
 def write_settings_results(plan: Study[SettingsStudyConfig], cells: Sequence[Cell], slots: int) -> dict[str, Any]:
     """Write study.json and study.md of the finished runs; returns what study.json holds."""
-    from amfm.launch.study.settings import settings_json, settings_markdown
-    from amfm.launch.study.table import read_result
+    from amfm_study.settings import settings_json, settings_markdown
+    from amfm_study.table import read_result
 
     results = [result for cell in cells if (result := read_result(cell)) is not None]
     summary = settings_json(cells, results, slots)
@@ -258,9 +257,9 @@ def replace_files(folder: Path, texts: Mapping[str, str]) -> None:
 
 def print_cells(cells: Sequence[Cell], state_tokens: int, *, as_json: bool) -> None:
     """Print the grid before it runs."""
-    from amfm.launch.study.table import count_state, read_result, show_ratio
     from amfm.model.flops import count_parameters
     from amfm.pretrain.stages import total_steps
+    from amfm_study.table import count_state, read_result, show_ratio
 
     rows = [
         {
@@ -279,9 +278,9 @@ def print_cells(cells: Sequence[Cell], state_tokens: int, *, as_json: bool) -> N
 
 def print_settings(plan: Study[SettingsStudyConfig], cells: Sequence[Cell], *, as_json: bool) -> None:
     """The cells of a study of settings before they run, each with what is its own."""
-    from amfm.launch.study.table import read_result
     from amfm.model.flops import count_parameters
     from amfm.pretrain.stages import total_steps
+    from amfm_study.table import read_result
 
     overrides = {setting.label: " ".join(setting.overrides) for setting in plan.config.settings}
     rows = [
@@ -303,8 +302,3 @@ def print_table(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
         print_json(list(rows))
     else:
         print_rows(f"{len(rows)} cells", list(rows[0]), [list(row.values()) for row in rows])
-
-
-def add_verbs(app: typer.Typer) -> None:
-    """Register the verbs of this file."""
-    app.add_typer(study, name="study")

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from amfm.launch.study.grid import NO_ATTENTION, ONLY_ATTENTION, Cell
 from amfm.model.flops import count_parameters
 from amfm.model.state_size import state_bytes
 from amfm.pretrain.config.file import diff_configs
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.report.data import read_run
+from amfm_study.grid import NO_ATTENTION, ONLY_ATTENTION, Cell
 
 
 @dataclass(frozen=True)

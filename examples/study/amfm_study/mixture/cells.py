@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from amfm.launch.study.grid import Cell, load_run
-from amfm.launch.study.mixture.config import MixtureStudyConfig
-from amfm.launch.study.study import Study
 from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schema import RunConfig
+from amfm_study.grid import Cell, load_run
+from amfm_study.mixture.config import MixtureStudyConfig
+from amfm_study.study import Study
 
 Array = NDArray[np.float64]
 DRAW_SEED, CANDIDATE_SEED, CANDIDATES = 20260101, 20260103, 10_000

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from amfm.data_pipeline.durable.files import replacing
-from amfm.launch.study.mixture.cells import CHECK, FIT
-from amfm.launch.study.mixture.result import Found
-from amfm.launch.study.plots import COLOURS, STYLE
+from amfm_study.mixture.cells import CHECK, FIT
+from amfm_study.mixture.result import Found
+from amfm_study.plots import COLOURS, STYLE
 
 
 def draw_mixture(found: Found, path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from amfm.launch.study.study import RunsConfig, RunTask, Study
 from amfm.pretrain.config.file import read_schema
+from amfm_study.study import RunsConfig, RunTask, Study
 
 
 class MixtureStudyConfig(RunsConfig):

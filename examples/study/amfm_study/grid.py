@@ -12,12 +12,12 @@ import json
 import re
 from dataclasses import dataclass
 
-from amfm.launch.study.study import MixerConfig, RunsConfig, RunTask, Study, StudyConfig, TaskConfig
 from amfm.model.config.kinds import describe_symbol, find_kind, kind_of
 from amfm.model.config.pattern import parse_pattern
 from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schema import RunConfig
+from amfm_study.study import MixerConfig, RunsConfig, RunTask, Study, StudyConfig, TaskConfig
 
 ATTENTION = find_kind("attention").symbol
 NO_ATTENTION, ONLY_ATTENTION = "none", "all"

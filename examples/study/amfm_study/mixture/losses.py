@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.durable.foreign_files import read_object
-from amfm.launch.study.grid import Cell
-from amfm.launch.study.mixture.cells import Search
 from amfm.pretrain.inference.evaluate import evaluate_checkpoint
+from amfm_study.grid import Cell
+from amfm_study.mixture.cells import Search
 
 Array = NDArray[np.float64]
 

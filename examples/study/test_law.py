@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-
-from amfm.launch.study.mixture.law import Law, fit_law, lowest_mixture, propose, rank_correlation
+from amfm_study.mixture.law import Law, fit_law, lowest_mixture, propose, rank_correlation
 
 KNOWN = Law(np.array([1.0, 2.0, 0.5]), np.array([[-2.0, 0.1, 0.3], [0.2, -1.0, 0.0], [0.5, 0.4, -0.5]]))
 OBJECTIVE = np.array([0.6, 0.3, 0.1])

@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from amfm.launch.study.grid import Cell
-from amfm.launch.study.run import CellEnd
-from amfm.launch.study.table import CellResult, measure_of
 from amfm.pretrain.monitor.live import LivePanel
 from amfm.pretrain.monitor.panel import format_duration
 from amfm.pretrain.stages import total_steps
+from amfm_study.grid import Cell
+from amfm_study.run import CellEnd
+from amfm_study.table import CellResult, measure_of
 
 State = Literal["running", "failed", "waiting", "stopped", "done"]
 ORDER: tuple[State, ...] = ("running", "failed", "waiting", "stopped", "done")

@@ -25,9 +25,9 @@ from amfm.launch.cluster.local import forward_signals
 from amfm.launch.cluster.node_logs import last_words
 from amfm.launch.cluster.ray import RankHost, first_line
 from amfm.launch.rank_command import rank_command
-from amfm.launch.study.grid import Cell
 from amfm.pretrain.config.file import resolved_yaml, without_secrets
 from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
+from amfm_study.grid import Cell
 
 POLL_SECONDS = 0.5
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: nothing but paths and exit codes goes through it

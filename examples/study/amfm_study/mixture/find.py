@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from amfm.launch.study.grid import Cell
-from amfm.launch.study.mixture.cells import FIT, Search, compared_cells, draw_candidates
-from amfm.launch.study.mixture.config import MixtureStudyConfig
-from amfm.launch.study.mixture.law import fit_law, propose
-from amfm.launch.study.mixture.result import Found, Tried
-from amfm.launch.study.study import Study
+from amfm_study.grid import Cell
+from amfm_study.mixture.cells import FIT, Search, compared_cells, draw_candidates
+from amfm_study.mixture.config import MixtureStudyConfig
+from amfm_study.mixture.law import fit_law, propose
+from amfm_study.mixture.result import Found, Tried
+from amfm_study.study import Study
 
 
 def find_mixture(

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from amfm_study.grid import expand_grid
+from amfm_study.study import MixerConfig, Study, StudyConfig, TaskConfig, load_study
 
 from amfm.launch.cli import run
-from amfm.launch.study.grid import expand_grid
-from amfm.launch.study.study import MixerConfig, Study, StudyConfig, TaskConfig, load_study
 from amfm.model.flops import count_parameters
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.file import resolved_yaml
@@ -148,7 +148,7 @@ def test_a_study_file_is_read_with_places_overrides_and_near_misses(folder):
 
 
 def test_the_study_of_the_hybrid_ratio_compares_models_of_a_size_on_equal_tokens():
-    cells = expand_grid(load_study(Path(__file__).parents[3] / "configs" / "studies" / "hybrid_ratio_1m.yaml"))
+    cells = expand_grid(load_study(Path(__file__).parents[2] / "configs" / "studies" / "hybrid_ratio_1m.yaml"))
     assert len(cells) == 2 * 2 * (3 * 4 + 1)
     for task, low, high in (("text", 0.7e6, 1.1e6), ("recall", 0.1e6, 0.2e6)):
         own = [cell.config for cell in cells if cell.task == task]
@@ -160,11 +160,13 @@ def test_the_study_of_the_hybrid_ratio_compares_models_of_a_size_on_equal_tokens
 
 
 def test_every_setting_is_documented():
-    page = (Path(__file__).parents[3] / "docs" / "studies.md").read_text()
+    page = (Path(__file__).parent / "README.md").read_text()
     for prefix, schema in (("", StudyConfig), ("tasks.*.", TaskConfig), ("mixers.*.", MixerConfig)):
         for name, info in schema.model_fields.items():
             assert info.description, f"{prefix}{name} has no description"
-            assert f"`{prefix}{name}`" in page or name in ("tasks", "mixers"), f"docs/studies.md lacks {prefix}{name}"
+            assert f"`{prefix}{name}`" in page or name in ("tasks", "mixers"), (
+                f"examples/study/README.md lacks {prefix}{name}"
+            )
 
 
 def test_study_has_help_with_an_example(capsys):
