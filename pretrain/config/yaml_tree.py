@@ -86,13 +86,20 @@ def parse_scalar(text: str) -> Scalar:
 class _Untagged(yaml.SafeLoader):
     """Refuses tags (`!!binary`, `!mine`): what they ask for is not done, and a value that is read otherwise is wrong."""
 
+    depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Compose a node that has no tag."""
+        """Compose a node that has no tag. Raises RecursionError far below Python's limit: each level costs more than the last."""
         event: Any = self.peek_event()
         tag = getattr(event, "tag", None)
         if tag is not None:
             raise yaml.MarkedYAMLError(problem=f"{_TAG} {tag[:80]!r}, which is not read", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
+        if self.depth > MAX_DEPTH:
+            raise RecursionError(f"more than {MAX_DEPTH} levels")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class TreeReader:

@@ -92,10 +92,10 @@ class FollowedRun:
 
     def look(self) -> Seen:
         """Read what is new, and judge how the run is."""
-        self._read_config()
         _, events = self._events.read()
         for event in events:
             self._take_event(event)
+        self._read_config()
         is_new, lines = self._metrics.read()
         if is_new:
             self.panel.losses.clear()
@@ -173,7 +173,6 @@ class FollowedRun:
         kind, step = event.get("event"), event.get("step")
         if kind == "start" and isinstance(step, int):
             self.config = None
-            self._read_config()
             self.state, self.cause = "running", ""
             self.panel.first_step, self.panel.began = step, to_seconds(event.get("time"))
             self.panel.shows_mfu = event.get("device") != "cpu"

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -305,6 +306,8 @@ def fuzz(name: str, path: Path, read: Callable[[], Any], count: int) -> dict[str
 
 
 if __name__ == "__main__":
+    # Arrow's own pool claims a gigabyte of addresses, which is all that a reader may have here.
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     readers = Readers(Path(sys.argv[1]))
     chosen = {name: readers.find(name) for name in sys.argv[3:]}
     pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from amfm.pretrain.exchange.universal import export_universal
 from amfm.pretrain.export.export import export_checkpoint
 from amfm.pretrain.train import train
 from tests.faults.disk import ROOT
+from tests.helpers.processes.zygote import run_program
 from tests.pretrain.export.exported_models import weights_folder
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
@@ -85,12 +84,8 @@ def write_sources(folder: Path) -> None:
 
 
 def fuzz(place: Path, count: int, readers: tuple[str, ...]) -> list[dict[str, object]]:
-    # Arrow's own pool claims a gigabyte of addresses, which is all that a reader may have here.
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "ARROW_DEFAULT_MEMORY_POOL": "system"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.faults.fuzz", str(place), str(count), *readers],
-        env=variables, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    words = ["-W", "ignore", "-m", "tests.faults.fuzz", place, str(count), *readers]
+    done = run_program([sys.executable, *words], cwd=ROOT)
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0, (done.returncode, reports[-1:], done.stderr[-2000:])
     return reports

@@ -159,3 +159,13 @@ def test_lines_of_another_version_are_left_out(run: Path) -> None:
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"is not a run directory; give run\.dir of a run that was started"):
         FollowedRun(tmp_path)
+
+
+def test_the_configuration_is_the_one_of_the_last_of_many_starts(run: Path) -> None:
+    append(run / "events.jsonl", *(event("start", step) for step in range(2000)))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 20", "steps: 30"))
+    followed = FollowedRun(run)
+    followed.look()
+    assert followed.panel.last_step == 30 and followed.config is not None
+    assert followed.panel.first_step == 1999
