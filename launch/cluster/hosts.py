@@ -145,7 +145,7 @@ class HostServer:
 class RemoteHosts:
     """Runs attempts on a list of hosts, each through `[*remote_shell, host, line]`, one attempt at a time.
 
-    `port`: of the first attempt, where ranks meet; None: one that is free. `spares`: hosts beyond an attempt's that have a server too. The others of the list come in where these are too few.
+    `port`: of the first attempt, where ranks meet; None: one that is free. `spares`: hosts beyond an attempt's that have a server too. The others of the list come in where these are too few. `inputs`: of `make_request`.
     """
 
     def __init__(
@@ -162,10 +162,11 @@ class RemoteHosts:
         environment: Mapping[str, str] = {},
         spares: int = 0,
         keep_loaded: bool = True,
+        inputs: Mapping[str, str] = {},
     ) -> None:
         self.arguments, self.hosts, self.ranks_per_node, self.port = arguments, list(hosts), ranks_per_node, port
         self.run_dir, self.setup, self.remote_shell = Path(run_dir), setup, list(remote_shell)
-        self.environment, self.keep_loaded = environment, keep_loaded
+        self.environment, self.keep_loaded, self.inputs = environment, keep_loaded, inputs
         self.is_here = tuple(remote_shell) == HERE
         self.nodes, self.spares, self.has_begun = nodes, spares, False
         self.left_out = LeftOut(self.run_dir)
@@ -264,7 +265,7 @@ class RemoteHosts:
         """
         if self.is_here or not servers:
             return list(servers)
-        request = make_request(self.run_dir, self.ranks_per_node, loads_anew=not self.keep_loaded)
+        request = make_request(self.run_dir, self.ranks_per_node, inputs=self.inputs, loads_anew=not self.keep_loaded)
         deadline = time.monotonic() + CHECK_SECONDS
         first = self.checked[0] if self.checked else servers[0]
         others = [server for server in servers if server is not first]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.durable.files import write_file_atomically
+from amfm.launch.cluster.inputs import blame_inputs, check_inputs
 from amfm.launch.cluster.links import LINK_SECONDS, await_links, blame_links, check_link, find_port, listen
 from amfm.launch.cluster.storage import blame_storage, describe_refusal, probe
 from amfm.launch.doctor.machine import has_cuda
@@ -40,10 +41,13 @@ DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))  # looked for before torch 
 MARK = "amfm-node: "  # before an answer to the launcher, among what ranks print
 
 
-def make_request(run_dir: Path, ranks_per_node: int, *, loads_anew: bool) -> dict[str, Any]:
+def make_request(
+    run_dir: Path, ranks_per_node: int, *, inputs: Mapping[str, str] = {}, loads_anew: bool
+) -> dict[str, Any]:
     """Write a new token, and return what the launcher asks of each node; `link` is added for each.
 
-    loads_anew: ranks run the code as it is now, and not as it was when the launcher began.
+    inputs: files that a node must see as the launcher does, with their digests. loads_anew: ranks run the code as it is now,
+    and not as it was when the launcher began.
     """
     if loads_anew:
         digest_code.cache_clear()
@@ -55,6 +59,7 @@ def make_request(run_dir: Path, ranks_per_node: int, *, loads_anew: bool) -> dic
         "ranks": ranks_per_node,
         "token": token,
         "time": time.time(),
+        "inputs": dict(inputs),
         "patience": LINK_SECONDS + LOAD_SECONDS * loads_anew,
         "code": collect_versions(),
     }
@@ -72,6 +77,7 @@ def check_node(request: Mapping[str, Any], received: float) -> list[str]:
     faults += check_clock(request["time"], received)
     faults += check_code(request["code"])
     faults += check_storage(run_dir, request["token"])
+    faults += check_inputs(request["inputs"])
     faults += check_memory(ranks)
     faults += check_devices(ranks)
     faults += check_links(request["link"], request["token"], request["patience"])
@@ -168,8 +174,9 @@ def check_devices(ranks: int) -> Iterator[str]:
 
 
 def blame(faults: Mapping[str, Sequence[str]], first: str, run_dir: Path) -> dict[str, list[str]]:
-    """Faults by the node that has them. Raises OSError where the storage has them."""
+    """Faults by the node that has them. Raises OSError where the storage has them, and ValueError where data.store has."""
     blame_storage(faults, run_dir)
+    blame_inputs(faults)
     return blame_links(faults, first)
 
 

@@ -128,11 +128,12 @@ class RayCluster:
         gpus: bool,
         wait_seconds: float,
         environment: Mapping[str, str] = {},
+        inputs: Mapping[str, str] = {},
     ) -> None:
         self.command = rank_command(arguments)
         self.run_dir, self.ranks_per_node, self.wait_seconds = run_dir, ranks_per_node, wait_seconds
         self.need = {"GPU" if gpus else "CPU": float(ranks_per_node)}
-        self.environment = dict(environment)
+        self.environment, self.inputs = dict(environment), inputs
         self.actors: list[Any] = []
         self.running: set[str] = set()  # Ray's numbers of the nodes that had ranks last
         self.left_out = LeftOut(Path(run_dir))
@@ -219,7 +220,7 @@ class RayCluster:
 
     def _check(self, places: Sequence[Place]) -> list[str]:
         """Check all nodes at once, and their links to the first; returns the names of those that fail, which are left out."""
-        request = make_request(Path(self.run_dir), self.ranks_per_node, loads_anew=True)
+        request = make_request(Path(self.run_dir), self.ranks_per_node, inputs=self.inputs, loads_anew=True)
         names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
         waiting = {}
         for rank in range(0, len(places), self.ranks_per_node):

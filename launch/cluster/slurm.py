@@ -28,6 +28,7 @@ from typing import IO
 
 from amfm.launch.cluster.batch_host import BatchHostWatch
 from amfm.launch.cluster.controller import AWAY, address_of, ask
+from amfm.launch.cluster.inputs import list_inputs
 from amfm.launch.cluster.interrupt import forward_to_ranks
 from amfm.launch.cluster.left_out import LeftOut
 from amfm.launch.cluster.lines import (
@@ -338,7 +339,8 @@ def check_nodes(
     """
     ports = candidates(f"check of {job}")
     link = {"ports": ports, "connect": [address_of(names[0]), ports], "expect": len(names) - 1}
-    request = make_request(Path(config.run.dir), ranks_per_node, loads_anew=True) | {"link": link}
+    inputs = list_inputs(config)
+    request = make_request(Path(config.run.dir), ranks_per_node, inputs=inputs, loads_anew=True) | {"link": link}
     module = [*isolated_python(), "-m", "amfm.launch.cluster.node_check", json.dumps(request)]
     container, command = in_container(config, module)
     count = len(names)

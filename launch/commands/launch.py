@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument
+from amfm.launch.cluster.inputs import list_inputs
 from amfm.launch.commands.train import summarize
 from amfm.launch.console import print_json, say
 from amfm.launch.rank_command import rank_command
@@ -291,6 +292,7 @@ def launch_torchrun(
             environment=environment,
             spares=spares,
             keep_loaded=config.launch.keep_loaded,
+            inputs=list_inputs(config),
         )
         if dry_run:
             return show_commands(remote.commands())
@@ -331,10 +333,7 @@ def show_manifest(
 def launch_slurm(
     config: RunConfig, work: Work, path: Path, overrides: list[str], nodes: int, ranks: int, *, dry_run: bool
 ) -> int | Shown:
-    """Submit a batch script; inside an allocation run attempts with srun.
-
-    Returns the exit code of the run, or what a dry run or a submission shows.
-    """
+    """Submit a batch script, or run attempts with srun inside an allocation; returns the exit code, or what is shown."""
     from amfm.launch.cluster.requeue import queue_rest
     from amfm.launch.cluster.slurm import Allocation, is_inside_allocation, submit, write_script
     from amfm.pretrain.monitor.signals import note_signals
@@ -387,6 +386,7 @@ def launch_ray(
         gpus=gpus,
         wait_seconds=config.launch.node_wait_seconds,
         environment=environment,
+        inputs=list_inputs(config),
     )
     return run_attempts(config, work, cluster, nodes, ranks)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import (
+    RANK,
     SLURM,
     START_SECONDS,
     cluster,
@@ -103,3 +104,42 @@ def test_a_signal_in_an_allocation_of_salloc_ends_well_and_says_how_to_continue(
     assert "the same command continues it in another allocation" in log.read_text()
     last = metrics(folder / "run")[-1]["step"]
     assert (folder / f"run/checkpoints/step-{last:08d}/manifest.json").exists()
+
+
+def test_a_rank_lost_beside_the_next_jobs_on_its_node_starts_again_at_a_port_of_its_own(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
+    """As in an array: job numbers follow each other, and restarts took the neighbours' ports."""
+    runs = [folder, folder / "second", folder / "third"]
+    for root in runs:
+        write_run(folder, root / "run")
+    with cluster(1, "slurm", folder=folder, options=("3", "6000")) as nodes:
+        (_, log), *others = [submit(nodes, root, "launch.slurm.memory=1900") for root in runs]
+        for root in runs:
+            wait_for_steps(root / "run", 3, log)
+        with watch("Slurm", "rank killed, the next two jobs on its node"):
+            nodes.run(1, "pkill", "-KILL", "-f", f"{RANK}{folder}/run.yaml")
+            for job, its_log in [("1", log), *others]:
+                finish(nodes, job, its_log)
+    assert len(events(folder / "run", "restarted")) == 1 and "EADDRINUSE" not in log.read_text()
+    for root in runs:
+        check_losses(root / "run", undisturbed)
+
+
+def test_a_run_that_is_submitted_twice_has_one_job(folder: Path) -> None:
+    """The second launcher, started where squeue did not know of the first, ends with the first one's name."""
+    write_run(folder, folder / "run", launch__heartbeat_seconds=900.0)
+    with cluster(2, "slurm", folder=folder) as nodes:
+        job, log = submit(nodes, folder, count=1)
+        wait_for_steps(folder / "run", 1, log)
+        signal_ranks(nodes, int(field(nodes, job, "BatchHost").removeprefix("node")), "STOP")  # it lasts
+        refused = nodes.try_to(0, *launch_command(folder, 1))
+        assert refused.returncode == 2 and f"job {job} (" in refused.stderr, refused.stderr
+        nodes.run(0, "cp", str(folder / "run/launch/job.sbatch"), str(folder / "copy.sbatch"))
+        second = nodes.run(0, "sbatch", "--parsable", str(folder / "copy.sbatch"))
+        second_log = folder / f"run/logs/slurm-{second}.log"
+        wait_until(lambda: state(nodes, second) in ("FAILED", "COMPLETED"), START_SECONDS, second_log)
+        text = second_log.read_text()
+        assert (state(nodes, second), field(nodes, second, "ExitCode")) == ("FAILED", "2:0"), text
+        nodes.run(0, "scancel", job)
+    assert "has another launcher (process" in text and f"job {job}" in text and "step 1/" not in text

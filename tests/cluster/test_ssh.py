@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +171,7 @@ def test_nodes_that_are_not_like_the_launcher_are_left_out_by_name_before_ranks_
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
     settings = {"launch__node_wait_seconds": 1.0, "launch__setup": wrong_clock(5, 300), "launch__keep_loaded": False}
-    write_run(folder, folder / "run", **settings)
+    config = write_run(folder, folder / "run", **settings)
     log, stale = folder / "launch.log", folder / "stale"
     stale.mkdir()
     (folder / "run").mkdir()
@@ -181,8 +183,9 @@ def test_nodes_that_are_not_like_the_launcher_are_left_out_by_name_before_ranks_
         "node3": "does not see the launcher's file",
         "node5": "s ahead; set it (NTP)",
         "node6": "it does not reach node1",
+        "node7": "manifest.json: No such file or directory; mount the storage of data.store there",
     }
-    with cluster(6, "ssh", folder=folder) as nodes:
+    with cluster(7, "ssh", folder=folder) as nodes:
         nodes.run(2, "mount", "--bind", str(folder / "other.py"), str(source))
         nodes.run(3, "mount", "--bind", str(stale), str(folder / "run"))
         other = other_python()
@@ -190,14 +193,15 @@ def test_nodes_that_are_not_like_the_launcher_are_left_out_by_name_before_ranks_
         if other.name == f"python3.{sys.version_info.minor}":
             expected["node4"] = "python is"
         nodes.run(6, "mount", "--bind", str(folder / "no_names"), "/etc/hosts")
-        launcher = launch(nodes, folder, hosts="".join(f"node{number}\n" for number in range(1, 7)))
-        with watch("ssh", "other commit, stale mount, other Python, clock 300 s ahead, names that don't resolve"):
+        nodes.run(7, "mount", "--bind", str(stale), config.data.store or "")
+        launcher = launch(nodes, folder, hosts="".join(f"node{number}\n" for number in range(1, 8)))
+        with watch("ssh", "other commit, stale mount, other Python, clock 300 s ahead, no names, no store"):
             end_well(launcher, log)
     left = json.loads((folder / "run/launch/left_out.json").read_text())["left_out"]
     assert left.keys() == expected.keys(), left
     assert all(text in left[name] for name, text in expected.items()), left
     assert "node4" in left or "node4 does not answer: " in log.read_text()
-    assert "continuing with 1 of 6 nodes" in log.read_text()
+    assert "continuing with 1 of 7 nodes" in log.read_text()
     assert not events(folder / "run", "restarted"), "no attempt was lost"
     check_losses(folder / "run", undisturbed)
 
@@ -245,3 +249,33 @@ def test_a_torchrun_on_each_node_starts_all_ranks_again(
             assert codes == [0, 0], log.read_text()[-4000:]
     assert len(events(folder / "run", "restarted")) == 1
     check_losses(folder / "run", undisturbed)
+
+
+@pytest.fixture
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of 40 MB, which nodes that are made after it share."""
+    path = folder / "small"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(path)], check=True)
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def test_a_shared_disk_that_is_full_for_a_while_ends_nothing_and_leaves_out_no_host(
+    folder: Path, small_disk: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
+    run_dir, log = small_disk / "run", folder / "launch.log"
+    write_run(folder, folder / "run")
+    with cluster(2, "ssh", folder=folder) as nodes:
+        launcher = launch(nodes, folder, f"run.dir={run_dir}")
+        wait_for_steps(run_dir, 12, log)
+        with watch("ssh", "shared disk full for a while", "small/run"):
+            with (small_disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+                while filler.write(bytes(1 << 12)):
+                    pass
+            wait_until(lambda: "waiting for the storage" in log.read_text(), START_SECONDS, log)
+            assert not list((run_dir / "launch").glob("check-node*"))
+            (small_disk / "filler").unlink()
+            end_well(launcher, log)
+        assert "is left out" not in log.read_text()
+        check_losses(run_dir, undisturbed)

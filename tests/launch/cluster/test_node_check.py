@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from amfm.launch.cluster import node_check
+from amfm.launch.cluster.inputs import list_inputs
 from amfm.launch.cluster.left_out import LeftOut
 from amfm.launch.cluster.links import LINK_SECONDS, blame_links, candidates, listen
 from amfm.launch.cluster.node_check import (
+    blame,
     check_code,
     check_links,
     check_node,
@@ -26,6 +28,7 @@ from amfm.launch.cluster.node_check import (
     read_answers,
 )
 from tests.helpers.patience import PATIENCE_SECONDS
+from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 
 def request(run_dir: Path, **changes: Any) -> dict[str, Any]:
@@ -58,6 +61,25 @@ def test_a_clock_is_compared_as_of_the_start_of_a_process_that_loads_for_long(
     monkeypatch.setattr(node_check, "CLOCK_SECONDS", age / 2)
     main(json.dumps(request(tmp_path, time=time.time() - age)))
     assert [answer["faults"] for answer in read_answers(capsys.readouterr().out)] == [[]]
+
+
+def test_a_node_without_the_launcher_s_store_has_a_fault_and_where_all_lack_it_the_setting_has(tmp_path: Path) -> None:
+    config = tiny_config(tiny_data(tmp_path / "data"), tmp_path / "run")
+    inputs = list_inputs(config)
+    (manifest,) = map(Path, inputs)
+    assert check_node(request(tmp_path, inputs=inputs), time.time()) == []
+    manifest.write_text("{}")
+    other = check_node(request(tmp_path, inputs=inputs), time.time())
+    manifest.unlink()
+    absent = check_node(request(tmp_path, inputs=inputs), time.time())
+    assert "but another one; mount the shared storage again" in other[0]
+    assert absent == [
+        f"it does not see the launcher's {manifest}: No such file or directory; mount the storage of data.store there"
+    ]
+    assert blame({"node1": [], "node2": absent}, "node1", tmp_path)["node2"] == absent
+    assert blame({"node1": absent}, "node1", tmp_path)["node1"] == absent, "one node says nothing of the setting"
+    with pytest.raises(ValueError, match=r"none of 2 nodes sees data\.store as this launcher does"):
+        blame({"node1": other, "node2": absent}, "node1", tmp_path)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
