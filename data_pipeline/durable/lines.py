@@ -29,9 +29,7 @@ class LineFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with named(path):
-            self._descriptor = os.open(path, FLAGS, 0o666)
-            self._drop_torn_end()
+        self._open()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line; it is with the operating system when this returns."""
@@ -46,13 +44,26 @@ class LineFile:
                 raise
 
     def sync(self) -> None:
-        """Return when the disk holds every line."""
+        """Return when the disk holds every line; where it was renamed or removed, as by logrotate, a new one is begun."""
         with named(self.path):
             os.fsync(self._descriptor)
+            try:
+                is_same = os.path.samestat(os.lstat(self.path), os.fstat(self._descriptor))
+            except FileNotFoundError:
+                is_same = False
+        if not is_same:
+            self.close()
+            self._open()
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
+
+    def _open(self) -> None:
+        """Open the file at its path, and repair its end."""
+        with named(self.path):
+            self._descriptor = os.open(self.path, FLAGS, 0o666)
+            self._drop_torn_end()
 
     def _drop_torn_end(self) -> None:
         """Cut the file after its last whole line, or add the newline that a whole last line lacks."""

@@ -90,17 +90,28 @@ def describe_prepare(path: Path, overrides: Sequence[str], preset: str | None) -
 
 
 def summarize(run_dir: str) -> dict[str, Any]:
-    """Progress of a run as JSON values."""
-    from amfm.pretrain.report.data import read_run
+    """Progress of a run as JSON values: by its newest checkpoint too, since others may take its log away, as logrotate does."""
+    from amfm.pretrain.checkpoint.names import newest_saved_step
+    from amfm.pretrain.config.file import load_config
+    from amfm.pretrain.report.data import is_number, read_json_lines
+    from amfm.pretrain.stages import total_steps
 
-    record = read_run(run_dir)
+    folder = Path(run_dir)
+    log = folder / "metrics.jsonl"
+    lines = sorted(
+        (line for line in (read_json_lines(log)[0] if log.is_file() else []) if is_number(line.get("step"))),
+        key=lambda line: int(line["step"]),
+    )
+    step = max(newest_saved_step(folder), int(lines[-1]["step"]) if lines else 0)
+    newest = {
+        name: next((line[name] for line in reversed(lines) if is_number(line.get(name))), None)
+        for name in ("tokens", "loss", "validation_loss")
+    }
     return {
         "run_dir": run_dir,
-        "finished": record.is_finished(),
-        "step": record.last_step(),
-        "tokens": record.last("tokens"),
-        "loss": record.last("loss"),
-        "validation_loss": record.last("validation_loss"),
+        "finished": step >= total_steps(load_config(folder / "config.yaml")),
+        "step": step,
+        **newest,
     }
 
 

@@ -216,12 +216,16 @@ def remove_older(checkpoints_dir: Path, step: int, keep_last: int) -> list[str]:
 
 
 def examine_latest(checkpoints_dir: Path, chosen: Path) -> str | None:
-    """Describe what is odd about the `latest` hint, given the checkpoint that verification chose; None when it agrees."""
+    """Describe what is odd about the `latest` hint, given the checkpoint that verification chose; None when it agrees.
+
+    A folder that was copied into a new run directory has none.
+    """
     path = checkpoints_dir / LATEST_NAME
     try:
         text = path.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
-        return f"{path} is absent; took {chosen.name} by its manifest"
+        is_copied = not (checkpoints_dir.parent / "events.jsonl").exists()
+        return None if is_copied else f"{path} is absent; took {chosen.name} by its manifest"
     except (OSError, UnicodeDecodeError) as error:
         return f"{path} cannot be read ({error}); took {chosen.name} by its manifest"
     if text == chosen.name:

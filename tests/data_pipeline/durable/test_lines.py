@@ -33,3 +33,17 @@ def test_what_is_no_object_is_none_and_keeps_its_number(tmp_path: Path) -> None:
     path = tmp_path / "odd.jsonl"
     path.write_bytes(b'null\n[]\n\n{"step": 1}\n' + b"[" * 100_000 + b"\n\xff\xfe\n")
     assert list(read_lines(path)) == [(1, None), (2, None), (4, {"step": 1}), (5, None), (6, None)]
+
+
+def test_a_file_that_was_renamed_or_removed_is_begun_at_its_path_at_the_next_sync(tmp_path: Path) -> None:
+    path, rotated = tmp_path / "log", tmp_path / "log.1"
+    file = LineFile(path)
+    for number, take_away in enumerate((lambda: path.rename(rotated), path.unlink)):
+        file.write({"step": 2 * number})
+        take_away()
+        file.write({"step": 2 * number + 1})
+        file.sync()
+    file.write({"step": 4})
+    file.close()
+    assert [record for _, record in read_lines(rotated)] == [{"step": 0}, {"step": 1}]
+    assert [record for _, record in read_lines(path)] == [{"step": 4}]

@@ -256,6 +256,7 @@ def test_no_checkpoint_at_all_is_a_fresh_start(tmp_path: Path, engine: ZeroEngin
     ],
 )
 def test_latest_is_only_a_hint(folder: Path, engine: ZeroEngine, content: bytes | None, reason: str) -> None:
+    (folder.parent / "events.jsonl").touch()
     if content is None:
         (folder / "latest").unlink()
     else:
@@ -302,6 +303,8 @@ def test_a_manifest_that_lacks_a_key_is_one_message(folder: Path, key: str) -> N
 def test_latest_names_the_newest_after_a_save(folder: Path) -> None:
     assert (folder / "latest").read_text() == "step-00000003\n"
     assert examine_latest(folder, step_dir(folder, 3)) is None
+    (folder / "latest").unlink()
+    assert examine_latest(folder, step_dir(folder, 3)) is None, "a folder that was copied into a new run has none"
 
 
 def test_other_files_in_a_checkpoint_are_mentioned_and_ignored(folder: Path, engine: ZeroEngine) -> None:
