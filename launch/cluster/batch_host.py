@@ -16,6 +16,7 @@ from pathlib import Path
 
 from amfm.launch.cluster.controller import describe, name_job
 from amfm.launch.cluster.orphans import ending_with_us
+from amfm.pretrain.monitor.held import extend_held
 
 LOOK_SECONDS = 30
 NUM_WATCHERS = 3  # one may be lost together with the batch host
@@ -49,6 +50,7 @@ class BatchHostWatch:
             cause = self.note.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             return None
+        extend_held(self.note.parents[1], self.note.stat().st_mtime)  # until someone noticed, the other nodes were
         self.note.unlink()
         return cause
 

@@ -14,6 +14,7 @@ from typing import IO
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.durable.locks import take_lock
 from amfm.launch.console import say
+from amfm.pretrain.monitor.held import holding
 
 LEAVING_SECONDS = 120.0  # for ranks of the launcher before, and locks of a host that is gone
 POLL_SECONDS = 1.0
@@ -32,7 +33,8 @@ def only_launcher(run_dir: Path) -> Iterator[None]:
         wait_for_lock(run_dir / "lock", f"another process trains in {run_dir}").close()
         facts = {"host": socket.gethostname(), "process": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
         write_file_atomically(folder / "launcher.json", json.dumps(facts).encode() + b"\n")
-        yield
+        with holding(run_dir):
+            yield
 
 
 def wait_for_lock(path: Path, taken: str) -> IO[bytes]:

@@ -7,7 +7,9 @@ what it finds there of others, and removes the file.
 from __future__ import annotations
 
 import os
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain
@@ -19,7 +21,7 @@ from amfm.data_pipeline.progress import Report
 from amfm.pretrain.event_log import in_iso
 
 NAME = "starting.jsonl"
-NOTE_SECONDS = 1.0  # between two lines
+NOTE_SECONDS = 1.0  # between two lines, also while a library loads or compiles
 IMPORTED = time.time()
 
 
@@ -42,23 +44,23 @@ class Starting:
     def __init__(self, run_dir: Path) -> None:
         self.began = next(_beginnings) or time.time()
         self.path = run_dir / NAME
-        self._noted = 0.0
+        self.at = "begin"
         self._lines = LineFile(self.path)
-        self.note("begin")
+        self.note()
+        self._ended = threading.Event()
+        self._noting = threading.Thread(target=note_always, args=(weakref.ref(self), self._ended), daemon=True)
+        self._noting.start()
 
-    def note(self, text: str) -> None:
-        """Append what the start is at, once in NOTE_SECONDS; a full disk is for what follows to report."""
-        now = time.time()
-        if now - self._noted >= NOTE_SECONDS:
-            self._noted = now
-            with suppress(OSError):
-                self._lines.write({"began_at": self.began, "time": now, "at": text})
+    def note(self) -> None:
+        """Append what the start is at; a full disk is for what follows to report."""
+        with suppress(OSError):
+            self._lines.write({"began_at": self.began, "time": time.time(), "at": self.at})
 
     def hearing(self, report: Report) -> Report:
         """Make a report that notes what it hears."""
 
         def both(what: str, done: int = 0, total: int = 0) -> None:
-            self.note(what)
+            self.at = what
             report(what, done, total)
 
         return both
@@ -74,8 +76,20 @@ class Starting:
 
     def finish(self) -> None:
         """Remove the file, once the log has what it held."""
+        self._ended.set()
+        self._noting.join()
         self._lines.close()
         self.path.unlink(missing_ok=True)
+
+
+def note_always(starting: weakref.ref[Starting], ended: threading.Event) -> None:
+    """Note what a start is at, until it has a log or is given up."""
+    while not ended.wait(NOTE_SECONDS):
+        start = starting()
+        if start is None:
+            return
+        start.note()
+        del start
 
 
 def read_failed(path: Path) -> list[dict[str, Any]]:

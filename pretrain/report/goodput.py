@@ -1,12 +1,14 @@
 """Where the time of a run went: steps that count, measuring, saving, and what was lost by which cause.
 
-Counted is the time for which the run held its machines: from the begin of a process until its last sign of life, and, where
-a launcher restarted it, all the time between. What passed between two commands by hand, or in the queue, is not, and shown
-as `away`. Releases before wrote less: then starts count from their event, and the rest as other.
+Counted is the time for which the run held its machines: from the begin of a process until its last sign of life, and all
+the time for which a launcher lived (monitor/held.py). What passed between two commands by hand, or in the queue, is not, and
+shown as `away`. Releases before wrote less: then starts count from their event, restarts of a launcher with all the time since
+the last sign of life, and the rest as other.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -14,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from amfm.pretrain.event_log import IN_ORDER
+from amfm.pretrain.monitor.held import is_held, overlap, read_held
 from amfm.pretrain.report.data import RunRecord, is_number
 
 ENDS = ("end", "signal", "failed", "gave_up")
@@ -24,9 +27,9 @@ MEASURED = ("validation_seconds", "tasks_seconds")
 class TimeUse:
     """Seconds of a run by use, and how often it was started again after it failed.
 
-    steps: that count. measuring: validation and tasks. saving: what steps waited for. starting: from the begin of a process
-    to its first step, failed starts included. again: steps that a resume or a rollback took away. waiting: for a
-    restart. other: the rest, such as hooks and logs. away: between commands, when no machine was held.
+    steps: that count. measuring: validation and tasks. saving: what steps waited for. starting: from the begin of a process,
+    its launcher's too, to its first step, failed starts included. again: steps that a resume or a rollback took away. waiting: for a
+    restart. other: the rest, such as hooks, logs and the end of processes. away: between commands, when no machine was held.
     """
 
     steps: float = 0.0
@@ -91,20 +94,27 @@ def measure_goodput(record: RunRecord) -> TimeUse | None:
     steps = record.seconds()
     measuring = sum(sum(record.series(name)[1]) for name in MEASURED)
     starting, waiting, away, restarts = 0.0, 0.0, 0.0, 0
-    held = sum(span.end - span.began for span in spans)
+    launchers = read_held(record.directory)
+    tail = overlap(launchers, spans[-1].end, math.inf)
+    held = sum(span.end - span.began for span in spans) + tail
     for before, span in zip([None, *spans], spans):
         failed = span.failed_starts()
         spent = sum(seconds for _, seconds in failed)
         starting += span.start - span.began + spent
-        held += spent
         restarts += len(failed)
+        last_sign = 0.0 if before is None else before.end
+        kept = max(0.0, overlap(launchers, last_sign, span.began) - spent)
         if before is not None:
             gap = max(0.0, span.began - before.end - spent)
             restarts += not before.ended_in_order()
-            if span.was_restarted():
-                waiting, held = waiting + gap, held + gap
-            else:
-                away += gap
+            if span.was_restarted() and not is_held(launchers, span.start):  # as torchrun does, and releases before
+                kept = gap
+            away += gap - kept
+        if span.was_restarted():
+            waiting += kept
+        else:
+            starting += kept
+        held += spent + kept
     again = count_discarded(record.events)
     pauses, warm_up = measure_pauses(record, spans)
     known = steps + measuring + starting + waiting + again + pauses + warm_up

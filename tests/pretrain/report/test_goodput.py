@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from amfm.data_pipeline.progress import silent
+from amfm.pretrain.monitor.held import extend_held, holding, overlap, read_held
 from amfm.pretrain.monitor.starting import Starting, read_failed
 from amfm.pretrain.report.data import read_run
 from amfm.pretrain.report.goodput import measure_goodput
@@ -63,6 +64,44 @@ def test_a_run_that_was_killed_and_restarted_by_hand_shows_all_that_it_lost(tmp_
     assert use.share() == pytest.approx(60 / 141)
     page = write_report([run]).read_text()
     assert "steps done again <b>35.0 s, 24.8 %" in page and "2 min between commands, when it did not run" in page
+
+
+def test_what_a_launcher_held_is_counted_before_between_and_after_the_starts_of_its_ranks(tmp_path: Path) -> None:
+    """The first launcher lost a rank and then its host, 40 s of queue later another one finished the run."""
+    times = {step: 20.0 + step for step in range(1, 11)} | {step: 80.0 + step for step in range(11, 31)}
+    run = make_run(tmp_path, [line(step, seconds=1.0, time=ORIGIN + when) for step, when in times.items()])
+    (run / "launch").mkdir()
+    launchers = [
+        {"began_at": ORIGIN + 0.0, "before_until": None},
+        {"began_at": ORIGIN + 150.0, "before_until": ORIGIN + 110.0},
+    ]
+    (run / "launch/held.jsonl").write_text("".join(json.dumps(each) + "\n" for each in launchers))
+    extend_held(run, ORIGIN + 175.0)
+    events = [
+        {"event": "start", "step": 0, "time": at(20), "began_at": at(10)},
+        {"event": "checkpoint", "step": 10, "time": at(30)},
+        {"event": "start", "step": 10, "time": at(90), "began_at": at(50), "last_line_at": ORIGIN + 30.0},
+        {"event": "restarted", "step": 10, "time": at(90), "cause": "rank 1 was killed"},
+        {"event": "start", "step": 30, "time": at(165), "began_at": at(160), "last_line_at": ORIGIN + 110.0},
+        {"event": "end", "step": 30, "time": at(170)},
+    ]  # fmt: skip
+    write_events(run, *events)
+    use = measure_goodput(read_run(run))
+    assert use is not None and use.held() == pytest.approx(110 + 25) and use.away == pytest.approx(40)
+    assert use.waiting == pytest.approx(20) and use.share() == pytest.approx(30 / 135)
+    assert use.starting == pytest.approx((20 + 40 + 5) + 10)  # loads, and the second launcher until its ranks began
+
+
+def test_a_launcher_s_last_sign_stays_where_it_is_killed_and_the_next_one_begins_its_own(tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    with holding(tmp_path):
+        extend_held(tmp_path, ORIGIN + 5.0)
+        ((_, seen),) = read_held(tmp_path)
+        with holding(tmp_path):
+            pass
+    (_, first_end), (begin, end) = read_held(tmp_path)
+    assert seen == first_end == ORIGIN + 5.0 and begin < end
+    assert overlap([(0.0, 10.0), (20.0, 30.0)], 5.0, 22.0) == 7.0
 
 
 def test_rollbacks_are_lost_time_until_they_are_taken_back(tmp_path: Path) -> None:
