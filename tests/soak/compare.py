@@ -18,9 +18,9 @@ def is_finished(run_dir: Path) -> bool:
     return bool(events) and events[-1].get("reason") == "finished"
 
 
-def compare(straight: Path, hurt: Path) -> list[str]:
+def compare(straight: Path, hurt: Path, steps: int = STEPS) -> list[str]:
     """Compare two finished runs, and return where they differ, in words; empty for equality to the bit."""
-    last = f"checkpoints/{checkpoint_name(STEPS)}"
+    last = f"checkpoints/{checkpoint_name(steps)}"
     difference = diff_checkpoints(straight / last, hurt / last)
     kinds = ("only_in_first", "only_in_second", "tensors", "state", "optimizer_steps")
     return [*compare_logs(straight, hurt), *(f"last checkpoint: {kind} differ" for kind in kinds if difference[kind])]
