@@ -40,6 +40,9 @@ class SourceConfig(Section):
         description="Share of the training samples, relative to the other sources; 0: only in phases that give it a weight, such as a source that joins a run.",
     )
     filters: FilterConfig = Field(FilterConfig(), description="Documents to leave out.")
+    validation_fraction: float | None = Field(
+        None, ge=0, le=1, description="Part of its documents kept for validation; null: data.validation_fraction."
+    )
     max_bytes: int | None = Field(
         None,
         gt=0,
@@ -174,6 +177,10 @@ class DataConfig(Section):
     on_corruption: Literal["raise", "quarantine"] = Field(
         "raise", description="A damaged chunk stops the run, or is skipped, logged and remembered."
     )
+
+    def held_out(self, source: SourceConfig) -> float:
+        """Part of a source's documents that is kept for validation."""
+        return self.validation_fraction if source.validation_fraction is None else source.validation_fraction
 
     def text_store(self) -> str:
         """Where the token store is; ValueError for a run on a synthetic task, which has none."""

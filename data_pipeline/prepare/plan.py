@@ -103,7 +103,7 @@ def plan_source(source: SourceConfig, config: DataConfig, pins: Mapping[str, str
             )
     part_bytes = part_bytes_of(source, config)
     segment_bytes = max(part_bytes // SEGMENTS_PER_PART, min(part_bytes, MIN_SEGMENT_BYTES))
-    validating = _choose_validation(source.name, [file for file in files if file.kind == "text"], config)
+    validating = _choose_validation(source, [file for file in files if file.kind == "text"], config)
     segments = [
         replace(segment, split="validation" if file.name in validating else "train") if file.kind == "text" else segment
         for file in files
@@ -143,13 +143,15 @@ def _take_bytes(segments: list[Segment], max_bytes: int | None) -> list[Segment]
     return segments[: max(1, sum(1 for bytes_so_far in total if bytes_so_far <= max_bytes))]
 
 
-def _choose_validation(source: str, files: Sequence[InputFile], config: DataConfig) -> frozenset[str]:
-    """Choose the text files that validate: those of the lowest keyed hashes, never all of them."""
-    texts = [file.name for file in files if file.num_bytes]
-    if config.validation_fraction == 0 or len(texts) < 2:
+def _choose_validation(source: SourceConfig, files: Sequence[InputFile], config: DataConfig) -> frozenset[str]:
+    """Choose the text files that validate: those of the lowest keyed hashes, all of them only at a fraction of 1."""
+    texts, fraction = [file.name for file in files if file.num_bytes], config.held_out(source)
+    if fraction == 1:
+        return frozenset(file.name for file in files)
+    if fraction == 0 or len(texts) < 2:
         return frozenset()
-    wanted = min(len(texts) - 1, max(1, round(config.validation_fraction * len(texts))))
-    ranked = sorted(texts, key=lambda name: derive_key(config.prepare.seed, "validation", source, name))
+    wanted = min(len(texts) - 1, max(1, round(fraction * len(texts))))
+    ranked = sorted(texts, key=lambda name: derive_key(config.prepare.seed, "validation", source.name, name))
     return frozenset(ranked[:wanted])
 
 

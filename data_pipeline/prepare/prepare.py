@@ -139,10 +139,13 @@ def _describe_short_sources(reports: Mapping[str, Sequence[UnitReport]], limits:
 
 def _describe_unheld_sources(config: DataConfig, reports: Mapping[str, Sequence[UnitReport]]) -> Iterator[str]:
     """Report of which sources no document was kept for validation, although some were to be."""
-    for name in reports if config.validation_fraction else ():
-        if not any(part.num_tokens for report in reports[name] for part in report.parts["validation"]):
+    fractions = {source.name: config.held_out(source) for source in config.sources}
+    for name in reports:
+        if fractions[name] and not any(
+            part.num_tokens for report in reports[name] for part in report.parts["validation"]
+        ):
             yield (
-                f"source {name!r} has no validation documents at data.validation_fraction={config.validation_fraction}, and a run "
+                f"source {name!r} has no validation documents at data.validation_fraction={fractions[name]}, and a run "
                 "that validates will refuse it: give more documents (one file of text is one document) or raise the fraction"
             )
 
@@ -160,7 +163,7 @@ def _unit_settings(source: SourceConfig, config: DataConfig, tokenizer: Tokenize
     return UnitSettings(
         text_column=source.text_column,
         filters=source.filters,
-        validation_fraction=config.validation_fraction,
+        validation_fraction=config.held_out(source),
         seed=config.prepare.seed,
         part_bytes=part_bytes_of(source, config),
         layout=layout,
@@ -289,7 +292,8 @@ def _check_source(
             f"source {source.name!r}: {covered} of {planned} bytes of jsonl were read; a file changed while it was "
             "being read: run `amfm prepare CONFIG` again"
         )
-    if not any(report.parts["train"] for report in reports):
+    used: Split = "validation" if source.validation_fraction == 1 else "train"
+    if not any(report.parts[used] for report in reports):
         rejects = sum(report.rejects for report in reports)
         first = describe_first_reject(store, units)
         why = "its files have no records"
@@ -297,7 +301,7 @@ def _check_source(
             why = f"{rejects} records were rejected, {f'the first is {first}, ' if first else ''}"
             why += f"the reasons are in {store / 'rejects' / source.name}"
         raise ValueError(
-            f"source {source.name!r} gave no training document: {why}; check text_column={source.text_column!r} and the files"
+            f"source {source.name!r} gave no {'training' if used == 'train' else used} document: {why}; check text_column={source.text_column!r} and the files"
         )
 
 

@@ -39,6 +39,7 @@ from amfm.pretrain.checks.tasks import task_layout_problems, task_problems
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schedules import schedule_specs
 from amfm.pretrain.config.schema import RunConfig, ScheduleConfig
+from amfm.pretrain.config.validation import validation_problems
 from amfm.pretrain.recompute import recompute_problems
 from amfm.pretrain.schedule import learning_rate
 from amfm.pretrain.stages import RunStage, resolve_stages, stage_of, step_of_sample
@@ -283,6 +284,9 @@ def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
         rule = "needs documents kept for validation, and data.validation_fraction is 0"
         remedy = "set for example data.validation_fraction=0.02, or remove it"
         yield Problem("train.validate_every_steps", rule, remedy, str(train.validate_every_steps))
+    mixtures = [part.weights for part in (*config.data.phases, *config.stages)]
+    for key, rule, remedy in validation_problems(config.validation, config.data, mixtures):
+        yield Problem(key, rule, remedy)
     for name in ("on_nonfinite", "on_spike"):
         if getattr(config.health, name) == "rollback" and train.checkpoint_every_steps is None:
             rule = "needs checkpoints to go back to, and train.checkpoint_every_steps is null"

@@ -40,6 +40,8 @@ RARELY_SET: dict[str, dict[str, str]] = {
     },
     "docs/evaluation.md": {
         "evaluate": "tasks include_path every_steps limit num_fewshot micro_batch_size",
+        "validation.*": "name source paths batches tokens",
+        "data.sources.*": "validation_fraction",
     },
     "docs/kernels.md": {
         "kernels": "backend experts",

@@ -7,9 +7,9 @@ documentation: docs/configuration.md and the editors' JSON Schema are generated 
 sections (model/config/schema.py, data_pipeline/config.py), since both work without this package.
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.config.indexer import IndexerStage
@@ -26,6 +26,7 @@ from amfm.pretrain.config.optimizers import RegisteredOptimizers, optimizer_spec
 from amfm.pretrain.config.pruning import ForgetConfig, PruneConfig, QkClipConfig
 from amfm.pretrain.config.schedules import OURS as OWN_SCHEDULES
 from amfm.pretrain.config.schedules import RegisteredSchedules, schedule_specs
+from amfm.pretrain.config.validation import ValidationSet, with_sources
 
 if TYPE_CHECKING:
     OptimizerKind = str
@@ -404,12 +405,23 @@ class RunConfig(Section):
     low_precision: LowPrecisionConfig = LowPrecisionConfig()
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    validation: tuple[ValidationSet, ...] = Field(
+        (), description="Held-out text that is measured alone and reported by name."
+    )
     prune: PruneConfig | None = Field(None, description="Set groups of weights to zero on the way; null: no pruning.")
     forget: ForgetConfig | None = Field(None, description="Re-initialise the embedding on the way; null: never.")
     qk_clip: QkClipConfig | None = Field(None, description="Bound the scores of attention; null: they may grow.")
     hooks: RegisteredHooks = RegisteredHooks()
     convert: ConvertConfig | None = Field(None, description="Of `amfm convert`; null: train what `model` says.")
     launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _add_sources(self) -> Self:
+        """Paths of validation sets are sources like all others, to those who prepare and to those who read."""
+        if any(each.paths is not None for each in self.validation):
+            for name, value in zip(("validation", "data"), with_sources(self.validation, self.data)):
+                object.__setattr__(self, name, value)
+        return self
 
     def own_losses(self) -> tuple[str, ...]:
         """Auxiliary losses that the run's blocks give besides those of the section `model`."""

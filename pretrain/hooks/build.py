@@ -36,7 +36,19 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
         from amfm.pretrain.hooks.cuda_graphs import CudaGraphs
 
         graphs.append(CudaGraphs(run))
-    watched = [*build_state_watch(run), *build_quantization(run), *build_kept_weights(run), Validations(run), *tasks]
+    sets: list[Hook] = []
+    if run.config.validation:
+        from amfm.pretrain.hooks.validation_sets import ValidationSets
+
+        sets.append(ValidationSets(run))
+    watched = [
+        *build_state_watch(run),
+        *build_quantization(run),
+        *build_kept_weights(run),
+        Validations(run),
+        *sets,
+        *tasks,
+    ]
     return (
         *build_table(run),
         *watched,

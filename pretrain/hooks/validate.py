@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from amfm.data_pipeline.batch import Batch
 from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.data_pipeline.samples.samples import NoRowsError
 from amfm.data_pipeline.store.store import TokenStore
+from amfm.model.loss import IGNORE_INDEX
 from amfm.pretrain.accuracy import Accuracy, count_correct, measure_accuracy
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.micro_batch import move_batch
@@ -51,10 +53,10 @@ class Validation:
         return math.exp(min(self.loss, 700.0))
 
 
-def validate(run: Run, loader: PretrainLoader) -> Validation:
-    """Measure loss and accuracy on the first `train.validation_batches` global batches of held-out text.
+def validate(run: Run, loader: PretrainLoader, num_rows: int | None = None) -> Validation:
+    """Measure loss and accuracy on the first rows of held-out text; None: `train.validation_batches` global batches.
 
-    The same text each time. Leaves weights, gradients, random state and the training data's cursor alone. Every rank
+    The same text each time; rows of the last batch beyond `num_rows` do not count. Leaves weights, gradients, random state and the training data's cursor alone. Every rank
     must call this.
     """
     loader.seek(0)
@@ -63,14 +65,17 @@ def validate(run: Run, loader: PretrainLoader) -> Validation:
     is_synthetic = run.config.data.probe is not None
     counts = torch.zeros(1 + model.num_depths, dtype=torch.int64, device=run.parallel.device)
     hits_D = torch.zeros(model.num_depths, dtype=torch.float64, device=run.parallel.device)
-    num_rows = run.config.train.validation_batches * run.stage.global_batch_size
-    counts_R2 = torch.zeros(num_rows, 2, dtype=torch.float64, device=run.parallel.device)
+    batch_rows = run.stage.global_batch_size
+    num_batches = run.config.train.validation_batches if num_rows is None else math.ceil(num_rows / batch_rows)
+    counts_R2 = torch.zeros(num_batches * batch_rows, 2, dtype=torch.float64, device=run.parallel.device)
     names = loader.source_names
     sources_S2 = torch.zeros(len(names), 2, dtype=torch.float64, device=run.parallel.device)
     run.engine.module.eval()
-    for _ in range(run.config.train.validation_batches):
+    for _ in range(num_batches):
         run.clock("validate")  # each batch is progress, however many there are
-        batches = loader.take(run.stage.global_batch_size, run.stage.micro_batch_size)
+        batches = loader.take(batch_rows, run.stage.micro_batch_size)
+        if num_rows is not None:
+            leave_out(batches, num_rows)
         counts += count_valid_tokens(batches, run.parallel, model)
         micro_batches = [move_batch(batch, run.parallel, model) for batch in batches]
         outputs = list(forward_only(run, micro_batches, predicts=is_synthetic))
@@ -103,6 +108,15 @@ def validate(run: Run, loader: PretrainLoader) -> Validation:
         by_source=losses_of(by_source, store, "validation"),
         mtp_accepted=accepted_parts(hits_D, ahead, run.parallel),
     )
+
+
+def leave_out(batches: Sequence[Batch], num_rows: int) -> None:
+    """Mask all labels of rows that come after the first `num_rows`, in place."""
+    for batch in batches:
+        for row, sample in enumerate(batch.sample_ids):
+            if sample >= num_rows:
+                batch.labels_BT[row] = IGNORE_INDEX
+                batch.loss_mask_BT[row] = False
 
 
 def accepted_parts(hits_D: torch.Tensor, tokens: Sequence[int], parallel: Parallel) -> tuple[float, ...]:

@@ -93,6 +93,7 @@ class RunState:
             or step in (self.first_step + 1, self.last_step)
             or metrics["skipped"]
             or "validation_loss" in metrics
+            or "validation_sets" in metrics
         )
 
     def format_line(self, metrics: dict[str, Any]) -> str:
@@ -109,6 +110,8 @@ class RunState:
             parts.append(f"expert load {max(metrics['expert_load'].values()):.2f}")
         if "validation_loss" in metrics:
             parts.append(f"validation loss {show_number(metrics['validation_loss'], '.4f')}")
+        for name, loss in metrics.get("validation_sets", {}).items():
+            parts.append(f"validation loss of {printable(name)} {show_number(loss, '.4f')}")
         if "validation_accuracy" in metrics:
             parts.append(show_accuracy(metrics))
         if metrics["skipped"]:

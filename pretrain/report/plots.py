@@ -83,6 +83,7 @@ def make_plots(record: RunRecord) -> list[Plot]:
     """Make every plot for which the run has measurements, in the order of the page, with the run's events on each."""
     makers: list[Callable[[RunRecord], Plot | None]] = [
         loss_plot,
+        validation_sets_plot,
         accuracy_plot,
         learning_rate_plot,
         gradient_norm_plot,
@@ -143,6 +144,21 @@ def loss_plot(record: RunRecord) -> Plot | None:
         curves.append(Curve("validation", validated, validation, series=1, dots=True))
     caption = "Negative log-likelihood of a token; perplexity is its exponential."
     return Plot("loss", "Loss", caption, "nats per token", tuple(curves))
+
+
+def validation_sets_plot(record: RunRecord) -> Plot | None:
+    """Plot the loss of each validation set, from before the first step."""
+    series = record.named_series("validation_sets")
+    for name, (_, values) in record.named_series("validation_sets_at_start").items():
+        steps, losses = series.get(name, ([], []))
+        series[name] = ([0, *steps], [*values[:1], *losses])
+    if not series:
+        return None
+    curves = tuple(
+        Curve(name, *pair, series=number % 6, dash=number // 6, dots=True)
+        for number, (name, pair) in enumerate(series.items())
+    )
+    return Plot("sets", "Validation sets", "Loss of each set of `validation`.", "nats per token", curves)
 
 
 def smoothed_curves(

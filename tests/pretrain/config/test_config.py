@@ -107,7 +107,7 @@ model.mtp.loss_weight model.mtp.shared model.mtp.detach
 data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
 data.cache.folder data.cache.max_bytes data.cache.block_bytes
-data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.weight data.sources.*.max_bytes data.sources.*.max_tokens
+data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.weight data.sources.*.validation_fraction data.sources.*.max_bytes data.sources.*.max_tokens
 data.sources.*.filters.min_characters data.sources.*.filters.max_characters data.sources.*.filters.keep_pattern
 data.sources.*.filters.drop_pattern data.sources.*.filters.exact_duplicates
 data.probe.task data.probe.num_pairs data.probe.num_writes data.probe.num_keys data.probe.num_values
@@ -150,6 +150,7 @@ low_precision.recipe low_precision.letters low_precision.wide_first low_precisio
 low_precision.weight_gradient low_precision.saved low_precision.dispatch low_precision.quantize_weights low_precision.emulate low_precision.measure_every_steps
 export.target export.max_position_embeddings
 evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size
+validation.*.name validation.*.source validation.*.paths validation.*.batches validation.*.tokens
 prune.groups prune.keep prune.method prune.start_step prune.every_steps prune.end_step
 forget.every_steps forget.until_step qk_clip.limit
 convert.teacher convert.to convert.blocks convert.keep convert.stage
