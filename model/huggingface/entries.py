@@ -7,14 +7,17 @@ only worse.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from amfm.model.config.kinds import kind_of
+from amfm.model.config.schema import ModelConfig
 from amfm.model.on_demand import OnDemand, Shape, Source, cut_rows, on_demand
 
 Form = Literal["same", "conv", "experts", "copy"]
@@ -23,6 +26,9 @@ CONV_FORMS: dict[str, tuple[str, Form]] = {
     "conv.weight": ("conv1d.weight", "conv"),
     "conv.bias": ("conv1d.bias", "same"),
 }
+# Entries of a mixer, of the configuration, our prefix and that of the layer; and shapes that the class demands besides.
+BlockEntries = Callable[[ModelConfig, str, str], Iterable["WeightEntry"]]
+Zeros = dict[str, tuple[int, ...]]
 Rows = tuple[int, int] | None  # start and stop in the first dimension; None: all
 
 
@@ -214,3 +220,36 @@ def _are_equal(given: OnDemand, name: str, ours: OnDemand, our_name: str) -> boo
     return all(
         torch.equal(rows.float(), ours.rows(our_name, (start, start + len(rows)))) for start, rows in given.blocks(name)
     )
+
+
+def paired_map(
+    config: ModelConfig,
+    blocks: Mapping[str, BlockEntries],
+    *,
+    zeros: Mapping[str, Callable[[ModelConfig, str], Zeros]] = MappingProxyType({}),
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm"),
+    final: str = "norm",
+    norm_entry: Callable[[str, tuple[str, ...]], WeightEntry] = WeightEntry,
+    more: Iterable[WeightEntry] = (),
+    copies_head: bool = False,
+) -> WeightMap:
+    """Map a class whose layers have two of our blocks each: what mixes tokens, then what mixes channels.
+
+    blocks: entries of a mixer by its symbol, and `zeros` what the class demands of it besides, of the layer's prefix. norms:
+    names of both norms of a layer, `final` of the last. more: entries before it. copies_head: the class never ties its head,
+    which without a copy of its own would start at random.
+    """
+    entries, lacking = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))], Zeros()
+    for index, symbol in enumerate(config.letters):
+        ours, layer = f"blocks.{index}.", f"model.layers.{index // 2}."
+        norm = norms[kind_of(symbol).mixes == "channels"]
+        entries.append(norm_entry(f"{ours}norm.weight", (f"{layer}{norm}.weight",)))
+        entries += blocks[symbol](config, f"{ours}mixer.", layer)
+        if symbol in zeros:
+            lacking |= zeros[symbol](config, layer)
+    entries += [*more, norm_entry("final_norm.weight", (f"model.{final}.weight",))]
+    if not config.tie_embeddings:
+        entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
+    elif copies_head:
+        entries.append(WeightEntry("embedding.weight", ("lm_head.weight",), "copy"))
+    return WeightMap(tuple(entries), lacking)

@@ -8,12 +8,13 @@ written as 1, and a model that has them is refused: each multiplies a matrix, an
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.schema import ModelConfig, MultipliersConfig
-from amfm.model.huggingface.entries import CONV_FORMS, WeightEntry, WeightMap
+from amfm.model.huggingface.entries import CONV_FORMS, WeightEntry, WeightMap, paired_map
 from amfm.model.huggingface.fields import (
     GATED,
     NO_QK_NORM,
@@ -153,30 +154,23 @@ def model_config_from_falcon_h1(fields: Mapping[str, Any]) -> ModelConfig:
 
 def falcon_h1_map(config: ModelConfig) -> WeightMap:
     """Build the weight map of a model that fits the class."""
-    entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
-    for index, letter in enumerate(config.letters):
-        ours, layer = f"blocks.{index}.", f"model.layers.{index // 2}."
-        norm = "pre_ff_layernorm" if letter == "-" else "input_layernorm"
-        entries.append(WeightEntry(f"{ours}norm.weight", (f"{layer}{norm}.weight",)))
-        entries += _dense_entries(ours, layer) if letter == "-" else _head_entries(config, letter, ours, layer)
-    entries.append(WeightEntry("final_norm.weight", ("model.final_layernorm.weight",)))
-    if not config.tie_embeddings:
-        entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
-    return WeightMap(tuple(entries), {})
+    heads = {symbol: partial(_head_entries, symbol) for symbol in config.letters}
+    norms = "input_layernorm", "pre_ff_layernorm"
+    return paired_map(config, heads | {"-": _dense_entries}, norms=norms, final="final_layernorm")
 
 
-def _head_entries(config: ModelConfig, letter: str, ours: str, layer: str) -> Iterator[WeightEntry]:
+def _head_entries(letter: str, config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
     for number, symbol in enumerate(letter.strip("()").split("&")):
-        place, theirs = f"{ours}mixer.branches.{number}.", "mamba" if symbol == "M" else "self_attn"
+        place, theirs = f"{ours}branches.{number}.", "mamba" if symbol == "M" else "self_attn"
         for name in block_shapes(config, symbol):
             other, form = CONV_FORMS.get(name, (name, "same"))
             yield WeightEntry(place + name, (f"{layer}{theirs}.{other}",), form)
 
 
-def _dense_entries(ours: str, layer: str) -> Iterator[WeightEntry]:
+def _dense_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
     halves = tuple(f"{layer}feed_forward.{name}_proj.weight" for name in ("gate", "up"))
-    yield GatedEntry(f"{ours}mixer.up_proj.weight", halves)
-    yield WeightEntry(f"{ours}mixer.down_proj.weight", (f"{layer}feed_forward.down_proj.weight",))
+    yield GatedEntry(f"{ours}up_proj.weight", halves)
+    yield WeightEntry(f"{ours}down_proj.weight", (f"{layer}feed_forward.down_proj.weight",))
 
 
 def falcon_h1_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:

@@ -6,7 +6,8 @@ scale of the softmax, and `logits_scaling` divides where ours multiplies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from amfm.model.config.attention import AttentionConfig
@@ -14,7 +15,7 @@ from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import ModelConfig, MultipliersConfig
-from amfm.model.huggingface.entries import CONV_FORMS, WeightEntry, WeightMap
+from amfm.model.huggingface.entries import CONV_FORMS, BlockEntries, WeightEntry, WeightMap, Zeros, paired_map
 from amfm.model.huggingface.fields import (
     GATED,
     LAYER_NAMES,
@@ -248,28 +249,42 @@ _GRANITE_SECOND = {
 
 def granite_map(config: ModelConfig) -> WeightMap:
     """Build the weight map of a model that fits the class."""
-    entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
-    zeros: dict[str, tuple[int, ...]] = {}
-    for index, letter in enumerate(config.letters):
-        layer = f"model.layers.{index // 2}."
-        norm = "input_layernorm" if letter in "M*" else "post_attention_layernorm"
-        entries.append(WeightEntry(f"blocks.{index}.norm.weight", (f"{layer}{norm}.weight",)))
-        for name in block_shapes(config, letter):
-            ours = f"blocks.{index}.mixer.{name}"
-            if letter == "M":
-                other, form = CONV_FORMS.get(name, (name, "same"))
-                entries.append(WeightEntry(ours, (f"{layer}mamba.{other}",), form))
-            elif letter == "*":
-                entries.append(WeightEntry(ours, (f"{layer}self_attn.{name}",)))
-            else:
-                entries.append(WeightEntry(ours, (layer + _GRANITE_SECOND[name],)))
-        if letter == "E" and config.moe is not None and not config.moe.shared_expert_hidden_size:
-            zeros[f"{layer}shared_mlp.input_linear.weight"] = (2, config.hidden_size)
-            zeros[f"{layer}shared_mlp.output_linear.weight"] = (config.hidden_size, 1)
-    entries.append(WeightEntry("final_norm.weight", ("model.norm.weight",)))
-    if not config.tie_embeddings:
-        entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
-    return WeightMap(tuple(entries), zeros)
+    return paired_map(config, _BLOCKS, zeros={"E": _shared_zeros})
+
+
+def _mamba_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    for name in block_shapes(config, "M"):
+        other, form = CONV_FORMS.get(name, (name, "same"))
+        yield WeightEntry(ours + name, (f"{layer}mamba.{other}",), form)
+
+
+def _attention_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    for name in block_shapes(config, "*"):
+        yield WeightEntry(ours + name, (f"{layer}self_attn.{name}",))
+
+
+def _second_entries(symbol: str, config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    for name in block_shapes(config, symbol):
+        yield WeightEntry(ours + name, (layer + _GRANITE_SECOND[name],))
+
+
+def _shared_zeros(config: ModelConfig, layer: str) -> Zeros:
+    """A shared expert of width 1 where ours has none."""
+    assert config.moe is not None, "the pattern has E, the configuration no moe section"
+    if config.moe.shared_expert_hidden_size:
+        return {}
+    return {
+        f"{layer}shared_mlp.input_linear.weight": (2, config.hidden_size),
+        f"{layer}shared_mlp.output_linear.weight": (config.hidden_size, 1),
+    }
+
+
+_BLOCKS: dict[str, BlockEntries] = {
+    "M": _mamba_entries,
+    "*": _attention_entries,
+    "E": partial(_second_entries, "E"),
+    "-": partial(_second_entries, "-"),
+}
 
 
 def granite_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:

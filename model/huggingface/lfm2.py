@@ -14,7 +14,7 @@ from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.feed_forward import FeedForwardConfig
 from amfm.model.config.mixer_options import ShortConvOptions
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.entries import WeightEntry, WeightMap
+from amfm.model.huggingface.entries import WeightEntry, WeightMap, paired_map
 from amfm.model.huggingface.fields import (
     GATED,
     NORMED_ROTARY,
@@ -167,16 +167,7 @@ def _inner_width(fields: Mapping[str, Any]) -> int:
 
 def lfm2_map(config: ModelConfig) -> WeightMap:
     """Build the weight map of a model that fits either class: the other one has blocks E too."""
-    entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
-    for index, letter in enumerate(config.letters):
-        ours, layer = f"blocks.{index}.", f"model.layers.{index // 2}."
-        norm = "operator_norm" if letter in LAYER_TYPES else "ffn_norm"
-        entries.append(WeightEntry(f"{ours}norm.weight", (f"{layer}{norm}.weight",)))
-        entries += _BLOCKS[letter](config, f"{ours}mixer.", layer)
-    entries.append(WeightEntry("final_norm.weight", ("model.embedding_norm.weight",)))
-    if not config.tie_embeddings:
-        entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
-    return WeightMap(tuple(entries), {})
+    return paired_map(config, _BLOCKS, norms=("operator_norm", "ffn_norm"), final="embedding_norm")
 
 
 def _conv_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:

@@ -8,17 +8,18 @@ the matrix behind the gate, which is exact in floating point. On import such a g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from amfm.model.config.kinds import kind_of
 from amfm.model.config.mixer_options import GatedDeltaNetOptions
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.depths import qwen3_next_depth
-from amfm.model.huggingface.entries import Form, Piece, WeightEntry, WeightMap
+from amfm.model.huggingface.entries import BlockEntries, Form, Piece, WeightEntry, WeightMap, Zeros, paired_map
 from amfm.model.on_demand import Shape, cut_rows
 
 
@@ -207,7 +208,7 @@ class DeltaEntry(WeightEntry):
         return torch.cat([part.flatten(0, 1) for part in (q, k, v, b, a, z)])
 
 
-DeltaEntries = Callable[[ModelConfig, str, str], Iterator[WeightEntry]]
+NORMS = "input_layernorm", "post_attention_layernorm"
 
 
 def delta_options(config: ModelConfig) -> GatedDeltaNetOptions:
@@ -216,29 +217,18 @@ def delta_options(config: ModelConfig) -> GatedDeltaNetOptions:
     return options
 
 
-def qwen3_next_map(config: ModelConfig, delta_entries: DeltaEntries | None = None) -> WeightMap:
+def qwen3_next_map(config: ModelConfig, delta_entries: BlockEntries | None = None) -> WeightMap:
     """Build the weight map of a model that fits the class; `delta_entries`: of a Gated DeltaNet whose projections differ."""
-    entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
-    zeros: dict[str, tuple[int, ...]] = {}
     blocks = {"G": delta_entries or _delta_entries, "*": _attention_entries, "E": _expert_entries, "-": _dense_entries}
 
-    def block_entries(letter: str, ours: str, theirs: str) -> Iterator[WeightEntry]:
-        norm = "input_layernorm" if letter in "G*" else "post_attention_layernorm"
+    def depth_entries(symbol: str, ours: str, theirs: str) -> Iterator[WeightEntry]:
+        norm = NORMS[kind_of(symbol).mixes == "channels"]
         yield NormEntry(f"{ours}norm.weight", (f"{theirs}{norm}.weight",))
-        yield from blocks[letter](config, f"{ours}mixer.", theirs)
+        yield from blocks[symbol](config, f"{ours}mixer.", theirs)
 
-    for index, letter in enumerate(config.letters):
-        theirs = f"model.layers.{index // 2}."
-        entries += block_entries(letter, f"blocks.{index}.", theirs)
-        if letter == "E":
-            zeros |= _gate_zeros(config, f"{theirs}mlp.")
-    depths = list(qwen3_next_depth(config, NormEntry, block_entries))
-    entries += depths
-    zeros |= _gate_zeros(config, "mtp.layers.0.mlp.") if depths else {}
-    entries.append(NormEntry("final_norm.weight", ("model.norm.weight",)))
-    if not config.tie_embeddings:
-        entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
-    return WeightMap(tuple(entries), zeros)
+    depths = list(qwen3_next_depth(config, NormEntry, depth_entries))
+    found = paired_map(config, blocks, zeros={"E": _gate_zeros}, norms=NORMS, norm_entry=NormEntry, more=depths)
+    return replace(found, zeros={**found.zeros, **(_gate_zeros(config, "mtp.layers.0.") if depths else {})})
 
 
 def _delta_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
@@ -303,13 +293,13 @@ def gated_experts(ours: str, theirs: str, num_experts: int, names: tuple[str, st
     yield WeightEntry(f"{ours}experts.down", tuple(f"{expert}{down}.weight" for expert in experts), "experts")
 
 
-def _gate_zeros(config: ModelConfig, theirs: str) -> dict[str, tuple[int, ...]]:
+def _gate_zeros(config: ModelConfig, layer: str) -> Zeros:
     """The gate of the shared expert where ours has none, and a shared expert of width 1 where we have none."""
     assert config.moe is not None, "the pattern has E, the configuration no moe section"
-    width = config.hidden_size
+    theirs, width = f"{layer}mlp.", config.hidden_size
     if config.moe.shared_expert_gate:
         return {}
-    zeros: dict[str, tuple[int, ...]] = {f"{theirs}shared_expert_gate.weight": (1, width)}
+    zeros: Zeros = {f"{theirs}shared_expert_gate.weight": (1, width)}
     if not config.moe.shared_expert_hidden_size:
         zeros |= {f"{theirs}shared_expert.{name}_proj.weight": (1, width) for name in ("gate", "up")}
         zeros[f"{theirs}shared_expert.down_proj.weight"] = (width, 1)

@@ -16,7 +16,7 @@ from amfm.model.config.key_mixer_options import WindowOptions
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.rope import yarn_of
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.entries import WeightEntry, WeightMap
+from amfm.model.huggingface.entries import WeightEntry, WeightMap, Zeros, paired_map
 from amfm.model.huggingface.fields import (
     NO_QK_NORM,
     WHOLE_HEADS,
@@ -210,19 +210,7 @@ def model_config_from_gpt_oss(fields: Mapping[str, Any]) -> ModelConfig:
 
 def gpt_oss_map(config: ModelConfig) -> WeightMap:
     """Build the weight map of a model that fits the class."""
-    entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
-    zeros: dict[str, tuple[int, ...]] = {}
-    for index, letter in enumerate(config.letters):
-        ours, layer = f"blocks.{index}.", f"model.layers.{index // 2}."
-        norm = "post_attention_layernorm" if letter == "E" else "input_layernorm"
-        entries.append(WeightEntry(f"{ours}norm.weight", (f"{layer}{norm}.weight",)))
-        entries += _BLOCKS[letter](config, f"{ours}mixer.", layer)
-        if letter == "E" and config.moe is not None and not config.moe.bias:
-            zeros |= _biases(config, f"{layer}mlp.")
-    entries.append(WeightEntry("final_norm.weight", ("model.norm.weight",)))
-    if not config.tie_embeddings:
-        entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
-    return WeightMap(tuple(entries), zeros)
+    return paired_map(config, _BLOCKS, zeros={"E": _biases})
 
 
 def _attention_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
@@ -258,10 +246,12 @@ def _expert_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[Weig
         yield TransposedEntry(f"{ours}experts.down", (down,))
 
 
-def _biases(config: ModelConfig, theirs: str) -> dict[str, tuple[int, ...]]:
+def _biases(config: ModelConfig, layer: str) -> Zeros:
     """Biases that the class always has, for a model without them."""
     assert config.moe is not None, "the pattern has E, the configuration no moe section"
-    experts = config.moe.num_experts
+    if config.moe.bias:
+        return {}
+    theirs, experts = f"{layer}mlp.", config.moe.num_experts
     return {
         f"{theirs}router.bias": (experts,),
         f"{theirs}experts.gate_up_proj_bias": (experts, 2 * config.moe.expert_hidden_size),

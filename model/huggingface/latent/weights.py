@@ -6,14 +6,15 @@ which give rotary channels change places (`RotaryEntry`): the released order, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.entries import Piece, WeightEntry, WeightMap
+from amfm.model.huggingface.entries import BlockEntries, Piece, WeightEntry, WeightMap, Zeros, paired_map
 from amfm.model.huggingface.latent.layers import LatentClass, mla_options
 from amfm.model.huggingface.qwen3_next_weights import GatedEntry, gated_experts
 from amfm.model.on_demand import Shape, cut_rows
@@ -52,41 +53,29 @@ class RotaryEntry(WeightEntry):
         return plain, turned
 
 
-DeltaEntries = Callable[[ModelConfig, str, str], Iterator[WeightEntry]]
-
-
-def latent_map(config: ModelConfig, kind: LatentClass, delta_entries: DeltaEntries | None = None) -> WeightMap:
+def latent_map(config: ModelConfig, kind: LatentClass, delta_entries: BlockEntries | None = None) -> WeightMap:
     """Build the weight map of a model that fits the class; `delta_entries`: of its Kimi Delta Attention, by our and their prefix."""
-    entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
-    zeros: dict[str, tuple[int, ...]] = {}
     aliases: dict[str, str] = {}
-    for index, letter in enumerate(config.letters):
-        ours, theirs = f"blocks.{index}.mixer.", f"model.layers.{index // 2}."
-        norm = "input_layernorm" if letter in "K+" else "post_attention_layernorm"
-        entries.append(WeightEntry(f"blocks.{index}.norm.weight", (f"{theirs}{norm}.weight",)))
-        if letter == "K":
-            assert delta_entries is not None, "the pattern has K, the class no delta attention"
-            entries += delta_entries(config, ours, f"{theirs}self_attn.")
-        elif letter == "+":
-            entries += _latent_entries(config, ours, f"{theirs}self_attn.", is_rotary=kind.positions == "rope")
-        elif letter == "-":
-            dense = list(_gated_entries(ours, f"{theirs}mlp."))
-            entries += dense
-            if kind.moe_place != "mlp":
-                # transformers renames the mixtures of the release, and where it saves the dense layers with them.
-                names = [name for entry in dense for name in entry.theirs]
-                aliases |= {name.replace(".mlp.", f".{kind.moe_place}."): name for name in names}
-        else:
-            place = f"{theirs}{kind.moe_place}."
-            entries += _expert_entries(config, ours, place, kind.expert_matrices)
-            zeros |= _expert_zeros(config, place)
-    entries.append(WeightEntry("final_norm.weight", ("model.norm.weight",)))
-    if not config.tie_embeddings:
-        entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
-    elif not kind.ties_head:
-        # The class never ties its head: without its own copy it would start at random.
-        entries.append(WeightEntry("embedding.weight", ("lm_head.weight",), "copy"))
-    return WeightMap(tuple(entries), zeros, aliases)
+
+    def dense(config: ModelConfig, ours: str, layer: str) -> list[WeightEntry]:
+        entries = list(_gated_entries(ours, f"{layer}mlp."))
+        if kind.moe_place != "mlp":
+            # transformers renames the mixtures of the release, and where it saves the dense layers with them.
+            names = [name for entry in entries for name in entry.theirs]
+            aliases.update({name.replace(".mlp.", f".{kind.moe_place}."): name for name in names})
+        return entries
+
+    def attending(build: BlockEntries) -> BlockEntries:
+        return lambda config, ours, layer: build(config, ours, f"{layer}self_attn.")
+
+    def experts(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+        return _expert_entries(config, ours, f"{layer}{kind.moe_place}.", kind.expert_matrices)
+
+    blocks = {"+": attending(partial(_latent_entries, is_rotary=kind.positions == "rope")), "-": dense, "E": experts}
+    if delta_entries is not None:
+        blocks["K"] = attending(delta_entries)
+    zeros = {"E": lambda config, layer: _expert_zeros(config, f"{layer}{kind.moe_place}.")}
+    return replace(paired_map(config, blocks, zeros=zeros, copies_head=not kind.ties_head), aliases=aliases)
 
 
 def _latent_entries(config: ModelConfig, ours: str, theirs: str, *, is_rotary: bool) -> Iterator[WeightEntry]:
@@ -124,11 +113,11 @@ def _expert_entries(config: ModelConfig, ours: str, theirs: str, names: tuple[st
         yield from _gated_entries(f"{ours}shared.", f"{theirs}shared_experts.")
 
 
-def _expert_zeros(config: ModelConfig, theirs: str) -> dict[str, tuple[int, ...]]:
+def _expert_zeros(config: ModelConfig, theirs: str) -> Zeros:
     """What the classes always have: a routing bias, and a shared expert as wide as one routed expert."""
     moe, width = config.moe, config.hidden_size
     assert moe is not None, "the pattern has E, the configuration no moe section"
-    zeros: dict[str, tuple[int, ...]] = {}
+    zeros = Zeros()
     if not moe.expert_bias:
         zeros[f"{theirs}gate.e_score_correction_bias"] = (moe.num_experts,)
     if not moe.shared_expert_hidden_size:
