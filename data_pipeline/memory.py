@@ -1,9 +1,12 @@
-"""Settings of glibc's allocator for processes that ask for arrays of the same sizes again and again."""
+"""Memory of processes that ask for arrays of the same sizes again and again, or make many small objects at once."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # mallopt(3): the free memory at which the heap shrinks, and how many requests may be served by their own maps.
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
@@ -22,3 +25,15 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(MMAP_MAX, 0)) and bool(mallopt(TRIM_THRESHOLD, KEPT_BYTES))
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """For making many objects that stay: to look for garbage among them takes longer, and grows with their square."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

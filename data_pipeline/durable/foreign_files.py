@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
-MAX_JSON_BYTES = 1 << 28  # a manifest of 10^6 parts has half of it
+MAX_JSON_BYTES = 1 << 28  # a manifest of MAX_PARTS has most of it
 MAX_WORD_BYTES = 4096
 Error = Callable[[str], Exception]
 Value = TypeVar("Value")

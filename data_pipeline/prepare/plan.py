@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
 from amfm.data_pipeline.config import DataConfig, FilterConfig, SourceConfig
+from amfm.data_pipeline.memory import no_garbage_collection
 from amfm.data_pipeline.prepare.documents import Segment, check_column, cut_segments
 from amfm.data_pipeline.prepare.sources import InputFile, list_files
 from amfm.data_pipeline.samples.permutation import derive_key, permute
-from amfm.data_pipeline.store.manifest import Layout
+from amfm.data_pipeline.store.manifest import MAX_PARTS, Layout
 
 SEGMENTS_PER_PART = 32  # a part mixes ranges from this many places, so that neighbours in a row differ
 MIN_SEGMENT_BYTES = 2**16  # smaller reads cost more than they mix
@@ -83,15 +85,40 @@ class Unit:
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def plan_source(source: SourceConfig, config: DataConfig, pins: Mapping[str, str] = {}) -> list[Segment]:
-    """Plan a source: its segments in the order in which they are dealt into parts.
+def plan_sources(config: DataConfig, pins: Mapping[str, str] = {}) -> dict[str, list[Segment]]:
+    """Plan every source, by name. pins: commits of data sets of the Hub. ValueError as by `check_number_of_parts`."""
+    with no_garbage_collection():
+        files = {source.name: _choose_files(source, config, pins) for source in config.sources}
+        # Of what is compressed this is the least, and enough to refuse a mistake before it is cut into segments.
+        check_number_of_parts({name: sum(file.num_bytes for file in found) for name, found in files.items()}, config)
+        plans = {source.name: plan_source(source, config, files[source.name]) for source in config.sources}
+    check_number_of_parts({name: sum(item.text_bytes for item in plan) for name, plan in plans.items()}, config)
+    return plans
+
+
+def check_number_of_parts(text_bytes: Mapping[str, int], config: DataConfig) -> None:
+    """Raise ValueError where text of these sizes, by source, would become more parts than a manifest names."""
+    splits = 2 if config.validation_fraction else 1  # a unit writes a part of each
+    expected = sum(splits * text_bytes[source.name] // part_bytes_of(source, config) for source in config.sources)
+    if expected <= MAX_PARTS:
+        return
+    enough = config.prepare.part_bytes * expected / MAX_PARTS
+    rounded = math.ceil(1.1 * enough / 10**7) * 10**7
+    raise ValueError(
+        f"data.prepare.part_bytes={config.prepare.part_bytes} makes about {expected:,} parts of "
+        f"{sum(text_bytes.values()) / 10**12:.1f} TB of text, and a manifest names at most {MAX_PARTS:,}; set "
+        f"data.prepare.part_bytes={rounded} (the memory of an actor grows with it)"
+    )
+
+
+def plan_source(source: SourceConfig, config: DataConfig, files: Sequence[InputFile] | None = None) -> list[Segment]:
+    """Plan a source: its segments in the order in which they are dealt into parts. files: by default, those of its paths.
 
     Text files are split into train and validation here, because their number is known: at least one of two or more
-    validates. Records of jsonl and parquet are split when they are read, by the hash of their text. pins: commits of data
-    sets of the Hub.
+    validates. Records of jsonl and parquet are split when they are read, by the hash of their text.
     ValueError for missing or empty input.
     """
-    files = _choose_files(list_files(source, pins), source, config)
+    files = _choose_files(source, config, {}) if files is None else files
     check_column(files, source.text_column)
     if any(file.kind == "megatron" for file in files):
         if source.filters != FilterConfig():
@@ -124,8 +151,9 @@ def part_bytes_of(source: SourceConfig, config: DataConfig) -> int:
     return min(config.prepare.part_bytes, max(MIN_SEGMENT_BYTES, source.max_tokens * BYTES_A_TOKEN // PARTS_OF_A_LIMIT))
 
 
-def _choose_files(files: list[InputFile], source: SourceConfig, config: DataConfig) -> list[InputFile]:
-    """Choose by seed as many files as `max_tokens` can need, so that of thousands not every footer is read."""
+def _choose_files(source: SourceConfig, config: DataConfig, pins: Mapping[str, str]) -> list[InputFile]:
+    """List the files; by seed as many as `max_tokens` can need, so that of thousands not every footer is read."""
+    files = list_files(source, pins)
     if source.max_tokens is None:
         return files
     ranked = sorted(files, key=lambda file: derive_key(config.prepare.seed, "files", source.name, file.name))

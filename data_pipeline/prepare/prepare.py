@@ -26,7 +26,7 @@ from amfm.data_pipeline.prepare.documents import Segment
 from amfm.data_pipeline.prepare.duplicates import mark_duplicates, units_to_hash
 from amfm.data_pipeline.prepare.hub import pin_revisions, read_pins, write_pins
 from amfm.data_pipeline.prepare.journal import Journal
-from amfm.data_pipeline.prepare.plan import Unit, UnitSettings, make_units, part_bytes_of, plan_source
+from amfm.data_pipeline.prepare.plan import Unit, UnitSettings, make_units, part_bytes_of, plan_sources
 from amfm.data_pipeline.prepare.rejects import describe_first_damage, describe_first_reject
 from amfm.data_pipeline.prepare.report import PrepareReport, Progress, ShowProgress, make_report
 from amfm.data_pipeline.prepare.run_units import run_units
@@ -70,7 +70,7 @@ def prepare(
     began, place = time.monotonic(), config.text_store()
     paths = [path for source in config.sources for path in source.paths]
     pins = pin_revisions(paths, {} if is_url(place) else read_pins(place))
-    plans = {source.name: plan_source(source, config, pins) for source in config.sources}
+    plans = plan_sources(config, pins)
     if len(plans) < len(config.sources):
         raise ValueError(
             f"data.sources has two sources of one name among {[s.name for s in config.sources]}; rename one"

@@ -20,12 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from amfm.data_pipeline.durable.files import digest_files, write_file_atomically
+from amfm.data_pipeline.durable.foreign_files import MAX_JSON_BYTES
 from amfm.data_pipeline.store.shards import Compression, DamagedError
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 MAX_SHARD_TOKENS = 64 * 2**20
 DOCUMENT_CHUNK = 8192
+MAX_PARTS = MAX_JSON_BYTES // 512  # of a manifest, whose readers take no more bytes; a part is about 470 of them
 PART_PATH = re.compile(r"parts/[A-Za-z0-9_-][A-Za-z0-9_.-]*/(train|validation)-\d{6,}-\d{2,}\.zarr")
 PART_NAME = re.compile(r"(train|validation)-\d{6,}-\d{2,}\.zarr")
 
@@ -138,6 +140,7 @@ def write_manifest(
     """Write manifest.json atomically, last of all, and return the identity of the store.
 
     revisions: commits of the data sets that text came from, a note for people: the identity names tokens, not places.
+    ValueError for more parts than a reader takes.
     """
     identity = identify_store(tokenizer, layout, sources)
     manifest: dict[str, Any] = {
@@ -154,6 +157,11 @@ def write_manifest(
     if revisions:
         manifest["revisions"] = dict(sorted(revisions.items()))
     content = json.dumps(manifest, indent=1).encode()
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(
+            f"the manifest of {store} would have {len(content):,} bytes, more than the {MAX_JSON_BYTES:,} that are read; "
+            "prepare with a larger data.prepare.part_bytes, so that there are fewer parts"
+        )
     if not (store / MANIFEST).is_file() or (store / MANIFEST).read_bytes() != content:
         write_file_atomically(store / MANIFEST, content)
     return identity

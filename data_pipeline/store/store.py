@@ -8,7 +8,6 @@ raises DamagedError. Behind a URL the same byte ranges are requested, through a 
 
 from __future__ import annotations
 
-import gc
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from amfm.data_pipeline.durable.files import digest_files, digest_folder
 from amfm.data_pipeline.durable.foreign_files import inside, parse_object, read_bounded, understood
+from amfm.data_pipeline.memory import no_garbage_collection
 from amfm.data_pipeline.store.manifest import (
     DOCUMENT_CHUNK,
     FORMAT_VERSION,
@@ -85,7 +85,7 @@ class TokenStore:
             raise ValueError(
                 f"data.store={str(path)!r} must hold a prepared store; run `amfm prepare CONFIG` first"
             ) from error
-        with _no_garbage_collection():
+        with no_garbage_collection():
             return cls._from_manifest(path, remote, file, content, cache)
 
     @classmethod
@@ -284,18 +284,6 @@ class TokenStore:
             if self._cached is not None:
                 self._cached.forget([f"{self.location}/{path}" for path, _ in _shard_files(part)])
             raise
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """For making the many objects of a large manifest: looking for garbage among them would take longer than that."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _reopen(path: str, identity: str, cache: CacheSettings) -> TokenStore:
