@@ -123,17 +123,26 @@ def inspect_checkpoint(folder: Path, report: Report = silent) -> Inspection:
 
 
 def mark_checkpoint(folder: Path, keep: bool) -> None:
-    """Mark a checkpoint to be kept, or remove the mark.
+    """Mark a checkpoint to be kept, or remove the mark, of its copy in the run's store too.
 
     Raises ValueError where it does not verify: a mark must not protect what cannot be loaded.
     """
     from amfm.pretrain.checkpoint.commit import mark, release
     from amfm.pretrain.checkpoint.files import verify_checkpoint
+    from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
+    from amfm.pretrain.config.file import load_config
 
     manifest, problems = verify_checkpoint(folder)
     if manifest is None or (keep and problems):
         raise ValueError(f"--keep marks a checkpoint that verifies, and {folder} does not: {'; '.join(problems)}")
-    (mark if keep else release)(folder)
+    settings = folder.absolute().parents[1] / "config.yaml"
+    if keep:
+        mark(folder)
+        return
+    store = load_config(settings).train.checkpoint_store if settings.is_file() else None
+    if store is not None:  # whose copy would stay marked
+        RemoteCheckpoints(store).release(folder.name)
+    release(folder)
 
 
 def inspect_run(folder: Path, report: Report = silent) -> Inspection:

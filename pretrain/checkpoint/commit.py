@@ -17,13 +17,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
 from amfm.data_pipeline.durable.deletion import try_to_delete
 from amfm.data_pipeline.durable.files import make_folders, sync
 from amfm.data_pipeline.durable.naming import named
-from amfm.pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, encode_manifest, read_manifest, replace_text
+from amfm.pretrain.checkpoint.files import EVERY, MANIFEST_NAME, MARK_NAME, encode_manifest, read_manifest, replace_text
 from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, checkpoint_name, list_checkpoints
 
 LATEST_NAME = "latest"
@@ -103,10 +104,26 @@ def is_marked(checkpoint_dir: Path) -> bool:
     return (checkpoint_dir / MARK_NAME).exists()
 
 
-def mark(checkpoint_dir: Path) -> None:
-    """Mark a checkpoint to be kept for good; any file of the mark's name does the same."""
-    (checkpoint_dir / MARK_NAME).touch()
+def mark(checkpoint_dir: Path, content: bytes = b"") -> None:
+    """Mark a checkpoint to be kept for good; any file of the mark's name does the same. content: EVERY for a setting's mark."""
+    (checkpoint_dir / MARK_NAME).write_bytes(content)
     sync(checkpoint_dir)
+
+
+def is_named(checkpoint_dir: Path) -> bool:
+    """Whether someone marked a checkpoint, and not `train.keep_every_steps`."""
+    return is_marked(checkpoint_dir) and (checkpoint_dir / MARK_NAME).read_bytes() != EVERY
+
+
+def give_way(checkpoint_dir: Path) -> list[str]:
+    """Take a checkpoint out of the way of another of its step; returns remarks. One that someone marked only gets another name."""
+    if not is_named(checkpoint_dir):
+        return discard(checkpoint_dir)
+    step = checkpoint_dir.name.removesuffix(".old")
+    names = (checkpoint_dir.with_name(f"{step}.replaced-{number}") for number in count(1))
+    place = next(path for path in names if not os.path.lexists(path))
+    os.rename(checkpoint_dir, place)
+    return [f"{place} is what {step} was before: someone had marked it, and the run came to this step again"]
 
 
 def release(checkpoint_dir: Path) -> None:
@@ -156,7 +173,7 @@ def commit(temporary_dir: Path, manifest: dict[str, Any]) -> SavedCheckpoint:
 
     Order: manifest in place (written aside, fsync, rename), folder renamed, parent fsync'ed, `latest` renamed. Killed
     anywhere in between, the folder is either not a checkpoint or a whole one. A checkpoint of the same step steps
-    aside as `.old`, still loadable, until the new one stands, which inherits its mark. What fails after that is a remark.
+    aside as `.old`, still loadable, until the new one stands, which inherits its mark; one that someone marked is kept under another name. What fails after that is a remark.
     """
     checkpoints_dir = temporary_dir.parent
     final_dir = checkpoints_dir / checkpoint_name(manifest["step"])
@@ -165,15 +182,15 @@ def commit(temporary_dir: Path, manifest: dict[str, Any]) -> SavedCheckpoint:
     replace_text(temporary_dir / MANIFEST_NAME, encode_manifest(manifest))
     if os.path.lexists(final_dir):
         if is_marked(final_dir):
-            mark(temporary_dir)
+            mark(temporary_dir, (final_dir / MARK_NAME).read_bytes())
         if os.path.lexists(replaced_dir):
-            remarks += discard(replaced_dir)
+            remarks += give_way(replaced_dir)
         os.rename(final_dir, replaced_dir)
     os.rename(temporary_dir, final_dir)
     sync(checkpoints_dir)
     with remarked(remarks, f"{checkpoints_dir} keeps what {final_dir.name} replaces"):
         if os.path.lexists(replaced_dir):
-            remarks += discard(replaced_dir)
+            remarks += give_way(replaced_dir)
     with remarked(remarks, f"{checkpoints_dir / LATEST_NAME} stays as it was"):
         replace_text(checkpoints_dir / LATEST_NAME, final_dir.name + "\n")
     return SavedCheckpoint(final_dir, tuple(remarks))

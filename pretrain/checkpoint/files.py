@@ -38,6 +38,7 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 # A checkpoint with a file of this name is never pruned; what is in it doesn't matter.
 MARK_NAME = "keep"
+EVERY = b"train.keep_every_steps\n"  # in a mark that a setting made; one with other content, or none, is someone's
 # What a manifest has besides its step.
 MAPPINGS = (
     *("files", "parameters", "shards", "buffers", "groups", "engine"),

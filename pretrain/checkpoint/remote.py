@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,7 +30,7 @@ from amfm.data_pipeline.durable.naming import named
 from amfm.data_pipeline.store.object_store import RemoteFolder
 from amfm.pretrain.checkpoint.commit import RankFailure, is_marked, make_temporary, mark, remove_temporary
 from amfm.pretrain.checkpoint.fetched import commit_fetched, copy_verified
-from amfm.pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, make_place, read_manifest
+from amfm.pretrain.checkpoint.files import EVERY, MANIFEST_NAME, MARK_NAME, make_place, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.event_log import find_rollback, find_saved
 from amfm.pretrain.ranks.group import RankGroup
@@ -111,6 +112,7 @@ class RemoteCheckpoints:
         if ranks.rank == 0:
             with problem.caught():
                 files = sorted(read_manifest(checkpoint_dir)["files"])
+                self._set_aside(name, (checkpoint_dir / MANIFEST_NAME).read_bytes())
                 self.folder.delete([f"{name}/{MANIFEST_NAME}"])
         files = ranks.broadcast(files)
         with problem.caught():
@@ -120,7 +122,7 @@ class RemoteCheckpoints:
         if ranks.rank == 0 and not any(told):
             with problem.caught():
                 if is_marked(checkpoint_dir):
-                    self.folder.write(f"{name}/{MARK_NAME}", b"")
+                    self.folder.write(f"{name}/{MARK_NAME}", (checkpoint_dir / MARK_NAME).read_bytes())
                 self.folder.write(f"{name}/{MANIFEST_NAME}", (checkpoint_dir / MANIFEST_NAME).read_bytes())
                 self._prune(
                     name, keep_last, {path.name for path in list_checkpoints(checkpoint_dir.parent) if is_marked(path)}
@@ -128,6 +130,22 @@ class RemoteCheckpoints:
             told = [problem.text]
         texts = [text for text in ranks.broadcast(told) if text is not None]
         return [f"{name} was not copied to {self.folder.url}: {texts[0]}"] if texts else []
+
+    def _set_aside(self, name: str, manifest: bytes) -> None:
+        """Give a copy that someone marked another place, where one of other content is to take its own."""
+        objects = self.list_whole().get(name, [])
+        if (
+            MARK_NAME not in objects
+            or self.folder.read(f"{name}/{MARK_NAME}") == EVERY
+            or self.folder.read(f"{name}/{MANIFEST_NAME}") == manifest
+        ):
+            return
+        places = (f"replaced-{number}" for number in count(1))
+        self.rename(name, f"{next(place for place in places if not self.list_objects(place))}/{name}", objects)
+
+    def release(self, name: str) -> None:
+        """Remove the mark of a step's copy, so that pruning may remove it."""
+        self.folder.delete([f"{name}/{MARK_NAME}"])
 
     def _prune(self, name: str, keep_last: int, marked: set[str]) -> None:
         """Remove the copies of old steps, and what was sent of steps without a manifest; those marked here or there stay."""
@@ -168,7 +186,7 @@ class RemoteCheckpoints:
             damage = self._fetch(name, checkpoints_dir, ranks, doing)
             if damage is None:
                 if ranks.rank == 0 and MARK_NAME in objects:
-                    mark(checkpoints_dir / name)
+                    mark(checkpoints_dir / name, self.folder.read(f"{name}/{MARK_NAME}"))
                 return Pulled(name, tuple(skipped))
             skipped.append(f"{name} of {self.folder.url}: {damage}")
         if skipped and newest < 0:

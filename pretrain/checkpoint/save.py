@@ -46,6 +46,7 @@ from amfm.pretrain.checkpoint.commit import (
 from amfm.pretrain.checkpoint.compatibility import digest_config
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
 from amfm.pretrain.checkpoint.files import (
+    EVERY,
     FileEntry,
     make_place,
     measure_tensors,
@@ -230,7 +231,7 @@ def write_snapshot(
             with problem.caught():
                 # Marked before the rename, so that no pruning can meet the checkpoint without its mark.
                 if snapshot.marked:
-                    mark(temporary_dir)
+                    mark(temporary_dir, EVERY)
                 sync_folders(temporary_dir)
                 if fence is not None:
                     fence()

@@ -1,4 +1,4 @@
-"""Runs one after the other on a cluster of four nodes, hurt every two minutes; an operator repairs nodes and submits anew.
+"""Runs one after the other on a cluster of four nodes, hurt every two minutes; an operator repairs nodes and submits again.
 
 A run ends when Slurm says so. Then each step's loss, and every number of the last checkpoint, must be those of a run of two
 ranks that nothing disturbed, to the bit; nothing may be left; and the goodput that the run reports is compared with what an

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from amfm.pretrain.checkpoint.commit import is_marked, is_named, mark
 from amfm.pretrain.checkpoint.compatibility import MAY_CHANGE, may_change
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
-from amfm.pretrain.checkpoint.files import read_manifest
+from amfm.pretrain.checkpoint.files import EVERY, read_manifest
 from amfm.pretrain.checkpoint.inspect import (
     diff_checkpoints,
     find_checkpoint,
@@ -186,6 +187,24 @@ def test_marked_checkpoints_stay_and_do_not_count(engine: ZeroEngine, tmp_path: 
     assert (
         inspect_checkpoint(tmp_path / kept[-1])["marked"] and inspect_checkpoint(tmp_path / kept[-1])["warnings"] == []
     )
+
+
+def test_a_damaged_checkpoint_that_someone_marked_stays_under_another_name_when_its_step_is_saved_again(
+    engine: ZeroEngine, tmp_path: Path
+) -> None:
+    path = save(tmp_path, 2, engine)
+    for number in (1, 2):
+        mark(path)
+        shard = path / "rank-00000.safetensors"
+        shard.write_bytes(bytes([number]) * shard.stat().st_size)
+        save(tmp_path, 2, engine)
+        assert inspect_checkpoint(path)["ok"] and inspect_checkpoint(path)["marked"]
+        before = tmp_path / f"{path.name}.replaced-{number}"
+        assert (before / shard.name).read_bytes()[:1] == bytes([number])
+    mark(path, EVERY)  # a setting's
+    save(tmp_path, 2, engine)
+    assert is_marked(path) and not is_named(path)
+    assert names(tmp_path) == ["latest", path.name, f"{path.name}.replaced-1", f"{path.name}.replaced-2"]
 
 
 def test_saving_a_step_again_replaces_it(engine: ZeroEngine, tmp_path: Path) -> None:
