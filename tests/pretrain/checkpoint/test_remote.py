@@ -323,7 +323,7 @@ def test_killed_while_a_step_is_sent_anew_no_manifest_names_files_of_two(
     _, second, older = two_runs(data, tmp_path)
     with killing_proxy(server["AWS_ENDPOINT_URL"]) as (endpoint, gate):
         pusher = Pusher(second, endpoint, gate)
-        for kill in (1, 2):  # the first file is not there yet, or it is
+        for kill in (2, 3):  # the manifest is gone; the first file is not there yet, or it is
             assert RemoteCheckpoints(f"{url}/{kill}").push(older, ALONE, 2) == []
             assert pusher.push(f"{url}/{kill}", kill) == -9
             assert RemoteCheckpoints(f"{url}/{kill}").pull_newer(tmp_path / f"copy {kill}", ALONE).passed_over == ()
