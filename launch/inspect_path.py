@@ -258,8 +258,8 @@ def compare_index(index: Path, tensors: dict[str, str]) -> Iterator[str]:
 
 def compare_checkpoints(first: Path, second: Path) -> dict[str, Any]:
     """Differences of two checkpoints that verify: numbers, settings, state, layout."""
-    from amfm.pretrain.checkpoint.files import read_manifest
     from amfm.pretrain.checkpoint.inspect import compare_checkpoints as compare
+    from amfm.pretrain.checkpoint.manifest_file import read_manifest
 
     return compare((first, second), [read_manifest(folder) for folder in (first, second)])
 

@@ -26,7 +26,8 @@ from amfm.data_pipeline.durable.files import make_folders, replacing, sync, writ
 from amfm.data_pipeline.durable.foreign_files import parse_object, read_object, understood
 from amfm.data_pipeline.durable.lines import read_lines
 from amfm.pretrain.checkpoint.commit import LATEST_NAME, RankFailure, mark
-from amfm.pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, read_manifest, replace_text
+from amfm.pretrain.checkpoint.files import replace_text
+from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, MARK_NAME, read_manifest
 from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints, step_of
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints, step_named
 from amfm.pretrain.event_log import append_event, find_rollback, is_rolled_back

@@ -28,9 +28,14 @@ def doctor(
         Path | None, typer.Option(metavar="DIR", help="With --cluster: a folder that all hosts share, such as run.dir.")
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="With --cluster: start this many ranks on this machine.")] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave out devices and Triton, for which torch is loaded.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """The verb `doctor`."""
+    if cluster and quick:
+        raise ValueError("--quick leaves out what --cluster measures; give one of the two")
     if cluster:
         raise typer.Exit(doctor_cluster(shared, nproc, as_json=as_json))
     if shared is not None or nproc > 1:
@@ -38,6 +43,10 @@ def doctor(
         raise ValueError(f"{given} belongs to --cluster; add --cluster, or leave it out")
     from amfm.launch.doctor.machine import examine_machine
 
+    if quick:
+        if print_findings("This machine, without devices", examine_machine(quick=True), as_json=as_json):
+            raise typer.Exit(BAD_INPUT)
+        return
     with loading("doctor", "the packages that amfm needs, to see whether they work"):
         findings = examine_machine()
     if print_findings("This machine", findings, as_json=as_json):

@@ -45,14 +45,16 @@ class Finding:
         return asdict(self)
 
 
-def examine_machine() -> list[Finding]:
-    """All checks of this machine, in the order in which a person would ask: interpreter, packages, devices, room."""
+def examine_machine(*, quick: bool = False) -> list[Finding]:
+    """All checks of this machine, in the order in which a person would ask: interpreter, packages, devices, room.
+
+    `quick` leaves out the two that import torch, devices and Triton.
+    """
     return [
         examine_python(),
         *examine_packages(),
         *examine_known_bad(),
-        *examine_devices(),
-        examine_triton(),
+        *([] if quick else [*examine_devices(), examine_triton()]),
         examine_compiler(),
         examine_cores(),
         examine_memory(),

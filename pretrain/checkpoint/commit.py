@@ -24,7 +24,8 @@ from typing import Any, ClassVar
 from amfm.data_pipeline.durable.deletion import try_to_delete
 from amfm.data_pipeline.durable.files import make_folders, sync
 from amfm.data_pipeline.durable.naming import named
-from amfm.pretrain.checkpoint.files import EVERY, MANIFEST_NAME, MARK_NAME, encode_manifest, read_manifest, replace_text
+from amfm.pretrain.checkpoint.files import replace_text
+from amfm.pretrain.checkpoint.manifest_file import EVERY, MANIFEST_NAME, MARK_NAME, encode_manifest, read_manifest
 from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, checkpoint_name, list_checkpoints
 
 LATEST_NAME = "latest"

@@ -1,57 +1,35 @@
-"""Files of a checkpoint: safetensors hashed while written, a manifest that guards itself, and their verification.
+"""Files of a checkpoint: safetensors hashed while written, and their verification by the manifest.
 
 Each rank writes one safetensors file, whose format any library reads without our code. We write it ourselves and not with
-`save_file`, because the digest is then computed in the one pass that writes, and memory holds one tensor at a time. The
-manifest lists every file with size and SHA-256, and carries a SHA-256 of its own text: a cut, swapped or edited file is
-found before anything is loaded. Files next to the manifest's are a fault if they hold tensors, else a warning.
+`save_file`, because the digest is then computed in the one pass that writes, and memory holds one tensor at a time. Files
+next to those that the manifest lists (`manifest_file.py`) are a fault if they hold tensors, else a warning.
 
 A file lies in the folder of its block of ranks, so that no folder of a checkpoint has thousands of files that all ranks create at
 once: a file system takes such entries one after the other. The first block's folder is the checkpoint itself.
-
-A manifest of version 1, which knew data parallelism alone, is read as one of version 2 (`upgrade_manifest`).
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from amfm.data_pipeline.durable.files import sync
-from amfm.data_pipeline.durable.foreign_files import inside, parse_object, read_bounded, take, understood
 from amfm.data_pipeline.durable.naming import named
 from amfm.data_pipeline.progress import Report, silent
+from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, MARK_NAME, StorageError, read_manifest, read_patiently
 from amfm.pretrain.tensor_files import TensorFile, encode_header, tensor_bytes
 
-FORMAT = "amfm-checkpoint"
-FORMAT_VERSION = 2
-MANIFEST_NAME = "manifest.json"
-# A checkpoint with a file of this name is never pruned; what is in it doesn't matter.
-MARK_NAME = "keep"
-EVERY = b"train.keep_every_steps\n"  # in a mark that a setting made; one with other content, or none, is someone's
-# What a manifest has besides its step.
-MAPPINGS = (
-    *("files", "parameters", "shards", "buffers", "groups", "engine"),
-    *("state", "config", "identities", "layout", "versions"),
-)
 CHUNK_BYTES = 1 << 24  # written, read and hashed at a time
-BLOCK_RANKS = 256  # whose files share a folder
 RANK_FILE = re.compile(r"(?:ranks-\d{5}/)?rank-(\d{5})\.safetensors")
 FLOAT32_KINDS = ("weight/", "exp_avg/", "exp_avg_sq/", "momentum/")
-NO_DIGEST = "0" * 64
-ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
-READ_PAUSES = (0.2, 1.0, 3.0)  # seconds before a file is read again that the storage did not give
-T = TypeVar("T")
 Take = Callable[[str, int, Tensor], None]  # the name of a stored tensor, the first of the numbers, and they
 
 
@@ -61,12 +39,6 @@ class FileEntry:
 
     num_bytes: int
     sha256: str
-
-
-def rank_file_name(rank: int) -> str:
-    """Name of the file that a rank writes, below the folder of the checkpoint."""
-    name, first = f"rank-{rank:05d}.safetensors", rank - rank % BLOCK_RANKS
-    return f"ranks-{first:05d}/{name}" if first else name
 
 
 def file_names_by_rank(manifest: Mapping[str, Any]) -> dict[int, str]:
@@ -144,103 +116,6 @@ def replace_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.rename(temporary, path)
     sync(path.parent)
-
-
-class StorageError(RuntimeError):
-    """The storage does not give a file that may well be whole: no reason to take the checkpoint for a damaged one."""
-
-
-def read_patiently(path: Path, read: Callable[[], T]) -> T:
-    """Read from a file, again where the storage fails in passing (EIO, ESTALE, ETIMEDOUT).
-
-    Raises OSError for what is not there at all, StorageError with path and error for all that lasts.
-    """
-    for pause in (*READ_PAUSES, None):
-        try:
-            return read()
-        except OSError as error:
-            if error.errno in ABSENT:
-                raise
-            if pause is None:
-                number = errno.errorcode.get(error.errno or 0, "no number")
-                raise StorageError(
-                    f"{path}: {error.strerror or error} ({number}) at {len(READ_PAUSES) + 1} attempts; the storage failed and the "
-                    "file may be whole: continue when it answers again"
-                ) from error
-            time.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def encode_manifest(body: Mapping[str, Any]) -> str:
-    """Encode a manifest as JSON that carries its own SHA-256 (computed with 64 zeros in that place)."""
-    document = {"format": FORMAT, "format_version": FORMAT_VERSION, "sha256": NO_DIGEST, **body}
-    text = json.dumps(document, indent=1) + "\n"
-    return text.replace(NO_DIGEST, hashlib.sha256(text.encode()).hexdigest(), 1)
-
-
-def read_manifest(checkpoint_dir: Path) -> dict[str, Any]:
-    """Read the manifest of a checkpoint and verify its own digest.
-
-    Raises RuntimeError that names the file and what is wrong: absent, not JSON, another format or version, a digest
-    that does not match, or the step of another folder. StorageError where the storage does not give it.
-    """
-    path = checkpoint_dir / MANIFEST_NAME
-    try:
-        raw = read_patiently(path, lambda: read_bounded(path, error=RuntimeError))
-    except OSError as error:
-        raise RuntimeError(f"{path}: cannot be read ({error.strerror}); the checkpoint was never completed") from error
-    manifest = parse_object(raw, path, RuntimeError)
-    text = raw.decode()
-    if manifest.get("format") != FORMAT:
-        raise RuntimeError(f"{path}: is not an amfm checkpoint manifest")
-    version = manifest.get("format_version")
-    if version not in (1, FORMAT_VERSION):
-        raise RuntimeError(f"{path}: format version {version}, this program reads versions 1 and {FORMAT_VERSION}")
-    stated = str(manifest.get("sha256"))
-    found = hashlib.sha256(text.replace(stated, NO_DIGEST, 1).encode()).hexdigest()
-    if found != stated:
-        raise RuntimeError(f"{path}: content changed since it was written (SHA-256 {found}, states {stated})")
-    with understood(path, RuntimeError):
-        manifest = manifest if version == FORMAT_VERSION else upgrade_manifest(manifest)
-        check_manifest(checkpoint_dir, manifest)
-    named_step = checkpoint_dir.name.removesuffix(".old").removeprefix("step-")
-    if named_step.isdigit() and int(named_step) != manifest["step"]:
-        raise RuntimeError(f"{path}: is of step {manifest['step']} but lies in {checkpoint_dir.name}")
-    return manifest
-
-
-def check_manifest(checkpoint_dir: Path, manifest: dict[str, Any]) -> None:
-    """Hold a manifest to its form: every key is there, and every file that it names lies in the folder and is listed."""
-    path = checkpoint_dir / MANIFEST_NAME
-    take(manifest, "step", int, path, RuntimeError)
-    for key in MAPPINGS:
-        take(manifest, key, dict, path, RuntimeError)
-    for name, entry in manifest["files"].items():
-        inside(checkpoint_dir, name, RuntimeError)
-        take(entry, "bytes", int, path, RuntimeError)
-        take(entry, "sha256", str, path, RuntimeError)
-    used = {entry["file"] for entry in manifest["buffers"].values()}
-    used |= {file for shards in manifest["shards"].values() for shard in shards for _, _, file in shard["ranges"]}
-    if not used <= manifest["files"].keys():
-        raise RuntimeError(
-            f"{path}: names {sorted(used - manifest['files'].keys())[:3]}, which its `files` do not list"
-        )
-    if manifest["parameters"].keys() != manifest["shards"].keys():
-        raise RuntimeError(f"{path}: parameters and shards name different tensors")
-
-
-def upgrade_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Convert a manifest of version 1 to version 2: every parameter was whole, and rank 0 wrote the buffers.
-
-    So each parameter becomes one shard without cuts, whose ranges are version 1's fragments.
-    """
-    upgraded = {key: value for key, value in manifest.items() if key != "fragments"}
-    upgraded["shards"] = {
-        name: [{"where": {}, "coordinates": {}, "ranges": ranges}] for name, ranges in manifest["fragments"].items()
-    }
-    upgraded["buffers"] = {name: {**entry, "file": rank_file_name(0)} for name, entry in manifest["buffers"].items()}
-    upgraded["layout"] = {**manifest["layout"], "axes": {"dp": manifest["layout"]["world_size"]}}
-    return upgraded
 
 
 def verify_file(

@@ -19,7 +19,8 @@ from amfm.data_pipeline.progress import Report, silent
 from amfm.model.on_demand import OnDemand, source_of
 from amfm.pretrain.checkpoint.commit import is_marked
 from amfm.pretrain.checkpoint.compatibility import compare_settings
-from amfm.pretrain.checkpoint.files import MANIFEST_NAME, find_foreign_files, verify_checkpoint
+from amfm.pretrain.checkpoint.files import find_foreign_files, verify_checkpoint
+from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME
 from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
 from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
 

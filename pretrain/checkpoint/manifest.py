@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from amfm.pretrain.checkpoint.files import FileEntry, rank_file_name
+from amfm.pretrain.checkpoint.files import FileEntry
+from amfm.pretrain.checkpoint.manifest_file import rank_file_name
 from amfm.pretrain.checkpoint.placement import check_cover
 from amfm.pretrain.checkpoint.reader import check_tiling, read_shards
 

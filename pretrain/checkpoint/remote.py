@@ -30,7 +30,8 @@ from amfm.data_pipeline.durable.naming import named
 from amfm.data_pipeline.store.object_store import RemoteFolder
 from amfm.pretrain.checkpoint.commit import RankFailure, is_marked, make_temporary, mark, remove_temporary
 from amfm.pretrain.checkpoint.fetched import commit_fetched, copy_verified
-from amfm.pretrain.checkpoint.files import EVERY, MANIFEST_NAME, MARK_NAME, make_place, read_manifest
+from amfm.pretrain.checkpoint.files import make_place
+from amfm.pretrain.checkpoint.manifest_file import EVERY, MANIFEST_NAME, MARK_NAME, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.event_log import find_rollback, find_saved
 from amfm.pretrain.ranks.group import RankGroup

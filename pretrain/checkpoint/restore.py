@@ -19,8 +19,9 @@ from torch import Tensor
 from amfm.data_pipeline.progress import Report, silent
 from amfm.pretrain.checkpoint.commit import RankFailure
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
-from amfm.pretrain.checkpoint.files import StorageError, file_names_by_rank, verify_file
+from amfm.pretrain.checkpoint.files import file_names_by_rank, verify_file
 from amfm.pretrain.checkpoint.fragments import create_state, refresh_working_weights, restore_group_settings
+from amfm.pretrain.checkpoint.manifest_file import StorageError
 from amfm.pretrain.checkpoint.random_state import restore_random_state
 from amfm.pretrain.checkpoint.reader import RangeReader
 from amfm.pretrain.ranks.group import RankGroup

@@ -7,12 +7,15 @@ from pathlib import Path
 from amfm.data_pipeline.durable.locks import take_lock
 from amfm.data_pipeline.store.manifest import MANIFEST
 from amfm.data_pipeline.store.object_store import is_url
+from amfm.pretrain.checkpoint.compatibility import check_resumable
+from amfm.pretrain.checkpoint.manifest_file import read_manifest
+from amfm.pretrain.checkpoint.names import checkpoint_name, continued_step
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.ownership import LOCK_NAME, describe_taken
 
 
 def check_early(config: RunConfig, prepare: str) -> None:
-    """Refuse a run without a prepared store, or in a directory in which another process of this host trains.
+    """Refuse a run without a prepared store, one that another process of this host trains, and settings of another run.
 
     prepare: the command that makes the store. Raises ValueError. For the process that starts the ranks: a rank would find
     the lock of rank 0.
@@ -25,3 +28,15 @@ def check_early(config: RunConfig, prepare: str) -> None:
         if lock is None:
             raise ValueError(describe_taken(run_dir))
         lock.close()
+    step = continued_step(config)
+    if step >= 0:
+        check_settings(config, run_dir / "checkpoints" / checkpoint_name(step))
+
+
+def check_settings(config: RunConfig, checkpoint_dir: Path) -> None:
+    """Refuse settings that a run cannot change, where the checkpoint's manifest is sound; the run's own check follows."""
+    try:
+        manifest = read_manifest(checkpoint_dir)
+    except RuntimeError:
+        return  # damaged or not whole: the run finds out which one it continues from
+    check_resumable(manifest, config, manifest["identities"])

@@ -22,8 +22,8 @@ from amfm.model.huggingface.shapes import weight_shapes
 from amfm.model.hybrid import HybridModel
 from amfm.model.on_demand import on_demand
 from amfm.model.routed_updates import ENDS
-from amfm.pretrain.checkpoint.files import read_manifest
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
+from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.config.convert import ConvertConfig, TuneConfig
 from amfm.pretrain.inference.weights import take_own_part
 from amfm.pretrain.tensor_files import TensorFile

@@ -20,8 +20,8 @@ from amfm.model.lora import merge_lora
 from amfm.model.mixers.base import LinearMixer
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.routed_updates import ENDS
-from amfm.pretrain.checkpoint.files import read_manifest
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
+from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.convert.adapters import find_adapter
 from amfm.pretrain.convert.stages import (

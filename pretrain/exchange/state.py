@@ -26,9 +26,10 @@ from amfm.data_pipeline.durable.foreign_files import take
 from amfm.data_pipeline.progress import Report, silent
 from amfm.model.on_demand import Shape, Source, cut_rows, source_of
 from amfm.pretrain.checkpoint.commit import commit, make_temporary
-from amfm.pretrain.checkpoint.files import MAPPINGS, FileEntry, rank_file_name
+from amfm.pretrain.checkpoint.files import FileEntry
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, require_sound
 from amfm.pretrain.checkpoint.manifest import JoinedReports, RankReport, complete_manifest, describe_tensor
+from amfm.pretrain.checkpoint.manifest_file import MAPPINGS, rank_file_name
 from amfm.pretrain.checkpoint.random_state import collect_random_state
 from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
 from amfm.pretrain.config.file import resolved_yaml

@@ -35,8 +35,8 @@ from amfm.model.on_demand import OnDemand, cut_rows, on_demand
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.parallel.shards import REPLICATED, parameter_shards
 from amfm.model.routed_updates import ENDS
-from amfm.pretrain.checkpoint.files import MANIFEST_NAME, read_manifest
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
+from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, read_manifest
 from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
 from amfm.pretrain.checkpoint.placement import place_shard, whole_dim
 from amfm.pretrain.config.convert import ConvertConfig

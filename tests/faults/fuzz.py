@@ -39,7 +39,8 @@ from amfm.data_pipeline.tokenizer.tiktoken import convert_tiktoken
 from amfm.data_pipeline.tokenizer.tokenizer import read_tokenizer_file
 from amfm.data_pipeline.verify import verify_store
 from amfm.model.config.pattern import parse_pattern
-from amfm.pretrain.checkpoint.files import encode_manifest, read_manifest, verify_checkpoint
+from amfm.pretrain.checkpoint.files import verify_checkpoint
+from amfm.pretrain.checkpoint.manifest_file import encode_manifest, read_manifest
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.exchange.common_file import find_steps, read_common
 from amfm.pretrain.exchange.dcp_folder import DcpFolder

@@ -11,7 +11,7 @@ import pytest
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.store.part_writer import write_part
 from amfm.data_pipeline.store.store import TokenStore
-from amfm.pretrain.checkpoint.files import read_manifest
+from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.saving import join_damages
 from amfm.pretrain.train import train

@@ -50,9 +50,9 @@ def test_settings_are_refused_and_folders_inspected_without_torch(tmp_path: Path
     refused = [
         ["train", str(path), change] for change in ("train.steps=0", "train.micro_batch_size=3", "model.pattern=q")
     ]
-    others = [["config", str(path)], ["inspect", data.store, "--quick"]]
+    others = [["config", str(path)], ["inspect", data.store, "--quick"], ["doctor", "--quick"]]
     found = run_each(*refused, *others)
-    assert [code for code, _ in found] == [2, 2, 2, 0, 0]
+    assert [code for code, _ in found] == [2, 2, 2, 0, 0, 0]
     assert not found[-1][1] & HEAVY
 
 
@@ -66,6 +66,9 @@ def test_a_run_that_compiles_nothing_imports_no_compiler(tmp_path: Path) -> None
     assert code == 0 and {"torch", "deepspeed", "megatron.core"} <= found
     assert not found & COMPILER
     assert len(found) < 3100, "2,900, of which PyTorch has 1,230 and DeepSpeed 410; 4,900 with the compiler"
+    # Nor does it take torch to see that a run would continue with other settings.
+    ((code, found),) = run_each(["train", str(path), "schedule.warmup_steps=0"])
+    assert code == 2 and not found & HEAVY
 
 
 REST_OF_MEGATRON = """

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from amfm.pretrain.checkpoint.files import FileEntry, encode_manifest
+from amfm.pretrain.checkpoint.files import FileEntry
 from amfm.pretrain.checkpoint.manifest import JoinedReports, RankReport, complete_manifest
+from amfm.pretrain.checkpoint.manifest_file import encode_manifest
 from amfm.pretrain.checkpoint.writers import Claims
 from amfm.pretrain.ranks.tree import RankTree, relay, up
 

@@ -13,7 +13,7 @@ from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.store import object_store
 from amfm.data_pipeline.store.object_store import RemoteFolder
 from amfm.pretrain.checkpoint.commit import is_marked
-from amfm.pretrain.checkpoint.files import NO_DIGEST, encode_manifest, read_manifest
+from amfm.pretrain.checkpoint.manifest_file import NO_DIGEST, encode_manifest, read_manifest
 from amfm.pretrain.checkpoint.names import checkpoint_name, continued_step, list_checkpoints
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
 from amfm.pretrain.rollback import list_rollbacks, roll_back, roll_forward

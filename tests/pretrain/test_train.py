@@ -19,7 +19,7 @@ import yaml
 
 from amfm.data_pipeline.config import DataConfig, PhaseConfig, TokenizerConfig
 from amfm.data_pipeline.prepare.prepare import prepare
-from amfm.pretrain.checkpoint.files import read_manifest
+from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.hooks.validate import Validation
 from amfm.pretrain.monitor.ownership import lock_directory
 from amfm.pretrain.monitor.signals import SignalWatch

@@ -21,7 +21,8 @@ from amfm.data_pipeline.durable.deletion import try_to_delete
 from amfm.data_pipeline.durable.mounts import file_system_of, read_mounts
 from amfm.data_pipeline.store.node_cache import own_folder
 from amfm.pretrain.checkpoint.commit import RankFailure
-from amfm.pretrain.checkpoint.files import file_names_by_rank, read_manifest
+from amfm.pretrain.checkpoint.files import file_names_by_rank
+from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.checkpoint.replicas.nodes import Nodes
 from amfm.pretrain.ranks.group import RankGroup

@@ -24,8 +24,9 @@ import torch.distributed as dist
 from amfm.data_pipeline.durable.deletion import try_to_delete
 from amfm.data_pipeline.store.node_cache import own_folder
 from amfm.pretrain.checkpoint.commit import TEMPORARY_NAME, RankFailure, commit, discard, remove_temporary
-from amfm.pretrain.checkpoint.files import make_place, rank_file_name, write_tensors
+from amfm.pretrain.checkpoint.files import make_place, write_tensors
 from amfm.pretrain.checkpoint.manifest import JoinedReports, complete_manifest
+from amfm.pretrain.checkpoint.manifest_file import rank_file_name
 from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
 from amfm.pretrain.checkpoint.save import Snapshot

@@ -13,16 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from amfm.pretrain.checkpoint import files
+from amfm.pretrain.checkpoint import manifest_file
 from amfm.pretrain.checkpoint.commit import examine_latest
-from amfm.pretrain.checkpoint.files import (
-    encode_manifest,
-    measure_tensors,
-    read_manifest,
-    verify_checkpoint,
-    write_tensors,
-)
+from amfm.pretrain.checkpoint.files import measure_tensors, verify_checkpoint, write_tensors
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, inspect_checkpoint, read_full_state
+from amfm.pretrain.checkpoint.manifest_file import encode_manifest, read_manifest
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS
@@ -73,7 +68,7 @@ def test_checkpoints_that_are_gone_are_no_fresh_start(folder: Path, engine: Zero
 
 def test_storage_that_fails_is_no_damage(folder: Path, engine: ZeroEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A manifest whose reads give EIO, as /proc/self/mem does at 0: sound checkpoints must not be written over."""
-    monkeypatch.setattr(files, "READ_PAUSES", (0.01,))
+    monkeypatch.setattr(manifest_file, "READ_PAUSES", (0.01,))
     manifest = step_dir(folder, 3) / "manifest.json"
     manifest.rename(manifest.with_name("whole"))
     manifest.symlink_to("/proc/self/mem")
@@ -86,7 +81,7 @@ def test_storage_that_fails_is_no_damage(folder: Path, engine: ZeroEngine, monke
 
 
 def test_a_read_that_fails_in_passing_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "READ_PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(manifest_file, "READ_PAUSES", (0.01, 0.01, 0.01))
     errors = [errno.EIO, errno.ESTALE, errno.ETIMEDOUT]
 
     def read() -> str:
@@ -94,10 +89,10 @@ def test_a_read_that_fails_in_passing_is_done_again(tmp_path: Path, monkeypatch:
             raise OSError(errors.pop(), "passing")
         return "whole"
 
-    assert files.read_patiently(tmp_path, read) == "whole"
+    assert manifest_file.read_patiently(tmp_path, read) == "whole"
     errors[:] = [errno.ENOENT]
     with pytest.raises(FileNotFoundError):
-        files.read_patiently(tmp_path, read)
+        manifest_file.read_patiently(tmp_path, read)
 
 
 def test_every_flipped_bit_is_found(folder: Path) -> None:

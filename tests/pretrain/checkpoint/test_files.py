@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amfm.pretrain.checkpoint.files import (
-    BLOCK_RANKS,
-    file_names_by_rank,
-    find_foreign_files,
-    make_place,
-    rank_file_name,
-)
+from amfm.pretrain.checkpoint.files import file_names_by_rank, find_foreign_files, make_place
+from amfm.pretrain.checkpoint.manifest_file import BLOCK_RANKS, rank_file_name
 
 
 def test_no_folder_has_the_files_of_more_ranks_than_a_block_and_every_name_says_its_rank() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from amfm.pretrain.checkpoint.files import read_manifest
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints, inspect_checkpoint, read_full_state
+from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.exchange.universal import export_universal
 from amfm.pretrain.parallel import initialize_parallel, set_determinism
 from tests.helpers.patience import PATIENCE_SECONDS

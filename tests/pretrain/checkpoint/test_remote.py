@@ -20,15 +20,9 @@ from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.store.object_store import PART_BYTES, RemoteFolder
 from amfm.launch.inspect_path import mark_checkpoint
 from amfm.pretrain.checkpoint.commit import is_marked, mark
-from amfm.pretrain.checkpoint.files import (
-    MAPPINGS,
-    encode_manifest,
-    make_place,
-    rank_file_name,
-    read_manifest,
-    write_tensors,
-)
+from amfm.pretrain.checkpoint.files import make_place, write_tensors
 from amfm.pretrain.checkpoint.inspect import inspect_checkpoint
+from amfm.pretrain.checkpoint.manifest_file import MAPPINGS, encode_manifest, rank_file_name, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
 from amfm.pretrain.checks.check_run import check_run

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from amfm.pretrain.checkpoint import files
+from amfm.pretrain.checkpoint import manifest_file
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS
@@ -38,7 +38,7 @@ def test_each_file_is_read_once(tmp_path: Path) -> None:
 
 def save_state(folder: str, block_ranks: int) -> list[str]:
     """Save steps 1 and 2, in folders of that many ranks, and return what this rank holds at each."""
-    files.BLOCK_RANKS = block_ranks
+    manifest_file.BLOCK_RANKS = block_ranks
     engine = make_engine(initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1), stage=2)
     digests = []
     for step in (1, 2):

@@ -16,7 +16,6 @@ import torch
 from amfm.pretrain.checkpoint.commit import is_marked, is_named, mark
 from amfm.pretrain.checkpoint.compatibility import MAY_CHANGE, may_change
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
-from amfm.pretrain.checkpoint.files import EVERY, read_manifest
 from amfm.pretrain.checkpoint.inspect import (
     diff_checkpoints,
     find_checkpoint,
@@ -24,6 +23,7 @@ from amfm.pretrain.checkpoint.inspect import (
     read_full_state,
 )
 from amfm.pretrain.checkpoint.load import find_mismatches, list_warnings
+from amfm.pretrain.checkpoint.manifest_file import EVERY, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.checkpoint.save import ranks_of
 from amfm.pretrain.config.fields import flatten_settings

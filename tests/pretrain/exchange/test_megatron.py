@@ -15,8 +15,8 @@ from torch import Tensor
 from amfm.data_pipeline.config import DataConfig
 from amfm.launch.cli import run
 from amfm.model.packing import PackMeta
-from amfm.pretrain.checkpoint.files import read_manifest
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.parallel import initialize_parallel

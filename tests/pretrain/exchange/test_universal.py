@@ -22,10 +22,10 @@ from amfm.model.on_demand import source_of
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
-from amfm.pretrain.checkpoint.files import read_manifest
 from amfm.pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints
 from amfm.pretrain.checkpoint.load import load_newest
+from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.checkpoint.placement import place_whole
 from amfm.pretrain.checkpoint.reader import RangeReader
 from amfm.pretrain.config.file import resolved_yaml

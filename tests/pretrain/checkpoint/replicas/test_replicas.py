@@ -16,7 +16,7 @@ import torch.distributed
 import amfm.pretrain.checkpoint.replicas.write
 import amfm.pretrain.train
 from amfm.data_pipeline.config import DataConfig
-from amfm.pretrain.checkpoint import files
+from amfm.pretrain.checkpoint import manifest_file
 from amfm.pretrain.checkpoint.background import BackgroundSaver
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints
 from amfm.pretrain.checkpoint.names import list_checkpoints
@@ -306,7 +306,7 @@ def test_two_nodes_lose_ranks_memory_and_copies(data: DataConfig, tmp_path: Path
 
 def be_in_blocks(fault: Callable[[int], None] | None, rank: int) -> None:
     """Of two ranks, whose files share a folder."""
-    files.BLOCK_RANKS = 2
+    manifest_file.BLOCK_RANKS = 2
     be_on_node(fault, rank)
 
 
