@@ -284,7 +284,7 @@ def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
         rule = "needs documents kept for validation, and data.validation_fraction is 0"
         remedy = "set for example data.validation_fraction=0.02, or remove it"
         yield Problem("train.validate_every_steps", rule, remedy, str(train.validate_every_steps))
-    mixtures = [part.weights for part in (*config.data.phases, *config.stages)]
+    mixtures = [*(phase.weights for phase in config.data.phases), *(stage.weights for stage in config.stages)]
     for key, rule, remedy in validation_problems(config.validation, config.data, mixtures):
         yield Problem(key, rule, remedy)
     for name in ("on_nonfinite", "on_spike"):
