@@ -58,7 +58,13 @@ def read_held(run_dir: Path) -> list[Interval]:
         return []
     found = [line for _, line in read_lines(path) if line is not None and isinstance(line.get("began_at"), float)]
     ends = [line.get("before_until") for line in found[1:]] + [path.stat().st_mtime]
-    return [(line["began_at"], float(end)) for line, end in zip(found, ends) if isinstance(end, float)]
+    intervals, last = [], 0.0
+    for line, end in zip(found, ends):
+        if isinstance(end, float):
+            # One that waited for the end of the launcher before it held nothing of the run until then.
+            intervals.append((max(line["began_at"], last), end))
+            last = end
+    return intervals
 
 
 def overlap(held: Sequence[Interval], begin: float, end: float) -> float:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 
 from amfm.pretrain.report.data import read_run
 from amfm.pretrain.report.goodput import measure_goodput
 from tests.cluster.cluster import events, metrics
 from tests.cluster.soak.site import Site
+
+LOOK_SECONDS = 0.05
+MOVING_SECONDS = 15.0
+NEW_STEPS = 3  # of a start before it is hurt
 
 
 @dataclass
@@ -26,39 +35,54 @@ class Onlooker:
     _steps: set[int] = field(default_factory=set)
     _size: int = -1
 
-    def look(self, site: Site, now: float) -> None:
+    @contextmanager
+    def watching(self, run_dir: Path) -> Iterator[None]:
+        """Look from a thread, whatever the block waits for."""
+        ended = threading.Event()
+
+        def look_always() -> None:
+            while not ended.wait(LOOK_SECONDS):
+                self.look(run_dir)
+
+        thread = threading.Thread(target=look_always, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def look(self, run_dir: Path) -> None:
         """Look at the files of the run."""
-        path = site.run_dir / "metrics.jsonl"
+        path, now = run_dir / "metrics.jsonl", time.monotonic()
         size = path.stat().st_size if path.exists() else -1
         if size == self._size:
             return
         self._size = size
-        starts = events(site.run_dir, "start")
+        starts = events(run_dir, "start")
         self.starts, self.began_at = len(starts), int(starts[-1]["step"]) if starts else 0
-        steps = {int(line["step"]) for line in metrics(site.run_dir)}
+        steps = {int(line["step"]) for line in metrics(run_dir)}
         self.seen |= {step: (now, self.starts) for step in steps - self._steps}
         self._steps, self.step, self.moved = steps, max(steps, default=0), now
         self.trail.append((now, self.step))
 
-    def new_steps(self) -> int:
-        """Steps of the newest start."""
-        return self.step - self.began_at
+    def is_moving(self) -> bool:
+        """Whether its newest start has made steps, and made one just now."""
+        return self.step - self.began_at >= NEW_STEPS and time.monotonic() - self.moved < MOVING_SECONDS
 
-    def useful(self, saved: set[int]) -> float:
-        """Seconds of the steps that count: between two lines of one start; those after a save or a start as the others."""
-        spans = {
-            step: moment - before
-            for (last, (before, start)), (step, (moment, own)) in pairwise(sorted(self.seen.items()))
-            if own == start and last not in saved
-        }
-        usual = median(spans.values())
-        return sum(spans.get(step, usual) for step in self.seen)
+    def useful(self) -> float:
+        """Seconds of the steps that count: between two lines of one start; the first of each start as the others."""
+        spans = self.spans()
+        return sum(spans) + (len(self.seen) - len(spans)) * median(spans)
 
     def pace(self) -> float:
         """Seconds of a step that nothing disturbs."""
-        return median(
-            moment - before for (before, _), (moment, _) in pairwise(self.seen[step] for step in sorted(self.seen))
-        )
+        return median(self.spans())
+
+    def spans(self) -> list[float]:
+        """Seconds between the lines of two steps of one start."""
+        pairs = pairwise(self.seen[step] for step in sorted(self.seen))
+        return [moment - before for (before, start), (moment, own) in pairs if own == start]
 
 
 @dataclass(frozen=True)
@@ -79,11 +103,10 @@ def compare_goodput(site: Site, onlooker: Onlooker) -> Goodput:
     """Compare the goodput that the run reports with that of an onlooker."""
     own = measure_goodput(read_run(site.run_dir))
     assert own is not None, "a run that ended has starts"
-    saved = {int(event["step"]) for event in events(site.run_dir, "checkpoint")}
     return Goodput(
         own.share(),
         own.held(),
-        onlooker.useful(saved) / onlooker.held,
+        onlooker.useful() / onlooker.held,
         onlooker.held,
         len(onlooker.seen) * onlooker.pace() / onlooker.held,
     )

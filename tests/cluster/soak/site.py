@@ -11,7 +11,7 @@ from pathlib import Path
 
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
-from tests.cluster.cluster import FAKE_CLOCK, RANK, SLURM, Cluster, quietly
+from tests.cluster.cluster import FAKE_CLOCK, RANK, SLURM, START_SECONDS, Cluster, quietly, wait_until
 from tests.cluster.test_slurm import launch_command, let_start
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
@@ -77,7 +77,7 @@ class Site:
     def ranks(self) -> list[tuple[int, str]]:
         """Node and process of each rank."""
         found = []
-        for node in sorted({1, 2, 3, 4} - self.lost):
+        for node in sorted(set(range(1, NUM_NODES + 1)) - self.lost):
             pids = self.nodes.run(node, "pgrep", "-f", f"{RANK}{self.root}/", check=False).split()
             found += [(node, pid) for pid in pids]
         return found
@@ -92,6 +92,17 @@ class Site:
         for due, repair in [each for each in self.repairs if each[0] <= now]:
             repair()
             self.repairs.remove((due, repair))
+
+    def finish_repairs(self) -> None:
+        """Wait for all repairs, and do them."""
+        while self.repairs:
+            time.sleep(0.25)
+            self.repair()
+
+    def settle(self) -> None:
+        """Wait for repairs, and for a second job of the run, which waits for the end of the first."""
+        self.finish_repairs()
+        wait_until(lambda: not self.nodes.run(0, "squeue", "--noheader", check=False), START_SECONDS)
 
     def lose(self, node: int) -> None:
         """Take the power from a node for 50 seconds, after which it comes back and is at the site's service."""
@@ -112,19 +123,24 @@ class Site:
         own.write_text(f"{seconds:+d}s\n")
         self.nodes.run(node, "mount", "--bind", str(own), str(self.folder / "clock"))
 
-    def leftovers(self) -> list[str]:
-        """Processes, shared memory and files that a run that ended has left."""
-        found = []
-        for node in sorted({1, 2, 3, 4} - self.lost):
-            found += [
-                f"node{node}: {line}"
-                for line in self.nodes.run(node, "pgrep", "-af", f"amfm.*{self.root}/", check=False).splitlines()
-            ]
-            found += [f"node{node}: /dev/shm/{name}" for name in self.nodes.run(node, "ls", "/dev/shm").split() if name]
-        hidden = [
-            path for path in self.run_dir.rglob("*") if path.name.startswith((".writing", "check-node", "starting"))
+    def processes(self) -> list[str]:
+        """Processes of the run, on all nodes."""
+        return [
+            f"node{node}: {line}"
+            for node in sorted(set(range(1, NUM_NODES + 1)) - self.lost)
+            for line in self.nodes.run(node, "pgrep", "-af", f"amfm.*{self.root}/", check=False).splitlines()
         ]
-        return found + [str(path.relative_to(self.root)) for path in hidden]
+
+    def leftovers(self) -> list[str]:
+        """Processes, shared memory and files that a run that ended has left; those of libfaketime are its own."""
+        found = self.processes()
+        for node in range(1, NUM_NODES + 1):
+            names = self.nodes.run(node, "ls", "/dev/shm").split()
+            found += [f"node{node}: /dev/shm/{name}" for name in names if "faketime" not in name]
+        left = (".writing", "check-node", "starting")
+        return found + [
+            str(path.relative_to(self.root)) for path in self.run_dir.rglob("*") if path.name.startswith(left)
+        ]
 
 
 def kill(nodes: Cluster, node: int, number: str, pid: str) -> None:

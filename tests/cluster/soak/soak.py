@@ -22,10 +22,9 @@ from tests.cluster.soak.strike import strike
 from tests.soak.compare import compare, is_finished
 
 EVERY_SECONDS = 120.0
-LOOK_SECONDS = 0.25
+POLL_SECONDS = 0.25
 ASK_SECONDS = 1.5
 STUCK_SECONDS = 1200.0
-NEW_STEPS = 3  # of a start before it is hurt
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
 
 
@@ -110,41 +109,44 @@ class Soak:
         write_run(self.folder, root / "run", PAUSE_SECONDS)
         site, onlooker, began = Site(nodes, self.folder, root), Onlooker(), time.monotonic()
         site.submit()
-        onlooker.moved = asked = began
-        state = ""
+        onlooker.moved = time.monotonic()
+        with onlooker.watching(site.run_dir):
+            self.go_on(found, site, onlooker, faults)
+            site.settle()
+        found.seconds = time.monotonic() - began
+        self.finish(found, site, onlooker, straight)
+
+    def go_on(self, found: Round, site: Site, onlooker: Onlooker, faults: Iterator[Fault]) -> None:
+        """Hurt a run until Slurm says that it has ended well."""
+        state, asked = "", time.monotonic()
         while True:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
             now = time.monotonic()
-            onlooker.look(site, now)
             self.follow(found, onlooker)
             site.repair()
             if now - onlooker.moved > STUCK_SECONDS:
                 raise RuntimeError(
-                    f"no step for {STUCK_SECONDS:.0f} s at step {onlooker.step} of {root}, job {site.job} {state}"
+                    f"no step for {STUCK_SECONDS:.0f} s at step {onlooker.step} of {site.root}, job {site.job} {state}"
                 )
             if now - asked >= ASK_SECONDS:
-                onlooker.held += (now - asked) * (state == "RUNNING")
-                asked = now
                 fields = site.show()
-                if fields is not None:
-                    state = fields["JobState"]
-                    if state == "COMPLETED" and is_finished(site.run_dir):
-                        break
-                    if state in OVER:
-                        self.submit_again(found, site, f"{state} {fields['ExitCode']}")
-                    else:
-                        site.keep_going(fields)
+                # A controller that is away learns late that a job has ended.
+                is_held = state == "RUNNING" and (fields is not None or bool(site.processes()))
+                onlooker.held += (now - asked) * is_held
+                asked, state = now, fields["JobState"] if fields is not None else state
+                if state == "COMPLETED" and is_finished(site.run_dir):
+                    return
+                if state in OVER:
+                    self.submit_again(found, site, f"{state} {fields['ExitCode']}" if fields else state)
+                elif fields is not None:
+                    site.keep_going(fields)
             if state == "RUNNING" and self.is_due(onlooker):
                 self.hurt(found, site, onlooker, next(faults))
-        while site.repairs:
-            time.sleep(LOOK_SECONDS)
-            site.repair()
-        self.finish(found, site, onlooker, straight, began)
 
     def is_due(self, onlooker: Onlooker) -> bool:
         """Whether the next fault may strike: its time has come, and the start has made steps."""
         since = time.monotonic() - max(self.began, self.struck)
-        return since >= EVERY_SECONDS * bool(self.struck) and onlooker.new_steps() >= NEW_STEPS and self.time_left() > 0
+        return since >= EVERY_SECONDS * bool(self.struck) and onlooker.is_moving() and self.time_left() > 0
 
     def hurt(self, found: Round, site: Site, onlooker: Onlooker, fault: Fault) -> None:
         """Let a fault strike."""
@@ -166,17 +168,15 @@ class Soak:
 
     def submit_again(self, found: Round, site: Site, how: str) -> None:
         """Do what an operator does with a job that has ended before its run, once its nodes are back."""
-        while site.repairs:
-            time.sleep(LOOK_SECONDS)
-            site.repair()
+        site.finish_repairs()
         self.report(f"run {found.number}: job {site.job} ended, {how}; submitted again")
         if found.strikes:
             found.strikes[-1].submitted = how
         site.submit()
 
-    def finish(self, found: Round, site: Site, onlooker: Onlooker, straight: Path, began: float) -> None:
+    def finish(self, found: Round, site: Site, onlooker: Onlooker, straight: Path) -> None:
         """Compare a run that has ended."""
-        found.seconds, found.starts = time.monotonic() - began, onlooker.starts
+        found.starts = onlooker.starts
         found.trail = [(moment - self.began, step) for moment, step in onlooker.trail]
         found.differences = compare(straight, site.run_dir, STEPS)
         if len(metrics(site.run_dir)) != STEPS:
