@@ -24,10 +24,10 @@ def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection,
     """
     # Depth among sequence mixers alone: decays that weaken with depth (lightning, HGRN2) must not depend on MoE blocks.
     # A block of multi-token prediction is as deep as the last of them: the main model is the same with and without.
-    sequence = [place for place, letter in enumerate(config.letters) if kind_of(letter).mixes == "sequence"]
+    sequence = [place for place, symbol in enumerate(config.letters) if kind_of(symbol).mixes == "sequence"]
     order = sequence.index(index) if index in sequence else max(0, len(sequence) - 1)
-    letter = config.built_letters[index]
-    alike = [place for place, other in enumerate(config.built_letters) if other == letter]
+    symbol = config.built_letters[index]
+    alike = [place for place, other in enumerate(config.built_letters) if other == symbol]
     build = BuildContext(
         config.hidden_size,
         config.norm_epsilon,
@@ -40,15 +40,15 @@ def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection,
         alike.index(index),
         len(alike),
     )
-    mixer: Mixer = kind_of(letter).load()(config.block_options(letter), build)
+    mixer: Mixer = kind_of(symbol).load()(config.block_options(symbol), build)
     return mixer
 
 
 @lru_cache(maxsize=256)
-def sample_mixer(config: ModelConfig, letter: str, index: int | None = None) -> Mixer:
+def sample_mixer(config: ModelConfig, symbol: str, index: int | None = None) -> Mixer:
     """A whole mixer of this symbol without storage, to ask for names, shapes and counts; of block `index`, by default the first."""
-    if letter not in config.built_letters:  # one of several side by side
-        config = config.model_copy(update={"pattern": letter, "mtp": None})
+    if symbol not in config.built_letters:  # one of several side by side
+        config = config.model_copy(update={"pattern": symbol, "mtp": None})
     with torch.device("meta"):
-        place = config.built_letters.index(letter) if index is None else index
+        place = config.built_letters.index(symbol) if index is None else index
         return build_mixer(place, config, single_rank_groups(), "torch")

@@ -33,13 +33,13 @@ def count_parameters(config: ModelConfig) -> Counts:
     """Count the parameters by kind; a tied head counts once, as the embedding. Buffers do not count."""
     total: dict[str, int] = {"embedding": config.vocab_size * config.hidden_size}
     active = dict(total)
-    for letter, number in config.parsed_pattern.counts().items():
-        whole, used = block_parameters(config, letter)
-        if config.block_options(letter).differs_by_block():
-            total[block_kind(letter)] = active[block_kind(letter)] = _all_of_kind(config, letter)
+    for symbol, number in config.parsed_pattern.counts().items():
+        whole, used = block_parameters(config, symbol)
+        if config.block_options(symbol).differs_by_block():
+            total[block_kind(symbol)] = active[block_kind(symbol)] = _all_of_kind(config, symbol)
             continue
-        total[block_kind(letter)] = number * whole
-        active[block_kind(letter)] = number * used
+        total[block_kind(symbol)] = number * whole
+        active[block_kind(symbol)] = number * used
     for counts in (total, active):
         counts["final_norm"] = config.hidden_size
         counts["head"] = 0 if config.tie_embeddings else _head_parameters(config)
@@ -56,8 +56,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
     whichever chunk size computes it. Norms, activations and the embedding's look-up count as nothing.
     """
     flops = {"head": head_flops(config)}
-    for letter, number in config.parsed_pattern.counts().items():
-        flops[block_kind(letter)] = number * block_flops(config, letter, sequence_length)
+    for symbol, number in config.parsed_pattern.counts().items():
+        flops[block_kind(symbol)] = number * block_flops(config, symbol, sequence_length)
     if config.num_depths:
         flops["mtp"] = depth_flops(config, sequence_length)
     return flops
@@ -66,7 +66,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
 def depth_flops(config: ModelConfig, sequence_length: int) -> float:
     """Training FLOPs of one token in all depths of multi-token prediction: their projections, blocks and heads."""
     letters = config.parsed_pattern.depth_letters
-    blocks = sum(block_flops(config, letter, sequence_length) for letter in letters)
+    blocks = sum(block_flops(config, symbol, sequence_length) for symbol in letters)
     return config.num_depths * (blocks + depth_projection_flops(config) + head_flops(config))
 
 
@@ -75,12 +75,12 @@ def depth_projection_flops(config: ModelConfig) -> float:
     return 6.0 * 2 * config.hidden_size**2
 
 
-def block_flops(config: ModelConfig, letter: str, sequence_length: int) -> float:
+def block_flops(config: ModelConfig, symbol: str, sequence_length: int) -> float:
     """Training FLOPs of one token in one block, counted as in `flops_per_token`.
 
     Backward has two products for each one of forward (for the input and for the weight), hence three times.
     """
-    return 3.0 * (_block_forward_flops(config, letter, sequence_length) + 2.0 * _routed_updates(config, letter))
+    return 3.0 * (_block_forward_flops(config, symbol, sequence_length) + 2.0 * _routed_updates(config, symbol))
 
 
 def head_flops(config: ModelConfig) -> float:
@@ -100,7 +100,7 @@ def _head_parameters(config: ModelConfig) -> int:
 def _depth_parameters(config: ModelConfig) -> tuple[int, int]:
     """(total, active) parameters of all modules of multi-token prediction: projection, three norms, and blocks."""
     own = 2 * config.hidden_size**2 + 3 * config.hidden_size
-    blocks = [block_parameters(config, letter) for letter in config.parsed_pattern.depth_letters]
+    blocks = [block_parameters(config, symbol) for symbol in config.parsed_pattern.depth_letters]
     total, active = (own + sum(counts) for counts in zip(*blocks))
     return config.num_depth_modules * total, config.num_depth_modules * active
 
@@ -115,50 +115,50 @@ class Weights(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def count_weights(config: ModelConfig, letter: str) -> Weights:
+def count_weights(config: ModelConfig, symbol: str) -> Weights:
     """Count the parameters of a mixer of this symbol, on one that is built without storage."""
     from amfm.model.build import sample_mixer
     from amfm.model.parallel.shards import parameter_shards
 
     total = matrices = routed = 0
-    for name, weight, shard in parameter_shards(sample_mixer(config, letter)):
+    for name, weight, shard in parameter_shards(sample_mixer(config, symbol)):
         total += weight.numel()
         if weight.dim() > 1 and not name.endswith("bias"):  # the taps of a convolution are a matrix, too
             matrices += weight.numel()
             routed += weight.numel() * shard.per_expert
-    chosen, moe = config.block_options(letter).routed_experts(), config.moe
+    chosen, moe = config.block_options(symbol).routed_experts(), config.moe
     idle = routed - routed * moe.top_k // chosen if chosen and moe is not None else 0
     return Weights(total, total - idle, matrices - idle, routed)
 
 
-def block_parameters(config: ModelConfig, letter: str) -> tuple[int, int]:
+def block_parameters(config: ModelConfig, symbol: str) -> tuple[int, int]:
     """(total, active) parameters of one block with its norm."""
-    rest, weights = config.hidden_size + _routed_updates(config, letter), count_weights(config, letter)
+    rest, weights = config.hidden_size + _routed_updates(config, symbol), count_weights(config, symbol)
     return weights.total + rest, weights.active + rest
 
 
-def _block_forward_flops(config: ModelConfig, letter: str, sequence_length: int) -> float:
+def _block_forward_flops(config: ModelConfig, symbol: str, sequence_length: int) -> float:
     """Forward FLOPs of one token in one block: 2 a weight that it passes, then what mixes over the sequence."""
     from amfm.model.build import sample_mixer
 
-    mixing = sample_mixer(config, letter).sequence_flops(sequence_length)
-    return 2.0 * count_weights(config, letter).matrices + mixing
+    mixing = sample_mixer(config, symbol).sequence_flops(sequence_length)
+    return 2.0 * count_weights(config, symbol).matrices + mixing
 
 
 @lru_cache(maxsize=256)
-def _routed_updates(config: ModelConfig, letter: str) -> int:
+def _routed_updates(config: ModelConfig, symbol: str) -> int:
     """Parameters of a block's router and low-rank updates, which all tokens are multiplied by."""
     if config.lora_mixer is None:
         return 0
     from amfm.model.routed_updates import update_shapes
 
-    return sum(math.prod(shape) for shape in update_shapes(config, letter).values())
+    return sum(math.prod(shape) for shape in update_shapes(config, symbol).values())
 
 
-def _all_of_kind(config: ModelConfig, letter: str) -> int:
+def _all_of_kind(config: ModelConfig, symbol: str) -> int:
     """Parameters of all main blocks of a kind whose blocks differ, with their norms; of one, `block_parameters` says the first's."""
     from amfm.model.huggingface.shapes import block_shapes
 
-    places = [index for index, other in enumerate(config.letters) if other == letter]
-    shapes = [shape for place in places for shape in block_shapes(config, letter, place).values()]
+    places = [index for index, other in enumerate(config.letters) if other == symbol]
+    shapes = [shape for place in places for shape in block_shapes(config, symbol, place).values()]
     return len(places) * config.hidden_size + sum(math.prod(shape) for shape in shapes)

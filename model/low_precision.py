@@ -44,20 +44,20 @@ class PrecisionRow(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def list_matrices(config: ModelConfig, letter: str) -> tuple[Matrix, ...]:
+def list_matrices(config: ModelConfig, symbol: str) -> tuple[Matrix, ...]:
     """The weights of a kind of block with rows and columns, of a mixer that is built without storage. No collectives."""
-    mixer = sample_mixer(config, letter)
+    mixer = sample_mixer(config, symbol)
     return tuple(
         Matrix(name, tuple(weight.shape), shard) for name, weight, shard in parameter_shards(mixer) if weight.dim() > 1
     )
 
 
 def narrow_matrices(
-    config: ModelConfig, settings: LowPrecisionConfig, letter: str
+    config: ModelConfig, settings: LowPrecisionConfig, symbol: str
 ) -> Iterator[tuple[Matrix, RecipeName]]:
     """The weights of a narrow block of this kind that take a recipe, with it."""
-    recipes = settings.recipes_of(letter)
-    for matrix in list_matrices(config, letter):
+    recipes = settings.recipes_of(symbol)
+    for matrix in list_matrices(config, symbol):
         if matrix.name in recipes:
             yield matrix, recipes[matrix.name]
 
@@ -100,16 +100,16 @@ def precision_table(config: ModelConfig, settings: LowPrecisionConfig, precision
     """What every matrix of the blocks makes its products in, rows in the order of the pattern; `precision`: the run's."""
     narrow, letters = frozenset(settings.narrow_blocks(config.letters)), config.built_letters
     rows = []
-    for letter in dict.fromkeys(letters):
-        recipes = settings.recipes_of(letter)
-        indices = [index for index, each in enumerate(letters) if each == letter]
-        for matrix in list_matrices(config, letter):
+    for symbol in dict.fromkeys(letters):
+        recipes = settings.recipes_of(symbol)
+        indices = [index for index, each in enumerate(letters) if each == symbol]
+        for matrix in list_matrices(config, symbol):
             numel = torch.Size(matrix.shape).numel()
             groups: dict[str, list[int]] = {}
             for index in indices:
                 own = recipes.get(matrix.name, precision) if index in narrow else precision
                 groups.setdefault(own, []).append(index)
-            rows += [PrecisionRow(letter, matrix.name, own, tuple(found), numel) for own, found in groups.items()]
+            rows += [PrecisionRow(symbol, matrix.name, own, tuple(found), numel) for own, found in groups.items()]
     return rows
 
 

@@ -70,7 +70,7 @@ def piece_costs(config: ModelConfig, sequence_length: int) -> list[float]:
     """FLOPs per token of each block; the last with those of the head and the prediction depths; the embedding costs
     none.
     """
-    costs = [block_flops(config, letter, sequence_length) for letter in config.letters]
+    costs = [block_flops(config, symbol, sequence_length) for symbol in config.letters]
     costs[-1] += head_flops(config) + depth_flops(config, sequence_length)
     return costs
 

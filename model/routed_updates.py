@@ -149,14 +149,14 @@ def projections_of(mixer: nn.Module, targets: tuple[str, ...]) -> dict[str, Colu
     }
 
 
-def update_shapes(config: ModelConfig, letter: str) -> dict[str, tuple[int, ...]]:
+def update_shapes(config: ModelConfig, symbol: str) -> dict[str, tuple[int, ...]]:
     """List names and shapes of what routed updates add to a block of this kind, under the block's name; nothing is allocated."""
     routed = config.lora_mixer
     if routed is None:
         return {}
     groups = single_rank_groups()
     with torch.device("meta"):
-        mixer = build_mixer(config.built_letters.index(letter), config, groups, "torch")
+        mixer = build_mixer(config.built_letters.index(symbol), config, groups, "torch")
         updates = put_updates(mixer, config, groups, "torch")
     if updates is None:
         return {}

@@ -50,6 +50,6 @@ def recompute_problems(config: RunConfig) -> Iterator[Problem]:
     if not chosen:
         remedy = f"name some of {' '.join(sorted(present))}, or use train.recompute=full"
         yield Problem("train.recompute", "needs letters in train.recompute_blocks", remedy, "selective")
-    for letter in sorted(chosen - present):
-        rule = f"names {letter}, and model.pattern has no such block"
+    for symbol in sorted(chosen - present):
+        rule = f"names {symbol}, and model.pattern has no such block"
         yield Problem(key, rule, f"use some of {' '.join(sorted(present))}", train.recompute_blocks)

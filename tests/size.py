@@ -21,10 +21,11 @@ LONGEST = {("pretrain/train.py", "run_steps"): 25, ("pretrain/step.py", "train_s
 MOST_FILES = 25  # of a folder, __init__.py apart
 TRAINING_PATH = PurePosixPath("pretrain/train.py")
 MOST_REACHED = 35_000  # lines that TRAINING_PATH reaches; lower it when it can be
-# Branches on a block's letter or on a mixer's class, where a question to its options or its mixer would do. Loops are none.
-BRANCH = re.compile(r"""(==|in) *["'(]+[ME*-]["',)]|letter *(==|in) |isinstance\([^)]*Mixer""")
-LOOP = re.compile(r"\bfor [^:]*letter in ")
-MOST_BRANCHES = {"model": 24, "pretrain": 13, "launch/plan": 6}  # falling only
+# Branches on a block's symbol or on a mixer's class, where a question to its options or its mixer would do. Loops are none.
+BRANCH = re.compile(r"""(==|in) *["'(]+[ME*-]["',)]|(letter|symbol) *(==|in) |isinstance\([^)]*Mixer""")
+LOOP = re.compile(r"\bfor [^:]*(letter|symbol) in ")
+PARSER = PurePosixPath("model/config/pattern.py")  # of patterns, where a symbol is one of the text
+MOST_BRANCHES = {"model": 16, "pretrain": 9, "launch/plan": 4}  # falling only
 
 
 def count_lines(commit: str | None) -> dict[PurePosixPath, int]:
@@ -97,7 +98,8 @@ def branches_on_blocks(lines: dict[PurePosixPath, int]) -> list[str]:
     """Packages with more branches on letters and classes of mixers than they had."""
     problems = []
     for package, most in MOST_BRANCHES.items():
-        texts = [(ROOT / path).read_text(encoding="utf-8") for path in lines if path.is_relative_to(package)]
+        own = [path for path in lines if path.is_relative_to(package) and path != PARSER]
+        texts = [(ROOT / path).read_text(encoding="utf-8") for path in own]
         found = [line for text in texts for line in text.splitlines() if BRANCH.search(line) and not LOOP.search(line)]
         if len(found) > most:
             problems.append(f"{package} branches on a block's letter or class in {len(found)} places, at most {most}")

@@ -47,7 +47,7 @@ def expert_exchange_seconds(
     it.
 
     `sent_rows`: the part of planned rows that travels. `beside`: what is computed meanwhile. `repeats`: exchanges of a forward
-    pass that recomputation makes again: 1, the way out, or 2, the way home too. `block`: seconds of a block by letter, and
+    pass that recomputation makes again: 1, the way out, or 2, the way home too. `block`: seconds of a block by symbol, and
     whether it has a recipe.
     """
     if layout.turns > 1 and beside != "nothing":
@@ -67,10 +67,10 @@ def expert_exchange_seconds(
     parts, waited = layout.expert_parts, 0.0
     narrow = held.narrow_letters(config.low_precision.narrow_blocks(config.model.letters))
     num_narrow, whole = count_routed(config.model, narrow), 0.0
-    for times, letter in ((blocks - num_narrow, None), (num_narrow, routed_letter(config.model, narrow))):
+    for times, symbol in ((blocks - num_narrow, None), (num_narrow, routed_letter(config.model, narrow))):
         if times:
-            first, last, experts = computed_around(config, layout, hardware, storage, imbalance, letter)
-            there = travel if letter is None else out
+            first, last, experts = computed_around(config, layout, hardware, storage, imbalance, symbol)
+            there = travel if symbol is None else out
             once = waiting_seconds(there + beside_rows, travel, first, experts, last, parts)
             home = travel + beside_rows
             once += waiting_seconds(there, home, backward * last, backward * experts, backward * first, parts)
@@ -80,7 +80,7 @@ def expert_exchange_seconds(
             whole += times * (2 * (there + home) + min(repeats, 1) * home + max(repeats - 1, 0) * travel)
     counts = exchange_seconds(traffic.counts, layout, hardware)
     if beside == "blocks":
-        waited = max(0.0, whole - sum(block[letter, False] for letter in held.letters))
+        waited = max(0.0, whole - sum(block[symbol, False] for symbol in held.letters))
     exposed = whole if beside == "nothing" else waited
     return counts + exposed, whole - exposed
 
@@ -135,15 +135,15 @@ def turns_exchange_seconds(
         for is_forward in (True, False):
             stops, gap = [], 0.0
             back = 1.0 if is_forward or is_cut else 2.0
-            for letter in letters if is_forward else reversed(letters):
-                again = letter in layout.recompute
-                whole = block[letter, letter in narrow] / layout.turns / (4 if again else 3)
-                own = whole * (1.0 if is_forward else back + again)
-                if not config.model.block_options(letter).routed_experts():
+            for symbol in letters if is_forward else reversed(letters):
+                forwards = layout.forwards(symbol)
+                whole = block[symbol, symbol in narrow] / layout.turns / (2 + forwards)
+                own = whole * (1.0 if is_forward else back + forwards - 1)
+                if not config.model.block_options(symbol).routed_experts():
                     gap += own
                     continue
                 around = max(0.0, own - back * (first + last + experts)) / 2
-                there, home = packed if letter in narrow else travel, travel
+                there, home = packed if symbol in narrow else travel, travel
                 whole_seconds += layout.turns * (there + home + beside)
                 stop = Stop(gap + around, back * first, back * experts, back * last, there + beside, home)
                 stops.append(
@@ -190,8 +190,8 @@ def seconds_in_turns(stops: Sequence[Stop], after: float) -> float:
 
 
 def routed_letter(model: ModelConfig, letters: tuple[str, ...]) -> str | None:
-    """The letter among these whose blocks have a router; None where none has."""
-    return next((letter for letter in letters if model.block_options(letter).routed_experts()), None)
+    """The symbol among these whose blocks have a router; None where none has."""
+    return next((symbol for symbol in letters if model.block_options(symbol).routed_experts()), None)
 
 
 def computed_around(

@@ -45,7 +45,7 @@ def with_graphs(
     if is_captured:
         graphs = {"graphs": graph_bytes(config, layout, storage, held, sizes)}
         passes, step = passes | graphs, step | graphs
-        captured = [sizes[letter] for letter in held.main_letters if sizes[letter].is_graphable]
+        captured = [sizes[symbol] for symbol in held.main_letters if sizes[symbol].is_graphable]
         tokens = layout.tokens(config)
         working = tokens * max((size.working for size in captured), default=0.0)
         passes["working space"] = max(passes["working space"], working)
@@ -62,7 +62,7 @@ def graph_bytes(
     """
     residual = stream_bytes(config.model, storage)
     delta = config.model.hidden_size * storage.element_bytes
-    captured = [sizes[letter].is_graphable for letter in held.main_letters]
+    captured = [sizes[symbol].is_graphable for symbol in held.main_letters]
     total = 0.0
     for place, is_graph in enumerate(captured):
         if is_graph:

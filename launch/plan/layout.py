@@ -144,6 +144,10 @@ class Layout:
             section |= {"schedule": self.schedule, "virtual_stages": self.virtual_stages}
         return section
 
+    def forwards(self, symbol: str) -> int:
+        """How often a block of this symbol passes forward: twice where it is recomputed."""
+        return 1 + (symbol in self.recompute)
+
     def train_settings(self, model: ModelConfig) -> dict[str, Any]:
         """The keys of `train` that the layout decides: micro-batch size and recomputation."""
         kinds = frozenset(model.built_letters)
@@ -195,7 +199,7 @@ class StageShare:
 
     def narrow_letters(self, narrow: Collection[int]) -> tuple[str, ...]:
         """Letters of the blocks that make products by a recipe, `narrow` being the indices of all such blocks of the model."""
-        return tuple(letter for letter, index in zip(self.letters, self.indices) if index in narrow)
+        return tuple(symbol for symbol, index in zip(self.letters, self.indices) if index in narrow)
 
     @property
     def embeddings(self) -> int:
@@ -229,7 +233,7 @@ class StageShare:
 
 def count_routed(model: ModelConfig, letters: tuple[str, ...]) -> int:
     """Count the blocks whose router chooses among experts."""
-    return sum(model.block_options(letter).routed_experts() > 0 for letter in letters)
+    return sum(model.block_options(symbol).routed_experts() > 0 for symbol in letters)
 
 
 def held_by_stages(
@@ -271,8 +275,8 @@ def _held(model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonCo
     """Shares of all pipeline stages; cached, so `layout` must hold nothing but what cuts the model."""
     letters, pattern = model.letters, model.parsed_pattern
     kinds = dict.fromkeys(model.built_letters)
-    whole = {letter: block_parameters(model, letter)[0] for letter in kinds}
-    routed = {letter: count_weights(model, letter).routed for letter in kinds}
+    whole = {symbol: block_parameters(model, symbol)[0] for symbol in kinds}
+    routed = {symbol: count_weights(model, symbol).routed for symbol in kinds}
     table = model.vocab_size * model.hidden_size
     cut = cut_pieces(model, layout.pipeline * layout.virtual_stages, sequence_length)
     held = []
@@ -289,9 +293,9 @@ def _held(model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonCo
         joining = (2 * model.hidden_size + 3) * model.hidden_size * (model.num_depth_modules if is_last else 0)
         width_ranks = layout.expert * layout.width_ranks
         parts = [(embedding / layout.tensor, 0.0)] if embedding else []
-        parts += [((whole[letter] - routed[letter]) / layout.tensor, routed[letter] / width_ranks) for letter in built]
+        parts += [((whole[symbol] - routed[symbol]) / layout.tensor, routed[symbol] / width_ranks) for symbol in built]
         parts += [(size / layout.tensor, 0.0) for size in (joining, head) if size]
-        largest = max((whole[letter] for letter in built), default=0.0)
+        largest = max((whole[symbol] for symbol in built), default=0.0)
         by_piece = [tuple(letters[index] for index in piece.blocks) for piece in pieces]
         by_piece[-1] += depths * pattern.depth_letters
         held.append(

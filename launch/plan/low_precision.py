@@ -24,9 +24,9 @@ OPERAND_BYTES: dict[RecipeName, float] = {"fp8_block": 1 + 4 / 128, "mxfp8": 1 +
 READS: dict[RecipeName, int] = {"fp8_block": 1, "mxfp8": 1, "nvfp4": 2}
 
 
-def planned_recipes(settings: LowPrecisionConfig, letter: str) -> dict[str, RecipeName]:
+def planned_recipes(settings: LowPrecisionConfig, symbol: str) -> dict[str, RecipeName]:
     """Recipes of a narrow block's weights by name, as products run by them: none where they are emulated, which is wide."""
-    return {} if settings.emulate else settings.recipes_of(letter)
+    return {} if settings.emulate else settings.recipes_of(symbol)
 
 
 def narrow_kinds(config: RunConfig, held: StageShare, storage: Storage) -> frozenset[str]:
@@ -34,7 +34,7 @@ def narrow_kinds(config: RunConfig, held: StageShare, storage: Storage) -> froze
     if storage.backend != "triton" or config.low_precision.emulate:
         return frozenset()
     narrow = held.narrow_letters(config.low_precision.narrow_blocks(config.model.letters))
-    return frozenset(letter for letter in narrow if narrow.count(letter) == held.letters.count(letter))
+    return frozenset(symbol for symbol in narrow if narrow.count(symbol) == held.letters.count(symbol))
 
 
 def kept_passes(settings: LowPrecisionConfig, micro_batches: int) -> int:
@@ -49,8 +49,8 @@ def code_bytes(model: ModelConfig, settings: LowPrecisionConfig, layout: Layout,
     """
     kept = largest = 0.0
     narrow = () if settings.emulate else held.narrow_letters(settings.narrow_blocks(model.letters))
-    for letter, times in Counter(narrow).items():
-        for matrix, recipe in narrow_matrices(model, settings, letter):
+    for symbol, times in Counter(narrow).items():
+        for matrix, recipe in narrow_matrices(model, settings, symbol):
             ranks = (
                 layout.expert * layout.expert_tensor if matrix.shard.per_expert and layout.expert > 1 else layout.tensor
             )
@@ -65,8 +65,8 @@ def narrow_flops_per_token(model: ModelConfig, settings: LowPrecisionConfig) -> 
     found: dict[RecipeName, float] = {}
     blocks = Counter(model.letters[index] for index in settings.narrow_blocks(model.letters))
     products = 2 if settings.weight_gradient == "bf16" else 3
-    for letter, times in blocks.items() if not settings.emulate else ():
-        for matrix, recipe in narrow_matrices(model, settings, letter):
+    for symbol, times in blocks.items() if not settings.emulate else ():
+        for matrix, recipe in narrow_matrices(model, settings, symbol):
             numel = float(math.prod(matrix.shape))
             if matrix.shard.per_expert and model.moe is not None:
                 numel *= model.moe.top_k / model.moe.num_experts

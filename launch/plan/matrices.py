@@ -50,21 +50,21 @@ def count_matrices(model: ModelConfig, letters: tuple[str, ...], muon: MuonConfi
     if muon is None:
         return NO_MATRICES
     of_block = _by_letter(model, muon)
-    return sum((of_block[letter] for letter in letters), start=NO_MATRICES)
+    return sum((of_block[symbol] for symbol in letters), start=NO_MATRICES)
 
 
 @lru_cache(maxsize=16)
 def _by_letter(model: ModelConfig, muon: MuonConfig) -> dict[str, MatrixShare]:
-    """Matrices of one block of each letter of the pattern."""
+    """Matrices of one block of each symbol of the pattern."""
     groups = single_rank_groups()
     built = HybridModel(model, groups, backend="torch", device="meta")
-    # The first block of a letter stands for all of them, in prediction depths too.
+    # The first block of a symbol stands for all of them, in prediction depths too.
     places = [f"blocks.{index}" for index in range(len(model.letters))]
     places += [f"mtp.0.blocks.{index}" for index in range(len(model.parsed_pattern.depth_letters))]
     letters: dict[str, str] = {}
-    for place, letter in zip(places, model.built_letters):
-        if letter not in letters.values():
-            letters[place] = letter
+    for place, symbol in zip(places, model.built_letters):
+        if symbol not in letters.values():
+            letters[place] = symbol
     found = dict.fromkeys(model.built_letters, NO_MATRICES)
     for stack in list_matrices(built, groups, per_head=muon.per_head):
         block = stack.name.partition(".mixer.")[0]

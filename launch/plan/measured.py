@@ -88,13 +88,13 @@ class Cut:
         return groups
 
 
-def block_bytes(config: ModelConfig, letter: str, storage: Storage, cut: Cut = Cut()) -> BlockBytes:
+def block_bytes(config: ModelConfig, symbol: str, storage: Storage, cut: Cut = Cut()) -> BlockBytes:
     """Bytes per token of the micro-batch that one block keeps and works with, its norm and its residual stream included.
 
-    `letter` is the block's symbol in `model.pattern`. Cached: a search asks for the same blocks again and again. Raises
+    `symbol`: that of the block in `model.pattern`. Cached: a search asks for the same blocks again and again. Raises
     ValueError for a mixer with an operation that has no fake function.
     """
-    return _block_bytes(without_stretch(config), letter, storage, cut)
+    return _block_bytes(without_stretch(config), symbol, storage, cut)
 
 
 @lru_cache(maxsize=256)
@@ -108,34 +108,34 @@ def without_stretch(config: ModelConfig) -> ModelConfig:
 
 
 @lru_cache(maxsize=4096)
-def _block_bytes(config: ModelConfig, letter: str, storage: Storage, cut: Cut) -> BlockBytes:
+def _block_bytes(config: ModelConfig, symbol: str, storage: Storage, cut: Cut) -> BlockBytes:
     dtype = torch.float32 if storage.element_bytes == 4 else torch.bfloat16
     # A run whose chunks or states Triton's kernels do not take has to ask for PyTorch's.
-    backend = storage.backend if takes_kernels(config, letter) else "torch"
+    backend = storage.backend if takes_kernels(config, symbol) else "torch"
     if backend == "torch":
         cut = replace(cut, narrow=None)
     try:
-        return _measure(config, letter, dtype, backend, cut)
+        return _measure(config, symbol, dtype, backend, cut)
     except RuntimeError as error:
         if not lacks_fake(error):
             raise
         raise ValueError(
-            f"model.pattern has the mixer {letter}, which cannot be planned: {error}; its operations need fake functions "
+            f"model.pattern has the mixer {symbol}, which cannot be planned: {error}; its operations need fake functions "
             "(`register_fake`), as those of kernels/ have"
         ) from error
 
 
-def pass_block(config: ModelConfig, letter: str, cut: Cut, note_launch: Callable[..., None]) -> None:
+def pass_block(config: ModelConfig, symbol: str, cut: Cut, note_launch: Callable[..., None]) -> None:
     """Pass one block forward and backward in bfloat16 without storage, and hand each launch of a Triton kernel to `note_launch`.
 
     It is called with the kernel and the arguments of the launch.
     """
-    _measure(without_stretch(config), letter, torch.bfloat16, "triton", cut, note_launch)
+    _measure(without_stretch(config), symbol, torch.bfloat16, "triton", cut, note_launch)
 
 
 def _measure(
     config: ModelConfig,
-    letter: str,
+    symbol: str,
     dtype: torch.dtype,
     backend: str,
     cut: Cut,
@@ -156,7 +156,7 @@ def _measure(
         stack.enter_context(torch.device("meta"))
         stack.enter_context(default_dtype(dtype))
         groups = cut.groups()
-        block = Block(config.built_letters.index(letter), config, groups, backend)
+        block = Block(config.built_letters.index(symbol), config, groups, backend)
         # Whether a mixer rotates its heads stands in a buffer.
         block.mixer.reset_buffers()
         stream = torch.float32 if config.residual_in_fp32 else dtype
@@ -208,9 +208,9 @@ def lacks_fake(error: RuntimeError) -> bool:
     return known or "no fake impl registered" in str(error)
 
 
-def takes_kernels(config: ModelConfig, letter: str) -> bool:
+def takes_kernels(config: ModelConfig, symbol: str) -> bool:
     """Whether Triton's kernels take the chunks and states of a mixer, and of one that it wraps."""
-    options = config.block_options(letter)
+    options = config.block_options(symbol)
     inside = options.wraps()
     wrapped = None if inside is None else getattr(config.mixers, inside)
     scans = [each.scan() for each in (options, wrapped) if each is not None]

@@ -92,12 +92,12 @@ def estimate_memory(
         held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings()),
         frozenset(config.low_precision.narrow_blocks(config.model.letters)),
     )
-    sizes = block_sizes(config, layout, storage, imbalance, {letter for held in stages for letter in held.letters})
+    sizes = block_sizes(config, layout, storage, imbalance, {symbol for held in stages for symbol in held.letters})
     narrow = {held: narrow_kinds(config, held, storage) for held in stages}
     by_recipe = block_sizes(config, layout, storage, imbalance, frozenset().union(*narrow.values()), is_narrow=True)
     found = [
         estimate_stage(
-            config, layout, storage, held, imbalance, sizes | {letter: by_recipe[letter] for letter in narrow[held]}
+            config, layout, storage, held, imbalance, sizes | {symbol: by_recipe[symbol] for symbol in narrow[held]}
         )
         for held in stages
     ]
@@ -128,13 +128,13 @@ def block_sizes(
 ) -> dict[str, BlockBytes]:
     """Bytes of each kind of block on a rank, those that are computed again as such; `is_narrow`: by the recipe."""
     sizes = {
-        letter: block_bytes(
-            config.model, letter, storage, cut_of(config, layout, letter, imbalance, is_narrow=is_narrow)
+        symbol: block_bytes(
+            config.model, symbol, storage, cut_of(config, layout, symbol, imbalance, is_narrow=is_narrow)
         )
-        for letter in letters
+        for symbol in letters
     }
-    for letter in layout.recompute & sizes.keys():
-        sizes[letter] = recomputed_bytes(sizes[letter], config.model, storage, layout.stream_ranks)
+    for symbol in layout.recompute & sizes.keys():
+        sizes[symbol] = recomputed_bytes(sizes[symbol], config.model, storage, layout.stream_ranks)
     return sizes
 
 
@@ -210,7 +210,7 @@ def busiest_pass(
     gradients of weights are made of.
     """
     model, tokens, e = config.model, layout.tokens(config), storage.element_bytes
-    routed = {letter for letter in sizes if model.block_options(letter).routed_experts()}
+    routed = {symbol for symbol in sizes if model.block_options(symbol).routed_experts()}
     is_bucketed = layout.zero_stage in (1, 2)
     gradient_bytes = e + (FLOAT32_BYTES if layout.micro_batches(config) > 1 and e < FLOAT32_BYTES else 0)
     whole = bucketed_bytes(held, layout) if is_bucketed else held.parameters * gradient_bytes
@@ -235,11 +235,11 @@ def busiest_pass(
 
     last, is_cut = len(held.pieces) - 1, layout.schedule == "zero_bubble"
     # A block's number of bytes, looked up once for all moments: working space with what its backward pass makes, and what is freed.
-    freed = {letter: tokens * ((size.left if is_cut else 0.0) - size.kept) for letter, size in sizes.items()}
-    works = {letter: tokens * size.working for letter, size in sizes.items()}
-    for letter in routed:
+    freed = {symbol: tokens * ((size.left if is_cut else 0.0) - size.kept) for symbol, size in sizes.items()}
+    works = {symbol: tokens * size.working for symbol, size in sizes.items()}
+    for symbol in routed:
         # A pass that is cut in two makes the weights' gradients when the rest of it is over.
-        works[letter] = max(works[letter], expert_gradients) if is_cut else works[letter] + expert_gradients
+        works[symbol] = max(works[symbol], expert_gradients) if is_cut else works[symbol] + expert_gradients
     # The head's gradient is the first of a pass.
     size = FLOAT32_BYTES if is_bucketed else e
     of_head = model.vocab_size * model.hidden_size * size / layout.tensor * held.has_head
@@ -261,14 +261,14 @@ def busiest_pass(
         made = of_head + summed(passed, whole)
         adds, waits = 0.0 if passed[piece] else block_gradients, piece == last
         for place in range(len(held.pieces[piece]) - 1, -1, -1):
-            letter = held.pieces[piece][place]
+            symbol = held.pieces[piece][place]
             made += adds
             gradients = made if made < whole else whole
-            working = works[letter] + waiting[place] if waits else works[letter]
+            working = works[symbol] + waiting[place] if waits else works[symbol]
             here = gradients + activations + working + gathered + arriving
             if here > fullest_sum:
                 fullest, fullest_sum = (gradients, activations, working, 0.0, gathered + arriving), here
-            activations += freed[letter]
+            activations += freed[symbol]
     names = ("gradients", "activations", "working space", "logits", "gathered weights")
     return dict(zip(names, fullest))
 
@@ -324,11 +324,11 @@ def activations_of(
     kept, cut = [], []
     for number, letters in enumerate(held.pieces):
         is_end = held.has_head and number == len(held.pieces) - 1
-        own = sum(sizes[letter].kept for letter in letters)
+        own = sum(sizes[symbol].kept for symbol in letters)
         if is_end:  # what the projections of prediction depths keep
             own += held.depths * depth_bytes(config.model, storage, layout.tensor, layout.stream_ranks)
         kept.append(tokens * own + (0.0 if is_end else stream))
-        cut.append(tokens * sum(sizes[letter].left for letter in letters))
+        cut.append(tokens * sum(sizes[symbol].left for symbol in letters))
     for found in moments_of(layout, stage, layout.micro_batches(config)):
         bytes_held = sum(map(mul, found.held, kept))
         if is_cut:

@@ -93,10 +93,10 @@ def recomputed(config: RunConfig, layout: Layout) -> Iterator[Layout]:
     letters = config.model.built_letters
     kinds = sorted(
         set(letters),
-        key=lambda letter: letters.count(letter) * block_flops(config.model, letter, config.train.sequence_length),
+        key=lambda symbol: letters.count(symbol) * block_flops(config.model, symbol, config.train.sequence_length),
     )
-    for letter in kinds[: len(kinds) if len(kinds) > 1 else 0]:
-        yield replace(layout, recompute=frozenset((letter,)))
+    for symbol in kinds[: len(kinds) if len(kinds) > 1 else 0]:
+        yield replace(layout, recompute=frozenset((symbol,)))
     yield replace(layout, recompute=frozenset(kinds))
 
 

@@ -94,7 +94,7 @@ def lands(layout: Layout, storage: Storage) -> bool:
 
 def block_seconds(
     config: RunConfig,
-    letter: str,
+    symbol: str,
     layout: Layout,
     hardware: Hardware,
     storage: Storage,
@@ -105,16 +105,15 @@ def block_seconds(
     """Forward and backward seconds of a rank's part of one block for one micro-batch; `is_narrow`: by its recipe."""
     if layout.turns > 1:
         turn = layout.one_turn()
-        once = block_seconds(config, letter, turn, hardware, storage, imbalance, is_narrow=is_narrow)
+        once = block_seconds(config, symbol, turn, hardware, storage, imbalance, is_narrow=is_narrow)
         return layout.turns * once
-    forwards = 2 if letter in layout.recompute else 1
     line = Roofline(
         hardware,
         config.train.precision,
         storage.element_bytes,
-        forwards,
+        layout.forwards(symbol),
         lands=lands(layout, storage),
-        recipes=planned_recipes(config.low_precision, letter) if is_narrow else {},
+        recipes=planned_recipes(config.low_precision, symbol) if is_narrow else {},
         wide_gradient=config.low_precision.weight_gradient == "bf16",
         kept_passes=kept_passes(config.low_precision, layout.micro_batches(config)),
         saves_codes=config.low_precision.saved == "fp8",
@@ -123,9 +122,9 @@ def block_seconds(
     tokens = layout.tokens(config) / layout.stream_ranks
     numbers = tokens * config.model.hidden_size * storage.element_bytes
     line.passes(9 * numbers)
-    if line.recipes and line.saves_codes and forwards == 1 and layout.schedule != "zero_bubble":
+    if line.recipes and line.saves_codes and layout.forwards(symbol) == 1 and layout.schedule != "zero_bubble":
         line.backward_passes(2 * numbers)  # made again in place of being kept
-    planned_block(config, letter).add(line, layout, storage, imbalance)
+    planned_block(config, symbol).add(line, layout, storage, imbalance)
     return line.seconds
 
 
@@ -176,11 +175,11 @@ def estimate_step(
     narrow = frozenset(config.low_precision.narrow_blocks(config.model.letters))
     stages = distinct_stages(every, narrow) if stage is None else (every[stage],)
     block = {
-        (letter, False): block_seconds(config, letter, layout, hardware, storage, imbalance)
-        for letter in {letter for held in stages for letter in held.letters}
+        (symbol, False): block_seconds(config, symbol, layout, hardware, storage, imbalance)
+        for symbol in {symbol for held in stages for symbol in held.letters}
     } | {
-        (letter, True): block_seconds(config, letter, layout, hardware, storage, imbalance, is_narrow=True)
-        for letter in {letter for held in stages for letter in held.narrow_letters(narrow)}
+        (symbol, True): block_seconds(config, symbol, layout, hardware, storage, imbalance, is_narrow=True)
+        for symbol in {symbol for held in stages for symbol in held.narrow_letters(narrow)}
     }
     found = []
     for held in stages:
@@ -205,12 +204,12 @@ def estimate_step(
 def seconds_by_letter(
     held: StageShare, narrow: tuple[str, ...], block: Mapping[tuple[str, bool], float]
 ) -> dict[str, float]:
-    """Seconds of all blocks of a letter on a stage, of which those of the letters `narrow` have a recipe."""
+    """Seconds of all blocks of a symbol on a stage, of which those of the symbols `narrow` have a recipe."""
     found = {}
-    for letter in dict.fromkeys(held.letters):
-        number = narrow.count(letter)
-        found[letter] = (held.letters.count(letter) - number) * block[letter, False]
-        found[letter] += number * block[letter, True] if number else 0.0
+    for symbol in dict.fromkeys(held.letters):
+        number = narrow.count(symbol)
+        found[symbol] = (held.letters.count(symbol) - number) * block[symbol, False]
+        found[symbol] += number * block[symbol, True] if number else 0.0
     return found
 
 
@@ -230,7 +229,7 @@ def _estimate_stage(
     `experts`: of a micro-batch's exchanges over the expert axis, what it waits for and what is hidden.
     """
     passes = layout.micro_batches(config)
-    compute = {block_kind(letter): passes * seconds for letter, seconds in block.items()}
+    compute = {block_kind(symbol): passes * seconds for symbol, seconds in block.items()}
     if held.has_head:
         compute["head"] = passes * held.heads * head_seconds(config, layout, hardware, storage)
     if held.depths:
@@ -280,13 +279,12 @@ def host_seconds(
         return 0.0  # a machine whose calibrated efficiencies have it
     narrow = narrow_kinds(config, held, storage)
     num_main = len(held.main_letters)
-    blocks = Counter((letter, place < num_main) for place, letter in enumerate(held.letters))
-    for (letter, is_main), times in blocks.items():
-        forwards = 2 if letter in layout.recompute else 1
-        cut = cut_of(config, layout, letter, 1.0, is_narrow=letter in narrow)
-        forward, backward = pass_launches(config, block_bytes(model, letter, storage, cut), is_main=is_main)
-        launches += layout.turns * times * (forwards * forward + backward)
-        waits += layout.turns * times * forwards * (cut.sent > 0)
+    blocks = Counter((symbol, place < num_main) for place, symbol in enumerate(held.letters))
+    for (symbol, is_main), times in blocks.items():
+        cut = cut_of(config, layout, symbol, 1.0, is_narrow=symbol in narrow)
+        forward, backward = pass_launches(config, block_bytes(model, symbol, storage, cut), is_main=is_main)
+        launches += layout.turns * times * (layout.forwards(symbol) * forward + backward)
+        waits += layout.turns * times * layout.forwards(symbol) * (cut.sent > 0)
     return max(0.0, launches * hardware.launch_seconds - compute) + waits * hardware.wait_seconds
 
 

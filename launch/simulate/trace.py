@@ -194,9 +194,9 @@ def predicted_flops(entry: TracedRank) -> dict[str, float]:
     held = held_by_stages(config.model, layout, config.train.sequence_length)[stage]
     again = recomputed_letters(config)
     flops: dict[str, float] = dict.fromkeys(map(block_kind, held.letters), 0.0)
-    for letter in held.letters:
-        times = 4 / 3 if letter in again else 1
-        flops[block_kind(letter)] += times * tokens * block_flops(config.model, letter, config.train.sequence_length)
+    for symbol in held.letters:
+        times = 4 / 3 if symbol in again else 1
+        flops[block_kind(symbol)] += times * tokens * block_flops(config.model, symbol, config.train.sequence_length)
     if held.has_head:
         # Projections of prediction depths stand between two heads.
         between = held.depths * depth_projection_flops(config.model)
@@ -240,9 +240,9 @@ def traced_bytes(entry: TracedRank) -> dict[tuple[str, str], dict[str, int]]:
 def launches_a_block(traced: dict[str, Any], which: str) -> dict[str, float]:
     """Mean launches of one pass ("forward" or "backward") through a block, by kind; its norm and recomputation included."""
     return {
-        kind_of(letter): launches / traced["passes"][letter]
-        for letter, launches in traced["launches_by_pass"][which].items()
-        if traced["passes"].get(letter)
+        kind_of(symbol): launches / traced["passes"][symbol]
+        for symbol, launches in traced["launches_by_pass"][which].items()
+        if traced["passes"].get(symbol)
     }
 
 

@@ -73,17 +73,17 @@ class LowPrecisionConfig(Section):
         """Indices of the blocks of a pattern's main part whose products take the recipe; prediction depths never do."""
         chosen, end = self.chosen(letters), len(letters) - self.wide_at_end(len(letters))
         return tuple(
-            index for index, letter in enumerate(letters) if letter in chosen and self.wide_first <= index < end
+            index for index, symbol in enumerate(letters) if symbol in chosen and self.wide_first <= index < end
         )
 
-    def recipes_of(self, letter: str) -> dict[str, RecipeName]:
+    def recipes_of(self, symbol: str) -> dict[str, RecipeName]:
         """Recipe of each weight of a narrow block of this kind that takes one, by its name below the mixer.
 
         Names of a table: a weight need not be there, such as those of a shared expert.
         """
         if self.recipe == "none":
             return {}
-        inner, out = kind_of(letter).products
+        inner, out = kind_of(symbol).products
         found: dict[str, RecipeName] = dict.fromkeys(inner, self.recipe)
         of_out = self.out_projection or ("mxfp8" if self.recipe == "nvfp4" else "same")
         if out is not None and of_out != "bf16":

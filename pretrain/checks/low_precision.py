@@ -49,7 +49,7 @@ def low_precision_problems(config: RunConfig) -> Iterator[Problem]:
 def bias_problems(config: RunConfig) -> Iterator[Problem]:
     """Refuse experts with biases; letters of the section must be those of kinds."""
     moe, chosen = config.model.moe, config.low_precision.chosen(config.model.letters)
-    if moe is not None and moe.bias and any(HIDDEN in config.low_precision.recipes_of(letter) for letter in chosen):
+    if moe is not None and moe.bias and any(HIDDEN in config.low_precision.recipes_of(symbol) for symbol in chosen):
         rule = "was not tried with biases of experts, which are columns of their matrices"
         yield Problem(f"{SECTION}.recipe", rule, "leave E out of low_precision.letters, or use model.moe.bias: false")
 
@@ -67,19 +67,19 @@ def place_problems(config: RunConfig) -> Iterator[Problem]:
     """Check that letters and wide blocks leave some blocks narrow, and that each setting reaches a weight."""
     section, letters = config.low_precision, config.model.letters
     present, key = set(letters), f"{SECTION}.letters"
-    usable = " ".join(sorted(letter for letter in present if kind_of(letter).products.inner))
+    usable = " ".join(sorted(symbol for symbol in present if kind_of(symbol).products.inner))
     try:
         chosen = parse_letters(section.letters)
     except ValueError as error:
         yield Problem(key, str(error), f"the pattern has {usable or 'no kind with products'}", section.letters)
         return
     is_default = section.letters == DEFAULT_LETTERS
-    for letter in [] if is_default else sorted(chosen):
+    for symbol in [] if is_default else sorted(chosen):
         rule = ""
-        if letter not in present:
-            rule = f"names {letter}, and model.pattern has no such block"
-        elif not kind_of(letter).products.inner:
-            rule = f"names {letter}, and {describe_symbol(letter)} has no products that take a recipe"
+        if symbol not in present:
+            rule = f"names {symbol}, and model.pattern has no such block"
+        elif not kind_of(symbol).products.inner:
+            rule = f"names {symbol}, and {describe_symbol(symbol)} has no products that take a recipe"
         if rule:
             yield Problem(key, rule, f"use some of {usable}" if usable else "use recipe none", section.letters)
     if section.wide_last >= 1 and not section.wide_last.is_integer():
@@ -95,14 +95,14 @@ def place_problems(config: RunConfig) -> Iterator[Problem]:
     elif not section.narrow_blocks(letters):
         rule = f"leaves no narrow block: {len(letters)} blocks less low_precision.wide_first and wide_last"
         yield Problem(f"{SECTION}.recipe", rule, "lower those two, or use recipe none", section.recipe)
-    if section.out_projection is not None and not any(kind_of(letter).products.out for letter in chosen & present):
+    if section.out_projection is not None and not any(kind_of(symbol).products.out for symbol in chosen & present):
         rule = "is about output projections of Mamba2 and linear mixers, of which low_precision.letters names none"
         yield Problem(f"{SECTION}.out_projection", rule, "remove it", section.out_projection)
-    if section.saved != "bf16" and not any(FIRST & set(section.recipes_of(letter)) for letter in chosen & present):
+    if section.saved != "bf16" and not any(FIRST & set(section.recipes_of(symbol)) for symbol in chosen & present):
         rule = "is about hidden rows of experts and feed-forwards, which low_precision.letters does not name"
         yield Problem(f"{SECTION}.saved", rule, "remove it, or name E or -", section.saved)
     if section.dispatch != "bf16":
-        if not any(HIDDEN in section.recipes_of(letter) for letter in chosen & present):
+        if not any(HIDDEN in section.recipes_of(symbol) for symbol in chosen & present):
             rule = "is about rows on their way to experts, which low_precision.letters does not name"
             yield Problem(f"{SECTION}.dispatch", rule, "remove it, or name E", section.dispatch)
         elif config.parallel.expert == 1:
@@ -139,10 +139,10 @@ def excluded_problems(config: RunConfig) -> Iterator[Problem]:
 def factor_problems(config: RunConfig) -> Iterator[Problem]:
     """Refuse matrices of two factors in narrow blocks, which would stay wide without a word."""
     section, model = config.low_precision, config.model
-    for letter in sorted(section.chosen(model.letters)):
-        if any(part.structure != DENSE for part in model.block_options(letter).feed_forwards() if part.inner):
-            rule = f"has products of two factors a matrix in blocks {letter}, which no recipe takes"
-            yield Problem(f"{SECTION}.letters", rule, f"leave {letter} out, or use dense matrices", section.letters)
+    for symbol in sorted(section.chosen(model.letters)):
+        if any(part.structure != DENSE for part in model.block_options(symbol).feed_forwards() if part.inner):
+            rule = f"has products of two factors a matrix in blocks {symbol}, which no recipe takes"
+            yield Problem(f"{SECTION}.letters", rule, f"leave {symbol} out, or use dense matrices", section.letters)
 
 
 def width_problems(config: RunConfig) -> Iterator[Problem]:
@@ -151,16 +151,16 @@ def width_problems(config: RunConfig) -> Iterator[Problem]:
     from amfm.model.low_precision import narrow_matrices
 
     section = config.low_precision
-    for letter in sorted(section.chosen(config.model.letters)):
-        for matrix, recipe in narrow_matrices(config.model, section, letter):
+    for symbol in sorted(section.chosen(config.model.letters)):
+        for matrix, recipe in narrow_matrices(config.model, section, symbol):
             multiple, rows, columns = WIDTH_MULTIPLE[recipe], *own_widths(matrix, config)
             if rows % multiple or columns % multiple:
                 rule = (
                     f"takes matrices whose widths on a rank are multiples of {multiple}, and {matrix.name} of blocks "
-                    f"{letter} is {rows:,} x {columns:,} there"
+                    f"{symbol} is {rows:,} x {columns:,} there"
                 )
                 remedy = (
-                    f"leave {letter} out of low_precision.letters, change the width or the tensor ranks, or emulate"
+                    f"leave {symbol} out of low_precision.letters, change the width or the tensor ranks, or emulate"
                 )
                 yield Problem(f"{SECTION}.recipe", rule, remedy, section.recipe)
 
@@ -203,7 +203,7 @@ def device_problems(config: RunConfig, device: torch.device) -> Iterator[Problem
     from amfm.kernels.low_precision.recipe import FIRST_CAPABILITY
 
     letters = config.model.letters
-    recipes = {recipe for letter in section.chosen(letters) for recipe in section.recipes_of(letter).values()}
+    recipes = {recipe for symbol in section.chosen(letters) for recipe in section.recipes_of(symbol).values()}
     for recipe in sorted(recipes):
         least = FIRST_CAPABILITY[recipe]
         have = torch.cuda.get_device_capability(device) if device.type == "cuda" else None

@@ -105,7 +105,7 @@ def turn_problems(config: RunConfig) -> Iterator[Problem]:
         remedy = f"use {train.micro_batch_size + 1}, or parallel.overlap_experts=true"
         yield Problem("train.micro_batch_size", rule, remedy, str(train.micro_batch_size))
     again = "".join(
-        sorted(letter for letter in recomputed_letters(config) if config.model.block_options(letter).routed_experts())
+        sorted(symbol for symbol in recomputed_letters(config) if config.model.block_options(symbol).routed_experts())
     )
     if again:
         rule = f"stops blocks of routed experts on their way, and train.recompute computes {again} again as a whole"

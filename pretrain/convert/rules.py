@@ -141,7 +141,7 @@ def block_problems(config: RunConfig, wanted: str) -> Iterator[Problem]:
                 rule = (
                     f"is {letters[index]} ({describe_symbol(letters[index])}), and only {what} ({wanted}) is converted"
                 )
-                places = [str(place) for place, letter in enumerate(letters) if letter == wanted]
+                places = [str(place) for place, symbol in enumerate(letters) if symbol == wanted]
                 yield Problem(f"convert.{key}", rule, f"use some of {', '.join(places) or 'none'}", str(index))
     if wanted not in letters:
         yield Problem(

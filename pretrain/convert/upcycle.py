@@ -100,7 +100,7 @@ def upcycled_model(model: ModelConfig, settings: UpcycleConfig, blocks: tuple[in
     """The configuration with experts in the place of these feed-forwards."""
     dense, pattern = model.feed_forward, model.parsed_pattern
     assert dense is not None, "the pattern has -, the configuration no feed_forward section"
-    letters = tuple(EXPERTS if index in blocks else letter for index, letter in enumerate(pattern.letters))
+    letters = tuple(EXPERTS if index in blocks else symbol for index, symbol in enumerate(pattern.letters))
     moe = MoeConfig(
         num_experts=settings.num_copies * settings.num_slices,
         top_k=settings.top_copies * settings.num_slices,

@@ -177,12 +177,12 @@ class Reading:
     def model_tensors(self) -> Iterator[tuple[str, Source]]:
         """Iterate over our names and sources; those that are not there are left out."""
         yield from self.named("embedding.weight", self.whole("embedding.word_embeddings.weight"))
-        for index, letter in enumerate(self.model.letters):
+        for index, symbol in enumerate(self.model.letters):
             layer = index // 2 if self.is_pairs else index
-            norm = next((found for name in NORMS[letter] if (found := self.at(layer, name))), None)
+            norm = next((found for name in NORMS[symbol] if (found := self.at(layer, name))), None)
             yield from self.named(f"blocks.{index}.norm.weight", norm)
-            for name in block_shapes(self.model, letter):
-                yield from self.named(f"blocks.{index}.mixer.{name}", self.block_tensor(layer, letter, name))
+            for name in block_shapes(self.model, symbol):
+                yield from self.named(f"blocks.{index}.mixer.{name}", self.block_tensor(layer, symbol, name))
         last = "decoder.final_layernorm.weight" if self.is_pairs else "decoder.final_norm.weight"
         yield from self.named("final_norm.weight", self.whole(last))
         if not self.model.tie_embeddings:
@@ -193,10 +193,10 @@ class Reading:
         if source is not None:
             yield name, source
 
-    def block_tensor(self, layer: int, letter: str, name: str) -> Source | None:
+    def block_tensor(self, layer: int, symbol: str, name: str) -> Source | None:
         """The source of a tensor of ours in a block; None where it is not there."""
-        if name in PLAIN[letter]:
-            return self.at(layer, PLAIN[letter][name])
+        if name in PLAIN[symbol]:
+            return self.at(layer, PLAIN[symbol][name])
         if name in PARTS:
             base, parts = PARTS[name]
             return drop_channel_dim(

@@ -85,7 +85,7 @@ def check_expressible(model: ModelConfig, where: object) -> None:
     pairs = list(zip(model.letters[0::2], model.letters[1::2]))
     if len(model.letters) % 2 or set(pairs) != {("*", "-")}:
         unknown = sorted(set(model.letters) - set(BLOCKS))
-        why = "".join(f"; {letter}: {MISSING[letter]}" for letter in unknown if letter in MISSING)
+        why = "".join(f"; {symbol}: {MISSING[symbol]}" for symbol in unknown if symbol in MISSING)
         found = f"has blocks {', '.join(unknown)}" if unknown else "is not a row of pairs"
         reasons.append(
             f"model.pattern={model.pattern} {found}: each layer of {PEER} is attention and a feed-forward, *-{why}"
@@ -130,9 +130,9 @@ class GptNames(OwnNames):
             first, last, head = "tied_modules.embed", f"{layers + 2}", f"{layers + 3}.lm_head"
             first = first if self.model.tie_embeddings else "1"
         named = {"embedding.weight": f"{first}.word_embeddings.weight"}
-        for index, letter in enumerate(self.model.letters):
+        for index, symbol in enumerate(self.model.letters):
             layer = f"language_model.encoder.layers.{index // 2}" if is_plain else f"{index // 2 + 2}"
-            named |= {f"blocks.{index}.{ours}": f"{layer}.{theirs}" for ours, theirs in BLOCKS[letter].items()}
+            named |= {f"blocks.{index}.{ours}": f"{layer}.{theirs}" for ours, theirs in BLOCKS[symbol].items()}
         named["final_norm.weight"] = f"{last}.weight"
         if not self.model.tie_embeddings:
             named["head.weight"] = f"language_model.{head}.weight" if is_plain else f"{head}.weight"

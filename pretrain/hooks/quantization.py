@@ -29,7 +29,7 @@ class Quantization(Hook):
         self.run, self.every_steps = run, run.config.low_precision.measure_every_steps
         section, letters = run.config.low_precision, run.config.model.letters
         self.order = sorted(
-            describe(letter, name) for letter in section.chosen(letters) for name in section.recipes_of(letter)
+            describe(symbol, name) for symbol in section.chosen(letters) for name in section.recipes_of(symbol)
         )
         self.losses: Losses | None = None
         self.watching = ExitStack()
@@ -70,6 +70,6 @@ class Quantization(Hook):
         return names
 
 
-def describe(letter: str, name: str) -> str:
+def describe(symbol: str, name: str) -> str:
     """A weight of a kind of block, as metrics name it: `M out_proj`."""
-    return f"{letter} {name.removesuffix('.weight')}"
+    return f"{symbol} {name.removesuffix('.weight')}"

@@ -44,8 +44,8 @@ def _multiply(state: OnDemand, place: str, structure: Structure, alpha: float) -
 
 def factored_places(config: ModelConfig) -> Iterator[tuple[str, Structure]]:
     """Map the prefix of each feed-forward with factored matrices to the form of its factors."""
-    for place, letter in mixer_places(config):
-        for part in config.block_options(letter).feed_forwards():
+    for place, symbol in mixer_places(config):
+        for part in config.block_options(symbol).feed_forwards():
             if part.structure != DENSE:
                 yield f"{place}{part.place}", part.structure
 
@@ -55,8 +55,8 @@ def mixer_places(config: ModelConfig) -> Iterator[tuple[str, str]]:
     depths = config.parsed_pattern.depth_letters
     modules = [("", config.letters), *((f"mtp.{depth}.", depths) for depth in range(config.num_depth_modules))]
     for prefix, letters in modules:
-        for index, letter in enumerate(letters):
-            yield f"{prefix}blocks.{index}.mixer.", letter
+        for index, symbol in enumerate(letters):
+            yield f"{prefix}blocks.{index}.mixer.", symbol
 
 
 def dense_config(config: ModelConfig) -> ModelConfig:

@@ -50,10 +50,10 @@ class GroupPlan:
         """Number of groups of all units."""
         return sum(unit.count for unit in self.units)
 
-    def add(self, mixer: str, letter: str, groups: Prunable) -> None:
+    def add(self, mixer: str, symbol: str, groups: Prunable) -> None:
         """Add the groups of a mixer whose parameters begin with `mixer`."""
         first, place = self.num_groups, mixer + groups.place
-        self.units.append(Unit(place, letter, first, groups))
+        self.units.append(Unit(place, symbol, first, groups))
         for name, (dim, period, width) in groups.dims.items():
             self.groupings[place + name] = Grouping(dim, period, width, first)
 
@@ -61,8 +61,8 @@ class GroupPlan:
 def plan_groups(config: ModelConfig, kind: PrunedGroups) -> GroupPlan:
     """Number the groups of a kind over all blocks that have them; the configuration must have passed its checks."""
     plan = GroupPlan()
-    for place, letter in mixer_places(config):
-        groups = config.block_options(letter).prunable(kind)
+    for place, symbol in mixer_places(config):
+        groups = config.block_options(symbol).prunable(kind)
         if groups is not None:
-            plan.add(place, letter, groups)
+            plan.add(place, symbol, groups)
     return plan

@@ -36,8 +36,8 @@ class PlannedBlock:
 
     is_exact: ClassVar[bool] = False
 
-    def __init__(self, config: RunConfig, letter: str, options: MixerOptions) -> None:
-        self.config, self.model, self.letter, self.options = config, config.model, letter, options
+    def __init__(self, config: RunConfig, symbol: str, options: MixerOptions) -> None:
+        self.config, self.model, self.symbol, self.options = config, config.model, symbol, options
 
     def add(self, line: Roofline, layout: Layout, storage: Storage, imbalance: float) -> None:
         """Add what the mixer of one block computes for a micro-batch on one rank, forward and backward.
@@ -45,8 +45,8 @@ class PlannedBlock:
         Here: products with all matrices, the mixing itself, and what was kept read once more by the passes around it.
         """
         tokens, tensor = layout.tokens(self.config), layout.tensor
-        kept = block_bytes(self.model, self.letter, storage, cut_of(self.config, layout, self.letter, imbalance)).kept
-        sizes = measured_sizes(self.model, self.letter, self.config.train.sequence_length)
+        kept = block_bytes(self.model, self.symbol, storage, cut_of(self.config, layout, self.symbol, imbalance)).kept
+        sizes = measured_sizes(self.model, self.symbol, self.config.train.sequence_length)
         for name, outputs, inputs in sizes.matrices:
             line.product(tokens, inputs, outputs / tensor, weight=name)
         self.mix(line, tokens * sizes.sequence_flops / tensor, tokens * kept)
@@ -68,7 +68,7 @@ class PlannedBlock:
 
         Here: states of two segments per row each way. An estimate: what a mixer transfers is its own affair.
         """
-        numbers = measured_sizes(self.model, self.letter, self.config.train.sequence_length).state_numbers
+        numbers = measured_sizes(self.model, self.symbol, self.config.train.sequence_length).state_numbers
         if numbers:
             states = layout.stage_ranks * segment_states(layout.micro_batch_size, numbers // layout.tensor)
             yield Exchange("cp", "all_gather", "float32", 2 * times, times * states)
@@ -88,9 +88,9 @@ class MeasuredSizes:
 
 
 @lru_cache(maxsize=256)
-def measured_sizes(config: ModelConfig, letter: str, sequence_length: int) -> MeasuredSizes:
+def measured_sizes(config: ModelConfig, symbol: str, sequence_length: int) -> MeasuredSizes:
     """Build one mixer on the meta device and read its sizes. Cached: a search asks for the same few again and again."""
-    mixer = sample_mixer(config, letter)
+    mixer = sample_mixer(config, symbol)
     with torch.device("meta"):
         state = mixer.empty_state(1)
     matrices = tuple(

@@ -10,7 +10,7 @@ from amfm.model.moe.spread import expected_ranks
 from amfm.pretrain.config.schema import RunConfig
 
 
-def cut_of(config: RunConfig, layout: Layout, letter: str, imbalance: float, *, is_narrow: bool = False) -> Cut:
+def cut_of(config: RunConfig, layout: Layout, symbol: str, imbalance: float, *, is_narrow: bool = False) -> Cut:
     """How a block of this kind is cut in a layout, in the terms of `measured.py`; what does not concern the kind is left out.
 
     `is_narrow`: its products are made by the recipe of low precision.
@@ -20,10 +20,10 @@ def cut_of(config: RunConfig, layout: Layout, letter: str, imbalance: float, *, 
     layout = layout.one_turn()
     is_split, is_sequence_parallel = layout.schedule == "zero_bubble", layout.sequence_parallel and layout.tensor > 1
     narrow = config.low_precision if is_narrow else None
-    if kind_of(letter).mixes == "sequence":
+    if kind_of(symbol).mixes == "sequence":
         return Cut(layout.tensor, is_sequence_parallel, layout.context, is_split=is_split, narrow=narrow)
     moe = config.model.moe
-    if moe is None or layout.expert == 1 or not config.model.block_options(letter).routed_experts():
+    if moe is None or layout.expert == 1 or not config.model.block_options(symbol).routed_experts():
         return Cut(layout.tensor, is_sequence_parallel, is_split=is_split, narrow=narrow)
     has_slots = static_slots(config, layout) is not None
     is_counted = not has_slots and layout.expert_room is None

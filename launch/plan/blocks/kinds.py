@@ -187,7 +187,7 @@ KNOWN: dict[type[MixerOptions], type[PlannedBlock]] = {
 }
 
 
-def planned_block(config: RunConfig, letter: str) -> PlannedBlock:
+def planned_block(config: RunConfig, symbol: str) -> PlannedBlock:
     """The blocks of a symbol of the pattern, as the planner sees them."""
-    options = config.model.block_options(letter)
-    return KNOWN.get(type(options), PlannedBlock)(config, letter, options)
+    options = config.model.block_options(symbol)
+    return KNOWN.get(type(options), PlannedBlock)(config, symbol, options)

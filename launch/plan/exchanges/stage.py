@@ -47,8 +47,8 @@ def tensor_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Ite
     if layout.tensor == 1:
         return
     hidden = config.model.hidden_size
-    for letter, times in Counter(held.letters).items():
-        yield from planned_block(config, letter).tensor_exchanges(layout.one_turn(), layout.turns * times)
+    for symbol, times in Counter(held.letters).items():
+        yield from planned_block(config, symbol).tensor_exchanges(layout.one_turn(), layout.turns * times)
     # The embedding's sum goes one way, the gradient of the head's input the other.
     if held.embeddings:
         yield from crossing(config, layout, hidden, times=held.embeddings)
@@ -85,8 +85,8 @@ def expert_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Ite
 def context_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
     """Context parallelism: what blocks of which a token reads others hand on, and routers' expert counts."""
     if layout.context > 1:
-        for letter, times in Counter(held.letters).items():
-            yield from planned_block(config, letter).context_exchanges(layout.one_turn(), layout.turns * times)
+        for symbol, times in Counter(held.letters).items():
+            yield from planned_block(config, symbol).context_exchanges(layout.one_turn(), layout.turns * times)
 
 
 def pipeline_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:

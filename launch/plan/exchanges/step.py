@@ -98,7 +98,7 @@ def check_countable(config: RunConfig, layout: Layout) -> None:
         raise ValueError(
             "model.mtp.detach=true has no formula: a backward pass ends where nothing more is needed of it; use false"
         )
-    estimated = [letter for letter in config.model.built_letters if not planned_block(config, letter).is_exact]
+    estimated = [symbol for symbol in config.model.built_letters if not planned_block(config, symbol).is_exact]
     if estimated and config.parallel.context > 1:
         raise ValueError(
             f"model.pattern has {estimated[0]}, whose exchange has no formula with parallel.context="

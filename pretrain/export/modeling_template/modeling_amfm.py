@@ -7,6 +7,7 @@ an error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -37,20 +38,29 @@ LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 def make_mixer(letter: str, index: int, config: AmfmConfig) -> nn.Module:
     """Make the mixer of a letter or `{name}` in the block of this index."""
-    if letter == "M":
-        return Mamba2(config)
-    if letter == "*":
-        return Attention(config, index)
-    if letter == "E":
-        return MixtureOfExperts(config)
-    if letter == "-":
-        section = config.feed_forward
-        assert section is not None, "the pattern has '-', the configuration no feed_forward section"
-        limit = section.get("activation_limit")
-        return FeedForward(config.hidden_size, section["hidden_size"], section["activation"], limit)
+    if letter in CORE:
+        return CORE[letter](config, index)
     # Mixers with decays by depth count the blocks that mix over the sequence, not experts and feed-forward.
-    sequence = [number for number, other in enumerate(config.letters()) if other not in ("E", "-")]
+    sequence = [number for number, other in enumerate(config.letters()) if other not in CHANNELS]
     return build_mixer(letter, config, sequence.index(index), len(sequence))
+
+
+def make_feed_forward(config: AmfmConfig, index: int) -> nn.Module:
+    """Make the mixer of `-`."""
+    section = config.feed_forward
+    assert section is not None, "the pattern has '-', the configuration no feed_forward section"
+    limit = section.get("activation_limit")
+    return FeedForward(config.hidden_size, section["hidden_size"], section["activation"], limit)
+
+
+CORE: dict[str, Callable[[AmfmConfig, int], nn.Module]] = {
+    "M": lambda config, index: Mamba2(config),
+    "*": Attention,
+    "E": lambda config, index: MixtureOfExperts(config),
+    "-": make_feed_forward,
+}
+# Mixers that read no other token.
+CHANNELS = ("E", "-")
 
 
 def run_mixer(mixer: nn.Module, x_BTD: Tensor, stretch: Stretch, state: BlockState) -> tuple[Tensor, BlockState]:
