@@ -38,7 +38,7 @@ def below(pid: int) -> set[int]:
 
 
 def title(pid: int) -> str:
-    """Command line of a process, as it was given or set by itself; empty when it has ended."""
+    """Command line of a process, as it was given, or as it has set it; empty when it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except (FileNotFoundError, ProcessLookupError):

@@ -97,7 +97,7 @@ class Turns:
             for unit, report in run_on_ray(units, store, tokenizer, config):
                 yield unit, report
                 assert isinstance(report, UnitReport), f"{report}: the disk failed"
-                began = began or time.monotonic() - report.seconds  # the first: what starts before it is no unit's
+                began = began or time.monotonic() - report.seconds  # the first: the start of Ray comes before it
                 if begun_before:
                     self.slices[-1].add(report)
                     begun_before -= 1

@@ -81,7 +81,7 @@ def run_on_ray(
     with running_ray(address, min(wanted or len(units), len(units)), report):
         num_actors = min(len(units), wanted or int(ray.cluster_resources().get("CPU", 1)))
         report("waiting for processes that write parts")
-        yield from _Dispatcher(ray, units, store, tokenizer).run(num_actors)
+        yield from Dispatcher(ray, units, store, tokenizer).run(num_actors)
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def _keeping_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-class _Dispatcher:
+class Dispatcher:
     """Keeps every actor that lives busy with one unit, and replaces actors that died.
 
     A new actor gets work when it answers: on a cluster that lost a node it may wait for a core for ever, while the
