@@ -1,19 +1,24 @@
 """A run's numbers for Prometheus, read from its directory at each scrape: `amfm watch RUN --prometheus PORT`.
 
 The standard library's server and the text format, which is a line per number: nothing that a client library would add is needed.
-Gauges carry the names of metrics.jsonl; the state of the run is a gauge per state, 1 for the one that holds.
+Gauges carry the names of metrics.jsonl; the state of the run is a gauge per state, 1 for the one that holds. What the launcher
+does while no rank lives is told too: its last sign of life, restarts, nodes that are left out.
 """
 
 from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Mapping
 from http import HTTPStatus
+from pathlib import Path
 from typing import get_args
 
+from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.launch.http_server import HttpHandler, HttpServer
 from amfm.pretrain.monitor.follow import FollowedRun, State
+from amfm.pretrain.monitor.held import read_held
 from amfm.pretrain.monitor.metrics import flatten_numbers
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -26,21 +31,50 @@ def format_metrics(run: FollowedRun) -> str:
     numbers = flatten_numbers(metrics)
     own = {"step": metrics.get("step"), "checkpoint_step": run.panel.checkpoint_step}
     own |= {"last_step": run.panel.last_step or None, "validation_loss": run.panel.validation_loss}
+    own |= {"restarts": max(0, run.starts - 1), "left_out_nodes": len(read_left_out(run.directory))}
+    own |= {"step_age_seconds": age(metrics.get("time")), "launcher_age_seconds": launcher_age(run.directory)}
     numbers |= {name: float(value) for name, value in own.items() if value is not None}
     numbers |= {"ranks": float(len(seen.beats)), "hosts": float(len({beat.host for beat in seen.beats}))}
-    name = run.config.run.name if run.config is not None and run.config.run.name else run.directory.resolve().name
-    states = (
-        f'amfm_state{{run="{escape(name)}",state="{state}"}} {int(state == seen.state)}\n' for state in get_args(State)
-    )
-    return format_gauges(name, numbers) + "".join(states)
+    directory = run.directory.resolve()
+    # Many runs are folders of the same name, such as `run`.
+    name = run.config.run.name if run.config is not None and run.config.run.name else "/".join(directory.parts[-2:])
+    place = {"run": name, "dir": str(directory)}
+    states = [
+        f"amfm_state{format_labels(place | {'state': state})} {int(state == seen.state)}\n" for state in get_args(State)
+    ]
+    return format_gauges(name, numbers, dir=str(directory)) + "# TYPE amfm_state gauge\n" + "".join(states)
 
 
-def format_gauges(run_name: str, numbers: Mapping[str, float]) -> str:
-    """A line of the text format for each number of a run."""
-    label = escape(run_name)
+def format_gauges(run_name: str, numbers: Mapping[str, float], **labels: str) -> str:
+    """Two lines of the text format for each number of a run: its type, and its value with these labels."""
+    named = {f"amfm_{re.sub('[^a-zA-Z0-9_]', '_', name)}": value for name, value in numbers.items()}
+    place = format_labels({"run": run_name} | labels)
     return "".join(
-        f'amfm_{re.sub("[^a-zA-Z0-9_]", "_", name)}{{run="{label}"}} {value!r}\n' for name, value in numbers.items()
+        f"# TYPE {name} {'counter' if name == 'amfm_restarts' else 'gauge'}\n{name}{place} {value!r}\n"
+        for name, value in named.items()
     )
+
+
+def format_labels(labels: Mapping[str, str]) -> str:
+    """Labels as the text format has them."""
+    return "{" + ",".join(f'{name}="{escape(value)}"' for name, value in labels.items()) + "}"
+
+
+def age(moment: object) -> float | None:
+    """Seconds since a moment in seconds since 1970; None where it is not known."""
+    return max(0.0, time.time() - moment) if isinstance(moment, float) else None
+
+
+def launcher_age(directory: Path) -> float | None:
+    """Seconds since the last sign of the run's launcher: few while it lives, also when it waits for nodes or storage."""
+    held = read_held(directory)
+    return age(held[-1][1]) if held else None
+
+
+def read_left_out(directory: Path) -> list[str]:
+    """Nodes that the run does without; none where no file says so."""
+    path = directory / "launch" / "left_out.json"
+    return list(read_object(path).get("left_out") or {}) if path.is_file() else []
 
 
 def escape(text: str) -> str:

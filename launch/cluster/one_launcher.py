@@ -7,17 +7,39 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.durable.locks import take_lock
+from amfm.launch.cluster.storage import StorageWait
 from amfm.launch.console import say
+from amfm.pretrain.checkpoint.names import newest_saved_step
+from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.held import holding
 
 LEAVING_SECONDS = 120.0  # for ranks of the launcher before, and locks of a host that is gone
 POLL_SECONDS = 1.0
+
+
+@contextmanager
+def launching(config: RunConfig) -> Iterator[None]:
+    """Inside the block this process alone launches the run, as `only_launcher`.
+
+    Where the run has a checkpoint its directory was good once, and storage that refuses is waited for.
+    """
+    run_dir = Path(config.run.dir)
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(only_launcher(run_dir))
+
+        if newest_saved_step(run_dir) < 0:
+            enter()
+        else:
+            StorageWait(run_dir, config.launch.storage_wait_seconds).until(enter)
+        yield
 
 
 @contextmanager

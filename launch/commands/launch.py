@@ -234,12 +234,12 @@ def run_attempts(
     config: RunConfig, work: Work, cluster: RemoteHosts | Allocation | RayCluster, nodes: int, ranks: int
 ) -> int:
     """Run once where there is no checkpoint to resume (the doctor), else under supervision; returns the exit code."""
-    from amfm.launch.cluster.one_launcher import only_launcher
+    from amfm.launch.cluster.one_launcher import launching
     from amfm.launch.cluster.supervise import start_once, supervise
 
     if work.max_restarts is None:
         return start_once(cluster.start, nodes)
-    with only_launcher(Path(config.run.dir)):
+    with launching(config):
         return supervise(config, cluster.start, nodes=nodes, ranks_per_node=ranks, usable_nodes=cluster.usable_nodes)
 
 

@@ -83,6 +83,7 @@ class FollowedRun:
         self.panel = RunState(f"amfm watch {directory.resolve().name}", first_step=0, last_step=0, began=None)
         self.state: State = "waiting"
         self.cause = ""
+        self.starts = 0
         self._looked = False
         self._metrics = GrowingFile(directory / "metrics.jsonl")
         self._events = GrowingFile(directory / "events.jsonl")
@@ -173,6 +174,7 @@ class FollowedRun:
         kind, step = event.get("event"), event.get("step")
         if kind == "start" and isinstance(step, int):
             self.config = None
+            self.starts += 1
             self.state, self.cause = "running", ""
             self.panel.first_step, self.panel.began = step, to_seconds(event.get("time"))
             self.panel.shows_mfu = event.get("device") != "cpu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -17,13 +18,17 @@ from amfm.pretrain.monitor.follow import FollowedRun
 
 METRICS = {
     "step": 7, "loss": 2.5, "grad_norm": 0.5, "lr": 1e-3, "tokens": 700, "tokens_per_second": 10.0, "mfu": 0.25,
-    "memory_bytes": 5, "step_seconds": 1.0, "seconds": 9.0, "skipped": False, "expert_load": {"1": 1.25},
+    "memory_bytes": 5, "step_seconds": 1.0, "seconds": 9.0, "skipped": False, "time": time.time() - 200.0, "expert_load": {"1": 1.25},
 }  # fmt: skip
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    (tmp_path / "events.jsonl").write_text('{"event": "start", "step": 0}\n{"event": "checkpoint", "step": 5}\n')
+    events = [{"event": "start", "step": 0}, {"event": "checkpoint", "step": 5}, {"event": "start", "step": 5}]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/left_out.json").write_text('{"left_out": {"node1": "lost", "node2": "lost"}, "losses": {}}')
+    (tmp_path / "launch/held.jsonl").write_text('{"began_at": 1800000000.5, "before_until": null}\n')
     (tmp_path / "metrics.jsonl").write_text(json.dumps(METRICS) + "\n")
     return tmp_path
 
@@ -41,13 +46,19 @@ def test_a_scrape_gets_the_newest_numbers_and_the_state_and_a_foreign_page_nothi
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(stranger)
         server.shutdown()
-    found = dict(line.rsplit(" ", 1) for line in text.splitlines())
-    name = f'run="{directory.name}"'
+    lines = text.splitlines()
+    found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    name = f'run="{"/".join(directory.parts[-2:])}",dir="{directory}"'
     assert found[f"amfm_loss{{{name}}}"] == "2.5" and found[f"amfm_expert_load_1{{{name}}}"] == "1.25"
     assert found[f"amfm_step{{{name}}}"] == "7.0" and found[f"amfm_checkpoint_step{{{name}}}"] == "5.0"
     states = {key: value for key, value in found.items() if key.startswith("amfm_state")}
     assert [key for key, value in states.items() if value == "1"] == [f'amfm_state{{{name},state="running"}}']
     assert f"amfm_step{{{name}}} 8.0" in later
+    assert found[f"amfm_restarts{{{name}}}"] == "1.0" and found[f"amfm_left_out_nodes{{{name}}}"] == "2.0"
+    assert float(found[f"amfm_step_age_seconds{{{name}}}"]) > 100 and f"amfm_launcher_age_seconds{{{name}}}" in found
+    names = {key.partition("{")[0] for key in found}
+    types = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE ")}
+    assert types.keys() == names and [key for key, kind in types.items() if kind != "gauge"] == ["amfm_restarts"]
     dashboard = (Path(__file__).parents[2] / "recipes/grafana_dashboard.json").read_text()
     asked = {word for word in re.findall(r"amfm_[a-z_]+", dashboard) if not word.endswith("_load_")}
     assert asked - {"amfm_validation_loss", "amfm_last_step"} <= {key.partition("{")[0] for key in found}
