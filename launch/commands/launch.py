@@ -316,7 +316,8 @@ def launch_torchrun(
     ]
     if dry_run:
         return show_commands([with_variables(environment, command) for command in commands])
-    return run_here(commands[0], environment)
+    assert node_rank is not None, "without it only a dry run has several nodes"
+    return run_here(commands[0], environment, node_rank=node_rank, master=host, port=number)
 
 
 def show_manifest(

@@ -39,7 +39,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_local_ranks_and_torchruns_ranks_are_apart_from_the_working_directory(planted: Path) -> None:
     assert run_command(rank_command(["--help"]), 2) == 0
     of_one = {"nodes": 1, "ranks_per_node": 1, "node_rank": 0, "master": "localhost", "port": 0, "max_restarts": 0}
-    assert run_here(torchrun_command(["--help"], **of_one)) == 0
+    assert run_here(torchrun_command(["--help"], **of_one), node_rank=0, master="localhost", port=of_one["port"]) == 0
 
 
 # Where a path of the interpreter is not a start of a command line, or one that is given by the user.

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from amfm.launch.cli import run
+from amfm.launch.cluster import torchrun
+from amfm.launch.cluster.links import listen
+from amfm.launch.cluster.torchrun import run_here
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.opening.log import find_restart_cause
@@ -73,3 +76,24 @@ def test_options_that_cannot_take_effect_are_refused(
     write_config(tmp_path)
     assert run(["launch", str(tmp_path / "run.yaml"), "--nproc-per-node", "1", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_on_the_first_node_is_said_with_another_one() -> None:
+    with listen() as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(RuntimeError, match=rf"port {port}, .* is taken .* another: --master first:\d+"):
+            run_here(["false"], node_rank=0, master="first", port=port)
+    assert run_here(["true"], node_rank=0, master="first", port=port) == 0
+
+
+def test_a_torchrun_that_starts_no_ranks_is_said_and_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torchrun, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(torchrun, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(torchrun, "MEETING_SECONDS", 0.2)
+    waiting = [sys.executable, "-c", "import time; time.sleep(900)"]
+    assert run_here(waiting, node_rank=1, master="first", port=1) == 3
+    said = capsys.readouterr().err
+    assert "the other nodes have not come to first:1 yet, or another program has that port" in said
+    assert "the nodes did not meet at first:1 within 0 s" in said
