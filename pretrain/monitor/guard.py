@@ -171,4 +171,7 @@ def end(pid: int, rank: str, seconds: float, after: str) -> None:
 
 
 if __name__ == "__main__":
+    # Slurm signals every process of a step, in whichever session. This one ends with its rank.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     guard(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]))

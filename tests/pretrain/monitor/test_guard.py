@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 
+from amfm.pretrain.monitor import guard
 from amfm.pretrain.monitor.guard import LOOK_SECONDS, Signs, is_stopped
 from tests.helpers.patience import PATIENCE_SECONDS
 
@@ -135,3 +137,18 @@ def test_the_guard_ends_with_a_rank_that_is_killed() -> None:
     process.communicate()
     _, alive = psutil.wait_procs([child], timeout=PATIENCE_SECONDS)
     assert not alive
+
+
+def test_a_signal_to_all_processes_of_a_step_ends_no_guard() -> None:
+    """As Slurm sends them; without its guard a rank's own handling of the signal wrote a traceback."""
+    command = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), "0", "900"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    ignored = 0
+    while not ignored >> (signal.SIGUSR1 - 1) & 1:  # until it has begun
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        ignored = next(int(line.split()[1], 16) for line in lines if line.startswith("SigIgn"))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+        process.send_signal(number)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(PATIENCE_SECONDS) == 0
