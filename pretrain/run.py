@@ -169,7 +169,8 @@ def identities_of(loader: PretrainLoader) -> dict[str, str]:
 
 def set_up_model(model: HybridModel, stage: RunStage) -> None:
     """Set what a stage changes in the model that is built: rotary positions, and what indexers do."""
-    model.set_rope(stage.rope)
+    attention = stage.config.model.attention
+    model.set_rope(attention.rope if attention is not None else None)
     set_indexer_stage(model, stage.indexer)
 
 
@@ -187,8 +188,8 @@ def apply_stage(run: Run) -> None:
     set_up_model(run.model, stage)
     run.tell(
         "stage",
-        f"stage {stage.name}: {stage.num_steps:,} steps of {stage.global_batch_size} x {stage.sequence_length} tokens",
+        f"stage {stage.name}: {stage.num_steps:,} steps of {stage.train.global_batch_size} x {stage.train.sequence_length} tokens",
         name=stage.name,
-        sequence_length=stage.sequence_length,
+        sequence_length=stage.train.sequence_length,
         steps=stage.num_steps,
     )

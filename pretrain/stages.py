@@ -13,44 +13,42 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
 
 from amfm.data_pipeline.config import DataConfig, PhaseConfig
 from amfm.model.config.indexer import IndexerStage
 from amfm.model.config.indexer_stage import in_indexer_stage
-from amfm.model.config.rope import RopeConfig
-from amfm.model.config.schema import ModelConfig
-from amfm.pretrain.config.schema import BatchRampConfig, ParallelConfig, RunConfig, ScheduleConfig, StageConfig
+from amfm.pretrain.config.schema import BatchRampConfig, ParallelConfig, RunConfig, StageConfig, TrainConfig
 from amfm.pretrain.schedule import learning_rate
 
 
 @dataclass(frozen=True)
 class RunStage:
-    """One training stage with every setting resolved.
+    """One training stage.
 
-    first_step, first_sample: steps done and rows drawn by all stages before it. micro_batch_size, global_batch_size: in
-    rows of sequence_length tokens. peak: highest learning rate, which its schedule spreads over num_steps. weights: of
-    the data mixture, None where it does not change. ramp: of the batch size, in the first stage only. parallel: its
-    layout; where it differs from that of the stage before, the ranks are started again.
+    first_step, first_sample: steps done and rows drawn by all stages before it. config: of a run that is this stage and
+    nothing else; train.steps, batch sizes in rows of train.sequence_length tokens, the layout, and optimizer.learning_rate
+    as its peak are the stage's own. weights, indexer: of the data mixture and what indexers do from here on; None where
+    they do not change.
     """
 
     index: int
     name: str
     first_step: int
-    num_steps: int
     first_sample: int
-    sequence_length: int
-    micro_batch_size: int
-    global_batch_size: int
-    peak: float
-    schedule: ScheduleConfig
-    rope: RopeConfig | None
-    indexer: IndexerStage | None
     weights: dict[str, float] | None
-    ramp: BatchRampConfig | None
-    parallel: ParallelConfig
-    recompute: Literal["none", "selective", "full"]
-    recompute_blocks: str
+    indexer: IndexerStage | None
+    config: RunConfig
+
+    @property
+    def train(self) -> TrainConfig:
+        """Its rows, batches and recomputation."""
+        return self.config.train
+
+    @property
+    def num_steps(self) -> int:
+        """Number of its optimizer steps."""
+        assert self.train.steps is not None, "a stage has steps"
+        return self.train.steps
 
     @property
     def last_step(self) -> int:
@@ -59,16 +57,16 @@ class RunStage:
 
     def batch_size(self, step: int) -> int:
         """Global batch size in rows of step number `step`, counted from 1 over the whole run."""
-        return ramped_size(self.ramp, self.global_batch_size, step - self.first_step)
+        return ramped_size(self.train.batch_ramp, self.train.global_batch_size, step - self.first_step)
 
     def samples_before(self, step: int) -> int:
         """Number of rows that its steps before number `step` take."""
-        inside = step - self.first_step - 1
-        if self.ramp is None:
-            return inside * self.global_batch_size
-        grown = min(inside, self.ramp.steps)
-        sizes = sum(ramped_size(self.ramp, self.global_batch_size, number) for number in range(1, grown + 1))
-        return sizes + (inside - grown) * self.global_batch_size
+        inside, train = step - self.first_step - 1, self.train
+        if train.batch_ramp is None:
+            return inside * train.global_batch_size
+        grown = min(inside, train.batch_ramp.steps)
+        sizes = sum(ramped_size(train.batch_ramp, train.global_batch_size, number) for number in range(1, grown + 1))
+        return sizes + (inside - grown) * train.global_batch_size
 
     def num_samples(self) -> int:
         """Number of rows of the whole stage."""
@@ -76,11 +74,13 @@ class RunStage:
 
     def num_tokens(self) -> int:
         """Number of tokens of the whole stage."""
-        return self.num_samples() * self.sequence_length
+        return self.num_samples() * self.train.sequence_length
 
     def rate(self, step: int) -> float:
         """Learning rate of step number `step`, counted from 1 over the whole run."""
-        return learning_rate(step - self.first_step, self.schedule, peak=self.peak, total_steps=self.num_steps)
+        config = self.config
+        peak = config.optimizer.learning_rate
+        return learning_rate(step - self.first_step, config.schedule, peak=peak, total_steps=self.num_steps)
 
 
 def ramped_size(ramp: BatchRampConfig | None, full_size: int, number: int) -> int:
@@ -100,59 +100,49 @@ def resolve_stages(config: RunConfig) -> tuple[RunStage, ...]:
     What one leaves open is as in the stage before it, at first as in `train`.
     """
     assert config.stages or config.train.steps, "check_run was not called: a run without stages has train.steps"
-    declared = config.stages or (StageConfig(name="training", steps=config.train.steps),)
     stages: list[RunStage] = []
-    rope = config.model.attention.rope if config.model.attention is not None else None
-    for index, section in enumerate(declared):
+    for index, section in enumerate(config.stages or (StageConfig(name="training", steps=config.train.steps),)):
         before = stages[-1] if stages else None
-        length = section.sequence_length or (before.sequence_length if before else config.train.sequence_length)
-        rows = section.global_batch_size or (before.global_batch_size if before else config.train.global_batch_size)
-        micro_rows = section.micro_batch_size or (before.micro_batch_size if before else config.train.micro_batch_size)
-        ramp = config.train.batch_ramp if index == 0 else None
-        rope = section.rope or rope
-        recompute, blocks = recompute_of(section, before, config)
-        stages.append(
-            RunStage(
-                index=index,
-                name=section.name,
-                first_step=before.last_step if before else 0,
-                num_steps=section.steps or count_steps(section, rows, length, ramp),
-                first_sample=before.first_sample + before.num_samples() if before else 0,
-                sequence_length=length,
-                micro_batch_size=micro_rows,
-                global_batch_size=rows,
-                peak=section.learning_rate or config.optimizer.learning_rate,
-                schedule=section.schedule or config.schedule,
-                rope=rope,
-                indexer=section.indexer or (before.indexer if before else None),
-                weights=section.weights,
-                ramp=ramp,
-                parallel=section.parallel or (before.parallel if before else config.parallel),
-                recompute=recompute,
-                recompute_blocks=blocks,
-            )
-        )
+        first_step, first_sample = (before.last_step, before.first_sample + before.num_samples()) if before else (0, 0)
+        indexer = section.indexer or (before.indexer if before else None)
+        own = declare(config, before.config if before else config, section)
+        stages.append(RunStage(index, section.name, first_step, first_sample, section.weights, indexer, own))
     return tuple(stages)
 
 
-def recompute_of(
-    section: StageConfig, before: RunStage | None, config: RunConfig
-) -> tuple[Literal["none", "selective", "full"], str]:
-    """What a stage recomputes, and the letters of its blocks.
+def declare(config: RunConfig, before: RunConfig, section: StageConfig) -> RunConfig:
+    """The configuration of a run that is a stage: the one before it with what the section declares.
 
-    A stage that says what again does not inherit the letters.
+    Rate and schedule are not inherited, and the batch ramp is of the first stage. `train.stop_after_steps` is dropped: it
+    counts over the whole run.
     """
-    inherited = before or config.train
-    given = section.recompute_blocks
-    if section.recompute is not None:
-        return section.recompute, given or ""
-    return inherited.recompute, inherited.recompute_blocks if given is None else given
+    given = {name: value for name, value in section if value is not None}
+    if section.recompute is not None:  # whoever declares what again does not inherit the letters
+        given.setdefault("recompute_blocks", "")
+    changes = {name: given[name] for name in TrainConfig.model_fields.keys() & given.keys()}
+    changes |= {"stop_after_steps": None} | ({} if before is config else {"batch_ramp": None})
+    train = before.train.model_copy(update=changes)
+    train = train.model_copy(update={"steps": section.steps or count_steps(section, train)})
+    model = in_indexer_stage(before.model, section.indexer)
+    if section.rope is not None and model.attention is not None:
+        model = model.model_copy(update={"attention": model.attention.model_copy(update={"rope": section.rope})})
+    rate = section.learning_rate or config.optimizer.learning_rate
+    changes = {
+        "stages": (),
+        "train": train,
+        "model": model,
+        "optimizer": config.optimizer.model_copy(update={"learning_rate": rate}),
+        "schedule": section.schedule or config.schedule,
+        "parallel": section.parallel or before.parallel,
+    }
+    return before.model_copy(update=changes)
 
 
-def count_steps(section: StageConfig, rows: int, length: int, ramp: BatchRampConfig | None) -> int:
+def count_steps(section: StageConfig, train: TrainConfig) -> int:
     """Compute the smallest number of steps that gives at least the stage's tokens, with the batches of a ramp."""
     assert section.tokens is not None, "check_run was not called: a stage has tokens or steps"
-    samples = math.ceil(section.tokens / length)
+    rows, ramp = train.global_batch_size, train.batch_ramp
+    samples = math.ceil(section.tokens / train.sequence_length)
     if ramp is None:
         return math.ceil(samples / rows)
     grown = sum(ramped_size(ramp, rows, number) for number in range(1, ramp.steps + 1))
@@ -191,7 +181,7 @@ class Built:
         """What the step after this many needs."""
         guide = config.model.guide
         guided = guide is not None and steps_done < guide.last_step(stages[-1].last_step)
-        return cls(stage_of(stages, steps_done).parallel, guided)
+        return cls(stage_of(stages, steps_done).config.parallel, guided)
 
     def config_of(self, config: RunConfig, stage: RunStage) -> RunConfig:
         """The configuration that builds it in a stage."""
@@ -227,19 +217,11 @@ def data_of_stages(config: RunConfig, stages: tuple[RunStage, ...]) -> DataConfi
     """
     phases = []
     for before, stage in pairwise((stages[0], *stages)):
-        length = stage.sequence_length if stage.sequence_length != before.sequence_length else None
+        length: int | None = stage.train.sequence_length
+        length = None if length == before.train.sequence_length else length
         if stage.weights is not None or length is not None:
             phases.append(PhaseConfig(start_sample=stage.first_sample, weights=stage.weights, sequence_length=length))
     return config.data.model_copy(update={"phases": tuple(phases)}) if phases else config.data
-
-
-def model_of_stage(config: RunConfig, stage: RunStage) -> ModelConfig:
-    """Build the model section of a stage, with its rotary positions and what its indexers do."""
-    model = in_indexer_stage(config.model, stage.indexer)
-    attention = model.attention
-    if attention is None or stage.rope is None or stage.rope == attention.rope:
-        return model
-    return model.model_copy(update={"attention": attention.model_copy(update={"rope": stage.rope})})
 
 
 def in_layout(config: RunConfig, stage: RunStage) -> RunConfig:
@@ -247,8 +229,8 @@ def in_layout(config: RunConfig, stage: RunStage) -> RunConfig:
 
     What ranks, model and engine are built by.
     """
-    again = {"recompute": stage.recompute, "recompute_blocks": stage.recompute_blocks}
-    return config.model_copy(update={"parallel": stage.parallel, "train": config.train.model_copy(update=again)})
+    again = {"recompute": stage.train.recompute, "recompute_blocks": stage.train.recompute_blocks}
+    return config.model_copy(update={"parallel": stage.config.parallel, "train": config.train.model_copy(update=again)})
 
 
 def step_of_sample(stages: tuple[RunStage, ...], sample: int) -> tuple[int, int]:
@@ -257,7 +239,7 @@ def step_of_sample(stages: tuple[RunStage, ...], sample: int) -> tuple[int, int]
     stage = stages[bisect_right(starts, sample) - 1]
     inside = sample - stage.first_sample
     # Batches never shrink inside a stage, so the number of the step lies between these two.
-    low, high = inside // stage.global_batch_size + 1, inside // stage.batch_size(stage.first_step + 1) + 1
+    low, high = inside // stage.train.global_batch_size + 1, inside // stage.batch_size(stage.first_step + 1) + 1
     number = bisect_right(
         range(low, high + 1), inside, key=lambda number: stage.samples_before(stage.first_step + number)
     )

@@ -112,7 +112,7 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     run.heartbeat.board = NodeBoard.of_start(run.directory, token, rank, world_size)
     run.heartbeat.start()
     stage = stage_of(stages, run.progress.step)
-    built, shape = run.built.config_of(config, stage), (stage.micro_batch_size, stage.sequence_length)
+    built, shape = run.built.config_of(config, stage), (stage.train.micro_batch_size, stage.train.sequence_length)
     try:
         compile_first(built, run.parallel, run.model, shape, partial(note_compiling, run, report))
     except ValueError as error:

@@ -117,7 +117,7 @@ class StepWork:
         """The work of the next step, which begins now."""
         stage, step = run.stage, run.progress.step + 1
         rows, length = stage.batch_size(step), run.loader.sequence_length
-        return cls(rows, stage.micro_batch_size, length, stage.rate(step), time.perf_counter())
+        return cls(rows, stage.train.micro_batch_size, length, stage.rate(step), time.perf_counter())
 
     @property
     def num_micro_batches(self) -> int:

@@ -21,7 +21,6 @@ from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.measured import Cut, pass_block, takes_kernels
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.checks.load import load_checked
-from amfm.pretrain.checks.stages import run_of_stage
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.stages import resolve_stages
 
@@ -43,7 +42,7 @@ def record_preset(path: Path) -> dict[str, KernelLaunch]:
     config, found = load_checked(path, ()), dict[str, KernelLaunch]()
     passed: list[tuple[ModelConfig, str, Cut]] = []
     for stage in resolve_stages(config):
-        run = run_of_stage(config, stage)
+        run = stage.config
         for letter, is_narrow in kinds_of(run):
             block = run.model, letter, cut_of(run, smallest_layout(run), letter, 1.0, is_narrow=is_narrow)
             if block not in passed:

@@ -26,7 +26,6 @@ from amfm.model.config.low_precision import LowPrecisionConfig, RecipeName
 from amfm.model.low_precision import hang_recipes
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.checks.low_precision import device_problems
-from amfm.pretrain.checks.stages import run_of_stage
 from amfm.pretrain.config.schema import ParallelConfig, RunConfig
 from amfm.pretrain.hooks.state_watch import run_apart
 from amfm.pretrain.micro_batch import LossShare, MicroBatches
@@ -114,7 +113,7 @@ def section_of(config: RunConfig, recipe: RecipeName, device: torch.device, step
 
 def configured(config: RunConfig, section: LowPrecisionConfig, seed: int, steps: int, folder: Path) -> RunConfig:
     """The first training stage of a run on one rank, stopped after `steps` steps, with nothing saved or measured on the way."""
-    first = run_of_stage(config, resolve_stages(config)[0])
+    first = resolve_stages(config)[0].config
     train = first.train.model_copy(
         update={
             "seed": config.train.seed + seed,
@@ -157,7 +156,7 @@ def gradient_errors(run: Run, sections: Mapping[str, LowPrecisionConfig]) -> dic
     """Relative errors of gradients of the next micro-batch by each section, of all weights of each kind of block together."""
     if not sections:
         return {}
-    rows, model = run.stage.micro_batch_size, run.config.model
+    rows, model = run.stage.train.micro_batch_size, run.config.model
     batches = run.loader.take(rows, rows)
     share = LossShare.of_counts(count_valid_tokens(batches, run.parallel, model), 1, model)
     micro_batches = MicroBatches(batches, run.parallel, model)

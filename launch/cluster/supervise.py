@@ -127,7 +127,7 @@ def run_attempt(start: Callable[[Attempt], Outcome], attempt: Attempt, storage: 
 def has_left_layout(stages: tuple[RunStage, ...], before: int, after: int) -> bool:
     """Whether the checkpoint of step `after` ends a stage behind which another layout begins; `before`: of the start."""
     present, coming = stage_of(stages, max(0, before)), stage_of(stages, after)
-    return coming.first_step == after and coming.parallel != present.parallel
+    return coming.first_step == after and coming.config.parallel != present.config.parallel
 
 
 def wait_for_nodes(config: RunConfig, wanted: int, usable_nodes: Callable[[], int]) -> int:

@@ -155,8 +155,8 @@ def check_rows(config: RunConfig) -> None:
     from amfm.pretrain.stages import data_of_stages, resolve_stages
 
     stages = resolve_stages(config)
-    data, lengths = data_of_stages(config, stages), {stage.sequence_length for stage in stages}
-    wanted: list[tuple[Split, int]] = [("train", stages[0].sequence_length)]
+    data, lengths = data_of_stages(config, stages), {stage.train.sequence_length for stage in stages}
+    wanted: list[tuple[Split, int]] = [("train", stages[0].train.sequence_length)]
     if config.train.validate_every_steps is not None:
         wanted += [("validation", length) for length in sorted(lengths)]
     for split, length in wanted:
@@ -298,12 +298,12 @@ def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bo
                 f"{config_path} is of a synthetic task, whose rows no store holds; give its run directory alone"
             )
         show_synthetic_row(
-            data, sample, sequence_length=stages[0].sequence_length, seed=run.train.seed, as_json=as_json
+            data, sample, sequence_length=stages[0].train.sequence_length, seed=run.train.seed, as_json=as_json
         )
         return
     if config_path is not None:
         data = data.model_copy(update={"store": path})
-    shown = sample_text(data, sample, sequence_length=stages[0].sequence_length, seed=run.train.seed)
+    shown = sample_text(data, sample, sequence_length=stages[0].train.sequence_length, seed=run.train.seed)
     if as_json:
         print_json(asdict(shown))
         return

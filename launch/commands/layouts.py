@@ -59,7 +59,7 @@ def print_stages(made: Plan) -> None:
             entry.stage.name,
             f"{entry.stage.num_tokens():.3e}",
             f"{entry.stage.num_steps:,}",
-            f"{entry.stage.global_batch_size} x {entry.stage.sequence_length}",
+            f"{entry.stage.train.global_batch_size} x {entry.stage.train.sequence_length}",
             f"{entry.estimate.memory.total() / GIB:,.1f}",
             f"{entry.estimate.step.total():,.3f}",
             f"{entry.estimate.mfu:.1%}",

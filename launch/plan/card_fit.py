@@ -15,7 +15,6 @@ from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.ranking import rank_layouts
 from amfm.launch.plan.search import all_layouts, neighbour_layouts
 from amfm.pretrain.checks.ranks import ranks_of_stage
-from amfm.pretrain.checks.stages import run_of_stage
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.stages import resolve_stages, stage_of
 
@@ -47,9 +46,9 @@ def check_fits(config: RunConfig, ranks: int, card: Hardware, *, steps_done: int
     """
     stages = resolve_stages(config)
     for stage in stages[stage_of(stages, steps_done).index :]:
-        if stage.parallel.offload_optimizer:
+        if stage.config.parallel.offload_optimizer:
             continue
-        run = run_of_stage(config, stage)
+        run = stage.config
         number = ranks_of_stage(config, stage, range(ranks, 0, -1))
         layout = Layout.of(run, number)
         reason = explain_misfit(memory_of(run, layout, ALONE), card)

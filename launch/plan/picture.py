@@ -16,7 +16,6 @@ from amfm.launch.plan.hardware import GIB
 from amfm.launch.plan.plan import Plan
 from amfm.launch.plan.search import ZERO_STAGES, is_allowed, with_layout
 from amfm.launch.plan.timetable import Kind, make_timetable
-from amfm.pretrain.checks.stages import run_of_stage
 
 FASTEST_SHOWN = 3
 MICRO_BATCHES_A_RANK = 3  # of a long step the timetable shows the beginning alone
@@ -92,7 +91,7 @@ def choose_layouts(plan: Plan, assumptions: Assumptions) -> list[tuple[str, Esti
         names = [f"number {place}\n{item.layout.describe()}" for place, item in enumerate(fastest, start=1)]
         mine = [(f"yours\n{own.describe()}", plan.own)] if plan.is_own else []
         return [*mine, *zip(names, fastest)]
-    config = run_of_stage(plan.config, plan.stages[0].stage)
+    config = plan.stages[0].stage.config
     layouts = [replace(own, zero_stage=stage) for stage in ZERO_STAGES]
     allowed = [layout for layout in layouts if is_allowed(with_layout(config, layout), own.ranks)]
     return [
@@ -156,7 +155,7 @@ def draw_steps(axes: Any, shown: list[tuple[str, Estimate]]) -> None:
 def draw_pipeline(axes: Any, plan: Plan, name: str, item: Estimate) -> None:
     """Draw which rank of the pipeline computes which micro-batch when; of a long step the beginning."""
     layout = item.layout
-    num_micro_batches = layout.micro_batches(run_of_stage(plan.config, plan.stages[0].stage))
+    num_micro_batches = layout.micro_batches(plan.stages[0].stage.config)
     drawn = min(num_micro_batches, MICRO_BATCHES_A_RANK * layout.pipeline)
     step = item.step
     seconds = (sum(step.compute.values()) + sum(step.communication.values())) / num_micro_batches

@@ -30,7 +30,6 @@ from amfm.launch.plan.search import LARGEST_CONTEXT, all_layouts, is_allowed, ne
 from amfm.model.config.indexer_stage import has_indexer
 from amfm.model.flops import Counts, count_parameters, flops_per_token
 from amfm.pretrain.checks.ranks import ranks_of_stage
-from amfm.pretrain.checks.stages import run_of_stage
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.stages import RunStage, resolve_stages
 
@@ -112,12 +111,12 @@ def make_plan(
     no layout obeys all rules, and for an optimizer in the host's memory, which is not modelled.
     """
     stages = resolve_stages(config)
-    if any(stage.parallel.offload_optimizer for stage in stages):
+    if any(stage.config.parallel.offload_optimizer for stage in stages):
         raise ValueError(
             "parallel.offload_optimizer=true is not modelled: the plan counts masters, moments and the optimizer's step on "
             "the device; plan with false"
         )
-    runs = [run_of_stage(config, stage) for stage in stages]
+    runs = [stage.config for stage in stages]
     numbers = [ranks_of_stage(config, stage, range(ranks, 0, -hardware.gpus_per_node)) for stage in stages]
     if search:
         found = search_stages(runs, ranks, hardware, assumptions)
@@ -140,7 +139,7 @@ def make_plan(
         config=config,
         hardware=hardware,
         counts=count_parameters(config.model),
-        flops=flops_per_token(config.model, stages[0].sequence_length),
+        flops=flops_per_token(config.model, stages[0].train.sequence_length),
         stages=tuple(entries),
         layouts=found[0].fitting,
         near_misses=found[0].misses,
@@ -218,7 +217,7 @@ def explain_no_layout(plan: Plan) -> str:
     storage = storage_of(plan.config)
     held = max(
         held_by_stages(
-            plan.config.model, layout, plan.stages[0].stage.sequence_length, plan.config.optimizer.muon_settings()
+            plan.config.model, layout, plan.stages[0].stage.train.sequence_length, plan.config.optimizer.muon_settings()
         ),
         key=lambda entry: entry.parameters,
     )
@@ -276,7 +275,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
                 "name": entry.stage.name,
                 "steps": entry.stage.num_steps,
                 "tokens": entry.stage.num_tokens(),
-                "sequence_length": entry.stage.sequence_length,
+                "sequence_length": entry.stage.train.sequence_length,
                 "days": entry.seconds() / SECONDS_A_DAY,
                 **estimate_as_dict(entry.estimate),
                 **searched_as_dict(entry),

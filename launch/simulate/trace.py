@@ -25,7 +25,6 @@ from amfm.model.config.pattern import block_kind
 from amfm.model.flops import block_flops, depth_projection_flops, head_flops
 from amfm.pretrain.checks.parallel import micro_batch_problems
 from amfm.pretrain.checks.ranks import ranks_of_stage
-from amfm.pretrain.checks.stages import run_of_stage
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.recompute import recomputed_letters
 from amfm.pretrain.stages import resolve_stages
@@ -137,7 +136,7 @@ def traced_config(config: RunConfig, ranks: int, stage_name: str | None) -> RunC
     names = [stage.name for stage in stages]
     if stage_name is not None and stage_name not in names:
         raise ValueError(f"--stage {stage_name} is not a training stage of this run; use one of {', '.join(names)}")
-    run = run_of_stage(config, stages[names.index(stage_name) if stage_name else 0])
+    run = stages[names.index(stage_name) if stage_name else 0].config
     unit = run.train.micro_batch_size * run.parallel.data_ranks(ranks)
     most = run.train.global_batch_size // unit
     for count in range(min(most, run.parallel.pipeline + 1), most + 1):

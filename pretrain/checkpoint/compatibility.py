@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from itertools import zip_longest
 from typing import Any
 
@@ -20,7 +19,7 @@ from pydantic import ValidationError
 from amfm.pretrain.config.fields import flatten_settings
 from amfm.pretrain.config.saved import read_saved_config
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.stages import resolve_stages, total_steps
+from amfm.pretrain.stages import RunStage, resolve_stages, total_steps
 
 # Settings that a resumed run may change: where it runs, how it is spread, what it reports and when it saves. A name
 # ending in ".*" allows a whole section. docs/checkpoints.md says why for each; everything else is refused.
@@ -124,17 +123,32 @@ def stage_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[
         if after is None:
             faults.append(f"stages.{before.index}: the checkpoint has {before.name}, this run ends before it")
             continue
-        free = {"name", "micro_batch_size", "parallel", "recompute", "recompute_blocks"} | (
-            {"num_steps"} if before is begun[-1] else set()
-        )
-        for name in [item.name for item in fields(before) if item.name not in free]:
-            saved_value, value = getattr(before, name), getattr(after, name)
-            if saved_value != value:
+        old, new = kept_settings(before), kept_settings(after)
+        for name in old:
+            if old[name] != new[name] and not (name == "num_steps" and before is begun[-1]):
                 faults.append(
-                    f"stages.{before.index} ({before.name}): {name}: the checkpoint has {saved_value!r}, this run has "
-                    f"{value!r}"
+                    f"stages.{before.index} ({before.name}): {name}: the checkpoint has {old[name]!r}, this run has "
+                    f"{new[name]!r}"
                 )
     return faults
+
+
+def kept_settings(stage: RunStage) -> dict[str, Any]:
+    """What a stage that has begun must keep, by name."""
+    attention = stage.config.model.attention
+    return {
+        "first_step": stage.first_step,
+        "num_steps": stage.num_steps,
+        "first_sample": stage.first_sample,
+        "sequence_length": stage.train.sequence_length,
+        "global_batch_size": stage.train.global_batch_size,
+        "peak": stage.config.optimizer.learning_rate,
+        "schedule": stage.config.schedule,
+        "rope": attention.rope if attention is not None else None,
+        "indexer": stage.indexer,
+        "weights": stage.weights,
+        "ramp": stage.train.batch_ramp,
+    }
 
 
 def end_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[str]:

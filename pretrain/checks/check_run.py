@@ -31,7 +31,6 @@ from amfm.pretrain.checks.stages import (
     declaration_problems,
     ramp_problems,
     relocate,
-    run_of_stage,
     total_problems,
 )
 from amfm.pretrain.checks.synthetic import synthetic_length_problems, synthetic_problems
@@ -83,9 +82,11 @@ def check_run(
         choices = [world_size] if isinstance(world_size, int) else world_size
         present = stage_of(stages, steps_done)
         for stage in stages:
-            is_shared = stage.index >= present.index and not (goes_on and stage.parallel != present.parallel)
+            is_shared = stage.index >= present.index and not (
+                goes_on and stage.config.parallel != present.config.parallel
+            )
             ranks = ranks_of_stage(config, stage, choices) if choices and is_shared else None
-            found = stage_problems(run_of_stage(config, stage), ranks)
+            found = stage_problems(stage.config, ranks)
             if ranks is not None:
                 found = with_nearest(found, config, stage, ranks)
             problems += [relocate(problem, config, stage) for problem in found]
@@ -231,10 +232,10 @@ def keeping_problems(config: RunConfig) -> Iterator[Problem]:
 def schedule_problems(config: RunConfig) -> Iterator[Problem]:
     """Check that warm-up and decay fit into the run, and that no setting of another schedule is given.
 
-    The configuration must have `train.steps`, as `run_of_stage` gives it.
+    The configuration must have `train.steps`, as `RunStage.config` has it.
     """
     schedule, steps = config.schedule, config.train.steps
-    assert steps is not None, "run_of_stage gives a run its steps"
+    assert steps is not None, "a stage has its steps"
     warmup_steps = schedule.warmup_length(steps)
     if warmup_steps >= steps:
         rule = f"must be less than train.steps={steps}"

@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import islice, product
 
 from amfm.pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
-from amfm.pretrain.checks.stages import declaring_stage, ramp_share_problems, run_of_stage
+from amfm.pretrain.checks.stages import declaring_stage, ramp_share_problems
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.schema import ParallelConfig, RunConfig
 from amfm.pretrain.recompute import recompute_problems
@@ -50,7 +50,7 @@ def ranks_of_stage(config: RunConfig, stage: RunStage, choices: Sequence[int]) -
 
     Where none suits it is the first choice, whose problems say why.
     """
-    run = run_of_stage(config, stage)
+    run = stage.config
     if declaring_stage(config, stage.index, "parallel") is not None:
         for number in choices:
             if not rank_problems(run, number):
@@ -63,7 +63,7 @@ def with_nearest(found: list[Problem], config: RunConfig, stage: RunStage, ranks
     place = next((place for place, problem in enumerate(found) if problem.key.startswith("parallel")), None)
     if place is None or declaring_stage(config, stage.index, "parallel") is None:
         return found
-    nearest = nearest_layout(run_of_stage(config, stage), ranks)
+    nearest = nearest_layout(stage.config, ranks)
     if nearest is None:
         return found
     remedy = f"the nearest layout for {ranks} ranks is {describe_parallel(nearest)}"

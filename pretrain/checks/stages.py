@@ -2,7 +2,7 @@
 
 A stage may change row length, batch, rotary positions, schedule and layout, so nearly every rule of a run can be broken by one
 stage alone. Instead of writing each rule twice, a stage is turned into the configuration of a run that consists of it
-(`run_of_stage`), the ordinary rules check that run, and each problem is moved back to the key where the stage declares
+(`RunStage.config`), the ordinary rules check that run, and each problem is moved back to the key where the stage declares
 the value (`relocate`). Rules on the declaration itself come first: without them stages cannot be resolved.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import replace
 from amfm.model.config.indexer_stage import has_indexer
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.schema import RunConfig, StageConfig
-from amfm.pretrain.stages import RunStage, model_of_stage
+from amfm.pretrain.stages import RunStage
 
 # What a stage without its own value takes from outside of the stages, and not from the stage before.
 NOT_INHERITED = ("learning_rate", "schedule", "weights")
@@ -65,7 +65,7 @@ def ramp_problems(config: RunConfig, first: RunStage) -> Iterator[Problem]:
     ramp = config.train.batch_ramp
     if ramp is None:
         return
-    full = first.global_batch_size
+    full = first.train.global_batch_size
     if ramp.start_size >= full:
         rule = f"must be less than the global batch of {full} rows"
         yield Problem("train.batch_ramp.start_size", rule, "lower it, or remove the ramp", str(ramp.start_size))
@@ -103,34 +103,13 @@ def total_problems(config: RunConfig, total: int) -> Iterator[Problem]:
         yield Problem("train.steps", rule, remedy, str(config.train.steps))
 
 
-def run_of_stage(config: RunConfig, stage: RunStage) -> RunConfig:
-    """Build the configuration of a run that is this stage and nothing else, to which the rules for runs apply.
-
-    `train.stop_after_steps` is dropped: it counts over the whole run, and `loop_problems` checks it there.
-    """
-    train = config.train.model_copy(
-        update={
-            "steps": stage.num_steps,
-            "stop_after_steps": None,
-            "sequence_length": stage.sequence_length,
-            "micro_batch_size": stage.micro_batch_size,
-            "global_batch_size": stage.global_batch_size,
-            "batch_ramp": stage.ramp,
-            "recompute": stage.recompute,
-            "recompute_blocks": stage.recompute_blocks,
-        }
-    )
-    own = {"schedule": stage.schedule, "model": model_of_stage(config, stage), "parallel": stage.parallel}
-    return config.model_copy(update={"stages": (), "train": train, **own})
-
-
 def relocate(problem: Problem, config: RunConfig, stage: RunStage) -> Problem:
     """Move a problem to the key at which the stage declares the value, if it does, and name the stage.
 
     A problem whose setting no stage can declare keeps its key, and one whose value no stage declares too: it is then
     about every stage alike.
     """
-    own_key = problem.key.removeprefix("train.").removeprefix("model.attention.")
+    own_key = problem.key.removeprefix("train.").removeprefix("model.attention.").removeprefix("optimizer.")
     field = own_key.partition(".")[0]
     if not config.stages or field not in StageConfig.model_fields:
         return problem

@@ -69,9 +69,9 @@ def synthetic_length_problems(config: RunConfig, stages: Sequence[RunStage]) -> 
         return
     shortest = build_task(config.data.probe).shortest
     for stage in stages:
-        if stage.sequence_length < shortest:
+        if stage.train.sequence_length < shortest:
             # Blame the key that was written: the stage's own length, or the one it inherits.
             own = config.stages and config.stages[stage.index].sequence_length is not None
             key = f"stages.{stage.index}.sequence_length" if own else "train.sequence_length"
             rule = f"must be at least {shortest}, the shortest row of data.probe.task={config.data.probe.task} with its settings"
-            yield Problem(key, rule, "raise it", str(stage.sequence_length))
+            yield Problem(key, rule, "raise it", str(stage.train.sequence_length))

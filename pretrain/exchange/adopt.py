@@ -90,8 +90,8 @@ def adopt(
     stage = last_stage(stages, steps_done)
     loader = PretrainLoader(
         data_of_stages(config, stages),
-        sequence_length=stages[0].sequence_length,
-        micro_batch_size=stages[0].micro_batch_size,
+        sequence_length=stages[0].train.sequence_length,
+        micro_batch_size=stages[0].train.micro_batch_size,
         seed=config.train.seed,
     )
     loader.seek(stage.first_sample + stage.samples_before(steps_done + 1))

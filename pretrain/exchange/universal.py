@@ -71,7 +71,7 @@ def export_universal(
             config = read_saved_config(record)
             names = name_for_export(config.model, gpt, state.origin)
             stage = last_stage(resolve_stages(config), record["step"])
-            client = describe_client(record, config.model, stage.sequence_length)
+            client = describe_client(record, config.model, stage.train.sequence_length)
         tag = f"global_step{record['step']}"
         folder = out / tag
         write_parameters(folder / "zero", state, names, report)

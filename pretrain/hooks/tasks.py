@@ -119,8 +119,8 @@ def build_scorer(run: Run) -> Scorer:
         empty_state=run.model.empty_state,
         tokenizer=load_tokenizer(run.config.data.text_store()),
         device=parallel.device,
-        max_length=run.stage.sequence_length,
-        rows_at_once=run.config.evaluate.micro_batch_size or run.stage.micro_batch_size,
+        max_length=run.stage.train.sequence_length,
+        rows_at_once=run.config.evaluate.micro_batch_size or run.stage.train.micro_batch_size,
         share=Share(
             data_rank=parallel.data_rank,
             num_data_ranks=parallel.data_world_size,

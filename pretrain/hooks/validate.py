@@ -65,7 +65,7 @@ def validate(run: Run, loader: PretrainLoader, num_rows: int | None = None) -> V
     is_synthetic = run.config.data.probe is not None
     counts = torch.zeros(1 + model.num_depths, dtype=torch.int64, device=run.parallel.device)
     hits_D = torch.zeros(model.num_depths, dtype=torch.float64, device=run.parallel.device)
-    batch_rows = run.stage.global_batch_size
+    batch_rows = run.stage.train.global_batch_size
     num_batches = run.config.train.validation_batches if num_rows is None else math.ceil(num_rows / batch_rows)
     counts_R2 = torch.zeros(num_batches * batch_rows, 2, dtype=torch.float64, device=run.parallel.device)
     names = loader.source_names
@@ -73,7 +73,7 @@ def validate(run: Run, loader: PretrainLoader, num_rows: int | None = None) -> V
     run.engine.module.eval()
     for _ in range(num_batches):
         run.clock("validate")  # each batch is progress, however many there are
-        batches = loader.take(batch_rows, run.stage.micro_batch_size)
+        batches = loader.take(batch_rows, run.stage.train.micro_batch_size)
         if num_rows is not None:
             leave_out(batches, num_rows)
         counts += count_valid_tokens(batches, run.parallel, model)
@@ -152,7 +152,7 @@ class Validations(Hook):
     @property
     def loader(self) -> PretrainLoader | None:
         """Loader of held-out text in rows of the present stage's length; None where nothing is held out."""
-        return self.loaders.get(self.run.stage.sequence_length)
+        return self.loaders.get(self.run.stage.train.sequence_length)
 
     def after_step(self, result: StepResult) -> None:
         """Validate each `train.validate_every_steps`, and after the last step."""

@@ -33,9 +33,9 @@ class ValidationSets(Hook):
         self.loaders: dict[tuple[str, int], PretrainLoader] = {}
         for each in run.config.validation:
             alone = only_source(run.config.data, each.source_name)
-            for stage in {stage.sequence_length: stage for stage in run.stages}.values():
+            for stage in {stage.train.sequence_length: stage for stage in run.stages}.values():
                 loader = open_loader(run.config, alone, run.parallel, "validation", stage)
-                self.loaders[each.name, stage.sequence_length] = loader
+                self.loaders[each.name, stage.train.sequence_length] = loader
 
     def before_passes(self, micro_batches: Sequence[MicroBatch], share: LossShare) -> None:
         """Before the first step of the run: what its first weights are worth."""
@@ -57,7 +57,7 @@ class ValidationSets(Hook):
         """Measure all sets in their order, and record each; the losses by name. Every rank must call this."""
         found = {}
         for each in self.run.config.validation:
-            loader = self.loaders[each.name, self.run.stage.sequence_length]
+            loader = self.loaders[each.name, self.run.stage.train.sequence_length]
             validation = validate(self.run, loader, self.num_rows(each, loader))
             found[each.name] = finite(validation.loss)
             self.record(each, validation)
@@ -66,11 +66,11 @@ class ValidationSets(Hook):
     def num_rows(self, each: ValidationSet, loader: PretrainLoader) -> int:
         """Rows that are measured: as many as asked for, at most each row of the text once."""
         stage, train = self.run.stage, self.run.config.train
-        wanted = (each.batches or train.validation_batches) * stage.global_batch_size
+        wanted = (each.batches or train.validation_batches) * stage.train.global_batch_size
         if each.tokens is not None:
-            wanted = math.ceil(each.tokens / stage.sequence_length)
+            wanted = math.ceil(each.tokens / stage.train.sequence_length)
         assert isinstance(loader.reader, SampleReader), "check_run refuses sets next to a synthetic task"
-        return min(wanted, loader.reader.rows_per_epoch(each.source_name, stage.sequence_length))
+        return min(wanted, loader.reader.rows_per_epoch(each.source_name, stage.train.sequence_length))
 
     def record(self, each: ValidationSet, validation: Validation) -> None:
         """Write what was found of a set as an event; before the first step, also say it."""

@@ -45,7 +45,7 @@ from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.inference.merge import multiply_out
 from amfm.pretrain.inference.released import FILE as RELEASED
 from amfm.pretrain.inference.released import Released, find_released
-from amfm.pretrain.stages import last_stage, model_of_stage, resolve_stages
+from amfm.pretrain.stages import last_stage, resolve_stages
 from amfm.pretrain.tensor_files import TensorFile, TensorWriter
 
 WEIGHTS_FORMAT = "amfm-weights"
@@ -93,7 +93,7 @@ class Weights:
         """Tokens per row in the last step of the training; None for an import."""
         if self.run is None or self.step is None:
             return None
-        return last_stage(resolve_stages(self.run), self.step).sequence_length
+        return last_stage(resolve_stages(self.run), self.step).train.sequence_length
 
     def without_depths(self) -> Weights:
         """The same model without its depths of multi-token prediction."""
@@ -160,7 +160,7 @@ def _read_checkpoint(folder: Path, report: Report) -> Weights:
         )
     step = int(manifest["step"])
     stages = resolve_stages(run)
-    model = model_of_stage(run, last_stage(stages, step))
+    model = last_stage(stages, step).config.model
     if model.guide is not None:
         alpha = model.guide.alpha(step, stages[-1].last_step)
         model, state = merge_guides(model, state, alpha)

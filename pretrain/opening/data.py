@@ -19,8 +19,8 @@ def open_loader(
     return PretrainLoader(
         data,
         split=split,
-        sequence_length=stage.sequence_length,
-        micro_batch_size=stage.micro_batch_size,
+        sequence_length=stage.train.sequence_length,
+        micro_batch_size=stage.train.micro_batch_size,
         seed=config.train.seed,
         data_rank=parallel.data_rank,
         data_world_size=parallel.data_world_size,
@@ -36,7 +36,7 @@ def open_validations(
     """
     if config.data.validation_fraction == 0:
         return {}
-    by_length = {stage.sequence_length: stage for stage in stages}
+    by_length = {stage.train.sequence_length: stage for stage in stages}
     return {length: open_loader(config, data, parallel, "validation", stage) for length, stage in by_length.items()}
 
 

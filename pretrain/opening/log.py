@@ -37,7 +37,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
     of or found changed goes to the events too. origin: what else the event of the start records.
     """
     counts = count_parameters(run.model.config)
-    length = run.stage.sequence_length
+    length = run.stage.train.sequence_length
     facts = {
         "pattern": run.model.pattern.canonical(),
         "parameters": counts.total,
@@ -60,7 +60,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
     run.say(
         f"{facts['pattern']}: {counts.total:,} parameters ({counts.active:,} active), {run.config.train.precision}, "
         f"ZeRO {run.engine.zero_stage}, {plural(run.parallel.world_size, 'rank')} on {device} with "
-        f"{plural(torch.get_num_threads(), 'thread')}, {run.stage.global_batch_size} x {length} tokens per step"
+        f"{plural(torch.get_num_threads(), 'thread')}, {run.stage.train.global_batch_size} x {length} tokens per step"
     )
     for remark in run.loader.describe_repeats(run.stages[-1].first_sample + run.stages[-1].num_samples()):
         run.say(remark)
@@ -115,7 +115,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
 
 def describe_kinds(config: RunConfig) -> dict[str, Any]:
     """Parameters and FLOPs by kind of block, for environment.json, so that a report shows them without torch."""
-    lengths = {stage.sequence_length for stage in resolve_stages(config)}
+    lengths = {stage.train.sequence_length for stage in resolve_stages(config)}
     lengths |= {phase.sequence_length for phase in config.data.phases if phase.sequence_length is not None}
     counts = count_parameters(config.model)
     return {

@@ -186,7 +186,7 @@ def learning_rate_plot(record: RunRecord) -> Plot | None:
     steps, rates = record.series("lr")
     if not rates:
         return None
-    kinds = ", ".join(f"{stage.name} {stage.schedule.kind}" for stage in record.stages)
+    kinds = ", ".join(f"{stage.name} {stage.config.schedule.kind}" for stage in record.stages)
     caption = f"By stage: {kinds}." if record.config.stages else f"Schedule {record.config.schedule.kind}."
     return Plot("rate", "Learning rate", caption, "", (Curve("", steps, rates, series=2),), lowest=0)
 

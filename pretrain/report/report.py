@@ -146,7 +146,7 @@ def make_cards(record: RunRecord) -> list[Card]:
     tokens = record.last("tokens")
     start = record.newest_start()
     speed_source = f"median since the start at step {start:,}" if start else "median of the newer half"
-    lengths = ", ".join(dict.fromkeys(f"{stage.sequence_length:,}" for stage in record.stages))
+    lengths = ", ".join(dict.fromkeys(f"{stage.train.sequence_length:,}" for stage in record.stages))
     cards = [
         Card("Steps", f"{record.last_step():,}", f"of {record.num_steps:,}"),
         Card("Parameters", count(counts.total), f"{count(counts.active)} active per token"),
@@ -200,7 +200,7 @@ def describe_model(record: RunRecord) -> Table:
     config = record.config
     counts = record.counts
     phases = [phase.sequence_length for phase in config.data.phases if phase.sequence_length is not None]
-    lengths = dict.fromkeys([*(stage.sequence_length for stage in record.stages), *phases])
+    lengths = dict.fromkeys([*(stage.train.sequence_length for stage in record.stages), *phases])
     flops = [record.flops_per_token(length) for length in lengths]
     kinds = dict.fromkeys([*counts.total_by_kind, *flops[0]])
     rows = [

@@ -18,7 +18,6 @@ from amfm.pretrain.run import apply_stage
 from amfm.pretrain.saving import restore_newest_weights
 from amfm.pretrain.stages import (
     data_of_stages,
-    model_of_stage,
     resolve_stages,
     stage_of,
     step_of_sample,
@@ -80,11 +79,11 @@ def staged(data: DataConfig, run_dir: Path, stages: list[dict[str, Any]] = STAGE
 def test_what_a_stage_leaves_open_is_as_before_it(two_sources: DataConfig, tmp_path: Path) -> None:
     stages = resolve_stages(staged(two_sources, tmp_path))
     assert [stage.first_step for stage in stages] == [0, 3, 6, 9]
-    assert [stage.sequence_length for stage in stages] == [128, 128, 256, 1024]
-    assert [stage.global_batch_size for stage in stages] == [4, 6, 4, 2]
-    assert [stage.micro_batch_size for stage in stages] == [2, 2, 2, 1]
+    assert [stage.train.sequence_length for stage in stages] == [128, 128, 256, 1024]
+    assert [stage.train.global_batch_size for stage in stages] == [4, 6, 4, 2]
+    assert [stage.train.micro_batch_size for stage in stages] == [2, 2, 2, 1]
     assert [stage.first_sample for stage in stages] == [0, 12, 30, 42]
-    assert [stage.rope and stage.rope.ntk_alpha for stage in stages] == [None, None, 50, 1000]
+    assert [stage.config.model.attention.rope.ntk_alpha for stage in stages] == [None, None, 50, 1000]
     assert [stage_of(stages, done).name for done in (0, 2, 3, 11, 12)] == [
         *("pretraining", "pretraining", "annealing", "longest", "longest")
     ]
@@ -240,7 +239,7 @@ def test_a_run_across_four_stages_resumes_bitwise_inside_each(two_sources: DataC
 
     weights = read_weights(tmp_path / "resumed")
     stages = resolve_stages(staged(two_sources, tmp_path))
-    assert weights.model == model_of_stage(staged(two_sources, tmp_path), stages[-1])
+    assert weights.model == stages[-1].config.model
     assert weights.trained_length() == 1024 and weights.tokens == straight.metrics[-1]["tokens"]
 
 

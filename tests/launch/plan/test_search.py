@@ -75,8 +75,8 @@ stages:
     assert all(stage["chosen"]["fits"] and len(stage["layouts"]) > 1 for stage in (short, again, long))
     assert run(["plan", str(path), "--gpus", "16", "--search", "--write-layout"]) == 0
     stages = resolve_stages(load_config(path, ()))
-    assert stages[0].parallel == stages[1].parallel != stages[2].parallel
-    assert stages[2].parallel == ParallelConfig.model_validate(long["chosen"]["parallel"])
+    assert stages[0].config.parallel == stages[1].config.parallel != stages[2].config.parallel
+    assert stages[2].config.parallel == ParallelConfig.model_validate(long["chosen"]["parallel"])
     assert "# the same rows: nothing to gain" in path.read_text(encoding="utf-8")
 
 

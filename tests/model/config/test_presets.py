@@ -128,9 +128,9 @@ def test_turbos_has_the_four_stages_of_its_report():
     config = load("turbos_560b")
     stages = resolve_stages(config)
     assert [stage.num_tokens() for stage in stages] == pytest.approx([16e12, 300e9, 30e9, 20e9], rel=1e-3)
-    assert [stage.sequence_length for stage in stages] == [4096, 4096, 32_768, 262_144]
-    assert [stage.rope.ntk_alpha for stage in stages] == [None, None, 50, 1000]
-    assert {stage.global_batch_size * stage.sequence_length for stage in stages} == {2048 * 4096}
+    assert [stage.train.sequence_length for stage in stages] == [4096, 4096, 32_768, 262_144]
+    assert [stage.config.model.attention.rope.ntk_alpha for stage in stages] == [None, None, 50, 1000]
+    assert {stage.train.global_batch_size * stage.train.sequence_length for stage in stages} == {2048 * 4096}
     rates = [stage.rate(stage.last_step) for stage in stages]
     assert rates == pytest.approx([3e-4, 5e-6, 5e-6, 5e-6], rel=1e-3)
 

@@ -42,13 +42,13 @@ def test_what_a_stage_leaves_open_of_its_layout_is_as_before_it() -> None:
         {"parallel": {"context": 2}, "recompute": "full"},
     )
     stages = resolve_stages(config)
-    assert [describe_parallel(stage.parallel) for stage in stages] == [
+    assert [describe_parallel(stage.config.parallel) for stage in stages] == [
         "{}",
         "{tensor: 2}",
         "{tensor: 2}",
         "{context: 2}",
     ]
-    assert [(stage.recompute, stage.recompute_blocks) for stage in stages] == [
+    assert [(stage.train.recompute, stage.train.recompute_blocks) for stage in stages] == [
         *(("selective", "M"), ("selective", "M"), ("selective", "E"), ("full", ""))
     ]
     assert fresh_starts(config) == [stages[1].first_step, stages[3].first_step]

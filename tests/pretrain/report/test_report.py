@@ -286,7 +286,7 @@ def test_spikes_do_not_rule_the_speed_and_events_are_on_every_plot(tmp_path) -> 
 def test_a_report_takes_the_counts_that_the_run_recorded(tmp_path: Path) -> None:
     run = make_run(tmp_path, [line(1)])
     kinds = {"parameters": {"mamba": 70}, "active_parameters": {"mamba": 60}}
-    length = read_run(run).stages[0].sequence_length
+    length = read_run(run).stages[0].train.sequence_length
     facts = {"by_kind": {**kinds, "flops_per_token": {str(length): {"mamba": 5.0}}}}
     (run / "environment.json").write_text(json.dumps({"model": facts}))
     record = read_run(run)
