@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -170,8 +170,8 @@ class PretrainLoader:
             )
         if past != now:
             raise ValueError(
-                f"the data state was made with weights {past} up to sample {cursor}, this run has {now}; past weights "
-                f"can't change: restore them and append the change to data.phases with start_sample {cursor} or later"
+                f"the data state was made with {in_words(past)} up to sample {cursor}, this run has {in_words(now)}; past "
+                f"weights can't change: restore them and append the change to data.phases with start_sample {cursor} or later"
             )
         for source in sorted({name for phase in past for name in phase[1]}):
             before, after = state["sources"].get(source), mine["sources"].get(source)
@@ -341,6 +341,16 @@ def row_settings(
     if config.probe is None:
         return SampleSettings.from_config(config, split=split, sequence_length=sequence_length, seed=seed)
     return SyntheticSettings.from_config(config.probe, phases_of(config, sequence_length), split=split, seed=seed)
+
+
+def in_words(phases: Sequence[tuple[int, Mapping[str, float], int]]) -> str:
+    """Weights of phases as text: those of the first, and from which sample others count."""
+    texts = [
+        f"{'' if start == 0 else f'from sample {start} '}{', '.join(f'{name} {weight:g}' for name, weight in weights.items())}"
+        f" in rows of {length}"
+        for start, weights, length in phases
+    ]
+    return f"the weights {'; '.join(texts)}"
 
 
 def _one_or_all(lengths: list[int]) -> int | list[int]:

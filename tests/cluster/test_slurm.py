@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +46,18 @@ def submit(nodes: Cluster, root: Path, *options: str, count: int | None = None) 
     """Submit root/run.yaml from the login node; returns the job's number and its log."""
     job = nodes.run(0, *launch_command(root, count or nodes.count, *options)).split()[-1]
     return job, root / "run" / "logs" / f"slurm-{job}.log"
+
+
+@contextmanager
+def training(
+    folder: Path, num_nodes: int, *options: str, count: int | None = None, steps: int = 13, **overrides: Any
+) -> Iterator[tuple[Cluster, str, Path]]:
+    """A run on a cluster of its own that has taken these steps: the cluster, the job's number, and the job's log."""
+    write_run(folder, folder / "run", **overrides)
+    with cluster(num_nodes, "slurm", folder=folder) as nodes:
+        job, log = submit(nodes, folder, *options, count=count)
+        wait_for_steps(folder / "run", steps, log)
+        yield nodes, job, log
 
 
 def field(nodes: Cluster, job: str, name: str) -> str:
@@ -114,10 +129,9 @@ def test_the_signal_before_a_time_limit_costs_no_step_and_the_next_job_goes_on(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
     """Slurm's own clock sends it: ranks are stopped so that they don't reach the last step before."""
-    write_run(folder, folder / "run", launch__heartbeat_seconds=900.0, train__timeout_seconds=900.0)
-    with cluster(2, "slurm", folder=folder) as nodes:
-        job, log = submit(nodes, folder, "launch.slurm.time_limit=60")
-        wait_for_steps(folder / "run", 13, log)
+    with training(
+        folder, 2, "launch.slurm.time_limit=60", launch__heartbeat_seconds=900.0, train__timeout_seconds=900.0
+    ) as (nodes, job, log):
         with watch("Slurm", "time limit") as row:
             for node in (1, 2):
                 signal_ranks(nodes, node, "STOP")
@@ -134,10 +148,7 @@ def test_the_signal_before_a_time_limit_costs_no_step_and_the_next_job_goes_on(
 def test_a_node_lost_after_a_checkpoint_leaves_the_other_which_goes_on_from_it(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
-    write_run(folder, folder / "run")
-    with cluster(2, "slurm", folder=folder) as nodes:
-        job, log = submit(nodes, folder)
-        wait_for_steps(folder / "run", 23, log)
+    with training(folder, 2, steps=23) as (nodes, job, log):
         with watch("Slurm", "power of a node lost"):
             nodes.fault("lose", 2)
             finish(nodes, job, log)
@@ -151,10 +162,7 @@ def test_a_node_lost_after_a_checkpoint_leaves_the_other_which_goes_on_from_it(
 def test_a_spare_node_of_the_job_takes_the_place_of_a_lost_one(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
-    write_run(folder, folder / "run", launch__spare_nodes=1)
-    with cluster(3, "slurm", folder=folder) as nodes:
-        job, log = submit(nodes, folder, count=2)
-        wait_for_steps(folder / "run", 23, log)
+    with training(folder, 3, count=2, steps=23, launch__spare_nodes=1) as (nodes, job, log):
         with watch("Slurm", "power of a node lost, a spare waits"):
             nodes.fault("lose", 2)
             finish(nodes, job, log)
@@ -166,10 +174,8 @@ def test_a_spare_node_of_the_job_takes_the_place_of_a_lost_one(
 
 
 def test_a_cancelled_job_saves_its_last_step(folder: Path, watch: WatchRun) -> None:
-    write_run(folder, folder / "run", train__checkpoint_every_steps=None)  # no other checkpoint may stand for it
-    with cluster(1, "slurm", folder=folder) as nodes:
-        job, log = submit(nodes, folder)
-        wait_for_steps(folder / "run", 4, log)
+    # no other checkpoint may stand for it
+    with training(folder, 1, steps=4, train__checkpoint_every_steps=None) as (nodes, job, log):
         with watch("Slurm", "scancel"):
             nodes.run(0, "scancel", job)
             wait_until(lambda: state(nodes, job) == "CANCELLED", 60, log)
@@ -181,10 +187,7 @@ def test_a_cancelled_job_saves_its_last_step(folder: Path, watch: WatchRun) -> N
 def test_a_node_that_is_drained_or_lost_and_comes_back_takes_part_again_in_the_next_job(
     fault: str, folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
-    write_run(folder, folder / "run")
-    with cluster(2, "slurm", folder=folder) as nodes:
-        job, log = submit(nodes, folder)
-        wait_for_steps(folder / "run", 13, log)
+    with training(folder, 2) as (nodes, job, log):
         with watch("Slurm", f"node {fault}, comes back for the next job"):
             if fault == "drained":
                 # A job keeps a drained node to its end; an attempt after it does without it.

@@ -22,7 +22,7 @@ from tests.cluster.cluster import (
     wait_until,
 )
 from tests.cluster.conftest import WatchRun, check_losses, write_run
-from tests.cluster.test_slurm import field, finish, launch_command, state, submit
+from tests.cluster.test_slurm import field, finish, launch_command, state, submit, training
 
 pytestmark = [
     pytest.mark.cluster,
@@ -34,10 +34,7 @@ def test_a_job_whose_batch_host_is_lost_is_queued_again_by_its_other_node(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
     """Slurm would leave it running, with nothing in it, until its time limit."""
-    write_run(folder, folder / "run")
-    with cluster(3, "slurm", folder=folder) as nodes:
-        job, log = submit(nodes, folder, count=2)
-        wait_for_steps(folder / "run", 13, log)
+    with training(folder, 3, count=2) as (nodes, job, log):
         with watch("Slurm", "power of the batch host lost"):
             nodes.fault("lose", int(field(nodes, job, "BatchHost").removeprefix("node")))
             wait_until(lambda: field(nodes, job, "Restarts") == "1", 300, log)
@@ -49,22 +46,23 @@ def test_a_job_whose_batch_host_is_lost_is_queued_again_by_its_other_node(
     check_losses(folder / "run", undisturbed)
 
 
-def test_a_run_that_stops_on_purpose_is_not_queued_again(folder: Path) -> None:
-    write_run(folder, folder / "run")
+def test_a_run_that_stops_on_purpose_is_not_queued_again_in_a_folder_of_any_name(folder: Path) -> None:
+    """Slurm replaces what follows a % in the names of its files."""
+    root = folder / "größe 50 %j"
+    write_run(folder, root / "run")
     with cluster(1, "slurm", folder=folder) as nodes:
-        job, log = submit(nodes, folder, "train.stop_after_steps=3")
+        job, log = submit(nodes, root, "train.stop_after_steps=3")
         wait_until(lambda: state(nodes, job) in ("COMPLETED", "PENDING"), START_SECONDS, log)
         assert (state(nodes, job), field(nodes, job, "Restarts")) == ("COMPLETED", "0")
-    assert [event["reason"] for event in events(folder / "run", "end")] == ["stop_after_steps"]
+    assert [event["reason"] for event in events(root / "run", "end")] == ["stop_after_steps"]
+    assert "stopped at step 3 of" in log.read_text() and {path.name for path in root.iterdir()} == {"run", "run.yaml"}
+    assert len(list(root.glob(f"run/logs/job-{job}/attempt-0/node-0.log"))) == 1
 
 
 def test_a_controller_that_is_away_while_a_rank_is_lost_is_waited_for(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
-    write_run(folder, folder / "run")
-    with cluster(1, "slurm", folder=folder) as nodes:
-        job, log = submit(nodes, folder)
-        wait_for_steps(folder / "run", 13, log)
+    with training(folder, 1) as (nodes, job, log):
         with watch("Slurm", "controller away while a rank is killed"):
             nodes.run(0, "pkill", "-KILL", "slurmctld")
             signal_ranks(nodes, 1, "KILL")
@@ -80,10 +78,7 @@ def test_a_signal_to_the_launcher_alone_reaches_the_ranks_which_save(
     name: str, folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
     """As `--signal=B:TERM` sends it, `scancel --full`, and scripts of a site before maintenance."""
-    write_run(folder, folder / "run")
-    with cluster(1, "slurm", folder=folder) as nodes:
-        job, log = submit(nodes, folder)
-        wait_for_steps(folder / "run", 13, log)
+    with training(folder, 1) as (nodes, job, log):
         with watch("Slurm", f"SIG{name} to the batch script alone") as row:
             nodes.run(0, "scancel", "--batch", f"--signal={name}", job)
             wait_until(lambda: "is queued again" in log.read_text(), START_SECONDS, log)
@@ -128,10 +123,7 @@ def test_a_rank_lost_beside_the_next_jobs_on_its_node_starts_again_at_a_port_of_
 
 def test_a_run_that_is_submitted_twice_has_one_job(folder: Path) -> None:
     """The second launcher, started where squeue did not know of the first, ends with the first one's name."""
-    write_run(folder, folder / "run", launch__heartbeat_seconds=900.0)
-    with cluster(2, "slurm", folder=folder) as nodes:
-        job, log = submit(nodes, folder, count=1)
-        wait_for_steps(folder / "run", 1, log)
+    with training(folder, 2, count=1, steps=1, launch__heartbeat_seconds=900.0) as (nodes, job, _):
         signal_ranks(nodes, int(field(nodes, job, "BatchHost").removeprefix("node")), "STOP")  # it lasts
         refused = nodes.try_to(0, *launch_command(folder, 1))
         assert refused.returncode == 2 and f"job {job} (" in refused.stderr, refused.stderr

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,19 @@ def launch(
     return nodes.start(0, root / "launch.log", *command)
 
 
+@contextmanager
+def training(
+    folder: Path, num_nodes: int, *, count: int | None = None, steps: int = 13, **overrides: Any
+) -> Iterator[tuple[Cluster, subprocess.Popen[bytes], Path]]:
+    """A run on hosts of its own that has taken these steps: the cluster, the launcher, and the launcher's log."""
+    write_run(folder, folder / "run", **overrides)
+    log, hosts = folder / "launch.log", "".join(f"node{number}\n" for number in range(1, num_nodes + 1))
+    with cluster(num_nodes, "ssh", folder=folder) as nodes:
+        launcher = launch(nodes, folder, hosts=hosts, count=count)
+        wait_for_steps(folder / "run", steps, log)
+        yield nodes, launcher, log
+
+
 @pytest.mark.parametrize(
     ("fault", "what"),
     [(("cut", 2), "link cut for good"), (("oneway", 2, "in"), "link open in one direction")],
@@ -66,11 +80,7 @@ def launch(
 def test_a_link_that_is_cut_for_good_is_named_and_the_other_host_goes_on(
     fault: tuple[Any, ...], what: str, folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
-    write_run(folder, folder / "run", launch__heartbeat_seconds=20.0)
-    log = folder / "launch.log"
-    with cluster(2, "ssh", folder=folder) as nodes:
-        launcher = launch(nodes, folder)
-        wait_for_steps(folder / "run", 23, log)
+    with training(folder, 2, steps=23, launch__heartbeat_seconds=20.0) as (nodes, launcher, log):
         with watch("ssh", what):
             nodes.fault(*fault)
             end_well(launcher, log)
@@ -85,11 +95,11 @@ def test_a_link_that_is_cut_for_good_is_named_and_the_other_host_goes_on(
 def test_a_link_that_is_away_for_twenty_seconds_costs_nothing(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
-    write_run(folder, folder / "run", launch__heartbeat_seconds=120.0, train__timeout_seconds=PATIENCE_SECONDS)
-    log = folder / "launch.log"
-    with cluster(2, "ssh", folder=folder) as nodes:
-        launcher = launch(nodes, folder)
-        wait_for_steps(folder / "run", 13, log)
+    with training(folder, 2, launch__heartbeat_seconds=120.0, train__timeout_seconds=PATIENCE_SECONDS) as (
+        nodes,
+        launcher,
+        log,
+    ):
         with watch("ssh", "link away for 20 s"):
             cut_for_a_while(nodes, 2, launcher)
             end_well(launcher, log)
@@ -115,11 +125,7 @@ def test_a_slow_and_lossy_link_and_a_clock_that_is_slightly_off_cost_nothing(
 
 
 def test_a_stopped_rank_is_named_by_the_other(folder: Path, undisturbed: list[float], watch: WatchRun) -> None:
-    write_run(folder, folder / "run", launch__heartbeat_seconds=20.0)
-    log = folder / "launch.log"
-    with cluster(2, "ssh", folder=folder) as nodes:
-        launcher = launch(nodes, folder)
-        wait_for_steps(folder / "run", 13, log)
+    with training(folder, 2, launch__heartbeat_seconds=20.0) as (nodes, launcher, log):
         with watch("ssh", "rank stopped (SIGSTOP)"):
             nodes.run(2, "pkill", "-STOP", "amfm-rank")
             end_well(launcher, log)
@@ -139,6 +145,21 @@ def test_a_host_name_that_does_not_resolve_is_said_with_the_name(folder: Path) -
     assert "1 node(s) can be used and launch.min_nodes=2" in text
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_hosts_whose_names_resolve_to_ipv6_alone_take_part(folder: Path, undisturbed: list[float]) -> None:
+    write_run(folder, folder / "run")
+    log = folder / "launch.log"
+    with cluster(2, "ssh", folder=folder) as nodes:
+        for node, device in enumerate(("br0", "eth0", "eth0")):
+            nodes.run(node, "ip", "-6", "addr", "add", f"fd00::1{node}/64", "dev", device, "nodad")
+        with (folder / "hosts").open("a") as names:
+            names.write("fd00::11 node1six\nfd00::12 node2six\n")
+        end_well(launch(nodes, folder, hosts="node1six\nnode2six\n"), log)
+    assert [event["world_size"] for event in events(folder / "run", "start")] == [2]
+    assert "is left out" not in log.read_text()
+    check_losses(folder / "run", undisturbed)
+
+
 def test_a_network_interface_that_a_host_lacks_is_named(folder: Path) -> None:
     write_run(folder, folder / "run", launch__environment={"GLOO_SOCKET_IFNAME": "ib7"}, launch__max_restarts=0)
     log = folder / "launch.log"
@@ -151,11 +172,11 @@ def test_a_network_interface_that_a_host_lacks_is_named(folder: Path) -> None:
 def test_a_spare_takes_the_place_of_a_node_that_loses_its_power(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
-    write_run(folder, folder / "run", launch__heartbeat_seconds=20.0, launch__spare_nodes=1)
-    log = folder / "launch.log"
-    with cluster(3, "ssh", folder=folder) as nodes:
-        launcher = launch(nodes, folder, hosts="node1\nnode2\nnode3\n", count=2)
-        wait_for_steps(folder / "run", 23, log)
+    with training(folder, 3, count=2, steps=23, launch__heartbeat_seconds=20.0, launch__spare_nodes=1) as (
+        nodes,
+        launcher,
+        log,
+    ):
         with watch("ssh", "power lost, a spare waits"):
             nodes.fault("lose", 2)
             end_well(launcher, log)
@@ -216,12 +237,9 @@ def other_python() -> Path:
 def test_storage_that_goes_stale_under_a_run_costs_no_checkpoint_that_was_whole(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
-    write_run(folder, folder / "run", launch__node_wait_seconds=1.0)
-    log, stale = folder / "launch.log", folder / "stale"
+    stale = folder / "stale"
     stale.mkdir()
-    with cluster(2, "ssh", folder=folder) as nodes:
-        launcher = launch(nodes, folder)
-        wait_for_steps(folder / "run", 13, log)
+    with training(folder, 2, launch__node_wait_seconds=1.0) as (nodes, launcher, log):
         with watch("ssh", "mount goes stale under a rank"):
             nodes.run(2, "mount", "--bind", str(stale), str(folder / "run"))
             end_well(launcher, log)
