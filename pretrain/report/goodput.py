@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from amfm.pretrain.event_log import IN_ORDER
@@ -27,7 +28,7 @@ MEASURED = ("validation_seconds", "tasks_seconds")
 class TimeUse:
     """Seconds of a run by use, and how often it was started again after it failed.
 
-    steps: that count. measuring: validation and tasks. saving: what steps waited for. starting: from the begin of a process,
+    steps: that count, the first of each start as the others. measuring: validation and tasks. saving: what steps waited for. starting: from the begin of a process,
     its launcher's too, to its first step, failed starts included. again: steps that a resume or a rollback took away. waiting: for a
     restart. other: the rest, such as hooks, logs and the end of processes. away: between commands, when no machine was held.
     """
@@ -116,7 +117,8 @@ def measure_goodput(record: RunRecord) -> TimeUse | None:
             starting += kept
         held += spent + kept
     again = count_discarded(record.events)
-    pauses, warm_up = measure_pauses(record, spans)
+    pauses, before_first, in_first = measure_pauses(record, spans)
+    steps, warm_up = steps - in_first, before_first + in_first
     known = steps + measuring + starting + waiting + again + pauses + warm_up
     return TimeUse(
         steps=steps,
@@ -175,21 +177,25 @@ def count_discarded(events: Sequence[Mapping[str, Any]]) -> float:
     return total
 
 
-def measure_pauses(record: RunRecord, spans: Sequence[Span]) -> tuple[float, float]:
-    """Seconds that saving took between steps and at the ends, and those before the first step of each start."""
+def measure_pauses(record: RunRecord, spans: Sequence[Span]) -> tuple[float, float, float]:
+    """Seconds that saving took between steps and at the ends, those before the first step of each start, and those in it.
+
+    In it are those beyond the start's usual step: memory is allocated, kernels are loaded, graphs are recorded.
+    """
     saved = {event.get("step") for event in record.events if event.get("event") == "checkpoint"}
     lines = [line for line in record.metrics if is_number(line.get("time")) and is_number(line.get("seconds"))]
-    saving = warm_up = 0.0
+    saving = warm_up = in_first = 0.0
     for span in spans:
         own = [line for line in lines if span.start - 1 <= line["time"] <= span.end + 1]
         if not own:
             continue
         warm_up += max(0.0, begin_of(own[0]) - span.start)
+        in_first += max(0.0, own[0]["seconds"] - median(line["seconds"] for line in own))
         for line, following in pairwise(own):
             saving += max(0.0, begin_of(following) - line["time"]) * (line.get("step") in saved)
         if own[-1].get("step") in saved and span.ended_in_order():
             saving += max(0.0, span.end - own[-1]["time"])
-    return saving, warm_up
+    return saving, warm_up, in_first
 
 
 def begin_of(line: Mapping[str, Any]) -> float:

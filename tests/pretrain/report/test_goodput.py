@@ -69,7 +69,9 @@ def test_a_run_that_was_killed_and_restarted_by_hand_shows_all_that_it_lost(tmp_
 def test_what_a_launcher_held_is_counted_before_between_and_after_the_starts_of_its_ranks(tmp_path: Path) -> None:
     """The first launcher lost a rank and then its host, 40 s of queue later another one finished the run."""
     times = {step: 20.0 + step for step in range(1, 11)} | {step: 80.0 + step for step in range(11, 31)}
-    run = make_run(tmp_path, [line(step, seconds=1.0, time=ORIGIN + when) for step, when in times.items()])
+    lines = [line(step, seconds=1.0, time=ORIGIN + when) for step, when in times.items()]
+    lines[10]["seconds"] = 3.5  # graphs were recorded in it
+    run = make_run(tmp_path, lines)
     (run / "launch").mkdir()
     launchers = [
         {"began_at": ORIGIN + 0.0, "before_until": None},
@@ -89,7 +91,8 @@ def test_what_a_launcher_held_is_counted_before_between_and_after_the_starts_of_
     use = measure_goodput(read_run(run))
     assert use is not None and use.held() == pytest.approx(110 + 25) and use.away == pytest.approx(40)
     assert use.waiting == pytest.approx(20) and use.share() == pytest.approx(30 / 135)
-    assert use.starting == pytest.approx((20 + 40 + 5) + 10)  # loads, and the second launcher until its ranks began
+    # Loads, the second launcher until its ranks began, and what the first step of a start took beyond the others.
+    assert use.starting == pytest.approx((20 + 40 + 5) + 10 + 2.5)
 
 
 def test_a_launcher_s_last_sign_stays_where_it_is_killed_and_the_next_one_begins_its_own(tmp_path: Path) -> None:
