@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
+from amfm.data_pipeline.durable.naming import named
+
 MAX_JSON_BYTES = 1 << 28  # a manifest of MAX_PARTS has most of it
 MAX_WORD_BYTES = 4096
 Error = Callable[[str], Exception]
@@ -45,8 +47,8 @@ def open_regular(path: Path) -> IO[bytes]:
 
 
 def read_bounded(path: Path, max_bytes: int = MAX_JSON_BYTES, error: Error = ValueError) -> bytes:
-    """Read a file of at most `max_bytes`, whose size is checked before. Raises OSError when it can't be read."""
-    with open_regular(path) as file:
+    """Read a file of at most `max_bytes`, whose size is checked before. Raises OSError with the path when it can't be read."""
+    with named(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise error(f"{path} has {size} bytes, more than the {max_bytes} that such a file may have")

@@ -46,7 +46,9 @@ from amfm.pretrain.exchange.common_file import find_steps, read_common
 from amfm.pretrain.exchange.dcp_folder import DcpFolder
 from amfm.pretrain.exchange.torch_file import read_integer
 from amfm.pretrain.exchange.universal import UniversalFolder
+from amfm.pretrain.failures import exit_code, is_bug
 from amfm.pretrain.inference.weights import read_weights
+from amfm.pretrain.launcher_protocol import BAD_INPUT
 from amfm.pretrain.monitor.beats import read_beats
 from amfm.pretrain.monitor.follow import FollowedRun
 from amfm.pretrain.monitor.metrics import keep_until
@@ -271,7 +273,7 @@ class Readers:
 def fuzz(name: str, path: Path, read: Callable[[], Any], count: int) -> dict[str, Any]:
     """Read nested brackets and this many mutations of a file; the file is put back at the end."""
     sound = path.read_bytes()
-    report: dict[str, Any] = {"reader": name, "cases": 0, "refused": 0, "broken": []}
+    report: dict[str, Any] = {"reader": name, "cases": 0, "refused": 0, "tracebacks": 0, "wrong_codes": 0, "broken": []}
     read()
     path.write_bytes(sound)
 
@@ -281,12 +283,16 @@ def fuzz(name: str, path: Path, read: Callable[[], Any], count: int) -> dict[str
         report["cases"] += 1
         try:
             read()
-        except (ValueError, RuntimeError, OSError) as error:
-            report["refused"] += 1
-            if isinstance(error, RecursionError | NotImplementedError):
-                report["broken"].append(f"{type(error).__name__}: {content[:300]!r}")
         except Exception as error:  # noqa: BLE001 - whatever it is, it is what is looked for
-            report["broken"].append(f"{type(error).__name__}: {error}: {content[:300]!r}")
+            said = f"{type(error).__name__}: {str(error)[:300]}: {content[:300]!r}"
+            if not isinstance(error, ValueError | RuntimeError | OSError | MemoryError) or is_bug(error):
+                report["tracebacks"] += 1
+                report["broken"].append(said)
+            elif (code := exit_code(error)) != BAD_INPUT:
+                report["wrong_codes"] += 1
+                report["broken"].append(f"code {code}: {said}")
+            else:
+                report["refused"] += 1
         waited, worked = time.monotonic() - began, time.process_time() - worked
         if worked > MAX_SECONDS or waited > MAX_WAITING_SECONDS:
             report["broken"].append(f"took {waited:.1f} s, {worked:.1f} s of them computing: {content[:300]!r}")
@@ -307,7 +313,8 @@ def fuzz(name: str, path: Path, read: Callable[[], Any], count: int) -> dict[str
 
 
 if __name__ == "__main__":
-    # Arrow's own pool claims a gigabyte of addresses, which is all that a reader may have here.
+    # Arrow's own pool claims a gigabyte of addresses at its first use, which is all that a reader may have here.
+    pyarrow.array([1])
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     readers = Readers(Path(sys.argv[1]))
     chosen = {name: readers.find(name) for name in sys.argv[3:]}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from amfm.data_pipeline.durable.foreign_files import inside, read_object, read_word, take, understood
+from amfm.data_pipeline.durable.foreign_files import inside, read_bounded, read_object, read_word, take, understood
 from amfm.data_pipeline.durable.lines import read_lines
 
 
@@ -67,3 +67,8 @@ def test_a_file_of_one_word_is_one_word(tmp_path: Path) -> None:
     path.write_bytes(b"a" * 5000)
     with pytest.raises(ValueError, match="latest has 5000 bytes, more than the 4096"):
         read_word(path)
+
+
+def test_what_the_storage_refuses_while_it_is_read_has_its_path() -> None:
+    with pytest.raises(OSError, match="/proc/self/mem"):  # whose first page is never there
+        read_bounded(Path("/proc/self/mem"))
