@@ -19,17 +19,19 @@ from amfm.pretrain.stages import resolve_stages
 
 
 def queue_rest(config: RunConfig, allocation: Allocation, code: int) -> int:
-    """Queue the job again where a signal stopped a run that has steps left; returns the launcher's exit code.
+    """Queue the job again where a signal, or Slurm, stopped a run that has steps left; returns the launcher's exit code.
 
     code: of the attempts. Raises RuntimeError when Slurm refuses.
     """
     is_ending, word = allocation.is_ending(), last_word(Path(config.run.dir), allocation.num_events)
     is_finished = newest_saved_step(config.run.dir) >= resolve_stages(config)[-1].last_step
     # Ranks that the time limit's signal ended badly (while they loaded, or in a collective) continue in the next job too.
-    is_stopped = is_ending or allocation.was_signalled or (code == DONE and word == "signal")
+    is_stopped = is_ending or allocation.was_signalled or allocation.is_lost() or (code == DONE and word == "signal")
     if not config.launch.slurm.requeue or word == "end" or is_finished or not is_stopped:
         return code
     reason = "the job's time" if is_ending else "a signal"
+    if allocation.is_lost():
+        reason = "Slurm, which starts no more steps in this job,"
     fields = describe("job", name_job())
     if fields.get("BatchFlag") == "0":
         say(

@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 from amfm.launch.cluster.batch_host import BatchHostWatch
 from amfm.launch.cluster.controller import AWAY, address_of, ask
@@ -41,8 +38,9 @@ from amfm.launch.cluster.lines import (
 )
 from amfm.launch.cluster.links import candidates
 from amfm.launch.cluster.node_check import blame, make_request, read_answers
-from amfm.launch.cluster.node_logs import Follower, find_message, first_message, node_log
+from amfm.launch.cluster.node_logs import Follower, first_message, node_log
 from amfm.launch.cluster.orphans import ending_with_us
+from amfm.launch.cluster.srun_output import NO_STEP, SIGNALLED, SrunOutput
 from amfm.launch.cluster.supervise import Attempt, Outcome
 from amfm.launch.console import say
 from amfm.launch.rank_command import isolated_python, rank_command
@@ -52,9 +50,9 @@ from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, RESTART_CA
 
 POLL_SECONDS = 0.5
 CHECK_SECONDS = 120.0
+MAX_REFUSED = 6  # steps in a row, REFUSED_SECONDS apart
+REFUSED_SECONDS = 5.0
 START_SECONDS = 120  # loading and a first step: an attempt that has less before its signal would save nothing new
-SIGNALLED = signal.strsignal(signal.SIGUSR1) or "User defined signal 1"
-FAILED_TASK = re.compile(r"srun: error: .*\btasks? (\d+)")
 # Each task takes its number as a rank from the variables that Slurm sets for it.
 AS_RANK = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 
@@ -205,6 +203,7 @@ class Allocation:
         self.running: list[str] = []
         self.srun: subprocess.Popen[bytes] | None = None
         self.was_signalled = False
+        self.refused = 0  # steps in a row that Slurm did not start
         self.num_events = sum(1 for _ in read_events(Path(config.run.dir)))  # before this launcher
         self.watch = BatchHostWatch(Path(config.run.dir), requeue=config.launch.slurm.requeue)
         self.cause = self.watch.take_cause()  # of the first attempt
@@ -310,6 +309,9 @@ class Allocation:
         if SIGNALLED in said.error:  # before the rank's first line, which notes it
             self.was_signalled = True
             return Outcome(DONE, began=False)
+        if NO_STEP in said.error:
+            return self._without_step(said.error)
+        self.refused = 0
         named = [said.failed_task] if said.failed_task is not None and said.failed_task < num_ranks else []
         places = [(rank // self.ranks_per_node, rank) for rank in named] + [
             (node, None) for node in range(attempt.nodes)
@@ -319,6 +321,21 @@ class Allocation:
         cause = message or said.error or f"srun ended with code {code}"
         # Where srun did not reach the controller, there were no ranks.
         return Outcome(RUN_FAILED, cause, began=bool(message) or not AWAY.search(said.error))
+
+    def _without_step(self, error: str) -> Outcome:
+        """Slurm starts no step, as in a job that lost nodes once its controller was started again: another job may.
+
+        The outcome of an attempt without ranks, which is tried again; at last the end of this job, which is queued again.
+        """
+        self.refused += 1
+        time.sleep(REFUSED_SECONDS)
+        if self.is_lost() and self.config.launch.slurm.requeue:
+            return Outcome(DONE, began=False)
+        return Outcome(RUN_FAILED, error, began=self.is_lost())
+
+    def is_lost(self) -> bool:
+        """Whether Slurm starts no more steps in this job."""
+        return self.refused >= MAX_REFUSED
 
     def is_ending(self) -> bool:
         """Whether the job is so near its time limit that ranks were told to stop, or would be before a first step.
@@ -368,24 +385,3 @@ def check_nodes(
     answers = [answer for answer in read_answers(said) if "faults" in answer]
     faults = blame({answer["node"]: answer["faults"] for answer in answers}, names[0], Path(config.run.dir))
     return faults, {answer["node"]: answer["port"] for answer in answers}
-
-
-class SrunOutput:
-    """What srun itself says, copied to standard error: amfm's first message in it, its first error, and the task it names."""
-
-    def __init__(self) -> None:
-        self.message = self.error = ""
-        self.failed_task: int | None = None
-
-    def follow(self, stream: IO[bytes]) -> None:
-        """Copy lines until srun closes its output."""
-        for raw in stream:
-            line = raw.decode(errors="replace").rstrip("\n")
-            self.message = self.message or find_message(line)
-            if line.startswith("srun: error"):
-                self.error = self.error or line
-                found = FAILED_TASK.match(line)
-                if found and self.failed_task is None:
-                    self.failed_task = int(found[1])
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()

@@ -73,6 +73,25 @@ def test_a_controller_that_is_away_while_a_rank_is_lost_is_waited_for(
     check_losses(folder / "run", undisturbed)
 
 
+def test_a_job_in_which_slurm_starts_no_more_steps_is_queued_again(
+    folder: Path, undisturbed: list[float], watch: WatchRun
+) -> None:
+    """As after a restart of the controller, where the job had lost a node before."""
+    with training(folder, 3, count=2, steps=5, launch__spare_nodes=1, launch__min_nodes=2) as (nodes, job, log):
+        with watch("Slurm", "node lost, then the controller restarted and a rank killed"):
+            nodes.fault("lose", 2)
+            wait_until(lambda: len(events(folder / "run", "restarted")) == 1, START_SECONDS, log)
+            nodes.run(0, "pkill", "-KILL", "slurmctld")
+            quietly(SLURM, "controller", str(folder))
+            signal_ranks(nodes, 1, "KILL")
+            nodes.fault("add", 2)
+            quietly(SLURM, "node", str(folder), "2")
+            finish(nodes, job, log)
+        text = log.read_text()
+    assert "Slurm, which starts no more steps in this job," in text or "Unable to create step" not in text
+    check_losses(folder / "run", undisturbed)
+
+
 @pytest.mark.parametrize("name", ["TERM", "USR1"])
 def test_a_signal_to_the_launcher_alone_reaches_the_ranks_which_save(
     name: str, folder: Path, undisturbed: list[float], watch: WatchRun

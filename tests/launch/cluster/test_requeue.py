@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from amfm.launch.cluster.requeue import queue_rest
-from amfm.launch.cluster.slurm import Allocation
+from amfm.launch.cluster.slurm import MAX_REFUSED, Allocation
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 
@@ -50,3 +50,8 @@ def test_a_job_is_queued_again_where_a_signal_stopped_its_run(
         file.writelines(json.dumps(event) + "\n" for event in events)
     assert queue_rest(config, allocation, 0) == 0
     assert (tmp_path / "queued-7").exists() == queued
+    (tmp_path / "queued-7").unlink(missing_ok=True)
+    allocation.refused = MAX_REFUSED  # Slurm starts no steps
+    assert queue_rest(config, allocation, 0) == 0
+    is_left = "end" not in [event["event"] for event in events] and fields == "JobState=RUNNING BatchFlag=1"
+    assert (tmp_path / "queued-7").exists() == is_left

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from amfm.launch.cli import run
+from amfm.launch.cluster import slurm
 from amfm.launch.cluster.slurm import Allocation, write_script
 from amfm.launch.cluster.supervise import Attempt, Outcome
 from amfm.pretrain.config.file import resolved_yaml
@@ -174,6 +175,27 @@ def test_a_signal_that_ends_a_rank_before_its_first_line_is_no_failure(
     assert allocation.was_signalled
 
 
+@pytest.mark.parametrize("requeue", [True, False])
+def test_a_job_in_which_slurm_starts_no_step_is_left_after_some_tries(
+    requeue: bool, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = "srun: error: Unable to create step for job 7: Requested node configuration is not available"
+    for name, text in {"sinfo": ":", "scontrol": "echo n1", "srun": f"echo '{error}'; exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    monkeypatch.setattr(slurm, "REFUSED_SECONDS", 0.0)
+    own = config.launch.slurm.model_copy(update={"requeue": requeue})
+    launch_section = config.launch.model_copy(update={"slurm": own})
+    allocation = Allocation(config.model_copy(update={"launch": launch_section}), ["train"], ranks_per_node=2)
+    outcomes = [allocation.start(Attempt(0, 1, None)) for _ in range(slurm.MAX_REFUSED)]
+    assert outcomes[:-1] == [Outcome(3, error, began=False)] * (slurm.MAX_REFUSED - 1), "no attempt of the run"
+    assert outcomes[-1] == (Outcome(0, began=False) if requeue else Outcome(3, error))
+    assert allocation.is_lost()
+
+
 def test_each_node_has_a_log_and_the_failed_rank_names_the_cause(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,8 +214,8 @@ def test_each_node_has_a_log_and_the_failed_rank_names_the_cause(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
-    slurm = config.launch.slurm.model_copy(update={"container_image": "image.sqsh", "container_mounts": "/a:/a"})
-    launch_section = config.launch.model_copy(update={"slurm": slurm, "environment": {"NCCL_DEBUG": "INFO"}})
+    own = config.launch.slurm.model_copy(update={"container_image": "image.sqsh", "container_mounts": "/a:/a"})
+    launch_section = config.launch.model_copy(update={"slurm": own, "environment": {"NCCL_DEBUG": "INFO"}})
     allocation = Allocation(config.model_copy(update={"launch": launch_section}), ["train"], ranks_per_node=2)
     assert allocation.start(Attempt(1, 1, "lost")) == Outcome(3, "amfm: NaN")
     shown = capsys.readouterr().err
