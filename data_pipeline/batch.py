@@ -20,7 +20,8 @@ class Batch:
     positions_BT int32: restart at 0 in each document and row. document_ids_BT int32: 0, 1, 2... in each row, never
     falling; padding after the last document has its own id. cu_seqlens int32: starts of the documents in the
     flattened B*T tokens, and B*T as last entry. sample_ids: global sample number of each row. source_ids: index of
-    each row's source in the sorted list of names (`PretrainLoader.source_names`).
+    each row's source in the sorted list of names (`PretrainLoader.source_names`). lengths_B int64: tokens of each row before
+    its padding; None where no row is padded.
     """
 
     tokens_BT: torch.Tensor
@@ -31,6 +32,7 @@ class Batch:
     cu_seqlens: torch.Tensor
     sample_ids: tuple[int, ...]
     source_ids: tuple[int, ...]
+    lengths_B: torch.Tensor | None = None
 
     @property
     def num_documents(self) -> int:

@@ -20,6 +20,32 @@ from amfm.model.segments import Segments
 
 
 @dataclass(frozen=True)
+class Padding:
+    """Places behind the last document of a row, which no router chooses experts for.
+
+    is_padding_BT bool. lengths_B: tokens of each whole row before them; num_tokens: their sum.
+    """
+
+    is_padding_BT: Tensor
+    lengths_B: Tensor
+    num_tokens: int
+
+    @classmethod
+    def of_lengths(cls, lengths_B: Tensor, num_tokens: int) -> Padding:
+        """Padding of rows of this many places. Reads values: give it a tensor on the CPU."""
+        return cls(torch.arange(num_tokens) >= lengths_B[:, None], lengths_B, int(lengths_B.sum()))
+
+    def of_some(self, rows: slice) -> Padding:
+        """The padding of some of the rows. Reads values on the host."""
+        lengths_B = self.lengths_B[rows]
+        return Padding(self.is_padding_BT[rows], lengths_B, int(lengths_B.sum()))
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Padding:
+        """Apply a function to every tensor."""
+        return replace(self, is_padding_BT=change(self.is_padding_BT), lengths_B=change(self.lengths_B))
+
+
+@dataclass(frozen=True)
 class PackMeta:
     """Document layout of one micro-batch of B rows of T tokens.
 
@@ -29,7 +55,7 @@ class PackMeta:
     take the path without masks. first_continues: each row's first token continues with the document that a decode state
     holds.
     segments: where ids and positions are those of this rank's part of the rows, T its tokens, and starts_BT counts places in each
-    of its segments; the other fields stay those of whole rows. halves: the layouts of the first and second half of the rows, where these pass blocks in turns (`with_halves`).
+    of its segments; the other fields stay those of whole rows. halves: the layouts of the first and second half of the rows, where these pass blocks in turns (`with_halves`). padding: where rows may be padded; None: nowhere.
     """
 
     document_ids_BT: Tensor
@@ -40,6 +66,7 @@ class PackMeta:
     starts_BT: Tensor | None = None
     document_ends: DocumentEnds | None = None
     halves: tuple[PackMeta, ...] = ()
+    padding: Padding | None = None
 
     @classmethod
     def from_document_ids(cls, document_ids_BT: Tensor, positions_BT: Tensor | None = None) -> PackMeta:
@@ -81,6 +108,9 @@ class PackMeta:
         if num_ranks == 1:
             return self
         segments = Segments.of_rows(self.document_ids_BT, rank, num_ranks)
+        padding = self.padding
+        if padding is not None:
+            padding = replace(padding, is_padding_BT=segments.take(padding.is_padding_BT))
         return replace(
             self,
             document_ids_BT=segments.take(self.document_ids_BT),
@@ -88,6 +118,7 @@ class PackMeta:
             segments=segments,
             starts_BT=None,
             document_ends=None,
+            padding=padding,
         )
 
     def find_bounds(self) -> PackMeta:
@@ -121,6 +152,7 @@ class PackMeta:
                 segments=None if self.segments is None else self.segments.of_some(rows),
                 starts_BT=None,
                 document_ends=None,
+                padding=None if self.padding is None else self.padding.of_some(rows),
             )
             for rows in (slice(half), slice(half, None))
         )
@@ -137,6 +169,7 @@ class PackMeta:
             starts_BT=None if self.starts_BT is None else change(self.starts_BT),
             document_ends=None if ends is None else ends.map_tensors(change),
             halves=tuple(half.map_tensors(change) for half in self.halves),
+            padding=None if self.padding is None else self.padding.map_tensors(change),
         )
 
     def boundaries_BT(self) -> Tensor | None:

@@ -18,7 +18,7 @@ from amfm.data_pipeline.batch import Batch
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import ModelOutput
 from amfm.model.mtp import Ahead
-from amfm.model.packing import PackMeta
+from amfm.model.packing import PackMeta, Padding
 from amfm.pretrain.parallel import Parallel
 
 
@@ -43,11 +43,12 @@ class MicroBatch:
         The loader has counted the documents, so that nothing is searched for here. Raises ValueError where rows cannot
         be cut evenly. takes_turns: both halves of the rows pass blocks in turns.
         """
-        ahead = look_ahead(batch, num_depths)
+        ahead, lengths_B = look_ahead(batch, num_depths), batch.lengths_B
         meta = PackMeta(
             document_ids_BT=batch.document_ids_BT,
             positions_BT=batch.positions_BT,
             single_document=batch.num_documents == len(batch.tokens_BT),
+            padding=None if lengths_B is None else Padding.of_lengths(lengths_B, batch.tokens_BT.shape[1]),
         ).cut(rank, num_ranks)
         if takes_turns:
             meta = meta.with_halves()

@@ -322,6 +322,9 @@ class PretrainLoader:
         """Assemble rows into a batch of tensors over memory of the pool, which comes back when the last of them dies."""
         masked = self.config.mask_document_boundaries
         arrays = assemble_rows(rows, mask_document_boundaries=masked, pool=self._pool)
+        length = arrays.tokens.shape[1]
+        is_padded = self.config.packing == "best_fit" or any(row.num_valid < length for row in rows)
+        lengths = [min(row.num_valid, length) for row in rows]
         return Batch(
             tokens_BT=torch.from_numpy(arrays.tokens),
             labels_BT=torch.from_numpy(arrays.labels),
@@ -331,6 +334,7 @@ class PretrainLoader:
             cu_seqlens=torch.from_numpy(arrays.cu_seqlens),
             sample_ids=tuple(row.sample for row in rows),
             source_ids=tuple(row.source for row in rows),
+            lengths_B=torch.tensor(lengths) if is_padded else None,
         )
 
 

@@ -18,4 +18,5 @@ def simulated_batches(config: RunConfig, data_ranks: int, documents: int = DOCUM
     """A data rank's micro-batches of one step, the same batch each time."""
     train = config.train
     count = train.global_batch_size // train.micro_batch_size // data_ranks
-    return [example_batch(train.micro_batch_size, train.sequence_length, documents)] * count
+    is_padded = config.data.packing == "best_fit"
+    return [example_batch(train.micro_batch_size, train.sequence_length, documents, is_padded=is_padded)] * count

@@ -7,6 +7,8 @@ bias (`MoeMixer.balance_experts`) is not a loss and may be used next to them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,34 +17,65 @@ from amfm.kernels.moe.losses import balance_loss, count_by_row, router_z_loss, s
 from amfm.kernels.moe.op import Routing
 from amfm.kernels.runtime.compiling import disable_compile
 from amfm.model.config.moe import MoeConfig
+from amfm.model.packing import Padding
 from amfm.model.parallel.groups import ProcessGroupCollection
+
+Mean = Callable[[Tensor], Tensor]
 
 
 def auxiliary_losses(
-    logits_RE: Tensor, routing: Routing, num_rows: int, moe: MoeConfig, groups: ProcessGroupCollection
+    logits_RE: Tensor,
+    routing: Routing,
+    num_rows: int,
+    moe: MoeConfig,
+    groups: ProcessGroupCollection,
+    padding: Padding | None = None,
 ) -> dict[str, Tensor]:
     """Compute the losses of `MoeConfig.auxiliary_names`, weighted, which balance the router and keep its logits small.
 
     The tokens given are those of all tensor ranks and of this context rank. Each value is this context rank's share: over
     `groups.cp`, whose ranks must all call, they add up to the means over the micro-batch, and so do their gradients.
-    That is exact, because counts carry no gradient: with those of all tokens known, the rest is a sum over tokens.
+    That is exact, because counts carry no gradient: with those of all tokens known, the rest is a sum over tokens. Padding
+    has no part in counts and means.
     """
+    mean, row_mean = (None, None) if padding is None else means_without(padding, groups.cp.size())
     losses: dict[str, Tensor] = {}
     ids_RK, own_counts_E = routing.expert_ids_RK, routing.counts_E
     if moe.balance_counts == "scores" and not moe.routes_by_scores():
         # What the scores alone would choose: a bias must not hide from the losses what it balances.
         ids_RK = routing.scores_RE.detach().topk(moe.top_k, dim=-1).indices
-        own_counts_E = count_experts(ids_RK, moe.num_experts)
+        if padding is not None:
+            ids_RK = ids_RK.masked_fill(padding.is_padding_BT.reshape(-1, 1), moe.num_experts)
+        own_counts_E = count_experts(ids_RK, moe.num_experts + 1)[: moe.num_experts]
     if moe.auxiliary_loss_weight:
         counts_E = sum_over_context(own_counts_E, groups)
-        losses["balance"] = moe.auxiliary_loss_weight * balance_loss(routing.scores_RE, counts_E, moe.top_k)
+        losses["balance"] = moe.auxiliary_loss_weight * balance_loss(routing.scores_RE, counts_E, moe.top_k, mean)
     if moe.sequence_loss_weight:
         ids_BTK, scores_BTE = (values.unflatten(0, (num_rows, -1)) for values in (ids_RK, routing.scores_RE))
-        counts_BE = sum_over_context(count_by_row(ids_BTK, moe.num_experts), groups)
-        losses["sequence_balance"] = moe.sequence_loss_weight * sequence_balance_loss(scores_BTE, counts_BE)
+        # One expert more, which padding has chosen.
+        counts_BE = sum_over_context(count_by_row(ids_BTK, moe.num_experts + 1)[:, : moe.num_experts], groups)
+        losses["sequence_balance"] = moe.sequence_loss_weight * sequence_balance_loss(scores_BTE, counts_BE, row_mean)
     if moe.z_loss_weight:
-        losses["router_z"] = moe.z_loss_weight * router_z_loss(logits_RE)
+        losses["router_z"] = moe.z_loss_weight * router_z_loss(logits_RE, mean)
     return {name: loss / groups.cp.size() for name, loss in losses.items()}
+
+
+def means_without(padding: Padding, num_ranks: int) -> tuple[Mean, Mean]:
+    """Means over all tokens [R, ...], and over those of each row [B, T, E], that leave out padding.
+
+    Each is the context rank's share times `num_ranks`, so that their mean over these ranks is the whole one.
+    """
+    valid_BT = ~padding.is_padding_BT
+    lengths_B = padding.lengths_B.clamp(min=1)
+
+    def mean(values: Tensor) -> Tensor:
+        is_valid_R = valid_BT.flatten().view(-1, *(1,) * (values.dim() - 1))
+        return values.masked_fill(~is_valid_R, 0.0).sum(0) * num_ranks / lengths_B.sum()
+
+    def row_mean(values_BTE: Tensor) -> Tensor:
+        return values_BTE.masked_fill(~valid_BT[..., None], 0.0).sum(1) * num_ranks / lengths_B[:, None]
+
+    return mean, row_mean
 
 
 def sum_over_context(counts: Tensor, groups: ProcessGroupCollection) -> Tensor:

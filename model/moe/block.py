@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from amfm.kernels.linear.op import linear, linear_float32
+from amfm.kernels.moe.grouping import count_experts
 from amfm.kernels.moe.op import Routing, expert_feed_forward, route
 from amfm.kernels.swiglu.gate import name_activation
 from amfm.model.config.moe import BIAS_CHANNELS, MoeConfig
@@ -39,7 +40,7 @@ from amfm.model.moe.capacity import Choices, limit_choices
 from amfm.model.moe.dispatch import Dispatched, dispatch_feed_forward, dispatch_steps
 from amfm.model.moe.spread import expected_ranks
 from amfm.model.moe.transfer import HeldExperts
-from amfm.model.packing import PackMeta
+from amfm.model.packing import PackMeta, Padding
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import Linear, add_bias, stream_shard
 from amfm.model.parallel.regions import (
@@ -120,7 +121,7 @@ class MoeMixer(Mixer):
         """
         logits_RE, routing, chosen = self._choose(x_BTD, meta)
         compute = self._dispatched if self.travels else self._routed
-        return self._finish(x_BTD, logits_RE, routing, *compute(x_BTD, chosen))
+        return self._finish(x_BTD, meta, logits_RE, routing, *compute(x_BTD, chosen))
 
     @property
     def travels(self) -> bool:
@@ -137,7 +138,7 @@ class MoeMixer(Mixer):
         logits_RE, routing, chosen = self._choose(x_BTD, meta)
         way = self._way(x_BTD, chosen)
         sums_RD, shared_BTD = yield from dispatch_steps(**way)
-        return self._finish(x_BTD, logits_RE, routing, self._widen(x_BTD, sums_RD, chosen), shared_BTD)
+        return self._finish(x_BTD, meta, logits_RE, routing, self._widen(x_BTD, sums_RD, chosen), shared_BTD)
 
     def _choose(self, x_BTD: Tensor, meta: PackMeta) -> tuple[Tensor, Routing, Choices]:
         """Logits of the router, what it chose, and what a capacity leaves of that."""
@@ -155,24 +156,35 @@ class MoeMixer(Mixer):
             group_merit=moe.router_group_merit,
             backend=self.backend,
         )
+        anywhere_RK = routing.expert_ids_RK
+        if meta.padding is not None:
+            routing = leave_out(routing, meta.padding, moe.num_experts)
         if self.training and moe.capacity_factor is not None:
             chosen = limit_choices(routing, meta, moe, self.groups, self.draw_seed, backend=self.backend)
             if self.groups.ep.size() == 1:
                 # A lost choice has weight 0; where nothing is sent, any expert will do.
                 chosen = replace(chosen, expert_ids_RK=chosen.expert_ids_RK.clamp(max=moe.num_experts - 1))
         else:
-            chosen = Choices(routing.expert_ids_RK, routing.weights_RK)
+            # Where nothing is sent, padding stays spread over the experts, with a weight of 0.
+            chosen = Choices(routing.expert_ids_RK if self.travels else anywhere_RK, routing.weights_RK)
         return logits_RE, routing, chosen
 
     def _finish(
-        self, x_BTD: Tensor, logits_RE: Tensor, routing: Routing, y_BTD: Tensor, shared_BTD: Tensor | None
+        self,
+        x_BTD: Tensor,
+        meta: PackMeta,
+        logits_RE: Tensor,
+        routing: Routing,
+        y_BTD: Tensor,
+        shared_BTD: Tensor | None,
     ) -> MixerOutput:
         """Add the shared expert's output to the routed ones', and the losses that balance the router."""
         if shared_BTD is not None:
             y_BTD = y_BTD + shared_BTD
-        losses = (
-            auxiliary_losses(logits_RE, routing, x_BTD.shape[0], self.section, self.groups) if self.training else {}
-        )
+        losses: dict[str, Tensor] = {}
+        if self.training:
+            given = logits_RE, routing, x_BTD.shape[0], self.section, self.groups
+            losses = auxiliary_losses(*given, meta.padding)
         return MixerOutput(y_BTD, None, losses, routing.counts_E)
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
@@ -280,12 +292,26 @@ class MoeMixer(Mixer):
         mean = counts_E.sum() / (~is_pruned_E).sum()
         moved_E = torch.sign(mean - counts_E).masked_fill(is_pruned_E, 0)
         self.expert_bias.add_(moved_E, alpha=self.section.bias_update_rate)
+        # Signs do not add up to 0, so the mean would drift; choices compare experts, and no mean changes them.
+        living_E = self.expert_bias.masked_fill(is_pruned_E, 0)
+        mean_E = (living_E.sum() / (~is_pruned_E).sum()).expand_as(living_E)
+        self.expert_bias.sub_(mean_E.masked_fill(is_pruned_E, 0))
 
     @torch.no_grad()
     def retire_experts(self, is_retired_E: Tensor) -> None:
         """Put their bias where no score reaches the others', and no update moves it."""
         assert self.expert_bias is not None, "checked: experts are pruned where the router has a bias"
         self.expert_bias[is_retired_E.to(self.expert_bias.device)] = PRUNED_BIAS
+
+
+def leave_out(routing: Routing, padding: Padding, num_experts: int) -> Routing:
+    """The same choices without those of padding, which are lost (`Choices`): weight 0, and no part in the counts."""
+    is_padding_R1 = padding.is_padding_BT.reshape(-1, 1)
+    ids_RK = routing.expert_ids_RK.masked_fill(is_padding_R1, num_experts)
+    counts_E = count_experts(ids_RK, num_experts + 1)[:num_experts]
+    return replace(
+        routing, expert_ids_RK=ids_RK, weights_RK=routing.weights_RK.masked_fill(is_padding_R1, 0.0), counts_E=counts_E
+    )
 
 
 class Experts(nn.Module):

@@ -73,12 +73,19 @@ def limit_choices(
     if meta.segments is not None:
         ids_BTK = gather_rows(ids_BTK[None], meta.segments, groups)[0]
     # Time first: at each place in the row all rows take their turn, so no row fills an expert before the others.
-    ids_RK = ids_BTK.transpose(0, 1).flatten(0, 1)
+    all_RK = ids_RK = ids_BTK.transpose(0, 1).flatten(0, 1)
+    valid_R = None
+    if meta.padding is not None:
+        # Padding comes with lost choices. Those of tokens alone, in their order; how many, the host knows.
+        valid_R = (all_RK[:, 0] == moe.num_experts).to(torch.int8).argsort(stable=True)[: meta.padding.num_tokens]
+        ids_RK = all_RK[valid_R]
     capacity = expert_capacity(len(ids_RK), moe.top_k, moe.num_experts, moe.capacity_factor)
     if moe.overflow == "drop":
         kept_RK = drop_overflow(ids_RK, moe.num_experts, capacity, backend=backend)
     else:
         kept_RK = recycle_overflow(ids_RK, moe.num_experts, capacity, seed, backend=backend)
+    if valid_R is not None:
+        kept_RK = all_RK.index_copy(0, valid_R, kept_RK.to(all_RK.dtype))
     kept_BTK = kept_RK.unflatten(0, (-1, num_rows)).transpose(0, 1)
     if meta.segments is not None:
         kept_BTK = meta.segments.take(kept_BTK)

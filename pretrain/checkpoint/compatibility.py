@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "low_precision.*",
     "parallel.*",
     "stages.*",
+    "validation.*",
     "train.steps",
     "train.stop_after_steps",
     "train.micro_batch_size",

@@ -23,12 +23,16 @@ def graph_problems(config: RunConfig) -> Iterator[Problem]:
         if value not in allowed:
             remedy = f"use {str(allowed[0]).lower()}, {NONE}"
             yield Problem(key, f"does not go with {KEY}=blocks: it {rule}", remedy, str(value).lower())
-    sections = {
+    sections: dict[str, tuple[object, str]] = {
         "convert": (config.convert, "trains blocks next to those that they replace"),
         "health.check_state_every_steps": (config.health.check_state_every_steps, "computes gradients of its own"),
         "model.guide": (config.model.guide, "changes with the step, which a replay does not know"),
         "model.lora_mixer": (config.model.lora_mixer, "changes with the step, which a replay does not know"),
     }
+    moe = config.model.moe
+    if config.data.packing == "best_fit" and moe is not None:
+        rule = "counts the tokens of each micro-batch on the host, where data.packing=best_fit pads rows"
+        sections["model.moe.capacity_factor"] = (moe.capacity_factor, rule)
     for key, (section, rule) in sections.items():
         if section is not None:
             yield Problem(key, f"does not go with {KEY}=blocks: it {rule}", f"remove it, {NONE}")

@@ -24,6 +24,7 @@ class FixedLayout:
             starts_BT=torch.empty_like(meta.document_ids_BT),
             single_document=False,
             document_ends=None,
+            padding=None if meta.padding is None else meta.padding.map_tensors(torch.clone),
         )
         self.take(meta)
 
@@ -34,6 +35,9 @@ class FixedLayout:
         assert self.meta.starts_BT is not None and meta.segments is None and not meta.halves
         self.meta.document_ids_BT.copy_(meta.document_ids_BT)
         self.meta.positions_BT.copy_(meta.positions_BT)
+        if self.meta.padding is not None and meta.padding is not None:
+            self.meta.padding.is_padding_BT.copy_(meta.padding.is_padding_BT)
+            self.meta.padding.lengths_B.copy_(meta.padding.lengths_B)
         starts_BT = meta.document_starts_BT()
         self.meta.starts_BT.zero_() if starts_BT is None else self.meta.starts_BT.copy_(starts_BT)
         self.last = meta

@@ -7,8 +7,11 @@ import torch
 from amfm.data_pipeline.batch import Batch
 
 
-def example_batch(rows: int, tokens: int, documents: int) -> Batch:
-    """Rows of `documents` documents of nearly equal length; positions and `cu_seqlens` restart at each, tokens are zeros."""
+def example_batch(rows: int, tokens: int, documents: int, *, is_padded: bool = False) -> Batch:
+    """Rows of `documents` documents of nearly equal length; positions and `cu_seqlens` restart at each, tokens are zeros.
+
+    is_padded: rows say where their padding begins, which is behind all of them.
+    """
     place_T = torch.arange(tokens)
     ids_T = place_T * documents // tokens
     starts_T = torch.cat([torch.zeros(1, dtype=torch.int64), torch.diff(ids_T)]) > 0
@@ -24,4 +27,5 @@ def example_batch(rows: int, tokens: int, documents: int) -> Batch:
         cu_seqlens=cu_seqlens.int(),
         sample_ids=tuple(range(rows)),
         source_ids=(0,) * rows,
+        lengths_B=torch.full((rows,), tokens) if is_padded else None,
     )

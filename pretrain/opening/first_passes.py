@@ -109,7 +109,7 @@ def pass_once(
         model = build_kinds(config, parallel)
     batches = {
         words: MicroBatch.from_batch(
-            example_batch(*shape, documents),
+            example_batch(*shape, documents, is_padded=config.data.packing == "best_fit"),
             parallel.groups.cp.rank(),
             parallel.groups.cp.size(),
             config.model.num_depths,

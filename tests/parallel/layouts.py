@@ -126,8 +126,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recycle": MODEL | {"moe": MODEL["moe"] | {"capacity_factor": 1.0, "overflow": "recycle"}},
 }
 VARIANTS["muon"] = VARIANTS["latent"]
+# Rows with padding, of which routers see nothing.
+VARIANTS["padded"], VARIANTS["padded_recycle"] = MODEL, VARIANTS["recycle"]
 # Settings that go with a variant, in every layout of it.
-SETTINGS: dict[str, dict[str, Any]] = {"muon": {"optimizer__kind": "muon"}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "muon": {"optimizer__kind": "muon"},
+    "padded": {"data__packing": "best_fit"},
+    "padded_recycle": {"data__packing": "best_fit"},
+}
 
 
 @dataclass(frozen=True)
@@ -311,6 +317,14 @@ LAYOUTS = [
     Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 4, "expert_room": 4.0, "zero_stage": 2}),
     Layout(4, {"pipeline": 2, "expert": 2, "expert_room": 1.1, "overlap_experts": True, "schedule": "zero_bubble"}),
     Layout(4, {"context": 2, "expert": 2, "expert_room": 1.05}, settings={"train__recompute": "full"}),
+    # Rows with padding.
+    Layout(4, {"context": 2, "expert": 2}, "padded", quick=True),
+    Layout(2, {"tensor": 2, "sequence_parallel": True}, "padded"),
+    Layout(4, {"pipeline": 2, "expert": 2, "schedule": "zero_bubble"}, "padded"),
+    Layout(2, {"expert": 2, "overlap_experts": "rows"}, "padded", {"train__micro_batch_size": 4}),
+    Layout(4, {"expert": 4, "expert_room": 2.0}, "padded"),
+    Layout(2, {"expert": 2, "zero_stage": 2}, "padded_recycle"),
+    Layout(4, {"context": 2, "expert": 2}, "padded_recycle", {"train__recompute": "full"}),
     # Pipeline.
     Layout(2, {"pipeline": 2}, quick=True),
     Layout(2, {"pipeline": 2, "zero_stage": 0}),

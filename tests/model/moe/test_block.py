@@ -8,6 +8,7 @@ from amfm.kernels.moe.op import route
 from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.moe.balance import auxiliary_losses
+from amfm.model.moe.block import PRUNED_BIAS
 from amfm.model.moe.capacity import limit_choices
 from amfm.model.parallel.groups import single_rank_groups
 from tests.model.small_models import StandInGroup, meta_of, packed_batch, small_config, small_model
@@ -19,8 +20,25 @@ def test_bias_falls_for_the_busy_and_rises_for_the_idle():
     model = small_model(small_config("-E", moe=SKEWED))
     before = model.blocks[1].mixer.expert_bias.clone()
     model.update_expert_bias({1: torch.tensor([7, 1, 4, 4])})
-    moved = model.blocks[1].mixer.expert_bias - before
+    moved = model.blocks[1].mixer.expert_bias - (before - before.mean())
     torch.testing.assert_close(moved, torch.tensor([-0.01, 0.01, 0.0, 0.0]))
+
+
+def test_the_mean_of_living_experts_stays_where_it_is_put_and_nothing_else_changes():
+    model = small_model(small_config("E", moe=SKEWED.model_copy(update={"num_experts": 5})))
+    bias_E = model.blocks[0].mixer.expert_bias
+    # As a long run had left it before means were taken out, with a pruned expert.
+    bias_E.copy_(torch.tensor([5.02, 5.0, PRUNED_BIAS, 4.97, 5.01]))
+    for counts in ([9, 1, 0, 1, 1], [9, 1, 0, 1, 1], [2, 3, 0, 9, 1]):
+        before_E = bias_E.clone()
+        model.update_expert_bias({0: torch.tensor(counts)})
+        living = [0, 1, 3, 4]
+        assert bias_E[2] == PRUNED_BIAS and abs(float(bias_E[living].mean())) < 1e-6
+        moved_E = (bias_E - before_E)[living]
+        mean = sum(counts) / 4
+        signs = torch.tensor([mean - counts[expert] for expert in living]).sign()
+        # Between experts, the step is that of the rule alone.
+        torch.testing.assert_close(moved_E - moved_E[0], 0.01 * (signs - signs[0]), rtol=0, atol=2e-6)
 
 
 def test_without_a_bias_counts_change_nothing():

@@ -112,7 +112,7 @@ def test_every_layout_measures_the_same_losses(text: DataConfig, tmp_path: Path)
     for layout, trained in zip(layouts, found):
         for line, expected in zip(trained.metrics, one[0].metrics):
             for key in ("validation_sets", "validation_sets_at_start"):
-                assert line.get(key) == pytest.approx(expected.get(key), rel=1e-5), layout
+                assert line.get(key, {}) == pytest.approx(expected.get(key, {}), rel=1e-5), layout
 
 
 @pytest.mark.parametrize(
