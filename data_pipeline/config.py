@@ -161,6 +161,13 @@ class DataConfig(Section):
     phases: tuple[PhaseConfig, ...] = Field(
         (), description="Changes of the weights during the run, in order; append, never edit what has been trained."
     )
+    skip: tuple[tuple[int, int], ...] = Field(
+        (),
+        description="Ranges [a, b) of global samples that are left out, by the numbers of the run: what would follow comes in their place. Append; what has been trained stays.",
+    )
+    skip_steps: tuple[tuple[int, int], ...] = Field(
+        (), description="The same by steps [a, b], from 1: of those steps, all samples are left out."
+    )
     validation_fraction: float = Field(
         0.02, ge=0, lt=1, description="Part of the documents of each source kept for validation."
     )

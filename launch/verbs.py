@@ -44,6 +44,10 @@ VERBS = {
         "rollback",
         "Go back to step N: later checkpoints are set aside, in the run directory and in its store; nothing is deleted.",
     ),
+    "fork": (
+        "rollback",
+        "Branch off a run: OUT continues from a checkpoint with other settings, such as an annealing stage; RUN stays.",
+    ),
     "watch": (
         "watch",
         "Show a run live, from any machine that sees its directory: progress, speed, ranks, checkpoints, outcome.",

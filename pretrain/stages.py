@@ -221,7 +221,17 @@ def data_of_stages(config: RunConfig, stages: tuple[RunStage, ...]) -> DataConfi
         length = None if length == before.train.sequence_length else length
         if stage.weights is not None or length is not None:
             phases.append(PhaseConfig(start_sample=stage.first_sample, weights=stage.weights, sequence_length=length))
-    return config.data.model_copy(update={"phases": tuple(phases)}) if phases else config.data
+    changes: dict[str, object] = {"phases": tuple(phases)} if phases else {}
+    if config.data.skip_steps:
+        ranges = [tuple(first_sample(stages, step) for step in (a, b + 1)) for a, b in config.data.skip_steps]
+        changes |= {"skip": tuple(sorted((*config.data.skip, *ranges))), "skip_steps": ()}
+    return config.data.model_copy(update=changes) if changes else config.data
+
+
+def first_sample(stages: tuple[RunStage, ...], step: int) -> int:
+    """Number of the first global sample of a step, counted from 1; of the step after the last, the number of samples."""
+    stage = stage_of(stages, step - 1)
+    return stage.first_sample + stage.samples_before(step)
 
 
 def in_layout(config: RunConfig, stage: RunStage) -> RunConfig:

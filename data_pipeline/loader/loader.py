@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -128,7 +128,8 @@ class PretrainLoader:
             "tokenizer": self.store.tokenizer_identity,
             "sources": {name: self.store.source_identity(name, self.settings.split) for name in self.source_names},
             "phases": [
-                [phase.start_sample, dict(phase.weights), phase.sequence_length] for phase in self.settings.phases
+                [phase.start_sample, dict(phase.weights), phase.sequence_length, *filter(None, [phase.skipped])]
+                for phase in self.settings.phases
             ],
             "ledger": [asdict(line) for line in self.ledger()],
             "quarantined": [[damage.sample, damage.part, damage.reason] for damage in self.quarantined],
@@ -171,7 +172,7 @@ class PretrainLoader:
         if past != now:
             raise ValueError(
                 f"the data state was made with {in_words(past)} up to sample {cursor}, this run has {in_words(now)}; past "
-                f"weights can't change: restore them and append the change to data.phases with start_sample {cursor} or later"
+                f"weights and samples left out can't change: restore them and append the change to data.phases with start_sample {cursor} or later"
             )
         for source in sorted({name for phase in past for name in phase[1]}):
             before, after = state["sources"].get(source), mine["sources"].get(source)
@@ -347,12 +348,12 @@ def row_settings(
     return SyntheticSettings.from_config(config.probe, phases_of(config, sequence_length), split=split, seed=seed)
 
 
-def in_words(phases: Sequence[tuple[int, Mapping[str, float], int]]) -> str:
+def in_words(phases: Sequence[Any]) -> str:
     """Weights of phases as text: those of the first, and from which sample others count."""
     texts = [
         f"{'' if start == 0 else f'from sample {start} '}{', '.join(f'{name} {weight:g}' for name, weight in weights.items())}"
-        f" in rows of {length}"
-        for start, weights, length in phases
+        f" in rows of {length}{''.join(f', without {number} samples' for number in skipped)}"
+        for start, weights, length, *skipped in phases
     ]
     return f"the weights {'; '.join(texts)}"
 

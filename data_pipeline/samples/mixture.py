@@ -12,8 +12,10 @@ continues in the next phase where it was: no row is lost or repeated.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -60,12 +62,20 @@ def _block_slots(quotas: tuple[int, ...], key: bytes) -> tuple[npt.NDArray[np.in
     return sources.astype(np.int32), ranks
 
 
+class Shift(NamedTuple):
+    """Samples left out where a phase starts, and whether it continues with the order of the phase before."""
+
+    skipped: int
+    continues: bool
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of global samples with fixed weights, and how far each source had been drawn when it began.
 
     start_sample: first global sample. sources: names. quotas: samples of each source in a block.
-    first_draws: number of the first draw of each source here; draws are counted over the whole run.
+    first_draws: number of the first draw of each source here; draws are counted over the whole run. order_start: first sample
+    of the order that it goes through, its own, or that of a phase before; shift: samples of that order that were left out.
     """
 
     start_sample: int
@@ -73,6 +83,8 @@ class Phase:
     quotas: tuple[int, ...]
     first_draws: tuple[int, ...]
     seed: int
+    order_start: int
+    shift: int = 0
 
     @property
     def block_samples(self) -> int:
@@ -81,7 +93,7 @@ class Phase:
 
     def draws(self, samples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Map global samples of this phase to (index of the source, number of the draw from it)."""
-        offset = samples - self.start_sample
+        offset = samples + (self.shift - self.order_start)
         if len(self.quotas) == 1:
             return np.zeros(len(samples), dtype=np.int32), offset + self.first_draws[0]
         blocks, inside = np.divmod(offset, self.block_samples)
@@ -98,7 +110,7 @@ class Phase:
 
     def draws_before(self, sample: int) -> dict[str, int]:
         """Count the draws from each source in the whole run before a global sample of this phase or right after it."""
-        block, inside = divmod(sample - self.start_sample, self.block_samples)
+        block, inside = divmod(sample + self.shift - self.order_start, self.block_samples)
         counts = np.array(self.first_draws) + block * np.array(self.quotas)
         if inside:
             slot_sources, _ = _block_slots(self.quotas, self._block_key(block))
@@ -106,14 +118,23 @@ class Phase:
         return dict(zip(self.sources, (int(count) for count in counts)))
 
     def _block_key(self, block: int) -> bytes:
-        return derive_key(self.seed, "mixture", self.start_sample, block)
+        return derive_key(self.seed, "mixture", self.order_start, block)
 
 
 class Mixture:
     """The phases of a run in order; a pure function of (seed, weights, starts) that no resume or world size changes."""
 
-    def __init__(self, phases: Sequence[tuple[int, Mapping[str, float]]], seed: int) -> None:
-        """Take (first global sample, weight by source) for each phase; the first starts at 0."""
+    def __init__(
+        self,
+        phases: Sequence[tuple[int, Mapping[str, float]]],
+        seed: int,
+        shifts: Mapping[int, Shift] = MappingProxyType({}),
+    ) -> None:
+        """Take (first global sample, weight by source) for each phase; the first starts at 0.
+
+        shifts: samples that are left out where a phase starts, by its first one, and whether it continues with the order of the
+        phase before it.
+        """
         if not phases or phases[0][0] != 0:
             raise ValueError("the first phase must start at global sample 0")
         self.phases: list[Phase] = []
@@ -129,7 +150,10 @@ class Mixture:
             names = tuple(sorted(weights))
             quotas = make_quotas([weights[name] for name in names])
             first_draws = tuple(drawn.get(name, 0) for name in names)
-            self.phases.append(Phase(start, names, quotas, first_draws, seed))
+            skipped, continues = shifts.get(start, Shift(0, False))
+            phase = Phase(start, names, quotas, first_draws, seed, start)
+            phase = replace(self.phases[-1], start_sample=start) if continues else phase
+            self.phases.append(replace(phase, shift=phase.shift + skipped))
 
     def draws_by_source(self, samples: npt.NDArray[np.int64]) -> dict[str, tuple[Indices, Indices]]:
         """Group samples by source: by name, their places among `samples` and the numbers of the draws.
@@ -165,6 +189,6 @@ class Mixture:
             if number and phase.start_sample >= sample:
                 break
             later = self.phases[number + 1].start_sample if number + 1 < len(self.phases) else sample
-            ends = phase.draws_before(min(sample, later))
-            taken.append({name: ends[name] - first for name, first in zip(phase.sources, phase.first_draws)})
+            begins, ends = phase.draws_before(phase.start_sample), phase.draws_before(min(sample, later))
+            taken.append({name: ends[name] - begins[name] for name in phase.sources})
         return taken

@@ -15,14 +15,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from amfm.data_pipeline.samples.bins import BinIndex
-from amfm.data_pipeline.samples.mixture import Mixture
+from amfm.data_pipeline.samples.mixture import Mixture, Shift
 from amfm.data_pipeline.samples.packing import Row, count_windows, starts_in_window
 from amfm.data_pipeline.samples.permutation import (
     BLOCK_WINDOWS,
@@ -50,11 +50,16 @@ class NoRowsError(ValueError):
 
 @dataclass(frozen=True)
 class PhaseSettings:
-    """Weights and row length from a global sample on."""
+    """Weights and row length from a global sample on.
+
+    skipped: samples that are left out there. continues: with the order of the phase before, whose weights and length it has.
+    """
 
     start_sample: int
     weights: Mapping[str, float]
     sequence_length: int
+    skipped: int = 0
+    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class SampleSettings:
             seed=seed,
             packing=config.packing,
             shuffle=config.shuffle,
-            phases=phases if split == "train" else phases[:1],
+            phases=phases if split == "train" else (replace(phases[0], skipped=0),),
             on_corruption=config.on_corruption,
             cache=CacheSettings(**config.cache.model_dump()),
         )
@@ -112,7 +117,17 @@ def phases_of(config: DataConfig, sequence_length: int) -> tuple[PhaseSettings, 
         before = phases[-1]
         weights, length = given.weights or before.weights, given.sequence_length or before.sequence_length
         phases.append(PhaseSettings(given.start_sample, dict(weights), length))
-    return tuple(phases[1:] if len(phases) > 1 and phases[1].start_sample == 0 else phases)
+    return with_skips(phases[1:] if len(phases) > 1 and phases[1].start_sample == 0 else phases, config.skip)
+
+
+def with_skips(phases: Sequence[PhaseSettings], skip: Sequence[tuple[int, int]]) -> tuple[PhaseSettings, ...]:
+    """The same phases, with one that continues with the weights before it for each range of samples to leave out."""
+    found = {phase.start_sample: phase for phase in phases}
+    for start, stop in skip:
+        before = max(first for first in found if first <= start)
+        continues = found[before].continues or before < start
+        found[start] = replace(found[before], start_sample=start, skipped=stop - start, continues=continues)
+    return tuple(found[start] for start in sorted(found))
 
 
 @dataclass(frozen=True)
@@ -162,7 +177,8 @@ class SampleReader:
                 self._count_source(name, phase.sequence_length)
         self.source_names = tuple(sorted({name for name, _ in self._row_bounds}))
         phases = self._usable_phases()
-        self.mixture = Mixture(phases, settings.seed)
+        shifts = {each.start_sample: Shift(each.skipped, each.continues) for each in settings.phases if each.skipped}
+        self.mixture = Mixture(phases, settings.seed, shifts)
         self._stretches = {name: self._find_stretches(name) for name in self.source_names}
         self._identities = {name: self.store.source_identity(name, settings.split) for name in self.source_names}
         self._check_cache()

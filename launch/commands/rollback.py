@@ -1,14 +1,15 @@
-"""The verb that goes back to an earlier step of a run, and forward again: rollback."""
+"""The verbs that go back to an earlier step of a run: rollback, and fork, which leaves the run as it is."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from amfm.data_pipeline.progress import Waiting
-from amfm.launch.arguments import JsonOption
+from amfm.launch.arguments import JsonOption, OverridesArgument
 from amfm.launch.console import print_json, print_pairs, print_rows
 from amfm.launch.existing import require_exists
 from amfm.launch.heavy_imports import heavy_imports
@@ -72,6 +73,38 @@ def rollback(
         print_rows("Set aside", ("rollback", "to step", "steps", "at"), rows)
 
 
+def fork(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", callback=require_exists)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Run directory of the branch; must be missing or empty.")],
+    overrides: OverridesArgument = None,
+    *,
+    step: Annotated[int, typer.Option(min=1, metavar="N", help="Continue from the checkpoint of this step.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Branch off a run: OUT continues from a checkpoint with other settings, such as an annealing stage; RUN stays.
+
+    What a resume refuses to change is refused here too. `amfm train OUT/config.yaml` then continues.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise FileNotFoundError(f"{run_dir} holds no config.yaml, so it is not a run directory; give run.dir of a run")
+    with Waiting("amfm fork") as waiting, heavy_imports():
+        from amfm.pretrain.checkpoint.fork import fork_run
+        from amfm.pretrain.checks.check_run import check_run
+        from amfm.pretrain.config.file import load_config
+
+        # Its own name, or the curves of both would be one at Weights & Biases.
+        own = ["run.name=null", "train.resume_step=null", *(overrides or []), f"run.dir={json.dumps(str(out))}"]
+        config = load_config(run_dir / "config.yaml", own)
+        check_run(config, steps_done=step)
+        made = fork_run(run_dir, step, config, waiting)
+    if as_json:
+        print_json({"path": str(made.path), "step": made.step, "changes": list(made.changes)})
+        return
+    changes = [("changed", change) for change in made.changes if not change.startswith("run.")]
+    command = f"amfm train {made.path}/config.yaml"
+    print_pairs(f"{made.path} continues from step {step} of {run_dir}", [*changes, ("to train it", command)])
+
+
 def print_made(run_dir: Path, made: Rollback, newest: int | None) -> None:
     """Print what was done, and the command that takes it back."""
     where = run_dir / "checkpoints" / made.folder
@@ -111,4 +144,5 @@ def list_steps(run_dir: Path, remote: RemoteCheckpoints | None) -> tuple[list[di
 
 def add_verbs(app: typer.Typer) -> None:
     """Register the verbs of this file."""
+    app.command(epilog="Example: amfm fork runs/my runs/annealed train.steps=22000 --step 20000")(fork)
     app.command(epilog="Example: amfm rollback runs/my --to 20000; amfm rollback runs/my --undo 1")(rollback)

@@ -157,6 +157,7 @@ def data_problems(config: RunConfig) -> Iterator[Problem]:
     `start_sample` of a phase counts rows over the whole run. Paths are compared as written; no folder is opened.
     """
     store = config.data.store
+    yield from skip_problems(config)
     if config.data.probe is not None:
         return
     if store is None:
@@ -190,6 +191,21 @@ def data_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("data.cache", "has no effect: data.store is a folder", "remove it, or name a URL in data.store")
     if Path(config.run.dir) == Path(store):
         yield Problem("run.dir", "is the folder of data.store too", "use two folders", config.run.dir)
+
+
+def skip_problems(config: RunConfig) -> Iterator[Problem]:
+    """Check that ranges to leave out are in order and hold something, by samples and by steps."""
+    for name, least in (("skip", 0), ("skip_steps", 1)):
+        before = least - 1
+        for number, (start, stop) in enumerate(getattr(config.data, name)):
+            key, value = f"data.{name}.{number}", f"[{start}, {stop}]"
+            if config.data.probe is not None:
+                yield Problem(key, "needs text, and data.probe is a synthetic task", "remove one of the two", value)
+            elif stop < start + 1 - least:
+                yield Problem(key, "holds nothing: the end is before the start", "give the end last", value)
+            elif start <= before:
+                yield Problem(key, f"must start at {before + 1} or later", "put the ranges in order", value)
+            before = max(before, start)
 
 
 def phase_problems(config: RunConfig, stages: tuple[RunStage, ...]) -> Iterator[Problem]:

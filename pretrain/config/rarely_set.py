@@ -8,7 +8,7 @@ from __future__ import annotations
 
 RARELY_SET: dict[str, dict[str, str]] = {
     "docs/checkpoints.md": {
-        "train": "seed checkpoint_in_background checkpoint_store resume_step keep_every_steps replica_every_steps replica_folder timeout_seconds max_skipped_steps deterministic",
+        "train": "seed stop_after_minutes checkpoint_in_background checkpoint_store resume_step keep_every_steps replica_every_steps replica_folder timeout_seconds max_skipped_steps deterministic",
     },
     "docs/export.md": {"export": "max_position_embeddings"},
     "docs/conversion.md": {
@@ -22,7 +22,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "convert.upcycle": "num_copies num_slices top_copies router noise reset",
     },
     "docs/data.md": {
-        "data": "packing shuffle mask_document_boundaries on_corruption",
+        "data": "skip skip_steps packing shuffle mask_document_boundaries on_corruption",
         "data.cache": "folder max_bytes block_bytes",
         "data.sources.*": "text_column max_bytes max_tokens",
         "data.sources.*.filters": "min_characters max_characters keep_pattern drop_pattern exact_duplicates",

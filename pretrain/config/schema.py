@@ -150,6 +150,9 @@ class TrainConfig(Section):
     stop_after_steps: int | None = Field(
         None, gt=0, description="Save and exit (code 0) when this step is done; the schedule still spans `steps`."
     )
+    stop_after_minutes: float | None = Field(
+        None, gt=0, description="Save and exit (code 0) at the end of the step after this many minutes of a start."
+    )
     sequence_length: int = Field(gt=0, description="Tokens per row.")
     micro_batch_size: int = Field(gt=0, description="Rows per forward pass and rank.")
     global_batch_size: int = Field(gt=0, description="Rows per optimizer step, over all ranks.")

@@ -41,6 +41,10 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
         from amfm.pretrain.hooks.validation_sets import ValidationSets
 
         sets.append(ValidationSets(run))
+    if run.config.train.stop_after_minutes is not None:
+        from amfm.pretrain.hooks.time_limit import TimeLimit
+
+        sets.append(TimeLimit(run, run.config.train.stop_after_minutes))
     watched = [
         *build_state_watch(run),
         *build_quantization(run),

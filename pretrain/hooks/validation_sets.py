@@ -89,4 +89,4 @@ class ValidationSets(Hook):
 def only_source(data: DataConfig, name: str) -> DataConfig:
     """The same data with this source alone, read in the process that measures."""
     weights = tuple(source.model_copy(update={"weight": float(source.name == name)}) for source in data.sources)
-    return data.model_copy(update={"sources": weights, "phases": (), "num_workers": 0})
+    return data.model_copy(update={"sources": weights, "phases": (), "skip": (), "skip_steps": (), "num_workers": 0})

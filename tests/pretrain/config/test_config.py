@@ -104,7 +104,7 @@ model.lora_mixer.num_experts model.lora_mixer.top_k model.lora_mixer.rank model.
 model.lora_mixer.balance_weight model.lora_mixer.specialization_weight model.lora_mixer.hard_from_step
 model.multipliers.embedding model.multipliers.residual model.multipliers.logits model.mup.base_hidden_size
 model.mtp.loss_weight model.mtp.shared model.mtp.detach
-data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
+data.store data.skip data.skip_steps data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
 data.cache.folder data.cache.max_bytes data.cache.block_bytes
 data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.weight data.sources.*.validation_fraction data.sources.*.max_bytes data.sources.*.max_tokens
@@ -117,7 +117,7 @@ data.tokenizer.byte_fallback data.tokenizer.training_bytes
 data.prepare.preset data.prepare.num_actors data.prepare.part_bytes data.prepare.chunk_tokens data.prepare.on_damage
 data.prepare.seed
 data.phases.*.start_sample data.phases.*.weights data.phases.*.sequence_length
-train.steps train.stop_after_steps train.sequence_length train.micro_batch_size train.global_batch_size train.seed
+train.steps train.stop_after_steps train.stop_after_minutes train.sequence_length train.micro_batch_size train.global_batch_size train.seed
 train.precision train.checkpoint_every_steps train.checkpoint_in_background train.keep_last train.checkpoint_store
 train.resume_step train.keep_every_steps train.replica_every_steps train.replica_folder
 train.validate_every_steps train.validation_batches
