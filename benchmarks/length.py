@@ -21,9 +21,8 @@ import typer
 from amfm.launch.arguments import JsonOption
 from amfm.launch.bench.hardware import processor_name
 from amfm.launch.console import print_json, print_rows, say
-from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.core_options import AttentionConfig, Mamba2Config
 from amfm.model.config.kinds import CORE, describe_symbol, find_kind, kind_of, registered_kinds
-from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.options import MixerOptions
 from amfm.model.config.pattern import block_kind
 from amfm.model.config.schema import ModelConfig

@@ -15,7 +15,7 @@ import yaml
 
 from amfm.data_pipeline.batch import Batch
 from amfm.model.hybrid import ModelOutput
-from amfm.model.parallel.row_room import opened
+from amfm.model.parallel.groups import opened
 from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine

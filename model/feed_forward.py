@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from amfm.kernels.linear.activated import activated_linear, keeps_codes
 from amfm.kernels.swiglu.gate import find_gate, name_activation
 from amfm.kernels.swiglu.op import squared_relu, swiglu
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import FeedForwardConfig
 from amfm.model.config.schema import GuideConfig
 from amfm.model.config.structure import DENSE, Activation, Structure, matrices_of
 from amfm.model.mixers.interface import BlockState, BuildContext, Mixer, MixerOutput

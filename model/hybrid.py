@@ -37,13 +37,12 @@ from amfm.model.head import Head, build_head
 from amfm.model.init import initialize_parameters, named_seed
 from amfm.model.loss import head_choices, head_cross_entropy, head_logits
 from amfm.model.mixers.interface import DecodeState
-from amfm.model.mtp import Ahead, MtpDepth
+from amfm.model.mtp import Ahead, MtpDepth, pass_rows
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import ColumnLinear, RMSNorm, VocabEmbedding
 from amfm.model.parallel.regions import enter_tensor_region
 from amfm.model.pipeline_split import Piece, whole_piece
-from amfm.model.turns import pass_rows
 
 
 @dataclass(frozen=True)

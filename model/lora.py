@@ -15,7 +15,7 @@ from torch import Tensor
 from amfm.model.hybrid import HybridModel
 from amfm.model.init import initialize_parameters
 from amfm.model.on_demand import OnDemand, computed, on_demand
-from amfm.model.parallel.low_rank import LowRankUpdate
+from amfm.model.parallel.layers import LowRankUpdate
 from amfm.model.routed_updates import PROJECTIONS, projections_of
 
 __all__ = ["PROJECTIONS", "add_lora", "merge_lora"]

@@ -141,7 +141,7 @@ class PackMeta:
         return replace(self, starts_BT=starts_BT, document_ends=ends, halves=halves)
 
     def with_halves(self) -> PackMeta:
-        """The same layout with those of both halves of an even number of rows, which then pass blocks in turns (model/turns.py)."""
+        """The same layout with those of both halves of an even number of rows, which then pass blocks in turns (model/mtp.py)."""
         half = len(self.document_ids_BT) // 2
         assert 2 * half == len(self.document_ids_BT), "checked: micro-batches in turns have an even number of rows"
         halves = tuple(

@@ -3,7 +3,7 @@
 While a command starts, what its user can correct (a setting, a path, credentials) ends with 2, and everything else of the
 machine with 3. Once a run is under way nothing is the settings' fault any more: whatever the machine refuses ends with 3, so that a
 supervisor starts again from the newest checkpoint. A bug (AssertionError, TypeError, ...) is neither and keeps its
-traceback. Messages of the system carry the path they are about (`amfm.data_pipeline.durable.naming.named`).
+traceback. Messages of the system carry the path they are about (`amfm.data_pipeline.durable.files.named`).
 """
 
 from __future__ import annotations

@@ -29,8 +29,7 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 from torch.distributed.rendezvous import rendezvous
 
 from amfm.kernels.runtime.compiling import use_deterministic_algorithms
-from amfm.model.parallel.groups import AXES, ProcessGroupCollection
-from amfm.model.parallel.row_room import RowRoom
+from amfm.model.parallel.groups import AXES, ProcessGroupCollection, RowRoom
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID
 from amfm.pretrain.ranks.group import RankGroup

@@ -9,7 +9,6 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.model.hybrid import HybridModel
-from amfm.model.indexer_stage import set_indexer_stage
 from amfm.pretrain.checkpoint.background import BackgroundSaver
 from amfm.pretrain.checkpoint.masters import MasterView
 from amfm.pretrain.config.schema import RunConfig
@@ -29,6 +28,21 @@ from amfm.pretrain.stages import Built, RunStage, in_layout, stage_of
 
 if TYPE_CHECKING:
     from amfm.pretrain.pipeline import Pipeline
+
+
+from amfm.model.config.indexer import IndexerStage
+from amfm.model.config.schema import in_indexer_stage
+from amfm.model.mixers.sparse.indexer import Indexer
+
+
+def set_indexer_stage(model: HybridModel, stage: IndexerStage | None) -> None:
+    """Set what all indexers of a model do; None changes nothing. Parameters stay as they are; changes `config` too."""
+    if stage is None:
+        return
+    model.config = in_indexer_stage(model.config, stage)
+    for module in model.modules():
+        if isinstance(module, Indexer):
+            module.is_sparse = stage == "sparse"
 
 
 @dataclass

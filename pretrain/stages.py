@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from amfm.data_pipeline.config import DataConfig, PhaseConfig
 from amfm.model.config.indexer import IndexerStage
-from amfm.model.config.indexer_stage import in_indexer_stage
+from amfm.model.config.schema import in_indexer_stage
 from amfm.pretrain.config.schema import BatchRampConfig, ParallelConfig, RunConfig, StageConfig, TrainConfig
 from amfm.pretrain.schedule import learning_rate
 

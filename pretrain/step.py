@@ -24,7 +24,7 @@ from amfm.data_pipeline.batch import Batch
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import ModelOutput
 from amfm.model.loss import IGNORE_INDEX
-from amfm.model.parallel.row_room import opened
+from amfm.model.parallel.groups import opened
 from amfm.model.scheduled import set_step
 from amfm.pretrain.engine.engine import StepOutcome
 from amfm.pretrain.micro_batch import LossShare, MicroBatch, MicroBatches, look_ahead, send
@@ -37,7 +37,7 @@ from amfm.pretrain.step_sums import RankNews, StepReport, StepResult, StepSums, 
 def train_step(run: Run) -> StepResult:
     """Train on the next global batch: accumulate its gradients, update the weights, advance `progress`.
 
-    Where rows of spread experts had less room than a router filled, that is done twice (model/parallel/row_room.py).
+    Where rows of spread experts had less room than a router filled, that is done twice (model/parallel/groups.py).
 
     Every rank must call this. A loss spike under `health.on_spike=skip` poisons the gradients before the update, and
     non-finite gradients leave the weights alone; either way all ranks skip together.

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from amfm.data_pipeline.durable.naming import named
+from amfm.data_pipeline.durable.files import named
 from amfm.model.on_demand import OnDemand, Shape, Source
 
 # Names of the safetensors format for the dtypes that a model or a random state may hold, and that others write.

@@ -27,7 +27,7 @@ from amfm.launch.plan.memory import Memory
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig, MtpConfig
 from amfm.model.flops import flops_per_token
-from amfm.model.moe.spread import expected_ranks
+from amfm.model.moe.transfer import expected_ranks
 from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.schema import RunConfig
 from benchmarks.published.runs import PUBLISHED, PUBLISHED_FP8, PublishedRun

@@ -24,8 +24,7 @@ from amfm.launch.bench.calibration import OPTIMIZER
 from amfm.launch.bench.hardware import multiplies_bf16
 from amfm.launch.cluster.child import open_answers
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.classes import weight_map
-from amfm.model.huggingface.config import TokenIds, huggingface_config
+from amfm.model.huggingface.classes import TokenIds, huggingface_config, weight_map
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.pretrain.config.schema import OptimizerConfig

@@ -4,13 +4,31 @@ A file is written under a temporary name (`.writing-...`), fsynced, renamed, and
 name at once, but neither content nor name is on the disk before its fsync. A folder of many files is written the same way
 as a whole, by its owner. Temporary names carry process and random bytes, so that two writers never share one, and match
 UNFINISHED, so that a later call can delete what a killed one left.
+
+Paths for errors of the system: those of an open file, such as a failed fsync or write, come without one.
+
+A user who reads "No space left on device" must learn which disk; the callers' messages print `error.filename`.
+
+Lock files: held by one process, freed with it however it ends, and never a way to write somewhere else.
+
+flock, because the kernel frees it when the process ends, killed or not: a file whose presence is the lock would have to be
+judged by age. The file stays after the lock is freed; deleting it would let two processes lock two files of one name.
+
+Deletion in one place: only of files and folders with a name that this program gives, and never through a link.
+
+Stores and checkpoints lie in folders that a user names, next to files of the user. So the caller passes the pattern of the
+names that it writes, and a path that doesn't match is our bug and not deleted. A link with such a name is removed itself;
+what it points to is not ours. Where something complete stands already (a checkpoint after its commit, a store after its
+manifest), a leftover that can't be deleted is a remark and no failure: `try_to_delete`.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +38,71 @@ from typing import IO
 
 from blake3 import blake3
 
-from amfm.data_pipeline.durable.naming import named
+MOUNTS = Path("/proc/mounts")
+
+
+def read_mounts() -> str:
+    """Table of mounts; empty where the system has none."""
+    return MOUNTS.read_text(encoding="utf-8", errors="replace") if MOUNTS.exists() else ""
+
+
+def file_system_of(path: Path, mounts: str) -> str:
+    """Type of the file system that holds an absolute path, by a table like /proc/mounts; empty without a match."""
+    best, kind = -1, ""
+    for line in mounts.splitlines():
+        _, point, found, *_ = line.split(" ")
+        point = point.replace("\\040", " ")
+        # Of two mounts on one point the later one is what is seen.
+        if path.is_relative_to(point) and len(point) >= best:
+            best, kind = len(point), found
+    return kind
+
+
+def delete(path: Path, own_name: re.Pattern[str]) -> None:
+    """Delete a file or a folder with everything in it. Raises OSError; nothing happens when it is absent."""
+    assert own_name.fullmatch(path.name), f"{path} is not a name of ours ({own_name.pattern})"
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def try_to_delete(path: Path, own_name: re.Pattern[str]) -> list[str]:
+    """Delete as `delete` does where a failure does no harm; returns a remark about what stays, or an empty list."""
+    try:
+        delete(path, own_name)
+    except OSError as error:
+        return [f"{path} can't be deleted ({error.strerror or error}); it does no harm, delete it by hand"]
+    return []
+
+
+def take_lock(path: Path, *, wait: bool) -> IO[bytes] | None:
+    """Hold a lock file until the result is closed; None when another process holds it and `wait` is false.
+
+    The file is made if it is absent, and is never written or truncated: through a link that someone put in its place that
+    would hit another file. A link is refused (OSError, ELOOP). The lock belongs to the open file, which a child inherits
+    by fork but not over exec.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    lock = os.fdopen(descriptor, "r+b", buffering=0)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+@contextmanager
+def named(path: Path | str) -> Iterator[None]:
+    """Give an OSError out of the block this path, if it carries none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
 
 UNFINISHED = re.compile(r"\.writing-.*", re.DOTALL)  # files and folders that have no name of their own yet
 SYNC_THREADS = 4  # a part has 14 files and folders; more threads cost more than they save

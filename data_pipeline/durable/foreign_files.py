@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
-from amfm.data_pipeline.durable.naming import named
+from amfm.data_pipeline.durable.files import named
 
 MAX_JSON_BYTES = 1 << 28  # a manifest of MAX_PARTS has most of it
 MAX_WORD_BYTES = 4096

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from amfm.data_pipeline.durable.files import named
 from amfm.data_pipeline.durable.foreign_files import open_regular
-from amfm.data_pipeline.durable.naming import named
 
 MAX_LINE_BYTES = 1 << 26
 FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW  # a link would lead lines elsewhere

@@ -2,6 +2,12 @@
 
 Started as a fresh interpreter and not forked: the trainer has threads, and a fork would copy their locks. It imports
 numpy, not torch, and nothing of the working directory (`-P`). Its answers wait in the pipe until the trainer takes them, so it never runs far ahead of the pipe.
+
+A thread of a reading process that brings blocks of a remote store to the node long before their rows are due.
+
+When a shuffle window begins, nearly every row lies in a block that no one has read yet: without this the trainer would
+wait for a request per row, and then for none. The order of samples is known, so what will be due is read and not
+guessed. A thread is enough, because it waits for the network.
 """
 
 from __future__ import annotations
@@ -13,14 +19,60 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import IO, Any
 
-from amfm.data_pipeline.loader.prefetch import FetchAhead
+import numpy as np
+
 from amfm.data_pipeline.samples.packing import Row
 from amfm.data_pipeline.samples.samples import CorruptSample, SampleReader, SampleSettings
 from amfm.data_pipeline.store.shards import DamagedError
 from amfm.data_pipeline.synthetic.rows import SyntheticReader, SyntheticSettings
+
+AHEAD_ROWS = 2048  # of this process: minutes of training, and more blocks than a window has
+
+
+class FetchAhead(threading.Thread):
+    """Reads the rows that come after those that were asked for, and throws them away: their blocks stay in the node cache.
+
+    It has its own files; the folder of the node cache is made for several readers. Errors are left to the reader
+    that needs the row.
+    """
+
+    def __init__(self, reader: SampleReader) -> None:
+        super().__init__(daemon=True, name="fetch-ahead")
+        self._reader = reader.with_own_files()
+        self._due = (0, 1, 1)
+        self._moved = threading.Event()
+
+    def move_to(self, first: int, count: int, stride: int) -> None:
+        """Report which rows are being read: [first, first + count), the next ones `stride` later."""
+        self._due = first, count, stride
+        self._moved.set()
+
+    def run(self) -> None:
+        """Stay ahead until the process ends."""
+        reached, last = 0, 0
+        while True:
+            self._moved.wait()
+            self._moved.clear()
+            first, count, stride = self._due
+            reached = max(first, reached) if first >= last else first  # back after a seek: begin again
+            last = first
+            while reached < first + stride * max(1, AHEAD_ROWS // count):
+                reached += stride
+                self._fetch(reached, count)
+                if self._due[0] > first:
+                    first = last = self._due[0]
+
+    def _fetch(self, first: int, count: int) -> None:
+        """Read rows for their blocks' sake; a failure is met again, and reported, by the reader that needs the row."""
+        try:
+            self._reader.read(np.arange(first, first + count, dtype=np.int64))
+        except RuntimeError:
+            return
+
 
 PIPE_BYTES = 2**20
 # What reaches the whole group from the terminal or the scheduler; the trainer decides, and still needs rows to save.

@@ -21,8 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from amfm.data_pipeline.durable.deletion import delete
-from amfm.data_pipeline.durable.files import make_folders, write_file_atomically
+from amfm.data_pipeline.durable.files import delete, make_folders, write_file_atomically
 from amfm.data_pipeline.prepare.plan import Unit
 
 # A document: its hash as two numbers and its place among the documents of the unit. Files are sorted by the hash.

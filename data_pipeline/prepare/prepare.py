@@ -18,9 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from amfm.data_pipeline.config import DataConfig, SourceConfig
-from amfm.data_pipeline.durable.deletion import try_to_delete
-from amfm.data_pipeline.durable.files import UNFINISHED, make_folders
-from amfm.data_pipeline.durable.locks import take_lock
+from amfm.data_pipeline.durable.files import UNFINISHED, make_folders, take_lock, try_to_delete
 from amfm.data_pipeline.prepare.choose_tokenizer import choose_tokenizer, keep_tokenizer
 from amfm.data_pipeline.prepare.documents import Segment
 from amfm.data_pipeline.prepare.duplicates import mark_duplicates, units_to_hash
@@ -29,8 +27,7 @@ from amfm.data_pipeline.prepare.journal import Journal
 from amfm.data_pipeline.prepare.plan import Unit, UnitSettings, make_units, part_bytes_of, plan_sources
 from amfm.data_pipeline.prepare.rejects import describe_first_damage, describe_first_reject
 from amfm.data_pipeline.prepare.report import PrepareReport, Progress, ShowProgress, make_report
-from amfm.data_pipeline.prepare.run_units import run_units
-from amfm.data_pipeline.prepare.token_limit import take_tokens
+from amfm.data_pipeline.prepare.token_limit import run_units, take_tokens
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.manifest import (

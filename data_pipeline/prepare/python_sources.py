@@ -13,8 +13,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from amfm.data_pipeline.durable.deletion import delete
-from amfm.data_pipeline.durable.files import write_file_atomically
+from amfm.data_pipeline.durable.files import delete, write_file_atomically
 
 FILE_BYTES = 16_000_000
 FILE_NAME = re.compile(r"python-\d{3,}\.jsonl")

@@ -3,6 +3,12 @@
 So little passes through Ray's object store, which may be the smallest. The number of actors and which of them writes a unit
 change no byte of the store. Dispatch is by hand, one unit an actor at a time: a unit whose actor died is counted and given
 to another one, so that a lost node costs a retry, and a text that kills its process ends the call with its name.
+
+Ray's start on a machine that is busy: it waits for its processes as long as they live, and not for half a minute.
+
+Ray gives its server of tables, its node and each worker a limit of 30 to 60 seconds. At a load of 15 all three are passed
+by processes that only wait for a core. Two limits are variables of the environment; that of the node is a number in the
+middle of a function (`ray._private.node`, 2.52 to 2.60), so what it asks in a loop waits in its place.
 """
 
 from __future__ import annotations
@@ -12,20 +18,72 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import chdir, contextmanager, nullcontext
+from contextlib import chdir, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.memory import keep_freed_memory
 from amfm.data_pipeline.prepare.plan import Unit
-from amfm.data_pipeline.prepare.ray_patience import START_SECONDS, patient_start
 from amfm.data_pipeline.prepare.ray_token import START_RAY, choose_token, must_answer
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.part_writer import import_zarr
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
+
+START_SECONDS = 900  # most of them for one process that lives: a core that serves thirty others gives it half a minute
+LOOK_SECONDS = 0.5
+NODE = "raylet"  # name of the node's process, which is our child
+LIMITS = ("RAY_gcs_server_port_wait_time_s", "RAY_worker_register_timeout_seconds")
+
+
+@contextmanager
+def patient_start() -> Iterator[None]:
+    """Inside the block a Ray that starts on this machine may take START_SECONDS for each of its processes.
+
+    Where the environment sets limits they stay, and so does Ray's own where it has no function of that name. Not for one that
+    joins a cluster: it would knock as long at an address where nothing is.
+    """
+    from ray._private import services
+
+    unset = [name for name in LIMITS if name not in os.environ]
+    original = getattr(services, "get_node", None)
+
+    def get_node(*arguments: Any) -> Any:
+        assert original is not None, "replaced only where there is one"
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return original(*arguments)
+            except RuntimeError:  # the node has not reported yet
+                if time.monotonic() > deadline or not is_node_alive():
+                    raise
+                time.sleep(LOOK_SECONDS)
+
+    os.environ.update(dict.fromkeys(unset, str(START_SECONDS)))  # for the processes that Ray starts
+    if original is not None:
+        services.get_node = get_node
+    try:
+        yield
+    finally:
+        if original is not None:
+            services.get_node = original
+        for name in unset:
+            del os.environ[name]
+
+
+def is_node_alive() -> bool:
+    """Whether a node of Ray that this process started runs."""
+    import psutil  # comes with Ray
+
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.name() == NODE and child.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
 
 NOT_STARTED = "node timed out during startup"  # of the message of the bare exception that Ray raises
 ATTEMPTS = 3  # of a unit whose actor dies: enough for lost nodes, few enough to notice a text that kills the process

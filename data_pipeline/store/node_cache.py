@@ -23,8 +23,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from amfm.data_pipeline.durable.files import write_file_atomically
-from amfm.data_pipeline.durable.locks import take_lock
+from amfm.data_pipeline.durable.files import take_lock, write_file_atomically
 from amfm.data_pipeline.store.object_store import RemoteFolder
 from amfm.data_pipeline.store.shards import DamagedError
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.durable.naming import named
+from amfm.data_pipeline.durable.files import named
 from amfm.data_pipeline.store.credentials import NoCredentialsError
 from amfm.data_pipeline.store.range_stream import RangeStream
 

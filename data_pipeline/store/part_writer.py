@@ -17,8 +17,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from amfm.data_pipeline.durable.deletion import delete, try_to_delete
-from amfm.data_pipeline.durable.files import UNFINISHED, digest_files, make_folders, sync, write_tree
+from amfm.data_pipeline.durable.files import (
+    UNFINISHED,
+    delete,
+    digest_files,
+    make_folders,
+    sync,
+    try_to_delete,
+    write_tree,
+)
 from amfm.data_pipeline.store.manifest import (
     DOCUMENT_CHUNK,
     MAX_SHARD_TOKENS,

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from amfm.data_pipeline.synthetic.copying import SelectiveCopying
-from amfm.data_pipeline.synthetic.groups import WordProblem
-from amfm.data_pipeline.synthetic.recall import AssociativeRecall
-from amfm.data_pipeline.synthetic.task import SyntheticTask
+from amfm.data_pipeline.synthetic.draws import SyntheticTask
+from amfm.data_pipeline.synthetic.tasks import AssociativeRecall, SelectiveCopying, WordProblem
 
 if TYPE_CHECKING:
     from amfm.data_pipeline.config import SyntheticConfig  # pydantic takes longer to import than everything here

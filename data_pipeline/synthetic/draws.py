@@ -5,8 +5,12 @@ A generator a row, so that any row can be made without those before it.
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 import numpy as np
 import numpy.typing as npt
+
+from amfm.data_pipeline.samples.packing import IGNORED_LABEL
 
 Int64 = npt.NDArray[np.int64]
 
@@ -37,3 +41,37 @@ class Draws:
     def _words(self, count: int) -> npt.NDArray[np.uint64]:
         words: npt.NDArray[np.uint64] = self._bits.random_raw(count)
         return words
+
+
+NOISE = 0  # the token of places that hold nothing
+
+
+class SyntheticRow(NamedTuple):
+    """One row: tokens_T [T] int64, the input; labels_T [T] int64, the right prediction at each judged place, else -100."""
+
+    tokens_T: Int64
+    labels_T: Int64
+
+
+class SyntheticTask(Protocol):
+    """A task with its settings: a frozen dataclass, whose repr is part of the data's identity. Equal tasks give equal rows."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids; tokens and labels are below it."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of different labels, all equally frequent: predicting always the same one has accuracy 1 / num_classes."""
+
+    @property
+    def shortest(self) -> int:
+        """Fewest tokens that a row can have."""
+
+    def make_row(self, draws: Draws, length: int) -> SyntheticRow:
+        """Make a row of `length` tokens, a function of the draws alone."""
+
+
+def empty_row(length: int) -> SyntheticRow:
+    """Make a row of noise without labels, to be filled in."""
+    return SyntheticRow(np.full(length, NOISE, np.int64), np.full(length, IGNORED_LABEL, np.int64))

@@ -19,8 +19,7 @@ from amfm.data_pipeline.samples.permutation import derive_key
 from amfm.data_pipeline.samples.samples import CorruptSample, EpochSpan, PhaseSettings
 from amfm.data_pipeline.store.manifest import Split
 from amfm.data_pipeline.synthetic.build import build_task
-from amfm.data_pipeline.synthetic.draws import Draws, Int64
-from amfm.data_pipeline.synthetic.task import NOISE, SyntheticRow, SyntheticTask
+from amfm.data_pipeline.synthetic.draws import NOISE, Draws, Int64, SyntheticRow, SyntheticTask
 
 if TYPE_CHECKING:
     from amfm.data_pipeline.config import SyntheticConfig  # pydantic takes longer to import than everything here

@@ -4,15 +4,24 @@ A store holds a copy of its tokenizer, and its identity is a hash of the file: t
 that changed under its name is noticed. Text must come back from its ids and must not be able to end a document, so nothing
 is normalised in training, and control tokens written out in a text are plain text. Encoding must give the same ids on every
 machine, in any batch and at any place in a text; `_encode` and `round_scores` say what that takes with SentencePiece.
+
+Tokenizers of installed packages: a file whose suffix a package registers is read by its class.
+
+A package registers one with an entry point of the group `amfm.tokenizers`: its name is the suffix of the files, and it names a
+class that is built from the content of one and has what `Tokenizer` (tokenizer.py) asks for. `kind` is the suffix, and a store
+has the file as `tokenizer.SUFFIX`. Preparation sends the class to its actors, so its instances must pickle. With
+`to_tokenizer_json() -> bytes` it can be exported: a tokenizer.json of the same ids.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +32,47 @@ from amfm.data_pipeline.store.manifest import MANIFEST
 from amfm.data_pipeline.store.object_store import is_url
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.tokenizer.huggingface import HuggingFaceTokenizer, read_tokenizer_json
-from amfm.data_pipeline.tokenizer.registered import ENTRY_POINTS, read_registered, tokenizer_entries
+
+ENTRY_POINTS = "amfm.tokenizers"
+OURS = ("model", "json")
+
+
+@cache
+def tokenizer_entries() -> dict[str, EntryPoint]:
+    """Entry points by suffix. Raises RuntimeError for one that is registered twice or is ours."""
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.name in {*found, *OURS}:
+            raise RuntimeError(
+                f"{describe_entry(entry)} registers a suffix that is taken; uninstall one of the packages, or rename it"
+            )
+        found[entry.name] = entry
+    return found
+
+
+def read_registered(suffix: str, content: bytes) -> Any:
+    """Build a package's tokenizer, a `Tokenizer`, from the content of a file. Raises RuntimeError where its package is broken."""
+    entry = tokenizer_entries()[suffix]
+    try:
+        build: Callable[[bytes], Any] = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"{describe_entry(entry)} cannot be loaded ({error}); fix or uninstall its package"
+        ) from error
+    tokenizer = build(content)
+    if (tokenizer.kind, tokenizer.file_name) != (suffix, f"tokenizer.{suffix}"):
+        raise RuntimeError(
+            f"{describe_entry(entry)}: its kind is {tokenizer.kind!r} and its file {tokenizer.file_name!r}; they must be "
+            f"{suffix!r} and 'tokenizer.{suffix}': fix its package"
+        )
+    return tokenizer
+
+
+def describe_entry(entry: EntryPoint) -> str:
+    """Describe an entry point and its package, for messages."""
+    package = entry.dist.name if entry.dist is not None else "an unknown package"
+    return f"the entry point {entry.name} = {entry.value} of {package} (group {entry.group})"
+
 
 Ids = npt.NDArray[np.int32]
 Offsets = npt.NDArray[np.int64]

@@ -14,8 +14,7 @@ from amfm_bip.spec import SPEC, BipOptions
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.interface import BuildContext

@@ -12,8 +12,7 @@ from amfm_flora.flora import FLORA, STACKS, TuckerUpdate, UpdatedExperts, check_
 from amfm_flora.spec import SPEC
 from torch import Tensor, nn
 
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel

@@ -15,7 +15,7 @@ from amfm_fourier_head.head import FLOOR, FourierHead, roughness
 from amfm_fourier_head.spec import SPEC, FourierHeadOptions
 from torch import Tensor, nn
 
-from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.schema import ModelConfig
 from tests.helpers.examples import amfm, assert_a_cut_changes_nothing, install_example, metrics_of, must, write_probe
 

@@ -31,9 +31,7 @@ from amfm.launch.plan.hardware import GIB, HARDWARE, Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.memory import storage_of
 from amfm.launch.plan.time import estimate_step
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.feed_forward import FeedForwardConfig
-from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel

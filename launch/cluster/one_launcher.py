@@ -11,8 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-from amfm.data_pipeline.durable.files import write_file_atomically
-from amfm.data_pipeline.durable.locks import take_lock
+from amfm.data_pipeline.durable.files import take_lock, write_file_atomically
 from amfm.launch.cluster.storage import StorageWait
 from amfm.launch.console import say
 from amfm.pretrain.checkpoint.names import newest_saved_step

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from amfm.data_pipeline.durable.mounts import file_system_of, read_mounts
+from amfm.data_pipeline.durable.files import file_system_of, read_mounts
 from amfm.launch.doctor.machine import (
     GIB,
     Finding,

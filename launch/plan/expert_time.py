@@ -6,7 +6,7 @@ same with gradients. The shared expert is cut around that: its up projection is 
 activation and down projection while they travel home, and backward the other way round. With `overlap_experts` rows travel
 in two halves, so that one half travels in parallel with the experts of the other. `waiting_seconds` lays such a pass
 out: one link sends in order, computing waits where it needs what has not arrived. Where halves of the rows pass all
-blocks in turns (model/turns.py), `seconds_in_turns` does that for the blocks of a piece.
+blocks in turns (model/mtp.py), `seconds_in_turns` does that for the blocks of a piece.
 """
 
 from __future__ import annotations

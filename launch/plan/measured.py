@@ -44,10 +44,9 @@ from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.low_precision import hang_on_block
-from amfm.model.moe.spread import expected_ranks
+from amfm.model.moe.transfer import expected_ranks
 from amfm.model.packing import PackMeta
-from amfm.model.parallel.groups import AXES, ProcessGroupCollection, SingleRankGroup
-from amfm.model.parallel.row_room import RowRoom, count_places
+from amfm.model.parallel.groups import AXES, ProcessGroupCollection, RowRoom, SingleRankGroup, count_places
 
 # Tokens of a rank's row whose pass is counted: chunks, windows and segments of the usual sizes, and not the width of a weight.
 COUNTED_TOKENS = 4608

@@ -19,10 +19,8 @@ from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 from amfm.model.config import mixer_options as own
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
 from amfm.model.config.key_mixer_options import MlaOptions, WindowOptions
-from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions, ParallelOptions
 from amfm.model.config.plugins import how_to_install, list_packages, load_named, specs_by_name
@@ -197,18 +195,18 @@ BUILT_IN = (
     ),
     Kind("gla", "amfm.model.mixers.vector_gates:GlaMixer", own.GlaOptions, products=IN_OUT),
     Kind("hgrn2", "amfm.model.mixers.vector_gates:Hgrn2Mixer", own.Hgrn2Options, letter="H", products=IN_OUT),
-    Kind("kda", "amfm.model.mixers.kda:KdaMixer", own.KdaOptions, letter="K", has_mup=True, products=IN_OUT),
-    Kind("gdn2", "amfm.model.mixers.kda:Gdn2Mixer", own.Gdn2Options, products=IN_OUT),
+    Kind("kda", "amfm.model.mixers.delta:KdaMixer", own.KdaOptions, letter="K", has_mup=True, products=IN_OUT),
+    Kind("gdn2", "amfm.model.mixers.delta:Gdn2Mixer", own.Gdn2Options, products=IN_OUT),
     Kind("hedgehog", "amfm.model.mixers.feature_maps:HedgehogMixer", own.HedgehogOptions, products=IN_OUT),
     Kind("lightning", "amfm.model.mixers.retention:LightningMixer", own.LightningOptions, letter="L", products=IN_OUT),
     Kind(
         "lightnet",
-        "amfm.model.mixers.lightnet:LightNetMixer",
+        "amfm.model.mixers.vector_gates:LightNetMixer",
         own.LightNetOptions,
         refuses={"context": "its running softmax does not pass between ranks yet"},
         products=IN_OUT,
     ),
-    Kind("mala", "amfm.model.mixers.mala:MalaMixer", own.MalaOptions, products=IN_OUT),
+    Kind("mala", "amfm.model.mixers.feature_maps:MalaMixer", own.MalaOptions, products=IN_OUT),
     Kind("mamba1", "amfm.model.mixers.mamba1:Mamba1Mixer", own.Mamba1Options, products=IN_OUT),
     Kind("mamba3", "amfm.model.mixers.mamba3:Mamba3Mixer", own.Mamba3Options, products=IN_OUT),
     Kind(
@@ -217,7 +215,7 @@ BUILT_IN = (
         own.MomOptions,
         refuses={"context": "its memories do not pass between ranks yet"},
     ),
-    Kind("plstm", "amfm.model.mixers.plstm:PlstmMixer", own.PlstmOptions, products=IN_OUT),
+    Kind("plstm", "amfm.model.mixers.retention:PlstmMixer", own.PlstmOptions, products=IN_OUT),
     Kind("retnet", "amfm.model.mixers.retention:RetentionMixer", own.RetentionOptions, products=IN_OUT),
     Kind(
         "short_conv", "amfm.model.mixers.short_conv:ShortConvMixer", own.ShortConvOptions, letter="C", products=IN_OUT

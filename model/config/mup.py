@@ -21,9 +21,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from amfm.model.config.indexer_stage import has_indexer
 from amfm.model.config.kinds import all_kinds, kind_of
-from amfm.model.config.schema import ModelConfig
+from amfm.model.config.schema import ModelConfig, has_indexer
 from amfm.model.config.structure import DENSE
 
 _FEW_OUTPUTS = ("head.weight", ".router.weight", ".shared_gate.weight")

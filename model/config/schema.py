@@ -6,11 +6,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
+from amfm.model.config.indexer import IndexerStage
 from amfm.model.config.kinds import ENTRY_POINTS, Kind, all_kinds, find_kind, kind_of, registered_kinds
 from amfm.model.config.lora_mixer import LoraMixerConfig
-from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions
 from amfm.model.config.pattern import Pattern, parse_pattern
@@ -228,3 +227,18 @@ def read_saved_model(saved: Any, packages: Mapping[str, str]) -> Any:
     if isinstance(moe, Mapping) and (moe.get("expert_bias") or moe.get("num_router_groups", 1) > 1):
         changes["moe"] = {"balance_counts": "routed", **moe}
     return {**saved, **changes}
+
+
+def has_indexer(model: ModelConfig) -> bool:
+    """Whether a block of the pattern chooses its keys."""
+    return any(getattr(options, "indexer", None) is not None for _, options in model.kinds_in_use())
+
+
+def in_indexer_stage(model: ModelConfig, stage: IndexerStage | None) -> ModelConfig:
+    """The model with all its indexers in this stage; None: as they are."""
+    for kind, options in model.sections() if stage is not None else ():
+        indexer = getattr(options, "indexer", None)
+        if indexer is not None and indexer.stage != stage:
+            changed = options.model_copy(update={"indexer": indexer.model_copy(update={"stage": stage})})
+            model = model.with_options(kind, changed)
+    return model

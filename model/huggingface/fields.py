@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.core_options import AttentionConfig, Mamba2Config
 from amfm.model.config.kinds import kind_of
-from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.rope import Llama3Stretch, RopeConfig
 from amfm.model.config.schema import ModelConfig

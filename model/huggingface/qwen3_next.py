@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.depths import QWEN3_NEXT_DEPTH, count_depths, depth_fields

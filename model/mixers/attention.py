@@ -15,10 +15,10 @@ from amfm.kernels.attention.op import attention, fastest_backend
 from amfm.kernels.attention.varlen import DocumentEnds
 from amfm.kernels.rope.frequencies import Llama3Numbers
 from amfm.kernels.rope.op import qk_norm_rope, rope_frequencies
-from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.rope import Llama3Stretch, RopeConfig
 from amfm.model.mixers.interface import AttentionCache, BlockState, BuildContext, MixerOutput, SoftmaxMixer
-from amfm.model.mixers.output_gate import gate_heads, gate_projection
+from amfm.model.mixers.shared_layers import gate_heads, gate_projection
 from amfm.model.mixers.sparse.indexer import Indexer
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import gather_rows

@@ -18,9 +18,9 @@ from amfm.kernels.diag_scan.op import diag_scan, diag_step
 from amfm.kernels.linear.op import linear
 from amfm.model.config.mixer_options import Mamba1Options
 from amfm.model.mixers.base import LinearMixer, Part
-from amfm.model.mixers.initial_values import first_time_steps
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.mixers.recurrence import OpenScan, Recurrence, ScanRows, ScanSettings
+from amfm.model.mixers.shared_layers import first_time_steps
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.layers import RowLinear
 from amfm.model.parallel.regions import sum_parts

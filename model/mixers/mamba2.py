@@ -23,9 +23,9 @@ from amfm.kernels.decay_scan.carry import add_carried_state
 from amfm.kernels.decay_scan.op import ScanOutput, mamba2_scan, mamba2_step
 from amfm.kernels.mamba2.op import MixerSizes, mamba2_mix
 from amfm.kernels.norm.op import gated_rms_norm
-from amfm.model.config.mamba2 import Mamba2Config
-from amfm.model.mixers.initial_values import first_decay_rates, first_time_steps
+from amfm.model.config.core_options import Mamba2Config
 from amfm.model.mixers.interface import BlockState, BuildContext, MambaState, Mixer, MixerOutput
+from amfm.model.mixers.shared_layers import first_decay_rates, first_time_steps
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import SegmentExchange, receive_states, receive_windows
 from amfm.model.parallel.groups import ProcessGroupCollection

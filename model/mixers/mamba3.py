@@ -30,10 +30,9 @@ from torch.nn import functional
 from amfm.kernels.rope.running_angles import dot_heads, sum_angles, turn_heads, within_turn
 from amfm.model.config.mixer_options import Mamba3Options
 from amfm.model.mixers.base import LinearMixer, Part
-from amfm.model.mixers.head_norm import GatedHeadNorm
-from amfm.model.mixers.initial_values import first_time_steps
 from amfm.model.mixers.interface import BuildContext, MixerState
 from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows
+from amfm.model.mixers.shared_layers import GatedHeadNorm, first_time_steps
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_states, receive_windows
 from amfm.model.parallel.shards import Shard, ShardSpec, divide_units

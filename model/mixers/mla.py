@@ -21,7 +21,7 @@ from amfm.model.config.indexer import keys_and_scores
 from amfm.model.config.key_mixer_options import MlaOptions
 from amfm.model.mixers.attention import frequencies_of, make_sinks
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer, SoftmaxMixer
-from amfm.model.mixers.output_gate import gate_heads, gate_projection
+from amfm.model.mixers.shared_layers import gate_heads, gate_projection
 from amfm.model.mixers.sparse.indexer import NORM_BIAS, Indexer
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import gather_rows

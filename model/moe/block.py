@@ -38,8 +38,7 @@ from amfm.model.mixers.interface import BlockState, BuildContext, Mixer, MixerOu
 from amfm.model.moe.balance import auxiliary_losses
 from amfm.model.moe.capacity import Choices, limit_choices
 from amfm.model.moe.dispatch import Dispatched, dispatch_feed_forward, dispatch_steps
-from amfm.model.moe.spread import expected_ranks
-from amfm.model.moe.transfer import HeldExperts
+from amfm.model.moe.transfer import HeldExperts, expected_ranks
 from amfm.model.packing import PackMeta, Padding
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import Linear, add_bias, stream_shard

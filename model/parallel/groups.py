@@ -3,13 +3,92 @@
 Nothing in `model/` reads global state of torch.distributed or of Megatron: a block asks the groups that it was given. So one
 process can hold models of different layouts, tests build a single-rank model without a process group, and code for one
 rank and for many is the same.
+
+Room for the rows of spread experts: as many places as an uneven router fills, so that the host need not count rows.
+
+How many rows go where follows from the router, and a host that must know waits for the device once per block. With room every
+pair of ranks exchanges, and every rank computes, a number of places that follows from sizes alone: `shares` times what an even
+router fills, and no more than any router can. Counts stay on the device, empty places are left alone by the products, and
+each rank notes there whether rows or choices had no place. The step reads that with everything else that it reports: where it
+happened on any rank, all gradients of the step are thrown away and its passes taken again with counted rows
+(pretrain/step.py). So no token is ever dropped, and a router that turns uneven costs time alone. After that, rows are counted
+until they would have fitted for some steps in a row.
 """
 
 from __future__ import annotations
 
-from megatron.core import process_groups_config
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 
-from amfm.model.parallel.row_room import RowRoom
+import torch
+from megatron.core import process_groups_config
+from torch import Tensor
+
+FITTING_STEPS = 8  # in a row, before room is used again
+
+
+class RowRoom:
+    """How much room there is, whether passes use it, and whether it was enough; one for all blocks of a rank.
+
+    `shares`: places in even shares, at least 1. `device`: where `missed` counts.
+    """
+
+    def __init__(self, shares: float, device: torch.device) -> None:
+        self.shares, self.device = shares, device
+        self.is_open = False
+        self.fitting = FITTING_STEPS
+
+    @cached_property
+    def missed(self) -> Tensor:
+        """Times that rows or choices of this rank had no place, or would have had none, since a step's passes began; int64."""
+        return torch.zeros((), dtype=torch.int64, device=self.device)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether rows take places: in the passes of a step, whose gradients can be thrown away."""
+        return self.is_open and self.fitting >= FITTING_STEPS
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Inside the block are the passes of a step, of which `settle` must learn whether rows had room."""
+        self.missed.zero_()
+        self.is_open = True
+        try:
+            yield
+        finally:
+            self.is_open = False
+
+    def was_short(self, missed: int) -> bool:
+        """Whether passes in which all ranks missed this many places must be taken again; rows that were counted had theirs."""
+        return self.fitting >= FITTING_STEPS and missed > 0
+
+    def settle(self, missed: int) -> bool:
+        """Learn what all ranks have missed in a step's passes; whether those must be taken again. The same on every rank."""
+        is_short = self.was_short(missed)
+        self.fitting = 0 if missed else self.fitting + 1
+        return is_short
+
+    def note(self, has_missed: Tensor) -> None:
+        """Note that this happened, a boolean on the device."""
+        self.missed += has_missed
+
+
+def opened(room: RowRoom | None) -> AbstractContextManager[None]:
+    """A context of the passes of a step (`RowRoom.opened`), where there is a room."""
+    return nullcontext() if room is None else room.opened()
+
+
+def count_places(shares: float, tokens: int, top_k: int, sent_share: float, ranks: int, held: int) -> tuple[int, int]:
+    """Places for rows between each pair of ranks, and for choices of one rank's experts in the rows of all.
+
+    There are `ranks` ranks with `held` experts each and `tokens` tokens of `top_k` choices each, of which an even router sends
+    the part `sent_share` to every rank.
+    """
+    rows = min(tokens, math.ceil(shares * sent_share * tokens))
+    return rows, min(ranks * rows * min(top_k, held), math.ceil(shares * tokens * top_k))
+
 
 AXES = ["tp", "pp", "mp", "cp", "tp_cp", "ep", "expt_tp", "expt_dp", "tp_ep", "dp", "dp_cp", "embd"]
 
@@ -22,7 +101,7 @@ class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
     tensor x context, `tp_ep` tensor inside experts x expert, `embd` the first and the last stage (None between them).
     With `sequence_parallel` the stream between blocks is [B, T of this tensor rank, D]. With `overlap_experts` half of the
     rows between experts travel while experts compute the other half. With `takes_turns` both halves of a micro-batch's rows pass
-    the blocks in turns (model/turns.py). With a `row_room` these rows have places, and no one counts
+    the blocks in turns (model/mtp.py). With a `row_room` these rows have places, and no one counts
     them on the host.
     """
 

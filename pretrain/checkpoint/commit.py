@@ -21,9 +21,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
-from amfm.data_pipeline.durable.deletion import try_to_delete
-from amfm.data_pipeline.durable.files import make_folders, sync
-from amfm.data_pipeline.durable.naming import named
+from amfm.data_pipeline.durable.files import make_folders, named, sync, try_to_delete
 from amfm.pretrain.checkpoint.files import replace_text
 from amfm.pretrain.checkpoint.manifest_file import EVERY, MANIFEST_NAME, MARK_NAME, encode_manifest, read_manifest
 from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, checkpoint_name, list_checkpoints

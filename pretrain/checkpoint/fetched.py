@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from amfm.data_pipeline.durable.deletion import try_to_delete
-from amfm.data_pipeline.durable.files import sync
-from amfm.data_pipeline.durable.naming import named
+from amfm.data_pipeline.durable.files import named, sync, try_to_delete
 from amfm.pretrain.checkpoint.commit import LATEST_NAME, TEMPORARY_NAME, RankFailure
 from amfm.pretrain.checkpoint.files import replace_text, sync_folders
 from amfm.pretrain.ranks.group import RankGroup

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.data_pipeline.durable.files import sync
-from amfm.data_pipeline.durable.naming import named
+from amfm.data_pipeline.durable.files import named, sync
 from amfm.data_pipeline.progress import Report, silent
 from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, MARK_NAME, StorageError, read_manifest, read_patiently
 from amfm.pretrain.tensor_files import TensorFile, encode_header, tensor_bytes

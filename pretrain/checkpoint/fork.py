@@ -8,9 +8,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from amfm.data_pipeline.durable.files import check_free, sync
+from amfm.data_pipeline.durable.files import check_free, named, sync
 from amfm.data_pipeline.durable.lines import read_lines
-from amfm.data_pipeline.durable.naming import named
 from amfm.data_pipeline.progress import Report, silent
 from amfm.pretrain.checkpoint.commit import mark
 from amfm.pretrain.checkpoint.compatibility import check_resumable

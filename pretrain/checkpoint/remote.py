@@ -25,8 +25,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from amfm.data_pipeline.durable.files import make_folders, sync
-from amfm.data_pipeline.durable.naming import named
+from amfm.data_pipeline.durable.files import make_folders, named, sync
 from amfm.data_pipeline.store.object_store import RemoteFolder
 from amfm.pretrain.checkpoint.commit import RankFailure, is_marked, make_temporary, mark, remove_temporary
 from amfm.pretrain.checkpoint.fetched import commit_fetched, copy_verified

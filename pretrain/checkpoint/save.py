@@ -30,8 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.data_pipeline.durable.deletion import try_to_delete
-from amfm.data_pipeline.durable.files import make_folders
+from amfm.data_pipeline.durable.files import make_folders, try_to_delete
 from amfm.pretrain.checkpoint.commit import (
     TEMPORARY_NAME,
     RankFailure,

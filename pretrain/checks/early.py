@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amfm.data_pipeline.durable.locks import take_lock
+from amfm.data_pipeline.durable.files import take_lock
 from amfm.data_pipeline.store.manifest import MANIFEST
 from amfm.data_pipeline.store.object_store import is_url
 from amfm.pretrain.checkpoint.compatibility import check_resumable

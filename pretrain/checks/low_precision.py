@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from amfm.model.config.indexer_stage import has_indexer
 from amfm.model.config.kinds import describe_symbol, kind_of
 from amfm.model.config.low_precision import DEFAULT_LETTERS, LowPrecisionConfig
 from amfm.model.config.pattern import parse_letters
+from amfm.model.config.schema import has_indexer
 from amfm.model.config.structure import DENSE
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schema import RunConfig

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from amfm.model.config.indexer_stage import has_indexer
+from amfm.model.config.schema import has_indexer
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.schema import RunConfig, StageConfig
 from amfm.pretrain.stages import RunStage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.kinds import describe_symbol, registered_kinds
 from amfm.model.config.rope import Llama3Stretch
 from amfm.model.config.window_linear import WindowLinearOptions

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.shapes import weight_shapes
+from amfm.model.flops import weight_shapes
 from amfm.model.hybrid import HybridModel
 from amfm.model.on_demand import on_demand
 from amfm.model.routed_updates import ENDS

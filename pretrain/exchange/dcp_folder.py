@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from amfm.data_pipeline.durable.files import named
 from amfm.data_pipeline.durable.foreign_files import inside, parse_object, read_bounded, take, understood
-from amfm.data_pipeline.durable.naming import named
 from amfm.model.on_demand import Shape, Source
 from amfm.pretrain.exchange.common_file import Unread
 from amfm.pretrain.exchange.torch_file import READ_TYPES, UNREADABLE, find_numbers, read_numbers

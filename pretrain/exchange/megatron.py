@@ -23,7 +23,7 @@ from pathlib import Path
 
 from amfm.data_pipeline.durable.foreign_files import read_object, read_word
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.shapes import block_shapes
+from amfm.model.flops import block_shapes
 from amfm.model.on_demand import OnDemand, Shape, Source
 from amfm.pretrain.exchange.common_file import find_steps, read_common
 from amfm.pretrain.exchange.dcp_folder import DcpFolder

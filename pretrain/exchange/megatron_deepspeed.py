@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import torch
 
-from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.fields import Wanted, unfit_multipliers, unfit_settings, unfit_softmax_scale
 from amfm.model.on_demand import Shape, Source

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from amfm.data_pipeline.durable.naming import named
+from amfm.data_pipeline.durable.files import named
 from amfm.model.on_demand import BLOCK_NUMEL, Shape, Source, cut_rows
 from amfm.pretrain.tensor_files import tensor_bytes
 

@@ -24,15 +24,11 @@ from typing import Any
 import torch
 
 import amfm.pretrain.export.modeling_template
-from amfm.data_pipeline.durable.deletion import delete, try_to_delete
-from amfm.data_pipeline.durable.files import sync
-from amfm.data_pipeline.durable.locks import take_lock
-from amfm.data_pipeline.durable.naming import named
+from amfm.data_pipeline.durable.files import delete, named, sync, take_lock, try_to_delete
 from amfm.model.config.kinds import describe_symbol
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters
-from amfm.model.huggingface.classes import NATIVE_TARGETS, WRITTEN, weight_map
-from amfm.model.huggingface.config import TokenIds, huggingface_config
+from amfm.model.huggingface.classes import NATIVE_TARGETS, WRITTEN, TokenIds, huggingface_config, weight_map
 from amfm.model.huggingface.hf_class import HfTarget, Target
 from amfm.model.huggingface.targets import explain_unfit
 from amfm.model.on_demand import Shape, on_demand

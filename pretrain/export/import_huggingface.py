@@ -19,15 +19,13 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from amfm.data_pipeline.durable.files import check_free
+from amfm.data_pipeline.durable.files import check_free, named
 from amfm.data_pipeline.durable.foreign_files import inside, read_object, take, understood
-from amfm.data_pipeline.durable.naming import named
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.classes import BY_NAME, BY_TYPE
-from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
+from amfm.model.huggingface.classes import BY_NAME, BY_TYPE, TokenIds, huggingface_config, model_config_from_huggingface
 from amfm.model.huggingface.hf_class import HfTarget, Source, Target
 from amfm.model.huggingface.own import OWN_MODEL_TYPE
 from amfm.model.huggingface.targets import explain_unfit

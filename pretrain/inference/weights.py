@@ -28,7 +28,7 @@ from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig, read_saved_model
-from amfm.model.huggingface.shapes import weight_shapes
+from amfm.model.flops import weight_shapes
 from amfm.model.hybrid import HybridModel
 from amfm.model.lora import merge_lora
 from amfm.model.on_demand import OnDemand, cut_rows, on_demand

@@ -22,10 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from amfm.data_pipeline.durable.files import write_file_atomically
+from amfm.data_pipeline.durable.files import named, take_lock, write_file_atomically
 from amfm.data_pipeline.durable.lines import parse_line
-from amfm.data_pipeline.durable.locks import take_lock
-from amfm.data_pipeline.durable.naming import named
 from amfm.pretrain.monitor.beats import read_beats
 from amfm.pretrain.monitor.heartbeat import WRITE_SECONDS
 

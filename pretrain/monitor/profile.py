@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from amfm.data_pipeline.durable.naming import named
+from amfm.data_pipeline.durable.files import named
 from amfm.model.hybrid import HybridModel
 from amfm.pretrain.config.schema import ProfileConfig
 from amfm.pretrain.monitor.heartbeat import Heartbeat

@@ -28,8 +28,7 @@ from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.model.block import Stream
 from amfm.model.hybrid import HybridModel
 from amfm.model.low_precision import hang_recipes
-from amfm.model.parallel.groups import AXES
-from amfm.model.parallel.row_room import opened
+from amfm.model.parallel.groups import AXES, opened
 from amfm.model.pipeline_split import Piece, whole_piece
 from amfm.model.scheduled import set_step
 from amfm.pretrain.config.schema import RunConfig

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.window_linear import WindowLinearMixer

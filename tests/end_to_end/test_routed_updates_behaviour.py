@@ -13,10 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
 from amfm.model.config.lora_mixer import LoraMixerConfig, Projection
-from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups

@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.core_options import AttentionConfig, Mamba2Config
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
-from amfm.model.indexer_stage import set_indexer_stage
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
+from amfm.pretrain.run import set_indexer_stage
 
 # As configs/probes/mqar.yaml: 16 pairs, then 16 questions; 32 keys and 32 values.
 PAIRS, KEYS, VALUES, ROWS = 16, 32, 32, 64

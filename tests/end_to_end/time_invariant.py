@@ -14,10 +14,9 @@ from amfm.kernels.common.limits import DECAY_LIMITS
 from amfm.model.config.kinds import Kind
 from amfm.model.config.mixer_options import HeadOptions
 from amfm.model.mixers.base import LinearMixer, Part
-from amfm.model.mixers.head_norm import GatedHeadNorm
-from amfm.model.mixers.initial_values import first_decay_rates, first_time_steps
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows
+from amfm.model.mixers.shared_layers import GatedHeadNorm, first_decay_rates, first_time_steps
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.shards import Shard, ShardSpec
 

@@ -4,9 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.feed_forward import FeedForwardConfig
-from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import MultipliersConfig

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import FeedForwardConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from tests.model.mixers.samples import mixer_config, sample_options

@@ -6,10 +6,10 @@ import weakref
 import pytest
 import torch
 
+from amfm.model.block import Remade, run_inside
 from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.model.remade import Remade, run_inside
 from tests.model.small_models import loss_of, meta_of, packed_batch, small_config
 
 MOE = MoeConfig(num_experts=5, top_k=2, expert_hidden_size=8, shared_expert_hidden_size=12, auxiliary_loss_weight=0.1)

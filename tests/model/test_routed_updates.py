@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amfm.model.config.lora_mixer import LoraMixerConfig
-from amfm.model.flops import count_parameters
-from amfm.model.huggingface.shapes import weight_shapes
+from amfm.model.flops import count_parameters, weight_shapes
 from amfm.model.huggingface.targets import choose_target
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from amfm.model.config.checks import check_model
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import FeedForwardConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import GuideConfig
 from amfm.model.config.structure import Structure
 from amfm.model.feed_forward import FeedForward
-from amfm.model.flops import count_parameters, flops_per_token
-from amfm.model.huggingface.shapes import weight_shapes
+from amfm.model.flops import count_parameters, flops_per_token, weight_shapes
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.scheduled import set_step

@@ -66,7 +66,7 @@ ROOMS: dict[str, Room] = {
         ("tests/model/parallel/test_context.py", "tests/model/mixers/test_mixers.py", *SLOW),
     ),
     "dispatch": Room(
-        ("model/moe/dispatch.py", "model/moe/by_rank.py", "model/moe/by_slot.py", "model/moe/transfer.py"),
+        ("model/moe/dispatch.py", "model/moe/by_rank.py", "model/moe/dispatch.py", "model/moe/transfer.py"),
         ("tests/model/moe/test_dispatch.py",), ("tests/model/moe", "tests/launch/simulate/test_trace.py"),
     ),
     "corruption": Room(

@@ -10,7 +10,7 @@ import torch
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import ModelOutput
 from amfm.model.loss import CrossEntropy
-from amfm.model.parallel.row_room import RowRoom
+from amfm.model.parallel.groups import RowRoom
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.step_sums import RankNews, StepReport, empty_sums

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import FeedForwardConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.export.export import check_free, proof_text
 from amfm.pretrain.export.import_huggingface import write_model

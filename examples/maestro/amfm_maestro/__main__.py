@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import FeedForwardConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters
 from amfm.pretrain.export.export import check_free, proof_text

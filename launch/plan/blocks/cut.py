@@ -6,7 +6,7 @@ from amfm.launch.plan.blocks.expert_traffic import static_slots
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.measured import Cut
 from amfm.model.config.kinds import kind_of
-from amfm.model.moe.spread import expected_ranks
+from amfm.model.moe.transfer import expected_ranks
 from amfm.pretrain.config.schema import RunConfig
 
 

@@ -12,11 +12,9 @@ from amfm.launch.plan.blocks.moe import PlannedMoe
 from amfm.launch.plan.exchange import FLOAT32, Exchange, element_type, part_crossings
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.roofline import Roofline, add_part
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
 from amfm.model.config.key_mixer_options import MlaOptions
 from amfm.model.config.kinds import find_kind
-from amfm.model.config.mamba2 import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions, ParallelOptions
 from amfm.pretrain.config.schema import RunConfig

@@ -16,7 +16,7 @@ from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.roofline import Roofline, add_feed_forward, add_part
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.structure import matrices_of
-from amfm.model.moe.spread import expected_ranks
+from amfm.model.moe.transfer import expected_ranks
 
 
 class PlannedMoe(PlannedBlock):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.key_mixer_options import WindowOptions
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.rope import yarn_of

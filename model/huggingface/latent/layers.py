@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import FeedForwardConfig
 from amfm.model.config.key_mixer_options import MlaOptions
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig

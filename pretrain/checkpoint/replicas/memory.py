@@ -17,8 +17,7 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from amfm.data_pipeline.durable.deletion import try_to_delete
-from amfm.data_pipeline.durable.mounts import file_system_of, read_mounts
+from amfm.data_pipeline.durable.files import file_system_of, read_mounts, try_to_delete
 from amfm.data_pipeline.store.node_cache import own_folder
 from amfm.pretrain.checkpoint.commit import RankFailure
 from amfm.pretrain.checkpoint.files import file_names_by_rank

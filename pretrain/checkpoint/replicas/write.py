@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from amfm.data_pipeline.durable.deletion import try_to_delete
+from amfm.data_pipeline.durable.files import try_to_delete
 from amfm.data_pipeline.store.node_cache import own_folder
 from amfm.pretrain.checkpoint.commit import TEMPORARY_NAME, RankFailure, commit, discard, remove_temporary
 from amfm.pretrain.checkpoint.files import make_place, write_tensors

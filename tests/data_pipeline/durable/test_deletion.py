@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from amfm.data_pipeline.durable.deletion import delete, try_to_delete
+from amfm.data_pipeline.durable.files import delete, try_to_delete
 
 OWN = re.compile(r"step-\d+\.tmp")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amfm.data_pipeline.durable.mounts import file_system_of, read_mounts
+from amfm.data_pipeline.durable.files import file_system_of, read_mounts
 
 
 def test_a_folder_lies_on_its_deepest_and_latest_mount() -> None:

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from amfm.data_pipeline.prepare.prepare import prepare
-from amfm.data_pipeline.prepare.ray_actors import run_on_ray, start_ray
-from amfm.data_pipeline.prepare.ray_patience import NODE, is_node_alive
+from amfm.data_pipeline.prepare.ray_actors import NODE, is_node_alive, run_on_ray, start_ray
 from amfm.data_pipeline.store.store import TokenStore
 from tests.data_pipeline.prepare.stores import actor_pids, contents, elsewhere, is_descendant
 from tests.helpers.patience import PATIENCE_SECONDS

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from amfm.data_pipeline.config import DataConfig, SourceConfig, TokenizerConfig
+from amfm.data_pipeline.prepare.choose_tokenizer import training_texts
 from amfm.data_pipeline.prepare.plan import plan_source
 from amfm.data_pipeline.prepare.prepare import prepare
-from amfm.data_pipeline.prepare.training_text import training_texts
 
 
 def config_of(tmp_path, name, **changes):

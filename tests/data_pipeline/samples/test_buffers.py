@@ -3,7 +3,7 @@ import gc
 import numpy as np
 import torch
 
-from amfm.data_pipeline.samples.buffers import BufferPool
+from amfm.data_pipeline.samples.packing import BufferPool
 
 
 def test_a_block_comes_back_only_when_the_last_view_of_it_is_gone():

@@ -12,7 +12,7 @@ from amfm.launch.bench.calibration import Check, fit, granite_shape, planned_sec
 from amfm.launch.bench.efficiencies import SECTIONS, find_valley
 from amfm.launch.cli import run
 from amfm.launch.plan.hardware import HARDWARE, load_hardware
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import FeedForwardConfig
 
 ROOT = Path(__file__).parents[3]
 KNOWN = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from amfm.launch.simulate.routing import spread_choices
-from amfm.model.moe.spread import expected_ranks
+from amfm.model.moe.transfer import expected_ranks
 from tests.launch.plan.blocks.test_expert_traffic import moe_of
 
 

@@ -2,9 +2,8 @@
 
 import pytest
 
-from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.checks import check_model
-from amfm.model.config.feed_forward import FeedForwardConfig
+from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.mup import WidthScales, logits_multiplier, width_scales, without_mup
 from amfm.model.config.schema import ModelConfig, MupConfig

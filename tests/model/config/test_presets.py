@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from amfm.model.flops import count_parameters
-from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
+from amfm.model.huggingface.classes import TokenIds, huggingface_config, model_config_from_huggingface
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.checks.load import load_checked

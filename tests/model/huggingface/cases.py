@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.feed_forward import FeedForwardConfig
-from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
 from amfm.model.config.moe import BIAS_CHANNELS, MoeConfig
 from amfm.model.config.rope import RopeConfig, YarnStretch
 from amfm.model.config.schema import ModelConfig, MultipliersConfig

@@ -6,10 +6,9 @@ import json
 
 import pytest
 
-from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.schema import ModelConfig, MultipliersConfig
-from amfm.model.huggingface.classes import weight_map
-from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
+from amfm.model.huggingface.classes import TokenIds, huggingface_config, model_config_from_huggingface, weight_map
 from amfm.model.huggingface.hf_class import Target
 from tests.model.huggingface.cases import (
     GRANITE,

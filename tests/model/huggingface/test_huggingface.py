@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.classes import weight_map
-from amfm.model.huggingface.config import TokenIds, huggingface_config
+from amfm.model.huggingface.classes import TokenIds, huggingface_config, weight_map
 from amfm.model.huggingface.targets import choose_target, explain_unfit
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta

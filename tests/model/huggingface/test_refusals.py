@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.core_options import AttentionConfig, Mamba2Config
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.targets import known_refusals

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.feed_forward import FeedForwardConfig
-from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
 from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import MultipliersConfig
 from amfm.model.huggingface.targets import choose_target, explain_unfit, unfit_for_all

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.checks import check_model
+from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import block_flops, count_parameters
-from amfm.model.indexer_stage import set_indexer_stage
 from amfm.model.packing import PackMeta
 from amfm.model.state_size import count_bytes, state_bytes
 from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.run import set_indexer_stage
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.spawn import run_ranks
 from tests.model.mixers.samples import sample_options

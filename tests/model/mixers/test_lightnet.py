@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amfm.model.mixers.lightnet import BLOCK_TOKENS, documents_logcumsumexp
+from amfm.model.mixers.vector_gates import BLOCK_TOKENS, documents_logcumsumexp
 
 # Documents that end at, before and after ends of blocks, one over several blocks; and rows that end in a block.
 LENGTHS = (BLOCK_TOKENS, 1, BLOCK_TOKENS - 1, 3 * BLOCK_TOKENS + 5, 7)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.rope.reference import norm_rope_reference
-from amfm.model.config.attention import AttentionConfig
 from amfm.model.config.checks import check_model
+from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.rope import Llama3Stretch, RopeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel

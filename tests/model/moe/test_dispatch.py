@@ -13,16 +13,14 @@ from amfm.kernels.linear.op import linear_float32
 from amfm.kernels.moe.capacity import expert_capacity
 from amfm.kernels.moe.op import route
 from amfm.launch.simulate.count_collectives import CommunicationCounter, Traffic, sum_traffic
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.core_options import AttentionConfig, Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.moe.block import MoeMixer
 from amfm.model.moe.capacity import slots_for
 from amfm.model.moe.transfer import RowTransfer
-from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
-from amfm.model.parallel.row_room import RowRoom
+from amfm.model.parallel.groups import ProcessGroupCollection, RowRoom, single_rank_groups
 from amfm.model.parallel.shards import parameter_shards
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients

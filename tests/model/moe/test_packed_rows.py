@@ -8,7 +8,7 @@ from amfm.kernels.low_precision.formats import packed_width, quantize
 from amfm.kernels.low_precision.packed_rows import pack_rows, unpack_rows
 from amfm.kernels.low_precision.recipe import Recipe
 from amfm.model.moe.by_rank import RowsByRank
-from amfm.model.moe.by_slot import RowsBySlot
+from amfm.model.moe.dispatch import RowsBySlot
 from amfm.model.moe.transfer import HeldExperts
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel

@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amfm.model.config.attention import AttentionConfig
-from amfm.model.config.feed_forward import FeedForwardConfig
-from amfm.model.config.mamba2 import Mamba2Config
+from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import GuideConfig, ModelConfig, MultipliersConfig
 from amfm.model.hybrid import HybridModel

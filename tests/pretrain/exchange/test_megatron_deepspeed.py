@@ -18,7 +18,7 @@ from deepspeed.checkpoint.universal_checkpoint import load_hp_checkpoint_state
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.launch.cli import run
-from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.packing import PackMeta
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.model.config.attention import AttentionConfig
+from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.rope import YarnStretch
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.classes import weight_map
-from amfm.model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
+from amfm.model.huggingface.classes import TokenIds, huggingface_config, model_config_from_huggingface, weight_map
 from amfm.model.hybrid import HybridModel
 from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
 from amfm.pretrain.export.import_huggingface import import_huggingface

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface import own
-from amfm.model.huggingface.classes import weight_map
-from amfm.model.huggingface.config import TokenIds, huggingface_config
+from amfm.model.huggingface.classes import TokenIds, huggingface_config, weight_map
 from amfm.pretrain.export.export import export_checkpoint
 from amfm.pretrain.export.import_huggingface import import_huggingface
 from amfm.pretrain.export.modeling_template import configuration_amfm, mixers_amfm

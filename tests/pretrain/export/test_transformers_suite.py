@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.config import TokenIds, huggingface_config
+from amfm.model.huggingface.classes import TokenIds, huggingface_config
 from tests.model.mixers.samples import sample_options
 from tests.pretrain.tiny_run import MODEL
 

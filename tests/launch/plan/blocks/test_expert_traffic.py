@@ -6,7 +6,7 @@ import pytest
 
 from amfm.launch.plan.blocks.expert_traffic import has_certain_ranks
 from amfm.model.config.moe import MoeConfig
-from amfm.model.moe.spread import expected_ranks
+from amfm.model.moe.transfer import expected_ranks
 
 
 def moe_of(experts, top_k, groups=1, best=1):
