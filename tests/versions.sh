@@ -19,7 +19,7 @@ names = ("torch", "triton", "numpy", "megatron-core", "deepspeed")
 print("Python", platform.python_version(), *(f"{name} {found.version(name)}" for name in names))'
 failed=0
 TRITON_INTERPRET=1 "$folder/bin/python" -m pytest -p no:cacheprovider tests/kernels/interpreter || failed=1
-"$folder/bin/python" -m pytest -p no:cacheprovider -m "slow or not slow" --timeout 900 tests/kernels/proof/test_operations.py || failed=1
+"$folder/bin/python" -m pytest -p no:cacheprovider -m "slow or not slow" --timeout 900 tests/kernels/proof tests/benchmarks/kernels/test_presets.py || failed=1
 "$folder/bin/python" -m amfm.launch train configs/probes/mqar.yaml run.dir="$run" train.steps=20 train.validate_every_steps=null \
   train.log_every_steps=10 || failed=1
 exit $failed

@@ -51,10 +51,10 @@ def count_problem(counted: CountedProblem) -> list[dict[str, Any]]:
 
     problem = counted.problem
     with count_launches() as launches:
-        output = problem.run(*problem.leaves, backend="triton")
+        output = problem.on("triton")(*problem.tensors)
         forward = len(launches)
         if counted.has_backward:
-            torch.autograd.grad(output, problem.leaves, torch.ones_like(output))
+            torch.autograd.grad(output, problem.tensors, torch.ones_like(output))
     rows = [_row(counted, "forward", launches[:forward], problem.forward, counted.forward_goal, counted.library)]
     if counted.has_backward:
         rows.append(_row(counted, "backward", launches[forward:], problem.backward, counted.backward_goal))

@@ -30,4 +30,4 @@ def host_case(op: str, dtype: torch.dtype, sizes: HostSizes | None = None) -> Ti
     sizes = sizes or HostSizes()
     problem = host_problem(op, dtype, sizes)
     variants = add_transformers(op, problem, dtype, sizes)
-    return TimedCase(op, problem.shape, dtype, problem.leaves, variants, problem.forward, problem.backward)
+    return TimedCase(op, problem.shape, dtype, problem.tensors, variants, problem.forward, problem.backward)

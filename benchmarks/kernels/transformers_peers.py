@@ -36,7 +36,7 @@ def _scaled(problem: Problem, backend: str) -> Compute:
     """As transformers' delta rule does it, which scales queries itself."""
 
     def run(q: Tensor, *rest: Tensor) -> Tensor:
-        return problem.run(q * q.shape[-1] ** -0.5, *rest, backend=backend)
+        return problem.on(backend)(q * q.shape[-1] ** -0.5, *rest)
 
     return run
 
@@ -85,13 +85,13 @@ def _delta(problem: Problem, dtype: torch.dtype, sizes: HostSizes) -> Variants:
 
 
 def _gated_norm(problem: Problem, dtype: torch.dtype, sizes: HostSizes) -> Variants:
-    width = problem.leaves[0].shape[-1]
+    width = problem.tensors[0].shape[-1]
     module = _granite().GraniteMoeHybridRMSNormGated(width, group_size=width, eps=EPSILON).to(dtype)
     return {"transformers": lambda y, z, weight: torch.func.functional_call(module, {"weight": weight}, (y, z))}
 
 
 def _norm(problem: Problem, dtype: torch.dtype, sizes: HostSizes) -> Variants:
-    module = _granite().GraniteMoeHybridRMSNorm(problem.leaves[0].shape[-1], eps=EPSILON).to(dtype)
+    module = _granite().GraniteMoeHybridRMSNorm(problem.tensors[0].shape[-1], eps=EPSILON).to(dtype)
     return {"transformers": lambda x, weight: torch.func.functional_call(module, {"weight": weight}, (x,))}
 
 

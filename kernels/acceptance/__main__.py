@@ -102,9 +102,9 @@ def _that_run(given: argparse.Namespace, operations: list[str], architecture: in
     """Those of the operations that the GPU has instructions for; says which it leaves out."""
     known = importlib.import_module(given.cases).OPERATIONS
     for name in operations:
-        if known[name].first_architecture() > architecture:
-            print(f"{name} needs sm_{known[name].first_architecture()}: left out on this GPU", flush=True)
-    return [name for name in operations if known[name].first_architecture() <= architecture]
+        if known[name].first_architecture > architecture:
+            print(f"{name} needs sm_{known[name].first_architecture}: left out on this GPU", flush=True)
+    return [name for name in operations if known[name].first_architecture <= architecture]
 
 
 def _compile(given: argparse.Namespace, machine: dict[str, Any], operations: list[str], report: Report) -> None:

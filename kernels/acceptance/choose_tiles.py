@@ -27,11 +27,11 @@ def choose_tiles(
     """
     torch.manual_seed(0)
     problem = build(Inputs(device, torch.bfloat16), sizes)
-    wide = tuple(leaf.detach().float().requires_grad_() for leaf in problem.leaves)
+    wide = tuple(leaf.detach().float().requires_grad_() for leaf in problem.tensors)
     exact = _results(problem, "torch", wide)
     table = Table.load(find_environment(device))
     tune(
-        lambda: _results(problem, "triton", problem.leaves), exact, measure_milliseconds, table,
+        lambda: _results(problem, "triton", problem.tensors), exact, measure_milliseconds, table,
         tolerance=LARGEST_ERROR, report=report,
     )  # fmt: skip
     table.save()
@@ -40,5 +40,5 @@ def choose_tiles(
 
 def _results(problem: Problem, backend: str, leaves: tuple[Tensor, ...]) -> list[Tensor]:
     """Output and gradients, with ones as the incoming gradient."""
-    output = problem.run(*leaves, backend=backend)
+    output = problem.on(backend)(*leaves)
     return [output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output))]

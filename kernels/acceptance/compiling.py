@@ -10,9 +10,12 @@ import importlib
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from triton.errors import TritonError
+
+if TYPE_CHECKING:
+    from amfm.kernels.proof.recorded import KernelLaunch
 
 
 def compile_all(
@@ -22,18 +25,18 @@ def compile_all(
 
     seconds: after so long without another result what is left counts as not compiled, and is stopped.
     """
-    module = importlib.import_module(cases)
-    work = [(name, place) for name in operations for place, _ in enumerate(module.OPERATIONS[name].launches())]
-    if not work:
+    if not operations:
         return
-    left = set(work)
+    left: set[tuple[str, str]] = set()
     # Compiled, not interpreted, whatever this process does; "spawn", for a fork would share Triton's threads.
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "0"
     try:
-        with multiprocessing.get_context("spawn").Pool(min(jobs, len(work))) as pool:
-            results = pool.imap_unordered(functools.partial(_compile, cases, architecture), work)
-            for _ in work:
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            named = pool.map_async(functools.partial(_names, cases, architecture), operations).get(timeout=seconds)
+            left.update((operation, name) for operation, names in zip(operations, named) for name in names)
+            results = pool.imap_unordered(functools.partial(_compile, cases, architecture), sorted(left))
+            for _ in range(len(left)):
                 try:
                     key, row = results.next(timeout=seconds)
                 except multiprocessing.TimeoutError:
@@ -42,21 +45,31 @@ def compile_all(
                 yield row
     finally:
         os.environ.pop("TRITON_INTERPRET") if before is None else os.environ.update(TRITON_INTERPRET=before)
-    for operation, place in sorted(left):
-        name = [*module.OPERATIONS[operation].launches()][place].name
-        yield {
-            "kernel": name,
-            "operation": operation,
-            "fault": f"did not compile in {seconds:g} s, or its process died",
-        }
+    for operation, name in sorted(left):
+        fault = f"did not compile in {seconds:g} s, or its process died"
+        yield {"kernel": name, "operation": operation, "fault": fault}
 
 
-def _compile(cases: str, architecture: int, work: tuple[str, int]) -> tuple[tuple[str, int], dict[str, Any]]:
+@functools.cache
+def _record(cases: str, operation: str) -> dict[str, KernelLaunch]:
+    """What an operation launches, by name; kept, since a process compiles many."""
+    from amfm.kernels.proof.recorded import record
+
+    return record(importlib.import_module(cases).OPERATIONS[operation])
+
+
+def _names(cases: str, architecture: int, operation: str) -> list[str]:
+    """Names of an operation's launches that this architecture has instructions for, in a process of the pool."""
+    launches = _record(cases, operation).items()
+    return [name for name, launch in launches if launch.first_architecture <= architecture]
+
+
+def _compile(cases: str, architecture: int, work: tuple[str, str]) -> tuple[tuple[str, str], dict[str, Any]]:
     """Compile one launch of an operation, in a process of the pool."""
     from amfm.kernels.proof.ahead_of_time import compile_ahead
 
-    operation, place = work
-    launch = [*importlib.import_module(cases).OPERATIONS[operation].launches()][place]
+    operation, name = work
+    launch = _record(cases, operation)[name]
     row: dict[str, Any] = {"kernel": launch.name, "operation": operation, "fault": ""}
     try:
         compiled = compile_ahead(launch.kernel, launch.signature, launch.constants, architecture, **launch.options)

@@ -42,13 +42,13 @@ def time_problem(
 
 def time_variants(name: str, problem: Problem, variants: Mapping[str, Compute], measure: Measure) -> dict[str, Any]:
     """As `time_problem`, of given variants; "torch" is what the others are compared with."""
-    wide = tuple(leaf.detach().float().requires_grad_() for leaf in problem.leaves)
-    exact, beside = _results(variants["torch"], wide), _results(variants["torch"], problem.leaves)
+    wide = tuple(leaf.detach().float().requires_grad_() for leaf in problem.tensors)
+    exact, beside = _results(variants["torch"], wide), _results(variants["torch"], problem.tensors)
     found: dict[str, Any] = {"op": name, "rows": [], "remarks": [], "faults": []}
     our_times: tuple[float, ...] | None = None
     for variant, compute in variants.items():
         try:
-            verdict = judge(_results(compute, problem.leaves), beside, exact, narrowest(problem.leaves))[0]
+            verdict = judge(_results(compute, problem.tensors), beside, exact, narrowest(problem.tensors))[0]
             times = _time(problem, compute, measure)
         except REFUSALS as error:
             words = describe_launch_failure(error) or str(error)
@@ -93,16 +93,16 @@ def _results(variant: Compute, leaves: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 def _time(problem: Problem, compute: Compute, measure: Measure) -> tuple[float, float, float]:
     """Milliseconds of forward, of backward, and of both in a row."""
-    output = compute(*problem.leaves)
+    output = compute(*problem.tensors)
     direction = torch.ones_like(output)
 
     def differentiate(output: Tensor, *, keep: bool) -> None:
-        torch.autograd.grad(output, problem.leaves, direction, retain_graph=keep)
+        torch.autograd.grad(output, problem.tensors, direction, retain_graph=keep)
 
     return (
-        measure(lambda: compute(*problem.leaves)),
+        measure(lambda: compute(*problem.tensors)),
         measure(lambda: differentiate(output, keep=True)),
-        measure(lambda: differentiate(compute(*problem.leaves), keep=False)),
+        measure(lambda: differentiate(compute(*problem.tensors), keep=False)),
     )
 
 

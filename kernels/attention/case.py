@@ -10,78 +10,22 @@ from torch import Tensor
 
 from amfm.kernels.attention.op import attention, attention_bytes, attention_flops, fastest_backend
 from amfm.kernels.attention.varlen import DocumentEnds
-from amfm.kernels.cases.operation import KernelLaunch, OperationCase, kernel_launch
-from amfm.kernels.cases.problem import CardSizes, CountedProblem, Inputs, Minimum, Problem, bfloat16_inputs
-from amfm.kernels.cases.trial import Sized, Trial, documents
+from amfm.kernels.cases.operation import OperationCase
+from amfm.kernels.cases.problem import CardSizes, CountedProblem, Inputs, Minimum, Problem, bfloat16_inputs, each_pass
+from amfm.kernels.cases.trial import Sized, documents
+
+VALUE_BYTES = 2
 
 
-def attention_problem(inputs: Inputs, tokens: int, heads: int, kv_heads: int, size: int) -> Problem:
-    """One row without documents.
-
-    Leaves: q [1, T, H, K], k and v [1, T, J, K]. Operations count the pairs below the diagonal alone.
-    """
-    q = inputs.normal(1, tokens, heads, size)
-    k, v = (inputs.normal(1, tokens, kv_heads, size) for _ in range(2))
-    value_bytes = 2
-    forward, backward = (
-        Minimum(
-            attention_bytes(1, tokens, heads, kv_heads, size, value_bytes, backward=way),
-            attention_flops(1, tokens, heads, size, backward=way),
-        )
-        for way in (False, True)
-    )
-    return Problem(
-        f"1x{tokens}, {heads} heads and {kv_heads} of keys x {size}",
-        (q, k, v),
-        lambda q, k, v, backend: attention(q, k, v, backend=backend),
-        forward,
-        backward,
-    )
-
-
-def counted_problems() -> Iterator[CountedProblem]:
-    """A few tiles, some of them above the diagonal; no goal is set."""
-    yield CountedProblem("attention", attention_problem(bfloat16_inputs(), 256, 4, 2, 64))
-
-
-def launches() -> Iterator[KernelLaunch]:
-    """All three kernels at the head sizes of presets, with documents: 256 is Qwen3-Next's, and what Kimi Linear's 192 fill.
-
-    Sizes that 16 divides in every preset are declared so, as a launch on a GPU would find out.
-    """
-    import triton.language as tl
-
-    from amfm.kernels.attention import triton_impl, triton_kernels
-
-    types = dict.fromkeys(("q", "k", "v", "y", "d_y", "d_q", "d_k", "d_v"), "*bf16")
-    types |= {
-        "sinks_log2": "*fp32",
-        "log_sums": "*fp32",
-        "deltas": "*fp32",
-        "first_keys": "*i32",
-        "document_ends": "*i32",
-    }
-    types |= dict.fromkeys(("tokens", "keys", "heads", "size"), "i32:16") | {"kv_heads": "i32"}
-    types |= {"scale": "fp32", "scale_log2": "fp32"}
-    for size in (64, 128, 256):
-        constants = {"DOCUMENTS": True, "DOT": tl.bfloat16, "BLOCK_K": size}
-        for part, kernel, config in (
-            ("forward", triton_kernels.attention_forward_kernel, triton_impl.forward_candidates(size)[0]),
-            ("d_q", triton_kernels.attention_query_gradient_kernel, triton_impl.query_candidates(size)[0]),
-            ("d_k d_v", triton_kernels.attention_key_gradient_kernel, triton_impl.key_candidates(size)[0]),
-        ):
-            for sinks in (False, True) if part == "forward" else (None,):
-                given = constants if sinks is None else {**constants, "SINKS": sinks}
-                given = given if sinks is not False else {**given, "sinks_log2": None}
-                name = f"attention {part}{', sinks' if sinks else ''}, head {size}"
-                yield kernel_launch(name, kernel, types, given, config)
-
-
-def attention_trial(
+def attention_problem(
     inputs: Inputs, tokens: int, heads: int, kv_heads: int, size: int, *, keys: int | None = None,
     lengths: tuple[int, ...] = (), window: int | None = None, sinks: bool = False, exact: str = "reference",
-) -> Trial:  # fmt: skip
-    """Causal attention; `keys` more than `tokens` are a cache before the queries."""
+) -> Problem:  # fmt: skip
+    """One row of causal attention; `keys` more than `tokens` are a cache before the queries.
+
+    Leaves: q [1, T, H, K], k and v [1, S, J, K], sinks [H] where there are any. Operations count the pairs below the diagonal
+    alone.
+    """
     keys = keys or tokens
     leaves = {"q": inputs.normal(1, tokens, heads, size)}
     leaves |= {name: inputs.normal(1, keys, kv_heads, size) for name in ("k", "v")}
@@ -93,12 +37,20 @@ def attention_trial(
         sinks_H = rest[0] if rest else None
         return {"y": attention(q, k, v, sinks_H=sinks_H, document_ids_BS=ids, window=window, backend=backend)}
 
-    return Trial(leaves, run, exact=exact)
+    moved = partial(attention_bytes, 1, tokens, heads, kv_heads, size, VALUE_BYTES)
+    least = each_pass(lambda way: Minimum(moved(backward=way), attention_flops(1, tokens, heads, size, backward=way)))
+    text = f"1x{tokens}, {heads} heads and {kv_heads} of keys x {size}"
+    return Problem(leaves, run, text, *least, exact=exact)
 
 
-def packed_attention_trial(
+def counted_problems() -> Iterator[CountedProblem]:
+    """A few tiles, some of them above the diagonal; no goal is set."""
+    yield CountedProblem("attention", attention_problem(bfloat16_inputs(), 256, 4, 2, 64))
+
+
+def packed_problem(
     inputs: Inputs, heads: int, kv_heads: int, size: int, *, lengths: tuple[int, ...], window: int | None = None
-) -> Trial:
+) -> Problem:
     """Documents as a model has them, by what is fastest for them: on a GPU PyTorch's variable-length attention."""
     tokens = sum(lengths)
     leaves = {"q": inputs.normal(1, tokens, heads, size)}
@@ -113,26 +65,26 @@ def packed_attention_trial(
         y = attention(q, k, v, document_ids_BS=ids, window=window, document_ends=ends, backend=chosen)
         return {"y": y}
 
-    return Trial(leaves, run)
+    return Problem(leaves, run)
 
 
 def trials() -> Iterator[Sized]:
     """Heads of 64 and 128, documents, windows, a cache."""
     for size in (64, 128):
-        build = partial(attention_trial, tokens=200, heads=2, kv_heads=1, size=size, lengths=(70, 1, 129))
+        build = partial(attention_problem, tokens=200, heads=2, kv_heads=1, size=size, lengths=(70, 1, 129))
         yield Sized(f"head {size} with documents", "first", build)
         yield Sized(f"head {size} with documents and sinks", "first", partial(build, sinks=True))
     yield Sized(
-        "a query behind a cache", "small", partial(attention_trial, tokens=1, heads=4, kv_heads=2, size=8, keys=20)
+        "a query behind a cache", "small", partial(attention_problem, tokens=1, heads=4, kv_heads=2, size=8, keys=20)
     )
-    yield Sized("uneven head", "small", partial(attention_trial, tokens=63, heads=2, kv_heads=2, size=20))
-    windowed = partial(attention_trial, tokens=35, keys=70, heads=2, kv_heads=1, size=16, lengths=(20, 30, 19, 1))
+    yield Sized("uneven head", "small", partial(attention_problem, tokens=63, heads=2, kv_heads=2, size=20))
+    windowed = partial(attention_problem, tokens=35, keys=70, heads=2, kv_heads=1, size=16, lengths=(20, 30, 19, 1))
     yield Sized("window and cache", "small", partial(windowed, window=18))
     yield Sized("window and cache, sinks", "small", partial(windowed, window=18, sinks=True))
-    packed = partial(packed_attention_trial, heads=4, kv_heads=2, size=64, lengths=(40, 1, 29))
+    packed = partial(packed_problem, heads=4, kv_heads=2, size=64, lengths=(40, 1, 29))
     yield Sized("documents as a model has them", "small", packed)
     yield Sized("documents as a model has them, with a window", "small", partial(packed, window=13))
-    long = partial(attention_trial, tokens=8205, heads=3, kv_heads=1, size=128, exact="torch")
+    long = partial(attention_problem, tokens=8205, heads=3, kv_heads=1, size=128, exact="torch")
     yield Sized("long row with documents", "long", partial(long, lengths=(4000, 1, 63, 4141)))
     yield Sized("long row with a window", "long", partial(long, window=1000))
 
@@ -141,4 +93,4 @@ def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
     return attention_problem(inputs, sizes.tokens, sizes.attention_heads, sizes.kv_heads, sizes.attention_dim)
 
 
-CASE = OperationCase("attention", launches, counted_problems, trials, on_card={"attention": _on_card})
+CASE = OperationCase("attention", counted_problems, trials, on_card={"attention": _on_card})

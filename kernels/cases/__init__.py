@@ -1,1 +1,1 @@
-"""What a case of an operation is made of: problems, launches, trials."""
+"""What a case of an operation is made of: problems and trials."""

@@ -1,8 +1,8 @@
 """Problems of an operation: inputs, a call, the least that must move, and sizes.
 
-Four commands ask the same about an operation: what does its kernel take on a GPU (ahead-of-time table), what does it
-move (audit in the interpreter), how fast is it on this GPU and on this CPU. Each needs inputs, a call, the least that
-must move, and its own sizes. So an operation has one builder of `Problem` from sizes, and every command brings its
+Five commands ask the same about an operation: what does its kernel take on a GPU (ahead-of-time table), how near does it
+come to float64, what does it move (audit in the interpreter), how fast is it on this GPU and on this CPU. Each needs inputs,
+a call, the least that must move, and its own sizes. So an operation has one builder of `Problem` from sizes, and every command brings its
 sizes. Nothing here needs more than torch, triton and numpy: a bare machine with a GPU can run every case. Peers that
 are public kernel packages belong to a problem and are looked for when asked; transformers, on the CPU, is launch's
 business.
@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,11 @@ class Minimum(NamedTuple):
 
 
 NOTHING = Minimum(0, 0)
+
+
+def each_pass(least: Callable[[bool], Minimum]) -> tuple[Minimum, Minimum]:
+    """What forward and backward must do, of a function of whether it is the backward one."""
+    return least(False), least(True)
 
 
 @dataclass(frozen=True)
@@ -61,24 +66,35 @@ def bfloat16_inputs() -> Inputs:
 
 @dataclass(frozen=True)
 class Problem:
-    """One operation at one size.
+    """One operation at one size: leaves by name, and `run(leaves, backend)`, which returns outputs by name.
 
-    `run(*leaves, backend=...)` is our operation, with backend triton, torch or reference (see the operation's op.py), as
-    one tensor. `forward`, `backward`: the least of each pass for 2-byte numbers. `peers`: the same computation by public
-    packages, as they are called on a GPU; those that are not installed are left out. `labels`: what a loss is of.
+    `run` is our operation, with backend triton, torch or reference (see the operation's op.py); it is compared with float64 in
+    every output and every gradient, and timed and counted by its first output alone. `forward`, `backward`: the least of each
+    pass for 2-byte numbers. `peers`: the same computation by public packages, as they are called on a GPU; those that are not
+    installed are left out. `labels`: what a loss is of.
+    `sums`: leaves whose gradient sums over all tokens the gradient of another leaf, which is named: where the sum cancels, it
+    keeps fewer digits in any implementation, so its error is compared with the size of what is summed.
+    `exact`: the backend that is taken for exact in float64, "torch" where a token at a time would take too long.
     """
 
-    shape: str
-    leaves: tuple[Tensor, ...]
-    run: Compute
-    forward: Minimum
-    backward: Minimum
+    leaves: Mapping[str, Tensor]
+    run: Callable[[Mapping[str, Tensor], str], Mapping[str, Tensor]]
+    shape: str = ""
+    forward: Minimum = NOTHING
+    backward: Minimum = NOTHING
     peers: Callable[[], dict[str, Compute]] = dict
     labels: Tensor | None = None
+    sums: Mapping[str, str] = field(default_factory=dict)
+    exact: str = "reference"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The leaves in order, as `on` and peers take them."""
+        return tuple(self.leaves.values())
 
     def on(self, backend: str) -> Compute:
-        """Our operation with one backend, as a function of the leaves alone."""
-        return lambda *leaves: self.run(*leaves, backend=backend)
+        """Our operation's first output with one backend, as a function of the leaves alone."""
+        return lambda *leaves: next(iter(self.run(dict(zip(self.leaves, leaves)), backend).values()))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One trial: inputs by name, and a call that gives all outputs by name in any backend and dtype.
+"""One trial: a problem whose outputs and gradients are compared with float64.
 
 The acceptance run on a GPU, the check at a kernel's first use and their rehearsal in the interpreter ask the same: are
 all outputs and all gradients as near to float64 as PyTorch in the same dtype comes? So a trial has every tensor that
@@ -8,34 +8,19 @@ production over few tokens and is what the first use checks, `small` has odd siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.problem import Inputs
+from amfm.kernels.cases.problem import Inputs, Problem
 
 Kind = Literal["first", "small", "long"]
 KINDS: tuple[Kind, ...] = ("first", "small", "long")
 _SEED = 0
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Leaves by name, and `run(leaves, backend)`, which returns outputs by name; one that takes no gradient is left out.
-
-    sums: leaves whose gradient sums over all tokens the gradient of another leaf, which is named: where the sum cancels, it
-    keeps fewer digits in any implementation, so its error is compared with the size of what is summed.
-    exact: the backend that is taken for exact in float64, "torch" where a token at a time would take too long.
-    """
-
-    leaves: Mapping[str, Tensor]
-    run: Callable[[Mapping[str, Tensor], str], Mapping[str, Tensor]]
-    sums: Mapping[str, str] = field(default_factory=dict)
-    exact: str = "reference"
 
 
 @dataclass(frozen=True)
@@ -44,9 +29,9 @@ class Sized:
 
     name: str
     kind: Kind
-    build: Callable[[Inputs], Trial]
+    build: Callable[[Inputs], Problem]
 
-    def make(self, device: torch.device, dtype: torch.dtype) -> Trial:
+    def make(self, device: torch.device, dtype: torch.dtype) -> Problem:
         """The trial, with the same numbers in every process; the caller's random numbers stay as they are."""
         with _own_generator(device):
             return self.build(Inputs(device, dtype))
@@ -59,7 +44,7 @@ class Call:
     values: dict[str, Tensor]
 
 
-def evaluate(trial: Trial, backend: str, dtype: torch.dtype | None = None, *, compiled: bool = False) -> Call:
+def evaluate(trial: Problem, backend: str, dtype: torch.dtype | None = None, *, compiled: bool = False) -> Call:
     """Outputs and gradients of a trial; `dtype`: leaves are converted first. `compiled`: under torch.compile.
 
     Every output gets a gradient of normal numbers that 16 bits hold exactly, the same in every dtype.
@@ -86,7 +71,7 @@ def slices(wide: Tensor, *widths: int) -> list[Tensor]:
     return [part.detach().requires_grad_() for part in wide.detach().split(widths, dim=-1)]
 
 
-def _compiler(trial: Trial) -> str:
+def _compiler(trial: Problem) -> str:
     """The compiler of torch.compile: on a CPU, where kernels are interpreted, tracing alone."""
     return "inductor" if next(iter(trial.leaves.values())).device.type == "cuda" else "aot_eager"
 

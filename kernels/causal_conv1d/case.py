@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from amfm.kernels.cases.operation import KernelLaunch, OperationCase, kernel_launch
+from amfm.kernels.cases.operation import OperationCase
 from amfm.kernels.cases.problem import (
     CardSizes,
     Compute,
@@ -17,28 +17,34 @@ from amfm.kernels.cases.problem import (
     Minimum,
     Problem,
     bfloat16_inputs,
+    each_pass,
     find_package,
     formula_goals,
 )
-from amfm.kernels.cases.trial import Sized, Trial, documents, slices
+from amfm.kernels.cases.trial import Sized, documents, slices
 from amfm.kernels.causal_conv1d.op import causal_conv1d, convolution_bytes, convolution_flops
 
-WIDTH = 4
 
+def convolution_problem(
+    inputs: Inputs, rows: int, tokens: int, channels: int, text: str = ", SiLU", *, width: int = 4,
+    lengths: tuple[int, ...] = (), before: int = 0, initial: bool = False, activation: str = "silu", exact: str = "reference",
+) -> Problem:  # fmt: skip
+    """With bias; `before`: channels of a projection that stand before its own.
 
-def convolution_problem(inputs: Inputs, rows: int, tokens: int, channels: int, text: str = ", SiLU") -> Problem:
-    """With bias, without documents.
-
-    Leaves: x [B, T, C], weight [C, 4], bias [C]. The public package takes [B, C, T], which is a view of x.
+    Leaves: x [B, T, C], weight [C, width], bias [C], a window [B, width - 1, C] where `initial`. The public package takes
+    [B, C, T], which is a view of x.
     """
-    leaves = (
-        inputs.normal(rows, tokens, channels),
-        inputs.normal(channels, WIDTH, scale=0.3),
-        inputs.normal(channels),
-    )
+    x = slices(inputs.normal(rows, tokens, before + channels), before, channels)[1]
+    leaves = {"x": x, "weight": inputs.normal(channels, width, scale=0.5), "bias": inputs.normal(channels)}
+    if initial:
+        leaves["window"] = inputs.normal(rows, width - 1, channels)
+    ids = documents(inputs, tokens, *lengths, rows=rows) if lengths else None
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
-        return causal_conv1d(x, weight, bias, backend=backend)
+    def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+        x, weight, bias, *rest = given.values()
+        window = rest[0] if rest else None
+        settings = {"initial_window_BWC": window, "activation": activation, "backend": backend}
+        return {"y": causal_conv1d(x, weight, bias, document_ids_BT=ids, **settings)}  # type: ignore[arg-type]
 
     def peers() -> dict[str, Compute]:
         theirs = find_package("causal_conv1d")
@@ -51,14 +57,11 @@ def convolution_problem(inputs: Inputs, rows: int, tokens: int, channels: int, t
 
         return {"causal_conv1d": public}
 
-    forward, backward = (
-        Minimum(
-            convolution_bytes(rows, tokens, channels, backward=way),
-            convolution_flops(rows, tokens, channels, WIDTH, backward=way),
-        )
-        for way in (False, True)
+    shape = rows, tokens, channels
+    least = each_pass(
+        lambda way: Minimum(convolution_bytes(*shape, backward=way), convolution_flops(*shape, width, backward=way))
     )
-    return Problem(f"{rows}x{tokens}x{channels}, width {WIDTH}{text}", leaves, run, forward, backward, peers)
+    return Problem(leaves, run, f"{rows}x{tokens}x{channels}, width {width}{text}", *least, peers, exact=exact)
 
 
 def counted_problems() -> Iterator[CountedProblem]:
@@ -67,65 +70,20 @@ def counted_problems() -> Iterator[CountedProblem]:
     yield CountedProblem("causal_conv1d", problem, *formula_goals(problem, 1.1))
 
 
-def launches() -> Iterator[KernelLaunch]:
-    """Both kernels, with documents.
-
-    Inputs are bfloat16; taps, bias and their partial sums are float32.
-    """
-    from amfm.kernels.causal_conv1d import triton_impl as convolution
-    from amfm.kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
-
-    types = dict.fromkeys(("x", "y", "d_y", "d_x"), "*bf16") | dict.fromkeys(("weight", "bias", "partial"), "*fp32")
-    types |= {"ids": "*i32"} | dict.fromkeys(("T", "C"), "i32:16")
-    types |= dict.fromkeys(("stride_b", "stride_t", "stride_dx"), "i32")
-    types |= dict.fromkeys(("blocks_per_strip", "strips"), "i32")
-    # Strides of a projection with 24 heads are multiples of 8 and not of 16 (`amfm.kernels.common.strides`).
-    flags = {"W": WIDTH, "BIAS": True, "DOCUMENTS": True, "UNIT": 8, "SILU": True}
-    types |= dict.fromkeys(("window", "d_window"), "*bf16")
-    for name, kernel, config, absent in (
-        ("forward", convolution_forward_kernel, convolution.FORWARD[0], {"window": None}),
-        ("backward", convolution_backward_kernel, convolution.BACKWARD[0], {"window": None, "d_window": None}),
-    ):
-        whole = flags | {"WINDOW": False} | absent
-        for text, special in (
-            (f"width {WIDTH}", whole),
-            (f"width {WIDTH}, behind a window", flags | {"WINDOW": True}),
-            ("width 3 without SiLU", whole | {"W": 3, "BIAS": False, "SILU": False}),
-        ):
-            yield kernel_launch(f"convolution {name}, {text}", kernel, types, special, config)
-
-
 def trials() -> Iterator[Sized]:
     """Width 4 as models have it; slices of a wider projection; other widths."""
-
-    def trial(
-        inputs: Inputs, rows: int, tokens: int, channels: int, width: int = 4, *, lengths: tuple[int, ...] = (),
-        before: int = 0, initial: bool = False, activation: str = "silu", exact: str = "reference",
-    ) -> Trial:  # fmt: skip
-        x = slices(inputs.normal(rows, tokens, before + channels), before, channels)[1]
-        leaves = {"x": x, "weight": inputs.normal(channels, width, scale=0.5), "bias": inputs.normal(channels)}
-        if initial:
-            leaves["window"] = inputs.normal(rows, width - 1, channels)
-        ids = documents(inputs, tokens, *lengths, rows=rows) if lengths else None
-
-        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
-            return {
-                "y": causal_conv1d(
-                    given["x"], given["weight"], given["bias"], document_ids_BT=ids,
-                    initial_window_BWC=given.get("window"), activation=activation, backend=backend,
-                )
-            }  # fmt: skip
-
-        return Trial(leaves, run, exact=exact)
-
-    yield Sized("with documents", "first", partial(trial, rows=2, tokens=100, channels=136, lengths=(40, 1, 59)))
     yield Sized(
-        "width 3 behind a window", "small", partial(trial, rows=2, tokens=40, channels=33, width=3, initial=True)
+        "with documents", "first", partial(convolution_problem, rows=2, tokens=100, channels=136, lengths=(40, 1, 59))
     )
-    bare = partial(trial, rows=2, tokens=50, channels=72, width=3, lengths=(1, 49), activation="none")
+    yield Sized(
+        "width 3 behind a window",
+        "small",
+        partial(convolution_problem, rows=2, tokens=40, channels=33, width=3, initial=True),
+    )
+    bare = partial(convolution_problem, rows=2, tokens=50, channels=72, width=3, lengths=(1, 49), activation="none")
     yield Sized("width 3 without SiLU", "small", bare)
-    yield Sized("an unaligned slice", "small", partial(trial, rows=1, tokens=35, channels=41, before=7))
-    long = partial(trial, rows=1, tokens=8205, lengths=(4000, 1, 4204), exact="torch")
+    yield Sized("an unaligned slice", "small", partial(convolution_problem, rows=1, tokens=35, channels=41, before=7))
+    long = partial(convolution_problem, rows=1, tokens=8205, lengths=(4000, 1, 4204), exact="torch")
     yield Sized("8448 channels of a projection", "long", partial(long, channels=8448, before=8192))
     yield Sized("1560 channels, unaligned", "long", partial(long, channels=1560, before=1537))
 
@@ -140,7 +98,6 @@ def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
 
 CASE = OperationCase(
     "causal_conv1d",
-    launches,
     counted_problems,
     trials,
     on_card={"causal_conv1d": _on_card},

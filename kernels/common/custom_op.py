@@ -10,12 +10,13 @@ may land in a sum (gradient_sum.py) has two more arguments there: `weight_sum`, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
+from torch._library.custom_ops import OPDEFS, CustomOpDef
 
 from amfm.kernels.common.gradient_sum import gradient_sum_of
 from amfm.kernels.runtime import compiling  # noqa: F401  # first: it marks the custom operations
@@ -32,6 +33,13 @@ def fake_of(operation: CustomOpDef) -> Callable[[Callable[[Any], Any]], None]:
         operation.register_fake(lambda *given: results(SimpleNamespace(**dict(zip(names, given, strict=True)))))
 
     return register
+
+
+@lru_cache(maxsize=1024)
+def find_body(func: Any) -> Callable[..., Any] | None:
+    """The Python function behind a custom operation made of Triton kernels, None for any other operation."""
+    definition = OPDEFS.get(f"{func.namespace}::{func._opname}") if func.namespace == "amfm" else None
+    return definition._init_fn if definition is not None and "triton" in func._opname else None
 
 
 def gradients_like(backward: CustomOpDef, gradients: Sequence[str]) -> None:

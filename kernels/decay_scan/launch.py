@@ -7,7 +7,7 @@ raw and takes gradients into slices of wider tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,6 +99,11 @@ class DecayLaunch(ScanLaunch):
     def splits(self) -> int:
         """Programs of the gradient kernel that share a tile and a group's heads."""
         return triton.cdiv(self.R, HEADS_PER_SPLIT)
+
+    def for_gradients(self) -> DecayLaunch:
+        """The launch of the gradient kernel, which halves a tile next to a wide state: sums of 256 x 64 spill on sm_90."""
+        is_wide = self.K > WIDEST_STATE and self.tiles == 1 and self.Q == LARGEST_TILE
+        return replace(self, Q=self.Q // 2, tiles=2) if is_wide else self
 
     def constants(self, v: Tensor) -> dict[str, Any]:
         """What all kernels are compiled for."""
@@ -212,6 +217,7 @@ def find_gradients(
     [B, T, H] lie where tokens of all rows follow each other at one distance, which only raw gates leave open. Returns parts of the sums over tokens,
     [B * tiles, kinds, H] float32: of A_log, bias and skip with raw gates, of skip without (no kinds without a skip).
     """
+    launch = launch.for_gradients()
     tiles = launch.B * triton.cdiv(launch.T, launch.Q)
     kinds = 3 if gates.A_log is not None else int(skip is not None)
     d_heads = v.new_empty(tiles, kinds, launch.H, dtype=torch.float32)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import KernelLaunch, OperationCase, kernel_launch
+from amfm.kernels.cases.operation import OperationCase
 from amfm.kernels.cases.problem import (
     NOTHING,
     CardSizes,
@@ -22,7 +22,7 @@ from amfm.kernels.cases.problem import (
     bfloat16_inputs,
     find_package,
 )
-from amfm.kernels.cases.trial import Sized, Trial
+from amfm.kernels.cases.trial import Sized
 from amfm.kernels.linear_cross_entropy.op import (
     cross_entropy_bytes,
     cross_entropy_flops,
@@ -33,16 +33,22 @@ from amfm.kernels.linear_cross_entropy.op import (
 VALUE_BYTES = 2
 
 
-def head_problem(inputs: Inputs, rows: int, model: int, vocabulary: int) -> Problem:
-    """The mean loss of `rows` tokens. Gradients are made in forward, so its minimum holds both.
+def head_problem(
+    inputs: Inputs, rows: int, model: int, vocabulary: int, *, ignores: bool = False, exact: str = "reference"
+) -> Problem:
+    """The mean loss of `rows` tokens, or with `ignores` the sum over four in five of them, with a loss of the logits' size.
 
-    Leaves: hidden [R, D] and weight [V, D], scaled so that logits stay near 1. The backward pass only scales,
-    so its minimum is nothing.
+    Leaves: hidden [R, D] and weight [V, D], scaled so that logits stay near 1. Gradients are made in forward, so its minimum
+    holds both; the backward pass only scales, so its minimum is nothing.
     """
     labels = torch.randint(0, vocabulary, (rows,), device=inputs.device)
+    if ignores:
+        labels[::5] = -100
 
-    def run(hidden: Tensor, weight: Tensor, backend: str) -> Tensor:
-        return linear_cross_entropy(hidden, weight, labels, backend=backend).total / rows
+    def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+        hidden, weight = given.values()
+        loss = linear_cross_entropy(hidden, weight, labels, z_loss_weight=1e-3 * ignores, backend=backend)
+        return {"total": loss.total, "token losses": loss.token_nll_R} if ignores else {"mean": loss.total / rows}
 
     def peers() -> dict[str, Compute]:
         theirs = find_package("liger_kernel.transformers")
@@ -55,8 +61,24 @@ def head_problem(inputs: Inputs, rows: int, model: int, vocabulary: int) -> Prob
         cross_entropy_bytes(rows, vocabulary, model, VALUE_BYTES),
         cross_entropy_flops(rows, vocabulary, model, recompute=False),
     )
-    leaves = (inputs.normal(rows, model), inputs.normal(vocabulary, model, scale=model**-0.5))
-    return Problem(f"{rows}x{model}x{vocabulary}", leaves, run, forward, NOTHING, peers, labels)
+    text = f"{rows}x{model}x{vocabulary}"
+    return Problem(_leaves(inputs, rows, model, vocabulary), run, text, forward, NOTHING, peers, labels, exact=exact)
+
+
+def share_problem(inputs: Inputs, rows: int, model: int, vocabulary: int) -> Problem:
+    """Statistics of a tensor rank's share of the vocabulary."""
+    labels = torch.randint(0, 2 * vocabulary, (rows,), device=inputs.device)
+
+    def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+        hidden, weight = given.values()
+        log_sum, target = linear_statistics(hidden, weight, labels, first_row=vocabulary // 2, backend=backend)
+        return {"log sums": log_sum, "targets": target}
+
+    return Problem(_leaves(inputs, rows, model, vocabulary), run, exact="torch")
+
+
+def _leaves(inputs: Inputs, rows: int, model: int, vocabulary: int) -> dict[str, Tensor]:
+    return {"hidden": inputs.normal(rows, model), "weight": inputs.normal(vocabulary, model, scale=model**-0.5)}
 
 
 def counted_problems() -> Iterator[CountedProblem]:
@@ -74,62 +96,14 @@ def counted_problems() -> Iterator[CountedProblem]:
     )
 
 
-def launches() -> Iterator[KernelLaunch]:
-    """Statistics and gradients, for a whole vocabulary and for a tensor rank's shard of it.
-
-    Logits, statistics and their gradients are float32; the gradient of logits is stored as the product behind
-    it takes it.
-    """
-    import triton.language as tl
-
-    from amfm.kernels.linear_cross_entropy import triton_impl as loss
-    from amfm.kernels.linear_cross_entropy import triton_kernels
-
-    types = dict.fromkeys(("hidden", "weight", "d_logits"), "*bf16") | {"labels": "*i64"}
-    floats = ("peaks", "sums", "targets", "logits", "logits_out", "log_sums", "d_log_sums", "d_targets")
-    types |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(("rows", "vocab", "model"), "i32:16")
-    types |= {"first_row": "i32", "tiles_per_split": "i32"}
-    product, config = {"DOT": tl.bfloat16}, {**loss.TILE, **loss.PRODUCT_OPTIONS}
-    for store, name in ((True, "whole"), (False, "shard")):
-        constants = {"STORE": store, **product} | ({} if store else {"logits_out": None})
-        kernel = triton_kernels.statistics_kernel
-        yield kernel_launch(f"cross-entropy statistics, {name}", kernel, types, constants, config)
-    yield kernel_launch("cross-entropy gradient, shard", triton_kernels.gradient_kernel, types, product, config)
-    stored = triton_kernels.stored_gradient_kernel
-    yield kernel_launch("cross-entropy gradient, whole", stored, types, {}, loss.ELEMENTWISE_TILE)
-
-
 def trials() -> Iterator[Sized]:
     """The loss with ignored rows, whole and as a tensor rank's share of the vocabulary."""
-
-    def whole(inputs: Inputs, rows: int, model: int, vocabulary: int, exact: str = "reference") -> Trial:
-        labels = torch.randint(0, vocabulary, (rows,), device=inputs.device)
-        labels[::5] = -100
-        leaves = {"hidden": inputs.normal(rows, model), "weight": inputs.normal(vocabulary, model, scale=model**-0.5)}
-
-        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
-            hidden, weight = given.values()
-            loss = linear_cross_entropy(hidden, weight, labels, z_loss_weight=1e-3, backend=backend)
-            return {"total": loss.total, "token losses": loss.token_nll_R}
-
-        return Trial(leaves, run, exact=exact)
-
-    def share(inputs: Inputs, rows: int, model: int, vocabulary: int) -> Trial:
-        labels = torch.randint(0, 2 * vocabulary, (rows,), device=inputs.device)
-        leaves = {"hidden": inputs.normal(rows, model), "weight": inputs.normal(vocabulary, model, scale=model**-0.5)}
-
-        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
-            hidden, weight = given.values()
-            log_sum, target = linear_statistics(hidden, weight, labels, first_row=vocabulary // 2, backend=backend)
-            return {"log sums": log_sum, "targets": target}
-
-        return Trial(leaves, run, exact="torch")
-
+    whole = partial(head_problem, ignores=True)
     yield Sized("ignored rows", "first", partial(whole, rows=100, model=96, vocabulary=260))
-    yield Sized("a share of the vocabulary", "first", partial(share, rows=100, model=96, vocabulary=260))
+    yield Sized("a share of the vocabulary", "first", partial(share_problem, rows=100, model=96, vocabulary=260))
     yield Sized("uneven sizes", "small", partial(whole, rows=63, model=12, vocabulary=101))
     yield Sized("100352 tokens", "long", partial(whole, rows=2051, model=2048, vocabulary=100352, exact="torch"))
-    yield Sized("a share of 50176", "long", partial(share, rows=2051, model=2048, vocabulary=50176))
+    yield Sized("a share of 50176", "long", partial(share_problem, rows=2051, model=2048, vocabulary=50176))
 
 
 def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
@@ -142,7 +116,6 @@ def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
 
 CASE = OperationCase(
     "linear_cross_entropy",
-    launches,
     counted_problems,
     trials,
     on_card={"linear_cross_entropy": _on_card},

@@ -176,8 +176,8 @@ def route_backward_kernel(
 
 
 def rows_of_block(width: int) -> int:
-    """Rows of a program: tiles of some 4096 scores."""
-    return 16 if INTERPRETED else max(1, min(32, 4096 // width))
+    """Rows of a program: 16 at most, since 32 of 128 scores spill on sm_90, and tiles of at most 4096 scores."""
+    return 16 if INTERPRETED else max(1, min(16, 4096 // width))
 
 
 @torch.library.custom_op("amfm::route_triton", mutates_args=())

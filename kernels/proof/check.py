@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
-from amfm.kernels.cases.trial import Call, Sized, Trial, evaluate
+from amfm.kernels.cases.problem import Problem
+from amfm.kernels.cases.trial import Call, Sized, evaluate
 from amfm.kernels.proof.emulation import emulate_rounding
 from amfm.kernels.proof.verdict import TensorVerdict, judge, narrowest
 from amfm.kernels.runtime.backend import INTERPRETED
@@ -68,7 +69,7 @@ def check_trial(sized: Sized, device: torch.device, dtype: torch.dtype, *, compi
     return result
 
 
-def _run(trial: Trial, result: TrialResult, *, compiled: bool = False) -> Call | None:
+def _run(trial: Problem, result: TrialResult, *, compiled: bool = False) -> Call | None:
     """One run of our kernels; None, and a fault, where they cannot run."""
     try:
         with emulate_rounding() if INTERPRETED else contextlib.nullcontext():

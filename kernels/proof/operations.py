@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from amfm.kernels.cases.operation import KernelLaunch, OperationCase
+from amfm.kernels.cases.operation import OperationCase
 from amfm.kernels.cases.problem import CardSizes, HostSizes, Inputs, Problem
 
 _KERNELS = Path(__file__).parents[1]
@@ -39,15 +39,6 @@ def host_problem(name: str, dtype: torch.dtype, sizes: HostSizes) -> Problem:
     """What `ON_HOST` has under this name, on the CPU: the same numbers in every process."""
     torch.manual_seed(0)
     return ON_HOST[name](Inputs(torch.device("cpu"), dtype), sizes)
-
-
-def all_launches() -> Iterator[KernelLaunch]:
-    """Every kernel in bfloat16 as production launches it on a GPU; shapes reach a kernel only through its tile.
-
-    Where a constant follows a shape (head size, experts), the cases take those of Granite-4-H and Nemotron-3-Nano.
-    """
-    for case in OPERATIONS.values():
-        yield from case.launches()
 
 
 def check_names(names: list[str] | None, known: Mapping[str, object]) -> None:

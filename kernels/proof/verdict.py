@@ -59,7 +59,7 @@ def judge(
     """A verdict for each tensor, the worst first.
 
     torch_same: PyTorch's values in `dtype`, the dtype of the inputs; exact: float64. sums: leaves whose gradient sums another
-    leaf's over all tokens (`Trial.sums`), which widens the floor by what cancels.
+    leaf's over all tokens (`Problem.sums`), which widens the floor by what cancels.
     """
     verdicts = []
     for name, value in ours.items():

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend
@@ -33,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from amfm.kernels.common.custom_op import find_body
 from amfm.kernels.common.split_backward import Later, split_backward
 from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.kernels.low_precision.products import codes_of
@@ -401,13 +401,6 @@ class LiveBytes(TorchDispatchMode):
         if self.numbers.get(key) == number:
             del self.numbers[key]
         self.log.append((number, -size))
-
-
-@lru_cache(maxsize=1024)
-def find_body(func: Any) -> Callable[..., Any] | None:
-    """The Python function behind a custom operation made of Triton kernels, None for any other operation."""
-    definition = OPDEFS.get(f"{func.namespace}::{func._opname}") if func.namespace == "amfm" else None
-    return definition._init_fn if definition is not None and "triton" in func._opname else None
 
 
 def id_of(tensor: Tensor) -> int:

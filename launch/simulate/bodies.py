@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from amfm.launch.plan.measured import find_body
+from amfm.kernels.common.custom_op import find_body
 
 
 class BodyRunner:

@@ -9,8 +9,8 @@ from functools import partial
 from torch import Tensor
 
 from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import Inputs
-from amfm.kernels.cases.trial import Sized, Trial
+from amfm.kernels.cases.problem import Inputs, Problem
+from amfm.kernels.cases.trial import Sized
 
 if os.environ.get("AMFM_TEST_OWNER") != str(os.getpid()):
     raise RuntimeError(
@@ -19,11 +19,11 @@ if os.environ.get("AMFM_TEST_OWNER") != str(os.getpid()):
     )
 
 
-def build(factor: float, inputs: Inputs) -> Trial:
+def build(factor: float, inputs: Inputs) -> Problem:
     def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
         return {"y": given["x"] * (factor if backend == "triton" else 3.0)}
 
-    return Trial({"x": inputs.normal(40)}, run, exact="torch")
+    return Problem({"x": inputs.normal(40)}, run, exact="torch")
 
 
 def _trials(name: str, factor: float) -> Iterator[Sized]:

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.problem import Inputs
-from amfm.kernels.cases.trial import Sized, Trial
+from amfm.kernels.cases.problem import Inputs, Problem
+from amfm.kernels.cases.trial import Sized
 from amfm.kernels.proof.check import check_trial
 
 
 def sized(failing: str) -> Sized:
-    def build(inputs: Inputs) -> Trial:
+    def build(inputs: Inputs) -> Problem:
         def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
             if backend == failing:
                 raise RuntimeError(f"no room for {backend}")
             return {"y": 2 * given["x"]}
 
-        return Trial({"x": inputs.normal(8)}, run)
+        return Problem({"x": inputs.normal(8)}, run)
 
     return Sized("doubling", "first", build)
 

@@ -34,7 +34,10 @@ def test_a_kernel_with_one_wrong_gradient_on_a_card_is_a_fault(
             return (gradient * (1 + error), gradient, gradient, gradient)
 
     leaves = tuple(torch.ones(8, dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
-    problem = Problem("8", leaves, lambda *leaves, backend: torch.stack(leaves).sum(0), Minimum(64, 8), Minimum(64, 8))
+    named = {str(place): leaf for place, leaf in enumerate(leaves)}
+    problem = Problem(
+        named, lambda given, backend: {"y": torch.stack([*given.values()]).sum(0)}, "8", Minimum(64, 8), Minimum(64, 8)
+    )
     variants = {"torch": problem.on("torch"), "triton": Multiply.apply, "peer": lambda *leaves: leaves[0] * 3}
     found = time_variants("sum", problem, variants, lambda work: 1.0)
     assert len(found["remarks"]) == 1 and "peer cannot run here" in found["remarks"][0]
