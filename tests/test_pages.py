@@ -270,3 +270,9 @@ def test_every_event_that_a_run_records_is_on_the_page_of_events() -> None:
     recorded = {name for path in ROOT.glob("pretrain/**/*.py") for name in calls.findall(path.read_text())}
     listed = set(re.findall(r"`([a-z_]+)`", (ROOT / "docs/metrics.md").read_text().partition("## events.jsonl")[2]))
     assert len(recorded) > 20 and recorded <= listed, recorded - listed
+
+
+def test_tests_that_the_page_of_an_operator_s_cases_names_exist() -> None:
+    named = set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/benchmarks/operator.md").read_text()))
+    assert len(named) > 25
+    assert not [each for each in named if f"def {each[1]}" not in (ROOT / each[0]).read_text()]

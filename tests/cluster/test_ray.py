@@ -36,8 +36,8 @@ pytestmark = [
 HEAD = "10.77.0.11:6379"
 
 
-def launch(nodes: Cluster, root: Path, count: int) -> subprocess.Popen[bytes]:
-    """`amfm launch --on ray` on the head's node, its output in root/launch.log; amfm sends the token that it finds."""
+def launch(nodes: Cluster, root: Path, count: int, *, node: int = 1) -> subprocess.Popen[bytes]:
+    """`amfm launch --on ray` on a node, the head's, its output in root/launch.log; amfm sends the token that it finds."""
     words = (
         "launch",
         root / "run.yaml",
@@ -50,7 +50,7 @@ def launch(nodes: Cluster, root: Path, count: int) -> subprocess.Popen[bytes]:
         "--nproc-per-node",
         "1",
     )
-    return nodes.start(1, root / "launch.log", "env", "-u", "RAY_AUTH_MODE", *amfm(*words))
+    return nodes.start(node, root / "launch.log", "env", "-u", "RAY_AUTH_MODE", *amfm(*words))
 
 
 def come_back(nodes: Cluster, node: int) -> None:
@@ -107,6 +107,29 @@ def test_a_raylet_that_is_killed_and_comes_back_gets_ranks_again(
     (restarted,) = events(folder / "run", "restarted")
     assert "on node2 was lost" in restarted["cause"], "Ray chooses which rank is where"
     check_losses(folder / "run", undisturbed)
+
+
+def test_a_launcher_whose_cluster_loses_its_head_fails_and_the_same_command_may_go_on(folder: Path) -> None:
+    write_run(folder, folder / "run", launch__heartbeat_seconds=20.0, launch__node_wait_seconds=1.0)
+    log = folder / "launch.log"
+    with cluster(2, "ray", folder=folder) as nodes:
+        launcher = launch(nodes, folder, 2, node=2)
+        wait_for_steps(folder / "run", 13, log)
+        nodes.fault("lose", 1)
+        code = launcher.wait(timeout=PATIENCE_SECONDS)
+        left = nodes.run(2, "pgrep", "-af", "amfm.launch train", check=False)
+    text = log.read_text()
+    assert code == 3, text[-4000:]
+    assert not left and "bad input" not in text and "Traceback" not in text
+
+
+def test_a_machine_without_a_raylet_is_told_to_join_the_cluster(folder: Path) -> None:
+    write_run(folder, folder / "run")
+    with cluster(1, "ray", folder=folder) as nodes:
+        launcher = launch(nodes, folder, 1, node=0)
+        code = launcher.wait(timeout=PATIENCE_SECONDS)
+    text = (folder / "launch.log").read_text()
+    assert code == 2 and "This machine must be a node of the cluster" in text, text
 
 
 def test_a_store_that_a_cluster_prepares_while_it_loses_a_raylet_is_the_one_of_this_machine(folder: Path) -> None:
