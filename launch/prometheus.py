@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
@@ -17,16 +18,19 @@ from typing import get_args
 
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.launch.http_server import HttpHandler, HttpServer
-from amfm.pretrain.monitor.follow import FollowedRun, State
+from amfm.pretrain.monitor.follow import State
 from amfm.pretrain.monitor.held import read_held
 from amfm.pretrain.monitor.metrics import flatten_numbers
+from amfm.pretrain.report.verdict import Verdicts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def format_metrics(run: FollowedRun) -> str:
-    """Look at the run, and write what there is: the newest step's numbers, state, checkpoint, and ranks that give signs of life."""
+def format_metrics(verdicts: Verdicts) -> str:
+    """Look at the run, and write what there is: the newest step's numbers, state, verdict, checkpoint, and ranks that give signs of life."""
+    run = verdicts.run
     seen = run.look()
+    verdict = verdicts.of(seen)
     metrics = run.panel.metrics or {}
     numbers = flatten_numbers(metrics)
     own = {"step": metrics.get("step"), "checkpoint_step": run.panel.checkpoint_step}
@@ -42,7 +46,13 @@ def format_metrics(run: FollowedRun) -> str:
     states = [
         f"amfm_state{format_labels(place | {'state': state})} {int(state == seen.state)}\n" for state in get_args(State)
     ]
-    return format_gauges(name, numbers, dir=str(directory)) + "# TYPE amfm_state gauge\n" + "".join(states)
+    findings = Counter(finding.rule for finding in verdict.findings) if verdict else {}
+    found = [f"amfm_finding{format_labels(place | {'rule': rule})} {number}\n" for rule, number in findings.items()]
+    if verdict is not None:
+        numbers["well"] = float(not verdict.findings)
+    gauges = format_gauges(name, numbers, dir=str(directory))
+    kinds = {"amfm_state": states, **({"amfm_finding": found} if found else {})}
+    return gauges + "".join(f"# TYPE {kind} gauge\n{''.join(lines)}" for kind, lines in kinds.items())
 
 
 def format_gauges(run_name: str, numbers: Mapping[str, float], **labels: str) -> str:
@@ -82,7 +92,7 @@ def escape(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-def make_server(run: FollowedRun, host: str, port: int) -> HttpServer:
+def make_server(verdicts: Verdicts, host: str, port: int) -> HttpServer:
     """A server that answers `/metrics`. Raises OSError where the address can't be had."""
     lock = threading.Lock()  # a look changes what the run remembers
 
@@ -92,7 +102,7 @@ def make_server(run: FollowedRun, host: str, port: int) -> HttpServer:
             path = self.accept()
             if path in ("/metrics", "/"):
                 with lock:
-                    body = format_metrics(run).encode()
+                    body = format_metrics(verdicts).encode()
                 self.send(HTTPStatus.OK, body, CONTENT_TYPE)
             elif path is not None:
                 self.refuse(HTTPStatus.NOT_FOUND, "only /metrics is here")

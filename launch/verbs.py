@@ -52,6 +52,7 @@ VERBS = {
         "watch",
         "Show a run live, from any machine that sees its directory: progress, speed, ranks, checkpoints, outcome.",
     ),
+    "runs": ("runs", "List the runs of a folder in a table: state, step, loss, speed, time, and whether each is well."),
     "launch": (
         "launch",
         "Start a run on many nodes and restart it from the newest checkpoint after failures, on fewer nodes if necessary.",
@@ -158,6 +159,8 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import rollback as module
         case "watch":
             from amfm.launch.commands import watch as module
+        case "runs":
+            from amfm.launch.commands import runs as module
         case "launch":
             from amfm.launch.commands import launch as module
         case "profile":

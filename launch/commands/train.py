@@ -19,7 +19,7 @@ from amfm.launch.arguments import (
     PresetOption,
     check_picture,
 )
-from amfm.launch.console import print_json, print_pairs
+from amfm.launch.console import print_json, print_pairs, say
 from amfm.launch.existing import require_all_exist
 from amfm.launch.heavy_imports import heavy_imports
 from amfm.launch.presets import choose_config
@@ -78,6 +78,11 @@ def train(
                 code = train_run(config)
         except SystemExit as error:  # of a plug-in while the run started: not what the shell is to see
             raise RuntimeError(describe_exit(error)) from error
+        if is_first:
+            from amfm.launch.conclusion import conclude
+
+            for line in conclude(Path(config.run.dir), code):
+                say(f"amfm train: {line}")
     if as_json and is_first:
         print_json(summarize(config.run.dir))
     raise typer.Exit(code)

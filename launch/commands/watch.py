@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,7 @@ from amfm.launch.console import plain, print_json, say
 from amfm.pretrain.launcher_protocol import DONE, INTERRUPTED, RUN_FAILED
 
 if TYPE_CHECKING:
-    from amfm.pretrain.monitor.follow import FollowedRun
+    from amfm.pretrain.report.verdict import Verdicts
 
 LOOK_SECONDS = 1.0
 
@@ -29,55 +29,51 @@ def watch(
         str | None,
         typer.Option(metavar="[HOST:]PORT", help="Serve /metrics for Prometheus instead; HOST defaults to 127.0.0.1."),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit code 3 also where the run needs a look: for scripts and cron.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """The verb `watch`.
 
     Only reads. Ends with the run: exit code 0 when it finished or was stopped, 3 when it failed or is gone. With --json
-    prints what is now, once.
+    prints what is now, once, with the verdict of the report: whether the run is well, and why not.
     """
     from amfm.pretrain.monitor.follow import FollowedRun
+    from amfm.pretrain.report.verdict import Verdicts
 
     if prometheus is not None and as_json:
         raise ValueError("--prometheus serves until it is interrupted, and --json prints once; give one of them")
     run = FollowedRun(run_dir)
+    verdicts = Verdicts(run)
     if prometheus is not None:
-        serve_metrics(run, prometheus)
+        serve_metrics(verdicts, prometheus)
     elif as_json:
-        print_json(run.to_json(run.final()) | {"health": judge_whole(run_dir)})
+        seen = run.final()
+        verdict = verdicts.of(seen)
+        print_json(run.to_json(seen) | {"health": verdict and verdict.to_json()})
     else:
         try:
-            show_live(run, stays=stay)
+            show_live(verdicts, stays=stay)
         except KeyboardInterrupt:
             say(f"amfm: no longer watching {run_dir}; the run is not touched")
             raise typer.Exit(INTERRUPTED) from None
-    raise typer.Exit(RUN_FAILED if run.state in ("failed", "lost") else DONE)
+    needs_a_look = strict and verdicts.newest is not None and bool(verdicts.newest.findings)
+    raise typer.Exit(RUN_FAILED if run.state in ("failed", "lost") or needs_a_look else DONE)
 
 
-def judge_whole(run_dir: Path) -> dict[str, Any] | None:
-    """The verdict on a run as JSON values; None before its first step."""
-    from amfm.pretrain.monitor.health import judge
-    from amfm.pretrain.report.data import read_json_lines
-
-    metrics, events = (
-        read_json_lines(path)[0] if path.is_file() else []
-        for path in (run_dir / "metrics.jsonl", run_dir / "events.jsonl")
-    )
-    steps = [line for line in metrics if isinstance(line.get("step"), int)]
-    return judge(steps, events).to_json() if steps else None
-
-
-def serve_metrics(run: FollowedRun, address: str) -> None:
+def serve_metrics(verdicts: Verdicts, address: str) -> None:
     """Serve a run's numbers until Ctrl-C. Raises ValueError for what is not an address, RuntimeError for one that can't
     be had.
     """
     from amfm.launch.prometheus import make_server
 
+    run = verdicts.run
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or not 0 <= int(port) < 2**16:
         raise ValueError(f"--prometheus {address} must be PORT or HOST:PORT with a number below 65536; use 9464")
     try:
-        server = make_server(run, host or "127.0.0.1", int(port))
+        server = make_server(verdicts, host or "127.0.0.1", int(port))
     except OSError as error:
         raise RuntimeError(f"--prometheus {address}: {error.strerror}; name another port") from error
     with server:
@@ -91,17 +87,18 @@ def serve_metrics(run: FollowedRun, address: str) -> None:
             raise typer.Exit(INTERRUPTED) from None
 
 
-def show_live(run: FollowedRun, *, stays: bool) -> None:
-    """Show a run until it ends: a panel on a terminal, lines anywhere else, remarks about events in both."""
+def show_live(verdicts: Verdicts, *, stays: bool) -> None:
+    """Show a run until it ends: a panel on a terminal, lines anywhere else, remarks about events and the verdict in both."""
     from rich.console import Console
 
     from amfm.pretrain.monitor.follow import follow
     from amfm.pretrain.monitor.live import LivePanel
 
+    run = verdicts.run
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     live = LivePanel(console, run.panel.draw) if console.is_terminal else None
     printer = live or console
-    said = ""
+    said = judged = ""
     is_first = True
     if live is not None:
         live.start()
@@ -117,6 +114,11 @@ def show_live(run: FollowedRun, *, stays: bool) -> None:
             if live is None and seen.state != said:
                 printer.print(plain(f"{run.directory}: {run.panel.status}"))
                 said = seen.state
+            verdict = verdicts.of(seen)
+            run.panel.verdict = "" if verdict is None else verdict.words()
+            if live is None and run.panel.verdict != judged:
+                printer.print(plain(f"{run.directory}: {run.panel.verdict}"))
+                judged = run.panel.verdict
             is_first = False
     finally:
         if live is not None:

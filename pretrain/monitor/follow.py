@@ -84,6 +84,7 @@ class FollowedRun:
         self.state: State = "waiting"
         self.cause = ""
         self.starts = 0
+        self.has_steps = False  # whether any was logged
         self._looked = False
         self._metrics = GrowingFile(directory / "metrics.jsonl")
         self._events = GrowingFile(directory / "events.jsonl")
@@ -104,6 +105,7 @@ class FollowedRun:
         if (events or lines) and self._looked:
             self._written = time.monotonic()
         self._looked = True
+        self.has_steps |= any(isinstance(line.get("step"), int) for line in lines)
         metrics = [line for line in lines if is_step(line)]
         for line in metrics:
             self.panel.take_metrics(line)
@@ -127,7 +129,7 @@ class FollowedRun:
             return "running: it starts, or ends"
         if self.state == "running":
             hosts = len({beat.host for beat in beats})
-            silent = self._silent(beats)
+            silent = self.silent(beats)
             place = max(beats, key=Beat.place)
             if silent:
                 return f"{plural(len(beats), 'rank')}, but {describe_lost(silent)}"
@@ -205,7 +207,7 @@ class FollowedRun:
                 # At first sight the clocks are believed; from then on only that the beat changes.
                 age = max(0.0, time.time() - beat.seen) if beat.rank not in self._heard else 0.0
                 self._heard[beat.rank] = (beat.seen, now - age)
-        is_alive = len(self._silent(beats)) < len(beats)
+        is_alive = len(self.silent(beats)) < len(beats)
         has_ended = self.state in ("finished", "stopped", "failed") or (self.state == "waiting" and self.cause)
         if is_alive and has_ended:
             if all(beat.phase in ("start", "compile") for beat in beats):  # the next start is on its way
@@ -216,7 +218,7 @@ class FollowedRun:
             # A start is written down before its ranks give signs of life, so lines count as such as well.
             self.state = "lost"
 
-    def _silent(self, beats: list[Beat]) -> list[Beat]:
+    def silent(self, beats: list[Beat]) -> list[Beat]:
         """Ranks whose beat has not changed for FRESH_SECONDS."""
         now = time.monotonic()
         return [beat for beat in beats if now - self._heard[beat.rank][1] > FRESH_SECONDS]

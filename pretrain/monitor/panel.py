@@ -47,6 +47,7 @@ class RunState:
         self.checkpoint_step: int | None = None
         self.checkpoint_time: float | None = None
         self.status = ""
+        self.verdict = ""  # of whoever watches: a run does not judge itself
         self.shows_mfu = True
 
     def take_metrics(self, metrics: dict[str, Any]) -> None:
@@ -138,6 +139,9 @@ class RunState:
         rows.append(Text(elapsed + self.describe_checkpoint()))
         if self.status:
             rows.append(Text(printable(self.status), style="bold", no_wrap=False, overflow="fold"))
+        if self.verdict:
+            colour = "green" if self.verdict == "well" else "yellow"
+            rows.append(Text(printable(self.verdict), style=f"bold {colour}", no_wrap=False, overflow="fold"))
         return Panel(Group(*rows), title=escape(printable(self.name)), title_align="left", expand=False)
 
     def draw_measures(self, metrics: dict[str, Any]) -> list[Any]:

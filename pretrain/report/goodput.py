@@ -20,6 +20,16 @@ from amfm.pretrain.event_log import IN_ORDER
 from amfm.pretrain.monitor.held import is_held, overlap, read_held
 from amfm.pretrain.report.data import RunRecord, is_number
 
+# Words for the uses of `TimeUse`, in the order of its fields.
+USES = {
+    "steps": "steps that count",
+    "measuring": "validation and tasks",
+    "saving": "saving",
+    "starting": "starting",
+    "again": "steps done again",
+    "waiting": "waiting for a restart",
+    "other": "other",
+}
 ENDS = ("end", "signal", "failed", "gave_up")
 MEASURED = ("validation_seconds", "tasks_seconds")
 

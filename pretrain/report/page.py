@@ -88,11 +88,11 @@ def render_document(title: str, parts: Iterable[str], data: Mapping[str, Any]) -
     return "\n".join(lines) + "\n"
 
 
-def render_heading(name: str, state: str, where: str, *, is_done: bool) -> str:
-    """Render the page's first lines: what it is about, whether that is finished, and where it lies."""
+def render_heading(name: str, state: str, kind: str, where: str) -> str:
+    """Render the page's first lines: what it is about, its state (kind: done, going or bad), and where it is."""
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
-        f'<header><h1>{escape(name)}</h1><span class="state {"done" if is_done else "going"}">{escape(state)}</span>'
+        f'<header><h1>{escape(name)}</h1><span class="state {kind}">{escape(state)}</span>'
         f'<span class="where">{escape(where)}, written {written}</span></header>'
     )
 

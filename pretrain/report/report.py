@@ -13,11 +13,11 @@ from pathlib import Path
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.model.config.kinds import describe_symbol
 from amfm.pretrain.config.file import resolved_yaml
-from amfm.pretrain.monitor.health import judge
+from amfm.pretrain.monitor.follow import FollowedRun
 from amfm.pretrain.monitor.panel import plural
 from amfm.pretrain.report.attempts import HEADER, list_attempts
 from amfm.pretrain.report.data import RunRecord, read_run
-from amfm.pretrain.report.goodput import measure_goodput
+from amfm.pretrain.report.goodput import USES, measure_goodput
 from amfm.pretrain.report.numbers import count, duration, perplexity
 from amfm.pretrain.report.overlay import MAX_RUNS, compare_configs, overlay_plots, render_runs
 from amfm.pretrain.report.page import (
@@ -42,18 +42,10 @@ from amfm.pretrain.report.page import (
 from amfm.pretrain.report.page_data import describe_page
 from amfm.pretrain.report.plots import make_plots
 from amfm.pretrain.report.tasks import describe_tasks, tasks_plot
+from amfm.pretrain.report.verdict import describe_state, judge_run
 
 MAX_STARTS = 100
-# Of `TimeUse.parts`, in its order: the class of the page's style sheet, and words.
-USES = (
-    ("useful", "steps that count"),
-    ("useful-2", "validation and tasks"),
-    ("saved", "saving"),
-    ("lost", "starting"),
-    ("lost-2", "steps done again"),
-    ("lost-3", "waiting for a restart"),
-    ("lost-4", "other"),
-)
+KINDS = ("useful", "useful-2", "saved", "lost", "lost-2", "lost-3", "lost-4")  # of USES: classes of the style sheet
 
 
 def write_report(run_dirs: Sequence[str | Path], out: Path | None = None) -> Path:
@@ -89,15 +81,15 @@ def choose_place(folders: Sequence[Path]) -> Path:
 
 def render_run(record: RunRecord) -> str:
     """Render the page of one run."""
-    is_done = record.is_finished()
-    state = "finished" if is_done else f"unfinished: step {record.last_step():,} of {record.num_steps:,}"
+    followed = FollowedRun(record.directory)
+    seen = followed.look()
     progress = min(100.0, 100 * record.last_step() / record.num_steps)
     curves, tasks, time = tasks_plot(record), describe_tasks(record), describe_time(record)
     plots = [*make_plots(record), *([] if curves is None else [curves])]
     parts = [
-        render_heading(record.name(), state, str(record.directory), is_done=is_done),
+        render_heading(record.name(), *describe_state(record, seen), str(record.directory)),
         f'<div class="bar"><div style="width:{progress:.2f}%"></div></div>',
-        render_verdict(judge(record.metrics, record.events)),
+        render_verdict(judge_run(followed, seen, record)),
         render_cards(make_cards(record)),
         *map(render_note, record.notes),
         *([] if time is None else [f"<h2>Time</h2>{render_shares(*time)}"]),
@@ -122,7 +114,7 @@ def render_overlay(records: Sequence[RunRecord]) -> str:
     where = ", ".join(str(record.directory) for record in records)
     plots = overlay_plots(records)
     parts = [
-        render_heading(title, state, where, is_done=finished == len(records)),
+        render_heading(title, state, "done" if finished == len(records) else "going", where),
         render_runs(records),
         *(render_note(f"{record.directory}: {note}") for record in records for note in record.notes),
         f"<h2>Curves</h2>{render_plots(plots)}",
@@ -183,8 +175,8 @@ def describe_time(record: RunRecord) -> tuple[list[Share], str] | None:
     if use is None:
         return None
     shares = [
-        Share(kind, label, seconds / use.held(), f"{duration(seconds)}, {100 * seconds / use.held():.1f} %")
-        for (kind, label), seconds in zip(USES, use.parts().values(), strict=True)
+        Share(kind, USES[name], seconds / use.held(), f"{duration(seconds)}, {100 * seconds / use.held():.1f} %")
+        for kind, (name, seconds) in zip(KINDS, use.parts().items(), strict=True)
     ]
     lost = use.held() - use.steps - use.measuring - use.saving
     away = f"; {duration(use.away)} between commands, when it did not run, is not counted" if use.away >= 1 else ""

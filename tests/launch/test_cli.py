@@ -29,6 +29,7 @@ def test_the_verbs_are_those_of_the_contract():
             "import",
             "init",
             "profile",
+            "runs",
             "watch",
             "serve",
             "tasks",

@@ -11,10 +11,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 
 from amfm.launch.cli import run as amfm
-from amfm.launch.prometheus import make_server
+from amfm.launch.prometheus import format_metrics, make_server
 from amfm.pretrain.monitor.follow import FollowedRun
+from amfm.pretrain.report.verdict import Verdicts
+from tests.pretrain.report.test_report import line, make_run
 
 METRICS = {
     "step": 7, "loss": 2.5, "grad_norm": 0.5, "lr": 1e-3, "tokens": 700, "tokens_per_second": 10.0, "mfu": 0.25,
@@ -34,7 +37,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def test_a_scrape_gets_the_newest_numbers_and_the_state_and_a_foreign_page_nothing(directory: Path) -> None:
-    with make_server(FollowedRun(directory), "127.0.0.1", 0) as server:
+    with make_server(Verdicts(FollowedRun(directory)), "127.0.0.1", 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}"
         text = urllib.request.urlopen(f"{address}/metrics").read().decode()
@@ -59,9 +62,27 @@ def test_a_scrape_gets_the_newest_numbers_and_the_state_and_a_foreign_page_nothi
     names = {key.partition("{")[0] for key in found}
     types = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE ")}
     assert types.keys() == names and [key for key, kind in types.items() if kind != "gauge"] == ["amfm_restarts"]
+    assert "amfm_well" not in text, "without a configuration there is no verdict"
     dashboard = (Path(__file__).parents[2] / "recipes/grafana_dashboard.json").read_text()
     asked = {word for word in re.findall(r"amfm_[a-z_]+", dashboard) if not word.endswith("_load_")}
     assert asked - {"amfm_validation_loss", "amfm_last_step"} <= {key.partition("{")[0] for key in found}
+
+
+def test_a_scrape_gets_the_verdict_of_the_report(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, [line(step, expert_load={}, skipped=False) for step in range(1, 60)])
+    (run_dir / "events.jsonl").write_text('{"event": "start", "step": 0}\n')
+    assert re.search(r"amfm_well\{.*\} 1\.0", format_metrics(Verdicts(FollowedRun(run_dir))))
+    (run_dir / "events.jsonl").write_text('{"event": "start", "step": 0}\n' * 3)
+    text = format_metrics(Verdicts(FollowedRun(run_dir)))
+    assert re.search(r"amfm_well\{.*\} 0\.0", text) and re.search(r'amfm_finding\{.*rule="failures"\} 1', text)
+    alerts = yaml.safe_load((Path(__file__).parents[2] / "recipes/prometheus_alerts.yaml").read_text())
+    asked = {
+        word
+        for group in alerts["groups"]
+        for rule in group["rules"]
+        for word in re.findall(r"amfm_[a-z_]+", rule["expr"])
+    }
+    assert asked == {"amfm_well", "amfm_state"}
 
 
 def test_what_is_no_address_is_refused(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:

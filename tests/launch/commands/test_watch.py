@@ -41,6 +41,20 @@ def test_json_is_the_state_of_now_and_a_failed_run_is_exit_code_3(started_run: P
     assert json.loads(capsys.readouterr().out)["state"] == "running"
 
 
+def test_the_verdict_is_printed_and_is_an_exit_code_where_that_is_asked_for(started_run: Path, capsys) -> None:
+    (started_run / "heartbeats" / "rank-0.json").unlink()
+    append(started_run / "metrics.jsonl", *(metrics_of(step) for step in range(2, 21)))
+    append(started_run / "events.jsonl", event("start", 1), event("end", 20, reason="finished"))
+    assert amfm(["watch", str(started_run)]) == 0
+    assert f"{started_run}: needs a look: 1 failure" in capsys.readouterr().err
+    assert amfm(["watch", str(started_run), "--strict"]) == 3
+    (started_run / "events.jsonl").write_text(json.dumps(event("start", 0)) + "\n")
+    append(started_run / "events.jsonl", event("end", 20, reason="finished"))
+    capsys.readouterr()
+    assert amfm(["watch", str(started_run), "--strict"]) == 0
+    assert f"{started_run}: well" in capsys.readouterr().err
+
+
 def test_no_such_run_is_bad_input(tmp_path: Path, capsys) -> None:
     assert amfm(["watch", str(tmp_path / "none")]) == 2
     assert "is not a run directory" in capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""The verdict on a directory: what its state, time, ranks and disk add to the rules on its logs."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from amfm.pretrain.checkpoint.names import checkpoint_name
+from amfm.pretrain.monitor.follow import FollowedRun
+from amfm.pretrain.report.report import write_report
+from amfm.pretrain.report.verdict import Verdicts
+from tests.pretrain.monitor.test_follow import age, append, beat
+from tests.pretrain.report.test_report import line, make_run
+
+
+def at(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run with 40 steps that began an hour ago and is alive."""
+    began = time.time() - 3600
+    steps = [line(step, expert_load={}, skipped=False, seconds=80.0, time=began + 85 * step) for step in range(1, 41)]
+    folder = make_run(tmp_path, steps)
+    append(folder / "events.jsonl", {"event": "start", "step": 0, "time": at(began), "hosts": {"node-a": 2}})
+    beat(folder, rank=0)
+    beat(folder, rank=1)
+    return folder
+
+
+def findings(run_dir: Path) -> dict[str, str]:
+    followed = FollowedRun(run_dir)
+    verdict = Verdicts(followed).of(followed.look())
+    assert verdict is not None
+    return {finding.rule: finding.text for finding in verdict.findings}
+
+
+def test_a_run_that_is_alive_with_all_its_ranks_is_well(run_dir: Path) -> None:
+    assert findings(run_dir) == {}
+
+
+def test_ranks_that_are_silent_or_never_spoke_are_named(run_dir: Path) -> None:
+    beat(run_dir, rank=1, seen=time.time() - 600, step=7)
+    assert findings(run_dir) == {"ranks": "rank 1 on node-a is lost (last seen at step 7, forward)"}
+    (run_dir / "heartbeats" / "rank-1.json").unlink()
+    assert findings(run_dir) == {"ranks": "1 rank of 2 has no heartbeat"}
+
+
+def test_time_that_trained_nothing_is_named_with_its_use(run_dir: Path) -> None:
+    lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for each in lines:
+        each["seconds"] = 20.0
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    assert findings(run_dir) == {"goodput": "24% of 57 min trained what counts: 42 min went to other"}
+
+
+def test_a_disk_without_room_for_another_checkpoint_is_named(run_dir: Path) -> None:
+    append(run_dir / "events.jsonl", {"event": "checkpoint", "step": 40, "time": at(time.time())})
+    saved = run_dir / "checkpoints" / checkpoint_name(40)
+    saved.mkdir(parents=True)
+    with (saved / "weights").open("wb") as file:
+        file.truncate(10**13)  # a hole, of more than is free
+    found = findings(run_dir)
+    assert found["disk"].endswith("are free, and a checkpoint takes 10000.0 GB") and len(found) == 1
+
+
+@pytest.mark.parametrize("state", ["failed", "lost"])
+def test_a_run_that_ended_badly_is_red_and_its_cause_comes_first(run_dir: Path, state: str) -> None:
+    for rank in (0, 1):
+        (run_dir / "heartbeats" / f"rank-{rank}.json").unlink()
+    if state == "failed":
+        append(
+            run_dir / "events.jsonl", {"event": "failed", "step": 40, "time": at(time.time()), "error": "NCCL timeout"}
+        )
+    age(run_dir)
+    texts = list(findings(run_dir).values())
+    assert texts[0] == {"failed": "failed: NCCL timeout", "lost": "lost: no rank gives a sign of life"}[state]
+    page = write_report([run_dir]).read_text()
+    cause = ", NCCL timeout" if state == "failed" else ""
+    assert f'<span class="state bad">{state}: step 40 of 100{cause}</span>' in page
+
+
+def test_a_verdict_is_kept_until_the_state_changes_or_its_time_is_over(run_dir: Path) -> None:
+    followed = FollowedRun(run_dir)
+    verdicts = Verdicts(followed)
+    first = verdicts.of(followed.look())
+    assert verdicts.of(followed.look()) is first
+    append(run_dir / "events.jsonl", {"event": "end", "step": 40, "time": at(time.time()), "reason": "finished"})
+    for rank in (0, 1):
+        (run_dir / "heartbeats" / f"rank-{rank}.json").unlink()
+    assert verdicts.of(followed.look()) is not first
