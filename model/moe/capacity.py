@@ -27,7 +27,7 @@ LARGEST_PADDING = 2.0  # rows sent over rows chosen, up to which slots of one si
 class Choices:
     """Choices that are carried out: expert ids [R, K], `num_experts` for a dropped one, and weights [R, K], 0 for it.
 
-    capacity: choices that an expert takes of the whole rows at most; None without a limit.
+    capacity: choices that an expert takes of the whole rows at most, with those that padding might have had; None without a limit.
     """
 
     expert_ids_RK: Tensor
@@ -90,7 +90,9 @@ def limit_choices(
     if meta.segments is not None:
         kept_BTK = meta.segments.take(kept_BTK)
     own_RK = kept_BTK.flatten(0, 1)
-    return Choices(own_RK, _weights(routing, own_RK, moe), capacity)
+    # Room is the same on all ranks, whose micro-batches have other tokens, where rows are padded.
+    room = expert_capacity(len(all_RK), moe.top_k, moe.num_experts, moe.capacity_factor)
+    return Choices(own_RK, _weights(routing, own_RK, moe), room)
 
 
 def _weights(routing: Routing, ids_RK: Tensor, moe: MoeConfig) -> Tensor:
