@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -61,6 +61,10 @@ CheckpointArgument = Annotated[
         help="A run directory (newest checkpoint), a checkpoint or an import.",
         callback=require_model,
     ),
+]
+
+WeightsOption = Annotated[
+    Literal["last", "ema"], typer.Option(help="The weights themselves, or the moving average that the run keeps (ema).")
 ]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout; messages go to stderr.")]

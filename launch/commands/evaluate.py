@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from amfm.data_pipeline.progress import Waiting
-from amfm.launch.arguments import CheckpointArgument, JsonOption, choose_device
+from amfm.launch.arguments import CheckpointArgument, JsonOption, WeightsOption, choose_device
 from amfm.launch.commands.synthetic import TaskChoice, evaluate_on_synthetic
 from amfm.launch.commands.tasks import (
     IncludePathOption,
@@ -62,6 +62,7 @@ def evaluate(
     include_path: IncludePathOption = None,
     limit: LimitOption = None,
     num_fewshot: NumFewshotOption = None,
+    weights: WeightsOption = "last",
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
@@ -73,7 +74,12 @@ def evaluate(
     check_options(
         "--tasks" if tasks else "--probe" if probe else None,
         {"--probe": probe, "--sequence-length": sequence_length},
-        {"--data": data, "--split": split, "--max-tokens": max_tokens},
+        {
+            "--data": data,
+            "--split": split,
+            "--max-tokens": max_tokens,
+            "--weights": None if weights == "last" else weights,
+        },
         {"--set": probe_settings, "--rows": rows},
         {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot},
     )
@@ -95,6 +101,7 @@ def evaluate(
         return
     with loading("evaluate"):
         from amfm.pretrain.inference.evaluate import evaluate_checkpoint
+        from amfm.pretrain.inference.weights import read_weights
 
     with Waiting("amfm evaluate") as waiting, show_progress("evaluate", every_seconds=5.0) as show:
 
@@ -103,7 +110,7 @@ def evaluate(
             show(done, total, "tokens")
 
         found = evaluate_checkpoint(
-            checkpoint,
+            checkpoint if weights == "last" else read_weights(checkpoint, waiting, averaged=True),
             store=data,
             split=split or "validation",
             sequence_length=sequence_length,

@@ -12,7 +12,7 @@ import typer
 
 from amfm.data_pipeline.durable.files import check_free, write_file_atomically
 from amfm.data_pipeline.progress import Waiting
-from amfm.launch.arguments import CheckpointArgument, JsonOption
+from amfm.launch.arguments import CheckpointArgument, JsonOption, WeightsOption
 from amfm.launch.commands.client import (
     check_client,
     check_installed,
@@ -91,6 +91,7 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Load the export with transformers and compare logits.")
     ] = True,
+    weights: WeightsOption = "last",
     check: CheckOption = None,
     client_python: ClientPythonOption = None,
     as_json: JsonOption = False,
@@ -100,7 +101,7 @@ def export(
     With --check another program reads the export, or an export that exists, and is compared with transformers.
     """
     python = None if client_python is None else str(client_python.absolute())
-    writes_for_transformers = target is not None or not verify
+    writes_for_transformers = target is not None or not verify or weights != "last"
     check_export_options(file_format, out, check, python, writes_for_transformers=writes_for_transformers)
     if out is None:
         assert check is not None, "checked above"
@@ -118,9 +119,11 @@ def export(
     require_extra("export", "amfm export")
     with loading("export", "PyTorch and transformers"):
         from amfm.pretrain.export.export import export_checkpoint
+        from amfm.pretrain.inference.weights import read_weights
 
     with Waiting("amfm export") as waiting:
-        report = export_checkpoint(checkpoint, out, target=target, verify=verify, report=waiting)
+        source = checkpoint if weights == "last" else read_weights(checkpoint, waiting, averaged=True)
+        report = export_checkpoint(source, out, target=target, verify=verify, report=waiting)
         if check is not None:
             waiting(f"running {check}")
         checked = None if check is None else check_client(out, check, python)
@@ -171,7 +174,9 @@ def check_export_options(
 ) -> None:
     """Refuse, before any work, options that have no effect together, and a program that is not installed."""
     if file_format != "huggingface" and writes_for_transformers:
-        raise ValueError(f"--target and --no-verify are about transformers; leave them out with {file_format}")
+        raise ValueError(
+            f"--target, --weights and --no-verify are about transformers; leave them out with {file_format}"
+        )
     if python is not None and check is None and file_format != "gguf":
         raise ValueError("--client-python has no effect without --check or --format gguf; leave it out")
     if check is not None and file_format != "huggingface":
@@ -181,7 +186,7 @@ def check_export_options(
     if out is not None and file_format not in ("gguf", "megatron"):  # which write files next to others
         check_free(out)
     if out is None and writes_for_transformers:
-        raise ValueError("--target and --no-verify are about writing an export; leave them out, or name OUT")
+        raise ValueError("--target, --weights and --no-verify are about writing an export; leave them out, or name OUT")
     if check is not None:
         check_installed(check, python or sys.executable)
 

@@ -36,7 +36,7 @@ class BlockBytes:
 @dataclass(frozen=True)
 class Storage:
     """Precision and kernels of a run: `element_bytes` of a weight or activation (4 or 2), `backend` triton or torch,
-    `state_bytes` of a master or moment, of which a weight that Muon does not step has `num_moments`, and `lands`: products add weight gradients to the float32 sums of ZeRO 1 and 2.
+    `state_bytes` of a master or moment, of which a weight that Muon does not step has `num_moments`, and `lands`: products add weight gradients to the float32 sums of ZeRO 1 and 2. keeps_average: a moving average of weights lies next to the masters.
 
     The backend matters because Triton and PyTorch implementations save different tensors and slice the head
     differently.
@@ -47,6 +47,7 @@ class Storage:
     state_bytes: int = FLOAT32_BYTES
     lands: bool = False
     num_moments: int = 2
+    keeps_average: bool = False
 
 
 def recomputed_bytes(block: BlockBytes, config: ModelConfig, storage: Storage, stream_ranks: int = 1) -> BlockBytes:

@@ -70,6 +70,7 @@ def storage_of(config: RunConfig, *, on_gpu: bool = True) -> Storage:
         # On a CPU a product is added behind itself, at the cost of a hook.
         backend == "triton" and config.train.sums_in_products(),
         config.optimizer.num_moments(),
+        config.ema is not None,
     )
 
 
@@ -195,6 +196,7 @@ def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict
         "weights": e * (share if stage == 3 else held.parameters),
         "masters": storage.state_bytes * share if has_masters else 0.0,
         "moments": storage.state_bytes * (storage.num_moments * share - matrices.dense - matrices.routed),
+        "average of weights": FLOAT32_BYTES * share if storage.keeps_average else 0.0,
         "gradient share": e * share if stage == 3 else 0.0,
         "reduction bucket": FLOAT32_BYTES * min(held.parameters, DEEPSPEED_BUCKET_ELEMENTS) if stage == 3 else 0.0,
     }

@@ -25,6 +25,8 @@ from amfm.pretrain.stages import RunStage, resolve_stages, total_steps
 # ending in ".*" allows a whole section. docs/checkpoints.md says why for each; everything else is refused.
 MAY_CHANGE = (
     "run.*",
+    "ema",
+    "ema.*",
     "evaluate.*",
     "export.*",
     "health.*",

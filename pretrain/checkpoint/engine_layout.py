@@ -28,7 +28,8 @@ class EngineLayout:
     parameter groups, in its order. placements: where this rank's shard of each parameter lies in the whole one.
     coordinates: its place on each axis that cuts the parameter. dtypes: of the parameters. All by global name.
     buffer_names: of the buffers that belong to the state (router bias and the like). frozen: parameters that nothing
-    steps, with the ranks that hold the same shard of each.
+    steps, with the ranks that hold the same shard of each. averages: flat float32 averages of the masters of parts, by the
+    part's number, which a hook keeps (hooks/ema.py); saved and restored like moments.
     """
 
     engine: ZeroEngine
@@ -39,6 +40,7 @@ class EngineLayout:
     dtypes: dict[str, torch.dtype]
     buffer_names: tuple[str, ...]
     frozen: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    averages: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, engine: ZeroEngine) -> EngineLayout:

@@ -28,7 +28,7 @@ from amfm.pretrain.tensor_files import TensorFile, encode_header, tensor_bytes
 
 CHUNK_BYTES = 1 << 24  # written, read and hashed at a time
 RANK_FILE = re.compile(r"(?:ranks-\d{5}/)?rank-(\d{5})\.safetensors")
-FLOAT32_KINDS = ("weight/", "exp_avg/", "exp_avg_sq/", "momentum/")
+FLOAT32_KINDS = ("weight/", "exp_avg/", "exp_avg_sq/", "momentum/", "ema/")
 Take = Callable[[str, int, Tensor], None]  # the name of a stored tensor, the first of the numbers, and they
 
 

@@ -7,14 +7,15 @@ them, AdamW's two or Muon's one, by the group of the parameter.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from amfm.pretrain.engine.moments import moments_of
+from amfm.pretrain.engine.moments import AVERAGE, moments_of
 from amfm.pretrain.engine.parts import Part
 from amfm.pretrain.parallel import set_deepspeed_accelerator
 
@@ -79,20 +80,26 @@ def name_groups(optimizer: torch.optim.Adam) -> list[str]:
     return [str(group["label"]) for group in optimizer.param_groups]
 
 
-def collect_fragments(engine: Any, parts: Sequence[Part]) -> list[Fragment]:
+def collect_fragments(
+    engine: Any, parts: Sequence[Part], averages: Mapping[int, Tensor] = MappingProxyType({})
+) -> list[Fragment]:
     """Collect views (no copies) of all parameter state on this rank, from the parts of `list_parts`.
+
+    averages: of the masters of parts, by the part's number, where a run keeps them.
 
     A part that was never stepped has no moments yet; it gets zeros and step 0, which is what the optimizer starts from.
     """
     optimizer = base_optimizer(engine)
     group_names = name_groups(optimizer)
     fragments = []
-    for part in parts:
+    for number, part in enumerate(parts):
         state = optimizer.state.get(part.master, {})
         flats = {"weight": part.master.detach().reshape(-1)}
         for moment in moments_of(group_names[part.group]):
             value = state.get(moment)
             flats[moment] = torch.zeros_like(flats["weight"]) if value is None else value.detach().reshape(-1)
+        if number in averages:
+            flats[AVERAGE] = averages[number]
         optimizer_step = int(state.get("step", 0))
         for span in part.spans:
             views = {kind: flat[span.flat_start : span.flat_start + span.numel] for kind, flat in flats.items()}

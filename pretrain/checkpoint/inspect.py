@@ -23,6 +23,7 @@ from amfm.pretrain.checkpoint.files import find_foreign_files, verify_checkpoint
 from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME
 from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
 from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
+from amfm.pretrain.engine.moments import AVERAGE
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +58,23 @@ def require_sound(checkpoint_dir: Path, report: Report = silent) -> dict[str, An
     return manifest
 
 
-def read_full_state(checkpoint_dir: Path, report: Report = silent) -> OnDemand:
+def read_full_state(checkpoint_dir: Path, report: Report = silent, *, averaged: bool = False) -> OnDemand:
     """Give all weights and buffers in float32 on the CPU, by global name, each read from all shards when it is asked for.
 
     Verifies every digest first; RuntimeError when one fails. A tied head is absent, as in the model. Float buffers
     (the router's bias) come as float32, others keep their dtype. `model.load_state_dict` takes the result.
+    averaged: the moving averages of weights in their place; ValueError where the run keeps none (section `ema`).
     """
     manifest = require_sound(checkpoint_dir, report)
     report(f"reading the weights of {checkpoint_dir.name}")
     reader = RangeReader(checkpoint_dir, manifest)
-    sources = {name: reader.source("weight", name) for name in manifest["parameters"]}
+    kinds = {
+        name: AVERAGE if averaged and AVERAGE in kinds_of(manifest, name) else "weight"
+        for name in manifest["parameters"]
+    }
+    if averaged and AVERAGE not in kinds.values():
+        raise ValueError(f"{checkpoint_dir} has no averaged weights; a run keeps them where it has a section `ema`")
+    sources = {name: reader.source(kind, name) for name, kind in kinds.items()}
     for name in manifest["buffers"]:
         buffer = reader.buffer(name)
         sources[name] = source_of(buffer.float() if buffer.is_floating_point() else buffer)

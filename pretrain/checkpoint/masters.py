@@ -18,6 +18,7 @@ from amfm.model.parallel.shards import parameter_shards
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
 from amfm.pretrain.checkpoint.fragments import Fragment, collect_fragments, refresh_working_weights
 from amfm.pretrain.checkpoint.writers import WriterAssignment
+from amfm.pretrain.engine.moments import AVERAGE
 
 CHUNK_ELEMENTS = 1 << 20  # of a range whose places are computed at once
 
@@ -45,7 +46,7 @@ class MasterView:
     def __init__(self, layout: EngineLayout, writers: WriterAssignment, rank: int) -> None:
         layout.engine.wait_for_weights()
         self.layout, self.writers, self.rank = layout, writers, rank
-        self.fragments = collect_fragments(layout.engine.deepspeed, layout.parts)
+        self.fragments = collect_fragments(layout.engine.deepspeed, layout.parts, layout.averages)
 
     @torch.no_grad()
     def sum_groups(self, groupings: Mapping[str, Grouping], num_groups: int) -> Tensor:
@@ -91,7 +92,7 @@ class MasterView:
             if fragment.name in values:
                 own = shards[fragment.name].shard(values[fragment.name], groups).reshape(-1)
                 for kind, flat in fragment.tensors.items():
-                    if kind == "weight":
+                    if kind in ("weight", AVERAGE):
                         flat.copy_(own[fragment.start : fragment.start + fragment.numel])
                     else:
                         flat.zero_()

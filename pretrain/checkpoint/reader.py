@@ -19,7 +19,7 @@ from torch import Tensor
 
 from amfm.model.on_demand import BLOCK_NUMEL, Source
 from amfm.pretrain.checkpoint.placement import Placement, find_blocks, place_whole, placement_from_json
-from amfm.pretrain.engine.moments import moments_of
+from amfm.pretrain.engine.moments import AVERAGE, moments_of
 from amfm.pretrain.tensor_files import TensorFile
 
 # A checkpoint has a file per rank, and a process may open a thousand.
@@ -27,8 +27,9 @@ MAX_OPEN_FILES = 64
 
 
 def kinds_of(manifest: dict[str, Any], name: str) -> tuple[str, ...]:
-    """Name what is saved of a parameter, all float32: the master weights and the moments of its group's optimizer."""
-    return ("weight", *moments_of(manifest["parameters"][name]["group"]))
+    """Name what is saved of a parameter, all float32: master weights, moments of its group's optimizer, and their average."""
+    entry = manifest["parameters"][name]
+    return ("weight", *moments_of(entry["group"]), *((AVERAGE,) if entry.get("averaged") else ()))
 
 
 @dataclass(frozen=True)

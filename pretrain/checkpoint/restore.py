@@ -23,9 +23,15 @@ from amfm.pretrain.checkpoint.files import file_names_by_rank, verify_file
 from amfm.pretrain.checkpoint.fragments import create_state, refresh_working_weights, restore_group_settings
 from amfm.pretrain.checkpoint.manifest_file import StorageError
 from amfm.pretrain.checkpoint.random_state import restore_random_state
-from amfm.pretrain.checkpoint.reader import RangeReader
+from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
+from amfm.pretrain.engine.moments import AVERAGE
 from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.tensor_files import open_tensors
+
+
+def has_average(manifest: dict[str, Any], name: str) -> bool:
+    """Whether a checkpoint has the moving average of a parameter."""
+    return AVERAGE in kinds_of(manifest, name)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,9 @@ class Restore:
         for name, buffer in layout.buffers().items():
             buffer.copy_(self.reader.buffer(name))
         restore_group_settings(engine, self.manifest["groups"])
+        for number, average in layout.averages.items():
+            if not all(has_average(self.manifest, span.name) for span in layout.parts[number].spans):
+                average.copy_(layout.parts[number].master.detach().reshape(-1))  # the average begins here
         refresh_working_weights(engine)
         return self._restore_random_state()
 
@@ -106,10 +115,12 @@ class Restore:
         Makes the optimizer's state, at the saved step.
         """
         layout, needs = self.layout, []
-        for part in layout.parts:
+        for number, part in enumerate(layout.parts):
             steps = {self.manifest["parameters"][span.name]["optimizer_step"] for span in part.spans}
             assert len(steps) <= 1, f"parameters stepped together were saved with different counters: {sorted(steps)}"
             flats = create_state(layout.engine.deepspeed, part, steps.pop() if steps else 0)
+            if number in layout.averages and all(has_average(self.manifest, span.name) for span in part.spans):
+                flats[AVERAGE] = layout.averages[number]
             needs += [
                 (flat[span.flat_start : span.flat_start + span.numel], kind, span.name, span.start)
                 for span in part.spans

@@ -56,6 +56,7 @@ from amfm.pretrain.checkpoint.writers import WriterAssignment, assign_writers
 from amfm.pretrain.config.saved import packages_used
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine
+from amfm.pretrain.engine.moments import AVERAGE
 from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.versions import collect_versions
 
@@ -125,7 +126,10 @@ def take_snapshot(
     engine = layout.engine
     held = [
         fragment
-        for fragment in [*collect_fragments(engine.deepspeed, layout.parts), *layout.frozen_fragments()]
+        for fragment in [
+            *collect_fragments(engine.deepspeed, layout.parts, layout.averages),
+            *layout.frozen_fragments(),
+        ]
         if fragment.name in writers.parameters
     ]
     fragments = [share for share in (fragment.share(ranks.rank) for fragment in held) if share is not None]
@@ -144,6 +148,7 @@ def take_snapshot(
                 **describe_tensor(layout.placements[part.name].whole, layout.dtypes[part.name]),
                 "group": part.group,
                 "optimizer_step": part.optimizer_step,
+                **({"averaged": True} if AVERAGE in part.tensors else {}),
             }
             for part in fragments
         },

@@ -1,7 +1,7 @@
 """Hooks as configurations see them: the table of those that a section asks for, ours and those of installed packages.
 
 A package registers a hook with an entry point of the group `amfm.hooks` that names a `HookSpec`, and its options become
-the section `hooks.NAME`. Ours, `prune`, `forget` and `qk_clip`, have their own sections. As with mixers, a spec names the class
+the section `hooks.NAME`. Ours, `prune`, `forget`, `qk_clip` and `ema`, have their own sections. As with mixers, a spec names the class
 by its import path, because configurations are read where torch is not imported.
 
 A hook is a subclass of `amfm.pretrain.hook.Hook`, built as `Class(options, run)` on every rank at every start. Nothing
@@ -17,7 +17,7 @@ from typing import Any
 
 from amfm.model.config.plugins import list_packages, load_named, specs_by_name
 from amfm.model.config.section import Section
-from amfm.pretrain.config.pruning import ForgetConfig, PruneConfig, QkClipConfig
+from amfm.pretrain.config.pruning import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig
 
 ENTRY_POINTS = "amfm.hooks"
 
@@ -75,6 +75,7 @@ BUILT_IN = (
     HookSpec("prune", "amfm.pretrain.hooks.prune:Prune", PruneConfig, INTERFACE),
     HookSpec("forget", "amfm.pretrain.hooks.forget:Forget", ForgetConfig, INTERFACE),
     HookSpec("qk_clip", "amfm.pretrain.hooks.qk_clip:QkClip", QkClipConfig, INTERFACE),
+    HookSpec("ema", "amfm.pretrain.hooks.ema:Ema", EmaConfig, INTERFACE),
 )
 
 

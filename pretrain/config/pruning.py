@@ -1,4 +1,4 @@
-"""Sections about weights that a run edits in addition to its optimizer: pruning, forgetting and QK-clip."""
+"""Sections about weights that a run edits or keeps in addition to its optimizer: pruning, forgetting, QK-clip, EMA."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ class ForgetConfig(Section):
 
     every_steps: int = Field(gt=0, description="Steps from one new embedding to the next.")
     until_step: int = Field(gt=0, description="Last step after which the embedding is re-initialized; none after it.")
+
+
+class EmaConfig(Section):
+    """An exponential moving average of the weights, in float32 next to the masters: 4 bytes more per parameter, cut as they are."""
+
+    decay: float = Field(0.999, ge=0, lt=1, description="Of the average at each update; the rest is the new weight's.")
+    every_steps: int = Field(1, gt=0, description="Steps from one update to the next.")
+    start: int = Field(0, ge=0, description="Step up to which the average is the weights themselves.")
 
 
 class QkClipConfig(Section):

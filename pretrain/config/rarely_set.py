@@ -99,6 +99,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "optimizer": "epsilon state_dtype",
         "optimizer.muon": "momentum rounds update_rms per_head",
         "qk_clip": "limit",
+        "ema": "decay every_steps start",
         "schedule": "decay_shape",
     },
     "docs/parallelism.md": {

@@ -23,7 +23,7 @@ from amfm.pretrain.config.hooks import RegisteredHooks
 from amfm.pretrain.config.launch import LaunchConfig
 from amfm.pretrain.config.optimizers import OURS as OWN_OPTIMIZERS
 from amfm.pretrain.config.optimizers import RegisteredOptimizers, optimizer_specs
-from amfm.pretrain.config.pruning import ForgetConfig, PruneConfig, QkClipConfig
+from amfm.pretrain.config.pruning import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig
 from amfm.pretrain.config.schedules import OURS as OWN_SCHEDULES
 from amfm.pretrain.config.schedules import RegisteredSchedules, schedule_specs
 from amfm.pretrain.config.validation import ValidationSet, with_sources
@@ -414,6 +414,7 @@ class RunConfig(Section):
     prune: PruneConfig | None = Field(None, description="Set groups of weights to zero on the way; null: no pruning.")
     forget: ForgetConfig | None = Field(None, description="Re-initialise the embedding on the way; null: never.")
     qk_clip: QkClipConfig | None = Field(None, description="Bound the scores of attention; null: they may grow.")
+    ema: EmaConfig | None = Field(None, description="Keep a moving average of the weights; null: none.")
     hooks: RegisteredHooks = RegisteredHooks()
     convert: ConvertConfig | None = Field(None, description="Of `amfm convert`; null: train what `model` says.")
     launch: LaunchConfig = LaunchConfig()

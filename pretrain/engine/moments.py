@@ -6,6 +6,7 @@ from __future__ import annotations
 
 MUON = "muon"  # label of the groups whose matrices Muon steps
 ONE = "one_"  # begins the labels of groups that a package's optimizer steps with one moment
+AVERAGE = "ema"  # kind of the moving average of masters, which no optimizer reads (hooks/ema.py)
 FROZEN = "frozen"  # of parameters that no optimizer steps: their weights are saved, without moments
 
 

@@ -78,6 +78,7 @@ def read_state(checkpoint: str | Path, report: Report = silent) -> TrainingState
     reader = RangeReader(source, manifest)
     tensors: dict[str, dict[str, Source]] = {}
     for name in manifest["parameters"]:
+        manifest["parameters"][name].pop("averaged", None)  # other programs have no place for averages
         for kind in kinds_of(manifest, name):
             tensors.setdefault(kind, {})[name] = reader.source(kind, name)
     file = TensorFile(source / rank_file_name(0), RuntimeError)

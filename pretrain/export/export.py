@@ -102,7 +102,7 @@ class ExportReport:
 
 
 def export_checkpoint(
-    checkpoint_dir: str | Path,
+    checkpoint_dir: str | Path | Weights,
     out_dir: str | Path,
     *,
     target: str | None = None,
@@ -120,7 +120,7 @@ def export_checkpoint(
     """
     out = Path(out_dir)
     check_free(out)
-    weights = read_weights(checkpoint_dir, report)
+    weights = checkpoint_dir if isinstance(checkpoint_dir, Weights) else read_weights(checkpoint_dir, report)
     asked = target or (weights.run.export.target if weights.run is not None else "auto")
     model, state = multiply_out(weights.model, weights.state)
     merged = replace(weights, model=model, state=state)

@@ -122,20 +122,22 @@ def fill(module: nn.Module, state: OnDemand, prefix: str = "") -> None:
             (tensor[start : start + len(rows)] if rows.dim() else tensor).copy_(rows)
 
 
-def read_weights(path: str | Path, report: Report = silent) -> Weights:
+def read_weights(path: str | Path, report: Report = silent, *, averaged: bool = False) -> Weights:
     """Read the weights of a checkpoint folder, of the newest sound checkpoint of a run, or of a weights folder.
 
-    Every byte is verified. Raises ValueError when the path is none of these, RuntimeError for damaged files or a
+    averaged: the moving averages that the run keeps (section `ema`). Every byte is verified. Raises ValueError when the path is none of these, or has no averages, RuntimeError for damaged files or a
     tokenizer that is not the one of the training.
     """
     folder = Path(path)
     if (folder / DESCRIPTION).is_file():
+        if averaged:
+            raise ValueError(f"{folder} is a weights folder, which has no averages next to its weights; give the run")
         report(f"reading {folder}")
         return _read_weights_folder(folder)
     is_store = (folder / "parts").is_dir()  # its manifest has the same name
     is_checkpoint = ((folder / MANIFEST_NAME).is_file() and not is_store) or CHECKPOINT_NAME.fullmatch(folder.name)
     if is_checkpoint or list_checkpoints(folder) or list_checkpoints(folder / "checkpoints"):
-        return _read_checkpoint(find_checkpoint(folder, report), report)
+        return _read_checkpoint(find_checkpoint(folder, report), report, averaged=averaged)
     if (folder / "config.json").is_file():
         raise ValueError(f"{folder} is a transformers model; run `amfm import {folder} OUT` and give OUT")
     raise ValueError(
@@ -144,11 +146,11 @@ def read_weights(path: str | Path, report: Report = silent) -> Weights:
     )
 
 
-def _read_checkpoint(folder: Path, report: Report) -> Weights:
+def _read_checkpoint(folder: Path, report: Report, *, averaged: bool = False) -> Weights:
     """Read the weights of a checkpoint, with the tokenizer of its run's store and the positions of its last stage."""
     manifest = read_manifest(folder)
     run = read_saved_config(manifest)
-    state = read_full_state(folder, report)
+    state = read_full_state(folder, report, averaged=averaged)
     if run.convert is not None:
         state = merge_stage(state, run.convert, folder)
     tokenizer = load_tokenizer(run.data.text_store()) if run.data.probe is None else None
@@ -165,7 +167,7 @@ def _read_checkpoint(folder: Path, report: Report) -> Weights:
         alpha = model.guide.alpha(step, stages[-1].last_step)
         model, state = merge_guides(model, state, alpha)
     progress = manifest["state"]["progress"]
-    origin, loss = f"{folder} (step {step})", progress.get("validation_loss")
+    origin, loss = f"{folder} (step {step}{', averaged' if averaged else ''})", progress.get("validation_loss")
     released = find_released(folder) if run.run.initial_weights is not None or run.convert is not None else None
     return Weights(model, state, tokenizer, origin, run, step, int(progress["tokens"]), loss, released)
 

@@ -152,7 +152,7 @@ export.target export.max_position_embeddings
 evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size
 validation.*.name validation.*.source validation.*.paths validation.*.batches validation.*.tokens
 prune.groups prune.keep prune.method prune.start_step prune.every_steps prune.end_step
-forget.every_steps forget.until_step qk_clip.limit
+forget.every_steps forget.until_step qk_clip.limit ema.decay ema.every_steps ema.start
 convert.teacher convert.to convert.blocks convert.keep convert.stage
 convert.upcycle.num_copies convert.upcycle.num_slices convert.upcycle.top_copies convert.upcycle.router
 convert.upcycle.noise convert.upcycle.reset

@@ -232,7 +232,7 @@ def test_the_command_names_the_tag_and_refuses_what_is_about_transformers(
 ) -> None:
     command = ["export", exported[0].run.dir, str(tmp_path / "out"), "--format", "deepspeed-universal"]
     assert run([*command, "--target", "own"]) == 2
-    assert "--target and --no-verify are about transformers" in capsys.readouterr().err
+    assert "--target, --weights and --no-verify are about transformers" in capsys.readouterr().err
     assert run([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["tag"], found["step"]) == ("global_step2", 2)
