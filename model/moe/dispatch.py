@@ -4,7 +4,7 @@ Every rank comes with its own tokens and their choices. Rows travel to the ranks
 where each rank of `groups.expt_tp` with the same experts gets the rows of all, computes its part of the inner width,
 and gives back sums; then home. Without a capacity a row goes to each rank that a token has chosen an expert of
 (`by_rank.py`), and nothing is dropped or computed in vain; under a capacity factor rows lie in slots whose number is
-known, and nothing waits (`by_slot.py`). An expert, or a rank, that gets nothing is not an exception. Results do not
+known, and nothing waits. An expert, or a rank, that gets nothing is not an exception. Results do not
 depend on the order of arrival.
 
 What runs meanwhile: the caller's work `while_out` is done while rows are on their way out, `while_home` while results
