@@ -52,7 +52,7 @@ def restart(
 ) -> None:
     """Time the parts of a recovery."""
     variants: dict[str, tuple[Path, list[str]]] = {
-        "everything again": (ROOT, ["launch.keep_loaded=false"]),
+        "everything again": (ROOT, ["launch.warm_restarts=false"]),
         "kept loaded": (ROOT, []),
     }
     if other is not None:

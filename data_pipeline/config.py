@@ -149,13 +149,15 @@ class DataConfig(Section):
 
     store: str | None = Field(
         None,
-        description="Token store: the folder that `amfm prepare` writes; training also reads a copy at s3://, gs:// or az://. Needed unless data.probe is given.",
+        description="Token store: the folder that `amfm prepare` writes; training also reads a copy at s3://, gs:// or az://. Needed unless data.synthetic is given.",
     )
     cache: CacheConfig = Field(CacheConfig(), description="Node cache of a store behind a URL.")
     sources: tuple[SourceConfig, ...] = Field(
-        (), description="Bodies of text and their weights; one at least, unless data.probe is given."
+        (), description="Bodies of text and their weights; one at least, unless data.synthetic is given."
     )
-    probe: SyntheticConfig | None = Field(None, description="Train on a synthetic task, without a store and sources.")
+    synthetic: SyntheticConfig | None = Field(
+        None, description="Train on a synthetic task, without a store and sources."
+    )
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="How text becomes tokens.")
     prepare: PrepareConfig = Field(PrepareConfig(), description="How the store is written.")
     phases: tuple[PhaseConfig, ...] = Field(

@@ -7,6 +7,8 @@ The verb that is called is imported (verbs.py), and heavy packages inside it, so
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -25,6 +27,10 @@ from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FA
 # Wrong options and arguments. Typer exports no name for this class: it has click inside in later releases, next to it
 # before.
 USAGE_ERROR: Any = typer.BadParameter.__base__
+OLD_NAME = (
+    r"[\w.]+ is called [\w.]+ now; the old name is read"  # model/config/old_names.py, whose import is slower than help
+)
+FORMAT_WARNING = warnings.formatwarning
 RESUMABLE_VERBS = ("train", "convert", "prepare", "launch", "study")
 
 app = typer.Typer(
@@ -71,10 +77,22 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as Python writes it, but one of ours as a message."""
+    if re.match(OLD_NAME, str(message)):
+        return f"amfm: {message}\n"
+    return FORMAT_WARNING(message, category, filename, lineno, line)
+
+
 def quiet_libraries() -> None:
     """Leave out what libraries below us say at each start, of things that we don't use or can't change."""
     warnings.filterwarnings("ignore", message=UNUSED_LIBRARIES)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # Of a setting under its old name: once, in the words of a message of ours, by the first rank.
+    warnings.filterwarnings("once" if os.environ.get("RANK", "0") == "0" else "ignore", message=OLD_NAME)
+    warnings.formatwarning = format_warning
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # nvcc without a GPU, as on a login node
 
 

@@ -2,7 +2,7 @@
 
 It imports PyTorch, DeepSpeed and what else ranks need once, and forks the ranks of each attempt from that (forked.py). A rank
 computes and ends; this process never computes and has one thread, so that it can be forked again. Where it can't be (a library
-has started threads, a GPU's driver is awake), or `launch.keep_loaded` is false, ranks are separate processes, and
+has started threads, a GPU's driver is awake), or `launch.warm_restarts` is false, ranks are separate processes, and
 only this one stays.
 
 Orders come as lines of JSON on standard input: `check` (node_check.py), `start`, `signal`, `stop`. Answers go out among
@@ -61,9 +61,9 @@ def load() -> str:
 class NodeServer:
     """Obeys the launcher until its orders end. `arguments`: an `amfm` command line, of every rank."""
 
-    def __init__(self, num_ranks: int, arguments: Sequence[str], *, keep_loaded: bool) -> None:
+    def __init__(self, num_ranks: int, arguments: Sequence[str], *, warm_restarts: bool) -> None:
         self.num_ranks, self.arguments = num_ranks, list(arguments)
-        self.reason = load() if keep_loaded else "launch.keep_loaded=false"
+        self.reason = load() if warm_restarts else "launch.warm_restarts=false"
         self.ranks: list[RankProcess] = []
         self.checker: RankProcess | None = None
         self.failed_at: float | None = None
@@ -177,7 +177,7 @@ class NodeServer:
 
 def main() -> None:
     """Serve as the command line says."""
-    num_ranks, keep_loaded, *arguments = sys.argv[1:]
+    num_ranks, warm_restarts, *arguments = sys.argv[1:]
     with suppress(termios.error):  # no terminal
         settings = termios.tcgetattr(0)
         settings[3] &= ~termios.ECHO  # orders would come back as output
@@ -185,7 +185,7 @@ def main() -> None:
     expand_segments(os.environ)
     # To ask whether there are GPUs must not wake their driver, which no fork survives.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    NodeServer(int(num_ranks), arguments, keep_loaded=keep_loaded == "1").serve()
+    NodeServer(int(num_ranks), arguments, warm_restarts=warm_restarts == "1").serve()
     # Not by an orderly exit: libraries would report what stays, of objects that no one collects any more.
     sys.stdout.flush()
     os._exit(0)

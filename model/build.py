@@ -36,7 +36,7 @@ def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection,
         groups,
         backend,
         config.mixers,
-        config.guide,
+        config.self_guided_training,
         alike.index(index),
         len(alike),
     )

@@ -81,14 +81,14 @@ def hang_on_block(
     block: Block, settings: LowPrecisionConfig, seed: int = 0, prefix: str = ""
 ) -> list[torch.nn.Parameter]:
     """Hang recipes on the weights of a narrow block; returns those. `prefix`: of their names in the whole model."""
-    block.keeps_norm = settings.saved == "bf16"
+    block.keeps_norm = settings.activation_storage == "bf16"
     weights = dict(block.mixer.named_parameters())
     found = [(name, recipe) for name, recipe in settings.recipes_of(block.letter).items() if name in weights]
     for name, recipe in found:
         weights[name].recipe = Recipe(  # type: ignore[attr-defined]
             recipe,
             weight_gradient=settings.weight_gradient,
-            saved=settings.saved,
+            saved=settings.activation_storage,
             dispatch=settings.dispatch,
             emulate=settings.emulate,
             seed=seed_of(seed, prefix + name),

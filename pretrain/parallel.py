@@ -265,7 +265,7 @@ def initialize_parallel(
     groups = ProcessGroupCollection.use_mpu_process_groups(AXES)
     groups.sequence_parallel, groups.overlap_experts = section.sequence_parallel, section.overlap_experts is True
     groups.takes_turns = section.overlap_experts == "rows"
-    groups.row_room = None if section.expert_room is None else RowRoom(section.expert_room, device)
+    groups.row_room = None if section.expert_buffer_factor is None else RowRoom(section.expert_buffer_factor, device)
     return Parallel(rank, world_size, local_rank, local_world_size, device, groups, DataParallelUnit())
 
 

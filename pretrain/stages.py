@@ -170,7 +170,7 @@ def stage_of(stages: tuple[RunStage, ...], steps_done: int) -> RunStage:
 class Built:
     """What ranks, model and engine are built by for a step; where the next one needs another, the ranks restart.
 
-    guided: whether factored matrices have dense ones next to them (`model.guide`), which vanish in the middle of a run.
+    guided: whether factored matrices have dense ones next to them (`model.self_guided_training`), which vanish in the middle of a run.
     """
 
     parallel: ParallelConfig
@@ -179,7 +179,7 @@ class Built:
     @classmethod
     def for_step_after(cls, steps_done: int, config: RunConfig, stages: tuple[RunStage, ...]) -> Built:
         """What the step after this many needs."""
-        guide = config.model.guide
+        guide = config.model.self_guided_training
         guided = guide is not None and steps_done < guide.last_step(stages[-1].last_step)
         return cls(stage_of(stages, steps_done).config.parallel, guided)
 
@@ -199,15 +199,15 @@ def fresh_starts(config: RunConfig) -> list[int]:
     stages = resolve_stages(config)
     total = stages[-1].last_step
     changes = {stage.first_step for stage in stages[1:]}
-    if config.model.guide is not None:
-        changes.add(config.model.guide.last_step(total))
+    if config.model.self_guided_training is not None:
+        changes.add(config.model.self_guided_training.last_step(total))
     built = partial(Built.for_step_after, config=config, stages=stages)
     return [step for step in sorted(changes - {0, total}) if built(step - 1) != built(step)]
 
 
 def without_guide(config: RunConfig) -> RunConfig:
     """The configuration of the steps in which the guides are gone."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"guide": None})})
+    return config.model_copy(update={"model": config.model.model_copy(update={"self_guided_training": None})})
 
 
 def data_of_stages(config: RunConfig, stages: tuple[RunStage, ...]) -> DataConfig:

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -93,6 +94,7 @@ def source_files() -> set[str]:
 def command_line() -> typer.core.TyperGroup:
     command = typer.main.get_command(app)
     command.commands = {name: load_verb(name) for name, (file, _) in VERBS.items() if file != PACKAGED}
+    sys.path.insert(0, str(ROOT / "examples/study"))
     command.commands["study"] = typer.main.get_command(importlib.import_module("amfm_study.verbs").study)
     return command
 

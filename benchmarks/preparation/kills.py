@@ -34,7 +34,10 @@ def prepare_with_kills(
     settings = work / "killed.yaml"
     settings.write_text(
         yaml.safe_dump(
-            {"extends": str(ROOT / "configs/tiny_cpu.yaml"), "data": config.model_dump(mode="json", exclude={"probe"})}
+            {
+                "extends": str(ROOT / "configs/tiny_cpu.yaml"),
+                "data": config.model_dump(mode="json", exclude={"synthetic"}),
+            }
         )
     )
     journal, kills = Path(config.text_store()) / JOURNAL, []

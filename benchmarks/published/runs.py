@@ -273,7 +273,7 @@ PUBLISHED_FP8 = (
         "-",
         depths="/+E",
         cause="its row in bf16 is planned 14% low too; 1.22 times that row, and planned at 1.12 times",
-        low_precision=(*FP8_BLOCKS, "low_precision.letters='+E-'"),
+        low_precision=(*FP8_BLOCKS, "low_precision.block_types='+E-'"),
     ),
     PublishedRun(
         "Nemotron 3 Nano, FP8",
@@ -287,6 +287,6 @@ PUBLISHED_FP8 = (
         "none",
         sequence_length=8192,
         cause="slower than another system's row in bf16; what limits it is not published",
-        low_precision=(*FP8_BLOCKS, "low_precision.letters='M*E'"),
+        low_precision=(*FP8_BLOCKS, "low_precision.block_types='M*E'"),
     ),
 )

@@ -175,9 +175,9 @@ class PretrainLoader:
             )
         for source in sorted({name for phase in past for name in phase[1]}):
             before, after = state["sources"].get(source), mine["sources"].get(source)
-            if before != after and self.config.probe is not None:
+            if before != after and self.config.synthetic is not None:
                 raise ValueError(
-                    f"the data state has dataset {before}, data.probe gives {after}; set data.probe back, or start a new "
+                    f"the data state has dataset {before}, data.synthetic gives {after}; set data.synthetic back, or start a new "
                     "run"
                 )
             if before != after:
@@ -342,9 +342,9 @@ def row_settings(
     config: DataConfig, *, split: Split, sequence_length: int, seed: int
 ) -> SampleSettings | SyntheticSettings:
     """Derive the settings that decide the rows, of text or of a synthetic task; errors as those of the two."""
-    if config.probe is None:
+    if config.synthetic is None:
         return SampleSettings.from_config(config, split=split, sequence_length=sequence_length, seed=seed)
-    return SyntheticSettings.from_config(config.probe, phases_of(config, sequence_length), split=split, seed=seed)
+    return SyntheticSettings.from_config(config.synthetic, phases_of(config, sequence_length), split=split, seed=seed)
 
 
 def in_words(phases: Sequence[Any]) -> str:

@@ -104,8 +104,8 @@ def phases_of(config: DataConfig, sequence_length: int) -> tuple[PhaseSettings, 
     A synthetic task is its own source. ValueError for a phase that weighs a source the configuration doesn't have.
     """
     known = {source.name: source.weight for source in config.sources}
-    if config.probe is not None:
-        known = {config.probe.task: 1.0}
+    if config.synthetic is not None:
+        known = {config.synthetic.task: 1.0}
     phases = [PhaseSettings(0, {name: weight for name, weight in known.items() if weight}, sequence_length)]
     for given in config.phases:
         unknown = sorted(set(given.weights or {}) - set(known))

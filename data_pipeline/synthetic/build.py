@@ -1,4 +1,4 @@
-"""Build the synthetic task that `data.probe` configures.
+"""Build the synthetic task that `data.synthetic` configures.
 
 All tasks share one flat section, so that a benchmark can vary the task by one key. A setting that the chosen task doesn't
 read is refused, because a run with it would look like another experiment than it is.
@@ -14,7 +14,7 @@ from amfm.data_pipeline.synthetic.tasks import AssociativeRecall, SelectiveCopyi
 if TYPE_CHECKING:
     from amfm.data_pipeline.config import SyntheticConfig  # pydantic takes longer to import than everything here
 
-# Which settings of `data.probe` each task reads, next to its name.
+# Which settings of `data.synthetic` each task reads, next to its name.
 SETTINGS: dict[str, tuple[str, ...]] = {
     "mqar": ("num_pairs", "num_keys", "num_values"),
     "overwriting": ("num_pairs", "num_writes", "num_keys", "num_values"),

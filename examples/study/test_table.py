@@ -63,7 +63,7 @@ def test_the_numbers_of_table_and_json_are_those_of_the_runs(study_path, capsys)
 def test_a_synthetic_task_is_judged_by_its_accuracy(study_path):
     folder = study_path.parent
     text = load_config(folder / "text.yaml").model_dump(mode="json")
-    text["data"] = {"probe": {"task": "mqar", "num_pairs": 4}, "num_workers": 0}
+    text["data"] = {"synthetic": {"task": "mqar", "num_pairs": 4}, "num_workers": 0}
     (folder / "recall.yaml").write_text(json.dumps(text))
     cells = expand_grid(load_study(study_path, ["tasks=[{name: recall, config: recall.yaml}]"]))
     finish(cells[0], 0)

@@ -161,12 +161,12 @@ class RemoteHosts:
         remote_shell: Sequence[str],
         environment: Mapping[str, str] = {},
         spares: int = 0,
-        keep_loaded: bool = True,
+        warm_restarts: bool = True,
         inputs: Mapping[str, str] = {},
     ) -> None:
         self.arguments, self.hosts, self.ranks_per_node, self.port = arguments, list(hosts), ranks_per_node, port
         self.run_dir, self.setup, self.remote_shell = Path(run_dir), setup, list(remote_shell)
-        self.environment, self.keep_loaded, self.inputs = environment, keep_loaded, inputs
+        self.environment, self.warm_restarts, self.inputs = environment, warm_restarts, inputs
         self.is_here = tuple(remote_shell) == HERE
         self.nodes, self.spares, self.has_begun = nodes, spares, False
         self.left_out = LeftOut(self.run_dir)
@@ -183,7 +183,7 @@ class RemoteHosts:
     def _line(self) -> str:
         """One line for another host's shell: change directory, run setup, become the server."""
         server = [*isolated_python(), "-m", "amfm.launch.node_server"]
-        words = [*server, str(self.ranks_per_node), str(int(self.keep_loaded)), *self.arguments]
+        words = [*server, str(self.ranks_per_node), str(int(self.warm_restarts)), *self.arguments]
         command = shlex.join(with_variables(self.environment, words))
         return shell_line([["cd", os.getcwd()], *([self.setup] if self.setup else []), f"exec {command}"])
 
@@ -238,7 +238,7 @@ class RemoteHosts:
                 silent.append(server)
                 continue
             server.is_ready = True
-            if answer.get("reason") and self.keep_loaded:
+            if answer.get("reason") and self.warm_restarts:
                 say(f"amfm launch: ranks on {host} load everything again in each attempt: {answer['reason']}")
             ready.append(server)
         self._drop(*silent)
@@ -265,7 +265,7 @@ class RemoteHosts:
         """
         if self.is_here or not servers:
             return list(servers)
-        request = make_request(self.run_dir, self.ranks_per_node, inputs=self.inputs, loads_anew=not self.keep_loaded)
+        request = make_request(self.run_dir, self.ranks_per_node, inputs=self.inputs, loads_anew=not self.warm_restarts)
         deadline = time.monotonic() + CHECK_SECONDS
         first = self.checked[0] if self.checked else servers[0]
         others = [server for server in servers if server is not first]

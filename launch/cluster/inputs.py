@@ -21,7 +21,7 @@ def list_inputs(config: RunConfig) -> dict[str, str]:
     from amfm.data_pipeline.store.manifest import MANIFEST  # which nodes need not import for the check
     from amfm.data_pipeline.store.object_store import is_url
 
-    if config.data.store is None or config.data.probe is not None or is_url(config.data.store):
+    if config.data.store is None or config.data.synthetic is not None or is_url(config.data.store):
         return {}
     manifest = Path(config.data.store, MANIFEST).absolute()
     return {str(manifest): digest(manifest)} if manifest.is_file() else {}

@@ -109,10 +109,10 @@ def prepare(
         from amfm.pretrain.checks.load import load_checked
 
         config = load_checked(path, overrides or [])
-    if config.data.probe is not None:
+    if config.data.synthetic is not None:
         if as_json:
-            print_json({"probe": config.data.probe.task, "units_written": 0})
-        say(f"amfm: nothing to prepare: data.probe.task={config.data.probe.task} is computed while it is read")
+            print_json({"probe": config.data.synthetic.task, "units_written": 0})
+        say(f"amfm: nothing to prepare: data.synthetic.task={config.data.synthetic.task} is computed while it is read")
         return
     from amfm.data_pipeline.prepare.prepare import prepare as prepare_store
 
@@ -292,7 +292,7 @@ def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bo
     run = load_config(place)
     stages = resolve_stages(run)
     data = data_of_stages(run, stages)
-    if data.probe is not None:
+    if data.synthetic is not None:
         if config_path is not None:
             raise ValueError(
                 f"{config_path} is of a synthetic task, whose rows no store holds; give its run directory alone"

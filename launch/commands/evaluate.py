@@ -55,7 +55,9 @@ def evaluate(
     ] = None,
     probe_settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the synthetic task (data.probe); repeatable."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A setting of the synthetic task (data.synthetic); repeatable."
+        ),
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Rows of the synthetic task; default: 256.")] = None,
     tasks: TasksOption = None,

@@ -291,7 +291,7 @@ def launch_torchrun(
             remote_shell=HERE if hosts is None else remote_shell,
             environment=environment,
             spares=spares,
-            keep_loaded=config.launch.keep_loaded,
+            warm_restarts=config.launch.warm_restarts,
             inputs=list_inputs(config),
         )
         if dry_run:

@@ -10,7 +10,7 @@ from amfm.launch.console import print_json, print_pairs, show_progress
 if TYPE_CHECKING:
     from amfm.data_pipeline.config import DataConfig
 
-# As data.probe.task of a configuration, whose import would slow every verb's help down.
+# As data.synthetic.task of a configuration, whose import would slow every verb's help down.
 TaskChoice = Literal["mqar", "overwriting", "selective_copying", "parity", "s3", "s4", "a5", "s5"]
 
 
@@ -74,11 +74,11 @@ def show_synthetic_row(data: DataConfig, sample: int, *, sequence_length: int, s
 
     loader = PretrainLoader(data, sequence_length=sequence_length, micro_batch_size=1, seed=seed)
     ((row,), _) = loader.reader.read_block(sample, 1, 1)
-    assert row.labels is not None and data.probe is not None, "the configuration is of a synthetic task"
+    assert row.labels is not None and data.synthetic is not None, "the configuration is of a synthetic task"
     tokens, labels = row.tokens[:-1].tolist(), row.labels.tolist()
     if as_json:
-        print_json({"sample": sample, "probe": data.probe.task, "tokens": tokens, "labels": labels})
+        print_json({"sample": sample, "probe": data.synthetic.task, "tokens": tokens, "labels": labels})
         return
     label_text = ", ".join(f"{label} at {place}" for place, label in enumerate(labels) if label >= 0)
     pairs = [("tokens", " ".join(map(str, tokens))), ("labels", label_text)]
-    print_pairs(f"Sample {sample} of the synthetic task {data.probe.task}", pairs)
+    print_pairs(f"Sample {sample} of the synthetic task {data.synthetic.task}", pairs)

@@ -69,7 +69,7 @@ def part_crossings(config: RunConfig, layout: Layout, part: FeedForwardPart, tim
     leaves = structure.between(part.inner, width) if structure.kind == "lowrank" else width
     yield from crossing(config, layout, enters, times=times, again=times if structure.kind != "blockshuffle" else 0)
     yield from crossing(config, layout, leaves, times=times)
-    if config.model.guide is not None:
+    if config.model.self_guided_training is not None:
         # The dense matrix reads the stream on its own; under low rank alone its output leaves on its own too.
         yield from crossing(config, layout, width, times=times, again=times)
         yield from crossing(config, layout, width, times=times if structure.kind == "lowrank" else 0)

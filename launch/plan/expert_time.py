@@ -58,7 +58,7 @@ def expert_exchange_seconds(
         return 0.0, 0.0
     details = traffic.details
     # Slots and places are sent whoever fills them; of other rows the fullest rank's link has the most.
-    uneven = sent_rows * (imbalance if details and layout.expert_room is None else 1.0)
+    uneven = sent_rows * (imbalance if details and layout.expert_buffer_factor is None else 1.0)
     travel = uneven * exchange_seconds(traffic.rows, layout, hardware) / blocks / 4
     beside_rows = uneven * exchange_seconds(details, layout, hardware) / blocks / 2 if details else 0.0
     out = uneven * packed_seconds(config, layout, hardware) if config.low_precision.dispatch == "fp8" else travel
@@ -122,7 +122,7 @@ def turns_exchange_seconds(
     traffic = expert_traffic(config, turn, blocks)
     if traffic is None:
         return 0.0, 0.0
-    uneven = sent_rows * (imbalance if traffic.details and layout.expert_room is None else 1.0)
+    uneven = sent_rows * (imbalance if traffic.details and layout.expert_buffer_factor is None else 1.0)
     travel = uneven * exchange_seconds(traffic.rows, turn, hardware) / blocks / 4
     beside = uneven * exchange_seconds(traffic.details, turn, hardware) / blocks / 2 if traffic.details else 0.0
     packed = uneven * packed_seconds(config, turn, hardware) if config.low_precision.dispatch == "fp8" else travel
@@ -216,7 +216,7 @@ def computed_around(
         Roofline(
             hardware, config.train.precision, storage.element_bytes,
             recipes=recipes, wide_gradient=wide_gradient, kept_passes=passes,
-            saves_codes=config.low_precision.saved == "fp8",
+            saves_codes=config.low_precision.activation_storage == "fp8",
         )
         for _ in range(4)
     )  # fmt: skip

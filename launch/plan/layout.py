@@ -43,7 +43,7 @@ class Layout:
     schedule: str = "1f1b"
     recompute: frozenset[str] = frozenset()  # letters of the blocks that are computed again
     overlap_experts: bool | Literal["rows"] = False
-    expert_room: float | None = None
+    expert_buffer_factor: float | None = None
 
     @classmethod
     def of(cls, config: RunConfig, ranks: int) -> Layout:
@@ -63,7 +63,7 @@ class Layout:
             section.schedule,
             recomputed_letters(config),
             section.overlap_experts,
-            section.expert_room,
+            section.expert_buffer_factor,
         )
 
     @property
@@ -127,7 +127,7 @@ class Layout:
     def settings(self) -> dict[str, Any]:
         """The `parallel` section that requests this layout, as plain values.
 
-        `expert_tensor`, `overlap_experts` and `expert_room` appear only with an expert axis, `schedule` and `virtual_stages` only with a pipeline.
+        `expert_tensor`, `overlap_experts` and `expert_buffer_factor` appear only with an expert axis, `schedule` and `virtual_stages` only with a pipeline.
         """
         section: dict[str, Any] = {
             "tensor": self.tensor,
@@ -139,7 +139,7 @@ class Layout:
         }
         if self.expert > 1:
             section |= {"expert_tensor": self.expert_tensor, "overlap_experts": self.overlap_experts}
-            section |= {} if self.expert_room is None else {"expert_room": self.expert_room}
+            section |= {} if self.expert_buffer_factor is None else {"expert_buffer_factor": self.expert_buffer_factor}
         if self.pipeline > 1:
             section |= {"schedule": self.schedule, "virtual_stages": self.virtual_stages}
         return section

@@ -120,7 +120,7 @@ def faster_choices(found: Estimate, config: RunConfig) -> Iterator[dict[str, Any
     moe = config.model.moe
     is_counted = found.layout.expert > 1 and moe is not None and moe.capacity_factor is None
     if is_counted and found.step.host > LEAST_WAITING * total:
-        yield {"expert_room": ROOM}
+        yield {"expert_buffer_factor": ROOM}
 
 
 def memory_of_stages(

@@ -205,5 +205,5 @@ def _add_factored(line: Roofline, model: ModelConfig, layout: Layout, tokens: fl
     line.product(tokens * blocks / layout.tensor, inner / blocks, leaves / blocks, groups=blocks)
     last = own if structure.kind == "lowrank" else tokens / layout.tensor
     line.product(last * second, leaves / second, width / second, groups=second)
-    if model.guide is not None:
+    if model.self_guided_training is not None:
         add_feed_forward(line, tokens, width, inner / layout.tensor, part.activation)

@@ -116,7 +116,7 @@ def block_seconds(
         recipes=planned_recipes(config.low_precision, symbol) if is_narrow else {},
         wide_gradient=config.low_precision.weight_gradient == "bf16",
         kept_passes=kept_passes(config.low_precision, layout.micro_batches(config)),
-        saves_codes=config.low_precision.saved == "fp8",
+        saves_codes=config.low_precision.activation_storage == "fp8",
     )
     # The norm with its residual: two tensors read and two written; backward reads three and writes two.
     tokens = layout.tokens(config) / layout.stream_ranks

@@ -231,7 +231,7 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
         peak=nothing,
         stages=stages,
         stage=stages[0],
-        built=Built(config.parallel, guided=config.model.guide is not None),
+        built=Built(config.parallel, guided=config.model.self_guided_training is not None),
         signals=signals,
         phases=PhaseClock(heartbeat, torch.device("cpu")),  # whose clock is the host's
         profiler=StepProfiler(None, Path(config.run.dir), parallel.rank, engine.module, heartbeat),

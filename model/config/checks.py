@@ -52,9 +52,9 @@ def check_model(config: ModelConfig) -> None:
         _check_rules(f"model.{kind.section}", options, options.broken_widths(config.hidden_size))
     if config.lora_mixer is not None:
         _check_rules("model.lora_mixer", config.lora_mixer, config.lora_mixer.broken_rules())
-    if config.guide is not None and not config.has_factors():
+    if config.self_guided_training is not None and not config.has_factors():
         raise ValueError(
-            "model.guide has no effect: no block of model.pattern has factored matrices; set linear_kind, or remove the guide"
+            "model.self_guided_training has no effect: no block of model.pattern has factored matrices; set linear_kind, or remove the guide"
         )
 
 

@@ -32,7 +32,7 @@ ENTRY_POINTS = "amfm.mixers"
 class Products(NamedTuple):
     """The weights of a kind of block, by their names below its mixer, whose products low precision may make in fewer bits.
 
-    out: an output projection that a recipe treats apart (`low_precision.out_projection`); None where there is none.
+    out: an output projection that a recipe treats apart (`low_precision.out_proj_recipe`); None where there is none.
     """
 
     inner: tuple[str, ...] = ()

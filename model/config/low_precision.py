@@ -26,22 +26,22 @@ class LowPrecisionConfig(Section):
         "none",
         description="fp8_block: e4m3 in blocks of 128, on Hopper and later; mxfp8: e4m3 in blocks of 32; nvfp4: e2m1 in blocks of 16; both on Blackwell.",
     )
-    letters: str = Field(
+    block_types: str = Field(
         DEFAULT_LETTERS,
         description="Kinds of block whose products take the recipe, as recompute_blocks; of the default those that model.pattern has.",
     )
-    wide_first: int = Field(0, ge=0, description="Blocks at the start of the pattern that keep train.precision.")
-    wide_last: float = Field(
+    bf16_first_layers: int = Field(0, ge=0, description="Blocks at the start of the pattern that keep train.precision.")
+    bf16_last_layers: float = Field(
         0.0, ge=0, description="And at its end: a number of blocks, or below 1 a part of all, rounded up (nvfp4: 0.15)."
     )
-    out_projection: Literal["same", "bf16", "mxfp8"] | None = Field(
+    out_proj_recipe: Literal["same", "bf16", "mxfp8"] | None = Field(
         None,
         description="Recipe of the output projections of Mamba2 and linear mixers; null: mxfp8 under nvfp4, else the same.",
     )
     weight_gradient: Literal["same", "bf16"] = Field(
         "same", description="bf16: the product that makes the weights' gradients keeps train.precision."
     )
-    saved: Literal["bf16", "fp8"] = Field(
+    activation_storage: Literal["bf16", "fp8"] = Field(
         "bf16",
         description="Hidden rows of experts and feed-forwards, kept for backward passes: fp8 as codes of e4m3 in blocks of 128, and norms before narrow blocks are made again.",
     )
@@ -63,17 +63,19 @@ class LowPrecisionConfig(Section):
 
     def chosen(self, letters: tuple[str, ...]) -> frozenset[str]:
         """The kinds of block in a pattern that take the recipe; raises ValueError for what names no block."""
-        return parse_letters(self.letters) & set(letters) if self.recipe != "none" else frozenset()
+        return parse_letters(self.block_types) & set(letters) if self.recipe != "none" else frozenset()
 
     def wide_at_end(self, num_blocks: int) -> int:
         """Blocks at the end of so many that stay wide."""
-        return math.ceil(self.wide_last * num_blocks) if self.wide_last < 1 else int(self.wide_last)
+        return (
+            math.ceil(self.bf16_last_layers * num_blocks) if self.bf16_last_layers < 1 else int(self.bf16_last_layers)
+        )
 
     def narrow_blocks(self, letters: tuple[str, ...]) -> tuple[int, ...]:
         """Indices of the blocks of a pattern's main part whose products take the recipe; prediction depths never do."""
         chosen, end = self.chosen(letters), len(letters) - self.wide_at_end(len(letters))
         return tuple(
-            index for index, symbol in enumerate(letters) if symbol in chosen and self.wide_first <= index < end
+            index for index, symbol in enumerate(letters) if symbol in chosen and self.bf16_first_layers <= index < end
         )
 
     def recipes_of(self, symbol: str) -> dict[str, RecipeName]:
@@ -85,7 +87,7 @@ class LowPrecisionConfig(Section):
             return {}
         inner, out = kind_of(symbol).products
         found: dict[str, RecipeName] = dict.fromkeys(inner, self.recipe)
-        of_out = self.out_projection or ("mxfp8" if self.recipe == "nvfp4" else "same")
+        of_out = self.out_proj_recipe or ("mxfp8" if self.recipe == "nvfp4" else "same")
         if out is not None and of_out != "bf16":
             found[out] = self.recipe if of_out == "same" else of_out
         return found

@@ -60,7 +60,7 @@ class MoeConfig(MixerOptions):
     routed_scaling: float = Field(1.0, gt=0, description="Factor on the chosen probabilities.")
     num_router_groups: int = Field(1, gt=0, description="Groups of experts for group-limited routing; 1: no limit.")
     router_group_top_k: int = Field(1, gt=0, description="Groups that a token may use; at most num_router_groups.")
-    router_group_merit: int = Field(
+    group_score_top_k: int = Field(
         2,
         gt=0,
         description="Groups are ranked by the sum of this many of their best experts: 2 in DeepSeek-V3, 1 in DeepSeek-V2, top_k / router_group_top_k in Megatron-Core.",
@@ -151,12 +151,12 @@ class MoeConfig(MixerOptions):
             rule = f"must be at most model.moe.num_router_groups={self.num_router_groups}; lower it"
             yield "router_group_top_k", rule
         group_size = self.num_experts // self.num_router_groups
-        if self.num_router_groups > 1 and group_size < self.router_group_merit:
-            rule = f"leaves {group_size} expert(s) per group, and router_group_merit={self.router_group_merit} of them rank it"
-            yield "num_router_groups", f"{rule}; use fewer groups, or router_group_merit: {group_size}"
-        if self.router_group_merit != 2 and self.router_group_top_k == self.num_router_groups:
+        if self.num_router_groups > 1 and group_size < self.group_score_top_k:
+            rule = f"leaves {group_size} expert(s) per group, and group_score_top_k={self.group_score_top_k} of them rank it"
+            yield "num_router_groups", f"{rule}; use fewer groups, or group_score_top_k: {group_size}"
+        if self.group_score_top_k != 2 and self.router_group_top_k == self.num_router_groups:
             rule = "has no effect where every group may be used (router_group_top_k = num_router_groups)"
-            yield "router_group_merit", f"{rule}; limit the groups, or remove it"
+            yield "group_score_top_k", f"{rule}; limit the groups, or remove it"
         reachable = self.router_group_top_k * group_size
         if self.top_k > reachable:
             rule = f"must be at most the {reachable} experts that router_group_top_k={self.router_group_top_k} groups"

@@ -1,5 +1,6 @@
 """A model's configuration: a pattern, a section for each kind of block (kinds.py), and what holds for the whole model."""
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from amfm.model.config.indexer import IndexerStage
 from amfm.model.config.kinds import ENTRY_POINTS, Kind, all_kinds, find_kind, kind_of, registered_kinds
 from amfm.model.config.lora_mixer import LoraMixerConfig
 from amfm.model.config.moe import MoeConfig
+from amfm.model.config.old_names import use_current_names
 from amfm.model.config.options import MixerOptions
 from amfm.model.config.pattern import Pattern, parse_pattern
 from amfm.model.config.plugins import PluginSections, list_packages, read_saved_sections, with_sections
@@ -103,7 +105,9 @@ class ModelConfig(Section):
     moe: MoeConfig | None = Field(None, description="Needed by E (F).")
     feed_forward: FeedForwardConfig | None = Field(None, description="Needed by - (D).")
     mixers: RegisteredMixers = Field(RegisteredMixers(), description="Other sequence mixers; docs/mixers.md.")
-    guide: GuideConfig | None = Field(None, description="Guide factored matrices while they train; null: no guide.")
+    self_guided_training: GuideConfig | None = Field(
+        None, description="Guide factored matrices while they train; null: no guide."
+    )
     lora_mixer: LoraMixerConfig | None = Field(
         None,
         description="Low-rank updates of attention's projections that a router chooses among; null: no such updates.",
@@ -220,6 +224,8 @@ def read_saved_model(saved: Any, packages: Mapping[str, str]) -> Any:
     """
     if not isinstance(saved, Mapping):
         return saved
+    saved = copy.deepcopy(dict(saved))
+    use_current_names(saved, "model.")
     changes: dict[str, Any] = {}
     if "mixers" in saved:
         changes["mixers"] = read_saved_sections(saved["mixers"], RegisteredMixers, "model.mixers", packages)

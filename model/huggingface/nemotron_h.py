@@ -52,7 +52,7 @@ EXPERTS: Wanted = {
     "activation": ("squared_relu", "experts are not gated"),
     "router": ("sigmoid", "a sigmoid scores experts"),
 }
-GROUPS: Wanted = {"router_group_merit": (2, "groups are ranked by their two best experts")}
+GROUPS: Wanted = {"group_score_top_k": (2, "groups are ranked by their two best experts")}
 PLAIN: Wanted = {"activation": ("squared_relu", "the feed-forward is not gated")}
 POSITIONS: Wanted = {"positions": ("none", "attention has no positions")}
 

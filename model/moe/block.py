@@ -152,7 +152,7 @@ class MoeMixer(Mixer):
             scaling=moe.routed_scaling,
             num_groups=moe.num_router_groups,
             group_top_k=moe.router_group_top_k,
-            group_merit=moe.router_group_merit,
+            group_merit=moe.group_score_top_k,
             backend=self.backend,
         )
         anywhere_RK = routing.expert_ids_RK

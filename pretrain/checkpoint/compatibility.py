@@ -174,13 +174,13 @@ def end_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[st
 
 def guide_faults(saved: RunConfig, current: RunConfig) -> list[str]:
     """Report that another number of steps would move the end of the guides, which fade over a share of all steps."""
-    guide = saved.model.guide
-    if guide is None or current.model.guide is None:
+    guide = saved.model.self_guided_training
+    if guide is None or current.model.self_guided_training is None:
         return []
     before, now = guide.last_step(total_steps(saved)), guide.last_step(total_steps(current))
     if before == now:
         return []
-    return [f"model.guide: the checkpoint's guides end after step {before}, this run's after step {now}"]
+    return [f"model.self_guided_training: the checkpoint's guides end after step {before}, this run's after step {now}"]
 
 
 def explain_remedy(refused: Sequence[str], saved: RunConfig, step: int) -> str:

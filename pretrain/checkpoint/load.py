@@ -79,7 +79,9 @@ def load_newest(
             continue
         # A refusal here is an error and no reason to try an older checkpoint, which belongs to the same other run.
         changes = check_resumable(manifest, config, identities)
-        mismatches = find_mismatches(manifest, layout, ranks, may_lack_guides=config.model.guide is not None)
+        mismatches = find_mismatches(
+            manifest, layout, ranks, may_lack_guides=config.model.self_guided_training is not None
+        )
         if mismatches:
             raise RuntimeError(f"checkpoint {path} does not fit this model: " + "; ".join(mismatches))
         restored = Restore(path, manifest, layout, ranks)

@@ -139,7 +139,7 @@ def whole_message(text: str) -> Problem:
 
 def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
     """Check that every piece of the tokenizer has a row of the embedding; nothing for a synthetic task, which has none."""
-    if config.data.probe is not None:
+    if config.data.synthetic is not None:
         return
     pieces, rows = config.data.tokenizer.vocab_size, config.model.vocab_size
     # The size of a given tokenizer file is known only when it is read: training compares it with the store.
@@ -158,12 +158,12 @@ def data_problems(config: RunConfig) -> Iterator[Problem]:
     """
     store = config.data.store
     yield from skip_problems(config)
-    if config.data.probe is not None:
+    if config.data.synthetic is not None:
         return
     if store is None:
-        yield Problem("data.store", "is missing", "name the folder that `amfm prepare` writes, or give data.probe")
+        yield Problem("data.store", "is missing", "name the folder that `amfm prepare` writes, or give data.synthetic")
     if not config.data.sources:
-        yield Problem("data.sources", "is missing", "name at least one, with name and paths, or give data.probe")
+        yield Problem("data.sources", "is missing", "name at least one, with name and paths, or give data.synthetic")
         return
     names = [source.name for source in config.data.sources]
     for index, name in enumerate(names):
@@ -199,8 +199,8 @@ def skip_problems(config: RunConfig) -> Iterator[Problem]:
         before = least - 1
         for number, (start, stop) in enumerate(getattr(config.data, name)):
             key, value = f"data.{name}.{number}", f"[{start}, {stop}]"
-            if config.data.probe is not None:
-                yield Problem(key, "needs text, and data.probe is a synthetic task", "remove one of the two", value)
+            if config.data.synthetic is not None:
+                yield Problem(key, "needs text, and data.synthetic is a synthetic task", "remove one of the two", value)
             elif stop < start + 1 - least:
                 yield Problem(key, "holds nothing: the end is before the start", "give the end last", value)
             elif start <= before:
@@ -308,9 +308,9 @@ def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
         if getattr(config.health, name) == "rollback" and train.checkpoint_every_steps is None:
             rule = "needs checkpoints to go back to, and train.checkpoint_every_steps is null"
             yield Problem(f"health.{name}", rule, "set for example train.checkpoint_every_steps=1000", "rollback")
-    if config.model.guide is not None and config.run.initial_weights is not None:
+    if config.model.self_guided_training is not None and config.run.initial_weights is not None:
         rule = "begins as the product of factors that start at random, and run.initial_weights gives others"
-        yield Problem("model.guide", rule, "remove one of the two")
+        yield Problem("model.self_guided_training", rule, "remove one of the two")
     if train.compile and config.kernels.backend == "reference":
         rule = "cannot speed up kernels.backend=reference, which runs step by step in Python"
         yield Problem("train.compile", rule, "use kernels.backend=torch, or train.compile=false", "true")

@@ -43,7 +43,7 @@ def conversion_problems(config: RunConfig) -> Iterator[Problem]:
         rule = "computes gradients of weights apart, and most of them are frozen in a conversion"
         yield Problem("parallel.schedule", rule, "use 1f1b", parallel.schedule)
     editing = {name: getattr(config, name) for name in ("prune", "forget", "qk_clip")}
-    editing |= {"model.guide": config.model.guide}
+    editing |= {"model.self_guided_training": config.model.self_guided_training}
     for key, value in (editing | {f"hooks.{name}": getattr(config.hooks, name) for name in hook_specs()}).items():
         if value is not None:
             rule = "changes weights that a conversion keeps as they are"

@@ -26,7 +26,10 @@ def graph_problems(config: RunConfig) -> Iterator[Problem]:
     sections: dict[str, tuple[object, str]] = {
         "convert": (config.convert, "trains blocks next to those that they replace"),
         "health.check_state_every_steps": (config.health.check_state_every_steps, "computes gradients of its own"),
-        "model.guide": (config.model.guide, "changes with the step, which a replay does not know"),
+        "model.self_guided_training": (
+            config.model.self_guided_training,
+            "changes with the step, which a replay does not know",
+        ),
         "model.lora_mixer": (config.model.lora_mixer, "changes with the step, which a replay does not know"),
     }
     moe = config.model.moe

@@ -21,7 +21,12 @@ def check_early(config: RunConfig, prepare: str) -> None:
     the lock of rank 0.
     """
     store, run_dir = config.data.store, Path(config.run.dir)
-    if store is not None and config.data.probe is None and not is_url(store) and not Path(store, MANIFEST).is_file():
+    if (
+        store is not None
+        and config.data.synthetic is None
+        and not is_url(store)
+        and not Path(store, MANIFEST).is_file()
+    ):
         raise ValueError(f"data.store={store!r} must hold a prepared store; run `{prepare}` first")
     if (run_dir / LOCK_NAME).is_file():
         lock = take_lock(run_dir / LOCK_NAME, wait=False)

@@ -51,7 +51,9 @@ def bias_problems(config: RunConfig) -> Iterator[Problem]:
     moe, chosen = config.model.moe, config.low_precision.chosen(config.model.letters)
     if moe is not None and moe.bias and any(HIDDEN in config.low_precision.recipes_of(symbol) for symbol in chosen):
         rule = "was not tried with biases of experts, which are columns of their matrices"
-        yield Problem(f"{SECTION}.recipe", rule, "leave E out of low_precision.letters, or use model.moe.bias: false")
+        yield Problem(
+            f"{SECTION}.recipe", rule, "leave E out of low_precision.block_types, or use model.moe.bias: false"
+        )
 
 
 def without_recipe(section: LowPrecisionConfig) -> Iterator[Problem]:
@@ -66,14 +68,14 @@ def without_recipe(section: LowPrecisionConfig) -> Iterator[Problem]:
 def place_problems(config: RunConfig) -> Iterator[Problem]:
     """Check that letters and wide blocks leave some blocks narrow, and that each setting reaches a weight."""
     section, letters = config.low_precision, config.model.letters
-    present, key = set(letters), f"{SECTION}.letters"
+    present, key = set(letters), f"{SECTION}.block_types"
     usable = " ".join(sorted(symbol for symbol in present if kind_of(symbol).products.inner))
     try:
-        chosen = parse_letters(section.letters)
+        chosen = parse_letters(section.block_types)
     except ValueError as error:
-        yield Problem(key, str(error), f"the pattern has {usable or 'no kind with products'}", section.letters)
+        yield Problem(key, str(error), f"the pattern has {usable or 'no kind with products'}", section.block_types)
         return
-    is_default = section.letters == DEFAULT_LETTERS
+    is_default = section.block_types == DEFAULT_LETTERS
     for symbol in [] if is_default else sorted(chosen):
         rule = ""
         if symbol not in present:
@@ -81,36 +83,40 @@ def place_problems(config: RunConfig) -> Iterator[Problem]:
         elif not kind_of(symbol).products.inner:
             rule = f"names {symbol}, and {describe_symbol(symbol)} has no products that take a recipe"
         if rule:
-            yield Problem(key, rule, f"use some of {usable}" if usable else "use recipe none", section.letters)
-    if section.wide_last >= 1 and not section.wide_last.is_integer():
+            yield Problem(key, rule, f"use some of {usable}" if usable else "use recipe none", section.block_types)
+    if section.bf16_last_layers >= 1 and not section.bf16_last_layers.is_integer():
         yield Problem(
-            f"{SECTION}.wide_last",
+            f"{SECTION}.bf16_last_layers",
             "must be a whole number of blocks, or a part of all below 1",
-            f"use {int(section.wide_last)}, or {section.wide_last / len(letters):.2f}",
-            f"{section.wide_last:g}",
+            f"use {int(section.bf16_last_layers)}, or {section.bf16_last_layers / len(letters):.2f}",
+            f"{section.bf16_last_layers:g}",
         )
     if not chosen & present:
         remedy = f"use some of {usable}" if usable else "use recipe none"
-        yield Problem(key, "names no block of model.pattern", remedy, section.letters)
+        yield Problem(key, "names no block of model.pattern", remedy, section.block_types)
     elif not section.narrow_blocks(letters):
-        rule = f"leaves no narrow block: {len(letters)} blocks less low_precision.wide_first and wide_last"
+        rule = (
+            f"leaves no narrow block: {len(letters)} blocks less low_precision.bf16_first_layers and bf16_last_layers"
+        )
         yield Problem(f"{SECTION}.recipe", rule, "lower those two, or use recipe none", section.recipe)
-    if section.out_projection is not None and not any(kind_of(symbol).products.out for symbol in chosen & present):
-        rule = "is about output projections of Mamba2 and linear mixers, of which low_precision.letters names none"
-        yield Problem(f"{SECTION}.out_projection", rule, "remove it", section.out_projection)
-    if section.saved != "bf16" and not any(FIRST & set(section.recipes_of(symbol)) for symbol in chosen & present):
-        rule = "is about hidden rows of experts and feed-forwards, which low_precision.letters does not name"
-        yield Problem(f"{SECTION}.saved", rule, "remove it, or name E or -", section.saved)
+    if section.out_proj_recipe is not None and not any(kind_of(symbol).products.out for symbol in chosen & present):
+        rule = "is about output projections of Mamba2 and linear mixers, of which low_precision.block_types names none"
+        yield Problem(f"{SECTION}.out_proj_recipe", rule, "remove it", section.out_proj_recipe)
+    if section.activation_storage != "bf16" and not any(
+        FIRST & set(section.recipes_of(symbol)) for symbol in chosen & present
+    ):
+        rule = "is about hidden rows of experts and feed-forwards, which low_precision.block_types does not name"
+        yield Problem(f"{SECTION}.activation_storage", rule, "remove it, or name E or -", section.activation_storage)
     if section.dispatch != "bf16":
         if not any(HIDDEN in section.recipes_of(symbol) for symbol in chosen & present):
-            rule = "is about rows on their way to experts, which low_precision.letters does not name"
+            rule = "is about rows on their way to experts, which low_precision.block_types does not name"
             yield Problem(f"{SECTION}.dispatch", rule, "remove it, or name E", section.dispatch)
         elif config.parallel.expert == 1:
             rule = "is about rows on their way to other ranks, and parallel.expert is 1"
             yield Problem(f"{SECTION}.dispatch", rule, "remove it, or spread experts", section.dispatch)
-    if section.out_projection == "mxfp8" and section.recipe == "mxfp8":
+    if section.out_proj_recipe == "mxfp8" and section.recipe == "mxfp8":
         rule = "is what low_precision.recipe=mxfp8 does to all products"
-        yield Problem(f"{SECTION}.out_projection", rule, "remove it, or use bf16", "mxfp8")
+        yield Problem(f"{SECTION}.out_proj_recipe", rule, "remove it, or use bf16", "mxfp8")
 
 
 def excluded_problems(config: RunConfig) -> Iterator[Problem]:
@@ -129,7 +135,11 @@ def excluded_problems(config: RunConfig) -> Iterator[Problem]:
     if config.kernels.backend == "reference":
         rule = f"computes step by step in float32, and low_precision.recipe={recipe} would have no effect"
         yield Problem("kernels.backend", rule, "use auto, or low_precision.recipe=none", "reference")
-    refused = {"model.guide": model.guide, "model.lora_mixer": model.lora_mixer, "convert": config.convert}
+    refused = {
+        "model.self_guided_training": model.self_guided_training,
+        "model.lora_mixer": model.lora_mixer,
+        "convert": config.convert,
+    }
     for name, value in refused.items():
         if value is not None:
             rule = f"changes what weights are on the way, and has not been tried with low_precision.recipe={recipe}"
@@ -142,7 +152,9 @@ def factor_problems(config: RunConfig) -> Iterator[Problem]:
     for symbol in sorted(section.chosen(model.letters)):
         if any(part.structure != DENSE for part in model.block_options(symbol).feed_forwards() if part.inner):
             rule = f"has products of two factors a matrix in blocks {symbol}, which no recipe takes"
-            yield Problem(f"{SECTION}.letters", rule, f"leave {symbol} out, or use dense matrices", section.letters)
+            yield Problem(
+                f"{SECTION}.block_types", rule, f"leave {symbol} out, or use dense matrices", section.block_types
+            )
 
 
 def width_problems(config: RunConfig) -> Iterator[Problem]:
@@ -160,7 +172,7 @@ def width_problems(config: RunConfig) -> Iterator[Problem]:
                     f"{symbol} is {rows:,} x {columns:,} there"
                 )
                 remedy = (
-                    f"leave {symbol} out of low_precision.letters, change the width or the tensor ranks, or emulate"
+                    f"leave {symbol} out of low_precision.block_types, change the width or the tensor ranks, or emulate"
                 )
                 yield Problem(f"{SECTION}.recipe", rule, remedy, section.recipe)
 
@@ -178,10 +190,10 @@ def own_widths(matrix: Matrix, config: RunConfig) -> tuple[int, int]:
 
 def warn_of_recipe(section: LowPrecisionConfig) -> str | None:
     """What a start says of a recipe that may cost accuracy; None for nothing."""
-    if section.recipe == "nvfp4" and section.wide_last == 0:
+    if section.recipe == "nvfp4" and section.bf16_last_layers == 0:
         return (
-            "low_precision.recipe=nvfp4 without wide_last: models were trained so with the last 15% of their blocks wide; "
-            "low_precision.wide_last=0.15 does that"
+            "low_precision.recipe=nvfp4 without bf16_last_layers: models were trained so with the last 15% of their blocks wide; "
+            "low_precision.bf16_last_layers=0.15 does that"
         )
     return None
 

@@ -45,16 +45,21 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
     if section.overlap_experts and section.expert == 1:
         rule = "lets rows between expert ranks travel while experts compute, and parallel.expert is 1"
         yield Problem("parallel.overlap_experts", rule, "raise parallel.expert, or use false", "true")
-    if section.expert_room is not None and section.expert == 1:
+    if section.expert_buffer_factor is not None and section.expert == 1:
         rule = "is room for rows between expert ranks, and parallel.expert is 1"
-        yield Problem("parallel.expert_room", rule, "raise parallel.expert, or use none", str(section.expert_room))
+        yield Problem(
+            "parallel.expert_buffer_factor",
+            rule,
+            "raise parallel.expert, or use none",
+            str(section.expert_buffer_factor),
+        )
     elif (
-        section.expert_room is not None
+        section.expert_buffer_factor is not None
         and config.model.moe is not None
         and config.model.moe.capacity_factor is not None
     ):
         rule = f"is room for rows that are not limited, and model.moe.capacity_factor={config.model.moe.capacity_factor:g} limits them"
-        yield Problem("parallel.expert_room", rule, "use none", str(section.expert_room))
+        yield Problem("parallel.expert_buffer_factor", rule, "use none", str(section.expert_buffer_factor))
     if section.offload_optimizer and section.zero_stage == 0:
         rule = "moves what ZeRO spreads, and parallel.zero_stage is 0"
         yield Problem("parallel.offload_optimizer", rule, "use parallel.zero_stage=1 or higher, or false", "true")

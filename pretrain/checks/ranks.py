@@ -90,7 +90,7 @@ def nearest_layout(config: RunConfig, ranks: int) -> ParallelConfig | None:
         if changed["expert"] != own.expert:
             changed["expert_tensor"] = None
         if changed["expert"] == 1:
-            changed |= {"overlap_experts": False, "expert_room": None}
+            changed |= {"overlap_experts": False, "expert_buffer_factor": None}
         if changed["pipeline"] == 1:
             changed |= {"schedule": "1f1b", "virtual_stages": 1}
         section = own.model_copy(update=changed)

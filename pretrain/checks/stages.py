@@ -52,7 +52,7 @@ def declaration_problems(config: RunConfig) -> Iterator[Problem]:
             rule = "has no effect: no block of model.pattern has an indexer"
             yield Problem(f"{key}.indexer", rule, "remove it, or give attention or mla one", section.indexer)
         for name in section.weights or {}:
-            if name not in sources and config.data.probe is None:
+            if name not in sources and config.data.synthetic is None:
                 rule = "is not a name of data.sources"
                 yield Problem(f"{key}.weights.{name}", rule, f"use one of {', '.join(sources)}")
 

@@ -18,8 +18,8 @@ def task_problems(config: RunConfig) -> Iterator[Problem]:
             if getattr(section, name) != EvaluateConfig.model_fields[name].default:
                 yield Problem(f"evaluate.{name}", "has no effect without evaluate.tasks", "name tasks, or remove it")
         return
-    if config.data.probe is not None:
-        rule = f"ask for text, and data.probe.task={config.data.probe.task} has no tokenizer"
+    if config.data.synthetic is not None:
+        rule = f"ask for text, and data.synthetic.task={config.data.synthetic.task} has no tokenizer"
         yield Problem(
             SETTING, rule, "remove it; train.validate_every_steps measures the accuracy on the synthetic task"
         )

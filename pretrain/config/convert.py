@@ -112,7 +112,7 @@ class ConvertConfig(Section):
         None,
         description="Blocks to convert, by their number in the pattern from 0; null: every attention block (upcycle: every feed-forward).",
     )
-    keep: tuple[int, ...] = Field((), description="Indices of attention blocks to keep; alternative to blocks.")
+    keep_blocks: tuple[int, ...] = Field((), description="Indices of attention blocks to keep; alternative to blocks.")
     upcycle: UpcycleConfig | None = Field(
         None, description="Make experts of the feed-forwards instead; nothing is trained, so without transfer and tune."
     )

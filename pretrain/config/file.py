@@ -24,11 +24,12 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from amfm.model.config.old_names import current_key
 from amfm.model.config.plugins import PluginSections, how_to_install
 from amfm.pretrain.config.errors import ConfigError, Origin, Problem
 from amfm.pretrain.config.fields import describe_fields, section_at, section_of, show_value
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.config.yaml_tree import Entry, TreeReader, merge, read_tree
+from amfm.pretrain.config.yaml_tree import Entry, TreeReader, merge, read_tree, use_names_of_today
 
 S = TypeVar("S", bound=BaseModel)
 Schema = type[BaseModel]
@@ -116,6 +117,7 @@ def resolve(
     """
     for override in overrides:
         apply_override(tree, override, problems, schema)
+    use_names_of_today(tree, problems)
     expand_home(tree)
     problems += [control_problem(key, value) for key, value in paths_of(tree) if CONTROL.search(value)]
     origins = tree.origins()
@@ -138,7 +140,7 @@ def apply_override(tree: Entry, override: str, problems: list[Problem], schema: 
         problems.append(Problem("", rule, remedy, origin=origin))
         return
     key, equals, text = override.partition("=")
-    key = key.strip()
+    key = current_key(key.strip())
     if not equals or not _OVERRIDE.match(key):
         origin = Origin(f"override {override}")
         problems.append(Problem("", "not an override", "write key.key=value, such as train.steps=20", origin=origin))

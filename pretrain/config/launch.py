@@ -91,7 +91,7 @@ class LaunchConfig(Section):
         ge=0,
         description="Nodes beyond those of the run that wait, with everything loaded, to take the place of one that is lost.",
     )
-    keep_loaded: bool = Field(
+    warm_restarts: bool = Field(
         True,
         description="A server on each host of --on torchrun keeps Python and libraries loaded between attempts; false: each attempt loads them again.",
     )

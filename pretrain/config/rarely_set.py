@@ -48,12 +48,12 @@ RARELY_SET: dict[str, dict[str, str]] = {
     },
     "docs/launching.md": {
         "health": "on_nonfinite on_spike spike_ratio spike_window max_rollbacks straggler_percent",
-        "launch": "heartbeat_seconds max_restarts min_nodes node_wait_seconds storage_wait_seconds keep_loaded setup environment",
+        "launch": "heartbeat_seconds max_restarts min_nodes node_wait_seconds storage_wait_seconds warm_restarts setup environment",
         "launch.kubernetes": "image namespace claim mount shared_memory grace_seconds accelerator",
         "launch.slurm": "partition account qos time_limit gpus cpus_per_task cpu_bind memory modules signal_seconds requeue container_image container_mounts container_python extra",
     },
     "docs/low_precision.md": {
-        "low_precision": "letters wide_first out_projection weight_gradient emulate measure_every_steps",
+        "low_precision": "block_types bf16_first_layers out_proj_recipe weight_gradient emulate measure_every_steps",
     },
     "docs/mixers.md": {
         "model": "depth_scaled_init head residual_in_fp32 logits_z_loss_weight",
@@ -64,7 +64,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "model.attention.rope.llama3": "factor original_length slow_turns fast_turns",
         "model.feed_forward": "activation_limit",
         "model.attention": "bias",
-        "model.moe": "bias balance_counts router_group_merit z_loss_weight",
+        "model.moe": "bias balance_counts group_score_top_k z_loss_weight",
         "model.mixers.deltanet": "conv_kernel chunk_size value_head_dim num_key_heads",
         "model.mixers.gated_deltanet": "allow_negative_eigenvalues",
         "model.mixers.deltaproduct": "conv_kernel chunk_size value_head_dim num_key_heads",
@@ -109,12 +109,12 @@ RARELY_SET: dict[str, dict[str, str]] = {
     "docs/structure.md": {
         "model.moe": "shared_expert_linear_kind shared_expert_linear_rank shared_expert_linear_blocks",
         "model.feed_forward": "linear_kind linear_rank linear_blocks",
-        "model.guide": "share skip",
+        "model.self_guided_training": "share skip",
         "prune": "groups keep method start_step every_steps end_step",
         "forget": "every_steps until_step",
     },
     "docs/synthetic_tasks.md": {
-        "data.probe": "num_symbols",
+        "data.synthetic": "num_symbols",
     },
     "docs/tracking.md": {
         "run": "name tensorboard wandb_project",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from amfm.model.config.old_names import use_current_names
 from amfm.model.config.plugins import list_packages, read_saved_sections
 from amfm.model.config.schema import read_saved_model
 from amfm.model.huggingface.hf_class import ENTRY_POINTS as TARGETS
@@ -69,7 +71,8 @@ def read_saved_config(manifest: Mapping[str, Any]) -> RunConfig:
     every package that was installed. Raises ValueError for one with values, naming its package, and pydantic's
     ValidationError for what this program does not understand.
     """
-    saved, packages = dict(manifest["config"]), manifest.get("packages", {})
+    saved, packages = copy.deepcopy(dict(manifest["config"])), manifest.get("packages", {})
+    use_current_names(saved)
     saved["model"] = read_saved_model(saved.get("model"), packages)
     for section in (saved, *(saved.get("stages") or ())):
         check_schedule(section, packages)

@@ -254,7 +254,7 @@ class ParallelConfig(Section):
         False,
         description="What else runs while rows of spread experts travel and the shared expert computes. true: rows are cut in halves, and experts compute one while the other travels (reads experts' weights twice). rows: a micro-batch's rows pass all blocks in two halves in turns, as two micro-batches of half as many would.",
     )
-    expert_room: float | None = Field(
+    expert_buffer_factor: float | None = Field(
         None,
         ge=1,
         le=1e3,

@@ -53,8 +53,8 @@ def validation_problems(
     weighed = {name for name, source in sources.items() if source.weight}
     weighed |= {name for weights in mixtures for name, weight in (weights or {}).items() if weight}
     trained = {path: name for name in sorted(weighed & sources.keys()) for path in sources[name].paths}
-    if sets and data.probe is not None:
-        yield "validation", "needs text, and data.probe is a synthetic task", "remove one of the two"
+    if sets and data.synthetic is not None:
+        yield "validation", "needs text, and data.synthetic is a synthetic task", "remove one of the two"
         return
     for number, each in enumerate(sets):
         key, name = f"validation.{number}", each.source_name

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from amfm.data_pipeline.durable.foreign_files import read_bounded
+from amfm.model.config.old_names import use_current_names
 from amfm.pretrain.config.errors import ConfigError, Origin, Problem
 
 Scalar = str | int | float | bool | None
@@ -224,6 +225,20 @@ def no_file(path: Path) -> str:
     return "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
 
 
+def use_names_of_today(tree: Entry, problems: list[Problem]) -> None:
+    """Put the present names of settings for those of before, in place; one that has both is a problem."""
+    if isinstance(tree.value, dict):
+        try:
+            use_current_names(
+                tree.value,
+                mapped=lambda entry: (
+                    entry.value if isinstance(entry, Entry) and isinstance(entry.value, dict) else None
+                ),
+            )
+        except ValueError as error:
+            problems.append(Problem("", str(error), "keep one of the two", origin=tree.origin))
+
+
 def read_tree(path: Path, problems: list[Problem], *, chain: tuple[Path, ...] = ()) -> Entry:
     """Read the tree of a file with everything it extends below it.
 
@@ -243,6 +258,7 @@ def read_tree(path: Path, problems: list[Problem], *, chain: tuple[Path, ...] = 
     if not isinstance(entry.value, dict):
         rule = "a configuration is a mapping of sections"
         raise ConfigError([Problem("", rule, "start with `run:`, `model:`, `data:`, ...", origin=entry.origin)])
+    use_names_of_today(entry, problems)
     extends = entry.value.pop("extends", None)
     if extends is None:
         return entry

@@ -46,10 +46,13 @@ def rule_problems(config: RunConfig) -> Iterator[Problem]:
     if config.convert.stage is not None:
         rule = "names a stage's own run, which `amfm train` starts"
         yield Problem("convert.stage", rule, "give `amfm convert` the file that has none", config.convert.stage)
-    if config.data.probe is not None:
+    if config.data.synthetic is not None:
         rule = "is a synthetic task, and a conversion measures text"
         yield Problem(
-            "data.probe", rule, "give data.store and data.sources, and a teacher of text", config.data.probe.task
+            "data.synthetic",
+            rule,
+            "give data.store and data.sources, and a teacher of text",
+            config.data.synthetic.task,
         )
     if config.data.validation_fraction == 0:
         rule = "leaves nothing to measure the converted model on"
@@ -128,11 +131,11 @@ def block_problems(config: RunConfig, wanted: str) -> Iterator[Problem]:
     """Check that the blocks are there, and that they are of the kind that is converted: attention or feed-forward."""
     what = "softmax attention" if wanted == ATTENTION else "feed-forward"
     convert, letters = conversion_of(config), config.model.letters
-    if convert.blocks is not None and convert.keep:
+    if convert.blocks is not None and convert.keep_blocks:
         yield Problem(
-            "convert.keep", "is given together with convert.blocks, which says the same", "remove one of them"
+            "convert.keep_blocks", "is given together with convert.blocks, which says the same", "remove one of them"
         )
-    for key, blocks in (("blocks", convert.blocks or ()), ("keep", convert.keep)):
+    for key, blocks in (("blocks", convert.blocks or ()), ("keep_blocks", convert.keep_blocks)):
         for index in blocks:
             if not 0 <= index < len(letters):
                 rule = f"must be below {len(letters)}, the number of blocks in model.pattern"
@@ -149,10 +152,10 @@ def block_problems(config: RunConfig, wanted: str) -> Iterator[Problem]:
         )
     elif not converted_blocks(config):
         yield Problem(
-            "convert.keep",
+            "convert.keep_blocks",
             f"keeps every {what.rsplit(maxsplit=1)[-1]} block",
             "leave out those to convert",
-            str(convert.keep),
+            str(convert.keep_blocks),
         )
 
 

@@ -68,7 +68,7 @@ def converted_blocks(config: RunConfig) -> tuple[int, ...]:
         return tuple(sorted(set(convert.blocks)))
     wanted = ATTENTION if convert.upcycle is None else FEED_FORWARD
     letters = config.model.letters
-    return tuple(index for index, letter in enumerate(letters) if letter == wanted and index not in convert.keep)
+    return tuple(index for index, letter in enumerate(letters) if letter == wanted and index not in convert.keep_blocks)
 
 
 def converted_model(config: RunConfig) -> ModelConfig:
@@ -111,6 +111,6 @@ def _stage(config: RunConfig, name: StageName, initial: Path, steps: int, rate: 
         "run": config.run.model_copy(update={"dir": run_dir, "initial_weights": str(initial), "name": name}),
         "train": config.train.model_copy(update={"steps": steps}),
         "optimizer": config.optimizer.model_copy(update={"learning_rate": rate}),
-        "convert": convert.model_copy(update={"stage": name, "blocks": converted_blocks(config), "keep": ()}),
+        "convert": convert.model_copy(update={"stage": name, "blocks": converted_blocks(config), "keep_blocks": ()}),
     }
     return ConversionStage(name, config.model_copy(update=changes), initial)

@@ -38,7 +38,7 @@ def check_adoptable(config: RunConfig) -> None:
         f"optimizer.kind={config.optimizer.kind}": config.optimizer.kind != "adamw",
         "optimizer.state_dtype=bf16": config.optimizer.state_dtype == "bf16",
         "model.mup": config.model.mup is not None,
-        "model.guide": config.model.guide is not None,
+        "model.self_guided_training": config.model.self_guided_training is not None,
         "convert": config.convert is not None,
     }
     found = [name for name, is_set in refused.items() if is_set]

@@ -65,7 +65,7 @@ ROPE: Wanted = {"scaling": ("none", "rotations are not stretched")}
 DENSE: Wanted = {"linear_kind": ("dense", "matrices are whole"), "activation_limit": (None, "nothing is limited")}
 MODEL: Wanted = {
     "num_depths": (0, "there is no multi-token prediction"),
-    "guide": (None, "matrices have no guide"),
+    "self_guided_training": (None, "matrices have no guide"),
     "lora_mixer": (None, "there are no routed updates"),
     "mup": (None, "all groups have one learning rate"),
 }

@@ -62,7 +62,7 @@ def validate(run: Run, loader: PretrainLoader, num_rows: int | None = None) -> V
     loader.seek(0)
     model = run.config.model
     sums = empty_sums(model, run.parallel.device)
-    is_synthetic = run.config.data.probe is not None
+    is_synthetic = run.config.data.synthetic is not None
     counts = torch.zeros(1 + model.num_depths, dtype=torch.int64, device=run.parallel.device)
     hits_D = torch.zeros(model.num_depths, dtype=torch.float64, device=run.parallel.device)
     batch_rows = run.stage.train.global_batch_size

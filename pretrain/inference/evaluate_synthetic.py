@@ -68,7 +68,7 @@ def evaluate_synthetic(
         )
     rows_at_once = min(rows_at_once, num_rows)
     loader = PretrainLoader(
-        DataConfig(probe=config, num_workers=0),
+        DataConfig(synthetic=config, num_workers=0),
         split="validation",
         sequence_length=length,
         micro_batch_size=1,
@@ -101,7 +101,7 @@ def choose_task(weights: Weights, task: TaskName, overrides: Sequence[str]) -> S
 
     Raises ConfigError for an override that is wrong, ValueError for one that names another task.
     """
-    trained = weights.run.data.probe if weights.run is not None else None
+    trained = weights.run.data.synthetic if weights.run is not None else None
     config = change_section(trained if trained and trained.task == task else SyntheticConfig(task=task), overrides)
     if config.task != task:
         raise ValueError(f"task={config.task} can't be set on the synthetic task {task}; name the task itself")

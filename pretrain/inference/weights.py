@@ -153,7 +153,7 @@ def _read_checkpoint(folder: Path, report: Report, *, averaged: bool = False) ->
     state = read_full_state(folder, report, averaged=averaged)
     if run.convert is not None:
         state = merge_stage(state, run.convert, folder)
-    tokenizer = load_tokenizer(run.data.text_store()) if run.data.probe is None else None
+    tokenizer = load_tokenizer(run.data.text_store()) if run.data.synthetic is None else None
     expected = manifest["identities"].get("tokenizer")
     if tokenizer is not None and expected is not None and tokenizer.identity() != expected:
         raise RuntimeError(
@@ -163,8 +163,8 @@ def _read_checkpoint(folder: Path, report: Report, *, averaged: bool = False) ->
     step = int(manifest["step"])
     stages = resolve_stages(run)
     model = last_stage(stages, step).config.model
-    if model.guide is not None:
-        alpha = model.guide.alpha(step, stages[-1].last_step)
+    if model.self_guided_training is not None:
+        alpha = model.self_guided_training.alpha(step, stages[-1].last_step)
         model, state = merge_guides(model, state, alpha)
     progress = manifest["state"]["progress"]
     origin, loss = f"{folder} (step {step}{', averaged' if averaged else ''})", progress.get("validation_loss")
@@ -174,7 +174,7 @@ def _read_checkpoint(folder: Path, report: Report, *, averaged: bool = False) ->
 
 def merge_guides(model: ModelConfig, state: OnDemand, alpha: float) -> tuple[ModelConfig, OnDemand]:
     """The same function without guides: dense matrices while their weight `alpha` is above 0, then the factors alone."""
-    model = model.model_copy(update={"guide": None})
+    model = model.model_copy(update={"self_guided_training": None})
     if alpha == 0:
         return model, state.without(lambda name: name.endswith(".guide_weight"))
     return multiply_out(model, state, alpha)

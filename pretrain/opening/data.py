@@ -57,5 +57,5 @@ def check_tokenizer(config: RunConfig) -> None:
 
     Raises RuntimeError when it is not the one that made the tokens.
     """
-    if config.data.probe is None:
+    if config.data.synthetic is None:
         load_tokenizer(config.data.text_store())

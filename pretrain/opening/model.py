@@ -92,13 +92,13 @@ def build_model(
         device=parallel.device,
         pieces=held_pieces(config, parallel),
         # A checkpoint from before a run had guides lacks theirs.
-        draws=draws or config.model.guide is not None,
+        draws=draws or config.model.self_guided_training is not None,
     )
     resumes = bool(list_checkpoints(Path(config.run.dir) / "checkpoints"))
     if config.run.initial_weights is not None and not resumes:
         from amfm.pretrain.inference.weights import load_initial_weights
 
-        has_text = config.data.probe is None
+        has_text = config.data.synthetic is None
         tokenizer = TokenStore.open(config.data.text_store()).tokenizer_identity if has_text else NO_TOKENIZER
         for text in load_initial_weights(model, config.run.initial_weights, tokenizer):
             remark(text)

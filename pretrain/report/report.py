@@ -232,6 +232,6 @@ def describe_data(record: RunRecord) -> Table:
     ]
     total = sum(sum(data["tokens"].values()) for data in newest.values())
     header = ("phase", "source", "tokens", "epochs since the start of the run")
-    task = record.config.data.probe
+    task = record.config.data.synthetic
     title = f"Store {record.config.data.store}" if task is None else f"Synthetic task {task.task}"
     return Table(title, header, (*rows, ("all", "", f"{total:,}", "")))

@@ -28,7 +28,9 @@ TASKS = list(SMALL)
 
 
 def open_reader(task_config: SyntheticConfig, length: int, *, split: Any = "train", seed: int = 5) -> SyntheticReader:
-    reader = row_settings(DataConfig(probe=task_config), split=split, sequence_length=length, seed=seed).open_reader()
+    reader = row_settings(
+        DataConfig(synthetic=task_config), split=split, sequence_length=length, seed=seed
+    ).open_reader()
     assert isinstance(reader, SyntheticReader)
     return reader
 
@@ -172,7 +174,7 @@ def stream(loader: PretrainLoader, steps: int) -> dict[int, tuple[Any, ...]]:
 
 
 def load(workers: int = 0, **changes: Any) -> PretrainLoader:
-    config = DataConfig(probe=SMALL["overwriting"], num_workers=workers)
+    config = DataConfig(synthetic=SMALL["overwriting"], num_workers=workers)
     return PretrainLoader(config, **({"sequence_length": 27, "micro_batch_size": 2, "seed": 7} | changes))
 
 
@@ -200,16 +202,19 @@ def test_resume_continues_the_order_and_the_ledger_counts_on() -> None:
 def test_a_state_of_other_settings_is_refused() -> None:
     first = load()
     first.take(8)
-    other = DataConfig(probe=SMALL["overwriting"].model_copy(update={"num_keys": 6}), num_workers=0)
+    other = DataConfig(synthetic=SMALL["overwriting"].model_copy(update={"num_keys": 6}), num_workers=0)
     loader = PretrainLoader(other, sequence_length=27, micro_batch_size=2, seed=7)
     with pytest.raises(
-        ValueError, match=r"the data state has dataset probe-.*, data\.probe gives probe-.*; set data\.probe back"
+        ValueError,
+        match=r"the data state has dataset probe-.*, data\.synthetic gives probe-.*; set data\.synthetic back",
     ):
         loader.load_state_dict(first.state_dict())
 
 
 def test_rows_change_their_length_at_a_phase() -> None:
-    config = DataConfig(probe=SMALL["parity"], num_workers=0, phases=(PhaseConfig(start_sample=4, sequence_length=9),))
+    config = DataConfig(
+        synthetic=SMALL["parity"], num_workers=0, phases=(PhaseConfig(start_sample=4, sequence_length=9),)
+    )
     loader = PretrainLoader(config, sequence_length=5, micro_batch_size=4, seed=0)
     assert [loader.take(4)[0].tokens_BT.shape[1] for _ in range(2)] == [5, 9]
     assert [(line.phase, line.tokens) for line in loader.ledger()] == [(0, 20), (1, 36)]

@@ -27,7 +27,7 @@ SETTINGS = [
     "run.tensorboard=false",
     *(f"train.{name}" for name in ("num_threads=1", f"steps={STEPS}", f"sequence_length={LENGTH}")),
     *(f"train.{name}" for name in (f"micro_batch_size={ROWS}", f"global_batch_size={ROWS}")),
-    "data.probe={task: mqar, num_pairs: 4, num_keys: 16, num_values: 16}",
+    "data.synthetic={task: mqar, num_pairs: 4, num_keys: 16, num_values: 16}",
     "model.vocab_size=33",
     "model.tie_embeddings=true",
     "model.hidden_size=48",
@@ -39,9 +39,9 @@ SETTINGS = [
 
 def rows_of(config: RunConfig, split: Split, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Tokens and labels [count, LENGTH] of rows that no training saw in this order."""
-    assert config.data.probe is not None
+    assert config.data.synthetic is not None
     phases = (PhaseSettings(0, {"mqar": 1.0}, LENGTH),)
-    reader = SyntheticSettings.from_config(config.data.probe, phases, split=split, seed=99).open_reader()
+    reader = SyntheticSettings.from_config(config.data.synthetic, phases, split=split, seed=99).open_reader()
     rows = [reader.make_synthetic_row(number, LENGTH) for number in range(first, first + count)]
     tokens_BT, labels_BT = (np.stack([getattr(row, name) for row in rows]) for name in ("tokens_T", "labels_T"))
     return torch.from_numpy(tokens_BT).long(), torch.from_numpy(labels_BT).long()

@@ -31,7 +31,7 @@ def train_on_bytes(folder: Path, form: str, seed: int, guide: GuideConfig | None
         hidden_size=96,
         attention=AttentionConfig(num_heads=3, num_kv_heads=3, head_dim=32, positions="rope"),
         feed_forward=FORMS[form],
-        guide=guide,
+        self_guided_training=guide,
     )
     model = HybridModel(config, single_rank_groups(), seed=seed)
     train(model, folder, STEPS, peak=PEAK, seed=seed)

@@ -64,7 +64,7 @@ def write_probe(folder: Path, task: dict[str, Any], model: dict[str, Any], **tra
     tree = {
         "run": {"dir": str(folder / "run"), "tensorboard": False},
         "model": {"hidden_size": 64, "initializer_range": 0.125, **model},
-        "data": {"probe": task},
+        "data": {"synthetic": task},
         "train": {"log_every_steps": 100, "validation_batches": 4, **settings, **train},
         "optimizer": {"learning_rate": 3e-3, "weight_decay": 0.0},
     }

@@ -159,7 +159,7 @@ def moe(section, p, x_BTD, bias):
             by_group = choice.view(section.num_router_groups, -1)
             best = (
                 by_group.sort(-1, descending=True)
-                .values[:, : section.router_group_merit]
+                .values[:, : section.group_score_top_k]
                 .sum(-1)
                 .sort(descending=True)
                 .indices

@@ -96,7 +96,7 @@ GROUPED = MoeConfig(
     router="sqrt_softplus",
     num_router_groups=4,
     router_group_top_k=2,
-    router_group_merit=1,
+    group_score_top_k=1,
     expert_bias=True,
     latent_size=5,
 )

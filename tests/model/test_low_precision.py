@@ -44,16 +44,16 @@ def test_attention_router_ends_and_prediction_depths_stay_wide():
         *(f"blocks.{block}.mixer.{name}" for block in (1, 5) for name in experts),
         *(f"blocks.3.mixer.{name}_proj.weight" for name in ("up", "down")),
     }
-    assert "blocks.2.mixer.q_proj.weight" in recipes(LowPrecisionConfig(recipe="fp8_block", letters="*"))
+    assert "blocks.2.mixer.q_proj.weight" in recipes(LowPrecisionConfig(recipe="fp8_block", block_types="*"))
 
 
 def test_wide_ends_and_output_projections_follow_their_settings():
-    found = recipes(LowPrecisionConfig(recipe="nvfp4", wide_first=1, wide_last=0.15))
+    found = recipes(LowPrecisionConfig(recipe="nvfp4", bf16_first_layers=1, bf16_last_layers=0.15))
     assert found["blocks.4.mixer.out_proj.weight"] == "mxfp8", "what NVFP4 does on its own"
     assert found["blocks.4.mixer.in_proj.weight"] == "nvfp4"
     assert {name.split(".")[1] for name in found} == {"1", "3", "4"}, "the first block and 15% of six stay wide"
-    same = recipes(LowPrecisionConfig(recipe="nvfp4", out_projection="same"))
-    wide = recipes(LowPrecisionConfig(recipe="nvfp4", out_projection="bf16"))
+    same = recipes(LowPrecisionConfig(recipe="nvfp4", out_proj_recipe="same"))
+    wide = recipes(LowPrecisionConfig(recipe="nvfp4", out_proj_recipe="bf16"))
     assert same["blocks.0.mixer.out_proj.weight"] == "nvfp4"
     assert "blocks.0.mixer.out_proj.weight" not in wide
 
@@ -81,7 +81,7 @@ def test_the_table_of_kinds_names_weights_that_its_mixer_has(name):
 
 def test_the_release_of_nemotron_3_super_is_a_line_of_settings():
     config = load_config(ROOT / "configs/nemotron3_super_120b.yaml")
-    rows = precision_table(config.model, LowPrecisionConfig(recipe="nvfp4", wide_last=0.15), "bf16")
+    rows = precision_table(config.model, LowPrecisionConfig(recipe="nvfp4", bf16_last_layers=0.15), "bf16")
     by_weight = {(row.kind, row.weight, row.precision): row.blocks for row in rows}
     assert len(by_weight["M", "in_proj.weight", "nvfp4"]) == 34
     assert len(by_weight["M", "out_proj.weight", "mxfp8"]) == 34

@@ -30,7 +30,7 @@ def config_of(case):
     own = {
         "core": lambda: small_config("M*E-"),
         "depths": lambda: small_config("M/*E/*E", tie_embeddings=True),
-        "factored": lambda: small_config("-", feed_forward=factored, guide={"share": 0.5}),
+        "factored": lambda: small_config("-", feed_forward=factored, self_guided_training={"share": 0.5}),
         "routed updates": lambda: small_config("M*W", mixers=window, lora_mixer={"num_experts": 3}),
     }
     return own[case]() if case in own else mixer_config(case, blocks=1)

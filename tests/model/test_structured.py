@@ -94,7 +94,9 @@ def test_first_values_are_those_of_a_dense_matrix_in_law_or_orthogonal_blocks(ki
 def test_a_guide_begins_as_the_product_and_fades_until_nothing_reads_it(kind):
     given = feed_forward_config(kind)
     plain = HybridModel(given, single_rank_groups(), seed=2).double()
-    model = HybridModel(given.model_copy(update={"guide": GuideConfig()}), single_rank_groups(), seed=2).double()
+    model = HybridModel(
+        given.model_copy(update={"self_guided_training": GuideConfig()}), single_rank_groups(), seed=2
+    ).double()
     mixer, x = model.blocks[0].mixer, torch.randn(2, 5, 12, dtype=torch.float64)
     expected = FeedForward.forward(plain.blocks[0].mixer, x)
     for step in range(5):
@@ -111,7 +113,9 @@ def test_a_guide_begins_as_the_product_and_fades_until_nothing_reads_it(kind):
 
 
 def test_skipped_steps_leave_the_guide_out_with_a_zero_gradient_and_are_drawn_alike_for_all_layers():
-    config = feed_forward_config("lowrank").model_copy(update={"guide": GuideConfig(skip=True), "pattern": "--"})
+    config = feed_forward_config("lowrank").model_copy(
+        update={"self_guided_training": GuideConfig(skip=True), "pattern": "--"}
+    )
     model = HybridModel(config, single_rank_groups(), seed=2)
     x, skipped = torch.randn(2, 5, 12), []
     for step in range(40):
@@ -142,7 +146,7 @@ def test_counts_and_shapes_are_those_of_the_built_model(kind, guide):
     shared = {f"shared_expert_{name}": value for name, value in KINDS[kind].items()}
     moe = MoeConfig(num_experts=3, top_k=1, expert_hidden_size=4, shared_expert_hidden_size=24, **shared)
     section = FeedForwardConfig(hidden_size=24, activation="swiglu", **KINDS[kind])
-    config = small_config("-E", feed_forward=section, moe=moe, guide=guide)
+    config = small_config("-E", feed_forward=section, moe=moe, self_guided_training=guide)
     model = HybridModel(config, single_rank_groups())
     assert count_parameters(config).total == sum(parameter.numel() for parameter in model.parameters())
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == weight_shapes(config)
@@ -183,8 +187,10 @@ def test_forms_that_cannot_be_are_refused(settings, message):
 
 
 def test_a_guide_of_dense_matrices_is_refused():
-    with pytest.raises(ValueError, match=r"model.guide has no effect: no block .* has factored matrices"):
-        check_model(small_config("-", guide=GuideConfig()))
+    with pytest.raises(
+        ValueError, match=r"model.self_guided_training has no effect: no block .* has factored matrices"
+    ):
+        check_model(small_config("-", self_guided_training=GuideConfig()))
 
 
 def test_a_form_without_a_shared_expert_is_refused():

@@ -53,7 +53,7 @@ class Outcome:
 def run_rows(config: ModelConfig, groups: ProcessGroupCollection, seed: int, *, in_turns: bool) -> Outcome:
     """Forward and backward of four rows: in one micro-batch whose halves take turns, or as two micro-batches, averaged.
 
-    In turns blocks make their norms again, as those with `low_precision.saved: fp8` do.
+    In turns blocks make their norms again, as those with `low_precision.activation_storage: fp8` do.
     """
     model = HybridModel(config, groups, seed=3).double()
     for block in model.blocks:

@@ -314,15 +314,17 @@ LAYOUTS = [
         {"train__micro_batch_size": 4},
     ),
     # With room for rows, which suffices or does not.
-    Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 4, "expert_room": 4.0, "zero_stage": 2}),
-    Layout(4, {"pipeline": 2, "expert": 2, "expert_room": 1.1, "overlap_experts": True, "schedule": "zero_bubble"}),
-    Layout(4, {"context": 2, "expert": 2, "expert_room": 1.05}, settings={"train__recompute": "full"}),
+    Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 4, "expert_buffer_factor": 4.0, "zero_stage": 2}),
+    Layout(
+        4, {"pipeline": 2, "expert": 2, "expert_buffer_factor": 1.1, "overlap_experts": True, "schedule": "zero_bubble"}
+    ),
+    Layout(4, {"context": 2, "expert": 2, "expert_buffer_factor": 1.05}, settings={"train__recompute": "full"}),
     # Rows with padding.
     Layout(4, {"context": 2, "expert": 2}, "padded", quick=True),
     Layout(2, {"tensor": 2, "sequence_parallel": True}, "padded"),
     Layout(4, {"pipeline": 2, "expert": 2, "schedule": "zero_bubble"}, "padded"),
     Layout(2, {"expert": 2, "overlap_experts": "rows"}, "padded", {"train__micro_batch_size": 4}),
-    Layout(4, {"expert": 4, "expert_room": 2.0}, "padded"),
+    Layout(4, {"expert": 4, "expert_buffer_factor": 2.0}, "padded"),
     Layout(2, {"expert": 2, "zero_stage": 2}, "padded_recycle"),
     Layout(4, {"context": 2, "expert": 2}, "padded_recycle", {"train__recompute": "full"}),
     # Pipeline.

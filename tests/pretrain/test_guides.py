@@ -22,7 +22,7 @@ from tests.pretrain.tiny_run import MODEL, collect_weights, read_events, read_me
 STEPS = 6  # the guides are gone after half of them
 GUIDED = MODEL | {
     "pattern": "M-*E",
-    "guide": {"skip": True},
+    "self_guided_training": {"skip": True},
     "feed_forward": {"hidden_size": 48, "linear_kind": "lowrank", "linear_rank": 8},
     "moe": MODEL["moe"]
     | {"shared_expert_linear_kind": "blockshuffle", "shared_expert_linear_blocks": 4, "shared_expert_hidden_size": 48},
@@ -67,7 +67,7 @@ def test_a_run_leaves_its_guides_behind_and_gives_the_same_bits_wherever_it_is_c
     # What a checkpoint holds as seen from outside: dense while the guide counts, then the factors alone.
     for step, kind in ((2, "dense"), (3, "lowrank"), (4, "lowrank")):
         read = read_weights(tmp_path / "cut" / "checkpoints" / f"step-{step:08d}")
-        assert read.model.guide is None and read.model.feed_forward is not None
+        assert read.model.self_guided_training is None and read.model.feed_forward is not None
         assert read.model.feed_forward.linear_kind == kind
         read.build()
     # Another number of steps would move the end of the guides.

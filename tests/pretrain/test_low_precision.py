@@ -58,7 +58,7 @@ def test_a_recipe_changes_the_numbers_a_little_and_is_in_the_record(
     rows = json.loads((folder / "environment.json").read_text())["model"]["products"]
     assert {row["precision"] for row in rows if row["weight"] == "out_proj.weight"} == {"mxfp8"}
     assert "products" not in json.loads((tmp_path / "run" / "environment.json").read_text())["model"]
-    assert "wide_last=0.15" in read_events(folder, "low_precision")[0]["text"]
+    assert "bf16_last_layers=0.15" in read_events(folder, "low_precision")[0]["text"]
 
 
 def test_what_quantising_loses_is_measured_by_kind_of_block_when_it_is_due(whole: tuple[Path, Trained]) -> None:

@@ -120,7 +120,11 @@ def test_context_ranks_cut_what_was_shifted_on_whole_rows() -> None:
             {"parallel__pipeline": 2, "parallel__schedule": "zero_bubble"},
             "cuts backward passes in two at the stage's input",
         ),
-        ({"pattern": "M*/*"}, {"data__probe": {"task": "parity"}}, "labels of data.probe are not the next tokens"),
+        (
+            {"pattern": "M*/*"},
+            {"data__synthetic": {"task": "parity"}},
+            "labels of data.synthetic are not the next tokens",
+        ),
         ({"pattern": "M*", "mtp": {"loss_weight": 0.1}}, {}, "has no prediction depth that reads it"),
         (
             {"pattern": "M*/*", "mup": {"base_hidden_size": 8}},

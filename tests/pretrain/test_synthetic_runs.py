@@ -38,7 +38,9 @@ MODEL: dict[str, Any] = {
 
 
 def synthetic_config(folder: Path, task: SyntheticConfig = COPYING, **settings: Any) -> RunConfig:
-    config = tiny_config(DataConfig(probe=task, num_workers=0), folder, **({"train__sequence_length": 10} | settings))
+    config = tiny_config(
+        DataConfig(synthetic=task, num_workers=0), folder, **({"train__sequence_length": 10} | settings)
+    )
     return RunConfig.model_validate(config.model_dump(mode="json") | {"model": MODEL})
 
 
@@ -91,7 +93,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -
         assert resumed.series(key) == straight.series(key), key
     assert resumed.metrics[-1]["validation_accuracy"] == straight.metrics[-1]["validation_accuracy"]
     assert all(torch.equal(resumed.weights[name], weight) for name, weight in straight.weights.items())
-    with pytest.raises(ValueError, match=r"data\.probe\.num_symbols: the checkpoint has 4, this run has 5"):
+    with pytest.raises(ValueError, match=r"data\.synthetic\.num_symbols: the checkpoint has 4, this run has 5"):
         train(synthetic_config(tmp_path / "halves", COPYING.model_copy(update={"num_symbols": 5})))
 
 

@@ -102,7 +102,7 @@ def load_run(study: Study[RunsConfig], task: RunTask, name: str, overrides: list
 
 def check_measured(config: RunConfig) -> None:
     """Refuse a task that would end without the number that the study compares. Raises ConfigError."""
-    if config.data.probe is None and config.data.validation_fraction == 0:
+    if config.data.synthetic is None and config.data.validation_fraction == 0:
         rule = "a study compares losses on text that is held out"
         raise ConfigError([Problem("data.validation_fraction", rule, "use for example 0.02", "0")])
 

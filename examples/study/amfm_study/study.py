@@ -25,7 +25,7 @@ class RunTask(Section):
 
     name: str = Field(pattern=r"^[a-z0-9_]+$", description="Part of the cells' names, and a column of the table.")
     config: str = Field(
-        description="Run configuration, relative to this file: text gives a validation loss, `data.probe` an accuracy. The study sets train.seed, train.num_threads, run.dir and run.name, one of mixers model.pattern too."
+        description="Run configuration, relative to this file: text gives a validation loss, `data.synthetic` an accuracy. The study sets train.seed, train.num_threads, run.dir and run.name, one of mixers model.pattern too."
     )
 
 

@@ -77,8 +77,8 @@ class Row:
 
 
 def measure_of(config: RunConfig) -> Measure:
-    """Measure of a run: accuracy for a synthetic task (`data.probe`), validation loss for text."""
-    return LOSS if config.data.probe is None else ACCURACY
+    """Measure of a run: accuracy for a synthetic task (`data.synthetic`), validation loss for text."""
+    return LOSS if config.data.synthetic is None else ACCURACY
 
 
 def read_result(cell: Cell) -> CellResult | None:

@@ -188,7 +188,7 @@ def run_missing(
     from amfm_study.table import read_result
 
     for data in {
-        cell.config.data.store: cell.config.data for cell in missing if cell.config.data.probe is None
+        cell.config.data.store: cell.config.data for cell in missing if cell.config.data.synthetic is None
     }.values():
         TokenStore.open(data.text_store())
     waiting = {cell.name for cell in missing}

@@ -26,7 +26,7 @@ def cut_of(config: RunConfig, layout: Layout, symbol: str, imbalance: float, *, 
     if moe is None or layout.expert == 1 or not config.model.block_options(symbol).routed_experts():
         return Cut(layout.tensor, is_sequence_parallel, is_split=is_split, narrow=narrow)
     has_slots = static_slots(config, layout) is not None
-    is_counted = not has_slots and layout.expert_room is None
+    is_counted = not has_slots and layout.expert_buffer_factor is None
     # Made at once, since a search makes hundreds of thousands.
     return Cut(
         layout.tensor,
@@ -38,7 +38,7 @@ def cut_of(config: RunConfig, layout: Layout, symbol: str, imbalance: float, *, 
         has_slots,
         sent=expected_ranks(moe, layout.expert) if is_counted else 0.0,
         rows=imbalance if is_counted else 1.0,
-        room=None if has_slots else layout.expert_room,
+        room=None if has_slots else layout.expert_buffer_factor,
         is_split=is_split,
         narrow=narrow,
     )

@@ -33,7 +33,7 @@ def expert_traffic(config: RunConfig, layout: Layout, blocks: int, narrow: int =
     A token's row travels once to each rank that holds experts of its choice, and home again, forward and backward. Next
     to it go, out in forward and home in backward, the weights of its choices and their ids in float32. How many rows
     those are depends on the router; counted is what is expected of an even one. Under a capacity factor that makes
-    slots, those travel, a row each, filled or not, and under `expert_room` the places that rows have between two ranks.
+    slots, those travel, a row each, filled or not, and under `expert_buffer_factor` the places that rows have between two ranks.
     Where halves of a micro-batch overlap, each travels on its own.
     """
     moe = config.model.moe
@@ -45,7 +45,7 @@ def expert_traffic(config: RunConfig, layout: Layout, blocks: int, narrow: int =
     if slots is None:
         rows = ranks // layout.tensor * layout.tokens(config) * sent_rows(config, layout)
         details = Exchange("ep", "all_to_all", "float32", 2 * calls, 2 * blocks * rows * 2 * moe.top_k * FLOAT32)
-        numbers = layout.expert * (2 if layout.expert_room is None else 1) * layout.expert_parts
+        numbers = layout.expert * (2 if layout.expert_buffer_factor is None else 1) * layout.expert_parts
     else:
         rows, details, numbers = ranks * slots * moe.num_experts, None, moe.num_experts
     width = moe.expert_width(config.model.hidden_size)
@@ -60,16 +60,18 @@ def expert_traffic(config: RunConfig, layout: Layout, blocks: int, narrow: int =
 
 
 def sent_rows(config: RunConfig, layout: Layout) -> float:
-    """Rows that travel to experts, of a token: those of an even router, or places for more of them under `expert_room`."""
+    """Rows that travel to experts, of a token: those of an even router, or places for more of them under `expert_buffer_factor`."""
     moe = config.model.moe
     assert moe is not None, "experts are spread"
     reached = expected_ranks(moe, layout.expert)
-    if layout.expert_room is None:
+    if layout.expert_buffer_factor is None:
         return reached
     tokens, parts = layout.tokens(config) // layout.tensor, layout.expert_parts
     sizes = [tokens - tokens // 2, tokens // 2] if parts == 2 else [tokens]
     share, held = reached / layout.expert, moe.num_experts // layout.expert
-    places = (count_places(layout.expert_room, size, moe.top_k, share, layout.expert, held)[0] for size in sizes)
+    places = (
+        count_places(layout.expert_buffer_factor, size, moe.top_k, share, layout.expert, held)[0] for size in sizes
+    )
     return layout.expert * sum(places) / tokens
 
 

@@ -52,7 +52,7 @@ class PlannedMoe(PlannedBlock):
             # To rows for other ranks and home from them, twice each; there sums over choices of products in expert order.
             sent, reached = sent_rows(self.config, layout), expected_ranks(moe, layout.expert)
             # Places are as many on every rank, and empty ones are cleared.
-            uneven, empty = (imbalance, 0.0) if layout.expert_room is None else (1.0, sent - reached)
+            uneven, empty = (imbalance, 0.0) if layout.expert_buffer_factor is None else (1.0, sent - reached)
             arrived = layout.expert_tensor * (imbalance * moe.top_k + uneven * sent)
             line.passes(2 * routed * (3 * sent + empty + arrived + 1) * width * e)
         elif not is_spread and storage.backend == "triton":

@@ -109,7 +109,12 @@ def check_countable(config: RunConfig, layout: Layout) -> None:
 def depends_on_router(config: RunConfig, layout: Layout) -> bool:
     """Whether how many rows travel to experts depends on which the router chooses: not where they lie in slots or places."""
     moe = config.model.moe
-    if moe is None or layout.expert == 1 or static_slots(config, layout) is not None or layout.expert_room is not None:
+    if (
+        moe is None
+        or layout.expert == 1
+        or static_slots(config, layout) is not None
+        or layout.expert_buffer_factor is not None
+    ):
         return False
     return not has_certain_ranks(moe, layout.expert)
 
@@ -216,7 +221,7 @@ def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
     def reduce(axis: str, dtype: str, size: int) -> Exchange:
         return Exchange(axis, "all_reduce", dtype, 1, layout.stage_ranks * size)
 
-    num_news = NEWS + (layout.expert_room is not None)
+    num_news = NEWS + (layout.expert_buffer_factor is not None)
     found = [reduce("world", "float64", 8 * (2 + config.model.num_depths + _num_router_sums(config) + num_news))]
     if layout.data > 1:
         found.append(reduce("dp", "int64", INT64 * (1 + config.model.num_depths)))

@@ -32,7 +32,7 @@ LATENT_EPSILON = 1e-6
 EXPERTS: Wanted = {
     "activation": ("swiglu", "experts are gated"),
     "router": ("sigmoid", "a sigmoid scores experts"),
-    "router_group_merit": (2, "groups are ranked by their two best experts"),
+    "group_score_top_k": (2, "groups are ranked by their two best experts"),
     "shared_expert_gate": (False, "the shared expert has no gate"),
     "latent_size": (None, "experts read the full width"),
 }

@@ -67,7 +67,7 @@ def test_there_is_nothing_to_prepare_and_a_row_can_be_seen(
     config = tmp_path / "task.yaml"
     config.write_text(yaml.safe_dump(synthetic_config(tmp_path / "run").model_dump(mode="json")))
     assert run(["prepare", str(config)]) == 0
-    assert "nothing to prepare: data.probe.task=selective_copying is computed" in capsys.readouterr().err
+    assert "nothing to prepare: data.synthetic.task=selective_copying is computed" in capsys.readouterr().err
     assert printed(capsys, "prepare", str(config)) == {"probe": "selective_copying", "units_written": 0}
     row = printed(capsys, "inspect", str(trained), "--sample", "7")
     assert len(row["tokens"]) == len(row["labels"]) == 10 and row["tokens"][-2:] == [1, 1]

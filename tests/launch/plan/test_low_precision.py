@@ -49,7 +49,7 @@ def test_few_rows_for_an_expert_gain_little_since_weights_bind():
 def test_blocks_that_stay_wide_take_what_they_took():
     layout = Layout(64, 1, 8)  # rows enough that products gain
     wide, narrow, last = (
-        preset("ladder_8b_a1b", *settings) for settings in ((), (FP8,), (FP8, "low_precision.wide_last=1"))
+        preset("ladder_8b_a1b", *settings) for settings in ((), (FP8,), (FP8, "low_precision.bf16_last_layers=1"))
     )
     seconds = [
         sum(estimate_step(each, layout, H100, storage_of(each), overlap=0.0).compute.values())
@@ -62,7 +62,7 @@ def test_blocks_that_stay_wide_take_what_they_took():
     ]
     assert seconds[2] - seconds[1] == pytest.approx(passes * (one[0] - one[1]), rel=1e-6)
     assert seconds[1] < seconds[2] < seconds[0], seconds
-    all_wide = preset("ladder_8b_a1b", FP8, "low_precision.wide_first=1", "low_precision.letters=M")
+    all_wide = preset("ladder_8b_a1b", FP8, "low_precision.bf16_first_layers=1", "low_precision.block_types=M")
     found = estimate_step(all_wide, layout, H100, storage_of(all_wide), overlap=0.0).compute
     assert found["moe"] == estimate_step(wide, layout, H100, storage_of(wide), overlap=0.0).compute["moe"]
 
@@ -107,7 +107,7 @@ def test_mfu_stays_that_of_bf16_and_a_second_one_counts_each_product_at_its_peak
 
 
 def test_hardware_without_a_recipes_products_is_named_and_emulation_is_planned_wide():
-    config = preset("ladder_8b_a1b", "low_precision.recipe=nvfp4", "low_precision.wide_last=0.15")
+    config = preset("ladder_8b_a1b", "low_precision.recipe=nvfp4", "low_precision.bf16_last_layers=0.15")
     with pytest.raises(ValueError, match=r"H100 SXM has no products of low_precision\.recipe=\w+; plan for another"):
         estimate(config, Layout(64, 1, 1), H100, EVEN)
     assert estimate(config, Layout(64, 1, 1), HARDWARE["b200"], EVEN).mfu_mixed is not None
@@ -131,7 +131,7 @@ def test_turbos_keeps_fewer_activations_as_codes_of_inputs_and_of_hidden_rows():
         for name, config in (
             ("bf16", preset("turbos_560b")),
             ("fp8", preset("turbos_560b", FP8)),
-            ("saved", preset("turbos_560b", FP8, "low_precision.saved=fp8")),
+            ("saved", preset("turbos_560b", FP8, "low_precision.activation_storage=fp8")),
         )
     }
     kept = {name: found.memory.parts["activations"] / 2**30 for name, found in plans.items()}

@@ -150,7 +150,7 @@ def test_a_block_is_cut_by_what_concerns_it():
     roomy = preset("nemotron3_super_120b", ranks=512)
     places = cut_of(roomy, Layout.of(roomy, 512), "E", 1.2)
     assert (places.sent, places.rows, places.room) == (0.0, 1.0, 1.25)
-    config = preset("nemotron3_super_120b", "parallel.expert_room=null", ranks=512)
+    config = preset("nemotron3_super_120b", "parallel.expert_buffer_factor=null", ranks=512)
     moe, layout = config.model.moe, Layout.of(config, 512)
     experts, scan = (cut_of(config, layout, letter, 1.2) for letter in "EM")
     assert experts.sent == expected_ranks(moe, 8) < 8 < moe.top_k

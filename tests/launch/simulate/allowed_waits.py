@@ -30,7 +30,7 @@ def sections_of(config: RunConfig) -> set[str]:
     found |= {"ZeRO 1, 2 or 3"} if zero else set()
     if config.train.precision == "bf16":
         found |= {f"{name} in bf16" for name in found}
-    if "E" in letters and section.expert > 1 and section.expert_room is None and not has_slots(config):
+    if "E" in letters and section.expert > 1 and section.expert_buffer_factor is None and not has_slots(config):
         found.add(COUNTED)
     return found
 

@@ -60,8 +60,8 @@ def test_a_composed_layout_sends_the_bytes_of_the_formulas_and_waits_where_it_ma
 
 @pytest.mark.parametrize(
     ("setting", "sums"),
-    [("model.moe.capacity_factor=1.5", "hook"), ("parallel.expert_room=1.3", "product")],
-    ids=["capacity_factor", "expert_room"],
+    [("model.moe.capacity_factor=1.5", "hook"), ("parallel.expert_buffer_factor=1.3", "product")],
+    ids=["capacity_factor", "expert_buffer_factor"],
 )
 @pytest.mark.slow
 def test_experts_whose_rows_need_no_counting_wait_for_nothing(small, setting, sums):

@@ -146,8 +146,8 @@ UNFIT = {
         "model.moe.activation=swiglu": {"moe": grouped(NEMOTRON_H.moe, activation="swiglu")},
         "model.moe.router=softmax": {"moe": grouped(NEMOTRON_H.moe, router="softmax")},
         "num_router_groups=4": {"moe": grouped(NEMOTRON_H.moe, num_router_groups=4, router_group_top_k=2)},
-        "model.moe.router_group_merit=1": {
-            "moe": grouped(NEMOTRON_H.moe, num_router_groups=2, router_group_top_k=1, router_group_merit=1)
+        "model.moe.group_score_top_k=1": {
+            "moe": grouped(NEMOTRON_H.moe, num_router_groups=2, router_group_top_k=1, group_score_top_k=1)
         },
         "model.moe.expert_hidden_size=12": {"moe": grouped(NEMOTRON_H.moe, expert_hidden_size=12)},
         "model.moe.latent_size=6": {"moe": grouped(NEMOTRON_H.moe, latent_size=6)},

@@ -58,7 +58,7 @@ CONFIGS = {
     ),
     "low rank": small_config(
         "-E",
-        guide=GuideConfig(),
+        self_guided_training=GuideConfig(),
         feed_forward=FeedForwardConfig(hidden_size=16, activation="swiglu", linear_kind="lowrank", linear_rank=4),
         moe=MOE.model_copy(
             update={
@@ -167,7 +167,7 @@ FACTORED = {
     kind: small_config(
         "-",
         hidden_size=16,
-        guide=GuideConfig(),
+        self_guided_training=GuideConfig(),
         feed_forward=FeedForwardConfig(hidden_size=32, activation="swiglu", **settings),
     )
     for kind, settings in FOUR_BLOCKS.items()

@@ -26,7 +26,7 @@ NARROW = [
 
 def test_a_recipe_that_suits_its_run_is_taken(base):
     check_run(load_config(base, NARROW))
-    check_run(load_config(base, [*NARROW, "low_precision.letters=E", "low_precision.wide_last=1"]))
+    check_run(load_config(base, [*NARROW, "low_precision.block_types=E", "low_precision.bf16_last_layers=1"]))
     check_run(load_config(base, [*NARROW, "low_precision.emulate=true", "train.precision=float32"]))
 
 
@@ -34,23 +34,29 @@ def test_a_recipe_that_suits_its_run_is_taken(base):
     ("changes", "message"),
     [
         (
-            ["low_precision.recipe=none", "low_precision.wide_last=0.15"],
+            ["low_precision.recipe=none", "low_precision.bf16_last_layers=0.15"],
             "has no effect with low_precision.recipe=none; set a recipe",
         ),
         (["train.precision=float32"], "low_precision.recipe = fp8_block: narrows products of bf16"),
-        (["low_precision.letters=EK"], "names K, and model.pattern has no such block; use some of * E M"),
-        (["low_precision.letters=X"], "'X' is not a letter of a block"),
-        (["model.pattern=AA"], "low_precision.letters = ME-: names no block of model.pattern; use some of *"),
-        (["low_precision.wide_last=1.5"], "must be a whole number of blocks, or a part of all below 1; use 1, or 0.30"),
-        (["low_precision.wide_first=5"], "low_precision.recipe = fp8_block: leaves no narrow block"),
-        (["low_precision.letters=E", "low_precision.out_projection=bf16"], "low_precision.letters names none; remove"),
+        (["low_precision.block_types=EK"], "names K, and model.pattern has no such block; use some of * E M"),
+        (["low_precision.block_types=X"], "'X' is not a letter of a block"),
+        (["model.pattern=AA"], "low_precision.block_types = ME-: names no block of model.pattern; use some of *"),
         (
-            ["low_precision.letters=M", "low_precision.saved=fp8"],
-            "low_precision.saved = fp8: is about hidden rows of experts and feed-forwards",
+            ["low_precision.bf16_last_layers=1.5"],
+            "must be a whole number of blocks, or a part of all below 1; use 1, or 0.30",
+        ),
+        (["low_precision.bf16_first_layers=5"], "low_precision.recipe = fp8_block: leaves no narrow block"),
+        (
+            ["low_precision.block_types=E", "low_precision.out_proj_recipe=bf16"],
+            "low_precision.block_types names none; remove",
+        ),
+        (
+            ["low_precision.block_types=M", "low_precision.activation_storage=fp8"],
+            "low_precision.activation_storage = fp8: is about hidden rows of experts and feed-forwards",
         ),
         (["low_precision.dispatch=fp8"], "low_precision.dispatch = fp8: is about rows on their way to other ranks"),
         (
-            ["low_precision.recipe=mxfp8", "low_precision.out_projection=mxfp8"],
+            ["low_precision.recipe=mxfp8", "low_precision.out_proj_recipe=mxfp8"],
             "is what low_precision.recipe=mxfp8 does to all products",
         ),
         (["parallel.zero_stage=3"], "parallel.zero_stage = 3: gathers weights for each pass"),
@@ -66,11 +72,11 @@ def test_a_recipe_that_suits_its_run_is_taken(base):
         ),
         (
             ["model.moe.expert_hidden_size=40"],
-            "multiples of 16, and experts.up of blocks E is 40 x 64 there; leave E out of low_precision.letters",
+            "multiples of 16, and experts.up of blocks E is 40 x 64 there; leave E out of low_precision.block_types",
         ),
         (
             ["model.moe.bias=true"],
-            "biases of experts, which are columns of their matrices; leave E out of low_precision.letters",
+            "biases of experts, which are columns of their matrices; leave E out of low_precision.block_types",
         ),
         (["model.mamba.num_heads=15"], "in_proj.weight of blocks M is 527 x 64 there"),
         (["parallel.tensor=2", "low_precision.recipe=mxfp8"], "in_proj.weight of blocks M is 296 x 64 there"),
@@ -88,8 +94,8 @@ def test_emulated_products_take_any_width(base):
 
 def test_a_refusal_names_file_and_line(base, tmp_path):
     path = tmp_path / "narrow.yaml"
-    path.write_text(f"extends: {base}\nlow_precision:\n  letters: K\n  recipe: mxfp8\n")
-    with pytest.raises(ConfigError, match=r"narrow\.yaml:3: low_precision\.letters = K: names K"):
+    path.write_text(f"extends: {base}\nlow_precision:\n  block_types: K\n  recipe: mxfp8\n")
+    with pytest.raises(ConfigError, match=r"narrow\.yaml:3: low_precision\.block_types = K: names K"):
         load_checked(path)
 
 
@@ -105,6 +111,8 @@ def test_a_device_without_the_products_is_refused_unless_they_are_emulated(base)
 
 def test_nvfp4_in_all_blocks_is_warned_of(base):
     nvfp4 = [*NARROW, "low_precision.recipe=nvfp4"]
-    assert "low_precision.wide_last=0.15 does that" in (warn_of_recipe(load_config(base, nvfp4).low_precision) or "")
-    assert warn_of_recipe(load_config(base, [*nvfp4, "low_precision.wide_last=0.15"]).low_precision) is None
+    assert "low_precision.bf16_last_layers=0.15 does that" in (
+        warn_of_recipe(load_config(base, nvfp4).low_precision) or ""
+    )
+    assert warn_of_recipe(load_config(base, [*nvfp4, "low_precision.bf16_last_layers=0.15"]).low_precision) is None
     assert warn_of_recipe(load_config(base, NARROW).low_precision) is None

@@ -46,12 +46,18 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
             "parallel.overlap_experts=half: must be one of: false, true, rows; use for example false",
         ),
         (
-            ["parallel.expert_room=1.5"],
-            "parallel.expert_room = 1.5: is room for rows between expert ranks, and parallel.expert is 1; raise",
+            ["parallel.expert_buffer_factor=1.5"],
+            "parallel.expert_buffer_factor = 1.5: is room for rows between expert ranks, and parallel.expert is 1; raise",
         ),
         (
-            ["model.pattern=M*E", MOE, "model.moe.capacity_factor=2", "parallel.expert=2", "parallel.expert_room=1.5"],
-            "parallel.expert_room = 1.5: is room for rows that are not limited, and model.moe.capacity_factor=2 limits",
+            [
+                "model.pattern=M*E",
+                MOE,
+                "model.moe.capacity_factor=2",
+                "parallel.expert=2",
+                "parallel.expert_buffer_factor=1.5",
+            ],
+            "parallel.expert_buffer_factor = 1.5: is room for rows that are not limited, and model.moe.capacity_factor=2 limits",
         ),
         (
             ["parallel.tensor=2", "parallel.expert_tensor=1"],

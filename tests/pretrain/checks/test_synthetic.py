@@ -12,7 +12,7 @@ from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.file import change_section, load_config, resolved_yaml
 from tests.pretrain.config.files import BASE
 
-TASK = BASE[: BASE.index("data:")] + "data: {probe: {task: mqar}}\n" + BASE[BASE.index("train:") :]
+TASK = BASE[: BASE.index("data:")] + "data: {synthetic: {task: mqar}}\n" + BASE[BASE.index("train:") :]
 
 
 @pytest.fixture
@@ -39,15 +39,15 @@ def test_a_run_on_a_synthetic_task_needs_no_store_and_reads_back(task_file: Path
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.store=x"], "data.store: has no effect on data.probe, which is not text; remove one of the two"),
-        (["data.tokenizer.vocab_size=512"], "data.tokenizer: has no effect on data.probe"),
-        (["data.sources=[{name: a, paths: [a]}]"], "data.sources: has no effect on data.probe"),
-        (["data.phases=[{start_sample: 4, sequence_length: 256}]"], "data.phases: has no effect on data.probe"),
-        (["data.shuffle=block"], "data.shuffle: has no effect on data.probe"),
-        (["model.vocab_size=64"], "model.vocab_size = 64: must be at least 65, the tokens of data.probe.task=mqar"),
-        (["data.probe.num_writes=2"], "data.probe.num_writes=2 has no effect on the synthetic task mqar"),
-        (["data.probe.num_pairs=33"], "data.probe.num_pairs=33 must be at most num_keys=32"),
-        (["data.probe.task=s7"], "must be one of: mqar, overwriting, selective_copying, parity, s3, s4, a5, s5"),
+        (["data.store=x"], "data.store: has no effect on data.synthetic, which is not text; remove one of the two"),
+        (["data.tokenizer.vocab_size=512"], "data.tokenizer: has no effect on data.synthetic"),
+        (["data.sources=[{name: a, paths: [a]}]"], "data.sources: has no effect on data.synthetic"),
+        (["data.phases=[{start_sample: 4, sequence_length: 256}]"], "data.phases: has no effect on data.synthetic"),
+        (["data.shuffle=block"], "data.shuffle: has no effect on data.synthetic"),
+        (["model.vocab_size=64"], "model.vocab_size = 64: must be at least 65, the tokens of data.synthetic.task=mqar"),
+        (["data.synthetic.num_writes=2"], "data.synthetic.num_writes=2 has no effect on the synthetic task mqar"),
+        (["data.synthetic.num_pairs=33"], "data.synthetic.num_pairs=33 must be at most num_keys=32"),
+        (["data.synthetic.task=s7"], "must be one of: mqar, overwriting, selective_copying, parity, s3, s4, a5, s5"),
         (["train.sequence_length=23"], "train.sequence_length = 23: must be at least 24, the shortest row of"),
         (
             ["train.steps=null", "stages=[{name: a, steps: 40}, {name: b, steps: 40, sequence_length: 16}]"],
@@ -55,7 +55,7 @@ def test_a_run_on_a_synthetic_task_needs_no_store_and_reads_back(task_file: Path
         ),
         (
             ["train.steps=null", "stages=[{name: a, steps: 40, weights: {mqar: 1}}]"],
-            "stages.0.weights: has no effect on data.probe, the only source; remove it",
+            "stages.0.weights: has no effect on data.synthetic, the only source; remove it",
         ),
     ],
 )
@@ -64,13 +64,13 @@ def test_a_broken_rule_is_explained(task_file: Path, overrides: list[str], messa
 
 
 def test_without_a_synthetic_task_text_is_needed(task_file: Path) -> None:
-    message = broken(task_file, "data.probe=null", "data.tokenizer.vocab_size=512")
-    assert "data.store: is missing; name the folder that `amfm prepare` writes, or give data.probe" in message
-    assert "data.sources: is missing; name at least one, with name and paths, or give data.probe" in message
+    message = broken(task_file, "data.synthetic=null", "data.tokenizer.vocab_size=512")
+    assert "data.store: is missing; name the folder that `amfm prepare` writes, or give data.synthetic" in message
+    assert "data.sources: is missing; name at least one, with name and paths, or give data.synthetic" in message
 
 
 def test_settings_of_a_section_are_changed_as_overrides_change_a_file(task_file: Path) -> None:
-    section = load_config(task_file).data.probe
+    section = load_config(task_file).data.synthetic
     assert section is not None
     changed = change_section(section, ["num_pairs=3", "num_keys=1e2"])
     assert (changed.num_pairs, changed.num_keys, changed.num_values) == (3, 100, 32)
@@ -80,4 +80,4 @@ def test_settings_of_a_section_are_changed_as_overrides_change_a_file(task_file:
 
 def test_the_example_runs_are_sound() -> None:
     paths = sorted((Path(__file__).parents[3] / "configs" / "probes").glob("*.yaml"))
-    assert paths and all(load_checked(path, [], world_size=1).data.probe for path in paths)
+    assert paths and all(load_checked(path, [], world_size=1).data.synthetic for path in paths)

@@ -32,7 +32,7 @@ model.attention.indexer.loss_weight model.attention.indexer.stage
 model.moe.num_experts model.moe.top_k model.moe.expert_hidden_size model.moe.shared_expert_hidden_size
 model.moe.shared_expert_gate model.moe.shared_expert_linear_kind model.moe.shared_expert_linear_rank
 model.moe.shared_expert_linear_blocks model.moe.activation model.moe.activation_limit model.moe.bias model.moe.router model.moe.normalize_probabilities model.moe.routed_scaling
-model.moe.num_router_groups model.moe.router_group_top_k model.moe.router_group_merit model.moe.expert_bias model.moe.bias_update_rate
+model.moe.num_router_groups model.moe.router_group_top_k model.moe.group_score_top_k model.moe.expert_bias model.moe.bias_update_rate
 model.moe.auxiliary_loss_weight model.moe.sequence_loss_weight model.moe.balance_counts model.moe.z_loss_weight model.moe.latent_size
 model.moe.capacity_factor model.moe.overflow
 model.feed_forward.hidden_size model.feed_forward.activation model.feed_forward.activation_limit model.feed_forward.linear_kind
@@ -99,7 +99,7 @@ model.mixers.window_linear.rope_fraction model.mixers.window_linear.softmax_scal
 model.mixers.window_linear.chunk_size model.mixers.window_linear.rope_llama3.factor
 model.mixers.window_linear.rope_llama3.original_length model.mixers.window_linear.rope_llama3.slow_turns
 model.mixers.window_linear.rope_llama3.fast_turns
-model.guide.share model.guide.skip
+model.self_guided_training.share model.self_guided_training.skip
 model.lora_mixer.num_experts model.lora_mixer.top_k model.lora_mixer.rank model.lora_mixer.alpha model.lora_mixer.targets
 model.lora_mixer.balance_weight model.lora_mixer.specialization_weight model.lora_mixer.hard_from_step
 model.multipliers.embedding model.multipliers.residual model.multipliers.logits model.mup.base_hidden_size
@@ -110,8 +110,8 @@ data.cache.folder data.cache.max_bytes data.cache.block_bytes
 data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.weight data.sources.*.validation_fraction data.sources.*.max_bytes data.sources.*.max_tokens
 data.sources.*.filters.min_characters data.sources.*.filters.max_characters data.sources.*.filters.keep_pattern
 data.sources.*.filters.drop_pattern data.sources.*.filters.exact_duplicates
-data.probe.task data.probe.num_pairs data.probe.num_writes data.probe.num_keys data.probe.num_values
-data.probe.num_copied data.probe.num_symbols
+data.synthetic.task data.synthetic.num_pairs data.synthetic.num_writes data.synthetic.num_keys data.synthetic.num_values
+data.synthetic.num_copied data.synthetic.num_symbols
 data.tokenizer.model data.tokenizer.eos_token data.tokenizer.algorithm data.tokenizer.vocab_size
 data.tokenizer.byte_fallback data.tokenizer.training_bytes
 data.prepare.preset data.prepare.num_actors data.prepare.part_bytes data.prepare.chunk_tokens data.prepare.on_damage
@@ -138,22 +138,22 @@ stages.*.rope.llama3.original_length stages.*.rope.llama3.slow_turns stages.*.ro
 stages.*.schedule.kind stages.*.schedule.warmup_steps stages.*.schedule.decay_steps stages.*.schedule.decay_shape
 stages.*.schedule.min_ratio
 stages.*.parallel.tensor stages.*.parallel.sequence_parallel stages.*.parallel.expert stages.*.parallel.expert_tensor
-stages.*.parallel.overlap_experts stages.*.parallel.expert_room stages.*.parallel.context stages.*.parallel.pipeline stages.*.parallel.schedule
+stages.*.parallel.overlap_experts stages.*.parallel.expert_buffer_factor stages.*.parallel.context stages.*.parallel.pipeline stages.*.parallel.schedule
 stages.*.parallel.virtual_stages stages.*.parallel.zero_stage stages.*.parallel.offload_optimizer
 parallel.tensor parallel.sequence_parallel parallel.expert parallel.expert_tensor parallel.overlap_experts
-parallel.expert_room parallel.context parallel.pipeline parallel.schedule parallel.virtual_stages parallel.zero_stage parallel.offload_optimizer
+parallel.expert_buffer_factor parallel.context parallel.pipeline parallel.schedule parallel.virtual_stages parallel.zero_stage parallel.offload_optimizer
 health.on_nonfinite health.on_spike health.spike_ratio health.spike_window health.max_rollbacks
 health.straggler_percent
 health.check_state_every_steps
 kernels.backend kernels.experts
-low_precision.recipe low_precision.letters low_precision.wide_first low_precision.wide_last low_precision.out_projection
-low_precision.weight_gradient low_precision.saved low_precision.dispatch low_precision.quantize_weights low_precision.emulate low_precision.measure_every_steps
+low_precision.recipe low_precision.block_types low_precision.bf16_first_layers low_precision.bf16_last_layers low_precision.out_proj_recipe
+low_precision.weight_gradient low_precision.activation_storage low_precision.dispatch low_precision.quantize_weights low_precision.emulate low_precision.measure_every_steps
 export.target export.max_position_embeddings
 evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size
 validation.*.name validation.*.source validation.*.paths validation.*.batches validation.*.tokens
 prune.groups prune.keep prune.method prune.start_step prune.every_steps prune.end_step
 forget.every_steps forget.until_step qk_clip.limit ema.decay ema.every_steps ema.start
-convert.teacher convert.to convert.blocks convert.keep convert.stage
+convert.teacher convert.to convert.blocks convert.keep_blocks convert.stage
 convert.upcycle.num_copies convert.upcycle.num_slices convert.upcycle.top_copies convert.upcycle.router
 convert.upcycle.noise convert.upcycle.reset
 convert.transfer.steps convert.transfer.learning_rate convert.transfer.scale
@@ -161,7 +161,7 @@ convert.tune.steps convert.tune.learning_rate convert.tune.rank convert.tune.alp
 convert.tune.routing.num_experts convert.tune.routing.top_k convert.tune.routing.balance_weight convert.tune.routing.specialization_weight
 convert.tune.routing.hard_from_step convert.tune.routing.updates
 launch.heartbeat_seconds launch.max_restarts launch.min_nodes launch.node_wait_seconds launch.storage_wait_seconds launch.spare_nodes
-launch.keep_loaded launch.setup
+launch.warm_restarts launch.setup
 launch.environment
 launch.slurm.partition launch.slurm.account launch.slurm.qos launch.slurm.time_limit launch.slurm.gpus
 launch.slurm.cpus_per_task launch.slurm.cpu_bind launch.slurm.memory launch.slurm.modules launch.slurm.signal_seconds launch.slurm.requeue launch.slurm.container_image

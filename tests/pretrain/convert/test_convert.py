@@ -159,17 +159,17 @@ def test_the_verdict_says_when_the_linear_branch_is_unused() -> None:
     [
         ({"convert": None}, "convert: is missing"),
         ({"convert__stage": "tune"}, "convert.stage = tune: names a stage's own run"),
-        ({"convert__blocks": [1], "convert__keep": []}, "convert.blocks = 1: is - "),
-        ({"convert__keep": [7]}, "convert.keep = 7: must be below 4"),
-        ({"convert__keep": [0, 2]}, r"convert.keep = \(0, 2\): keeps every attention block"),
-        ({"convert__blocks": [0]}, "convert.keep: is given together with convert.blocks"),
+        ({"convert__blocks": [1], "convert__keep_blocks": []}, "convert.blocks = 1: is - "),
+        ({"convert__keep_blocks": [7]}, "convert.keep_blocks = 7: must be below 4"),
+        ({"convert__keep_blocks": [0, 2]}, r"convert.keep_blocks = \(0, 2\): keeps every attention block"),
+        ({"convert__blocks": [0]}, "convert.keep_blocks: is given together with convert.blocks"),
         ({"convert__to": "gla"}, "model.mixers.gla: is missing"),
         ({"convert__to": "mamba7"}, "convert.to = mamba7: is not a registered mixer"),
         ({"train__steps": 4}, "train.steps = 4: has no effect in a conversion"),
         ({"data__validation_fraction": 0}, "data.validation_fraction = 0: leaves nothing to measure"),
         (
-            {"data__probe": {"task": "parity"}},
-            "data.probe = parity: is a synthetic task, and a conversion measures text",
+            {"data__synthetic": {"task": "parity"}},
+            "data.synthetic = parity: is a synthetic task, and a conversion measures text",
         ),
         ({"parallel__zero_stage": 3}, "parallel.zero_stage = 3: cuts frozen weights"),
         ({"optimizer__kind": "muon"}, "optimizer.kind = muon: makes the steps of matrices orthogonal"),
@@ -187,7 +187,7 @@ def test_the_verdict_says_when_the_linear_branch_is_unused() -> None:
             "convert.transfer: has nothing to train: preset=liger",
         ),
         ({"model__attention": MODEL["attention"] | {"bias": True}}, "model.attention.bias = true: adds biases"),
-        ({"model__pattern": "--", "convert__keep": []}, "has no softmax attention"),
+        ({"model__pattern": "--", "convert__keep_blocks": []}, "has no softmax attention"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_before_it_starts(
@@ -223,6 +223,6 @@ def test_a_teacher_of_another_tokenizer_or_of_a_synthetic_task_is_refused(done: 
 
 def test_a_run_directory_of_another_conversion_is_refused(data: DataConfig, done: Done) -> None:
     folder = Path(done.config.run.dir).parent
-    other = conversion(data, folder, Path(done.config.convert.teacher), convert__keep=[0])
+    other = conversion(data, folder, Path(done.config.convert.teacher), convert__keep_blocks=[0])
     with pytest.raises(ValueError, match="holds another conversion: pattern"):
         write_start(other)

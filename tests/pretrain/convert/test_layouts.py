@@ -42,7 +42,7 @@ def test_two_ranks_transfer_and_tune_as_one_does(data: DataConfig, tmp_path: Pat
     for ranks, parallel in ((1, {}), (2, LAYOUTS[layout])):
         # Cut by hand: the stage with the head gets one block by cost, and that one is not converted.
         pattern = "*-|*-" if parallel.get("pipeline") else "*-*-"
-        changes = {"convert__keep": [], "model__pattern": pattern, "parallel": parallel}
+        changes = {"convert__keep_blocks": [], "model__pattern": pattern, "parallel": parallel}
         config = conversion(data, tmp_path / str(ranks), teacher, **changes)
         write_start(config)
         transfer, tune, *_ = conversion_stages(config)

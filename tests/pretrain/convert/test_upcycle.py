@@ -124,7 +124,10 @@ def test_the_command_writes_a_model_that_a_run_trains_on(
         ({"num_slices": 5}, "convert.upcycle.num_slices = 5: must divide model.feed_forward.hidden_size=48"),
         ({"top_copies": 4}, "convert.upcycle.top_copies = 4: is more than convert.upcycle.num_copies=3"),
         ({"transfer": {"steps": 3}}, "convert.transfer: has no effect with convert.upcycle"),
-        ({"keep": [0]}, r"convert.keep = 0: is \* \(.*\), and only feed-forward \(-\) is converted; use some of 1, 3"),
+        (
+            {"keep_blocks": [0]},
+            r"convert.keep_blocks = 0: is \* \(.*\), and only feed-forward \(-\) is converted; use some of 1, 3",
+        ),
         ({"keep": [1, 3]}, "keeps every feed-forward block"),
     ],
 )

@@ -81,7 +81,7 @@ OWN: dict[str, Any] = {
         "router": "sqrt_softplus",
         "num_router_groups": 3,
         "router_group_top_k": 2,
-        "router_group_merit": 1,
+        "group_score_top_k": 1,
     },
 }
 LFM2: dict[str, Any] = {

@@ -89,7 +89,7 @@ def test_the_export_of_a_shrunk_model_is_proved(data: DataConfig, tmp_path: Path
 
 
 def test_gated_blocks_shrink_too(data: DataConfig) -> None:
-    model = OWN | {"moe": OWN["moe"] | {"num_router_groups": 1, "router_group_top_k": 1, "router_group_merit": 2}}
+    model = OWN | {"moe": OWN["moe"] | {"num_router_groups": 1, "router_group_top_k": 1, "group_score_top_k": 2}}
     model = model | {"feed_forward": {"hidden_size": 48, "activation": "swiglu"}}
     given = pruned_weights(data, model)
     check_sizes(given, shrink_weights(given).weights, 44, 5)

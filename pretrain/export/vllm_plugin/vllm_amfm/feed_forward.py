@@ -112,7 +112,7 @@ class MixtureOfExperts(nn.Module):
         groups, kept = section["num_router_groups"], section["router_group_top_k"]
         if kept < groups:
             grouped = choice_NE.view(choice_NE.shape[0], groups, -1)
-            merit = section.get("router_group_merit", 2)
+            merit = section.get("group_score_top_k", section.get("router_group_merit", 2))
             best = grouped.topk(merit, dim=-1).values.sum(dim=-1).topk(kept, dim=-1).indices
             is_kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, True)
             choice_NE = grouped.masked_fill(~is_kept[..., None], -math.inf).view_as(choice_NE)
