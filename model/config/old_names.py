@@ -24,7 +24,7 @@ OLD_NAMES = {
     "model.moe.router_group_merit": "model.moe.group_score_top_k",
     "parallel.expert_room": "parallel.expert_buffer_factor",
 }
-STAGE = re.compile(r"stages\.\d+\.")  # what a stage sets anew has the names of the run
+STAGE = re.compile(r"stages\.\d+\.")  # a stage changes settings by the names of the run
 Mapped = Callable[[Any], "dict[str, Any] | None"]
 
 
@@ -52,7 +52,7 @@ def warn_of(old: str, new: str) -> None:
 def use_current_names(settings: dict[str, Any], prefix: str = "", mapped: Mapped | None = None) -> None:
     """Put present names for old ones, in place, in the settings below a dotted `prefix` and in those of stages.
 
-    mapped: the settings in a value, None where it is no mapping; without it values are dicts. Raises ValueError where a
+    mapped: the settings in a value, None if it is not a mapping; without it values are dicts. Raises ValueError where a
     setting is there under both.
     """
     mapped = mapped or (lambda value: value if isinstance(value, dict) else None)
