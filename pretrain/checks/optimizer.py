@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.optimizers import optimizer_specs
+from amfm.pretrain.config.rates import DecayFactors, RateFactors
 from amfm.pretrain.config.schema import RunConfig
 
 
@@ -18,6 +19,9 @@ def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
     if section.kind == "muon" and config.parallel.offload_optimizer:
         rule = "would have the host's processors multiply Muon's matrices"
         yield Problem("parallel.offload_optimizer", rule, "use false, or optimizer.kind=adamw", "true")
+    for key, factors in (("rates", section.rates), ("decays", section.decays)):
+        for name, rule in unmatched(factors, config) if factors is not None else ():
+            yield Problem(f"optimizer.{key}.{name}", rule, "remove it", str(getattr(factors, name)))
     for name in section.options.packages_used():
         if name != section.kind:
             rule = f"has no effect with optimizer.kind={section.kind}"
@@ -27,6 +31,17 @@ def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("model.mup", rule, "use optimizer.kind=adamw or muon, or remove model.mup")
     if section.state_dtype == "bf16":
         yield from _bf16_state_problems(config)
+
+
+def unmatched(factors: RateFactors | DecayFactors, config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Groups of factors that no parameter of the model is in: name and rule."""
+    given = factors.model_fields_set
+    if "head" in given and config.model.tie_embeddings:
+        yield "head", "matches nothing: model.tie_embeddings makes the head the embedding, whose factor it has"
+    if "router" in given and config.model.moe is None:
+        yield "router", "matches nothing: no block of model.pattern has a router"
+    if "adamw" in given and config.optimizer.kind != "muon":
+        yield "adamw", f"is for what Muon does not step, and optimizer.kind is {config.optimizer.kind}"
 
 
 def _bf16_state_problems(config: RunConfig) -> Iterator[Problem]:

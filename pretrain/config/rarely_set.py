@@ -97,6 +97,8 @@ RARELY_SET: dict[str, dict[str, str]] = {
     },
     "docs/optimizers.md": {
         "optimizer": "epsilon state_dtype",
+        "optimizer.rates": "embedding head norms router matrices vectors adamw",
+        "optimizer.decays": "embedding head router matrices",
         "optimizer.muon": "momentum rounds update_rms per_head",
         "qk_clip": "limit",
         "ema": "decay every_steps start",

@@ -24,6 +24,7 @@ from amfm.pretrain.config.launch import LaunchConfig
 from amfm.pretrain.config.optimizers import OURS as OWN_OPTIMIZERS
 from amfm.pretrain.config.optimizers import RegisteredOptimizers, optimizer_specs
 from amfm.pretrain.config.pruning import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig
+from amfm.pretrain.config.rates import DecayFactors, RateFactors
 from amfm.pretrain.config.schedules import OURS as OWN_SCHEDULES
 from amfm.pretrain.config.schedules import RegisteredSchedules, schedule_specs
 from amfm.pretrain.config.validation import ValidationSet, with_sources
@@ -80,6 +81,8 @@ class OptimizerConfig(Section):
     epsilon: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
     weight_decay: float = Field(0.1, ge=0, description="On matrices; norms, biases, A_log, D and dt_bias never decay.")
     clip_grad_norm: float | None = Field(1.0, gt=0, description="Largest global gradient norm; null: no clipping.")
+    rates: RateFactors | None = Field(None, description="Factors on the rate by group; null: one rate for all.")
+    decays: DecayFactors | None = Field(None, description="Factors on weight_decay by group; null: one for all.")
     muon: MuonConfig | None = Field(None, description="Settings of kind muon; null: its defaults.")
     state_dtype: Literal["float32", "bf16"] = Field(
         "float32",

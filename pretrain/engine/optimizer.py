@@ -18,6 +18,7 @@ from amfm.model.config.mup import WidthScales, width_scales
 from amfm.model.hybrid import HybridModel
 from amfm.model.matrices import MatrixStack
 from amfm.pretrain.config.optimizers import optimizer_specs
+from amfm.pretrain.config.rates import DecayFactors, RateFactors, group_of
 from amfm.pretrain.config.schema import OptimizerConfig
 from amfm.pretrain.engine.adamw import AdamW
 from amfm.pretrain.engine.bf16_adamw import Bf16AdamW
@@ -26,6 +27,7 @@ from amfm.pretrain.engine.muon.optimizer import Muon
 from amfm.pretrain.engine.package_optimizer import PackageOptimizer
 
 NO_SCALES = WidthScales()
+NO_RATES, NO_DECAYS = RateFactors(), DecayFactors()
 NEVER_DECAY = ("bias", "A_log", "D")  # end of the name, after a dot or _; vectors never decay whatever their name
 
 
@@ -59,6 +61,8 @@ def group_parameters(
     epsilon: float = 1e-8,
     scales: Callable[[str], WidthScales] | None = None,
     matrices: Collection[str] = (),
+    rates: RateFactors = NO_RATES,
+    decay_factors: DecayFactors = NO_DECAYS,
 ) -> list[dict[str, Any]]:
     """Sort parameters into the groups `muon`, `decay` and `no_decay`, in the module's order; empty ones are left out.
 
@@ -67,7 +71,8 @@ def group_parameters(
     `name` and `moe`. `bucket_elements`: close a group of decaying parameters behind the part of the module with which it
     comes to so many, which makes it a bucket; `apart`: parameters that make groups of their own. `scales`: of a parameter's
     rate and epsilon by its name; each pair makes groups of its own, `decay_wide` and `decay_out`, whose `rate_scale` the
-    step multiplies the schedule's rate by. `matrices`: names of those that Muon steps.
+    step multiplies the schedule's rate by. `matrices`: names of those that Muon steps. `rates`, `decay_factors`: by kind of
+    parameter; each kind with factors of its own makes groups of its own, named behind an @.
     """
     groups: dict[tuple[str, str | None, bool, int], dict[str, Any]] = {}
     # The present bucket of each kind of group: its number, its elements so far, and the part it came to.
@@ -77,20 +82,28 @@ def group_parameters(
         if not parameter.requires_grad:
             continue
         own_scales = NO_SCALES if scales is None else scales(name)
-        label = MUON if name in matrices else _label(decays(name, parameter.shape), own_scales)
+        is_muon, has_decay = name in matrices, decays(name, parameter.shape)
+        group_name = group_of(name, is_matrix=has_decay)
+        rate = rates.factor(group_name, by_adamw=bool(matrices) and not is_muon)
+        decay_factor = decay_factors.factor(group_name) if has_decay else 1.0
+        label = MUON if is_muon else _label(has_decay, own_scales)
+        if (rate, decay_factor) != (1.0, 1.0) and not is_muon:
+            label = f"{label}@{group_name}"
         spread: str | None = getattr(parameter, "group_name", None)
         kind = (label, spread, id(parameter) in kept_apart)
         number, elements, part = buckets.get(kind, (0, 0, part_of(name)))
-        is_full = bucket_elements is not None and label != "no_decay" and elements >= bucket_elements
+        is_full = bucket_elements is not None and has_decay and elements >= bucket_elements
         if is_full and part != part_of(name):
             number, elements = number + 1, 0
         buckets[kind] = (number, elements + parameter.numel(), part_of(name))
         own: dict[str, Any] = {} if spread is None else {"moe": True, "name": spread}
         if own_scales != NO_SCALES and label != MUON:
             own |= {"rate_scale": own_scales.rate, "eps": epsilon * own_scales.epsilon}
+        if rate != 1.0:
+            own["rate_scale"] = rate * own.get("rate_scale", 1.0)
         new = {
             "label": label,
-            "weight_decay": 0.0 if label == "no_decay" else weight_decay,
+            "weight_decay": weight_decay * decay_factor if has_decay else 0.0,
             "params": [],
             "parameter_names": [],
         }
@@ -100,7 +113,7 @@ def group_parameters(
     # Dense before spread, decaying before the others: the norm of all gradients adds up in this order.
     return [
         groups[key]
-        for key in sorted(groups, key=lambda key: (key[1] is not None, key[0] == "no_decay", key[2], key[3]))
+        for key in sorted(groups, key=lambda key: (key[1] is not None, key[0].startswith("no_decay"), key[2], key[3]))
     ]
 
 
@@ -128,6 +141,8 @@ def build_optimizer(
         epsilon=config.epsilon,
         scales=None if model is None else partial(width_scales, config=model),
         matrices={stack.name for stack in stacks},
+        rates=config.rates or NO_RATES,
+        decay_factors=config.decays or NO_DECAYS,
     )
     settings: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.epsilon, "fused": True}
     muon = config.muon_settings()
