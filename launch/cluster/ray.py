@@ -16,7 +16,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from amfm.launch.cluster.left_out import LeftOut
 from amfm.launch.cluster.links import find_port
 from amfm.launch.cluster.node_check import blame, make_request, read_answers
 from amfm.launch.cluster.node_logs import Follower, copy_labelled, last_words, node_log
+from amfm.launch.cluster.ray_head import RayHead
 from amfm.launch.cluster.supervise import Attempt, Outcome
 from amfm.launch.rank_command import isolated_python, rank_command, rank_variables
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
@@ -139,6 +139,7 @@ class RayCluster:
         self.left_out = LeftOut(Path(run_dir))
         if not ray.is_initialized():
             start_ray(address)
+        self.head = RayHead()
 
     def usable_nodes(self) -> int:
         """Number of live nodes whose total resources hold a node's ranks, and which are not left out."""
@@ -167,10 +168,12 @@ class RayCluster:
         except RayError as error:
             return Outcome(RUN_FAILED, first_line(error))
         finally:
-            with suppress(RayError):  # of a cluster whose head is gone, which says nothing new
-                for actor in self.actors:
-                    ray.kill(actor)
-                remove_placement_group(group)
+            while not self.head.answers():  # or these would wait for it, and raise
+                self.head.look()
+                time.sleep(POLL_SECONDS)
+            for actor in self.actors:
+                ray.kill(actor)
+            remove_placement_group(group)
             self.actors = []
 
     def _is_placed(self, group: Any, nodes: int) -> bool:
@@ -265,6 +268,7 @@ class RayCluster:
         while running and (deadline is None or time.monotonic() < deadline):
             done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
             shown.show()
+            self.head.look()
             for reference in done:
                 rank = running.pop(reference)
                 place = f"rank {rank} on {hosts[rank]}"

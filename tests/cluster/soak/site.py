@@ -99,10 +99,12 @@ class Site:
             time.sleep(0.25)
             self.repair()
 
-    def settle(self) -> None:
-        """Wait for repairs, and for a second job of the run, which waits for the end of the first."""
+    def settle(self) -> float:
+        """Wait for repairs, and for a second job of the run, which waits for the end of the first; seconds that it took then."""
         self.finish_repairs()
+        began = time.monotonic()
         wait_until(lambda: not self.nodes.run(0, "squeue", "--noheader", check=False), START_SECONDS)
+        return time.monotonic() - began
 
     def lose(self, node: int) -> None:
         """Take the power from a node for 50 seconds, after which it comes back and is at the site's service."""

@@ -112,7 +112,7 @@ class Soak:
         onlooker.moved = time.monotonic()
         with onlooker.watching(site.run_dir):
             self.go_on(found, site, onlooker, faults)
-            site.settle()
+            onlooker.held += site.settle()
         found.seconds = time.monotonic() - began
         self.finish(found, site, onlooker, straight)
 
