@@ -66,6 +66,7 @@ MISSES = (
     ),
     Miss("attention_key_gradient_kernel", ("BLOCK_K=128",), 0, 64, "the assembler's choice"),
     Miss("down_backward_kernel", (), 0, 32, "the assembler's choice"),
+    Miss("scaled_outer_kernel", ("TILED=False",), 40, 40, "on sm_100, of one matrix; cause not found"),
 )  # fmt: skip
 
 

@@ -22,12 +22,13 @@ def check(launch: KernelLaunch, architecture: int) -> None:
     assert compiled.shared_bytes <= SHARED_KIB[architecture] * 1024, launch.name
     assert not compiled.transposed_products, launch.name
     miss = next((miss for miss in MISSES if miss.is_of(launch.name)), None)
-    if architecture == 90:
-        most = 0 if miss is None else miss.before if (triton_version() or ()) < (3, 7) else miss.most
+    most = 0 if miss is None else miss.before if (triton_version() or ()) < (3, 7) else miss.most
+    if architecture == max(90, launch.first_architecture):
         assert compiled.spill_bytes <= most, (launch.name, compiled)
+    if architecture == 90:
         assert compiled.uses_wgmma == (launch.multiplies and (miss is None or miss.has_wgmma)), (launch.name, compiled)
     if launch.first_architecture == 100:
-        assert not compiled.spill_bytes and compiled.uses_block_scales == launch.multiplies, (launch.name, compiled)
+        assert compiled.uses_block_scales == launch.multiplies, (launch.name, compiled)
 
 
 @pytest.mark.skipif(find_miscompile(triton_version(), 9) is not None, reason="this Triton is refused there")
