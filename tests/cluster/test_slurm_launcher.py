@@ -77,7 +77,7 @@ def test_a_job_in_which_slurm_starts_no_more_steps_is_queued_again(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
     """As after a restart of the controller, where the job had lost a node before."""
-    with training(folder, 3, count=2, steps=5, launch__spare_nodes=1, launch__min_nodes=2) as (nodes, job, log):
+    with training(folder, 3, count=2, launch__spare_nodes=1, launch__min_nodes=2) as (nodes, job, log):
         with watch("Slurm", "node lost, then the controller restarted and a rank killed"):
             nodes.fault("lose", 2)
             wait_until(lambda: len(events(folder / "run", "restarted")) == 1, START_SECONDS, log)

@@ -130,8 +130,8 @@ class Soak:
                 )
             if now - asked >= ASK_SECONDS:
                 fields = site.show()
-                # A controller that is away learns late that a job has ended.
-                is_held = state == "RUNNING" and (fields is not None or bool(site.processes()))
+                # Nodes are held while a job ends, too. A controller that is away learns late that one has ended.
+                is_held = state in ("RUNNING", "COMPLETING") and (fields is not None or bool(site.processes()))
                 onlooker.held += (now - asked) * is_held
                 asked, state = now, fields["JobState"] if fields is not None else state
                 if state == "COMPLETED" and is_finished(site.run_dir):
