@@ -250,24 +250,26 @@ def print_plan(made: Plan, title: str) -> None:
     """Print the plan as tables: model, memory, step, stages, layouts; advice goes to standard error."""
     from amfm.launch.plan.hardware import GIB
     from amfm.launch.plan.plan import SECONDS_A_DAY, advise
+    from amfm.pretrain.report.numbers import count, duration, short
 
     counts, own = made.counts, made.own
     kinds = [kind for kind, total in counts.total_by_kind.items() if total]
     rows = [
-        (kind, f"{counts.total_by_kind[kind]:,}", f"{counts.active_by_kind[kind]:,}", f"{made.flops.get(kind, 0):.3e}")
+        (kind, f"{counts.total_by_kind[kind]:,}", f"{counts.active_by_kind[kind]:,}", short(made.flops.get(kind, 0)))
         for kind in kinds
     ]
-    rows.append(("all", f"{counts.total:,}", f"{counts.active:,}", f"{sum(made.flops.values()):.3e}"))
+    rows.append(("all", f"{counts.total:,}", f"{counts.active:,}", short(sum(made.flops.values()))))
     print_rows(f"Model of {title}", ("part", "parameters", "active", "FLOPs per token"), rows)
     parts = [(name, f"{size / GIB:,.2f} GiB") for name, size in own.memory.parts.items()]
     parts.append(("all", f"{own.memory.total() / GIB:,.2f} of {made.hardware.memory_gib:,.1f} GiB"))
     print_pairs(f"Peak memory of the fullest rank, in the {own.memory.phase}: {own.layout.describe()}", parts)
     times = describe_step(own)
     days = made.seconds() / SECONDS_A_DAY
-    times.append(("tokens per day", f"{made.tokens / days:.3e}"))
-    times.append(
-        ("whole run", f"{made.tokens:.3e} tokens, {days:,.1f} days, {days * 24 * own.layout.ranks:,.0f} GPU-hours")
-    )
+    times.append(("tokens per day", count(made.tokens / days)))
+    hours = days * 24 * own.layout.ranks
+    spent = f"{hours:,.0f} GPU-hours" if hours >= 1 else "less than a GPU-hour"
+    length = f"{days:,.1f} days" if days >= 2 else duration(made.seconds())
+    times.append(("whole run", f"{count(made.tokens)} tokens, {length}, {spent}"))
     print_pairs(f"Step time on {own.layout.ranks} x {made.hardware.name}", times)
     print_sparse(made)
     print_replicas(made)
@@ -326,17 +328,24 @@ def print_replicas(made: Plan) -> None:
     print_pairs(f"Replicas every {cost.every_steps:,} steps {where}", rows)
 
 
+def show_seconds(seconds: float) -> str:
+    """Format the time of a part of a step, in milliseconds below a second."""
+    return f"{seconds:,.3f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
 def describe_step(item: Estimate) -> list[tuple[str, str]]:
     """Where the seconds of a step go, each part with its share, then the whole, what it hides, and the MFU."""
     total = item.step.total()
-    parts = [(name, f"{seconds:,.3f} s, {seconds / total:.0%}") for name, seconds in item.step.parts()]
-    beside = [(name, f"{seconds:,.3f} s, overlapped and not added") for name, seconds in item.step.hidden_parts()]
+    parts = [(name, f"{show_seconds(seconds)}, {seconds / total:.0%}") for name, seconds in item.step.parts()]
+    beside = [
+        (name, f"{show_seconds(seconds)}, overlapped and not added") for name, seconds in item.step.hidden_parts()
+    ]
     ends = [
         (f"MFU, {each.name}", f"{each.mfu:.1%}: {each.assumes}") for each in item.mfu_range if each.name != "expected"
     ]
     expected = "MFU, expected; no GPU has measured it" if ends else "MFU"
     mixed = [] if item.mfu_mixed is None else [("MFU, each product at its own peak", f"{item.mfu_mixed:.1%}")]
-    return [*parts, *beside, ("all", f"{total:,.3f} s"), (expected, f"{item.mfu:.1%}"), *mixed, *ends]
+    return [*parts, *beside, ("all", show_seconds(total)), (expected, f"{item.mfu:.1%}"), *mixed, *ends]
 
 
 def add_verbs(app: typer.Typer) -> None:

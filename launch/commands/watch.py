@@ -93,9 +93,11 @@ def show_live(verdicts: Verdicts, *, stays: bool) -> None:
 
     from amfm.pretrain.monitor.follow import follow
     from amfm.pretrain.monitor.live import LivePanel
+    from amfm.pretrain.monitor.panel import choose_bars
 
     run = verdicts.run
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    run.panel.bars = choose_bars(console.encoding)
     live = LivePanel(console, run.panel.draw) if console.is_terminal else None
     printer = live or console
     said = judged = ""

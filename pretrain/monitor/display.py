@@ -17,8 +17,9 @@ from rich.markup import escape
 from amfm.data_pipeline.terminal import printable
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.live import LivePanel
-from amfm.pretrain.monitor.panel import RunState, plural
+from amfm.pretrain.monitor.panel import RunState, choose_bars, plural
 from amfm.pretrain.monitor.signals import ON_INTERRUPT
+from amfm.pretrain.stages import total_steps
 
 
 class Display:
@@ -41,6 +42,7 @@ class Display:
         name = config.run.name or config.run.dir.rstrip("/").rsplit("/", 1)[-1]
         self.state = RunState(f"amfm train {name}", first_step=first_step, last_step=last_step, began=time.time())
         self.state.shows_mfu = shows_mfu
+        self.state.num_steps, self.state.bars = total_steps(config), choose_bars(self.console.encoding)
         if first_step:  # it resumed, so its checkpoint stands; how old that is, is not known here
             self.state.checkpoint_step = first_step
         self.live: LivePanel | None = None

@@ -111,6 +111,7 @@ class FollowedRun:
             self.panel.take_metrics(line)
         beats = read_beats(self.directory / "heartbeats")
         self._judge(beats)
+        self.panel.is_over = self.state != "running"
         self.panel.status = self.describe(beats)
         return Seen(metrics, events, beats, self.state, self.cause)
 
@@ -171,6 +172,7 @@ class FollowedRun:
                 return
             steps = total_steps(self.config)
             self.panel.last_step = min(steps, self.config.train.stop_after_steps or steps)
+            self.panel.num_steps = steps
 
     def _take_event(self, event: dict[str, Any]) -> None:
         kind, step = event.get("event"), event.get("step")

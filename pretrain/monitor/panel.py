@@ -22,7 +22,7 @@ from rich.text import Text
 
 from amfm.data_pipeline.terminal import printable
 
-BARS = "▁▂▃▄▅▆▇█"
+BARS, PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-=+*%#"  # the latter where the terminal's encoding lacks the former
 SPARKLINE_WIDTH = 48
 KEPT_LOSSES = 400
 AVERAGED_STEPS = 20
@@ -32,13 +32,15 @@ LEAST_STEPS = 3  # for a time left: the first steps warm up, and one may hold a 
 class RunState:
     """What the lines of a run tell about it: newest step, curve of the loss, pace and newest checkpoint.
 
-    `first_step`, `last_step`: where this start of the run begins and ends. `began`: when it started, seconds since the
+    `first_step`, `last_step`: where this start of the run begins and ends. `num_steps`: of the whole run, where that is more.
+    `is_over`: nothing more comes of this start, so no time is left. `bars`: characters of the curve. `began`: when it started, seconds since the
     epoch, None while that is not known. `status` is its own line at the panel's foot. `shows_mfu`: false on a CPU, whose peak
     is measured at the start, in what other programs leave of it.
     """
 
     def __init__(self, name: str, *, first_step: int, last_step: int, began: float | None) -> None:
         self.name, self.first_step, self.last_step, self.began = name, first_step, last_step, began
+        self.num_steps, self.is_over, self.bars = last_step, False, BARS
         self.metrics: dict[str, Any] | None = None
         self.losses: deque[float] = deque(maxlen=KEPT_LOSSES)
         self.seconds: deque[float] = deque(maxlen=AVERAGED_STEPS)
@@ -65,11 +67,30 @@ class RunState:
         self.checkpoint_step, self.checkpoint_time = step, when
 
     def remaining(self) -> str:
-        """Time to the last step at the median pace of the last AVERAGED_STEPS steps; empty before LEAST_STEPS of them."""
-        if self.metrics is None or len(self.seconds) < LEAST_STEPS:
+        """Time to the last step at the median pace of the last AVERAGED_STEPS steps; empty before LEAST_STEPS of them.
+
+        With the time of day at which that is, where it is a minute or more. Empty for a start that is over.
+        """
+        if self.metrics is None or len(self.seconds) < LEAST_STEPS or self.is_over:
             return ""
-        pace = statistics.median_low(self.seconds)
-        return f"{format_duration(pace * max(0, self.last_step - self.metrics['step']))} left"
+        left = statistics.median_low(self.seconds) * max(0, self.last_step - self.metrics["step"])
+        now = self.metrics.get("time")
+        done = f", done {show_clock(now + left, now)}" if isinstance(now, float) and left >= 60 else ""
+        return f"{format_duration(left)} left{done}"
+
+    def elapsed(self) -> str:
+        """Time since this start began, of one that is over up to its newest step; empty where that is not known."""
+        if self.began is None:
+            return ""
+        if not self.is_over:
+            return f"elapsed {since(self.began)}   "
+        last = (self.metrics or {}).get("time")
+        return f"ran {format_duration(max(0.0, last - self.began))}   " if isinstance(last, float) else ""
+
+    def place(self, step: int) -> str:
+        """Step of how many, and where this start stops before."""
+        stops = f", stops at {self.last_step:,}" if self.last_step < self.num_steps else ""
+        return f"{step:,}/{max(self.last_step, self.num_steps):,}{stops}"
 
     def steps_at_stake(self) -> int:
         """Steps since the newest checkpoint, the one under way included."""
@@ -98,9 +119,11 @@ class RunState:
         )
 
     def format_line(self, metrics: dict[str, Any]) -> str:
-        """Format a step as one line without control characters."""
+        """Format a step as one line without control characters; it begins with the time of day, where that was written."""
+        when = metrics.get("time")
+        clock = time.strftime("%H:%M:%S ", time.localtime(when)) if isinstance(when, float) else ""
         parts = [
-            f"step {metrics['step']}/{self.last_step}",
+            f"{clock}step {self.place(metrics['step'])}",
             f"loss {show_number(metrics['loss'], '.4f')}",
             f"grad norm {show_number(metrics['grad_norm'], '.3f')}",
             f"lr {metrics['lr']:.2e}",
@@ -120,23 +143,29 @@ class RunState:
         return ", ".join([*parts, *filter(None, [self.remaining()])])
 
     def describe_mfu(self, metrics: dict[str, Any]) -> list[str]:
-        """The model FLOPs utilization of a step, in a list that is empty where it means nothing."""
-        return [f"MFU {metrics['mfu']:.1%}"] if self.shows_mfu else []
+        """The model FLOPs utilization of a step, in a list that is empty where it means nothing.
+
+        Above 100% the peak is wrong: it was measured at the start, in what other programs left of the machine.
+        """
+        if not self.shows_mfu:
+            return []
+        return [f"MFU {metrics['mfu']:.1%}" if metrics["mfu"] <= 1 else "MFU unknown: the peak was measured too low"]
 
     def draw(self) -> Panel:
         """Draw the panel; a run without a step yet has progress and checkpoint alone."""
         step = 0 if self.metrics is None else self.metrics["step"]
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
-            ProgressBar(total=max(1, self.last_step), completed=step, width=SPARKLINE_WIDTH),
-            f"{step:,}/{self.last_step:,}",
+            ProgressBar(
+                total=max(1, self.last_step), completed=step, width=SPARKLINE_WIDTH, complete_style="green"
+            ),  # not red, as by default: nothing is wrong
+            self.place(step),
             self.remaining(),
         )
         rows: list[Any] = [bar]
         if self.metrics is not None:
             rows += self.draw_measures(self.metrics)
-        elapsed = "" if self.began is None else f"elapsed {since(self.began)}   "
-        rows.append(Text(elapsed + self.describe_checkpoint()))
+        rows.append(Text(self.elapsed() + self.describe_checkpoint()))
         if self.status:
             rows.append(Text(printable(self.status), style="bold", no_wrap=False, overflow="fold"))
         if self.verdict:
@@ -147,7 +176,9 @@ class RunState:
     def draw_measures(self, metrics: dict[str, Any]) -> list[Any]:
         """Draw loss curve, validation, gradients, pace, memory and, with MoE blocks, load of experts."""
         curve = Table.grid(padding=(0, 1))
-        curve.add_row(Text(draw_sparkline(self.losses), style="cyan"), f"loss {show_number(metrics['loss'], '.4f')}")
+        curve.add_row(
+            Text(draw_sparkline(self.losses, self.bars), style="cyan"), f"loss {show_number(metrics['loss'], '.4f')}"
+        )
         facts = Table.grid(padding=(0, 3))
         facts.add_row(
             f"validation {show_number(self.validation_loss, '.4f')}",
@@ -172,7 +203,16 @@ class RunState:
         return rows
 
 
-def draw_sparkline(values: Sequence[float]) -> str:
+def choose_bars(encoding: str) -> str:
+    """The characters of a curve that an encoding has."""
+    try:
+        BARS.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return PLAIN_BARS
+    return BARS
+
+
+def draw_sparkline(values: Sequence[float], bars: str = BARS) -> str:
     """Draw values as a row of bars: means of equal runs of values, scaled between the smallest and the largest mean."""
     if not values:
         return ""
@@ -183,7 +223,7 @@ def draw_sparkline(values: Sequence[float]) -> str:
     low, high = min(means), max(means)
     # A flat curve has no span; it is drawn as the lowest bars.
     span = (high - low) or 1.0
-    return "".join(BARS[min(len(BARS) - 1, int((mean - low) / span * len(BARS)))] for mean in means)
+    return "".join(bars[min(len(bars) - 1, int((mean - low) / span * len(bars)))] for mean in means)
 
 
 def show_accuracy(metrics: dict[str, Any]) -> str:
@@ -204,6 +244,14 @@ def format_duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def show_clock(moment: float, now: float) -> str:
+    """Format a moment by the clock here, with the weekday or date where it is not on the day of `now`."""
+    there, here = time.localtime(moment), time.localtime(now)
+    if there[:3] == here[:3]:
+        return time.strftime("%H:%M", there)
+    return time.strftime("%a %H:%M" if moment - now < 6 * 86400 else "%d %b %H:%M", there)
 
 
 def since(moment: float) -> str:

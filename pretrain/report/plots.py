@@ -214,9 +214,9 @@ def throughput_plot(record: RunRecord) -> Plot | None:
 
 
 def mfu_plot(record: RunRecord) -> Plot | None:
-    """Plot model FLOPs utilisation in per cent of the peak, which a CPU measures again at each start."""
+    """Plot model FLOPs utilisation in per cent of the peak, which a CPU measures again at each start; not above the peak."""
     steps, shares = record.series("mfu")
-    if not shares:
+    if not shares or (record.typical("mfu") or 0.0) > 1:
         return None
     starts = [event for event in record.events if event.get("event") == "start"]
     is_measured = str(record.environment.get("peak", {}).get("source", "")).startswith("measured")

@@ -45,6 +45,7 @@ from amfm.pretrain.report.tasks import describe_tasks, tasks_plot
 from amfm.pretrain.report.verdict import describe_state, judge_run
 
 MAX_STARTS = 100
+ABOVE_PEAK = "not known: the peak was measured too low, while other programs ran"
 KINDS = ("useful", "useful-2", "saved", "lost", "lost-2", "lost-3", "lost-4")  # of USES: classes of the style sheet
 
 
@@ -158,7 +159,7 @@ def make_cards(record: RunRecord) -> list[Card]:
     cards.append(Card("Throughput", f"{count(speed)} tokens/s" if speed is not None else "-", speed_source))
     if mfu is not None:
         source = record.environment.get("peak", {}).get("source", "of the device's peak")
-        cards.append(Card("MFU", f"{100 * mfu:.1f} %", source))
+        cards.append(Card("MFU", f"{100 * mfu:.1f} %", source) if mfu <= 1 else Card("MFU", "-", ABOVE_PEAK))
     cards.append(Card("Time", duration(record.seconds()), "inside training steps"))
     use = measure_goodput(record)
     if use is not None:

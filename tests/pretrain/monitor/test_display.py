@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import io
 import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.monitor.display import Display
-from amfm.pretrain.monitor.panel import draw_sparkline, format_duration, plural
+from amfm.pretrain.monitor.panel import (
+    BARS,
+    PLAIN_BARS,
+    RunState,
+    choose_bars,
+    draw_sparkline,
+    format_duration,
+    plural,
+    show_clock,
+)
 from amfm.pretrain.stages import total_steps
 from tests.pretrain.tiny_run import tiny_config
+
+NOON = 1705492800.0 + 0.0  # 2024-01-17 12:00:00 UTC, a Wednesday
 
 
 def metrics_of(step: int, **changes: Any) -> dict[str, Any]:
@@ -131,6 +145,53 @@ def test_ctrl_c_is_answered_above_the_one_panel_with_the_steps_that_are_at_stake
     shown = draw_screen(out.getvalue())
     assert shown[0] == "Ctrl-C: stopping after this step and saving; Ctrl-C again ends now and loses 3 steps"
     assert "".join(shown).count("╭") == 1 and "8/20" in "".join(shown)
+
+
+def state_at(step: int, **attributes: Any) -> RunState:
+    """A start of 20 steps with three steps of two minutes each, the newest at noon of a Wednesday, UTC."""
+    state = RunState("run", first_step=0, last_step=20, began=1e9)
+    for number in (step - 2, step - 1, step):
+        state.take_metrics(metrics_of(number, seconds=120.0, time=NOON - 120.0 * (step - number)))
+    for name, value in attributes.items():
+        setattr(state, name, value)
+    return state
+
+
+@pytest.fixture
+def in_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_a_line_has_the_time_of_day_and_of_the_end(in_utc: None) -> None:
+    state = state_at(10)
+    assert state.metrics is not None
+    line = state.format_line(state.metrics)
+    assert line.startswith("12:00:00 step 10/20, loss") and line.endswith(", 20m00s left, done 12:20")
+    assert show_clock(NOON + 86400, NOON) == "Thu 12:00" and show_clock(NOON + 7 * 86400, NOON) == "24 Jan 12:00"
+
+
+def test_a_start_that_is_over_has_no_time_left_and_ran_until_its_newest_step() -> None:
+    state = state_at(10, is_over=True, began=NOON - 3600)
+    assert state.remaining() == "" and state.elapsed() == "ran 1h00m   "
+
+
+def test_a_start_that_stops_before_the_end_of_the_run_shows_both() -> None:
+    assert state_at(10, num_steps=60).place(11) == "11/60, stops at 20" and state_at(10).place(11) == "11/20"
+
+
+def test_an_mfu_above_the_peak_is_not_printed_but_its_reason() -> None:
+    state = state_at(10)
+    assert state.describe_mfu(metrics_of(1, mfu=1.0)) == ["MFU 100.0%"]
+    assert state.describe_mfu(metrics_of(1, mfu=2.02)) == ["MFU unknown: the peak was measured too low"]
+
+
+def test_the_curve_is_drawn_in_characters_that_the_terminal_has() -> None:
+    assert choose_bars("utf-8") == BARS and choose_bars("ascii") == PLAIN_BARS
+    assert draw_sparkline([0.0, 7.0], PLAIN_BARS) == "_#" and len(PLAIN_BARS) == len(BARS)
 
 
 def draw_screen(output: str) -> list[str]:

@@ -204,6 +204,11 @@ def test_numbers_of_events_are_rounded_and_long_lists_cut(tmp_path):
     assert plain([{"rank": 0, "slow": True}]) == "(rank: 0, slow: yes)"
 
 
+def test_an_mfu_above_the_peak_is_neither_printed_nor_drawn(tmp_path):
+    page = write_report([make_run(tmp_path, [line(step, mfu=2.02) for step in range(1, 9)])]).read_text()
+    assert "202.0 %" not in page and "the peak was measured too low" in page and "MFU" not in figures(page)
+
+
 def test_speed_and_mfu_are_those_of_the_newest_start(tmp_path):
     lines = [line(step, mfu=0.5 if step <= 40 else 0.1, tokens_per_second=1e3 * step) for step in range(1, 51)]
     run = make_run(tmp_path, lines)
