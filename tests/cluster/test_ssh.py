@@ -191,7 +191,7 @@ def test_a_spare_takes_the_place_of_a_node_that_loses_its_power(
 def test_nodes_that_are_not_like_the_launcher_are_left_out_by_name_before_ranks_start(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
-    settings = {"launch__node_wait_seconds": 1.0, "launch__setup": wrong_clock(5, 300), "launch__keep_loaded": False}
+    settings = {"launch__node_wait_seconds": 1.0, "launch__setup": wrong_clock(5, 300), "launch__warm_restarts": False}
     config = write_run(folder, folder / "run", **settings)
     log, stale = folder / "launch.log", folder / "stale"
     stale.mkdir()
