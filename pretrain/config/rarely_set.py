@@ -47,7 +47,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "kernels": "backend experts",
     },
     "docs/launching.md": {
-        "health": "on_nonfinite on_spike spike_ratio spike_window max_rollbacks straggler_percent",
+        "health": "on_nonfinite on_spike spike_ratio spike_window spike_sigma max_rollbacks straggler_percent",
         "launch": "heartbeat_seconds max_restarts min_nodes node_wait_seconds storage_wait_seconds warm_restarts setup environment",
         "launch.kubernetes": "image namespace claim mount shared_memory grace_seconds accelerator",
         "launch.slurm": "partition account qos time_limit gpus cpus_per_task cpu_bind memory modules signal_seconds requeue container_image container_mounts container_python extra",

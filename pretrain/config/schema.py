@@ -340,6 +340,11 @@ class HealthConfig(Section):
     spike_window: int = Field(
         64, ge=8, description="Steps of the median; before there are so many, no spike is detected."
     )
+    spike_sigma: float | None = Field(
+        6.0,
+        gt=0,
+        description="Report a step whose loss or gradient norm is this many standard deviations above the mean of spike_window steps; null: never.",
+    )
     max_rollbacks: int = Field(3, ge=0, description="Rollbacks of the whole run; one more stops it.")
     straggler_percent: float | None = Field(
         25.0,

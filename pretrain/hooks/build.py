@@ -10,6 +10,7 @@ from amfm.pretrain.hooks.kept_weights import build_kept_weights
 from amfm.pretrain.hooks.metrics import Metrics
 from amfm.pretrain.hooks.quantization import build_quantization
 from amfm.pretrain.hooks.replicas import build_replicas
+from amfm.pretrain.hooks.spikes import Spikes
 from amfm.pretrain.hooks.state_watch import build_state_watch
 from amfm.pretrain.hooks.stragglers import Stragglers
 from amfm.pretrain.hooks.table import build_table
@@ -41,6 +42,8 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
         from amfm.pretrain.hooks.validation_sets import ValidationSets
 
         sets.append(ValidationSets(run))
+    if run.config.health.spike_sigma is not None:
+        sets.append(Spikes(run, run.config.health.spike_sigma))
     if run.config.train.stop_after_minutes is not None:
         from amfm.pretrain.hooks.time_limit import TimeLimit
 

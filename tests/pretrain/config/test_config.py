@@ -144,7 +144,7 @@ stages.*.parallel.overlap_experts stages.*.parallel.expert_buffer_factor stages.
 stages.*.parallel.virtual_stages stages.*.parallel.zero_stage stages.*.parallel.offload_optimizer
 parallel.tensor parallel.sequence_parallel parallel.expert parallel.expert_tensor parallel.overlap_experts
 parallel.expert_buffer_factor parallel.context parallel.pipeline parallel.schedule parallel.virtual_stages parallel.zero_stage parallel.offload_optimizer
-health.on_nonfinite health.on_spike health.spike_ratio health.spike_window health.max_rollbacks
+health.on_nonfinite health.on_spike health.spike_ratio health.spike_window health.spike_sigma health.max_rollbacks
 health.straggler_percent
 health.check_state_every_steps
 kernels.backend kernels.experts
