@@ -24,6 +24,7 @@ def graph_problems(config: RunConfig) -> Iterator[Problem]:
             remedy = f"use {str(allowed[0]).lower()}, {NONE}"
             yield Problem(key, f"does not go with {KEY}=blocks: it {rule}", remedy, str(value).lower())
     sections: dict[str, tuple[object, str]] = {
+        "train.freeze": (config.train.freeze or None, "has blocks without gradients of weights"),
         "convert": (config.convert, "trains blocks next to those that they replace"),
         "health.check_state_every_steps": (config.health.check_state_every_steps, "computes gradients of its own"),
         "model.self_guided_training": (

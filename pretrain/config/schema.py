@@ -219,6 +219,10 @@ class TrainConfig(Section):
         description="Blocks that keep only their input and are computed again in the backward pass: none, those of recompute_blocks, all.",
     )
     recompute_blocks: str = Field("", description="For recompute: selective, letters of model.pattern, such as `*E`.")
+    freeze: tuple[str, ...] = Field(
+        (),
+        description="Names of parameters or modules that are not trained, such as embedding, head or blocks.0.mixer; `*` for any part.",
+    )
     gradient_sums: Literal["auto", "product", "hook"] = Field(
         "auto",
         description="Where weight gradients join the float32 sum of a step: in the product that makes them, which under bf16 saves a rounding and their way through memory, or behind it, by a hook; auto: in the product under parallel.zero_stage 1 and 2, unless blocks are compiled.",

@@ -106,6 +106,10 @@ def build_model(
         from amfm.pretrain.convert.prepare import prepare_stage
 
         prepare_stage(model, config.convert, resumes=resumes)
+    if config.train.freeze:
+        from amfm.pretrain.opening.freeze import freeze_parameters
+
+        freeze_parameters(model, config.train.freeze, parallel)
     hang_recipes(model, config.low_precision)
     if config.train.compile:
         model.compile_blocks()

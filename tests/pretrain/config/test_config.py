@@ -122,7 +122,7 @@ train.precision train.checkpoint_every_steps train.checkpoint_in_background trai
 train.resume_step train.keep_every_steps train.replica_every_steps train.replica_folder
 train.validate_every_steps train.validation_batches
 train.log_every_steps train.timeout_seconds train.max_skipped_steps train.compile train.cuda_graphs train.recompute
-train.recompute_blocks train.gradient_sums train.num_threads train.deterministic
+train.recompute_blocks train.freeze train.gradient_sums train.num_threads train.deterministic
 train.batch_ramp.start_size train.batch_ramp.increment train.batch_ramp.steps
 train.profile.steps train.profile.ranks train.profile.memory
 optimizer.kind optimizer.learning_rate optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay
