@@ -29,8 +29,9 @@ from amfm.launch.console import print_json, print_rows, say
 from amfm.launch.rank_command import rank_command
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig
-from amfm.model.flops import count_parameters, weight_shapes
+from amfm.model.flops import count_parameters
 from amfm.model.on_demand import OnDemand, Shape, Source, on_demand
+from amfm.model.shapes import weight_shapes
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.exchange.adopt import Expected, make_record

@@ -6,62 +6,17 @@ device, so that no kind repeats its shapes in a formula; torch is imported only 
 
 FLOPs are those of the model and not of the program that computes it: recomputed activations, the chunked form of a scan
 and padding do not count. A utilisation computed from them can therefore be compared between kernels and settings.
-
-Names and shapes of all weights of a model, from its configuration alone.
-
-So a checkpoint is checked and converted without building the model: one mixer of each kind is built without storage and asked.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from amfm.model.build import sample_mixer
 from amfm.model.config.pattern import block_kind
 from amfm.model.config.schema import ModelConfig
-from amfm.model.head import head_shapes
-from amfm.model.routed_updates import update_shapes
-
-
-def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """List names and shapes of all weights of our model (the router's bias buffer included), in order."""
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, config.hidden_size)}
-    width = config.hidden_size
-
-    def add_blocks(prefix: str, letters: Sequence[str]) -> None:
-        for index, letter in enumerate(letters):
-            shapes[f"{prefix}blocks.{index}.norm.weight"] = (width,)
-            place = index if not prefix and config.block_options(letter).differs_by_block() else None
-            for name, shape in block_shapes(config, letter, place).items():
-                shapes[f"{prefix}blocks.{index}.mixer.{name}"] = shape
-            for name, shape in update_shapes(config, letter).items():
-                shapes[f"{prefix}blocks.{index}.{name}"] = shape
-
-    add_blocks("", config.letters)
-    shapes["final_norm.weight"] = (width,)
-    if config.head is not None:
-        shapes |= {f"head.{name}": shape for name, shape in head_shapes(config).items()}
-    elif not config.tie_embeddings:
-        shapes["head.weight"] = (config.vocab_size, width)
-    for depth in range(config.num_depth_modules):
-        own = f"mtp.{depth}."
-        shapes |= {f"{own}embed_norm.weight": (width,), f"{own}stream_norm.weight": (width,)}
-        shapes[f"{own}in_proj.weight"] = (width, 2 * width)
-        add_blocks(own, config.parsed_pattern.depth_letters)
-        shapes[f"{own}norm.weight"] = (width,)
-    return shapes
-
-
-def block_shapes(config: ModelConfig, letter: str, index: int | None = None) -> dict[str, tuple[int, ...]]:
-    """List names and shapes of all weights of a kind of block, without its norm.
-
-    index: of the block, where blocks of the kind differ; by default the first.
-    """
-    return {name: tuple(tensor.shape) for name, tensor in sample_mixer(config, letter, index).state_dict().items()}
 
 
 @dataclass(frozen=True)
@@ -202,7 +157,7 @@ def _routed_updates(config: ModelConfig, symbol: str) -> int:
 
 def _all_of_kind(config: ModelConfig, symbol: str) -> int:
     """Parameters of all main blocks of a kind whose blocks differ, with their norms; of one, `block_parameters` says the first's."""
-    from amfm.model.flops import block_shapes
+    from amfm.model.shapes import block_shapes
 
     places = [index for index, other in enumerate(config.letters) if other == symbol]
     shapes = [shape for place in places for shape in block_shapes(config, symbol, place).values()]

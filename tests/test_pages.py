@@ -22,6 +22,7 @@ from amfm.launch.verbs import PACKAGED, VERBS, load_verb
 from amfm.pretrain.config.fields import describe_fields, describe_sections
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "study"))  # whose verb pages name
 PAGES = sorted(
     [
         *ROOT.glob("*.md"),

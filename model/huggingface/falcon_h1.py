@@ -13,7 +13,6 @@ from typing import Any
 
 from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig
 from amfm.model.config.schema import ModelConfig, MultipliersConfig
-from amfm.model.flops import block_shapes
 from amfm.model.huggingface.entries import CONV_FORMS, WeightEntry, WeightMap, paired_map
 from amfm.model.huggingface.fields import (
     GATED,
@@ -39,6 +38,7 @@ from amfm.model.huggingface.refusals import (
     norms_groups_together,
     packed_rows,
 )
+from amfm.model.shapes import block_shapes
 
 HEADS = ("(M&*)", "(*&M)")
 MULTIPLIERS: Wanted = {"residual": (1.0, "the output of a block has no factor")}

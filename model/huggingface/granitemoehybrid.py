@@ -14,7 +14,6 @@ from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import ModelConfig, MultipliersConfig
-from amfm.model.flops import block_shapes
 from amfm.model.huggingface.entries import CONV_FORMS, BlockEntries, WeightEntry, WeightMap, Zeros, paired_map
 from amfm.model.huggingface.fields import (
     GATED,
@@ -44,6 +43,7 @@ from amfm.model.huggingface.refusals import (
     norms_groups_together,
     packed_rows,
 )
+from amfm.model.shapes import block_shapes
 
 # Classes that hold what this one does not.
 EITHER = "nemotron_h or own"

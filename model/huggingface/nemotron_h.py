@@ -14,7 +14,6 @@ from typing import Any
 from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
-from amfm.model.flops import block_shapes
 from amfm.model.huggingface.depths import count_depths, depth_fields, nemotron_h_depths
 from amfm.model.huggingface.entries import CONV_FORMS, WeightEntry, WeightMap
 from amfm.model.huggingface.fields import (
@@ -42,6 +41,7 @@ from amfm.model.huggingface.refusals import (
     misses_sentencepiece,
     packed_rows,
 )
+from amfm.model.shapes import block_shapes
 
 # The class clamps dt at run time to at least `time_step_min`; training does not. 0 fails in its initialisation (log).
 # `time_step_limit` is left at its default (0, infinity), which JSON cannot spell.

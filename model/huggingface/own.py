@@ -11,11 +11,11 @@ from typing import Any
 
 from amfm.model.config.kinds import BUILT_IN
 from amfm.model.config.schema import ModelConfig
-from amfm.model.flops import weight_shapes
 from amfm.model.huggingface.entries import WeightEntry, WeightMap
 from amfm.model.huggingface.fields import registered_mixers
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.refusals import ClientName, Refusal
+from amfm.model.shapes import weight_shapes
 
 OWN_MODEL_TYPE = "amfm"
 # Of the modelling files and their names of weights: 2 since they have a base model (1: without `model.`).

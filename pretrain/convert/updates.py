@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from amfm.model.config.schema import ModelConfig
-from amfm.model.flops import weight_shapes
 from amfm.model.hybrid import HybridModel
 from amfm.model.on_demand import on_demand
 from amfm.model.routed_updates import ENDS
+from amfm.model.shapes import weight_shapes
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.config.convert import ConvertConfig, TuneConfig

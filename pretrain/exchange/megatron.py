@@ -23,8 +23,8 @@ from pathlib import Path
 
 from amfm.data_pipeline.durable.foreign_files import read_object, read_word
 from amfm.model.config.schema import ModelConfig
-from amfm.model.flops import block_shapes
 from amfm.model.on_demand import OnDemand, Shape, Source
+from amfm.model.shapes import block_shapes
 from amfm.pretrain.exchange.common_file import find_steps, read_common
 from amfm.pretrain.exchange.dcp_folder import DcpFolder
 from amfm.pretrain.exchange.fit import BUFFER, Fitted, fit_tensors, one_step

@@ -28,13 +28,13 @@ from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig, read_saved_model
-from amfm.model.flops import weight_shapes
 from amfm.model.hybrid import HybridModel
 from amfm.model.lora import merge_lora
 from amfm.model.on_demand import OnDemand, cut_rows, on_demand
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.parallel.shards import REPLICATED, parameter_shards
 from amfm.model.routed_updates import ENDS
+from amfm.model.shapes import weight_shapes
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, read_manifest
 from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints

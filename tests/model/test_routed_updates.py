@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from amfm.model.config.lora_mixer import LoraMixerConfig
-from amfm.model.flops import count_parameters, weight_shapes
+from amfm.model.flops import count_parameters
 from amfm.model.huggingface.targets import choose_target
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.parallel.layers import ColumnLinear, RowLinear
 from amfm.model.parallel.shards import parameter_shards
 from amfm.model.routed_updates import RoutedUpdates, sharpness_loss
+from amfm.model.shapes import weight_shapes
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.numbers import assert_near

@@ -11,10 +11,11 @@ from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import GuideConfig
 from amfm.model.config.structure import Structure
 from amfm.model.feed_forward import FeedForward
-from amfm.model.flops import count_parameters, flops_per_token, weight_shapes
+from amfm.model.flops import count_parameters, flops_per_token
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.scheduled import set_step
+from amfm.model.shapes import weight_shapes
 from amfm.model.structured import dense_matrix, dense_singular_values
 from tests.model.small_models import small_config
 

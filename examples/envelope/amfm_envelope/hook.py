@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from amfm.model.flops import weight_shapes
+from amfm.model.shapes import weight_shapes
 from amfm.pretrain.checkpoint.masters import MasterView
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.pruning.groups import GroupPlan, plan_groups

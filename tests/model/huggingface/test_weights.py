@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from amfm.model.config.schema import ModelConfig
-from amfm.model.flops import weight_shapes
 from amfm.model.huggingface.classes import weight_map
 from amfm.model.on_demand import on_demand
+from amfm.model.shapes import weight_shapes
 from tests.model.huggingface.cases import NEMOTRON_H, TARGETED, build_ours, nemotron_h_config
 
 

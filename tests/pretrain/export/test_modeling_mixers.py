@@ -12,11 +12,11 @@ from torch import Tensor
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.config import kinds as registry
 from amfm.model.config.schema import ModelConfig
-from amfm.model.flops import weight_shapes
 from amfm.model.huggingface.classes import TokenIds, huggingface_config, model_config_from_huggingface, weight_map
 from amfm.model.huggingface.targets import choose_target, explain_unfit
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
+from amfm.model.shapes import weight_shapes
 from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
 from amfm.pretrain.export.import_huggingface import import_huggingface
 from amfm.pretrain.export.modeling_template.configuration_amfm import AmfmConfig
