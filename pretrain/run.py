@@ -14,9 +14,9 @@ from amfm.pretrain.checkpoint.masters import MasterView
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.hook import Hook
-from amfm.pretrain.monitor.display import Display
 from amfm.pretrain.monitor.environment import Peak
 from amfm.pretrain.monitor.heartbeat import Heartbeat
+from amfm.pretrain.monitor.live import Display
 from amfm.pretrain.monitor.metrics import RunLog
 from amfm.pretrain.monitor.ownership import Ownership
 from amfm.pretrain.monitor.phases import UNTIL_UPDATE, PhaseClock

@@ -316,7 +316,7 @@ def import_(
 def import_training_state(source: Path, out: Path, config: Path | None, step: int | None, *, as_json: bool) -> None:
     """Read a training state of another program, and print what it became."""
     from amfm.pretrain.config.file import load_config
-    from amfm.pretrain.exchange.read import import_state
+    from amfm.pretrain.exchange.adopt import import_state
     from amfm.pretrain.exchange.state import WrittenRun
 
     run = None if config is None else load_config(config)

@@ -24,7 +24,7 @@ def shrink(
 
     OUT is a weights folder: for export, generation, evaluation, or run.initial_weights of a run that trains on.
     """
-    from amfm.pretrain.pruning.write import shrink_checkpoint
+    from amfm.pretrain.pruning.shrink import shrink_checkpoint
 
     with Waiting("amfm shrink") as waiting:
         report = shrink_checkpoint(checkpoint, out, waiting)

@@ -62,7 +62,7 @@ def read_choice(names: str, include_path: Path | None, limit: int | None, num_fe
 
 def evaluate_on_tasks(checkpoint: Path, choice: TaskChoice, *, device: str, backend: str, as_json: bool) -> None:
     """Measure a checkpoint on tasks and print the values."""
-    from amfm.pretrain.tasks.evaluate import evaluate_tasks
+    from amfm.pretrain.tasks.suite import evaluate_tasks
 
     with Waiting("amfm evaluate") as waiting:
         waiting("measuring tasks")

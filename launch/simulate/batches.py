@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from amfm.data_pipeline.batch import Batch
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.opening.example_batch import example_batch
+from amfm.pretrain.opening.data import example_batch
 
 DOCUMENTS = 3  # a row
 MORE_DOCUMENTS = 5  # a row of the step before those that are measured

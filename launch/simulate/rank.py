@@ -178,7 +178,7 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
 def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable[[str], None]) -> Any:
     """A `Run` as `start_run` builds it, with simulated batches and without files."""
     from amfm.pretrain.engine.engine import build_engine
-    from amfm.pretrain.hooks.kept_weights import build_kept_weights
+    from amfm.pretrain.hooks.quantization import build_kept_weights
     from amfm.pretrain.monitor.phases import PhaseClock
     from amfm.pretrain.opening.model import build_model, build_pipeline
     from amfm.pretrain.run import Run

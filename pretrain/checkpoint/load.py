@@ -18,12 +18,11 @@ from typing import Any
 
 from amfm.data_pipeline.progress import Report, silent
 from amfm.pretrain.checkpoint.commit import RankFailure, examine_latest
-from amfm.pretrain.checkpoint.compatibility import check_resumable, understand_config
+from amfm.pretrain.checkpoint.compatibility import check_resumable, describe_raised_rate, understand_config
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
 from amfm.pretrain.checkpoint.files import find_foreign_files
 from amfm.pretrain.checkpoint.manifest_file import StorageError, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
-from amfm.pretrain.checkpoint.raised_rate import describe_raised_rate
 from amfm.pretrain.checkpoint.restore import Restore
 from amfm.pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of
 from amfm.pretrain.config.schema import RunConfig

@@ -14,26 +14,88 @@ someone, and is not brought back unasked.
 A copy that can't be sent is a remark, because the checkpoint of the run directory stands; the next save sends the next one.
 The last one of a run has no next: it is tried once more, and a start sends what the store lacks of the checkpoint that it
 continues from.
+
+Checkpoints that come from elsewhere, a store or the memory of nodes: copies checked against their digests, and the
+rename at the end.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-from amfm.data_pipeline.durable.files import make_folders, named, sync
+from amfm.data_pipeline.durable.files import make_folders, named, sync, try_to_delete
 from amfm.data_pipeline.store.object_store import RemoteFolder
-from amfm.pretrain.checkpoint.commit import RankFailure, is_marked, make_temporary, mark, remove_temporary
-from amfm.pretrain.checkpoint.fetched import commit_fetched, copy_verified
-from amfm.pretrain.checkpoint.files import make_place
+from amfm.pretrain.checkpoint.commit import (
+    LATEST_NAME,
+    TEMPORARY_NAME,
+    RankFailure,
+    is_marked,
+    make_temporary,
+    mark,
+    remove_temporary,
+)
+from amfm.pretrain.checkpoint.files import make_place, replace_text, sync_folders
 from amfm.pretrain.checkpoint.manifest_file import EVERY, MANIFEST_NAME, MARK_NAME, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.event_log import find_rollback, find_saved
 from amfm.pretrain.ranks.group import RankGroup
+
+FETCH_BYTES = 1 << 24
+
+
+class Source(Protocol):
+    """What can be read in blocks; the end is an empty one."""
+
+    def read(self, size: int, /) -> bytes:
+        """Read at most this many bytes."""
+        ...
+
+
+def copy_verified(source: Source, path: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+    """Copy a file durably, hashing it on the way; returns what is damaged, and then leaves no copy, or None."""
+    digest, size = hashlib.sha256(), 0
+    with named(path), path.open("xb") as file:
+        while block := source.read(FETCH_BYTES):
+            digest.update(block)
+            file.write(block)
+            size += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    if (size, digest.hexdigest()) == (entry["bytes"], entry["sha256"]):
+        return None
+    path.unlink()
+    return f"{name}: {size} bytes with SHA-256 {digest.hexdigest()}, the manifest says {entry['bytes']} and {entry['sha256']}"
+
+
+def commit_fetched(
+    temporary_dir: Path, name: str, damages: list[str], problem: RankFailure, ranks: RankGroup, doing: str
+) -> str | None:
+    """Rename what all ranks have copied to the checkpoint `name`, or remove it where something is damaged or failed.
+
+    All ranks must call it. Returns the damages of all ranks, None for none; raises RuntimeError on all where one failed.
+    """
+    told = ranks.all_gather((problem.text, damages))
+    failed = any(text is not None for text, _ in told)
+    damages = [text for _, texts in told for text in texts]
+    if ranks.rank == 0:
+        if failed or damages:
+            try_to_delete(temporary_dir, TEMPORARY_NAME)
+        else:
+            with problem.caught():
+                sync_folders(temporary_dir)
+                os.rename(temporary_dir, temporary_dir.with_name(name))
+                sync(temporary_dir.parent)
+                replace_text(temporary_dir.with_name(LATEST_NAME), name + "\n")
+    ranks.raise_together(problem.text, doing)
+    return "; ".join(damages) or None
+
 
 # What we write below the URL; nothing else there is looked at or removed.
 OBJECT_NAME = re.compile(r"(step-\d{8,})/(manifest\.json|keep|(?:ranks-\d{5}/)?rank-\d{5}\.safetensors)")

@@ -19,22 +19,27 @@ from pathlib import Path
 from amfm.data_pipeline.config import CacheConfig
 from amfm.data_pipeline.store.object_store import SCHEMES, is_url
 from amfm.model.config.checks import check_model
-from amfm.pretrain.checks.conversion import conversion_problems, routed_problems
 from amfm.pretrain.checks.cuda_graphs import graph_problems
 from amfm.pretrain.checks.low_precision import low_precision_problems
 from amfm.pretrain.checks.mixers import kernel_problems, training_problems
-from amfm.pretrain.checks.optimizer import optimizer_problems
 from amfm.pretrain.checks.parallel import layout_problems, pipeline_problems
 from amfm.pretrain.checks.pruning import editing_problems, hook_problems
 from amfm.pretrain.checks.ranks import rank_problems, ranks_of_stage, with_nearest
+from amfm.pretrain.checks.sections import (
+    conversion_problems,
+    optimizer_problems,
+    routed_problems,
+    synthetic_length_problems,
+    synthetic_problems,
+    task_layout_problems,
+    task_problems,
+)
 from amfm.pretrain.checks.stages import (
     declaration_problems,
     ramp_problems,
     relocate,
     total_problems,
 )
-from amfm.pretrain.checks.synthetic import synthetic_length_problems, synthetic_problems
-from amfm.pretrain.checks.tasks import task_layout_problems, task_problems
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schedules import schedule_specs
 from amfm.pretrain.config.schema import RunConfig, ScheduleConfig

@@ -16,9 +16,9 @@ from amfm.pretrain.convert.measure import AT_ONCE, TEACHER, TRANSFERRED, TUNED, 
 from amfm.pretrain.convert.stages import ConversionStage
 from amfm.pretrain.convert.weights import write_folder
 from amfm.pretrain.inference.weights import Weights
-from amfm.pretrain.report.colours import LIGHT
 from amfm.pretrain.report.data import read_run
 from amfm.pretrain.report.draw import style
+from amfm.pretrain.report.numbers import LIGHT
 
 JSON_NAME, PICTURE_NAME = "conversion.json", "conversion.svg"
 STAGE_NAMES = {

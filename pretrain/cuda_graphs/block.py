@@ -11,14 +11,20 @@ A graph reads and writes the memory that it was captured with, so everything lie
 Autograd sees one node per block. Its backward pass replays, and tells the buckets which sums products have added to; hooks of
 parameters then fire as ever. What a forward pass keeps for its backward pass is in the graph's memory, so one micro-batch is
 in flight at a time.
+
+Capturing launches on a GPU.
+
+One pool of memory serves all graphs of a model: what a graph lets go of while it is captured, those captured after it use
+again. So graphs must be replayed in the order in which they were captured, forward passes first.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +32,46 @@ from torch import Tensor, nn
 from amfm.model.block import Block
 from amfm.model.mixers.interface import BlockState, MixerOutput
 from amfm.model.packing import PackMeta
-from amfm.pretrain.cuda_graphs.device import Capture
 from amfm.pretrain.cuda_graphs.layout import FixedLayout
 from amfm.pretrain.engine.buckets import GradientBuckets
+
+
+class Capture(Protocol):
+    """Runs a function while what it launches is recorded, and gives what launches the same again."""
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Record what `run` launches. On a GPU nothing is computed yet."""
+        ...
+
+
+class CudaCapture:
+    """Captures on a stream of its own, from which all graphs share one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Whatever Python would free in the middle of a capture, such as an event, is freed before.
+        torch.cuda.synchronize(device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Record what `run` launches, in backward passes also from autograd's own thread.
+
+        Raises RuntimeError where it reads a number from the device, or does something else that no graph holds.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):
+            # Other threads, such as NCCL's, may continue to ask the device for what they like.
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                run()
+            except BaseException:
+                with suppress(RuntimeError):  # which only says that something failed before
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return graph.replay
 
 
 @dataclass

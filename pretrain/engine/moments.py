@@ -1,8 +1,21 @@
 """What an optimizer keeps next to the weights, by the label of the parameter group: what checkpoints hold and plans
 count.
+
+PyTorch's AdamW for runs that compile nothing.
 """
 
 from __future__ import annotations
+
+import inspect
+
+import torch
+
+
+class AdamW(torch.optim.AdamW):
+    """Without the graph breaks around each step, for which the first one would import torch.compile; the same numbers."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
 
 MUON = "muon"  # label of the groups whose matrices Muon steps
 ONE = "one_"  # begins the labels of groups that a package's optimizer steps with one moment

@@ -3,6 +3,8 @@ under muP classes of matrices have rates.
 
 Groups carry labels and the names of their parameters, because DeepSpeed flattens and splits them: checkpoints find a
 group's settings by label, whatever became of the tensors.
+
+An installed package's optimizer, as DeepSpeed, ZeRO and checkpoints expect one.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from amfm.model.config.mup import WidthScales, width_scales
 from amfm.model.hybrid import HybridModel
@@ -20,11 +22,42 @@ from amfm.model.matrices import MatrixStack
 from amfm.pretrain.config.optimizers import optimizer_specs
 from amfm.pretrain.config.rates import DecayFactors, RateFactors, group_of
 from amfm.pretrain.config.schema import OptimizerConfig
-from amfm.pretrain.engine.adamw import AdamW
 from amfm.pretrain.engine.bf16_adamw import Bf16AdamW
-from amfm.pretrain.engine.moments import MUON, ONE
+from amfm.pretrain.engine.moments import MUON, ONE, AdamW, moments_of
 from amfm.pretrain.engine.muon.optimizer import Muon
-from amfm.pretrain.engine.package_optimizer import PackageOptimizer
+
+
+class PackageOptimizer(torch.optim.AdamW):
+    """Calls a package's `update` on each flat master with its moments, which the label of the group names.
+
+    A subclass of torch's AdamW for its groups, settings and state alone: checkpoints and DeepSpeed read these.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], update: Callable[..., None], options: Any, **adamw: Any) -> None:
+        super().__init__(groups, **adamw | {"fused": False})
+        self.update, self.options = update, options
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step the groups of this call, which DeepSpeed may narrow to one."""
+        assert closure is None, "gradients come from the engine"
+        for group in self.param_groups:
+            for master in group["params"]:
+                if master.grad is not None:
+                    self._step(master, master.grad, group)
+
+    def _step(self, master: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """One master."""
+        state = self.state[master]
+        names = moments_of(str(group["label"]))
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state.update({name: torch.zeros_like(master) for name in names})
+        state["step"] += 1
+        # A flat master, or under ZeRO 0 in float32 a parameter in its shape; neither has gaps, so these are views.
+        moments = {name: state[name].view(-1) for name in names}
+        self.update(master.view(-1), gradient.reshape(-1), moments, int(state["step"]), group, self.options)
+
 
 NO_SCALES = WidthScales()
 NO_RATES, NO_DECAYS = RateFactors(), DecayFactors()

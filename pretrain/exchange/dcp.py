@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from amfm.data_pipeline.progress import Report, silent
 from amfm.model.on_demand import OnDemand, Shape, Source, cut_rows, source_of
 from amfm.pretrain.engine.moments import FROZEN, MUON
+from amfm.pretrain.exchange.common_file import BUFFER, Fitted, fit_tensors, one_step, shapes_of
 from amfm.pretrain.exchange.dcp_folder import DcpFolder, read_json
-from amfm.pretrain.exchange.fit import BUFFER, Fitted, fit_tensors, one_step, shapes_of
 from amfm.pretrain.exchange.state import ExportedState, TrainingState, check_record, export_state, with_tuples
 
 OURS = "amfm."

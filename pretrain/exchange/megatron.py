@@ -25,9 +25,8 @@ from amfm.data_pipeline.durable.foreign_files import read_object, read_word
 from amfm.model.config.schema import ModelConfig
 from amfm.model.on_demand import OnDemand, Shape, Source
 from amfm.model.shapes import block_shapes
-from amfm.pretrain.exchange.common_file import find_steps, read_common
+from amfm.pretrain.exchange.common_file import BUFFER, Fitted, find_steps, fit_tensors, one_step, read_common
 from amfm.pretrain.exchange.dcp_folder import DcpFolder
-from amfm.pretrain.exchange.fit import BUFFER, Fitted, fit_tensors, one_step
 from amfm.pretrain.exchange.rows import drop_channel_dim, join, part_of, stacked
 
 DESCRIPTION, COMMON, LATEST = "metadata.json", "common.pt", "latest_checkpointed_iteration.txt"

@@ -31,8 +31,7 @@ from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.fields import Wanted, unfit_multipliers, unfit_settings, unfit_softmax_scale
 from amfm.model.on_demand import Shape, Source
-from amfm.pretrain.exchange.names import OwnNames
-from amfm.pretrain.exchange.rows import interleave, pad, part_of, unflatten
+from amfm.pretrain.exchange.rows import OwnNames, interleave, pad, part_of, unflatten
 
 GptKind = Literal["pipeline", "plain"]
 PEER, OTHER = "Megatron-DeepSpeed's GPT model", "another format"

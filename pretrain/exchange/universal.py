@@ -28,8 +28,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.on_demand import OnDemand, Shape, Source, source_of
 from amfm.pretrain.config.saved import read_saved_config
 from amfm.pretrain.engine.moments import FROZEN, MUON
-from amfm.pretrain.exchange.common_file import find_steps, read_common
-from amfm.pretrain.exchange.fit import Fitted, fit_tensors, one_step, shapes_of
+from amfm.pretrain.exchange.common_file import Fitted, find_steps, fit_tensors, one_step, read_common, shapes_of
 from amfm.pretrain.exchange.megatron_deepspeed import (
     FUSED,
     GptKind,
@@ -40,7 +39,7 @@ from amfm.pretrain.exchange.megatron_deepspeed import (
     find_kind,
     name_for_export,
 )
-from amfm.pretrain.exchange.names import OwnNames
+from amfm.pretrain.exchange.rows import OwnNames
 from amfm.pretrain.exchange.state import ExportedState, TrainingState, check_record, export_state, with_tuples
 from amfm.pretrain.exchange.torch_file import read_integer, read_param, write_param
 from amfm.pretrain.stages import last_stage, resolve_stages

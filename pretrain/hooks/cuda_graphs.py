@@ -10,8 +10,7 @@ from torch import Tensor
 
 from amfm.model.block import Block
 from amfm.model.scheduled import Scheduled
-from amfm.pretrain.cuda_graphs.block import GraphedBlock
-from amfm.pretrain.cuda_graphs.device import Capture, CudaCapture
+from amfm.pretrain.cuda_graphs.block import Capture, CudaCapture, GraphedBlock
 from amfm.pretrain.cuda_graphs.layout import FixedLayout
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.micro_batch import LossShare, MicroBatch

@@ -1,9 +1,15 @@
-"""The log of a step: its line of metrics.jsonl, the display, and the event of a step that was skipped."""
+"""The log of a step: its line of metrics.jsonl, the display, and the event of a step that was skipped.
+
+Now and then, the MoE blocks in which the same experts take nearly every token (monitor/experts.py).
+
+Now and then, the ranks that compute much longer than the others (monitor/stragglers.py).
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,9 +18,62 @@ from amfm.data_pipeline.loader.loader import SourceUse
 from amfm.model.flops import flops_per_token
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.monitor.environment import describe_allocator, read_peak_memory
+from amfm.pretrain.monitor.experts import EXPERT_STEPS, find_collapsed
 from amfm.pretrain.monitor.metrics import finite
+from amfm.pretrain.monitor.stragglers import STRAGGLER_STEPS, StepTimes
 from amfm.pretrain.run import Run
+from amfm.pretrain.stages import is_due
 from amfm.pretrain.step_sums import StepResult
+
+
+class Stragglers(Hook):
+    """Compares the ranks' own work of the last steps."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.times = run, StepTimes()
+
+    def after_step(self, result: StepResult) -> None:
+        """Record the step's busy seconds, and compare ranks when that is due."""
+        self.times.add(result.busy_seconds)
+        if not is_due(self.run.progress.step, STRAGGLER_STEPS):
+            return
+        slow = self.times.find(self.run.parallel, self.run.config.health.straggler_percent)
+        if slow:
+            names = ", ".join(str(entry) for entry in slow)
+            text = f"step {self.run.progress.step}: slower than the median: {names}"
+            self.run.tell("stragglers", text, ranks=[asdict(entry) for entry in slow])
+
+
+class Experts(Hook):
+    """Reports a block that collapsed, once until it recovers."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.num_retired = run, 0
+        self.collapsed: frozenset[int] = frozenset()
+
+    def before_update(self) -> None:
+        """Ask how many experts of a block could get no token in this step by design: equally many in all blocks."""
+        if self.run.config.model.moe is not None and is_due(self.run.progress.step + 1, EXPERT_STEPS):
+            retired = max((block.mixer.num_retired() for _, block in self.run.model.all_blocks()), default=0)
+            (self.num_retired,) = self.run.parallel.max_over_all([retired])  # a pipeline rank may hold no such block
+
+    def after_step(self, result: StepResult) -> None:
+        """Compare the loads when that is due; retired experts get no tokens, and are left out."""
+        moe = self.run.config.model.moe
+        if moe is None or not is_due(self.run.progress.step, EXPERT_STEPS):
+            return
+        living = {block: sorted(counts)[self.num_retired :] for block, counts in result.expert_counts.items()}
+        shares = find_collapsed(living, moe.top_k)
+        if shares.keys() - self.collapsed:
+            blocks = ", ".join(f"{block} ({share:.0%} of tokens)" for block, share in shares.items())
+            self.run.tell(
+                "experts_collapsed",
+                f"warning: step {self.run.progress.step}: routing has collapsed: the same experts receive nearly all tokens in block {blocks}; "
+                "see model.moe.expert_bias, bias_update_rate (2e-2 for runs below about 1,000 steps) and "
+                "auxiliary_loss_weight",
+                token_share={str(block): share for block, share in shares.items()},
+            )
+        self.collapsed = frozenset(shares)
 
 
 class Metrics(Hook):

@@ -1,4 +1,7 @@
-"""Now and then, what the recipes of low precision do to the operands of their products (monitor/quantization.py)."""
+"""Now and then, what the recipes of low precision do to the operands of their products (monitor/quantization.py).
+
+Weights quantised once per step (kernels/low_precision/kept_weights.py): between its first pass and its update they stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from contextlib import ExitStack
 
 import torch
 
+from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.kernels.low_precision.recipe import recipe_of
 from amfm.kernels.low_precision.watch import watch_operands
 from amfm.pretrain.hook import Hook
@@ -15,6 +19,35 @@ from amfm.pretrain.monitor.quantization import Losses, describe_losses
 from amfm.pretrain.run import Run
 from amfm.pretrain.stages import is_due
 from amfm.pretrain.step_sums import StepResult
+
+
+def build_kept_weights(run: Run) -> list[Hook]:
+    """The hook, where `low_precision.quantize_weights` asks for it."""
+    return [KeptWeights()] if run.config.low_precision.quantize_weights == "each_step" else []
+
+
+class KeptWeights(Hook):
+    """Opens the block in which codes are kept before the passes, and ends it before anything changes a weight."""
+
+    def __init__(self) -> None:
+        self.block = ExitStack()
+
+    def before_passes(self, micro_batches: Sequence[MicroBatch], share: LossShare) -> None:
+        """Begin; a step whose passes are taken again starts over."""
+        self.block.close()
+        self.block.enter_context(keep_weights())
+
+    def before_update(self) -> None:
+        """Drop the codes."""
+        self.block.close()
+
+    def after_step(self, result: StepResult) -> None:
+        """Drop them where there was no update."""
+        self.block.close()
+
+    def close(self) -> None:
+        """Drop them where a step failed."""
+        self.block.close()
 
 
 def build_quantization(run: Run) -> list[Hook]:

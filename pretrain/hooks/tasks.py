@@ -20,7 +20,7 @@ from typing import Any
 
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.model.hybrid import ModelOutput
-from amfm.pretrain.checks.tasks import SETTING
+from amfm.pretrain.checks.sections import SETTING
 from amfm.pretrain.config.schema import EvaluateConfig, ParallelConfig, RunConfig
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.parallel import Parallel

@@ -2,24 +2,32 @@
 
 A pure function on whole tensors. All blocks of a kind keep the same number, that of the block with most groups left,
 because the configuration has one width for all; a block with fewer keeps some of its zeros.
+
+Write the weights folder of a shrunk model, once its logits are those of the pruned one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from amfm.data_pipeline.durable.files import check_free
+from amfm.data_pipeline.progress import Report, silent
 from amfm.model.config.checks import check_model
 from amfm.model.config.kinds import kind_of
 from amfm.model.config.schema import ModelConfig
+from amfm.model.flops import count_parameters
 from amfm.model.moe.block import PRUNED_BIAS
 from amfm.model.packing import PackMeta
 from amfm.pretrain.config.pruning import PRUNED_GROUPS
+from amfm.pretrain.export.export import proof_text
+from amfm.pretrain.export.import_huggingface import write_model
 from amfm.pretrain.inference.merge import factored_places
-from amfm.pretrain.inference.weights import Weights, check_shapes
+from amfm.pretrain.inference.weights import Weights, check_shapes, read_weights
 from amfm.pretrain.pruning.groups import GroupPlan, Unit, plan_groups
 
 LOGIT_TOLERANCE = 1e-5
@@ -132,3 +140,49 @@ def _smaller(config: ModelConfig, unit: Unit, width: int) -> ModelConfig:
     options = config.block_options(unit.letter)
     smaller = options.model_copy(update={field: width * units for field, units in unit.groups.sizes.items()})
     return config.with_options(kind_of(unit.letter), smaller)
+
+
+@dataclass(frozen=True)
+class ShrinkReport:
+    """What was taken out: groups before and after by place, parameters, and what the verification compared."""
+
+    path: Path
+    model: ModelConfig
+    counts: dict[str, tuple[int, int]]
+    parameters_before: int
+    parameters_after: int
+    max_logit_difference: float
+    compared: str
+
+
+def shrink_checkpoint(checkpoint: str | Path, out_dir: str | Path, report: Report = silent) -> ShrinkReport:
+    """Take groups of zeros out of a checkpoint (or a weights folder) and write OUT, whole or not at all.
+
+    Raises ValueError where nothing is zero or OUT is in use, RuntimeError where logits differ.
+    """
+    out = Path(out_dir)
+    check_free(out)
+    weights = read_weights(checkpoint, report)
+    if weights.model.lora_mixer is not None:
+        raise ValueError(
+            f"{weights.origin} has routed updates (model.lora_mixer), which are not made smaller; shrink first"
+        )
+    shrunk = shrink_weights(weights)
+    report("comparing logits before and after")
+    tokens_BT, _, compared = proof_text(weights)
+    difference = logit_difference(weights, shrunk.weights, tokens_BT)
+    if not difference <= LOGIT_TOLERANCE:  # NaN fails too
+        raise RuntimeError(
+            f"logits of the shrunk model differ by {difference:.1e} of the largest, at most {LOGIT_TOLERANCE:.0e} is "
+            "allowed; nothing was written"
+        )
+    write_model(out, shrunk.weights)
+    return ShrinkReport(
+        out,
+        shrunk.weights.model,
+        shrunk.counts,
+        count_parameters(weights.model).total,
+        count_parameters(shrunk.weights.model).total,
+        difference,
+        compared,
+    )

@@ -17,10 +17,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 
-from amfm.pretrain.report.colours import THEMED, Colours
-from amfm.pretrain.report.numbers import distinct, short
+from amfm.pretrain.report.numbers import THEMED, Colours, distinct, keep_extremes, short
 from amfm.pretrain.report.plots import Curve, HeatMap, Plot
-from amfm.pretrain.report.thin import keep_extremes
 
 MAX_POINTS = 800
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))

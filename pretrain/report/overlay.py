@@ -14,10 +14,9 @@ from html import escape
 from amfm.pretrain.config.file import diff_configs
 from amfm.pretrain.report.data import RunRecord
 from amfm.pretrain.report.draw import DASHES
-from amfm.pretrain.report.numbers import count, plain
+from amfm.pretrain.report.numbers import count, plain, smooth
 from amfm.pretrain.report.page import Table
 from amfm.pretrain.report.plots import Curve, Plot, cap_outliers
-from amfm.pretrain.report.thin import smooth
 
 NUM_COLOURS = 6
 MAX_RUNS = NUM_COLOURS * len(DASHES)

@@ -13,10 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from amfm.data_pipeline.durable.files import replacing
-from amfm.pretrain.report.colours import LIGHT
 from amfm.pretrain.report.data import RunRecord
 from amfm.pretrain.report.draw import draw_plot, style
-from amfm.pretrain.report.numbers import short
+from amfm.pretrain.report.numbers import LIGHT, short
 from amfm.pretrain.report.overlay import overlay_plots
 from amfm.pretrain.report.plots import make_plots
 

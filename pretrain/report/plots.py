@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from amfm.pretrain.report.data import RunRecord
-from amfm.pretrain.report.thin import mean_of_spans, smooth
+from amfm.pretrain.report.numbers import mean_of_spans, smooth
 
 MAX_COLUMNS = 240
 MIN_SMOOTHED = 20

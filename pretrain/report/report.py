@@ -39,9 +39,8 @@ from amfm.pretrain.report.page import (
     render_verdict,
     show_time,
 )
-from amfm.pretrain.report.page_data import describe_page
+from amfm.pretrain.report.page_data import describe_page, describe_tasks, tasks_plot
 from amfm.pretrain.report.plots import make_plots
-from amfm.pretrain.report.tasks import describe_tasks, tasks_plot
 from amfm.pretrain.report.verdict import describe_state, judge_run
 
 MAX_STARTS = 100

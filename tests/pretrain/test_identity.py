@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.pretrain.identity import describe_difference
+from amfm.pretrain.start import describe_difference
 from amfm.pretrain.versions import OWN_PACKAGES, ROOT, collect_versions, digest_code
 from tests.faults.attempt import Attempt
 from tests.helpers.spawn import run_ranks

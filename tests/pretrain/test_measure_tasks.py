@@ -12,8 +12,7 @@ from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.hooks.tasks import Tasks
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run
-from amfm.pretrain.tasks.evaluate import evaluate_tasks
-from amfm.pretrain.tasks.suite import TaskChoice
+from amfm.pretrain.tasks.suite import TaskChoice, evaluate_tasks
 from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tasks.task_files import CHOICE, WEIGH, WRITE, write_task

@@ -11,8 +11,7 @@ from torch import Tensor
 from amfm.model.shapes import weight_shapes
 from amfm.pretrain.checkpoint.masters import MasterView
 from amfm.pretrain.hook import Hook
-from amfm.pretrain.pruning.groups import GroupPlan, plan_groups
-from amfm.pretrain.pruning.prune import choose_groups
+from amfm.pretrain.pruning.groups import GroupPlan, choose_groups, plan_groups
 from amfm.pretrain.run import Run
 from amfm.pretrain.step_sums import StepResult
 from amfm_envelope.spec import EnvelopeOptions

@@ -15,12 +15,11 @@ from pathlib import Path
 
 from amfm.data_pipeline.durable.files import make_folders
 from amfm.pretrain.checkpoint.commit import RankFailure, make_temporary, remove_temporary
-from amfm.pretrain.checkpoint.fetched import commit_fetched, copy_verified
 from amfm.pretrain.checkpoint.files import file_names_by_rank, make_place, replace_text
 from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, rank_file_name, read_manifest
 from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints, step_of
-from amfm.pretrain.checkpoint.replicas.memory import Generation, NodeMemory
-from amfm.pretrain.checkpoint.replicas.nodes import find_holders, share_out
+from amfm.pretrain.checkpoint.remote import commit_fetched, copy_verified
+from amfm.pretrain.checkpoint.replicas.memory import Generation, NodeMemory, find_holders, share_out
 from amfm.pretrain.ranks.group import RankGroup
 
 

@@ -24,8 +24,7 @@ from torch import Tensor
 from amfm.model.matrices import MatrixStack
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.pretrain.config.schema import MuonConfig
-from amfm.pretrain.engine.adamw import AdamW
-from amfm.pretrain.engine.moments import MUON
+from amfm.pretrain.engine.moments import MUON, AdamW
 from amfm.pretrain.engine.muon.exchange import MatrixExchange, join
 from amfm.pretrain.engine.muon.newton_schulz import BATCH_ELEMENTS, orthogonalize
 from amfm.pretrain.engine.parts import Part

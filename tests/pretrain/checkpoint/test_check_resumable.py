@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from amfm.pretrain.checkpoint.compatibility import check_resumable
+from amfm.pretrain.checkpoint.compatibility import check_resumable, describe_raised_rate
 from amfm.pretrain.checkpoint.names import checkpoint_name
-from amfm.pretrain.checkpoint.raised_rate import describe_raised_rate
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.file import load_config
 

@@ -16,9 +16,9 @@ import torch.distributed.checkpoint as dcp
 from amfm.launch.cli import run
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints
 from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.exchange.adopt import import_state
 from amfm.pretrain.exchange.dcp import export_dcp
 from amfm.pretrain.exchange.dcp_folder import DcpFolder
-from amfm.pretrain.exchange.read import import_state
 from amfm.pretrain.inference.weights import read_weights
 from tests.helpers.processes.zygote import BARE, run_program
 from tests.pretrain.exchange.conftest import Unbroken

@@ -9,7 +9,7 @@ import pytest
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.config.hook_registry import BUILT_IN, INTERFACE, HookOptions, HookSpec, hook_specs
 from amfm.pretrain.hook import Hook
-from amfm.pretrain.hooks.table import OfPackage
+from amfm.pretrain.hooks.build import OfPackage
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.run import Run
 from amfm.pretrain.start import close_run, start_run

@@ -15,7 +15,7 @@ from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.pretrain.monitor.display import Display
+from amfm.pretrain.monitor.live import Display
 from amfm.pretrain.monitor.panel import (
     BARS,
     PLAIN_BARS,

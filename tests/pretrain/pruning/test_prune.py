@@ -20,8 +20,7 @@ from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.launcher_protocol import DONE
 from amfm.pretrain.monitor.experts import EXPERT_STEPS
 from amfm.pretrain.monitor.signals import SignalWatch
-from amfm.pretrain.pruning.groups import plan_groups
-from amfm.pretrain.pruning.prune import pruned_share, prunes_after
+from amfm.pretrain.pruning.groups import plan_groups, pruned_share, prunes_after
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks

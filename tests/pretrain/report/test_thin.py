@@ -1,6 +1,6 @@
 """Series of any length become short, and keep what a reader looks for."""
 
-from amfm.pretrain.report.thin import keep_extremes, mean_of_spans, smooth
+from amfm.pretrain.report.numbers import keep_extremes, mean_of_spans, smooth
 
 
 def test_a_spike_and_a_dip_of_one_step_survive_any_thinning():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from amfm.pretrain.checkpoint.replicas.nodes import Nodes, find_holders, share_out
+from amfm.pretrain.checkpoint.replicas.memory import Nodes, find_holders, share_out
 
 
 def test_each_node_keeps_the_copies_of_the_one_before() -> None:

@@ -1,0 +1,231 @@
+"""Rules of a run on a synthetic task: its settings agree, its rows and vocabulary fit, and no setting is about text.
+
+A synthetic task makes its own rows (`data.synthetic`), so every setting of a text store would be read by no one. Such a
+setting is refused rather than ignored: a run that silently drops `data.sources` would train on something else than its
+file says. The rule on row lengths stands apart, because it needs resolved stages, and those exist only once the other
+rules hold.
+
+Checks of the optimizer's kind: settings that it would not read, and what it does not go with.
+
+Checks of a run that is a stage of a conversion: what frozen weights and stages cannot be combined with.
+
+Rules of tasks that are measured while the model trains: they need text, and a layout that can answer them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.synthetic.build import build_task
+from amfm.pretrain.config.errors import Problem
+from amfm.pretrain.config.hook_registry import hook_specs
+from amfm.pretrain.config.optimizers import optimizer_specs
+from amfm.pretrain.config.rates import DecayFactors, RateFactors
+from amfm.pretrain.config.schema import EvaluateConfig, RunConfig
+from amfm.pretrain.stages import RunStage
+
+SETTING = "evaluate.tasks"
+
+
+def task_problems(config: RunConfig) -> Iterator[Problem]:
+    """Find settings of tasks that cannot take effect, on any layout of ranks."""
+    section = config.evaluate
+    if not section.tasks:
+        for name in EvaluateConfig.model_fields:
+            if getattr(section, name) != EvaluateConfig.model_fields[name].default:
+                yield Problem(f"evaluate.{name}", "has no effect without evaluate.tasks", "name tasks, or remove it")
+        return
+    if config.data.synthetic is not None:
+        rule = f"ask for text, and data.synthetic.task={config.data.synthetic.task} has no tokenizer"
+        yield Problem(
+            SETTING, rule, "remove it; train.validate_every_steps measures the accuracy on the synthetic task"
+        )
+
+
+def task_layout_problems(config: RunConfig) -> Iterator[Problem]:
+    """Find ranks of a run, or of one stage taken as a run, on which tasks cannot be measured."""
+    if not config.evaluate.tasks:
+        return
+    for axis in ("pipeline", "context"):
+        ranks = getattr(config.parallel, axis)
+        if ranks > 1:
+            rule = f"are measured on data, tensor and expert ranks, and parallel.{axis} is {ranks}"
+            yield Problem(SETTING, rule, "remove it, and run `amfm evaluate RUN --tasks NAMES` on its checkpoints")
+
+
+KEPT = "changes weights that stay as they are"
+
+
+def routed_problems(config: RunConfig) -> Iterator[Problem]:
+    """Refuse what has not been shown to compute the same together with low-rank updates that a router chooses among."""
+    if config.model.lora_mixer is None:
+        return
+    parallel = config.parallel
+    refused = [
+        ("train.compile", config.train.compile, "true", "use false"),
+        ("parallel.zero_stage", parallel.zero_stage == 3, "3", "use 0, 1 or 2"),
+        ("parallel.context", parallel.context > 1, str(parallel.context), "use 1"),
+        ("parallel.pipeline", parallel.pipeline > 1, str(parallel.pipeline), "use 1"),
+        ("prune", config.prune is not None, None, "prune the model before it gets updates"),
+        ("model.mup", config.model.mup is not None, None, "remove it: rates of updates are not carried over widths"),
+    ]
+    for key, is_set, value, remedy in refused:
+        if is_set:
+            yield Problem(key, "is not built for the routed updates of model.lora_mixer", remedy, value)
+
+
+def frozen_problems(config: RunConfig) -> Iterator[Problem]:
+    """Refuse layouts and edits that do not know weights which stay as they are: of a conversion, and of train.freeze."""
+    parallel = config.parallel
+    if parallel.zero_stage == 3:
+        rule = "cuts frozen weights over ranks too, and a checkpoint would have to gather them"
+        yield Problem("parallel.zero_stage", rule, "use 0, 1 or 2: frozen weights have no optimizer state", "3")
+    if parallel.pipeline > 1 and parallel.schedule != "1f1b":
+        rule = "computes gradients of weights apart, and frozen ones have none"
+        yield Problem("parallel.schedule", rule, "use 1f1b", parallel.schedule)
+    editing = {name: getattr(config, name) for name in ("prune", "forget", "qk_clip")}
+    editing |= {"model.self_guided_training": config.model.self_guided_training}
+    for key, value in editing.items():
+        if value is not None:
+            yield Problem(key, KEPT, "remove it, and train the result on with it")
+
+
+def conversion_problems(config: RunConfig) -> Iterator[Problem]:
+    """Refuse a section `convert` in a run of training, and layouts that do not know weights which stay as they are."""
+    if config.convert is None:
+        if config.train.freeze:
+            yield from frozen_problems(config)
+        return
+    if config.train.freeze:
+        yield Problem("train.freeze", "has no place in a conversion, which freezes what it does not make", "remove it")
+    if config.convert.stage is None:
+        rule = "is a section of `amfm convert`, and this is a run of training"
+        yield Problem("convert", rule, "run `amfm convert CONFIG`, or remove the section")
+        return
+    yield from frozen_problems(config)
+    for name in hook_specs():
+        if getattr(config.hooks, name) is not None:
+            yield Problem(f"hooks.{name}", KEPT, "remove it, and train the result on with it")
+    if config.optimizer.kind == "muon":
+        rule = "makes the steps of matrices orthogonal, which has not been tried on the thin factors of an update"
+        yield Problem("optimizer.kind", rule, "use adamw", "muon")
+    if config.stages:
+        yield Problem("stages", "have no place in a conversion, which has its own stages", "remove them")
+
+
+def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
+    """Refuse settings of another kind than the chosen one, Muon in the memory of the host, and what a kind does not go with."""
+    section = config.optimizer
+    if section.muon is not None and section.kind != "muon":
+        rule = f"has settings of Muon, and optimizer.kind is {section.kind}"
+        yield Problem("optimizer.muon", rule, "use optimizer.kind=muon, or remove the section")
+    if section.kind == "muon" and config.parallel.offload_optimizer:
+        rule = "would have the host's processors multiply Muon's matrices"
+        yield Problem("parallel.offload_optimizer", rule, "use false, or optimizer.kind=adamw", "true")
+    for key, factors in (("rates", section.rates), ("decays", section.decays)):
+        for name, rule in unmatched(factors, config) if factors is not None else ():
+            yield Problem(f"optimizer.{key}.{name}", rule, "remove it", str(getattr(factors, name)))
+    for name in section.options.packages_used():
+        if name != section.kind:
+            rule = f"has no effect with optimizer.kind={section.kind}"
+            yield Problem(f"optimizer.options.{name}", rule, f"use optimizer.kind={name}, or remove it")
+    if section.kind in optimizer_specs() and config.model.mup is not None:
+        rule = f"scales the rates of AdamW and Muon, and optimizer.kind={section.kind} is neither"
+        yield Problem("model.mup", rule, "use optimizer.kind=adamw or muon, or remove model.mup")
+    if section.state_dtype == "bf16":
+        yield from _bf16_state_problems(config)
+
+
+def unmatched(factors: RateFactors | DecayFactors, config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Groups of factors that no parameter of the model is in: name and rule."""
+    given = factors.model_fields_set
+    if "head" in given and config.model.tie_embeddings:
+        yield "head", "matches nothing: model.tie_embeddings makes the head the embedding, whose factor it has"
+    if "router" in given and config.model.moe is None:
+        yield "router", "matches nothing: no block of model.pattern has a router"
+    if "adamw" in given and config.optimizer.kind != "muon":
+        yield "adamw", f"is for what Muon does not step, and optimizer.kind is {config.optimizer.kind}"
+
+
+def _bf16_state_problems(config: RunConfig) -> Iterator[Problem]:
+    """Refuse what bf16 masters and moments do not go with, each with its reason."""
+    key, parallel = "optimizer.state_dtype", config.parallel
+    if config.train.precision != "bf16":
+        rule = f"keeps masters in bf16, and train.precision={config.train.precision} computes with float32 weights"
+        yield Problem(key, rule, "use train.precision=bf16, or float32 states", "bf16")
+    if config.optimizer.kind in optimizer_specs():
+        rule = f"is AdamW's alone, and optimizer.kind is {config.optimizer.kind}"
+        yield Problem(key, rule, "use optimizer.kind=adamw, or float32", "bf16")
+    if config.optimizer.kind == "muon":
+        rule = "is AdamW's alone: Muon would orthogonalise a momentum that was rounded, which has not been tried"
+        yield Problem(key, rule, "use optimizer.kind=adamw, or float32", "bf16")
+    if parallel.zero_stage == 0:
+        rule = "is not for parallel.zero_stage=0, where DeepSpeed makes float32 masters whatever is asked"
+        yield Problem(key, rule, "use parallel.zero_stage=1, which does on one rank too, or float32", "bf16")
+    if parallel.offload_optimizer:
+        rule = "is not for parallel.offload_optimizer: DeepSpeed keeps bf16 states on the host with its compiled AdamW alone"
+        yield Problem(key, rule, "use parallel.offload_optimizer=false, or float32", "bf16")
+
+
+# Settings of `data` that only a store of text reads; each must keep its default together with data.synthetic.
+ABOUT_TEXT = (
+    "store",
+    "cache",
+    "sources",
+    "tokenizer",
+    "prepare",
+    "phases",
+    "packing",
+    "shuffle",
+    "mask_document_boundaries",
+    "on_corruption",
+)
+
+
+def synthetic_problems(config: RunConfig) -> Iterator[Problem]:
+    """Find what is wrong with data.synthetic, but for the length of rows; nothing for a run on text.
+
+    Builds the task, which checks its own settings; costs no rows and reads no file.
+    """
+    settings = config.data.synthetic
+    if settings is None:
+        return
+    for name in ABOUT_TEXT:
+        if getattr(config.data, name) != DataConfig.model_fields[name].default:
+            yield Problem(f"data.{name}", "has no effect on data.synthetic, which is not text", "remove one of the two")
+    if "/" in config.model.pattern:
+        rule = "has prediction depths, and labels of data.synthetic are not the next tokens"
+        yield Problem("model.pattern", rule, "remove what is behind '/'", config.model.pattern)
+    for index, stage in enumerate(config.stages):
+        if stage.weights is not None:
+            yield Problem(f"stages.{index}.weights", "has no effect on data.synthetic, the only source", "remove it")
+    try:
+        task = build_task(settings)
+    except ValueError as error:
+        # The task's message states value, rule and remedy itself, and its vocabulary is unknown: nothing more to check.
+        yield Problem("data.synthetic", f"data.synthetic.{error}", "")
+        return
+    if task.vocab_size > config.model.vocab_size:
+        rule = (
+            f"must be at least {task.vocab_size}, the tokens of data.synthetic.task={settings.task} with its settings"
+        )
+        yield Problem("model.vocab_size", rule, "raise it", str(config.model.vocab_size))
+
+
+def synthetic_length_problems(config: RunConfig, stages: Sequence[RunStage]) -> Iterator[Problem]:
+    """Find stages whose rows are too short for the task; nothing for a run on text.
+
+    Call it only when `synthetic_problems` and `declaration_problems` found nothing, because it builds the task again and
+    reads resolved stages.
+    """
+    if config.data.synthetic is None:
+        return
+    shortest = build_task(config.data.synthetic).shortest
+    for stage in stages:
+        if stage.train.sequence_length < shortest:
+            # Blame the key that was written: the stage's own length, or the one it inherits.
+            own = config.stages and config.stages[stage.index].sequence_length is not None
+            key = f"stages.{stage.index}.sequence_length" if own else "train.sequence_length"
+            rule = f"must be at least {shortest}, the shortest row of data.synthetic.task={config.data.synthetic.task} with its settings"
+            yield Problem(key, rule, "raise it", str(stage.train.sequence_length))
