@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from amfm.kernels.linear.op import linear_float32
-from amfm.kernels.moe.losses import balance_loss
+from amfm.kernels.moe.grouping import balance_loss
 from amfm.kernels.moe.op import route
 from amfm.model.build import build_mixer
 from amfm.model.config.lora_mixer import BALANCE, SPECIALIZATION, LoraMixerConfig

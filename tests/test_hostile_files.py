@@ -22,7 +22,7 @@ from amfm.data_pipeline.prepare.documents import Reject, SegmentReader, cut_segm
 from amfm.data_pipeline.prepare.sources import list_files
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.tokenizer.tokenizer import read_tokenizer_file
-from amfm.launch.serve.chat import ChatTemplate
+from amfm.launch.serve.served_model import ChatTemplate
 from amfm.pretrain.checkpoint.files import verify_checkpoint
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.file import load_config

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from amfm.launch.bench.efficiencies import fit_efficiencies
+from amfm.launch.bench.calibration import fit_efficiencies
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, memory_of
 from amfm.launch.plan.hardware import HARDWARE, Hardware
 from amfm.launch.plan.layout import Layout

@@ -3,6 +3,11 @@
 Writes a line of JSON before and after each step, so that what had been found stands when it crashes and the step is known.
 Settings: `do` (describe, check, run, time, tune), `operation`, `device`; of `check` and `run` the `kinds` of trials, of `time`
 and `tune` the `names` of problems, all where there are none; `cases` is the module that has them.
+
+Times an operation on a GPU vs. PyTorch and the public packages that are installed, each variant judged first.
+
+A peer that cannot run is a remark; one of our own kernels that cannot run, or has a tensor that is too far from float32, is a
+fault. Figures are medians of forward, of backward and of both, and shares of an H100's roofline.
 """
 
 from __future__ import annotations
@@ -11,14 +16,118 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from amfm.kernels.acceptance.machine import describe_machine
+from amfm.kernels.cases.problem import CardSizes, Compute, Inputs, Problem
 from amfm.kernels.cases.trial import evaluate
-from amfm.kernels.proof.check import check_trial
+from amfm.kernels.proof.check import REFUSALS, check_trial
+from amfm.kernels.proof.verdict import TensorVerdict, finite, judge, narrowest
+from amfm.kernels.runtime.launch_failure import describe_launch_failure
+
+FLOPS_A_SECOND, BYTES_A_SECOND = 800e12, 3.0e12
+PASSES = ("forward", "backward", "both")
+Measure = Callable[[Callable[[], object]], float]
+
+
+def time_problem(
+    name: str,
+    build: Callable[[Inputs, CardSizes], Problem],
+    device: torch.device,
+    sizes: CardSizes,
+    measure: Measure,
+) -> dict[str, Any]:
+    """`op`, its `rows` (one for each variant and pass), `remarks` and `faults`, in bfloat16; the same numbers in every process.
+
+    Rows: `op`, `pass`, `shape`, `dtype`, `backend`, `milliseconds`, `roofline_fraction` (of an H100), `ratio` (how many times
+    as long as ours), `relative_error` (that of the worst of output and gradients, against float32) and `worst_tensor`.
+    """
+    torch.manual_seed(0)
+    problem = build(Inputs(device, torch.bfloat16), sizes)
+    ours = {"triton": problem.on("triton"), "torch": problem.on("torch")}
+    return time_variants(name, problem, ours | problem.peers(), measure)
+
+
+def time_variants(name: str, problem: Problem, variants: Mapping[str, Compute], measure: Measure) -> dict[str, Any]:
+    """As `time_problem`, of given variants; "torch" is what the others are compared with."""
+    wide = tuple(leaf.detach().float().requires_grad_() for leaf in problem.tensors)
+    exact, beside = _results(variants["torch"], wide), _results(variants["torch"], problem.tensors)
+    found: dict[str, Any] = {"op": name, "rows": [], "remarks": [], "faults": []}
+    our_times: tuple[float, ...] | None = None
+    for variant, compute in variants.items():
+        try:
+            verdict = judge(_results(compute, problem.tensors), beside, exact, narrowest(problem.tensors))[0]
+            times = _time(problem, compute, measure)
+        except REFUSALS as error:
+            words = describe_launch_failure(error) or str(error)
+            found["remarks"].append(f"{name}: {variant} cannot run here: {words}")
+            if variant == "triton":
+                found["faults"].append(f"{name} did not run: {words}")
+            continue
+        if variant == "triton":
+            our_times = times
+            found["faults"] += [] if verdict.holds else [_describe(name, verdict)]
+        for place, which in enumerate(PASSES):
+            found["rows"].append(
+                {
+                    "op": name,
+                    "pass": which,
+                    "shape": problem.shape,
+                    "dtype": "bf16",
+                    "backend": variant,
+                    "milliseconds": times[place],
+                    "roofline_fraction": _fraction(problem, which, times[place]),
+                    "ratio": None if our_times is None or variant == "triton" else times[place] / our_times[place],
+                    "relative_error": finite(verdict.error),
+                    "worst_tensor": verdict.name,
+                }
+            )
+    return found
+
+
+def _describe(name: str, verdict: TensorVerdict) -> str:
+    return (
+        f"{name}: {verdict.name} is off by {verdict.error:.2g}, above {verdict.bound:.2g} (PyTorch in bfloat16: "
+        f"{verdict.torch_error:.2g})"
+    )
+
+
+def _results(variant: Compute, leaves: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Output and gradients of a variant by name, with ones as the incoming gradient."""
+    output = variant(*leaves)
+    gradients = torch.autograd.grad(output, leaves, torch.ones_like(output))
+    return {"output": output.detach()} | {f"gradient {place}": each for place, each in enumerate(gradients)}
+
+
+def _time(problem: Problem, compute: Compute, measure: Measure) -> tuple[float, float, float]:
+    """Milliseconds of forward, of backward, and of both in a row."""
+    output = compute(*problem.tensors)
+    direction = torch.ones_like(output)
+
+    def differentiate(output: Tensor, *, keep: bool) -> None:
+        torch.autograd.grad(output, problem.tensors, direction, retain_graph=keep)
+
+    return (
+        measure(lambda: compute(*problem.tensors)),
+        measure(lambda: differentiate(output, keep=True)),
+        measure(lambda: differentiate(compute(*problem.tensors), keep=False)),
+    )
+
+
+def _fraction(problem: Problem, which: str, milliseconds: float) -> float:
+    """Fraction of an H100's roofline: its least time for the pass over the time taken."""
+    passes = {
+        "forward": (problem.forward,),
+        "backward": (problem.backward,),
+        "both": (problem.forward, problem.backward),
+    }
+    least = sum(max(moved / BYTES_A_SECOND, flops / FLOPS_A_SECOND) for moved, flops in passes[which])
+    return least * 1e3 / milliseconds
+
 
 Answer = Callable[[dict[str, Any]], None]
 
@@ -66,10 +175,10 @@ def _run(settings: dict[str, Any], device: torch.device, answer: Answer) -> None
 
 def _measure(settings: dict[str, Any], device: torch.device, answer: Answer) -> None:
     """Time the operation's problems for a GPU vs. PyTorch and installed packages, or choose its kernels' tiles."""
+    from amfm.kernels.acceptance.child import time_problem
     from amfm.kernels.acceptance.choose_tiles import choose_tiles
-    from amfm.kernels.acceptance.timing import time_problem
     from amfm.kernels.cases.problem import CardSizes
-    from amfm.kernels.proof.timing import measure_milliseconds
+    from amfm.kernels.proof.check import measure_milliseconds
 
     problems = importlib.import_module(settings["cases"]).OPERATIONS[settings["operation"]].on_card
     sizes = CardSizes(**settings.get("sizes", {}))

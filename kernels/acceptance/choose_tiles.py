@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.cases.problem import CardSizes, Inputs, Problem
-from amfm.kernels.proof.timing import measure_milliseconds
+from amfm.kernels.proof.check import measure_milliseconds
 from amfm.kernels.runtime.tuning import Table, find_environment, tune
 
 # Relative RMS of any output or gradient in bfloat16 against float32 that a tuned kernel may have.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from amfm.kernels.attention.flash import activate_newest, restore
+from amfm.kernels.attention.varlen import activate_newest, restore
 
 FIRST_FP8 = 89  # compute capability from which products take FP8
 PACKAGES = (

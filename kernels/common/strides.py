@@ -2,11 +2,25 @@
 
 Inputs are often slices of one wide projection. Kernels take such slices as they are, with the strides of the outer
 dimensions, and only what does not fit is copied.
+
+Document boundaries as kernels take them: where a token's document begins.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+
+def first_tokens(document_ids_BT: Tensor) -> Tensor:
+    """Place of the first token of each token's document, [B, T] int32: a document is a run of equal ids.
+
+    No host synchronisation. An id that returns after another one begins a new document.
+    """
+    place_T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)
+    begins_BT = torch.ones_like(document_ids_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    return place_T.where(begins_BT, 0).cummax(1).values.to(torch.int32)
 
 
 def pack_inner(x: Tensor, dims: int = 1) -> Tensor:

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from amfm.kernels.common.channel_gates import cut_gates
-from amfm.kernels.delta_scan.inverse import invert_unit_lower
-from amfm.kernels.delta_scan.terms import Terms
+from amfm.kernels.delta_scan.terms import Terms, invert_unit_lower
 from amfm.kernels.delta_scan.vector.terms import ScoreSums, VectorTerms
 
 # Matrices [Q, Q N] of a piece for each thread: enough that a call costs little compared with its work, few enough to

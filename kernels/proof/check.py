@@ -1,14 +1,19 @@
-"""Runs one trial of an operation's kernels and says what is wrong with them, on a GPU or in Triton's interpreter."""
+"""Runs one trial of an operation's kernels and says what is wrong with them, on a GPU or in Triton's interpreter.
+
+Times work on a CUDA device.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from triton.errors import TritonError
+from triton.testing import do_bench
 
 from amfm.kernels.cases.problem import Problem
 from amfm.kernels.cases.trial import Call, Sized, evaluate
@@ -16,6 +21,19 @@ from amfm.kernels.proof.emulation import emulate_rounding
 from amfm.kernels.proof.verdict import TensorVerdict, judge, narrowest
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.launch_failure import describe_launch_failure
+
+
+def measure_milliseconds(work: Callable[[], object], *, warmup_ms: int = 25, repeat_ms: int = 100) -> float:
+    """Median milliseconds of `work` on the current CUDA device, the L2 cache emptied before each run.
+
+    Raises RuntimeError without a CUDA device.
+
+    The median, because clocks and other work make single runs slow but never fast.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("kernels are timed on a CUDA device; this machine has none")
+    return float(do_bench(work, warmup=warmup_ms, rep=repeat_ms, return_mode="median"))
+
 
 # What a kernel that cannot run raises; Triton's own errors are not RuntimeErrors.
 REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, TritonError)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amfm.launch.arguments import ConfigOrPreset, JsonOption, OverridesArgument, PresetOption, check_picture
-from amfm.launch.commands.goodput import print_goodput
-from amfm.launch.commands.layouts import print_chosen, print_layouts, print_left_out, print_stages
+from amfm.launch.commands.layouts import print_chosen, print_goodput, print_layouts, print_left_out, print_stages
 from amfm.launch.commands.trace import print_seconds, print_trace
 from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
 from amfm.launch.heavy_imports import loading

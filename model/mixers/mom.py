@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from amfm.kernels.moe.grouping import count_experts
-from amfm.kernels.moe.losses import balance_loss
+from amfm.kernels.moe.grouping import balance_loss, count_experts
 from amfm.model.config.kinds import find_kind
 from amfm.model.config.mixer_options import MomOptions
 from amfm.model.mixers.base import LinearMixer

@@ -1,6 +1,6 @@
 """Auxiliary losses that balance the load of experts, over all tokens of a micro-batch wherever they lie.
 
-Three losses, each with its own weight (kernels/moe/losses.py has their formulas): `balance` over the micro-batch,
+Three losses, each with its own weight (kernels/moe/grouping.py has their formulas): `balance` over the micro-batch,
 `sequence_balance` within each row, `router_z` on the size of the logits. They are computed in training only. The loss-free
 bias (`MoeMixer.balance_experts`) is not a loss and may be used next to them.
 """
@@ -12,8 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from amfm.kernels.moe.grouping import count_experts
-from amfm.kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
+from amfm.kernels.moe.grouping import balance_loss, count_by_row, count_experts, router_z_loss, sequence_balance_loss
 from amfm.kernels.moe.op import Routing
 from amfm.kernels.runtime.compiling import disable_compile
 from amfm.model.config.moe import MoeConfig

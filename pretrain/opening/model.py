@@ -11,7 +11,7 @@ import torch
 
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
-from amfm.kernels.attention.flash import OWN, activate_newest, restore
+from amfm.kernels.attention.varlen import OWN, activate_newest, restore
 from amfm.kernels.moe.experts_backend import use_experts_backend
 from amfm.kernels.runtime.backend import resolve_for_run
 from amfm.model.hybrid import HybridModel

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from amfm.kernels.delta_scan.inverse import invert_unit_lower
 from amfm.kernels.delta_scan.op import delta_bytes, delta_flops, delta_scan, delta_step
+from amfm.kernels.delta_scan.terms import invert_unit_lower
 from amfm.kernels.delta_scan.torch_impl import chunked_delta, compose_delta
 from tests.helpers.deltas import DeltaCase, DeltaInputs, call_delta, make_delta_inputs, run_delta
 from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near

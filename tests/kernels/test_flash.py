@@ -11,7 +11,7 @@ import torch
 
 from amfm.kernels.acceptance.machine import describe_presence
 from amfm.kernels.attention import flash
-from amfm.kernels.attention.flash import activate_newest, active, largest_head
+from amfm.kernels.attention.varlen import activate_newest, active, largest_head
 
 if flash._activate is None:
     pytest.skip(f"torch {torch.__version__} cannot hand over", allow_module_level=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from amfm.kernels.moe import torch_impl
-from amfm.kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
+from amfm.kernels.moe.grouping import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
 from amfm.kernels.moe.op import SCORES, route
 
 

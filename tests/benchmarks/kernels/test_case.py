@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from amfm.kernels.acceptance.timing import time_problem
+from amfm.kernels.acceptance.child import time_problem
 from amfm.kernels.cases.problem import CardSizes, HostSizes
 from amfm.kernels.proof.operations import ON_CARD, ON_HOST
 from amfm.kernels.runtime.backend import INTERPRETED

@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from amfm.launch.bench.calibration import Check, fit, granite_shape, planned_seconds, run_config, write_hardware
-from amfm.launch.bench.efficiencies import SECTIONS, find_valley
+from amfm.launch.bench.calibration import (
+    SECTIONS,
+    Check,
+    find_valley,
+    fit,
+    granite_shape,
+    planned_seconds,
+    run_config,
+    write_hardware,
+)
 from amfm.launch.cli import run
 from amfm.launch.plan.hardware import HARDWARE, load_hardware
 from amfm.model.config.core_options import FeedForwardConfig

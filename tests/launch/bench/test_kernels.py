@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amfm.kernels.acceptance.timing import time_variants
+from amfm.kernels.acceptance.child import time_variants
 from amfm.kernels.cases.problem import Minimum, Problem
 from amfm.launch.cli import run
 from amfm.launch.commands.bench.kernels import print_kernel_table

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from amfm.launch.serve.chat import ChatTemplate, read_template
+from amfm.launch.serve.served_model import ChatTemplate, read_template
 from tests.launch.serve.conftest import TEMPLATE
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
