@@ -39,7 +39,7 @@ def upcycling(
     """The configuration of an upcycling into two copies."""
     tree = tiny_config(data, folder / "upcycled").model_dump(mode="json")
     tree["train"]["steps"], tree["model"] = None, model
-    blocks = {name: settings.pop(name) for name in ("keep", "transfer") if name in settings}
+    blocks = {name: settings.pop(name) for name in ("keep_blocks", "transfer") if name in settings}
     tree["convert"] = {"teacher": str(teacher), "upcycle": {"num_copies": 3} | settings} | blocks
     return RunConfig.model_validate(tree)
 
@@ -57,7 +57,7 @@ def logits_in_float64(weights: Weights) -> Tensor:
 def test_copies_in_slices_compute_what_the_dense_model_does(
     data: DataConfig, teacher: Path, tmp_path: Path, num_slices: int, router: str
 ) -> None:
-    config = upcycling(data, tmp_path, teacher, num_slices=num_slices, router=router, keep=[1])
+    config = upcycling(data, tmp_path, teacher, num_slices=num_slices, router=router, keep_blocks=[1])
     check_conversion(config)
     dense = read_weights(teacher)
     made = upcycled(config, dense)
@@ -128,7 +128,7 @@ def test_the_command_writes_a_model_that_a_run_trains_on(
             {"keep_blocks": [0]},
             r"convert.keep_blocks = 0: is \* \(.*\), and only feed-forward \(-\) is converted; use some of 1, 3",
         ),
-        ({"keep": [1, 3]}, "keeps every feed-forward block"),
+        ({"keep_blocks": [1, 3]}, "keeps every feed-forward block"),
     ],
 )
 def test_what_does_not_fit_is_named(data: DataConfig, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
