@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from amfm.kernels.acceptance.machine import describe_presence
-from amfm.kernels.attention import flash
+from amfm.kernels.attention import varlen as flash
 from amfm.kernels.attention.varlen import activate_newest, active, largest_head
 
 if flash._activate is None:
