@@ -60,7 +60,7 @@ def _slide(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, *, num_zeros
     return out_BPC
 
 
-def _mend_edges(
+def _repair_edges(
     out_BTC: Tensor, x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor, step: int
 ) -> None:
     """Make again, from their own documents alone, the sums of tokens whose window reaches into another document.
@@ -123,7 +123,7 @@ def _forward(
     longer = _slide(x_BTC.to(wide), weight, bias, num_zeros=W - 1)
     totals = longer[:, :T]
     if document_ids_BT is not None:
-        _mend_edges(totals, x_BTC, weight, bias, document_ids_BT, step=-1)
+        _repair_edges(totals, x_BTC, weight, bias, document_ids_BT, step=-1)
     y_BTC = x_BTC.new_empty(x_BTC.shape)
     if not silu:
         return y_BTC.copy_(totals), longer.new_empty(0)
@@ -160,7 +160,7 @@ def _backward(
     # before.
     dx_BTC = _slide(padded, weight.flip(1), None)
     if document_ids_BT is not None:
-        _mend_edges(dx_BTC, d_totals, weight, None, document_ids_BT, step=1)
+        _repair_edges(dx_BTC, d_totals, weight, None, document_ids_BT, step=1)
     d_weight = _correlate(padded, x_BTC, W, document_ids_BT).to(weight_CW.dtype)
     d_bias = x_BTC.new_empty(0) if bias_C is None else padded.flatten(0, 1).sum(0).to(bias_C.dtype)
     return dx_BTC.to(x_BTC.dtype), d_weight, d_bias

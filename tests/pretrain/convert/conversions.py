@@ -37,7 +37,12 @@ def conversion(data: DataConfig, folder: Path, teacher: Path, **changes: Any) ->
     tree["model"] = MODEL | {"mixers": {"window_linear": WINDOW_LINEAR}}
     tree["train"] |= {"steps": None, "checkpoint_every_steps": 2, "checkpoint_in_background": False}
     tree["schedule"] = {"kind": "constant", "warmup_steps": 1}
-    tree["convert"] = {"teacher": str(teacher), "keep_blocks": [2], "transfer": {"steps": 3}, "tune": {"steps": 3, "rank": 2}}
+    tree["convert"] = {
+        "teacher": str(teacher),
+        "keep_blocks": [2],
+        "transfer": {"steps": 3},
+        "tune": {"steps": 3, "rank": 2},
+    }
     for key, value in changes.items():
         section, _, name = key.rpartition("__")
         place = tree
