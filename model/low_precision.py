@@ -62,7 +62,7 @@ def narrow_matrices(
             yield matrix, recipes[matrix.name]
 
 
-def hang_recipes(model: HybridModel, settings: LowPrecisionConfig) -> None:
+def attach_recipes(model: HybridModel, settings: LowPrecisionConfig) -> None:
     """Hang its recipe on each weight held here that takes one, in place of what hangs there. No collectives.
 
     Without a recipe nothing hangs anywhere. A seed is of the weight's name in the whole model, so random rounding does not depend on the layout of ranks.
@@ -74,10 +74,10 @@ def hang_recipes(model: HybridModel, settings: LowPrecisionConfig) -> None:
     for block in model.blocks:
         block.keeps_norm = True
     for index in set(settings.narrow_blocks(letters)) & set(model.blocks.indices()):
-        hang_on_block(model.blocks[index], settings, model.seed, f"blocks.{index}.mixer.")
+        attach_to_block(model.blocks[index], settings, model.seed, f"blocks.{index}.mixer.")
 
 
-def hang_on_block(
+def attach_to_block(
     block: Block, settings: LowPrecisionConfig, seed: int = 0, prefix: str = ""
 ) -> list[torch.nn.Parameter]:
     """Hang recipes on the weights of a narrow block; returns those. `prefix`: of their names in the whole model."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from amfm.data_pipeline.durable.lines import read_lines
 from amfm.model.config.low_precision import LowPrecisionConfig, RecipeName
-from amfm.model.low_precision import hang_recipes
+from amfm.model.low_precision import attach_recipes
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.checks.low_precision import device_problems
 from amfm.pretrain.config.schema import ParallelConfig, RunConfig
@@ -164,9 +164,9 @@ def gradient_errors(run: Run, sections: Mapping[str, LowPrecisionConfig]) -> dic
     run.engine.module.train()
     wide, found = run_apart(run, micro_batches, share), {}
     for name, section in sections.items():
-        hang_recipes(run.model, section)
+        attach_recipes(run.model, section)
         found[name] = errors_by_kind(run_apart(run, micro_batches, share), wide, model.built_letters)
-    hang_recipes(run.model, LowPrecisionConfig())
+    attach_recipes(run.model, LowPrecisionConfig())
     return found
 
 

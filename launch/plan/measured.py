@@ -43,7 +43,7 @@ from amfm.model.block import Block
 from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
-from amfm.model.low_precision import hang_on_block
+from amfm.model.low_precision import attach_to_block
 from amfm.model.moe.transfer import expected_ranks
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import AXES, ProcessGroupCollection, RowRoom, SingleRankGroup, count_places
@@ -241,7 +241,7 @@ class StandInGroup(SingleRankGroup):
 def codes_at_hand(block: Block, settings: LowPrecisionConfig) -> Iterator[None]:
     """Inside, a block multiplies by a recipe; codes of weights are there, since they do not grow with tokens."""
     with keep_weights():
-        for weight in hang_on_block(block, settings):
+        for weight in attach_to_block(block, settings):
             recipe = recipe_of(weight)
             if recipe is not None:
                 codes_of(recipe).quantize_weight(weight)

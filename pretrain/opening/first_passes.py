@@ -27,7 +27,7 @@ from amfm.kernels.common.split_backward import Later, compute_now, split_backwar
 from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.model.block import Stream
 from amfm.model.hybrid import HybridModel
-from amfm.model.low_precision import hang_recipes
+from amfm.model.low_precision import attach_recipes
 from amfm.model.parallel.groups import AXES, opened
 from amfm.model.pipeline_split import Piece, whole_piece
 from amfm.model.scheduled import set_step
@@ -157,7 +157,7 @@ def build_kinds(config: RunConfig, parallel: Parallel) -> HybridModel:
         from amfm.pretrain.convert.prepare import prepare_stage
 
         prepare_stage(model, config.convert)
-    hang_recipes(model, config.low_precision)
+    attach_recipes(model, config.low_precision)
     if config.train.compile:
         model.compile_blocks()
     model.recompute_blocks(recomputed_letters(config))

@@ -15,7 +15,7 @@ from amfm.kernels.attention.varlen import OWN, activate_newest, restore
 from amfm.kernels.moe.experts_backend import use_experts_backend
 from amfm.kernels.runtime.backend import resolve_for_run
 from amfm.model.hybrid import HybridModel
-from amfm.model.low_precision import hang_recipes
+from amfm.model.low_precision import attach_recipes
 from amfm.model.pipeline_split import Piece, cut_pieces, pieces_of_rank
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.checks.cuda_graphs import check_graph_device
@@ -110,7 +110,7 @@ def build_model(
         from amfm.pretrain.opening.freeze import freeze_parameters
 
         freeze_parameters(model, config.train.freeze, parallel)
-    hang_recipes(model, config.low_precision)
+    attach_recipes(model, config.low_precision)
     if config.train.compile:
         model.compile_blocks()
     model.recompute_blocks(recomputed_letters(config))

@@ -13,7 +13,7 @@ from amfm.model.config.kinds import all_kinds
 from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
-from amfm.model.low_precision import describe_indices, hang_recipes, list_matrices, precision_table
+from amfm.model.low_precision import attach_recipes, describe_indices, list_matrices, precision_table
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.config.file import load_config
@@ -26,7 +26,7 @@ CONFIG = ModelConfig.model_validate(MODEL | {"pattern": "ME*-ME/*E"})
 
 def build(settings: LowPrecisionConfig) -> HybridModel:
     model = HybridModel(CONFIG, single_rank_groups(), seed=3)
-    hang_recipes(model, settings)
+    attach_recipes(model, settings)
     return model
 
 
