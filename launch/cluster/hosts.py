@@ -265,7 +265,7 @@ class RemoteHosts:
         """
         if self.is_here or not servers:
             return list(servers)
-        request = make_request(self.run_dir, self.ranks_per_node, inputs=self.inputs, loads_anew=not self.warm_restarts)
+        request = make_request(self.run_dir, self.ranks_per_node, inputs=self.inputs, reloads=not self.warm_restarts)
         deadline = time.monotonic() + CHECK_SECONDS
         first = self.checked[0] if self.checked else servers[0]
         others = [server for server in servers if server is not first]

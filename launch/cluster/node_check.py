@@ -42,14 +42,14 @@ MARK = "amfm-node: "  # before an answer to the launcher, among what ranks print
 
 
 def make_request(
-    run_dir: Path, ranks_per_node: int, *, inputs: Mapping[str, str] = {}, loads_anew: bool
+    run_dir: Path, ranks_per_node: int, *, inputs: Mapping[str, str] = {}, reloads: bool
 ) -> dict[str, Any]:
     """Write a new token, and return what the launcher asks of each node; `link` is added for each.
 
-    inputs: files that a node must see as the launcher does, with their digests. loads_anew: ranks run the code as it is now,
+    inputs: files that a node must see as the launcher does, with their digests. reloads: ranks run the code as it is now,
     and not as it was when the launcher began.
     """
-    if loads_anew:
+    if reloads:
         digest_code.cache_clear()
     token, path = secrets.token_hex(16), token_file(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def make_request(
         "token": token,
         "time": time.time(),
         "inputs": dict(inputs),
-        "patience": LINK_SECONDS + LOAD_SECONDS * loads_anew,
+        "patience": LINK_SECONDS + LOAD_SECONDS * reloads,
         "code": collect_versions(),
     }
 

@@ -223,7 +223,7 @@ class RayCluster:
 
     def _check(self, places: Sequence[Place]) -> list[str]:
         """Check all nodes at once, and their links to the first; returns the names of those that fail, which are left out."""
-        request = make_request(Path(self.run_dir), self.ranks_per_node, inputs=self.inputs, loads_anew=True)
+        request = make_request(Path(self.run_dir), self.ranks_per_node, inputs=self.inputs, reloads=True)
         names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
         waiting = {}
         for rank in range(0, len(places), self.ranks_per_node):

@@ -357,7 +357,7 @@ def check_nodes(
     ports = candidates(f"check of {job}")
     link = {"ports": ports, "connect": [address_of(names[0]), ports], "expect": len(names) - 1}
     inputs = list_inputs(config)
-    request = make_request(Path(config.run.dir), ranks_per_node, inputs=inputs, loads_anew=True) | {"link": link}
+    request = make_request(Path(config.run.dir), ranks_per_node, inputs=inputs, reloads=True) | {"link": link}
     module = [*isolated_python(), "-m", "amfm.launch.cluster.node_check", json.dumps(request)]
     container, command = in_container(config, module)
     count = len(names)

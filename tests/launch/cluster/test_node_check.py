@@ -32,7 +32,7 @@ from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 
 def request(run_dir: Path, **changes: Any) -> dict[str, Any]:
-    return make_request(run_dir, 1, loads_anew=True) | {"link": {}} | changes
+    return make_request(run_dir, 1, reloads=True) | {"link": {}} | changes
 
 
 def test_a_node_like_the_launcher_s_passes_and_leaves_nothing(tmp_path: Path) -> None:
