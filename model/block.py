@@ -139,7 +139,7 @@ class Block(nn.Module):
             )
             return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
         normed_BTD, residual_BTD = self._add_and_norm(residual_BTD, delta_BTD)
-        with self._norm_again(normed_BTD, residual_BTD) or nullcontext():
+        with self._recomputed_norm(normed_BTD, residual_BTD) or nullcontext():
             mixed = self.mixer(normed_BTD, meta, state)
         return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
 
@@ -150,7 +150,7 @@ class Block(nn.Module):
         """
         assert not self.recomputes, "checked: blocks in turns keep their activations"
         normed_BTD, residual_BTD = self._add_and_norm(residual_BTD, delta_BTD)
-        steps, again = self.mixer.steps(normed_BTD, meta), self._norm_again(normed_BTD, residual_BTD)
+        steps, again = self.mixer.steps(normed_BTD, meta), self._recomputed_norm(normed_BTD, residual_BTD)
         mixed = yield from (steps if again is None else run_inside(again, steps))
         return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
 
@@ -178,7 +178,7 @@ class Block(nn.Module):
         normed_BTD, residual_BTD = self.norm.add(delta_BTD, residual_BTD)
         return normed_BTD.to(self.norm.weight.dtype), residual_BTD
 
-    def _norm_again(self, normed_BTD: Tensor, residual_BTD: Tensor) -> Remade | None:
+    def _recomputed_norm(self, normed_BTD: Tensor, residual_BTD: Tensor) -> Remade | None:
         """Where nothing keeps the norm of this stream; None where it is kept, or nothing will ask for it.
 
         A split pass keeps it: what its operations get of kept weights must be the parameters themselves.

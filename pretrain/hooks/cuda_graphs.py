@@ -37,11 +37,11 @@ class CudaGraphs(Hook):
         if addresses != self.addresses:
             self.close()
             if self.addresses:  # not of the first step, before which a run has compiled
-                self.compile_again(micro_batches[0])
+                self.recompile(micro_batches[0])
             self.capture_blocks(micro_batches[0])
             self.addresses = addresses
 
-    def compile_again(self, batch: MicroBatch) -> None:
+    def recompile(self, batch: MicroBatch) -> None:
         """Compile kernels for rows of another shape: inside a capture, they could not be loaded."""
         run, (rows, tokens) = self.run, batch.tokens_BT.shape
         config = run.built.config_of(run.config, run.stage)

@@ -56,8 +56,8 @@ def train(
             if single is not None:
                 single.extend(batch.meta.single_document for batch in micro_batches)
 
-        def compile_again(self, batch: Any) -> None:
-            super().compile_again(batch)
+        def recompile(self, batch: Any) -> None:
+            super().recompile(batch)
             captured.append(tuple(batch.tokens_BT.shape))
 
         def capture_blocks(self, batch: Any) -> None:
