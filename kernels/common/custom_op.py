@@ -47,13 +47,13 @@ def gradients_like(backward: CustomOpDef, gradients: Sequence[str]) -> None:
 
     @fake_of(backward)
     def _(given: Any) -> Tensor | tuple[Tensor, ...]:
-        inputs = [(getattr(given, name), lands(given, name)) for name in gradients]
+        inputs = [(getattr(given, name), is_accumulated(given, name)) for name in gradients]
         first = inputs[0][0]
         like = tuple(first.new_empty(0) if x is None or landed else x.new_empty(x.shape) for x, landed in inputs)
         return like if len(like) > 1 else like[0]
 
 
-def lands(given: Any, name: str) -> bool:
+def is_accumulated(given: Any, name: str) -> bool:
     """Whether the gradient of this argument lands in a sum, by a backward operation's arguments."""
     return getattr(given, f"{name}_sum", None) is not None
 

@@ -65,7 +65,7 @@ def gradient_sums_of(*weights: Tensor) -> list[GradientSum] | None:
     return found if len(found) == len(weights) else None
 
 
-def land(totals: Sequence[GradientSum], write: Callable[[Sequence[Tensor]], None]) -> None:
+def accumulate(totals: Sequence[GradientSum], write: Callable[[Sequence[Tensor]], None]) -> None:
     """Let `write` make gradients over the places of sums, or over tensors like them that are added to what lies there."""
     taken = [total.take() for total in totals]
     made = [torch.empty_like(place) if adds else place for place, adds in taken]
@@ -75,19 +75,19 @@ def land(totals: Sequence[GradientSum], write: Callable[[Sequence[Tensor]], None
             place.add_(gradient)
 
 
-def make_or_land(
+def make_or_accumulate(
     totals: Sequence[GradientSum] | None, weights: Sequence[Tensor], write: Callable[[Sequence[Tensor]], None]
 ) -> Sequence[Tensor | None]:
     """Gradients of weights, which `write` makes over what it is given; None for each where they land in sums."""
     if totals is not None:
-        land(totals, write)
+        accumulate(totals, write)
         return [None] * len(weights)
     made = [torch.empty_like(weight) for weight in weights]
     write(made)
     return made
 
 
-def land_product(total: GradientSum, product: Tensor) -> None:
+def accumulate_product(total: GradientSum, product: Tensor) -> None:
     """Add a gradient that was made in float32 to its sum."""
     place, adds = total.take()
     place.add_(product) if adds else place.copy_(product)

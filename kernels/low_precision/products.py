@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.gradient_sum import GradientSum, land_product
+from amfm.kernels.common.gradient_sum import GradientSum, accumulate_product
 from amfm.kernels.low_precision import emulated
 from amfm.kernels.low_precision.formats import Quantized
 from amfm.kernels.low_precision.recipe import FIRST_CAPABILITY, Recipe
@@ -100,6 +100,6 @@ def weight_gradient(
     left = Quantized.of_rows(recipe.name, grad[0], grad[1], *grad[2:])
     product = emulated.multiply(left, Quantized.of_rows(recipe.name, x[0], x[1], *x[2:]))
     if total is not None:
-        land_product(total, product)
+        accumulate_product(total, product)
         return None
     return product.to(dtype)

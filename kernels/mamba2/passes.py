@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.causal_conv1d.triton_impl import convolve_rows, convolve_rows_backward
-from amfm.kernels.common.custom_op import lands
+from amfm.kernels.common.custom_op import is_accumulated
 from amfm.kernels.common.gradient_sum import add_outer
 from amfm.kernels.common.partial_sums import sum_first, sum_parts
 from amfm.kernels.decay_scan.launch import (
@@ -206,7 +206,7 @@ def mixed_like(given: Any) -> tuple[Tensor, ...]:
 def norm_gradients_like(given: Any) -> tuple[Tensor, Tensor]:
     """Fake gradients of the norm's weight and of the output's."""
     out, weight = given.out_weight, given.norm_weight
-    shape = (0,) if out is None or lands(given, "out_weight") else out.shape
+    shape = (0,) if out is None or is_accumulated(given, "out_weight") else out.shape
     return weight.new_empty(weight.shape), (weight if out is None else out).new_empty(shape)
 
 

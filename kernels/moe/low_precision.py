@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of, make_or_land
+from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of, make_or_accumulate
 from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.low_precision.emulated import input_gradient, output, quantize_columns, weight_gradient
 from amfm.kernels.low_precision.formats import RUN, Quantized, quantize
@@ -137,7 +137,7 @@ class _Experts(torch.autograd.Function):
         outer = partial(_outer, recipe=ctx.recipes.up), partial(_outer, recipe=ctx.recipes.down)
         given = dy_RD, x_RD, hidden_SF, active_SF, token_ids_S, offsets_E
         write = partial(loop_weight_gradients, *given, outer=outer)
-        half = partial(make_or_land, ctx.totals, [up_EFD, down_EDF], write)
+        half = partial(make_or_accumulate, ctx.totals, [up_EFD, down_EDF], write)
         d_up: Tensor | None = None
         d_down: Tensor | None = None
         if is_split(up_EFD, down_EDF):

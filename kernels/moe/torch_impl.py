@@ -18,7 +18,7 @@ from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of, gradients_like
 from amfm.kernels.common.gemm_precision import gemm_dtype
-from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of, land, make_or_land
+from amfm.kernels.common.gradient_sum import GradientSum, accumulate, gradient_sums_of, make_or_accumulate
 from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.moe.reference import score_logits
 from amfm.kernels.moe.torch_grouped import (
@@ -160,7 +160,7 @@ def _differentiate(ctx: Any, dy_RD: Tensor | None, _: Tensor | None) -> tuple[Te
     if is_split(*saved[-2:]):
         dx_RD, d_weights_S = _leave_weights(ctx.totals, *given)
     elif ctx.totals is not None:
-        dx_RD, d_weights_S = _land_weights(ctx.totals, *given)
+        dx_RD, d_weights_S = _accumulate_weights(ctx.totals, *given)
     else:
         dx_RD, d_weights_S, d_up_EFD, d_down_EDF = _backward(*given)
     return dx_RD, None if saved[2] is None else d_weights_S, None, None, d_up_EFD, d_down_EDF, None
@@ -188,12 +188,12 @@ def _leave_weights(
     else:
         dx_SD, d_weights_S, d_hidden_SF, active_SF = loop_backward(*given, gemm_dtype(x_RD), later=True)
         write = partial(loop_weight_gradients, dy_RD, x_RD, d_hidden_SF, active_SF, *places)
-        weights_half = partial(make_or_land, totals, [up_EFD, down_EDF], write)
+        weights_half = partial(make_or_accumulate, totals, [up_EFD, down_EDF], write)
     compute_later([up_EFD, down_EDF], weights_half)
     return return_rows(dx_SD, token_ids_S, x_RD), d_weights_S
 
 
-def _land_weights(
+def _accumulate_weights(
     totals: Sequence[GradientSum],
     dy_RD: Tensor,
     x_RD: Tensor,
@@ -212,7 +212,7 @@ def _land_weights(
         given = dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation
         found.extend(loop_backward(*given, gemm_dtype(x_RD), into=into)[:2])
 
-    land(totals, write)
+    accumulate(totals, write)
     dx_SD, d_weights_S = found
     return return_rows(dx_SD, token_ids_S, x_RD), d_weights_S
 
