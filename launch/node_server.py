@@ -82,7 +82,7 @@ class NodeServer:
                 for line in lines:
                     if line.strip():
                         self.obey(json.loads(line))
-            self.look_after_ranks()
+            self.watch_ranks()
         self.kill()
 
     def obey(self, order: Mapping[str, Any]) -> None:
@@ -151,7 +151,7 @@ class NodeServer:
 
         return self.fork(run, environment)
 
-    def look_after_ranks(self) -> None:
+    def watch_ranks(self) -> None:
         """Report the first rank that failed and of the end of all; the others of the node get GRACE_SECONDS."""
         if self.checker is not None and self.checker.poll() is not None:
             self.checker = None
