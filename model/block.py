@@ -46,7 +46,7 @@ class Part(NamedTuple):
     offset: int
 
 
-class Remade:
+class Recomputed:
     """A context in which nothing keeps `tensor`, nor views of it: `make` makes it again, with the same bits.
 
     It is made once for all who kept it, when the first of them asks, and let go with the last. The context may be entered
@@ -87,7 +87,7 @@ class Remade:
         return view
 
 
-def run_inside(context: Remade, steps: Generator[None, None, Result]) -> Generator[None, None, Result]:
+def run_inside(context: Recomputed, steps: Generator[None, None, Result]) -> Generator[None, None, Result]:
     """Run a generator inside a context that is left wherever it pauses, so that others who run meanwhile are not in it."""
     while True:
         with context:
@@ -178,14 +178,14 @@ class Block(nn.Module):
         normed_BTD, residual_BTD = self.norm.add(delta_BTD, residual_BTD)
         return normed_BTD.to(self.norm.weight.dtype), residual_BTD
 
-    def _recomputed_norm(self, normed_BTD: Tensor, residual_BTD: Tensor) -> Remade | None:
+    def _recomputed_norm(self, normed_BTD: Tensor, residual_BTD: Tensor) -> Recomputed | None:
         """Where nothing keeps the norm of this stream; None where it is kept, or nothing will ask for it.
 
         A split pass keeps it: what its operations get of kept weights must be the parameters themselves.
         """
         if self.keeps_norm or is_splitting() or not torch.is_grad_enabled():
             return None
-        return Remade(normed_BTD, partial(self._norm, residual_BTD.detach()))
+        return Recomputed(normed_BTD, partial(self._norm, residual_BTD.detach()))
 
 
 class Blocks(nn.Module):

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from amfm.model.block import Remade, run_inside
+from amfm.model.block import Recomputed, run_inside
 from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
@@ -57,7 +57,7 @@ def test_a_tensor_is_made_once_for_all_who_kept_it_and_let_go_with_the_last():
     gc.disable()  # no cycle may hold what was made
     try:
         normed = x.exp().clone()
-        again = Remade(normed, make)
+        again = Recomputed(normed, make)
         with again:
             first = normed * normed
         with again:  # as a block that pauses
@@ -79,7 +79,7 @@ def test_a_tensor_is_made_once_for_all_who_kept_it_and_let_go_with_the_last():
 def test_a_generator_that_pauses_leaves_its_context_to_others():
     x = torch.linspace(0, 1, 6).requires_grad_()
     normed = [(x * factor).clone() for factor in (2.0, 3.0)]
-    again = [Remade(each, (x * factor).detach) for each, factor in zip(normed, (2.0, 3.0), strict=True)]
+    again = [Recomputed(each, (x * factor).detach) for each, factor in zip(normed, (2.0, 3.0), strict=True)]
 
     def squares(own, other):
         total = own.square().sum() + other.square().sum()  # the other's is kept here
