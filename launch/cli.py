@@ -124,7 +124,7 @@ def run(arguments: Sequence[str]) -> int:
         if code == RUN_FAILED:
             again = (
                 "resume with the same command"
-                if arguments[0] in RESUMABLE_VERBS
+                if arguments[0] in RESUMABLE_VERBS and not {"--doctor", "--dry-run"} & set(arguments)
                 else "the same command may be run again"
             )
             say(f"amfm: {arguments[0]} stopped; {again} (amfm --traceback {arguments[0]} ... shows where it failed)")

@@ -2,23 +2,23 @@
 # One GPU: from a text to a model that transformers loads. Page: recipes/README.md.
 #
 #   recipes/one_gpu.sh WORK TEXT                   WORK: a new folder for everything; TEXT: a file, folder, glob or URL
-#   recipes/one_gpu.sh WORK small|medium|large     FineWeb-Edu by name, as much of it as a 20M, 150M or 1B model trains on
+#   recipes/one_gpu.sh WORK 20m|150m|1b     FineWeb-Edu by name, as much of it as a 20M, 150M or 1B model trains on
 #   recipes/one_gpu.sh WORK --toy                  the same steps on a CPU in minutes, with a text that needs no network
 #
 # From the environment: SIZE (150m; of a budget its own), STYLE (nemotron), HARDWARE (1xh100), AMFM_OVERRIDES (KEY=VALUE ...) for training.
 # Stopped at any point, the same command goes on with what is missing.
 set -euo pipefail
 
-work=${1:?usage: recipes/one_gpu.sh WORK TEXT|small|medium|large|--toy}
-text=${2:?usage: recipes/one_gpu.sh WORK TEXT|small|medium|large|--toy}
+work=${1:?usage: recipes/one_gpu.sh WORK TEXT|20m|150m|1b|--toy}
+text=${2:?usage: recipes/one_gpu.sh WORK TEXT|20m|150m|1b|--toy}
 size=${SIZE:-150m} style=${STYLE:-nemotron} hardware=${HARDWARE:-1xh100}
 read -r -a overrides <<< "${AMFM_OVERRIDES:-}"
 
 fineweb=hub:HuggingFaceFW/fineweb-edu # ODC-By
 case $text in
-    small) size=20m text=$fineweb/sample-10BT ;;
-    medium) size=150m text=$fineweb/sample-10BT ;;
-    large) size=1b text=$fineweb/sample-100BT ;;
+    20m) size=20m text=$fineweb/sample-10BT ;;
+    150m) size=150m text=$fineweb/sample-10BT ;;
+    1b) size=1b text=$fineweb/sample-100BT ;;
 esac
 if [ "$text" = --toy ]; then
     text=$work/text size=20m hardware=cpu

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One node of eight GPUs: FineWeb-Edu by name, at three budgets, to a model that transformers loads. Page: recipes/README.md.
 #
-#   recipes/one_node_8gpu.sh WORK small|medium|large     WORK: a new folder for everything
+#   recipes/one_node_8gpu.sh WORK 150m|1b|8b     WORK: a new folder for everything
 #   recipes/one_node_8gpu.sh WORK --toy                  the same steps on two CPU ranks, with a text that needs no network
 #
 # From the environment: STYLE (nemotron), HARDWARE (8xh100), RANKS (8), AMFM_OVERRIDES (KEY=VALUE ...) for training.
@@ -9,17 +9,17 @@
 # it as the budget trains on, at the commit of the first call. HF_ENDPOINT names a mirror.
 set -euo pipefail
 
-work=${1:?usage: recipes/one_node_8gpu.sh WORK small|medium|large|--toy}
-budget=${2:?usage: recipes/one_node_8gpu.sh WORK small|medium|large|--toy}
+work=${1:?usage: recipes/one_node_8gpu.sh WORK 150m|1b|8b|--toy}
+budget=${2:?usage: recipes/one_node_8gpu.sh WORK 150m|1b|8b|--toy}
 style=${STYLE:-nemotron} hardware=${HARDWARE:-8xh100} ranks=${RANKS:-8} text=$work/text
 read -r -a overrides <<< "${AMFM_OVERRIDES:-}"
 
 case $budget in
-    small) size=150m sample=sample-10BT ;;
-    medium) size=1b sample=sample-100BT ;;
-    large) size=8b sample=sample-350BT ;;
+    150m) size=150m sample=sample-10BT ;;
+    1b) size=1b sample=sample-100BT ;;
+    8b) size=8b sample=sample-350BT ;;
     --toy) size=20m hardware=cpu ranks=2 ;;
-    *) echo "one_node_8gpu: the budget is $budget and must be small, medium, large or --toy" >&2; exit 2 ;;
+    *) echo "one_node_8gpu: the budget is $budget and must be 150m, 1b, 8b or --toy" >&2; exit 2 ;;
 esac
 
 if [ "$budget" = --toy ]; then

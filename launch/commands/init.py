@@ -64,7 +64,9 @@ def init(
     if as_json:
         print_json(facts | {"next": commands})
         return
-    print_pairs("Configuration", facts.items())
+    millions = {key: f"{facts[key] / 1e6:,.1f}M" for key in ("parameters", "active_parameters")}
+    millions["parameters"] += f", with a vocabulary of {written.choice.config.model.vocab_size:,}"
+    print_pairs("Configuration", (facts | millions).items())
     say("next:\n" + "\n".join(f"  {command}" for command in commands))
 
 

@@ -152,7 +152,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
             run.tell("fetched", f"{loaded.fetched} was fetched from {store}", checkpoint=loaded.fetched, store=store)
         run.say(f"resumed from {loaded.path} at step {loaded.step}")
         if loaded.step >= run.num_steps:
-            run.say("already finished: to train on, raise train.steps or declare another stage")
+            run.say("already finished: to continue, raise train.steps or declare another stage")
         remarks = {
             "passed over": loaded.skipped,
             "warning": loaded.warnings,

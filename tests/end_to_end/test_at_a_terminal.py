@@ -30,7 +30,7 @@ def test_a_run_is_interrupted_finished_and_extended_without_a_loss_or_a_surprise
     finished = train(12)
     assert finished.end() == 0 and "finished at step 12 of 12" in finished.screen
     again = train(12)
-    assert again.end() == 0 and "already finished: to train on, raise train.steps" in again.screen
+    assert again.end() == 0 and "already finished: to continue, raise train.steps" in again.screen
 
     extended = train(16)
     extended.expect("the schedule raises the learning rate again: step 13 runs at")

@@ -188,6 +188,8 @@ def test_a_run_that_failed_says_how_to_go_on(monkeypatch, base, capsys):
         "amfm: rank 1 died",
         "amfm: prepare stopped; resume with the same command (amfm --traceback prepare ... shows where it failed)",
     ]
+    assert run(["launch", str(base), "--on", "slurm", "--nodes", "1", "--dry-run"]) == 3
+    assert "amfm: launch stopped; the same command may be run again" in capsys.readouterr().err, "nothing was begun"
 
 
 def test_memory_that_is_used_up_is_the_machines_state(monkeypatch, base, capsys):

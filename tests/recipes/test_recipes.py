@@ -50,7 +50,7 @@ def test_a_script_parses_and_says_how_it_is_used(script: str, environment: dict[
 
 def test_a_budget_that_is_none_is_refused(tmp_path: Path, environment: dict[str, str]) -> None:
     done = play("one_node_8gpu.sh", str(tmp_path / "work"), "huge", environment=environment)
-    assert done.returncode == 2 and "must be small, medium, large or --toy" in done.stderr
+    assert done.returncode == 2 and "must be 150m, 1b, 8b or --toy" in done.stderr
     assert not (tmp_path / "work").exists()
 
 
@@ -108,7 +108,7 @@ def test_an_ablation_of_two_cells(tmp_path: Path, environment: dict[str, str]) -
 @pytest.mark.slow
 def test_without_a_network_a_budget_ends_with_one_message(tmp_path: Path, environment: dict[str, str]) -> None:
     closed = environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = play("one_gpu.sh", str(tmp_path / "work"), "small", environment=closed)
+    done = play("one_gpu.sh", str(tmp_path / "work"), "20m", environment=closed)
     assert done.returncode == 2
     assert "hub:HuggingFaceFW/fineweb-edu/sample-10BT can't be looked up" in done.stderr
     source = yaml.safe_load((tmp_path / "work" / "run.yaml").read_text())["data"]["sources"][0]
