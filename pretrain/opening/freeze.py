@@ -1,4 +1,4 @@
-"""What `train.freeze` leaves as it is: parameters whose gradients nobody needs, which no optimizer steps."""
+"""What `train.freeze` leaves as it is: parameters that have no gradients, which no optimizer steps."""
 
 from __future__ import annotations
 
