@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tests.cluster.cluster import SLURM, quietly
 from tests.cluster.soak.faults import Fault
-from tests.cluster.soak.site import NUM_NODES, Site, fill, kill
+from tests.cluster.soak.site import Site, fill, kill
 from tests.cluster.test_slurm import field, launch_command
 from tests.soak.strike import damage_newest
 
@@ -92,10 +92,6 @@ def set_clock(site: Site, seconds: int, source: random.Random) -> str:
     """Queue the job again, to start where a node's clock is wrong until a minute and a half later."""
     node = source.choice(working_nodes(site)[1:] or [2])
     site.set_clock(node, seconds)
-    for each in range(
-        1, NUM_NODES + 1
-    ):  # a process waits for good for a semaphore that a killed one of its number has left
-        site.nodes.run(each, "sh", "-c", "rm -f /dev/shm/*faketime*", check=False)
     mark = site.folder / "wrong-clock"
     mark.touch()
     site.nodes.run(0, "scontrol", "requeue", site.job)
