@@ -64,7 +64,7 @@ def find_worst(
 ) -> Spike:
     """Measure the rows of a step with the newest weights from before it, or the oldest there are.
 
-    Documents of fewer than `least_tokens` predicted tokens are no candidates. Raises ValueError for a step that the run
+    Documents of fewer than `least_tokens` predicted tokens are left out. Raises ValueError for a step that the run
     does not have, a synthetic task, and a run without a checkpoint.
     """
     config = load_config(Path(run_dir) / "config.yaml")

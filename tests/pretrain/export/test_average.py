@@ -110,3 +110,22 @@ def test_other_shapes_are_refused_and_pruned_experts_stay_pruned(data: DataConfi
     state["blocks.1.mixer.expert_bias"][2] = PRUNED_BIAS
     bias = average([one, replace(one, state=state, step=2)], (0.5, 0.5)).state["blocks.1.mixer.expert_bias"]
     assert bias[2] == PRUNED_BIAS and (bias[[0, 1, 3]].abs() < 1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_merge_at_a_constant_rate_is_better_than_the_last_checkpoint(
+    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int
+) -> None:
+    settings = {"schedule__kind": "constant", "optimizer__learning_rate": 1e-2, "train__seed": seed}
+    saves = {"train__checkpoint_every_steps": 20, "train__keep_last": 8, "train__steps": 300}
+    assert train(tiny_config(data, tmp_path / "run", **settings, **saves)) == 0
+    capsys.readouterr()
+    losses = {}
+    for weights in ("uniform", "wsm"):
+        command = ["merge", str(tmp_path / "run"), "--last", "1,8", "--evaluate", "--weights", weights, "--json"]
+        assert run_cli(command) == 0
+        last, merged = one_object(capsys.readouterr().out)["merges"]
+        losses[weights] = merged["loss"]
+        assert merged["loss"] < last["loss"] - 0.02, (weights, last, merged)
+    print(json.dumps({"seed": seed, "last": last["loss"]} | losses))
