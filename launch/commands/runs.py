@@ -13,6 +13,7 @@ from amfm.launch.console import print_json, print_rows, say
 if TYPE_CHECKING:
     from amfm.pretrain.report.runs import RunRow
 
+HEALTH_WIDTH = 60  # of the table; --json and amfm watch have all of it
 Column = Literal["run", "state", "step", "loss", "best", "tokens", "tokens_per_second", "seconds", "last_time"]
 
 
@@ -48,7 +49,7 @@ def runs(
     if as_json:
         print_json({"runs": [row.to_json() for row in rows], "damaged": damaged})
         return
-    columns = ("run", "state", "step", "loss", "best", "tokens", "tokens/s", "time", "last event", "health")
+    columns = ("run", "state", "step", "loss", "best validation", "tokens", "tokens/s", "time", "last event", "health")
     print_rows(f"{len(rows)} runs of {folder}", columns, [describe_row(row) for row in rows])
 
 
@@ -69,7 +70,7 @@ def describe_row(row: RunRow) -> tuple[str, ...]:
         "-" if row.tokens_per_second is None else count(row.tokens_per_second),
         "-" if row.seconds is None else format_duration(row.seconds),
         last,
-        row.health,
+        row.health if len(row.health) <= HEALTH_WIDTH else f"{row.health[: HEALTH_WIDTH - 3]}...",
     )
 
 

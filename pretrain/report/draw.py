@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -88,11 +89,11 @@ def shape_values(plot: Plot, axes: Any, colours: Colours) -> None:
 
 
 def draw_heat(heat: HeatMap, unit: str, axes: Any) -> None:
-    """Draw a map as cells of colour from 1 (even) up, with a bar that says which colour is how much."""
+    """Draw a map as cells of colour between the ends of its scale, with a bar that shows which colour is how much."""
     grid = np.array([[np.nan if value is None else value for value in row] for row in heat.rows])
     extent = (heat.edges[0], heat.edges[-1], len(grid) - 0.5, -0.5)
-    top = max(1.2, float(np.nanmax(grid)))
-    image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis", vmin=1.0, vmax=top, extent=extent)
+    norm = (LogNorm if heat.is_log else Normalize)(heat.lowest, heat.highest, clip=True)
+    image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis", norm=norm, extent=extent)
     axes.grid(visible=False)
     shown = range(0, len(heat.names), max(1, len(heat.names) // 10))
     axes.set_yticks(list(shown), [heat.names[index] for index in shown])
@@ -100,6 +101,8 @@ def draw_heat(heat: HeatMap, unit: str, axes: Any) -> None:
     bar.outline.set_visible(False)
     bar.set_label(unit)
     bar.ax.yaxis.set_major_locator(MaxNLocator(4))
+    bar.ax.yaxis.set_major_formatter(TickLabels())
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_svg(plot: Plot) -> str:

@@ -18,6 +18,8 @@ from itertools import pairwise
 
 import numpy as np
 
+LEAST_WINDOW = 15  # steps that a smoothed value is a mean of
+
 
 def keep_extremes(steps: Sequence[int], values: Sequence[float], limit: int) -> tuple[list[int], list[float]]:
     """Reduce a series to at most `limit` of its points (4 at least): of equal spans the first, last, lowest and highest."""
@@ -43,17 +45,17 @@ def mean_of_spans(steps: Sequence[int], values: Sequence[float], edges: Sequence
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Smooth by an exponential mean over about a hundredth of the run.
+    """Smooth by the mean over a centred window of a hundredth of the run, at least LEAST_WINDOW values.
 
-    Dividing by the sum of weights corrects the start, where few values have come in.
+    It is as far on either side, so that a curve comes neither late nor early; at the ends it is shorter for that.
     """
-    keep = 1 - 1 / max(2.0, len(values) / 100)
-    total = weight = 0.0
-    smoothed = []
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        smoothed.append(total / weight)
-    return smoothed
+    count = len(values)
+    half = np.full(count, max(LEAST_WINDOW, count // 100) // 2)
+    place = np.arange(count)
+    half = np.minimum(half, np.minimum(place, count - 1 - place))
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
+    means: list[float] = ((sums[place + half + 1] - sums[place - half]) / (2 * half + 1)).tolist()
+    return means
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,10 @@ class Colours:
         return " ".join(f"--{name}: {colour};" for name, colour in self.named())
 
 
-LIGHT = Colours("#5b6470", "#e3e6ea", ("#2f6fde", "#d4572a", "#7a4fd0", "#b8860b", "#12866d", "#c23d80"))
-DARK = Colours("#9aa3ae", "#2a3038", ("#7aa7ff", "#ff9466", "#b79bff", "#e6c15a", "#56d0b3", "#ff8fc0"))
+# Of Okabe and Ito (2008, "Color universal design"), in the order in which neighbours differ most; on a dark page too.
+SERIES = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#009e73", "#56b4e9")
+LIGHT = Colours("#5b6470", "#e3e6ea", SERIES)
+DARK = Colours("#9aa3ae", "#2a3038", SERIES)
 
 # matplotlib writes these, and the page's variables take their places, so that one SVG serves both themes.
 THEMED = Colours("#010101", "#020202", ("#030301", "#030302", "#030303", "#030304", "#030305", "#030306"))

@@ -201,9 +201,10 @@
       });
     });
   }
-  const top = (heat) => (heat.top ??= Math.max(1.2, ...heat.rows.flat().filter((value) => value !== null)));
   function shade(heat, value) {
-    const at = Math.min(Math.max((value - 1) / (top(heat) - 1), 0), 1) * (VIRIDIS.length - 1), below = Math.min(Math.floor(at), VIRIDIS.length - 2);
+    const scale = heat.log ? Math.log : (number) => number;
+    const share = (scale(value) - scale(heat.lowest)) / (scale(heat.highest) - scale(heat.lowest));
+    const at = Math.min(Math.max(share, 0), 1) * (VIRIDIS.length - 1), below = Math.min(Math.floor(at), VIRIDIS.length - 2);
     const mixed = [1, 3, 5].map((from) => {
       const [a, b] = [VIRIDIS[below], VIRIDIS[below + 1]].map((text) => parseInt(text.slice(from, from + 2), 16));
       return Math.round(a + (b - a) * (at - below));
@@ -421,9 +422,9 @@
     legend(figure);
     listen(figure);
     if (plot.heat) {
-      const scale = html(host.parentNode, "div", "scale", "1");
+      const scale = html(host.parentNode, "div", "scale", plot.heat.lowest);
       html(scale, "i", "").style.background = `linear-gradient(90deg, ${VIRIDIS})`;
-      scale.append(top(plot.heat).toFixed(2));
+      scale.append(`${+plot.heat.highest.toFixed(2)}${plot.heat.log ? ", by ratio" : ""}`);
     }
   }
   for (const button of document.querySelectorAll("button[data-run]")) {

@@ -99,7 +99,7 @@ def render_heading(name: str, state: str, kind: str, where: str) -> str:
 def render_verdict(verdict: Verdict) -> str:
     """Render whether the run is well: a sign and a word, and each finding with what to do."""
     found = [
-        f"<li><b>{escape(finding.text)}</b> {escape(finding.remedy)} ({escape(finding.page)})</li>"
+        f"<li><b>{escape(finding.text)}</b>: {escape(finding.remedy)} ({escape(finding.page)})</li>"
         for finding in verdict.findings
     ]
     kind, sign = ("look", "&#9650;") if found else ("well", "&#9679;")

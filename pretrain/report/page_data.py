@@ -114,7 +114,14 @@ def describe_curve(curve: Curve, limit: int) -> dict[str, Any]:
 def describe_heat(heat: HeatMap) -> dict[str, Any]:
     """One map as JSON values; null where nothing was measured."""
     rows = [[None if value is None else _rounded(value, 4) for value in row] for row in heat.rows]
-    return {"names": list(heat.names), "edges": [_rounded(edge, 9) for edge in heat.edges], "rows": rows}
+    return {
+        "names": list(heat.names),
+        "edges": [_rounded(edge, 9) for edge in heat.edges],
+        "rows": rows,
+        "lowest": heat.lowest,
+        "highest": _rounded(heat.highest, 4),
+        "log": heat.is_log,
+    }
 
 
 def _rounded(value: float, digits: int) -> float:

@@ -51,11 +51,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Values [row][span] of named rows over spans of steps between `edges`; None where nothing was measured."""
+    """Values [row][span] of named rows over spans of steps between `edges`; None where nothing was measured.
+
+    `lowest`, `highest`: values of the first and the last colour; with `is_log` colours follow the ratio to `lowest`.
+    """
 
     names: tuple[str, ...]
     edges: tuple[float, ...]
     rows: tuple[tuple[float | None, ...], ...]
+    lowest: float
+    highest: float
+    is_log: bool = False
 
 
 @dataclass(frozen=True)
@@ -245,7 +251,10 @@ def expert_load_plot(record: RunRecord) -> Plot | None:
     moe = record.config.model.moe
     most = "" if moe is None else f"; {moe.num_experts / moe.top_k:g}, the most possible, is collapse"
     caption = f"Tokens of the fullest expert over the mean, by MoE block: 1 is even{most}."
-    heat = HeatMap(tuple(f"block {block}" for block in blocks), tuple(edges), rows)
+    # A fixed scale, so that a colour means the same in every run; by ratios, or all that is usual would be the darkest.
+    most_possible = 0.0 if moe is None else moe.num_experts / moe.top_k
+    highest = max(1.2, most_possible or max(value for row in rows for value in row if value is not None))
+    heat = HeatMap(tuple(f"block {block}" for block in blocks), tuple(edges), rows, 1.0, highest, is_log=True)
     return Plot("experts", "Expert load", caption, "fullest / mean", heat=heat)
 
 
@@ -274,4 +283,6 @@ def quantization_plot(record: RunRecord) -> Plot | None:
     )
     recipe = record.config.low_precision.recipe
     caption = f"Numbers of operands that {recipe} makes zero: larger ones of their block leave no code for them."
-    return Plot("quantization", "Zeroed by quantising", caption, "%", heat=HeatMap(tuple(names), tuple(edges), rows))
+    highest = max(value for row in rows for value in row if value is not None) or 1.0
+    heat = HeatMap(tuple(names), tuple(edges), rows, 0.0, highest)
+    return Plot("quantization", "Zeroed by quantising", caption, "%", heat=heat)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from amfm.pretrain.checkpoint.names import checkpoint_name
 from amfm.pretrain.monitor.beats import describe_lost
 from amfm.pretrain.monitor.follow import FollowedRun, Seen
-from amfm.pretrain.monitor.health import Finding, Verdict, judge
+from amfm.pretrain.monitor.health import Finding, Verdict, judge, number
 from amfm.pretrain.monitor.panel import plural
 from amfm.pretrain.report.data import RunRecord, read_run
 from amfm.pretrain.report.goodput import USES, measure_goodput
@@ -95,8 +96,8 @@ def judge_ranks(followed: FollowedRun, seen: Seen, record: RunRecord) -> Iterato
         yield Finding(
             "ranks", describe_lost(silent), "the watchdog ends the run, and a launcher restarts it", LAUNCHING
         )
-    hosts = next((event.get("hosts") for event in reversed(record.events) if event.get("event") == "start"), None)
-    expected = sum(hosts.values()) if isinstance(hosts, dict) else 0
+    start: Mapping[str, Any] = next((event for event in reversed(record.events) if event.get("event") == "start"), {})
+    expected = int(number(start, "world_size") or 0)
     if seen.beats and len(seen.beats) < expected:
         text = f"{plural(expected - len(seen.beats), 'rank')} of {expected} {'has' if expected - len(seen.beats) == 1 else 'have'} no heartbeat"
         yield Finding("ranks", text, "look at the newest lines of their logs", LAUNCHING)

@@ -1,5 +1,7 @@
 """Series of any length become short, and keep what a reader looks for."""
 
+import numpy as np
+
 from amfm.pretrain.report.numbers import keep_extremes, mean_of_spans, smooth
 
 
@@ -28,3 +30,12 @@ def test_smoothing_starts_at_the_first_value_and_follows():
     smoothed = smooth([4.0] + [2.0] * 50)
     assert smoothed[0] == 4.0
     assert abs(smoothed[-1] - 2.0) < 1e-6
+    assert smooth([]) == [] and smooth([3.0]) == [3.0]
+
+
+def test_smoothing_comes_neither_late_nor_early():
+    """A straight line stays one, and a step is half done where it is."""
+    assert np.allclose(smooth(np.arange(3000.0).tolist()), np.arange(3000.0))
+    smoothed = smooth([2.0] * 1500 + [1.0] * 1500)
+    assert abs(smoothed[1499] + smoothed[1500] - 3.0) < 1e-9
+    assert smoothed[1480] == 2.0 and smoothed[1520] == 1.0

@@ -27,7 +27,10 @@ def run_dir(tmp_path: Path) -> Path:
     began = time.time() - 3600
     steps = [line(step, expert_load={}, skipped=False, seconds=80.0, time=began + 85 * step) for step in range(1, 41)]
     folder = make_run(tmp_path, steps)
-    append(folder / "events.jsonl", {"event": "start", "step": 0, "time": at(began), "hosts": {"node-a": 2}})
+    append(
+        folder / "events.jsonl",
+        {"event": "start", "step": 0, "time": at(began), "world_size": 2, "hosts": {"node-a": "0-1"}},
+    )
     beat(folder, rank=0)
     beat(folder, rank=1)
     return folder
