@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.acceptance.machine import describe_machine
-from amfm.kernels.cases.problem import CardSizes, Compute, Inputs, Problem
+from amfm.kernels.cases.problem import Compute, GpuSizes, Inputs, Problem
 from amfm.kernels.cases.trial import evaluate
 from amfm.kernels.proof.check import REFUSALS, check_trial
 from amfm.kernels.proof.verdict import TensorVerdict, finite, judge, narrowest
@@ -36,9 +36,9 @@ Measure = Callable[[Callable[[], object]], float]
 
 def time_problem(
     name: str,
-    build: Callable[[Inputs, CardSizes], Problem],
+    build: Callable[[Inputs, GpuSizes], Problem],
     device: torch.device,
-    sizes: CardSizes,
+    sizes: GpuSizes,
     measure: Measure,
 ) -> dict[str, Any]:
     """`op`, its `rows` (one for each variant and pass), `remarks` and `faults`, in bfloat16; the same numbers in every process.
@@ -177,11 +177,11 @@ def _measure(settings: dict[str, Any], device: torch.device, answer: Answer) -> 
     """Time the operation's problems for a GPU vs. PyTorch and installed packages, or choose its kernels' tiles."""
     from amfm.kernels.acceptance.child import time_problem
     from amfm.kernels.acceptance.choose_tiles import choose_tiles
-    from amfm.kernels.cases.problem import CardSizes
+    from amfm.kernels.cases.problem import GpuSizes
     from amfm.kernels.proof.check import measure_milliseconds
 
     problems = importlib.import_module(settings["cases"]).OPERATIONS[settings["operation"]].on_card
-    sizes = CardSizes(**settings.get("sizes", {}))
+    sizes = GpuSizes(**settings.get("sizes", {}))
     for name in settings.get("names") or problems:
         answer({"begun": name})
         if settings["do"] == "tune":

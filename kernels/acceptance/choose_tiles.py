@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.problem import CardSizes, Inputs, Problem
+from amfm.kernels.cases.problem import GpuSizes, Inputs, Problem
 from amfm.kernels.proof.check import measure_milliseconds
 from amfm.kernels.runtime.tuning import Table, find_environment, tune
 
@@ -16,9 +16,9 @@ LARGEST_ERROR = 5e-2
 
 
 def choose_tiles(
-    build: Callable[[Inputs, CardSizes], Problem],
+    build: Callable[[Inputs, GpuSizes], Problem],
     device: torch.device,
-    sizes: CardSizes,
+    sizes: GpuSizes,
     report: Callable[[str], None],
 ) -> Table:
     """Tune the kernels that a problem launches, forward and backward together, and save this GPU's table; returns it.

@@ -11,7 +11,7 @@ from torch import Tensor
 from amfm.kernels.attention.op import attention, attention_bytes, attention_flops, fastest_backend
 from amfm.kernels.attention.varlen import DocumentEnds
 from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import CardSizes, CountedProblem, Inputs, Minimum, Problem, bfloat16_inputs, each_pass
+from amfm.kernels.cases.problem import CountedProblem, GpuSizes, Inputs, Minimum, Problem, bfloat16_inputs, each_pass
 from amfm.kernels.cases.trial import Sized, documents
 
 VALUE_BYTES = 2
@@ -89,8 +89,8 @@ def trials() -> Iterator[Sized]:
     yield Sized("long row with a window", "long", partial(long, window=1000))
 
 
-def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return attention_problem(inputs, sizes.tokens, sizes.attention_heads, sizes.kv_heads, sizes.attention_dim)
 
 
-CASE = OperationCase("attention", counted_problems, trials, on_card={"attention": _on_card})
+CASE = OperationCase("attention", counted_problems, trials, on_card={"attention": _on_gpu})

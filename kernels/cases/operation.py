@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from amfm.kernels.cases.problem import CardSizes, CountedProblem, HostSizes, Inputs, Problem
+from amfm.kernels.cases.problem import CountedProblem, GpuSizes, HostSizes, Inputs, Problem
 from amfm.kernels.cases.trial import Kind, Sized
 
 
@@ -22,7 +22,7 @@ class OperationCase:
     name: str
     counted: Callable[[], Iterator[CountedProblem]]
     trials: Callable[[], Iterator[Sized]]
-    on_card: Mapping[str, Callable[[Inputs, CardSizes], Problem]] = field(default_factory=dict)
+    on_card: Mapping[str, Callable[[Inputs, GpuSizes], Problem]] = field(default_factory=dict)
     on_host: Mapping[str, Callable[[Inputs, HostSizes], Problem]] = field(default_factory=dict)
     also: Callable[[], None] = lambda: None
     first_architecture: int = 80

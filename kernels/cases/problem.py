@@ -127,7 +127,7 @@ class CountedProblem:
 
 
 @dataclass(frozen=True)
-class CardSizes:
+class GpuSizes:
     """Sizes of problems on a GPU; the defaults are those of Granite-4-H-Small on one row of 8,192 tokens."""
 
     tokens: int = 8192

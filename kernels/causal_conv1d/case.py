@@ -9,9 +9,9 @@ from torch import Tensor
 
 from amfm.kernels.cases.operation import OperationCase
 from amfm.kernels.cases.problem import (
-    CardSizes,
     Compute,
     CountedProblem,
+    GpuSizes,
     HostSizes,
     Inputs,
     Minimum,
@@ -88,7 +88,7 @@ def trials() -> Iterator[Sized]:
     yield Sized("1560 channels, unaligned", "long", partial(long, channels=1560, before=1537))
 
 
-def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return convolution_problem(inputs, 1, sizes.tokens, sizes.heads * sizes.head_dim + 2 * sizes.state)
 
 
@@ -100,6 +100,6 @@ CASE = OperationCase(
     "causal_conv1d",
     counted_problems,
     trials,
-    on_card={"causal_conv1d": _on_card},
+    on_card={"causal_conv1d": _on_gpu},
     on_host={"causal_conv1d": _on_host},
 )

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from amfm.kernels.cases.operation import OperationCase
 from amfm.kernels.cases.problem import (
-    CardSizes,
     Compute,
     CountedProblem,
     Goal,
+    GpuSizes,
     HostSizes,
     Inputs,
     Minimum,
@@ -235,7 +235,7 @@ def segments_of_rows() -> None:
     torch.autograd.grad(y, q, torch.empty_like(y))
 
 
-def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return mamba2_problem(inputs, sizes.tokens, sizes.heads, head_dim=sizes.head_dim, state=sizes.state)
 
 
@@ -245,7 +245,7 @@ def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
     )
 
 
-def _linear_attention_on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _linear_attention_on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return decay_problem(inputs, sizes.tokens, sizes.attention_heads, sizes.attention_dim, sizes.attention_dim)
 
 
@@ -253,7 +253,7 @@ CASE = OperationCase(
     "decay_scan",
     counted_problems,
     trials,
-    on_card={"decay_scan": _on_card, "linear_attention": _linear_attention_on_card},
+    on_card={"decay_scan": _on_gpu, "linear_attention": _linear_attention_on_gpu},
     on_host={"decay_scan": _on_host},
     also=segments_of_rows,
 )

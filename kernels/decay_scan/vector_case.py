@@ -7,9 +7,9 @@ from functools import partial
 
 from amfm.kernels.cases.operation import OperationCase
 from amfm.kernels.cases.problem import (
-    CardSizes,
     CountedProblem,
     Goal,
+    GpuSizes,
     HostSizes,
     Inputs,
     Problem,
@@ -47,7 +47,7 @@ def trials() -> Iterator[Sized]:
     )  # fmt: skip
 
 
-def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     size = sizes.attention_dim
     return decay_problem(inputs, sizes.tokens, sizes.attention_heads, size, size, channels=True)
 
@@ -61,6 +61,6 @@ CASE = OperationCase(
     "decay_scan_vector",
     counted_problems,
     trials,
-    on_card={"decay_scan_vector": _on_card},
+    on_card={"decay_scan_vector": _on_gpu},
     on_host={"decay_scan_vector": _on_host},
 )

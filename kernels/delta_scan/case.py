@@ -14,10 +14,10 @@ from torch import Tensor
 
 from amfm.kernels.cases.operation import OperationCase
 from amfm.kernels.cases.problem import (
-    CardSizes,
     Compute,
     CountedProblem,
     Goal,
+    GpuSizes,
     HostSizes,
     Inputs,
     Minimum,
@@ -107,7 +107,7 @@ def trials() -> Iterator[Sized]:
     yield Sized("gates of channels", "long", partial(long, key_heads=8, heads=8, channels=True))
 
 
-def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     heads = sizes.attention_heads
     return delta_problem(inputs, sizes.tokens, heads // 2, heads, key=sizes.attention_dim, value=sizes.attention_dim)
 
@@ -119,5 +119,5 @@ def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
 
 
 CASE = OperationCase(
-    "delta_scan", counted_problems, trials, on_card={"delta_scan": _on_card}, on_host={"delta_scan": _on_host}
+    "delta_scan", counted_problems, trials, on_card={"delta_scan": _on_gpu}, on_host={"delta_scan": _on_host}
 )

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from amfm.kernels.cases.operation import OperationCase
 from amfm.kernels.cases.problem import (
-    CardSizes,
     Compute,
     CountedProblem,
     Goal,
+    GpuSizes,
     HostSizes,
     Inputs,
     Minimum,
@@ -96,7 +96,7 @@ def trials() -> Iterator[Sized]:
     )  # fmt: skip
 
 
-def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     channels = sizes.heads * sizes.head_dim
     return selective_problem(inputs, sizes.tokens, channels, STATE_SIZE, f"x{channels}, {STATE_SIZE} state numbers")
 
@@ -107,5 +107,5 @@ def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
 
 
 CASE = OperationCase(
-    "diag_scan", counted_problems, trials, on_card={"diag_scan": _on_card}, on_host={"diag_scan": _on_host}
+    "diag_scan", counted_problems, trials, on_card={"diag_scan": _on_gpu}, on_host={"diag_scan": _on_host}
 )

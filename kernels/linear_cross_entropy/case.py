@@ -11,10 +11,10 @@ from torch import Tensor
 from amfm.kernels.cases.operation import OperationCase
 from amfm.kernels.cases.problem import (
     NOTHING,
-    CardSizes,
     Compute,
     CountedProblem,
     Goal,
+    GpuSizes,
     HostSizes,
     Inputs,
     Minimum,
@@ -106,7 +106,7 @@ def trials() -> Iterator[Sized]:
     yield Sized("a share of 50176", "long", partial(share_problem, rows=2051, model=2048, vocabulary=50176))
 
 
-def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return head_problem(inputs, sizes.tokens // 2, sizes.model, sizes.vocabulary)
 
 
@@ -118,6 +118,6 @@ CASE = OperationCase(
     "linear_cross_entropy",
     counted_problems,
     trials,
-    on_card={"linear_cross_entropy": _on_card},
+    on_card={"linear_cross_entropy": _on_gpu},
     on_host={"linear_cross_entropy": _on_host},
 )

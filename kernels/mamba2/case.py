@@ -12,10 +12,10 @@ from torch import Tensor
 from amfm.kernels.cases.operation import OperationCase
 from amfm.kernels.cases.problem import (
     EPSILON,
-    CardSizes,
     Compute,
     CountedProblem,
     Goal,
+    GpuSizes,
     Inputs,
     Minimum,
     Problem,
@@ -131,11 +131,11 @@ def trials() -> Iterator[Sized]:
     yield Sized("mixer, 24 heads in 4 groups", "long", partial(long, heads=24, groups=4, norm_groups=4))
 
 
-def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return mixer_problem(
         inputs, sizes.tokens, sizes.heads, model=sizes.model, head_dim=sizes.head_dim, state=sizes.state, chunk=128,
         keep=False, whole=True,
     )  # fmt: skip
 
 
-CASE = OperationCase("mamba2", counted_problems, trials, on_card={"mamba2": _on_card})
+CASE = OperationCase("mamba2", counted_problems, trials, on_card={"mamba2": _on_gpu})

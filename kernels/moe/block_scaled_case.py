@@ -8,8 +8,8 @@ from typing import Any
 
 from amfm.kernels.cases.operation import OperationCase
 from amfm.kernels.cases.problem import (
-    CardSizes,
     CountedProblem,
+    GpuSizes,
     Inputs,
     Problem,
     bfloat16_inputs,
@@ -62,11 +62,11 @@ def trials() -> Iterator[Sized]:
         yield Sized(f"{name} experts, 28 of 128 empty", "long", long)
 
 
-def _linear_on_card(inputs: Inputs, sizes: CardSizes, name: RecipeName) -> Problem:
+def _linear_on_gpu(inputs: Inputs, sizes: GpuSizes, name: RecipeName) -> Problem:
     return linear_problem(inputs, sizes.tokens, sizes.model, 2 * sizes.model, name=name, **MOVED[name])
 
 
-def _experts_on_card(inputs: Inputs, sizes: CardSizes, name: RecipeName) -> Problem:
+def _experts_on_gpu(inputs: Inputs, sizes: GpuSizes, name: RecipeName) -> Problem:
     shape = sizes.tokens, sizes.model, sizes.experts, sizes.expert_width, sizes.top_k
     return low_precision_experts_problem(inputs, *shape, name=name, **MOVED[name])
 
@@ -76,6 +76,6 @@ CASE = OperationCase(
     counted_problems,
     trials,
     first_architecture=100,
-    on_card={f"{name}_linear": partial(_linear_on_card, name=name) for name in MOVED}
-    | {f"{name}_experts": partial(_experts_on_card, name=name) for name in MOVED},
+    on_card={f"{name}_linear": partial(_linear_on_gpu, name=name) for name in MOVED}
+    | {f"{name}_experts": partial(_experts_on_gpu, name=name) for name in MOVED},
 )

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from amfm.kernels.cases.operation import OperationCase
 from amfm.kernels.cases.problem import (
-    CardSizes,
     CountedProblem,
     Goal,
+    GpuSizes,
     HostSizes,
     Inputs,
     Minimum,
@@ -250,7 +250,7 @@ def persistent_products() -> None:
         launch_persistent(x, matrices, x.new_empty(8192, 512), None, tiles, product_tile(8192, 128) | OPTIONS)
 
 
-def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return experts_problem(inputs, sizes.tokens, sizes.model, sizes.experts, sizes.expert_width, sizes.top_k)
 
 
@@ -259,11 +259,11 @@ def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
     return block_problem(inputs, tokens, sizes.model, sizes.experts, sizes.expert_width, sizes.top_k)
 
 
-def _sent_on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _sent_on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return sent_problem(inputs, sizes.tokens, sizes.model, sizes.experts, sizes.expert_width, sizes.top_k)
 
 
-def _slots_on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _slots_on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return slots_problem(inputs, sizes.tokens, sizes.model, sizes.experts, sizes.expert_width, sizes.top_k)
 
 
@@ -271,7 +271,7 @@ CASE = OperationCase(
     "moe",
     counted_problems,
     trials,
-    on_card={"moe": _on_card, "moe_over_ranks": _sent_on_card, "moe_in_slots": _slots_on_card},
+    on_card={"moe": _on_gpu, "moe_over_ranks": _sent_on_gpu, "moe_in_slots": _slots_on_gpu},
     on_host={"moe": _on_host},
     also=persistent_products,
 )

@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from amfm.kernels.cases.operation import OperationCase
 from amfm.kernels.cases.problem import (
-    CardSizes,
     Compute,
     CountedProblem,
+    GpuSizes,
     Inputs,
     Minimum,
     Problem,
@@ -147,11 +147,11 @@ def trials() -> Iterator[Sized]:
     yield Sized("fp8 experts, 28 of 128 empty", "long", long)
 
 
-def _linear_on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _linear_on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return linear_problem(inputs, sizes.tokens, sizes.model, 2 * sizes.model)
 
 
-def _experts_on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _experts_on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return low_precision_experts_problem(
         inputs, sizes.tokens, sizes.model, sizes.experts, sizes.expert_width, sizes.top_k
     )
@@ -162,5 +162,5 @@ CASE = OperationCase(
     counted_problems,
     trials,
     first_architecture=90,
-    on_card={"low_precision_linear": _linear_on_card, "low_precision_experts": _experts_on_card},
+    on_card={"low_precision_linear": _linear_on_gpu, "low_precision_experts": _experts_on_gpu},
 )

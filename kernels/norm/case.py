@@ -13,9 +13,9 @@ from torch import Tensor
 from amfm.kernels.cases.operation import OperationCase
 from amfm.kernels.cases.problem import (
     EPSILON,
-    CardSizes,
     Compute,
     CountedProblem,
+    GpuSizes,
     HostSizes,
     Inputs,
     Minimum,
@@ -127,11 +127,11 @@ def trials() -> Iterator[Sized]:
     yield Sized("gated, 3072 wide in 3 groups", "long", gated(8205, 3072, groups=3, exact="torch"))
 
 
-def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return norm_problem(inputs, sizes.tokens, sizes.model)
 
 
-def _gated_on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _gated_on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return gated_problem(inputs, sizes.tokens, sizes.heads * sizes.head_dim)
 
 
@@ -147,6 +147,6 @@ CASE = OperationCase(
     "norm",
     counted_problems,
     trials,
-    on_card={"rms_norm": _on_card, "gated_rms_norm": _gated_on_card},
+    on_card={"rms_norm": _on_gpu, "gated_rms_norm": _gated_on_gpu},
     on_host={"gated_rms_norm": _gated_on_host, "rms_norm": _on_host},
 )

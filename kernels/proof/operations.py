@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import CardSizes, HostSizes, Inputs, Problem
+from amfm.kernels.cases.problem import GpuSizes, HostSizes, Inputs, Problem
 
 _KERNELS = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ def _find_cases() -> Iterator[OperationCase]:
 
 OPERATIONS: dict[str, OperationCase] = {case.name: case for case in _find_cases()}
 # What is timed, by the name that benchmarks give it; an operation may be timed in two forms.
-ON_CARD: dict[str, Callable[[Inputs, CardSizes], Problem]] = {
+ON_CARD: dict[str, Callable[[Inputs, GpuSizes], Problem]] = {
     name: build for case in OPERATIONS.values() for name, build in case.on_card.items()
 }
 ON_HOST: dict[str, Callable[[Inputs, HostSizes], Problem]] = {

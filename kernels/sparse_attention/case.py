@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import CardSizes, CountedProblem, Inputs, Minimum, Problem, bfloat16_inputs, each_pass
+from amfm.kernels.cases.problem import CountedProblem, GpuSizes, Inputs, Minimum, Problem, bfloat16_inputs, each_pass
 from amfm.kernels.cases.trial import Sized, documents
 from amfm.kernels.sparse_attention.op import choose_keys, chosen_loss, sparse_attention, sparse_bytes, sparse_flops
 from amfm.kernels.sparse_attention.rows import IndexRows
@@ -88,7 +88,7 @@ def trials() -> Iterator[Sized]:
     yield Sized("long row with documents", "long", partial(long, lengths=(2000, 1, 63, 2045)))
 
 
-def _on_card(inputs: Inputs, sizes: CardSizes, shape: tuple[int, int, int, int | None] | None = None) -> Problem:
+def _on_gpu(inputs: Inputs, sizes: GpuSizes, shape: tuple[int, int, int, int | None] | None = None) -> Problem:
     own = sizes.attention_heads, sizes.kv_heads, sizes.attention_dim, None
     return chosen_problem(inputs, sizes.tokens, max(1, sizes.tokens // 4), *(shape or own))
 
@@ -97,5 +97,5 @@ CASE = OperationCase(
     "sparse_attention",
     counted_problems,
     trials,
-    on_card={"sparse_attention": _on_card, "sparse_attention_latents": partial(_on_card, shape=LATENTS)},
+    on_card={"sparse_attention": _on_gpu, "sparse_attention_latents": partial(_on_gpu, shape=LATENTS)},
 )

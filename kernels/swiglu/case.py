@@ -9,9 +9,9 @@ from torch import Tensor
 
 from amfm.kernels.cases.operation import OperationCase
 from amfm.kernels.cases.problem import (
-    CardSizes,
     Compute,
     CountedProblem,
+    GpuSizes,
     Inputs,
     Minimum,
     Problem,
@@ -87,8 +87,8 @@ def trials() -> Iterator[Sized]:
     yield Sized("squared ReLU, long", "long", partial(squared_relu_problem, rows=8205, width=12288))
 
 
-def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+def _on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return swiglu_problem(inputs, sizes.tokens, 2 * sizes.model)
 
 
-CASE = OperationCase("swiglu", counted_problems, trials, on_card={"swiglu": _on_card})
+CASE = OperationCase("swiglu", counted_problems, trials, on_card={"swiglu": _on_gpu})

@@ -73,8 +73,8 @@ class MemoryMeter:
 
     def find(self, tensor: Tensor) -> Allocation | None:
         """The allocation behind a tensor; None of one on the host."""
-        is_on_card = isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda"
-        return self.live.get(tensor.untyped_storage()._cdata) if is_on_card else None
+        is_on_gpu = isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda"
+        return self.live.get(tensor.untyped_storage()._cdata) if is_on_gpu else None
 
     def track(self, result: Any, operation: int, made_in: int) -> None:
         """Count storages of an operation's results that are new and on the GPU, as made in that pass of a block.

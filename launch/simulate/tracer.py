@@ -256,7 +256,7 @@ class Tracer(TorchDispatchMode):
             self.tally.flops[kind] += flops
         if func in (aten._to_copy.default, aten.copy_.default):
             self._note_copy(func, args, kwargs, out)
-        if not computes_on_card(func, out):
+        if not computes_on_gpu(func, out):
             return
         if func.namespace != "amfm":
             self._note_launch(self.tally.other_launches)
@@ -280,7 +280,7 @@ class Tracer(TorchDispatchMode):
                 self.note_wait("copy from the host")
 
 
-def computes_on_card(func: Any, out: Any) -> bool:
+def computes_on_gpu(func: Any, out: Any) -> bool:
     """Whether an operation launches a kernel on the GPU: views and empty tensors do not."""
     if func.is_view or "empty" in func._opname or func._opname in ("detach", "lift_fresh", "_unsafe_view", "alias"):
         return False

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from amfm.kernels.acceptance.child import time_problem
-from amfm.kernels.cases.problem import CardSizes, HostSizes
+from amfm.kernels.cases.problem import GpuSizes, HostSizes
 from amfm.kernels.proof.operations import ON_CARD, ON_HOST
 from amfm.kernels.runtime.backend import INTERPRETED
 from benchmarks.kernels.case import host_case
@@ -17,7 +17,7 @@ from benchmarks.kernels.cpu_rounds import compare_variants
 ROW = {"op", "pass", "shape", "dtype", "backend", "milliseconds", "roofline_fraction", "ratio"}
 
 
-SMALL = CardSizes(
+SMALL = GpuSizes(
     tokens=64, model=32, heads=2, head_dim=16, state=16, experts=4, top_k=2, expert_width=16,
     attention_heads=2, kv_heads=1, attention_dim=16, vocabulary=64,
 )  # fmt: skip

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from amfm.kernels.cases.problem import CardSizes, Inputs
+from amfm.kernels.cases.problem import GpuSizes, Inputs
 from amfm.kernels.proof.operations import ON_CARD
 
-SMALL = CardSizes(
+SMALL = GpuSizes(
     tokens=63, model=32, heads=2, head_dim=16, state=16, experts=4, top_k=2, expert_width=16,
     attention_heads=2, kv_heads=1, attention_dim=16, vocabulary=64,
 )  # fmt: skip
