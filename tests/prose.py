@@ -5,7 +5,8 @@ used, and the second column is what to write instead. A pattern is a regular exp
 names of `WORDS` stand for alternatives. In pages, code, link targets and the files of `EXEMPT` are not checked, and
 paragraphs and list items have at most `LONGEST` characters. In Python, comments, docstrings and strings of several words
 are checked (help, messages, descriptions of settings), without code spans and the expressions of f-strings; rows whose
-third column begins with `PAGES_ALONE` do not apply there.
+third column begins with `PAGES_ALONE` do not apply there. Names of files, functions, classes and arguments of the product are
+split at `_`, and the words of `MOST_NAMES` are counted: falling only.
 
 A file of our own because the kept linters do not fit: vale's packages download a binary from GitHub at their first call, and
 proselint checks its own rules only.
@@ -13,13 +14,15 @@ proselint checks its own rules only.
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +41,31 @@ WORDS = {
     "|seconds|[kKMG]i?B|one|memory|files?|line|collective|core|requests?|choices|pieces|registers|programs?|gates?",
     "UNIT": "(?:parameter|token|byte|second|minute|hour|day|step|rank|node|host|GPU|head|layer|block|thread|file|function"
     "|sample|expert|channel|seed|run|dtype|word|row|group|page|stage|element|document|operation|folder|class|key|axis)",
+}
+
+PRODUCT = ("launch/", "pretrain/", "model/", "kernels/", "data_pipeline/")
+# Words that names of the product should not have, and how many still have them; lower them when they can be.
+MOST_NAMES = {
+    "again": 2,
+    "anew": 0,
+    "beside": 2,
+    "card": 21,
+    "cards": 4,
+    "hang": 2,
+    "hear": 0,
+    "hears": 0,
+    "land": 0,
+    "lands": 3,
+    "landed": 0,
+    "look": 14,
+    "looks": 0,
+    "mend": 0,
+    "mended": 0,
+    "room": 8,
+    "rooms": 0,
+    "tell": 4,
+    "tells": 0,
+    "told": 1,
 }
 
 
@@ -126,6 +154,27 @@ def check(page: str, text: str, rules: list[Rule]) -> list[str]:
     return found
 
 
+def words_of_names(page: str, source: str) -> Iterator[str]:
+    """Words of a file's name, and of the names of its functions, classes and arguments, in small letters."""
+    names = [PurePosixPath(page).stem]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.arg):
+            names.append(node.arg)
+    for name in names:
+        yield from re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().split("_")
+
+
+def check_names(counts: Counter[str]) -> list[str]:
+    """Words that more names have than did."""
+    return [
+        f"names of the product have {word!r} in {counts[word]} places, at most {most}: CONTRIBUTING.md has better words"
+        for word, most in MOST_NAMES.items()
+        if counts[word] > most
+    ]
+
+
 def main(pages: list[str]) -> int:
     """Check the files that are named, or all that git knows; returns the exit code."""
     rules = read_rules((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
@@ -136,9 +185,14 @@ def main(pages: list[str]) -> int:
         )
         pages = [page for page in listed.stdout.splitlines() if not page.startswith(EXEMPT)]
     found = []
+    counts: Counter[str] = Counter()
     for page in pages:
+        text = (ROOT / page).read_text(encoding="utf-8")
         check_file = check_source if page.endswith(".py") else check
-        found += check_file(page, (ROOT / page).read_text(encoding="utf-8"), rules)
+        found += check_file(page, text, rules)
+        if page.startswith(PRODUCT) and page.endswith(".py"):
+            counts.update(words_of_names(page, text))
+    found += check_names(counts)
     for finding in found:
         print(finding, file=sys.stderr)
     print(f"{len(pages)} files, {len(rules)} patterns, {len(found)} findings")

@@ -1,10 +1,11 @@
 """The word list of CONTRIBUTING.md finds what it should in pages and in Python, and nothing in code or link targets."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.prose import LONGEST, check, check_source, read_rules
+from tests.prose import LONGEST, MOST_NAMES, check, check_names, check_source, read_rules, words_of_names
 
 RULES = read_rules((Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8"))
 
@@ -62,3 +63,11 @@ def test_a_habit_in_comments_docstrings_and_messages_is_found_once(source: str) 
 )
 def test_python_outside_of_words_passes(source: str) -> None:
     assert check_source("file.py", source, RULES) == []
+
+
+def test_words_of_names_are_counted_and_may_not_become_more() -> None:
+    source = "class RowRoom:\n    def land(self, card_size, *, at_hand=1): ...\n"
+    assert list(words_of_names("model/hang_up.py", source)) == "hang up row room land self card size at hand".split()
+    assert check_names(Counter(MOST_NAMES)) == []
+    (found,) = check_names(Counter(MOST_NAMES) + Counter(["mend"]))
+    assert "'mend' in 1 places, at most 0" in found
