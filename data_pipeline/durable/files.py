@@ -109,7 +109,9 @@ SYNC_THREADS = 4  # a part has 14 files and folders; more threads cost more than
 
 
 def check_free(out: Path) -> None:
-    """Raise ValueError where a folder to be written would meet a file, a folder with content, or the working directory."""
+    """Raise ValueError where a folder to be written would meet a file, a folder with content, the working directory or a dead link."""
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"{out} is a link that leads to nothing; name a folder that is missing or empty")
     if out.resolve() == Path.cwd():
         raise ValueError(
             f"{out} is the working directory, which would be replaced; name a folder that is missing or empty"

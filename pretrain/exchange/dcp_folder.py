@@ -112,6 +112,8 @@ class DcpFolder:
             elif file.stat().st_size < end:
                 faults.append(f"{name} has {file.stat().st_size} bytes, {end} are in use")
         for name, found in self.tensors.items():
+            if not isinstance(found.properties.dtype, torch.dtype):
+                faults.append(f"{name} has the dtype {found.properties.dtype!r:.80}, which is none")
             faults += _chunk_faults(name, found, self.metadata.storage_data)
         if faults:
             raise ValueError(

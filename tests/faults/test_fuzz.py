@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.disk import ROOT
-from tests.faults.sound_files import write_sound_files
+from tests.faults.inputs.sound_files import write_sound_files
 from tests.helpers.processes.zygote import run_program
 
 CHEAP = (

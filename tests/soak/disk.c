@@ -14,6 +14,8 @@
  *
  * AMFM_HOST: what gethostname answers.
  *
+ * AMFM_CLOCK: a file with the number of seconds by which the clock of the day is ahead; without it, or empty, it is right.
+ *
  * AMFM_RECORD: a file that gets every operation that changes something below AMFM_RECORD_UNDER, in order:
  *   letter, length of path, path, length of second, second, offset, length of data, data (lengths 4 bytes, offset 8).
  */
@@ -306,4 +308,20 @@ int gethostname(char *name, size_t size) {
     struct utsname facts;
     if (uname(&facts)) return -1;
     return snprintf(name, size, "%s", facts.nodename), 0;
+}
+
+/* The clock of the day alone: a machine's other clocks are never set. */
+int clock_gettime(clockid_t clock, struct timespec *time) {
+    int result = (int)syscall(SYS_clock_gettime, clock, time);
+    const char *file = clock == CLOCK_REALTIME ? getenv("AMFM_CLOCK") : NULL;
+    if (file) {
+        char text[32] = "";
+        int fd = (int)syscall(SYS_openat, AT_FDCWD, file, O_RDONLY | O_CLOEXEC, 0);
+        if (fd >= 0) {
+            syscall(SYS_read, fd, text, sizeof text - 1);
+            syscall(SYS_close, fd);
+        }
+        time->tv_sec += atol(text);
+    }
+    return result;
 }

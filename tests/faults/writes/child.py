@@ -27,6 +27,27 @@ def call(module: str, name: str, source: str, **options: Any) -> Callable[[Path]
     return lambda out: getattr(importlib.import_module(module), name)(PLACE / source, out, **options)
 
 
+def merge_at(out: Path) -> None:
+    from amfm.pretrain.export.average import choose_merge, merge_checkpoints
+
+    merge_checkpoints(PLACE / "run", [choose_merge(PLACE / "run", 1, None, "uniform")], out, evaluate=False)
+
+
+def tokens_at(out: Path) -> None:
+    from amfm.data_pipeline.store.megatron_files import export_megatron
+    from amfm.data_pipeline.store.store import TokenStore
+
+    export_megatron(TokenStore.open(PLACE / "store"), "source0", "train", out / "text")
+
+
+def train_at(out: Path) -> None:
+    from amfm.pretrain.config.file import load_config
+    from amfm.pretrain.train import train
+
+    if code := train(load_config(PLACE / "run" / "config.yaml", [f"run.dir={out}"])):
+        raise RuntimeError(f"the run ended with {code}")
+
+
 def prepare_at(out: Path) -> None:
     config = DataConfig.model_validate_json((PLACE / "config.json").read_text())
     prepare(config.model_copy(update={"store": str(out)}), runner=run_in_process)
@@ -37,7 +58,11 @@ VERBS: dict[str, Callable[[Path], Any]] = {
     "dcp": call("amfm.pretrain.exchange.dcp", "export_dcp", "run"),
     "universal": call("amfm.pretrain.exchange.universal", "export_universal", "run"),
     "import": call("amfm.pretrain.export.import_huggingface", "import_huggingface", "exported"),
+    "state": call("amfm.pretrain.exchange.read", "import_state", "state"),
+    "merge": merge_at,
+    "tokens": tokens_at,
     "prepare": prepare_at,
+    "train": train_at,
 }
 
 
@@ -51,19 +76,27 @@ def attempt(verb: str, out: Path) -> dict[str, Any]:
     return {"code": 0, "said": ""}
 
 
+def attempt_in_fork(verb: str, out: Path) -> dict[str, Any]:
+    """What a process of its own makes of a verb: its code, and what it said."""
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.close(reading)
+        os.write(writing, json.dumps(attempt(verb, out)).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    os.wait()
+    return dict(json.loads(said)) if said else {"code": 1, "said": "the process died"}
+
+
 if __name__ == "__main__":
     for number, verb in enumerate(json.loads((PLACE / "jobs.json").read_text())):
-        reading, writing = os.pipe()
-        if os.fork() == 0:
-            (PLACE / f"{number}.on").touch()
-            first = attempt(verb, PLACE / f"out{number}")
-            left = sorted(path.name for path in PLACE.iterdir() if f"out{number}" in path.name)
-            (PLACE / f"{number}.on").unlink()
-            again = attempt(verb, PLACE / f"out{number}") if first["code"] else None
-            os.write(writing, json.dumps({"first": first, "left": left, "again": again}).encode())
-            os._exit(0)
-        os.close(writing)
-        with os.fdopen(reading) as pipe:
-            print(pipe.read() or json.dumps({"first": {"code": 1, "said": "the process died"}}), flush=True)
-        os.wait()
+        out = PLACE / f"out{number}"
+        (PLACE / f"{number}.on").touch()
+        first = attempt_in_fork(verb, out)
+        left = sorted(path.name for path in PLACE.iterdir() if f"out{number}" in path.name)
+        (PLACE / f"{number}.on").unlink()
+        again = attempt_in_fork(verb, out) if first["code"] else None
+        print(json.dumps({"first": first, "left": left, "again": again}), flush=True)
     os._exit(0)

@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
@@ -169,6 +170,16 @@ def test_a_large_grid_of_chunks_is_looked_at_once() -> None:
     assert chunk_faults((150, 300), *grid) == []
     moved = [((0, 1), (3, 5)) if place == (0, 0) else (place, size) for place, size in grid]
     assert chunk_faults((150, 300), *moved) == ["x: its chunks overlap, and so do not hold all of it"]
+
+
+@pytest.mark.parametrize("properties", [None, TensorProperties(dtype=32)])  # type: ignore[arg-type]
+def test_a_tensor_without_a_dtype_is_refused(tmp_path: Path, properties: TensorProperties | None) -> None:
+    tensor = TensorStorageMetadata(properties, torch.Size([0]), [])  # type: ignore[arg-type]
+    if properties is None:
+        del tensor.properties
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"x": tensor}, storage_data={})))
+    with pytest.raises(ValueError, match=r"\.metadata is not as its format asks|x has the dtype 32, which is none"):
+        DcpFolder(tmp_path)
 
 
 @pytest.mark.parametrize(

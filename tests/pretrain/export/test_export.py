@@ -280,3 +280,6 @@ def test_the_working_directory_is_no_place_and_a_link_is_its_folder(
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ValueError, match="is the working directory, which would be replaced; name a folder"):
         check_free(Path("."))
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="loop is a link that leads to nothing"):
+        check_free(tmp_path / "loop")
