@@ -1,7 +1,8 @@
 """Command lines of `amfm` with bad input, each in a fork of its own: how it ended, in words, seconds and bytes.
 
 Called as `python -m tests.faults.inputs.trial PLACE KIND...` with the sound files of sound_files.py; prints a JSON
-line a kind. What is promised: exit code 0 or 2, a message and no traceback, an end within seconds, no gigabytes, nothing left
+line a kind. What is promised: exit code 0 or 2 (3 where a
+checkpoint or store that amfm wrote is damaged), a message and no traceback, an end within seconds, no gigabytes, nothing left
 of an output that was refused, and no change of a file outside of the folder of the case.
 """
 
@@ -40,6 +41,7 @@ class Case:
     words: tuple[str, ...]
     make: Callable[[Path], Any] = lambda here: None
     out: str | None = None  # what must not be there where the call was refused
+    codes: tuple[int, ...] = (DONE, BAD_INPUT)
 
 
 def attempt(case: Case, here: Path) -> None:
@@ -76,7 +78,7 @@ def wait(pid: int) -> tuple[int, float, int]:
 def judge(case: Case, here: Path, code: int, seconds: float, size: int) -> str:
     """What is wrong with an end; nothing where all is as promised."""
     said = here.with_suffix(".said").read_text(errors="replace")
-    allowed = (DONE, BAD_INPUT, INTERRUPTED) if case.words[0] == "init" else (DONE, BAD_INPUT)
+    allowed = (*case.codes, INTERRUPTED) if case.words[0] == "init" else case.codes
     if "Traceback" in said:
         return "traceback"
     if code not in allowed:
