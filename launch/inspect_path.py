@@ -59,8 +59,9 @@ def inspect_path(path: str | Path, *, quick: bool = False, report: Report = sile
         raise FileNotFoundError(f"{folder} {what}; name the folder of a store, checkpoint, run or export")
     manifest = folder / "manifest.json"
     if manifest.is_file():
-        text = manifest.read_text(encoding="utf-8", errors="replace")
-        if "amfm-checkpoint" not in text[:200]:
+        with manifest.open("rb") as file:
+            head = file.read(200)
+        if b"amfm-checkpoint" not in head:
             return inspect_store(str(folder), quick=quick, report=report)
     if quick:
         raise ValueError(f"{folder} is not a token store, and --quick is for stores; leave it out")

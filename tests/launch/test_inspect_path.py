@@ -1,6 +1,7 @@
 """`amfm inspect`: what a path holds, verified, and what differs from another."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -75,3 +76,10 @@ def test_inspect_of_a_run_shows_its_losses_and_what_went_wrong(tmp_path, capsys)
     assert run(["inspect", str(folder), "--json"]) == 0
     found = one_object(capsys.readouterr().out)
     assert (found["loss"], found["validation_loss"], found["warnings"]) == (4.5, 5.0, ["experts_collapsed"])
+
+
+def test_a_manifest_beyond_any_size_is_refused_and_not_read(tmp_path, capsys):
+    (tmp_path / "manifest.json").touch()
+    os.truncate(tmp_path / "manifest.json", 1 << 40)
+    assert run(["inspect", str(tmp_path)]) == 2
+    assert "more than the" in capsys.readouterr().err

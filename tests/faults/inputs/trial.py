@@ -28,7 +28,7 @@ from amfm.launch.verbs import VERBS, load_verb
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED
 
 MAX_SECONDS = 60.0  # of the processor
-MAX_WAITING_SECONDS = 300.0
+MAX_WAITING_SECONDS = 3600.0
 MAX_BYTES = 3 << 30
 PRECIOUS = "precious"
 
