@@ -61,6 +61,15 @@ MAX_SECONDS = 5.0
 MAX_WAITING_SECONDS = 60.0
 MAX_BYTES = 1 << 30
 ODD = (None, [], {}, "", "../../x", "/etc/passwd", "\0", -1, 0, 2**63, 1e308, True, [[]], {"x": None}, "x" * 5000)
+# What amfm wrote and finds damaged is the machine's state, and ends with 3; another's file is bad input.
+OWN = (
+    "store_manifest",
+    "shard",
+    "zarr_metadata",
+    "checkpoint_manifest",
+    "signed_checkpoint_manifest",
+    "weights_description",
+)
 UNIT_SETTINGS = UnitSettings("text", FilterConfig(), 0.0, 0, 1000, Layout.for_vocabulary(400, 512, "fast"), "x", 400, 2)
 # Deeper than any recursion limit that Python has or had, cut and whole; random mutations rarely put it where a value begins.
 NESTED = (b'{"x": ' + b"[" * 200_000, b'{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n")
@@ -288,7 +297,7 @@ def fuzz(name: str, path: Path, read: Callable[[], Any], count: int) -> dict[str
             if not isinstance(error, ValueError | RuntimeError | OSError | MemoryError) or is_bug(error):
                 report["tracebacks"] += 1
                 report["broken"].append(said)
-            elif (code := exit_code(error)) != BAD_INPUT:
+            elif (code := exit_code(error)) != BAD_INPUT and name not in OWN:
                 report["wrong_codes"] += 1
                 report["broken"].append(f"code {code}: {said}")
             else:

@@ -64,7 +64,7 @@ def settings(place: Path) -> Iterator[Case]:
     keys = sorted(read_tree(place / "run.yaml", problems).origins())
     pairs = [(key, value) for key in keys if key for value in ODD_VALUES]
     for key, value in random.Random(SEED).sample(pairs, 313):
-        yield Case(f"{key}={value}", ("config", str(place / "run.yaml"), f"{key}={value}", "--ranks", "4"))
+        yield Case(f"{key}={value}", ("config", str(place / "run.yaml"), f"{key}={value}", "--ranks", "2"))
 
 
 def bomb(levels: int) -> str:
