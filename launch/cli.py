@@ -80,9 +80,9 @@ def main() -> None:
 def format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning as Python writes it, but one of ours as a message."""
+    """A warning as Python writes it, but one of ours as a line, which is not the reason of a failure."""
     if re.match(OLD_NAME, str(message)):
-        return f"amfm: {message}\n"
+        return f"note: {message}\n"
     return FORMAT_WARNING(message, category, filename, lineno, line)
 
 

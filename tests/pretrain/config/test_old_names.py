@@ -107,5 +107,5 @@ def test_the_command_says_it_in_a_line(
         warnings.warn("other words", FutureWarning, stacklevel=1)
     said, other = capsys.readouterr().out.splitlines()[:2]
     now = "stages.1.parallel.expert_buffer_factor now; the old name is read, write the new one"
-    assert said == f"amfm: stages.1.parallel.expert_room is called {now}"
-    assert "FutureWarning: other words" in other and re.match(OLD_NAME, said.removeprefix("amfm: "))
+    assert said == f"note: stages.1.parallel.expert_room is called {now}"
+    assert "FutureWarning: other words" in other and re.match(OLD_NAME, said.removeprefix("note: "))
