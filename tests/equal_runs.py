@@ -253,6 +253,8 @@ def train_until(tree: dict[str, Any], stop: int) -> list[int]:
     schema, training = ours("pretrain.config.schema"), ours("pretrain.train")
     protocol = ours("pretrain.launcher_protocol")
     tree["train"]["stop_after_steps"] = stop
+    if Path(schema.__file__).parents[2].joinpath("model/config/old_names.py").is_file():
+        ours("model.config.old_names").use_current_names(tree)  # the settings have the names of OLD
     codes: list[int] = []
     while not codes or codes[-1] == protocol.NEXT_LAYOUT:
         codes.append(training.train(schema.RunConfig.model_validate(tree)))
