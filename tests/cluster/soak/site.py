@@ -30,7 +30,7 @@ def write_run(folder: Path, run_dir: Path, pause: float) -> RunConfig:
         train__steps=STEPS,
         train__global_batch_size=8,
         train__checkpoint_every_steps=10,
-        train__timeout_seconds=180,
+        train__timeout_seconds=180,  # short: ranks wait so long for one that was killed, and an hour holds thirty faults
         hooks__pause={"seconds": pause},
         launch__heartbeat_seconds=60.0,
         launch__node_wait_seconds=10.0,
