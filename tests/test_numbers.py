@@ -78,14 +78,6 @@ def test_counts_of_layouts_and_mixers() -> None:
     assert all(abs(float(cell.split()[0]) - 1) <= 0.15 for row in flat for cell in row[2:4])
 
 
-def test_planned_mfu_of_presets() -> None:
-    names = ("qwen3_next_80b", "kimi_linear_48b", "nemotron3_super_120b", "jamba1.5_large_like", "ladder_8b_a1b")
-    said = (
-        r"planned MFU: \D+\d\D+128 H100 ([\d.]+)% .*Kimi Linear ([\d.]+) .*512 ([\d.]+) .*Jamba ([\d.]+) .*64 ([\d.]+) "
-    )
-    assert found("CHANGELOG.md", said) == tuple(float(headers(name)[0].mfu.rstrip("%")) for name in names)
-
-
 def test_predictions_of_the_readme() -> None:
     table = rows("README.md", "preset")
     assert len(table) == 6
