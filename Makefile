@@ -82,7 +82,7 @@ test-slow: $(VENV)/.installed-dev
 	@git log -1 --format='commit %h of %ci' && git status --short
 	$(BIN)/python -m pytest -m "slow and not gpu and not cluster" --numprocesses 2 --dist worksteal --junitxml=build/test-slow.xml
 
-# Do tests fail where the code is wrong? Verdicts are kept, so that a run goes on where it was stopped.
+# Do tests fail where the code is wrong? Verdicts are kept, so that a run continues where it was stopped.
 test-mutation: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.mutation --keep docs/benchmarks/mutation.jsonl --out docs/benchmarks/mutation.md
 
@@ -113,12 +113,12 @@ $(PEERS)/.installed: pyproject.toml Makefile recipes/clients/training.txt
 	$(PEERS)/bin/python -m pip install --quiet --no-compile --no-deps 'flash-linear-attention==0.6.*' 'fla-core==0.6.*'
 	touch $@
 
-# The oldest torch and Triton that are held to these tests, and the newest that pip gives; half an hour on two cores.
+# The oldest torch and Triton that these tests run with, and the newest that pip gives; half an hour on two cores.
 test-versions:
 	tests/versions.sh build/versions/torch2.11 python3.12 'torch==2.11.*' 'triton==3.6.0' 'numpy<2.4'
 	tests/versions.sh build/versions/newest python3.13 torch
 
-# On a machine with a card: the kernels' acceptance, their tests on the card, the whole job. One that fails stops no other.
+# On a machine with a GPU: the kernels' acceptance, their tests on the GPU, the whole job. One that fails stops no other.
 # On a bare machine: make gpu GPU_PYTHON=python3 (docs/gpu.md).
 GPU_PYTHON ?= $(BIN)/python
 GPU_RUNS ?= runs/gpu

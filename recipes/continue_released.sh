@@ -8,7 +8,7 @@
 #                                                    without a network
 #
 # From the environment: STEPS (20), LENGTH (4096), BATCH (64), MICRO_BATCH (1), RANKS (1), MAX_TOKENS (what the steps read),
-# PYTHON (python), AMFM_OVERRIDES (KEY=VALUE ...) for training. Stopped at any point, the same command goes on.
+# PYTHON (python), AMFM_OVERRIDES (KEY=VALUE ...) for training. Stopped at any point, the same command continues.
 set -euo pipefail
 
 usage="usage: recipes/continue_released.sh WORK MODEL TEXT, or WORK --toy granite4|nemotron3"

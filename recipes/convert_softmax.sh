@@ -4,7 +4,7 @@
 #   recipes/convert_softmax.sh WORK [KEY=VALUE ...]    WORK: a folder for text and runs; KEY=VALUE: of both configurations
 #   recipes/convert_softmax.sh WORK --toy              the same in a few steps, on Python's own sources
 #
-# Stopped at any point, the same command goes on.
+# Stopped at any point, the same command continues.
 set -euo pipefail
 
 work=${1:?usage: recipes/convert_softmax.sh WORK [--toy | KEY=VALUE ...]}

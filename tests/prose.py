@@ -5,7 +5,7 @@ used, and the second column is what to write instead. A pattern is a regular exp
 names of `WORDS` stand for alternatives. In pages, code, link targets and the files of `EXEMPT` are not checked, and
 paragraphs and list items have at most `LONGEST` characters. In Python, comments, docstrings and strings of several words
 are checked (help, messages, descriptions of settings), without code spans and the expressions of f-strings; rows whose
-third column begins with `PAGES_ALONE` do not apply there. Names of files, functions, classes and arguments of the product are
+third column begins with `PAGES_ALONE` do not apply there. In YAML, scripts and the Makefile comments are checked. Names of files, functions, classes and arguments of the product are
 split at `_`, and the words of `MOST_NAMES` are counted: falling only.
 
 A file of our own because the kept linters do not fit: vale's packages download a binary from GitHub at their first call, and
@@ -27,10 +27,11 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("*.md", "docs/**/*.md", "examples/**/*.md", "recipes/**/*.md")
+COMMENTED = ("**/*.yaml", "**/*.yml", "**/*.sh", "Makefile", "Dockerfile", "pyproject.toml")
 # Texts that models continue in tests and checks.
 PROMPTS = ("pretrain/export/clients/check.py", "tests/pretrain/export/habits/trainer.py")
-# What was measured stays as it was written.
-EXEMPT = ("docs/log/", "docs/benchmarks/", "tests/prose.py", "tests/test_prose.py", *PROMPTS)
+# Of a month, which stay as they were written.
+EXEMPT = ("docs/log/", "tests/prose.py", "tests/test_prose.py", *PROMPTS)
 LONGEST = 700  # about six lines of a browser
 HEADING = "## Words"
 PAGES_ALONE = "*pages*"
@@ -126,6 +127,13 @@ def find_words(source: str) -> Iterator[tuple[int, str]]:
             yield token.start[0], " ".join(text.replace("# ", "").split())
 
 
+def find_comments(text: str) -> Iterator[tuple[int, str]]:
+    """The comments of a file whose comments begin with `#`, with their line numbers and without code, paths and flags."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if comment := re.search(r"(?:^|\s)#(?!!)\s*(.*)", line):
+            yield number, re.sub(r"(`+)[^`]*\1|--\w[\w-]*|\S*[/_=]\S*|\w+\.\w[\w.]*", "``", comment[1])
+
+
 def find_habits(file: str, line: int, block: str, rules: list[Rule]) -> Iterator[str]:
     """What breaks a rule in a block of words, one line per finding."""
     for rule in rules:
@@ -135,9 +143,10 @@ def find_habits(file: str, line: int, block: str, rules: list[Rule]) -> Iterator
 
 
 def check_source(file: str, source: str, rules: list[Rule]) -> list[str]:
-    """What breaks a rule in the words of a Python file, one line per finding."""
+    """What breaks a rule in the words of a file of code, one line per finding."""
     some = [rule for rule in rules if not rule.pages_alone]
-    return [finding for line, block in find_words(source) for finding in find_habits(file, line, block, some)]
+    blocks = find_words(source) if file.endswith(".py") else find_comments(source)
+    return [finding for line, block in blocks for finding in find_habits(file, line, block, some)]
 
 
 def check(page: str, text: str, rules: list[Rule]) -> list[str]:
@@ -179,7 +188,7 @@ def main(pages: list[str]) -> int:
     """Check the files that are named, or all that git knows; returns the exit code."""
     rules = read_rules((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     if not pages:
-        patterns = [f":(glob){pattern}" for pattern in (*PAGES, "**/*.py")]
+        patterns = [f":(glob){pattern}" for pattern in (*PAGES, *COMMENTED, "**/*.py")]
         listed = subprocess.run(
             ["git", "ls-files", "--", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
         )
@@ -188,7 +197,7 @@ def main(pages: list[str]) -> int:
     counts: Counter[str] = Counter()
     for page in pages:
         text = (ROOT / page).read_text(encoding="utf-8")
-        check_file = check_source if page.endswith(".py") else check
+        check_file = check if page.endswith(".md") else check_source
         found += check_file(page, text, rules)
         if page.startswith(PRODUCT) and page.endswith(".py"):
             counts.update(words_of_names(page, text))

@@ -65,6 +65,11 @@ def test_python_outside_of_words_passes(source: str) -> None:
     assert check_source("file.py", source, RULES) == []
 
 
+def test_comments_of_yaml_and_scripts_are_read_and_their_values_are_not() -> None:
+    text = "#!/bin/sh beside\nsteps: 3   # 12 bytes a parameter, `beside`\ncolour: '#beside'  # --beside, a/beside, x=beside\n"
+    assert len(check_source("a.yaml", text, RULES)) == 1
+
+
 def test_words_of_names_are_counted_and_may_not_become_more() -> None:
     source = "class RowRoom:\n    def land(self, card_size, *, at_hand=1): ...\n"
     assert list(words_of_names("model/hang_up.py", source)) == [

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real Slurm cluster (munged, slurmctld, a slurmd on each of N nodes) inside one Linux machine, for tests of launchers.
 #
-# The nodes are those of network.sh beside this file: own addresses, host names and process numbers. slurmctld and munged run
+# The nodes are those of network.sh next to this file: own addresses, host names and process numbers. slurmctld and munged run
 # on node0, the login node. Own key, own sockets, own configuration in DIR: nothing in /etc is used. Tried with Debian's
 # slurm-wlm 24.11 and munge. Needs root.
 #
