@@ -8,9 +8,11 @@ are wrong, RuntimeError for the machine's state. A run on several ranks or hosts
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from amfm.launch.console import UNUSED_LIBRARIES
 from amfm.launch.presets import choose_config
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.extras import require_extra
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from amfm.launch.plan.plan import Plan
     from amfm.pretrain.inference.generate import TextModel
     from amfm.pretrain.report.data import RunRecord
+
+warnings.filterwarnings("ignore", message=UNUSED_LIBRARIES)  # as the verbs do
 
 
 def load(path: str | Path | None = None, *overrides: str, preset: str | None = None) -> RunConfig:
