@@ -88,16 +88,18 @@ class Waiting:
         """The present state in words."""
         seconds = time.monotonic() - self.began
         if self.total < COUNTED_BYTES:
-            return f"{self.what} ({format_seconds(seconds)} so far)"
+            return f"{self.what} ({format_seconds(seconds, exact=True)} so far)"
         left = f", {format_seconds(seconds * (self.total - self.done) / self.done)} to go" if self.done else ""
         return f"{self.what}: {100 * self.done // self.total}% of {format_bytes(self.total)}{left}"
 
 
-def format_seconds(seconds: float) -> str:
-    """A duration as a person says it: 42 s, 3 min, 2 h 05 min."""
+def format_seconds(seconds: float, *, exact: bool = False) -> str:
+    """A duration as a person says it: 42 s, 3 min, 2 h 05 min; exact: with the seconds of less than an hour."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"
+    if exact and seconds < 3600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 

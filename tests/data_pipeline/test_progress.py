@@ -43,4 +43,5 @@ def test_a_small_file_has_no_time_left():
 
 def test_durations_and_sizes_are_said_as_people_say_them():
     assert [format_seconds(n) for n in (3.4, 89, 300, 7500)] == ["3 s", "89 s", "5 min", "2 h 05 min"]
+    assert [format_seconds(n, exact=True) for n in (3.4, 119.8, 7500)] == ["3 s", "2 min 00 s", "2 h 05 min"]
     assert [format_bytes(n) for n in (12, 1_500_000, 2 * 10**12)] == ["12 bytes", "1.5 MB", "2.0 TB"]
