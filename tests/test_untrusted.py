@@ -51,6 +51,7 @@ RENAMES = {
     "data_pipeline/store/part_writer.py": "a folder that mkdir made",
     "kernels/runtime/user_cache.py": "kernels import no other package; opened with x",
     "pretrain/checkpoint/commit.py": "folders that mkdir made",
+    "pretrain/checkpoint/fork.py": "a folder that mkdir made",
     "pretrain/checkpoint/remote.py": "a folder that mkdir made",
     "pretrain/checkpoint/files.py": "opened with x",
     "pretrain/export/clients/gguf_file.py": "in a folder of mode 700",

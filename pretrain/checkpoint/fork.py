@@ -51,6 +51,7 @@ def fork_run(run_dir: Path, step: int, config: RunConfig, report: Report = silen
     shutil.rmtree(temporary, ignore_errors=True)  # of a fork that was killed
     try:
         with named(temporary):
+            temporary.mkdir()  # refused where a link has the name
             copied = temporary / "checkpoints" / checkpoint_name(step)
             shutil.copytree(there[step], copied, copy_function=link)
             mark(copied)

@@ -6,18 +6,16 @@ by its import path, because configurations are read where torch is not imported.
 
 A hook is a subclass of `amfm.pretrain.hook.Hook`, built as `Class(options, run)` on every rank at every start. Nothing
 of it is saved: what it does is a function of the step and the masters.
-
-The section `hooks`: a field per hook of an installed package, so that files, overrides and the schema know them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
-from amfm.model.config.plugins import PluginSections, list_packages, load_named, specs_by_name, with_sections
+from amfm.model.config.plugins import list_packages, load_named, specs_by_name
 from amfm.model.config.section import Section
 from amfm.pretrain.config.pruning import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig
 
@@ -93,11 +91,3 @@ def hook_specs() -> dict[str, HookSpec]:
         if unfit is not None:
             raise RuntimeError(f"the hook {spec.name!r} of {list_packages(ENTRY_POINTS, HookSpec)[spec.name]} {unfit}")
     return specs
-
-
-@with_sections({name: (spec.options, "None: it does nothing.") for name, spec in hook_specs().items()})
-class RegisteredHooks(PluginSections):
-    """Hooks of installed packages, by name (entry point group `amfm.hooks`); those without a section do nothing."""
-
-    group: ClassVar[str] = ENTRY_POINTS
-    packages: ClassVar[Mapping[str, str]] = list_packages(ENTRY_POINTS, HookSpec)

@@ -12,7 +12,7 @@ from amfm.model.config.schema import read_saved_model
 from amfm.model.huggingface.hf_class import ENTRY_POINTS as TARGETS
 from amfm.model.huggingface.hf_class import OURS as OWN_TARGETS
 from amfm.model.huggingface.hf_class import PACKAGED, HfTarget
-from amfm.pretrain.config.hook_registry import RegisteredHooks
+from amfm.pretrain.config.hooks import RegisteredHooks
 from amfm.pretrain.config.optimizers import ENTRY_POINTS as OPTIMIZERS
 from amfm.pretrain.config.optimizers import OURS as OWN_OPTIMIZERS
 from amfm.pretrain.config.optimizers import RegisteredOptimizers, optimizer_specs

@@ -19,7 +19,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.config.section import Section
 from amfm.model.huggingface.hf_class import Target
 from amfm.pretrain.config.convert import ConvertConfig
-from amfm.pretrain.config.hook_registry import RegisteredHooks
+from amfm.pretrain.config.hooks import RegisteredHooks
 from amfm.pretrain.config.launch import LaunchConfig
 from amfm.pretrain.config.optimizers import OURS as OWN_OPTIMIZERS
 from amfm.pretrain.config.optimizers import RegisteredOptimizers, optimizer_specs

@@ -13,7 +13,7 @@ from tests.helpers.spawn import run_ranks
 from tests.parallel.layouts import Layout, outcomes_of
 from tests.pretrain.tiny_run import Trained, tiny_config, tiny_data, train_and_collect
 
-NVFP4 = {"low_precision__recipe": "nvfp4", "low_precision__emulate": True, "low_precision__saved": "fp8"}
+NVFP4 = {"low_precision__recipe": "nvfp4", "low_precision__emulate": True, "low_precision__activation_storage": "fp8"}
 # Without clipping no number of a step is summed over stages.
 ROWS: dict[str, Any] = {
     "train__micro_batch_size": 1,
@@ -50,7 +50,11 @@ def test_stages_of_a_pipeline_round_at_random_as_one_rank_does(tmp_path: Path) -
     ],
 )
 def test_cuts_of_matrices_and_of_rows_move_blocks_and_little_else(parallels: list[dict[str, Any]]) -> None:
-    settings = {"low_precision__recipe": "fp8_block", "low_precision__emulate": True, "low_precision__saved": "fp8"}
+    settings = {
+        "low_precision__recipe": "fp8_block",
+        "low_precision__emulate": True,
+        "low_precision__activation_storage": "fp8",
+    }
     outcomes = outcomes_of([Layout(2, parallel, settings=settings) for parallel in parallels])
     (expected,) = outcomes_of([Layout(1, settings=settings)])
     for outcome, parallel in zip(outcomes, parallels, strict=True):

@@ -22,7 +22,7 @@ NVFP4 = {
     "low_precision__recipe": "nvfp4",
     "low_precision__emulate": True,
     "low_precision__measure_every_steps": 2,
-    "low_precision__saved": "fp8",
+    "low_precision__activation_storage": "fp8",
 }
 
 

@@ -31,6 +31,6 @@ def _trials(name: str, factor: float) -> Iterator[Sized]:
 
 
 OPERATIONS = {
-    name: OperationCase(name, lambda: iter(()), lambda: iter(()), partial(_trials, name, factor))
+    name: OperationCase(name, lambda: iter(()), partial(_trials, name, factor))
     for name, factor in (("plain", 3.0), ("off", 2.0))
 }

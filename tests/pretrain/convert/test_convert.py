@@ -173,7 +173,7 @@ def test_the_verdict_says_when_the_linear_branch_is_unused() -> None:
         ),
         ({"parallel__zero_stage": 3}, "parallel.zero_stage = 3: cuts frozen weights"),
         ({"optimizer__kind": "muon"}, "optimizer.kind = muon: makes the steps of matrices orthogonal"),
-        ({"forget": {"every_steps": 1, "until_step": 2}}, "forget: changes weights that a conversion keeps"),
+        ({"forget": {"every_steps": 1, "until_step": 2}}, "forget: changes weights that stay as they are"),
         (
             {"model__mixers": {"window_linear": WINDOW_LINEAR | {"num_heads": 2}}},
             "model.mixers.window_linear.num_heads = 2: must be 4, as model.attention has it",
