@@ -127,26 +127,29 @@ def test_recomputation_and_split_passes_give_the_same_bits_and_sums_take_them(na
         assert torch.equal(first.bfloat16(), plain[key]) and torch.equal(place.sum, 2 * first)
 
 
+@pytest.mark.parametrize("empty", [0, 9], ids=["full", "with empty slots"])
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_in_another_order_and_rows_of_zeros_behind_them_change_no_bit(name):
+def test_rows_in_another_order_change_no_bit_and_rows_of_zeros_behind_them_nothing(name, empty):
     x, ids, _, up, down = leaves(name)
     order = ids.flatten().argsort(stable=True)
     counts = torch.bincount(ids.flatten(), minlength=EXPERTS)
     rows = x.detach()[order // 2]
     plain = grouped_feed_forward(rows, counts, up, down, activation="swiglu")
     plain.sum().backward()
-    wanted = up.grad.clone(), down.grad.clone()
+    wanted = plain.detach(), up.grad.clone(), down.grad.clone()
     arrived = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
-    moved = torch.zeros(len(rows) + 9, MODEL)
+    moved = torch.zeros(len(rows) + empty, MODEL)
     moved[arrived] = rows
     sources = torch.cat([arrived, torch.arange(len(rows), len(moved))])
     padded = counts.clone()
-    padded[-1] += 9  # empty slots are rows of zeros behind the last expert's
+    padded[-1] += empty  # empty slots are rows of zeros behind the last expert's
     up.grad = down.grad = None
     y = grouped_feed_forward(moved, padded, up, down, activation="swiglu", sources_R=sources)
     y[arrived].sum().backward()
-    assert torch.equal(y[arrived], plain) and not y[len(rows) :].any()
-    assert torch.equal(up.grad, wanted[0]) and torch.equal(down.grad, wanted[1])
+    assert not y[len(rows) :].any()
+    for got, expected in zip((y[arrived], up.grad, down.grad), wanted, strict=True):
+        # A product of more rows may add in another order, and a code that then rounds the other way changes a few numbers.
+        assert torch.equal(got, expected) or (empty and (got - expected).norm() < 1e-3 * expected.norm())
 
 
 def test_hidden_rows_are_saved_as_codes_and_change_gradients_by_their_rounding():
