@@ -320,22 +320,31 @@ class PretrainLoader:
 
     def _make_batch(self, rows: list[Row]) -> Batch:
         """Assemble rows into a batch of tensors over memory of the pool, which comes back when the last of them dies."""
-        masked = self.config.mask_document_boundaries
-        arrays = assemble_rows(rows, mask_document_boundaries=masked, pool=self._pool)
-        length = arrays.tokens.shape[1]
-        is_padded = self.config.packing == "best_fit" or any(row.num_valid < length for row in rows)
-        lengths = [min(row.num_valid, length) for row in rows]
-        return Batch(
-            tokens_BT=torch.from_numpy(arrays.tokens),
-            labels_BT=torch.from_numpy(arrays.labels),
-            loss_mask_BT=torch.from_numpy(arrays.loss_mask),
-            positions_BT=torch.from_numpy(arrays.positions),
-            document_ids_BT=torch.from_numpy(arrays.document_ids),
-            cu_seqlens=torch.from_numpy(arrays.cu_seqlens),
-            sample_ids=tuple(row.sample for row in rows),
-            source_ids=tuple(row.source for row in rows),
-            lengths_B=torch.tensor(lengths) if is_padded else None,
-        )
+        is_padded = self.config.packing == "best_fit" or any(row.num_valid < len(row.tokens) - 1 for row in rows)
+        return batch_of_rows(rows, self.config.mask_document_boundaries, is_padded=is_padded, pool=self._pool)
+
+
+def batch_of_rows(
+    rows: Sequence[Row],
+    mask_document_boundaries: bool = True,
+    *,
+    is_padded: bool = True,
+    pool: BufferPool | None = None,
+) -> Batch:
+    """Assemble rows of equal length into a batch; is_padded: whether routers must know where padding is."""
+    arrays = assemble_rows(rows, mask_document_boundaries=mask_document_boundaries, pool=pool)
+    length = arrays.tokens.shape[1]
+    return Batch(
+        tokens_BT=torch.from_numpy(arrays.tokens),
+        labels_BT=torch.from_numpy(arrays.labels),
+        loss_mask_BT=torch.from_numpy(arrays.loss_mask),
+        positions_BT=torch.from_numpy(arrays.positions),
+        document_ids_BT=torch.from_numpy(arrays.document_ids),
+        cu_seqlens=torch.from_numpy(arrays.cu_seqlens),
+        sample_ids=tuple(row.sample for row in rows),
+        source_ids=tuple(row.source for row in rows),
+        lengths_B=torch.tensor([min(row.num_valid, length) for row in rows]) if is_padded else None,
+    )
 
 
 def row_settings(

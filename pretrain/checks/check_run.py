@@ -31,7 +31,6 @@ from amfm.pretrain.checks.sections import (
     routed_problems,
     synthetic_length_problems,
     synthetic_problems,
-    task_layout_problems,
     task_problems,
 )
 from amfm.pretrain.checks.stages import (
@@ -105,7 +104,7 @@ def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
     problems = [*model, *schedule_problems(config), *layout_problems(config), *recompute_problems(config)]
     problems += training_problems(config)
     problems += optimizer_problems(config)
-    problems += [*kernel_problems(config, config.kernels.backend), *task_layout_problems(config)]
+    problems += [*kernel_problems(config, config.kernels.backend)]
     if not model:
         problems += [*pipeline_problems(config), *depth_problems(config)]
         problems += [*low_precision_problems(config), *graph_problems(config)]

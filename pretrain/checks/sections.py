@@ -9,7 +9,7 @@ Checks of the optimizer's kind: settings that it would not read, and what it doe
 
 Checks of a run that is a stage of a conversion: what frozen weights and stages cannot be combined with.
 
-Rules of tasks that are measured while the model trains: they need text, and a layout that can answer them.
+Rules of tasks that are measured while the model trains: they need text.
 """
 
 from __future__ import annotations
@@ -41,17 +41,6 @@ def task_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             SETTING, rule, "remove it; train.validate_every_steps measures the accuracy on the synthetic task"
         )
-
-
-def task_layout_problems(config: RunConfig) -> Iterator[Problem]:
-    """Find ranks of a run, or of one stage taken as a run, on which tasks cannot be measured."""
-    if not config.evaluate.tasks:
-        return
-    for axis in ("pipeline", "context"):
-        ranks = getattr(config.parallel, axis)
-        if ranks > 1:
-            rule = f"are measured on data, tensor and expert ranks, and parallel.{axis} is {ranks}"
-            yield Problem(SETTING, rule, "remove it, and run `amfm evaluate RUN --tasks NAMES` on its checkpoints")
 
 
 KEPT = "changes weights that stay as they are"

@@ -7,14 +7,15 @@ the results or with what was wrong. So ranks agree by construction: they branch 
 A task that cannot be measured is said, recorded (`tasks_failed` in events.jsonl) and tried again the next time; the run
 continues. An error of the model ends the run like one in a step.
 
-Weights are the run's own, in its precision and on its layout of data, tensor and expert ranks at any ZeRO stage.
-Pipeline and context ranks hold parts of layers and rows that only a schedule brings together, and are refused
-(checks/tasks.py).
+Weights are the run's own, in its precision and on its layout of ranks, whatever it is: log-likelihoods take the pass that
+validation takes. Tasks that generate text need whole rows, a token at a time: pipeline and context ranks, and tensor ranks
+that share the tokens of a row, refuse them.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +24,14 @@ from amfm.model.hybrid import ModelOutput
 from amfm.pretrain.checks.sections import SETTING
 from amfm.pretrain.config.schema import EvaluateConfig, ParallelConfig, RunConfig
 from amfm.pretrain.hook import Hook
+from amfm.pretrain.micro_batch import MicroBatch
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.run import Run
 from amfm.pretrain.stages import is_due
+from amfm.pretrain.step import forward_only
 from amfm.pretrain.step_sums import StepResult
-from amfm.pretrain.tasks.scoring import Job, Scorer, Share
+from amfm.pretrain.tasks.scoring import Job, Scorer
 from amfm.pretrain.tasks.suite import TaskChoice, TaskError, TaskSuite, open_suite, require_lm_eval
 
 
@@ -52,7 +55,7 @@ def open_tasks(config: RunConfig, parallel: Parallel) -> TaskSuite | None:
         try:
             suite = open_suite(_choice(config.evaluate), SETTING)
             suite.load()
-            problem = _generation_problem(suite, config.parallel)
+            problem = generation_problem(suite, config.parallel)
         except TaskError:
             pass  # kept in suite.problem, which the log's opening says
         except ValueError as error:
@@ -106,28 +109,29 @@ class Tasks(Hook):
 
 def build_scorer(run: Run) -> Scorer:
     """Build what answers jobs on this rank, on the run's engine."""
-    parallel = run.parallel
-    group = _group(run)
+    train = run.stage.train
+
+    def passes(micro_batches: Sequence[MicroBatch]) -> Iterator[ModelOutput]:
+        run.clock("tasks")  # each pass is progress, however many the tasks ask for
+        return forward_only(run, micro_batches, predicts=True)
 
     def forward(*inputs: Any) -> ModelOutput:
-        run.clock("tasks")  # each pass is progress, however many the tasks ask for
+        run.clock("tasks")
         output: ModelOutput = run.engine.forward(*inputs)
         return output
 
+    # A schedule wants as many micro-batches as in training.
+    in_training = train.global_batch_size // (train.micro_batch_size * run.parallel.data_world_size)
     return Scorer(
+        passes=passes,
         forward=forward,
         empty_state=run.model.empty_state,
         tokenizer=load_tokenizer(run.config.data.text_store()),
-        device=parallel.device,
-        max_length=run.stage.train.sequence_length,
-        rows_at_once=run.config.evaluate.micro_batch_size or run.stage.train.micro_batch_size,
-        share=Share(
-            data_rank=parallel.data_rank,
-            num_data_ranks=parallel.data_world_size,
-            row_multiple=run.built.parallel.tensor,
-            gather=group.all_gather,
-            any_of=lambda value: bool(parallel.max_over_all([int(value)])[0]),
-        ),
+        parallel=run.parallel,
+        max_length=train.sequence_length,
+        rows_at_once=run.config.evaluate.micro_batch_size or train.micro_batch_size,
+        row_length=train.sequence_length,
+        micro_batches=1 if run.pipeline is None else in_training,
     )
 
 
@@ -141,7 +145,7 @@ def _lead(suite: TaskSuite, scorer: Scorer, run: Run) -> _End:
 
     try:
         suite.load()
-        problem = _generation_problem(suite, run.built.parallel)
+        problem = generation_problem(suite, run.built.parallel)
         end = _End({}, problem)
         if problem is None:
             end = _End(suite.measure(answer, scorer.tokenizer, scorer.max_length))
@@ -169,16 +173,18 @@ def _choice(section: EvaluateConfig) -> TaskChoice:
     return TaskChoice(section.tasks, section.include_path, section.limit, section.num_fewshot)
 
 
-def _generation_problem(suite: TaskSuite, parallel: ParallelConfig) -> str | None:
-    """Report why tasks that generate cannot run where tensor ranks share the tokens of a row: there is one at a
-    time.
+def generation_problem(suite: TaskSuite, parallel: ParallelConfig) -> str | None:
+    """Report why tasks that generate cannot run where ranks share the tokens or the blocks of a row: there is one token at
+    a time.
     """
-    shares_tokens = parallel.tensor > 1 and (parallel.sequence_parallel or parallel.expert > 1)
-    if not shares_tokens or "generate_until" not in suite.kinds():
+    reasons = [f"{axis}={ranks}" for axis in ("pipeline", "context") if (ranks := getattr(parallel, axis)) > 1]
+    if parallel.tensor > 1 and (parallel.sequence_parallel or parallel.expert > 1):
+        reason = "sequence_parallel=true" if parallel.sequence_parallel else f"expert={parallel.expert}"
+        reasons.append(f"tensor={parallel.tensor} with parallel.{reason}")
+    if not reasons or "generate_until" not in suite.kinds():
         return None
-    reason = "sequence_parallel=true" if parallel.sequence_parallel else f"expert={parallel.expert}"
     return (
-        f"{SETTING}: a task of {', '.join(suite.choice.names)} generates text, a token at a time, and parallel.tensor="
-        f"{parallel.tensor} with parallel.{reason} shares the tokens of a row; leave the task out, and run "
+        f"{SETTING}: a task of {', '.join(suite.choice.names)} generates text, a token at a time, and parallel."
+        f"{' and parallel.'.join(reasons)} shares rows between ranks; leave the task out, and run "
         "`amfm evaluate RUN --tasks NAMES` on the checkpoints"
     )

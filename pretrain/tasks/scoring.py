@@ -1,31 +1,36 @@
 """What tasks ask of a model: log-likelihoods of the ends of rows, and greedy continuations of prompts.
 
-A job is the whole list of questions, the same on every rank. Rows are sorted by length and cut into batches, and each data
-rank takes every n-th batch. All of them run the same number of forward passes, the last ones perhaps on a batch whose
-answers no one needs: experts and ZeRO-3 weights are spread over data ranks, so a rank that stopped early would leave
-the others waiting. Answers are gathered, and every rank returns all of them.
+A job is the whole list of questions, the same on every rank. Log-likelihoods are validation: questions are packed into
+rows as documents are, with labels at the ids that are scored alone, and the micro-batches take the pass that validation
+takes, so every layout of ranks that trains can answer. All data ranks run the same number of passes, the last ones
+perhaps on rows that no one asked for: experts and ZeRO-3 weights are spread over data ranks, so a rank that stopped early
+would leave the others waiting.
 
-Rows of a batch are padded on the right, which a causal model does not see, and to a power of two, so that kernels meet few
-shapes. Prompts are not padded, because a recurrent state would take the padding in: prompts of one length share a batch,
+Prompts to continue are not packed, because a recurrent state would take the padding in: prompts of one length share a batch,
 are read in one pass, and each further token comes from the last one and the state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
+from amfm.data_pipeline.loader.loader import batch_of_rows
+from amfm.data_pipeline.samples.packing import IGNORED_LABEL, Row, fit_documents
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.model.hybrid import ModelOutput
 from amfm.model.mixers.interface import DecodeState
 from amfm.model.packing import PackMeta
+from amfm.pretrain.micro_batch import MicroBatch
+from amfm.pretrain.parallel import Parallel
 
-# Tokens of the shortest padded row.
-SHORTEST_ROW = 32
+# Tokens per row at least, where rows need not be as long as in training.
+SHORTEST_ROW = 512
 
 
 @dataclass(frozen=True)
@@ -60,35 +65,24 @@ class Likelihood:
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which batches this rank takes, and how ranks meet.
-
-    data_rank of num_data_ranks takes every n-th batch. row_multiple: tensor ranks share the tokens of a row in this many
-    parts. gather: every rank's object, on every rank; any_of: whether any rank says yes.
-    """
-
-    data_rank: int = 0
-    num_data_ranks: int = 1
-    row_multiple: int = 1
-    gather: Callable[[Any], list[Any]] = lambda value: [value]
-    any_of: Callable[[bool], bool] = lambda value: value
-
-
-@dataclass(frozen=True)
 class Scorer:
     """A model that answers jobs. Every rank must run the same jobs in the same order.
 
-    forward: as `HybridModel.forward`, through an engine or not, in eval mode. max_length: tokens per row at most.
-    rows_at_once: of one batch.
+    passes: forward passes of micro-batches, with predictions, as validation takes them; of a pipeline the outputs of other
+    pieces than the last have no loss. forward, empty_state: as `HybridModel`'s, for continuations, in eval mode.
+    max_length: tokens per question at most. row_length: of every row; None: what the longest question asks for.
+    micro_batches: that `passes` takes at once, on each data rank; rows_at_once: of each of them.
     """
 
+    passes: Callable[[Sequence[MicroBatch]], Iterable[ModelOutput]]
     forward: Callable[..., ModelOutput]
     empty_state: Callable[[int], DecodeState]
     tokenizer: Tokenizer
-    device: torch.device
+    parallel: Parallel
     max_length: int
     rows_at_once: int
-    share: Share
+    row_length: int | None = None
+    micro_batches: int = 1
 
     def run(self, job: Job) -> list[Any]:
         """Answer a job: a `Likelihood` for each row, or the new token ids of each prompt."""
@@ -98,40 +92,46 @@ class Scorer:
 
     @torch.no_grad()
     def log_likelihoods(self, job: LikelihoodJob) -> list[Likelihood]:
-        """Score the last ids of each row. Rows that differ in their last id alone are computed once.
-
-        Every rank must call this.
-        """
+        """Score the last ids of each row. Every rank must call this."""
+        if not job.rows:
+            return []
         assert all(0 < count < len(row) <= self.max_length + 1 for row, count in zip(job.rows, job.counts, strict=True))
-        by_input: dict[tuple[int, ...], list[int]] = {}
-        for index, row in enumerate(job.rows):
-            by_input.setdefault(row[:-1], []).append(index)
-        inputs = sorted(by_input, key=lambda ids: (-len(ids), ids))
-        batches = [inputs[start : start + self.rows_at_once] for start in range(0, len(inputs), self.rows_at_once)]
-        found: dict[int, Likelihood] = {}
-        for batch, counts in self._own(batches):
-            logits_BTV = self._logits(batch)
-            for ids, logits_TV in zip(batch if counts else [], logits_BTV):
-                for index in by_input[ids]:
-                    found[index] = _score_end(logits_TV[: len(ids)], job.rows[index], job.counts[index])
-        return self._collect(found, len(job.rows))
+        rows, owners_BT = pack_questions(job, self._row_length(max(map(len, job.rows)) - 1))
+        parallel, groups = self.parallel, self.parallel.groups
+        # A sum of the losses and a count of misses for each question, and a place for what no one asked for.
+        sums_Q2 = torch.zeros(len(job.rows) + 1, 2, dtype=torch.float64, device=parallel.device)
+        width = (
+            self.rows_at_once if self.row_length else min(self.rows_at_once, -(-len(rows) // parallel.data_world_size))
+        )
+        at_once = self.micro_batches * parallel.data_world_size * width
+        numbers = np.concatenate([np.arange(len(rows)), np.full(-len(rows) % at_once, -1)])
+        for turn in numbers.reshape(-1, self.micro_batches, parallel.data_world_size, width):
+            inputs, owners = [], []
+            for own in turn[:, parallel.data_rank]:
+                batch = batch_of_rows([rows[number] if number >= 0 else unasked(rows[0]) for number in own])
+                micro_batch = MicroBatch.from_batch(batch, groups.cp.rank(), groups.cp.size())
+                owner_BT = torch.from_numpy(np.where(own[:, None] >= 0, owners_BT[own], -1))
+                segments = micro_batch.meta.segments
+                owners.append((owner_BT if segments is None else segments.take(owner_BT)).to(parallel.device))
+                inputs.append(micro_batch.to(parallel.device))
+            outputs = [output for output in self.passes(inputs) if output.loss is not None]
+            for output, micro_batch, owner_BT in zip(outputs, inputs, owners):
+                assert output.loss is not None and output.predictions_BT is not None, (
+                    "labels and predictions were asked for"
+                )
+                misses_R = (output.predictions_BT != micro_batch.labels_BT).flatten()
+                found_R2 = torch.stack([output.loss.token_nll_R.double(), misses_R.double()], dim=1)
+                sums_Q2.index_add_(0, owner_BT.flatten() % len(sums_Q2), found_R2)
+        found = parallel.all_reduce_unique(sums_Q2)[:-1].tolist()
+        return [Likelihood(-nll, misses == 0) for nll, misses in found]
 
-    def _logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Compute logits [B, T, V] of rows of ids, padded on the right with id 0."""
-        num_tokens = self._padded(max(map(len, rows)))
-        tokens_BT = torch.zeros(len(rows), num_tokens, dtype=torch.int64)
-        for row_T, ids in zip(tokens_BT, rows):
-            row_T[: len(ids)] = torch.tensor(ids)
-        meta = PackMeta.one_document_a_row(len(rows), num_tokens, device=self.device)
-        logits_BTV = self.forward(tokens_BT.to(self.device), meta).logits_BTV
-        assert logits_BTV is not None, "no labels were given"
-        return logits_BTV
-
-    def _padded(self, num_tokens: int) -> int:
-        """Round a row's length up to a power of two that tensor ranks can share, or to the longest row if that is less."""
-        multiple = self.share.row_multiple
-        power = max(SHORTEST_ROW, 1 << (num_tokens - 1).bit_length())
-        return max(num_tokens, min(-(-power // multiple) * multiple, self.max_length))
+    def _row_length(self, longest: int) -> int:
+        """Tokens per row: those of the run, or few lengths, which ranks can share and kernels meet often."""
+        if self.row_length is not None:
+            return self.row_length
+        multiple = self.parallel.groups.tp.size()
+        wanted = min(self.max_length, max(SHORTEST_ROW, 1 << (longest - 1).bit_length()))
+        return -(-wanted // multiple) * multiple
 
     @torch.no_grad()
     def continuations(self, job: GreedyJob) -> list[list[int]]:
@@ -165,9 +165,9 @@ class Scorer:
         new: list[list[int]] = [[] for _ in prompts]
         ended = [limit == 0 for limit in limits]
         state = self.empty_state(len(prompts))
-        tokens_BT = torch.tensor([list(prompt) for prompt in prompts], device=self.device)
-        while self.share.any_of(not all(ended)):
-            meta = PackMeta.one_document_a_row(*tokens_BT.shape, start=state.length, device=self.device)
+        tokens_BT = torch.tensor([list(prompt) for prompt in prompts], device=self.parallel.device)
+        while self._any_of(not all(ended)):
+            meta = PackMeta.one_document_a_row(*tokens_BT.shape, start=state.length, device=self.parallel.device)
             output = self.forward(tokens_BT, meta, None, state)
             assert output.logits_BTV is not None and output.state is not None, "a state was given and no labels"
             state = output.state
@@ -184,22 +184,56 @@ class Scorer:
             tokens_BT = tokens_B[:, None]
         return new
 
+    def _any_of(self, value: bool) -> bool:
+        return bool(self.parallel.max_over_all([int(value)])[0])
+
     def _own(self, batches: Sequence[Any]) -> Iterator[tuple[Any, bool]]:
         """Yield this rank's batches, as many as every other rank's, and whether each one's answers count."""
-        num_ranks = self.share.num_data_ranks
+        num_ranks = self.parallel.data_world_size
         for first in range(0, len(batches), num_ranks):
-            own = first + self.share.data_rank
+            own = first + self.parallel.data_rank
             yield (batches[own], True) if own < len(batches) else (batches[first], False)
 
     def _collect(self, found: dict[int, Any], count: int) -> list[Any]:
         """Put the answers of all ranks together, in the order of the questions."""
-        together = {index: answer for part in self.share.gather(found) for index, answer in part.items()}
+        together = {index: answer for part in self.parallel.gather_objects(found) for index, answer in part.items()}
         return [together[index] for index in range(count)]
 
 
-def _score_end(logits_TV: Tensor, row: Sequence[int], count: int) -> Likelihood:
-    """Score the last `count` ids of a row by the logits [T, V] after each id but its last."""
-    logits_TV = logits_TV[-count:].float()
-    targets_T = torch.tensor(row[-count:], device=logits_TV.device)
-    log_probabilities_T = logits_TV.log_softmax(dim=-1).gather(1, targets_T[:, None])
-    return Likelihood(float(log_probabilities_T.sum()), bool((logits_TV.argmax(dim=-1) == targets_T).all()))
+def pack_questions(job: LikelihoodJob, num_tokens: int) -> tuple[list[Row], np.ndarray[Any, np.dtype[np.int64]]]:
+    """Fit questions whole into rows of `num_tokens`, each a document with labels where its ids are scored.
+
+    With the rows [B, T] the number of the question that each label belongs to, -1 elsewhere.
+    """
+    lengths = np.array([len(row) for row in job.rows])
+    ends = lengths.cumsum()
+    ids, owners = np.fromiter(chain.from_iterable(job.rows), np.int64), np.repeat(np.arange(len(lengths)), lengths)
+    to_end = ends[owners] - 1 - np.arange(len(ids))  # ids that follow in the question
+    is_scored = (to_end > 0) & (to_end <= np.array(job.counts)[owners])
+    labels = np.where(is_scored, np.roll(ids, -1), IGNORED_LABEL)
+    owners = np.where(is_scored, owners, -1)
+    bins = fit_documents(ends, num_tokens + 1)  # of a row's last id only the label is needed
+    rows, owners_BT = [], np.full((bins.num_bins, num_tokens + 1), -1)
+    for number in range(bins.num_bins):
+        pieces = slice(*bins.bin_offsets[number : number + 2])
+        sizes = bins.length[pieces]
+        places = np.concatenate([np.arange(first, first + size) for first, size in zip(bins.first[pieces], sizes)])
+        padding = (0, num_tokens + 1 - len(places))
+        owners_BT[number, : len(places)] = owners[places]
+        rows.append(
+            Row(
+                tokens=np.pad(ids[places], padding),
+                starts=np.concatenate([[0], sizes.cumsum()[:-1]]).astype(np.int32),
+                num_valid=len(places),
+                sample=number,
+                source=0,
+                labels=np.pad(labels[places], padding, constant_values=IGNORED_LABEL)[:-1],
+            )
+        )
+    return rows, owners_BT[:, :-1]
+
+
+def unasked(row: Row) -> Row:
+    """The same row without labels, for ranks that have no other one."""
+    assert row.labels is not None, "a question brings its labels"
+    return row._replace(labels=np.full_like(row.labels, IGNORED_LABEL))

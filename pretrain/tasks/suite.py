@@ -25,11 +25,14 @@ import numpy
 import torch
 
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.model.hybrid import HybridModel, ModelOutput
 from amfm.pretrain.checkpoint.random_state import collect_random_state, restore_random_state
 from amfm.pretrain.extras import describe_missing, is_installed
 from amfm.pretrain.failures import describe
 from amfm.pretrain.inference.weights import read_weights
-from amfm.pretrain.tasks.scoring import Job, Scorer, Share
+from amfm.pretrain.micro_batch import MicroBatch
+from amfm.pretrain.parallel import Parallel
+from amfm.pretrain.tasks.scoring import Job, Scorer
 
 # Seeds of lm-eval's command: Python; numpy, torch and few-shot examples.
 PYTHON_SEED, OTHER_SEED = 0, 1234
@@ -248,12 +251,18 @@ def evaluate_tasks(
     suite.load()
     model = weights.build(backend=backend, device=device)
     scorer = Scorer(
+        passes=partial(passes_of, model),
         forward=model,
         empty_state=model.empty_state,
         tokenizer=tokenizer,
-        device=torch.device(device),
+        parallel=Parallel.alone(torch.device(device)),
         max_length=weights.trained_length() or DEFAULT_LENGTH,
         rows_at_once=rows_at_once,
-        share=Share(),
     )
     return suite.measure(scorer.run, tokenizer, scorer.max_length)
+
+
+def passes_of(model: HybridModel, micro_batches: Sequence[MicroBatch]) -> Iterator[ModelOutput]:
+    """Forward passes of a whole model: loss and predictions of each micro-batch."""
+    for given in micro_batches:
+        yield model(given.tokens_BT, given.meta, given.labels_BT, predicts=True)

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.pretrain.hooks.tasks import Tasks
+from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.hooks.tasks import Tasks, build_scorer, generation_problem
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run
-from amfm.pretrain.tasks.suite import TaskChoice, evaluate_tasks
+from amfm.pretrain.tasks.scoring import Likelihood, LikelihoodJob
+from amfm.pretrain.tasks.suite import TaskChoice, evaluate_tasks, open_suite
 from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tasks.task_files import CHOICE, WEIGH, WRITE, write_task
@@ -81,15 +84,20 @@ def test_tasks_that_cannot_be_found_are_refused_before_training(data: DataConfig
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+LIKELIHOODS = {"evaluate__tasks": ("choice", "weigh")}
+ONE_ROW = {"train__micro_batch_size": 1, "train__global_batch_size": 4}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "zero3": {"parallel__zero_stage": 3},
     "tensor": {"parallel__tensor": 2},
     "tensor_sequence": {
         "parallel__tensor": 2,
         "parallel__sequence_parallel": True,
-        "evaluate__tasks": ("choice", "weigh"),
+        **LIKELIHOODS,
     },
     "expert": {"parallel__expert": 2},
+    "pipeline": {"parallel__pipeline": 2, **LIKELIHOODS},
+    "context": {"parallel__context": 2, **LIKELIHOODS},
+    "eight": {"parallel__pipeline": 2, "parallel__context": 2, "parallel__expert": 2, **LIKELIHOODS},
 }
 
 
@@ -98,14 +106,66 @@ def train_layout(data: DataConfig, root: str, name: str) -> None:
     assert train(tiny_config(data, Path(root, name), train__micro_batch_size=1, **settings)) == 0
 
 
+def score_layouts(data: DataConfig, folder: str, names: tuple[str, ...]) -> dict[str, list[Likelihood]]:
+    rows = tuple(tuple(range(start, start + length)) for start, length in ((9, 49), (3, 7), (40, 30), (5, 2), (8, 21)))
+    found = {}
+    for name in names:
+        layout = {key: value for key, value in LAYOUTS.get(name, {}).items() if key.startswith("parallel")}
+        config = tiny_config(data, Path(folder, name), **ONE_ROW, **layout)
+        with SignalWatch() as signals:
+            run = start_run(config, signals)
+            run.engine.module.eval()
+            found[name] = build_scorer(run).run(LikelihoodJob(rows, (40, 1, 30 - 1, 1, 20)))
+            close_run(run)
+    return found
+
+
+def test_pipeline_context_and_expert_ranks_score_what_one_rank_scores(data: DataConfig, tmp_path: Path) -> None:
+    (one,) = run_ranks(score_layouts, data, str(tmp_path), ("one",), num_ranks=1)
+    for found in run_ranks(score_layouts, data, str(tmp_path), ("pipeline", "context", "expert"), num_ranks=2):
+        for name, answers in found.items():
+            for answer, expected in zip(answers, one["one"], strict=True):
+                assert answer.log_probability == pytest.approx(expected.log_probability, rel=1e-5), name
+                assert answer.is_greedy == expected.is_greedy, name
+
+
+def test_runs_whose_ranks_share_rows_measure_likelihoods_and_refuse_generation(
+    data: DataConfig, folder: Path, tmp_path: Path
+) -> None:
+    suite = open_suite(TaskChoice(NAMES, str(folder)), "evaluate.tasks")
+    suite.load()
+    for axis in ("pipeline", "context"):
+        section = ParallelConfig.model_validate({axis: 2})
+        message = generation_problem(suite, section)
+        assert message is not None and f"and parallel.{axis}=2 shares rows between ranks" in message
+        settings: dict[str, Any] = {f"parallel__{axis}": 2, **ONE_ROW}
+        check_run(tiny_config(data, tmp_path, **with_tasks(folder), **settings), 2)
+    suite = open_suite(TaskChoice(("choice", "weigh"), str(folder)), "evaluate.tasks")
+    suite.load()
+    assert generation_problem(suite, section) is None
+
+
 @pytest.mark.slow
-def test_every_layout_of_ranks_finds_the_same_values(data: DataConfig, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "eight"])
+def test_every_layout_of_ranks_finds_the_same_values(data: DataConfig, folder: Path, tmp_path: Path, name: str) -> None:
+    check_layout(data, tmp_path, name, num_ranks=2)
+
+
+@pytest.mark.slow
+def test_eight_ranks_of_pipeline_context_and_experts_find_what_one_rank_finds(
+    data: DataConfig, folder: Path, tmp_path: Path
+) -> None:
+    check_layout(data, tmp_path, "eight", num_ranks=8)
+
+
+def check_layout(data: DataConfig, tmp_path: Path, name: str, num_ranks: int) -> None:
+    """Items are right or wrong exactly alike; likelihoods agree within the rounding of float32 and what training added."""
     run_ranks(train_layout, data, str(tmp_path), "one", num_ranks=1)
     expected = read_metrics(tmp_path / "one")[-1]["tasks"]
-    for name in LAYOUTS:
-        run_ranks(train_layout, data, str(tmp_path), name, num_ranks=2)
-        found = read_metrics(tmp_path / name)[-1]["tasks"]
-        assert found == pytest.approx({key: expected[key] for key in found}, rel=1e-4), name
+    run_ranks(train_layout, data, str(tmp_path), name, num_ranks=num_ranks)
+    found = read_metrics(tmp_path / name)[-1]["tasks"]
+    assert found and found["choice/acc"] == expected["choice/acc"]
+    assert found == pytest.approx({key: expected[key] for key in found}, rel=1e-4), name
 
 
 def refuse_generation(data: DataConfig, root: str) -> None:

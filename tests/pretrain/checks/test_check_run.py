@@ -70,10 +70,6 @@ def test_a_sound_run_passes(base):
             "evaluate.every_steps: has no effect without evaluate.tasks; name tasks, or remove",
         ),
         (
-            ["evaluate.tasks=[arc_easy]", "parallel.context=2"],
-            "evaluate.tasks: are measured on data, tensor and expert ranks, and parallel.context is 2; remove it, and run",
-        ),
-        (
             ["train.keep_every_steps=30", "train.checkpoint_every_steps=20"],
             "train.keep_every_steps = 30: must be a multiple of train.checkpoint_every_steps=20; use 40",
         ),

@@ -1,10 +1,10 @@
-"""Padded, sorted and shared batches give what each row gives on its own, and recurrent decoding what the full forward
-gives.
-"""
+"""Packed questions get what each row gets on its own, and recurrent decoding gives what the full forward gives."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +12,9 @@ import torch
 
 from amfm.model.packing import PackMeta
 from amfm.pretrain.inference.generate import Sampling, generate_tokens
-from amfm.pretrain.tasks.scoring import GreedyJob, LikelihoodJob, Scorer, Share
+from amfm.pretrain.parallel import Parallel
+from amfm.pretrain.tasks.scoring import GreedyJob, LikelihoodJob, Scorer, pack_questions
+from amfm.pretrain.tasks.suite import passes_of
 from tests.model.small_models import small_config, small_model
 
 ROWS = tuple(
@@ -34,7 +36,8 @@ class Letters:
 def make_scorer(pattern: str = "M*E", rows_at_once: int = 2) -> Scorer:
     model = small_model(small_config(pattern)).eval()
     tokenizer: Any = Letters()
-    return Scorer(model, model.empty_state, tokenizer, torch.device("cpu"), 40, rows_at_once, Share())
+    alone = Parallel.alone(torch.device("cpu"))
+    return Scorer(partial(passes_of, model), model, model.empty_state, tokenizer, alone, 40, rows_at_once)
 
 
 def test_batches_score_what_each_row_scores_alone() -> None:
@@ -52,18 +55,27 @@ def test_batches_score_what_each_row_scores_alone() -> None:
         assert answer.is_greedy == all(int(scores_TV[at].argmax()) == token for at, token in targets)
 
 
-def test_rows_that_differ_in_the_last_id_share_a_forward_pass() -> None:
-    scorer = make_scorer()
-    calls: list[torch.Size] = []
+def test_questions_are_packed_whole_and_labelled_where_they_are_scored() -> None:
+    rows, owners_BT = pack_questions(LikelihoodJob(ROWS, COUNTS), 40)
+    assert [row.num_valid for row in rows] == [33 + 6 + 2, 17 + 5]  # of 41: longest first, into the fullest row
+    for row, owners_T in zip(rows, owners_BT):
+        starts = [*row.starts.tolist(), row.num_valid]
+        documents = [tuple(row.tokens[begin:end].tolist()) for begin, end in pairwise(starts)]
+        assert all(document in ROWS for document in documents)
+        assert row.labels is not None
+        scored = {place: ROWS[owners_T[place]] for place in range(40) if owners_T[place] >= 0}
+        assert [place for place in range(40) if row.labels[place] != -100] == list(scored)
+        assert all(row.labels[place] in question for place, question in scored.items())
+    assert [int((owners_BT == number).sum()) for number in range(len(ROWS))] == list(COUNTS)
 
-    def forward(tokens_BT: torch.Tensor, *rest: Any) -> Any:
-        calls.append(tokens_BT.shape)
-        return scorer.forward(tokens_BT, *rest)
 
-    rows = tuple((3, 4, 5, last) for last in (6, 7, 8))
-    answers = replace(scorer, forward=forward).run(LikelihoodJob(rows, (1, 1, 2)))
-    assert calls == [(1, 32)]
-    assert len({answer.log_probability for answer in answers}) == 3
+def test_as_long_a_question_as_a_row_allows_needs_no_place_for_its_last_id() -> None:
+    scorer = replace(make_scorer(), row_length=40)
+    longest = tuple(index % 30 for index in range(41))
+    (found,) = scorer.run(LikelihoodJob((longest,), (40,)))
+    (shorter,) = scorer.run(LikelihoodJob((longest[:-1],), (39,)))
+    assert found.log_probability < shorter.log_probability
+    assert scorer.run(LikelihoodJob((), ())) == []
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "ME*-"])
@@ -88,26 +100,3 @@ def test_a_stop_text_ends_its_row_alone() -> None:
     stopped = scorer.run(GreedyJob(((3, 4), (7, 8)), (6, 6), ((stop,), ())))
     assert stopped[1] == free[1]
     assert stopped[0] == free[0][: len(stopped[0])] and stop in Letters().decode(stopped[0])
-
-
-def test_data_ranks_run_as_many_passes_and_together_answer_all() -> None:
-    whole = make_scorer().run(LikelihoodJob(ROWS, COUNTS))
-    parts: list[dict[int, Any]] = []
-    passes = []
-    for rank in range(2):
-        scorer = make_scorer()
-        calls: list[int] = []
-
-        def forward(*inputs: Any, own: Scorer = scorer, seen: list[int] = calls) -> Any:
-            seen.append(1)
-            return own.forward(*inputs)
-
-        def gather(found: dict[int, Any]) -> list[dict[int, Any]]:
-            parts.append(found)
-            return [found, dict.fromkeys(range(len(ROWS)))] if len(parts) == 1 else parts
-
-        shared = replace(scorer, forward=forward, share=Share(rank, 2, gather=gather))
-        answers = shared.run(LikelihoodJob(ROWS, COUNTS))
-        passes.append(len(calls))
-    assert passes == [2, 2] and answers == whole
-    assert not parts[0].keys() & parts[1].keys()
