@@ -23,7 +23,8 @@ PATH=$PATH:/usr/sbin:/sbin
 verb=${1:?verb}; DIR=$(realpath -m "${2:?directory}"); shift 2
 # Ray 2.60's head asks for a token, which workers and drivers send only in this mode: set both for programs at the cluster too.
 # Ray lets everything else on the machine go first (15), and ends workers where its memory is nearly full: other work may be the reason.
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$DIR/ray_token RAY_worker_niceness=0 RAY_memory_monitor_refresh_ms=0
+# A raylet that shares two cores with other tests takes more than Ray's 60 s to register.
+export RAY_raylet_start_wait_time_s=600 RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$DIR/ray_token RAY_worker_niceness=0 RAY_memory_monitor_refresh_ms=0
 address() { echo "10.77.0.$((10 + $1))"; }
 pid_of() { cat "$DIR/node$1.pid"; }
 enter() { local i=$1; shift; nsenter --target "$(pid_of "$i")" --net --uts --mount --pid --wd="$PWD" -- "$@"; }
