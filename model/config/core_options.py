@@ -149,8 +149,9 @@ class AttentionConfig(MixerOptions):
     num_heads: int = Field(gt=0, description="Query heads.")
     num_kv_heads: int = Field(gt=0, description="Key and value heads; must divide num_heads.")
     head_dim: int = Field(gt=0, description="Channels per head; independent of hidden_size.")
-    qk_norm: bool = Field(
-        False, description="RMSNorm over each query and key head (no native transformers class holds it)."
+    qk_norm: bool | Literal["wide"] = Field(
+        False,
+        description="RMSNorm over each query and key head, as in Qwen3; `wide`: over all heads together, as in OLMo and MiniMax-M2.",
     )
     positions: Literal["none", "rope"] = Field("none", description="`none`: order comes from the Mamba2 layers alone.")
     rope: RopeConfig = Field(RopeConfig(), description="Only read with positions: rope.")
@@ -162,8 +163,9 @@ class AttentionConfig(MixerOptions):
         description="Sigmoid of the input times each head's output before o_proj: one gate per channel (`element`, as in Qwen3-Next) or per head.",
     )
 
-    bias: bool = Field(
-        False, description="Biases on the projections of queries, keys, values and output, as in gpt-oss."
+    bias: bool | Literal["qkv"] = Field(
+        False,
+        description="Biases on the projections of queries, keys, values and output, as in gpt-oss; `qkv`: of all but the output, as in Qwen2.",
     )
     sinks: bool = Field(
         False,
@@ -224,4 +226,6 @@ class AttentionConfig(MixerOptions):
         if self.gate != "none":
             gates = rows if self.gate == "element" else queries
             dims["g_proj.weight"] = (0, count * gates, gates)
-        return Prunable({"num_kv_heads": 1, "num_heads": queries}, count, dims)
+        rule = ("does not go with model.attention.qk_norm=wide, whose mean is over all heads", "use true or false")
+        refused = (rule,) if self.qk_norm == "wide" else ()
+        return Prunable({"num_kv_heads": 1, "num_heads": queries}, count, dims, refused=refused)

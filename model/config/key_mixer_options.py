@@ -43,7 +43,9 @@ class WindowOptions(SharedKeyOptions):
 
     window: int = Field(gt=0, description="Keys that a token sees, including its own.")
     head_dim: int = Field(64, gt=0, description="Channels per head; even with positions: rope.")
-    qk_norm: bool = Field(False, description="RMSNorm over each query and key head.")
+    qk_norm: bool | Literal["wide"] = Field(
+        False, description="RMSNorm over each query and key head; `wide`: over all heads together."
+    )
     positions: Literal["none", "rope"] = Field(
         "rope", description="`rope`: rotary positions, which restart at documents."
     )
@@ -56,8 +58,9 @@ class WindowOptions(SharedKeyOptions):
         "none", description="Sigmoid of the input times each head's output: one gate per channel or per head."
     )
 
-    bias: bool = Field(
-        False, description="Biases on the projections of queries, keys, values and output, as in gpt-oss."
+    bias: bool | Literal["qkv"] = Field(
+        False,
+        description="Biases on the projections of queries, keys, values and output, as in gpt-oss; `qkv`: of all but the output, as in Qwen2.",
     )
     sinks: bool = Field(
         False,

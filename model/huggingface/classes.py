@@ -22,18 +22,19 @@ from amfm.model.huggingface import (
     kimi_linear,
     lfm2,
     lfm2_moe,
-    llama,
     nemotron_h,
     own,
-    qwen3,
     qwen3_5_moe,
     qwen3_next,
 )
 from amfm.model.huggingface.entries import WeightMap
 from amfm.model.huggingface.fields import registered_mixers
 from amfm.model.huggingface.hf_class import ENTRY_POINTS, HfClass, HfTarget, Source, Target
+from amfm.model.huggingface.plain.families import FAMILIES
+from amfm.model.huggingface.plain.fields import plain_class
 
 CLASSES: tuple[HfClass, ...] = (
+    *(plain_class(family) for family in FAMILIES),
     nemotron_h.CLASS,
     granitemoehybrid.CLASS,
     qwen3_next.CLASS,
@@ -46,8 +47,6 @@ CLASSES: tuple[HfClass, ...] = (
     gpt_oss.CLASS,
     falcon_h1.CLASS,
     own.CLASS,
-    llama.CLASS,
-    qwen3.CLASS,
 )
 
 

@@ -35,6 +35,17 @@ OurTarget = Literal[
     "gpt_oss",
     "falcon_h1",
     "own",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen2_moe",
+    "qwen3_moe",
+    "mixtral",
+    "glm4_moe",
+    "hy_v3",
+    "olmoe",
+    "minimax_m2",
 ]
 OURS: tuple[str, ...] = get_args(OurTarget)
 # Of packages by name alone: their code imports this file.
@@ -43,8 +54,8 @@ if TYPE_CHECKING:
     Target = OurTarget
 else:
     Target = Literal[(*OURS, *PACKAGED)]
-# Classes that are read: those, and teachers of conversions.
-Source = Target | Literal["llama", "qwen3"]
+# Classes that are read.
+Source = Target
 
 
 def nothing_skipped(name: str, config: ModelConfig) -> bool:

@@ -44,15 +44,17 @@ def explain_unfit(config: ModelConfig, target: str) -> list[str]:
     return found.unfit(without_mup(config)) + rare
 
 
-def choose_target(config: ModelConfig) -> Target:
+def choose_target(config: ModelConfig, family: str | None = None) -> Target:
     """Choose the first native class that holds the configuration exactly, else `own`.
 
-    Raises ValueError for a model with mixers of other packages, which none of them has.
+    family: model type of the released model that it continues, whose class comes first. Raises ValueError for a model with mixers
+    of other packages, which none of them has.
     """
     reasons = unfit_for_all(config)
     if reasons:
         raise ValueError("; ".join(reasons))
-    return next((target for target in NATIVE_TARGETS if not explain_unfit(config, target)), "own")
+    tried = sorted(NATIVE_TARGETS, key=lambda target: WRITTEN[target].model_type != family)
+    return next((target for target in tried if not explain_unfit(config, target)), "own")
 
 
 def unfit_for_all(config: ModelConfig) -> list[str]:

@@ -18,6 +18,7 @@ from amfm.kernels.rope.op import qk_norm_rope, rope_frequencies
 from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.rope import Llama3Stretch, RopeConfig
 from amfm.model.mixers.interface import AttentionCache, BlockState, BuildContext, MixerOutput, SoftmaxMixer
+from amfm.model.mixers.query_norms import HeadNorm, WideNorm, query_norm
 from amfm.model.mixers.shared_layers import gate_heads, gate_projection
 from amfm.model.mixers.sparse.indexer import Indexer
 from amfm.model.packing import PackMeta
@@ -47,25 +48,28 @@ class AttentionMixer(SoftmaxMixer):
         self.num_kv_heads = divide_units(section.num_kv_heads, groups, "model.attention.num_kv_heads")
         query_width, kv_width = section.num_heads * self.head_dim, section.num_kv_heads * self.head_dim
         hidden, kv_name, kv_units = build.hidden_size, "model.attention.num_kv_heads", (section.num_kv_heads,)
+        has_bias = bool(section.bias)
         self.q_proj = ColumnLinear(
             hidden,
             (query_width,),
             groups,
             name="model.attention.num_heads",
             units=(section.num_heads,),
-            bias=section.bias,
+            bias=has_bias,
         )
-        self.k_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units, bias=section.bias)
-        self.v_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units, bias=section.bias)
-        self.o_proj = RowLinear(query_width, hidden, groups, name="model.attention.num_heads", bias=section.bias)
+        self.k_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units, bias=has_bias)
+        self.v_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units, bias=has_bias)
+        self.o_proj = RowLinear(
+            query_width, hidden, groups, name="model.attention.num_heads", bias=section.bias is True
+        )
         self.g_proj = gate_projection(
             section.gate, hidden, section.num_heads, self.head_dim, groups, name="model.attention.num_heads"
         )
         self.sinks = None
         if section.sinks:
             self.sinks, self.shards = make_sinks(section.num_heads, groups, "model.attention.num_heads")
-        self.q_norm = HeadNorm(self.head_dim) if section.qk_norm else None
-        self.k_norm = HeadNorm(self.head_dim) if section.qk_norm else None
+        self.q_norm = query_norm(section.qk_norm, section.num_heads, self.head_dim, build)
+        self.k_norm = query_norm(section.qk_norm, section.num_kv_heads, self.head_dim, build)
         self.indexer = None if section.indexer is None else Indexer(section.indexer, hidden, build)
         self.attention_factor = 1.0
         self.inverse_frequencies: Tensor | None
@@ -97,18 +101,18 @@ class AttentionMixer(SoftmaxMixer):
         """
         layers = [self.q_proj, self.k_proj, self.v_proj, *([] if self.g_proj is None else [self.g_proj])]
         q_BTX, k_BTX, v_BSX, *gate_BTX = project_layers(x_BTD, layers, self.groups)
-        q_BTHK = q_BTX.unflatten(-1, (self.num_heads, self.head_dim))
-        k_BTJK = k_BTX.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        q_BTHK = self._heads(q_BTX, self.q_norm)
+        k_BTJK = self._heads(k_BTX, self.k_norm)
         v_BSJK = v_BSX.unflatten(-1, (self.num_kv_heads, self.head_dim))
-        if self.q_norm is not None or self.inverse_frequencies is not None:
+        if isinstance(self.q_norm, HeadNorm) or self.inverse_frequencies is not None:
             q_BTHK, k_BTJK = qk_norm_rope(
                 q_BTHK,
                 k_BTJK,
                 meta.positions_BT,
                 self.inverse_frequencies,
                 self.attention_factor,
-                q_weight_K=None if self.q_norm is None else self.q_norm.weight,
-                k_weight_K=None if self.k_norm is None else self.k_norm.weight,
+                q_weight_K=self.q_norm.weight if isinstance(self.q_norm, HeadNorm) else None,
+                k_weight_K=self.k_norm.weight if isinstance(self.k_norm, HeadNorm) else None,
                 epsilon=self.epsilon,
                 backend=self.backend,
             )
@@ -144,6 +148,11 @@ class AttentionMixer(SoftmaxMixer):
         if gate_BTX:
             o_BTHK = gate_heads(o_BTHK, gate_BTX[0])
         return MixerOutput(self.o_proj.leave(o_BTHK.flatten(-2), self.groups), cache, auxiliary)
+
+    def _heads(self, x_BTX: Tensor, norm: nn.Module | None) -> Tensor:
+        """Heads [B, T, H, K] of a projection, which a norm over all of them comes before."""
+        wide_BTX: Tensor = norm(x_BTX) if isinstance(norm, WideNorm) else x_BTX
+        return wide_BTX.unflatten(-1, (-1, self.head_dim))
 
     def empty_state(self, num_rows: int) -> AttentionCache:
         """Build the cache before the first token: [B, 0, J, K], in the dtype of the weights."""
@@ -279,13 +288,3 @@ def make_sinks(num_heads: int, groups: ProcessGroupCollection, name: str) -> tup
     """Make the sinks [H of this rank] of an attention, zeros, and say how they are cut; name: the setting of the heads."""
     sinks = nn.Parameter(torch.zeros(divide(num_heads, groups, name)))
     return sinks, {"sinks": Shard((ShardSpec(0, "tp", (num_heads,)),))}
-
-
-class HeadNorm(nn.Module):
-    """The weight [head_dim] of the RMSNorm that every query (or key) head passes."""
-
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(head_dim))
-        # One weight serves the heads of all tensor ranks.
-        self.shards = {"weight": Shard(partial=("tp",))}

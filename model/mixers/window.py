@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from amfm.kernels.attention.op import attention
 from amfm.kernels.rope.op import qk_norm_rope
 from amfm.model.config.key_mixer_options import WindowOptions
-from amfm.model.mixers.attention import HeadNorm, frequencies_of, make_sinks
+from amfm.model.mixers.attention import frequencies_of, make_sinks
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer, SoftmaxMixer
+from amfm.model.mixers.query_norms import HeadNorm, WideNorm, query_norm
 from amfm.model.mixers.shared_layers import gate_heads, gate_projection
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_windows
@@ -44,19 +45,19 @@ class WindowMixer(SoftmaxMixer, SequenceMixer):
             groups,
             name="model.mixers.window.num_heads",
             units=(options.num_heads, kv_heads, kv_heads),
-            bias=options.bias,
+            bias=bool(options.bias),
         )
         self.g_proj = gate_projection(
             options.gate, hidden, options.num_heads, size, groups, name="model.mixers.window.num_heads"
         )
         self.out_proj = RowLinear(
-            options.num_heads * size, hidden, groups, name="model.mixers.window.num_heads", bias=options.bias
+            options.num_heads * size, hidden, groups, name="model.mixers.window.num_heads", bias=options.bias is True
         )
         self.sinks = None
         if options.sinks:
             self.sinks, self.shards = make_sinks(options.num_heads, groups, "model.mixers.window.num_heads")
-        self.q_norm = HeadNorm(size) if options.qk_norm else None
-        self.k_norm = HeadNorm(size) if options.qk_norm else None
+        self.q_norm = query_norm(options.qk_norm, options.num_heads, size, build)
+        self.k_norm = query_norm(options.qk_norm, kv_heads, size, build)
         self.attention_factor = 1.0
         self.inverse_frequencies: Tensor | None
         self.register_buffer("inverse_frequencies", None, persistent=False)
@@ -93,9 +94,12 @@ class WindowMixer(SoftmaxMixer, SequenceMixer):
     def _heads(self, projected_BTX: Tensor, meta: PackMeta) -> tuple[Tensor, Tensor, Tensor]:
         """Split the projection into q [B, T, H, K], k and v [B, T, J, K]; q and k normed and rotated where set."""
         heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.options.head_dim
-        parts = projected_BTX.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
+        parts = list(projected_BTX.split([heads * size, kv_heads * size, kv_heads * size], dim=-1))
+        for place, norm in enumerate((self.q_norm, self.k_norm)):
+            if isinstance(norm, WideNorm):
+                parts[place] = norm(parts[place])
         q_BTHK, k_BTJK, v_BTJK = (part.unflatten(-1, (-1, size)) for part in parts)
-        if self.q_norm is None and self.inverse_frequencies is None:
+        if not isinstance(self.q_norm, HeadNorm) and self.inverse_frequencies is None:
             return q_BTHK, k_BTJK, v_BTJK
         q_BTHK, k_BTJK = qk_norm_rope(
             q_BTHK,
@@ -103,8 +107,8 @@ class WindowMixer(SoftmaxMixer, SequenceMixer):
             meta.positions_BT,
             self.inverse_frequencies,
             self.attention_factor,
-            q_weight_K=None if self.q_norm is None else self.q_norm.weight,
-            k_weight_K=None if self.k_norm is None else self.k_norm.weight,
+            q_weight_K=self.q_norm.weight if isinstance(self.q_norm, HeadNorm) else None,
+            k_weight_K=self.k_norm.weight if isinstance(self.k_norm, HeadNorm) else None,
             epsilon=self.build.norm_epsilon,
             backend=self.build.backend,
         )

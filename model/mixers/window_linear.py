@@ -31,9 +31,10 @@ from amfm.kernels.attention.window_torch import WindowSums
 from amfm.kernels.rope.frequencies import rope_frequencies
 from amfm.kernels.rope.op import qk_norm_rope
 from amfm.model.config.window_linear import WindowLinearOptions
-from amfm.model.mixers.attention import HeadNorm, attend, llama3_numbers
+from amfm.model.mixers.attention import attend, llama3_numbers
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
 from amfm.model.mixers.older_tokens import Past, Rows, SharedReads, delay_rows
+from amfm.model.mixers.query_norms import HeadNorm
 from amfm.model.mixers.recurrence import ScanRows, ScanSettings, add_initial_state
 from amfm.model.mixers.shared_layers import gate_heads, gate_projection
 from amfm.model.packing import PackMeta

@@ -199,6 +199,9 @@ def weight_problems(options: WindowLinearOptions, attention: AttentionConfig) ->
             "adds biases to projections, which window_linear has not, and the teacher's weights were trained with them"
         )
         yield Problem("model.attention.bias", rule, "give a teacher without biases", "true")
+    if attention.qk_norm == "wide":
+        rule = "norms all heads together, which window_linear does not, and the teacher's weights were trained with it"
+        yield Problem("model.attention.qk_norm", rule, "give a teacher with norms of heads, or none", "wide")
     if attention.indexer is not None:
         rule = "chooses keys, and window_linear takes over attention to all of them"
         yield Problem("model.attention.indexer", rule, "give a teacher without one")

@@ -160,7 +160,9 @@ def export_checkpoint(
 
 
 def resolve_target(weights: Weights, asked: str) -> Target:
-    """Choose the target class to write; `auto` takes the first native class that holds the model, else `own`.
+    """Choose the target class to write.
+
+    `auto` takes the class of the released model that it continues, or the first native class, that holds it, else `own`.
 
     Raises ValueError with every reason when the one asked for cannot hold the model or its tokenizer.
     """
@@ -172,7 +174,7 @@ def resolve_target(weights: Weights, asked: str) -> Target:
     if reasons:
         raise ValueError(f"export target {asked} cannot hold this model: " + "; ".join(reasons))
     if asked == "auto":
-        return choose_target(weights.model)
+        return choose_target(weights.model, weights.released.model_type if weights.released is not None else None)
     return find_target(asked).name
 
 

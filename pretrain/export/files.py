@@ -92,7 +92,10 @@ class ExportPlan:
         fitting = [target for target in NATIVE_TARGETS if not explain_unfit(self.weights.model, target)]
         if fitting:
             return [f"export target own was asked for, though {fitting[0]} holds this model"]
-        return ["; ".join(explain_unfit(self.weights.model, target)) for target in NATIVE_TARGETS]
+        reasons = [explain_unfit(self.weights.model, target) for target in NATIVE_TARGETS]
+        # Of classes with such layers, where there are any: others are further away.
+        near = [found for found in reasons if not found[0].startswith("model.pattern=")]
+        return ["; ".join(found) for found in near or reasons]
 
     def refusals(self) -> list[str]:
         """Programs that are known to refuse this export, with rule and remedy."""

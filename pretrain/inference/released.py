@@ -48,7 +48,7 @@ class Released:
 
     max_position_embeddings: tokens of a text at most. token_ids: special ids of config.json. generation:
     generation_config.json. special_tokens: of tokenizer_config.json. chat_template: a Jinja text, or several by name.
-    dropped: what it had besides, for whoever imports it.
+    dropped: what it had besides, for whoever imports it. model_type: its class, which an export with target auto prefers.
     """
 
     max_position_embeddings: int | None = None
@@ -57,6 +57,7 @@ class Released:
     special_tokens: dict[str, Any] = field(default_factory=dict)
     chat_template: Any = None
     dropped: tuple[str, ...] = ()
+    model_type: str | None = None
 
     def describe(self) -> list[str]:
         """What is kept, in words."""
@@ -93,6 +94,7 @@ def read_released(source: Path, config: Mapping[str, Any]) -> Released:
         special_tokens={name: settings[name] for name in SPECIAL if settings.get(name)},
         chat_template=template,
         dropped=tuple(_find_dropped(source, settings)),
+        model_type=config.get("model_type"),
     )
 
 

@@ -89,8 +89,14 @@ def unfit_for_gpt_oss(config: ModelConfig) -> list[str]:
     return reasons
 
 
+def _unfit_biases(key: str, bias: object) -> list[str]:
+    rule = "gpt_oss has biases on all four projections or on none; use true or false, or target own"
+    return [f"{key}.bias=qkv: {rule}"] if bias == "qkv" else []
+
+
 def _unfit_attention(attention: AttentionConfig) -> list[str]:
     reasons = unfit_settings("model.attention", attention, "gpt_oss", ATTENDING)
+    reasons += _unfit_biases("model.attention", attention.bias)
     reasons += unfit_settings("model.attention.rope", attention.rope, "gpt_oss", WHOLE_HEADS)
     return reasons + unfit_softmax_scale(attention, "gpt_oss")
 
@@ -98,6 +104,7 @@ def _unfit_attention(attention: AttentionConfig) -> list[str]:
 def _unfit_window(config: ModelConfig, options: WindowOptions) -> Iterator[str]:
     """What windows have else, and in what they differ from attention: the class has one set of heads and rotations."""
     key, attention = "model.mixers.window", config.attention
+    yield from _unfit_biases(key, options.bias)
     yield from unfit_settings(key, options, "gpt_oss", {**ATTENDING, "gate": ("none", "attention has no gate")})
     if attention is None or "*" not in config.letters:
         return
@@ -219,7 +226,7 @@ def _attention_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[W
         yield WeightEntry(ours + name, (f"{layer}self_attn.{name}",))
 
 
-def _kinds(bias: bool) -> tuple[str, ...]:
+def _kinds(bias: bool | str) -> tuple[str, ...]:
     return ("weight", "bias") if bias else ("weight",)
 
 

@@ -33,17 +33,18 @@ class Attention(nn.Module):
         self.scale = section["softmax_scale"] or self.head_dim**-0.5
         self.rope = section["rope"] if section["positions"] == "rope" else None
         # Exports of earlier versions have no bias, gate, sinks and indexer.
-        width, has_bias = config.hidden_size, section.get("bias", False)
-        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=has_bias)
-        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=has_bias)
-        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=has_bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=has_bias)
+        width, has_bias = config.hidden_size, section.get("bias", False)  # "qkv": the output has none
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bool(has_bias))
+        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bool(has_bias))
+        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bool(has_bias))
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=has_bias is True)
         self.gate = section.get("gate", "none")
         if self.gate != "none":
             self.g_proj = nn.Linear(width, self.num_heads * gate_size(self.gate, self.head_dim), bias=False)
         if section["qk_norm"]:
-            self.q_norm = RMSNorm(self.head_dim, config.norm_epsilon)
-            self.k_norm = RMSNorm(self.head_dim, config.norm_epsilon)
+            is_wide = section["qk_norm"] == "wide"
+            self.q_norm = RMSNorm(self.head_dim * (self.num_heads if is_wide else 1), config.norm_epsilon)
+            self.k_norm = RMSNorm(self.head_dim * (self.num_kv_heads if is_wide else 1), config.norm_epsilon)
         self.qk_norm = section["qk_norm"]
         self.sinks = nn.Parameter(torch.zeros(self.num_heads)) if section.get("sinks", False) else None
         self.indexer = Indexer(section["indexer"], width, width) if section.get("indexer") else None
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         k_BTJK = self.k_proj(x_BTD).view(rows, tokens, self.num_kv_heads, self.head_dim)
         v_BJTK = self.v_proj(x_BTD).view(rows, tokens, self.num_kv_heads, self.head_dim).transpose(1, 2)
         if self.qk_norm:
-            q_BTHK, k_BTJK = self.q_norm(q_BTHK), self.k_norm(k_BTJK)
+            q_BTHK, k_BTJK = norm_heads(self.q_norm, q_BTHK), norm_heads(self.k_norm, k_BTJK)
         if self.rope is not None:
             cos, sin = rotation(self.rope, self.head_dim, stretch.positions_BT)
             q_BTHK, k_BTJK = rotate(q_BTHK, cos, sin), rotate(k_BTJK, cos, sin)
@@ -105,6 +106,11 @@ def attend_eagerly(
         scores = torch.cat([scores, sinks], dim=-1)
     weights = scores.softmax(dim=-1)[..., : key.shape[2]].to(value.dtype)
     return (weights @ value).transpose(1, 2), weights
+
+
+def norm_heads(norm: RMSNorm, x_BTHK: Tensor) -> Tensor:
+    """Norm each head [B, T, H, K], or all heads of a token together where the norm is as wide as they are."""
+    return norm(x_BTHK) if norm.weight.numel() == x_BTHK.shape[3] else norm(x_BTHK.flatten(2)).view_as(x_BTHK)
 
 
 def gate_size(kind: str, head_dim: int) -> int:

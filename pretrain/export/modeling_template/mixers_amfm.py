@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_amfm import attend, attend_chosen, attend_eagerly, gate_heads, gate_size
+from .attention_amfm import attend, attend_chosen, attend_eagerly, gate_heads, gate_size, norm_heads
 from .blocks_amfm import DepthwiseConv, RMSNorm
 from .cache_amfm import empty_rows
 from .delta_mixers_amfm import DeltaNet, GatedDeltaNet, Gdn2, Kda
@@ -62,16 +62,17 @@ class Window(nn.Module):
         width = (self.heads + 2 * self.kv_heads) * self.size
         # Exports of earlier versions have no bias, gate and sinks.
         has_bias = options.get("bias", False)
-        self.in_proj = nn.Linear(config.hidden_size, width, bias=has_bias)
-        self.out_proj = nn.Linear(self.heads * self.size, config.hidden_size, bias=has_bias)
+        self.in_proj = nn.Linear(config.hidden_size, width, bias=bool(has_bias))
+        self.out_proj = nn.Linear(self.heads * self.size, config.hidden_size, bias=has_bias is True)
         self.gate = options.get("gate", "none")
         if self.gate != "none":
             self.g_proj = nn.Linear(config.hidden_size, self.heads * gate_size(self.gate, self.size), bias=False)
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if options.get("sinks", False) else None
         self.num_key_value_groups = self.heads // self.kv_heads
         if options["qk_norm"]:
-            self.q_norm = RMSNorm(self.size, config.norm_epsilon)
-            self.k_norm = RMSNorm(self.size, config.norm_epsilon)
+            is_wide = options["qk_norm"] == "wide"
+            self.q_norm = RMSNorm(self.size * (self.heads if is_wide else 1), config.norm_epsilon)
+            self.k_norm = RMSNorm(self.size * (self.kv_heads if is_wide else 1), config.norm_epsilon)
 
     def forward(
         self, x_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor, state: State | None
@@ -109,7 +110,7 @@ class Window(nn.Module):
         parts = self.in_proj(x_BTD).split([queries, keys, keys], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.size)) for part in parts)
         if self.options["qk_norm"]:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = norm_heads(self.q_norm, q), norm_heads(self.k_norm, k)
         if self.options["positions"] == "rope":
             # Exports of earlier versions have no yarn.
             rope = yarn_rope(self.options["rope_theta"], self.options.get("yarn"))

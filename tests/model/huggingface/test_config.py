@@ -96,7 +96,7 @@ def test_transformers_reads_the_flat_keys_of_a_scaled_rotation_as_the_nested_one
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "model_type=mistral cannot be imported"),
+        ({"model_type": "phi3"}, "model_type=phi3 cannot be imported"),
         ({"use_bias": True}, "use_bias=True cannot be imported; our model has use_bias=False only"),
         ({"sliding_window": 128}, "sliding_window=128 cannot be imported"),
         ({"layers_block_type": ["mamba", "conv"]}, r"layer kinds \['conv'\] cannot be imported"),

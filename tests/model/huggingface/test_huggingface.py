@@ -7,7 +7,6 @@ import json
 
 import pytest
 import torch
-from torch import Tensor
 
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.classes import TokenIds, huggingface_config, weight_map
@@ -15,6 +14,7 @@ from amfm.model.huggingface.targets import choose_target, explain_unfit
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from tests.model.huggingface.cases import NEMOTRON_H, TARGETED, VOCABULARY, build_ours
+from tests.model.huggingface.differences import gradients_by_our_name, relative_difference
 
 # Both sides compute in float32 and add in another order; the largest number of a tensor sets its scale.
 RELATIVE_TOLERANCE = 1e-5
@@ -39,11 +39,6 @@ def load_into_transformers(ours: HybridModel, tmp_path, target: str = "auto") ->
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
     return model
-
-
-def relative_difference(ours: Tensor, theirs: Tensor) -> float:
-    scale = max(float(theirs.abs().max()), 1e-6)
-    return float((ours - theirs).abs().max()) / scale
 
 
 @pytest.mark.parametrize(("target", "config"), TARGETED.values(), ids=TARGETED.keys())
@@ -81,28 +76,6 @@ def test_logits_and_all_gradients_equal_transformers(target: str, config: ModelC
         assert rounded < GRADIENT_TOLERANCE, (name, rounded)
         compared += 1
     assert compared == sum(".indexer." not in name for name, _ in ours.named_parameters())
-
-
-def gradients_by_our_name(ours: HybridModel, theirs: torch.nn.Module, target: str) -> dict[str, Tensor]:
-    """Gradients of the transformers model under our names; a tied weight's are the sum over its places."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    raw = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
-    mapping = weight_map(ours.config, target)
-    on_disk = {
-        mapping.aliases.get(name, name): tensor for name, tensor in revert_weight_conversion(theirs, raw).items()
-    }
-    weights, gradients = ours.state_dict(), dict[str, Tensor]()
-    for entry in mapping.entries:
-        if entry.ours.endswith("expert_bias") or not on_disk.keys() & set(entry.theirs):
-            continue
-        # Through the map itself: some of theirs are twice ours.
-        own = {name: weights[name].detach().clone().requires_grad_() for name in entry.our_names()}
-        parts = [(part, on_disk[name]) for name, part in entry.write(own).items() if name in on_disk]
-        found = torch.autograd.grad([part for part, _ in parts], list(own.values()), [other for _, other in parts])
-        for name, gradient in zip(own, found, strict=True):
-            gradients[name] = gradients[name] + gradient if name in gradients else gradient
-    return gradients
 
 
 def test_time_step_is_not_clamped_at_run_time(tmp_path) -> None:

@@ -269,7 +269,7 @@ def test_sections_that_the_pattern_does_not_use_stop_no_target() -> None:
 
 
 def test_unknown_target_is_refused() -> None:
-    with pytest.raises(ValueError, match="'mamba2' is unknown; use auto, nemotron_h"):
+    with pytest.raises(ValueError, match="'mamba2' is unknown; use auto, llama"):
         explain_unfit(NEMOTRON_H, "mamba2")
 
 

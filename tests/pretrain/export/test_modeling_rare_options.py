@@ -57,6 +57,11 @@ MODELS: dict[str, ModelConfig] = {
         mixers={"window": sample_options("window") | {"bias": True, "sinks": True, "yarn": YARN}},
         moe=BIASED,
     ),
+    "wide norms and biases of queries, keys and values": small_config(
+        "*W",
+        attention=attention(bias="qkv", qk_norm="wide"),
+        mixers={"window": sample_options("window") | {"bias": "qkv", "qk_norm": "wide"}},
+    ),
     "biases of narrow experts": small_config("*E*E", moe=MOE.model_copy(update={"bias": True, "latent_size": 7})),
     "indexers": choosing(),
     "indexers without positions": small_config(

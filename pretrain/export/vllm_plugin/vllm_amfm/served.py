@@ -80,6 +80,8 @@ def _unknown_settings(name: str, section: Mapping[str, Any]) -> Iterator[str]:
         if key not in KNOWN[name].split() and value not in (None, False):
             shown = key if isinstance(value, Mapping) else f"{key}={value}"
             yield f"the block {name}: {shown}, which the plug-in does not compute; leave it out"
+    if section.get("qk_norm") == "wide":
+        yield f"the block {name}: qk_norm=wide, which the plug-in does not compute; use true"
     if (section.get("rope") or {}).get("yarn_truncate") is False:
         yield f"the block {name}: rope.yarn_truncate=false, which the plug-in does not compute; use true"
     if section.get("activation", "swiglu") not in ("swiglu", "squared_relu"):

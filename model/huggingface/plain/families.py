@@ -1,0 +1,228 @@
+"""Classes of attention and feed-forwards, one row each: names and fixed choices in which transformers' 5.24 classes differ.
+
+`fields.py` reads and writes config.json by a row, `weights.py` names its tensors; neither knows a class by name. A class whose
+layers are an attention (over all tokens or a window) and then a gated feed-forward or experts, each after a norm, is a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# How config.json says which layers are windows: not at all, one number for all layers, or a list.
+Windows = Literal["none", "all", "listed"]
+# How it says which layers are sparse: not at all (all are, where there are experts), or by the field of this name.
+Sparse = Literal["all", "mlp_only_layers", "first_k_dense_replace", "mlp_layer_types"]
+
+Bias = bool | Literal["qkv"]
+QkNorm = bool | Literal["wide"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedExpert:
+    """The shared expert of a class, which every layer with experts has.
+
+    name: its field of config.json: how many experts wide it is where `counts`, else its width. place: its module.
+    """
+
+    name: str
+    place: str
+    counts: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The mixture of a class.
+
+    names: fields of config.json by our setting. fixed: settings that the class has no field for. sparse: how layers with experts
+    are named. place: their module. matrices: gate, up and down of an expert. router, bias: their tensors below `place`.
+    """
+
+    names: Mapping[str, str]
+    fixed: Mapping[str, Any]
+    sparse: Sparse = "all"
+    place: str = "mlp."
+    matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    router: str = "gate.weight"
+    bias: str | None = None
+    shared: SharedExpert | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One class.
+
+    qk_norm: ours, or the field of config.json that says whether heads are normed. bias: ours, or its field and what of ours true is there.
+    has_head_dim: config.json has the size of a head. partial: a part of a head may be rotated, by `partial_rotary_factor`.
+    window_switch: a field that is true where there are windows. experts: None: layers are dense. refused: fields that must have
+    this value. extra: further fields that config.json gets. depth_layers: layers behind the last one predict further ahead, and
+    are not read.
+    """
+
+    name: str
+    class_name: str
+    qk_norm: QkNorm | str = False
+    bias: Bias | tuple[str, Bias] = False
+    has_head_dim: bool = True
+    partial: bool = False
+    windows: Windows = "none"
+    window_switch: str | None = None
+    experts: Experts | None = None
+    refused: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    depth_layers: bool = False
+
+
+BIASES: tuple[str, bool] = ("attention_bias", True)
+GATED = {"activation": "swiglu"}
+SOFTMAX = GATED | {"router": "softmax"}
+SIGMOID = GATED | {"router": "sigmoid", "expert_bias": True}
+QWEN = {
+    "num_experts": "num_experts",
+    "top_k": "num_experts_per_tok",
+    "expert_hidden_size": "moe_intermediate_size",
+    "normalize_probabilities": "norm_topk_prob",
+}
+MIXTRAL = {
+    "num_experts": "num_local_experts",
+    "top_k": "num_experts_per_tok",
+    "expert_hidden_size": "intermediate_size",
+}
+MIXTRAL_PLACE = "block_sparse_moe."
+MIXTRAL_MATRICES = ("w1", "w3", "w2")
+
+LLAMA = Family(name="llama", class_name="LlamaForCausalLM", bias=BIASES, refused={"mlp_bias": False})
+MISTRAL = Family(name="mistral", class_name="MistralForCausalLM", windows="all")
+QWEN2 = Family(
+    name="qwen2",
+    class_name="Qwen2ForCausalLM",
+    bias="qkv",
+    windows="listed",
+    window_switch="use_sliding_window",
+)
+QWEN3 = Family(
+    name="qwen3",
+    class_name="Qwen3ForCausalLM",
+    qk_norm=True,
+    bias=BIASES,
+    windows="listed",
+    window_switch="use_sliding_window",
+)
+QWEN3_MOE = Family(
+    name="qwen3_moe",
+    class_name="Qwen3MoeForCausalLM",
+    qk_norm=True,
+    bias=BIASES,
+    windows="all",
+    window_switch="use_sliding_window",
+    experts=Experts(
+        names=QWEN | {"num_experts": "num_local_experts"},
+        fixed=SOFTMAX,
+        sparse="mlp_only_layers",
+    ),
+    refused={"decoder_sparse_step": 1},
+)
+QWEN2_MOE = Family(
+    name="qwen2_moe",
+    class_name="Qwen2MoeForCausalLM",
+    bias=("qkv_bias", "qkv"),
+    windows="listed",
+    window_switch="use_sliding_window",
+    experts=Experts(
+        names=QWEN,
+        fixed=SOFTMAX | {"shared_expert_gate": True},
+        sparse="mlp_only_layers",
+        shared=SharedExpert(name="shared_expert_intermediate_size", place="mlp.shared_expert.", counts=False),
+    ),
+    refused={"decoder_sparse_step": 1},
+)
+MIXTRAL_FAMILY = Family(
+    name="mixtral",
+    class_name="MixtralForCausalLM",
+    windows="all",
+    experts=Experts(names=MIXTRAL, fixed=SOFTMAX, place=MIXTRAL_PLACE, matrices=MIXTRAL_MATRICES),
+    refused={"router_jitter_noise": 0.0},
+)
+GLM4_MOE = Family(
+    name="glm4_moe",
+    class_name="Glm4MoeForCausalLM",
+    qk_norm="use_qk_norm",
+    bias=("attention_bias", "qkv"),
+    partial=True,
+    experts=Experts(
+        names={
+            "num_experts": "n_routed_experts",
+            "top_k": "num_experts_per_tok",
+            "expert_hidden_size": "moe_intermediate_size",
+            "normalize_probabilities": "norm_topk_prob",
+            "routed_scaling": "routed_scaling_factor",
+            "num_router_groups": "n_group",
+            "router_group_top_k": "topk_group",
+        },
+        fixed=SIGMOID,
+        sparse="first_k_dense_replace",
+        bias="gate.e_score_correction_bias",
+        shared=SharedExpert(name="n_shared_experts", place="mlp.shared_experts."),
+    ),
+    extra={"num_nextn_predict_layers": 0},
+    depth_layers=True,
+)
+HY_V3 = Family(
+    name="hy_v3",
+    class_name="HYV3ForCausalLM",
+    qk_norm=True,
+    bias=BIASES,
+    experts=Experts(
+        names={
+            "num_experts": "num_experts",
+            "top_k": "num_experts_per_tok",
+            "expert_hidden_size": "moe_intermediate_size",
+            "routed_scaling": "router_scaling_factor",
+        },
+        fixed=SIGMOID,
+        sparse="mlp_layer_types",
+        router="router.gate.weight",
+        bias="expert_bias",
+        shared=SharedExpert(name="num_shared_experts", place="mlp.shared_mlp."),
+    ),
+    refused={"mlp_bias": False},
+    depth_layers=True,
+)
+OLMOE = Family(
+    name="olmoe",
+    class_name="OlmoeForCausalLM",
+    qk_norm="wide",
+    bias=BIASES,
+    has_head_dim=False,
+    experts=Experts(names=QWEN | {"expert_hidden_size": "intermediate_size"}, fixed=SOFTMAX),
+    refused={"clip_qkv": None},
+)
+MINIMAX_M2 = Family(
+    name="minimax_m2",
+    class_name="MiniMaxM2ForCausalLM",
+    qk_norm="wide",
+    partial=True,
+    experts=Experts(
+        names=MIXTRAL,
+        fixed=SIGMOID,
+        place=MIXTRAL_PLACE,
+        matrices=MIXTRAL_MATRICES,
+        bias="e_score_correction_bias",
+    ),
+    refused={"router_jitter_noise": 0.0},
+)
+# In this order `auto` tries them.
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    QWEN3,
+    QWEN2,
+    MISTRAL,
+    QWEN3_MOE,
+    MIXTRAL_FAMILY,
+    QWEN2_MOE,
+    GLM4_MOE,
+    HY_V3,
+    OLMOE,
+    MINIMAX_M2,
+)

@@ -1,0 +1,64 @@
+"""Every family of the table, made by transformers with other settings than its defaults, is ours: logits, gradients, bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from amfm.model.huggingface.classes import (
+    BY_TYPE,
+    NATIVE_TARGETS,
+    TokenIds,
+    huggingface_config,
+    model_config_from_huggingface,
+)
+from amfm.model.huggingface.plain.families import FAMILIES
+from amfm.model.huggingface.targets import explain_unfit
+from amfm.model.hybrid import HybridModel
+from amfm.model.parallel.groups import single_rank_groups
+from tests.model.huggingface.differences import PAGE, find_differences
+from tests.model.huggingface.families import CASES, REFUSED, SIZES, class_defaults, made_by_transformers
+from tests.model.huggingface.test_huggingface import GRADIENT_TOLERANCE, RELATIVE_TOLERANCE
+
+NONE = TokenIds(None, None, None)
+
+
+def test_the_page_has_a_row_for_every_class() -> None:
+    rows = [line.split("|")[1].strip() for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    assert rows == [f"`{name}`" for name in sorted(NATIVE_TARGETS)], "python -m tests.model.huggingface.differences"
+
+
+def test_every_family_has_cases_and_a_refusal() -> None:
+    families = {family.name for family in FAMILIES}
+    assert {kind for kind, _ in CASES.values()} >= families
+    assert {kind for kind, _, _ in REFUSED} >= families
+
+
+@pytest.mark.parametrize(("kind", "changes"), CASES.values(), ids=CASES.keys())
+def test_a_model_of_transformers_is_ours(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    theirs, state = made_by_transformers(kind, changes, tmp_path)
+    config = model_config_from_huggingface(theirs.config.to_dict())
+    mapping = BY_TYPE[kind].weights(config)
+    ours = HybridModel(config, single_rank_groups(), seed=0)
+    read = dict(mapping.to_ours(state))
+    ours.load_state_dict(read)
+
+    found = find_differences(ours.eval(), theirs, kind)
+    assert found.logits < 2 * RELATIVE_TOLERANCE and found.gradients < GRADIENT_TOLERANCE, found
+
+    # Back: the tensors are theirs bit for bit, and config.json says the same model to their class.
+    again = mapping.to_theirs(read)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    assert explain_unfit(config, kind) == []
+    fields = huggingface_config(config, kind, NONE, max_position_embeddings=128)
+    assert model_config_from_huggingface(class_defaults(fields)) == config
+
+
+@pytest.mark.parametrize(("kind", "changes", "message"), REFUSED)
+def test_what_our_model_has_not_is_refused_by_name_and_value(kind: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_config_from_huggingface(class_defaults(SIZES | {"model_type": kind} | changes))
