@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from amfm.model.parallel.groups import ProcessGroupCollection
@@ -40,7 +41,8 @@ class MatrixCut:
 class MatrixStack:
     """Matrices of one shape, one behind the other in this rank's part of a parameter; `start`: in the flattened part.
 
-    `rows` and `columns` are those on this rank: `cut` says which ranks have the others.
+    `rows` and `columns` are those on this rank: `cut` says which ranks have the others. `first`: the number of its first matrix
+    among all of the whole parameter, in its order, whatever the layout.
     """
 
     name: str
@@ -49,6 +51,7 @@ class MatrixStack:
     rows: int
     columns: int
     cut: MatrixCut | None = None
+    first: int = 0
 
     @property
     def numel(self) -> int:
@@ -97,27 +100,54 @@ def split_parameter(
     cuts = [cut for cut in shard.cuts if cut.dim >= first_dim]
     assert len(cuts) <= 1, f"{name} is cut along rows and columns; its matrices would need two sums"
     cut = cuts[0] if cuts else None
-    blocks = [(rows, 1, None)] if cut is None else list(_blocks(cut, first_dim, rows, groups, per_head=per_head))
+    whole_blocks, blocks = 1, [_Block(rows, 1, None, 0)]
+    if cut is not None:
+        whole_blocks, blocks = _blocks(cut, first_dim, rows, groups, per_head=per_head)
     start = 0
-    for _ in range(shape[0] if first_dim else 1):
-        for length, count, matrix_cut in blocks:
-            yield MatrixStack(name, start, count, length // count, columns, matrix_cut)
-            start += length * columns
+    for number in _members(shard, shape[0], groups) if first_dim else [0]:
+        for block in blocks:
+            first = number * whole_blocks + block.first
+            yield MatrixStack(name, start, block.count, block.length // block.count, columns, block.cut, first)
+            start += block.length * columns
+
+
+def _members(shard: Shard, size: int, groups: ProcessGroupCollection) -> list[int]:
+    """Numbers, in the whole stack, of the members that this rank holds."""
+    for cut in shard.cuts:
+        if cut.dim == 0:
+            group = getattr(groups, cut.axis)
+            return [int(number) for number in cut.shard(torch.arange(sum(cut.segments)), group.rank(), group.size())]
+    return list(range(size))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Consecutive rows on this rank that are `count` matrices, cut alike; `first`: the number of the first in the whole."""
+
+    length: int
+    count: int
+    cut: MatrixCut | None
+    first: int
 
 
 def _blocks(
     cut: ShardSpec, first_dim: int, rows: int, groups: ProcessGroupCollection, *, per_head: bool
-) -> Iterator[tuple[int, int, MatrixCut | None]]:
-    """Rows on this rank, matrices in them, and how they are cut, of each segment of a cut matrix."""
-    size = getattr(groups, cut.axis).size()
+) -> tuple[int, list[_Block]]:
+    """Matrices in the whole of a cut weight, and what of each of its segments this rank holds."""
+    group = getattr(groups, cut.axis)
+    size, rank = group.size(), group.rank()
     if cut.dim > first_dim:
         # Columns of several segments are inputs of one map; any order of them gives the same result.
         (slices,) = set(cut.slices(size))
-        yield rows, 1, MatrixCut(cut.axis, 1, slices) if slices > 1 else None
-        return
+        return 1, [_Block(rows, 1, MatrixCut(cut.axis, 1, slices) if slices > 1 else None, 0)]
     units = cut.units or (0,) * len(cut.segments)
+    first, blocks = 0, []
     for segment, number, length, slices in zip(cut.segments, units, cut.local_segments(size), cut.slices(size)):
         if per_head and number and segment > number:
-            yield length, number // slices, None
+            count = number // slices
+            blocks.append(_Block(length, count, None, first + rank * slices // size * count))
+            first += number
         else:
-            yield length, 1, MatrixCut(cut.axis, 0, slices) if slices > 1 else None
+            blocks.append(_Block(length, 1, MatrixCut(cut.axis, 0, slices) if slices > 1 else None, first))
+            first += 1
+    return first, blocks

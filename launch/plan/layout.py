@@ -18,7 +18,9 @@ from amfm.launch.plan.matrices import NO_MATRICES, MatrixShare, count_matrices
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import block_parameters, count_weights
 from amfm.model.pipeline_split import cut_pieces, pieces_of_rank
-from amfm.pretrain.config.schema import MuonConfig, RunConfig
+from amfm.pretrain.config.muon import MuonConfig
+from amfm.pretrain.config.optimizers import PackageMatrices
+from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.recompute import recomputed_letters
 
 
@@ -237,9 +239,9 @@ def count_routed(model: ModelConfig, letters: tuple[str, ...]) -> int:
 
 
 def held_by_stages(
-    model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonConfig | None = None
+    model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonConfig | PackageMatrices | None = None
 ) -> tuple[StageShare, ...]:
-    """What one rank of each pipeline stage holds, in stage order; `muon`: its settings where it steps the matrices.
+    """What one rank of each pipeline stage holds, in stage order; `muon`: settings of what steps whole matrices.
 
     Norms and routers, which every tensor rank holds whole, count as cut: they are small.
     """
@@ -271,7 +273,9 @@ def distinct_stages(stages: tuple[StageShare, ...], narrow: Collection[int] = ()
 
 
 @lru_cache(maxsize=1024)
-def _held(model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonConfig | None) -> tuple[StageShare, ...]:
+def _held(
+    model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonConfig | PackageMatrices | None
+) -> tuple[StageShare, ...]:
     """Shares of all pipeline stages; cached, so `layout` must hold nothing but what cuts the model."""
     letters, pattern = model.letters, model.parsed_pattern
     kinds = dict.fromkeys(model.built_letters)

@@ -7,45 +7,49 @@ are cut cost each rank more than that.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import astuple, dataclass
 from functools import lru_cache
+from itertools import cycle
 
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.matrices import list_matrices
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.pretrain.config.schema import MuonConfig
+from amfm.pretrain.config.muon import MuonConfig
+from amfm.pretrain.config.optimizers import PackageMatrices
 from amfm.pretrain.engine.muon.newton_schulz import cost
 
 
 @dataclass(frozen=True)
 class MatrixShare:
-    """Numbers in matrices of a rank of a stage, and FLOPs to orthogonalise them: of routed experts, and of the rest."""
+    """Of matrices of a rank of a stage, of routed experts and of the rest: numbers, FLOPs to orthogonalise them, numbers that
+    their optimizer keeps, and numbers that travel to and from their owners.
+    """
 
     dense: float = 0.0
     routed: float = 0.0
     dense_flops: float = 0.0
     routed_flops: float = 0.0
+    dense_state: float = 0.0
+    routed_state: float = 0.0
+    dense_sent: float = 0.0
+    routed_sent: float = 0.0
 
     def __add__(self, other: MatrixShare) -> MatrixShare:
-        return MatrixShare(
-            self.dense + other.dense,
-            self.routed + other.routed,
-            self.dense_flops + other.dense_flops,
-            self.routed_flops + other.routed_flops,
-        )
+        return MatrixShare(*(one + more for one, more in zip(astuple(self), astuple(other))))
 
     def divided(self, dense: float, routed: float) -> MatrixShare:
         """The same spread over this many ranks."""
-        return MatrixShare(
-            self.dense / dense, self.routed / routed, self.dense_flops / dense, self.routed_flops / routed
-        )
+        return MatrixShare(*(value / ranks for value, ranks in zip(astuple(self), cycle((dense, routed)))))
 
 
 NO_MATRICES = MatrixShare()
 
 
-def count_matrices(model: ModelConfig, letters: tuple[str, ...], muon: MuonConfig | None) -> MatrixShare:
+def count_matrices(
+    model: ModelConfig, letters: tuple[str, ...], muon: MuonConfig | PackageMatrices | None
+) -> MatrixShare:
     """Count the matrices of these blocks, whole; none without Muon."""
     if muon is None:
         return NO_MATRICES
@@ -54,7 +58,7 @@ def count_matrices(model: ModelConfig, letters: tuple[str, ...], muon: MuonConfi
 
 
 @lru_cache(maxsize=16)
-def _by_letter(model: ModelConfig, muon: MuonConfig) -> dict[str, MatrixShare]:
+def _by_letter(model: ModelConfig, muon: MuonConfig | PackageMatrices) -> dict[str, MatrixShare]:
     """Matrices of one block of each symbol of the pattern."""
     groups = single_rank_groups()
     built = HybridModel(model, groups, backend="torch", device="meta")
@@ -71,7 +75,11 @@ def _by_letter(model: ModelConfig, muon: MuonConfig) -> dict[str, MatrixShare]:
         if block not in letters:
             continue
         flops, numel = float(muon.rounds * stack.count * cost(stack.shape)), float(stack.numel)
-        is_routed = ".experts." in stack.name
-        share = MatrixShare(0.0, numel, 0.0, flops) if is_routed else MatrixShare(numel, 0.0, flops, 0.0)
-        found[letters[block]] += share
+        kept = float(stack.count * sum(math.prod(shape) for shape in muon.state_shapes(*stack.shape).values()))
+        # An update and its result, or weights, gradient and new weights in the dtype of the masters, twice as wide on GPUs.
+        sent = (6.0 if muon.keeps_state_at_owners else 2.0) * numel
+        share = [value for pair in zip((numel, flops, kept, sent), (0.0, 0.0, 0.0, 0.0)) for value in pair]
+        if ".experts." in stack.name:
+            share = [value for pair in zip(share[1::2], share[::2]) for value in pair]
+        found[letters[block]] += MatrixShare(*share)
     return found

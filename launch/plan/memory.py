@@ -90,7 +90,7 @@ def estimate_memory(
     `imbalance`: routed rows of the fullest rank over the mean, where experts are spread.
     """
     stages = distinct_stages(
-        held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings()),
+        held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.matrix_settings()),
         frozenset(config.low_precision.narrow_blocks(config.model.letters)),
     )
     sizes = block_sizes(config, layout, storage, imbalance, {symbol for held in stages for symbol in held.letters})
@@ -195,7 +195,12 @@ def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict
     return {
         "weights": e * (share if stage == 3 else held.parameters),
         "masters": storage.state_bytes * share if has_masters else 0.0,
-        "moments": storage.state_bytes * (storage.num_moments * share - matrices.dense - matrices.routed),
+        "moments": storage.state_bytes
+        * (
+            storage.num_moments * (share - matrices.dense - matrices.routed)
+            + matrices.dense_state
+            + matrices.routed_state
+        ),
         "average of weights": FLOAT32_BYTES * share if storage.keeps_average else 0.0,
         "gradient share": e * share if stage == 3 else 0.0,
         "reduction bucket": FLOAT32_BYTES * min(held.parameters, DEEPSPEED_BUCKET_ELEMENTS) if stage == 3 else 0.0,
@@ -404,4 +409,6 @@ def product_bytes(held: StageShare, layout: Layout, storage: Storage) -> float:
     elif layout.zero_stage == 0:
         updates = held.matrices.dense + held.matrices.routed
     on_the_way = 3 * size * updates if max(layout.dense_sharers, layout.expert_sharers) > 1 else size * updates
+    if updates:
+        on_the_way *= (own.dense_sent + own.routed_sent) / (2 * (own.dense + own.routed))
     return FLOAT32_BYTES * updates + on_the_way + 3 * size * min(updates, BATCH_ELEMENTS)

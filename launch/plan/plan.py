@@ -217,7 +217,10 @@ def explain_no_layout(plan: Plan) -> str:
     storage = storage_of(plan.config)
     held = max(
         held_by_stages(
-            plan.config.model, layout, plan.stages[0].stage.train.sequence_length, plan.config.optimizer.muon_settings()
+            plan.config.model,
+            layout,
+            plan.stages[0].stage.train.sequence_length,
+            plan.config.optimizer.matrix_settings(),
         ),
         key=lambda entry: entry.parameters,
     )

@@ -171,7 +171,7 @@ def estimate_step(
     `beside_experts`: what is computed while they travel. `repeats`: of `expert_exchange_seconds`. `drains`: times that a
     pipeline fills and drains.
     """
-    every = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
+    every = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.matrix_settings())
     narrow = frozenset(config.low_precision.narrow_blocks(config.model.letters))
     stages = distinct_stages(every, narrow) if stage is None else (every[stage],)
     block = {
@@ -314,19 +314,20 @@ def optimizer_seconds(
 def muon_seconds(held: StageShare, layout: Layout, hardware: Hardware, storage: Storage) -> float:
     """Seconds of Newton-Schulz rounds on the matrices that this rank owns, and of the updates' way there and back.
 
-    Two bytes a number each way on GPUs; without ZeRO one gather of results. 0 with AdamW.
+    Two bytes a number each way on GPUs; without ZeRO one gather of results. 0 with AdamW. Rules that need matrices whole send
+    three times as many numbers, twice as wide; of a package's arithmetic nothing is known.
     """
     own = held.own_matrices(layout)
     is_bf16 = storage.backend == "triton"
     peak = hardware.peak_flops("bf16" if is_bf16 else "float32") * hardware.product_efficiency
     size = 2 if is_bf16 else FLOAT32_BYTES
     seconds = (own.dense_flops + own.routed_flops) / peak
-    for axis, numel in (("dp_cp", own.dense), ("expt_dp", own.routed)):
+    for axis, numel, sent in (("dp_cp", own.dense, own.dense_sent), ("expt_dp", own.routed, own.routed_sent)):
         ranks, stride = axis_place(axis, layout)
         if layout.zero_stage == 0:
             seconds += ring_seconds(size * numel * ranks, ranks, hardware, calls=1, stride=stride)
         elif numel:
-            seconds += all_to_all_seconds(2 * size * numel, ranks, hardware, calls=2, stride=stride)
+            seconds += all_to_all_seconds(size * sent, ranks, hardware, calls=2, stride=stride)
     return seconds
 
 

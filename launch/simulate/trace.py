@@ -107,7 +107,7 @@ def trace_run(
 def predicted_memory(config: RunConfig, ranks: int, rank: int) -> Memory:
     """What the plan says of a rank's peak, without margin; `config` is what was traced, or would be (`traced_config`)."""
     layout = Layout.of(config, ranks)
-    held = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
+    held = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.matrix_settings())
     stage = held[pipeline_stage(config, ranks, rank)]
     # Sums of gradients stay as graphs need them, but no pass is captured.
     return estimate_stage(config, layout, storage_of(config), stage, 1.0, is_captured=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from amfm.model.parallel.shards import parameter_shards
-from amfm.pretrain.checkpoint.fragments import Fragment, base_optimizer, name_groups
+from amfm.pretrain.checkpoint.fragments import Fragment, base_optimizer, name_groups, owned_states
 from amfm.pretrain.checkpoint.placement import Placement, locate_rank, place_shard
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.engine.moments import FROZEN
@@ -27,7 +27,8 @@ class EngineLayout:
     parts: the tensors that the optimizer steps, with the parameter ranges inside each. group_labels: of the optimizer's
     parameter groups, in its order. placements: where this rank's shard of each parameter lies in the whole one.
     coordinates: its place on each axis that cuts the parameter. dtypes: of the parameters. All by global name.
-    buffer_names: of the buffers that belong to the state (router bias and the like). frozen: parameters that nothing
+    buffer_names: of the buffers that belong to the state (router bias and the like), and of the states of whole matrices that
+    this rank owns. frozen: parameters that nothing
     steps, with the ranks that hold the same shard of each. averages: flat float32 averages of the masters of parts, by the
     part's number, which a hook keeps (hooks/ema.py); saved and restored like moments.
     """
@@ -57,7 +58,10 @@ class EngineLayout:
             },
             coordinates={name: locate_rank(shard, engine.groups) for name, _, shard in parameters},
             dtypes={name: parameter.dtype for name, parameter, _ in parameters},
-            buffer_names=tuple(name for name in engine.module.state_dict(keep_vars=True) if name not in named),
+            buffer_names=(
+                *(name for name in engine.module.state_dict(keep_vars=True) if name not in named),
+                *owned_states(engine.deepspeed),
+            ),
             frozen={
                 name: list_ranks(engine.groups.expt_dp if shard.per_expert else engine.groups.dp_cp)
                 for name, parameter, shard in parameters
@@ -78,4 +82,7 @@ class EngineLayout:
 
     def buffers(self) -> dict[str, Tensor]:
         """Collect the buffers of the state as they are now, by global name; views, not copies."""
-        return {name: self.engine.module.get_buffer(name) for name in self.buffer_names}
+        owned = owned_states(self.engine.deepspeed)
+        return {
+            name: owned[name] if name in owned else self.engine.module.get_buffer(name) for name in self.buffer_names
+        }

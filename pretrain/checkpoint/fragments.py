@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from amfm.pretrain.engine.moments import AVERAGE, moments_of
+from amfm.pretrain.engine.muon.optimizer import Muon
 from amfm.pretrain.engine.parts import Part
 from amfm.pretrain.parallel import set_deepspeed_accelerator
 
@@ -110,6 +111,12 @@ def collect_fragments(
                 )
             )
     return fragments
+
+
+def owned_states(engine: Any) -> dict[str, Tensor]:
+    """States of whole matrices that this rank keeps as their owner, by the name that they have among a checkpoint's buffers."""
+    optimizer = base_optimizer(engine)
+    return optimizer.owned_states() if isinstance(optimizer, Muon) else {}
 
 
 def collect_group_settings(engine: Any) -> dict[str, dict[str, Any]]:

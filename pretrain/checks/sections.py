@@ -96,9 +96,9 @@ def conversion_problems(config: RunConfig) -> Iterator[Problem]:
     for name in hook_specs():
         if getattr(config.hooks, name) is not None:
             yield Problem(f"hooks.{name}", KEPT, "remove it, and train the result on with it")
-    if config.optimizer.kind == "muon":
+    if config.optimizer.matrix_settings() is not None:
         rule = "makes the steps of matrices orthogonal, which has not been tried on the thin factors of an update"
-        yield Problem("optimizer.kind", rule, "use adamw", "muon")
+        yield Problem("optimizer.kind", rule, "use adamw", config.optimizer.kind)
     if config.stages:
         yield Problem("stages", "have no place in a conversion, which has its own stages", "remove them")
 
@@ -109,9 +109,18 @@ def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
     if section.muon is not None and section.kind != "muon":
         rule = f"has settings of Muon, and optimizer.kind is {section.kind}"
         yield Problem("optimizer.muon", rule, "use optimizer.kind=muon, or remove the section")
-    if section.kind == "muon" and config.parallel.offload_optimizer:
-        rule = "would have the host's processors multiply Muon's matrices"
+    matrices = section.matrix_settings()
+    if matrices is not None and config.parallel.offload_optimizer:
+        rule = f"would have the host's processors multiply the matrices of optimizer.kind={section.kind}"
         yield Problem("parallel.offload_optimizer", rule, "use false, or optimizer.kind=adamw", "true")
+    if matrices is not None and matrices.keeps_state_at_owners and config.prune is not None:
+        rule = (
+            "sets moments of what it prunes to zero, which an optimizer that keeps whole matrices has with their owners"
+        )
+        yield Problem("prune", rule, "use optimizer.kind=adamw, or muon with optimizer.muon.rule=muon")
+    if matrices is not None and matrices.keeps_norms and config.model.mup is not None:
+        rule = "is for steps whose size it sets, and Hyperball's are a share of the weights' norm at every width"
+        yield Problem("model.mup", rule, "remove it, or use optimizer.muon.rule=muon or normuon")
     for key, factors in (("rates", section.rates), ("decays", section.decays)):
         for name, rule in unmatched(factors, config) if factors is not None else ():
             yield Problem(f"optimizer.{key}.{name}", rule, "remove it", str(getattr(factors, name)))
@@ -133,8 +142,11 @@ def unmatched(factors: RateFactors | DecayFactors, config: RunConfig) -> Iterato
         yield "head", "matches nothing: model.tie_embeddings makes the head the embedding, whose factor it has"
     if "router" in given and config.model.moe is None:
         yield "router", "matches nothing: no block of model.pattern has a router"
-    if "adamw" in given and config.optimizer.kind != "muon":
+    matrices = config.optimizer.matrix_settings()
+    if "adamw" in given and matrices is None:
         yield "adamw", f"is for what Muon does not step, and optimizer.kind is {config.optimizer.kind}"
+    if isinstance(factors, DecayFactors) and "matrices" in given and matrices is not None and matrices.keeps_norms:
+        yield "matrices", "has no effect: Hyperball keeps the norm of these and has no weight decay"
 
 
 def _bf16_state_problems(config: RunConfig) -> Iterator[Problem]:
@@ -146,7 +158,7 @@ def _bf16_state_problems(config: RunConfig) -> Iterator[Problem]:
     if config.optimizer.kind in optimizer_specs():
         rule = f"is AdamW's alone, and optimizer.kind is {config.optimizer.kind}"
         yield Problem(key, rule, "use optimizer.kind=adamw, or float32", "bf16")
-    if config.optimizer.kind == "muon":
+    elif config.optimizer.matrix_settings() is not None:
         rule = "is AdamW's alone: Muon would orthogonalise a momentum that was rounded, which has not been tried"
         yield Problem(key, rule, "use optimizer.kind=adamw, or float32", "bf16")
     if parallel.zero_stage == 0:

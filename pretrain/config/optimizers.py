@@ -7,6 +7,12 @@ The code is a function `update(weight, gradient, moments, step, group, options)`
 `moments` in place. All are float32 vectors of the same length: ZeRO flattens and cuts them anywhere, so the rule must be one of
 single numbers, as AdamW's is. `step` counts from 1; `group` has `lr`, `betas`, `eps` and `weight_decay` (0 for what does not
 decay). It must depend on nothing else: a run that resumes has only these.
+
+A `MatrixOptimizerSpec` steps whole matrices, those that Muon would (model/matrices.py), and AdamW the rest of the model. Its
+function `update(weights, gradients, state, step, group, options)` gets N matrices of one shape at once, [N, R, C] each, and
+returns the new weights, [N, R, C]; it changes the tensors of `state`, [N, *shape], in place. These have the dtype of the
+masters, float32, and start as zeros. What it does to one matrix must not depend on the others. A second function,
+`shapes(rows, columns, options)`, gives the shapes of the state of one matrix, by name.
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from amfm.model.config.plugins import PluginSections, list_packages, load_named, specs_by_name, with_sections
 from amfm.model.config.section import Section
@@ -24,28 +30,73 @@ OURS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
-class OptimizerSpec:
+class PackageOptimizerSpec:
     """An optimizer as configurations see it, without importing it.
 
-    name: lower case, a value of `optimizer.kind`. update: `package.module:function`. num_moments: tensors that it keeps for each
-    weight: `momentum` for one, `exp_avg` and `exp_avg_sq` for two. options: its section, whose fields have defaults.
+    name: lower case, a value of `optimizer.kind`. update: `package.module:function`. options: its section, whose fields have
+    defaults.
     """
 
     name: str
     update: str
-    num_moments: Literal[1, 2]
     options: type[Section]
 
-    def load(self) -> Callable[..., None]:
+    def load(self) -> Callable[..., Any]:
         """Import the function."""
-        found: Callable[..., None] = load_named(self.update)
+        found: Callable[..., Any] = load_named(self.update)
         return found
 
 
+@dataclass(frozen=True)
+class OptimizerSpec(PackageOptimizerSpec):
+    """An optimizer of single numbers.
+
+    num_moments: tensors that it keeps for each weight: `momentum` for one, `exp_avg` and `exp_avg_sq` for two.
+    """
+
+    num_moments: Literal[1, 2] = 2
+
+
+@dataclass(frozen=True)
+class MatrixOptimizerSpec(PackageOptimizerSpec):
+    """An optimizer of whole matrices.
+
+    shapes: `package.module:function`, the shapes of its state. per_head: projections to heads are stepped one head at a time.
+    """
+
+    shapes: str = ""
+    per_head: bool = True
+
+
+@dataclass(frozen=True)
+class PackageMatrices:
+    """Settings of a package's optimizer of whole matrices: what `MuonConfig` answers about ours."""
+
+    spec: MatrixOptimizerSpec
+    options: Section
+    rounds: ClassVar[int] = 0  # of Newton-Schulz, the only arithmetic that a plan counts
+    keeps_norms: ClassVar[bool] = False
+    keeps_state_at_owners: ClassVar[bool] = True
+
+    @property
+    def per_head(self) -> bool:
+        """Whether projections to heads are stepped one head at a time."""
+        return self.spec.per_head
+
+    def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is kept of a matrix, by name. Raises TypeError for a package that gives anything else, naming it."""
+        shapes = load_named(self.spec.shapes)(rows, columns, self.options)
+        if not isinstance(shapes, dict) or not all(isinstance(shape, tuple) for shape in shapes.values()):
+            raise TypeError(
+                f"optimizer.kind={self.spec.name}: {self.spec.shapes} returned {shapes!r}; it must return a dict of tuples"
+            )
+        return shapes
+
+
 @cache
-def optimizer_specs() -> dict[str, OptimizerSpec]:
+def optimizer_specs() -> dict[str, PackageOptimizerSpec]:
     """Collect the optimizers of installed packages by name. Raises RuntimeError as mixers do, and for a name that is taken."""
-    return specs_by_name(ENTRY_POINTS, OptimizerSpec, OURS, "an optimizer")
+    return specs_by_name(ENTRY_POINTS, PackageOptimizerSpec, OURS, "an optimizer")
 
 
 @with_sections({name: (spec.options, "None: its defaults.") for name, spec in optimizer_specs().items()})
@@ -53,4 +104,4 @@ class RegisteredOptimizers(PluginSections):
     """Options of optimizers of installed packages, by name; `kind` chooses one (entry point group `amfm.optimizers`)."""
 
     group: ClassVar[str] = ENTRY_POINTS
-    packages: ClassVar[Mapping[str, str]] = list_packages(ENTRY_POINTS, OptimizerSpec)
+    packages: ClassVar[Mapping[str, str]] = list_packages(ENTRY_POINTS, PackageOptimizerSpec)

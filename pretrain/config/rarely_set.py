@@ -99,7 +99,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "optimizer": "epsilon state_dtype",
         "optimizer.rates": "embedding head norms router matrices vectors adamw",
         "optimizer.decays": "embedding head router matrices",
-        "optimizer.muon": "momentum rounds update_rms per_head",
+        "optimizer.muon": "rule momentum rounds update_rms per_head",
         "train": "freeze",
         "qk_clip": "limit",
         "ema": "decay every_steps start",

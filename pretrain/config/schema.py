@@ -21,8 +21,15 @@ from amfm.model.huggingface.hf_class import Target
 from amfm.pretrain.config.convert import ConvertConfig
 from amfm.pretrain.config.hooks import RegisteredHooks
 from amfm.pretrain.config.launch import LaunchConfig
+from amfm.pretrain.config.muon import MuonConfig
 from amfm.pretrain.config.optimizers import OURS as OWN_OPTIMIZERS
-from amfm.pretrain.config.optimizers import RegisteredOptimizers, optimizer_specs
+from amfm.pretrain.config.optimizers import (
+    MatrixOptimizerSpec,
+    OptimizerSpec,
+    PackageMatrices,
+    RegisteredOptimizers,
+    optimizer_specs,
+)
 from amfm.pretrain.config.pruning import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig
 from amfm.pretrain.config.rates import DecayFactors, RateFactors
 from amfm.pretrain.config.schedules import OURS as OWN_SCHEDULES
@@ -52,22 +59,6 @@ class RunSection(Section):
     )
 
 
-class MuonConfig(Section):
-    """How Muon steps the matrices of blocks (docs/optimizers.md); the rest of a model steps by AdamW's settings."""
-
-    momentum: float = Field(0.95, ge=0, lt=1, description="Decay of the momentum, which is Nesterov's.")
-    rounds: int = Field(5, gt=0, description="Newton-Schulz rounds by which an update is orthogonalized.")
-    update_rms: float = Field(
-        0.2,
-        gt=0,
-        description="Root mean square of an update at rate 1; 0.2 is typical of AdamW, so both can use the same rate.",
-    )
-    per_head: bool = Field(
-        True,
-        description="Orthogonalize projections to heads one head at a time; false: all heads of a projection together.",
-    )
-
-
 class OptimizerConfig(Section):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused where the device has it, or Muon for matrices."""
 
@@ -93,10 +84,13 @@ class OptimizerConfig(Section):
     def num_moments(self) -> int:
         """Tensors that are kept for each weight which Muon does not step."""
         spec = optimizer_specs().get(self.kind)
-        return 2 if spec is None else spec.num_moments
+        return spec.num_moments if isinstance(spec, OptimizerSpec) else 2
 
-    def muon_settings(self) -> MuonConfig | None:
-        """Settings of Muon where it is the kind: as given, or its defaults; None for AdamW."""
+    def matrix_settings(self) -> MuonConfig | PackageMatrices | None:
+        """Settings of what steps whole matrices: Muon's, as given or its defaults, or a package's; None for AdamW."""
+        spec = optimizer_specs().get(self.kind)
+        if isinstance(spec, MatrixOptimizerSpec):
+            return PackageMatrices(spec, getattr(self.options, self.kind) or spec.options())
         return (self.muon or MuonConfig()) if self.kind == "muon" else None
 
 

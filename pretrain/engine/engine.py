@@ -277,8 +277,8 @@ def build_engine(
     # Remembered before DeepSpeed casts the whole module: `restore_buffers` puts the float32 ones back.
     buffers = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
     # While parameters have their shapes: ZeRO-3 takes them away.
-    muon = optimizer.muon_settings()
-    stacks = [] if muon is None else list_matrices(module, parallel.groups, per_head=muon.per_head)
+    matrices = optimizer.matrix_settings()
+    stacks = [] if matrices is None else list_matrices(module, parallel.groups, per_head=matrices.per_head)
     bridge = DataclassOutputHooks(module) if zero_stage == 3 else None
     if bridge is not None:
         bridge.open()

@@ -19,12 +19,16 @@ class AdamW(torch.optim.AdamW):
 
 MUON = "muon"  # label of the groups whose matrices Muon steps
 ONE = "one_"  # begins the labels of groups that a package's optimizer steps with one moment
+MATRICES = (
+    "matrices"  # of groups whose matrices a rule steps that keeps its state at their owners (engine/muon/rules.py)
+)
+OWNED = "optimizer/"  # begins the names of such states among a checkpoint's buffers
 AVERAGE = "ema"  # kind of the moving average of masters, which no optimizer reads (hooks/ema.py)
 FROZEN = "frozen"  # of parameters that no optimizer steps: their weights are saved, without moments
 
 
 def moments_of(label: str) -> tuple[str, ...]:
     """Name the moments of the parameters in groups with this label: AdamW's two, in torch's words, or one momentum."""
-    if label == FROZEN:
+    if label in (FROZEN, MATRICES):
         return ()
     return ("momentum",) if label == MUON or label.startswith(ONE) else ("exp_avg", "exp_avg_sq")

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from amfm.model.config.mup import WidthScales, width_scales
 from amfm.model.hybrid import HybridModel
 from amfm.model.matrices import MatrixStack
-from amfm.pretrain.config.optimizers import optimizer_specs
+from amfm.pretrain.config.muon import MuonConfig
+from amfm.pretrain.config.optimizers import OptimizerSpec, optimizer_specs
 from amfm.pretrain.config.rates import DecayFactors, RateFactors, group_of
 from amfm.pretrain.config.schema import OptimizerConfig
 from amfm.pretrain.engine.bf16_adamw import Bf16AdamW
-from amfm.pretrain.engine.moments import MUON, ONE, AdamW, moments_of
+from amfm.pretrain.engine.moments import MATRICES, MUON, ONE, AdamW, moments_of
 from amfm.pretrain.engine.muon.optimizer import Muon
 
 
@@ -159,7 +160,8 @@ def build_optimizer(
     apart: Collection[nn.Parameter] = (),
 ) -> torch.optim.AdamW:
     """Build the configured optimizer over the groups of `group_parameters`: fused AdamW (Loshchilov and Hutter 2019, arXiv
-    1711.05101), AdamW with bf16 states, one of a package, or Muon, which must be told its matrices, `stacks` (`list_matrices`).
+    1711.05101), AdamW with bf16 states, one of a package, or Muon and its like, which must be told their matrices, `stacks`
+    (`list_matrices`).
 
     The rate starts at zero: wrappers that step once to allocate their states must not move a weight, and the loop sets
     the schedule's rate before each step.
@@ -178,16 +180,18 @@ def build_optimizer(
         decay_factors=config.decays or NO_DECAYS,
     )
     settings: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.epsilon, "fused": True}
-    muon = config.muon_settings()
+    matrices = config.matrix_settings()
     spec = optimizer_specs().get(config.kind)
-    if spec is not None:
+    if isinstance(spec, OptimizerSpec):
         if spec.num_moments == 1:
             groups = [group | {"label": f"{ONE}{group['label']}"} for group in groups]
         options = getattr(config.options, config.kind) or spec.options()
         return PackageOptimizer(groups, spec.load(), options, **settings)
     if config.state_dtype == "bf16":
-        assert muon is None, "optimizer_problems refuses Muon with bf16 states"
+        assert matrices is None, "optimizer_problems refuses Muon with bf16 states"
         return Bf16AdamW(groups, **settings)
-    if muon is None:
+    if matrices is None:
         return AdamW(groups, **settings)
-    return Muon(groups, muon, base_width=None if mup is None else mup.base_hidden_size, **settings)
+    if not isinstance(matrices, MuonConfig) or matrices.rule != "muon":
+        groups = [group | {"label": MATRICES} if group["label"] == MUON else group for group in groups]
+    return Muon(groups, matrices, base_width=None if mup is None else mup.base_hidden_size, **settings)

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from amfm.data_pipeline.progress import Report, silent
 from amfm.model.on_demand import OnDemand, Shape, Source, cut_rows, source_of
-from amfm.pretrain.engine.moments import FROZEN, MUON
+from amfm.pretrain.engine.moments import FROZEN, MATRICES, MUON
 from amfm.pretrain.exchange.common_file import BUFFER, Fitted, fit_tensors, one_step, shapes_of
 from amfm.pretrain.exchange.dcp_folder import DcpFolder, read_json
 from amfm.pretrain.exchange.state import ExportedState, TrainingState, check_record, export_state, with_tuples
@@ -99,6 +99,11 @@ def export_dcp(checkpoint: str | Path, out_dir: str | Path, report: Report = sil
 def state_dict(state: TrainingState) -> dict[str, Any]:
     """Arrange a state as torch's state dicts of a model and its optimizer, with sources in the place of tensors."""
     parameters = state.record["parameters"]
+    if MATRICES in state.record["groups"]:
+        raise ValueError(
+            f"{state.origin} has states of whole matrices, which torch's optimizers have no place for; export the weights alone "
+            "(--format huggingface)"
+        )
     optimizer: dict[str, dict[str, Any]] = {}
     for kind, name, source in state.keyed():
         if kind != "weight":

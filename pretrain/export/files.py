@@ -335,6 +335,8 @@ def _training_record(weights: Weights) -> list[tuple[str, str]]:
     facts = [("Training", f"{weights.step:,} steps, {weights.tokens:,} tokens, {run.train.precision}")]
     facts.append(("Text", ", ".join(source.name for source in run.data.sources)))
     name = {"adamw": "AdamW", "muon": "Muon with AdamW"}.get(run.optimizer.kind, run.optimizer.kind)
+    if run.optimizer.muon is not None and run.optimizer.muon.rule != "muon":
+        name = f"Muon ({run.optimizer.muon.rule}) with AdamW"
     rate = f"{name}, peak rate {run.optimizer.learning_rate:g}, schedule {run.schedule.kind}"
     facts.append(("Optimizer", f"{rate}, {run.train.global_batch_size} rows per step"))
     if weights.validation_loss is not None:

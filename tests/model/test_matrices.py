@@ -123,15 +123,18 @@ def test_tensor_ranks_have_whole_heads_or_slices_of_a_matrix() -> None:
     assert split((8, 32), keys) == [MatrixStack("blocks.0", 0, 1, 8, 32)]
     (together,) = split((8, 32), keys, per_head=False)
     assert together == MatrixStack("blocks.0", 0, 1, 8, 32, MatrixCut("tp", 0, 2)) and together.shape == (16, 32)
+    # Numbers are those of the whole: heads 2 and 3 are here, and the matrix behind all eight.
     assert split((10, 32), beta) == [
-        MatrixStack("blocks.0", 0, 2, 4, 32),
-        MatrixStack("blocks.0", 256, 1, 2, 32, MatrixCut("tp", 0, 4)),
+        MatrixStack("blocks.0", 0, 2, 4, 32, first=2),
+        MatrixStack("blocks.0", 256, 1, 2, 32, MatrixCut("tp", 0, 4), first=8),
     ]
-    assert [stack.start for stack in split((24, 32), gates)] == [0, 384]
+    assert [(stack.start, stack.first) for stack in split((24, 32), gates)] == [(0, 0), (384, 1)]
     assert split((32, 16), output) == [MatrixStack("blocks.0", 0, 1, 32, 16, MatrixCut("tp", 1, 4))]
     stack = split((6, 32, 4), down)
     assert [part.start for part in stack] == [128 * expert for expert in range(6)]
     assert stack[0].cut == MatrixCut("expt_tp", 1, 4) and stack[0].shape == (32, 16)
+    groups.ep = Place(1, 2)
+    assert [part.first for part in split((3, 32, 4), down)] == [3, 4, 5]
 
 
 def test_names_and_shapes_decide() -> None:

@@ -83,9 +83,9 @@ def check_countable(config: RunConfig, layout: Layout) -> None:
             f"train.recompute={config.train.recompute} has no formula with tensor, expert or context ranks: a second forward "
             "pass ends where nothing more is needed of it; use none"
         )
-    if config.optimizer.kind == "muon":
+    if config.optimizer.matrix_settings() is not None:
         raise ValueError(
-            "optimizer.kind=muon has no formula: how much travels depends on who owns which matrix; use adamw, whose passes "
+            f"optimizer.kind={config.optimizer.kind} has no formula: how much travels depends on who owns which matrix; use adamw, whose passes "
             "and reductions send the same"
         )
     is_limited = moe is not None and moe.capacity_factor is not None and config.parallel.expert > 1

@@ -46,7 +46,7 @@ class ReplicaCost:
 
 def saved_bytes_by_stage(config: RunConfig, layout: Layout) -> list[float]:
     """Bytes that a rank of each pipeline stage writes into a checkpoint: float32 masters and moments, its share of them."""
-    stages = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
+    stages = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.matrix_settings())
     matrices = [held.own_matrices(layout) for held in stages]
     return [FLOAT32_BYTES * (3 * held.share(layout) - own.dense - own.routed) for held, own in zip(stages, matrices)]
 

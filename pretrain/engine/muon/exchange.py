@@ -20,7 +20,7 @@ import torch.distributed
 from torch import Tensor
 
 from amfm.model.matrices import MatrixStack
-from amfm.pretrain.engine.muon.newton_schulz import cost
+from amfm.pretrain.engine.muon.newton_schulz import BATCH_ELEMENTS, cost
 from amfm.pretrain.engine.parts import Part, Span
 
 
@@ -103,6 +103,17 @@ class MatrixExchange:
             returned = _all_to_all(join(parts, owned), _sizes(self.received), _sizes(self.sent), self.group)
         arrived = [each for overlaps in self.sent for each in overlaps]
         _scatter(returned, arrived, [_range(updates, each) for each in arrived])
+
+
+def alike_batches(exchange: MatrixExchange) -> Iterator[list[tuple[MatrixStack, int]]]:
+    """Yield this rank's stacks, with their places, in batches of those that are alike and worth computing together."""
+    alike: dict[tuple[Any, ...], list[tuple[MatrixStack, int]]] = {}
+    for stack, place in zip(exchange.stacks, exchange.places, strict=True):
+        alike.setdefault((stack.count, stack.rows, stack.columns, stack.cut), []).append((stack, place))
+    for members in alike.values():
+        size = max(1, BATCH_ELEMENTS // members[0][0].numel)
+        for first in range(0, len(members), size):
+            yield members[first : first + size]
 
 
 def _global_rank() -> int:

@@ -38,15 +38,24 @@ def orthogonalize(
     if cut is None:
         found_NSL = _iterate(X_NSL, rounds, None, 1)
     elif (cut.dim == 0) != is_tall:
-        copies = group.size() // cut.slices
-        gathered = X_NSL.new_empty(group.size() * len(X_NSL), *X_NSL.shape[1:])
-        torch.distributed.all_gather_into_tensor(gathered, X_NSL.contiguous(), group=group)
-        whole_NSL = gathered.unflatten(0, (group.size(), -1))[::copies].transpose(0, 1).flatten(1, 2)
-        own = group.rank() // copies
-        found_NSL = _iterate(whole_NSL, rounds, None, 1).unflatten(1, (cut.slices, -1))[:, own]
+        whole_NSL = gather_rows(X_NSL, cut, group)
+        found_NSL = own_rows(_iterate(whole_NSL, rounds, None, 1), cut, group)
     else:
         found_NSL = _iterate(X_NSL, rounds, group, group.size() // cut.slices)
     return found_NSL.mT if is_tall else found_NSL
+
+
+def gather_rows(X_NRC: Tensor, cut: MatrixCut, group: Any) -> Tensor:
+    """Gather the rows of matrices that the ranks of a cut share, of copies the first. All of them must call."""
+    gathered = X_NRC.new_empty(group.size() * len(X_NRC), *X_NRC.shape[1:])
+    torch.distributed.all_gather_into_tensor(gathered, X_NRC.contiguous(), group=group)
+    copies = group.size() // cut.slices
+    return gathered.unflatten(0, (group.size(), -1))[::copies].transpose(0, 1).flatten(1, 2)
+
+
+def own_rows(X_NRC: Tensor, cut: MatrixCut, group: Any) -> Tensor:
+    """This rank's rows of whole matrices."""
+    return X_NRC.unflatten(1, (cut.slices, -1))[:, group.rank() // (group.size() // cut.slices)]
 
 
 def _iterate(X_NSL: Tensor, rounds: int, group: Any, copies: int) -> Tensor:

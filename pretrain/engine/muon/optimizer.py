@@ -9,72 +9,92 @@ every width, whichever of the two sides grows, and the rate needs no rule of its
 to this rank; for O they go to the matrix's owner and come back (exchange.py). So whole matrices are orthogonalised under
 every ZeRO stage and layout, once per step, and the step is that of one rank.
 
-DeepSpeed steps one parameter group after the other, so each is exchanged on its own.
+DeepSpeed steps one parameter group after the other, so each is exchanged on its own. Kinds of Muon and optimizers of packages
+that need weights and a state of their own whole step in whole.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from amfm.model.matrices import MatrixStack
 from amfm.model.parallel.groups import ProcessGroupCollection
-from amfm.pretrain.config.schema import MuonConfig
-from amfm.pretrain.engine.moments import MUON, AdamW
-from amfm.pretrain.engine.muon.exchange import MatrixExchange, join
-from amfm.pretrain.engine.muon.newton_schulz import BATCH_ELEMENTS, orthogonalize
+from amfm.pretrain.config.muon import MuonConfig
+from amfm.pretrain.config.optimizers import PackageMatrices
+from amfm.pretrain.engine.moments import MATRICES, MUON, AdamW
+from amfm.pretrain.engine.muon.exchange import MatrixExchange, alike_batches, join
+from amfm.pretrain.engine.muon.newton_schulz import orthogonalize
 from amfm.pretrain.engine.parts import Part
+
+if TYPE_CHECKING:
+    from amfm.pretrain.engine.muon.whole import WholeStep
 
 
 class Muon(AdamW):
-    """Steps groups labelled `muon` by Muon and the others as AdamW does.
+    """Steps groups labelled `muon` by Muon, those labelled `matrices` by the settings' rule, and the others as AdamW does.
 
     `base_width`: of muP, where the model has one. `attach` tells it which matrices its parameters are, once a wrapper has cut them; a step before does nothing to them.
     Every rank must call `step` as often as all others.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], settings: MuonConfig, *, base_width: int | None = None, **adamw: Any
+        self,
+        groups: list[dict[str, Any]],
+        settings: MuonConfig | PackageMatrices,
+        *,
+        base_width: int | None = None,
+        **adamw: Any,
     ) -> None:
         super().__init__(groups, **adamw)
         self.settings, self.base_width = settings, base_width
-        self.steps: list[MatrixStep] = []
+        self.steps: list[MatrixStep | WholeStep] = []
         for group in self.param_groups:
             if group["label"] == MUON:
+                assert isinstance(settings, MuonConfig), "groups of packages are labelled otherwise"
                 group["momentum"] = settings.momentum
                 del group["betas"], group["eps"]
 
     def attach(self, parts: Sequence[Part], stacks: Sequence[MatrixStack], groups: ProcessGroupCollection) -> None:
         """Learn which ranges of which matrices lie in the tensors that are stepped. No communication."""
-        by_label = [part for part in parts if self.param_groups[part.group]["label"] == MUON]
+        by_label = [part for part in parts if self.param_groups[part.group]["label"] in (MUON, MATRICES)]
         together: dict[int, list[Part]] = {}
         for part in by_label:
             # ZeRO hands over one tensor a call; without it a group's parameters come in one call.
             together.setdefault(part.group if part.replicated else id(part.master), []).append(part)
-        self.steps = [
+        if isinstance(self.settings, PackageMatrices) or self.settings.keeps_state_at_owners:
+            from amfm.pretrain.engine.muon.whole import make_steps
+
+            self.steps += make_steps(list(together.values()), stacks, groups, self.settings, self.base_width)
+            return
+        self.steps += [
             MatrixStep(members, stacks, groups, self.settings, self.base_width) for members in together.values()
         ]
+
+    def owned_states(self) -> dict[str, Tensor]:
+        """What a rule keeps of the matrices that this rank owns, by names that are those of any layout; views."""
+        return {name: state for step in self.steps for name, state in step.owned_states().items()}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step the parameter groups of this call; DeepSpeed may pass one at a time."""
         assert closure is None, "gradients come from the engine"
         groups = self.param_groups
-        self.param_groups = [group for group in groups if group["label"] != MUON]
+        self.param_groups = [group for group in groups if group["label"] not in (MUON, MATRICES)]
         try:
             super().step()
         finally:
             self.param_groups = groups
         for group in groups:
-            if group["label"] == MUON:
+            if group["label"] in (MUON, MATRICES):
                 here = {id(parameter) for parameter in group["params"]}
                 for step in self.steps:
                     if id(step.parts[0].master) in here:
-                        step.run(self.state, group["lr"], group["weight_decay"])
+                        step.run(self.state, group)
 
 
 class MatrixStep:
@@ -90,15 +110,21 @@ class MatrixStep:
     ) -> None:
         self.parts, self.groups, self.settings, self.base_width = parts, groups, settings, base_width
         self.exchange = MatrixExchange(parts, stacks)
+        self.batches = [(members[0][0], [place for _, place in members]) for members in alike_batches(self.exchange)]
 
-    def run(self, states: dict[Tensor, dict[str, Tensor]], rate: float, weight_decay: float) -> None:
+    def owned_states(self) -> dict[str, Tensor]:
+        """Nothing: the momentum is where ZeRO left the masters."""
+        return {}
+
+    def run(self, states: dict[Tensor, dict[str, Tensor]], group: dict[str, Any]) -> None:
         """Update momentum and masters in place. Every data rank, and every rank of the cuts, must call this."""
+        rate, weight_decay = group["lr"], group["weight_decay"]
         # bf16 is enough for a direction, and half of the traffic; processors multiply float32 as fast.
         master = self.parts[0].master
         dtype = torch.bfloat16 if master.device.type == "cuda" else master.dtype
         updates = join([self._update(part.master, states[part.master]).to(dtype) for part in self.parts], master)
         owned = self.exchange.to_owners(updates)
-        for stack, places in self._batches():
+        for stack, places in self.batches:
             self._orthogonalize(stack, [owned[place : place + stack.numel] for place in places])
         self.exchange.to_ranges(owned, updates)
         for part, values in zip(self.parts, updates.split([part.master.numel() for part in self.parts])):
@@ -113,17 +139,6 @@ class MatrixStep:
         gradient = torch.zeros_like(master) if master.grad is None else master.grad
         momentum = state["momentum"].mul_(mu).add_(gradient)
         return gradient.add(momentum, alpha=mu).flatten()
-
-    def _batches(self) -> Iterator[tuple[MatrixStack, list[int]]]:
-        """Yield stacks that are alike but for their place, one to stand for all, with their places among the owned."""
-        alike: dict[tuple[Any, ...], tuple[MatrixStack, list[int]]] = {}
-        for stack, place in zip(self.exchange.stacks, self.exchange.places, strict=True):
-            key = (stack.count, stack.rows, stack.columns, stack.cut)
-            alike.setdefault(key, (stack, []))[1].append(place)
-        for stack, places in alike.values():
-            size = max(1, BATCH_ELEMENTS // stack.numel)
-            for first in range(0, len(places), size):
-                yield stack, places[first : first + size]
 
     def _orthogonalize(self, stack: MatrixStack, updates: list[Tensor]) -> None:
         """Replace flat updates of like stacks by their orthogonalised and scaled matrices."""

@@ -23,6 +23,7 @@ from amfm.launch.plan.memory import (
 from amfm.launch.plan.time import estimate_step
 from amfm.model.flops import count_parameters
 from amfm.model.moe.transfer import expected_ranks
+from amfm.pretrain.config.muon import MuonConfig
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.recompute import recomputed_letters
 from amfm.pretrain.start import close_run, start_run
@@ -302,13 +303,22 @@ def test_muon_keeps_one_moment_of_matrices_and_multiplies_them():
     muon = adamw.model_copy(update={"optimizer": adamw.optimizer.model_copy(update={"kind": "muon"})})
     layout, storage, length = Layout(8, 1, 1), storage_of(adamw), adamw.train.sequence_length
     (plain,) = held_by_stages(adamw.model, layout, length)
-    (held,) = held_by_stages(muon.model, layout, length, muon.optimizer.muon_settings())
+    (held,) = held_by_stages(muon.model, layout, length, muon.optimizer.matrix_settings())
     # All but embedding, head, norms, convolutions, routers.
     assert 0.6 < (held.matrices.dense + held.matrices.routed) / held.parameters < 1.0
     saved = persistent_bytes(plain, layout, storage)["moments"] - persistent_bytes(held, layout, storage)["moments"]
     own = held.own_matrices(layout)
     assert saved == pytest.approx(4 * (own.dense + own.routed))
     assert product_bytes(plain, layout, storage) == 0.0 < product_bytes(held, layout, storage)
+    # NorMuon keeps a number for each row more, and needs weights and gradients whole.
+    whole = MuonConfig(rule="normuon")
+    (kept,) = held_by_stages(muon.model, layout, length, whole)
+    more_own = kept.own_matrices(layout)
+    rows = 4 * (more_own.dense_state + more_own.routed_state - own.dense - own.routed)
+    assert 0 < rows < 0.02 * 4 * own.dense
+    more = persistent_bytes(kept, layout, storage)["moments"] - persistent_bytes(held, layout, storage)["moments"]
+    assert more == pytest.approx(rows)
+    assert product_bytes(kept, layout, storage) > product_bytes(held, layout, storage)
     times = [estimate_step(config, layout, H100, storage, overlap=0.5) for config in (adamw, muon)]
     assert times[0].optimizer < times[1].optimizer < times[0].total()
 

@@ -103,11 +103,27 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         ),
         (
             ["parallel.offload_optimizer=true", "optimizer.kind=muon"],
-            "parallel.offload_optimizer = true: would have the host's processors multiply Muon's matrices; use false, or",
+            "parallel.offload_optimizer = true: would have the host's processors multiply the matrices of optimizer.kind=muon; use",
         ),
         (
             ["optimizer.muon={rounds: 6}"],
             "optimizer.muon: has settings of Muon, and optimizer.kind is adamw; use optimizer.kind=muon, or remove",
+        ),
+        (
+            ["optimizer.kind=muon", "optimizer.muon={rule: hyperball}", "model.mup={base_hidden_size: 32}"],
+            "model.mup: is for steps whose size it sets, and Hyperball's are a share of the weights' norm at every width",
+        ),
+        (
+            ["optimizer.kind=muon", "optimizer.muon={rule: hyperball}", "optimizer.decays={matrices: 0.5}"],
+            "optimizer.decays.matrices = 0.5: has no effect: Hyperball keeps the norm of these and has no weight decay; remove",
+        ),
+        (
+            [
+                "optimizer.kind=muon",
+                "optimizer.muon={rule: normuon}",
+                "prune={groups: heads, keep: 0.5, start_step: 1, every_steps: 1, end_step: 2}",
+            ],
+            "prune: sets moments of what it prunes to zero, which an optimizer that keeps whole matrices has with their owners",
         ),
         (
             ["train.precision=float32", "optimizer.state_dtype=bf16"],

@@ -128,7 +128,7 @@ train.profile.steps train.profile.ranks train.profile.memory
 optimizer.kind optimizer.learning_rate optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay
 optimizer.clip_grad_norm optimizer.state_dtype optimizer.rates.embedding optimizer.rates.head optimizer.rates.norms optimizer.rates.router optimizer.rates.matrices
 optimizer.rates.vectors optimizer.rates.adamw optimizer.decays.embedding optimizer.decays.head optimizer.decays.router
-optimizer.decays.matrices optimizer.muon.momentum optimizer.muon.rounds optimizer.muon.update_rms
+optimizer.decays.matrices optimizer.muon.rule optimizer.muon.momentum optimizer.muon.rounds optimizer.muon.update_rms
 optimizer.muon.per_head
 schedule.kind schedule.warmup_steps schedule.decay_steps schedule.decay_shape schedule.min_ratio
 stages.*.name stages.*.tokens stages.*.steps stages.*.sequence_length stages.*.micro_batch_size

@@ -16,7 +16,9 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.matrices import list_matrices
 from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
 from amfm.model.parallel.shards import Shard, parameter_shards
-from amfm.pretrain.config.schema import MuonConfig, ParallelConfig
+from amfm.pretrain.config.muon import MuonConfig
+from amfm.pretrain.config.optimizers import PackageMatrices
+from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.muon.exchange import deal_owners
 from amfm.pretrain.engine.muon.optimizer import Muon
 from amfm.pretrain.engine.parts import Part, Span, cut_evenly, list_ranks
@@ -146,7 +148,7 @@ def join_ranges(parts: list[Part], weights: dict[str, Tensor], group: Any) -> di
     return joined
 
 
-def run_case(case: Case) -> dict[str, Tensor]:
+def run_case(case: Case, settings: MuonConfig | PackageMatrices | None = None) -> dict[str, Tensor]:
     """Three steps in one layout; whole weights by name, the same on every rank."""
     axes, kind, per_head = case
     parallel = initialize_parallel(
@@ -174,10 +176,11 @@ def run_case(case: Case) -> dict[str, Tensor]:
     for number, (group, members) in enumerate(sets):
         weights = {name: own_part(name, 0) for name in shards if name in members}
         parts.append(list(make_parts(weights, kind, group, number)))
+    label = "muon" if settings is None else "matrices"
     labelled = [
-        {"label": "muon", "weight_decay": DECAY, "params": [part.master for part in members]} for members in parts
+        {"label": label, "weight_decay": DECAY, "params": [part.master for part in members]} for members in parts
     ]
-    muon = Muon(labelled, MuonConfig(per_head=per_head), lr=0.0, fused=True)
+    muon = Muon(labelled, settings or MuonConfig(per_head=per_head), lr=0.0, betas=(0.9, 0.95), fused=True)
     muon.attach([part for members in parts for part in members], stacks, groups)
     for step in range(1, STEPS + 1):
         gradients = {name: own_part(name, step) for name in shards}

@@ -12,7 +12,7 @@ import torch
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
-from amfm.pretrain.checkpoint.inspect import diff_checkpoints, inspect_checkpoint
+from amfm.pretrain.checkpoint.inspect import diff_checkpoints, inspect_checkpoint, read_full_state
 from amfm.pretrain.config.schema import OptimizerConfig, ParallelConfig
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine
 from amfm.pretrain.exchange.universal import export_universal
@@ -26,11 +26,11 @@ RATE = 1e-2
 KIND = {"optimizer__kind": "muon"}
 
 
-def make_engine(zero_stage: int, seed: int, **axes: int) -> ZeroEngine:
+def make_engine(zero_stage: int, seed: int, rule: str = "muon", **axes: int) -> ZeroEngine:
     section = ParallelConfig(zero_stage=zero_stage, **axes)
     parallel = initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     model = HybridModel(ModelConfig.model_validate(MODEL), parallel.groups, seed=seed)
-    optimizer = OptimizerConfig(learning_rate=RATE, kind="muon")
+    optimizer = OptimizerConfig(learning_rate=RATE, kind="muon", muon={"rule": rule})
     return build_engine(model, optimizer=optimizer, precision="float32", zero_stage=zero_stage, parallel=parallel)
 
 
@@ -47,34 +47,45 @@ def run_steps(engine: ZeroEngine, first: int, last: int) -> list[tuple[float, fl
     return results
 
 
-def save_and_go_on(folder: str) -> list[Any]:
+def save_and_go_on(folder: str, rule: str) -> list[Any]:
     """Three steps straight; two, a checkpoint and one more from it; and the checkpoint saved again by another layout."""
-    root = Path(folder)
-    engine = make_engine(1, 0, tensor=2)
+    root, kind = Path(folder), {**KIND, "optimizer__muon": {"rule": rule}}
+    engine = make_engine(1, 0, rule, tensor=2)
     straight = run_steps(engine, 0, 2)
-    save(root / "first", 2, engine, **KIND)
+    save(root / "first", 2, engine, **kind)
     straight += run_steps(engine, 2, 4)
-    save(root / "straight", 4, engine, **KIND)
-    again = make_engine(1, 5, tensor=2)
-    assert load(root / "first", again, **KIND) is not None
+    save(root / "straight", 4, engine, **kind)
+    again = make_engine(1, 5, rule, tensor=2)
+    assert load(root / "first", again, **kind) is not None
     resumed = run_steps(again, 2, 4)
-    save(root / "resumed", 4, again, **KIND)
-    other = make_engine(2, 5)
-    assert load(root / "first", other, **KIND) is not None
-    save(root / "moved", 2, other, **KIND)
+    save(root / "resumed", 4, again, **kind)
+    other = make_engine(2, 5, rule)
+    assert load(root / "first", other, **kind) is not None
+    save(root / "moved", 2, other, **kind)
     return [straight[2:], resumed]
 
 
+def save_all(folder: str, rules: list[str]) -> dict[str, list[Any]]:
+    return {rule: save_and_go_on(f"{folder}/{rule}", rule) for rule in rules}
+
+
 def test_a_run_goes_on_bit_for_bit_and_moves_between_layouts(tmp_path: Path) -> None:
-    straight, resumed = run_ranks(save_and_go_on, str(tmp_path), num_ranks=2)[0]
-    assert straight == resumed
-    assert diff_checkpoints(tmp_path / "straight/step-00000004", tmp_path / "resumed/step-00000004")["same"]
-    found = diff_checkpoints(tmp_path / "first/step-00000002", tmp_path / "moved/step-00000002")
-    assert found["same"], found
-    groups = inspect_checkpoint(tmp_path / "first/step-00000002")["parameters"]["by_group"]
+    runs = run_ranks(save_all, str(tmp_path), ["muon", "normuon"], num_ranks=2)[0]
+    for rule, (straight, resumed) in runs.items():
+        assert straight == resumed
+        folder = tmp_path / rule
+        assert diff_checkpoints(folder / "straight/step-00000004", folder / "resumed/step-00000004")["same"]
+        found = diff_checkpoints(folder / "first/step-00000002", folder / "moved/step-00000002")
+        assert found["same"], found
+    groups, kept = (
+        inspect_checkpoint(tmp_path / rule / "first/step-00000002")["parameters"]["by_group"] for rule in runs
+    )
+    assert kept == {"matrices": groups["muon"], "decay": groups["decay"], "no_decay": groups["no_decay"]}
+    state = read_full_state(tmp_path / "normuon/first/step-00000002")
+    assert not any(name.startswith("optimizer/") for name in state), "no part of the model"
     assert set(groups) == {"muon", "decay", "no_decay"} and groups["muon"] > groups["no_decay"]
     with pytest.raises(ValueError, match=r"trained with optimizer.kind=muon.*AdamW's moments.*--format huggingface"):
-        export_universal(tmp_path / "first/step-00000002", tmp_path / "out")
+        export_universal(tmp_path / "muon/first/step-00000002", tmp_path / "out")
 
 
 def refuse_other_kinds(folder: str) -> list[str]:
