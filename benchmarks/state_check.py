@@ -11,8 +11,9 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,7 +43,7 @@ def state_check(
     """Measure what a check costs, in steps."""
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"run.dir={folder}/run", "run.tensorboard=false", "health.check_state_every_steps=1"]
-        seconds = measure([str(config), *(overrides or []), *settings], rounds)
+        seconds = measure([str(config), *(overrides or []), *settings], rounds, StateWatchHook)
     plain = statistics.median([*seconds[2], *seconds[3]])
     cost = statistics.median(
         (checked + rested - third - fourth) / ((third + fourth) / 2) for checked, rested, third, fourth in zip(*seconds)
@@ -54,22 +55,24 @@ def state_check(
         print_pairs("A check of the state", [(name, f"{value:.3g}") for name, value in found.items()])
 
 
-def measure(words: list[str], rounds: int) -> list[list[float]]:
-    """Seconds of the steps of each place in a round."""
+def measure(
+    words: list[str], rounds: int, kind: type[Any], clock: Callable[[], float] = time.perf_counter
+) -> list[list[float]]:
+    """Seconds by a clock of the steps of each place in a round; in the first one the hook of this kind is due."""
     config = load_checked(Path(words[0]), [*words[1:], f"train.steps={WARM_STEPS + ROUND * rounds}"], world_size=[1])
     seconds: list[list[float]] = [[] for _ in range(ROUND)]
     with SignalWatch() as signals:
         run = start_run(config, signals)
         try:
-            (watch,) = (hook for hook in run.hooks if isinstance(hook, StateWatchHook))
+            (hook,) = (hook for hook in run.hooks if isinstance(hook, kind))
             for step in range(WARM_STEPS + ROUND * rounds):
                 place = (step - WARM_STEPS) % ROUND
-                watch.every_steps = 1 if place == 0 else NEVER
-                began = time.perf_counter()
+                hook.every_steps = 1 if place == 0 else NEVER
+                began = clock()
                 result = train_step(run)
-                watch.after_step(result)
+                hook.after_step(result)
                 if step >= WARM_STEPS:
-                    seconds[place].append(time.perf_counter() - began)
+                    seconds[place].append(clock() - began)
         finally:
             close_run(run)
     return seconds

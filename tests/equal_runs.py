@@ -128,6 +128,7 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
 }
 VOLATILE = {"time", "seconds", "tokens_per_second", "mfu", "memory_bytes", "saved_at"}
+VOLATILE |= {"tokens_per_second_per_gpu", "tflops_per_gpu"}
 VOLATILE |= {
     "validation_seconds",
     "tasks_seconds",

@@ -114,6 +114,13 @@ class Mixer(Float32Buffers):
     def retire_experts(self, is_retired_E: Tensor) -> None:
         """Never choose these experts again, [E] bool."""
 
+    def note_entropies(self, sums: Tensor | None) -> None:
+        """Add, in passes in training, the entropies of tokens' scores and the number of tokens to these sums [2]; None: no longer."""
+
+    def living_bias(self) -> Tensor | None:
+        """The balancing bias [E], NaN of retired experts; None where there is none."""
+        return None
+
     def num_retired(self) -> int:
         """Experts that get no token by design. Waits for the device."""
         return 0

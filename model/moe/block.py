@@ -78,6 +78,7 @@ class MoeMixer(Mixer):
         self.router = Linear(build.hidden_size, moe.num_experts, groups, bias=moe.bias)
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(moe.num_experts) if moe.expert_bias else None)
+        self.entropy_sums: Tensor | None = None
         width = moe.latent_size or build.hidden_size
         self.latent_down = Linear(build.hidden_size, width, groups) if moe.latent_size else None
         self.latent_up = Linear(width, build.hidden_size, groups) if moe.latent_size else None
@@ -184,6 +185,8 @@ class MoeMixer(Mixer):
         if self.training:
             given = logits_RE, routing, x_BTD.shape[0], self.section, self.groups
             losses = auxiliary_losses(*given, meta.padding)
+            if self.entropy_sums is not None:
+                add_entropies(self.entropy_sums, routing.scores_RE, meta.padding)
         return MixerOutput(y_BTD, None, losses, routing.counts_E)
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
@@ -276,6 +279,15 @@ class MoeMixer(Mixer):
         """Experts whose bias keeps every token away. Waits for the device."""
         return 0 if self.expert_bias is None else int((self.expert_bias <= PRUNED_BIAS / 2).sum())
 
+    def note_entropies(self, sums: Tensor | None) -> None:
+        """Add entropies of scores to these sums in passes in training."""
+        self.entropy_sums = sums
+
+    def living_bias(self) -> Tensor | None:
+        """The balancing bias [E], NaN of experts that are pruned."""
+        bias_E = self.expert_bias
+        return None if bias_E is None else bias_E.masked_fill(bias_E <= PRUNED_BIAS / 2, torch.nan)
+
     @torch.no_grad()
     def balance_experts(self, counts_E: Tensor) -> None:
         """Move each expert's bias by the update rate towards the mean load (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
@@ -311,6 +323,17 @@ def leave_out(routing: Routing, padding: Padding, num_experts: int) -> Routing:
     return replace(
         routing, expert_ids_RK=ids_RK, weights_RK=routing.weights_RK.masked_fill(is_padding_R1, 0.0), counts_E=counts_E
     )
+
+
+@torch.no_grad()
+def add_entropies(sums_2: Tensor, scores_RE: Tensor, padding: Padding | None) -> None:
+    """Add to sums [2] the entropies in nats of tokens' scores, made to add up to 1, and how many tokens that are."""
+    shares_RE = scores_RE / scores_RE.sum(-1, keepdim=True).clamp(min=torch.finfo(scores_RE.dtype).tiny)
+    entropies_R, number = torch.special.entr(shares_RE).sum(-1), torch.full_like(sums_2[1], len(scores_RE))
+    if padding is not None:
+        is_padding_R = padding.is_padding_BT.flatten()
+        entropies_R, number = entropies_R.masked_fill(is_padding_R, 0.0), (~is_padding_R).sum()
+    sums_2 += torch.stack([entropies_R.sum(), number.to(entropies_R.dtype)]).to(sums_2.dtype)
 
 
 class Experts(nn.Module):

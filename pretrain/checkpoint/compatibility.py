@@ -90,6 +90,7 @@ MAY_CHANGE = (
     "train.validate_every_steps",
     "train.validation_batches",
     "train.log_every_steps",
+    "train.inspect_every_steps",
     "train.timeout_seconds",
     "train.max_skipped_steps",
     "train.compile",

@@ -55,6 +55,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
     "docs/low_precision.md": {
         "low_precision": "block_types bf16_first_layers out_proj_recipe weight_gradient emulate measure_every_steps",
     },
+    "docs/metrics.md": {"train": "inspect_every_steps"},
     "docs/mixers.md": {
         "model": "depth_scaled_init head residual_in_fp32 logits_z_loss_weight",
         "model.mamba": "conv_kernel conv_bias a_init_min a_init_max time_step_min time_step_max time_step_floor",

@@ -194,6 +194,11 @@ class TrainConfig(Section):
     log_every_steps: int = Field(
         1, gt=0, description="Steps between lines on the terminal; metrics.jsonl gets every step."
     )
+    inspect_every_steps: int | None = Field(
+        None,
+        gt=0,
+        description="Every N steps, log norms of weights, gradients, updates and activations, largest logits and routing, by block; null: never.",
+    )
     timeout_seconds: float = Field(
         1200.0,
         gt=0,

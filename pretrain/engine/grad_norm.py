@@ -8,7 +8,7 @@ shards), one all-reduce adds them up, and `install` puts the result where DeepSp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ set_deepspeed_accelerator()
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: E402
+
+# A parameter, a range of what is kept for it on this rank, and where in the flat parameter that begins.
+Piece = tuple[nn.Parameter, Tensor, int]
 
 
 class GlobalNorm:
@@ -42,28 +45,43 @@ class GlobalNorm:
         pieces = [(p, p.grad, 0) for p in parameters if p.grad is not None]
         return self._reduce(pieces, self.parallel.groups.mp if self.parallel.groups.mp.size() > 1 else None)
 
-    def of_ranges(self, pieces: list[tuple[nn.Parameter, Tensor, int]]) -> Tensor:
+    def of_ranges(self, pieces: Sequence[Piece]) -> Tensor:
         """Compute the norm where each element lies on one data rank: (parameter, range of its gradient, where it starts)."""
         return self._reduce(pieces, torch.distributed.group.WORLD if self.parallel.world_size > 1 else None)
 
-    def _reduce(self, pieces: list[tuple[nn.Parameter, Tensor, int]], group: Any) -> Tensor:
-        """Sum squares over copies, in float32, then over the group; returns the root as a scalar on the device.
-
-        Parameters with one number of copies go through one fused norm; the others are divided element by element.
-        """
+    def _reduce(self, pieces: Sequence[Piece], group: Any) -> Tensor:
+        """Sum squares over copies, in float32, then over the group; returns the root as a scalar on the device."""
         total = torch.zeros((), dtype=torch.float32, device=self.parallel.device)
-        plain = [(gradient, copies) for p, gradient, _ in pieces if isinstance(copies := self.copies[id(p)], int)]
-        if plain:
-            squares = torch.stack(torch._foreach_norm([gradient.float() for gradient, _ in plain])).square()
-            total += (squares / self._divisor(tuple(copies for _, copies in plain), squares.device)).sum()
-        for parameter, gradient, start in pieces:
-            copies = self.copies[id(parameter)]
-            if isinstance(copies, Tensor):
-                flat = gradient.flatten().float()
-                total += (flat.square() / copies[start : start + flat.numel()].to(flat.device)).sum()
+        for squares, _ in self.squares(pieces):
+            total += squares.sum()
         if group is not None:
             torch.distributed.all_reduce(total, group=group)
         return total.sqrt()
+
+    def squares(self, pieces: Sequence[Piece]) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        """Yield squares of pieces, divided by the number of ranks that hold a copy, with the parameters that they are of.
+
+        In float32, [parameters] each, which are named by `id`. Parameters with one number of copies go through one fused norm; the
+        others are divided element by element. Communicates nothing.
+        """
+        plain = [(id(p), values, own) for p, values, _ in pieces if isinstance(own := self.copies[id(p)], int)]
+        if plain:
+            names, tensors, copies = zip(*plain)
+            squares = torch.stack(torch._foreach_norm([values.float() for values in tensors])).square()
+            yield squares / self._divisor(copies, squares.device), names
+        for parameter, values, start in pieces:
+            held = self.copies[id(parameter)]
+            if isinstance(held, Tensor):
+                flat = values.flatten().float()
+                yield (flat.square() / held[start : start + flat.numel()].to(flat.device)).sum()[None], (id(parameter),)
+
+    def gradient_pieces(self, engine: Any) -> list[Piece]:
+        """The reduced gradients on this rank under any ZeRO stage, after `ZeroEngine.accumulate` and before the step."""
+        if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+            return list(_ranges_of_stage3(engine.optimizer))
+        if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+            return list(_ranges_of_partitions(engine.optimizer))
+        return [(p, p.grad, 0) for p in engine.module.parameters() if p.grad is not None]
 
     def _divisor(self, copies: tuple[int, ...], device: torch.device) -> Tensor:
         """Numbers of copies on the device, made once: the host waits for such a copy."""
@@ -94,7 +112,7 @@ class GlobalNorm:
         return clip_by_global_norm
 
 
-def _ranges_of_partitions(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+def _ranges_of_partitions(optimizer: Any) -> Iterator[Piece]:
     """ZeRO 1 and 2: this rank's range of each parameter in its partition, reduced (engine/buckets.py)."""
     for index, members in enumerate(optimizer.params_in_partition):
         if optimizer.cpu_offload:
@@ -107,7 +125,7 @@ def _ranges_of_partitions(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor
             yield parameter, flat[place.start : place.start + place.numel], here.start
 
 
-def _ranges_of_stage3(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+def _ranges_of_stage3(optimizer: Any) -> Iterator[Piece]:
     """ZeRO 3: every parameter is cut into equal ranges, the last of them padded with zeros."""
     for index, members in enumerate(optimizer.fp16_groups):
         for place, parameter in enumerate(members):

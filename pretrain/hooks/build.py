@@ -103,6 +103,10 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
         sets.append(ValidationSets(run))
     if run.config.health.spike_sigma is not None:
         sets.append(Spikes(run, run.config.health.spike_sigma))
+    if run.config.train.inspect_every_steps is not None:
+        from amfm.pretrain.hooks.inspection import Inspection
+
+        sets.append(Inspection(run, run.config.train.inspect_every_steps))
     if run.config.train.stop_after_minutes is not None:
         from amfm.pretrain.hooks.time_limit import TimeLimit
 

@@ -105,11 +105,12 @@ class Metrics(Hook):
 def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
     """Build the step's line of metrics.jsonl; NaN and infinities become null, because JSON has no word for them.
 
-    `mfu`: model FLOPs, without those of recomputation, over the peak of all ranks. `expert_load`: tokens of the fullest
+    `mfu`: model FLOPs, without those of recomputation, over the peak of all ranks; `tflops_per_gpu`: per rank and second. `expert_load`: tokens of the fullest
     expert over the mean, for each MoE block. `mtp_loss`: of each depth of multi-token prediction. `memory_bytes`: the
     main rank's peak so far; `allocator`: what else its allocator says, on a GPU. `damaged_samples`: of the run so far, where there are any.
     """
     tokens_per_second = result.tokens / result.seconds
+    per_rank = tokens_per_second / run.parallel.world_size
     flops = sum(flops_per_token(run.model.config, result.sequence_length).values())
     metrics: dict[str, Any] = {
         "step": run.progress.step,
@@ -119,6 +120,8 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
         "lr": result.learning_rate,
         "tokens": run.progress.tokens,
         "tokens_per_second": tokens_per_second,
+        "tokens_per_second_per_gpu": per_rank,
+        "tflops_per_gpu": per_rank * flops / 1e12,
         "mfu": tokens_per_second * flops / run.peak.flops_per_second,
         "seconds": result.seconds,
         "auxiliary": {name: finite(value) for name, value in result.auxiliary.items()},

@@ -182,14 +182,17 @@ def open_wandb(config: RunConfig) -> Any:
 def flatten_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Flatten nested metrics to numbers named by their path (`expert_load/3`; of a list, by place: `mtp_loss/1`).
 
-    The step itself, its time, texts and null are left out; truth values become 0 and 1.
+    The step itself, its time, texts, null and lists of lists are left out; truth values become 0 and 1.
     """
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
             flat |= flatten_numbers(value, f"{prefix}{name}/")
         elif isinstance(value, list):
-            flat |= flatten_numbers({str(place): item for place, item in enumerate(value, 1)}, f"{prefix}{name}/")
+            flat |= flatten_numbers(
+                {str(place): item for place, item in enumerate(value, 1) if not isinstance(item, list)},
+                f"{prefix}{name}/",
+            )
         elif isinstance(value, int | float) and prefix + name not in ("step", "time"):
             flat[prefix + name] = float(value)
     return flat

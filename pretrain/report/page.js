@@ -266,10 +266,10 @@
     const { heat } = figure.plot, column = Math.min(Math.max(firstAbove(figure.edges, view.cursor.place) - 1, 0), heat.rows[0].length - 1);
     const rows = heat.names.map((name, number) => ({ name, value: heat.rows[number][column], number })).filter((row) => row.value !== null);
     const pointed = view.cursor.row === undefined ? [] : rows.filter((row) => row.number === view.cursor.row);
-    const fullest = rows.length ? [rows.reduce((a, b) => (b.value > a.value ? b : a))] : [];
+    const highest = rows.length ? [rows.reduce((a, b) => (b.value > a.value ? b : a))] : [];
     return [
-      ...pointed.map((row) => ({ name: row.name, text: row.value.toFixed(2) })),
-      ...fullest.map((row) => ({ name: `fullest: ${row.name}`, text: row.value.toFixed(2) })),
+      ...pointed.map((row) => ({ name: row.name, text: exact(row.value) })),
+      ...highest.map((row) => ({ name: `highest: ${row.name}`, text: exact(row.value) })),
     ];
   }
   function swatch(parent, curve) {
@@ -422,9 +422,9 @@
     legend(figure);
     listen(figure);
     if (plot.heat) {
-      const scale = html(host.parentNode, "div", "scale", plot.heat.lowest);
+      const scale = html(host.parentNode, "div", "scale", short(plot.heat.lowest));
       html(scale, "i", "").style.background = `linear-gradient(90deg, ${VIRIDIS})`;
-      scale.append(`${+plot.heat.highest.toFixed(2)}${plot.heat.log ? ", by ratio" : ""}`);
+      scale.append(`${short(plot.heat.highest)}${plot.heat.log ? ", by ratio" : ""}`);
     }
   }
   for (const button of document.querySelectorAll("button[data-run]")) {

@@ -7,8 +7,9 @@ the run has no such measurement, and no empty figure is shown.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -100,7 +101,8 @@ def make_plots(record: RunRecord) -> list[Plot]:
         quantization_plot,
     ]
     events = mark_events(record)
-    return [replace(plot, events=events) for plot in (make(record) for make in makers) if plot is not None]
+    found = [*(make(record) for make in makers), *inspection_plots(record)]
+    return [replace(plot, events=events) for plot in found if plot is not None]
 
 
 def mark_events(record: RunRecord) -> dict[int, str]:
@@ -286,3 +288,53 @@ def quantization_plot(record: RunRecord) -> Plot | None:
     highest = max(value for row in rows for value in row if value is not None) or 1.0
     heat = HeatMap(tuple(names), tuple(edges), rows, 0.0, highest)
     return Plot("quantization", "Zeroed by quantising", caption, "%", heat=heat)
+
+
+# Measures of `inspect` that are maps: key, title, unit, caption, and whether colours follow ratios.
+INSPECTED = (
+    ("weight", "Weights by block", "norm", "L2 norm of the weights of each block.", True),
+    ("gradient", "Gradients by block", "norm", "L2 norm of the gradients of each block, before clipping.", True),
+    ("update", "Updates by block", "norm", "L2 norm of what the optimizer changed in each block.", True),
+    ("activation", "Activations by block", "root mean square", "What each block adds to the stream.", True),
+    ("max_logit", "Largest attention logit", "nats", "Largest log-sum-exp of scores, by block with attention.", False),
+    ("router_entropy", "Router entropy", "nats", "Mean entropy of a token's scores; 0 is one expert.", False),
+    ("bias_range", "Range of balancing biases", "", "Highest minus lowest bias of each MoE block.", False),
+    ("bias_mean", "Mean of balancing biases", "", "It is taken out after each step, and should be 0.", False),
+)
+# Below this a mean is rounding, and is not drawn.
+LEAST_MEAN = 1e-6
+
+
+def inspection_plots(record: RunRecord) -> Iterator[Plot]:
+    """Map what `train.inspect_every_steps` logged: a row for each block that has the measure, a column for each step."""
+    lines = [(int(line["step"]), inspected_blocks(line)) for line in record.metrics if line.get("inspect")]
+    letters = record.config.model.built_letters
+    for key, title, unit, caption, is_log in INSPECTED:
+        series: dict[int, tuple[list[int], list[float]]] = {}
+        for step, blocks in lines:
+            for block, value in enumerate(blocks.get(key) or []):
+                if value is not None and (value > 0 or not is_log):
+                    steps, values = series.setdefault(block, ([], []))
+                    steps.append(step)
+                    values.append(value)
+        if not series or (key == "bias_mean" and all(abs(v) < LEAST_MEAN for _, own in series.values() for v in own)):
+            continue
+        steps = sorted({step for own, _ in series.values() for step in own})
+        half = (steps[1] - steps[0]) / 2 if len(steps) > 1 else 0.5
+        edges = np.linspace(steps[0] - half, steps[-1] + half, min(MAX_COLUMNS, len(steps)) + 1).tolist()
+        rows = tuple(tuple(mean_of_spans(*series[block], edges)) for block in sorted(series))
+        found = [value for row in rows for value in row if value is not None]
+        lowest, highest = min(found), max(found)
+        highest = highest if highest > lowest else lowest + (abs(lowest) or 1.0)
+        names = tuple(f"{block} {letters[block]}" for block in sorted(series))
+        yield Plot(
+            f"inspect-{key}", title, caption, unit, heat=HeatMap(names, tuple(edges), rows, lowest, highest, is_log)
+        )
+
+
+def inspected_blocks(line: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """What a line has of each block, and the range of its biases."""
+    blocks: dict[str, list[float | None]] = dict(line["inspect"].get("blocks") or {})
+    ends = zip(blocks.get("bias_low", ()), blocks.get("bias_high", ()))
+    blocks["bias_range"] = [None if low is None or high is None else high - low for low, high in ends]
+    return blocks

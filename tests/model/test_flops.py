@@ -117,6 +117,22 @@ def test_flops_in_closed_form_are_those_of_the_built_mixer(letter):
     assert block_flops(config, letter, 63) == 3 * (2 * matrices + mixer.sequence_flops(63))
 
 
+def test_a_transformer_counts_as_in_megatron_lm_but_for_half_a_key() -> None:
+    """The table of docs/metrics.md: 3 (4 h p (h + h G / H + s / 2) + 6 h F) a layer, and 6 h V, of a token."""
+    h, heads, groups, width, inner, vocabulary, s, layers = 48, 4, 2, 16, 80, 97, 64, 2
+    config = ModelConfig(
+        pattern="*-" * layers,
+        vocab_size=vocabulary,
+        hidden_size=h,
+        attention=AttentionConfig(num_heads=heads, num_kv_heads=groups, head_dim=width),
+        feed_forward=FeedForwardConfig(hidden_size=inner, activation="swiglu"),
+    )
+    p = heads * width / h
+    megatron = layers * 3 * (4 * h * p * (h + h * groups / heads + s / 2) + 6 * h * inner) + 6 * h * vocabulary
+    half_a_key = layers * 3 * 4 * heads * width / 2
+    assert sum(flops_per_token(config, s).values()) == pytest.approx(megatron + half_a_key, rel=1e-12)
+
+
 def test_depths_cost_their_blocks_projections_and_heads():
     plain, deep = (small_config(f"ME{end}", moe=MOE) for end in ("", "/*E/*E"))
     without, found = flops_per_token(plain, 64), flops_per_token(deep, 64)

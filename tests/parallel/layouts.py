@@ -20,6 +20,7 @@ from torch import Tensor
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.parallel.shards import parameter_shards
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.hooks.inspection import Inspection
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.run import Run
 from amfm.pretrain.start import close_run, start_run
@@ -166,6 +167,7 @@ class Outcome:
     auxiliary: list[dict[str, float]]
     expert_counts: list[dict[int, list[int]]]
     weights: dict[str, Tensor]
+    inspected: dict[str, Any]
 
 
 def layout_config(layout: Layout, data: DataConfig, run_dir: Path) -> RunConfig:
@@ -178,6 +180,7 @@ def layout_config(layout: Layout, data: DataConfig, run_dir: Path) -> RunConfig:
         "optimizer__learning_rate": LEARNING_RATE,
         # AdamW would make a step of full length of a gradient that is nothing but rounding; of sums that cancel, too.
         "optimizer__epsilon": 1e-3,
+        "train__inspect_every_steps": 2,
     }
     settings |= SETTINGS.get(layout.model, {}) | layout.settings
     config = tiny_config(data, run_dir, **settings)
@@ -191,7 +194,11 @@ def run_layout(config: RunConfig) -> Outcome:
     """Train under one layout. Every rank must call this; the outcome is the same on all."""
     with SignalWatch() as signals:
         run = start_run(config, signals)
-        results = [train_step(run) for _ in range(STEPS)]
+        results = [train_step(run) for _ in range(2)]
+        for hook in run.hooks:
+            if isinstance(hook, Inspection):
+                hook.after_step(results[1])
+        results += [train_step(run) for _ in range(STEPS - 2)]
         weights = gather_weights(run)
         close_run(run)
     return Outcome(
@@ -201,6 +208,7 @@ def run_layout(config: RunConfig) -> Outcome:
         auxiliary=[result.auxiliary for result in results],
         expert_counts=[result.expert_counts for result in results],
         weights=weights,
+        inspected=results[1].found["inspect"],
     )
 
 

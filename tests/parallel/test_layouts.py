@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from amfm.pretrain.monitor.metrics import flatten_numbers
 from tests.helpers.spawn import run_ranks
 from tests.parallel.layouts import LAYOUTS, LEARNING_RATE, STEPS, Layout, Outcome, one_rank, outcome_of, run_all
 from tests.pretrain.tiny_run import tiny_data
 
 # float32 sums in another order; AdamW divides by the root of the second moment, which keeps relative errors as they are.
 TOLERANCE = 1e-5
+# Sums of squares in float32; of updates, which AdamW makes of small gradients and their roots.
+NORM_TOLERANCE, STEP_NORM_TOLERANCE = 2e-5, 1e-4
 # How far AdamW may move an entry: the scale of the errors of one that begins at zero.
 REACH = LEARNING_RATE * STEPS
 # Newton-Schulz makes the smallest singular values, and the rounding in them, a few hundred times larger.
@@ -31,10 +34,22 @@ def assert_same_training(actual: Outcome, expected: Outcome, step_tolerance: flo
         assert ahead == pytest.approx(other_ahead, rel=TOLERANCE)
     assert actual.expert_counts == expected.expert_counts
     assert actual.weights.keys() == expected.weights.keys()
+    assert_same_inspection(actual, expected, step_tolerance)
     for name, weight in expected.weights.items():
         error = float((actual.weights[name] - weight).abs().max())
         bound = max(TOLERANCE * float(weight.abs().max()), step_tolerance * REACH)
         assert error <= bound, f"{name} is off by {error}"
+
+
+def assert_same_inspection(actual: Outcome, expected: Outcome, step_tolerance: float) -> None:
+    """Norms by block and group, largest logits, entropies, biases and loads, of which rank 0 has those of all ranks."""
+    for part in ("blocks", "groups"):
+        own, other = (flatten_numbers(outcome.inspected[part]) for outcome in (actual, expected))
+        assert own.keys() == other.keys()
+        for name in other:
+            tolerance = max(STEP_NORM_TOLERANCE, step_tolerance) if name.startswith("update") else NORM_TOLERANCE
+            assert own[name] == pytest.approx(other[name], rel=tolerance, abs=1e-8), f"{part} {name}"
+    assert actual.inspected.get("experts") == expected.inspected.get("experts")
 
 
 def assert_as_one_rank(layout: Layout) -> None:

@@ -41,6 +41,8 @@ METRICS = {
     "lr",
     "tokens",
     "tokens_per_second",
+    "tokens_per_second_per_gpu",
+    "tflops_per_gpu",
     "mfu",
     "seconds",
     "auxiliary",

@@ -121,7 +121,7 @@ train.steps train.stop_after_steps train.stop_after_minutes train.sequence_lengt
 train.precision train.checkpoint_every_steps train.checkpoint_in_background train.keep_last train.checkpoint_store
 train.resume_step train.keep_every_steps train.replica_every_steps train.replica_folder
 train.validate_every_steps train.validation_batches
-train.log_every_steps train.timeout_seconds train.max_skipped_steps train.compile train.cuda_graphs train.recompute
+train.log_every_steps train.inspect_every_steps train.timeout_seconds train.max_skipped_steps train.compile train.cuda_graphs train.recompute
 train.recompute_blocks train.freeze train.gradient_sums train.num_threads train.deterministic
 train.batch_ramp.start_size train.batch_ramp.increment train.batch_ramp.steps
 train.profile.steps train.profile.ranks train.profile.memory

@@ -54,6 +54,31 @@ def data_of(page: str) -> dict[str, Any]:
     return json.loads(re.search(r'<script type="application/json" id="plots-data">(.*?)</script>', page)[1])
 
 
+def test_what_was_inspected_is_a_map_by_block_and_step_without_blocks_that_have_no_such_thing(tmp_path):
+    lines = [line(step) for step in range(1, 31)]
+    for step in (10, 20, 30):
+        blocks = {
+            "weight": [2.0, 4.0, 1.0, 8.0],
+            "update": [0.1, 0.0, 0.1, 0.1],
+            "router_entropy": [None, 1.5, None, 1.0],
+            "bias_low": [None, -0.5, None, -1.0],
+            "bias_high": [None, 0.5, None, 1.0 if step > 10 else None],
+            "bias_mean": [None, 1e-9, None, 0.0],
+        }
+        lines[step - 1]["inspect"] = {"blocks": blocks, "groups": {}}
+    run = make_run(tmp_path, lines, "model.pattern=MEME", "model.moe={num_experts: 4, top_k: 2, expert_hidden_size: 8}")
+    page = write_report([run]).read_text()
+    assert {"Weights by block", "Updates by block", "Router entropy", "Range of balancing biases"} < set(figures(page))
+    assert "Gradients by block" not in figures(page) and "Mean of balancing biases" not in figures(page)
+    heats = {plot["name"]: plot["heat"] for plot in data_of(page)["plots"] if plot["heat"]}
+    weights = heats["inspect-weight"]
+    assert weights["names"] == ["0 M", "1 E", "2 M", "3 E"] and weights["edges"] == [5.0, 15.0, 25.0, 35.0]
+    assert weights["rows"] == [[2.0] * 3, [4.0] * 3, [1.0] * 3, [8.0] * 3]
+    assert (weights["lowest"], weights["highest"], weights["log"]) == (1.0, 8.0, True)
+    assert heats["inspect-update"]["names"] == ["0 M", "2 M", "3 E"]  # of nothing there is no ratio
+    assert heats["inspect-bias_range"]["rows"] == [[1.0] * 3, [None, 2.0, 2.0]]
+
+
 def test_a_finished_run_shows_its_numbers_and_all_its_plots(tmp_path):
     lines = [
         line(
