@@ -93,7 +93,7 @@ class Trainer:
         tokens_BT = torch.randint(0, 8192, (ROWS, TOKENS), device=self.device)
         meta = PackMeta.one_document_a_row(ROWS, TOKENS, device=self.device)
         with self.engine.accumulate(1):
-            loss = self.engine.forward(tokens_BT, meta, labels_BT=tokens_BT).loss
+            loss = self.engine.forward(tokens_BT, meta, labels=tokens_BT).loss
             self.engine.backward(loss.total / tokens_BT.numel())
         self.engine.step(OPTIMIZER.learning_rate)
         self.step_number += 1

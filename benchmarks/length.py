@@ -176,7 +176,7 @@ def _time_step(model: HybridModel, tokens_T: torch.Tensor, length: int) -> Secon
     if on_cuda:
         torch.cuda.synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
-    output = model(tokens_BT, meta, labels_BT=labels_BT)
+    output = model(tokens_BT, meta, labels=labels_BT)
     (output.loss.total / labels_BT.numel() + sum(output.auxiliary.values())).backward()
     if on_cuda:
         torch.cuda.synchronize()

@@ -103,7 +103,7 @@ def time_step(model: HybridModel, drawn: torch.Tensor) -> Seconds:
     if drawn.is_cuda:
         torch.cuda.synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
-    output = model(tokens_BT, meta, labels_BT=labels_BT)
+    output = model(tokens_BT, meta, labels=labels_BT)
     (output.loss.total / labels_BT.numel() + sum(output.auxiliary.values())).backward()
     if drawn.is_cuda:
         torch.cuda.synchronize()

@@ -9,8 +9,9 @@ are wrong, RuntimeError for the machine's state. A run on several ranks or hosts
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from amfm.launch.console import UNUSED_LIBRARIES
 from amfm.launch.presets import choose_config
@@ -26,13 +27,15 @@ if TYPE_CHECKING:
 warnings.filterwarnings("ignore", message=UNUSED_LIBRARIES)  # as the verbs do
 
 
-def load(path: str | Path | None = None, *overrides: str, preset: str | None = None) -> RunConfig:
-    """Load and check a configuration: a file, or a preset by name, with overrides such as `"train.steps=20"`.
+def load(path: str | Path | Mapping[str, Any] | None = None, *overrides: str, preset: str | None = None) -> RunConfig:
+    """Load and check a configuration: a file, a dict of its sections, or a preset, with overrides like `"train.steps=20"`.
 
     Raises ConfigError (a ValueError) with every problem, FileNotFoundError for a file that is not there.
     """
     from amfm.pretrain.checks.load import load_checked
 
+    if isinstance(path, Mapping):
+        return load_checked(path, overrides)
     given = None if path is None else Path(path)
     return load_checked(*choose_config(given, overrides, preset))
 
@@ -89,10 +92,11 @@ def read_run(run_dir: str | Path) -> RunRecord:
 
 
 def load_model(path: str | Path, *, device: str = "cpu", backend: str = "auto") -> TextModel:
-    """Load the model of a run's newest checkpoint, a checkpoint or an import; `generate(prompt)` continues a text.
+    """Load the model of a run's newest checkpoint, a checkpoint, an import or an export; `generate(prompt)` continues a text.
 
-    Raises ValueError when the path is none of these, RuntimeError for damaged files.
+    `model` of what it returns is the torch module, `tokenizer` the run's. Raises ValueError when the path is none of these, RuntimeError for damaged files.
     """
-    from amfm.pretrain.inference.generate import load_text_model
+    from amfm.launch.modules import read_model
+    from amfm.pretrain.inference.generate import TextModel
 
-    return load_text_model(path, device=device, backend=backend)
+    return TextModel(read_model(Path(path)), device=device, backend=backend)

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from amfm.kernels.common.split_backward import is_splitting
 from amfm.model.build import build_mixer
 from amfm.model.config.schema import ModelConfig
-from amfm.model.mixers.interface import BlockState, MixerOutput
+from amfm.model.mixers.interface import BlockState, MixerOutput, as_mixer
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import RMSNorm
@@ -120,6 +120,10 @@ class Block(nn.Module):
         self.updates = put_updates(self.mixer, config, groups, backend)
         # Of a package's mixer: ours draw by their own seeds (`set_draw_seed`).
         self.has_dropout = any(isinstance(module, _DropoutNd) for module in self.mixer.modules())
+
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
+        """Set an attribute; another module takes the mixer's place as a `PlainMixer`."""
+        super().__setattr__(name, as_mixer(value) if name == "mixer" else value)
 
     def forward(
         self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta, state: BlockState = None

@@ -131,6 +131,10 @@ class HybridModel(nn.Module):
             if draws:
                 initialize_parameters(self, config, groups, seed)
 
+    def extra_repr(self) -> str:
+        """Pattern and size, of what is held here."""
+        return f"{self.pattern.canonical()}, {sum(value.numel() for value in self.parameters()):,} parameters"
+
     def initialize(self) -> None:
         """Fill all parameters and buffers with initial values, each a function of the seed and its name."""
         self.reset_buffers()
@@ -163,24 +167,27 @@ class HybridModel(nn.Module):
     def forward(
         self,
         tokens_BT: Tensor,
-        meta: PackMeta,
-        labels_BT: Tensor | None = None,
+        meta: PackMeta | None = None,
+        labels: Tensor | None = None,
         state: DecodeState | None = None,
         *,
         predicts: bool = False,
         ahead: Sequence[Ahead] = (),
     ) -> ModelOutput:
-        """Compute logits of tokens [B, T]; with labels [B, T] (-100: masked) the loss instead, without making logits.
+        """Compute logits of tokens [B, T]; with labels [B, T] the loss instead, without making logits.
 
-        predicts: besides the loss also the most likely tokens, which does make logits. ahead: what each depth of
+        labels: the token that follows each (they are not shifted here), -100: masked. meta: without it each row is one
+        document. predicts: besides the loss also the most likely tokens, which does make logits. ahead: what each depth of
         multi-token prediction reads and learns; without it there are no such losses. state: from `empty_state` or the
-        previous output; the tokens continue it, so give rows of one document whose positions continue,
-        `PackMeta.one_document_a_row(rows, tokens, start=state.length)`.
+        previous output; the tokens continue it, one document per row.
         """
+        if meta is None:
+            start = 0 if state is None else state.length
+            meta = PackMeta.one_document_a_row(*tokens_BT.shape, start=start, device=tokens_BT.device)
         if state is not None:
             _check_continues(meta, state)
         stream = self.pass_blocks(self.embed(tokens_BT), self.blocks.indices(), meta, state)
-        output = self.finish(stream, labels_BT, predicts=predicts, ahead=ahead, meta=meta)
+        output = self.finish(stream, labels, predicts=predicts, ahead=ahead, meta=meta)
         if state is None:
             return output
         return replace(output, state=DecodeState(tuple(stream.states), state.length + tokens_BT.shape[1]))

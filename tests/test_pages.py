@@ -275,7 +275,8 @@ def test_every_event_that_a_run_records_is_on_the_page_of_events() -> None:
     assert len(recorded) > 20 and recorded <= listed, recorded - listed
 
 
-def test_tests_that_the_page_of_an_operator_s_cases_names_exist() -> None:
-    named = set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/benchmarks/operator.md").read_text()))
-    assert len(named) > 25
+def test_tests_that_the_pages_of_trials_name_exist() -> None:
+    pages = [(ROOT / f"docs/benchmarks/{name}.md").read_text() for name in ("operator", "researcher")]
+    named = {pair for page in pages for pair in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)}
+    assert len(named) > 32
     assert not [each for each in named if f"def {each[1]}" not in (ROOT / each[0]).read_text()]

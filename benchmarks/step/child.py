@@ -115,7 +115,7 @@ def _engine_step(
         meta = PackMeta.one_document_a_row(*tokens_BT.shape, device=tokens_BT.device)
         with engine.accumulate(passes):
             for _ in range(passes):
-                loss = engine.forward(tokens_BT, meta, labels_BT=labels_BT).loss
+                loss = engine.forward(tokens_BT, meta, labels=labels_BT).loss
                 engine.backward(loss.total / (passes * labels_BT.numel()))
         engine.step(OPTIMIZER.learning_rate)
         return float(loss.nll_sum) / labels_BT.numel()
@@ -130,7 +130,7 @@ def _bare_step(config: ModelConfig, parallel: Parallel) -> Callable[[torch.Tenso
 
     def run(tokens_BT: torch.Tensor, labels_BT: torch.Tensor) -> float:
         meta = PackMeta.one_document_a_row(*tokens_BT.shape, device=tokens_BT.device)
-        loss = model(tokens_BT, meta, labels_BT=labels_BT).loss
+        loss = model(tokens_BT, meta, labels=labels_BT).loss
         (loss.total / labels_BT.numel()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()

@@ -28,6 +28,7 @@ import numpy.typing as npt
 import sentencepiece
 
 from amfm.data_pipeline.config import TokenizerConfig
+from amfm.data_pipeline.durable.files import make_folders, write_file_atomically
 from amfm.data_pipeline.store.manifest import MANIFEST
 from amfm.data_pipeline.store.object_store import is_url
 from amfm.data_pipeline.store.store import TokenStore
@@ -78,6 +79,8 @@ Ids = npt.NDArray[np.int32]
 Offsets = npt.NDArray[np.int64]
 
 TRAINING_THREADS = 4  # fixed: the merge of the trainer's sums depends on it, and stores must be byte-identical
+KEPT_FOLDER = "tokenizer"  # of a run directory
+EOS_FILE = "eos_id"  # next to a tokenizer that is kept: a tokenizer.json does not name its end
 MAX_TRAINING_LINE = 4096  # bytes; longer lines are cut, the trainer would drop them
 # Characters after which a text is cut at the next newline: few enough that sums of scores (round_scores) stay exact.
 BLOCK_CHARACTERS = 4000
@@ -285,6 +288,27 @@ def read_tokenizer_file(path: Path, eos: str | int | None = None) -> Tokenizer:
         if suffix != "model":
             remedy += f", or install the package that registers {suffix!r} under the entry point group {ENTRY_POINTS}"
         raise ValueError(f"{path} isn't a SentencePiece model, or is damaged; {remedy}") from error
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer into a folder of its own, from which `read_kept_tokenizer` reads it; one that is there stays."""
+    file = folder / tokenizer.file_name
+    if file.is_file():
+        return
+    make_folders(folder)
+    write_file_atomically(folder / EOS_FILE, str(tokenizer.eos_id).encode())
+    write_file_atomically(file, tokenizer.to_bytes())  # last: a file that is there is whole
+
+
+def read_kept_tokenizer(folder: Path) -> Tokenizer | None:
+    """Read what `keep_tokenizer` wrote; None where there is nothing. Raises ValueError for files that are damaged."""
+    files = sorted(folder.glob("tokenizer.*"))
+    if not files:
+        return None
+    text = (folder / EOS_FILE).read_text(encoding="utf-8") if (folder / EOS_FILE).is_file() else ""
+    if not text.isdigit():
+        raise ValueError(f"{folder / EOS_FILE} must hold the id of the end-of-text token; copy it from the run again")
+    return read_tokenizer_file(files[0], int(text))
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:

@@ -38,7 +38,7 @@ def attention(
     window: int | None = None,
     document_ends: DocumentEnds | None = None,
     highest_H: Tensor | None = None,
-    backend: str = "torch",
+    backend: str = "auto",
 ) -> Tensor:
     """softmax(scale * q k^T) v over the keys of the query's document up to the query itself, or the last `window` of them.
 
@@ -93,7 +93,7 @@ def window_sums(
     window: int,
     document_ids_BS: Tensor | None = None,
     scale: float | None = None,
-    backend: str = "torch",
+    backend: str = "auto",
 ) -> WindowSums:
     """Attention to the last `window` keys of the document, with the largest score and the mass of each query.
 
@@ -172,9 +172,9 @@ def _check(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BS: Tens
     check_shape("q_BTHK", q_BTHK, (-1, -1, -1, -1))
     check_float("q_BTHK", q_BTHK)
     batch, tokens, heads, size = q_BTHK.shape
-    check_shape("k_BSJK", k_BSJK, (batch, -1, -1, size), q_BTHK)
+    check_shape("k_BSJK", k_BSJK, (batch, -1, -1, size), q_BTHK, "q_BTHK")
     check_float("k_BSJK", k_BSJK, q_BTHK)
-    check_shape("v_BSJK", v_BSJK, tuple(k_BSJK.shape), q_BTHK)
+    check_shape("v_BSJK", v_BSJK, tuple(k_BSJK.shape), q_BTHK, "k_BSJK")
     check_float("v_BSJK", v_BSJK, q_BTHK)
     keys, kv_heads = k_BSJK.shape[1:3]
     if kv_heads == 0 or heads % kv_heads:

@@ -31,7 +31,7 @@ def causal_conv1d(
     document_ids_BT: Tensor | None = None,
     initial_window_BWC: Tensor | None = None,
     activation: str = "silu",
-    backend: str = "torch",
+    backend: str = "auto",
 ) -> Tensor:
     """y_t = silu(bias + sum_w weight[:, w] x_(t-W+1+w)), over inputs of the token's own document only.
 

@@ -13,15 +13,28 @@ from torch._subclasses.fake_tensor import FakeTensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], like: Tensor | None = None) -> None:
+def agreed(*sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes that two of several tensors have, so that the odd one is named where they differ; of none, the first's."""
+    for place, one in enumerate(sizes):
+        if one in sizes[place + 1 :]:
+            return one
+    return sizes[0]
+
+
+def check_shape(
+    name: str, tensor: Tensor, expected: tuple[int, ...], like: Tensor | None = None, fits: str = ""
+) -> None:
     """Raise ValueError unless `tensor` has the expected shape (-1 allows any size) and lies on the device of `like`.
 
-    The message names the argument with its shape letters, the expected sizes and those it got.
+    The message names the argument with its shape letters, the expected sizes and those it got; fits: the argument that
+    some of the expected sizes are from, which may be the wrong one of the two.
     """
     shape = tuple(tensor.shape)
     if len(shape) != len(expected) or any(want not in (-1, got) for want, got in zip(expected, shape)):
         wanted = ", ".join("any" if size == -1 else str(size) for size in expected)
-        raise ValueError(f"{name} must have shape [{wanted}]; got {list(shape)}")
+        raise ValueError(
+            f"{name} must have shape [{wanted}]; got {list(shape)}{f', which does not fit {fits}' if fits else ''}"
+        )
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} must lie on {like.device}, with the other inputs; got {tensor.device}")
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amfm.kernels.common.shapes import check_float, check_row, check_shape, drop_single_document
+from amfm.kernels.common.shapes import agreed, check_float, check_row, check_shape, drop_single_document
 from amfm.kernels.decay_scan.reference import mamba2_by_steps, scan_by_steps
 from amfm.kernels.decay_scan.torch_impl import chunked_scan
 from amfm.kernels.decay_scan.vector.torch_impl import chunked_vector_scan
@@ -63,7 +63,7 @@ def mamba2_scan(
     initial_state_BHPN: Tensor | None = None,
     chunk_size: int = 64,
     keep_states: bool = True,
-    backend: str = "torch",
+    backend: str = "auto",
 ) -> ScanOutput:
     """Mamba-2: h_t = e^(dt_t A) h_(t-1) + dt_t x_t B_t^T, y_t = h_t C_t + D x_t, h = 0 before each document.
 
@@ -140,7 +140,7 @@ def decay_scan(
     initial_state_BHKV: Tensor | None = None,
     chunk_size: int = 64,
     keep_states: bool = True,
-    backend: str = "torch",
+    backend: str = "auto",
 ) -> DecayScanOutput:
     """S_t = e^(g_t) S_(t-1) + k_t v_t^T, o_t = S_t^T q_t, with S = 0 before the first token of each document.
 
@@ -196,10 +196,11 @@ def decay_step(q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, g: Tensor, state_BHK
 def check_decay(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, g: Tensor) -> Tensor:
     """Raise ValueError unless these are inputs of `decay_scan`; returns g in float32 (float64 for float64 inputs)."""
     check_shape("v", v_BTHV, (-1, -1, -1, -1))
-    B, T, H, _ = v_BTHV.shape
+    B, T, H = agreed(v_BTHV.shape[:3], q_BTHK.shape[:3], k_BTHK.shape[:3])
+    check_shape("v", v_BTHV, (B, T, H, -1))
     check_shape("q", q_BTHK, (B, T, H, -1), v_BTHV)
     K = q_BTHK.shape[3]
-    check_shape("k", k_BTHK, (B, T, H, K), v_BTHV)
+    check_shape("k", k_BTHK, (B, T, H, K), v_BTHV, "q")
     check_shape("g", g, (B, T, H, K) if g.dim() == 4 else (B, T, H), v_BTHV)
     check_float("v", v_BTHV)
     check_float("q", q_BTHK, v_BTHV)
@@ -247,10 +248,12 @@ def check_mamba2(
     Groups must divide heads; x, B and C share a dtype, while gates and parameters may have others.
     """
     check_shape("x_BTHP", x_BTHP, (-1, -1, -1, -1))
-    B, T, H, _ = x_BTHP.shape
-    check_shape("dt_BTH", dt_BTH, (B, T, H), x_BTHP)
+    B, T = agreed(x_BTHP.shape[:2], dt_BTH.shape[:2], B_BTGN.shape[:2], C_BTGN.shape[:2])
+    check_shape("x_BTHP", x_BTHP, (B, T, -1, -1))
+    H = x_BTHP.shape[2]
+    check_shape("dt_BTH", dt_BTH, (B, T, H), x_BTHP, "x_BTHP")
     check_shape("B_BTGN", B_BTGN, (B, T, -1, -1), x_BTHP)
-    check_shape("C_BTGN", C_BTGN, tuple(B_BTGN.shape), x_BTHP)
+    check_shape("C_BTGN", C_BTGN, (B, T, *B_BTGN.shape[2:]), x_BTHP, "B_BTGN")
     for name, vector in (("A_log_H", A_log_H), ("D_H", D_H), ("dt_bias_H", dt_bias_H)):
         check_shape(name, vector, (H,), x_BTHP)
         check_float(name, vector)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.shapes import check_float, check_row, check_shape, drop_single_document
+from amfm.kernels.common.shapes import agreed, check_float, check_row, check_shape, drop_single_document
 from amfm.kernels.delta_scan.reference import delta_by_steps
 from amfm.kernels.delta_scan.torch_impl import chunked_delta
 from amfm.kernels.runtime.backend import resolve_backend
@@ -54,12 +54,12 @@ def delta_scan(
     initial_state_BHKV: Tensor | None = None,
     chunk_size: int = 64,
     with_transfer: bool = False,
-    backend: str = "torch",
+    backend: str = "auto",
 ) -> DeltaScanOutput:
     """S <- diag(e^(g_t)) S, then S <- (I - beta k k^T) S + beta k v^T for each of a token's N steps, then o_t = S^T q_t.
 
     S = 0 before the first token of each document. N = 1 is the (gated) delta rule, N > 1 DeltaProduct. q [B, T, G, K],
-    k [B, T, N, G, K], v [B, T, N, H, V] in one dtype, with G dividing H; the caller normalises k to length 1. beta
+    k [B, T, N, G, K], v [B, T, N, H, V] in one dtype, with G dividing H, and beta without N where N is 1; the caller normalises k to length 1. beta
     [B, T, N, H] in (0, 1), or (0, 2) for states that may change sign; g [B, T, H] <= 0 is the log of the decay, absent
     for none. g [B, T, H, K] has a decay a key channel (Kimi Delta Attention) and asks for N = 1, G = H and a chunk_size that
     is a power of two. erase [B, T, H, K], with such gates alone, is what the state is asked with in place of k, so that S <- S +
@@ -75,6 +75,8 @@ def delta_scan(
     Raises ValueError for shapes, dtypes or devices that do not fit. Sources: Yang et al. 2024 (arXiv 2406.06484), Yang
     et al. 2024 (arXiv 2412.06464), Siems et al. 2025 (arXiv 2502.10297), Kimi Team 2025 (arXiv 2510.26692).
     """
+    if k_BTNGK.dim() == v_BTNHV.dim() == 4 and beta_BTNH.dim() == 3:
+        k_BTNGK, v_BTNHV, beta_BTNH = k_BTNGK[:, :, None], v_BTNHV[:, :, None], beta_BTNH[:, :, None]
     check_delta(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, erase_BTHK)
     B, _, _, H, V = v_BTNHV.shape
     K = q_BTGK.shape[3]
@@ -170,11 +172,13 @@ def check_delta(
     key channel.
     """
     check_shape("v_BTNHV", v_BTNHV, (-1, -1, -1, -1, -1))
-    B, T, N, H, _ = v_BTNHV.shape
+    B, T = agreed(v_BTNHV.shape[:2], q_BTGK.shape[:2], k_BTNGK.shape[:2], beta_BTNH.shape[:2])
+    check_shape("v_BTNHV", v_BTNHV, (B, T, -1, -1, -1))
+    N, H = v_BTNHV.shape[2:4]
     check_shape("q_BTGK", q_BTGK, (B, T, -1, -1), v_BTNHV)
     G, K = q_BTGK.shape[2:]
-    check_shape("k_BTNGK", k_BTNGK, (B, T, N, G, K), v_BTNHV)
-    check_shape("beta_BTNH", beta_BTNH, (B, T, N, H), v_BTNHV)
+    check_shape("k_BTNGK", k_BTNGK, (B, T, N, G, K), v_BTNHV, "q_BTGK and v_BTNHV")
+    check_shape("beta_BTNH", beta_BTNH, (B, T, N, H), v_BTNHV, "v_BTNHV")
     if N == 0:
         raise ValueError("v_BTNHV must have at least 1 step a token; got 0")
     if G == 0 or H % G:

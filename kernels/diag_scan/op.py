@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amfm.kernels.common.shapes import check_float, check_row, check_shape, drop_single_document
+from amfm.kernels.common.shapes import agreed, check_float, check_row, check_shape, drop_single_document
 from amfm.kernels.diag_scan.reference import diag_by_steps
 from amfm.kernels.diag_scan.torch_impl import chunked_diag_scan
 from amfm.kernels.runtime.backend import resolve_backend
@@ -41,7 +41,7 @@ def diag_scan(
     document_ids_BT: Tensor | None = None,
     initial_state_BCN: Tensor | None = None,
     chunk_size: int = 64,
-    backend: str = "torch",
+    backend: str = "auto",
 ) -> DiagScanOutput:
     """Mamba (S6): h_t = e^(dt_t A) h_(t-1) + dt_t x_t B_t, y_t = h_t C_t + D x_t, h = 0 before each document.
 
@@ -110,7 +110,9 @@ def check_diag(
     x, B and C share a dtype; dt and the parameters may have others.
     """
     check_shape("x", x_BTC, (-1, -1, -1))
-    B, T, C = x_BTC.shape
+    B, T = agreed(x_BTC.shape[:2], dt_BTC.shape[:2], B_BTN.shape[:2], C_BTN.shape[:2])
+    check_shape("x", x_BTC, (B, T, -1))
+    C = x_BTC.shape[2]
     check_shape("dt", dt_BTC, (B, T, C), x_BTC)
     check_shape("A_log_CN", A_log_CN, (C, -1), x_BTC)
     N = A_log_CN.shape[1]

@@ -42,7 +42,7 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     z_loss_weight: float = 0.0,
-    backend: str = "torch",
+    backend: str = "auto",
 ) -> CrossEntropy:
     """Sum over rows of -log softmax(weight hidden)[label] + z_loss_weight * logsumexp(weight hidden)^2.
 
@@ -70,7 +70,7 @@ def linear_cross_entropy(
 
 
 def linear_statistics(
-    hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, *, first_row: int = 0, backend: str = "torch"
+    hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, *, first_row: int = 0, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """What one shard of the vocabulary adds to the cross-entropy: (log-sum-exp [R], label's logit [R]), differentiable.
 

@@ -19,17 +19,17 @@ from amfm.kernels.runtime.backend import resolve_backend
 
 
 @overload
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, residual: None = None, backend: str = "torch") -> Tensor: ...
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, residual: None = None, backend: str = "auto") -> Tensor: ...
 
 
 @overload
 def rms_norm(
-    x: Tensor, weight: Tensor, epsilon: float, *, residual: Tensor, backend: str = "torch"
+    x: Tensor, weight: Tensor, epsilon: float, *, residual: Tensor, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]: ...
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, epsilon: float, *, residual: Tensor | None = None, backend: str = "torch"
+    x: Tensor, weight: Tensor, epsilon: float, *, residual: Tensor | None = None, backend: str = "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y = h / sqrt(mean(h^2) + epsilon) * weight over the last dim, with h = x, or x + residual where that is given.
 
@@ -60,7 +60,7 @@ def rms_norm(
 
 
 def gated_rms_norm(
-    y: Tensor, z: Tensor, weight: Tensor, epsilon: float, *, num_groups: int = 1, backend: str = "torch"
+    y: Tensor, z: Tensor, weight: Tensor, epsilon: float, *, num_groups: int = 1, backend: str = "auto"
 ) -> Tensor:
     """The norm of y silu(z), taken over each of `num_groups` equal parts of the last dim, times the weight.
 

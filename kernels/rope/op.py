@@ -29,7 +29,7 @@ def qk_norm_rope(
     q_weight_K: Tensor | None = None,
     k_weight_K: Tensor | None = None,
     epsilon: float = 1e-5,
-    backend: str = "torch",
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm over each query and key head, then the rotation of channel i against i + d/2 by position * frequency i.
 
@@ -76,7 +76,7 @@ def _check(
     check_shape("q_BTHK", q_BTHK, (-1, -1, -1, -1))
     batch, tokens, _, size = q_BTHK.shape
     check_float("q_BTHK", q_BTHK)
-    check_shape("k_BTJK", k_BTJK, (batch, tokens, -1, size), q_BTHK)
+    check_shape("k_BTJK", k_BTJK, (batch, tokens, -1, size), q_BTHK, "q_BTHK")
     check_float("k_BTJK", k_BTJK, q_BTHK)
     check_shape("positions_BT", positions_BT, (batch, tokens), q_BTHK)
     if positions_BT.dtype not in (torch.int32, torch.int64):

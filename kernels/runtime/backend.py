@@ -30,6 +30,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 _LOG = logging.getLogger(__name__)
+_LOGGED: set[tuple[str, str]] = set()  # choices that were reported
 
 # (first bad version, first good version, compute capability major, what goes wrong). Triton 3.4.0 to 3.7.0 also goes
 # wrong on Hopper where the transposed result of one product enters another: no kernel of ours has that form, which
@@ -194,7 +195,9 @@ def judge_miscompile(fault: str, version: tuple[int, int, int], *, allowed: bool
     )
 
 
-@functools.cache
+@assume_constant
 def _log_choice(backend: str, reason: str) -> None:
     """Report once which backend "auto" means."""
-    _LOG.info("kernels backend auto -> %s: %s", backend, reason)
+    if (backend, reason) not in _LOGGED:
+        _LOGGED.add((backend, reason))
+        _LOG.info("kernels backend auto -> %s: %s", backend, reason)

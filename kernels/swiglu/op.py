@@ -16,7 +16,7 @@ from amfm.kernels.swiglu.reference import squared_relu_reference, swiglu_referen
 from amfm.kernels.swiglu.torch_impl import squared_relu_torch, swiglu_torch
 
 
-def swiglu(gate_up: Tensor, unit: Gate = SWIGLU, *, backend: str = "torch") -> Tensor:
+def swiglu(gate_up: Tensor, unit: Gate = SWIGLU, *, backend: str = "auto") -> Tensor:
     """silu(gate) * up, where the last dim of 2F holds gate, then up; or another gated unit of the two.
 
     Shapes: [..., 2F] -> [..., F], in the input's dtype, computed in float32. Saves only the input.
@@ -34,7 +34,7 @@ def swiglu(gate_up: Tensor, unit: Gate = SWIGLU, *, backend: str = "torch") -> T
     return swiglu_torch(gate_up, unit) if backend == "torch" else swiglu_reference(gate_up, unit)
 
 
-def squared_relu(x: Tensor, *, backend: str = "torch") -> Tensor:
+def squared_relu(x: Tensor, *, backend: str = "auto") -> Tensor:
     """max(x, 0)^2 element by element, in the input's dtype, computed in float32. Saves only the input.
 
     Raises ValueError for a dtype that is not floating point.

@@ -193,7 +193,7 @@ def _build_step(config: RunConfig, parallel: Parallel) -> Callable[[], None]:
 
     def step() -> None:
         with engine.accumulate(1):
-            engine.backward(engine.forward(tokens_BT, meta, labels_BT=tokens_BT).loss.total / tokens_BT.numel())
+            engine.backward(engine.forward(tokens_BT, meta, labels=tokens_BT).loss.total / tokens_BT.numel())
         engine.step(OPTIMIZER.learning_rate)
 
     return step

@@ -42,7 +42,7 @@ def time_passes(config: ModelConfig, tokens: int) -> float:
 
     def run() -> float:
         began = time.process_time()
-        loss: Any = model(tokens_BT, meta, labels_BT=tokens_BT).loss
+        loss: Any = model(tokens_BT, meta, labels=tokens_BT).loss
         loss.total.backward()
         return time.process_time() - began
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.data_pipeline.tokenizer.huggingface import parse_tokenizer
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.launch.modules import is_transformers_folder, read_model
 from amfm.pretrain.inference.generate import Sampling, stream_text
 from amfm.pretrain.inference.kept_states import SharedModel
-from amfm.pretrain.inference.weights import DESCRIPTION, Weights, read_weights
 
 if TYPE_CHECKING:
     import tokenizers
@@ -149,8 +149,7 @@ def load_model(path: Path, *, device: str, backend: str, max_state_bytes: int) -
     A run that continues a released model has that model's chat template. Raises ValueError for anything else, and for a model
     without a tokenizer.
     """
-    is_export = (path / "config.json").is_file() and not (path / DESCRIPTION).is_file()
-    weights = read_export(path) if is_export else read_weights(path)
+    is_export, weights = is_transformers_folder(path), read_model(path)
     tokenizer = weights.tokenizer
     shared = SharedModel(
         weights.build(backend=backend, device=device),
@@ -166,13 +165,6 @@ def load_model(path: Path, *, device: str, backend: str, max_state_bytes: int) -
         end_ids |= set(list_ids(weights.released.generation.get("eos_token_id")))
     name = path.resolve().name
     return ServedModel(name, shared, tokenizer, end_ids=end_ids, template=template, chat_tokenizer=fast)
-
-
-def read_export(path: Path) -> Weights:
-    """Read a transformers folder."""
-    from amfm.pretrain.export.import_huggingface import read_huggingface
-
-    return read_huggingface(path)[0]
 
 
 def read_end_ids(folder: Path) -> list[int]:

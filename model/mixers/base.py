@@ -29,7 +29,7 @@ from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_states, receive_windows
 from amfm.model.parallel.layers import ColumnLinear, RowLinear
 from amfm.model.parallel.regions import leave_tensor_region, project_stream
-from amfm.model.parallel.shards import Shard, ShardSpec, divide
+from amfm.model.parallel.shards import Shard, ShardSpec, divide, own_shapes
 from amfm.model.segments import Segments
 
 
@@ -237,6 +237,8 @@ class LinearMixer(SequenceMixer):
 
 class ShortConvolution(nn.Module):
     """The causal depthwise convolution before a recurrence, with SiLU (or `none`): weight [C of this rank, W]."""
+
+    extra_repr = own_shapes
 
     def __init__(self, cut: ShardSpec, width: int, num_ranks: int, activation: str = "silu") -> None:
         super().__init__()

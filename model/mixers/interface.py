@@ -126,6 +126,37 @@ class Mixer(Float32Buffers):
         return 0
 
 
+class PlainMixer(Mixer):
+    """Any module of x [B, T, D] -> y [B, T, D] in the place of a mixer, as `block.mixer = module` makes it.
+
+    It is not told where documents begin: give it rows of one document if it reads other tokens. Decoding keeps its inputs and
+    computes all of a text again for each token, so the module must be causal.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
+        """Call the module, with all inputs so far where there is a state."""
+        if not isinstance(state, dict):
+            return MixerOutput(self.module(x_BTD))
+        seen_BSD = torch.cat([*state.values(), x_BTD], dim=1)
+        y_BSD = self.module(seen_BSD)
+        return MixerOutput(y_BSD[:, -x_BTD.shape[1] :], {"seen": seen_BSD})
+
+    def empty_state(self, num_rows: int) -> BlockState:
+        """No inputs yet."""
+        return {}
+
+
+def as_mixer(module: Tensor | nn.Module) -> Tensor | nn.Module:
+    """A module that is not a mixer as one; whatever else is set in a mixer's place stays as it is."""
+    if isinstance(module, nn.Module) and not hasattr(module, "balance_experts"):
+        return PlainMixer(module)
+    return module
+
+
 class SequenceMixer(Mixer):
     """A mixer of which a token reads others: it decodes with a state."""
 

@@ -31,7 +31,7 @@ from amfm.model.parallel.context import SegmentExchange, receive_states, receive
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import ColumnLinear, RowLinear, project_layers
 from amfm.model.parallel.regions import leave_tensor_region, sum_parts
-from amfm.model.parallel.shards import Shard, ShardSpec, divide, divide_units
+from amfm.model.parallel.shards import Shard, ShardSpec, divide, divide_units, own_shapes
 from amfm.model.segments import Segments
 
 
@@ -94,7 +94,7 @@ class Mamba2Mixer(Mixer):
         else:
             assert state is None or isinstance(state, MambaState), f"a Mamba2 block got a {type(state).__name__}"
             y_BTI, next_state = self._scan(inputs_BTC, dt_BTH, meta, state)
-        y_BTI = self.norm(y_BTI.view(num_rows, num_tokens, self.inner_size), z_BTI)
+        y_BTI = self.norm(y_BTI.reshape(num_rows, num_tokens, self.inner_size), z_BTI)
         return MixerOutput(leave_tensor_region(self.out_proj(y_BTI), self.groups), next_state)
 
     def _mix(self, projected_BTX: Tensor, meta: PackMeta) -> Tensor:
@@ -249,6 +249,8 @@ class Mamba2Mixer(Mixer):
 class DepthwiseConv(nn.Module):
     """The weights of the causal convolution over x, B and C: weight [C, W], bias [C] or None."""
 
+    extra_repr = own_shapes
+
     def __init__(self, mamba: Mamba2Config, groups: ProcessGroupCollection) -> None:
         super().__init__()
         group_width = mamba.num_groups * mamba.state_size
@@ -262,6 +264,8 @@ class DepthwiseConv(nn.Module):
 
 class GatedNorm(nn.Module):
     """RMSNorm of y * silu(z) within each of `num_groups` groups of the whole inner width."""
+
+    extra_repr = own_shapes
 
     def __init__(
         self, inner_size: int, num_groups: int, epsilon: float, groups: ProcessGroupCollection, backend: str

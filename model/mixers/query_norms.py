@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from amfm.kernels.norm.op import rms_norm
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.parallel.regions import sum_parts
-from amfm.model.parallel.shards import Shard, ShardSpec
+from amfm.model.parallel.shards import Shard, ShardSpec, own_shapes
 
 
 class HeadNorm(nn.Module):
     """The weight [head_dim] of the RMSNorm that every query (or key) head passes."""
+
+    extra_repr = own_shapes
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ from amfm.model.config.options import OutputGate
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import ColumnLinear
-from amfm.model.parallel.shards import Shard
+from amfm.model.parallel.shards import Shard, own_shapes
 
 
 def gate_projection(
@@ -61,6 +61,8 @@ def first_time_steps(
 
 class GatedHeadNorm(nn.Module):
     """RMSNorm over each head, then times `activate`(gate): [B, T, H, V] -> [B, T, H V]; one weight [V] for all heads."""
+
+    extra_repr = own_shapes
 
     def __init__(
         self, value_dim: int, build: BuildContext, activate: Callable[[Tensor], Tensor] = functional.silu

@@ -51,7 +51,7 @@ from amfm.model.parallel.regions import (
     slice_tokens,
     sum_gradients,
 )
-from amfm.model.parallel.shards import Shard, ShardSpec, divide
+from amfm.model.parallel.shards import Shard, ShardSpec, divide, own_shapes
 
 # Bias of an expert that is pruned: no score reaches the others, and no update moves it within float32.
 PRUNED_BIAS = -1e9
@@ -343,6 +343,8 @@ class Experts(nn.Module):
     gate rows, then up rows. With biases D is BIAS_CHANNELS more than the rows of tokens have, and column -BIAS_CHANNELS of up
     is the bias; the columns after it, and as many rows of down, are zeros that have no effect and get no gradient.
     """
+
+    extra_repr = own_shapes
 
     def __init__(self, moe: MoeConfig, width: int, groups: ProcessGroupCollection) -> None:
         super().__init__()

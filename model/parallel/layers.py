@@ -28,7 +28,7 @@ from amfm.kernels.linear.op import linear
 from amfm.kernels.norm.op import rms_norm
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.regions import leave_tensor_region, project_stream
-from amfm.model.parallel.shards import REPLICATED, Shard, ShardSpec, divide
+from amfm.model.parallel.shards import REPLICATED, Shard, ShardSpec, divide, own_shapes
 
 
 class LowRankUpdate(nn.Module):
@@ -38,6 +38,8 @@ class LowRankUpdate(nn.Module):
     what the numbers between both factors are multiplied by, token by token (model/routed_updates.py); none: nothing.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
     """
+
+    extra_repr = own_shapes
 
     def __init__(self, weight_OI: Tensor, cut: ShardSpec, rank: int, scale: float) -> None:
         super().__init__()
@@ -209,6 +211,8 @@ class VocabEmbedding(megatron_layers.VocabParallelEmbedding):
     Under sequence parallel the stream has this rank's share of the tokens. Every rank of `groups.tp` must call.
     """
 
+    extra_repr = own_shapes
+
     def __init__(self, vocab_size: int, hidden_size: int, groups: ProcessGroupCollection) -> None:
         divide(vocab_size, groups, "model.vocab_size")
         super().__init__(
@@ -261,6 +265,8 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm of the stream (Zhang and Sennrich 2019, arXiv 1910.07467, section 4), float32 inside."""
 
+    extra_repr = own_shapes
+
     def __init__(self, size: int, epsilon: float, backend: str, groups: ProcessGroupCollection) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
@@ -285,6 +291,8 @@ class Float32Buffers(nn.Module):
 
     Balancing biases and rotary frequencies lose what they are for in bf16: steps of 0.001 and angles of distant positions.
     """
+
+    extra_repr = own_shapes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Buffers:
         kept = dict(self._buffers)

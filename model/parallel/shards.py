@@ -112,6 +112,11 @@ def parameter_shards(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shar
                 yield f"{module_name}.{name}" if module_name else name, parameter, shards.get(name, REPLICATED)
 
 
+def own_shapes(module: nn.Module) -> str:
+    """Shapes of a module's own parameters, this rank's part of each: what `print(model)` shows of it."""
+    return ", ".join(f"{name}={list(value.shape)}" for name, value in module.named_parameters(recurse=False))
+
+
 # The axes that cut sizes, by the name of their setting below `parallel`.
 _GROUPS = {"tensor": "tp", "expert_tensor": "expt_tp", "expert": "ep"}
 

@@ -5,8 +5,9 @@ Rules of the whole run need torch, whose import takes seconds. So a wrong key or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from amfm.pretrain.checkpoint.names import continued_step
 from amfm.pretrain.config.errors import ConfigError
@@ -15,7 +16,7 @@ from amfm.pretrain.config.schema import RunConfig
 
 
 def load_checked(
-    path: str | Path,
+    path: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
     world_size: int | Sequence[int] | None = None,

@@ -16,7 +16,7 @@ import json
 import locale
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -91,15 +91,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return load_located(path, overrides).config
 
 
-def load_located(path: str | Path, overrides: Sequence[str] = ()) -> LocatedConfig:
-    """Load as `load_config` does, keeping the places of keys, so that later rules can name file and line too."""
+def load_located(path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> LocatedConfig:
+    """Load as `load_config` does, or from a dict of sections, keeping the places of keys, so that later rules can name file and line too."""
     return LocatedConfig(*read_schema(path, overrides, RunConfig))
 
 
-def read_schema(path: str | Path, overrides: Sequence[str], schema: type[S]) -> tuple[S, dict[str, Origin]]:
-    """Read a file of any schema with overrides laid over it, and the places of its keys; raises as `load_config`."""
+def read_schema(
+    given: str | Path | Mapping[str, Any], overrides: Sequence[str], schema: type[S], section: str | None = None
+) -> tuple[S, dict[str, Origin]]:
+    """Read a file or a dict of any schema with overrides laid over it, and the places of its keys; raises as `load_config`.
+
+    section: read this one alone, where the file has it.
+    """
     problems: list[Problem] = []
-    return resolve(read_tree(Path(path), problems), overrides, schema, problems)
+    if isinstance(given, Mapping):
+        tree = TreeReader("the dict", keep_lines=False).read(json.dumps(given))
+    else:
+        tree = read_tree(Path(given), problems)
+    if section is not None and isinstance(tree.value, dict):
+        tree = tree.value.get(section, tree)
+    return resolve(tree, overrides, schema, problems)
 
 
 def change_section(section: S, overrides: Sequence[str]) -> S:

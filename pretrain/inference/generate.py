@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -58,9 +59,17 @@ class TextModel:
         self.origin, self.tokenizer = weights.origin, weights.tokenizer
         self.model = weights.build(backend=backend, device=device)
 
-    def generate(self, prompt: str, max_new_tokens: int = 200, sampling: Sampling | None = None) -> str:
-        """Continue the prompt and return what follows it. Raises as `stream` does."""
-        return "".join(self.stream(prompt, max_new_tokens, sampling))
+    @overload
+    def generate(self, prompt: str, max_new_tokens: int = 200, sampling: Sampling | None = None) -> str: ...
+    @overload
+    def generate(self, prompt: list[str], max_new_tokens: int = 200, sampling: Sampling | None = None) -> list[str]: ...
+    def generate(
+        self, prompt: str | list[str], max_new_tokens: int = 200, sampling: Sampling | None = None
+    ) -> str | list[str]:
+        """Continue a prompt and return what follows it, or each of several as if it were alone. Raises as `stream` does."""
+        if isinstance(prompt, str):
+            return "".join(self.stream(prompt, max_new_tokens, sampling))
+        return [self.generate(each, max_new_tokens, sampling) for each in prompt]
 
     def stream(self, prompt: str, max_new_tokens: int = 200, sampling: Sampling | None = None) -> Iterator[str]:
         """Yield pieces of what follows as soon as they are whole characters; ends at end-of-text.

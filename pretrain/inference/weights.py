@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from amfm.data_pipeline.durable.foreign_files import inside, read_object, take
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
-from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
+from amfm.data_pipeline.tokenizer.tokenizer import (
+    KEPT_FOLDER,
+    Tokenizer,
+    load_tokenizer,
+    read_kept_tokenizer,
+    read_tokenizer_file,
+)
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig, read_saved_model
 from amfm.model.hybrid import HybridModel
@@ -153,13 +159,7 @@ def _read_checkpoint(folder: Path, report: Report, *, averaged: bool = False) ->
     state = read_full_state(folder, report, averaged=averaged)
     if run.convert is not None:
         state = merge_stage(state, run.convert, folder)
-    tokenizer = load_tokenizer(run.data.text_store()) if run.data.synthetic is None else None
-    expected = manifest["identities"].get("tokenizer")
-    if tokenizer is not None and expected is not None and tokenizer.identity() != expected:
-        raise RuntimeError(
-            f"{run.data.store} holds tokenizer {tokenizer.identity()}, but {folder} was trained with {expected}; "
-            "restore the store"
-        )
+    tokenizer = _read_tokenizer(folder, run, manifest["identities"].get("tokenizer"))
     step = int(manifest["step"])
     stages = resolve_stages(run)
     model = last_stage(stages, step).config.model
@@ -170,6 +170,25 @@ def _read_checkpoint(folder: Path, report: Report, *, averaged: bool = False) ->
     origin, loss = f"{folder} (step {step}{', averaged' if averaged else ''})", progress.get("validation_loss")
     released = find_released(folder) if run.run.initial_weights is not None or run.convert is not None else None
     return Weights(model, state, tokenizer, origin, run, step, int(progress["tokens"]), loss, released)
+
+
+def _read_tokenizer(checkpoint: Path, run: RunConfig, expected: str | None) -> Tokenizer | None:
+    """The tokenizer that a run keeps, or that of its store for a run of before; None for a synthetic task."""
+    if run.data.synthetic is not None:
+        return None
+    place: Path | str = checkpoint.absolute().parent.parent / KEPT_FOLDER
+    tokenizer = read_kept_tokenizer(Path(place))
+    if tokenizer is None:
+        place = run.data.text_store()
+        try:
+            tokenizer = load_tokenizer(place)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint} has no tokenizer in its run directory, and {error}") from error
+    if expected is not None and tokenizer.identity() != expected:
+        raise RuntimeError(
+            f"{place} holds tokenizer {tokenizer.identity()}, but {checkpoint} was trained with {expected}; restore it"
+        )
+    return tokenizer
 
 
 def merge_guides(model: ModelConfig, state: OnDemand, alpha: float) -> tuple[ModelConfig, OnDemand]:

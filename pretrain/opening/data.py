@@ -5,6 +5,7 @@ A micro-batch with the document layout of training text, for passes whose number
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from amfm.data_pipeline.batch import Batch
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.loader.loader import PretrainLoader
-from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.data_pipeline.tokenizer.tokenizer import KEPT_FOLDER, keep_tokenizer, load_tokenizer
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.stages import RunStage
@@ -82,10 +83,13 @@ def check_vocabulary(config: RunConfig, loader: PretrainLoader) -> None:
         )
 
 
-def check_tokenizer(config: RunConfig) -> None:
+def check_tokenizer(config: RunConfig, *, keeps: bool = False) -> None:
     """Read the store's tokenizer, which exports and generation will need; nothing for a synthetic task.
 
-    Raises RuntimeError when it is not the one that made the tokens.
+    keeps: copy it into the run directory, so that the run is read where its store is not. Raises RuntimeError when it is not
+    the one that made the tokens.
     """
     if config.data.synthetic is None:
-        load_tokenizer(config.data.text_store())
+        tokenizer = load_tokenizer(config.data.text_store())
+        if keeps:
+            keep_tokenizer(tokenizer, Path(config.run.dir) / KEPT_FOLDER)

@@ -33,6 +33,7 @@ from amfm.pretrain.monitor.experts import describe_unbalanced
 from amfm.pretrain.monitor.live import Display
 from amfm.pretrain.monitor.metrics import RunLog
 from amfm.pretrain.monitor.panel import plural
+from amfm.pretrain.opening.data import check_tokenizer
 from amfm.pretrain.parallel import describe_environment
 from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.run import Run
@@ -100,6 +101,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
     write_file_atomically(run.directory / "config.yaml", resolved_yaml(run.config).encode())
     write_file_atomically(run.directory / "environment.json", json.dumps(environment, indent=2).encode() + b"\n")
     keep_released(run)
+    check_tokenizer(run.config, keeps=True)
     last_event = find_last_event(run.directory)
     run.files.log = log = RunLog(run.config, resumed_at_step=run.progress.step)
     device = run.parallel.device.type

@@ -20,11 +20,11 @@ def count_graph_breaks(pattern, dtype):
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
-def assert_compiled_equals_eager(pattern, compiler, **moe_changes):
+def assert_compiled_equals_eager(pattern, compiler, chunk_size=16, **moe_changes):
     weights = {"auxiliary_loss_weight": 0.1, "sequence_loss_weight": 0.1, "z_loss_weight": 0.1}
     moe = MOE.model_copy(update=weights | moe_changes)
     # Two chunks per row: each is unrolled into the graph.
-    config = small_config(pattern, moe=moe, mamba=MAMBA.model_copy(update={"chunk_size": 16}))
+    config = small_config(pattern, moe=moe, mamba=MAMBA.model_copy(update={"chunk_size": chunk_size}))
     eager, compiled = (small_model(config, dtype=torch.float32) for _ in range(2))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -51,6 +51,10 @@ def assert_compiled_equals_eager(pattern, compiler, **moe_changes):
 def test_blocks_of_a_kind_share_their_graphs():
     # Mamba2 has one graph for rows with document boundaries and one for rows without; dense blocks do not look.
     assert assert_compiled_equals_eager("MM-M-", "aot_eager") == 3
+
+
+def test_rows_no_longer_than_a_chunk_compile():
+    assert assert_compiled_equals_eager("M", "aot_eager", chunk_size=23) == 2
 
 
 def test_blocks_that_recycle_choices_share_a_graph_though_each_draws_its_own_seats():
