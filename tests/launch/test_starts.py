@@ -10,6 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from amfm.pretrain.config.file import resolved_yaml
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.tiny_run import tiny_config, tiny_data
@@ -56,6 +59,9 @@ def test_settings_are_refused_and_folders_inspected_without_torch(tmp_path: Path
     assert not found[-1][1] & HEAVY
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="PyTorch 2.11 imports sympy with its own sharded tensors"
+)
 def test_a_run_that_compiles_nothing_imports_no_compiler(tmp_path: Path) -> None:
     data = tiny_data(tmp_path / "data")
     path = tmp_path / "run.yaml"

@@ -12,7 +12,9 @@ from amfm.kernels.moe.op import expert_feed_forward
 from tests.helpers.gradient_place import Place
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
+from tests.kernels.interpreter.products import scaled_products
 
+pytestmark = scaled_products
 EXACT = 1e-6  # float32 products of decoded operands
 # An activation of another exponential falls on another code once in thousands, and one of e2m1 is far from its neighbour.
 FLIPPED = {"mxfp8": 2e-3, "nvfp4": 1e-2}
