@@ -31,9 +31,11 @@ class SourceConfig(Section):
     )
     paths: tuple[str, ...] = Field(
         min_length=1,
-        description="Files, folders, globs, URLs (s3://, gs://, az://; https:// of one file) or data sets of the Hub (hub:OWNER/NAME): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), .idx (Megatron tokens, with .bin next to it); all but the last also as .gz, .zst.",
+        description="Files, folders, globs, URLs (s3://, gs://, az://; https:// of one file) or data sets of the Hub (hub:OWNER/NAME): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), and token ids: .idx (Megatron, with .bin next to it), .npy (Dolma), .ds (datatrove), .bin (nanoGPT); all but those also as .gz, .zst.",
     )
-    text_column: str = Field("text", description="Field that holds the text in jsonl and parquet.")
+    text_column: str = Field(
+        "text", description="Field that holds the text in jsonl and parquet, or token ids (`input_ids`)."
+    )
     weight: float = Field(
         1.0,
         ge=0,

@@ -14,7 +14,14 @@ from typing import Any
 from amfm.data_pipeline.config import DataConfig, SourceConfig
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.durable.foreign_files import read_object
-from amfm.data_pipeline.prepare.documents import Document, Reject, Segment, SegmentReader, TokenDocument
+from amfm.data_pipeline.prepare.documents import (
+    NAME_TOKENIZER,
+    Document,
+    Reject,
+    Segment,
+    SegmentReader,
+    TokenDocument,
+)
 from amfm.data_pipeline.prepare.filters import make_filter
 from amfm.data_pipeline.prepare.rejects import place_of
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file, tokenizer_files, train_tokenizer
@@ -48,6 +55,8 @@ def training_texts(config: DataConfig, plans: Mapping[str, Sequence[Segment]]) -
         if budget <= 0:
             continue
         for item in _read_records(source, plans[source.name]):
+            if isinstance(item, TokenDocument):
+                raise ValueError(f"source {source.name!r} holds tokens{NAME_TOKENIZER}")  # noqa: TRY004 - a setting is wrong
             if isinstance(item, Document):
                 text = item.text[: int(budget) + 1]
                 budget -= len(text.encode())

@@ -24,14 +24,24 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pydantic_core
 
+from amfm.data_pipeline.prepare.columns import (
+    check_offsets,
+    column_problem,
+    holds_ids,
+    is_of_the_disk,
+    read_footer,
+)
 from amfm.data_pipeline.prepare.filters import Filter
-from amfm.data_pipeline.prepare.sources import BUFFER_BYTES, InputFile
+from amfm.data_pipeline.prepare.sources import BUFFER_BYTES, TOKEN_KINDS, InputFile
 from amfm.data_pipeline.store.megatron_files import read_megatron_documents, read_megatron_index
+from amfm.data_pipeline.store.token_files import FLAT_KINDS, read_flat_documents, read_flat_tokens
 
 MAX_DOCUMENT_BYTES = 2**28  # of a text, decompressed; a small file can hold one that takes a node's memory
 MAX_UNPACKED_BYTES = 2**31  # of a compressed parquet or arrow file, which is held in memory
 TOO_LONG = f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB, the most that a document may have"
 FOOTER_SHARE = 8  # a segment of parquet is at least so many times its file's footer, which each segment parses
+NAME_TOKENIZER = ", which mean nothing to a tokenizer trained here; name the file of the tokenizer that made them in data.tokenizer.model"
+NO_FILTERS = "filters need text; remove them"
 BATCH_ROWS = 1024  # of parquet that memory holds at once: a small file may unpack to 10^9 equal cells
 
 
@@ -74,6 +84,9 @@ class Reject:
     reason: str
 
 
+Record = Document | TokenDocument | Reject
+
+
 def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
     """Cut a file into segments of about segment_bytes that together cover it exactly once.
 
@@ -83,10 +96,13 @@ def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
     if file.num_bytes == 0:
         return []
     if file.kind == "parquet" and file.compression == "none":
-        metadata, _ = _read_footer(file)
+        metadata, _ = read_footer(file)
         sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
         runs = _join_neighbours(sizes, max(segment_bytes, FOOTER_SHARE * metadata.serialized_size))
         return [Segment(file, first, stop, sum(sizes[first:stop])) for first, stop in runs]
+    if file.kind in FLAT_KINDS:
+        flat = read_flat_tokens(file.kind, file.path, file.num_bytes, file.open_next)
+        return [Segment(file, first, stop, num_bytes) for first, stop, num_bytes in flat.cut(segment_bytes)]
     if file.kind == "megatron":
         index = read_megatron_index(Path(file.path))
         index.check()
@@ -111,69 +127,9 @@ def _join_neighbours(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int
         yield first, len(sizes)
 
 
-def _read_footer(file: InputFile) -> tuple[Any, pyarrow.Schema]:
-    """Read metadata and schema of a parquet file; ValueError when it is none, because the plan needs its row groups."""
-    try:
-        with file.open_arrow() as opened:
-            metadata = pyarrow.parquet.read_metadata(opened)
-            return metadata, metadata.schema.to_arrow_schema()
-    except (pyarrow.ArrowException, OSError) as error:
-        if _is_of_the_disk(error):
-            raise
-        raise ValueError(f"{file.shown} isn't a whole parquet file; restore or remove it") from error
-
-
-def check_column(files: Sequence[InputFile], text_column: str) -> None:
-    """Raise ValueError where no parquet file can have text in the column: footers tell it before anything is read.
-
-    Files are looked at up to the first that can. Compressed ones and those of other kinds are left to their readers.
-    """
-    problem = ""
-    for file in files:
-        if file.kind != "parquet" or file.compression != "none":
-            return
-        _, schema = _read_footer(file)
-        if (found := _column_problem(schema, text_column)) is not None:
-            problem = problem or f"{file.shown} has {found}"
-            continue
-        kind = schema.field(text_column).type
-        if not (pyarrow.types.is_primitive(kind) or pyarrow.types.is_nested(kind)):
-            return
-        problem = problem or f"column {text_column!r} of {file.shown} holds {kind}, not text"
-    if problem:
-        raise ValueError(f"{problem}; set text_column to the column with text")
-
-
-def _column_problem(schema: pyarrow.Schema, text_column: str) -> str | None:
-    """Why a table has not one column of this name; None where it has."""
-    number = schema.names.count(text_column)
-    if number == 1:
-        return None
-    return f"{'no column' if number == 0 else f'{number} columns'} {text_column!r} among {', '.join(schema.names)}"
-
-
-def _check_offsets(column: Any) -> None:
-    """Raise ArrowInvalid for a column whose cells lie outside of its bytes: to look at one would end the process.
-
-    Cells that are not UTF-8 pass, because each of them is a reject of its own.
-    """
-    try:
-        column.validate(full=True)
-    except pyarrow.ArrowInvalid:
-        binary = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}.get(column.type)
-        if binary is None:
-            raise
-        column.validate()  # or the view itself is not sound
-        column.view(binary).validate(full=True)
-
-
 # What gzip, zlib and zstd raise for broken streams; an OSError with a number is the disk's and is not for us.
 DAMAGED = "damaged"  # begins the reason of each reject that stands for a file, or the rest of one
 _STREAM_ERRORS = (EOFError, OSError, zlib.error)
-
-
-def _is_of_the_disk(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno is not None
 
 
 class SegmentReader:
@@ -182,21 +138,26 @@ class SegmentReader:
     OSError of the disk passes through.
     """
 
-    def __init__(self, segment: Segment, text_column: str, reason_to_drop: Filter | None = None) -> None:
-        self.segment, self.text_column = segment, text_column
+    def __init__(
+        self, segment: Segment, text_column: str, reason_to_drop: Filter | None = None, end_id: int | None = None
+    ) -> None:
+        self.segment, self.text_column, self.end_id = segment, text_column, end_id
         self.reason_to_drop = reason_to_drop
         self.covered_bytes = 0
 
-    def __iter__(self) -> Iterator[Document | TokenDocument | Reject]:
-        if self.segment.file.kind == "megatron":
-            yield from self._megatron()
+    def __iter__(self) -> Iterator[Record]:
+        kind = self.segment.file.kind
+        if kind in TOKEN_KINDS:
+            yield from self._megatron() if kind == "megatron" else self._flat(kind)
             return
         readers = {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet, "arrow": self._arrow}
-        for item in readers[self.segment.file.kind]():
+        for item in readers[kind]():
+            if self.reason_to_drop and isinstance(item, TokenDocument):
+                raise ValueError(f"{self.segment.file.shown} holds tokens in {self.text_column!r}; {NO_FILTERS}")
             reason = self.reason_to_drop(item.text) if self.reason_to_drop and isinstance(item, Document) else None
             yield item if reason is None else Reject(item.position, reason)
 
-    def _text(self) -> Iterator[Document | Reject]:
+    def _text(self) -> Iterator[Record]:
         file = self.segment.file
         try:
             with open_input(file) as stream:
@@ -208,13 +169,13 @@ class SegmentReader:
         except UnicodeDecodeError as error:
             yield Reject(file.name, f"not UTF-8: {error.reason} at byte {error.start}")
         except _STREAM_ERRORS as error:
-            if _is_of_the_disk(error):
+            if is_of_the_disk(error):
                 raise
             yield Reject(file.name, f"{DAMAGED} compressed file: {error}")
         else:
             yield self._check_text(text, file.name)
 
-    def _jsonl(self) -> Iterator[Document | Reject]:
+    def _jsonl(self) -> Iterator[Record]:
         file = self.segment.file
         number = 0
         try:
@@ -228,7 +189,7 @@ class SegmentReader:
                     is_whole = len(line) <= MAX_DOCUMENT_BYTES
                     yield self._parse(line, position) if is_whole else Reject(position, TOO_LONG)
         except _STREAM_ERRORS as error:
-            if _is_of_the_disk(error):
+            if is_of_the_disk(error):
                 raise
             yield Reject(f"{file.name}:line {number + 1}", f"{DAMAGED} compressed file, the rest is lost: {error}")
 
@@ -268,7 +229,7 @@ class SegmentReader:
                 break
         return line, num_bytes
 
-    def _parse(self, line: bytes, position: str) -> Document | Reject:
+    def _parse(self, line: bytes, position: str) -> Record:
         try:
             record = load_json(line)
         except (ValueError, RecursionError) as error:
@@ -277,12 +238,12 @@ class SegmentReader:
             return Reject(position, f"no field {self.text_column!r}")
         return self._check_text(record[self.text_column], position)
 
-    def _parquet(self) -> Iterator[Document | Reject]:
+    def _parquet(self) -> Iterator[Record]:
         file = self.segment.file
         try:
             with open_seekable(file) as opened:
                 table = pyarrow.parquet.ParquetFile(opened)
-                if (problem := _column_problem(table.schema_arrow, self.text_column)) is not None:
+                if (problem := column_problem(table.schema_arrow, self.text_column)) is not None:
                     yield Reject(file.name, problem)
                     return
                 whole = file.compression != "none"  # then the segment is the file, in bytes
@@ -293,27 +254,27 @@ class SegmentReader:
                             yield self._check_cell(text, f"{file.name}:group {group} row {row}")
                             row += 1
         except (pyarrow.ArrowException, *_STREAM_ERRORS) as error:
-            if _is_of_the_disk(error):
+            if is_of_the_disk(error):
                 raise
             yield Reject(file.name, f"damaged parquet: {error}")
 
-    def _arrow(self) -> Iterator[Document | Reject]:
+    def _arrow(self) -> Iterator[Record]:
         """A Hugging Face dataset saved to disk is one or more Arrow streams; `datasets` isn't needed to read them."""
         file = self.segment.file
         try:
             with open_seekable(file) as opened, pyarrow.ipc.open_stream(opened) as stream:
-                if (problem := _column_problem(stream.schema, self.text_column)) is not None:
+                if (problem := column_problem(stream.schema, self.text_column)) is not None:
                     yield Reject(file.name, problem)
                     return
                 row = 0
                 for batch in stream:
                     column = batch.column(self.text_column)
-                    _check_offsets(column)
+                    check_offsets(column)
                     for text in column:
                         yield self._check_cell(text, f"{file.name}:row {row}")
                         row += 1
         except (pyarrow.ArrowException, *_STREAM_ERRORS) as error:
-            if _is_of_the_disk(error):
+            if is_of_the_disk(error):
                 raise
             yield Reject(file.name, f"damaged arrow stream: {error}")
 
@@ -323,16 +284,38 @@ class SegmentReader:
             position = f"{self.segment.file.name}:document {number}"
             yield TokenDocument(tokens, position) if len(tokens) else Reject(position, "empty document")
 
-    def _check_cell(self, cell: Any, position: str) -> Document | Reject:
+    def _flat(self, kind: str) -> Iterator[TokenDocument | Reject]:
+        file, end_id = self.segment.file, self.end_id
+        assert end_id is not None, "a unit knows the store's end token"
+        flat = read_flat_tokens(kind, file.path, file.num_bytes, file.open_next)
+        for place, tokens in read_flat_documents(flat, self.segment.start, self.segment.stop, end_id, file.open_next):
+            position = f"{file.name}:token {place}"
+            is_empty = not len(tokens) or (len(tokens) == 1 and tokens[0] == end_id)
+            yield Reject(position, "empty document") if is_empty else TokenDocument(tokens, position)
+
+    def _check_cell(self, cell: Any, position: str) -> Record:
         """Check a cell of a column; Arrow's own type says text, and no one held its bytes to that."""
+        if holds_ids(cell.type):
+            ids = None if cell.values is None else cell.values.to_numpy(zero_copy_only=False)
+            return self._check_ids(ids, position)
         try:
             text = cell.as_py()
         except UnicodeDecodeError as error:
             return Reject(position, f"not UTF-8: {error.reason} at byte {error.start}")
         return self._check_text(text, position)
 
-    def _check_text(self, text: object, position: str) -> Document | Reject:
-        """Make a document of a text that is not blank and has a UTF-8 form, which JSON's escapes may lack."""
+    def _check_ids(self, ids: Any, position: str) -> TokenDocument | Reject:
+        """Make a document of token ids."""
+        if ids is None or not len(ids):
+            return Reject(position, "empty document")
+        if ids.dtype.kind not in "iu":
+            return Reject(position, f"field {self.text_column!r} has a token that is missing, or none")
+        return TokenDocument(ids.astype(np.int64), position)
+
+    def _check_text(self, text: object, position: str) -> Record:
+        """Make a document of a text that is not blank and has a UTF-8 form, which JSON's escapes may lack; or of token ids."""
+        if isinstance(text, list) and all(type(item) is int and abs(item) < 2**63 for item in text):
+            return self._check_ids(np.array(text, np.int64), position)
         if not isinstance(text, str):
             return Reject(position, f"field {self.text_column!r} is {type(text).__name__}, not text")
         if not text or text.isspace():

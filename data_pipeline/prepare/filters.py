@@ -14,8 +14,13 @@ from amfm.data_pipeline.config import FilterConfig
 Filter = Callable[[str], str | None]
 
 
-def make_filter(config: FilterConfig, source: str) -> Filter:
-    """Make the function that says why a text is dropped, None for a text that stays; ValueError for a bad pattern."""
+def make_filter(config: FilterConfig, source: str) -> Filter | None:
+    """Make the function that says why a text is dropped, None for a text that stays; None without any filter.
+
+    Raises ValueError for a bad pattern.
+    """
+    if config == FilterConfig():
+        return None
     keep = _compile(config.keep_pattern, f"source {source!r}: filters.keep_pattern")
     drop = _compile(config.drop_pattern, f"source {source!r}: filters.drop_pattern")
 

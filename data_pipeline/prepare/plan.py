@@ -18,7 +18,13 @@ from typing import Literal
 
 from amfm.data_pipeline.config import DataConfig, FilterConfig, SourceConfig
 from amfm.data_pipeline.memory import no_garbage_collection
-from amfm.data_pipeline.prepare.documents import Segment, check_column, cut_segments
+from amfm.data_pipeline.prepare.columns import check_column, holds_tokens
+from amfm.data_pipeline.prepare.documents import (
+    NAME_TOKENIZER,
+    NO_FILTERS,
+    Segment,
+    cut_segments,
+)
 from amfm.data_pipeline.prepare.sources import InputFile, list_files
 from amfm.data_pipeline.samples.permutation import derive_key, permute
 from amfm.data_pipeline.store.manifest import MAX_PARTS, Layout
@@ -120,14 +126,11 @@ def plan_source(source: SourceConfig, config: DataConfig, files: Sequence[InputF
     """
     files = _choose_files(source, config, {}) if files is None else files
     check_column(files, source.text_column)
-    if any(file.kind == "megatron" for file in files):
+    if holds_tokens(files, source.text_column):
         if source.filters != FilterConfig():
-            raise ValueError(f"source {source.name!r}: filters need text, but an .idx holds tokens; remove them")
+            raise ValueError(f"source {source.name!r} holds tokens; {NO_FILTERS}")
         if config.tokenizer.model is None:
-            raise ValueError(
-                f"source {source.name!r} is an .idx, whose tokens mean nothing to a tokenizer trained here; name the file "
-                "of the tokenizer that made them in data.tokenizer.model"
-            )
+            raise ValueError(f"source {source.name!r} holds tokens{NAME_TOKENIZER}")
     part_bytes = part_bytes_of(source, config)
     segment_bytes = max(part_bytes // SEGMENTS_PER_PART, min(part_bytes, MIN_SEGMENT_BYTES))
     validating = _choose_validation(source, [file for file in files if file.kind == "text"], config)

@@ -15,7 +15,7 @@ import re
 import stat
 import urllib.parse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -26,7 +26,7 @@ from amfm.data_pipeline.prepare.hub import headers_for, is_hub, list_hub, pin_re
 from amfm.data_pipeline.store.http_files import HttpError, HttpFile, is_http, without_secrets
 from amfm.data_pipeline.store.object_store import RemoteFolder, is_url, split_url
 
-Kind = Literal["text", "jsonl", "parquet", "arrow", "megatron"]
+Kind = Literal["text", "jsonl", "parquet", "arrow", "megatron", "dolma", "datatrove", "nanogpt"]
 Compression = Literal["none", "gz", "zst"]
 
 KIND_BY_SUFFIX: dict[str, Kind] = {
@@ -37,7 +37,13 @@ KIND_BY_SUFFIX: dict[str, Kind] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".idx": "megatron",
+    ".npy": "dolma",
+    ".ds": "datatrove",
+    ".bin": "nanogpt",
 }
+# Of kinds that hold token ids. Files that end in .bin are of many programs, and taken where they are named.
+TOKEN_KINDS = ("megatron", "dolma", "datatrove", "nanogpt")
+NAMED_ALONE = "nanogpt"
 COMPRESSION_BY_SUFFIX: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 BUFFER_BYTES = 2**18  # a line of jsonl is often longer than the buffer that Python would take: a third of the CPU time
 DATASET_DICT = "dataset_dict.json"  # written by the datasets library next to one folder a split
@@ -62,6 +68,10 @@ class InputFile:
     def shown(self) -> str:
         """The path for messages."""
         return without_secrets(self.path)
+
+    def open_next(self, path: str) -> IO[bytes]:
+        """Open it, or another file where it is; FileNotFoundError where that is missing."""
+        return self.open() if path == self.path else replace(self, path=path).open()
 
     def open(self) -> IO[bytes]:
         """Open the file for reading at random, its bytes as they are stored."""
@@ -130,7 +140,7 @@ def _list_local(given: str, where: str) -> list[_Found]:
         for folder in item.relative_to(root).parents:
             _refuse_linked_folder(root / folder, where, but=root)
     found = [_stat(item, item.relative_to(root).as_posix(), where) for item in matches if not item.is_dir()]
-    return _choose_matches(found, where)
+    return _choose_matches(found, where, given)
 
 
 def _match(path: Path, where: str) -> list[Path]:
@@ -234,7 +244,7 @@ def _list_remote(given: str, where: str) -> list[_Found]:
     ]
     if is_glob:
         pattern = _compile_glob(given.removeprefix(f"{root}/"))
-        return _choose_matches([item for item in found if pattern.fullmatch(item.name)], where)
+        return _choose_matches([item for item in found if pattern.fullmatch(item.name)], where, given)
     if found:
         return _choose_in_folder(found, where)
     folder, name = split_url(given)  # a prefix without objects below it may be an object itself
@@ -265,8 +275,9 @@ def _choose_in_folder(found: Sequence[_Found], where: str) -> list[_Found]:
     return matches
 
 
-def _choose_matches(found: Sequence[_Found], where: str) -> list[_Found]:
-    matches = [item for item in found if _is_data(item.name)]
+def _choose_matches(found: Sequence[_Found], where: str, given: str) -> list[_Found]:
+    names_all = _kind_of(given) == NAMED_ALONE
+    matches = [item for item in found if names_all or _is_data(item.name)]
     if not matches:
         raise ValueError(f"{where} doesn't exist; {_REMEDY}")
     return matches
@@ -284,10 +295,10 @@ _REMEDY = "name a file, a folder or a glob that matches text files"
 
 
 def _is_data(name: str) -> bool:
-    """Whether a file is of a kind that is read, not hidden, and not a by-product of the datasets library."""
+    """Whether a file is of a kind that is taken of a folder, not hidden, and not a by-product of the datasets library."""
     parts = name.split("/")
     hidden = any(part.startswith(".") for part in parts)
-    return not hidden and _kind_of(name) is not None and not fnmatch.fnmatchcase(parts[-1], MAPPED)
+    return not hidden and _kind_of(name) not in (None, NAMED_ALONE) and not fnmatch.fnmatchcase(parts[-1], MAPPED)
 
 
 def _fixed_root(pattern: str) -> Path:
@@ -313,6 +324,17 @@ def _describe(found: _Found, name: str) -> InputFile:
     kind = _kind_of(found.name)
     assert kind is not None, f"{found.path} has no known kind"
     num_bytes, modified_ns = found.num_bytes, found.modified_ns
+    compression = _split_suffixes(found.name)[1]
+    if kind in TOKEN_KINDS and compression != "none":
+        raise ValueError(f"{without_secrets(found.path)} holds tokens, which are read at random; unpack it")
+    if kind in ("dolma", "datatrove") and is_http(found.path):
+        raise ValueError(
+            f"{without_secrets(found.path)} needs its index next to it; copy both here, or to an object store"
+        )
+    if kind == "nanogpt" and not is_url(found.path) and Path(found.path).with_suffix(".idx").is_file():
+        raise ValueError(
+            f"{found.path} belongs to {Path(found.path).stem}.idx, which says where documents end; name that"
+        )
     if kind == "megatron":
         if is_url(found.path):
             raise ValueError(
@@ -322,4 +344,4 @@ def _describe(found: _Found, name: str) -> InputFile:
         if not tokens.is_file():
             raise ValueError(f"{found.path} needs {tokens.name} next to it; restore the pair")
         num_bytes, modified_ns = tokens.stat().st_size, tokens.stat().st_mtime_ns
-    return InputFile(found.path, name, kind, _split_suffixes(found.name)[1], num_bytes, modified_ns)
+    return InputFile(found.path, name, kind, compression, num_bytes, modified_ns)

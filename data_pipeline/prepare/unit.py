@@ -149,7 +149,9 @@ class _UnitWriter:
     def _documents(self) -> Iterator[tuple[Split, str, int]]:
         """Texts to tokenize and their bytes; documents that are tokens already are collected on the way."""
         for segment in self.unit.segments:
-            reader = SegmentReader(segment, self.unit.settings.text_column, self.reason_to_drop)
+            reader = SegmentReader(
+                segment, self.unit.settings.text_column, self.reason_to_drop, self.unit.settings.eos_id
+            )
             for item in reader:
                 if isinstance(item, Reject):
                     self.rejects.append(item)

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 
 from amfm.data_pipeline.config import FilterConfig, SourceConfig
 from amfm.data_pipeline.durable.foreign_files import read_object
-from amfm.data_pipeline.prepare.documents import SegmentReader, check_column, cut_segments
+from amfm.data_pipeline.prepare.columns import check_column
+from amfm.data_pipeline.prepare.documents import SegmentReader, cut_segments
 from amfm.data_pipeline.prepare.duplicates import mark_duplicates
 from amfm.data_pipeline.prepare.filters import make_filter
 from amfm.data_pipeline.prepare.journal import Journal
