@@ -73,7 +73,7 @@ def read_flat_tokens(kind: str, path: str, num_bytes: int, open_file: Open) -> F
     total = int(ends[-1]) if len(ends) else 0
     if not total or (np.diff(ends, prepend=0) < 0).any() or num_bytes % total or num_bytes // total not in (2, 4):
         raise ValueError(
-            f"{path} has {num_bytes} bytes and its index {total} tokens, which is neither 2 nor 4 bytes a token in order; restore "
+            f"{path} has {num_bytes} bytes and its index {total} tokens, which is neither 2 nor 4 bytes per token in order; restore "
             "both from a copy"
         )
     return FlatTokens(path, f"<u{num_bytes // total}", 0, total, ends)
