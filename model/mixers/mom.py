@@ -21,7 +21,8 @@ from amfm.model.config.kinds import find_kind
 from amfm.model.config.mixer_options import MomOptions
 from amfm.model.mixers.base import LinearMixer
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
-from amfm.model.packing import PackMeta
+from amfm.model.moe.balance import means_without
+from amfm.model.packing import PackMeta, Padding
 from amfm.model.parallel.regions import leave_tensor_region
 from amfm.model.parallel.shards import Shard
 
@@ -66,7 +67,7 @@ class MomMixer(SequenceMixer):
         else:
             assert isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
             y_BTI, next_state = self._go_on(parts, weights_BTK, memory_BTK, meta, state)
-        auxiliary = self._balance(probabilities_BTM, memory_BTK) if self.training else {}
+        auxiliary = self._balance(probabilities_BTM, memory_BTK, meta.padding) if self.training else {}
         y_BTD = leave_tensor_region(self.inner.out_proj(y_BTI), self.build.groups)
         return MixerOutput(y_BTD, next_state, auxiliary)
 
@@ -116,13 +117,20 @@ class MomMixer(SequenceMixer):
                 state[name] = kept
         return torch.stack(outputs, dim=1), state
 
-    def _balance(self, probabilities_BTM: Tensor, memory_BTK: Tensor) -> dict[str, Tensor]:
-        """Compute the weighted loss that keeps memories evenly used (Fedus et al. 2021, arXiv 2101.03961, section 2.2)."""
-        weight, top_k = self.options.balance_loss_weight, self.options.top_k
+    def _balance(self, probabilities_BTM: Tensor, memory_BTK: Tensor, padding: Padding | None) -> dict[str, Tensor]:
+        """Compute the weighted loss that keeps memories evenly used (Fedus et al. 2021, arXiv 2101.03961, section 2.2).
+
+        Padding has no part in counts and means.
+        """
+        weight, top_k, memories = self.options.balance_loss_weight, self.options.top_k, self.options.num_memories
         if not weight:
             return {}
-        counts_M = count_experts(memory_BTK[..., :top_k].flatten(0, 1), self.options.num_memories)
-        loss = weight * balance_loss(probabilities_BTM.flatten(0, 1), counts_M, top_k)
+        chosen_BTK, mean = memory_BTK[..., :top_k], None
+        if padding is not None:
+            chosen_BTK = chosen_BTK.masked_fill(padding.is_padding_BT[..., None], memories)
+            mean, _ = means_without(padding, 1)
+        counts_M = count_experts(chosen_BTK.flatten(0, 1), memories + 1)[:memories]
+        loss = weight * balance_loss(probabilities_BTM.flatten(0, 1), counts_M, top_k, mean)
         # All tensor ranks compute the same loss, and their gradients are summed.
         return {"memory_balance": loss.detach() + (loss - loss.detach()) / self.build.groups.tp.size()}
 
