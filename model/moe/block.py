@@ -297,11 +297,12 @@ class MoeMixer(Mixer):
         """
         if self.expert_bias is None:
             return
-        counts_E = counts_E.to(self.expert_bias)
+        # Of more choices than float32 counts, too, the sign is exact.
+        counts_E = counts_E.to(self.expert_bias.device, torch.float64)
         # Pruned experts have no load to balance, and their share is the others'.
         is_pruned_E = self.expert_bias <= PRUNED_BIAS / 2
         mean = counts_E.sum() / (~is_pruned_E).sum()
-        moved_E = torch.sign(mean - counts_E).masked_fill(is_pruned_E, 0)
+        moved_E = torch.sign(mean - counts_E).masked_fill(is_pruned_E, 0).to(self.expert_bias)
         self.expert_bias.add_(moved_E, alpha=self.section.bias_update_rate)
         # Signs do not add up to 0, so the mean would drift; choices compare experts, and no mean changes them.
         living_E = self.expert_bias.masked_fill(is_pruned_E, 0)

@@ -81,7 +81,9 @@ def test_every_epoch_of_every_source_is_complete_without_repeats(config, packing
             complete += 1
             assert len(rows) == loader.reader.rows_per_epoch(source)
     assert complete >= 4
-    assert places["source0", 0] != places["source0", 1], "epochs have their own orders"
+    first, second = places["source0", 0], places["source0", 1]
+    alike = sum(one == other for one, other in zip(first, second))
+    assert alike < len(second) / 10, "epochs have their own orders"
 
 
 def test_rows_hold_the_tokens_of_the_store_in_order(config):
