@@ -48,6 +48,10 @@ VERBS = {
         "rollback",
         "Branch off a run: OUT continues from a checkpoint with other settings, such as an annealing stage; RUN stays.",
     ),
+    "replay": (
+        "rollback",
+        "Compute a step of a run again from the checkpoint before it, and compare loss, gradient norm and weights to the bit.",
+    ),
     "watch": (
         "watch",
         "Show a run live, from any machine that sees its directory: progress, speed, ranks, checkpoints, outcome.",

@@ -35,6 +35,7 @@ def test_the_verbs_are_those_of_the_contract():
             "tasks",
             "merge",
             "fork",
+            "replay",
             "shrink",
             "convert",
             "recipes",

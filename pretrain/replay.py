@@ -1,0 +1,201 @@
+"""Compute steps of a finished run again from a checkpoint, and compare what they gave with the run's records, to the bit.
+
+The steps are trained by the loop as it is, in another run directory, from the newest checkpoint before the step that was
+asked for, with the configuration of the start that trained it; the run stays as it is. The line of each step in
+metrics.jsonl has the loss and the gradient norm with all their digits, and where the run has a checkpoint of the last step,
+every number of it is compared. Equal code, libraries and ranks give equal bits on a CPU, and on GPUs with
+`train.deterministic`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amfm.data_pipeline.progress import Report, silent
+from amfm.pretrain.checkpoint.fork import fork_run
+from amfm.pretrain.checkpoint.inspect import require_sound
+from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints, step_of
+from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
+from amfm.pretrain.config.file import load_config
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.report.attempts import Attempt, list_attempts
+from amfm.pretrain.report.data import read_run
+from amfm.pretrain.versions import OWN_CODE, collect_versions
+
+# What a step computes, in the order in which it does; the rest of its line depends on time and machine.
+NUMBERS = ("lr", "tokens", "loss", "auxiliary", "mtp_loss", "expert_load", "grad_norm", "skipped")
+# Of the run again: what no number depends on is not done a second time.
+ALONE = (
+    *("run.name=null", "run.tensorboard=false", "run.wandb_project=null", "train.resume_step=null"),
+    *("train.checkpoint_store=null", "train.checkpoint_every_steps=null", "train.keep_every_steps=null"),
+    *("train.replica_every_steps=null", "train.validate_every_steps=null", "train.stop_after_minutes=null"),
+    *("train.profile=null", "evaluate.tasks=[]", "validation=[]"),
+)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Steps `first` to `last` are to be trained in `path` by `world_size` ranks. remarks: what may change bits."""
+
+    path: Path
+    first: int
+    last: int
+    world_size: int
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first number that was not given again: of a step's line, or of a tensor in the last step's checkpoint.
+
+    rank: of the run, which wrote that part of the tensor; index: of the number in the whole tensor's part that it wrote.
+    """
+
+    step: int
+    name: str
+    recorded: Any
+    computed: Any
+    rank: int | None = None
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found: the first difference, None where all is equal, and whether the run has a checkpoint of the last step.
+
+    tensors: in how many parts of parameters, moments and buffers of that checkpoint a bit differs. weights_sha256, loss and
+    grad_norm: of the last step as it was computed.
+    """
+
+    difference: Difference | None
+    weights_sha256: str
+    has_checkpoint: bool
+    tensors: int
+    loss: float | None
+    grad_norm: float | None
+
+
+def prepare_replay(
+    run_dir: Path, step: int, out: Path, *, num_ranks: int | None = None, report: Report = silent
+) -> Replay:
+    """Make `out` a run that trains up to this step from the checkpoint before it; num_ranks: None as it was.
+
+    Raises ValueError for a step that the run did not train, has no checkpoint from before, or trained with settings that
+    changed since that checkpoint; RuntimeError where the checkpoint is damaged.
+    """
+    record = read_run(run_dir)
+    if step not in {line["step"] for line in record.metrics}:
+        raise ValueError(f"--step {step}: {run_dir} has steps 1 to {record.last_step()}")
+    saved = sorted(step_of(path) for path in list_checkpoints(run_dir / "checkpoints"))
+    before = max((each for each in saved if each < step), default=None)
+    if before is None:
+        found = ", ".join(map(str, saved)) or "none"
+        raise ValueError(
+            f"--step {step}: a step is computed from a checkpoint before it, and {run_dir} has {found}; "
+            "give a later step, and keep more by train.keep_last or train.keep_every_steps"
+        )
+    starts = list_attempts(record.events, record.last_step())
+    kept = [start for start in starts if any(start.keeps(each) for each in range(before + 1, step + 1))]
+    if not kept:
+        raise ValueError(f"--step {step}: the events of {run_dir} do not show which start trained it")
+    configs = [read_config(run_dir, start, step, out) for start in kept]
+    sizes = [int(start.event["world_size"]) for start in kept]
+    if any((config, size) != (configs[-1], sizes[-1]) for config, size in zip(configs, sizes)):
+        numbers = ", ".join(str(start.number) for start in kept)
+        raise ValueError(
+            f"--step {step}: steps {before + 1} to {step} were trained by starts {numbers} (amfm inspect {run_dir} --step {step}), "
+            "with other settings or ranks, and there is no checkpoint between them; give another step"
+        )
+    fork_run(run_dir, before, configs[-1], report)
+    num_ranks = num_ranks or sizes[-1]
+    return Replay(out, before + 1, step, num_ranks, tuple(describe_changes(kept[-1].event, num_ranks)))
+
+
+def read_config(run_dir: Path, start: Attempt, step: int, out: Path) -> RunConfig:
+    """The configuration of a start, for a run in `out` that ends at this step and does nothing besides."""
+    recorded = run_dir / str(start.event.get("config") or "config.yaml")
+    own = [f"run.dir={json.dumps(str(out))}", f"train.stop_after_steps={step}"]
+    return load_config(recorded, [*ALONE, *own])
+
+
+def describe_changes(event: Mapping[str, Any], num_ranks: int) -> Iterator[str]:
+    """What is not as it was when the run trained these steps, as sentences."""
+    now = collect_versions()
+    then = {**(event.get("versions") or {}), OWN_CODE: event.get("code")}
+    for name, version in then.items():
+        if version is not None and now.get(name) != version:
+            yield f"{name} was {version} and is {now.get(name)}"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if event.get("device") not in (None, device):
+        yield f"the run was trained on {event['device']}, this is {device}"
+    if event.get("world_size") != num_ranks:
+        yield f"the run had {event.get('world_size')} ranks, this has {num_ranks}"
+
+
+def compare_replay(run_dir: Path, replay: Replay, report: Report = silent) -> Outcome:
+    """Compare the steps that were trained again with the run's: their lines, then the checkpoint after the last."""
+    lines = [{line["step"]: line for line in read_run(path).metrics} for path in (run_dir, replay.path)]
+    difference: Difference | None = None
+    for step in range(replay.first, replay.last + 1):
+        recorded, computed = (by_step.get(step, {}) for by_step in lines)
+        unlike = [name for name in NUMBERS if recorded.get(name) != computed.get(name)]
+        if unlike:
+            difference = Difference(step, unlike[0], recorded.get(unlike[0]), computed.get(unlike[0]))
+            break
+    checkpoint = replay.path / "checkpoints" / checkpoint_name(replay.last)
+    manifest = require_sound(checkpoint, report)
+    theirs = run_dir / "checkpoints" / checkpoint.name
+    has_checkpoint, tensors = theirs.is_dir(), 0
+    if has_checkpoint:
+        found = list(find_unlike((theirs, require_sound(theirs, report)), (checkpoint, manifest), replay.last))
+        difference, tensors = difference or next(iter(found), None), len(found)
+    last = lines[1].get(replay.last, {})
+    digest = digest_weights(checkpoint, manifest)
+    return Outcome(difference, digest, has_checkpoint, tensors, last.get("loss"), last.get("grad_norm"))
+
+
+Checkpoint = tuple[Path, dict[str, Any]]  # verified, with its manifest
+
+
+def find_unlike(recorded: Checkpoint, computed: Checkpoint, step: int) -> Iterator[Difference]:
+    """The first number of each tensor that differs in a bit, by the ranges that the ranks of the run wrote."""
+    one, other = (RangeReader(*checkpoint) for checkpoint in (recorded, computed))
+    for name in recorded[1]["parameters"]:
+        for kind in kinds_of(recorded[1], name):
+            for shard in one.shards(name):
+                for start, numel, file in shard.ranges:
+                    pair = torch.empty(numel), torch.empty(numel)
+                    for reader, flat in zip((one, other), pair):
+                        reader.fill(flat, kind, name, shard.placement, start)
+                    yield from first_unlike(*pair, step, f"{kind} of {name}", file, start)
+    for name, entry in recorded[1]["buffers"].items():
+        pair = one.buffer(name).reshape(-1), other.buffer(name).reshape(-1)
+        yield from first_unlike(*pair, step, f"buffer {name}", entry["file"], 0)
+
+
+def first_unlike(
+    recorded: Tensor, computed: Tensor, step: int, name: str, file: str, start: int
+) -> Iterator[Difference]:
+    """The first number in which two flat tensors differ, compared as bytes."""
+    size = recorded.element_size()
+    unlike = (recorded.view(torch.uint8) != computed.view(torch.uint8)).view(-1, size).any(1).nonzero()
+    if len(unlike):
+        index = int(unlike[0])
+        rank = int(PurePath(file).stem.removeprefix("rank-"))
+        yield Difference(step, name, recorded[index].item(), computed[index].item(), rank, start + index)
+
+
+def digest_weights(checkpoint_dir: Path, manifest: dict[str, Any]) -> str:
+    """SHA-256 of all whole float32 weights in the order of their names: the same under every layout."""
+    reader, digest = RangeReader(checkpoint_dir, manifest), hashlib.sha256()
+    for name in sorted(manifest["parameters"]):
+        digest.update(name.encode() + b"\0" + reader.whole("weight", name).numpy().tobytes())
+    return digest.hexdigest()
