@@ -50,7 +50,8 @@ def test_padding_is_not_counted_by_the_balance_loss() -> None:
     # By the paper's equation, from the probabilities of the 25 tokens alone.
     hidden_BTD = model.blocks[0].norm(model.embed(tokens_BT).residual_BTD)
     probabilities = (hidden_BTD @ model.blocks[0].mixer.router.T).softmax(-1)[torch.arange(16) < lengths_B[:, None]]
-    share = torch.bincount(probabilities.topk(2).indices.flatten(), minlength=4) / (2 * len(probabilities))
+    counts = torch.bincount(probabilities.topk(2).indices.flatten(), minlength=4)
+    share = counts.double() / (2 * len(probabilities))
     expected = 0.01 * 4 * (share * probabilities.mean(0)).sum()
     assert_near(padded, expected, FLOAT64, "loss")
     (expected_gradient,) = torch.autograd.grad(expected, model.blocks[0].mixer.router)
