@@ -1,4 +1,4 @@
-"""One block, its pre-norm and mixer, and how the stream passes several of them.
+"""One block, its norm and mixer, and how the stream passes several of them.
 
 Residual and delta: a block does not add its output to the stream. Between blocks the stream is a pair, the residual and
 the newest mixer's output (delta), because the next norm must read both and adds them in the same pass over memory. The
@@ -104,7 +104,9 @@ BlockSteps = Generator[None, None, tuple[Tensor, MixerOutput]]
 
 
 class Block(nn.Module):
-    """Pre-norm residual block, x + multiplier * mixer(norm(x)); the addition is left to the next norm.
+    """Residual block, x + multiplier * mixer(norm(x)), or with its norm after it x + multiplier * norm(mixer(x)).
+
+    The addition is left to the next norm.
 
     With `recomputes` only the block's input is kept for the backward pass, which computes the rest again (Chen et al. 2016,
     arXiv 1604.06174). Without `keeps_norm` what the mixer reads is made again there (remade.py).
@@ -114,7 +116,7 @@ class Block(nn.Module):
         super().__init__()
         self.letter = config.built_letters[index]
         self.recomputes, self.keeps_norm = False, True
-        self.multiplier = config.multipliers.residual
+        self.multiplier, self.norm_after = config.multipliers.residual, config.norms_after()[index]
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
         self.mixer = build_mixer(index, config, groups, backend)
         self.updates = put_updates(self.mixer, config, groups, backend)
@@ -144,7 +146,7 @@ class Block(nn.Module):
             return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
         normed_BTD, residual_BTD = self._add_and_norm(residual_BTD, delta_BTD)
         with self._recomputed_norm(normed_BTD, residual_BTD) or nullcontext():
-            mixed = self.mixer(normed_BTD, meta, state)
+            mixed = self._leave(self.mixer(normed_BTD, meta, state))
         return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
 
     def steps(self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta) -> BlockSteps:
@@ -155,7 +157,7 @@ class Block(nn.Module):
         assert not self.recomputes, "checked: blocks in turns keep their activations"
         normed_BTD, residual_BTD = self._add_and_norm(residual_BTD, delta_BTD)
         steps, again = self.mixer.steps(normed_BTD, meta), self._recomputed_norm(normed_BTD, residual_BTD)
-        mixed = yield from (steps if again is None else run_inside(again, steps))
+        mixed = self._leave((yield from (steps if again is None else run_inside(again, steps))))
         return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
 
     def advance(self, steps: BlockSteps) -> tuple[Tensor, MixerOutput] | None:
@@ -168,15 +170,21 @@ class Block(nn.Module):
 
     def _mix(self, residual_BTD: Tensor, meta: PackMeta) -> MixerOutput:
         mixed: MixerOutput = self.mixer(self._norm(residual_BTD), meta, None)
-        return mixed
+        return self._leave(mixed)
+
+    def _leave(self, mixed: MixerOutput) -> MixerOutput:
+        """The mixer's output, normed where its norm comes after it."""
+        return mixed._replace(y_BTD=self.norm(mixed.y_BTD)) if self.norm_after else mixed
 
     def _norm(self, residual_BTD: Tensor) -> Tensor:
         """What the mixer reads of the stream, in the dtype of the weights."""
-        normed_BTD: Tensor = self.norm(residual_BTD)
+        normed_BTD: Tensor = residual_BTD if self.norm_after else self.norm(residual_BTD)
         return normed_BTD.to(self.norm.weight.dtype)
 
     def _add_and_norm(self, residual_BTD: Tensor, delta_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the mixer reads, and the sum of both."""
+        if delta_BTD is not None and self.norm_after:
+            residual_BTD, delta_BTD = residual_BTD + delta_BTD.to(residual_BTD.dtype), None
         if delta_BTD is None:
             return self._norm(residual_BTD), residual_BTD
         normed_BTD, residual_BTD = self.norm.add(delta_BTD, residual_BTD)
@@ -187,7 +195,7 @@ class Block(nn.Module):
 
         A split pass keeps it: what its operations get of kept weights must be the parameters themselves.
         """
-        if self.keeps_norm or is_splitting() or not torch.is_grad_enabled():
+        if self.keeps_norm or self.norm_after or is_splitting() or not torch.is_grad_enabled():
             return None
         return Recomputed(normed_BTD, partial(self._norm, residual_BTD.detach()))
 

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -91,6 +91,10 @@ class ModelConfig(Section):
     vocab_size: int = Field(gt=0, le=10_000_000, description="Rows of the embedding; at least the tokenizer's.")
     hidden_size: int = Field(gt=0, le=1_000_000, description="Width of the residual stream.")
     norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon of every RMSNorm.")
+    norm_placement: Literal["before", "after", "after_attention"] = Field(
+        "before",
+        description="The norm of a block: `before` it, or `after` it, on what it adds to the stream (OLMo 2); `after_attention`: after attention and the feed-forward behind it, before other blocks (OLMo Hybrid).",
+    )
     tie_embeddings: bool = Field(False, description="Head shares the embedding's weights.")
     head: str | None = Field(
         None,
@@ -210,6 +214,19 @@ class ModelConfig(Section):
     def num_depth_modules(self) -> int:
         """Modules of multi-token prediction that the model has: one for all depths where they are shared."""
         return min(1, self.num_depths) if self.prediction.shared else self.num_depths
+
+    def norms_after(self) -> tuple[bool, ...]:
+        """Whether the norm of each block that is built comes after it; raises as `block_options`, where kinds matter."""
+        symbols, is_after = self.built_letters, self.norm_placement == "after"
+        if self.norm_placement != "after_attention":
+            return tuple(is_after for _ in symbols)
+        found = []
+        for symbol in symbols:
+            if kind_of(symbol).mixes != "channels":
+                # Softmaxes of queries and keys have an answer.
+                is_after = self.block_options(symbol).qk_clip() is not None
+            found.append(is_after)
+        return tuple(found)
 
     @property
     def built_letters(self) -> tuple[str, ...]:

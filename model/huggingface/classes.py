@@ -14,9 +14,11 @@ from amfm.model.config.mup import without_mup
 from amfm.model.config.plugins import describe_entry, installed_specs
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface import (
+    deepseek_v2,
     deepseek_v3,
     deepseek_v32,
     falcon_h1,
+    glm_moe_dsa,
     gpt_oss,
     granitemoehybrid,
     kimi_linear,
@@ -25,6 +27,7 @@ from amfm.model.huggingface import (
     nemotron_h,
     own,
     qwen3_5_moe,
+    qwen3_5_text,
     qwen3_next,
 )
 from amfm.model.huggingface.entries import WeightMap
@@ -39,9 +42,12 @@ CLASSES: tuple[HfClass, ...] = (
     granitemoehybrid.CLASS,
     qwen3_next.CLASS,
     qwen3_5_moe.CLASS,
+    qwen3_5_text.CLASS,
     kimi_linear.CLASS,
     deepseek_v3.CLASS,
     deepseek_v32.CLASS,
+    deepseek_v2.CLASS,
+    glm_moe_dsa.CLASS,
     lfm2.CLASS,
     lfm2_moe.CLASS,
     gpt_oss.CLASS,

@@ -52,15 +52,19 @@ def unfit_for_deepseek_v3(config: ModelConfig) -> list[str]:
 
 def deepseek_v3_fields(config: ModelConfig) -> dict[str, Any]:
     """Build the fields of config.json that are the class's own."""
+    # The class has them fixed. Without them vLLM scores experts by a softmax and reads no biases, and llama.cpp refuses the file.
+    return fields_of(config, KIND) | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+
+
+def fields_of(config: ModelConfig, kind: LatentClass) -> dict[str, Any]:
+    """The same of a class that is like it."""
     options = latent_options(config)
     parameters = parameters_of(options.rope(), options.rope_head_dim)
     if options.yarn is not None and options.yarn.mscale is not None:
         parameters |= {"mscale": options.yarn.mscale, "mscale_all_dim": options.yarn.mscale}
     own = {"rope_interleave": True, "num_nextn_predict_layers": 0, "rope_parameters": parameters}
     own |= flat_rope_fields(parameters)
-    # The class has them fixed. Without them vLLM scores experts by a softmax and reads no biases, and llama.cpp refuses the file.
-    own |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-    return latent_fields(config, KIND) | own | expert_fields(config, KIND)
+    return latent_fields(config, kind) | own | expert_fields(config, kind)
 
 
 def model_config_from_deepseek_v3(fields: Mapping[str, Any]) -> ModelConfig:

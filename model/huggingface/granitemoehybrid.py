@@ -251,7 +251,8 @@ def granite_map(config: ModelConfig) -> WeightMap:
     return paired_map(config, _BLOCKS, zeros={"E": _shared_zeros})
 
 
-def _mamba_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+def mamba_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    """Entries of Mamba2, named alike in other classes of pairs."""
     for name in block_shapes(config, "M"):
         other, form = CONV_FORMS.get(name, (name, "same"))
         yield WeightEntry(ours + name, (f"{layer}mamba.{other}",), form)
@@ -279,7 +280,7 @@ def _shared_zeros(config: ModelConfig, layer: str) -> Zeros:
 
 
 _BLOCKS: dict[str, BlockEntries] = {
-    "M": _mamba_entries,
+    "M": mamba_entries,
     "*": _attention_entries,
     "E": partial(_second_entries, "E"),
     "-": partial(_second_entries, "-"),

@@ -46,6 +46,12 @@ OurTarget = Literal[
     "hy_v3",
     "olmoe",
     "minimax_m2",
+    "olmo2",
+    "olmo3",
+    "bamba",
+    "qwen3_5_text",
+    "deepseek_v2",
+    "glm_moe_dsa",
 ]
 OURS: tuple[str, ...] = get_args(OurTarget)
 # Of packages by name alone: their code imports this file.

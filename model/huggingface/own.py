@@ -56,6 +56,9 @@ def own_fields(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "pattern": "".join(letters),
         "norm_epsilon": config.norm_epsilon,
+        "norm_placement": config.norm_placement,
+        # What follows from it, for the modelling files.
+        "norms_after": [index for index, is_after in enumerate(config.norms_after()) if is_after],
         "multipliers": config.multipliers.model_dump(),
         "mamba": config.mamba.model_dump() if config.mamba else None,
         "attention": config.attention.model_dump() if config.attention else None,
@@ -78,6 +81,7 @@ def model_config_from_own(fields: Mapping[str, Any]) -> ModelConfig:
             "initializer_range": fields["initializer_range"],
             # Exports of earlier versions have none.
             "mixers": fields.get("mixers") or {},
+            "norm_placement": fields.get("norm_placement") or "before",
             "multipliers": fields.get("multipliers") or {},
             **sections,
         }

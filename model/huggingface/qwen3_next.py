@@ -170,7 +170,7 @@ def model_config_from_qwen3_next(fields: Mapping[str, Any]) -> ModelConfig:
     """
     require_fields(fields, {"hidden_act": "silu", "attention_bias": False, "decoder_sparse_step": 1})
     dense = set(fields.get("mlp_only_layers") or ())
-    if not fields["num_experts"]:
+    if not fields.get("num_experts"):
         dense = set(range(len(fields["layer_types"])))
     letters = [LETTERS[kind] + ("-" if layer in dense else "E") for layer, kind in enumerate(fields["layer_types"])]
     pattern = "".join(letters) + f"/{''.join(QWEN3_NEXT_DEPTH)}" * count_depths(fields)

@@ -41,19 +41,25 @@ def explain_unfit(config: ModelConfig, target: str) -> list[str]:
             f"model.head={config.head} is a head of another package, which no class and no file of ours has; train without it"
         ]
     rare = [] if found.ships_code else unfit_rare_options(config, target, found.holds)
+    if config.norm_placement != "before" and not found.ships_code and "norm_placement" not in found.holds:
+        rule = f"{target} norms what a block reads; use before, or target own"
+        rare.append(f"model.norm_placement={config.norm_placement}: {rule}")
     return found.unfit(without_mup(config)) + rare
 
 
-def choose_target(config: ModelConfig, family: str | None = None) -> Target:
+def choose_target(config: ModelConfig, family: str | None = None, tokenizer_kind: str | None = None) -> Target:
     """Choose the first native class that holds the configuration exactly, else `own`.
 
-    family: model type of the released model that it continues, whose class comes first. Raises ValueError for a model with mixers
+    family: model type of the released model that it continues, whose class comes first. tokenizer_kind: of a tokenizer that
+    AutoTokenizer must give the ids of. Raises ValueError for a model with mixers
     of other packages, which none of them has.
     """
     reasons = unfit_for_all(config)
     if reasons:
         raise ValueError("; ".join(reasons))
     tried = sorted(NATIVE_TARGETS, key=lambda target: WRITTEN[target].model_type != family)
+    if tokenizer_kind is not None:
+        tried = [target for target in tried if not WRITTEN[target].unfit_tokenizer(tokenizer_kind)]
     return next((target for target in tried if not explain_unfit(config, target)), "own")
 
 

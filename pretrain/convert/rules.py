@@ -168,6 +168,9 @@ def mixer_problems(config: RunConfig) -> Iterator[Problem]:
         )
         return
     options = getattr(config.model.mixers, convert.to)
+    if convert.to != WINDOW_LINEAR and config.model.norm_placement == "after_attention":
+        rule = f"places norms by what is attention, and convert.to={convert.to} is none"
+        yield Problem("model.norm_placement", rule, "convert to window_linear", "after_attention")
     if options is None:
         rule = f"is missing, and convert.to={convert.to} needs its options"
         yield Problem(f"model.mixers.{convert.to}", rule, "add the section")

@@ -252,6 +252,10 @@ def check_fits(model: ModelConfig, path: Path) -> None:
         raise ValueError(
             f"{path}: model.attention.gate={model.attention.gate} is not read from Megatron-Core; leave it out"
         )
+    if model.norm_placement != "before" or (model.attention is not None and model.attention.qk_norm == "wide"):
+        raise ValueError(
+            f"{path}: norms after blocks or over all heads are not read from Megatron-Core; use the defaults"
+        )
     for key, section in (("attention", model.attention), ("moe", model.moe)):
         if section is not None and section.bias:
             raise ValueError(f"{path}: model.{key}.bias=true is not read from Megatron-Core; leave it out")

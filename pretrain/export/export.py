@@ -174,7 +174,9 @@ def resolve_target(weights: Weights, asked: str) -> Target:
     if reasons:
         raise ValueError(f"export target {asked} cannot hold this model: " + "; ".join(reasons))
     if asked == "auto":
-        return choose_target(weights.model, weights.released.model_type if weights.released is not None else None)
+        family = weights.released.model_type if weights.released is not None else None
+        given = weights.given_tokenizer
+        return choose_target(weights.model, family, None if given is None else given.kind)
     return find_target(asked).name
 
 

@@ -33,9 +33,19 @@ def loss_and_gradients(model):
     return loss.detach(), gradients, output.expert_counts
 
 
-@pytest.mark.parametrize(("letters", "compiler"), [("M", None), ("*E", None), ("M*E-", None), ("M*E-", "aot_eager")])
-def test_losses_and_gradients_keep_every_bit(letters, compiler):
-    plain, again = build(""), build(letters)
+@pytest.mark.parametrize(
+    ("letters", "compiler", "placement"),
+    [
+        ("M", None, "before"),
+        ("*E", None, "before"),
+        ("M*E-", None, "before"),
+        ("M*E-", "aot_eager", "before"),
+        ("M*E-", None, "after_attention"),
+    ],
+)
+def test_losses_and_gradients_keep_every_bit(letters, compiler, placement):
+    config = CONFIG.model_copy(update={"norm_placement": placement})
+    plain, again = build("", config), build(letters, config)
     if compiler is not None:
         plain.compile_blocks(compiler=compiler)
         again.compile_blocks(compiler=compiler)

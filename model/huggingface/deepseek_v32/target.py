@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from amfm.model.config.indexer import IndexerConfig
@@ -17,58 +18,59 @@ from amfm.model.huggingface import deepseek_v3
 from amfm.model.huggingface.entries import WeightEntry, WeightMap
 from amfm.model.huggingface.latent.layers import (
     LAYER_TYPES,
+    LatentClass,
     latent_options,
     mla_options,
     model_config_from_latent,
     unfit_blocks,
     unfit_layers,
 )
-from amfm.model.huggingface.latent.weights import latent_map
+from amfm.model.huggingface.latent.weights import RotaryEntry, latent_map
 from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, Refusal
 
 KIND = replace(deepseek_v3.KIND, name="deepseek_v32", class_name="DeepseekV32ForCausalLM")
+QUERY, HEAD_WEIGHTS = "wq_b.weight", "weights_proj.weight"
 # Ours and theirs, below the module of the indexer.
 NAMES = {
-    "query.weight": "wq_b.weight",
+    "query.weight": QUERY,
     "key.weight": "wk.weight",
     "key_norm.weight": "k_norm.weight",
     "key_norm.bias": "k_norm.bias",
-    "head_weights.weight": "weights_proj.weight",
+    "head_weights.weight": HEAD_WEIGHTS,
 }
 
 
-def unfit_for_deepseek_v32(config: ModelConfig) -> list[str]:
-    """List every choice that the class cannot hold, as value, rule and remedy."""
-    reasons = unfit_layers(config, KIND) + unfit_blocks(config, KIND)
+def unfit_for_indexed(kind: LatentClass, config: ModelConfig) -> list[str]:
+    """List every choice that a class with indexers cannot hold, as value, rule and remedy."""
+    name = kind.name
+    reasons = unfit_layers(config, kind) + unfit_blocks(config, kind)
     if "+" not in config.letters:
         return reasons
     key, mla = "model.mixers.mla", mla_options(config)
     if mla.indexer is None:
         return [
             *reasons,
-            f"{key}.indexer is missing: deepseek_v32 chooses its keys; set it, or target deepseek_v3 or own",
+            f"{key}.indexer is missing: {name} chooses its keys; set it, or target deepseek_v3 or own",
         ]
     if mla.query_latent_size is None:
-        reasons.append(
-            f"{key}.query_latent_size is missing: deepseek_v32 makes queries from a latent; set it, or target own"
-        )
+        reasons.append(f"{key}.query_latent_size is missing: {name} makes queries from a latent; set it, or target own")
     if mla.indexer.stage != "sparse":
-        rule = "deepseek_v32 attends to the chosen keys; train with stage sparse, or target own"
+        rule = f"{name} attends to the chosen keys; train with stage sparse, or target own"
         reasons.append(f"{key}.indexer.stage={mla.indexer.stage}: {rule}")
     if mla.indexer.head_dim * mla.indexer.rope_fraction != mla.rope_head_dim:
-        rule = f"its indexer rotates rope_head_dim={mla.rope_head_dim} channels in deepseek_v32"
+        rule = f"its indexer rotates rope_head_dim={mla.rope_head_dim} channels in {name}"
         remedy = f"use {mla.rope_head_dim} / head_dim, or target own"
         reasons.append(f"{key}.indexer.rope_fraction={mla.indexer.rope_fraction}: {rule}; {remedy}")
     return reasons
 
 
-def deepseek_v32_fields(config: ModelConfig) -> dict[str, Any]:
+def indexed_fields(kind: LatentClass, config: ModelConfig) -> dict[str, Any]:
     """Build the fields of config.json that are the class's own."""
     indexer = latent_options(config).indexer
-    assert indexer is not None, "explain_unfit was not called: deepseek_v32 has an indexer"
+    assert indexer is not None, f"explain_unfit was not called: {kind.name} has an indexer"
     own = {
-        "architectures": [KIND.class_name],
-        "model_type": KIND.name,
+        "architectures": [kind.class_name],
+        "model_type": kind.name,
         "index_topk": indexer.top_k,
         "index_head_dim": indexer.head_dim,
         "index_n_heads": indexer.num_heads,
@@ -76,7 +78,7 @@ def deepseek_v32_fields(config: ModelConfig) -> dict[str, Any]:
     return deepseek_v3.deepseek_v3_fields(config) | own
 
 
-def model_config_from_deepseek_v32(fields: Mapping[str, Any]) -> ModelConfig:
+def model_config_from_indexed(kind: LatentClass, fields: Mapping[str, Any]) -> ModelConfig:
     """Build our configuration from config.json; ValueError for what our model has not."""
     size = fields["index_head_dim"]
     indexer = IndexerConfig(
@@ -87,20 +89,25 @@ def model_config_from_deepseek_v32(fields: Mapping[str, Any]) -> ModelConfig:
     )
     types = [LAYER_TYPES["+"]] * fields["num_hidden_layers"]
     section = deepseek_v3.read_positions(fields) | {"indexer": indexer}
-    return model_config_from_latent(fields, KIND, types, {"mla": section})
+    return model_config_from_latent(fields, kind, types, {"mla": section})
 
 
-def deepseek_v32_map(config: ModelConfig) -> WeightMap:
-    """Build the weight map of a model that fits the class."""
+def indexed_map(config: ModelConfig, *, pairs_neighbors: bool = False) -> WeightMap:
+    """Build the weight map of a model that fits the class; pairs_neighbors: its indexer rotates as its attention does."""
     found = latent_map(config, KIND)
-    return replace(found, entries=(*found.entries, *_indexers(config)))
+    return replace(found, entries=(*found.entries, *_indexers(config, pairs_neighbors)))
 
 
-def _indexers(config: ModelConfig) -> Iterator[WeightEntry]:
+def _indexers(config: ModelConfig, pairs_neighbors: bool) -> Iterator[WeightEntry]:
+    indexer = latent_options(config).indexer
     for index, letter in enumerate(config.letters):
         for ours, theirs in NAMES.items() if letter == "+" else ():
             place = f"model.layers.{index // 2}.self_attn.indexer."
-            yield WeightEntry(f"blocks.{index}.mixer.indexer.{ours}", (f"{place}{theirs}",))
+            entry = WeightEntry(f"blocks.{index}.mixer.indexer.{ours}", (f"{place}{theirs}",))
+            if pairs_neighbors and indexer is not None and theirs != HEAD_WEIGHTS:
+                heads, rotary = indexer.num_heads if theirs == QUERY else 1, latent_options(config).rope_head_dim
+                entry = RotaryEntry(entry.ours, entry.theirs, heads=heads, rotary=rotary, is_first=True)
+            yield entry
 
 
 def _limits(config: ModelConfig) -> list[str]:
@@ -118,11 +125,11 @@ CLASS = replace(
     name="deepseek_v32",
     model_type=KIND.name,
     class_name=KIND.class_name,
-    unfit=unfit_for_deepseek_v32,
-    fields=deepseek_v32_fields,
+    unfit=partial(unfit_for_indexed, KIND),
+    fields=partial(indexed_fields, KIND),
     length_names=(),
-    read=model_config_from_deepseek_v32,
-    weights=deepseek_v32_map,
+    read=partial(model_config_from_indexed, KIND),
+    weights=indexed_map,
     refusals=deepseek_v32_refusals,
     limits=_limits,
     holds=frozenset(("indexer",)),

@@ -31,8 +31,6 @@ LATENT_EPSILON = 1e-6
 # What a mixture of both classes must be.
 EXPERTS: Wanted = {
     "activation": ("swiglu", "experts are gated"),
-    "router": ("sigmoid", "a sigmoid scores experts"),
-    "group_score_top_k": (2, "groups are ranked by their two best experts"),
     "shared_expert_gate": (False, "the shared expert has no gate"),
     "latent_size": (None, "experts read the full width"),
 }
@@ -45,7 +43,8 @@ class LatentClass:
     mixers: letters of the blocks it has. positions: of its latent attention. other: the class with the other positions.
     is_dense_first: dense layers stand before sparse ones. ties_head: head and embedding may be one matrix. moe_place: the module
     of the experts. expert_matrices: gate, up and down of one expert. experts, top_k, shared, groups, normalize: fields of
-    config.json.
+    config.json; None: chosen scores stay as they are. router: what scores experts, a sigmoid with a bias. group_score_top_k: best
+    experts that rank a group.
     """
 
     name: str
@@ -61,7 +60,9 @@ class LatentClass:
     top_k: str
     shared: str
     groups: str
-    normalize: str
+    normalize: str | None
+    router: Literal["softmax", "sigmoid"] = "sigmoid"
+    group_score_top_k: int = 2
 
 
 def unfit_layers(config: ModelConfig, kind: LatentClass) -> list[str]:
@@ -86,7 +87,7 @@ def unfit_blocks(config: ModelConfig, kind: LatentClass) -> list[str]:
     letters = config.letters
     reasons = _unfit_latents(mla_options(config), kind) if "+" in letters else []
     if "E" in letters and config.moe is not None:
-        reasons += _unfit_experts(config, config.moe, kind.name)
+        reasons += _unfit_experts(config, config.moe, kind)
     if "-" in letters:
         reasons += unfit_settings("model.feed_forward", config.feed_forward, kind.name, GATED)
     return reasons
@@ -105,17 +106,23 @@ def _unfit_latents(options: MlaOptions, kind: LatentClass) -> list[str]:
     return reasons
 
 
-def _unfit_experts(config: ModelConfig, moe: MoeConfig, target: str) -> list[str]:
-    reasons = unfit_settings("model.moe", moe, target, EXPERTS)
+def _unfit_experts(config: ModelConfig, moe: MoeConfig, kind: LatentClass) -> list[str]:
+    target, ranked = kind.name, kind.group_score_top_k
+    wanted = dict(EXPERTS) | {"router": (kind.router, f"a {kind.router} scores experts")}
+    if moe.router_group_top_k < moe.num_router_groups:
+        wanted["group_score_top_k"] = (ranked, f"groups are ranked by {ranked} of their best experts")
+    if kind.normalize is None:
+        wanted["normalize_probabilities"] = (False, "chosen scores are not divided by their sum")
+    reasons = unfit_settings("model.moe", moe, target, wanted)
     if moe.shared_expert_hidden_size % moe.expert_hidden_size:
         reasons.append(
             f"model.moe.shared_expert_hidden_size={moe.shared_expert_hidden_size}: the shared expert of {target} is as wide as "
             f"a whole number of routed ones; use a multiple of {moe.expert_hidden_size}, or target own"
         )
-    if moe.num_experts < 2 * moe.num_router_groups:
+    if moe.num_experts < ranked * moe.num_router_groups:
         reasons.append(
             f"model.moe.num_experts={moe.num_experts} in num_router_groups={moe.num_router_groups}: {target} ranks groups by "
-            "their two best experts and needs two in each; use fewer groups or more experts, or target own"
+            f"{ranked} of their best experts and needs so many in each; use fewer groups or more experts, or target own"
         )
     return reasons + unfit_expert_sizes(config, moe)
 
@@ -175,7 +182,7 @@ def expert_fields(config: ModelConfig, kind: LatentClass) -> dict[str, Any]:
         kind.top_k: moe.top_k,
         kind.shared: max(1, moe.shared_expert_hidden_size // moe.expert_hidden_size),
         kind.groups: moe.num_router_groups,
-        kind.normalize: moe.normalize_probabilities,
+        **({} if kind.normalize is None else {kind.normalize: moe.normalize_probabilities}),
         "topk_group": moe.router_group_top_k,
         "moe_intermediate_size": moe.expert_hidden_size,
         "routed_scaling_factor": moe.routed_scaling,
@@ -238,10 +245,11 @@ def _moe(fields: Mapping[str, Any], kind: LatentClass) -> MoeConfig:
         expert_hidden_size=width,
         shared_expert_hidden_size=width * fields[kind.shared],
         activation="swiglu",
-        router="sigmoid",
-        expert_bias=True,
-        normalize_probabilities=fields[kind.normalize],
+        router=kind.router,
+        expert_bias=kind.router == "sigmoid",
+        normalize_probabilities=kind.normalize is not None and fields[kind.normalize],
         routed_scaling=float(fields["routed_scaling_factor"]),
-        num_router_groups=fields[kind.groups],
-        router_group_top_k=fields["topk_group"],
+        num_router_groups=fields[kind.groups] or 1,
+        router_group_top_k=fields["topk_group"] or 1,
+        group_score_top_k=kind.group_score_top_k if (fields[kind.groups] or 1) > (fields["topk_group"] or 1) else 2,
     )

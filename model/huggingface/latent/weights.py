@@ -22,10 +22,14 @@ from amfm.model.on_demand import Shape, cut_rows
 
 @dataclass(frozen=True)
 class RotaryEntry(WeightEntry):
-    """Rows in `heads` equal groups, the last `rotary` of each for channels that theirs pair with neighbours, ours by halves."""
+    """Rows in `heads` equal groups, the last `rotary` of each for channels that theirs pair with neighbours, ours by halves.
+
+    is_first: the first ones of each, not the last.
+    """
 
     heads: int = 1
     rotary: int = 0
+    is_first: bool = False
 
     def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
         """As in the base class, by whole heads."""
@@ -40,17 +44,21 @@ class RotaryEntry(WeightEntry):
         plain, turned = self._parts(tensor)
         first, second = turned.chunk(2, dim=1)
         paired = torch.stack([first, second], dim=2).flatten(1, 2)
-        return {self.theirs[0]: torch.cat([plain, paired], dim=1).flatten(0, 1)}
+        return {self.theirs[0]: self._whole(plain, paired)}
 
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """As in the base class."""
         plain, turned = self._parts(tensors[self.theirs[0]])
-        return torch.cat([plain, turned[:, 0::2], turned[:, 1::2]], dim=1).flatten(0, 1)
+        return self._whole(plain, torch.cat([turned[:, 0::2], turned[:, 1::2]], dim=1))
 
     def _parts(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         rows = tensor.unflatten(0, (self.heads, -1))
-        plain, turned = rows.split([rows.shape[1] - self.rotary, self.rotary], dim=1)
-        return plain, turned
+        sizes = [rows.shape[1] - self.rotary, self.rotary]
+        first, second = rows.split(sizes[::-1] if self.is_first else sizes, dim=1)
+        return (second, first) if self.is_first else (first, second)
+
+    def _whole(self, plain: Tensor, turned: Tensor) -> Tensor:
+        return torch.cat([turned, plain] if self.is_first else [plain, turned], dim=1).flatten(0, 1)
 
 
 def latent_map(config: ModelConfig, kind: LatentClass, delta_entries: BlockEntries | None = None) -> WeightMap:
@@ -74,7 +82,7 @@ def latent_map(config: ModelConfig, kind: LatentClass, delta_entries: BlockEntri
     blocks = {"+": attending(partial(_latent_entries, is_rotary=kind.positions == "rope")), "-": dense, "E": experts}
     if delta_entries is not None:
         blocks["K"] = attending(delta_entries)
-    zeros = {"E": lambda config, layer: _expert_zeros(config, f"{layer}{kind.moe_place}.")}
+    zeros = {"E": lambda config, layer: _expert_zeros(config, kind, f"{layer}{kind.moe_place}.")}
     return replace(paired_map(config, blocks, zeros=zeros, copies_head=not kind.ties_head), aliases=aliases)
 
 
@@ -113,12 +121,12 @@ def _expert_entries(config: ModelConfig, ours: str, theirs: str, names: tuple[st
         yield from _gated_entries(f"{ours}shared.", f"{theirs}shared_experts.")
 
 
-def _expert_zeros(config: ModelConfig, theirs: str) -> Zeros:
-    """What the classes always have: a routing bias, and a shared expert as wide as one routed expert."""
+def _expert_zeros(config: ModelConfig, kind: LatentClass, theirs: str) -> Zeros:
+    """What the classes always have: a sigmoid's routing bias, and a shared expert as wide as one routed expert."""
     moe, width = config.moe, config.hidden_size
     assert moe is not None, "the pattern has E, the configuration no moe section"
     zeros = Zeros()
-    if not moe.expert_bias:
+    if not moe.expert_bias and kind.router == "sigmoid":
         zeros[f"{theirs}gate.e_score_correction_bias"] = (moe.num_experts,)
     if not moe.shared_expert_hidden_size:
         zeros |= {

@@ -1,4 +1,4 @@
-"""Classes of attention and feed-forwards, one row each: names and fixed choices in which transformers' 5.24 classes differ.
+"""Classes of attention (or Mamba2) and feed-forwards, one row each: names and fixed choices in which transformers' 5.24 classes differ.
 
 `fields.py` reads and writes config.json by a row, `weights.py` names its tensors; neither knows a class by name. A class whose
 layers are an attention (over all tokens or a window) and then a gated feed-forward or experts, each after a norm, is a row.
@@ -7,7 +7,7 @@ layers are an attention (over all tokens or a window) and then a gated feed-forw
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 # How config.json says which layers are windows: not at all, one number for all layers, or a list.
@@ -54,10 +54,12 @@ class Family:
     """One class.
 
     qk_norm: ours, or the field of config.json that says whether heads are normed. bias: ours, or its field and what of ours true is there.
-    has_head_dim: config.json has the size of a head. partial: a part of a head may be rotated, by `partial_rotary_factor`.
+    has_head_dim: config.json has the size of a head. partial: a part of a head may be rotated, by `partial_rotary_factor`; a number:
+    this part always. mamba: further layers have Mamba2; its field names those that have attention.
     window_switch: a field that is true where there are windows. experts: None: layers are dense. refused: fields that must have
     this value. extra: further fields that config.json gets. depth_layers: layers behind the last one predict further ahead, and
-    are not read.
+    are not read. norms: those of both blocks of a layer, `norm_placement` where they are.
+    rope_by_type: windows and attention have their own rotation. dense_place: the module of a dense feed-forward.
     """
 
     name: str
@@ -65,13 +67,19 @@ class Family:
     qk_norm: QkNorm | str = False
     bias: Bias | tuple[str, Bias] = False
     has_head_dim: bool = True
-    partial: bool = False
+    partial: bool | float = False
+    mamba: str | None = None
     windows: Windows = "none"
+    rope_by_type: bool = False
     window_switch: str | None = None
     experts: Experts | None = None
     refused: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     depth_layers: bool = False
+    norm_placement: Literal["before", "after"] = "before"
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    final_norm: str = "norm"
+    dense_place: str = "mlp."
 
 
 BIASES: tuple[str, bool] = ("attention_bias", True)
@@ -212,6 +220,29 @@ MINIMAX_M2 = Family(
     ),
     refused={"router_jitter_noise": 0.0},
 )
+OLMO2 = Family(
+    name="olmo2",
+    class_name="Olmo2ForCausalLM",
+    qk_norm="wide",
+    bias=BIASES,
+    has_head_dim=False,
+    norm_placement="after",
+    norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+)
+OLMO3 = replace(OLMO2, name="olmo3", class_name="Olmo3ForCausalLM", windows="listed", rope_by_type=True)
+BAMBA = Family(
+    name="bamba",
+    class_name="BambaForCausalLM",
+    bias=BIASES,
+    has_head_dim=False,
+    # Whatever config.json says.
+    partial=0.5,
+    mamba="attn_layer_indices",
+    norms=("input_layernorm", "pre_ff_layernorm"),
+    final_norm="final_layernorm",
+    dense_place="feed_forward.",
+    refused={"mamba_proj_bias": False, "mlp_bias": False},
+)
 # In this order `auto` tries them.
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
@@ -225,4 +256,7 @@ FAMILIES: tuple[Family, ...] = (
     HY_V3,
     OLMOE,
     MINIMAX_M2,
+    OLMO2,
+    OLMO3,
+    BAMBA,
 )

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from amfm.model.config.core_options import Mamba2Config
 from amfm.model.config.key_mixer_options import WindowOptions
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.rope import RopeConfig, yarn_of
@@ -18,7 +19,9 @@ from amfm.model.config.section import Section
 from amfm.model.huggingface.fields import (
     RARE_OPTIONS,
     flat_rope_fields,
+    mamba_fields,
     parameters_of,
+    read_mamba,
     read_sizes,
     require_fields,
     rope_from_parameters,
@@ -33,6 +36,8 @@ from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS
 LAYER_TYPES = {"W": "sliding_attention", "*": "full_attention"}
 MIXERS = {name: symbol for symbol, name in LAYER_TYPES.items()}
 SECONDS = {"-": "dense", "E": "sparse"}
+# Of time steps: JSON cannot spell infinity.
+NO_LIMIT = (0.0, 1e30)
 
 
 def read_plain(family: Family, fields: Mapping[str, Any]) -> ModelConfig:
@@ -43,15 +48,15 @@ def read_plain(family: Family, fields: Mapping[str, Any]) -> ModelConfig:
     require_fields(fields, {"hidden_act": "silu", **family.refused})
     mixers, seconds = _read_mixers(family, fields), _read_seconds(family, fields)
     pattern = "".join(mixer + second for mixer, second in zip(mixers, seconds, strict=True))
-    parameters = dict(fields.get("rope_parameters") or {})
-    fraction = float(parameters.pop("partial_rotary_factor", None) or 1.0) if family.partial else 1.0
-    require_fields(parameters, {"partial_rotary_factor": 1.0})
-    rope = rope_from_parameters(parameters).model_copy(update={"fraction": fraction})
+    ropes = {kind: _read_rope(family, fields, name) for kind, name in LAYER_TYPES.items()}
     heads = _read_heads(family, fields)
-    sections: dict[str, Any] = {"pattern": pattern, **read_sizes(fields)}
+    sections: dict[str, Any] = {"pattern": pattern, **read_sizes(fields), "norm_placement": family.norm_placement}
     if "*" in mixers:
-        sections["attention"] = {"positions": "rope", "rope": rope, **heads}
+        sections["attention"] = {"positions": "rope", "rope": ropes["*"], **heads}
+    if "M" in mixers:
+        sections["mamba"] = _read_mamba(fields)
     if "W" in mixers:
+        rope = ropes["W"]
         if rope.scaling not in ("none", "yarn"):
             rule = "cannot be imported with sliding windows: ours are stretched by yarn alone"
             raise ValueError(f"config.json: rope_type={rope.scaling} {rule}")
@@ -62,6 +67,19 @@ def read_plain(family: Family, fields: Mapping[str, Any]) -> ModelConfig:
     if family.experts is not None and "E" in seconds:
         sections["moe"] = _read_experts(family.experts, fields)
     return ModelConfig.model_validate(sections)
+
+
+def _read_rope(family: Family, fields: Mapping[str, Any], kind: str) -> RopeConfig:
+    """The rotation of a kind of layer."""
+    parameters = dict(fields.get("rope_parameters") or {})
+    if family.rope_by_type:
+        parameters = dict(parameters[kind])
+    said = (
+        parameters.pop("partial_rotary_factor", None) or 1.0 if family.partial is True else float(family.partial or 1.0)
+    )
+    require_fields(parameters, {"partial_rotary_factor": said})
+    parameters.pop("partial_rotary_factor", None)
+    return rope_from_parameters(parameters).model_copy(update={"fraction": float(said)})
 
 
 def _read_heads(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,8 +95,19 @@ def _read_heads(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _read_mamba(fields: Mapping[str, Any]) -> Mamba2Config:
+    """Read Mamba2. Raises ValueError for time steps that are clamped."""
+    low, high = fields.get("time_step_limit") or NO_LIMIT
+    if low > NO_LIMIT[0] or high < NO_LIMIT[1]:
+        raise ValueError(f"config.json: time_step_limit={low, high} cannot be imported; our time steps have no limits")
+    return read_mamba(fields)
+
+
 def _read_mixers(family: Family, fields: Mapping[str, Any]) -> list[str]:
     layers = fields["num_hidden_layers"]
+    if family.mamba is not None:
+        attending = fields[family.mamba] or ()
+        return ["*" if layer in attending else "M" for layer in range(layers)]
     is_on = family.window_switch is None or fields[family.window_switch]
     if family.windows == "listed":
         return [MIXERS[name] for name in fields["layer_types"]]
@@ -123,6 +152,10 @@ def plain_fields(family: Family, config: ModelConfig) -> dict[str, Any]:
         **{name: value for name, value in family.refused.items() if value is not None},
     }
     fields |= _head_fields(family, config)
+    if family.mamba is not None:
+        assert config.mamba is not None, "the pattern has M, the configuration no mamba section"
+        fields |= mamba_fields(config.mamba) | {"mamba_expand": config.mamba.inner_size() // config.hidden_size}
+        fields[family.mamba] = [layer for layer, kind in enumerate(mixers) if kind in LAYER_TYPES]
     if family.windows != "none":
         window = _window(config).window if "W" in mixers else None
         fields["sliding_window"] = window
@@ -146,13 +179,15 @@ def _head_fields(family: Family, config: ModelConfig) -> dict[str, Any]:
     kv_heads = heads.kv_heads() if isinstance(heads, WindowOptions) else heads.num_kv_heads
     parameters = parameters_of(rope, heads.head_dim)
     if family.partial:
-        parameters["partial_rotary_factor"] = rope.fraction
+        parameters["partial_rotary_factor"] = rope.fraction if family.partial is True else family.partial
     fields = {
         "num_attention_heads": heads.num_heads,
         "num_key_value_heads": kv_heads,
         "rope_parameters": parameters,
         **flat_rope_fields(parameters),
     }
+    if family.rope_by_type:
+        fields["rope_parameters"] = dict.fromkeys(MIXERS, parameters) | _rope_by_type(config)
     if family.has_head_dim:
         fields["head_dim"] = heads.head_dim
     if family.qk_norm not in (True, False, "wide"):
@@ -160,6 +195,17 @@ def _head_fields(family: Family, config: ModelConfig) -> dict[str, Any]:
     if isinstance(family.bias, tuple):
         fields[family.bias[0]] = heads.bias == family.bias[1]
     return fields
+
+
+def _rope_by_type(config: ModelConfig) -> dict[str, Any]:
+    """The rotation of each kind of layer that the pattern has."""
+    found: dict[str, Any] = {}
+    if "*" in config.letters and config.attention is not None:
+        found[LAYER_TYPES["*"]] = parameters_of(config.attention.rope, config.attention.head_dim)
+    if "W" in config.letters:
+        window = _window(config)
+        found[LAYER_TYPES["W"]] = parameters_of(window.rope(), window.head_dim)
+    return found
 
 
 def _expert_fields(experts: Experts, moe: MoeConfig, seconds: tuple[str, ...]) -> dict[str, Any]:
@@ -186,6 +232,9 @@ def unfit_for_plain(family: Family, config: ModelConfig) -> list[str]:
     """List every choice that the class cannot hold, as value, rule and remedy."""
     reasons = _unfit_pattern(family, config) or list(_changed_settings(family, config))
     reasons += unfit_multipliers(config, family.name)
+    if family.mamba is not None and config.mamba is not None and config.mamba.inner_size() % config.hidden_size:
+        rule = f"Mamba2 of {family.name} is a whole number of times as wide as the stream, {config.hidden_size}"
+        reasons.append(f"model.mamba.num_heads={config.mamba.num_heads}: {rule}; change head_dim, or target own")
     if config.moe is not None and "E" in config.letters:
         reasons += unfit_expert_sizes(config, config.moe)
     return reasons
@@ -195,12 +244,16 @@ def _unfit_pattern(family: Family, config: ModelConfig) -> list[str]:
     letters, experts = config.letters, family.experts
     mixers, seconds = letters[0::2], letters[1::2]
     first, second = "*" if family.windows == "none" else "*W", "-" if experts is None else "E"
+    first += "M" if family.mamba is not None else ""
     rule = f"layers of {family.name} are pairs, {' or '.join(first)} and then {second}"
     dense = set() if experts is None or experts.sparse == "all" else {"-"}
     fits = len(mixers) == len(seconds) > 0 and set(mixers) <= set(first) and set(seconds) <= {second} | dense
     if dense:
         rule += " or -, at least one of them E"
         fits = fits and second in seconds
+    if family.mamba is not None:
+        rule += ", some of each"
+        fits = fits and len(set(mixers)) == len(first)
     if family.windows == "all":
         rule += ", all of one kind"
         fits = fits and len(set(mixers)) == 1
@@ -220,6 +273,9 @@ def _changed_settings(family: Family, config: ModelConfig) -> Iterator[str]:
     except ValueError as error:
         yield f"{family.name} cannot hold this model: {error}; change it, or target own"
         return
+    if back.norm_placement != config.norm_placement:
+        rule = f"{family.name} has {back.norm_placement} there; use that, or target own"
+        yield f"model.norm_placement={config.norm_placement}: {rule}"
     for kind, options in config.kinds_in_use():
         read = back.options_of(kind)
         assert read is not None, "both patterns have the same blocks"
@@ -284,6 +340,6 @@ def plain_class(family: Family) -> HfTarget:
         weights=partial(plain_map, family),
         limits=_limits,
         # What it does not hold of them does not come back, which is said once.
-        holds=frozenset(RARE_OPTIONS),
+        holds=frozenset((*RARE_OPTIONS, "norm_placement")),
         is_skipped=is_behind_the_last if family.depth_layers else nothing_skipped,
     )

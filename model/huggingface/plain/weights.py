@@ -9,6 +9,7 @@ from amfm.model.config.key_mixer_options import WindowOptions
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import WeightEntry, WeightMap, paired_map
 from amfm.model.huggingface.gpt_oss.weights import StackedEntry
+from amfm.model.huggingface.granitemoehybrid import mamba_entries
 from amfm.model.huggingface.plain.families import Experts, Family
 from amfm.model.huggingface.qwen3_next_weights import GatedEntry, gated_experts
 from amfm.model.shapes import block_shapes
@@ -16,10 +17,15 @@ from amfm.model.shapes import block_shapes
 
 def plain_map(family: Family, config: ModelConfig) -> WeightMap:
     """Build the weight map of a model that fits the class."""
-    blocks = {"*": _attention_entries, "W": _window_entries, "-": _dense_entries}
+    blocks = {
+        "*": _attention_entries,
+        "W": _window_entries,
+        "M": mamba_entries,
+        "-": lambda config, ours, layer: gated_entries(ours, layer + family.dense_place),
+    }
     if family.experts is not None:
         blocks["E"] = partial(_expert_entries, family.experts)
-    return paired_map(config, blocks)
+    return paired_map(config, blocks, norms=family.norms, final=family.final_norm)
 
 
 def _attention_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
@@ -39,10 +45,6 @@ def _window_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[Weig
             yield StackedEntry(ours + name, names, sizes=(heads * size, keys * size, keys * size))
         else:
             yield WeightEntry(ours + name, (f"{layer}self_attn.{name.replace('out_proj', 'o_proj')}",))
-
-
-def _dense_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
-    yield from gated_entries(ours, f"{layer}mlp.")
 
 
 def gated_entries(ours: str, theirs: str) -> Iterator[WeightEntry]:

@@ -39,6 +39,8 @@ class AmfmConfig(PretrainedConfig):
         feed_forward: dict[str, Any] | None = None,
         mixers: dict[str, dict[str, Any]] | None = None,
         multipliers: dict[str, float] | None = None,
+        norm_placement: str = "before",
+        norms_after: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         self.pattern = pattern
@@ -53,6 +55,7 @@ class AmfmConfig(PretrainedConfig):
         self.moe = moe
         self.feed_forward = feed_forward
         self.mixers = mixers or {}
+        self.norm_placement, self.norms_after = norm_placement, norms_after or []
         # Exports of earlier versions have none.
         self.multipliers = {"embedding": 1.0, "residual": 1.0, "logits": 1.0} | (multipliers or {})
         self.modeling_version = MODELING_VERSION

@@ -99,7 +99,7 @@ class AmfmBlock(GradientCheckpointingLayer):
         super().__init__()
         self.letter = letter = config.letters()[index]
         self.multiplier = config.multipliers["residual"]
-        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.norm, self.norm_after = RMSNorm(config.hidden_size, config.norm_epsilon), index in config.norms_after
         self.mixer = ParallelMixers(letter, index, config) if letter[0] == "(" else make_mixer(letter, index, config)
 
     def forward(
@@ -113,12 +113,12 @@ class AmfmBlock(GradientCheckpointingLayer):
         return torch.cat(mixed).view_as(x_BTD), None
 
     def _mix(self, x_BTD: Tensor, stretch: Stretch, state: BlockState) -> tuple[Tensor, BlockState]:
-        normed_BTD = self.norm(x_BTD)
+        normed_BTD = x_BTD if self.norm_after else self.norm(x_BTD)
         if isinstance(self.mixer, ParallelMixers):
             y_BTD, state = self.mixer(normed_BTD, stretch, state)
         else:
             y_BTD, state = run_mixer(self.mixer, normed_BTD, stretch, state)
-        return x_BTD + y_BTD * self.multiplier, state
+        return x_BTD + (self.norm(y_BTD) if self.norm_after else y_BTD) * self.multiplier, state
 
 
 class AmfmPreTrainedModel(PreTrainedModel):

@@ -56,9 +56,10 @@ CONFIGS = {
         mamba=Mamba2Config(num_heads=4, head_dim=3, state_size=5, num_groups=1, chunk_size=8),
         attention=AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6, qk_norm=True, gate="element"),
     ),
-    # Norms over all heads, whose mean spans the ranks, with key heads that both hold; biases of all but the output.
+    # Norms after blocks, and over all heads, whose mean spans the ranks, with key heads that both hold; biases of all but the output.
     "wide norms": small_config(
-        "*W",
+        "*-W",
+        norm_placement="after",
         attention=AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6, qk_norm="wide", bias="qkv"),
         mixers={
             "window": {

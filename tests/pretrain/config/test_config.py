@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 # Growing this list is a decision: a new setting needs a reader, a description and a line here.
 FIELDS = """
 run.dir run.name run.initial_weights run.tensorboard run.wandb_project
-model.pattern model.vocab_size model.hidden_size model.norm_epsilon model.tie_embeddings model.head model.initializer_range
+model.pattern model.vocab_size model.hidden_size model.norm_epsilon model.norm_placement model.tie_embeddings model.head model.initializer_range
 model.depth_scaled_init model.residual_in_fp32 model.logits_z_loss_weight
 model.mamba.num_heads model.mamba.head_dim model.mamba.state_size model.mamba.num_groups model.mamba.conv_kernel
 model.mamba.conv_bias model.mamba.chunk_size model.mamba.keep_states model.mamba.a_init_min model.mamba.a_init_max

@@ -100,7 +100,7 @@ def test_foreign_classes_missing_files_and_wrong_tensors_are_refused(data: DataC
     edit_json(out / "config.json", model_type="mamba2")
     with pytest.raises(
         ValueError,
-        match=r"model_type=mamba2; known are llama, .*, deepseek_v3, deepseek_v32, lfm2, lfm2_moe, gpt_oss, falcon_h1, amfm",
+        match=r"model_type=mamba2; known are llama, .*, deepseek_v3, .*, lfm2, lfm2_moe, gpt_oss, falcon_h1, amfm",
     ):
         import_huggingface(out, tmp_path / "back")
     assert not (tmp_path / "back").exists()

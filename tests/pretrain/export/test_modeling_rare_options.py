@@ -57,8 +57,9 @@ MODELS: dict[str, ModelConfig] = {
         mixers={"window": sample_options("window") | {"bias": True, "sinks": True, "yarn": YARN}},
         moe=BIASED,
     ),
-    "wide norms and biases of queries, keys and values": small_config(
-        "*W",
+    "wide norms, biases of queries, keys and values, and norms after blocks": small_config(
+        "*-M-W",
+        norm_placement="after_attention",
         attention=attention(bias="qkv", qk_norm="wide"),
         mixers={"window": sample_options("window") | {"bias": "qkv", "qk_norm": "wide"}},
     ),

@@ -60,6 +60,8 @@ def unserved(fields: Mapping[str, Any]) -> list[str]:
     for name in sorted(names & set(SERVED)):
         section = fields[SECTIONS[name]] if name in SECTIONS else mixers[name]
         reasons += _unknown_settings(name, section)
+    if fields.get("norms_after"):
+        reasons.append("norm_placement: the plug-in norms what blocks read; use before")
     if "kda" in names:
         reasons.append("the block kda: vLLM's part for it needs a GPU, and was not tried")
     if "gated_deltanet" in names:
