@@ -11,7 +11,8 @@ from amfm.pretrain.config.schema import ScheduleConfig
 def learning_rate(step: int, config: ScheduleConfig, *, peak: float, total_steps: int) -> float:
     """Compute the learning rate of optimizer step number `step`, counted from 1 to `total_steps`.
 
-    Warm-up rises linearly and reaches the peak at its last step; decays reach `min_ratio * peak` at the last step.
+    Warm-up rises linearly and reaches the peak at its last step; decays reach `min_ratio * peak` at the last step, or at
+    `decay_end_step`.
     A schedule of a package gives the share of the peak after warm-up.
     `inverse_sqrt` (Vaswani et al. 2017, arXiv 1706.03762, section 5.3) falls no lower than `min_ratio * peak`.
     """
@@ -27,21 +28,22 @@ def learning_rate(step: int, config: ScheduleConfig, *, peak: float, total_steps
         return peak
     if config.kind == "inverse_sqrt":
         return peak * max(config.min_ratio, math.sqrt(warmup_steps / step))
-    first_decay_step = warmup_steps if config.kind == "cosine" else total_steps - decay_length(config, total_steps)
+    end = total_steps if config.decay_end_step is None else config.decay_end_step
+    first_decay_step = warmup_steps if config.kind == "cosine" else end - decay_length(config, total_steps, end)
     if step <= first_decay_step:
         return peak
-    progress = (step - first_decay_step) / (total_steps - first_decay_step)
+    progress = min(1.0, (step - first_decay_step) / (end - first_decay_step))
     shape = "cosine" if config.kind == "cosine" else config.decay_shape
     return peak * (config.min_ratio + (1 - config.min_ratio) * fall(shape, progress))
 
 
-def decay_length(config: ScheduleConfig, total_steps: int) -> int:
-    """Number of steps of the final decay of `wsd`.
+def decay_length(config: ScheduleConfig, total_steps: int, end: float) -> float:
+    """Number of steps of the final decay of `wsd`, which ends at step `end`.
 
     As configured, else a fifth of the run, never reaching into warm-up.
     """
     asked = config.decay_steps if config.decay_steps is not None else max(1, total_steps // 5)
-    return min(asked, total_steps - config.warmup_length(total_steps))
+    return min(asked, end - config.warmup_length(total_steps))
 
 
 def fall(shape: str, progress: float) -> float:
@@ -50,5 +52,7 @@ def fall(shape: str, progress: float) -> float:
         return 1 - progress
     if shape == "sqrt":
         return 1 - math.sqrt(progress)
+    if shape == "exponential":
+        return float(2 * 0.5**progress - 1)
     assert shape == "cosine", f"unknown decay shape {shape}"
     return 0.5 * (1 + math.cos(math.pi * progress))

@@ -265,14 +265,21 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
         remedy = "use for example 100, or raise train.steps"
         yield Problem("schedule.warmup_steps", "must be at least 1 with schedule.kind=inverse_sqrt", remedy, "0")
     yield from package_schedule_problems(schedule, steps)
-    if schedule.kind != "wsd":
-        for key, value in (("decay_steps", schedule.decay_steps), ("decay_shape", schedule.decay_shape)):
-            if value != type(schedule).model_fields[key].default:
-                rule = f"has no effect with schedule.kind={schedule.kind}"
-                yield Problem(f"schedule.{key}", rule, "remove it, or use schedule.kind=wsd", str(value))
-    elif schedule.decay_steps is not None and warmup_steps < steps < warmup_steps + schedule.decay_steps:
-        rule = f"schedule.warmup_steps={warmup_steps} and the decay must fit into train.steps={steps}"
-        remedy = f"use at most {steps - warmup_steps}; for a short trial train.stop_after_steps keeps the schedule"
+    unread = {"wsd": (), "cosine": ("decay_steps", "decay_shape")}
+    for key in unread.get(schedule.kind, ("decay_steps", "decay_shape", "decay_end_step")):
+        if getattr(schedule, key) != type(schedule).model_fields[key].default:
+            rule = f"has no effect with schedule.kind={schedule.kind}"
+            yield Problem(f"schedule.{key}", rule, "remove it, or use schedule.kind=wsd", str(getattr(schedule, key)))
+    end, named = (
+        schedule.decay_end_step or steps,
+        "train.steps" if schedule.decay_end_step is None else "schedule.decay_end_step",
+    )
+    if end <= warmup_steps < steps:
+        rule = f"must be above schedule.warmup_steps={warmup_steps}"
+        yield Problem("schedule.decay_end_step", rule, "raise it, or remove it", str(end))
+    elif schedule.decay_steps is not None and warmup_steps < steps and end < warmup_steps + schedule.decay_steps:
+        rule = f"schedule.warmup_steps={warmup_steps} and the decay must fit into {named}={end}"
+        remedy = f"use at most {end - warmup_steps}; for a short trial train.stop_after_steps keeps the schedule"
         yield Problem("schedule.decay_steps", rule, remedy, str(schedule.decay_steps))
 
 
@@ -287,7 +294,7 @@ def package_schedule_problems(schedule: ScheduleConfig, steps: int) -> Iterator[
             )
     if schedule.kind not in schedule_specs():
         return
-    first = schedule.warmup_length(steps) + 1
+    first = int(schedule.warmup_length(steps)) + 1
     for step in sorted({first, (first + steps) // 2, steps}):
         rate = learning_rate(step, schedule, peak=1.0, total_steps=steps)
         if not (isinstance(rate, float) and 0 <= rate < math.inf):

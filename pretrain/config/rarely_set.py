@@ -104,7 +104,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "train": "freeze",
         "qk_clip": "limit",
         "ema": "decay every_steps start",
-        "schedule": "decay_shape",
+        "schedule": "decay_shape decay_end_step",
     },
     "docs/parallelism.md": {
         "parallel": "expert_tensor offload_optimizer",

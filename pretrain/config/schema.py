@@ -101,19 +101,27 @@ class ScheduleConfig(Section):
         "wsd",
         description="Warm-up, stable, decay; warm-up and cosine; warm-up and constant; warm-up, then the peak times sqrt(warm-up / step); or a schedule of an installed package.",
     )
-    warmup_steps: int | None = Field(
-        None, ge=0, description="Linear rise from 0 to the peak; null: a twentieth of train.steps."
+    warmup_steps: int | float | None = Field(
+        None,
+        ge=0,
+        description="Linear rise from 0 to the peak, such as 16.28 for 50,000 samples in batches of 3,072; null: a twentieth of train.steps.",
     )
-    decay_steps: int | None = Field(
+    decay_steps: int | float | None = Field(
         None, gt=0, description="wsd: length of the final decay; null: a fifth of train.steps."
     )
-    decay_shape: Literal["linear", "sqrt", "cosine"] = Field(
-        "linear", description="wsd: form of the decay (sqrt: 1 - sqrt, Haegele et al. 2024, arXiv 2405.18392)."
+    decay_end_step: int | float | None = Field(
+        None,
+        gt=0,
+        description="wsd, cosine: where the decay reaches min_ratio, before the end of the run or behind it; null: train.steps.",
+    )
+    decay_shape: Literal["linear", "sqrt", "cosine", "exponential"] = Field(
+        "linear",
+        description="wsd: form of the decay (sqrt: 1 - sqrt, Haegele et al. 2024, arXiv 2405.18392; exponential: 2 * 0.5^p - 1).",
     )
     min_ratio: float = Field(0.1, ge=0, le=1, description="Final rate over peak rate.")
     options: RegisteredSchedules = RegisteredSchedules()
 
-    def warmup_length(self, total_steps: int) -> int:
+    def warmup_length(self, total_steps: int) -> int | float:
         """Steps of the rise: as configured, else a twentieth of the run."""
         return total_steps // 20 if self.warmup_steps is None else self.warmup_steps
 

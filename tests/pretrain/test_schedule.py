@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
+import torch
 
 from amfm.pretrain.config.schema import ScheduleConfig
 from amfm.pretrain.schedule import learning_rate
@@ -50,7 +52,11 @@ def test_wsd_decay_never_reaches_into_a_long_warmup() -> None:
     assert curve[94] == PEAK and curve[-1] == pytest.approx(0.1 * PEAK)
 
 
-@pytest.mark.parametrize(("shape", "middle"), [("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5)), ("cosine", 0.5)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "middle"),
+    [("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5)), ("cosine", 0.5), ("exponential", math.sqrt(2) - 1)],
+    ids=str,
+)
 def test_decay_shapes_at_their_middle_and_end(shape: str, middle: float) -> None:
     curve = rates(kind="wsd", decay_steps=50, decay_shape=shape, min_ratio=0.0)
     assert curve[74] == pytest.approx(PEAK * middle)
@@ -63,6 +69,37 @@ def test_cosine_falls_from_the_end_of_warmup() -> None:
     assert curve[19] == PEAK
     assert curve[59] == pytest.approx(PEAK * (0.25 + 0.75 * 0.5))
     assert curve[-1] == pytest.approx(0.25 * PEAK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["linear", "exponential", "minus_sqrt", "cosine"])
+@pytest.mark.parametrize("style", ["WSD", "cosine"])
+def test_rates_in_samples_are_megatrons_one_iteration_later(style: str, shape: str) -> None:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    batch, warmup, decay, end = 3072, 50_000, 100_000, 250_000  # samples: 16.28, 32.55 and 81.38 steps
+    group: dict[str, Any] = {"params": [], "weight_decay": 0.0}
+    theirs = OptimizerParamScheduler(
+        torch.optim.SGD([{"params": [torch.zeros(1)]}]), 0.0, PEAK, PEAK / 10, warmup, end, style, 0.1, 0.1, 0, "constant",
+        wsd_decay_steps=decay, lr_wsd_decay_style=shape,
+    )  # fmt: skip
+    names = {"WSD": "wsd", "minus_sqrt": "sqrt"}
+    of_wsd = {"decay_steps": decay / batch, "decay_shape": names.get(shape, shape)} if style == "WSD" else {}
+    ours = rates(kind=names.get(style, style), warmup_steps=warmup / batch, decay_end_step=end / batch, **of_wsd)
+    for step, rate in enumerate(ours, 1):
+        theirs.num_steps = step * batch
+        assert rate == pytest.approx(theirs.get_lr(group), rel=1e-12), step
+
+
+def test_after_a_decay_that_ends_early_the_rate_stays() -> None:
+    for kind in ("wsd", "cosine"):
+        curve = rates(kind=kind, warmup_steps=10.5, decay_end_step=60, min_ratio=0.25)
+        assert curve[59:] == pytest.approx([PEAK / 4] * 41) and curve[58] > PEAK / 4
+        assert curve[:10] == pytest.approx([PEAK * n / 10.5 for n in range(1, 11)])
+
+
+def test_a_decay_may_end_behind_the_run() -> None:
+    assert rates(kind="cosine", decay_end_step=200, min_ratio=0.0)[-1] == pytest.approx(PEAK / 2)
 
 
 def test_constant_stays_at_the_peak() -> None:

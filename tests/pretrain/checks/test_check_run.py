@@ -91,6 +91,19 @@ def test_a_sound_run_passes(base):
             "schedule.decay_steps = 5: has no effect with schedule.kind=cosine; remove it, or use schedule.kind=wsd",
         ),
         (
+            ["schedule.warmup_steps=60", "schedule.decay_steps=50", "schedule.decay_end_step=105"],
+            "schedule.decay_steps = 50: schedule.warmup_steps=60 and the decay must fit into schedule.decay_end_step=105; "
+            "use at most 45",
+        ),
+        (
+            ["schedule.kind=cosine", "schedule.warmup_steps=20", "schedule.decay_end_step=20"],
+            "schedule.decay_end_step = 20: must be above schedule.warmup_steps=20; raise it, or remove it",
+        ),
+        (
+            ["schedule.kind=constant", "schedule.decay_end_step=80"],
+            "schedule.decay_end_step = 80: has no effect with schedule.kind=constant; remove it",
+        ),
+        (
             ["schedule.kind=constant", "schedule.decay_shape=sqrt"],
             "schedule.decay_shape = sqrt: has no effect with schedule.kind=constant; remove it",
         ),

@@ -130,14 +130,15 @@ optimizer.clip_grad_norm optimizer.state_dtype optimizer.rates.embedding optimiz
 optimizer.rates.vectors optimizer.rates.adamw optimizer.decays.embedding optimizer.decays.head optimizer.decays.router
 optimizer.decays.matrices optimizer.muon.rule optimizer.muon.momentum optimizer.muon.rounds optimizer.muon.update_rms
 optimizer.muon.per_head
-schedule.kind schedule.warmup_steps schedule.decay_steps schedule.decay_shape schedule.min_ratio
+schedule.kind schedule.warmup_steps schedule.decay_steps schedule.decay_end_step schedule.decay_shape schedule.min_ratio
 stages.*.name stages.*.tokens stages.*.steps stages.*.sequence_length stages.*.micro_batch_size
 stages.*.global_batch_size stages.*.indexer stages.*.weights stages.*.learning_rate stages.*.recompute stages.*.recompute_blocks
 stages.*.rope.theta stages.*.rope.fraction stages.*.rope.scaling stages.*.rope.ntk_alpha stages.*.rope.yarn_factor
 stages.*.rope.yarn_original_length stages.*.rope.yarn_beta_fast stages.*.rope.yarn_beta_slow stages.*.rope.yarn_truncate
 stages.*.rope.llama3.factor
 stages.*.rope.llama3.original_length stages.*.rope.llama3.slow_turns stages.*.rope.llama3.fast_turns
-stages.*.schedule.kind stages.*.schedule.warmup_steps stages.*.schedule.decay_steps stages.*.schedule.decay_shape
+stages.*.schedule.kind stages.*.schedule.warmup_steps stages.*.schedule.decay_steps
+stages.*.schedule.decay_end_step stages.*.schedule.decay_shape
 stages.*.schedule.min_ratio
 stages.*.parallel.tensor stages.*.parallel.sequence_parallel stages.*.parallel.expert stages.*.parallel.expert_tensor
 stages.*.parallel.overlap_experts stages.*.parallel.expert_buffer_factor stages.*.parallel.context stages.*.parallel.pipeline stages.*.parallel.schedule
