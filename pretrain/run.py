@@ -50,7 +50,7 @@ class Progress:
     """How far the run is: saved in every checkpoint, the same on all ranks.
 
     step, tokens: done so far, skipped steps included. skipped_in_row: since the last step that was applied. rollbacks:
-    to the weights of an older checkpoint. recent_losses: the window that a spike is judged by. validation_*: of the
+    to the weights of an older checkpoint. recent_losses, recent_norms: the windows that a spike is judged by. validation_*: of the
     newest validation, which was after step `validated_step`.
     """
 
@@ -60,6 +60,7 @@ class Progress:
     skipped_in_row: int = 0
     rollbacks: int = 0
     recent_losses: list[float] = field(default_factory=list)
+    recent_norms: list[float] = field(default_factory=list)
     validation_loss: float | None = None
     validation_accuracy: float | None = None
     validation_row_accuracy: float | None = None
@@ -90,7 +91,7 @@ class Run:
     stages; stage: the one the model is set to. built: what ranks, model and engine were built by. phases: the clock of
     a step. profiler: traces the steps that `train.profile` names. pipeline: runs the schedule where the model is cut
     over ranks. hooks: what it does besides training, in the order of hooks/build.py. saved_step: of the newest
-    checkpoint that was begun, None after a rollback. remarks: on the weights that it began with. keeps_freed_memory:
+    checkpoint that was begun, None after a rollback. remarks: events of its start, each with its text. keeps_freed_memory:
     whether this process does.
     """
 
@@ -111,7 +112,7 @@ class Run:
     files: RunFiles = field(default_factory=RunFiles)
     progress: Progress = field(default_factory=Progress)
     saved_step: int | None = None
-    remarks: tuple[str, ...] = ()
+    remarks: tuple[tuple[str, str], ...] = ()
     keeps_freed_memory: bool = False
 
     @property
@@ -199,6 +200,7 @@ def apply_stage(run: Run) -> None:
     run.stage = stage
     run.model.recompute_blocks(recomputed_letters(in_layout(run.config, stage)))
     run.progress.recent_losses.clear()  # other text or longer rows have another loss
+    run.progress.recent_norms.clear()
     set_up_model(run.model, stage)
     run.tell(
         "stage",

@@ -51,6 +51,7 @@ from amfm.pretrain.monitor.phases import PhaseClock
 from amfm.pretrain.monitor.profile import StepProfiler
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.monitor.starting import Starting
+from amfm.pretrain.opening.communicators import make_communicators
 from amfm.pretrain.opening.data import check_tokenizer, check_vocabulary, open_loader
 from amfm.pretrain.opening.first_passes import compile_first
 from amfm.pretrain.opening.log import gather_hosts, open_log
@@ -207,6 +208,10 @@ def build_run(
     stage, train, needed = stage_of(stages, steps_done), config.train, Built.for_step_after(steps_done, config, stages)
     built = needed.config_of(config, stage)
     parallel = initialize_parallel(built.parallel, timeout_seconds=train.timeout_seconds, num_threads=train.num_threads)
+    report("making the communicators of all axes")
+    remarks = [
+        ("slow_communicator", f"warning: {text}") for text in make_communicators(parallel, train.timeout_seconds)
+    ]
     keeps_freed_memory = parallel.device.type == "cpu" and keep_freed_memory()
     deterministic = set_determinism(config.train.seed, config.train.deterministic)
     report("opening the data")
@@ -223,9 +228,8 @@ def build_run(
     if not deterministic:
         share_tiles(config, parallel)
         choose_flash(parallel)
-    remarks: list[str] = []
     engine = build_engine(
-        build_model(built, parallel, remarks.append, draws=draws),
+        build_model(built, parallel, lambda text: remarks.append(("initial_weights", text)), draws=draws),
         optimizer=config.optimizer,
         precision=config.train.precision,
         zero_stage=built.parallel.zero_stage,

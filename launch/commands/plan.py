@@ -270,6 +270,9 @@ def print_plan(made: Plan, title: str) -> None:
     length = f"{days:,.1f} days" if days >= 2 else duration(made.seconds())
     times.append(("whole run", f"{count(made.tokens)} tokens, {length}, {spent}"))
     print_pairs(f"Step time on {own.layout.ranks} x {made.hardware.name}", times)
+    held = made.host
+    saved = f"{held.save_bytes / GIB:,.1f} GiB of {held.ranks} ranks, {held.rank_bytes / GIB:,.2f} GiB written by each"
+    print_pairs("Memory of each host", [("the copy that a save makes and keeps", saved)])
     print_sparse(made)
     print_replicas(made)
     print_goodput(made)
@@ -315,7 +318,6 @@ def print_replicas(made: Plan) -> None:
     alone = "" if without is None else f"; {without:,.0f} s by checkpoints alone"
     rows = [
         ("memory of each host, two replicas", f"{cost.node_bytes / GIB:,.1f} GiB"),
-        ("and the copy that each save makes", f"{cost.staged_bytes / GIB:,.1f} GiB"),
         ("sent by each host to the next", f"{cost.sent_bytes / GIB:,.1f} GiB per replica"),
         (
             "written in the background in",

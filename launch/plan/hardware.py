@@ -35,6 +35,7 @@ class Hardware(BaseModel):
     fp4_flops: float | None = Field(None, gt=0, description="Dense peak of e2m1 products; null: it has none.")
     memory_gib: float = Field(gt=0, description="Memory that a process can allocate, GiB.")
     memory_bytes_per_second: float = Field(gt=0, description="Memory bandwidth.")
+    host_memory_gib: float | None = Field(None, gt=0, description="Memory of a node's host, GiB; null: not checked.")
     gpus_per_node: int = Field(8, gt=0, description="Accelerators that share the fast links.")
     node_link_bytes_per_second: float = Field(gt=0, description="Fast link inside a node, one direction.")
     network_bytes_per_second: float = Field(gt=0, description="Network of a node divided by its accelerators.")
@@ -135,6 +136,7 @@ HARDWARE = {
         bf16_flops=312e12,
         float32_flops=19.5e12,
         memory_gib=79.1,
+        host_memory_gib=1024,
         memory_bytes_per_second=2.039e12,
         node_link_bytes_per_second=300e9,
         network_bytes_per_second=25e9,
@@ -146,6 +148,7 @@ HARDWARE = {
         float32_flops=67e12,
         fp8_flops=1979e12,
         memory_gib=79.1,
+        host_memory_gib=1800,
         memory_bytes_per_second=3.35e12,
         node_link_bytes_per_second=450e9,
         network_bytes_per_second=50e9,
@@ -158,6 +161,7 @@ HARDWARE = {
         float32_flops=67e12,
         fp8_flops=1979e12,
         memory_gib=139.8,
+        host_memory_gib=1800,
         memory_bytes_per_second=4.8e12,
         node_link_bytes_per_second=450e9,
         network_bytes_per_second=50e9,
@@ -172,6 +176,7 @@ HARDWARE = {
         mxfp8_flops=4500e12,
         fp4_flops=9000e12,
         memory_gib=178.0,
+        host_memory_gib=2000,
         memory_bytes_per_second=8.0e12,
         node_link_bytes_per_second=900e9,
         network_bytes_per_second=50e9,

@@ -20,7 +20,7 @@ from amfm.launch.plan.blocks.indexer import pays_from
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, estimate_as_dict, mfu_range
 from amfm.launch.plan.exchanges.buckets import bucketed_bytes
 from amfm.launch.plan.failures.goodput import Goodput, estimate_goodput
-from amfm.launch.plan.failures.replicas import ReplicaCost, estimate_replicas
+from amfm.launch.plan.failures.replicas import HostMemory, ReplicaCost, estimate_host, estimate_replicas
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.launch.plan.left_out import LeftOut, Tally, untried
@@ -88,6 +88,11 @@ class Plan:
     def replicas(self) -> ReplicaCost | None:
         """Cost of the replicas in the first training stage; None where the run writes none."""
         return estimate_replicas(self.config, self.own, self.hardware)
+
+    @property
+    def host(self) -> HostMemory:
+        """What saves take of each host in the first training stage."""
+        return estimate_host(self.config, self.own, self.hardware)
 
     def seconds(self) -> float:
         """Seconds of the whole run in the configuration's own layout, scaled to `tokens`."""
@@ -195,10 +200,10 @@ def search_stages(runs: list[RunConfig], ranks: int, hardware: Hardware, assumpt
 
 
 def advise(plan: Plan) -> str:
-    """What to do when a stage does not fit in the configuration's own layout; empty when all do."""
+    """What to do when a stage does not fit in the configuration's own layout, or a save in the hosts; empty when all do."""
     misfits = [entry for entry in plan.stages if not entry.estimate.fits()]
     if not misfits:
-        return ""
+        return plan.host.problem() or ""
     where = f"stage {misfits[0].stage.name} of " if len(plan.stages) > 1 else ""
     if plan.layouts:
         best = plan.layouts[0].layout.describe()
@@ -291,6 +296,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             "days": seconds / SECONDS_A_DAY,
             "gpu_hours": seconds / 3600 * plan.own.layout.ranks,
         },
+        "host": asdict(plan.host),
         "replicas": None if plan.replicas is None else plan.replicas.to_json(),
         "goodput": None if plan.goodput is None else plan.goodput.to_json(),
         "advice": advise(plan),

@@ -127,8 +127,8 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
         **describe_origin(run),
         **origin,
     )
-    for text in run.remarks:
-        run.tell("initial_weights", text, text=text)
+    for event, text in run.remarks:
+        run.tell(event, text, text=text)
     ambiguous = explain_d(run.config.model.pattern)
     if ambiguous is not None:
         run.tell("pattern", f"warning: {ambiguous}", text=ambiguous)

@@ -1,6 +1,8 @@
 """The plan: sums that must hold, memory against a measured run, and what wrong input is told."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -101,6 +103,26 @@ def test_wrong_input_is_told_the_rule_and_the_nearest_value(arguments, message, 
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_a_save_that_the_hosts_do_not_have_is_refused_with_its_bytes(capsys):
+    overrides = ["train.replica_every_steps=50"]
+    plan = plan_of("ladder_8b_a1b", ranks=64)
+    # Masters and two moments of an eighth of all weights, in tensors that are rounded up.
+    assert plan.host.save_bytes == pytest.approx(1.44 * 12 * plan.counts.total / 8, rel=0.01)
+    assert plan.host.problem() is None and advise(plan) == ""
+    averaged = plan_of("ladder_8b_a1b", "ema={}", ranks=64).host
+    assert averaged.rank_bytes == pytest.approx(plan.host.rank_bytes * 16 / 12, rel=1e-6)
+    little = replace(plan, hardware=plan.hardware.model_copy(update={"host_memory_gib": 15.0}))
+    assert re.fullmatch(
+        r"a save holds 1\d GiB of each host \(1\.\d GiB per rank, 8 ranks, .*\), more than 90% of its 15 GiB: use more .*",
+        advise(little),
+    )
+    assert plan_as_dict(little)["host"]["room_bytes"] == 15 * 2**30
+    replicated = plan_of("ladder_8b_a1b", *overrides, ranks=64)
+    assert replicated.host.replica_bytes == replicated.replicas.node_bytes
+    assert run(["plan", str(CONFIGS / "ladder_8b_a1b.yaml"), "--gpus", "64"]) == 0
+    assert "the copy that a save makes and keeps" in capsys.readouterr().out
 
 
 def test_replicas_cost_memory_of_two_nodes_and_are_printed(capsys):
