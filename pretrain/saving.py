@@ -101,7 +101,9 @@ def restore_newest_weights(run: Run) -> int | None:
     # Whether or not they were skipped already, when they were taken.
     run.progress.skipped_steps = then.skipped_steps + run.progress.step - loaded.step
     run.progress.skipped_in_row = 0
-    run.progress.recent_losses = then.recent_losses if loaded.step > run.stage.first_step else []
+    is_same_stage = loaded.step > run.stage.first_step
+    run.progress.recent_losses = then.recent_losses if is_same_stage else []
+    run.progress.recent_norms = then.recent_norms if is_same_stage else []
     run.saved_step = None
     return loaded.step
 

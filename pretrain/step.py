@@ -28,7 +28,7 @@ from amfm.model.parallel.groups import opened
 from amfm.model.scheduled import set_step
 from amfm.pretrain.engine.engine import StepOutcome
 from amfm.pretrain.micro_batch import LossShare, MicroBatch, MicroBatches, look_ahead, send
-from amfm.pretrain.monitor.anomalies import StepAnomaly, describe_skip, judge_loss, remember_loss
+from amfm.pretrain.monitor.anomalies import StepAnomaly, describe_skip, explain_refusal, judge_loss, remember
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.run import Run
 from amfm.pretrain.step_sums import RankNews, StepReport, StepResult, StepSums, empty_sums
@@ -66,7 +66,7 @@ def train_step(run: Run) -> StepResult:
         # Only after a step that counts, and from counts of all ranks, so that every copy of the bias moves alike.
         run.model.update_expert_bias(sums.expert_counts)
     else:
-        anomaly = anomaly or StepAnomaly("nonfinite", "gradients are not finite")
+        anomaly = anomaly or explain_refusal(run.engine.take_refusal())
         losses = [float(loss / share.valid_tokens) for loss in sums.micro_losses]
         skip = describe_skip(run.parallel, batches, losses, run.engine.fault)
     return conclude(run, work, report, outcome, anomaly, skip)
@@ -142,7 +142,8 @@ def conclude(
     progress = run.progress
     if outcome.applied:
         progress.skipped_in_row = 0
-        remember_loss(report.loss, progress.recent_losses, run.config.health)
+        remember(report.loss, progress.recent_losses, run.config.health)
+        remember(outcome.grad_norm, progress.recent_norms, run.config.health)
     else:
         progress.skipped_in_row += 1
         progress.skipped_steps += 1

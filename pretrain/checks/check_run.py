@@ -319,6 +319,18 @@ def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
         if getattr(config.health, name) == "rollback" and train.checkpoint_every_steps is None:
             rule = "needs checkpoints to go back to, and train.checkpoint_every_steps is null"
             yield Problem(f"health.{name}", rule, "set for example train.checkpoint_every_steps=1000", "rollback")
+    if config.health.spike_rule == "sigma" and "ignore" in (
+        config.health.on_spike,
+        config.health.spike_sigma or "ignore",
+    ):
+        rule = f"acts by on_spike={config.health.on_spike} above spike_sigma={config.health.spike_sigma}, and one of the two is off"
+        yield Problem(
+            "health.spike_rule", rule, "set for example health.on_spike=skip and health.spike_sigma=6", "sigma"
+        )
+    saves, exports = train.checkpoint_every_steps, config.export.every_steps
+    if exports is not None and (saves is None or exports % saves):
+        rule = f"exports checkpoints, and train.checkpoint_every_steps={saves} has none of every {exports} steps"
+        yield Problem("export.every_steps", rule, "use a multiple of train.checkpoint_every_steps", str(exports))
     if config.model.self_guided_training is not None and config.run.initial_weights is not None:
         rule = "begins as the product of factors that start at random, and run.initial_weights gives others"
         yield Problem("model.self_guided_training", rule, "remove one of the two")

@@ -95,6 +95,11 @@ class LaunchConfig(Section):
         True,
         description="A server on each host of --on torchrun keeps Python and libraries loaded between attempts; false: each attempt loads them again.",
     )
+    notify: str | None = Field(
+        None,
+        pattern=r"^(https?://.+|\$[A-Za-z_][A-Za-z0-9_]*)$",
+        description="URL that gets JSON by POST when ranks are lost or restarted, a step spikes, nothing moves, or the run ends (Slack's webhooks get a text); `$NAME`: held by that variable, so that it is not recorded.",
+    )
     setup: str | None = Field(
         None, description="Shell line on every node before the ranks start, such as `source env/bin/activate`."
     )

@@ -10,7 +10,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
     "docs/checkpoints.md": {
         "train": "seed stop_after_minutes checkpoint_in_background checkpoint_store resume_step keep_every_steps replica_every_steps replica_folder timeout_seconds max_skipped_steps deterministic",
     },
-    "docs/export.md": {"export": "max_position_embeddings"},
+    "docs/export.md": {"export": "every_steps max_position_embeddings"},
     "docs/conversion.md": {
         "model.mixers.window_linear": "preset features gate combine linear_positions linear_weight feature_size meta_tokens rope_theta rope_fraction output_gate chunk_size",
         "model.mixers.window_linear.rope_llama3": "factor original_length slow_turns fast_turns",
@@ -47,8 +47,8 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "kernels": "backend experts",
     },
     "docs/launching.md": {
-        "health": "on_nonfinite on_spike spike_ratio spike_window spike_sigma max_rollbacks straggler_percent",
-        "launch": "heartbeat_seconds max_restarts min_nodes node_wait_seconds storage_wait_seconds warm_restarts setup environment",
+        "health": "on_nonfinite on_spike spike_rule spike_ratio spike_window spike_sigma max_rollbacks straggler_percent",
+        "launch": "heartbeat_seconds max_restarts min_nodes node_wait_seconds storage_wait_seconds warm_restarts notify setup environment",
         "launch.kubernetes": "image namespace claim mount shared_memory grace_seconds accelerator",
         "launch.slurm": "partition account qos time_limit gpus cpus_per_task cpu_bind memory modules signal_seconds requeue container_image container_mounts container_python extra",
     },

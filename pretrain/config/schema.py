@@ -345,7 +345,11 @@ class HealthConfig(Section):
         description="Gradients with NaN or infinity: leave the step out (train.max_skipped_steps in a row stop the run), load the newest checkpoint's weights and continue with the next data, or stop.",
     )
     on_spike: Literal["ignore", "skip", "rollback", "stop"] = Field(
-        "ignore", description="The same choices for a loss far above the recent ones."
+        "ignore", description="The same choices for a loss, or a gradient norm, far above the recent ones."
+    )
+    spike_rule: Literal["ratio", "sigma"] = Field(
+        "ratio",
+        description="What on_spike acts on: a loss above spike_ratio times the median, or a loss or gradient norm above spike_sigma.",
     )
     spike_ratio: float = Field(1.5, gt=1, description="A spike is a loss above this times the median of the window.")
     spike_window: int = Field(
@@ -383,11 +387,16 @@ class KernelsConfig(Section):
 
 
 class ExportConfig(Section):
-    """Which transformers class the model must fit, checked before training starts."""
+    """Which transformers class the model must fit, checked before training starts, and which checkpoints are exported."""
 
     target: Literal[Target, "auto"] = Field(
         "auto",
         description="`own`: our modeling file next to the weights; `auto`: a native class if one holds the config exactly, else own.",
+    )
+    every_steps: int | None = Field(
+        None,
+        gt=0,
+        description="Export the checkpoints of every N steps to exports/ below run.dir while training continues, in a process on the launcher's host; null: none.",
     )
     max_position_embeddings: int | None = Field(
         None,

@@ -134,6 +134,7 @@ class ZeroEngine:
         self.clip_norm = clip_norm
         self.fault: GradientFault | None = None
         self.is_refused = False
+        self.refusal: str | None = None
         self.accumulator: Float32Accumulator | None = None
 
     @property
@@ -214,6 +215,23 @@ class ZeroEngine:
     def skip_next_step(self) -> None:
         """Make the coming step move nothing on any rank, as if its gradients were not finite; inside `accumulate`."""
         self.is_refused = True
+
+    def reduced_norm(self) -> float:
+        """The global norm of the gradients, after `accumulate` and before `step`. Every rank must call this."""
+        if self.zero_stage == 0:
+            return float(self.norm.of_whole(list(self.module.parameters())))
+        return float(self.norm.of_ranges(self.norm.gradient_pieces(self.deepspeed)))
+
+    def refuse_update(self, reason: str) -> None:
+        """Make the coming step move nothing, after `accumulate`; the same on all ranks, which must all call this."""
+        self.refusal = reason
+        for _, gradient, _ in self.norm.gradient_pieces(self.deepspeed):
+            gradient.fill_(float("inf"))
+
+    def take_refusal(self) -> str | None:
+        """Why the last update was refused; None where it was not, or was asked before."""
+        reason, self.refusal = self.refusal, None
+        return reason
 
     def _close_accumulation(self) -> None:
         """Complete this rank's gradients before DeepSpeed reduces them: sum, check, and poison a refused step."""

@@ -1,20 +1,18 @@
 """Reports steps whose loss or gradient norm is far above the recent ones, in standard deviations (`health.spike_sigma`).
 
-The rule of OLMo-core's skip-step optimizer, and in form that of OLMo 2's spike score (arXiv 2501.00656). It only reports: `health.on_spike`
-says what is done about a loss that jumps by its own rule.
+The rule of OLMo-core's skip-step optimizer, and in form that of OLMo 2's spike score (arXiv 2501.00656). Every run reports them.
+With `health.spike_rule=sigma` they are also what `health.on_spike` acts on, by windows that checkpoints keep (monitor/anomalies.py).
 """
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 
 from amfm.pretrain.hook import Hook
+from amfm.pretrain.monitor.anomalies import deviations, judge_deviation
 from amfm.pretrain.run import Run
 from amfm.pretrain.stages import first_sample
 from amfm.pretrain.step_sums import StepResult
-
-LEAST_SIGMA = 1e-6  # of the mean: a curve without noise has no spikes of rounding
 
 
 class Spikes(Hook):
@@ -27,6 +25,16 @@ class Spikes(Hook):
         }
         self.stage = run.stage
 
+    def before_update(self) -> None:
+        """Refuse the update where the gradient norm is what `health.on_spike` acts on; a loss was judged before it was reduced."""
+        run, health = self.run, self.run.config.health
+        norms = run.progress.recent_norms
+        if health.spike_rule == "ratio" or health.on_spike == "ignore" or len(norms) < health.spike_window:
+            return
+        anomaly = judge_deviation("gradient norm", run.engine.reduced_norm(), norms, health)
+        if anomaly is not None:
+            run.engine.refuse_update(anomaly.text)
+
     def after_step(self, result: StepResult) -> None:
         """Judge the step against the window, and take it in."""
         run, values = self.run, {"loss": result.loss, "grad_norm": result.grad_norm}
@@ -34,7 +42,11 @@ class Spikes(Hook):
             self.stage = run.stage
             self.after_rollback()
         high = {
-            name: z for name, value in values.items() if (z := self.score(name, value)) is not None and z > self.sigma
+            name: z
+            for name, value in values.items()
+            if len(self.window[name]) == self.window[name].maxlen
+            and (z := deviations(value, self.window[name])) is not None
+            and z > self.sigma
         }
         if not high:
             for name, value in values.items():
@@ -52,14 +64,6 @@ class Spikes(Hook):
             sigma=high,
             samples=samples,
         )
-
-    def score(self, name: str, value: float) -> float | None:
-        """How many standard deviations a value is above the mean of a full window; None before there is one."""
-        window = self.window[name]
-        if len(window) < (window.maxlen or 0) or not abs(value) < float("inf"):
-            return None
-        mean = statistics.fmean(window)
-        return (value - mean) / max(statistics.pstdev(window, mean), LEAST_SIGMA * abs(mean), 1e-12)
 
     def after_rollback(self) -> None:
         """Other weights have other losses."""

@@ -18,6 +18,8 @@ from amfm.pretrain.config.schema import HealthConfig
 from amfm.pretrain.engine.gradients import GradientFault
 from amfm.pretrain.parallel import Parallel
 
+LEAST_SIGMA = 1e-6  # of the mean: a curve without noise has no spikes of rounding
+
 
 def describe_skip(
     parallel: Parallel, batches: Sequence[Batch], losses: Sequence[float], fault: GradientFault | None
@@ -59,12 +61,14 @@ class StepAnomaly:
 
 
 def judge_loss(loss: float, recent_losses: Sequence[float], health: HealthConfig) -> StepAnomaly | None:
-    """Detect a spike: a loss far above the median of the full window of recent ones.
+    """Detect a spike: a loss far above the full window of recent ones, by its median or mean (`health.spike_rule`).
 
     None for no spike and on_spike=ignore.
     """
     if health.on_spike == "ignore" or len(recent_losses) < health.spike_window:
         return None
+    if health.spike_rule == "sigma":
+        return judge_deviation("loss", loss, recent_losses, health)
     median = statistics.median(recent_losses)
     # A loss of NaN is not a spike: it comes with gradients that are not finite, which are their own anomaly.
     if not loss > health.spike_ratio * median:
@@ -75,14 +79,36 @@ def judge_loss(loss: float, recent_losses: Sequence[float], health: HealthConfig
     )
 
 
-def remember_loss(loss: float, recent_losses: list[float], health: HealthConfig) -> None:
-    """Add a step's loss to the window of the newest `spike_window`, in place; does nothing where spikes are ignored.
+def judge_deviation(name: str, value: float, recent: Sequence[float], health: HealthConfig) -> StepAnomaly | None:
+    """Detect a value that is `health.spike_sigma` standard deviations above the mean of a full window."""
+    found = deviations(value, recent) if len(recent) >= health.spike_window else None
+    if found is None or health.spike_sigma is None or found <= health.spike_sigma:
+        return None
+    text = f"{name} {value:.4g} is {found:.1f} standard deviations above the mean of {len(recent)} steps"
+    return StepAnomaly("spike", text)
 
-    The window is saved in checkpoints, so that a resumed run judges as an uninterrupted one.
+
+def deviations(value: float, recent: Sequence[float]) -> float | None:
+    """How many standard deviations a value is above the mean of recent ones; None where it is not finite."""
+    if not abs(value) < float("inf"):
+        return None
+    mean = statistics.fmean(recent)
+    return (value - mean) / max(statistics.pstdev(recent, mean), LEAST_SIGMA * abs(mean), 1e-12)
+
+
+def explain_refusal(reason: str | None) -> StepAnomaly:
+    """The anomaly of a step that moved nothing: a spike for the reason that was given, else gradients that are not finite."""
+    return StepAnomaly("nonfinite", "gradients are not finite") if reason is None else StepAnomaly("spike", reason)
+
+
+def remember(value: float, recent: list[float], health: HealthConfig) -> None:
+    """Add a step's loss, or gradient norm, to the window of the newest `spike_window`, in place; nothing where spikes are ignored.
+
+    Windows are saved in checkpoints, so that a resumed run judges as an uninterrupted one.
     """
     if health.on_spike != "ignore":
-        recent_losses.append(loss)
-        del recent_losses[: -health.spike_window]
+        recent.append(value)
+        del recent[: -health.spike_window]
 
 
 def too_many_skips(skipped_in_row: int, max_skipped_steps: int) -> bool:

@@ -146,6 +146,10 @@ def make_cards(record: RunRecord) -> list[Card]:
         Card("Tokens", count(tokens) if tokens is not None else "-", f"rows of {lengths}"),
         Card("Training loss", f"{loss:.4f}" if loss is not None else "-", "newest step, nats per token"),
     ]
+    spiked = sum("spike" in line for line in record.metrics)
+    if spiked:
+        share = 100 * spiked / len(record.metrics)
+        cards.append(Card("Spike score", f"{share:.2g} %", f"{plural(spiked, 'step')} far above those before"))
     if validation is not None:
         bits = record.last("validation_bits_per_byte")
         beside = "" if bits is None else f", {bits:.4f} bits per byte"

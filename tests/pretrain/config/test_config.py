@@ -145,13 +145,13 @@ stages.*.parallel.overlap_experts stages.*.parallel.expert_buffer_factor stages.
 stages.*.parallel.virtual_stages stages.*.parallel.zero_stage stages.*.parallel.offload_optimizer
 parallel.tensor parallel.sequence_parallel parallel.expert parallel.expert_tensor parallel.overlap_experts
 parallel.expert_buffer_factor parallel.context parallel.pipeline parallel.schedule parallel.virtual_stages parallel.zero_stage parallel.offload_optimizer
-health.on_nonfinite health.on_spike health.spike_ratio health.spike_window health.spike_sigma health.max_rollbacks
+health.on_nonfinite health.on_spike health.spike_rule health.spike_ratio health.spike_window health.spike_sigma health.max_rollbacks
 health.straggler_percent
 health.check_state_every_steps
 kernels.backend kernels.experts
 low_precision.recipe low_precision.block_types low_precision.bf16_first_layers low_precision.bf16_last_layers low_precision.out_proj_recipe
 low_precision.weight_gradient low_precision.activation_storage low_precision.dispatch low_precision.quantize_weights low_precision.emulate low_precision.measure_every_steps
-export.target export.max_position_embeddings
+export.target export.every_steps export.max_position_embeddings
 evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size
 validation.*.name validation.*.source validation.*.paths validation.*.batches validation.*.tokens
 prune.groups prune.keep prune.method prune.start_step prune.every_steps prune.end_step
@@ -164,7 +164,7 @@ convert.tune.steps convert.tune.learning_rate convert.tune.rank convert.tune.alp
 convert.tune.routing.num_experts convert.tune.routing.top_k convert.tune.routing.balance_weight convert.tune.routing.specialization_weight
 convert.tune.routing.hard_from_step convert.tune.routing.updates
 launch.heartbeat_seconds launch.max_restarts launch.min_nodes launch.node_wait_seconds launch.storage_wait_seconds launch.spare_nodes
-launch.warm_restarts launch.setup
+launch.warm_restarts launch.notify launch.setup
 launch.environment
 launch.slurm.partition launch.slurm.account launch.slurm.qos launch.slurm.time_limit launch.slurm.gpus
 launch.slurm.cpus_per_task launch.slurm.cpu_bind launch.slurm.memory launch.slurm.modules launch.slurm.signal_seconds launch.slurm.requeue launch.slurm.container_image

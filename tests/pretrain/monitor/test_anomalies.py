@@ -11,7 +11,7 @@ import torch
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.schema import HealthConfig
-from amfm.pretrain.monitor.anomalies import judge_loss, remember_loss
+from amfm.pretrain.monitor.anomalies import judge_loss, remember
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.monitor.stragglers import compare_ranks
 from amfm.pretrain.saving import restore_newest_weights, save
@@ -35,12 +35,12 @@ def test_a_spike_is_judged_against_the_median_of_a_full_window() -> None:
     window: list[float] = []
     for loss in (3.0, 3.0, 9.0, 1.0, 3.0, 3.0, 3.0):
         assert judge_loss(100.0, window, health) is None
-        remember_loss(loss, window, health)
-    remember_loss(3.0, window, health)
+        remember(loss, window, health)
+    remember(3.0, window, health)
     assert judge_loss(6.0, window, health) is None
     anomaly = judge_loss(6.1, window, health)
     assert anomaly is not None and anomaly.text == "loss 6.1000 is above 2 x 3.0000, the median of 8 steps"
-    remember_loss(5.0, window, health)
+    remember(5.0, window, health)
     assert window == [3.0, 9.0, 1.0, 3.0, 3.0, 3.0, 3.0, 5.0]
     assert judge_loss(float("nan"), window, health) is None  # gradients that are not finite are another anomaly
 
