@@ -14,6 +14,7 @@ from typing import IO
 from amfm.data_pipeline.durable.files import take_lock, write_file_atomically
 from amfm.launch.cluster.storage import StorageWait
 from amfm.launch.console import say
+from amfm.launch.follow_run import following
 from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.held import holding
@@ -38,6 +39,7 @@ def launching(config: RunConfig) -> Iterator[None]:
             enter()
         else:
             StorageWait(run_dir, config.launch.storage_wait_seconds).until(enter)
+        stack.enter_context(following(config))
         yield
 
 

@@ -24,6 +24,7 @@ from amfm.launch.commands.client import (
 from amfm.launch.console import print_json, print_pairs
 from amfm.launch.existing import require_exists, require_model
 from amfm.launch.heavy_imports import loading
+from amfm.launch.push import Hub, require_export
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.refusals import ClientName
 from amfm.pretrain.extras import require_extra
@@ -52,6 +53,12 @@ FormatOption = Annotated[
         "--format",
         help="A model for transformers, a whole training state for torch Distributed Checkpoint, DeepSpeed's loader or "
         "Megatron-DeepSpeed (-plain: its --no-pipeline-parallel), the tokens of a store as .bin and .idx, or an export as a file for llama.cpp.",
+    ),
+]
+PushOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OWNER/NAME", help="Also send the export, or one that exists, to this model repository of the Hub."
     ),
 ]
 OptionalOutArgument = Annotated[
@@ -94,6 +101,7 @@ def export(
     weights: WeightsOption = "last",
     check: CheckOption = None,
     client_python: ClientPythonOption = None,
+    push: PushOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """The verb `export`.
@@ -102,10 +110,14 @@ def export(
     """
     python = None if client_python is None else str(client_python.absolute())
     writes_for_transformers = target is not None or not verify or weights != "last"
-    check_export_options(file_format, out, check, python, writes_for_transformers=writes_for_transformers)
+    check_export_options(file_format, out, check, python, push, writes_for_transformers=writes_for_transformers)
+    hub = None if push is None else Hub(push)
     if out is None:
-        assert check is not None, "checked above"
-        show_check(checkpoint, check, python, as_json=as_json)
+        if check is not None:
+            show_check(checkpoint, check, python, as_json=as_json)
+            return
+        assert hub is not None, "checked above"
+        push_export(checkpoint, hub, as_json=as_json)
         return
     if file_format == "gguf":
         export_gguf(checkpoint, out, python, as_json=as_json)
@@ -127,6 +139,8 @@ def export(
         if check is not None:
             waiting(f"running {check}")
         checked = None if check is None else check_client(out, check, python)
+        is_right = checked is None or checked.outcome == "equal"
+        pushed = hub.push(out) if hub is not None and is_right else None
     if as_json:
         print_json(
             {
@@ -144,6 +158,7 @@ def export(
                 "kept": list(report.kept),
             }
             | ({} if checked is None else {"check": asdict(checked)})
+            | ({} if pushed is None else {"pushed": pushed})
         )
         require_equal(checked)
         return
@@ -163,14 +178,31 @@ def export(
     pairs += [("left out", report.left_out)] if report.left_out else []
     pairs += [("kept", text) for text in report.kept]
     pairs += [("known incompatibilities", refusal) for refusal in report.refusals]
+    pairs += [("pushed to", pushed)] if pushed is not None else []
     print_pairs("Export", pairs)
     if checked is not None:
         print_check(out, checked)
     require_equal(checked)
 
 
+def push_export(folder: Path, hub: Hub, *, as_json: bool) -> None:
+    """Send an export that exists, and print where it is."""
+    require_export(folder)
+    pushed = hub.push(folder)
+    if as_json:
+        print_json({"path": str(folder), "pushed": pushed})
+    else:
+        print_pairs("Export", [("folder", folder), ("pushed to", pushed)])
+
+
 def check_export_options(
-    file_format: str, out: Path | None, check: ClientName | None, python: str | None, *, writes_for_transformers: bool
+    file_format: str,
+    out: Path | None,
+    check: ClientName | None,
+    python: str | None,
+    push: str | None,
+    *,
+    writes_for_transformers: bool,
 ) -> None:
     """Refuse, before any work, options that have no effect together, and a program that is not installed."""
     if file_format != "huggingface" and writes_for_transformers:
@@ -181,8 +213,12 @@ def check_export_options(
         raise ValueError("--client-python has no effect without --check or --format gguf; leave it out")
     if check is not None and file_format != "huggingface":
         raise ValueError(f"--check reads an export for transformers, not {file_format}; leave one of them out")
-    if out is None and check is None:
-        raise ValueError("name OUT, the folder to write; only --check reads an export that exists")
+    if push is not None and (file_format != "huggingface" or (out is None and check is not None)):
+        raise ValueError(
+            "--push sends an export for transformers; leave it out with another --format, or with --check alone"
+        )
+    if out is None and check is None and push is None:
+        raise ValueError("name OUT, the folder to write; only --check and --push read an export that exists")
     if out is not None and file_format not in ("gguf", "megatron"):  # which write files next to others
         check_free(out)
     if out is None and writes_for_transformers:

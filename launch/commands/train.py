@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,11 +61,14 @@ def train(
         starts_ranks = nproc > 1 or (not is_rank and bool(fresh_starts(config)))
         if not starts_ranks:
             from amfm.pretrain.train import train as train_run
+    from amfm.launch.follow_run import following
+
     if starts_ranks:
         from amfm.launch.cluster.local import run_layouts
 
         arguments = ["train", str(path), *(overrides or []), *(["--force"] if force else [])]
-        code = run_layouts(config, arguments, nproc, context.obj)
+        with following(config):
+            code = run_layouts(config, arguments, nproc, context.obj)
     else:
         from amfm.launch.plan.card_fit import check_fits, this_card
         from amfm.pretrain.checkpoint.names import continued_step
@@ -74,7 +78,7 @@ def train(
         if card is not None:
             check_fits(config, numbers[0], card, steps_done=max(0, continued_step(config)))
         try:
-            with settings_worked(config.run.dir):
+            with settings_worked(config.run.dir), nullcontext() if is_rank else following(config):
                 code = train_run(config)
         except SystemExit as error:  # of a plug-in while the run started: not what the shell is to see
             raise RuntimeError(describe_exit(error)) from error
