@@ -51,7 +51,6 @@ from amfm.pretrain.monitor.phases import PhaseClock
 from amfm.pretrain.monitor.profile import StepProfiler
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.monitor.starting import Starting
-from amfm.pretrain.opening.communicators import make_communicators
 from amfm.pretrain.opening.data import check_tokenizer, check_vocabulary, open_loader
 from amfm.pretrain.opening.first_passes import compile_first
 from amfm.pretrain.opening.log import gather_hosts, open_log
@@ -208,10 +207,13 @@ def build_run(
     stage, train, needed = stage_of(stages, steps_done), config.train, Built.for_step_after(steps_done, config, stages)
     built = needed.config_of(config, stage)
     parallel = initialize_parallel(built.parallel, timeout_seconds=train.timeout_seconds, num_threads=train.num_threads)
-    report("making the communicators of all axes")
-    remarks = [
-        ("slow_communicator", f"warning: {text}") for text in make_communicators(parallel, train.timeout_seconds)
-    ]
+    remarks: list[tuple[str, str]] = []
+    if parallel.world_size > 1:
+        from amfm.pretrain.opening.communicators import make_communicators
+
+        report("making the communicators of all axes")
+        slow = make_communicators(parallel, train.timeout_seconds)
+        remarks += [("slow_communicator", f"warning: {text}") for text in slow]
     keeps_freed_memory = parallel.device.type == "cpu" and keep_freed_memory()
     deterministic = set_determinism(config.train.seed, config.train.deterministic)
     report("opening the data")
