@@ -111,6 +111,10 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
         from amfm.pretrain.hooks.time_limit import TimeLimit
 
         sets.append(TimeLimit(run, run.config.train.stop_after_minutes))
+    if run.parallel.device.type == "cuda":
+        from amfm.pretrain.hooks.energy import Energy
+
+        sets.append(Energy(run))
     watched = [
         *build_state_watch(run),
         *build_quantization(run),
