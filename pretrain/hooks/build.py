@@ -11,7 +11,6 @@ from amfm.pretrain.hook import Hook
 from amfm.pretrain.hooks.metrics import Experts, Metrics, Stragglers
 from amfm.pretrain.hooks.quantization import build_kept_weights, build_quantization
 from amfm.pretrain.hooks.replicas import build_replicas
-from amfm.pretrain.hooks.spikes import Spikes
 from amfm.pretrain.hooks.state_watch import build_state_watch
 from amfm.pretrain.hooks.validate import Validations
 from amfm.pretrain.run import Run
@@ -102,6 +101,8 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
 
         sets.append(ValidationSets(run))
     if run.config.health.spike_sigma is not None:
+        from amfm.pretrain.hooks.spikes import Spikes
+
         sets.append(Spikes(run, run.config.health.spike_sigma))
     if run.config.train.inspect_every_steps is not None:
         from amfm.pretrain.hooks.inspection import Inspection
