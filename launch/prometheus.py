@@ -1,4 +1,4 @@
-"""A run's numbers for Prometheus, read from its directory at each scrape: `amfm watch RUN --prometheus PORT`.
+"""A run's numbers for Prometheus, read from its directory at each scrape: `amfm watch RUN --prometheus PORT`; or for OpenTelemetry.
 
 The standard library's server and the text format, which is a line per number: nothing that a client library would add is needed.
 Gauges carry the names of metrics.jsonl; the state of the run is a gauge per state, 1 for the one that holds. What the launcher
@@ -14,11 +14,11 @@ from collections import Counter
 from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.launch.http_server import HttpHandler, HttpServer
-from amfm.pretrain.monitor.follow import State
+from amfm.pretrain.monitor.follow import Seen, State
 from amfm.pretrain.monitor.held import read_held
 from amfm.pretrain.monitor.metrics import flatten_numbers
 from amfm.pretrain.report.verdict import Verdicts
@@ -26,8 +26,8 @@ from amfm.pretrain.report.verdict import Verdicts
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def format_metrics(verdicts: Verdicts) -> str:
-    """Look at the run, and write what there is: the newest step's numbers, state, verdict, checkpoint, and ranks that give signs of life."""
+def collect(verdicts: Verdicts) -> tuple[dict[str, str], dict[str, float], Seen]:
+    """Look at the run: labels that name it, and what there is: the newest step's numbers, checkpoint, and ranks that give signs of life."""
     run = verdicts.run
     seen = run.look()
     verdict = verdicts.of(seen)
@@ -39,25 +39,57 @@ def format_metrics(verdicts: Verdicts) -> str:
     own |= {"step_age_seconds": age(metrics.get("time")), "launcher_age_seconds": launcher_age(run.directory)}
     numbers |= {name: float(value) for name, value in own.items() if value is not None}
     numbers |= {"ranks": float(len(seen.beats)), "hosts": float(len({beat.host for beat in seen.beats}))}
+    if verdict is not None:
+        numbers["well"] = float(not verdict.findings)
     directory = run.directory.resolve()
     # Many runs are folders of the same name, such as `run`.
     name = run.config.run.name if run.config is not None and run.config.run.name else "/".join(directory.parts[-2:])
-    place = {"run": name, "dir": str(directory)}
+    return {"run": name, "dir": str(directory)}, numbers, seen
+
+
+def format_metrics(verdicts: Verdicts) -> str:
+    """Look at the run, and write its numbers, state and findings as Prometheus reads them."""
+    place, numbers, seen = collect(verdicts)
     states = [
         f"amfm_state{format_labels(place | {'state': state})} {int(state == seen.state)}\n" for state in get_args(State)
     ]
+    verdict = verdicts.of(seen)
     findings = Counter(finding.rule for finding in verdict.findings) if verdict else {}
     found = [f"amfm_finding{format_labels(place | {'rule': rule})} {number}\n" for rule, number in findings.items()]
-    if verdict is not None:
-        numbers["well"] = float(not verdict.findings)
-    gauges = format_gauges(name, numbers, dir=str(directory))
+    gauges = format_gauges(place["run"], numbers, dir=place["dir"])
     kinds = {"amfm_state": states, **({"amfm_finding": found} if found else {})}
     return gauges + "".join(f"# TYPE {kind} gauge\n{''.join(lines)}" for kind, lines in kinds.items())
 
 
+def describe_otlp(verdicts: Verdicts) -> dict[str, Any]:
+    """Look at the run, and write its numbers and state as a request of OTLP over HTTP in JSON (opentelemetry-proto 1.0).
+
+    Gauges of the names that Prometheus gets; `amfm_state` is 1 with the attribute `state`.
+    """
+    place, numbers, seen = collect(verdicts)
+    moment = str(time.time_ns())
+
+    def attributes(labels: Mapping[str, str]) -> list[dict[str, Any]]:
+        return [{"key": key, "value": {"stringValue": value}} for key, value in labels.items()]
+
+    def gauge(name: str, value: float, **labels: str) -> dict[str, Any]:
+        point = {"timeUnixNano": moment, "asDouble": value, "attributes": attributes(labels)}
+        return {"name": metric_name(name), "gauge": {"dataPoints": [point]}}
+
+    gauges = [gauge(name, value) for name, value in numbers.items()] + [gauge("state", 1.0, state=seen.state)]
+    scope = {"scope": {"name": "amfm"}, "metrics": gauges}
+    resource = {"attributes": attributes({"service.name": "amfm"} | place)}
+    return {"resourceMetrics": [{"resource": resource, "scopeMetrics": [scope]}]}
+
+
+def metric_name(name: str) -> str:
+    """A number's name for programs that allow letters, digits and underscores."""
+    return f"amfm_{re.sub('[^a-zA-Z0-9_]', '_', name)}"
+
+
 def format_gauges(run_name: str, numbers: Mapping[str, float], **labels: str) -> str:
     """Two lines of the text format for each number of a run: its type, and its value with these labels."""
-    named = {f"amfm_{re.sub('[^a-zA-Z0-9_]', '_', name)}": value for name, value in numbers.items()}
+    named = {metric_name(name): value for name, value in numbers.items()}
     place = format_labels({"run": run_name} | labels)
     return "".join(
         f"# TYPE {name} {'counter' if name == 'amfm_restarts' else 'gauge'}\n{name}{place} {value!r}\n"

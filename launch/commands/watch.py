@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from amfm.pretrain.report.verdict import Verdicts
 
 LOOK_SECONDS = 1.0
+POST_SECONDS = 15.0
 
 
 def watch(
@@ -29,6 +30,12 @@ def watch(
         str | None,
         typer.Option(metavar="[HOST:]PORT", help="Serve /metrics for Prometheus instead; HOST defaults to 127.0.0.1."),
     ] = None,
+    otlp: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Post metrics to an OpenTelemetry collector every 15 seconds instead (OTLP over HTTP)."
+        ),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit code 3 also where the run needs a look: for scripts and cron.")
     ] = False,
@@ -42,12 +49,16 @@ def watch(
     from amfm.pretrain.monitor.follow import FollowedRun
     from amfm.pretrain.report.verdict import Verdicts
 
-    if prometheus is not None and as_json:
-        raise ValueError("--prometheus serves until it is interrupted, and --json prints once; give one of them")
+    if sum((prometheus is not None, otlp is not None, as_json)) > 1:
+        raise ValueError(
+            "--prometheus and --otlp run until they are interrupted, and --json prints once; give one of them"
+        )
     run = FollowedRun(run_dir)
     verdicts = Verdicts(run)
     if prometheus is not None:
         serve_metrics(verdicts, prometheus)
+    elif otlp is not None:
+        post_metrics(verdicts, otlp)
     elif as_json:
         seen = run.final()
         verdict = verdicts.of(seen)
@@ -85,6 +96,36 @@ def serve_metrics(verdicts: Verdicts, address: str) -> None:
         except KeyboardInterrupt:
             say(f"amfm: no longer watching {run.directory}; the run is not touched")
             raise typer.Exit(INTERRUPTED) from None
+
+
+def post_metrics(verdicts: Verdicts, address: str) -> None:
+    """Post a run's numbers until it ends or Ctrl-C; a collector that does not answer is said once. Raises ValueError for no URL."""
+    import json
+    import time
+    import urllib.request
+    from http.client import HTTPException
+
+    from amfm.launch.prometheus import describe_otlp
+
+    if not address.startswith(("http://", "https://")):
+        raise ValueError(f"--otlp {address} must be an http(s) URL, such as http://localhost:4318/v1/metrics")
+    run, is_said = verdicts.run, False
+    try:
+        while True:
+            content = json.dumps(describe_otlp(verdicts)).encode()
+            request = urllib.request.Request(address, content, {"Content-Type": "application/json"})
+            try:
+                urllib.request.urlopen(request, timeout=POST_SECONDS).close()
+            except (OSError, HTTPException) as error:
+                if not is_said:
+                    say(f"amfm: warning: {address} does not take metrics ({error}); trying on")
+                is_said = True
+            if run.state not in ("running", "waiting"):
+                return
+            time.sleep(POST_SECONDS)
+    except KeyboardInterrupt:
+        say(f"amfm: no longer watching {run.directory}; the run is not touched")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def show_live(verdicts: Verdicts, *, stays: bool) -> None:

@@ -17,6 +17,7 @@ from amfm.launch.cli import run as amfm
 from amfm.launch.prometheus import format_metrics, make_server
 from amfm.pretrain.monitor.follow import FollowedRun
 from amfm.pretrain.report.verdict import Verdicts
+from tests.launch.test_notify import listening
 from tests.pretrain.report.test_report import line, make_run
 
 METRICS = {
@@ -34,6 +35,25 @@ def directory(tmp_path: Path) -> Path:
     (tmp_path / "launch/held.jsonl").write_text('{"began_at": 1800000000.5, "before_until": null}\n')
     (tmp_path / "metrics.jsonl").write_text(json.dumps(METRICS) + "\n")
     return tmp_path
+
+
+def test_a_collector_gets_the_same_numbers_until_the_run_has_ended(
+    directory: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with (directory / "events.jsonl").open("a") as events:
+        events.write(json.dumps({"event": "end", "step": 7, "reason": "finished"}) + "\n")
+    with listening() as (url, bodies):
+        assert amfm(["watch", str(directory), "--otlp", url]) == 0
+    (resource,) = bodies[0]["resourceMetrics"]
+    names = {each["key"]: each["value"]["stringValue"] for each in resource["resource"]["attributes"]}
+    assert names == {"service.name": "amfm", "run": "/".join(directory.parts[-2:]), "dir": str(directory)}
+    metrics = {each["name"]: each["gauge"]["dataPoints"][0] for each in resource["scopeMetrics"][0]["metrics"]}
+    assert metrics["amfm_loss"]["asDouble"] == 2.5 and metrics["amfm_expert_load_1"]["asDouble"] == 1.25
+    assert metrics["amfm_state"]["attributes"] == [{"key": "state", "value": {"stringValue": "finished"}}]
+    assert metrics["amfm_step"]["timeUnixNano"].isdecimal()
+    assert amfm(["watch", str(directory), "--otlp", url]) == 0  # nothing listens there any more
+    assert capfd.readouterr().err.count("does not take metrics") == 1
+    assert amfm(["watch", str(directory), "--otlp", "localhost:4318"]) == 2
 
 
 def test_a_scrape_gets_the_newest_numbers_and_the_state_and_a_foreign_page_nothing(directory: Path) -> None:
