@@ -18,6 +18,8 @@ from amfm.kernels.attention.varlen import DocumentEnds
 from amfm.kernels.common.strides import first_tokens
 from amfm.model.segments import Segments
 
+Mean = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Padding:
@@ -43,6 +45,24 @@ class Padding:
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Padding:
         """Apply a function to every tensor."""
         return replace(self, is_padding_BT=change(self.is_padding_BT), lengths_B=change(self.lengths_B))
+
+
+def means_without(padding: Padding, num_ranks: int) -> tuple[Mean, Mean]:
+    """Means over all tokens [R, ...], and over those of each row [B, T, E], that leave out padding.
+
+    Each is the context rank's share times `num_ranks`, so that their mean over these ranks is the whole one.
+    """
+    valid_BT = ~padding.is_padding_BT
+    lengths_B = padding.lengths_B.clamp(min=1)
+
+    def mean(values: Tensor) -> Tensor:
+        is_valid_R = valid_BT.flatten().view(-1, *(1,) * (values.dim() - 1))
+        return values.masked_fill(~is_valid_R, 0.0).sum(0) * num_ranks / lengths_B.sum()
+
+    def row_mean(values_BTE: Tensor) -> Tensor:
+        return values_BTE.masked_fill(~valid_BT[..., None], 0.0).sum(1) * num_ranks / lengths_B[:, None]
+
+    return mean, row_mean
 
 
 @dataclass(frozen=True)

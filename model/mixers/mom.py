@@ -21,8 +21,7 @@ from amfm.model.config.kinds import find_kind
 from amfm.model.config.mixer_options import MomOptions
 from amfm.model.mixers.base import LinearMixer
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
-from amfm.model.moe.balance import means_without
-from amfm.model.packing import PackMeta, Padding
+from amfm.model.packing import PackMeta, Padding, means_without
 from amfm.model.parallel.regions import leave_tensor_region
 from amfm.model.parallel.shards import Shard
 

@@ -7,8 +7,6 @@ bias (`MoeMixer.balance_experts`) is not a loss and may be used next to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -16,10 +14,8 @@ from amfm.kernels.moe.grouping import balance_loss, count_by_row, count_experts,
 from amfm.kernels.moe.op import Routing
 from amfm.kernels.runtime.compiling import disable_compile
 from amfm.model.config.moe import MoeConfig
-from amfm.model.packing import Padding
+from amfm.model.packing import Padding, means_without
 from amfm.model.parallel.groups import ProcessGroupCollection
-
-Mean = Callable[[Tensor], Tensor]
 
 
 def auxiliary_losses(
@@ -57,24 +53,6 @@ def auxiliary_losses(
     if moe.z_loss_weight:
         losses["router_z"] = moe.z_loss_weight * router_z_loss(logits_RE, mean)
     return {name: loss / groups.cp.size() for name, loss in losses.items()}
-
-
-def means_without(padding: Padding, num_ranks: int) -> tuple[Mean, Mean]:
-    """Means over all tokens [R, ...], and over those of each row [B, T, E], that leave out padding.
-
-    Each is the context rank's share times `num_ranks`, so that their mean over these ranks is the whole one.
-    """
-    valid_BT = ~padding.is_padding_BT
-    lengths_B = padding.lengths_B.clamp(min=1)
-
-    def mean(values: Tensor) -> Tensor:
-        is_valid_R = valid_BT.flatten().view(-1, *(1,) * (values.dim() - 1))
-        return values.masked_fill(~is_valid_R, 0.0).sum(0) * num_ranks / lengths_B.sum()
-
-    def row_mean(values_BTE: Tensor) -> Tensor:
-        return values_BTE.masked_fill(~valid_BT[..., None], 0.0).sum(1) * num_ranks / lengths_B[:, None]
-
-    return mean, row_mean
 
 
 def sum_over_context(counts: Tensor, groups: ProcessGroupCollection) -> Tensor:
