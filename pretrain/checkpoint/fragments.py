@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.pretrain.engine.moments import AVERAGE, moments_of
-from amfm.pretrain.engine.muon.optimizer import Muon
+from amfm.pretrain.engine.moments import AVERAGE, AdamW, moments_of
 from amfm.pretrain.engine.parts import Part
 from amfm.pretrain.parallel import set_deepspeed_accelerator
 
@@ -116,7 +115,7 @@ def collect_fragments(
 def owned_states(engine: Any) -> dict[str, Tensor]:
     """States of whole matrices that this rank keeps as their owner, by the name that they have among a checkpoint's buffers."""
     optimizer = base_optimizer(engine)
-    return optimizer.owned_states() if isinstance(optimizer, Muon) else {}
+    return optimizer.owned_states() if isinstance(optimizer, AdamW) else {}
 
 
 def collect_group_settings(engine: Any) -> dict[str, dict[str, Any]]:

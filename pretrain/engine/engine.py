@@ -66,7 +66,6 @@ from amfm.pretrain.engine.gradients import (
     poison_gradients,
     sum_partial_gradients,
 )
-from amfm.pretrain.engine.muon.optimizer import Muon
 from amfm.pretrain.engine.optimizer import build_optimizer
 from amfm.pretrain.engine.parts import list_parts
 from amfm.pretrain.parallel import Parallel, set_deepspeed_accelerator
@@ -319,7 +318,7 @@ def build_engine(
         bridge.close()
     restore_buffers(module, buffers)
     engine.basic_optimizer.state.clear()  # the unfused wrapper has stepped once, with zeros, to allocate
-    if isinstance(engine.basic_optimizer, Muon):
+    if stacks:
         engine.basic_optimizer.attach(list_parts(engine), stacks, parallel.groups)
     elif isinstance(engine.basic_optimizer, Bf16AdamW):
         engine.basic_optimizer.attach(list_parts(engine))

@@ -25,7 +25,6 @@ from amfm.pretrain.config.rates import DecayFactors, RateFactors, group_of
 from amfm.pretrain.config.schema import OptimizerConfig
 from amfm.pretrain.engine.bf16_adamw import Bf16AdamW
 from amfm.pretrain.engine.moments import MATRICES, MUON, ONE, AdamW, moments_of
-from amfm.pretrain.engine.muon.optimizer import Muon
 
 
 class PackageOptimizer(torch.optim.AdamW):
@@ -192,6 +191,8 @@ def build_optimizer(
         return Bf16AdamW(groups, **settings)
     if matrices is None:
         return AdamW(groups, **settings)
+    from amfm.pretrain.engine.muon.optimizer import Muon
+
     if not isinstance(matrices, MuonConfig) or matrices.rule != "muon":
         groups = [group | {"label": MATRICES} if group["label"] == MUON else group for group in groups]
     return Muon(groups, matrices, base_width=None if mup is None else mup.base_hidden_size, **settings)
