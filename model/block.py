@@ -273,7 +273,7 @@ def pass_through(
     )
     for index, block in blocks:
         state = None if states is None else states[index]
-        passed.add(index, *block(passed.residual_BTD, passed.delta_BTD, meta, state))
+        passed.add(index, *block(passed.residual_BTD, passed.delta_BTD, meta.of_block(index), state))
     return passed
 
 

@@ -179,7 +179,7 @@ class HybridModel(nn.Module):
         labels: the token that follows each (they are not shifted here), -100: masked. meta: without it each row is one
         document. predicts: besides the loss also the most likely tokens, which does make logits. ahead: what each depth of
         multi-token prediction reads and learns; without it there are no such losses. state: from `empty_state` or the
-        previous output; the tokens continue it, one document per row.
+        previous output; the tokens continue it, one document per row. `meta.choices` replays choices of experts.
         """
         if meta is None:
             start = 0 if state is None else state.length

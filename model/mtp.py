@@ -78,9 +78,9 @@ def _run(half: Stream, blocks: NumberedBlocks, meta: PackMeta) -> Iterator[None]
     """Pass one half through blocks, and let the other run where rows have set out."""
     for index, block in blocks:
         if not block.mixer.travels:
-            half.add(index, *block(half.residual_BTD, half.delta_BTD, meta))
+            half.add(index, *block(half.residual_BTD, half.delta_BTD, meta.of_block(index)))
             continue
-        steps = block.steps(half.residual_BTD, half.delta_BTD, meta)
+        steps = block.steps(half.residual_BTD, half.delta_BTD, meta.of_block(index))
         while (done := block.advance(steps)) is None:
             yield
         half.add(index, *done)

@@ -8,8 +8,9 @@ at values again: whether there is anything to reset at all is a Python bool.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -76,6 +77,8 @@ class PackMeta:
     holds.
     segments: where ids and positions are those of this rank's part of the rows, T its tokens, and starts_BT counts places in each
     of its segments; the other fields stay those of whole rows. halves: the layouts of the first and second half of the rows, where these pass blocks in turns (`with_halves`). padding: where rows may be padded; None: nowhere.
+    choices: of experts that were made elsewhere, [B, T, K] int64 by the index of a block, which its router then replays; a block
+    without any chooses itself. own_choices_BTK: those of the block that reads the layout (`of_block`).
     """
 
     document_ids_BT: Tensor
@@ -87,6 +90,8 @@ class PackMeta:
     document_ends: DocumentEnds | None = None
     halves: tuple[PackMeta, ...] = ()
     padding: Padding | None = None
+    choices: Mapping[int, Tensor] | None = None
+    own_choices_BTK: Tensor | None = None
 
     @classmethod
     def from_document_ids(cls, document_ids_BT: Tensor, positions_BT: Tensor | None = None) -> PackMeta:
@@ -139,7 +144,12 @@ class PackMeta:
             starts_BT=None,
             document_ends=None,
             padding=padding,
+            choices=_map_choices(self.choices, segments.take),
         )
+
+    def of_block(self, index: int) -> PackMeta:
+        """The layout as the block of this index reads it."""
+        return self if self.choices is None else replace(self, own_choices_BTK=self.choices.get(index))
 
     def find_bounds(self) -> PackMeta:
         """The same layout with `starts_BT` and `document_ends`, found once on the CPU for all blocks whose kernels take them.
@@ -173,6 +183,7 @@ class PackMeta:
                 starts_BT=None,
                 document_ends=None,
                 padding=None if self.padding is None else self.padding.of_some(rows),
+                choices=_map_choices(self.choices, itemgetter(rows)),
             )
             for rows in (slice(half), slice(half, None))
         )
@@ -190,6 +201,7 @@ class PackMeta:
             document_ends=None if ends is None else ends.map_tensors(change),
             halves=tuple(half.map_tensors(change) for half in self.halves),
             padding=None if self.padding is None else self.padding.map_tensors(change),
+            choices=_map_choices(self.choices, change),
         )
 
     def boundaries_BT(self) -> Tensor | None:
@@ -208,3 +220,10 @@ class PackMeta:
             return self.starts_BT
         ids_BT = self.document_ids_BT if self.segments is None else self.segments.as_rows(self.document_ids_BT)
         return first_tokens(ids_BT).view(self.document_ids_BT.shape)
+
+
+def _map_choices(
+    choices: Mapping[int, Tensor] | None, change: Callable[[Tensor], Tensor]
+) -> Mapping[int, Tensor] | None:
+    """Apply a function to the choices of each block."""
+    return None if choices is None else {index: change(choices_BTK) for index, choices_BTK in choices.items()}

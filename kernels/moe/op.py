@@ -22,7 +22,12 @@ from amfm.kernels.moe.grouping import Grouping, count_experts, group_by_expert
 from amfm.kernels.moe.reference import expert_feed_forward_reference, grouped_feed_forward_reference, route_reference
 from amfm.kernels.moe.rows.op import combine_choices, gather_choices, sort_choices
 from amfm.kernels.moe.rows.torch_impl import invert, reorder_rows
-from amfm.kernels.moe.torch_impl import expert_feed_forward_torch, grouped_feed_forward_torch, route_torch
+from amfm.kernels.moe.torch_impl import (
+    expert_feed_forward_torch,
+    grouped_feed_forward_torch,
+    route_torch,
+    weigh_choices,
+)
 from amfm.kernels.runtime.backend import resolve_backend
 from amfm.kernels.swiglu.gate import find_gate
 
@@ -58,6 +63,7 @@ def route(
     num_groups: int = 1,
     group_top_k: int = 1,
     group_merit: int = 2,
+    choices_RK: Tensor | None = None,
     backend: str = "torch",
 ) -> Routing:
     """Choose `top_k` experts for each token and weigh them.
@@ -68,14 +74,22 @@ def route(
     experts of the `group_top_k` groups whose `group_merit` best experts add up to most may be chosen: 2 in DeepSeek-V3,
     1 in DeepSeek-V2. Softmax, normalized, equals the softmax over the chosen logits.
 
-    Shapes: logits [R, E]; bias [E] or None -> Routing. float64 logits keep float64.
-    Raises ValueError for wrong shapes, an unknown score, or limits that leave fewer than `top_k` experts.
+    `choices_RK` replays choices that were made elsewhere, such as those of a rollout (Ma et al. 2025, arXiv 2510.11370): neither
+    bias nor groups have a part then, and weights and their gradients are those of a router that chose them itself.
+
+    Shapes: logits [R, E]; bias [E] or None; choices [R, K] integers -> Routing. float64 logits keep float64.
+    Raises ValueError for wrong shapes, an unknown score, limits that leave fewer than `top_k` experts, or, on CPUs, a choice
+    that is not an expert.
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; DeepSeek-V2 (arXiv 2405.04434), section 2.2.2, for groups by
     their best expert; Wang et al. 2024 (arXiv 2408.15664) for the bias.
     """
     _check_route(logits_RE, expert_bias_E, score, top_k, num_groups, group_top_k)
     if group_merit < 1:
         raise ValueError(f"group_merit={group_merit} must be at least 1")
+    if choices_RK is not None:
+        _check_choices(choices_RK, logits_RE, top_k)
+        scores_RE, weights_RK = weigh_choices(logits_RE, choices_RK, score, normalize, scaling)
+        return Routing(choices_RK, weights_RK, count_experts(choices_RK, logits_RE.shape[1]), scores_RE)
     backend = resolve_backend(backend, logits_RE.device, "router")
     # All groups allowed is not a limit: spare the pass over groups.
     if group_top_k == num_groups:
@@ -96,6 +110,17 @@ def route(
     implementation = route_torch if backend == "torch" else route_reference
     expert_ids_RK, weights_RK, scores_RE = implementation(logits_RE, expert_bias_E, **settings)
     return Routing(expert_ids_RK, weights_RK, count_experts(expert_ids_RK, logits_RE.shape[1]), scores_RE)
+
+
+def _check_choices(choices_RK: Tensor, logits_RE: Tensor, top_k: int) -> None:
+    """Raise ValueError for choices that a router of these logits cannot have made; values are read on CPUs alone."""
+    check_shape("choices_RK", choices_RK, (len(logits_RE), top_k), logits_RE)
+    if choices_RK.dtype != torch.int64:
+        raise ValueError(f"choices_RK must be int64; got {choices_RK.dtype}")
+    if choices_RK.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(value) for value in choices_RK.aminmax()) if choices_RK.numel() else (0, 0)
+        if low < 0 or high >= logits_RE.shape[1]:
+            raise ValueError(f"choices_RK has experts {low} to {high}; the router has 0 to {logits_RE.shape[1] - 1}")
 
 
 def grouped_feed_forward(

@@ -84,10 +84,22 @@ def route_torch(
     else:
         appeal_RE = scores_RE if expert_bias_E is None else scores_RE + expert_bias_E
     expert_ids_RK = choose_experts(appeal_RE, top_k, num_groups, group_top_k, group_merit)
+    return expert_ids_RK, _weigh(scores_RE, expert_ids_RK, normalize, scaling), scores_RE
+
+
+def weigh_choices(
+    logits_RE: Tensor, choices_RK: Tensor, score: str, normalize: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Scores [R, E] and weights [R, K] of choices that were made elsewhere."""
+    scores_RE = score_logits(logits_RE if logits_RE.dtype == torch.float64 else logits_RE.float(), score)
+    return scores_RE, _weigh(scores_RE, choices_RK, normalize, scaling)
+
+
+def _weigh(scores_RE: Tensor, expert_ids_RK: Tensor, normalize: bool, scaling: float) -> Tensor:
     weights_RK = scores_RE.gather(1, expert_ids_RK)
     if normalize:
         weights_RK = weights_RK / (weights_RK.sum(-1, keepdim=True) + 1e-20)
-    return expert_ids_RK, weights_RK * scaling, scores_RE
+    return weights_RK * scaling
 
 
 @torch.library.custom_op("amfm::expert_feed_forward_torch", mutates_args=())

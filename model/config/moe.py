@@ -69,7 +69,15 @@ class MoeConfig(MixerOptions):
         False,
         description="Add a balancing bias to the scores when choosing (Wang et al. 2024, arXiv 2408.15664); not with softmax.",
     )
-    bias_update_rate: float = Field(1e-3, ge=0, description="Change of the balancing bias after each step.")
+    bias_rule: Literal["sign", "quantile"] = Field(
+        "sign",
+        description="How the balancing bias follows a step: by bias_update_rate against the load's sign, or as the quantile with which each expert would have had an even share.",
+    )
+    bias_update_rate: float = Field(
+        1e-3,
+        ge=0,
+        description="Change of the balancing bias after each step with bias_rule sign; 0: the bias stays, with both.",
+    )
     auxiliary_loss_weight: float = Field(
         0.0, ge=0, description="Balance over a micro-batch (Fedus et al. 2021, arXiv 2101.03961, section 2.2)."
     )
@@ -103,7 +111,14 @@ class MoeConfig(MixerOptions):
         )
 
     training_only: ClassVar[frozenset[str]] = frozenset(
-        ("bias_update_rate", "auxiliary_loss_weight", "sequence_loss_weight", "balance_counts", "z_loss_weight")
+        (
+            "bias_rule",
+            "bias_update_rate",
+            "auxiliary_loss_weight",
+            "sequence_loss_weight",
+            "balance_counts",
+            "z_loss_weight",
+        )
     )
 
     def feed_forwards(self) -> tuple[FeedForwardPart, ...]:
@@ -126,6 +141,8 @@ class MoeConfig(MixerOptions):
         if self.expert_bias and self.router == "softmax":
             rule = "needs model.moe.router=sigmoid or sqrt_softplus, not softmax"
             yield "expert_bias", f"{rule}; use router: sigmoid, or balance with auxiliary_loss_weight"
+        if self.bias_rule == "quantile":
+            yield from self._broken_quantile()
         if self.overflow == "recycle" and self.capacity_factor is None:
             rule = "needs model.moe.capacity_factor: without it no expert is ever full"
             yield "overflow", f"{rule}; set capacity_factor: 1.5, or remove overflow"
@@ -133,6 +150,16 @@ class MoeConfig(MixerOptions):
             rule = f"needs model.moe.capacity_factor of at least 1, not {self.capacity_factor}"
             remedy = "experts have room for fewer choices than there are; raise it, or use overflow: drop"
             yield "overflow", f"{rule}: {remedy}"
+
+    def _broken_quantile(self) -> Iterator[tuple[str, str]]:
+        """A quantile is of scores between 0 and 1 with a bias, where any expert may be chosen and one is not."""
+        if not self.expert_bias or self.router != "sigmoid":
+            rule = "quantile sets the balancing bias of scores between 0 and 1"
+            yield "bias_rule", f"{rule}; set expert_bias: true and router: sigmoid, or use sign"
+        if self.router_group_top_k != self.num_router_groups:
+            yield "bias_rule", "quantile does not know limits of groups; use num_router_groups: 1, or sign"
+        if self.top_k == self.num_experts:
+            yield "bias_rule", "quantile needs an expert that is not chosen; lower top_k, or use sign"
 
     def broken_training(self) -> Iterator[tuple[str, str, str]]:
         """A weight that is always 1 gives the router no gradient (Megatron-Core refuses it too)."""

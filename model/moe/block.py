@@ -22,8 +22,9 @@ A token's way through it:
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,9 @@ from amfm.model.parallel.regions import (
 )
 from amfm.model.parallel.shards import Shard, ShardSpec, divide, own_shapes
 
+if TYPE_CHECKING:
+    from amfm.model.moe.quantile import RequiredBiases
+
 # Bias of an expert that is pruned: no score reaches the others, and no update moves it within float32.
 PRUNED_BIAS = -1e9
 
@@ -75,10 +79,17 @@ class MoeMixer(Mixer):
         self.activation = name_activation(moe.activation, moe.activation_limit)
         # A tensor, so that compiled blocks of different seeds share their graph.
         self.draw_seed = torch.zeros((), dtype=torch.int64, device="cpu")
+        # Called with the choices of a pass in training, before padding is left out, where someone traces them.
+        self.note_choices: Callable[[Tensor], None] | None = None
         self.router = Linear(build.hidden_size, moe.num_experts, groups, bias=moe.bias)
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(moe.num_experts) if moe.expert_bias else None)
         self.entropy_sums: Tensor | None = None
+        self.required: RequiredBiases | None = None
+        if moe.bias_rule == "quantile":
+            from amfm.model.moe.quantile import RequiredBiases
+
+            self.required = RequiredBiases(moe.num_experts, moe.top_k, groups)
         width = moe.latent_size or build.hidden_size
         self.latent_down = Linear(build.hidden_size, width, groups) if moe.latent_size else None
         self.latent_up = Linear(width, build.hidden_size, groups) if moe.latent_size else None
@@ -108,6 +119,8 @@ class MoeMixer(Mixer):
         """Set the balancing bias to zero."""
         if self.expert_bias is not None:
             self.expert_bias.zero_()
+        if self.required is not None:
+            self.required.counts_EH.zero_()
 
     def set_draw_seed(self, seed: int) -> None:
         """Seed the draws of recycled choices."""
@@ -154,9 +167,14 @@ class MoeMixer(Mixer):
             num_groups=moe.num_router_groups,
             group_top_k=moe.router_group_top_k,
             group_merit=moe.group_score_top_k,
+            choices_RK=None if meta.own_choices_BTK is None else meta.own_choices_BTK.flatten(0, 1),
             backend=self.backend,
         )
         anywhere_RK = routing.expert_ids_RK
+        if self.training and self.note_choices is not None:
+            self.note_choices(anywhere_RK)
+        if self.training and self.required is not None and self.expert_bias is not None:
+            self.required.count(routing.scores_RE, self.expert_bias, self._is_living(self.expert_bias), meta.padding)
         if meta.padding is not None:
             routing = leave_out(routing, meta.padding, moe.num_experts)
         if self.training and moe.capacity_factor is not None:
@@ -294,13 +312,18 @@ class MoeMixer(Mixer):
 
         counts_E [E]: the choices of the whole step, summed over micro-batches and data ranks. No collectives: equal counts give
         equal biases on all ranks. Only the sign of the difference counts, so the rate is the size of a step in the score.
+        With `bias_rule: quantile` the step's own histograms decide (quantile.py), and all ranks of `groups.dp_cp` must call.
         """
         if self.expert_bias is None:
+            return
+        if self.required is not None:
+            if self.section.bias_update_rate:
+                self.expert_bias.copy_(self.required.solve(self.expert_bias, self._is_living(self.expert_bias)))
             return
         # Of more choices than float32 counts, too, the sign is exact.
         counts_E = counts_E.to(self.expert_bias.device, torch.float64)
         # Pruned experts have no load to balance, and their share is the others'.
-        is_pruned_E = self.expert_bias <= PRUNED_BIAS / 2
+        is_pruned_E = ~self._is_living(self.expert_bias)
         mean = counts_E.sum() / (~is_pruned_E).sum()
         moved_E = torch.sign(mean - counts_E).masked_fill(is_pruned_E, 0).to(self.expert_bias)
         self.expert_bias.add_(moved_E, alpha=self.section.bias_update_rate)
@@ -308,6 +331,11 @@ class MoeMixer(Mixer):
         living_E = self.expert_bias.masked_fill(is_pruned_E, 0)
         mean_E = (living_E.sum() / (~is_pruned_E).sum()).expand_as(living_E)
         self.expert_bias.sub_(mean_E.masked_fill(is_pruned_E, 0))
+
+    @staticmethod
+    def _is_living(bias_E: Tensor) -> Tensor:
+        """Which experts are not pruned, [E] bool."""
+        return bias_E > PRUNED_BIAS / 2
 
     @torch.no_grad()
     def retire_experts(self, is_retired_E: Tensor) -> None:

@@ -32,6 +32,7 @@ from amfm.pretrain.checks.sections import (
     synthetic_length_problems,
     synthetic_problems,
     task_problems,
+    trace_problems,
 )
 from amfm.pretrain.checks.stages import (
     declaration_problems,
@@ -104,6 +105,7 @@ def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
     problems = [*model, *schedule_problems(config), *layout_problems(config), *recompute_problems(config)]
     problems += training_problems(config)
     problems += optimizer_problems(config)
+    problems += trace_problems(config)
     problems += [*kernel_problems(config, config.kernels.backend)]
     if not model:
         problems += [*pipeline_problems(config), *depth_problems(config)]

@@ -103,6 +103,18 @@ def conversion_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("stages", "have no place in a conversion, which has its own stages", "remove them")
 
 
+def trace_problems(config: RunConfig) -> Iterator[Problem]:
+    """Refuse to trace choices where there are none, and where no Python code runs in a pass."""
+    if config.trace_choices is None:
+        return
+    if not config.model.routed_experts():
+        yield Problem("trace_choices", "has nothing to write: no block of model.pattern has a router", "remove it")
+    for key, is_set in (("compile", config.train.compile), ("cuda_graphs", config.train.cuda_graphs != "none")):
+        if is_set:
+            rule = f"reads choices in forward passes, which train.{key} runs without Python"
+            yield Problem("trace_choices", rule, f"remove train.{key}, or trace a run without it")
+
+
 def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
     """Refuse settings of another kind than the chosen one, Muon in the memory of the host, and what a kind does not go with."""
     section = config.optimizer

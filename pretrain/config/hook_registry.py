@@ -17,7 +17,7 @@ from typing import Any
 
 from amfm.model.config.plugins import list_packages, load_named, specs_by_name
 from amfm.model.config.section import Section
-from amfm.pretrain.config.pruning import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig
+from amfm.pretrain.config.pruning import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig, TraceConfig
 
 ENTRY_POINTS = "amfm.hooks"
 
@@ -75,6 +75,7 @@ BUILT_IN = (
     HookSpec("prune", "amfm.pretrain.hooks.prune:Prune", PruneConfig, INTERFACE),
     HookSpec("forget", "amfm.pretrain.hooks.prune:Forget", ForgetConfig, INTERFACE),
     HookSpec("qk_clip", "amfm.pretrain.hooks.qk_clip:QkClip", QkClipConfig, INTERFACE),
+    HookSpec("trace_choices", "amfm.pretrain.hooks.trace_choices:TraceChoices", TraceConfig, INTERFACE),
     HookSpec("ema", "amfm.pretrain.hooks.ema:Ema", EmaConfig, INTERFACE),
 )
 

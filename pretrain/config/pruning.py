@@ -43,6 +43,15 @@ class EmaConfig(Section):
     start: int = Field(0, ge=0, description="Step up to which the average is the weights themselves.")
 
 
+class TraceConfig(Section):
+    """Write which experts each token chose, to `choices/` in the run directory (docs/moe_balance.md)."""
+
+    every_steps: int = Field(1, gt=0, description="Steps from one that is written to the next.")
+    max_mebibytes: float = Field(
+        1024, gt=0, description="Largest size of all files together; the oldest steps are removed first."
+    )
+
+
 class QkClipConfig(Section):
     """QK-clip (Kimi Team 2025, arXiv 2507.20534, section 2.1): attention heads whose scores grow too large get smaller queries."""
 

@@ -96,6 +96,10 @@ RARELY_SET: dict[str, dict[str, str]] = {
     "docs/finetuning.md": {
         "run": "initial_weights",
     },
+    "docs/moe_balance.md": {
+        "model.moe": "bias_rule",
+        "trace_choices": "every_steps max_mebibytes",
+    },
     "docs/optimizers.md": {
         "optimizer": "epsilon state_dtype",
         "optimizer.rates": "embedding head norms router matrices vectors adamw",

@@ -30,7 +30,7 @@ from amfm.pretrain.config.optimizers import (
     RegisteredOptimizers,
     optimizer_specs,
 )
-from amfm.pretrain.config.pruning import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig
+from amfm.pretrain.config.pruning import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig, TraceConfig
 from amfm.pretrain.config.rates import DecayFactors, RateFactors
 from amfm.pretrain.config.schedules import OURS as OWN_SCHEDULES
 from amfm.pretrain.config.schedules import RegisteredSchedules, schedule_specs
@@ -443,6 +443,7 @@ class RunConfig(Section):
     forget: ForgetConfig | None = Field(None, description="Re-initialise the embedding on the way; null: never.")
     qk_clip: QkClipConfig | None = Field(None, description="Bound the scores of attention; null: they may grow.")
     ema: EmaConfig | None = Field(None, description="Keep a moving average of the weights; null: none.")
+    trace_choices: TraceConfig | None = Field(None, description="Write the choices of routers; null: none.")
     hooks: RegisteredHooks = RegisteredHooks()
     convert: ConvertConfig | None = Field(None, description="Of `amfm convert`; null: train what `model` says.")
     launch: LaunchConfig = LaunchConfig()

@@ -125,13 +125,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mtp": MODEL | {"pattern": "ME*-/*E/*E"},
     "mtp_shared": MODEL | {"pattern": "MEM*-/*E/*E", "tie_embeddings": True, "mtp": {"shared": True}},
     "recycle": MODEL | {"moe": MODEL["moe"] | {"capacity_factor": 1.0, "overflow": "recycle"}},
+    "quantile": MODEL | {"moe": MODEL["moe"] | {"bias_rule": "quantile"}},
 }
-VARIANTS["muon"] = VARIANTS["latent"]
+VARIANTS["muon"] = VARIANTS["normuon"] = VARIANTS["latent"]
 # Rows with padding, of which routers see nothing.
 VARIANTS["padded"], VARIANTS["padded_recycle"] = MODEL, VARIANTS["recycle"]
 # Settings that go with a variant, in every layout of it.
 SETTINGS: dict[str, dict[str, Any]] = {
     "muon": {"optimizer__kind": "muon"},
+    "normuon": {"optimizer__kind": "muon", "optimizer__muon": {"rule": "normuon"}},
     "padded": {"data__packing": "best_fit"},
     "padded_recycle": {"data__packing": "best_fit"},
 }
@@ -389,6 +391,11 @@ LAYOUTS = [
     Layout(4, {"pipeline": 2, "zero_stage": 2}, "parallel", {"train__recompute": "full"}),
     Layout(4, {"zero_stage": 3}, "parallel"),
     # Matrices that Muon steps as wholes.
+    Layout(2, {"zero_stage": 3}, "normuon"),
+    Layout(4, {"tensor": 2, "pipeline": 2, "zero_stage": 2}, "normuon"),
+    Layout(4, {"context": 2, "expert": 2}, "normuon"),
+    Layout(4, {"context": 2, "expert": 2}, "quantile"),
+    Layout(4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, "quantile"),
     Layout(2, {"zero_stage": 0}, "muon"),
     Layout(2, {"expert": 2}, "muon"),
     Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "muon"),

@@ -53,7 +53,7 @@ def assert_same_inspection(actual: Outcome, expected: Outcome, step_tolerance: f
 
 
 def assert_as_one_rank(layout: Layout) -> None:
-    tolerance = MUON_TOLERANCE if layout.model == "muon" else TOLERANCE
+    tolerance = MUON_TOLERANCE if layout.model in ("muon", "normuon") else TOLERANCE
     assert_same_training(outcome_of(layout), one_rank()[layout.model], tolerance)
 
 

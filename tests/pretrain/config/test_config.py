@@ -32,7 +32,7 @@ model.attention.indexer.loss_weight model.attention.indexer.stage
 model.moe.num_experts model.moe.top_k model.moe.expert_hidden_size model.moe.shared_expert_hidden_size
 model.moe.shared_expert_gate model.moe.shared_expert_linear_kind model.moe.shared_expert_linear_rank
 model.moe.shared_expert_linear_blocks model.moe.activation model.moe.activation_limit model.moe.bias model.moe.router model.moe.normalize_probabilities model.moe.routed_scaling
-model.moe.num_router_groups model.moe.router_group_top_k model.moe.group_score_top_k model.moe.expert_bias model.moe.bias_update_rate
+model.moe.num_router_groups model.moe.router_group_top_k model.moe.group_score_top_k model.moe.expert_bias model.moe.bias_rule model.moe.bias_update_rate
 model.moe.auxiliary_loss_weight model.moe.sequence_loss_weight model.moe.balance_counts model.moe.z_loss_weight model.moe.latent_size
 model.moe.capacity_factor model.moe.overflow
 model.feed_forward.hidden_size model.feed_forward.activation model.feed_forward.activation_limit model.feed_forward.linear_kind
@@ -155,7 +155,7 @@ export.target export.every_steps export.max_position_embeddings
 evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size
 validation.*.name validation.*.source validation.*.paths validation.*.batches validation.*.tokens
 prune.groups prune.keep prune.method prune.start_step prune.every_steps prune.end_step
-forget.every_steps forget.until_step qk_clip.limit ema.decay ema.every_steps ema.start
+forget.every_steps forget.until_step qk_clip.limit ema.decay ema.every_steps ema.start trace_choices.every_steps trace_choices.max_mebibytes
 convert.teacher convert.to convert.blocks convert.keep_blocks convert.stage
 convert.upcycle.num_copies convert.upcycle.num_slices convert.upcycle.top_copies convert.upcycle.router
 convert.upcycle.noise convert.upcycle.reset

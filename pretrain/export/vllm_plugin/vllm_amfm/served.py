@@ -35,7 +35,7 @@ KNOWN = {
     "feed_forward": "hidden_size activation linear_kind",
     "moe": "num_experts top_k expert_hidden_size shared_expert_hidden_size shared_expert_gate shared_expert_linear_kind "
     "activation router normalize_probabilities routed_scaling num_router_groups router_group_top_k group_score_top_k router_group_merit "
-    "expert_bias bias_update_rate auxiliary_loss_weight sequence_loss_weight balance_counts z_loss_weight latent_size "
+    "expert_bias bias_rule bias_update_rate auxiliary_loss_weight sequence_loss_weight balance_counts z_loss_weight latent_size "
     "capacity_factor overflow",
     "short_conv": "conv_kernel",
     "gated_deltanet": "conv_kernel chunk_size num_heads head_dim value_head_dim num_key_heads allow_negative_eigenvalues",
