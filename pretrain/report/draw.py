@@ -2,7 +2,8 @@
 
 For the page, a plot is drawn in placeholder colours that occur nowhere else; `themed` replaces them with variables of the
 style sheet, so that one SVG serves light and dark. Text stays text (`svg.fonttype: none`): it is small, can be searched
-and takes the page's font. Long curves are thinned to MAX_POINTS points.
+and takes the page's font. Long curves are thinned to MAX_POINTS points, noisy
+ones are smoothed above their envelope.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 
-from amfm.pretrain.report.numbers import THEMED, Colours, distinct, keep_extremes, short
+from amfm.pretrain.report.numbers import THEMED, Colours, distinct, keep_extremes, make_columns, short, smooth
 from amfm.pretrain.report.plots import Curve, HeatMap, Plot
 
-MAX_POINTS = 800
+MAX_POINTS = 400
+MAX_ENVELOPE = 200  # columns of an envelope, so that neighbours of steps of one value each show as an area
+MARK_PLACES = 60
+MARKS: dict[str, tuple[str, int | None]] = {"other": ("|", None), "trouble": ("D", 3), "failure": ("^", 1)}
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 
 
@@ -42,8 +46,9 @@ def draw_plot(plot: Plot, axes: Any, colours: Colours) -> None:
     if plot.heat is not None:
         draw_heat(plot.heat, plot.unit, axes)
     else:
-        for step in plot.events:
-            axes.axvline(step, color=colours.ink, linewidth=0.7, alpha=0.35, linestyle=(0, (1, 2)))
+        for stage in plot.stages[1::2]:
+            axes.axvspan(stage.first, stage.last, color=colours.ink, alpha=0.08, linewidth=0)
+        draw_marks(plot, axes, colours)
         for curve in plot.curves:
             draw_curve(curve, axes, colours)
         shape_values(plot, axes, colours)
@@ -54,19 +59,33 @@ def draw_plot(plot: Plot, axes: Any, colours: Colours) -> None:
     axes.set_xlabel("step")
 
 
+def draw_marks(plot: Plot, axes: Any, colours: Colours) -> None:
+    """Draw what happened at the foot of a plot, where it is no more than one of MARK_PLACES places wide."""
+    for kind, (marker, series) in MARKS.items():
+        steps = [mark.step for mark in plot.marks if mark.kind == kind]
+        width = max(1, (max(steps) - min(steps)) // MARK_PLACES) if steps else 1
+        places = [step * width for step in sorted({step // width for step in steps})]
+        colour = colours.ink if series is None else colours.series[series]
+        style = {"marker": marker, "markersize": 4, "linestyle": "", "clip_on": False, "label": "_hidden"}
+        axes.plot(places, [0.0] * len(places), color=colour, transform=axes.get_xaxis_transform(), **style)
+
+
 def draw_curve(curve: Curve, axes: Any, colours: Colours) -> None:
     """Draw one curve, thinned; a single point gets a marker, since a line would not show."""
-    steps, values = keep_extremes(curve.steps, curve.values, MAX_POINTS)
+    colour, values = colours.series[curve.series], curve.values
+    if curve.noisy and curve.has_envelope:
+        columns = make_columns(curve.steps, values, MAX_ENVELOPE)
+        axes.fill_between(columns.steps, columns.lows, columns.highs, color=colour, alpha=0.25, linewidth=0.4)
+    steps, shown = keep_extremes(curve.steps, smooth(values) if curve.noisy else values, MAX_POINTS)
     axes.plot(
         steps,
-        values,
-        color=colours.series[curve.series],
+        shown,
+        color=colour,
         linestyle=DASHES[curve.dash],
         marker="o" if curve.dots or len(steps) == 1 else "",
         markersize=3 if len(steps) > 1 else 4,
         label=curve.name or "_hidden",
-        alpha=0.35 if curve.faint else 1.0,
-        linewidth=0.9 if curve.faint else 1.5,
+        linewidth=1.5,
     )
 
 
@@ -79,6 +98,9 @@ def shape_values(plot: Plot, axes: Any, colours: Colours) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high / low > 20 else MaxNLocator(5))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(TickLabels())
+    if plot.usual is not None:
+        axes.set_ylim(*plot.usual)
+        axes.set_title("begin and spikes are outside", fontsize=7, loc="right", color=colours.ink)
     if plot.lowest is not None:
         axes.set_ylim(bottom=plot.lowest)
     if plot.highest is not None:

@@ -6,7 +6,8 @@ Makes long series short for a page, without losing what a person looks for in th
 
 A spike of one step is the reason to open a report, so a mean over neighbours won't do: of each span of steps the first,
 last, lowest and highest value are kept, at their own steps: what a line shows does not change as long as a span is at
-most a pixel wide (M4, Jugel et al. 2014, PVLDB 7). Maps keep means, since their cells stand for a span.
+most a pixel wide (M4, Jugel et al. 2014, PVLDB 7). Of a noisy series a span keeps its ends for the envelope and its mean for
+smoothing. Maps keep means, since their cells stand for a span.
 """
 
 from __future__ import annotations
@@ -33,6 +34,37 @@ def keep_extremes(steps: Sequence[int], values: Sequence[float], limit: int) -> 
         kept |= {start, stop - 1, start + int(span.argmin()), start + int(span.argmax())}
     places = sorted(kept)
     return [int(steps[place]) for place in places], [float(values[place]) for place in places]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A series in equal spans: mean, lowest and highest value of each, at the step that is furthest from the mean."""
+
+    steps: tuple[int, ...]
+    means: tuple[float, ...]
+    lows: tuple[float, ...]
+    highs: tuple[float, ...]
+
+
+def make_columns(steps: Sequence[int], values: Sequence[float], limit: int) -> Columns:
+    """Reduce a series to at most `limit` spans of as many values each; a shorter one keeps each value as a span."""
+    found = np.asarray(values, dtype=np.float64)
+    edges = np.linspace(0, len(found), min(limit, len(found)) + 1).astype(int)
+    starts = edges[:-1]
+    if not len(starts):
+        return Columns((), (), (), ())
+    means = np.add.reduceat(found, starts) / np.diff(edges)
+    furthest = [
+        start + int(np.abs(found[start:stop] - mean).argmax()) for start, stop, mean in zip(starts, edges[1:], means)
+    ]
+    furthest[0], furthest[-1] = 0, len(found) - 1  # a curve is as long as its run
+    lows, highs = np.minimum.reduceat(found, starts), np.maximum.reduceat(found, starts)
+    return Columns(
+        tuple(int(steps[place]) for place in furthest),
+        tuple(means.tolist()),
+        tuple(lows.tolist()),
+        tuple(highs.tolist()),
+    )
 
 
 def mean_of_spans(steps: Sequence[int], values: Sequence[float], edges: Sequence[float]) -> list[float | None]:

@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+import numpy as np
+
 from amfm.pretrain.config.file import diff_configs
 from amfm.pretrain.report.data import RunRecord
-from amfm.pretrain.report.draw import DASHES
 from amfm.pretrain.report.numbers import count, plain, smooth
 from amfm.pretrain.report.page import Table
-from amfm.pretrain.report.plots import Curve, Plot, cap_outliers
+from amfm.pretrain.report.plots import NUM_COLOURS, NUM_DASHES, Curve, Plot, cap_outliers, curve_style, usual_range
 
-NUM_COLOURS = 6
-MAX_RUNS = NUM_COLOURS * len(DASHES)
+MAX_RUNS = NUM_COLOURS * NUM_DASHES
 Series = tuple[Sequence[int], Sequence[float]]
 
 
@@ -82,9 +82,11 @@ def overlay_plots(records: Sequence[RunRecord]) -> list[Plot]:
         for number, record in enumerate(records):
             steps, values = measure.read(record)
             if len(values):
-                series, dash = colour_of(number)
-                shown = values if measure.is_rare or measure.is_exact else smooth(values)
-                curves.append(Curve(names[number], steps, shown, series, dash, dots=measure.is_rare, run=number))
+                noisy = not (measure.is_rare or measure.is_exact)
+                own = Curve(
+                    names[number], steps, values, *curve_style(number), noisy=noisy, dots=measure.is_rare, run=number
+                )
+                curves.append(own)
         if curves:
             is_log = measure.is_log and min(min(curve.values) for curve in curves) > 0
             spread = [value for curve in curves for value in curve.values]
@@ -99,14 +101,10 @@ def overlay_plots(records: Sequence[RunRecord]) -> list[Plot]:
                     is_log=is_log,
                     lowest=measure.lowest,
                     highest=highest,
+                    usual=None if is_log or highest is not None else usual_range(curves),
                 )
             )
     return plots
-
-
-def colour_of(run: int) -> tuple[int, int]:
-    """Choose colour and dashes of a run by its number, the same everywhere on the page."""
-    return run % NUM_COLOURS, run // NUM_COLOURS
 
 
 def name_runs(records: Sequence[RunRecord]) -> list[str]:
@@ -120,7 +118,7 @@ def render_runs(records: Sequence[RunRecord]) -> str:
     head = ("run", "steps", "parameters", "tokens", "loss", "validation", "tokens/s")
     rows = []
     for number, (record, name) in enumerate(zip(records, name_runs(records))):
-        series, dash = colour_of(number)
+        series, dash = curve_style(number)
         button = f'<button type="button" data-run="{number}" data-series="{series}" data-dash="{dash}">{escape(name)}</button>'
         tokens, speed = record.last("tokens"), record.typical("tokens_per_second")
         losses = [record.last("loss"), record.last("validation_loss")]
@@ -151,3 +149,69 @@ def compare_configs(records: Sequence[RunRecord]) -> Table:
                 cells[number] = plain(item.second)
     title = "" if rows else "All settings are the same."
     return Table(title, ("setting", *name_runs(records)), tuple((key, *cells) for key, cells in rows.items()), False)
+
+
+def compare_numbers(records: Sequence[RunRecord]) -> Table:
+    """Tabulate how good and how fast the runs are: at the newest step that all have, at as many tokens, and as a whole.
+
+    Losses between two measurements are interpolated; the training loss is smoothed. Of two runs, with the difference.
+    """
+    step = min(record.last_step() for record in records)
+    tokens = [record.last("tokens") for record in records]
+    known = [number for number in tokens if number is not None]
+    places = [(f"step {step:,}", "step", float(step))]
+    if len(known) == len(records) and len({value_at(record.series("tokens"), step) for record in records}) > 1:
+        places.append((f"{count(min(known))} tokens", "tokens", min(known)))
+    rows: list[tuple[str, Sequence[float | None]]] = [
+        (f"{title}, {where}", at_place(records, key, place, axis))
+        for where, axis, place in places
+        for key, title in COMPARED
+    ]
+    mfus = [record.typical("mfu") for record in records]
+    rows += [
+        ("best validation loss", [min(record.series("validation_loss")[1], default=None) for record in records]),
+        ("tokens per second", [record.typical("tokens_per_second") for record in records]),
+        ("MFU, %", [None if mfu is None or mfu > 1 else 100 * mfu for mfu in mfus]),
+        ("hours in steps", [record.seconds() / 3600 for record in records]),
+    ]
+    header = ("number", *name_runs(records), *(["difference"] if len(records) == 2 else []))
+    cells = tuple((name, *show_numbers(values)) for name, values in rows if any(value is not None for value in values))
+    return Table("", header, cells, is_summed=False)
+
+
+COMPARED = (
+    ("loss", "training loss"),
+    ("validation_loss", "validation loss"),
+    ("validation_bits_per_byte", "validation bits per byte"),
+)
+
+
+def at_place(records: Sequence[RunRecord], key: str, place: float, axis: str) -> list[float | None]:
+    """Read a measure of each run at a step or at a number of tokens; None for a run that has no such place."""
+    found = []
+    for record in records:
+        steps, values = record.series(key)
+        places = steps if axis == "step" else list(map(int, np.interp(steps, *record.series(axis))))
+        found.append(value_at((places, smooth(values) if key == "loss" else values), place))
+    return found
+
+
+def value_at(series: Series, place: float) -> float | None:
+    """Interpolate a series, whose last value counts for as far as the next one would be; None outside of it."""
+    places, values = series
+    if not len(places):
+        return None
+    beyond = places[-1] - places[-2] if len(places) > 1 else 0
+    is_inside = places[0] <= place <= places[-1] + beyond
+    return float(np.interp(place, places, values)) if is_inside else None
+
+
+def show_numbers(values: Sequence[float | None]) -> list[str]:
+    """Format numbers in five digits; two of them with the second minus the first, and that in per cent."""
+    cells = ["-" if value is None else count(value) if value >= 1e4 else f"{value:.5g}" for value in values]
+    if len(values) == 2:
+        first, second = values
+        if first is None or second is None or first == 0:
+            return [*cells, "-"]
+        cells.append(f"{second - first:+.4g} ({100 * (second / first - 1):+.2f} %)")
+    return cells

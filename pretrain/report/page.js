@@ -2,17 +2,22 @@
 //
 // Nothing is fetched. Names and values come from a run and enter the page as text, never as markup. All figures share
 // the window and the cursor, so that a spike in one is seen in the others. Keys: arrows move, + and - zoom, Escape
-// shows the whole run.
+// shows the whole run. A noisy curve is the mean of a window on either side of each step, above an envelope of the lowest and
+// highest value in each pixel.
 "use strict";
 (() => {
   const page = JSON.parse(document.getElementById("plots-data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
-  const HEIGHT = 252, TOP = 20, BOTTOM = 36, RIGHT = 12;
+  const SCREEN = 252, PRINT = 176, TOP = 20, BOTTOM = 36, RIGHT = 12, GATHERED = 8;
+  let HEIGHT = SCREEN;
   const DASHES = ["", "7 3", "2 2.5"];
   const AXES = { steps: "step", tokens: "tokens", hours: "hours inside steps" };
   // Of matplotlib's viridis, every eighth: dark is even, bright is full.
   const VIRIDIS = ["#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725"];
-  const view = { axis: "steps", window: null, cursor: null, hidden: new Set() };
+  // Shares of a run over which a noisy curve is smoothed, and the least number of steps.
+  const WINDOWS = [0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3], LEAST = 15;
+  const MARKS = { failure: "M0 -5L5 4L-5 4Z", trouble: "M0 -4.5L4.5 0L0 4.5L-4.5 0Z", other: "M-1 -5L1 -5L1 5L-1 5Z" };
+  const view = { axis: "steps", window: null, cursor: null, hidden: new Set(), smoothing: 3, all: false, logX: false, logY: false };
   const figures = [];
 
   // ---- numbers
@@ -91,6 +96,7 @@
       }
     }
     if (!(low <= high)) return [0, 1];
+    if (view.logX && low <= 0) low = high / 1e4;
     return low === high ? [low - 0.5, high + 0.5] : [low, high];
   }
   const isHidden = (figure, curve) => view.hidden.has("run " + curve.run) || view.hidden.has(figure.plot.name + "/" + curve.name);
@@ -112,6 +118,7 @@
     parent.append(element);
     return element;
   }
+  const isLog = (figure) => figure.plot.log || (view.logY && figure.isPositive);
   const colour = (curve) => `var(--series-${curve.series + 1})`;
 
   function part(curve, [from, to]) {
@@ -120,18 +127,20 @@
     const stop = Math.min(curve.places.length, firstAbove(curve.places, to) + 1);
     return [start, stop];
   }
+  const hasEnvelope = (curve) => curve.noisy && (curve.envelope || (view.smoothing === 0 && curve.lows));
   function heights(figure, window) {
     let low = Infinity, high = -Infinity;
+    const plot = figure.plot;
+    if (plot.usual && !view.all && view.window === null && !isLog(figure)) return plot.usual;
     for (const curve of shown(figure)) {
-      const [start, stop] = part(curve, window);
+      const [start, stop] = part(curve, window), isWhole = hasEnvelope(curve);
       for (let index = start; index < stop; index++) {
-        low = Math.min(low, curve.values[index]);
-        high = Math.max(high, curve.values[index]);
+        low = Math.min(low, isWhole ? (curve.lows ?? curve.values)[index] : curve.smooth[index]);
+        high = Math.max(high, isWhole ? (curve.highs ?? curve.values)[index] : curve.smooth[index]);
       }
     }
     if (!(low <= high)) [low, high] = [0, 1];
-    const plot = figure.plot;
-    if (plot.log) return low === high ? [low / 2, high * 2] : [low / 1.05, high * 1.05];
+    if (isLog(figure)) return low === high ? [low / 2, high * 2] : [low / 1.05, high * 1.05];
     const room = 0.05 * (high - low || Math.abs(high) || 1);
     return [plot.lowest ?? low - room, plot.highest ?? high + room];
   }
@@ -139,12 +148,17 @@
   function draw(figure) {
     const { host, plot } = figure, width = host.clientWidth, window = view.window ?? spread();
     const [low, high] = plot.heat ? [0, plot.heat.names.length] : heights(figure, window);
-    const marks = plot.heat ? [] : plot.log ? logTicks(low, high) : ticks(low, high, 4);
+    const marks = plot.heat ? [] : isLog(figure) ? logTicks(low, high) : ticks(low, high, 4);
     const labels = plot.heat ? plot.heat.names : distinct(marks);
     const left = 10 + 6.1 * Math.max(...labels.map((label) => label.length), 2);
-    const scale = plot.log ? Math.log : (value) => value;
-    figure.x = (value) => left + ((value - window[0]) / (window[1] - window[0])) * (width - left - RIGHT);
-    figure.back = (pixel) => window[0] + ((pixel - left) / (width - left - RIGHT)) * (window[1] - window[0]);
+    const scale = isLog(figure) ? Math.log : (value) => value;
+    const across = view.logX ? (value) => Math.log(Math.max(value, window[0])) : (value) => value;
+    const [begin, length] = [across(window[0]), across(window[1]) - across(window[0])];
+    figure.x = (value) => left + ((across(value) - begin) / length) * (width - left - RIGHT);
+    figure.back = (pixel) => {
+      const there = begin + ((pixel - left) / (width - left - RIGHT)) * length;
+      return view.logX ? Math.exp(there) : there;
+    };
     figure.y = (value) => HEIGHT - BOTTOM - ((scale(value) - scale(low)) / (scale(high) - scale(low))) * (HEIGHT - BOTTOM - TOP);
     figure.left = left;
     figure.right = width - RIGHT;
@@ -155,8 +169,9 @@
       add(svg, "line", { x1: left, x2: width - RIGHT, y1: figure.y(value), y2: figure.y(value), class: "grid" });
       add(svg, "text", { x: left - 6, y: figure.y(value) + 3.5, "text-anchor": "end" }, labels[index]);
     });
-    const across = ticks(window[0], window[1], width < 420 ? 4 : 6, view.axis === "steps" ? 1 : 0), named = distinct(across);
-    across.forEach((value, index) => {
+    stages(svg, figure);
+    const places = view.logX ? logTicks(...window) : ticks(window[0], window[1], width < 420 ? 4 : 6, view.axis === "steps" ? 1 : 0), named = distinct(places);
+    places.forEach((value, index) => {
       add(svg, "line", { x1: figure.x(value), x2: figure.x(value), y1: TOP, y2: HEIGHT - BOTTOM, class: "grid" });
       const anchor = figure.x(value) > width - 30 ? "end" : "middle";
       add(svg, "text", { x: figure.x(value), y: HEIGHT - 21, "text-anchor": anchor, class: "tick" }, named[index]);
@@ -164,27 +179,92 @@
     add(svg, "text", { x: (left + width - RIGHT) / 2, y: HEIGHT - 5, "text-anchor": "middle", class: "unit" }, AXES[view.axis]);
     const clip = add(add(svg, "clipPath", { id: `clip-${plot.name}` }), "rect", { x: left, y: TOP - 4, width: Math.max(0, width - left - RIGHT + 4), height: HEIGHT - BOTTOM - TOP + 8 });
     const inside = add(svg, "g", { "clip-path": `url(#${clip.parentNode.id})` });
-    for (const [step] of plot.events) {
-      const at = figure.x(fromStep(0, step));
-      add(inside, "line", { x1: at, x2: at, y1: TOP, y2: HEIGHT - BOTTOM, class: "event" });
-    }
+    if (plot.usual && !view.all && view.window === null && !isLog(figure))
+      add(svg, "text", { x: width - RIGHT, y: 11, "text-anchor": "end", class: "cut" }, "begin and spikes are outside");
     if (plot.heat) drawHeat(figure, inside, svg);
     else for (const curve of shown(figure)) drawCurve(figure, inside, curve, window);
     if (plot.limit !== null && plot.limit >= low && plot.limit <= high)
       add(inside, "line", { x1: left, x2: width - RIGHT, y1: figure.y(plot.limit), y2: figure.y(plot.limit), class: "limit" });
+    happened(svg, figure);
     figure.pointer = add(svg, "g", {});
     point(figure);
   }
+  function stages(parent, figure) {
+    if (page.runs.length > 1) return;
+    page.runs[0].stages.forEach(([first, last, name], number) => {
+      const from = Math.max(figure.left, figure.x(fromStep(0, first))), to = Math.min(figure.right, figure.x(fromStep(0, last)));
+      if (to <= from) return;
+      if (number % 2) add(parent, "rect", { x: from, y: TOP, width: to - from, height: HEIGHT - BOTTOM - TOP, class: "stage" });
+      if (to - from > 6.5 * name.length) add(parent, "text", { x: from + 4, y: TOP + 10, class: "stage-name" }, name);
+    });
+  }
+  // What happened, gathered to one mark per kind and GATHERED pixels: [place, kind, number, first and last step, text, run].
+  function gather(figure) {
+    const found = new Map();
+    page.runs.forEach((run, number) => {
+      if (view.hidden.has("run " + number)) return;
+      for (const [step, kind, count, text] of run.marks) {
+        const at = figure.x(fromStep(number, step)), key = `${number} ${kind} ${Math.floor(at / GATHERED)}`;
+        if (!(at >= figure.left - 1 && at <= figure.right + 1)) continue;
+        const mark = found.get(key) ?? { at, kind, count: 0, first: step, last: step, texts: new Set(), run: number };
+        mark.count += count;
+        mark.last = step;
+        mark.texts.add(text);
+        found.set(key, mark);
+      }
+    });
+    return [...found.values()];
+  }
+  function happened(parent, figure) {
+    figure.marks = gather(figure);
+    for (const mark of figure.marks) {
+      const y = HEIGHT - BOTTOM - 6;
+      add(parent, "path", { d: MARKS[mark.kind], transform: `translate(${mark.at.toFixed(1)} ${y})`, class: `happened ${mark.kind}` });
+    }
+  }
 
   function drawCurve(figure, parent, curve, window) {
-    const [start, stop] = part(curve, window);
-    let path = "";
-    for (let index = start; index < stop; index++)
-      path += (path ? "L" : "M") + figure.x(curve.places[index]).toFixed(1) + " " + figure.y(curve.values[index]).toFixed(1);
-    add(parent, "path", { d: path, class: curve.faint ? "faint" : "curve", stroke: colour(curve), "stroke-dasharray": DASHES[curve.dash] });
+    const [start, stop] = part(curve, window), pixels = figure.right - figure.left;
+    if (hasEnvelope(curve)) drawEnvelope(figure, parent, curve, start, stop);
+    let path = "", before = -1;
+    const every = curve.noisy ? Math.max(1, Math.floor((stop - start) / pixels)) : 1;
+    for (let index = start; index < stop; index = index + every < stop || index === stop - 1 ? index + every : stop - 1)
+      path += (path ? "L" : "M") + figure.x(curve.places[index]).toFixed(1) + " " + figure.y(curve.smooth[index]).toFixed(1);
+    add(parent, "path", { d: path, class: "curve", stroke: colour(curve), "stroke-dasharray": DASHES[curve.dash] });
     if (curve.dots || stop - start === 1)
-      for (let index = start; index < stop; index++)
-        add(parent, "circle", { cx: figure.x(curve.places[index]), cy: figure.y(curve.values[index]), r: 2.4, fill: colour(curve) });
+      for (let index = start; index < stop; index++) {
+        const at = figure.x(curve.places[index]);
+        if (at - before < 3 && index < stop - 1) continue;
+        add(parent, "circle", { cx: at, cy: figure.y(curve.values[index]), r: 2.4, fill: colour(curve) });
+        before = at;
+      }
+  }
+  // An area from the lowest to the highest value in each pixel; of fewer values than pixels they themselves, as a line.
+  function drawEnvelope(figure, parent, curve, start, stop) {
+    const lows = curve.lows ?? curve.values, highs = curve.highs ?? curve.values, columns = [];
+    const isLine = !curve.lows && stop - start < figure.right - figure.left;
+    for (let index = start; index < stop; index++) {
+      const x = isLine ? figure.x(curve.places[index]) : Math.round(figure.x(curve.places[index])), last = columns.at(-1);
+      if (last && last[0] === x) {
+        last[1] = Math.min(last[1], lows[index]);
+        last[2] = Math.max(last[2], highs[index]);
+      } else columns.push([x, lows[index], highs[index]]);
+    }
+    const write = (found, place) => found.map((column) => `${+column[0].toFixed(1)} ${figure.y(column[place]).toFixed(1)}`).join("L");
+    const d = isLine ? "M" + write(columns, 1) : `M${write(columns, 2)}L${write([...columns].reverse(), 1)}Z`;
+    add(parent, "path", { d, class: isLine ? "faint" : "envelope", stroke: colour(curve), fill: isLine ? "none" : colour(curve) });
+  }
+  // Means over a centred window, which is shorter at the ends, so that a curve comes neither late nor early.
+  function smooth(curve) {
+    const share = WINDOWS[view.smoothing], { steps, values } = curve, count = values.length;
+    if (!curve.noisy || !share) return void (curve.smooth = values);
+    const length = steps[count - 1] - steps[0] + 1, half = (Math.max(LEAST, share * length) * count) / length / 2;
+    const sums = [0];
+    for (const value of values) sums.push(sums[sums.length - 1] + value);
+    curve.smooth = values.map((_, index) => {
+      const reach = Math.floor(Math.min(half, index, count - 1 - index));
+      return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1);
+    });
   }
 
   function drawHeat(figure, parent, svg) {
@@ -193,13 +273,23 @@
     heat.rows.forEach((row, number) => {
       if (number % every === 0)
         add(svg, "text", { x: figure.left - 6, y: TOP + (number + 0.5) * height + 3.5, "text-anchor": "end" }, heat.names[number]);
-      row.forEach((value, column) => {
-        if (value === null) return;
-        const from = figure.x(figure.edges[column]), to = figure.x(figure.edges[column + 1]);
-        if (to < figure.left || from > figure.right) return;
-        add(parent, "rect", { x: from, y: TOP + number * height, width: to - from + 0.4, height: height + 0.4, fill: shade(heat, value) });
-      });
     });
+    // One picture of a column per pixel: thousands of rectangles would take a second.
+    const canvas = document.createElement("canvas"), pen = canvas.getContext("2d"), pixels = Math.max(1, Math.round(figure.right - figure.left));
+    canvas.width = pixels;
+    canvas.height = heat.names.length;
+    for (let pixel = 0, from = 0; pixel <= pixels; pixel++) {
+      const column = (at) => firstAbove(figure.edges, figure.back(figure.left + at + 0.5)) - 1;
+      if (pixel < pixels && column(pixel) === column(from)) continue;
+      heat.rows.forEach((row, number) => {
+        const value = row[column(from)] ?? null;
+        if (value === null) return;
+        pen.fillStyle = shade(heat, value);
+        pen.fillRect(from, number, pixel - from, 1);
+      });
+      from = pixel;
+    }
+    add(parent, "image", { href: canvas.toDataURL(), x: figure.left, y: TOP, width: figure.right - figure.left, height: HEIGHT - BOTTOM - TOP, preserveAspectRatio: "none", class: "cells" });
   }
   function shade(heat, value) {
     const scale = heat.log ? Math.log : (number) => number;
@@ -245,21 +335,27 @@
   // What a reader asks of any curve: the learning rate there, and what happened near the line.
   function around(figure) {
     const { steps, rates } = page.runs[0], found = [];
-    if (page.runs.length > 1) return found;
+    if (page.runs.length > 1) return nearby(figure).slice(0, 4);
     const places = steps.map((step) => fromStep(0, step)), index = nearest(places, view.cursor.place);
     if (rates.length && figure.plot.name !== "rate") found.push(["learning rate", exact(rates[index])]);
-    for (const [step, text] of figure.plot.events)
-      if (Math.abs(figure.x(fromStep(0, step)) - figure.x(view.cursor.place)) < 5) found.push([`step ${step}`, text]);
-    return found.slice(0, 4);
+    return [...found, ...nearby(figure)].slice(0, 4);
+  }
+  function nearby(figure) {
+    const at = figure.x(view.cursor.place);
+    return figure.marks.filter((mark) => Math.abs(mark.at - at) < GATHERED).map((mark) => {
+      const where = mark.count > 1 ? `${mark.count} times, steps ${mark.first} to ${mark.last}` : `step ${mark.first}`;
+      return [page.runs.length > 1 ? `${page.runs[mark.run].name}, ${where}` : where, [...mark.texts].join(", ")];
+    });
   }
   function pointCurves(figure) {
     return shown(figure).map((curve) => {
-      const index = nearest(curve.places, view.cursor.place), value = curve.values[index];
+      const index = nearest(curve.places, view.cursor.place), value = curve.smooth[index];
       const isElsewhere = Math.abs(figure.x(curve.places[index]) - figure.x(view.cursor.place)) > 2;
-      if (!curve.faint)
-        add(figure.pointer, "circle", { cx: figure.x(curve.places[index]), cy: figure.y(value), r: 3.6, fill: colour(curve), class: "mark" });
+      add(figure.pointer, "circle", { cx: figure.x(curve.places[index]), cy: figure.y(value), r: 3.6, fill: colour(curve), class: "mark" });
       const where = isElsewhere ? ` at ${place(curve.places[index])}` : "";
-      return { curve, name: curve.name || figure.plot.title.toLowerCase(), text: exact(value) + where };
+      const [low, high] = [curve.lows, curve.highs].map((ends) => (ends ?? curve.values)[index]), name = curve.name || figure.plot.title.toLowerCase();
+      const raw = !hasEnvelope(curve) ? "" : low === high ? `, step ${exact(low)}` : `, ${exact(low)} to ${exact(high)}`;
+      return { curve, name, text: exact(value) + raw + where };
     });
   }
   function pointHeat(figure) {
@@ -274,7 +370,7 @@
   }
   function swatch(parent, curve) {
     const key = add(parent, "svg", { viewBox: "0 0 18 8", class: "key", "aria-hidden": "true" });
-    add(key, "line", { x1: 0, x2: 18, y1: 4, y2: 4, stroke: colour(curve), "stroke-width": curve.faint ? 1 : 2.4, "stroke-opacity": curve.faint ? 0.5 : 1, "stroke-dasharray": DASHES[curve.dash] });
+    add(key, "line", { x1: 0, x2: 18, y1: 4, y2: 4, stroke: colour(curve), "stroke-width": 2.4, "stroke-dasharray": DASHES[curve.dash] });
   }
   function setCursor(figure, pixel, pixelY) {
     const wanted = figure.back(pixel), curves = shown(figure);
@@ -366,7 +462,7 @@
 
   function legend(figure) {
     const named = figure.curves.filter((curve) => curve.name);
-    if (named.length < 2 || page.runs.length > 1) return;
+    if (named.length < 2) return;
     const box = html(figure.host.parentNode, "div", "legend");
     figure.host.before(box);
     for (const curve of named) {
@@ -374,7 +470,7 @@
       button.type = "button";
       swatch(button, curve);
       button.append(curve.name);
-      toggle(button, figure.plot.name + "/" + curve.name);
+      toggle(button, page.runs.length > 1 ? "run " + curve.run : figure.plot.name + "/" + curve.name);
     }
   }
   function toggle(button, key) {
@@ -404,10 +500,36 @@
       button.type = "button";
       button.addEventListener("click", action);
     }
+    if (figures.some((figure) => figure.curves.some((curve) => curve.noisy))) {
+      const label = html(bar, "label", "hint", "smoothing "), slider = html(label, "input", ""), words = html(label, "span", "", "");
+      Object.assign(slider, { type: "range", id: "smoothing", min: 0, max: WINDOWS.length - 1, value: view.smoothing });
+      const say = () => (words.textContent = view.smoothing ? ` ${100 * WINDOWS[view.smoothing]}% of the steps` : " none");
+      slider.addEventListener("input", () => {
+        view.smoothing = +slider.value;
+        say();
+        figures.forEach((figure) => figure.curves.forEach(smooth));
+        figures.forEach(draw);
+      });
+      say();
+    }
+    const switches = [["all", "All values"], ["logX", "Log steps"], ["logY", "Log values"]];
+    for (const [name, label] of switches) {
+      if (name === "all" && !figures.some((figure) => figure.plot.usual)) continue;
+      const button = html(bar, "button", `switch ${name}`, label);
+      button.type = "button";
+      button.setAttribute("aria-pressed", "false");
+      button.addEventListener("click", () => {
+        view[name] = !view[name];
+        button.setAttribute("aria-pressed", String(view[name]));
+        figures.forEach(draw);
+      });
+    }
     html(bar, "span", "hint", "Point for values, drag across to zoom, double-click to go back.");
     bar.hidden = false;
   }
   function settle(figure) {
+    figure.isPositive = figure.curves.every((curve) => (curve.lows ?? curve.values).every((value) => value > 0));
+    figure.curves.forEach(smooth);
     for (const curve of figure.curves) curve.places = curve.steps.map((step) => fromStep(curve.run, step));
     if (figure.plot.heat) figure.edges = figure.plot.heat.edges.map((edge) => fromStep(0, edge));
   }
@@ -435,4 +557,11 @@
   if (figures.length) toolbar();
   zoomTo(null);
   new ResizeObserver(() => figures.forEach(draw)).observe(document.querySelector("main"));
+  // On paper plots are as wide as two of them fit, and lower.
+  for (const [event, height] of [["beforeprint", PRINT], ["afterprint", SCREEN]])
+    addEventListener(event, () => {
+      HEIGHT = height;
+      document.body.classList.toggle("paper", height === PRINT);
+      figures.forEach(draw);
+    });
 })();

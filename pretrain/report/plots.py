@@ -8,36 +8,28 @@ the run has no such measurement, and no empty figure is shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from amfm.pretrain.report.data import RunRecord
+from amfm.pretrain.report.marks import Mark, Stage, make_marks, make_stages
 from amfm.pretrain.report.numbers import mean_of_spans, smooth
 
-MAX_COLUMNS = 240
+MAX_COLUMNS, LEAST_COLUMNS, MAX_CELLS = 240, 60, 6000  # of a map, and its cells
 MIN_SMOOTHED = 20
-MAX_EVENTS = 60
-# Of every run: what would cover the others.
-QUIET = (
-    "checkpoint",
-    "validation",
-    "tasks",
-    "replicas",
-    "resume",
-    "initial_weights",
-    "pattern",
-    "low_precision",
-    "end",
-)
+NUM_COLOURS, NUM_DASHES = 6, 3
+MIN_USUAL = 500  # values of a curve whose axis leaves out what is unusual
+BEGIN, UNUSUAL = 0.05, 0.005  # shares of a run's steps: its first ones, and on either side of the others
 
 
 @dataclass(frozen=True)
 class Curve:
     """One line: values at steps, a name for the legend (empty: none), and its colour and dashes by number, from 0.
 
-    `faint`: in the background. `dots`: few points, each marked. `run`: number of the run on a page of several.
+    `noisy`: drawn smoothed; with `has_envelope` above the lowest and highest values. `dots`: few points, each marked. `run`:
+    number of the run on a page of several.
     """
 
     name: str
@@ -45,7 +37,8 @@ class Curve:
     values: Sequence[float]
     series: int = 0
     dash: int = 0
-    faint: bool = False
+    noisy: bool = False
+    has_envelope: bool = False
     dots: bool = False
     run: int = 0
 
@@ -69,8 +62,8 @@ class HeatMap:
 class Plot:
     """A figure: title, one line on what to see in it, the unit of its values, and curves or a map.
 
-    `lowest` and `highest` fix an end of the vertical axis; `limit` is a dashed line across. `events`: steps at which something
-    happened that a curve may show, by what it was.
+    `lowest` and `highest` fix an end of the vertical axis; `limit` is a dashed line across. `usual`: where the axis ends until a
+    reader asks for all values. `marks`: what happened that a curve may show. `stages`: of a run that has several.
     """
 
     name: str
@@ -83,7 +76,9 @@ class Plot:
     highest: float | None = None
     limit: float | None = None
     heat: HeatMap | None = None
-    events: Mapping[int, str] = field(default_factory=dict)
+    usual: tuple[float, float] | None = None
+    marks: tuple[Mark, ...] = ()
+    stages: tuple[Stage, ...] = ()
 
 
 def make_plots(record: RunRecord) -> list[Plot]:
@@ -91,39 +86,47 @@ def make_plots(record: RunRecord) -> list[Plot]:
     makers: list[Callable[[RunRecord], Plot | None]] = [
         loss_plot,
         validation_sets_plot,
+        sources_plot,
         accuracy_plot,
         learning_rate_plot,
         gradient_norm_plot,
         throughput_plot,
         mfu_plot,
+        memory_plot,
+        mixture_plot,
         expert_load_plot,
         auxiliary_plot,
         quantization_plot,
     ]
-    events = mark_events(record)
+    marks, stages = make_marks(record), make_stages(record)
     found = [*(make(record) for make in makers), *inspection_plots(record)]
-    return [replace(plot, events=events) for plot in found if plot is not None]
+    return [replace(plot, marks=marks, stages=stages) for plot in found if plot is not None]
 
 
-def mark_events(record: RunRecord) -> dict[int, str]:
-    """Collect what happened to a run, by step: all events but those of a quiet run. Of many, the newest MAX_EVENTS."""
-    steps = record.series("loss")[0]
-    found: dict[int, list[str]] = {}
-    for event in record.events:
-        name, step = str(event.get("event")), event.get("step")
-        is_first_start = name == "start" and not step
-        if (
-            isinstance(step, int)
-            and not is_first_start
-            and name not in QUIET
-            and steps
-            and steps[0] <= step <= steps[-1]
-        ):
-            said = found.setdefault(step, [])
-            if name not in said:
-                said.append(name)
-    newest = sorted(found)[-MAX_EVENTS:]
-    return {step: ", ".join(found[step]).replace("_", " ") for step in newest}
+def usual_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
+    """Choose the ends of an axis that the begin of a run and spikes would rule; None: all fit well, or the run is short.
+
+    It shows what is smoothed after the first BEGIN of the steps, and all but UNUSUAL of the lowest and highest values.
+    """
+    if max((len(curve.values) for curve in curves), default=0) < MIN_USUAL:
+        return None
+    first, last = min(curve.steps[0] for curve in curves), max(curve.steps[-1] for curve in curves)
+    ends: list[float] = []
+    whole: list[float] = []
+    for curve in curves:
+        values = np.asarray(curve.values, dtype=np.float64)
+        late = values[np.searchsorted(curve.steps, first + BEGIN * (last - first)) :]
+        whole += [values.min(), values.max()]
+        if not len(late):
+            continue
+        if curve.noisy:
+            smoothed = smooth(late.tolist())
+            ends += [min(smoothed), max(smoothed)]
+        ends += np.quantile(late, [UNUSUAL, 1 - UNUSUAL]).tolist() if curve.noisy else [late.min(), late.max()]
+    room = 0.05 * (max(ends) - min(ends))
+    if room == 0 or max(whole) - min(whole) < 2 * (max(ends) - min(ends)):
+        return None
+    return float(min(ends) - room), float(max(ends) + room)
 
 
 def cap_outliers(values: Sequence[float]) -> tuple[float | None, str]:
@@ -146,12 +149,12 @@ def loss_plot(record: RunRecord) -> Plot | None:
     steps, losses = record.series("loss")
     if not losses:
         return None
-    curves = [*smoothed_curves(steps, losses, "training", "training, smoothed", series=0)]
+    curves = [noisy_curve(steps, losses, "training", series=0)]
     validated, validation = record.series("validation_loss")
     if validation:
-        curves.append(Curve("validation", validated, validation, series=1, dots=True))
+        curves.append(Curve("validation", validated, validation, series=1, dash=1, dots=True))
     caption = "Negative log-likelihood of a token; perplexity is its exponential."
-    return Plot("loss", "Loss", caption, "nats per token", tuple(curves))
+    return Plot("loss", "Loss", caption, "nats per token", tuple(curves), usual=usual_range(curves))
 
 
 def validation_sets_plot(record: RunRecord) -> Plot | None:
@@ -163,19 +166,50 @@ def validation_sets_plot(record: RunRecord) -> Plot | None:
     if not series:
         return None
     curves = tuple(
-        Curve(name, *pair, series=number % 6, dash=number // 6, dots=True)
-        for number, (name, pair) in enumerate(series.items())
+        Curve(name, *pair, *curve_style(number), dots=True) for number, (name, pair) in enumerate(series.items())
     )
     return Plot("sets", "Validation sets", "Loss of each set of `validation`.", "nats per token", curves)
 
 
-def smoothed_curves(
-    steps: Sequence[int], values: Sequence[float], name: str, smoothed_name: str, *, series: int
-) -> tuple[Curve, ...]:
-    """Make curves of a noisy measure: each step, faint, and a smoothed one over it; of few steps the first alone."""
-    if len(values) <= MIN_SMOOTHED:
-        return (Curve(name, steps, values, series),)
-    return Curve(name, steps, values, series, faint=True), Curve(smoothed_name, steps, smooth(values), series)
+def sources_plot(record: RunRecord) -> Plot | None:
+    """Plot the validation loss of each source."""
+    series = record.named_series("validation_by_source")
+    if len(series) < 2:
+        return None
+    curves = [Curve(name, *pair, *curve_style(number), dots=True) for number, (name, pair) in enumerate(series.items())]
+    caption = "Validation loss of the text of each source."
+    return Plot("sources", "Loss by source", caption, "nats per token", tuple(curves), usual=usual_range(curves))
+
+
+def mixture_plot(record: RunRecord) -> Plot | None:
+    """Plot how often each source was read so far: a loss that falls below its validation is one that was read often."""
+    series = record.named_series("data.epochs")
+    if not any(values[-1] for _, values in series.values()):
+        return None
+    curves = tuple(Curve(name, *pair, *curve_style(number)) for number, (name, pair) in enumerate(series.items()))
+    return Plot(
+        "epochs", "Epochs by source", "How often each source was read since the start.", "epochs", curves, lowest=0
+    )
+
+
+def memory_plot(record: RunRecord) -> Plot | None:
+    """Plot the peak memory of the main rank."""
+    steps, held = record.series("memory_bytes")
+    if not held:
+        return None
+    curves = (Curve("", steps, [size / 2**30 for size in held], series=4),)
+    return Plot("memory", "Memory", "Peak of the main rank so far.", "GiB", curves, lowest=0)
+
+
+def curve_style(number: int) -> tuple[int, int]:
+    """Colour and dashes of one curve of several: neighbours differ in both, and the first 18 in one of them."""
+    return number % NUM_COLOURS, (number + number // NUM_COLOURS) % NUM_DASHES
+
+
+def noisy_curve(steps: Sequence[int], values: Sequence[float], name: str = "", *, series: int) -> Curve:
+    """Make the curve of a noisy measure: smoothed above its envelope; of few steps as it is."""
+    is_noisy = len(values) > MIN_SMOOTHED
+    return Curve(name, steps, values, series, noisy=is_noisy, has_envelope=is_noisy)
 
 
 def accuracy_plot(record: RunRecord) -> Plot | None:
@@ -184,7 +218,7 @@ def accuracy_plot(record: RunRecord) -> Plot | None:
     if not tokens:
         return None
     row_steps, rows = record.series("validation_row_accuracy")
-    curves = (Curve("tokens", steps, tokens, dots=True), Curve("rows", row_steps, rows, series=1, dots=True))
+    curves = (Curve("tokens", steps, tokens, dots=True), Curve("rows", row_steps, rows, series=1, dash=1, dots=True))
     caption = "Validation: share of labelled tokens that are right, and of rows without a wrong one."
     return Plot("accuracy", "Accuracy", caption, "share right", curves, lowest=0, highest=1.02)
 
@@ -206,7 +240,7 @@ def gradient_norm_plot(record: RunRecord) -> Plot | None:
         return None
     limit = record.config.optimizer.clip_grad_norm
     caption = "Before clipping." if limit is None else f"Before clipping; clipped above {limit:g} (dashed)."
-    curves = smoothed_curves(steps, norms, "each step", "smoothed", series=3)
+    curves = (noisy_curve(steps, norms, series=3),)
     return Plot("gradient", "Gradient norm", caption, "", curves, is_log=min(norms) > 0, limit=limit)
 
 
@@ -215,7 +249,7 @@ def throughput_plot(record: RunRecord) -> Plot | None:
     steps, speeds = record.series("tokens_per_second")
     if not speeds:
         return None
-    curves = smoothed_curves(steps, speeds, "each step", "smoothed", series=4)
+    curves = (noisy_curve(steps, speeds, series=4),)
     highest, remark = cap_outliers(speeds)
     caption = f"All ranks together.{remark}"
     return Plot("throughput", "Throughput", caption, "tokens per second", curves, lowest=0, highest=highest)
@@ -232,7 +266,7 @@ def mfu_plot(record: RunRecord) -> Plot | None:
     if is_measured and len(starts) > 1:
         caption += f" The peak was measured at each of {len(starts)} starts, so levels may jump there."
     highest, remark = cap_outliers([100 * share for share in shares])
-    curves = smoothed_curves(steps, [100 * share for share in shares], "each step", "smoothed", series=5)
+    curves = (noisy_curve(steps, [100 * share for share in shares], series=5),)
     return Plot("mfu", "MFU", caption + remark, "%", curves, lowest=0, highest=highest)
 
 
@@ -248,7 +282,7 @@ def expert_load_plot(record: RunRecord) -> Plot | None:
     first = min(steps[0] for steps, _ in loads.values())
     last = max(steps[-1] for steps, _ in loads.values())
     # Half a step on either side, so that a single step still has a width.
-    edges = np.linspace(first - 0.5, last + 0.5, min(MAX_COLUMNS, last - first + 1) + 1).tolist()
+    edges = np.linspace(first - 0.5, last + 0.5, min(most_columns(len(blocks)), last - first + 1) + 1).tolist()
     rows = tuple(tuple(mean_of_spans(*loads[block], edges)) for block in blocks)
     moe = record.config.model.moe
     most = "" if moe is None else f"; {moe.num_experts / moe.top_k:g}, the most possible, is collapse"
@@ -260,13 +294,24 @@ def expert_load_plot(record: RunRecord) -> Plot | None:
     return Plot("experts", "Expert load", caption, "fullest / mean", heat=heat)
 
 
+def most_columns(rows: int) -> int:
+    """Columns that a map of so many rows has at most, so that its cells stay few."""
+    return max(LEAST_COLUMNS, min(MAX_COLUMNS, MAX_CELLS // rows))
+
+
 def auxiliary_plot(record: RunRecord) -> Plot | None:
     """Plot the auxiliary losses, weighted as they enter the loss; those that are zero throughout are left out."""
     found = {name: pair for name, pair in record.named_series("auxiliary").items() if any(pair[1])}
     if not found:
         return None
     curves = tuple(
-        Curve(name.replace("_", " "), *pair, series=number % 6, dash=number // 6)
+        Curve(
+            name.replace("_", " "),
+            *pair,
+            *curve_style(number),
+            noisy=len(pair[0]) > MIN_SMOOTHED,
+            has_envelope=len(found) == 1,
+        )
         for number, (name, pair) in enumerate(found.items())
     )
     return Plot("auxiliary", "Auxiliary losses", "Weighted, as they are added to the loss.", "", curves)
@@ -279,7 +324,7 @@ def quantization_plot(record: RunRecord) -> Plot | None:
         return None
     names = sorted(zeroed)
     steps = sorted({step for own, _ in zeroed.values() for step in own})
-    edges = np.linspace(steps[0] - 0.5, steps[-1] + 0.5, min(MAX_COLUMNS, len(steps)) + 1).tolist()
+    edges = np.linspace(steps[0] - 0.5, steps[-1] + 0.5, min(most_columns(len(names)), len(steps)) + 1).tolist()
     rows = tuple(
         tuple(mean_of_spans(zeroed[name][0], [100 * part for part in zeroed[name][1]], edges)) for name in names
     )
@@ -321,7 +366,7 @@ def inspection_plots(record: RunRecord) -> Iterator[Plot]:
             continue
         steps = sorted({step for own, _ in series.values() for step in own})
         half = (steps[1] - steps[0]) / 2 if len(steps) > 1 else 0.5
-        edges = np.linspace(steps[0] - half, steps[-1] + half, min(MAX_COLUMNS, len(steps)) + 1).tolist()
+        edges = np.linspace(steps[0] - half, steps[-1] + half, min(most_columns(len(series)), len(steps)) + 1).tolist()
         rows = tuple(tuple(mean_of_spans(*series[block], edges)) for block in sorted(series))
         found = [value for row in rows for value in row if value is not None]
         lowest, highest = min(found), max(found)

@@ -18,8 +18,9 @@ from amfm.pretrain.monitor.panel import plural
 from amfm.pretrain.report.attempts import HEADER, list_attempts
 from amfm.pretrain.report.data import RunRecord, read_run
 from amfm.pretrain.report.goodput import USES, measure_goodput
+from amfm.pretrain.report.marks import make_stages
 from amfm.pretrain.report.numbers import count, duration, perplexity
-from amfm.pretrain.report.overlay import MAX_RUNS, compare_configs, overlay_plots, render_runs
+from amfm.pretrain.report.overlay import MAX_RUNS, compare_configs, compare_numbers, overlay_plots, render_runs
 from amfm.pretrain.report.page import (
     Card,
     Share,
@@ -94,6 +95,7 @@ def render_run(record: RunRecord) -> str:
         *map(render_note, record.notes),
         *([] if time is None else [f"<h2>Time</h2>{render_shares(*time)}"]),
         f"<h2>Curves</h2>{render_plots(plots)}",
+        '<div class="screen">',
         f"<h2>Model</h2>{render_table(describe_model(record))}",
         f"<h2>Data</h2>{render_table(describe_data(record))}",
         *([] if tasks is None else [f"<h2>Tasks</h2>{render_table(tasks)}"]),
@@ -102,6 +104,7 @@ def render_run(record: RunRecord) -> str:
         "<h2>Environment and configuration</h2>",
         render_details("Environment", render_pairs(flatten(record.environment))),
         render_details("Resolved configuration", render_text(resolved_yaml(record.config))),
+        "</div>",
     ]
     return render_document(record.name(), parts, describe_page([record], plots))
 
@@ -117,8 +120,9 @@ def render_overlay(records: Sequence[RunRecord]) -> str:
         render_heading(title, state, "done" if finished == len(records) else "going", where),
         render_runs(records),
         *(render_note(f"{record.directory}: {note}") for record in records for note in record.notes),
-        f"<h2>Curves</h2>{render_plots(plots)}",
         f"<h2>Settings that differ</h2>{render_table(compare_configs(records))}",
+        f"<h2>Numbers</h2>{render_table(compare_numbers(records))}",
+        f"<h2>Curves</h2>{render_plots(plots)}",
     ]
     return render_document(title, parts, describe_page(records, plots))
 
@@ -150,6 +154,12 @@ def make_cards(record: RunRecord) -> list[Card]:
     if spiked:
         share = 100 * spiked / len(record.metrics)
         cards.append(Card("Spike score", f"{share:.2g} %", f"{plural(spiked, 'step')} far above those before"))
+    stages = make_stages(record)
+    if stages:
+        planned = record.stages[len(stages) - 1]
+        cards.insert(
+            1, Card("Stage", planned.name, f"{len(stages)} of {len(record.stages)}, ends at step {planned.last_step:,}")
+        )
     if validation is not None:
         bits = record.last("validation_bits_per_byte")
         beside = "" if bits is None else f", {bits:.4f} bits per byte"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from amfm.pretrain.report.data import read_run
-from amfm.pretrain.report.overlay import MAX_RUNS, compare_configs, overlay_plots
+from amfm.pretrain.report.overlay import MAX_RUNS, compare_configs, compare_numbers, overlay_plots
 from amfm.pretrain.report.report import choose_place, write_report
 from tests.pretrain.report.test_report import data_of, line, make_run
 
@@ -49,6 +49,31 @@ def test_settings_that_are_the_same_are_not_listed(tmp_path):
     assert compare_configs(records[:2]).title == "All settings are the same."
     names = [curve.name for curve in overlay_plots(records)[0].curves]
     assert len(set(names)) == 3, "runs of the same name are told apart by their folders"
+
+
+def test_what_differs_comes_before_the_curves_at_the_same_step_and_at_the_same_tokens(tmp_path):
+    """The second run takes twice the tokens per step, and falls as fast per token."""
+    folders = []
+    for number, per_step in enumerate((512, 1024)):
+        (tmp_path / str(number)).mkdir()
+        lines = [
+            line(
+                step,
+                loss=9.0 - step * per_step / 1e4,
+                tokens=per_step * step,
+                validation_loss=9.0 - step * per_step / 1e4,
+            )
+            for step in range(1, 101 - 50 * number)
+        ]
+        folders.append(make_run(tmp_path / str(number), lines, f"run.name=run-{number}"))
+    rows = {name: cells for name, *cells in compare_numbers([read_run(folder) for folder in folders]).rows}
+    assert rows["validation loss, step 50"] == ["6.44", "3.88", "-2.56 (-39.75 %)"]
+    assert rows["training loss, step 50"][:2] == ["6.44", "3.88"]
+    assert (
+        rows["validation loss, 51.2k tokens"] == rows["training loss, 51.2k tokens"] == ["3.88", "3.88", "+0 (+0.00 %)"]
+    )
+    page = write_report(folders, tmp_path / "both.html").read_text()
+    assert page.index("Settings that differ") < page.index("<h2>Numbers") < page.index("<h2>Curves")
 
 
 def test_runs_that_cannot_share_a_page_are_refused(tmp_path):

@@ -5,6 +5,8 @@ then sees; the browser prints the document when it is done.
 """
 
 import json
+import math
+import random
 import re
 import shutil
 import subprocess
@@ -32,6 +34,7 @@ const seen = {};
 const host = document.getElementById("plot-loss"), box = host.getBoundingClientRect();
 const send = (kind, share) => host.dispatchEvent(new PointerEvent(kind, {bubbles: true, pointerId: 1, pointerType: "mouse",
   button: 0, clientX: box.left + share * box.width, clientY: box.top + 100}));
+const figures = () => document.querySelectorAll(".plot > svg").length;
 host.setPointerCapture = () => {};
 const ticks = () => [...document.querySelectorAll("#plot-throughput svg text.tick")].map((text) => text.textContent);
 """
@@ -83,3 +86,68 @@ def test_a_click_on_a_run_hides_its_curves_everywhere(tmp_path):
     seen = run_in_browser(page, script, tmp_path / "profile")
     assert set(seen["both"]) == {2}
     assert set(seen["one"]) == {1}
+
+
+def long_run(folder: Path, num_steps: int, num_blocks: int) -> Path:
+    draw = random.Random(0)
+    lines = [
+        line(
+            step,
+            loss=2.45 + 8 * step**-0.35 + draw.gauss(0, 0.04),
+            grad_norm=0.3 * math.exp(draw.gauss(0, 0.4)),
+            expert_load={str(block): 1.3 + draw.random() / 5 for block in range(num_blocks)},
+            auxiliary={"balance": draw.random()},
+            memory_bytes=7e10,
+        )
+        for step in range(1, num_steps + 1)
+    ]
+    run = make_run(folder, lines, f"train.steps={num_steps}")
+    events = [{"event": "skipped_step", "step": draw.randrange(1, num_steps)} for _ in range(149)]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return run
+
+
+@needs_browser
+def test_a_long_run_is_drawn_in_few_points_smoothed_as_asked_and_printed_on_two_pages(tmp_path):
+    page = write_report([long_run(tmp_path, 3000, 4)])
+    script = """
+      const path = () => host.querySelector("path.curve").getAttribute("d");
+      seen.points = Math.max(...[...document.querySelectorAll("path")].map((each) => each.getAttribute("d").length / 11));
+      seen.elements = document.querySelectorAll("svg *").length;
+      seen.events = host.querySelectorAll(".happened.trouble").length;
+      seen.smooth = path();
+      const slider = document.getElementById("smoothing");
+      slider.value = 0; slider.dispatchEvent(new Event("input"));
+      seen.raw = path();
+      const axis = () => [...host.querySelectorAll("svg text.tick")].map((text) => text.textContent);
+      seen.linear = axis();
+      document.querySelector("button.logX").click();
+      seen.log = axis();
+      seen.cut = host.querySelectorAll("text.cut").length;
+      document.querySelector("button.all").click();
+      seen.whole = host.querySelectorAll("text.cut").length;
+      const began = performance.now();
+      host.dispatchEvent(new MouseEvent("dblclick"));
+      host.getBoundingClientRect();
+      seen.seconds = (performance.now() - began) / 1000;
+    """
+    seen = run_in_browser(page, script, tmp_path / "profile")
+    print(f"all plots are drawn in {seen['seconds']:.3f} s")
+    assert seen["points"] < 4 * 1280 and seen["elements"] < 3000
+    assert 20 < seen["events"] < 149 and seen["raw"] != seen["smooth"]
+    assert "1k" in seen["linear"] and {"10", "100", "1k"} <= set(seen["log"])
+    assert (seen["cut"], seen["whole"]) == (1, 0)
+    printed = tmp_path / "page.pdf"
+    command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={printed}", page.as_uri()]
+    subprocess.run(command, capture_output=True, timeout=PATIENCE_SECONDS, check=True)
+    assert len(re.findall(rb"/Type\s*/Page\b", printed.read_bytes())) == 2
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_page_of_60_000_steps_and_24_blocks_is_below_1_mb(tmp_path):
+    page = write_report([long_run(tmp_path, 60_000, 24)])
+    assert page.stat().st_size < 1_000_000
+    seen = run_in_browser(page, "seen.seconds = performance.now() / 1000; seen.plots = figures()", tmp_path / "profile")
+    print(f"opened and drawn in {seen['seconds']:.3f} s")
+    assert seen["plots"] == 8

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from amfm.pretrain.report.numbers import keep_extremes, mean_of_spans, smooth
+from amfm.pretrain.report.numbers import keep_extremes, make_columns, mean_of_spans, smooth
 
 
 def test_a_spike_and_a_dip_of_one_step_survive_any_thinning():
@@ -39,3 +39,13 @@ def test_smoothing_comes_neither_late_nor_early():
     smoothed = smooth([2.0] * 1500 + [1.0] * 1500)
     assert abs(smoothed[1499] + smoothed[1500] - 3.0) < 1e-9
     assert smoothed[1480] == 2.0 and smoothed[1520] == 1.0
+
+
+def test_columns_keep_ends_and_means_and_a_spike_its_step():
+    values = [1.0] * 10_000
+    values[4_321], values[7_777] = 50.0, -3.0
+    columns = make_columns(range(1, 10_001), values, 100)
+    assert len(columns.steps) == 100 and (columns.steps[0], columns.steps[-1]) == (1, 10_000)
+    assert columns.steps[columns.highs.index(50.0)] == 4_322 and columns.steps[columns.lows.index(-3.0)] == 7_778
+    assert np.isclose(np.mean(columns.means), np.mean(values))
+    assert make_columns([3, 5], [1.0, 2.0], 4).means == (1.0, 2.0) and make_columns([], [], 4).steps == ()
