@@ -39,7 +39,7 @@ def test_a_resumed_run_is_one_run_of_mlflow(tmp_path: Path, monkeypatch: pytest.
     train(config, uri)
     client = MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
-    losses = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "loss")}
+    losses = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "loss/train")}
     assert losses == pytest.approx({line["step"]: line["loss"] for line in read_metrics(tmp_path / "run")})
     assert run.data.params["train.steps"] == "4" and run.info.status == "FINISHED"
 

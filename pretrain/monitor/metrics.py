@@ -13,13 +13,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from amfm.data_pipeline.durable.files import replacing
 from amfm.data_pipeline.durable.lines import LineFile, read_lines
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.event_log import describe_event
 from amfm.pretrain.extras import describe_missing, is_installed
+
+if TYPE_CHECKING:
+    from amfm.pretrain.monitor.tracking import Services
 
 Metrics = dict[str, Any]
 
@@ -37,19 +40,20 @@ class RunLog:
         self.cut = keep_until(directory / "metrics.jsonl", resumed_at_step)
         self.metrics = LineFile(directory / "metrics.jsonl")
         self.events = LineFile(directory / "events.jsonl")
-        self.tensorboard = open_tensorboard(directory, resumed_at_step) if config.run.tensorboard else None
-        self.wandb = open_wandb(config) if config.run.wandb_project is not None else None
+        self.services: Services | None = None
+        if config.run.tensorboard or config.run.wandb_project is not None:
+            from amfm.pretrain.monitor.tracking import Services
+
+            self.services = Services(config, resumed_at_step=resumed_at_step)
 
     def write_metrics(self, metrics: Metrics) -> None:
-        """Write one step's line; numbers also go to the plots, nested ones as `expert_load/3`."""
+        """Write one step's line; numbers also go to the services, in groups, nested ones as `moe/load/003`."""
         self.metrics.write(metrics)
-        step, numbers = int(metrics["step"]), flatten_numbers(metrics)
-        if self.tensorboard is not None:
+        if self.services is not None:
+            step, numbers = int(metrics["step"]), self.services.tracking.named(flatten_numbers(metrics))
             with self._plots(step):
-                for name, value in numbers.items():
-                    self.tensorboard.add_scalar(name, value, step)
-        if self.wandb is not None:
-            self.wandb.log(numbers, step=step)
+                self.services.write_tensorboard(step, numbers)
+            self.services.write_wandb(step, numbers)
 
     def write_event(self, event: str, step: int, **details: Any) -> None:
         """Write one line for what does not happen at every step: start, checkpoint, validation, signal, skip, end."""
@@ -67,12 +71,12 @@ class RunLog:
     def close(self) -> None:
         """Flush and close everything."""
         self.metrics.close()
-        if self.tensorboard is not None:
+        if self.services is not None:
             with self._plots(0):
-                self.tensorboard.close()
+                self.services.close_tensorboard()
         self.events.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        if self.services is not None:
+            self.services.finish_wandb()
 
     @contextmanager
     def _plots(self, step: int) -> Iterator[None]:
@@ -81,7 +85,8 @@ class RunLog:
             yield
         except OSError as error:
             self._require_place()
-            self.tensorboard = None  # its thread ended with the error; there is nothing to close
+            assert self.services is not None, "it refused"
+            self.services.tensorboard = None  # its thread ended with the error; there is nothing to close
             text = f"TensorBoard's files in {self.directory / 'tensorboard'} take no more: {error.strerror or error}"
             sys.stderr.write(f"amfm: warning: {text}; training continues without them\n")
             self.write_event("tensorboard_failed", step, error=text)
@@ -145,13 +150,6 @@ def number_of(record: Mapping[str, Any], name: str) -> float:
     return finite(value) or 0.0 if isinstance(value, int | float) else 0.0
 
 
-def open_tensorboard(directory: Path, resumed_at_step: int) -> Any:
-    """Open a TensorBoard writer; points of steps that will be done again disappear from the plots."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_at_step + 1)
-
-
 def check_plot_services(config: RunConfig) -> None:
     """Refuse, on every rank and before any work, a plot service whose package is missing. Raises ValueError."""
     if config.run.tensorboard and not is_installed("tensorboard"):
@@ -162,21 +160,6 @@ def check_plot_services(config: RunConfig) -> None:
         raise ValueError(
             f"{describe_missing(f'run.wandb_project={config.run.wandb_project}', 'wandb', 'wandb')}, or remove run.wandb_project"
         )
-
-
-def open_wandb(config: RunConfig) -> Any:
-    """Join or start the Weights & Biases run that carries this run's name, so that a resumed run continues its curves."""
-    import wandb
-
-    name = config.run.name or Path(config.run.dir).name
-    return wandb.init(
-        project=config.run.wandb_project,
-        name=name,
-        id=name,
-        resume="allow",
-        dir=config.run.dir,
-        config=config.model_dump(mode="json"),
-    )
 
 
 def flatten_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 from amfm.pretrain.config.fields import flatten_settings
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.monitor.metrics import flatten_numbers
+from amfm.pretrain.monitor.tracking import Tracking, read_commits
 from amfm.pretrain.run import Run
 from amfm_mlflow.spec import MlflowOptions
 
@@ -30,6 +31,7 @@ class Mlflow(Hook):
     def __init__(self, options: MlflowOptions, run: Run) -> None:
         self.options, self.run = options, run
         self.client: MlflowClient | None = None
+        self.tracking = Tracking()
         self.run_id, self.has_ended, self.has_warned = "", False, False
 
     def at_start(self) -> None:
@@ -39,7 +41,8 @@ class Mlflow(Hook):
     def after_log(self, metrics: Mapping[str, Any]) -> None:
         """Log the step's numbers."""
         now, step = int(time.time() * 1000), int(metrics["step"])
-        numbers = [Metric(name, value, now, step) for name, value in flatten_numbers(metrics).items()]
+        named = self.tracking.named(flatten_numbers(metrics))
+        numbers = [Metric(name, value, now, step) for name, value in named.items()]
         self._guarded(lambda: self.client and self.client.log_batch(self.run_id, metrics=numbers))
 
     def at_end(self) -> None:
@@ -55,7 +58,8 @@ class Mlflow(Hook):
         client = MlflowClient(self.options.tracking_uri)
         note = self.run.directory / "mlflow_run.json"
         if note.exists():
-            self.run_id = json.loads(note.read_text())["run_id"]
+            kept = json.loads(note.read_text())
+            self.run_id, self.tracking = kept["run_id"], Tracking(is_grouped=kept.get("is_grouped", False))
             client.update_run(self.run_id, status="RUNNING")
         else:
             experiment = client.get_experiment_by_name(self.options.experiment)
@@ -63,12 +67,14 @@ class Mlflow(Hook):
                 client.create_experiment(self.options.experiment) if experiment is None else experiment.experiment_id
             )
             name = self.run.config.run.name or self.run.directory.name
-            self.run_id = client.create_run(number, run_name=name).info.run_id
+            tags = {f"commit_of_{place}": commit for place, commit in read_commits().items()}
+            self.run_id = client.create_run(number, run_name=name, tags=tags).info.run_id
+            self.tracking = Tracking(is_grouped=True)
             settings = flatten_settings(self.run.config.model_dump(mode="json"))
             params = [Param(key, str(value)[:MAX_PARAM]) for key, value in settings.items()]
             for first in range(0, len(params), PARAMS_AT_ONCE):
                 client.log_batch(self.run_id, params=params[first : first + PARAMS_AT_ONCE])
-            note.write_text(json.dumps({"run_id": self.run_id}))
+            note.write_text(json.dumps({"run_id": self.run_id, "is_grouped": True}))
         self.client = client
 
     def _guarded(self, work: Callable[[], object]) -> None:

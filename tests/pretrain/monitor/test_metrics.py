@@ -86,16 +86,35 @@ def test_nested_numbers_are_named_by_their_path() -> None:
     assert flatten_numbers(metrics) == {"loss": 1.5, "expert_load/1": 2.0}
 
 
-def test_tensorboard_gets_every_number(data: DataConfig, tmp_path: Path) -> None:
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = RunLog(tiny_config(data, tmp_path, run__tensorboard=True), resumed_at_step=0)
-    log.write_metrics({"step": 1, "loss": 2.0, "expert_load": {"1": 1.25}})
-    log.close()
-    reader = EventAccumulator(str(tmp_path / "tensorboard"))
+    reader = EventAccumulator(str(folder))
     reader.Reload()
-    assert set(reader.Tags()["scalars"]) == {"loss", "expert_load/1"}
-    assert [(point.step, point.value) for point in reader.Scalars("loss")] == [(1, 2.0)]
+    return {tag: [(point.step, point.value) for point in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+
+
+def test_tensorboard_gets_every_number_in_groups_and_losses_over_tokens(data: DataConfig, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path, run__tensorboard=True)
+    for first in (1, 2):  # the second is done again
+        log = RunLog(config, resumed_at_step=first - 1)
+        for step in (first, first + 1):
+            log.write_metrics({"step": step, "loss": 2.0 * first, "tokens": 64 * step, "expert_load": {"1": 1.25}})
+        log.close()
+    found = read_scalars(tmp_path / "tensorboard")
+    assert set(found) == {"loss/train", "moe/load/001", "progress/tokens"}
+    assert found["loss/train"] == [(1, 2.0), (2, 4.0), (3, 4.0)]
+    assert read_scalars(tmp_path / "tensorboard" / "by_tokens") == {
+        "loss_by_tokens/train": [(64, 2.0), (128, 4.0), (192, 4.0)]
+    }
+
+
+def test_a_run_of_a_release_before_keeps_its_names(data: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").mkdir()
+    log = RunLog(tiny_config(data, tmp_path, run__tensorboard=True), resumed_at_step=3)
+    log.write_metrics({"step": 4, "loss": 2.0, "tokens": 64, "expert_load": {"1": 1.25}})
+    log.close()
+    assert set(read_scalars(tmp_path / "tensorboard")) == {"loss", "expert_load/1", "tokens"}
 
 
 @pytest.mark.skipif(HAS_WANDB, reason="wandb is installed")
