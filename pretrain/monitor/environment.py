@@ -3,7 +3,7 @@
 Model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) is the model's arithmetic a second over
 the device's peak. For known GPUs the peak is the vendor's number for dense matrices. CPUs have no number that fits (it
 depends on cores, clock and library), so there the best matrix product that the ranks reach together is measured, for a
-moment, at the start; MFU is then relative to that.
+moment, at the start; MFU is then relative to the best of all starts on the machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import platform
 import re
 import resource
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -62,9 +61,8 @@ CARD_TERAFLOPS = {
     "A10": (125.0, 62.5),
     "A10G": (70.0, 35.0),
 }
-# Side of the square matrices of the measurement, and how long it is repeated: on a GPU a small product is launch time.
+# Side of the square matrices of the measurement: on a GPU a small product is launch time.
 MEASURED_SIZE = {"cpu": 768, "cuda": 8192}
-MEASURED_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,11 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
     # A CPU without bf16 instructions is faster in float32: a run in bf16 is compared with the faster of the two.
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = MEASURED_SIZE[parallel.device.type]
+    from amfm.pretrain.monitor.peaks import keep_best, measure_matmul  # where no GPU of the table is
+
     own = max(measure_matmul(parallel.device, kind, size) for kind in {dtype, torch.float32})
+    name = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else read_processor_name()
+    own, starts = keep_best(own, f"{precision}, {size}, {name}", parallel.world_size)
     total = torch.tensor(own, dtype=torch.float64, device=parallel.device)
     if parallel.world_size > 1:
         # Over all ranks and not over data ranks alone: tensor, context and pipeline ranks compute too.
@@ -98,7 +100,7 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
     threads = f", {plural(torch.get_num_threads(), 'thread')} per rank" if parallel.device.type == "cpu" else ""
     return Peak(
         float(total),
-        f"measured at start: best matmul of {size}^3 in {kinds}{threads}",
+        f"measured, best of {plural(starts, 'start')} here: matmul of {size}^3 in {kinds}{threads}",
     )
 
 
@@ -109,23 +111,6 @@ def find_card(name: str) -> str | None:
     """
     words = set(re.split(r"[ -]", name))
     return max((card for card in CARD_TERAFLOPS if words.issuperset(card.split())), key=len, default=None)
-
-
-def measure_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Measure the FLOP/s of the best square product within MEASURED_SECONDS, and of one product at least.
-
-    The best and not the mean: the first product pays for allocation and for starting threads.
-    """
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
-    best_seconds = float("inf")
-    deadline = time.perf_counter() + MEASURED_SECONDS
-    while best_seconds == float("inf") or time.perf_counter() < deadline:
-        synchronize(device)
-        start = time.perf_counter()
-        torch.mm(matrix, matrix)
-        synchronize(device)
-        best_seconds = min(best_seconds, time.perf_counter() - start)
-    return float(2 * size**3 / best_seconds)
 
 
 def read_peak_memory(device: torch.device) -> int:
@@ -148,12 +133,6 @@ def describe_allocator(statistics: Mapping[str, int]) -> dict[str, int]:
         "ooms": "num_ooms",
     }
     return {name: int(statistics.get(key, 0)) for name, key in names.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device to finish what is queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def record_environment(
