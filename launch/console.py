@@ -50,7 +50,7 @@ def print_pairs(title: str, pairs: Iterable[tuple[str, object]]) -> None:
         table.add_row(plain(name), plain(value))
     # Not as the table's title, which would be folded to its width.
     console = output()
-    console.print(f"[bold]{plain(title)}[/bold]", soft_wrap=True)
+    console.print(f"[bold]{plain(title)}[/bold]", soft_wrap=not console.is_terminal)  # a terminal cuts words
     console.print(table)
 
 
@@ -62,7 +62,7 @@ def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
     for row in rows:
         table.add_row(*(plain(cell) for cell in row))
     console = output()
-    console.print(f"[bold]{plain(title)}[/bold]", soft_wrap=True)
+    console.print(f"[bold]{plain(title)}[/bold]", soft_wrap=not console.is_terminal)  # a terminal cuts words
     console.print(table)
 
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amfm.launch.arguments import ConfigOrPreset, JsonOption, OverridesArgument, PresetOption, check_picture
-from amfm.launch.commands.layouts import print_chosen, print_goodput, print_layouts, print_left_out, print_stages
+from amfm.launch.commands.layouts import (
+    print_chosen,
+    print_goodput,
+    print_layouts,
+    print_left_out,
+    print_stages,
+    print_verdict,
+    show_seconds,
+)
 from amfm.launch.commands.trace import print_seconds, print_trace
 from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
 from amfm.launch.heavy_imports import loading
@@ -126,7 +134,11 @@ def plan(
         failures_per_day=failures_per_day,
         storage_bytes_per_second=storage,
     )
-    made = make_plan(config, hardware, gpus, assumptions, tokens=tokens, search=search)
+    if search:
+        with show_progress("layouts tried", every_seconds=10) as progress:
+            made = make_plan(config, hardware, gpus, assumptions, tokens=tokens, search=True, progress=progress)
+    else:
+        made = make_plan(config, hardware, gpus, assumptions, tokens=tokens)
     traced = trace_ranks(config, gpus, hardware, rank, stage, events=timeline is not None) if trace else []
     steps = lay_out_steps(traced, hardware, assumptions, timeline) if timeline is not None else []
     if picture is not None:
@@ -136,6 +148,7 @@ def plan(
     if as_json:
         print_json(plan_as_dict(made) | traced_as_dict(traced, steps))
         return
+    print_verdict(made, is_written=write)
     print_plan(made, str(path))
     for entry in traced:
         print_trace(entry)
@@ -249,7 +262,7 @@ def print_plan(made: Plan, title: str) -> None:
     """Print the plan as tables: model, memory, step, stages, layouts; advice goes to standard error."""
     from amfm.launch.plan.hardware import GIB
     from amfm.launch.plan.plan import SECONDS_A_DAY, advise
-    from amfm.pretrain.report.numbers import count, duration, short
+    from amfm.pretrain.report.numbers import count, short
 
     counts, own = made.counts, made.own
     kinds = [kind for kind, total in counts.total_by_kind.items() if total]
@@ -263,12 +276,7 @@ def print_plan(made: Plan, title: str) -> None:
     parts.append(("all", f"{own.memory.total() / GIB:,.2f} of {made.hardware.memory_gib:,.1f} GiB"))
     print_pairs(f"Peak memory of the fullest rank, in the {own.memory.phase}: {own.layout.describe()}", parts)
     times = describe_step(own)
-    days = made.seconds() / SECONDS_A_DAY
-    times.append(("tokens per day", count(made.tokens / days)))
-    hours = days * 24 * own.layout.ranks
-    spent = f"{hours:,.0f} GPU-hours" if hours >= 1 else "less than a GPU-hour"
-    length = f"{days:,.1f} days" if days >= 2 else duration(made.seconds())
-    times.append(("whole run", f"{count(made.tokens)} tokens, {length}, {spent}"))
+    times.append(("tokens per day", count(made.tokens / made.seconds() * SECONDS_A_DAY)))
     print_pairs(f"Step time on {own.layout.ranks} x {made.hardware.name}", times)
     held = made.host
     saved = f"{held.save_bytes / GIB:,.1f} GiB of {held.ranks} ranks, {held.rank_bytes / GIB:,.2f} GiB written by each"
@@ -327,11 +335,6 @@ def print_replicas(made: Plan) -> None:
     ]
     where = f"on {cost.nodes} hosts" if cost.nodes > 1 else "on one host, which they do not outlive"
     print_pairs(f"Replicas every {cost.every_steps:,} steps {where}", rows)
-
-
-def show_seconds(seconds: float) -> str:
-    """Format the time of a part of a step, in milliseconds below a second."""
-    return f"{seconds:,.3f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 def describe_step(item: Estimate) -> list[tuple[str, str]]:

@@ -59,7 +59,8 @@ PASS_COLOURS: dict[Kind, str] = {"forward": "#9ecae1", "backward": "#3182bd", "w
 
 
 def draw_plan(plan: Plan, assumptions: Assumptions, path: Path) -> None:
-    """Write the chart to `path`; the suffix chooses the format."""
+    """Write the chart to `path`; the suffix chooses the format. The same plan gives the same SVG, with its words as text."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -80,7 +81,9 @@ def draw_plan(plan: Plan, assumptions: Assumptions, path: Path) -> None:
     draw_steps(panels[1], shown)
     if piped is not None:
         draw_pipeline(panels[2], plan, *piped)
-    figure.savefig(path)
+    words = {"svg.fonttype": "none", "svg.hashsalt": "plan"}
+    with matplotlib.rc_context(words):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def choose_layouts(plan: Plan, assumptions: Assumptions) -> list[tuple[str, Estimate]]:
@@ -121,7 +124,7 @@ def draw_memory(axes: Any, plan: Plan, shown: list[tuple[str, Estimate]]) -> Non
     axes.axvline(limit, color="black", linestyle="--", label=f"{limit:,.0f} GiB of the device")
     for place, total in zip(places, bases):
         colour = "black" if total <= limit else "#b2182b"
-        axes.text(total, place, f" {total:,.1f}", va="center", color=colour, bbox={"color": "white", "pad": 1})
+        axes.text(total, place, f" {total:,.1f}", va="center", color=colour)
     axes.set_xlim(0, 1.1 * max(*bases, limit))
     axes.set_xlabel("GiB on the fullest rank")
     _finish(axes, shown, "Memory")
@@ -173,16 +176,18 @@ def draw_pipeline(axes: Any, plan: Plan, name: str, item: Estimate) -> None:
                 edgecolor="white",
                 linewidth=0.8,
                 height=0.9,
+                rasterized=True,  # hundreds of bars, which would be most of an SVG
                 label="gradients of what came in" if kind == "backward" and is_cut else names[kind],
             )
-    if len(slots) <= 160:
+    is_numbered = len(slots) <= 160
+    if is_numbered:
         for slot in slots:
             colour = "white" if slot.kind == "backward" else "black"
             middle = seconds * (slot.start + slot.stop) / 2
             axes.text(middle, slot.rank, f"{slot.micro_batch + 1}", ha="center", va="center", fontsize=6, color=colour)
     axes.set_yticks(range(layout.pipeline), [f"stage {rank + 1}" for rank in range(layout.pipeline)])
     axes.invert_yaxis()
-    axes.set_xlabel("seconds; numbers are micro-batches, sends take no time here")
+    axes.set_xlabel(f"seconds; {'numbers are micro-batches, ' if is_numbered else ''}sends take no time here")
     rest = (
         "" if drawn == num_micro_batches else f", as if the step had {drawn} of its {num_micro_batches} micro-batches"
     )

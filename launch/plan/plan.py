@@ -12,7 +12,7 @@ bytes against real steps, `amfm bench calibrate` and `python -m benchmarks.publi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -34,7 +34,12 @@ from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.stages import RunStage, resolve_stages
 
 SECONDS_A_DAY = 86_400
+Progress = Callable[[int, int, str], None]  # done, all, a remark
 SHOWN_LAYOUTS = 8
+
+
+def no_progress(done: int, total: int, remark: str) -> None:
+    """Progress that no one sees."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +113,13 @@ def make_plan(
     *,
     tokens: float | None = None,
     search: bool = False,
+    progress: Progress = no_progress,
 ) -> Plan:
     """Plan a configuration that `check_run` passed for `ranks` ranks.
 
     `tokens`: of the run; None: as configured. `search`: over all axes, not only ZeRO stages and micro-batch sizes, and
-    for each stage on its own; then the configuration's own layouts need not suit this many ranks. Raises ValueError where
+    for each stage on its own; then the configuration's own layouts need not suit this many ranks. `progress`: of layouts that
+    were tried, of a search. Raises ValueError where
     no layout obeys all rules, and for an optimizer in the host's memory, which is not modelled.
     """
     stages = resolve_stages(config)
@@ -124,7 +131,7 @@ def make_plan(
     runs = [stage.config for stage in stages]
     numbers = [ranks_of_stage(config, stage, range(ranks, 0, -hardware.gpus_per_node)) for stage in stages]
     if search:
-        found = search_stages(runs, ranks, hardware, assumptions)
+        found = search_stages(runs, ranks, hardware, assumptions, progress)
     else:
         neighbours = neighbour_layouts(runs[0], numbers[0])
         found = [rank_layouts(config, runs, neighbours, hardware, assumptions, recomputes=False)]
@@ -181,7 +188,17 @@ def with_range(run: RunConfig, layout: Layout, hardware: Hardware, assumptions: 
     return replace(item, mfu_range=mfu_range(run, layout, hardware, assumptions))
 
 
-def search_stages(runs: list[RunConfig], ranks: int, hardware: Hardware, assumptions: Assumptions) -> list[Found]:
+def counted(layouts: list[Layout], progress: Progress) -> Iterator[Layout]:
+    """Yield layouts, with the number of those that were tried."""
+    for done, layout in enumerate(layouts):
+        progress(done, len(layouts), "")
+        yield layout
+    progress(len(layouts), len(layouts), "")
+
+
+def search_stages(
+    runs: list[RunConfig], ranks: int, hardware: Hardware, assumptions: Assumptions, progress: Progress
+) -> list[Found]:
     """Search the layouts of every stage, each taken as a run; stages of equal rows, batch and indexers share one search."""
     known: dict[tuple[Any, ...], Found] = {}
     shapes = []
@@ -192,8 +209,10 @@ def search_stages(runs: list[RunConfig], ranks: int, hardware: Hardware, assumpt
         shapes.append(shape)
         if shape not in known:
             tally = Tally()
-            layouts = all_layouts(run, ranks, hardware.gpus_per_node, tally)
-            ranked = rank_layouts(run, [run], layouts, hardware, assumptions, recomputes=True, tally=tally)
+            layouts = list(all_layouts(run, ranks, hardware.gpus_per_node, tally))
+            ranked = rank_layouts(
+                run, [run], counted(layouts, progress), hardware, assumptions, recomputes=True, tally=tally
+            )
             more = untried(run, ranks, hardware, largest_context=LARGEST_CONTEXT)
             known[shape] = replace(ranked, left_out=(*tally.reasons(), *more))
     return [known[shape] for shape in shapes]

@@ -4,6 +4,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from amfm.launch.console import BAR_WIDTH, print_pairs, print_rows, say, show_progress
 
@@ -37,3 +38,14 @@ def test_a_log_file_gets_lines_with_the_time_left():
         show(1, 2, "tokens", 154.0)
         show(2, 2, "tokens")
     assert out.getvalue() == "evaluate: 1/2 tokens, 3 min to go\nevaluate: 2/2 tokens\n"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_long_title_is_cut_between_words_on_a_terminal_and_nowhere_else(capsys, monkeypatch, is_terminal):
+    monkeypatch.setenv("FORCE_COLOR", "1") if is_terminal else monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.delenv("TTY_COMPATIBLE", raising=False)
+    words = [f"setting_{number}=value" for number in range(12)]
+    print_pairs(" ".join(words), [])
+    lines = [Text.from_ansi(line).plain for line in capsys.readouterr().out.strip().splitlines()]
+    assert [word for line in lines for word in line.split()] == words
+    assert len(lines) == (2 if is_terminal else 1)
