@@ -139,7 +139,7 @@ def show_live(verdicts: Verdicts, *, stays: bool) -> None:
     run = verdicts.run
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     run.panel.bars = choose_bars(console.encoding)
-    live = LivePanel(console, run.panel.draw) if console.is_terminal else None
+    live = LivePanel(console, lambda: run.panel.draw(console.width)) if console.is_terminal else None
     printer = live or console
     said = judged = ""
     is_first = True

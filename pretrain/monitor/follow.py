@@ -100,7 +100,8 @@ class FollowedRun:
         self._read_config()
         is_new, lines = self._metrics.read()
         if is_new:
-            self.panel.losses.clear()
+            for curve in self.panel.curves.values():
+                curve.clear()
             self.panel.seconds.clear()
         if (events or lines) and self._looked:
             self._written = time.monotonic()
@@ -176,14 +177,18 @@ class FollowedRun:
 
     def _take_event(self, event: dict[str, Any]) -> None:
         kind, step = event.get("event"), event.get("step")
+        moment = to_seconds(event.get("time"))
+        clock = "" if moment is None else time.strftime("%H:%M ", time.localtime(moment))
+        self.panel.events.append(
+            f"{clock}{str(kind).replace('_', ' ')}{f', step {step:,}' if isinstance(step, int) else ''}"
+        )
         if kind == "start" and isinstance(step, int):
             self.config = None
             self.starts += 1
             self.state, self.cause = "running", ""
-            self.panel.first_step, self.panel.began = step, to_seconds(event.get("time"))
+            self.panel.first_step, self.panel.began = step, moment
             self.panel.shows_mfu = event.get("device") != "cpu"
         elif kind == "checkpoint" and isinstance(step, int):
-            moment = to_seconds(event.get("time"))
             self.panel.checkpoint_step, self.panel.checkpoint_time = step, moment
         elif kind in ("rolled_back_to", "rolled_forward") and isinstance(step, int):
             self.panel.checkpoint_step, self.panel.checkpoint_time = step, None

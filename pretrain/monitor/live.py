@@ -112,7 +112,7 @@ class Display:
             self.state.checkpoint_step = first_step
         self.live: LivePanel | None = None
         if self.console.is_interactive:  # a terminal that is not TERM=dumb
-            self.live = LivePanel(self.console, self.state.draw)
+            self.live = LivePanel(self.console, lambda: self.state.draw(self.console.width))
             self.live.start()
 
     def say(self, text: str) -> None:

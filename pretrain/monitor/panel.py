@@ -23,8 +23,11 @@ from rich.text import Text
 from amfm.data_pipeline.terminal import printable
 
 BARS, PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-=+*%#"  # the latter where the terminal's encoding lacks the former
-SPARKLINE_WIDTH = 48
+SPARKLINE_WIDTH, HISTORY_WIDTH = 48, 36
 KEPT_LOSSES = 400
+WIDE = 118  # columns of a terminal that shows what was next to what is
+CURVES = (("loss", ".4f"), ("grad_norm", ".3f"), ("tokens_per_second", ",.0f"))
+KEPT_EVENTS = 5
 AVERAGED_STEPS = 20
 LEAST_STEPS = 3  # for a time left: the first steps warm up, and one may hold a pause of the machine
 
@@ -42,7 +45,8 @@ class RunState:
         self.name, self.first_step, self.last_step, self.began = name, first_step, last_step, began
         self.num_steps, self.is_over, self.bars = last_step, False, BARS
         self.metrics: dict[str, Any] | None = None
-        self.losses: deque[float] = deque(maxlen=KEPT_LOSSES)
+        self.curves: dict[str, deque[float]] = {name: deque(maxlen=KEPT_LOSSES) for name, _ in CURVES}
+        self.events: deque[str] = deque(maxlen=KEPT_EVENTS)  # of whoever watches
         self.seconds: deque[float] = deque(maxlen=AVERAGED_STEPS)
         self.validation_loss: float | None = None
         self.accuracy = ""
@@ -55,8 +59,9 @@ class RunState:
     def take_metrics(self, metrics: dict[str, Any]) -> None:
         """Take a step's line of metrics.jsonl."""
         self.metrics = metrics
-        if metrics["loss"] is not None:
-            self.losses.append(metrics["loss"])
+        for name, curve in self.curves.items():
+            if metrics.get(name) is not None:
+                curve.append(metrics[name])
         self.seconds.append(metrics["seconds"])
         self.validation_loss = metrics.get("validation_loss", self.validation_loss)
         if "validation_accuracy" in metrics:
@@ -151,8 +156,11 @@ class RunState:
             return []
         return [f"MFU {metrics['mfu']:.1%}" if metrics["mfu"] <= 1 else "MFU unknown: the peak was measured too low"]
 
-    def draw(self) -> Panel:
-        """Draw the panel; a run without a step yet has progress and checkpoint alone."""
+    def draw(self, width: int = 80) -> Panel:
+        """Draw the panel; a run without a step yet has progress and checkpoint alone.
+
+        On a terminal of WIDE columns with a second column: the curves of the last steps, and the newest events.
+        """
         step = 0 if self.metrics is None else self.metrics["step"]
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
@@ -171,13 +179,33 @@ class RunState:
         if self.verdict:
             colour = "green" if self.verdict == "well" else "yellow"
             rows.append(Text(printable(self.verdict), style=f"bold {colour}", no_wrap=False, overflow="fold"))
-        return Panel(Group(*rows), title=escape(printable(self.name)), title_align="left", expand=False)
+        shown: Any = Group(*rows)
+        if width >= WIDE and self.metrics is not None:
+            shown = Table.grid(padding=(0, 2))
+            shown.add_column()
+            shown.add_column(min_width=HISTORY_WIDTH)
+            shown.add_row(Group(*rows), Group(*self.draw_history()))
+        return Panel(shown, title=escape(printable(self.name)), title_align="left", expand=False)
+
+    def draw_history(self) -> list[Any]:
+        """Draw the curves of the last steps with their lowest and highest values, and name the newest events."""
+        rows: list[Any] = [Text(f"last {plural(max(map(len, self.curves.values())), 'step')}", style="dim")]
+        for name, form in CURVES:
+            values = self.curves[name]
+            if values:
+                ends = f"{format(min(values), form)} to {format(max(values), form)}"
+                rows += [
+                    Text(f"{name.replace('_', ' ')} {ends}"),
+                    Text(draw_sparkline(values, self.bars, HISTORY_WIDTH), style="cyan"),
+                ]
+        return [*rows, *(Text(printable(event), overflow="ellipsis", no_wrap=True) for event in self.events)]
 
     def draw_measures(self, metrics: dict[str, Any]) -> list[Any]:
         """Draw loss curve, validation, gradients, pace, memory and, with MoE blocks, load of experts."""
         curve = Table.grid(padding=(0, 1))
         curve.add_row(
-            Text(draw_sparkline(self.losses, self.bars), style="cyan"), f"loss {show_number(metrics['loss'], '.4f')}"
+            Text(draw_sparkline(self.curves["loss"], self.bars), style="cyan"),
+            f"loss {show_number(metrics['loss'], '.4f')}",
         )
         facts = Table.grid(padding=(0, 3))
         facts.add_row(
@@ -212,12 +240,12 @@ def choose_bars(encoding: str) -> str:
     return BARS
 
 
-def draw_sparkline(values: Sequence[float], bars: str = BARS) -> str:
+def draw_sparkline(values: Sequence[float], bars: str = BARS, most: int = SPARKLINE_WIDTH) -> str:
     """Draw values as a row of bars: means of equal runs of values, scaled between the smallest and the largest mean."""
     if not values:
         return ""
     numbers = list(values)
-    width = min(SPARKLINE_WIDTH, len(numbers))
+    width = min(most, len(numbers))
     edges = [round(index * len(numbers) / width) for index in range(width + 1)]
     means = [sum(numbers[start:stop]) / (stop - start) for start, stop in pairwise(edges)]
     low, high = min(means), max(means)

@@ -239,3 +239,17 @@ def test_a_terminal_whose_output_goes_into_a_launcher_s_log_gets_plain_lines(dat
     display.close()
     assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["step 1/4", "step 2/4", "step 4/4"]
     assert "\x1b" not in out.getvalue()
+
+
+@pytest.mark.parametrize(("width", "shows"), [(80, False), (117, False), (118, True), (200, True)])
+def test_a_wide_terminal_shows_the_last_steps_and_events_and_no_line_is_wider_than_it(width: int, shows: bool) -> None:
+    state = RunState("amfm watch run", first_step=0, last_step=60, began=None)
+    state.take_metrics(metrics_of(1, loss=7.25, expert_load={str(block): 1.5 for block in range(24)}))
+    state.take_metrics(metrics_of(2, grad_norm=9.5))
+    state.events.append("12:00 skipped step, step 1")
+    out = io.StringIO()
+    Console(file=out, width=width, force_terminal=True, color_system=None).print(state.draw(width))
+    drawn = out.getvalue()
+    assert max(cell_len(line) for line in drawn.splitlines()) <= width
+    found = [text in drawn for text in ("last 2 steps", "5.5000 to 7.2500", "1.250 to 9.500", "skipped step, step 1")]
+    assert found == [shows] * 4

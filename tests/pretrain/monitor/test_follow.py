@@ -86,7 +86,7 @@ def test_a_run_that_resumes_replaces_its_lines_and_is_read_anew(run: Path) -> No
     append(kept, metrics_of(1), metrics_of(2, loss=4.0))
     os.replace(kept, run / "metrics.jsonl")
     assert [line["step"] for line in followed.look().metrics] == [1, 2]
-    assert list(followed.panel.losses) == [5.5, 4.0]
+    assert list(followed.panel.curves["loss"]) == [5.5, 4.0]
 
 
 def test_a_long_file_is_read_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
