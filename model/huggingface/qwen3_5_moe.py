@@ -7,6 +7,7 @@ an expert block in every layer; the projections of Gated DeltaNet are stored oth
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from amfm.model.config.schema import ModelConfig
@@ -19,6 +20,7 @@ from amfm.model.huggingface.qwen3_next import (
     unfit_for_qwen3_next,
 )
 from amfm.model.huggingface.qwen3_next_weights import RowsEntry, delta_options, qwen3_next_map, scan_entries
+from amfm.model.huggingface.refusals import needs_byte_level
 
 QWEN3_5_MOE_TYPE = "qwen3_5_moe_text"
 
@@ -36,19 +38,6 @@ def unfit_for_qwen3_5_moe(config: ModelConfig) -> list[str]:
             "or target own"
         )
     return reasons
-
-
-def unfit_tokenizer(kind: str) -> list[str]:
-    """Why AutoTokenizer would not give the ids of a tokenizer of this kind (sentencepiece or huggingface).
-
-    transformers 5.24 reads every folder of qwen3_5_moe_text with Qwen's byte-level BPE, whatever its files say.
-    """
-    if kind != "sentencepiece":
-        return []
-    return [
-        "its tokenizer is a SentencePiece model, and AutoTokenizer reads qwen3_5_moe as Qwen's byte-level BPE; use a "
-        "tokenizer.json of that kind, or target qwen3_next"
-    ]
 
 
 def qwen3_5_moe_fields(config: ModelConfig) -> dict[str, Any]:
@@ -81,6 +70,6 @@ CLASS = HfTarget(
     fields=qwen3_5_moe_fields,
     read=model_config_from_qwen3_next,
     weights=qwen3_5_moe_map,
-    unfit_tokenizer=unfit_tokenizer,
+    unfit_tokenizer=partial(needs_byte_level, "qwen3_5_moe", "qwen3_next"),
     limits=limits,
 )

@@ -6,11 +6,13 @@ Read from transformers 5.24 (`configuration_qwen3_5.py`, `modeling_qwen3_5.py`).
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface import qwen3_5_moe
 from amfm.model.huggingface.qwen3_next import qwen3_next_fields, unfit_for_qwen3_next
+from amfm.model.huggingface.refusals import needs_byte_level
 
 NAME = "qwen3_5_text"
 # Of qwen3_next, and not of this class.
@@ -39,4 +41,5 @@ CLASS = replace(
     class_name="Qwen3_5ForCausalLM",
     unfit=unfit_for_qwen3_5_text,
     fields=qwen3_5_text_fields,
+    unfit_tokenizer=partial(needs_byte_level, NAME, "qwen3_next"),
 )

@@ -45,6 +45,20 @@ def refused_tokenizer(rule: str, tokenizer_kind: str) -> list[Refusal]:
     return [Refusal("llama.cpp", f"its converter {rule}; {OUR_CONVERTER}", True)]
 
 
+def needs_byte_level(target: str, other: str, kind: str) -> list[str]:
+    """Why AutoTokenizer would not give the ids of a tokenizer of this kind (sentencepiece or huggingface).
+
+    transformers 5.24 reads every folder of some classes with Qwen's byte-level BPE, whatever its files say. other: a target that
+    it does not read so.
+    """
+    if kind != "sentencepiece":
+        return []
+    return [
+        f"its tokenizer is a SentencePiece model, and AutoTokenizer reads {target} as Qwen's byte-level BPE; use a tokenizer.json of "
+        f"that kind, or target {other}"
+    ]
+
+
 def misses_sentencepiece(target: str, tokenizer_kind: str) -> list[Refusal]:
     """Name the classes in whose folders the converter does not look for a SentencePiece model."""
     rule = f'does not look for tokenizer.model in {target} and ends with "BPE pre-tokenizer was not recognized"'

@@ -58,7 +58,7 @@ class Family:
     this part always. mamba: further layers have Mamba2; its field names those that have attention.
     window_switch: a field that is true where there are windows. experts: None: layers are dense. refused: fields that must have
     this value. extra: further fields that config.json gets. depth_layers: layers behind the last one predict further ahead, and
-    are not read. norms: those of both blocks of a layer, `norm_placement` where they are.
+    are not read. byte_level_alone: AutoTokenizer reads every folder of it as byte-level BPE. norms: those of both blocks of a layer, `norm_placement` where they are.
     rope_by_type: windows and attention have their own rotation. dense_place: the module of a dense feed-forward.
     """
 
@@ -76,6 +76,7 @@ class Family:
     refused: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     depth_layers: bool = False
+    byte_level_alone: bool = False
     norm_placement: Literal["before", "after"] = "before"
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
     final_norm: str = "norm"
@@ -105,6 +106,7 @@ MISTRAL = Family(name="mistral", class_name="MistralForCausalLM", windows="all")
 QWEN2 = Family(
     name="qwen2",
     class_name="Qwen2ForCausalLM",
+    byte_level_alone=True,
     bias="qkv",
     windows="listed",
     window_switch="use_sliding_window",

@@ -28,10 +28,10 @@ from amfm.model.huggingface.fields import (
     unfit_expert_sizes,
     unfit_multipliers,
 )
-from amfm.model.huggingface.hf_class import HfTarget, nothing_skipped
+from amfm.model.huggingface.hf_class import HfTarget, any_tokenizer, nothing_skipped
 from amfm.model.huggingface.plain.families import Experts, Family
 from amfm.model.huggingface.plain.weights import plain_map
-from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS
+from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, needs_byte_level
 
 LAYER_TYPES = {"W": "sliding_attention", "*": "full_attention"}
 MIXERS = {name: symbol for symbol, name in LAYER_TYPES.items()}
@@ -339,6 +339,7 @@ def plain_class(family: Family) -> HfTarget:
         read=partial(read_plain, family),
         weights=partial(plain_map, family),
         limits=_limits,
+        unfit_tokenizer=partial(needs_byte_level, family.name, "own") if family.byte_level_alone else any_tokenizer,
         # What it does not hold of them does not come back, which is said once.
         holds=frozenset((*RARE_OPTIONS, "norm_placement")),
         is_skipped=is_behind_the_last if family.depth_layers else nothing_skipped,

@@ -19,7 +19,7 @@ from tests.pretrain.tiny_run import tiny_config
 
 STEPS = 20
 # AutoTokenizer reads folders of the class as byte-level BPE whatever is there, and the store's tokenizer is none.
-WRITTEN_AS = {"qwen3_5_text": "qwen3_next"}
+WRITTEN_AS = {"qwen3_5_text": "qwen3_next", "qwen2": "own"}
 
 
 @pytest.mark.slow
@@ -43,8 +43,10 @@ def test_a_family_is_trained_and_generates(
     kind = WRITTEN_AS.get(kind, kind)
     assert report.target == kind and report.same_argmax
     assert report.max_logit_difference is not None and report.max_logit_difference <= LOGIT_TOLERANCE
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    prompt = AutoTokenizer.from_pretrained(tmp_path / "out")("some of ours", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, trust_remote_code=True)
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)(
+        "some of ours", return_tensors="pt"
+    )
     made = model.generate(**prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False)
     assert made.shape[1] == prompt["input_ids"].shape[1] + 8
 
