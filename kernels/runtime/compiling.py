@@ -11,13 +11,14 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_waiting: set[CodeType] = set()
 _mark: Any = torch._disable_dynamo  # type: ignore[attr-defined]
 
 
@@ -52,6 +53,7 @@ def _wait_for_compiler(marked: Any) -> None:
         return marked(*args, **settings)
 
     function.__dynamo_disable = call
+    _waiting.add(call.__code__)
 
 
 def is_compiler_there() -> bool:
@@ -60,7 +62,11 @@ def is_compiler_there() -> bool:
 
 
 def prepare_to_compile() -> None:
-    """Import the compiler, and let it know which algorithms were asked for before."""
+    """Import the compiler, and let it know which algorithms were asked for before, and what of ours it must not trace."""
+    from torch._dynamo.eval_frame import skip_code
+
+    for code in _waiting:
+        skip_code(code)
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled(), warn_only=warns)
 
