@@ -24,6 +24,7 @@ from amfm.launch.commands.client import (
 from amfm.launch.console import print_json, print_pairs
 from amfm.launch.existing import require_exists, require_model
 from amfm.launch.heavy_imports import loading
+from amfm.launch.megatron_arguments import WORD, import_arguments
 from amfm.launch.push import Hub, require_export
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.refusals import ClientName
@@ -272,16 +273,24 @@ def export_tokens(store_path: Path, out: Path, *, as_json: bool) -> None:
         print_pairs(f"Megatron files in {out}", [(name, f"{count:,} documents") for name, count in documents.items()])
 
 
+def require_source(path: Path) -> Path:
+    """Typer callback of what is imported: a model, or the word before arguments of another program."""
+    return path if str(path) == WORD else require_model(path)
+
+
 def import_(
     source: Annotated[
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="A transformers checkpoint, an export, a training state (torch Distributed Checkpoint, DeepSpeed universal, Megatron-Core), or a .tiktoken file.",
-            callback=require_model,
+            help="A transformers checkpoint, an export, a training state (torch Distributed Checkpoint, DeepSpeed universal, Megatron-Core), a .tiktoken file; or the word megatron-args, before a script, a list of flags, run_config.yaml or a checkpoint of Megatron-LM and the YAML to write.",
+            callback=require_source,
         ),
     ],
     out: OutArgument,
+    yaml: Annotated[
+        Path | None, typer.Argument(metavar="[OUT.yaml]", help="After megatron-args: the configuration to write.")
+    ] = None,
     *,
     pattern: Annotated[
         str | None, typer.Option(help="For a .tiktoken file: regular expression that splits text into pieces.")
@@ -300,23 +309,37 @@ def import_(
     step: Annotated[
         int | None, typer.Option(min=0, help="With --config: step of the run; default: the optimizer's step counter.")
     ] = None,
+    changed: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --config: an argument of the other program that this run changes on purpose, such as lr; repeatable.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """The verb `import`.
 
     A training state with moments becomes a run directory, which `amfm train OUT/config.yaml` continues from. A
-    .tiktoken file becomes OUT/tokenizer.json.
+    .tiktoken file becomes OUT/tokenizer.json. `amfm import megatron-args train.sh run.yaml` writes a configuration.
     """
+    if str(source) == WORD:
+        import_arguments(require_exists(out), yaml, as_json=as_json)
+        return
+    if yaml is not None:
+        raise ValueError(f"{yaml} is a third name, which only amfm import {WORD} SOURCE OUT.yaml has; leave it out")
     if source.suffix == ".tiktoken":
         import_tokenizer(source, out, pattern, special or [], as_json=as_json)
         return
     if pattern is not None or special:
         raise ValueError(f"--pattern and --special are for a .tiktoken file, and {source} is none; leave them out")
     if any((source / name).is_file() for name in TRAINING_STATES):
-        import_training_state(source, out, config, step, as_json=as_json)
+        import_training_state(source, out, config, step, changed or [], as_json=as_json)
         return
-    if config is not None or step is not None:
-        raise ValueError(f"--config and --step are for a training state, and {source} is none; leave them out")
+    if config is not None or step is not None or changed:
+        raise ValueError(
+            f"--config, --step and --changed are for a training state, and {source} is none; leave them out"
+        )
     check_free(out)
     require_extra("export", "amfm import")
     from amfm.pretrain.export.import_huggingface import import_huggingface
@@ -349,7 +372,9 @@ def import_(
     print_pairs("Import", pairs)
 
 
-def import_training_state(source: Path, out: Path, config: Path | None, step: int | None, *, as_json: bool) -> None:
+def import_training_state(
+    source: Path, out: Path, config: Path | None, step: int | None, changed: list[str], *, as_json: bool
+) -> None:
     """Read a training state of another program, and print what it became."""
     from amfm.pretrain.config.file import load_config
     from amfm.pretrain.exchange.adopt import import_state
@@ -357,7 +382,7 @@ def import_training_state(source: Path, out: Path, config: Path | None, step: in
 
     run = None if config is None else load_config(config)
     with Waiting("amfm import") as waiting:
-        written = import_state(source, out, run, step=step, report=waiting)
+        written = import_state(source, out, run, step=step, changed=changed, report=waiting)
     if not isinstance(written, WrittenRun):
         if as_json:
             print_json({"path": str(out), "kind": "weights", "tensors": len(written.state)})

@@ -259,7 +259,11 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
     schedule, steps = config.schedule, config.train.steps
     assert steps is not None, "a stage has its steps"
     warmup_steps = schedule.warmup_length(steps)
-    if warmup_steps >= steps:
+    end, named = (
+        schedule.decay_end_step or steps,
+        "schedule.decay_end_step" if schedule.decay_end_step else "train.steps",
+    )
+    if warmup_steps >= max(end, steps):
         rule = f"must be less than train.steps={steps}"
         remedy = f"use for example {steps // 10}, or raise train.steps; for a short trial train.stop_after_steps keeps the schedule"
         yield Problem("schedule.warmup_steps", rule, remedy, str(warmup_steps))
@@ -272,14 +276,10 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
         if getattr(schedule, key) != type(schedule).model_fields[key].default:
             rule = f"has no effect with schedule.kind={schedule.kind}"
             yield Problem(f"schedule.{key}", rule, "remove it, or use schedule.kind=wsd", str(getattr(schedule, key)))
-    end, named = (
-        schedule.decay_end_step or steps,
-        "train.steps" if schedule.decay_end_step is None else "schedule.decay_end_step",
-    )
     if end <= warmup_steps < steps:
         rule = f"must be above schedule.warmup_steps={warmup_steps}"
         yield Problem("schedule.decay_end_step", rule, "raise it, or remove it", str(end))
-    elif schedule.decay_steps is not None and warmup_steps < steps and end < warmup_steps + schedule.decay_steps:
+    elif schedule.decay_steps is not None and warmup_steps < end < warmup_steps + schedule.decay_steps:
         rule = f"schedule.warmup_steps={warmup_steps} and the decay must fit into {named}={end}"
         remedy = f"use at most {end - warmup_steps}; for a short trial train.stop_after_steps keeps the schedule"
         yield Problem("schedule.decay_steps", rule, remedy, str(schedule.decay_steps))

@@ -13,7 +13,7 @@ weights folder, as the import of a transformers model does (`run.initial_weights
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from amfm.pretrain.engine.moments import FROZEN
 from amfm.pretrain.engine.optimizer import group_parameters
 from amfm.pretrain.exchange.dcp import DcpStates
 from amfm.pretrain.exchange.megatron import MegatronFolder, is_megatron
+from amfm.pretrain.exchange.megatron_arguments.compare import check_recorded
 from amfm.pretrain.exchange.state import TrainingState, WrittenRun, write_run
 from amfm.pretrain.exchange.universal import UniversalFolder, is_universal
 from amfm.pretrain.export.import_huggingface import only_sound, write_model
@@ -142,35 +143,47 @@ def make_record(config: RunConfig, expected: Expected, step: int, optimizer_step
 
 
 def import_state(
-    source: Path, out: Path, config: RunConfig | None = None, *, step: int | None = None, report: Report = silent
+    source: Path,
+    out: Path,
+    config: RunConfig | None = None,
+    *,
+    step: int | None = None,
+    changed: Collection[str] = (),
+    report: Report = silent,
 ) -> WrittenRun | Weights:
     """Read a training state and write OUT: a run directory, or a weights folder where there are no moments.
 
-    `config`: of the run that continues, for a state without our record; `step`: what it counts the state as. Raises
-    ValueError where the state is not whole, does not fit, or needs a configuration: then nothing is written.
+    `config`: of the run that continues, for a state without our record; `step`: what it counts the state as; `changed`:
+    arguments that the state records and the run changes on purpose. Raises ValueError where the state is not whole, does
+    not fit, contradicts the configuration or needs one: then nothing is written.
     """
     check_free(out)
     report(f"reading {source}")
-    read = _read(source, config, step)
+    read = _read(source, config, step, changed)
     if isinstance(read, Weights):
         write_model(out, read)
         return read
     return write_run(out, read, report)
 
 
-def _read(source: Path, config: RunConfig | None, step: int | None) -> TrainingState | Weights:
-    """Read a folder: with our record alone, without it by a configuration."""
+def _read(
+    source: Path, config: RunConfig | None, step: int | None, changed: Collection[str]
+) -> TrainingState | Weights:
+    """Read a folder: with our record alone, without it by a configuration, which what is recorded must not contradict."""
+    folder: MegatronFolder | UniversalFolder | DcpStates
     if is_megatron(source):
         config = require_config(source, config)
-        return _adopt(MegatronFolder(source, config.model), source, config, step)
-    folder = UniversalFolder(source) if is_universal(source) else DcpStates(source)
-    if not folder.has_record():
+        folder = MegatronFolder(source, config.model)
+    else:
+        folder = UniversalFolder(source) if is_universal(source) else DcpStates(source)
+        if folder.has_record():
+            refuse_config(source, config, step, changed)
+            return folder.read()
         config = require_config(source, config)
         if isinstance(folder, UniversalFolder):
             folder.name_parameters(config.model)
-        return _adopt(folder, source, config, step)
-    refuse_config(source, config, step)
-    return folder.read()
+    check_recorded(source, config, has_moments=folder.has_moments(), changed=changed)
+    return _adopt(folder, source, config, step)
 
 
 def _adopt(
@@ -201,10 +214,10 @@ def require_config(source: Path, config: RunConfig | None) -> RunConfig:
     return config
 
 
-def refuse_config(source: Path, config: RunConfig | None, step: int | None) -> None:
-    """Raise ValueError for a configuration or step that would have no effect."""
-    if config is not None or step is not None:
+def refuse_config(source: Path, config: RunConfig | None, step: int | None, changed: Collection[str]) -> None:
+    """Raise ValueError for a configuration, step or change that would have no effect."""
+    if config is not None or step is not None or changed:
         raise ValueError(
-            f"{source} has the record of an amfm run, whose configuration and step it continues with; leave out --config and "
-            "--step"
+            f"{source} has the record of an amfm run, whose configuration and step it continues with; leave out --config, "
+            "--step and --changed"
         )

@@ -104,7 +104,6 @@ class MegatronFolder:
             kind, name = matched.groups() if matched else ("weight", key)
             self.keys.setdefault(kind, {})[name] = key
         self.refuse_buckets()
-        self.refuse_centred_norms()
 
     def has_moments(self) -> bool:
         """Whether AdamW's moments are there."""
@@ -118,13 +117,6 @@ class MegatronFolder:
                     f"{self.path}: {key} is optimizer state by buffers of that run's ranks; save it by parameters, with "
                     "--dist-ckpt-optim-fully-reshardable, or leave the optimizer out (--no-save-optim)"
                 )
-
-    def refuse_centred_norms(self) -> None:
-        """Raise ValueError for norms that add one to their weights, which our model does not have."""
-        if getattr(self.common.get("args"), "apply_layernorm_1p", False):
-            raise ValueError(
-                f"{self.path} was trained with --apply-layernorm-1p, and our norms add no one to their weights"
-            )
 
     def step(self, names: Collection[str]) -> int:
         """The optimizer's counter, one for all parameters. Raises ValueError where it is nowhere, or parameters differ in it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from amfm.model.packing import PackMeta
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints
 from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.exchange.common_file import read_common
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS
@@ -147,6 +149,11 @@ def test_missing_shards_other_shapes_and_unknown_names_are_named(
     assert "up_proj.weight is [48, 32], the model says [56, 32]" in refused(hybrid, feed_forward=wider)
     copy = tmp_path / "copy"
     shutil.copytree(hybrid, copy)
+    common = read_common(copy / "common.pt")
+    torch.save({**common, "args": Namespace(moe_router_topk=1, layernorm_epsilon=1e-3)}, copy / "common.pt")
+    contradiction = refused(copy)
+    assert "moe_router_topk=1 means model.moe.top_k=1, and model.moe.top_k is 2" in contradiction
+    assert "layernorm_epsilon=0.001 means model.norm_epsilon=0.001" in contradiction
     next(copy.glob("*.distcp")).unlink()
     assert ".distcp is missing" in refused(copy)
     (copy / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
