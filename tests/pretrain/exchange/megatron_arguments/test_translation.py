@@ -220,7 +220,7 @@ def test_hybrid_and_moe_examples_of_a_checkout_can_be_planned(tmp_path: Path) ->
     ]
     faults = []
     for source in [*cases, root / "examples/mamba/train.sh"]:
-        if not any(word in source.read_text(encoding="utf-8") for word in ("--num-layers", "-pattern")):
+        if not any(word in source.read_text(encoding="utf-8") for word in ("--num-layers", "--hybrid-")):
             continue  # of a checkpoint's own arguments
         out = tmp_path / "run.yaml"
         out.write_text(write_yaml(translate(read_arguments(source))), encoding="utf-8")
