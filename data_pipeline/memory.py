@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 # mallopt(3): the free memory at which the heap shrinks, and how many requests may be served by their own maps.
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
@@ -25,6 +27,17 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(MMAP_MAX, 0)) and bool(mallopt(TRIM_THRESHOLD, KEPT_BYTES))
+
+
+def available_bytes() -> int | None:
+    """Memory that programs of this host can still take, with what caches hold; None where Linux does not say."""
+    file = Path("/proc/meminfo")
+    found = (
+        re.search(r"^MemAvailable: +(\d+) kB", file.read_text(encoding="ascii"), re.MULTILINE)
+        if file.is_file()
+        else None
+    )
+    return None if found is None else 1024 * int(found[1])
 
 
 @contextmanager

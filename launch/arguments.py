@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from amfm.launch.console import print_rows
+from amfm.launch.console import print_rows, say
 from amfm.launch.existing import require_exists, require_model
 from amfm.pretrain.extras import require_extra
 
@@ -19,6 +21,33 @@ def choose_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA device, and torch sees none; use --device cpu")
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a verb computes: device, kernels, precision, and how many ranks do it together."""
+
+    device: str
+    backend: str
+    precision: Literal["float32", "bf16"]
+    num_ranks: int
+    is_first: bool
+
+    @classmethod
+    def of_options(cls, device: str, backend: str, precision: Literal["float32", "bf16"] | None) -> Place:
+        """From options, and from the variables of a rank. Raises ValueError for a CPU where ranks would take GPUs."""
+        num_ranks, chosen = int(os.environ.get("WORLD_SIZE", "1")), choose_device(device)
+        if num_ranks > 1 and chosen == "cpu" and choose_device("auto") == "cuda":
+            raise ValueError(
+                "--device cpu does not reach ranks, which take a GPU each; set CUDA_VISIBLE_DEVICES= for CPUs"
+            )
+        is_first = os.environ.get("RANK", "0") == "0"
+        return cls(chosen, backend, precision or ("float32" if num_ranks == 1 else "bf16"), num_ranks, is_first)
+
+    def announce(self, text: str) -> None:
+        """Say something of all ranks, once."""
+        if self.is_first:
+            say(f"amfm evaluate: {text}")
 
 
 PICTURE_FORMATS = (".png", ".svg", ".pdf")

@@ -29,7 +29,7 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 from torch.distributed.rendezvous import rendezvous
 
 from amfm.kernels.runtime.compiling import use_deterministic_algorithms
-from amfm.model.parallel.groups import AXES, ProcessGroupCollection, RowRoom, single_rank_groups
+from amfm.model.parallel.groups import AXES, ProcessGroupCollection, RowRoom
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID
 from amfm.pretrain.ranks.group import RankGroup
@@ -131,11 +131,6 @@ class Parallel:
         tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
         return [int(value) for value in tensor.tolist()]
-
-    @classmethod
-    def alone(cls, device: torch.device) -> Parallel:
-        """This process without any other; needs no process group."""
-        return cls(0, 1, 0, 1, device, single_rank_groups(), DataParallelUnit())
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Gather every rank's picklable value, in rank order. Every rank must call this."""

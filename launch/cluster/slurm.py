@@ -104,12 +104,12 @@ def log_file(config: RunConfig, job: str) -> Path:
     return Path(str(folder).replace("%", "%%"), f"slurm-{job}.log")
 
 
-def submit(config: RunConfig, script: str) -> str:
-    """Write the script into the run directory, submit it with sbatch and return sbatch's answer.
+def submit(config: RunConfig, script: str, name: str) -> str:
+    """Write the script into the run directory under a name, submit it with sbatch and return sbatch's answer.
 
     Raises RuntimeError when there is no sbatch here or it refuses the script.
     """
-    path = (Path(config.run.dir) / "launch" / "job.sbatch").absolute()
+    path = (Path(config.run.dir) / "launch" / f"{name}.sbatch").absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     Path(config.run.dir, "logs").mkdir(exist_ok=True)
     path.unlink(missing_ok=True)  # whatever it is: a link is not followed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from amfm.data_pipeline.progress import Waiting
-from amfm.launch.arguments import CheckpointArgument, JsonOption, WeightsOption, choose_device
+from amfm.launch.arguments import CheckpointArgument, JsonOption, Place, WeightsOption, choose_device
 from amfm.launch.commands.synthetic import TaskChoice, evaluate_on_synthetic
 from amfm.launch.commands.tasks import (
     IncludePathOption,
@@ -36,43 +36,62 @@ BackendOption = Annotated[
 ]
 
 
+StoreOption = Annotated[Path | None, typer.Option(metavar="STORE", help="The token store; default: the run's own.")]
+SplitOption = Annotated[
+    Literal["validation", "train"] | None, typer.Option(help="Split of the store; default: validation.")
+]
+LengthOption = Annotated[
+    int | None,
+    typer.Option("--sequence-length", "--length", min=1, help="Tokens per row; default: as in training."),
+]
+MaxTokensOption = Annotated[int | None, typer.Option(min=1, help="Stop after about this many tokens; default: all.")]
+ProbeOption = Annotated[
+    TaskChoice | None, typer.Option(help="Evaluate this synthetic task instead (docs/synthetic_tasks.md).")
+]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the synthetic task (data.synthetic); repeatable."),
+]
+RowsOption = Annotated[int | None, typer.Option(min=1, help="Rows of the synthetic task; default: 256.")]
+NprocOption = Annotated[
+    int, typer.Option(min=1, help="Ranks per node, which share the text and, where memory asks for it, the model.")
+]
+OnOption = Annotated[
+    Literal["slurm"] | None, typer.Option(help="Start the ranks there, by the section `launch` of the run.")
+]
+NodesOption = Annotated[int, typer.Option(min=1, help="With --on: number of nodes.")]
+PrecisionOption = Annotated[
+    Literal["float32", "bf16"] | None,
+    typer.Option(help="Of weights and activations; default: float32 on one rank, bf16 over several."),
+]
+
+
 def evaluate(
+    context: typer.Context,
     checkpoint: CheckpointArgument,
     *,
-    data: Annotated[Path | None, typer.Option(metavar="STORE", help="The token store; default: the run's own.")] = None,
-    split: Annotated[
-        Literal["validation", "train"] | None, typer.Option(help="Split of the store; default: validation.")
-    ] = None,
-    sequence_length: Annotated[
-        int | None,
-        typer.Option("--sequence-length", "--length", min=1, help="Tokens per row; default: as in training."),
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop after about this many tokens; default: all.")
-    ] = None,
-    probe: Annotated[
-        TaskChoice | None, typer.Option(help="Evaluate this synthetic task instead (docs/synthetic_tasks.md).")
-    ] = None,
-    probe_settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="A setting of the synthetic task (data.synthetic); repeatable."
-        ),
-    ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the synthetic task; default: 256.")] = None,
+    data: StoreOption = None,
+    split: SplitOption = None,
+    sequence_length: LengthOption = None,
+    max_tokens: MaxTokensOption = None,
+    probe: ProbeOption = None,
+    probe_settings: SettingsOption = None,
+    rows: RowsOption = None,
     tasks: TasksOption = None,
     include_path: IncludePathOption = None,
     limit: LimitOption = None,
     num_fewshot: NumFewshotOption = None,
     weights: WeightsOption = "last",
+    nproc: NprocOption = 1,
+    on: OnOption = None,
+    nodes: NodesOption = 1,
+    precision: PrecisionOption = None,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """The verb `evaluate`.
-
-    Computes in float32.
-    """
+    """The verb `evaluate`."""
+    ranks = {"--nproc": None if nproc == 1 else nproc, "--on": on, "--precision": precision}
     check_options(
         "--tasks" if tasks else "--probe" if probe else None,
         {"--probe": probe, "--sequence-length": sequence_length},
@@ -84,45 +103,109 @@ def evaluate(
         },
         {"--set": probe_settings, "--rows": rows},
         {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot},
+        ranks,
     )
+    if nodes > 1 and on is None:
+        raise ValueError(f"--nodes {nodes} has no effect without --on; add --on slurm, or leave it out")
+    if on is not None or nproc > 1:
+        raise typer.Exit(start_ranks(context, checkpoint, nproc, nodes, on))
+    place = Place.of_options(device, backend, precision)
     if tasks is not None:
         choice = read_choice(tasks, include_path, limit, num_fewshot)
-        evaluate_on_tasks(checkpoint, choice, device=choose_device(device), backend=backend, as_json=as_json)
-        return
-    if probe is not None:
-        evaluate_on_synthetic(
-            checkpoint,
-            probe,
-            probe_settings or [],
-            sequence_length=sequence_length,
-            num_rows=rows,
-            device=choose_device(device),
-            backend=backend,
-            as_json=as_json,
+        evaluate_on_tasks(checkpoint, choice, place, as_json=as_json)
+    elif probe is not None:
+        settings = probe_settings or []
+        evaluate_on_synthetic(checkpoint, probe, settings, sequence_length, rows, place, as_json=as_json)
+    else:
+        evaluate_on_text(
+            checkpoint, data, split or "validation", sequence_length, max_tokens, weights, place, as_json=as_json
         )
-        return
+
+
+def start_ranks(context: typer.Context, checkpoint: Path, nproc: int, nodes: int, on: str | None) -> int:
+    """Start ranks of the same command line, here or under Slurm, and return the exit code.
+
+    Raises ValueError for Slurm without a run, whose section `launch` says how.
+    """
+    words = words_of(context, left_out=("nproc", "nodes", "on"))
+    if on is None:
+        from amfm.launch.cluster.local import run_local
+
+        return run_local(words, nproc)
+    from amfm.launch.commands.launch import Shown, Work, launch_slurm
+    from amfm.pretrain.config.file import load_config
+
+    files = [folder / "config.yaml" for folder in (checkpoint, checkpoint.absolute().parent.parent)]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise ValueError(f"--on slurm takes the section launch of a run, and {checkpoint} is none; use --nproc alone")
+    in_script = [*words, "--nproc", str(nproc), "--nodes", str(nodes), "--on", "slurm"]
+    done = launch_slurm(load_config(found), Work(words, None), in_script, nodes, nproc, name="evaluate", dry_run=False)
+    if isinstance(done, Shown):
+        sys.stdout.write(done.text)
+        return 0
+    return done
+
+
+def words_of(context: typer.Context, left_out: Sequence[str]) -> list[str]:
+    """The command line of a verb, without these options and those that have their default."""
+    words = [str(context.info_name)]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.name in left_out or value in (None, parameter.default):
+            continue
+        if parameter.param_type_name == "argument":
+            words.append(str(Path(str(value)).absolute()))
+        elif isinstance(value, bool):
+            words.append(parameter.opts[0])
+        else:
+            for each in value if isinstance(value, list | tuple) else [value]:
+                words += [parameter.opts[0], str(each)]
+    return words
+
+
+def evaluate_on_text(
+    checkpoint: Path,
+    data: Path | None,
+    split: Literal["validation", "train"],
+    sequence_length: int | None,
+    max_tokens: int | None,
+    weights: str,
+    place: Place,
+    *,
+    as_json: bool,
+) -> None:
+    """Measure the loss on a part of a store, and print it on the first rank."""
     with loading("evaluate"):
         from amfm.pretrain.inference.evaluate import evaluate_checkpoint
         from amfm.pretrain.inference.weights import read_weights
 
-    with Waiting("amfm evaluate") as waiting, show_progress("evaluate", every_seconds=5.0) as show:
+    with (
+        Waiting("amfm evaluate", speaks=place.is_first) as waiting,
+        show_progress("evaluate", every_seconds=5.0) as show,
+    ):
 
         def show_tokens(done: int, total: int) -> None:
             waiting.end()
-            show(done, total, "tokens")
+            if place.is_first:
+                show(done, total, "tokens")
 
         found = evaluate_checkpoint(
             checkpoint if weights == "last" else read_weights(checkpoint, waiting, averaged=True),
             store=data,
-            split=split or "validation",
+            split=split,
             sequence_length=sequence_length,
             max_tokens=max_tokens,
-            device=choose_device(device),
-            backend=backend,
+            device=place.device,
+            backend=place.backend,
+            precision=place.precision,
+            num_ranks=place.num_ranks,
             progress=show_tokens,
             report=waiting,
+            announce=place.announce,
         )
-    print_evaluation(checkpoint, found, as_json=as_json)
+    if place.is_first:
+        print_evaluation(checkpoint, found, as_json=as_json)
 
 
 def print_evaluation(checkpoint: Path, found: Evaluation, *, as_json: bool) -> None:
@@ -162,9 +245,10 @@ def check_options(
     of_text: Mapping[str, object],
     of_synthetic: Mapping[str, object],
     of_tasks: Mapping[str, object],
+    of_ranks: Mapping[str, object],
 ) -> None:
     """Refuse options that the chosen measure would not read: `--tasks`, `--probe`, or None for the loss on text."""
-    unread = {"--tasks": {**others, **of_text}, "--probe": of_text, None: {}}[measure]
+    unread = {"--tasks": {**others, **of_text}, "--probe": {**of_text, **of_ranks}, None: {}}[measure]
     for name, value in unread.items():
         if value is not None:
             raise ValueError(f"{name} has no effect with {measure}; leave it out")
@@ -219,5 +303,5 @@ def generate(
 
 def add_verbs(app: typer.Typer) -> None:
     """Register the verbs of this file."""
-    app.command(epilog="Example: amfm evaluate runs/tiny_cpu --data data/shakespeare --json")(evaluate)
+    app.command(epilog="Example: amfm evaluate runs/my --nproc 8 --tasks arc_easy,hellaswag")(evaluate)
     app.command(epilog='Example: amfm generate runs/tiny_cpu --prompt "To be, or not to be" --top-p 0.9')(generate)

@@ -109,7 +109,22 @@ def launch(
     elif on == "kubernetes":
         done = show_manifest(config, [str(path), *options], form or "jobset", nodes, ranks)
     elif on == "slurm":
-        done = launch_slurm(config, work, path, options, nodes, ranks, dry_run=dry_run)
+        script_arguments = [
+            "launch",
+            str(path),
+            *options,
+            "--on",
+            on,
+            "--nodes",
+            str(nodes),
+            "--nproc-per-node",
+            str(ranks),
+        ]
+        script_arguments += ["--doctor"] if doctor else []
+        if config.launch.slurm.container_image is not None:  # whose working directory may be another
+            absolute = [str(path.absolute()) if word == str(path) else word for word in work.arguments]
+            work = replace(work, arguments=absolute)
+        done = launch_slurm(config, work, script_arguments, nodes, ranks, dry_run=dry_run)
     else:
         done = launch_ray(config, work, nodes, ranks, address, dry_run=dry_run)
     if isinstance(done, int):
@@ -332,24 +347,28 @@ def show_manifest(
 
 
 def launch_slurm(
-    config: RunConfig, work: Work, path: Path, overrides: list[str], nodes: int, ranks: int, *, dry_run: bool
+    config: RunConfig,
+    work: Work,
+    script_arguments: list[str],
+    nodes: int,
+    ranks: int,
+    *,
+    name: str = "job",
+    dry_run: bool,
 ) -> int | Shown:
-    """Submit a batch script, or run attempts with srun inside an allocation; returns the exit code, or what is shown."""
+    """Submit a batch script, or run attempts with srun inside an allocation; returns the exit code, or what is shown.
+
+    script_arguments: the command line that the script runs; name: of its file in the run directory.
+    """
     from amfm.launch.cluster.requeue import queue_rest
     from amfm.launch.cluster.slurm import Allocation, is_inside_allocation, submit, write_script
     from amfm.pretrain.monitor.signals import note_signals
 
-    again = ["launch", str(path), *overrides, "--on", "slurm", "--nodes", str(nodes), "--nproc-per-node", str(ranks)]
-    again += ["--doctor"] if work.max_restarts is None else []
-    if config.launch.slurm.container_image is not None:  # whose working directory may be another
-        work = replace(
-            work, arguments=[str(Path(word).absolute()) if word == str(path) else word for word in work.arguments]
-        )
     if dry_run or not is_inside_allocation():
-        script = write_script(config, again, work.arguments, nodes=nodes, ranks_per_node=ranks)
+        script = write_script(config, script_arguments, work.arguments, nodes=nodes, ranks_per_node=ranks)
         if dry_run:
             return Shown(script, {"script": script})
-        answer = submit(config, script)
+        answer = submit(config, script, name)
         return Shown(f"{answer}\n", {"submitted": answer, "job": answer.split()[-1]})
     note_signals()  # those that come before there are ranks, or between two attempts
     allocation = Allocation(config, work.arguments, ranks_per_node=ranks)

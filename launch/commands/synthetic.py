@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from amfm.launch.arguments import Place
 from amfm.launch.console import print_json, print_pairs, show_progress
 
 if TYPE_CHECKING:
@@ -18,11 +19,10 @@ def evaluate_on_synthetic(
     checkpoint: Path,
     task: TaskChoice,
     settings: list[str],
-    *,
     sequence_length: int | None,
     num_rows: int | None,
-    device: str,
-    backend: str,
+    place: Place,
+    *,
     as_json: bool,
 ) -> None:
     """Measure and print the accuracy of a checkpoint on a synthetic task."""
@@ -35,8 +35,8 @@ def evaluate_on_synthetic(
             overrides=settings,
             sequence_length=sequence_length,
             num_rows=num_rows or DEFAULT_ROWS,
-            device=device,
-            backend=backend,
+            device=place.device,
+            backend=place.backend,
             progress=lambda done, total: show(done, total, "rows"),
         )
     accuracy = found.accuracy

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from amfm.data_pipeline.progress import Waiting
-from amfm.launch.arguments import JsonOption
+from amfm.launch.arguments import JsonOption, Place
 from amfm.launch.console import print_json, print_pairs
 from amfm.launch.existing import require_exists
 
@@ -60,13 +60,23 @@ def read_choice(names: str, include_path: Path | None, limit: int | None, num_fe
     return TaskChoice(listed, None if include_path is None else str(include_path), limit, num_fewshot)
 
 
-def evaluate_on_tasks(checkpoint: Path, choice: TaskChoice, *, device: str, backend: str, as_json: bool) -> None:
-    """Measure a checkpoint on tasks and print the values."""
+def evaluate_on_tasks(checkpoint: Path, choice: TaskChoice, place: Place, *, as_json: bool) -> None:
+    """Measure a checkpoint on tasks, and print the values on the first rank."""
     from amfm.pretrain.tasks.suite import evaluate_tasks
 
-    with Waiting("amfm evaluate") as waiting:
+    with Waiting("amfm evaluate", speaks=place.is_first) as waiting:
         waiting("measuring tasks")
-        values = evaluate_tasks(checkpoint, choice, device=device, backend=backend)
+        values = evaluate_tasks(
+            checkpoint,
+            choice,
+            device=place.device,
+            backend=place.backend,
+            precision=place.precision,
+            num_ranks=place.num_ranks,
+            announce=place.announce,
+        )
+    if not place.is_first:
+        return
     if as_json:
         print_json({"tasks": values})
         return

@@ -29,9 +29,6 @@ from amfm.pretrain.checks.sections import (
     conversion_problems,
     optimizer_problems,
     routed_problems,
-    synthetic_length_problems,
-    synthetic_problems,
-    task_problems,
     trace_problems,
 )
 from amfm.pretrain.checks.stages import (
@@ -42,7 +39,7 @@ from amfm.pretrain.checks.stages import (
 )
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schedules import schedule_specs
-from amfm.pretrain.config.schema import RunConfig, ScheduleConfig
+from amfm.pretrain.config.schema import EvaluateConfig, RunConfig, ScheduleConfig
 from amfm.pretrain.config.validation import validation_problems
 from amfm.pretrain.recompute import recompute_problems
 from amfm.pretrain.schedule import learning_rate
@@ -65,13 +62,21 @@ def check_run(
     launcher has checked what comes after the present layout. Raises ConfigError with every broken rule. Touches no
     device and reads no file.
     """
-    declared, synthetic = list(declaration_problems(config)), list(synthetic_problems(config))
+    declared, synthetic = list(declaration_problems(config)), list[Problem]()
+    if config.data.synthetic is not None:
+        from amfm.pretrain.checks.synthetic import synthetic_length_problems, synthetic_problems
+
+        synthetic += synthetic_problems(config)
     problems = [*declared, *vocabulary_problems(config), *data_problems(config), *synthetic, *keeping_problems(config)]
-    problems += [*task_problems(config), *conversion_problems(config), *routed_problems(config)]
+    if config.evaluate != EvaluateConfig():
+        from amfm.pretrain.checks.evaluate import evaluate_problems
+
+        problems += evaluate_problems(config)
+    problems += [*conversion_problems(config), *routed_problems(config)]
     if not declared:
         stages = resolve_stages(config)
         steps = stages[-1].last_step
-        if not synthetic:
+        if config.data.synthetic is not None and not synthetic:
             problems += synthetic_length_problems(config, stages)
         ramp = list(ramp_problems(config, stages[0]))
         if not ramp and not config.stages:

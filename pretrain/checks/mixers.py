@@ -10,25 +10,25 @@ from collections.abc import Iterator
 
 from amfm.model.config.kinds import Kind
 from amfm.model.config.options import MixerOptions
+from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.errors import ConfigError, Problem
-from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.config.schema import ParallelConfig, RunConfig
 
 
-def kinds_in_use(config: RunConfig) -> list[tuple[Kind, MixerOptions]]:
+def kinds_in_use(model: ModelConfig) -> list[tuple[Kind, MixerOptions]]:
     """List the kinds of block of the pattern, and those they wrap, that have options.
 
     The model's own rules report what is wrong with others, and a pattern that does not parse.
     """
     try:
-        return list(config.model.kinds_in_use())
+        return list(model.kinds_in_use())
     except ValueError:
         return []
 
 
-def refusal_problems(config: RunConfig) -> Iterator[Problem]:
+def refusal_problems(model: ModelConfig, section: ParallelConfig) -> Iterator[Problem]:
     """Refuse axes over which a block of the pattern cannot be spread."""
-    section = config.parallel
-    for kind, _ in kinds_in_use(config):
+    for kind, _ in kinds_in_use(model):
         for axis, reason in kind.refuses.items():
             ranks = getattr(section, axis)
             if ranks > 1:
@@ -38,7 +38,7 @@ def refusal_problems(config: RunConfig) -> Iterator[Problem]:
 
 def training_problems(config: RunConfig) -> Iterator[Problem]:
     """Refuse what would never be trained. A conversion freezes routers, and may have them as they are."""
-    for kind, options in [] if config.convert is not None else kinds_in_use(config):
+    for kind, options in [] if config.convert is not None else kinds_in_use(config.model):
         for field, rule, remedy in options.broken_training():
             yield Problem(f"model.{kind.section}.{field}", rule, remedy, str(getattr(options, field)))
 
@@ -46,7 +46,7 @@ def training_problems(config: RunConfig) -> Iterator[Problem]:
 def longest_lookback(config: RunConfig) -> tuple[int, str]:
     """Find how many tokens before its segment a block reads at most, and the setting that decides it; (0, "") for none."""
     found = []
-    for kind, options in kinds_in_use(config):
+    for kind, options in kinds_in_use(config.model):
         tokens, field = options.lookback()
         found.append((tokens, f"model.{kind.section}.{field}={getattr(options, field)}" if field else ""))
     return max(found, default=(0, ""))
@@ -70,7 +70,7 @@ def kernel_problems(config: RunConfig, backend: str) -> Iterator[Problem]:
         yield Problem("kernels.experts", f"has no effect where {where}", "leave it out", experts)
     if backend != "triton":
         return
-    for kind, options in kinds_in_use(config):
+    for kind, options in kinds_in_use(config.model):
         scan = options.scan()
         if scan is None:
             continue

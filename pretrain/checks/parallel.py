@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from amfm.model.config.schema import ModelConfig
 from amfm.model.pipeline_split import cut_pieces
 from amfm.pretrain.checks.mixers import kinds_in_use, longest_lookback, refusal_problems
 from amfm.pretrain.config.errors import Problem
@@ -25,7 +26,7 @@ def layout_problems(config: RunConfig) -> Iterator[Problem]:
     yield from ineffective_problems(config)
     yield from excluded_problems(config)
     yield from turn_problems(config)
-    yield from refusal_problems(config)
+    yield from refusal_problems(config.model, config.parallel)
     yield from share_problems(config)
 
 
@@ -39,7 +40,7 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
         rule = f"must be parallel.tensor={section.tensor} while parallel.expert is 1"
         remedy = "remove it, or raise parallel.expert"
         yield Problem("parallel.expert_tensor", rule, remedy, str(section.expert_tensor))
-    if section.expert > 1 and not any("expert" in options.cut_evenly() for _, options in kinds_in_use(config)):
+    if section.expert > 1 and not any("expert" in options.cut_evenly() for _, options in kinds_in_use(config.model)):
         rule = "spreads routed experts, and model.pattern has no E block"
         yield Problem("parallel.expert", rule, "use 1", str(section.expert))
     if section.overlap_experts and section.expert == 1:
@@ -130,11 +131,16 @@ def share_problems(config: RunConfig) -> Iterator[Problem]:
 
     Key-value heads and groups are exempt from even division: several ranks may hold a copy (`unit_problems`).
     """
+    yield from size_problems(config.model, config.parallel)
+    yield from length_problems(config)
+
+
+def size_problems(model: ModelConfig, section: ParallelConfig) -> Iterator[Problem]:
+    """Check the sizes of a model that the ranks of an axis share."""
     # Each entry: axis of the section, the dotted name of the size, and the size.
-    section = config.parallel
     ranks_of = {"tensor": section.tensor, "expert_tensor": section.expert_tensor_size(), "expert": section.expert}
-    sizes = [("tensor", "model.vocab_size", config.model.vocab_size)]
-    for kind, options in kinds_in_use(config):
+    sizes = [("tensor", "model.vocab_size", model.vocab_size)]
+    for kind, options in kinds_in_use(model):
         name = f"model.{kind.section}"
         for cut_axis, fields in options.cut_evenly().items():
             sizes += [(cut_axis, f"{name}.{field}", size) for field, size in fields.items()]
@@ -144,7 +150,6 @@ def share_problems(config: RunConfig) -> Iterator[Problem]:
         ranks = ranks_of[axis]
         if size % ranks:
             yield Problem(f"parallel.{axis}", f"must divide {name}={size}", f"use {divisors(size)}", str(ranks))
-    yield from length_problems(config)
 
 
 def length_problems(config: RunConfig) -> Iterator[Problem]:

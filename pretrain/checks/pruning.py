@@ -41,7 +41,7 @@ def editing_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
 
 def qk_clip_problems(config: RunConfig, limit: float) -> Iterator[Problem]:
     """Find blocks whose scores QK-clip cannot bound, and what it would fight with."""
-    answers = [(kind, options.qk_clip()) for kind, options in kinds_in_use(config)]
+    answers = [(kind, options.qk_clip()) for kind, options in kinds_in_use(config.model)]
     if all(answer is None for _, answer in answers):
         rule = "has nothing to bound: no block of model.pattern has a softmax of queries and keys"
         yield Problem("qk_clip", rule, "remove it")
@@ -74,7 +74,7 @@ def hook_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
 def group_problems(config: RunConfig, prune: PruneConfig) -> Iterator[Problem]:
     """Find groups that the model does not have, cannot lose, or not in that number."""
     found = 0
-    for kind, options in kinds_in_use(config):
+    for kind, options in kinds_in_use(config.model):
         groups = options.prunable(prune.groups)
         if groups is None:
             continue

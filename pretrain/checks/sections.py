@@ -1,47 +1,17 @@
-"""Rules of a run on a synthetic task: its settings agree, its rows and vocabulary fit, and no setting is about text.
-
-A synthetic task makes its own rows (`data.synthetic`), so every setting of a text store would be read by no one. Such a
-setting is refused rather than ignored: a run that silently drops `data.sources` would train on something else than its
-file says. The rule on row lengths stands apart, because it needs resolved stages, and those exist only once the other
-rules hold.
-
-Checks of the optimizer's kind: settings that it would not read, and what it does not go with.
+"""Checks of the optimizer's kind: settings that it would not read, and what it does not go with.
 
 Checks of a run that is a stage of a conversion: what frozen weights and stages cannot be combined with.
-
-Rules of tasks that are measured while the model trains: they need text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from amfm.data_pipeline.config import DataConfig
-from amfm.data_pipeline.synthetic.build import build_task
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.hook_registry import hook_specs
 from amfm.pretrain.config.optimizers import optimizer_specs
 from amfm.pretrain.config.rates import DecayFactors, RateFactors
-from amfm.pretrain.config.schema import EvaluateConfig, RunConfig
-from amfm.pretrain.stages import RunStage
-
-SETTING = "evaluate.tasks"
-
-
-def task_problems(config: RunConfig) -> Iterator[Problem]:
-    """Find settings of tasks that cannot take effect, on any layout of ranks."""
-    section = config.evaluate
-    if not section.tasks:
-        for name in EvaluateConfig.model_fields:
-            if getattr(section, name) != EvaluateConfig.model_fields[name].default:
-                yield Problem(f"evaluate.{name}", "has no effect without evaluate.tasks", "name tasks, or remove it")
-        return
-    if config.data.synthetic is not None:
-        rule = f"ask for text, and data.synthetic.task={config.data.synthetic.task} has no tokenizer"
-        yield Problem(
-            SETTING, rule, "remove it; train.validate_every_steps measures the accuracy on the synthetic task"
-        )
-
+from amfm.pretrain.config.schema import RunConfig
 
 KEPT = "changes weights that stay as they are"
 
@@ -179,66 +149,3 @@ def _bf16_state_problems(config: RunConfig) -> Iterator[Problem]:
     if parallel.offload_optimizer:
         rule = "is not for parallel.offload_optimizer: DeepSpeed keeps bf16 states on the host with its compiled AdamW alone"
         yield Problem(key, rule, "use parallel.offload_optimizer=false, or float32", "bf16")
-
-
-# Settings of `data` that only a store of text reads; each must keep its default together with data.synthetic.
-ABOUT_TEXT = (
-    "store",
-    "cache",
-    "sources",
-    "tokenizer",
-    "prepare",
-    "phases",
-    "packing",
-    "shuffle",
-    "mask_document_boundaries",
-    "on_corruption",
-)
-
-
-def synthetic_problems(config: RunConfig) -> Iterator[Problem]:
-    """Find what is wrong with data.synthetic, but for the length of rows; nothing for a run on text.
-
-    Builds the task, which checks its own settings; costs no rows and reads no file.
-    """
-    settings = config.data.synthetic
-    if settings is None:
-        return
-    for name in ABOUT_TEXT:
-        if getattr(config.data, name) != DataConfig.model_fields[name].default:
-            yield Problem(f"data.{name}", "has no effect on data.synthetic, which is not text", "remove one of the two")
-    if "/" in config.model.pattern:
-        rule = "has prediction depths, and labels of data.synthetic are not the next tokens"
-        yield Problem("model.pattern", rule, "remove what is behind '/'", config.model.pattern)
-    for index, stage in enumerate(config.stages):
-        if stage.weights is not None:
-            yield Problem(f"stages.{index}.weights", "has no effect on data.synthetic, the only source", "remove it")
-    try:
-        task = build_task(settings)
-    except ValueError as error:
-        # The task's message states value, rule and remedy itself, and its vocabulary is unknown: nothing more to check.
-        yield Problem("data.synthetic", f"data.synthetic.{error}", "")
-        return
-    if task.vocab_size > config.model.vocab_size:
-        rule = (
-            f"must be at least {task.vocab_size}, the tokens of data.synthetic.task={settings.task} with its settings"
-        )
-        yield Problem("model.vocab_size", rule, "raise it", str(config.model.vocab_size))
-
-
-def synthetic_length_problems(config: RunConfig, stages: Sequence[RunStage]) -> Iterator[Problem]:
-    """Find stages whose rows are too short for the task; nothing for a run on text.
-
-    Call it only when `synthetic_problems` and `declaration_problems` found nothing, because it builds the task again and
-    reads resolved stages.
-    """
-    if config.data.synthetic is None:
-        return
-    shortest = build_task(config.data.synthetic).shortest
-    for stage in stages:
-        if stage.train.sequence_length < shortest:
-            # Blame the key that was written: the stage's own length, or the one it inherits.
-            own = config.stages and config.stages[stage.index].sequence_length is not None
-            key = f"stages.{stage.index}.sequence_length" if own else "train.sequence_length"
-            rule = f"must be at least {shortest}, the shortest row of data.synthetic.task={config.data.synthetic.task} with its settings"
-            yield Problem(key, rule, "raise it", str(stage.train.sequence_length))

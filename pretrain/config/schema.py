@@ -406,7 +406,7 @@ class ExportConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Tasks of lm-eval that are measured on the model while it trains."""
+    """What is measured while a model trains, besides its validation: tasks of lm-eval, and a merge of checkpoints."""
 
     tasks: tuple[str, ...] = Field((), description="Tasks, groups or tags of lm-eval, by name; empty: none.")
     include_path: str | None = Field(None, description="Folder with YAML files of further tasks; null: lm-eval's own.")
@@ -417,6 +417,9 @@ class EvaluateConfig(Section):
     )
     micro_batch_size: int | None = Field(
         None, gt=0, description="Rows per forward pass and rank; null: train.micro_batch_size."
+    )
+    merge_last: int | None = Field(
+        None, gt=1, description="Validate the mean of this many last checkpoints next to the run; null: of none."
     )
 
 

@@ -23,6 +23,7 @@ from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.convert.stages import WINDOW_LINEAR, ConversionStage, conversion_of, converted_blocks, folder_of
 from amfm.pretrain.convert.weights import StartReport, stage_weights
 from amfm.pretrain.inference.evaluate import measure_store
+from amfm.pretrain.inference.passes import RowPasses
 from amfm.pretrain.inference.weights import Weights, read_weights
 
 # A difference below this is not a difference, in nats per token.
@@ -139,12 +140,11 @@ class Ruler:
             mixer.measured = None if shares is None else torch.zeros(2, dtype=torch.float64, device=device)
         counts = UpdateCounts(model) if routed is not None else None
         sums = measure_store(
-            model,
+            RowPasses.of_model(model, train.micro_batch_size),
             self.store,
             "validation",
             sequence_length=train.sequence_length,
             isolated=self.config.data.mask_document_boundaries,
-            rows_at_once=train.micro_batch_size,
             max_tokens=train.validation_batches * train.global_batch_size * train.sequence_length,
             measured=None if counts is None else counts.take,
         )

@@ -95,11 +95,15 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
         from amfm.pretrain.hooks.cuda_graphs import CudaGraphs
 
         graphs.append(CudaGraphs(run))
-    sets: list[Hook] = []
+    validations, sets = Validations(run), list[Hook]()
     if run.config.validation:
         from amfm.pretrain.hooks.validation_sets import ValidationSets
 
         sets.append(ValidationSets(run))
+    if run.config.evaluate.merge_last is not None:
+        from amfm.pretrain.hooks.merge import MergedValidation
+
+        sets.append(MergedValidation(run, validations, run.config.evaluate.merge_last))
     if run.config.health.spike_sigma is not None:
         from amfm.pretrain.hooks.spikes import Spikes
 
@@ -120,7 +124,7 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
         *build_state_watch(run),
         *build_quantization(run),
         *build_kept_weights(run),
-        Validations(run),
+        validations,
         *sets,
         *tasks,
     ]

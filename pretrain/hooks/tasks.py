@@ -1,9 +1,6 @@
 """Tasks of lm-eval while the model trains: rank 0 asks, all ranks answer.
 
 Rank 0 alone has lm-eval, the tasks and their data: a thousand ranks that each downloaded a data set would be a storm.
-Each job of the adapter goes to all ranks, which run it in lock step (tasks/scoring.py) until rank 0 sends an end, with
-the results or with what was wrong. So ranks agree by construction: they branch on nothing but what they were sent.
-
 A task that cannot be measured is said, recorded (`tasks_failed` in events.jsonl) and tried again the next time; the run
 continues. An error of the model ends the run like one in a step.
 
@@ -16,14 +13,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.model.hybrid import ModelOutput
-from amfm.pretrain.checks.sections import SETTING
+from amfm.pretrain.checks.evaluate import SETTING
 from amfm.pretrain.config.schema import EvaluateConfig, ParallelConfig, RunConfig
 from amfm.pretrain.hook import Hook
+from amfm.pretrain.inference.passes import RowPasses
 from amfm.pretrain.micro_batch import MicroBatch
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.ranks.group import RankGroup
@@ -31,16 +28,8 @@ from amfm.pretrain.run import Run
 from amfm.pretrain.stages import is_due
 from amfm.pretrain.step import forward_only
 from amfm.pretrain.step_sums import StepResult
-from amfm.pretrain.tasks.scoring import Job, Scorer
-from amfm.pretrain.tasks.suite import TaskChoice, TaskError, TaskSuite, open_suite, require_lm_eval
-
-
-@dataclass(frozen=True)
-class _End:
-    """The last message of a measurement: values by TASK/METRIC, or what was wrong."""
-
-    values: dict[str, float]
-    problem: str | None = None
+from amfm.pretrain.tasks.scoring import Scorer
+from amfm.pretrain.tasks.suite import TaskChoice, TaskSuite, measure_together, open_on_first
 
 
 def open_tasks(config: RunConfig, parallel: Parallel) -> TaskSuite | None:
@@ -49,17 +38,9 @@ def open_tasks(config: RunConfig, parallel: Parallel) -> TaskSuite | None:
     Data that cannot be had is no reason not to train: it is tried again at each measurement. Every rank must call this.
     Raises ValueError on every rank for unknown names, a missing lm-eval, and generation on ranks that share tokens.
     """
-    require_lm_eval(SETTING)
-    suite, problem = None, None
-    if parallel.is_main:
-        try:
-            suite = open_suite(_choice(config.evaluate), SETTING)
-            suite.load()
-            problem = generation_problem(suite, config.parallel)
-        except TaskError:
-            pass  # kept in suite.problem, which the log's opening says
-        except ValueError as error:
-            problem = str(error)
+    suite = open_on_first(_choice(config.evaluate), SETTING, RankGroup(parallel.rank, parallel.world_size))
+    kinds = set() if suite is None or suite.loaded is None else suite.kinds()
+    problem = generation_problem(config.evaluate.tasks, kinds, config.parallel)
     problem = RankGroup(parallel.rank, parallel.world_size).broadcast(problem)
     if problem is not None:
         raise ValueError(problem)
@@ -94,7 +75,10 @@ class Tasks(Hook):
         start = time.monotonic()
         scorer = build_scorer(run)
         run.engine.module.eval()
-        end = _lead(self.suite, scorer, run) if self.suite is not None else _follow(scorer, run)
+        section = run.built.parallel
+        end = measure_together(
+            self.suite, scorer, lambda suite: generation_problem(suite.choice.names, suite.kinds(), section)
+        )
         run.engine.module.train()
         step = f"step {run.progress.step}"
         if end.problem is not None:
@@ -111,7 +95,7 @@ def build_scorer(run: Run) -> Scorer:
     """Build what answers jobs on this rank, on the run's engine."""
     train = run.stage.train
 
-    def passes(micro_batches: Sequence[MicroBatch]) -> Iterator[ModelOutput]:
+    def pass_rows(micro_batches: Sequence[MicroBatch]) -> Iterator[ModelOutput]:
         run.clock("tasks")  # each pass is progress, however many the tasks ask for
         return forward_only(run, micro_batches, predicts=True)
 
@@ -122,58 +106,28 @@ def build_scorer(run: Run) -> Scorer:
 
     # A schedule wants as many micro-batches as in training.
     in_training = train.global_batch_size // (train.micro_batch_size * run.parallel.data_world_size)
+    passes = RowPasses(
+        pass_rows,
+        run.parallel,
+        run.config.evaluate.micro_batch_size or train.micro_batch_size,
+        as_in_training=True,
+        micro_batches=1 if run.pipeline is None else in_training,
+    )
     return Scorer(
         passes=passes,
         forward=forward,
         empty_state=run.model.empty_state,
         tokenizer=load_tokenizer(run.config.data.text_store()),
-        parallel=run.parallel,
         max_length=train.sequence_length,
-        rows_at_once=run.config.evaluate.micro_batch_size or train.micro_batch_size,
         row_length=train.sequence_length,
-        micro_batches=1 if run.pipeline is None else in_training,
     )
-
-
-def _lead(suite: TaskSuite, scorer: Scorer, run: Run) -> _End:
-    """Run the tasks on rank 0, sending each job to all ranks before answering it here, and the end."""
-    group = _group(run)
-
-    def answer(job: Job) -> list[Any]:
-        group.broadcast(job)
-        return scorer.run(job)
-
-    try:
-        suite.load()
-        problem = generation_problem(suite, run.built.parallel)
-        end = _End({}, problem)
-        if problem is None:
-            end = _End(suite.measure(answer, scorer.tokenizer, scorer.max_length))
-    except TaskError as error:
-        end = _End({}, str(error))
-    group.broadcast(end)
-    return end
-
-
-def _follow(scorer: Scorer, run: Run) -> _End:
-    """Answer the jobs that rank 0 sends until it sends the end."""
-    group = _group(run)
-    while True:
-        message = group.broadcast(None)
-        if isinstance(message, _End):
-            return message
-        scorer.run(message)
-
-
-def _group(run: Run) -> RankGroup:
-    return RankGroup(run.parallel.rank, run.parallel.world_size)
 
 
 def _choice(section: EvaluateConfig) -> TaskChoice:
     return TaskChoice(section.tasks, section.include_path, section.limit, section.num_fewshot)
 
 
-def generation_problem(suite: TaskSuite, parallel: ParallelConfig) -> str | None:
+def generation_problem(names: Sequence[str], kinds: set[str], parallel: ParallelConfig) -> str | None:
     """Report why tasks that generate cannot run where ranks share the tokens or the blocks of a row: there is one token at
     a time.
     """
@@ -181,10 +135,10 @@ def generation_problem(suite: TaskSuite, parallel: ParallelConfig) -> str | None
     if parallel.tensor > 1 and (parallel.sequence_parallel or parallel.expert > 1):
         reason = "sequence_parallel=true" if parallel.sequence_parallel else f"expert={parallel.expert}"
         reasons.append(f"tensor={parallel.tensor} with parallel.{reason}")
-    if not reasons or "generate_until" not in suite.kinds():
+    if not reasons or "generate_until" not in kinds:
         return None
     return (
-        f"{SETTING}: a task of {', '.join(suite.choice.names)} generates text, a token at a time, and parallel."
+        f"{SETTING}: a task of {', '.join(names)} generates text, a token at a time, and parallel."
         f"{' and parallel.'.join(reasons)} shares rows between ranks; leave the task out, and run "
         "`amfm evaluate RUN --tasks NAMES` on the checkpoints"
     )

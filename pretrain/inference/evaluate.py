@@ -9,19 +9,21 @@ has less context than in the text: longer rows give lower losses, so the length 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.samples.packing import Int64, Row, starts_in_window
 from amfm.data_pipeline.store.manifest import SPLITS, Part, Split
 from amfm.data_pipeline.store.store import TokenStore
-from amfm.model.hybrid import HybridModel
-from amfm.model.packing import PackMeta
+from amfm.pretrain.inference.over_ranks import Precision, Work, join_ranks, open_model
+from amfm.pretrain.inference.passes import RowPasses
 from amfm.pretrain.inference.weights import Weights, read_weights
 from amfm.pretrain.source_losses import SourceLoss, bits_per_byte, losses_of
 
@@ -51,15 +53,6 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One row of text: ids [T], the next id where it counts (else -100), and the number of each token's document."""
-
-    tokens_T: Tensor
-    labels_T: Tensor
-    document_ids_T: Tensor
-
-
 def evaluate_checkpoint(
     checkpoint: str | Path | Weights,
     *,
@@ -70,15 +63,20 @@ def evaluate_checkpoint(
     max_tokens: int | None = None,
     device: str = "cpu",
     backend: str = "auto",
+    precision: Precision = "float32",
+    num_ranks: int = 1,
     progress: Callable[[int, int], None] | None = None,
     report: Report = silent,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
-    """Measure a checkpoint, a run or an imported model on one part of a store, in float32.
+    """Measure a checkpoint, a run or an imported model on one part of a store.
+
+    num_ranks: that a launcher started, all of which must call this; they share the rows, and the model by memory.
 
     Rows are cut from the documents in order; documents do not see each other if the run trained so. `store`: default
     the run's; `sequence_length`: default the run's; `max_tokens`: about so many, each
     source its share; `progress` gets tokens done
-    and in all, `report` what is done before. Raises ValueError when the store was made with another tokenizer, the model on a synthetic task, or the part is empty.
+    and in all, `report` what is done before, `announce` the layout of several ranks. Raises ValueError when the store was made with another tokenizer, the model on a synthetic task, or the part is empty.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}")
@@ -91,14 +89,21 @@ def evaluate_checkpoint(
     _check_tokenizer(identity, opened)
     length = sequence_length or weights.trained_length() or DEFAULT_SEQUENCE_LENGTH
     isolated = run.data.mask_document_boundaries if run is not None else True
-    model = weights.build(backend=backend, device=device)
+    model, parallel = open_model(
+        weights,
+        join_ranks(num_ranks),
+        Work(rows_at_once * length),
+        device=device,
+        backend=backend,
+        precision=precision,
+        announce=announce,
+    )
     sums = measure_store(
-        model,
+        RowPasses.of_model(model, rows_at_once, parallel=parallel),
         opened,
         split,
         sequence_length=length,
         isolated=isolated,
-        rows_at_once=rows_at_once,
         max_tokens=max_tokens,
         progress=progress,
     )
@@ -118,13 +123,12 @@ def evaluate_checkpoint(
 
 
 def measure_store(
-    model: HybridModel,
+    passes: RowPasses,
     store: TokenStore,
     split: Split,
     *,
     sequence_length: int,
     isolated: bool,
-    rows_at_once: int = 8,
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     measured: Callable[[str], None] | None = None,
@@ -132,30 +136,70 @@ def measure_store(
     """Sum a model's negative log-likelihood over a part of a store: (nats, tokens) by source, of those with tokens.
 
     Rows and tokens as in `evaluate_checkpoint`; `isolated`: documents do not see each other. `measured` is called after the
-    last row of each source.
+    last row of each source. Every rank of the passes must call this.
     """
+    parallel = passes.parallel
     total = sum(store.num_tokens(name, split) for name in store.source_names)
     share = 1.0 if max_tokens is None else min(1.0, max_tokens / max(1, total))
     sums: dict[str, tuple[float, int]] = {}
     done = 0
-    # Each source gives its share of `max_tokens`, whole groups of rows at a time, so a little more than asked for.
+    # Each source gives its share of `max_tokens`, whole rows at a time, so a little more than asked for.
     for name in store.source_names:
-        nll, tokens = 0.0, 0
-        wanted = math.ceil(store.num_tokens(name, split) * share)
-        rows = (row for part in store.parts(name, split) for row in _cut_rows(store, part, sequence_length, isolated))
-        for batch in _group(rows, rows_at_once):
-            if tokens >= wanted:
-                break
-            batch_nll, batch_tokens = _measure(model, batch)
-            nll, tokens = nll + batch_nll, tokens + batch_tokens
-            done += batch_tokens
-            if progress is not None:
-                progress(done, math.ceil(total * share))
+        places = cut_places(store, name, split, sequence_length, math.ceil(store.num_tokens(name, split) * share))
+        sums_2 = torch.zeros(2, dtype=torch.float64, device=parallel.device)
+        for size, group in groupby(places, key=lambda place: place.size):
+            same = list(group)
+            padded = -(-size // parallel.groups.tp.size()) * parallel.groups.tp.size()
+            read = partial(_read_row, store, same, padded)
+            for _, given, output in passes.run(len(same), read, isolated=isolated):
+                assert output.loss is not None, "labels were given"
+                counted = (given.labels_BT != IGNORED).sum()
+                sums_2 += torch.stack([output.loss.nll_sum.double(), counted.double()])
+                if progress is not None:
+                    seen = done + int(sums_2[1]) * parallel.data_world_size
+                    progress(min(seen, math.ceil(total * share)), math.ceil(total * share))
+        nll, tokens = parallel.all_reduce_unique(sums_2).tolist()
+        done += int(tokens)
         if tokens:
-            sums[name] = (nll, tokens)
+            sums[name] = (nll, int(tokens))
             if measured is not None:
                 measured(name)
     return sums
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a row lies: tokens `start` to `start + size` of a part, whose documents end at `ends`."""
+
+    part: Part
+    ends: Int64
+    start: int
+    size: int
+
+
+def cut_places(store: TokenStore, name: str, split: Split, length: int, wanted: int) -> list[_Place]:
+    """Cut a source's parts into rows of up to `length` tokens, in order, until `wanted` tokens; the longest rows first."""
+    places = []
+    for part in store.parts(name, split) if wanted else ():
+        ends = store.document_ends(part).astype(np.int64)
+        for start in range(0, part.num_tokens, length):
+            if wanted <= 0:
+                break
+            places.append(_Place(part, ends, start, min(length, part.num_tokens - start)))
+            wanted -= places[-1].size
+    return sorted(places, key=lambda place: -place.size)
+
+
+def _read_row(store: TokenStore, places: Sequence[_Place], padded: int, number: int) -> Row:
+    """Read one row, padded; the label of its last token is the next row's first.
+
+    Where documents do not see each other, the last token of one predicts nothing.
+    """
+    place = places[number]
+    stop = min(place.start + place.size + 1, place.part.num_tokens)
+    tokens = store.read_tokens(place.part, place.start, stop).astype(np.int64)
+    starts = starts_in_window(place.ends, place.start, len(tokens))
+    return Row(np.pad(tokens, (0, padded + 1 - len(tokens))), starts, len(tokens), number, 0)
 
 
 def _check_tokenizer(identity: str, store: TokenStore) -> None:
@@ -165,54 +209,3 @@ def _check_tokenizer(identity: str, store: TokenStore) -> None:
             f"{store.path} was made with tokenizer {store.tokenizer_identity}, the model with "
             f"{identity}; prepare the text with the model's tokenizer (data.tokenizer.model)"
         )
-
-
-def _cut_rows(store: TokenStore, part: Part, length: int, isolated: bool) -> Iterator[_Row]:
-    """Cut one part into rows of up to `length` tokens; the label of a row's last token is the next row's first.
-
-    `isolated`: documents do not see each other, and the last token of a document predicts nothing.
-    """
-    ends = store.document_ends(part)
-    for start in range(0, part.num_tokens, length):
-        stop = min(start + length, part.num_tokens)
-        read = store.read_tokens(part, start, min(stop + 1, part.num_tokens)).astype(np.int64)
-        tokens_T = torch.from_numpy(read[: stop - start])
-        labels_T = torch.full_like(tokens_T, IGNORED)
-        following = torch.from_numpy(read[1:])[: stop - start]
-        labels_T[: len(following)] = following
-        document_ids_T = torch.zeros(stop - start, dtype=torch.int32)
-        if isolated:
-            places = np.arange(start, stop, dtype=np.uint64)
-            # `ends` are exclusive: a token at place p lies in the first document that ends beyond p.
-            numbers = np.searchsorted(ends, places, side="right")
-            document_ids_T = torch.from_numpy((numbers - numbers[0]).astype(np.int32))
-            is_last = torch.from_numpy(np.isin(places + np.uint64(1), ends))
-            labels_T[is_last] = IGNORED
-        yield _Row(tokens_T, labels_T, document_ids_T)
-
-
-def _group(rows: Iterator[_Row], count: int) -> Iterator[list[_Row]]:
-    """Group up to `count` rows at a time; a shorter row, the last of its part, starts a separate group."""
-    batch: list[_Row] = []
-    for row in rows:
-        if batch and (len(batch) == count or len(row.tokens_T) != len(batch[0].tokens_T)):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-@torch.inference_mode()
-def _measure(model: HybridModel, batch: list[_Row]) -> tuple[float, int]:
-    """Compute the summed negative log-likelihood of a batch, in nats, and the number of predicted tokens."""
-    device = model.head_weight().device
-    labels_BT = torch.stack([row.labels_T for row in batch])
-    tokens = int((labels_BT != IGNORED).sum())
-    if not tokens:
-        return 0.0, 0
-    tokens_BT = torch.stack([row.tokens_T for row in batch])
-    meta = PackMeta.from_document_ids(torch.stack([row.document_ids_T for row in batch]))
-    output = model(tokens_BT.to(device), meta.map_tensors(lambda tensor: tensor.to(device)), labels_BT.to(device))
-    assert output.loss is not None, "labels were given"
-    return float(output.loss.nll_sum.double()), tokens

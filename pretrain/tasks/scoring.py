@@ -2,9 +2,7 @@
 
 A job is the whole list of questions, the same on every rank. Log-likelihoods are validation: questions are packed into
 rows as documents are, with labels at the ids that are scored alone, and the micro-batches take the pass that validation
-takes, so every layout of ranks that trains can answer. All data ranks run the same number of passes, the last ones
-perhaps on rows that no one asked for: experts and ZeRO-3 weights are spread over data ranks, so a rank that stopped early
-would leave the others waiting.
+takes (inference/passes.py), so every layout of ranks that trains can answer.
 
 Prompts to continue are not packed, because a recurrent state would take the padding in: prompts of one length share a batch,
 are read in one pass, and each further token comes from the last one and the state.
@@ -12,7 +10,7 @@ are read in one pass, and each further token comes from the last one and the sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -20,13 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from amfm.data_pipeline.loader.loader import batch_of_rows
 from amfm.data_pipeline.samples.packing import IGNORED_LABEL, Row, fit_documents
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.model.hybrid import ModelOutput
 from amfm.model.mixers.interface import DecodeState
 from amfm.model.packing import PackMeta
-from amfm.pretrain.micro_batch import MicroBatch
+from amfm.pretrain.inference.passes import RowPasses
 from amfm.pretrain.parallel import Parallel
 
 # Tokens per row at least, where rows need not be as long as in training.
@@ -68,21 +65,21 @@ class Likelihood:
 class Scorer:
     """A model that answers jobs. Every rank must run the same jobs in the same order.
 
-    passes: forward passes of micro-batches, with predictions, as validation takes them; of a pipeline the outputs of other
-    pieces than the last have no loss. forward, empty_state: as `HybridModel`'s, for continuations, in eval mode.
+    passes: those of its rows, with predictions. forward, empty_state: as `HybridModel`'s, for continuations, in eval mode.
     max_length: tokens per question at most. row_length: of every row; None: what the longest question asks for.
-    micro_batches: that `passes` takes at once, on each data rank; rows_at_once: of each of them.
     """
 
-    passes: Callable[[Sequence[MicroBatch]], Iterable[ModelOutput]]
+    passes: RowPasses
     forward: Callable[..., ModelOutput]
     empty_state: Callable[[int], DecodeState]
     tokenizer: Tokenizer
-    parallel: Parallel
     max_length: int
-    rows_at_once: int
     row_length: int | None = None
-    micro_batches: int = 1
+
+    @property
+    def parallel(self) -> Parallel:
+        """The ranks that answer together."""
+        return self.passes.parallel
 
     def run(self, job: Job) -> list[Any]:
         """Answer a job: a `Likelihood` for each row, or the new token ids of each prompt."""
@@ -97,32 +94,19 @@ class Scorer:
             return []
         assert all(0 < count < len(row) <= self.max_length + 1 for row, count in zip(job.rows, job.counts, strict=True))
         rows, owners_BT = pack_questions(job, self._row_length(max(map(len, job.rows)) - 1))
-        parallel, groups = self.parallel, self.parallel.groups
         # A sum of the losses and a count of misses for each question, and a place for what no one asked for.
-        sums_Q2 = torch.zeros(len(job.rows) + 1, 2, dtype=torch.float64, device=parallel.device)
-        width = (
-            self.rows_at_once if self.row_length else min(self.rows_at_once, -(-len(rows) // parallel.data_world_size))
-        )
-        at_once = self.micro_batches * parallel.data_world_size * width
-        numbers = np.concatenate([np.arange(len(rows)), np.full(-len(rows) % at_once, -1)])
-        for turn in numbers.reshape(-1, self.micro_batches, parallel.data_world_size, width):
-            inputs, owners = [], []
-            for own in turn[:, parallel.data_rank]:
-                batch = batch_of_rows([rows[number] if number >= 0 else unasked(rows[0]) for number in own])
-                micro_batch = MicroBatch.from_batch(batch, groups.cp.rank(), groups.cp.size())
-                owner_BT = torch.from_numpy(np.where(own[:, None] >= 0, owners_BT[own], -1))
-                segments = micro_batch.meta.segments
-                owners.append((owner_BT if segments is None else segments.take(owner_BT)).to(parallel.device))
-                inputs.append(micro_batch.to(parallel.device))
-            outputs = [output for output in self.passes(inputs) if output.loss is not None]
-            for output, micro_batch, owner_BT in zip(outputs, inputs, owners):
-                assert output.loss is not None and output.predictions_BT is not None, (
-                    "labels and predictions were asked for"
-                )
-                misses_R = (output.predictions_BT != micro_batch.labels_BT).flatten()
-                found_R2 = torch.stack([output.loss.token_nll_R.double(), misses_R.double()], dim=1)
-                sums_Q2.index_add_(0, owner_BT.flatten() % len(sums_Q2), found_R2)
-        found = parallel.all_reduce_unique(sums_Q2)[:-1].tolist()
+        sums_Q2 = torch.zeros(len(job.rows) + 1, 2, dtype=torch.float64, device=self.parallel.device)
+        for numbers, given, output in self.passes.run(len(rows), rows.__getitem__):
+            assert output.loss is not None and output.predictions_BT is not None, (
+                "labels and predictions were asked for"
+            )
+            owner_BT = torch.from_numpy(np.where(numbers[:, None] >= 0, owners_BT[numbers], -1))
+            if given.meta.segments is not None:
+                owner_BT = given.meta.segments.take(owner_BT)
+            misses_R = (output.predictions_BT != given.labels_BT).flatten()
+            found_R2 = torch.stack([output.loss.token_nll_R.double(), misses_R.double()], dim=1)
+            sums_Q2.index_add_(0, owner_BT.flatten().to(sums_Q2.device) % len(sums_Q2), found_R2)
+        found = self.parallel.all_reduce_unique(sums_Q2)[:-1].tolist()
         return [Likelihood(-nll, misses == 0) for nll, misses in found]
 
     def _row_length(self, longest: int) -> int:
@@ -143,9 +127,9 @@ class Scorer:
         for index, prompt in enumerate(job.prompts):
             by_length.setdefault(len(prompt), []).append(index)
         batches = [
-            indices[start : start + self.rows_at_once]
+            indices[start : start + self.passes.rows_at_once]
             for _, indices in sorted(by_length.items())
-            for start in range(0, len(indices), self.rows_at_once)
+            for start in range(0, len(indices), self.passes.rows_at_once)
         ]
         found: dict[int, list[int]] = {}
         for batch, counts in self._own(batches):
@@ -231,9 +215,3 @@ def pack_questions(job: LikelihoodJob, num_tokens: int) -> tuple[list[Row], np.n
             )
         )
     return rows, owners_BT[:, :-1]
-
-
-def unasked(row: Row) -> Row:
-    """The same row without labels, for ranks that have no other one."""
-    assert row.labels is not None, "a question brings its labels"
-    return row._replace(labels=np.full_like(row.labels, IGNORED_LABEL))

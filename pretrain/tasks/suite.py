@@ -7,7 +7,7 @@ been.
 Whatever a task's own code, template or data raises is the evaluation's fault and becomes a `TaskError`, on which a run
 continues. What the model raises passes through.
 
-Tasks of lm-eval on a checkpoint, a run or an imported model, in one process and in float32.
+Tasks of lm-eval on a checkpoint, a run or an imported model, on one rank or over several.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import numpy
 import torch
 
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
-from amfm.model.hybrid import HybridModel, ModelOutput
 from amfm.pretrain.checkpoint.random_state import collect_random_state, restore_random_state
 from amfm.pretrain.extras import describe_missing, is_installed
 from amfm.pretrain.failures import describe
+from amfm.pretrain.inference.over_ranks import Precision, Work, join_ranks, open_model
+from amfm.pretrain.inference.passes import RowPasses
 from amfm.pretrain.inference.weights import read_weights
-from amfm.pretrain.micro_batch import MicroBatch
-from amfm.pretrain.parallel import Parallel
+from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.tasks.scoring import Job, Scorer
 
 # Seeds of lm-eval's command: Python; numpy, torch and few-shot examples.
@@ -226,6 +226,65 @@ def _seeded() -> Iterator[None]:
         restore_random_state(states)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The last message of a measurement: values by TASK/METRIC, or what was wrong."""
+
+    values: dict[str, float]
+    problem: str | None = None
+
+
+def open_on_first(choice: TaskChoice, setting: str, ranks: RankGroup) -> TaskSuite | None:
+    """Find tasks by name and load their data, on rank 0; None on the others.
+
+    Data that cannot be had stays in `TaskSuite.problem`. Every rank must call this. Raises ValueError on every rank for
+    unknown names and a missing lm-eval.
+    """
+    require_lm_eval(setting)
+    suite, problem = None, None
+    if ranks.rank == 0:
+        try:
+            suite = open_suite(choice, setting)
+            suite.load()
+        except TaskError:
+            pass  # kept in suite.problem
+        except ValueError as error:
+            problem = str(error)
+    problem = ranks.broadcast(problem)
+    if problem is not None:
+        raise ValueError(problem)
+    return suite
+
+
+def measure_together(
+    suite: TaskSuite | None, scorer: Scorer, refuse: Callable[[TaskSuite], str | None] = lambda suite: None
+) -> Measured:
+    """Measure the tasks of rank 0's suite on all ranks, which get the same values or the same problem.
+
+    Rank 0 sends each job to all ranks, which run it in lock step, and then the end: ranks branch on nothing but what they
+    were sent. refuse: what is wrong with loaded tasks. Every rank must call this.
+    """
+    ranks = RankGroup(scorer.parallel.rank, scorer.parallel.world_size)
+    if suite is None:
+        while not isinstance(message := ranks.broadcast(None), Measured):
+            scorer.run(message)
+        return message
+
+    def answer(job: Job) -> list[Any]:
+        ranks.broadcast(job)
+        return scorer.run(job)
+
+    try:
+        suite.load()
+        end = Measured({}, refuse(suite))
+        if end.problem is None:
+            end = Measured(suite.measure(answer, scorer.tokenizer, scorer.max_length))
+    except TaskError as error:
+        end = Measured({}, str(error))
+    ranks.broadcast(end)
+    return end
+
+
 # Tokens per row for an import, of which no length of training is known; an export of it says the same.
 DEFAULT_LENGTH = 4096
 
@@ -237,32 +296,39 @@ def evaluate_tasks(
     rows_at_once: int = 8,
     device: str = "cpu",
     backend: str = "auto",
+    precision: Precision = "float32",
+    num_ranks: int = 1,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     """Measure a model on tasks: values by TASK/METRIC, those that lm-eval gives on the model's export.
 
-    Rows are as long as in training. `choice.include_path`: None means the folder that the run named, if it did. Raises
-    ValueError for tasks that no one knows and a model without a tokenizer, TaskError for data that cannot be had.
+    Rows are as long as in training. `choice.include_path`: None means the folder that the run named, if it did. num_ranks:
+    that a launcher started, all of which must call this. Raises ValueError for tasks that no one knows and a model without
+    a tokenizer, TaskError for data that cannot be had.
     """
     weights = read_weights(checkpoint)
     tokenizer = weights.tokenizer
     if choice.include_path is None and weights.run is not None:
         choice = TaskChoice(choice.names, weights.run.evaluate.include_path, choice.limit, choice.num_fewshot)
-    suite = open_suite(choice, "--tasks")
-    suite.load()
-    model = weights.build(backend=backend, device=device)
+    ranks = join_ranks(num_ranks)
+    suite = open_on_first(choice, "--tasks", ranks)
+    kinds, problem = (set[str](), suite and suite.problem) if suite is None or suite.problem else (suite.kinds(), None)
+    kinds, problem = ranks.broadcast((kinds, problem))
+    if problem is not None:
+        raise TaskError(problem)
+    length = weights.trained_length() or DEFAULT_LENGTH
+    work = Work(rows_at_once * length, whole_rows="generate_until" in kinds)
+    model, parallel = open_model(
+        weights, ranks, work, device=device, backend=backend, precision=precision, announce=announce
+    )
     scorer = Scorer(
-        passes=partial(passes_of, model),
+        passes=RowPasses.of_model(model, rows_at_once, parallel=parallel, predicts=True),
         forward=model,
         empty_state=model.empty_state,
         tokenizer=tokenizer,
-        parallel=Parallel.alone(torch.device(device)),
-        max_length=weights.trained_length() or DEFAULT_LENGTH,
-        rows_at_once=rows_at_once,
+        max_length=length,
     )
-    return suite.measure(scorer.run, tokenizer, scorer.max_length)
-
-
-def passes_of(model: HybridModel, micro_batches: Sequence[MicroBatch]) -> Iterator[ModelOutput]:
-    """Forward passes of a whole model: loss and predictions of each micro-batch."""
-    for given in micro_batches:
-        yield model(given.tokens_BT, given.meta, given.labels_BT, predicts=True)
+    end = measure_together(suite, scorer)
+    if end.problem is not None:
+        raise TaskError(end.problem)
+    return end.values

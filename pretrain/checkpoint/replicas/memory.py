@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from amfm.data_pipeline.durable.files import file_system_of, read_mounts, try_to_delete
+from amfm.data_pipeline.memory import available_bytes
 from amfm.data_pipeline.store.node_cache import own_folder
 from amfm.pretrain.checkpoint.commit import RankFailure
 from amfm.pretrain.checkpoint.files import file_names_by_rank
@@ -203,6 +204,5 @@ def free_bytes(folder: Path, reserved: int) -> int:
     free = shutil.disk_usage(folder).free
     if file_system_of(folder.resolve(), read_mounts()) != "tmpfs":
         return free
-    text = Path("/proc/meminfo").read_text(encoding="ascii")
-    available = re.search(r"^MemAvailable: +(\d+) kB", text, re.MULTILINE)
-    return free if available is None else min(free, 1024 * int(available[1]) - reserved)
+    available = available_bytes()
+    return free if available is None else min(free, available - reserved)

@@ -94,7 +94,7 @@ def read(*changes):
 run = read(f"{key}.width=12")
 assert f"{key}.width" in [row.key for row in describe_fields()]
 config = run.model
-assert {kind.name for kind, _ in kinds_in_use(run)} == {"mamba", "attention", "squeeze"}
+assert {kind.name for kind, _ in kinds_in_use(run.model)} == {"mamba", "attention", "squeeze"}
 model = HybridModel(config, single_rank_groups(), seed=3)
 assert sum(parameter.numel() for parameter in model.parameters()) == count_parameters(config).total
 assert block_flops(config, symbol, 256) == 3 * 2 * 2 * 192 * 12

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,9 +11,8 @@ import torch
 
 from amfm.model.packing import PackMeta
 from amfm.pretrain.inference.generate import Sampling, generate_tokens
-from amfm.pretrain.parallel import Parallel
+from amfm.pretrain.inference.passes import RowPasses
 from amfm.pretrain.tasks.scoring import GreedyJob, LikelihoodJob, Scorer, pack_questions
-from amfm.pretrain.tasks.suite import passes_of
 from tests.model.small_models import small_config, small_model
 
 ROWS = tuple(
@@ -36,8 +34,8 @@ class Letters:
 def make_scorer(pattern: str = "M*E", rows_at_once: int = 2) -> Scorer:
     model = small_model(small_config(pattern)).eval()
     tokenizer: Any = Letters()
-    alone = Parallel.alone(torch.device("cpu"))
-    return Scorer(partial(passes_of, model), model, model.empty_state, tokenizer, alone, 40, rows_at_once)
+    passes = RowPasses.of_model(model, rows_at_once, predicts=True)
+    return Scorer(passes, model, model.empty_state, tokenizer, max_length=40)
 
 
 def test_batches_score_what_each_row_scores_alone() -> None:

@@ -1,0 +1,179 @@
+"""A model that is only read, over all ranks: in the layout of tensor and expert ranks that their memory asks for.
+
+Ranks that hold the whole model share nothing but the questions, so that is taken where it fits. Else experts are spread
+over data ranks first, which costs two exchanges per block of experts, and then every block over tensor ranks, which costs
+two per block.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from amfm.data_pipeline.memory import available_bytes
+from amfm.kernels.runtime.backend import resolve_for_run
+from amfm.model.config.schema import ModelConfig
+from amfm.model.hybrid import HybridModel
+from amfm.model.loss import LOGITS_SLICE
+from amfm.model.on_demand import on_demand
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.parallel.shards import parameter_shards
+from amfm.pretrain.checks.mixers import refusal_problems
+from amfm.pretrain.checks.parallel import size_problems
+from amfm.pretrain.config.schema import ParallelConfig
+from amfm.pretrain.inference.passes import alone
+from amfm.pretrain.inference.weights import Weights, take_own_part
+from amfm.pretrain.parallel import Parallel, initialize_parallel, start_process_group
+from amfm.pretrain.ranks.group import RankGroup
+
+TIMEOUT_SECONDS = 3600.0  # ranks wait for each other that long: the first loads the data of tasks
+USED = 0.9  # of a rank's memory, for weights and work
+STREAMS = 48  # numbers per token and channel that a block holds while it computes, at most
+Precision = Literal["float32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What ranks are to hold next to weights: tokens of a micro-batch; whole_rows: a rank computes all tokens of a row, as
+    continuations do.
+    """
+
+    tokens: int
+    whole_rows: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensor and expert ranks of a model that is only read, and why these."""
+
+    section: ParallelConfig
+    reason: str
+
+
+def join_ranks(num_ranks: int) -> RankGroup:
+    """Join the ranks that a launcher started, or be alone. Every rank must call this."""
+    return RankGroup(0 if num_ranks == 1 else start_process_group(TIMEOUT_SECONDS)[0], num_ranks)
+
+
+def open_model(
+    weights: Weights,
+    ranks: RankGroup,
+    work: Work,
+    *,
+    device: str = "cpu",
+    backend: str = "auto",
+    precision: Precision = "float32",
+    announce: Callable[[str], None] = lambda text: None,
+) -> tuple[HybridModel, Parallel]:
+    """Build this rank's part of a model in eval mode, in a layout that is chosen and announced. Every rank must call this.
+
+    Weights are rounded to `precision`; buffers, such as the balancing bias of routers, stay float32 as in training. device:
+    of one rank alone; several take a GPU each where there are any. Raises ValueError where no layout fits.
+    """
+    if ranks.world_size == 1:
+        parallel = alone(torch.device(device))
+    else:
+        local_ranks = start_process_group(TIMEOUT_SECONDS)[3]
+        memory = min(ranks.all_gather(memory_of_rank(local_ranks)))
+        layout = choose_layout(weights.model, ranks.world_size, memory, work, precision)
+        if ranks.rank == 0:
+            announce(layout.reason)
+        parallel = initialize_parallel(layout.section, timeout_seconds=TIMEOUT_SECONDS)
+    return build_part(weights, parallel, backend, precision), parallel
+
+
+def build_part(weights: Weights, parallel: Parallel, backend: str, precision: Precision) -> HybridModel:
+    """Build what this rank holds of a model, reading no more of it. No collectives."""
+    chosen = resolve_for_run(backend, parallel.device, dtype_of(precision))
+    model = HybridModel(weights.model, parallel.groups, backend=chosen, device="meta")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype_of(precision))
+    model.to_empty(device=parallel.device)
+    model.reset_buffers()
+    state, own = on_demand(weights.state), model.state_dict().keys()
+    if own != state.keys():
+        raise RuntimeError(f"{weights.origin}: weights differ from the model's: {sorted(own ^ state.keys())[:6]}")
+    take_own_part(model, state)
+    return model.eval()
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The dtype of weights and activations."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def choose_layout(model: ModelConfig, num_ranks: int, memory: float, work: Work, precision: Precision) -> Layout:
+    """The layout of fewest tensor ranks, and then expert ranks, whose parts fit a rank's memory in bytes.
+
+    The memory of work is a rule of thumb. Raises ValueError where none fits, naming the smallest.
+    """
+    width = dtype_of(precision).itemsize
+    whole = HybridModel(model, single_rank_groups(), device="meta")
+    needs: list[tuple[float, ParallelConfig]] = []
+    for section in sections(model, num_ranks, work):
+        need = width * numbers_of_rank(whole, section) + memory_of_work(model, work, section, width)
+        needs.append((need, section))
+        if need <= USED * memory:
+            break
+    smallest, section = min(needs, key=lambda each: each[0])
+    words = f"tensor {section.tensor}, expert {section.expert}"
+    had = f"{memory / 1e9:.1f} GB that a rank has"
+    if smallest > USED * memory:
+        only = ", and tasks that generate need whole rows on each rank" if work.whole_rows else ""
+        raise ValueError(
+            f"--nproc {num_ranks}: in {precision} the smallest layout, {words}, needs {smallest / 1e9:.1f} of the {had}{only}; "
+            f"start more ranks{'' if precision == 'bf16' else ', or use --precision bf16'}"
+        )
+    before = f"; {describe(needs[-2])} do not fit" if len(needs) > 1 else ", the whole model on each"
+    return Layout(
+        section,
+        f"{num_ranks} ranks in {precision}: {words}, data {num_ranks // section.tensor}, because {smallest / 1e9:.1f} of the "
+        f"{had} suffice{before}",
+    )
+
+
+def describe(need: tuple[float, ParallelConfig]) -> str:
+    """A layout that was passed over, in words."""
+    return f"the {need[0] / 1e9:.1f} GB of tensor {need[1].tensor}, expert {need[1].expert}"
+
+
+def sections(model: ModelConfig, num_ranks: int, work: Work) -> Iterator[ParallelConfig]:
+    """Layouts that the model's sizes allow, those with least communication first."""
+    for tensor in range(1, num_ranks + 1):
+        for expert in range(1, num_ranks + 1):
+            if num_ranks % tensor or num_ranks % expert or (work.whole_rows and tensor > 1 and expert > 1):
+                continue
+            if expert > 1 and model.moe is None:
+                continue
+            section = ParallelConfig(tensor=tensor, expert=expert)
+            if not any(size_problems(model, section)) and not any(refusal_problems(model, section)):
+                yield section
+
+
+def numbers_of_rank(whole: HybridModel, section: ParallelConfig) -> float:
+    """Parameters that a rank of a layout holds."""
+    ranks = {"tp": section.tensor, "ep": section.expert, "expt_tp": section.expert_tensor_size(), "embd": 1}
+    total = 0.0
+    for _, parameter, shard in parameter_shards(whole):
+        part = float(parameter.numel())
+        for cut in shard.cuts:
+            part *= sum(cut.local_segments(ranks[cut.axis])) / sum(cut.segments)
+        total += part
+    return total
+
+
+def memory_of_work(model: ModelConfig, work: Work, section: ParallelConfig, width: int) -> float:
+    """Bytes of activations of a forward pass and of a slice of logits."""
+    logits = min(work.tokens * model.vocab_size, LOGITS_SLICE)
+    return width * (STREAMS * work.tokens * model.hidden_size + 2 * logits)
+
+
+def memory_of_rank(local_ranks: int) -> float:
+    """Bytes that this rank's GPU has free, or this rank's share of what the host has."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0])
+    return (available_bytes() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / local_ranks
