@@ -9,7 +9,7 @@ are wrong, RuntimeError for the machine's state. A run on several ranks or hosts
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,11 @@ from amfm.pretrain.extras import require_extra
 if TYPE_CHECKING:
     from amfm.data_pipeline.prepare.report import PrepareReport
     from amfm.launch.plan.plan import Plan
+    from amfm.pretrain.config.optimizers import PackageOptimizerSpec
+    from amfm.pretrain.hook import Hook
     from amfm.pretrain.inference.generate import TextModel
     from amfm.pretrain.report.data import RunRecord
+    from amfm.pretrain.run import Run
 
 warnings.filterwarnings("ignore", message=UNUSED_LIBRARIES)  # as the verbs do
 
@@ -64,19 +67,35 @@ def prepare(config: RunConfig) -> PrepareReport:
     return prepare_store(config.data)
 
 
-def train(config: RunConfig) -> RunRecord:
+def train(
+    config: RunConfig,
+    *,
+    hooks: Sequence[Callable[[Run], Hook]] = (),
+    optimizer: PackageOptimizerSpec | None = None,
+) -> RunRecord:
     """Train in this process, on one rank, resuming from `run.dir`; returns the run's record. Call it from the main thread.
 
-    Ends where the steps are done, or after Ctrl-C has saved. Raises ValueError for settings and data that do not fit and for
-    runs whose stages change their layout, RuntimeError where the run failed; its newest checkpoint stands.
+    hooks: subclasses of `amfm.Hook` that are built from the run. optimizer: one that is registered here and used. Ends where
+    the steps are done, or after Ctrl-C has saved. Raises ValueError for settings and data that do not fit and for runs whose
+    stages change their layout, RuntimeError where the run failed; its newest checkpoint stands.
     """
+    from amfm.model.config.registering import register
+    from amfm.pretrain.config.hook_registry import IN_THIS_TRAINING
     from amfm.pretrain.launcher_protocol import DONE, INTERRUPTED
     from amfm.pretrain.stages import fresh_starts
     from amfm.pretrain.train import train as train_run
 
     if anew := fresh_starts(config):
         raise ValueError(f"ranks restart after step {anew[0]}, which needs separate processes; run `amfm train`")
-    if train_run(config) not in (DONE, INTERRUPTED):
+    if optimizer is not None:
+        register(optimizer)
+        config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"kind": optimizer.name})})
+    IN_THIS_TRAINING.extend(hooks)
+    try:
+        code = train_run(config)
+    finally:
+        IN_THIS_TRAINING.clear()
+    if code not in (DONE, INTERRUPTED):
         raise RuntimeError(f"the run in {config.run.dir} failed: the end of its events.jsonl says why")
     return read_run(config.run.dir)
 

@@ -10,9 +10,11 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +23,7 @@ from amfm.launch.console import UNUSED_LIBRARIES, print_json, say
 from amfm.launch.verbs import Verbs, without_types_of_flags
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.extras import DISTRIBUTION, absent_extras_in_words
-from amfm.pretrain.failures import describe, exit_code, imports_in_words, is_bug, launches_in_words
+from amfm.pretrain.failures import OwnCodeError, describe, exit_code, imports_in_words, is_bug, launches_in_words
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
 
 # Wrong options and arguments. Typer exports no name for this class: it has click inside in later releases, next to it
@@ -31,6 +33,8 @@ OLD_NAME = (
     r"[\w.]+ is called [\w.]+ now; the old name is read"  # model/config/old_names.py, whose import is slower than help
 )
 FORMAT_WARNING = warnings.formatwarning
+READING_VERBS = ("config", "plan")  # of which a configuration names no code that is run
+REGISTERING = "amfm.model.config.registering"
 RESUMABLE_VERBS = ("train", "convert", "prepare", "launch", "study")
 
 app = typer.Typer(
@@ -62,12 +66,20 @@ def print_version(asked: bool) -> None:
 def options(
     context: typer.Context,
     traceback: bool = typer.Option(False, "--traceback", help="Show where in the program an error was raised."),
+    plugins: Annotated[list[Path] | None, typer.Option(help="Import this folder, as `plugins` does.")] = None,
     version: bool = typer.Option(
         False, "--version", is_eager=True, callback=print_version, help="Print the version and exit."
     ),
 ) -> None:
     """Options of every verb; `--traceback` is read by `run`, which verbs get for the ranks that they start."""
+    reads = context.invoked_subcommand in READING_VERBS or "--dry-run" in (context.obj or ())
     context.obj = run
+    if plugins or reads or REGISTERING in sys.modules:
+        from amfm.model.config.registering import load_folder, only_read
+
+        only_read(reads)
+        for folder in plugins or ():
+            load_folder(folder)
 
 
 def main() -> None:
@@ -104,7 +116,7 @@ def run(arguments: Sequence[str]) -> int:
         # With --json, usage errors come back as exceptions, to be said as JSON too.
         command = without_types_of_flags(typer.main.get_command(app))
         with launches_in_words(), imports_in_words(), absent_extras_in_words():
-            code = command(args=list(arguments), prog_name="amfm", standalone_mode=not as_json)
+            code = command(args=list(arguments), prog_name="amfm", standalone_mode=not as_json, obj=arguments)
         return code if isinstance(code, int) else DONE
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -118,10 +130,16 @@ def run(arguments: Sequence[str]) -> int:
         if is_bug(error) or "--traceback" in arguments:
             raise
         code = exit_code(error)
+        if isinstance(error, OwnCodeError):
+            code = show_own_code(error)
         say(f"amfm: {describe(error)}")
         if as_json:
             print_json(describe_as_json(describe(error), code, error))
-        if code == RUN_FAILED:
+        if isinstance(error, OwnCodeError):
+            say(
+                f"amfm: {arguments[0]} stopped in code of a package or of a mixer, shown above; the same command fails again"
+            )
+        elif code == RUN_FAILED:
             again = (
                 "resume with the same command"
                 if arguments[0] in RESUMABLE_VERBS and not {"--doctor", "--dry-run"} & set(arguments)
@@ -129,6 +147,15 @@ def run(arguments: Sequence[str]) -> int:
             )
             say(f"amfm: {arguments[0]} stopped; {again} (amfm --traceback {arguments[0]} ... shows where it failed)")
         return code
+
+
+def show_own_code(error: OwnCodeError) -> int:
+    """Show where in own code an error was raised; returns the exit code, of a wrong setting where no step was done."""
+    from amfm.pretrain.hooks.own_code import first_cause
+
+    cause = first_cause(error)
+    traceback.print_exception(cause, chain=False)
+    return BAD_INPUT if error.in_first_step else RUN_FAILED
 
 
 def describe_as_json(message: str, code: int, error: BaseException) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Block(nn.Module):
 
     def __init__(self, index: int, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
         super().__init__()
-        self.letter = config.built_letters[index]
+        self.index, self.letter = index, config.built_letters[index]
         self.recomputes, self.keeps_norm = False, True
         self.multiplier, self.norm_after = config.multipliers.residual, config.norms_after()[index]
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
@@ -122,6 +122,18 @@ class Block(nn.Module):
         self.updates = put_updates(self.mixer, config, groups, backend)
         # Of a package's mixer: ours draw by their own seeds (`set_draw_seed`).
         self.has_dropout = any(isinstance(module, _DropoutNd) for module in self.mixer.modules())
+
+    def describe(self) -> str:
+        """Name it in messages."""
+        return f"block {self.index} ({self.letter})"
+
+    def note(self, error: Exception) -> None:
+        """Add to an error, once, that it came up in this block, and in which pass."""
+        if not getattr(error, "__notes__", None):
+            is_backward = torch._C._current_autograd_node() is not None
+            error.add_note(
+                f"in {self.describe()}, {'computed again for the backward pass' if is_backward else 'forward'}"
+            )
 
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         """Set an attribute; another module takes the mixer's place as a `PlainMixer`."""
@@ -167,9 +179,16 @@ class Block(nn.Module):
         except StopIteration as end:
             done: tuple[Tensor, MixerOutput] = end.value
             return done
+        except Exception as error:
+            self.note(error)
+            raise
 
     def _mix(self, residual_BTD: Tensor, meta: PackMeta) -> MixerOutput:
-        mixed: MixerOutput = self.mixer(self._norm(residual_BTD), meta, None)
+        try:
+            mixed: MixerOutput = self.mixer(self._norm(residual_BTD), meta, None)
+        except Exception as error:
+            self.note(error)
+            raise
         return self._leave(mixed)
 
     def _leave(self, mixed: MixerOutput) -> MixerOutput:
@@ -273,7 +292,11 @@ def pass_through(
     )
     for index, block in blocks:
         state = None if states is None else states[index]
-        passed.add(index, *block(passed.residual_BTD, passed.delta_BTD, meta.of_block(index), state))
+        try:
+            passed.add(index, *block(passed.residual_BTD, passed.delta_BTD, meta.of_block(index), state))
+        except Exception as error:
+            block.note(error)
+            raise
     return passed
 
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 
 from amfm.model.config.kinds import kind_of
+from amfm.model.config.plugins import until_registered
 from amfm.model.config.schema import ModelConfig
 from amfm.model.mixers.interface import BuildContext, Mixer
 from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
@@ -44,6 +45,7 @@ def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection,
     return mixer
 
 
+@until_registered
 @lru_cache(maxsize=256)
 def sample_mixer(config: ModelConfig, symbol: str, index: int | None = None) -> Mixer:
     """A whole mixer of this symbol without storage, to ask for names, shapes and counts; of block `index`, by default the first."""

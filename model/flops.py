@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from amfm.model.config.pattern import block_kind
+from amfm.model.config.plugins import until_registered
 from amfm.model.config.schema import ModelConfig
 
 
@@ -114,6 +115,7 @@ class Weights(NamedTuple):
     routed: int
 
 
+@until_registered
 @lru_cache(maxsize=256)
 def count_weights(config: ModelConfig, symbol: str) -> Weights:
     """Count the parameters of a mixer of this symbol, on one that is built without storage."""

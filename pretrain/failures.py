@@ -22,11 +22,19 @@ CORRECTABLE = {
 }
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
+LESS_MEMORY = "lower train.micro_batch_size, or see docs/debugging.md#out-of-memory"
+
 # What the system's loader says of a library for which it has no room.
 NO_MEMORY = ("failed to map segment", "cannot allocate memory")
 
 # What Python and native libraries say where the system refuses a thread or a process.
 NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")
+
+
+class OwnCodeError(RuntimeError):
+    """An error of own code ended a run. in_first_step: before any step of this start was done."""
+
+    in_first_step = False
 
 
 def exit_code(error: ValueError | RuntimeError | OSError | MemoryError) -> int:
@@ -44,8 +52,25 @@ def is_bug(error: BaseException) -> bool:
     return isinstance(error, RecursionError | NotImplementedError)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or this host had too little memory; PyTorch has RuntimeErrors for both."""
+    words = ("DefaultCPUAllocator", "out of memory", "alloc_cpu.cpp")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    )
+
+
 def describe(error: Exception) -> str:
-    """Describe an error by its message; one of the operating system with path and remedy."""
+    """Describe an error by its message, with the notes on where it came up; one of the operating system with path and remedy."""
+    where = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    if isinstance(error, RuntimeError) and is_out_of_memory(error) and LESS_MEMORY not in str(error):
+        cause = str(error).strip().splitlines()[0]
+        return f"out of memory ({cause}){where}; {LESS_MEMORY}"
+    return describe_alone(error) + where
+
+
+def describe_alone(error: Exception) -> str:
+    """Describe an error without its notes."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}; {choose_remedy(error.errno)}"
     if isinstance(error, MemoryError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.monitor.anomalies import StepAnomaly, too_many_skips
 from amfm.pretrain.run import Run
 from amfm.pretrain.saving import finish_saving, restore_newest_weights, save
@@ -59,10 +60,11 @@ def abort_run(run: Run, cause: str) -> bool:
     Every rank must call this.
     """
     finish_saving(run)
+    again = "again" if newest_saved_step(run.config.run.dir) < 0 else "again from the newest checkpoint"
     run.tell(
         "gave_up",
         f"{cause}; events.jsonl names the samples and parameters. Lower optimizer.learning_rate or check the data, "
-        "then start again from the newest checkpoint",
+        f"then start {again}",
         cause=cause,
         skipped_in_row=run.progress.skipped_in_row,
     )

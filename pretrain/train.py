@@ -56,6 +56,7 @@ def train(config: RunConfig) -> int:
         with Waiting("amfm train", speaks=is_first_rank()) as waiting:
             run = start_run(config, signals, guard.hearing(waiting))
         run.heartbeat.take_guard(guard)
+        began = run.progress.step
         with while_running():
             try:
                 with while_running():
@@ -64,11 +65,16 @@ def train(config: RunConfig) -> int:
                         hook.at_end()
                     return code
             except RuntimeError as error:
-                text = record_failure(run, str(error))
+                from amfm.pretrain.hooks.own_code import describe_in, own_code_error
+
+                text = record_failure(run, describe_in(error, run.heartbeat.phase()))
                 # A bug keeps its type and traceback, and an unchanged message needs no second error around it.
-                if is_bug(error) or text == str(error):
+                if is_bug(error):
                     raise
-                raise RuntimeError(text) from error
+                own = own_code_error(error, text, in_first_step=run.progress.step == began)
+                if own is None and text == str(error):
+                    raise
+                raise own or RuntimeError(text) from error
             finally:
                 close_run(run)
 

@@ -16,10 +16,12 @@ from operator import attrgetter
 from amfm.model.config.kinds import Kind, all_kinds, describe_symbol, find_kind, kind_of, registered_kinds
 from amfm.model.config.mixer_options import LinearOptions
 from amfm.model.config.mup import check_mup
+from amfm.model.config.plugins import until_registered
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.section import Section
 
 
+@until_registered
 @lru_cache(maxsize=256)
 def check_model(config: ModelConfig) -> None:
     """Raise ValueError with value, rule and remedy for the first broken rule; a configuration that passed is not read again.

@@ -16,14 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from amfm.model.config import mixer_options as own
 from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
 from amfm.model.config.key_mixer_options import MlaOptions, WindowOptions
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions, ParallelOptions
-from amfm.model.config.plugins import how_to_install, list_packages, load_named, specs_by_name
+from amfm.model.config.plugins import how_to_install, list_packages, load_named, specs_by_name, until_registered
 from amfm.model.config.window_linear import WindowLinearOptions
 
 ENTRY_POINTS = "amfm.mixers"
@@ -46,7 +46,7 @@ NO_PRODUCTS = Products()
 class Kind:
     """A kind of block as pattern, configuration and checks see it, without importing its mixer.
 
-    name: lower case, as in `{name}`. mixer: `package.module:Class`, an `amfm.model.mixers.interface.Mixer`. options: its
+    name: lower case, as in `{name}`. mixer: `package.module:Class`, or the class in a process that registers it, an `amfm.model.mixers.interface.Mixer`. options: its
     section, whose class docstring and field descriptions become the documentation. refuses: axes over which it cannot be
     spread yet, with the reason. mixes: whether a token reads others, or its own channels alone; `logits`: a head, an
     `amfm.model.head.Head` that `model.head` names. letter, aliases: in a
@@ -54,8 +54,10 @@ class Kind:
     measured on it (docs/mup.md). products: of which low precision makes some in fewer bits (docs/low_precision.md).
     """
 
+    group: ClassVar[str] = ENTRY_POINTS
+
     name: str
-    mixer: str
+    mixer: str | type[Any]
     options: type[MixerOptions]
     refuses: Mapping[Literal["context", "tensor"], str] = field(default_factory=dict)
     mixes: Literal["sequence", "channels", "logits"] = "sequence"
@@ -241,6 +243,7 @@ BUILT_IN = (
 LETTERS = {letter: kind for kind in BUILT_IN for letter in f"{kind.letter or ''}{kind.aliases}"}
 
 
+@until_registered
 @cache
 def all_kinds() -> dict[str, Kind]:
     """Collect all kinds by name: ours in the order above, then those of installed packages.

@@ -1,7 +1,7 @@
 """What installed packages register: specs under the names of their entry points' groups.
 
-Specs come from installed packages alone and never from a module named in a configuration file: reading a file runs no code
-that was not installed on purpose.
+Specs come from installed packages, from this process and from folders that a configuration names (registering.py); reading a
+file for anything else than to train runs no code that was not installed on purpose.
 
 Their sections are options of the configuration like ours, and yet what is saved must not depend on what is installed: one
 that is not set is not written, and one that is set is saved with the name of its package.
@@ -46,7 +46,26 @@ class Spec(Protocol):
         """Lower case."""
 
 
+class Registered(Spec, Protocol):
+    """What can be registered in a process: it says in which group, and has a section of options."""
+
+    group: ClassVar[str]
+
+    @property
+    def options(self) -> type[Section]:
+        """Its section."""
+
+
 S = TypeVar("S", bound=Spec)
+IN_PROCESS: dict[str, list[tuple[EntryPoint, Registered]]] = {}  # by group
+CACHES: list[Callable[[], None]] = []  # to clear when something is registered
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def until_registered(cached: F) -> F:
+    """Decorate a cached function whose answer depends on what is registered."""
+    CACHES.append(cached.cache_clear)  # type: ignore[attr-defined]
+    return cached
 
 
 def installed_specs(group: str, kind: type[S]) -> Iterator[tuple[EntryPoint, S]]:
@@ -54,6 +73,9 @@ def installed_specs(group: str, kind: type[S]) -> Iterator[tuple[EntryPoint, S]]
 
     Raises RuntimeError for one that cannot be imported or is of another kind: the installation is at fault, not a setting.
     """
+    for entry, registered in IN_PROCESS.get(group, ()):
+        assert isinstance(registered, kind), "a group has one kind of spec"
+        yield entry, registered
     for entry in entry_points(group=group):
         try:
             spec = entry.load()
@@ -80,8 +102,10 @@ def specs_by_name(group: str, kind: type[S], taken: Collection[str], what: str) 
     return specs
 
 
-def load_named(path: str) -> Any:
-    """Import what `package.module:name` names."""
+def load_named(path: Any) -> Any:
+    """Import what `package.module:name` names; a class or function of this process is itself."""
+    if not isinstance(path, str):
+        return path
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -122,6 +146,12 @@ class PluginSections(Section):
         """Write all of ours, and those of packages that are set."""
         written: dict[str, Any] = write(self)
         return {name: value for name, value in written.items() if value is not None or name not in self.packages}
+
+    def __getattr__(self, name: str) -> Any:
+        """None for a part that was registered after this section was read."""
+        if name in type(self).model_fields:
+            return None
+        return super().__getattr__(name)  # type: ignore[misc]
 
     def packages_used(self) -> dict[str, str]:
         """The packages of the sections that are set, by the sections' names."""
@@ -168,9 +198,20 @@ def read_saved_sections(saved: Any, schema: type[PluginSections], key: str, pack
 def list_packages(group: str, kind: type[Spec]) -> dict[str, str]:
     """Name and version of the package behind each spec of a group, by the spec's name."""
     return {
-        spec.name: "an unknown package" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+        spec.name: entry.value if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
         for entry, spec in installed_specs(group, kind)
     }
+
+
+def package_modules() -> set[str]:
+    """Top modules of the packages that register anything, by which their frames in a traceback are known."""
+    groups = [group for group in entry_points().groups if group.startswith("amfm.")]
+    modules = {entry.module for group in groups for entry in entry_points(group=group)}
+    for specs in IN_PROCESS.values():
+        parts = [part for _, spec in specs for part in vars(spec).values()]
+        modules |= {part.partition(":")[0] for part in parts if isinstance(part, str) and ":" in part}
+        modules |= {part.__module__ for part in parts if callable(part)}
+    return {module.partition(".")[0] for module in modules} - {"amfm"}
 
 
 def describe_entry(entry: EntryPoint) -> str:

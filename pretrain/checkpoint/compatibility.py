@@ -72,6 +72,7 @@ MAY_CHANGE = (
     "launch.*",
     "low_precision.*",
     "parallel.*",
+    "plugins",
     "stages.*",
     "validation.*",
     "train.steps",

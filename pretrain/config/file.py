@@ -130,6 +130,7 @@ def resolve(
         apply_override(tree, override, problems, schema)
     use_names_of_today(tree, problems)
     expand_home(tree)
+    load_plugins(tree, problems)
     problems += [control_problem(key, value) for key, value in paths_of(tree) if CONTROL.search(value)]
     origins = tree.origins()
     try:
@@ -140,6 +141,20 @@ def resolve(
     if problems:
         raise ConfigError(problems).located(origins)
     return config, origins
+
+
+def load_plugins(tree: Entry, problems: list[Problem]) -> None:
+    """Import the folders that a configuration names, before its sections are validated; what is wrong becomes a problem."""
+    named = tree.value.get("plugins") if isinstance(tree.value, dict) else None
+    folders = named.value if named is not None and isinstance(named.value, list) else []
+    if folders:
+        from amfm.model.config.registering import load_named_folder
+    for entry in folders:
+        try:
+            if isinstance(entry.value, str):
+                load_named_folder(entry.value)
+        except ValueError as error:
+            problems.append(Problem("plugins", str(error), "", origin=entry.origin))
 
 
 def apply_override(tree: Entry, override: str, problems: list[Problem], schema: type[BaseModel] = RunConfig) -> None:

@@ -10,12 +10,12 @@ of it is saved: what it does is a function of the step and the masters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
-from amfm.model.config.plugins import list_packages, load_named, specs_by_name
+from amfm.model.config.plugins import list_packages, load_named, specs_by_name, until_registered
 from amfm.model.config.section import Section
 from amfm.pretrain.config.pruning import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig, TraceConfig
 
@@ -49,8 +49,10 @@ class HookSpec:
     present 2.
     """
 
+    group: ClassVar[str] = ENTRY_POINTS
+
     name: str
-    hook: str
+    hook: str | Callable[..., Any]
     options: type[Section]
     interface: int = 1
 
@@ -80,6 +82,11 @@ BUILT_IN = (
 )
 
 
+# Made from the run, next to those of sections: `amfm.train(config, hooks=[...])`.
+IN_THIS_TRAINING: list[Callable[[Any], Any]] = []
+
+
+@until_registered
 @cache
 def hook_specs() -> dict[str, HookSpec]:
     """Collect the hooks of installed packages by name.

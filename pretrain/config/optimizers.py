@@ -22,7 +22,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal
 
-from amfm.model.config.plugins import PluginSections, list_packages, load_named, specs_by_name, with_sections
+from amfm.model.config.plugins import (
+    PluginSections,
+    list_packages,
+    load_named,
+    specs_by_name,
+    until_registered,
+    with_sections,
+)
 from amfm.model.config.section import Section
 
 ENTRY_POINTS = "amfm.optimizers"
@@ -37,8 +44,10 @@ class PackageOptimizerSpec:
     defaults.
     """
 
+    group: ClassVar[str] = ENTRY_POINTS
+
     name: str
-    update: str
+    update: str | Callable[..., Any]
     options: type[Section]
 
     def load(self) -> Callable[..., Any]:
@@ -93,6 +102,7 @@ class PackageMatrices:
         return shapes
 
 
+@until_registered
 @cache
 def optimizer_specs() -> dict[str, PackageOptimizerSpec]:
     """Collect the optimizers of installed packages by name. Raises RuntimeError as mixers do, and for a name that is taken."""

@@ -13,9 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from amfm.model.config.plugins import PluginSections, list_packages, load_named, specs_by_name, with_sections
+from amfm.model.config.plugins import (
+    PluginSections,
+    list_packages,
+    load_named,
+    specs_by_name,
+    until_registered,
+    with_sections,
+)
 from amfm.model.config.section import Section
 
 ENTRY_POINTS = "amfm.schedules"
@@ -30,8 +37,10 @@ class ScheduleSpec:
     defaults.
     """
 
+    group: ClassVar[str] = ENTRY_POINTS
+
     name: str
-    factor: str
+    factor: str | Callable[..., Any]
     options: type[Section]
 
     def load(self) -> Callable[..., float]:
@@ -40,6 +49,7 @@ class ScheduleSpec:
         return found
 
 
+@until_registered
 @cache
 def schedule_specs() -> dict[str, ScheduleSpec]:
     """Collect the schedules of installed packages by name. Raises RuntimeError as mixers do, and for a name that is taken."""

@@ -448,6 +448,9 @@ class RunConfig(Section):
     ema: EmaConfig | None = Field(None, description="Keep a moving average of the weights; null: none.")
     trace_choices: TraceConfig | None = Field(None, description="Write the choices of routers; null: none.")
     hooks: RegisteredHooks = RegisteredHooks()
+    plugins: tuple[str, ...] = Field(
+        (), description="Folders of code that is imported on every rank and registers parts (docs/hooks.md)."
+    )
     convert: ConvertConfig | None = Field(None, description="Of `amfm convert`; null: train what `model` says.")
     launch: LaunchConfig = LaunchConfig()
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.hooks.metrics import Experts, Metrics, Stragglers
-from amfm.pretrain.hooks.quantization import build_kept_weights, build_quantization
 from amfm.pretrain.hooks.replicas import build_replicas
 from amfm.pretrain.hooks.state_watch import build_state_watch
 from amfm.pretrain.hooks.validate import Validations
@@ -23,7 +22,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from amfm.pretrain.config.hook_registry import BUILT_IN, HookSpec, hook_specs
+from amfm.pretrain.config.hook_registry import BUILT_IN, IN_THIS_TRAINING, HookSpec, hook_specs
 from amfm.pretrain.failures import describe, describe_exit
 
 MOMENTS = tuple(name for name in vars(Hook) if not name.startswith("_"))
@@ -35,6 +34,7 @@ def build_table(run: Run) -> list[Hook]:
     others = [(spec, getattr(run.config.hooks, spec.name)) for spec in hook_specs().values()]
     hooks: list[Hook] = [spec.load()(options, run) for spec, options in own if options is not None]
     packages = run.config.hooks.packages
+    hooks += [make(run) for make in IN_THIS_TRAINING]
     return hooks + [
         OfPackage(spec, packages[spec.name], options, run) for spec, options in others if options is not None
     ]
@@ -95,6 +95,11 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
         from amfm.pretrain.hooks.cuda_graphs import CudaGraphs
 
         graphs.append(CudaGraphs(run))
+    quantized: list[Hook] = []
+    if run.config.low_precision.recipe != "none" or run.config.low_precision.quantize_weights == "each_step":
+        from amfm.pretrain.hooks.quantization import build_kept_weights, build_quantization
+
+        quantized += [*build_quantization(run), *build_kept_weights(run)]
     validations, sets = Validations(run), list[Hook]()
     if run.config.validation:
         from amfm.pretrain.hooks.validation_sets import ValidationSets
@@ -120,10 +125,13 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
         from amfm.pretrain.hooks.energy import Energy
 
         sets.append(Energy(run))
+    from amfm.pretrain.hooks.diverged import Divergence, FirstNonfinite
+
     watched = [
+        FirstNonfinite(run),
+        Divergence(run),
         *build_state_watch(run),
-        *build_quantization(run),
-        *build_kept_weights(run),
+        *quantized,
         validations,
         *sets,
         *tasks,

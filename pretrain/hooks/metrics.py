@@ -93,9 +93,11 @@ class Metrics(Hook):
         if files.display is not None:
             files.display.show(metrics)
         if result.skip is not None and result.anomaly is not None:
+            first = result.skip.get("first_nonfinite")
+            where = f", first in {first}" if first else ""
             run.tell(
                 "skipped_step",
-                f"step {run.progress.step}: {result.anomaly.text}; the step was skipped on every rank",
+                f"step {run.progress.step}: {result.anomaly.text}{where}; the step was skipped on every rank",
                 cause=result.anomaly.text,
                 in_row=run.progress.skipped_in_row,
                 **result.skip,

@@ -94,6 +94,10 @@ class Heartbeat:
         if self.listener is not None:
             self.listener(phase)
 
+    def phase(self) -> str:
+        """The phase that this rank has entered last."""
+        return self._place[1]
+
     def find_lost(self, num_ranks: int) -> list[Beat]:
         """Find the ranks that are gone, as their last beats, for a rank whose collective failed.
 

@@ -22,6 +22,23 @@ MIN_SMOOTHED = 20
 NUM_COLOURS, NUM_DASHES = 6, 3
 MIN_USUAL = 500  # values of a curve whose axis leaves out what is unusual
 BEGIN, UNUSUAL = 0.05, 0.005  # shares of a run's steps: its first ones, and on either side of the others
+# Keys of metrics.jsonl that amfm writes; others are of packages' hooks.
+OURS = {
+    *("step", "time", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "tokens_per_second_per_gpu", "mfu"),
+    *("tflops_per_gpu", "seconds", "auxiliary", "expert_load", "memory_bytes", "data", "skipped", "mtp_loss"),
+    *("damaged_samples", "allocator", "stage", "qk_clip", "validation_seconds", "validation_loss", "mtp_accepted"),
+    *("validation_accuracy", "validation_row_accuracy", "validation_bits_per_byte", "validation_by_source"),
+    *(
+        "inspect",
+        "low_precision",
+        "validation_sets_at_start",
+        "validation_sets",
+        "spike",
+        "energy",
+        "tasks",
+        "tasks_seconds",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,7 @@ def make_plots(record: RunRecord) -> list[Plot]:
         quantization_plot,
     ]
     marks, stages = make_marks(record), make_stages(record)
-    found = [*(make(record) for make in makers), *inspection_plots(record)]
+    found = [*(make(record) for make in makers), *inspection_plots(record), *other_plots(record)]
     return [replace(plot, marks=marks, stages=stages) for plot in found if plot is not None]
 
 
@@ -375,6 +392,26 @@ def inspection_plots(record: RunRecord) -> Iterator[Plot]:
         yield Plot(
             f"inspect-{key}", title, caption, unit, heat=HeatMap(names, tuple(edges), rows, lowest, highest, is_log)
         )
+
+
+def other_plots(record: RunRecord) -> Iterator[Plot]:
+    """Plot each number, and each section of numbers by name, that a hook which is not ours adds to the lines."""
+    keys = dict.fromkeys(key for line in record.metrics for key in line if key not in OURS)
+    for key in keys:
+        values = [(int(line["step"]), line[key]) for line in record.metrics if key in line]
+        series: dict[str, tuple[list[int], list[float]]] = {}
+        for step, value in values:
+            for name, number in (value if isinstance(value, dict) else {"": value}).items():
+                if isinstance(number, int | float) and not isinstance(number, bool):
+                    steps, numbers = series.setdefault(str(name), ([], []))
+                    steps.append(step)
+                    numbers.append(float(number))
+        curves = tuple(
+            Curve(name, *pair, series=number % 6, dash=number // 6)
+            for number, (name, pair) in enumerate(series.items())
+        )
+        if curves:
+            yield Plot(f"hook-{key}", key.replace("_", " "), "Logged by a hook.", "", curves)
 
 
 def inspected_blocks(line: Mapping[str, Any]) -> dict[str, list[float | None]]:

@@ -11,11 +11,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from amfm.launch.api import load, load_model, plan, prepare, read_run, train
     from amfm.launch.modules import batches, build, save_model
+    from amfm.model.config.kinds import Kind
+    from amfm.model.config.registering import register
     from amfm.pretrain.config.errors import ConfigError
+    from amfm.pretrain.config.hook_registry import HookSpec
+    from amfm.pretrain.config.optimizers import OptimizerSpec
+    from amfm.pretrain.config.schedules import ScheduleSpec
+    from amfm.pretrain.failures import OwnCodeError
+    from amfm.pretrain.hook import Hook
 
 __version__ = "0.1.0"
+_API = ("load", "load_model", "plan", "prepare", "read_run", "train")
+_ELSEWHERE = {
+    **dict.fromkeys(("batches", "build", "save_model"), "amfm.launch.modules"),
+    "ConfigError": "amfm.pretrain.config.errors",
+    "Hook": "amfm.pretrain.hook",
+    "HookSpec": "amfm.pretrain.config.hook_registry",
+    "Kind": "amfm.model.config.kinds",
+    "OptimizerSpec": "amfm.pretrain.config.optimizers",
+    "OwnCodeError": "amfm.pretrain.failures",
+    "ScheduleSpec": "amfm.pretrain.config.schedules",
+    "register": "amfm.model.config.registering",
+}
 __all__ = [
     "ConfigError",
+    "Hook",
+    "HookSpec",
+    "Kind",
+    "OptimizerSpec",
+    "OwnCodeError",
+    "ScheduleSpec",
     "batches",
     "build",
     "load",
@@ -23,12 +48,10 @@ __all__ = [
     "plan",
     "prepare",
     "read_run",
+    "register",
     "save_model",
     "train",
 ]
-
-_MODULES = dict.fromkeys(("batches", "build", "save_model"), "amfm.launch.modules")
-_ELSEWHERE = {"ConfigError": "amfm.pretrain.config.errors", **_MODULES}
 
 
 def __getattr__(name: str) -> Any:
