@@ -80,7 +80,7 @@ VERBS = {
     ),
     "export": ("export", "Write a transformers checkpoint and verify its logits in a fresh process."),
     "import": (
-        "export",
+        "importing",
         "Import a transformers checkpoint or another program's training state, to continue, export or use it.",
     ),
     "merge": (
@@ -177,6 +177,8 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import evaluate as module
         case "export":
             from amfm.launch.commands import export as module
+        case "importing":
+            from amfm.launch.commands import importing as module
         case "merge":
             from amfm.launch.commands import merge as module
         case "shrink":
