@@ -134,7 +134,8 @@ def test_what_is_written_down_inside_the_block_is_posted_before_it_is_left(tmp_p
         with following(config):
             run = tmp_path / "run"
             run.mkdir()
-            line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(time.time() + 2))}  # short: a moment written down, nothing waits for it
+            later = time.gmtime(time.time() + 2)  # short: a moment written down, nothing waits for it
+            line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", later)}
             (run / "events.jsonl").write_text(json.dumps(event("end", 3, reason="finished") | line) + "\n")
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not bodies and time.monotonic() < deadline:
