@@ -119,6 +119,9 @@ def _drop_unused_sections(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update=unused | {"mixers": type(config.mixers)(**used)})
 
 
+NO_LIMIT = (0.0, 1e30)  # of time steps: JSON cannot spell infinity
+
+
 def model_config_from_huggingface(fields: Mapping[str, Any]) -> ModelConfig:
     """Build our configuration from the config.json of one of the classes that we read.
 
@@ -129,4 +132,7 @@ def model_config_from_huggingface(fields: Mapping[str, Any]) -> ModelConfig:
     found = BY_TYPE.get(str(kind))
     if found is None:
         raise ValueError(f"config.json: model_type={kind} cannot be imported; use one of {', '.join(BY_TYPE)}")
+    low, high = fields.get("time_step_limit") or NO_LIMIT
+    if low > NO_LIMIT[0] or high < NO_LIMIT[1]:
+        raise ValueError(f"config.json: time_step_limit={low, high} cannot be imported; our time steps have no limits")
     return found.read(fields)

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from amfm.model.config.core_options import Mamba2Config
 from amfm.model.config.key_mixer_options import WindowOptions
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.rope import RopeConfig, yarn_of
@@ -36,8 +35,6 @@ from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, needs_byte_level
 LAYER_TYPES = {"W": "sliding_attention", "*": "full_attention"}
 MIXERS = {name: symbol for symbol, name in LAYER_TYPES.items()}
 SECONDS = {"-": "dense", "E": "sparse"}
-# Of time steps: JSON cannot spell infinity.
-NO_LIMIT = (0.0, 1e30)
 
 
 def read_plain(family: Family, fields: Mapping[str, Any]) -> ModelConfig:
@@ -54,7 +51,7 @@ def read_plain(family: Family, fields: Mapping[str, Any]) -> ModelConfig:
     if "*" in mixers:
         sections["attention"] = {"positions": "rope", "rope": ropes["*"], **heads}
     if "M" in mixers:
-        sections["mamba"] = _read_mamba(fields)
+        sections["mamba"] = read_mamba(fields)
     if "W" in mixers:
         rope = ropes["W"]
         if rope.scaling not in ("none", "yarn"):
@@ -93,14 +90,6 @@ def _read_heads(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
     else:
         found["bias"] = family.bias
     return found
-
-
-def _read_mamba(fields: Mapping[str, Any]) -> Mamba2Config:
-    """Read Mamba2. Raises ValueError for time steps that are clamped."""
-    low, high = fields.get("time_step_limit") or NO_LIMIT
-    if low > NO_LIMIT[0] or high < NO_LIMIT[1]:
-        raise ValueError(f"config.json: time_step_limit={low, high} cannot be imported; our time steps have no limits")
-    return read_mamba(fields)
 
 
 def _read_mixers(family: Family, fields: Mapping[str, Any]) -> list[str]:

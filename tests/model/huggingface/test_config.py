@@ -99,6 +99,7 @@ def test_transformers_reads_the_flat_keys_of_a_scaled_rotation_as_the_nested_one
         ({"model_type": "phi3"}, "model_type=phi3 cannot be imported"),
         ({"use_bias": True}, "use_bias=True cannot be imported; our model has use_bias=False only"),
         ({"sliding_window": 128}, "sliding_window=128 cannot be imported"),
+        ({"time_step_limit": [0.001, 0.1]}, r"time_step_limit=\(0.001, 0.1\) cannot be imported"),
         ({"layers_block_type": ["mamba", "conv"]}, r"layer kinds \['conv'\] cannot be imported"),
     ],
 )
