@@ -14,7 +14,7 @@ from statistics import median
 from amfm.pretrain.report.data import read_run
 from amfm.pretrain.report.goodput import measure_goodput
 from tests.cluster.cluster import events, metrics
-from tests.cluster.soak.site import Site
+from tests.cluster.soak.site import SAVED_EVERY_STEPS, Site
 
 LOOK_SECONDS = 0.05
 MOVING_SECONDS = 15.0
@@ -71,18 +71,22 @@ class Onlooker:
         return self.step - self.began_at >= NEW_STEPS and time.monotonic() - self.moved < MOVING_SECONDS
 
     def useful(self) -> float:
-        """Seconds of the steps that count: between two lines of one start; the first of each start as the others."""
-        spans = self.spans()
-        return sum(spans) + (len(self.seen) - len(spans)) * median(spans)
+        """Seconds of the steps that count: between two lines of one start, without what a save between them took.
+
+        The first step of each start, and the one after a save at most, takes as long as the others.
+        """
+        spans, pace = self.spans(), self.pace()
+        counted = [min(seconds, pace) if step % SAVED_EVERY_STEPS == 1 else seconds for step, seconds in spans]
+        return sum(counted) + (len(self.seen) - len(spans)) * pace
 
     def pace(self) -> float:
         """Seconds of a step that nothing disturbs."""
-        return median(self.spans())
+        return median(seconds for _, seconds in self.spans())
 
-    def spans(self) -> list[float]:
-        """Seconds between the lines of two steps of one start."""
-        pairs = pairwise(self.seen[step] for step in sorted(self.seen))
-        return [moment - before for (before, start), (moment, own) in pairs if own == start]
+    def spans(self) -> list[tuple[int, float]]:
+        """Steps, and seconds between their line and the one before it of the same start."""
+        pairs = pairwise((step, *self.seen[step]) for step in sorted(self.seen))
+        return [(step, moment - before) for (_, before, start), (step, moment, own) in pairs if own == start]
 
 
 @dataclass(frozen=True)

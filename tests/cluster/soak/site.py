@@ -18,6 +18,7 @@ from tests.pretrain.tiny_run import tiny_config, tiny_data
 NUM_NODES = 4
 STEPS = 300
 PAUSE_SECONDS = 0.8  # in each step
+SAVED_EVERY_STEPS = 10
 
 
 def write_run(folder: Path, run_dir: Path, pause: float) -> RunConfig:
@@ -29,7 +30,7 @@ def write_run(folder: Path, run_dir: Path, pause: float) -> RunConfig:
         run_dir,
         train__steps=STEPS,
         train__global_batch_size=8,
-        train__checkpoint_every_steps=10,
+        train__checkpoint_every_steps=SAVED_EVERY_STEPS,
         train__timeout_seconds=180,  # short: ranks wait so long for one that was killed, and an hour holds thirty faults
         hooks__pause={"seconds": pause},
         launch__heartbeat_seconds=60.0,

@@ -38,8 +38,8 @@ def test_a_difference_a_leftover_and_a_goodput_that_is_off_fail_a_soak(tmp_path:
     assert find_failure([found]) == "run 0: step 3: ..."
 
 
-def test_an_onlooker_counts_steps_by_their_lines_and_the_first_of_a_start_as_the_others() -> None:
-    moments = {1: (5.0, 1), 2: (6.0, 1), 3: (7.0, 1), 4: (60.0, 2), 5: (61.0, 2), 6: (65.0, 2)}
+def test_an_onlooker_counts_steps_by_their_lines_and_first_ones_and_saves_as_the_others() -> None:
+    moments = {8: (5.0, 1), 9: (6.0, 1), 10: (7.0, 1), 11: (10.0, 1), 12: (60.0, 2), 13: (61.0, 2), 14: (65.0, 2)}
     onlooker = Onlooker(seen=dict(moments))
-    assert onlooker.spans() == [1.0, 1.0, 1.0, 4.0]
-    assert (onlooker.pace(), onlooker.useful()) == (1.0, 7.0 + 2 * 1.0)
+    assert onlooker.spans() == [(9, 1.0), (10, 1.0), (11, 3.0), (13, 1.0), (14, 4.0)]
+    assert (onlooker.pace(), onlooker.useful()) == (1.0, 8.0 + 2 * 1.0)
