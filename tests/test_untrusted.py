@@ -57,6 +57,7 @@ RENAMES = {
     "pretrain/export/clients/gguf_file.py": "in a folder of mode 700",
     "pretrain/export/export.py": "a folder that mkdir made",
     "pretrain/export/files.py": "a folder that mkdir made",
+    "pretrain/hooks/trace_choices.py": "opened with x",
     "pretrain/monitor/heartbeat.py": "opened with x",
     "pretrain/rollback.py": "files and folders of the run, which have their names already",
 }

@@ -282,12 +282,12 @@ def test_sources_behind_a_url_are_read_as_local_ones(server, tmp_path, pattern):
     [
         ("none", "doesn't exist; name a file, a folder or a glob"),
         ("*.txt", "doesn't exist; name a file, a folder or a glob"),
-        ("a.bin", "must end in .txt, .md, .jsonl"),
+        ("a.zip", "must end in .txt, .md, .jsonl"),
         ("x.idx", "must be a local file: copy the .idx and the .bin here"),
     ],
 )
 def test_urls_that_give_nothing_are_refused_with_a_remedy(server, tmp_path, name, message):
-    for given in ("a.bin", "x.idx"):
+    for given in ("a.zip", "x.idx"):
         (tmp_path / given).write_bytes(b"x")
     upload(tmp_path, f"s3://{BUCKET}/{tmp_path.name}")
     with pytest.raises(ValueError, match=message):
