@@ -295,13 +295,14 @@ def digest_file(path: Path) -> Any:
     """SHA-256 of a file, or of each tensor of a checkpoint's; of a manifest its content without what is compared elsewhere.
 
     Left out: times, versions, digests of configurations and of whole files, and the balancing biases of routers, whose mean
-    has been taken out since 1d43216a. Choices, losses and all other weights show what they do.
+    has been taken out since 1d43216a, and the window of gradient norms, which it did not keep. Metrics, choices, losses and all other weights show what they do.
     """
     if path.name == "manifest.json":
         content = json.loads(path.read_text())
         if "config" in content:
             rename(content["config"])
             content["files"] = sorted(content["files"])
+            content["state"]["progress"].pop("recent_norms", None)
         return strip(
             {key: value for key, value in content.items() if key not in ("sha256", "versions", "config_sha256")}
         )
