@@ -34,8 +34,9 @@ from amfm.model.on_demand import Source as OnDemandSource
 from amfm.pretrain.export.files import OUR_DESCRIPTION, begin_export, put_in_place, sync_files
 from amfm.pretrain.export.quantized import read_quantized
 from amfm.pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON
+from amfm.pretrain.inference.own_part import DEPTH_PREFIX
 from amfm.pretrain.inference.released import read_released
-from amfm.pretrain.inference.weights import DEPTH_PREFIX, Weights, check_shapes, write_weights
+from amfm.pretrain.inference.weights import Weights, check_shapes, write_weights
 from amfm.pretrain.tensor_files import TensorFile
 
 READ_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -15,7 +15,8 @@ from amfm.pretrain.checkpoint.names import list_checkpoints, step_of
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.hooks.validate import Validations, validate
 from amfm.pretrain.inference.mean import average
-from amfm.pretrain.inference.weights import Weights, read_weights, take_own_part
+from amfm.pretrain.inference.own_part import take_own_part
+from amfm.pretrain.inference.weights import Weights, read_weights
 from amfm.pretrain.monitor.metrics import finite
 from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.run import Run

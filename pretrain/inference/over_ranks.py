@@ -19,14 +19,13 @@ from amfm.kernels.runtime.backend import resolve_for_run
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.loss import LOGITS_SLICE
-from amfm.model.on_demand import on_demand
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.parallel.shards import parameter_shards
 from amfm.pretrain.checks.mixers import refusal_problems
 from amfm.pretrain.checks.parallel import size_problems
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.inference.passes import alone
-from amfm.pretrain.inference.weights import Weights, take_own_part
+from amfm.pretrain.inference.weights import Weights
 from amfm.pretrain.parallel import Parallel, initialize_parallel, start_process_group
 from amfm.pretrain.ranks.group import RankGroup
 
@@ -83,22 +82,9 @@ def open_model(
         if ranks.rank == 0:
             announce(layout.reason)
         parallel = initialize_parallel(layout.section, timeout_seconds=TIMEOUT_SECONDS)
-    return build_part(weights, parallel, backend, precision), parallel
-
-
-def build_part(weights: Weights, parallel: Parallel, backend: str, precision: Precision) -> HybridModel:
-    """Build what this rank holds of a model, reading no more of it. No collectives."""
-    chosen = resolve_for_run(backend, parallel.device, dtype_of(precision))
-    model = HybridModel(weights.model, parallel.groups, backend=chosen, device="meta")
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype_of(precision))
-    model.to_empty(device=parallel.device)
-    model.reset_buffers()
-    state, own = on_demand(weights.state), model.state_dict().keys()
-    if own != state.keys():
-        raise RuntimeError(f"{weights.origin}: weights differ from the model's: {sorted(own ^ state.keys())[:6]}")
-    take_own_part(model, state)
-    return model.eval()
+    dtype = dtype_of(precision)
+    chosen = resolve_for_run(backend, parallel.device, dtype)
+    return weights.build(backend=chosen, device=parallel.device, groups=parallel.groups, dtype=dtype), parallel
 
 
 def dtype_of(precision: Precision) -> torch.dtype:

@@ -13,7 +13,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.interface import Mixer
 from amfm.model.on_demand import OnDemand, on_demand
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.pretrain.inference.weights import Weights, fill
+from amfm.pretrain.inference.weights import Weights
 
 
 def stream_model(weights: Weights) -> HybridModel:
@@ -46,4 +46,6 @@ def materialize(module: nn.Module, name: str, state: OnDemand) -> None:
     for part in module.modules():
         if isinstance(part, Mixer):
             part.reset_buffers()
-    fill(module, state, f"{name}.")
+    for own, tensor in module.state_dict().items():
+        for start, rows in state.blocks(f"{name}.{own}"):
+            (tensor[start : start + len(rows)] if rows.dim() else tensor).copy_(rows)

@@ -14,13 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from amfm.data_pipeline.durable.foreign_files import inside, read_object, take
 from amfm.data_pipeline.progress import Report, silent
@@ -32,23 +32,22 @@ from amfm.data_pipeline.tokenizer.tokenizer import (
     read_kept_tokenizer,
     read_tokenizer_file,
 )
+from amfm.kernels.runtime.backend import resolve_backend
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig, read_saved_model
 from amfm.model.hybrid import HybridModel
 from amfm.model.lora import merge_lora
-from amfm.model.on_demand import OnDemand, cut_rows, on_demand
-from amfm.model.parallel.groups import single_rank_groups
-from amfm.model.parallel.shards import REPLICATED, parameter_shards
-from amfm.model.routed_updates import ENDS
+from amfm.model.on_demand import OnDemand, on_demand
+from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
 from amfm.model.shapes import weight_shapes
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, read_manifest
 from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
-from amfm.pretrain.checkpoint.placement import place_shard, whole_dim
 from amfm.pretrain.config.convert import ConvertConfig
 from amfm.pretrain.config.saved import read_saved_config
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.inference.merge import multiply_out
+from amfm.pretrain.inference.own_part import DEPTH_PREFIX, take_own_part
 from amfm.pretrain.inference.released import FILE as RELEASED
 from amfm.pretrain.inference.released import Released, find_released
 from amfm.pretrain.stages import last_stage, resolve_stages
@@ -58,7 +57,6 @@ WEIGHTS_FORMAT = "amfm-weights"
 WEIGHTS_VERSION = 1
 DESCRIPTION = "weights.json"
 TENSORS = "weights.safetensors"
-DEPTH_PREFIX = "mtp."
 
 
 @dataclass(frozen=True)
@@ -111,21 +109,29 @@ class Weights:
         state = on_demand(self.state)
         return sum(math.prod(state.shape(name)) for name in state)
 
-    def build(self, *, backend: str = "torch", device: str = "cpu") -> HybridModel:
-        """Build the whole model on one rank, in float32 and eval mode, with a copy of the weights."""
-        model = HybridModel(self.model, single_rank_groups(), backend=backend, device=device, draws=False)
+    def build(
+        self,
+        *,
+        backend: str = "torch",
+        device: torch.device | str = "cpu",
+        groups: ProcessGroupCollection | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> HybridModel:
+        """Build what a rank of `groups` holds of the model, without them all of it, in eval mode, with a copy of the weights.
+
+        No more of the weights is read. They are rounded to `dtype`; buffers, such as routers' balancing bias, stay float32.
+        """
+        chosen = resolve_backend(backend, torch.device(device))
+        model = HybridModel(self.model, groups or single_rank_groups(), backend=chosen, device="meta")
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.to_empty(device=device)
+        model.reset_buffers()
         own, state = model.state_dict().keys(), on_demand(self.state)
         if own != state.keys():
             raise RuntimeError(f"{self.origin}: weights differ from the model's: {sorted(own ^ state.keys())[:6]}")
-        fill(model, state)
+        take_own_part(model, state)
         return model.eval()
-
-
-def fill(module: nn.Module, state: OnDemand, prefix: str = "") -> None:
-    """Copy weights and buffers into a module, whose names in the state begin with `prefix`, some rows at a time."""
-    for name, tensor in module.state_dict().items():
-        for start, rows in state.blocks(prefix + name):
-            (tensor[start : start + len(rows)] if rows.dim() else tensor).copy_(rows)
 
 
 def read_weights(path: str | Path, report: Report = silent, *, averaged: bool = False) -> Weights:
@@ -344,34 +350,6 @@ def require_same_function(weights: Weights, model: ModelConfig, tokenizer_identi
 def depth_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """List names and shapes of the weights of multi-token prediction."""
     return {name: shape for name, shape in weight_shapes(config).items() if name.startswith(DEPTH_PREFIX)}
-
-
-@torch.no_grad()
-def take_own_part(model: HybridModel, state: OnDemand, names: Collection[str] | None = None) -> None:
-    """Copy what this rank's model holds: its blocks, and of each parameter its shard, reading the rows that have a part in it.
-
-    Buffers, such as the router's balancing bias, are copied whole. Prediction depths and routed updates that `state` lacks
-    stay as they are, and so does all but `names` where these are given.
-    """
-    parameters = {name: (parameter, shard) for name, parameter, shard in parameter_shards(model)}
-    for name, own in model.state_dict(keep_vars=True).items():
-        if name not in state and (name.startswith(DEPTH_PREFIX) or name.endswith(ENDS)):
-            continue
-        if names is not None and name not in names:
-            continue
-        parameter, shard = parameters.get(name, (own, REPLICATED))
-        if not parameter.dim():
-            parameter.copy_(state[name])
-            continue
-        placement, taken = place_shard(parameter.shape, shard, model.groups), 0
-        for first, last in placement.intervals[0]:
-            for start, stop in cut_rows(last - first, state.shape(name)):
-                rows = state.rows(name, (first + start, first + stop))
-                for dim, intervals in enumerate(placement.intervals[1:], start=1):
-                    if intervals != whole_dim(rows.shape[dim]):
-                        rows = torch.cat([rows.narrow(dim, low, high - low) for low, high in intervals], dim=dim)
-                parameter[taken : taken + len(rows)].copy_(rows)
-                taken += len(rows)
 
 
 def function_settings(config: ModelConfig) -> dict[str, object]:

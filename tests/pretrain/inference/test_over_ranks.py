@@ -12,7 +12,7 @@ from amfm.data_pipeline.store.store import TokenStore
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.inference.evaluate import Evaluation, evaluate_checkpoint, measure_store
-from amfm.pretrain.inference.over_ranks import Layout, Work, build_part, choose_layout
+from amfm.pretrain.inference.over_ranks import Layout, Work, choose_layout
 from amfm.pretrain.inference.passes import RowPasses
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.parallel import initialize_parallel
@@ -78,7 +78,7 @@ def measure_layouts(folder: str, layouts: tuple[dict[str, int], ...]) -> list[tu
     choice = TaskChoice(("choice", "weigh"), str(Path(folder, "tasks")))
     for layout in layouts:
         parallel = initialize_parallel(ParallelConfig.model_validate(layout), timeout_seconds=PATIENCE_SECONDS)
-        model = build_part(weights, parallel, "auto", "float32")
+        model = weights.build(groups=parallel.groups)
         passes = RowPasses.of_model(model, 8, parallel=parallel, predicts=True)
         store = TokenStore.open(weights.run.data.store)
         sums = measure_store(passes, store, "validation", sequence_length=23, isolated=True)
