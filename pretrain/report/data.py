@@ -87,7 +87,7 @@ class RunRecord:
             held: Any = line
             for part in key.split("."):
                 held = held.get(part) or {}
-            for name, value in held.items():
+            for name, value in held.items() if isinstance(held, dict) else ():
                 if is_number(value):
                     steps, values = found.setdefault(str(name), ([], []))
                     steps.append(int(line["step"]))

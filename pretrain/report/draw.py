@@ -19,8 +19,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 
+from amfm.pretrain.report.curves import Curve, HeatMap, Plot
 from amfm.pretrain.report.numbers import THEMED, Colours, distinct, keep_extremes, make_columns, short, smooth
-from amfm.pretrain.report.plots import Curve, HeatMap, Plot
 
 MAX_POINTS = 400
 MAX_ENVELOPE = 200  # columns of an envelope, so that neighbours of steps of one value each show as an area

@@ -14,10 +14,10 @@ from html import escape
 import numpy as np
 
 from amfm.pretrain.config.file import diff_configs
+from amfm.pretrain.report.curves import NUM_COLOURS, NUM_DASHES, Curve, Plot, cap_outliers, curve_style, usual_range
 from amfm.pretrain.report.data import RunRecord
 from amfm.pretrain.report.numbers import count, plain, smooth
 from amfm.pretrain.report.page import Table
-from amfm.pretrain.report.plots import NUM_COLOURS, NUM_DASHES, Curve, Plot, cap_outliers, curve_style, usual_range
 
 MAX_RUNS = NUM_COLOURS * NUM_DASHES
 Series = tuple[Sequence[int], Sequence[float]]

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from amfm.pretrain.monitor.health import Verdict
+from amfm.pretrain.report.curves import Plot
 from amfm.pretrain.report.draw import draw_svg
 from amfm.pretrain.report.numbers import DARK, LIGHT, plain
-from amfm.pretrain.report.plots import Plot
 
 # A long run logs thousands of checkpoints; older events stay in events.jsonl.
 MAX_EVENTS = 200

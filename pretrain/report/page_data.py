@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
+from amfm.pretrain.report.curves import Curve, HeatMap, Plot, curve_style
 from amfm.pretrain.report.data import RunRecord, is_number
 from amfm.pretrain.report.marks import make_marks, make_stages
 from amfm.pretrain.report.numbers import keep_extremes, make_columns
 from amfm.pretrain.report.page import Table
-from amfm.pretrain.report.plots import Curve, HeatMap, Plot, curve_style
 
 # Metrics between 0 and 1, of which more is better; others (perplexities, bits) have their own scales.
 SHARES = ("acc", "acc_norm", "exact_match", "f1", "mc1", "mc2", "prompt_level_strict_acc")

@@ -1,27 +1,31 @@
 """The plots of a report, as data: curves over steps, or a map of blocks by steps, with what a reader must know.
 
-A `Plot` draws nothing. The page's script (page.js) draws it where a reader can point and zoom, and matplotlib (draw.py)
-for pictures and for readers whose browser runs no script; so both show the same curves. Each function returns None when
-the run has no such measurement, and no empty figure is shown.
+Each function returns None when the run has no such measurement, and no empty figure is shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from amfm.pretrain.report.curves import (
+    MIN_SMOOTHED,
+    Curve,
+    HeatMap,
+    Plot,
+    cap_outliers,
+    curve_style,
+    most_columns,
+    noisy_curve,
+    usual_range,
+)
 from amfm.pretrain.report.data import RunRecord
-from amfm.pretrain.report.marks import Mark, Stage, make_marks, make_stages
-from amfm.pretrain.report.numbers import mean_of_spans, smooth
+from amfm.pretrain.report.marks import make_marks, make_stages
+from amfm.pretrain.report.numbers import mean_of_spans
 
-MAX_COLUMNS, LEAST_COLUMNS, MAX_CELLS = 240, 60, 6000  # of a map, and its cells
-MIN_SMOOTHED = 20
-NUM_COLOURS, NUM_DASHES = 6, 3
-MIN_USUAL = 500  # values of a curve whose axis leaves out what is unusual
-BEGIN, UNUSUAL = 0.05, 0.005  # shares of a run's steps: its first ones, and on either side of the others
 # Keys of metrics.jsonl that amfm writes; others are of packages' hooks.
 OURS = {
     *("step", "time", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "tokens_per_second_per_gpu", "mfu"),
@@ -39,63 +43,6 @@ OURS = {
         "tasks_seconds",
     ),
 }
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line: values at steps, a name for the legend (empty: none), and its colour and dashes by number, from 0.
-
-    `noisy`: drawn smoothed; with `has_envelope` above the lowest and highest values. `dots`: few points, each marked. `run`:
-    number of the run on a page of several.
-    """
-
-    name: str
-    steps: Sequence[int]
-    values: Sequence[float]
-    series: int = 0
-    dash: int = 0
-    noisy: bool = False
-    has_envelope: bool = False
-    dots: bool = False
-    run: int = 0
-
-
-@dataclass(frozen=True)
-class HeatMap:
-    """Values [row][span] of named rows over spans of steps between `edges`; None where nothing was measured.
-
-    `lowest`, `highest`: values of the first and the last colour; with `is_log` colours follow the ratio to `lowest`.
-    """
-
-    names: tuple[str, ...]
-    edges: tuple[float, ...]
-    rows: tuple[tuple[float | None, ...], ...]
-    lowest: float
-    highest: float
-    is_log: bool = False
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure: title, one line on what to see in it, the unit of its values, and curves or a map.
-
-    `lowest` and `highest` fix an end of the vertical axis; `limit` is a dashed line across. `usual`: where the axis ends until a
-    reader asks for all values. `marks`: what happened that a curve may show. `stages`: of a run that has several.
-    """
-
-    name: str
-    title: str
-    caption: str
-    unit: str
-    curves: tuple[Curve, ...] = ()
-    is_log: bool = False
-    lowest: float | None = None
-    highest: float | None = None
-    limit: float | None = None
-    heat: HeatMap | None = None
-    usual: tuple[float, float] | None = None
-    marks: tuple[Mark, ...] = ()
-    stages: tuple[Stage, ...] = ()
 
 
 def make_plots(record: RunRecord) -> list[Plot]:
@@ -118,47 +65,6 @@ def make_plots(record: RunRecord) -> list[Plot]:
     marks, stages = make_marks(record), make_stages(record)
     found = [*(make(record) for make in makers), *inspection_plots(record), *other_plots(record)]
     return [replace(plot, marks=marks, stages=stages) for plot in found if plot is not None]
-
-
-def usual_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
-    """Choose the ends of an axis that the begin of a run and spikes would rule; None: all fit well, or the run is short.
-
-    It shows what is smoothed after the first BEGIN of the steps, and all but UNUSUAL of the lowest and highest values.
-    """
-    if max((len(curve.values) for curve in curves), default=0) < MIN_USUAL:
-        return None
-    first, last = min(curve.steps[0] for curve in curves), max(curve.steps[-1] for curve in curves)
-    ends: list[float] = []
-    whole: list[float] = []
-    for curve in curves:
-        values = np.asarray(curve.values, dtype=np.float64)
-        late = values[np.searchsorted(curve.steps, first + BEGIN * (last - first)) :]
-        whole += [values.min(), values.max()]
-        if not len(late):
-            continue
-        if curve.noisy:
-            smoothed = smooth(late.tolist())
-            ends += [min(smoothed), max(smoothed)]
-        ends += np.quantile(late, [UNUSUAL, 1 - UNUSUAL]).tolist() if curve.noisy else [late.min(), late.max()]
-    room = 0.05 * (max(ends) - min(ends))
-    if room == 0 or max(whole) - min(whole) < 2 * (max(ends) - min(ends)):
-        return None
-    return float(min(ends) - room), float(max(ends) + room)
-
-
-def cap_outliers(values: Sequence[float]) -> tuple[float | None, str]:
-    """Choose where an axis ends that a few spikes would rule, and say in words how many lie above; None: all fit.
-
-    A spike is above twice the value that 95 of 100 stay below: a first step that compiled, a step after a pause of the host.
-    """
-    if len(values) < MIN_SMOOTHED:
-        return None, ""
-    usual = float(np.quantile(np.asarray(values, dtype=np.float64), 0.95))
-    top = 1.25 * usual
-    above = sum(value > top for value in values)
-    if usual <= 0 or max(values) <= 2 * usual:
-        return None, ""
-    return top, f" {above} of {len(values):,} steps are above the axis."
 
 
 def loss_plot(record: RunRecord) -> Plot | None:
@@ -216,17 +122,6 @@ def memory_plot(record: RunRecord) -> Plot | None:
         return None
     curves = (Curve("", steps, [size / 2**30 for size in held], series=4),)
     return Plot("memory", "Memory", "Peak of the main rank so far.", "GiB", curves, lowest=0)
-
-
-def curve_style(number: int) -> tuple[int, int]:
-    """Colour and dashes of one curve of several: neighbours differ in both, and the first 18 in one of them."""
-    return number % NUM_COLOURS, (number + number // NUM_COLOURS) % NUM_DASHES
-
-
-def noisy_curve(steps: Sequence[int], values: Sequence[float], name: str = "", *, series: int) -> Curve:
-    """Make the curve of a noisy measure: smoothed above its envelope; of few steps as it is."""
-    is_noisy = len(values) > MIN_SMOOTHED
-    return Curve(name, steps, values, series, noisy=is_noisy, has_envelope=is_noisy)
 
 
 def accuracy_plot(record: RunRecord) -> Plot | None:
@@ -311,11 +206,6 @@ def expert_load_plot(record: RunRecord) -> Plot | None:
     return Plot("experts", "Expert load", caption, "fullest / mean", heat=heat)
 
 
-def most_columns(rows: int) -> int:
-    """Columns that a map of so many rows has at most, so that its cells stay few."""
-    return max(LEAST_COLUMNS, min(MAX_COLUMNS, MAX_CELLS // rows))
-
-
 def auxiliary_plot(record: RunRecord) -> Plot | None:
     """Plot the auxiliary losses, weighted as they enter the loss; those that are zero throughout are left out."""
     found = {name: pair for name, pair in record.named_series("auxiliary").items() if any(pair[1])}
@@ -396,20 +286,10 @@ def inspection_plots(record: RunRecord) -> Iterator[Plot]:
 
 def other_plots(record: RunRecord) -> Iterator[Plot]:
     """Plot each number, and each section of numbers by name, that a hook which is not ours adds to the lines."""
-    keys = dict.fromkeys(key for line in record.metrics for key in line if key not in OURS)
-    for key in keys:
-        values = [(int(line["step"]), line[key]) for line in record.metrics if key in line]
-        series: dict[str, tuple[list[int], list[float]]] = {}
-        for step, value in values:
-            for name, number in (value if isinstance(value, dict) else {"": value}).items():
-                if isinstance(number, int | float) and not isinstance(number, bool):
-                    steps, numbers = series.setdefault(str(name), ([], []))
-                    steps.append(step)
-                    numbers.append(float(number))
-        curves = tuple(
-            Curve(name, *pair, series=number % 6, dash=number // 6)
-            for number, (name, pair) in enumerate(series.items())
-        )
+    for key in dict.fromkeys(key for line in record.metrics for key in line if key not in OURS):
+        alone = record.series(key)
+        series = record.named_series(key) | ({"": alone} if alone[0] else {})
+        curves = tuple(Curve(name, *pair, *curve_style(number)) for number, (name, pair) in enumerate(series.items()))
         if curves:
             yield Plot(f"hook-{key}", key.replace("_", " "), "Logged by a hook.", "", curves)
 

@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 
+from amfm.pretrain.report.curves import curve_style, noisy_curve, usual_range
 from amfm.pretrain.report.overlay import MAX_RUNS
-from amfm.pretrain.report.plots import curve_style, noisy_curve, usual_range
 
 
 def long_loss(num_steps: int) -> tuple[range, np.ndarray]:
