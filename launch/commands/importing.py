@@ -97,6 +97,11 @@ def import_(
         raise ValueError(
             f"--config, --step and --changed are for a training state, and {source} is none; leave them out"
         )
+    import_model(source, out, as_json=as_json)
+
+
+def import_model(source: Path, out: Path, *, as_json: bool) -> None:
+    """Read a model of transformers, and print what it became."""
     check_free(out)
     require_extra("export", "amfm import")
     from amfm.pretrain.export.import_huggingface import import_huggingface
