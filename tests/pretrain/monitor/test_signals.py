@@ -85,6 +85,7 @@ def losses(directory: Path) -> list[float]:
 def test_a_signal_before_the_run_is_taken_over_by_its_watch_and_the_system_s_action_returns() -> None:
     program = (
         "import os, signal\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # the tests may run below nohup themselves
         "from amfm.pretrain.monitor.signals import SignalWatch, note_signals\n"
         "note_signals()\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
