@@ -14,7 +14,7 @@ WORKERS ?= 3
 
 quickstart: $(VENV)/.installed
 	$(BIN)/amfm doctor
-	$(BIN)/amfm corpus shakespeare data/corpus/shakespeare
+	$(BIN)/amfm sample-data shakespeare data/corpus/shakespeare
 	$(BIN)/amfm prepare configs/tiny_cpu.yaml
 	$(BIN)/amfm train configs/tiny_cpu.yaml
 	$(BIN)/amfm evaluate $(RUN)
@@ -129,7 +129,7 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed-dev)
 	$(GPU_PYTHON) -m pytest -p no:cacheprovider -m gpu tests/kernels/interpreter tests/pretrain/monitor tests/pretrain/hooks || failed=1; \
 	test -d data/shakespeare || { $(GPU_PYTHON) -m amfm.launch corpus shakespeare data/corpus/shakespeare && \
 		$(GPU_PYTHON) -m amfm.launch prepare configs/tiny_cpu.yaml; } || failed=1; \
-	$(GPU_PYTHON) -m amfm.launch bench card --folder $(GPU_RUNS)/job || failed=1; \
+	$(GPU_PYTHON) -m amfm.launch bench gpu --folder $(GPU_RUNS)/job || failed=1; \
 	exit $$failed
 
 check: $(VENV)/.installed-dev

@@ -1,6 +1,6 @@
 """Training steps of several models side by side: forward and backward of the same tokens, in turns.
 
-What a change of structure is worth: the models of two configurations, of a checkpoint before and after `amfm shrink`, or of
+What a change of structure is worth: the models of two configurations, of a checkpoint before and after `amfm compact`, or of
 one sequence mixer each (those of `python -m benchmarks.length`). They take turns, upwards and downwards, so that a drift of the machine slows all of them, and each step is compared with the first
 model's of its own round. CPU time vs. wall time tells more on a machine that others load.
 """

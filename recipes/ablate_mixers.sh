@@ -18,7 +18,7 @@ if [ "${1:-}" = --toy ]; then
     set -- 'tasks=[{name: recall, config: hybrid_1m_recall.yaml, between: ""}]' "mixers=[{mixer: M, overrides: [$short]}]" \
         'ratios=[none, 1:1]' num_mixers=2
 else
-    amfm corpus shakespeare data/corpus/shakespeare
+    amfm sample-data shakespeare data/corpus/shakespeare
     amfm prepare "$configs/hybrid_1m_text.yaml"
 fi
 

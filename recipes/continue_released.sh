@@ -22,7 +22,7 @@ read -r -a overrides <<< "${AMFM_OVERRIDES:-}"
 if [ "$model" = --toy ]; then
     family=$text
     model=$work/model text=$work/text length=64 batch=4 micro_batch=2 precision=float32 held_out=0.3 MAX_TOKENS=${MAX_TOKENS:-300000}
-    amfm corpus python-sources "$text" --megabytes 1
+    amfm sample-data python-sources "$text" --megabytes 1
     [ -e "$model/config.json" ] || "${PYTHON:-python}" "$(dirname "$0")/toy_released.py" "$family" "$model" "$text"
 fi
 max_tokens=${MAX_TOKENS:-$((steps * length * batch * 11 / 10 + 100000))}

@@ -15,12 +15,12 @@ shift
 
 teacher=() conversion=()
 if [ "${1:-}" = --toy ]; then
-    amfm corpus python-sources data/corpus/python --megabytes 1
+    amfm sample-data python-sources data/corpus/python --megabytes 1
     set -- data.store=data/python 'data.sources=[{name: python, paths: [data/corpus/python]}]' data.tokenizer.vocab_size=512 \
         model.vocab_size=512 train.validate_every_steps=2 train.validation_batches=1
     teacher=(train.steps=4) conversion=(convert.transfer.steps=2 convert.tune.steps=2)
 else
-    amfm corpus shakespeare data/corpus/shakespeare
+    amfm sample-data shakespeare data/corpus/shakespeare
 fi
 
 amfm prepare "$configs/teacher.yaml" "$@"

@@ -23,7 +23,7 @@ case $budget in
 esac
 
 if [ "$budget" = --toy ]; then
-    amfm corpus python-sources "$text" --megabytes 1
+    amfm sample-data python-sources "$text" --megabytes 1
     # Of so little text a fiftieth may be no document at all.
     overrides=(data.validation_fraction=0.1 train.steps=4 train.global_batch_size=8 train.sequence_length=128 train.checkpoint_every_steps=2
         train.validate_every_steps=4 train.validation_batches=1 schedule.warmup_steps=1 schedule.decay_steps=1 train.num_threads=1 "${overrides[@]}")

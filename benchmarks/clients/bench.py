@@ -85,7 +85,7 @@ def bench_clients(
     folder.mkdir(parents=True, exist_ok=True)
     reports: dict[str, dict[ClientName, ClientReport]] = {}
     tasks: dict[str, dict[str, float]] = {}
-    run_amfm(folder, "corpus", "shakespeare", "corpus")
+    run_amfm(folder, "sample-data", "shakespeare", "corpus")
     for number, name in ((number, name) for number, name in enumerate(MODELS) if name in names):
         run, export = f"runs/{number}", f"exports/{number}"
         config = folder / f"{number}.yaml"

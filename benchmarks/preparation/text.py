@@ -1,6 +1,6 @@
 """Text of a given size for `python -m benchmarks.preparation`: real files, and lines of them drawn again by a seed.
 
-The real text is the installed Python sources, as `amfm corpus python-sources` collects it. A generated document is a run of
+The real text is the installed Python sources, as `amfm sample-data python-sources` collects it. A generated document is a run of
 lines drawn from it, so that a tokenizer finds in it what it finds in text, at a speed at which 10 GB are made in minutes.
 """
 

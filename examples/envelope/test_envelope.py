@@ -166,7 +166,7 @@ def test_installed_it_is_a_section_of_a_run_that_a_cut_does_not_change_and_shrin
         for name in ("whole", "cut")
     )
     assert len(whole) == 4 and whole == cut
-    run_amfm("shrink", str(tmp_path / "cut"), str(tmp_path / "small"), packages=metadata.parent)
+    run_amfm("compact", str(tmp_path / "cut"), str(tmp_path / "small"), packages=metadata.parent)
     section = yaml.safe_load((tmp_path / "small" / "model.yaml").read_text())["model"]
     assert section["feed_forward"]["hidden_size"] == 24
 

@@ -146,7 +146,7 @@ def test_a_run_trains_resumes_evaluates_and_is_not_exported(tmp_path: Path) -> N
     assert_a_cut_changes_nothing(config, tmp_path, packages, stop=20)
     lines = metrics_of(tmp_path / "whole")
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3 and lines[-1]["auxiliary"]["smoothness"] > 0
-    answer = json.loads(must("evaluate", tmp_path / "whole", "--probe", "mqar", "--json", packages=packages))
+    answer = json.loads(must("evaluate", tmp_path / "whole", "--synthetic", "mqar", "--json", packages=packages))
     assert 0 <= answer["accuracy"] <= 1
     refused = amfm("export", tmp_path / "whole", tmp_path / "export", packages=packages, cwd=tmp_path)
     assert refused.returncode != 0

@@ -1,4 +1,4 @@
-"""Verbs about text and folders: corpus, prepare, inspect."""
+"""Verbs about text and folders: sample-data, prepare, inspect."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from amfm.pretrain.config.schema import RunConfig
 
 
-def corpus(
+def sample_data(
     name: Annotated[
         str,
         typer.Argument(
@@ -46,7 +46,7 @@ def corpus(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The verb `corpus`."""
+    """The verb `sample-data`."""
     from amfm.data_pipeline.prepare.corpus import fetch_corpus
     from amfm.data_pipeline.prepare.python_sources import collect_python_sources
 
@@ -185,9 +185,11 @@ def inspect(
     ],
     *,
     diff: Annotated[Path | None, typer.Option(metavar="OTHER", help="Show only what differs from OTHER.")] = None,
-    keep: Annotated[
+    protect: Annotated[
         bool | None,
-        typer.Option("--keep/--release", help="Protect a verified checkpoint from pruning, or remove the protection."),
+        typer.Option(
+            "--protect/--unprotect", help="Protect a verified checkpoint from pruning, or remove the protection."
+        ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="For a store: check sizes and indices only, not every chunk.")
@@ -229,8 +231,8 @@ def inspect(
         return
     if config is not None:
         raise ValueError(f"--config {config} is for --sample G; leave it out, or add --sample")
-    if keep is not None:
-        mark_checkpoint(Path(path), keep)
+    if protect is not None:
+        mark_checkpoint(Path(path), protect)
     with Waiting("amfm inspect") as waiting:
         found = inspect_path(path, quick=quick, report=waiting)
         other = None if diff is None else inspect_path(diff, report=waiting)
@@ -362,7 +364,7 @@ def show_fact(value: Any) -> str:
 
 def add_verbs(app: typer.Typer) -> None:
     """Register the verbs of this file."""
-    app.command(epilog="Example: amfm corpus shakespeare data/corpus/shakespeare")(corpus)
+    app.command(epilog="Example: amfm sample-data shakespeare data/corpus/shakespeare")(sample_data)
     app.command(epilog="Example: amfm prepare configs/tiny_cpu.yaml data.prepare.num_actors=2")(prepare)
     app.command(epilog="Example: amfm inspect data/shakespeare --quick; amfm inspect runs/tiny_cpu --sample 17")(
         inspect

@@ -45,7 +45,7 @@ LengthOption = Annotated[
     typer.Option("--sequence-length", "--length", min=1, help="Tokens per row; default: as in training."),
 ]
 MaxTokensOption = Annotated[int | None, typer.Option(min=1, help="Stop after about this many tokens; default: all.")]
-ProbeOption = Annotated[
+SyntheticOption = Annotated[
     TaskChoice | None, typer.Option(help="Evaluate this synthetic task instead (docs/synthetic_tasks.md).")
 ]
 SettingsOption = Annotated[
@@ -74,8 +74,8 @@ def evaluate(
     split: SplitOption = None,
     sequence_length: LengthOption = None,
     max_tokens: MaxTokensOption = None,
-    probe: ProbeOption = None,
-    probe_settings: SettingsOption = None,
+    synthetic: SyntheticOption = None,
+    settings: SettingsOption = None,
     rows: RowsOption = None,
     tasks: TasksOption = None,
     include_path: IncludePathOption = None,
@@ -93,15 +93,15 @@ def evaluate(
     """The verb `evaluate`."""
     ranks = {"--nproc": None if nproc == 1 else nproc, "--on": on, "--precision": precision}
     check_options(
-        "--tasks" if tasks else "--probe" if probe else None,
-        {"--probe": probe, "--sequence-length": sequence_length},
+        "--tasks" if tasks else "--synthetic" if synthetic else None,
+        {"--synthetic": synthetic, "--sequence-length": sequence_length},
         {
             "--data": data,
             "--split": split,
             "--max-tokens": max_tokens,
             "--weights": None if weights == "last" else weights,
         },
-        {"--set": probe_settings, "--rows": rows},
+        {"--set": settings, "--rows": rows},
         {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot},
         ranks,
     )
@@ -113,9 +113,9 @@ def evaluate(
     if tasks is not None:
         choice = read_choice(tasks, include_path, limit, num_fewshot)
         evaluate_on_tasks(checkpoint, choice, place, as_json=as_json)
-    elif probe is not None:
-        settings = probe_settings or []
-        evaluate_on_synthetic(checkpoint, probe, settings, sequence_length, rows, place, as_json=as_json)
+    elif synthetic is not None:
+        length = sequence_length
+        evaluate_on_synthetic(checkpoint, synthetic, settings or [], length, rows, place, as_json=as_json)
     else:
         evaluate_on_text(
             checkpoint, data, split or "validation", sequence_length, max_tokens, weights, place, as_json=as_json
@@ -247,12 +247,12 @@ def check_options(
     of_tasks: Mapping[str, object],
     of_ranks: Mapping[str, object],
 ) -> None:
-    """Refuse options that the chosen measure would not read: `--tasks`, `--probe`, or None for the loss on text."""
-    unread = {"--tasks": {**others, **of_text}, "--probe": {**of_text, **of_ranks}, None: {}}[measure]
+    """Refuse options that the chosen measure would not read: `--tasks`, `--synthetic`, or None for the loss on text."""
+    unread = {"--tasks": {**others, **of_text}, "--synthetic": {**of_text, **of_ranks}, None: {}}[measure]
     for name, value in unread.items():
         if value is not None:
             raise ValueError(f"{name} has no effect with {measure}; leave it out")
-    for owner, options in (("--probe", of_synthetic), ("--tasks", of_tasks)):
+    for owner, options in (("--synthetic", of_synthetic), ("--tasks", of_tasks)):
         for name, value in options.items():
             if owner != measure and value is not None:
                 raise ValueError(f"{name} has no effect without {owner}; leave it out")

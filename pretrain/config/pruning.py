@@ -13,7 +13,7 @@ PRUNED_GROUPS: tuple[PrunedGroups, ...] = get_args(PrunedGroups)
 
 
 class PruneConfig(Section):
-    """Magnitude pruning while the model trains: the smallest groups are set to zero and stay there; `amfm shrink` removes them."""
+    """Magnitude pruning while the model trains: the smallest groups are set to zero and stay there; `amfm compact` removes them."""
 
     groups: PrunedGroups = Field(
         description="What is pruned as a whole: inner `channels` of dense feed-forwards and shared experts, routed `experts`, `heads` of attention (a key-value head with its queries)."

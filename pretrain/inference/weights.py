@@ -85,7 +85,7 @@ class Weights:
         if self.given_tokenizer is None:
             raise ValueError(
                 f"{self.origin} was trained on a synthetic task and knows no text; give a model of text, or measure this one "
-                "with `amfm evaluate --probe`"
+                "with `amfm evaluate --synthetic`"
             )
         return self.given_tokenizer
 

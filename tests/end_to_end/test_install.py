@@ -179,7 +179,7 @@ def test_first_steps_from_init_to_an_export_and_training_with_the_core_alone(
 
     assert do("--version") == f"amfm {amfm.__version__}\n"
     assert Path(do("recipes", "one_gpu").strip()).is_file()
-    do("corpus", "python-sources", "text", "--megabytes", "1")
+    do("sample-data", "python-sources", "text", "--megabytes", "1")
     do("init", "my", "--size", "20m", "--style", "nemotron", "--data", "text", "--hardware", "cpu")
     do("prepare", "my/run.yaml", *TOY)
     do("train", "my/run.yaml", *TOY, "train.stop_after_steps=2")

@@ -27,7 +27,7 @@ def accuracy_of(name: str, folder: Path, overrides: list[str], length: int) -> f
     """Share of right answers on rows of this length that no training sees."""
     config, run = str(CONFIGS / f"{name}.yaml"), str(folder / "run")
     run_amfm("train", config, f"run.dir={run}", "train.num_threads=1", *overrides, packages=folder)
-    answer = run_amfm("evaluate", run, "--probe", name, "--length", str(length), "--json", packages=folder)
+    answer = run_amfm("evaluate", run, "--synthetic", name, "--length", str(length), "--json", packages=folder)
     return float(json.loads(answer)["accuracy"])
 
 

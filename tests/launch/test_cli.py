@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from amfm.launch.cli import describe, exit_code, run
-from amfm.launch.verbs import PACKAGED, VERBS, load_verb
+from amfm.launch.verbs import PACKAGED, PANELS, VERBS, load_verb
 from tests.helpers.json_output import one_object
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.config.files import BASE
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_verbs_are_those_of_the_contract():
     assert set(VERBS) == {
         *("bench", "study"),
-        *("doctor", "config", "corpus", "prepare", "train", "rollback", "inspect", "report", "plan", "launch"),
+        *("doctor", "config", "sample-data", "prepare", "train", "rollback", "inspect", "report", "plan", "launch"),
         *(
             "evaluate",
             "generate",
@@ -36,11 +36,15 @@ def test_the_verbs_are_those_of_the_contract():
             "merge",
             "fork",
             "replay",
-            "shrink",
+            "compact",
             "convert",
             "recipes",
         ),
     }
+
+
+def test_every_verb_is_in_one_panel_of_help():
+    assert sorted(name for names in PANELS.values() for name in names) == sorted(VERBS)
 
 
 def test_help_of_a_verb_begins_with_its_line_in_the_list():

@@ -38,8 +38,8 @@ def test_a_checkpoint_is_described_and_damage_is_named(
     shard.write_bytes(shard.read_bytes()[:-1])
     code, found, error = inspect(capsys, path)
     assert code == 2 and found["ok"] is False and "bytes, the manifest says" in error
-    assert run(["inspect", str(path), "--keep"]) == 2
-    assert "--keep marks a checkpoint that verifies" in capsys.readouterr().err
+    assert run(["inspect", str(path), "--protect"]) == 2
+    assert "--protect marks a checkpoint that verifies" in capsys.readouterr().err
 
 
 def test_two_checkpoints_are_compared_in_numbers_and_settings(
@@ -61,8 +61,8 @@ def test_two_checkpoints_are_compared_in_numbers_and_settings(
 
 def test_marking_and_releasing(engine: ZeroEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save(tmp_path, 1, engine)
-    assert inspect(capsys, path, "--keep")[1]["marked"] is True
+    assert inspect(capsys, path, "--protect")[1]["marked"] is True
     assert (path / "keep").exists()
     assert inspect(capsys, path)[1]["marked"] is True
-    assert inspect(capsys, path, "--release")[1]["marked"] is False
+    assert inspect(capsys, path, "--unprotect")[1]["marked"] is False
     assert not (path / "keep").exists()

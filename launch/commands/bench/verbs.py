@@ -5,13 +5,13 @@ from __future__ import annotations
 import typer
 
 from amfm.launch.commands.bench.calibrate import calibrate
-from amfm.launch.commands.bench.card import card
+from amfm.launch.commands.bench.gpu import gpu
 from amfm.launch.commands.bench.kernels import kernels
 from amfm.launch.commands.bench.numerics import numerics
 
 VERBS = (
     (calibrate, "amfm bench calibrate own.yaml --threads 1"),
-    (card, "amfm bench card --stage losses --stage resume"),
+    (gpu, "amfm bench gpu --stage losses --stage resume"),
     (kernels, "amfm bench kernels --op decay_scan --json"),
     (numerics, "amfm bench numerics configs/tiny_cpu.yaml --recipes fp8_block --steps 40"),
 )
@@ -20,7 +20,7 @@ VERBS = (
 def add_verbs(app: typer.Typer) -> None:
     """Add `bench` to the command."""
     bench = typer.Typer(
-        epilog="Example: amfm bench card",
+        epilog="Example: amfm bench gpu",
         no_args_is_help=True,
     )
     for verb, example in VERBS:

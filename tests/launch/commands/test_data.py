@@ -1,4 +1,4 @@
-"""`amfm corpus`, `prepare` and `inspect --sample`: what they refuse and what they print."""
+"""`amfm sample-data`, `prepare` and `inspect --sample`: what they refuse and what they print."""
 
 import json
 import signal
@@ -19,7 +19,7 @@ from tests.helpers.tiny_store import make_text, make_tiny_store
 
 
 def test_corpus_names_the_known_ones(capsys):
-    assert run(["corpus", "encyclopedia"]) == 2
+    assert run(["sample-data", "encyclopedia"]) == 2
     assert "corpus 'encyclopedia' must be one of shakespeare" in capsys.readouterr().err
 
 
@@ -86,7 +86,7 @@ def test_inspect_decodes_what_a_global_sample_trains_on(tmp_path, base, capsys):
 
 @pytest.mark.slow
 def test_installed_python_sources_are_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["corpus", "python-sources", str(tmp_path), "--megabytes", "1", "--json"]
+    command = ["sample-data", "python-sources", str(tmp_path), "--megabytes", "1", "--json"]
     assert run(command) == 0
     first = json.loads(capsys.readouterr().out)
     assert first["files"] == 1 and 1_000_000 <= first["bytes"] < 3_000_000
@@ -95,9 +95,9 @@ def test_installed_python_sources_are_a_corpus(tmp_path: Path, capsys: pytest.Ca
     assert len({record["text"] for record in records}) == len(records) > 10
     before = file.stat().st_mtime_ns
     assert run(command) == 0 and file.stat().st_mtime_ns == before
-    assert run(["corpus", "python-sources", str(tmp_path / "more"), "--megabytes", "1000000"]) == 2
+    assert run(["sample-data", "python-sources", str(tmp_path / "more"), "--megabytes", "1000000"]) == 2
     assert "--megabytes 1000000 must be at most" in capsys.readouterr().err
-    assert run(["corpus", "shakespeare", str(tmp_path / "plays"), "--megabytes", "3"]) == 2
+    assert run(["sample-data", "shakespeare", str(tmp_path / "plays"), "--megabytes", "3"]) == 2
     assert "--megabytes=3 is for python-sources" in capsys.readouterr().err
 
 

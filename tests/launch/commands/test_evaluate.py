@@ -66,7 +66,7 @@ def test_slurm_gets_a_job_of_the_run_that_evaluates(
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     options = ["--tasks", "arc_easy,hellaswag", "--limit", "9", "--set", "a=1", "--json"]
     assert run(["evaluate", str(run_dir), *options, "--nproc", "4", "--nodes", "2", "--on", "slurm"]) == 2
-    assert "--set has no effect without --probe" in capsys.readouterr().err
+    assert "--set has no effect without --synthetic" in capsys.readouterr().err
     options = options[:4] + options[6:]
     assert run(["evaluate", str(run_dir), *options, "--nproc", "4", "--nodes", "2", "--on", "slurm"]) == 0
     assert capsys.readouterr().out == "Submitted batch job 7\n"
@@ -81,8 +81,8 @@ def test_slurm_gets_a_job_of_the_run_that_evaluates(
     ("arguments", "message"),
     [
         (["--nodes", "2"], "--nodes 2 has no effect without --on; add --on slurm, or leave it out"),
-        (["--nproc", "2", "--probe", "mqar"], "--nproc has no effect with --probe; leave it out"),
-        (["--precision", "bf16", "--probe", "mqar"], "--precision has no effect with --probe; leave it out"),
+        (["--nproc", "2", "--synthetic", "mqar"], "--nproc has no effect with --synthetic; leave it out"),
+        (["--precision", "bf16", "--synthetic", "mqar"], "--precision has no effect with --synthetic; leave it out"),
         (["--on", "slurm"], "--on slurm takes the section launch of a run, and"),
     ],
 )

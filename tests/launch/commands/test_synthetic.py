@@ -31,26 +31,26 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 
 
 def test_evaluate_asks_the_task_of_the_run_and_others(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own = printed(capsys, "evaluate", str(trained), "--probe", "selective_copying", "--rows", "9")
+    own = printed(capsys, "evaluate", str(trained), "--synthetic", "selective_copying", "--rows", "9")
     assert own["settings"] == {"num_copied": 2, "num_symbols": 4} and own["sequence_length"] == 10
     assert (own["rows"], own["answers"], own["chance"]) == (9, 18, 0.25)
     assert 0 <= own["row_accuracy"] <= own["accuracy"] <= 1 and own["loss"] > 0
     other = printed(
         capsys,
-        *("evaluate", str(trained), "--probe", "mqar", "--length", "21", "--rows", "4"),
+        *("evaluate", str(trained), "--synthetic", "mqar", "--length", "21", "--rows", "4"),
         *("--set", "num_pairs=5", "--set", "num_keys=6", "--set", "num_values=3"),
     )
     assert (other["answers"], other["sequence_length"], other["chance"]) == (20, 21, pytest.approx(1 / 3))
-    assert run(["evaluate", str(trained), "--probe", "parity", "--rows", "4"]) == 0
+    assert run(["evaluate", str(trained), "--synthetic", "parity", "--rows", "4"]) == 0
     assert "of 40 tokens; guessing gives 0.5000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--probe", "parity", "--split", "train"], "--split has no effect with --probe; leave it out"),
-        (["--rows", "5"], "--rows has no effect without --probe; leave it out"),
-        (["--probe", "s5"], "the synthetic task s5 has 120 tokens with these settings"),
+        (["--synthetic", "parity", "--split", "train"], "--split has no effect with --synthetic; leave it out"),
+        (["--rows", "5"], "--rows has no effect without --synthetic; leave it out"),
+        (["--synthetic", "s5"], "the synthetic task s5 has 120 tokens with these settings"),
         ([], "was trained on a synthetic task and knows no text"),
     ],
 )

@@ -68,7 +68,7 @@ def test_zeros_of_every_kind_leave_and_the_logits_stay(data: DataConfig, tmp_pat
     given = pruned_weights(data, MODEL)
     (tmp_path / "pruned").mkdir()
     write_weights(tmp_path / "pruned", given)
-    assert run_cli(["shrink", str(tmp_path / "pruned"), str(tmp_path / "small"), "--json"]) == 0
+    assert run_cli(["compact", str(tmp_path / "pruned"), str(tmp_path / "small"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["max_logit_difference"] <= 1e-5
     assert report["parameters"][1] < report["parameters"][0]
@@ -76,7 +76,7 @@ def test_zeros_of_every_kind_leave_and_the_logits_stay(data: DataConfig, tmp_pat
     check_sizes(given, read_weights(tmp_path / "small"), 44, 3)
     assert export_checkpoint(tmp_path / "small", tmp_path / "out", verify=False).class_name == "NemotronHForCausalLM"
     assert (tmp_path / "small" / "model.yaml").is_file()
-    assert run_cli(["shrink", str(tmp_path / "small"), str(tmp_path / "again")]) == 2
+    assert run_cli(["compact", str(tmp_path / "small"), str(tmp_path / "again")]) == 2
     assert "no channels, experts or heads of zeros" in capsys.readouterr().err
 
 

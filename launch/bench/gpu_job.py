@@ -239,7 +239,7 @@ def profile(job: Job) -> dict[str, Any]:
     path, own = list(job.configs.values())[-1]
     directory = job.folder / "profile"
     words = [path, f"run.dir={directory}", *own, *QUIET, *_one_rank(job), "train.steps=6", *_short_schedule(6)]
-    command = [*isolated_python(), "-m", "amfm.launch.bench.card_profile", *words]
+    command = [*isolated_python(), "-m", "amfm.launch.bench.gpu_profile", *words]
     return {"kernels": json.loads(run_child(command, hides_card=job.device == "cpu")), "faults": []}
 
 

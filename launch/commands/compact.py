@@ -1,4 +1,4 @@
-"""The verb shrink."""
+"""The verb compact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from amfm.launch.arguments import CheckpointArgument, JsonOption
 from amfm.launch.console import print_json, print_pairs
 
 
-def shrink(
+def compact(
     checkpoint: CheckpointArgument,
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Output folder for the weights; must be missing or empty.")
@@ -20,13 +20,13 @@ def shrink(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """The verb `shrink`.
+    """The verb `compact`.
 
     OUT is a weights folder: for export, generation, evaluation, or run.initial_weights of a run that trains on.
     """
     from amfm.pretrain.pruning.shrink import shrink_checkpoint
 
-    with Waiting("amfm shrink") as waiting:
+    with Waiting("amfm compact") as waiting:
         report = shrink_checkpoint(checkpoint, out, waiting)
     if as_json:
         print_json(
@@ -47,11 +47,11 @@ def shrink(
         *((place, f"{before:,} -> {after:,}") for place, (before, after) in report.counts.items()),
         ("verification", f"largest logit difference {report.max_logit_difference:.1e} on {report.compared}"),
     ]
-    print_pairs("Shrunk", pairs)
+    print_pairs("Compacted", pairs)
 
 
 def add_verbs(app: typer.Typer) -> None:
     """Register the verb of this file."""
     app.command(
-        epilog="Example: amfm shrink runs/pruned weights/pruned, then amfm export weights/pruned exports/pruned"
-    )(shrink)
+        epilog="Example: amfm compact runs/pruned weights/pruned, then amfm export weights/pruned exports/pruned"
+    )(compact)

@@ -1,4 +1,4 @@
-"""`amfm bench card`: the whole job on a GPU, stage by stage."""
+"""`amfm bench gpu`: the whole job on a GPU, stage by stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_rows, say
 
 
-def card(
+def gpu(
     *,
     stage: Annotated[
         list[str] | None,
@@ -25,13 +25,13 @@ def card(
     ] = "cuda",
     folder: Annotated[
         Path, typer.Option(help="Output folder for runs and report; must not contain older runs.")
-    ] = Path("runs/card"),
+    ] = Path("runs/bench_gpu"),
     as_json: JsonOption = False,
 ) -> None:
     """Train tiny_cpu and ladder_150m on a GPU and check losses against a CPU, two GPUs, resuming, memory, speed, profile."""
     import torch
 
-    from amfm.launch.bench.card import Job, check_stages, run_stages
+    from amfm.launch.bench.gpu_job import Job, check_stages, run_stages
 
     names = check_stages(stage)
     if device not in ("cuda", "cpu"):
@@ -50,7 +50,7 @@ def card(
         print_job(result)
         say(f"wrote {folder / 'report.json'}")
     if result["faults"]:
-        raise RuntimeError(f"the job is at fault on this {device}: {'; '.join(result['faults'])}")
+        raise RuntimeError(f"verification failed on {device}: {'; '.join(result['faults'])}")
 
 
 def describe_reserved(allocator: dict[str, int] | None) -> str:
