@@ -42,12 +42,21 @@ EXACT = 1e-10
 # bfloat16 weights and activations carry 2^-9 each.
 BFLOAT16 = 2e-2
 NAMES = sample_names()
+# One mixer inside another, which all have a test alone: each takes part in two quick tests, one of them in turn.
+INSIDE = [name for name in NAMES if " over " in name]
+TURNS = 6
 # Mixers that sort tokens: what one document or later token changes moves where chunks begin for others, and so rounding. The
 # last transforms whole documents: rounding of all tokens meets in each, and so does that of gradients, which are not
 # zeros then.
 SORTED = tuple(name for name in NAMES if registered_name(name) in ("mom", "seqboat", "monarch"))
 LEAST_GRADIENT = {"monarch": 1e-12}
 DOCUMENTS = ((7, 1, 13, 3), (24,))
+
+
+def names_in_turn(turn: int) -> list[Any]:
+    """The samples of the test that has this turn; those inside others whose turn it is not run in `make test-slow`."""
+    waits = [name for number, name in enumerate(INSIDE) if number % TURNS != turn]
+    return [pytest.param(name, marks=pytest.mark.slow) if name in waits else name for name in NAMES]
 
 
 def run_model(model: HybridModel, documents: Any = DOCUMENTS, groups: Any = None) -> dict[str, Tensor]:
@@ -70,7 +79,7 @@ def test_chunked_form_equals_the_definition_with_gradients(name: str) -> None:
         assert_near(chunked[key], value, EXACT, key)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names_in_turn(0))
 def test_bfloat16_stays_near_float64(name: str) -> None:
     exact = small_model(mixer_config(name, blocks=1))
     rounded = small_model(mixer_config(name, blocks=1), dtype=torch.bfloat16)
@@ -86,7 +95,7 @@ def assert_unmoved(name: str, actual: Tensor, expected: Tensor, what: str) -> No
         assert_bitwise(actual, expected, what)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names_in_turn(1))
 def test_no_output_depends_on_a_later_token(name: str) -> None:
     model = small_model(mixer_config(name)).train()
     tokens_BT, _, _ = packed_batch(((24,),))
@@ -98,7 +107,7 @@ def test_no_output_depends_on_a_later_token(name: str) -> None:
     assert not torch.equal(after[:, 11:], before[:, 11:]), "the changed token must change something"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names_in_turn(2))
 def test_no_gradient_reaches_another_document_row_or_later_token(name: str) -> None:
     mixer = small_model(mixer_config(name, blocks=1)).train().blocks[0].mixer
     x_BTD = torch.randn(2, 24, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5), requires_grad=True)
@@ -111,7 +120,7 @@ def test_no_gradient_reaches_another_document_row_or_later_token(name: str) -> N
     assert bool(reached_BT[0, 8:15].all())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names_in_turn(3))
 def test_packed_documents_are_as_if_apart(name: str) -> None:
     lengths = (7, 1, 13, 3)
     packed = small_model(mixer_config(name))
@@ -131,7 +140,7 @@ def test_packed_documents_are_as_if_apart(name: str) -> None:
         assert_near(weight.grad, other.grad, EXACT, key)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names_in_turn(4))
 def test_rows_and_documents_do_not_feel_each_other(name: str) -> None:
     model = small_model(mixer_config(name), dtype=torch.float64 if name in SORTED else torch.float32).train()
     tokens_BT, _, ids_BT = packed_batch(DOCUMENTS)
@@ -145,7 +154,7 @@ def test_rows_and_documents_do_not_feel_each_other(name: str) -> None:
     assert_unmoved(name, after[0, 21:], before[0, 21:], "the document after")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names_in_turn(5))
 def test_a_text_in_pieces_is_the_whole_text(name: str) -> None:
     model = small_model(mixer_config(name)).eval()
     tokens_BT, _, _ = packed_batch(((31,), (31,)))
@@ -155,7 +164,7 @@ def test_a_text_in_pieces_is_the_whole_text(name: str) -> None:
     assert_near(logits_BTV, whole_BTV, EXACT, "logits")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names_in_turn(2))
 def test_the_state_has_the_bytes_that_are_counted(name: str) -> None:
     config = mixer_config(name)
     model = small_model(config, dtype=torch.float32)
@@ -220,6 +229,7 @@ LAYOUTS = [
 
 # Tensor ranks that cut tokens too do all that is done without; one mixer shows the difference, which is not its own.
 SLOW_LAYOUTS = [(name, kind) for name, kind in LAYOUTS if kind == "tensor" and name != NAMES[0]]
+SLOW_LAYOUTS += [(name, "tokens too") for number, name in enumerate(INSIDE) if number % 3]
 
 
 @cache
@@ -238,10 +248,16 @@ def test_two_ranks_compute_what_one_does(name: str, kind: str) -> None:
     assert_spread(spread_config(name), kind, spread((name, kind) in SLOW_LAYOUTS)[name, kind])
 
 
+@cache
+def alone(config: ModelConfig) -> dict[str, Tensor]:
+    """What one rank finds, and the weights that it begins with."""
+    model = HybridModel(config, single_rank_groups(), seed=1).double()
+    return run_model(model) | {f"weight of {key}": weight.detach() for key, weight in model.named_parameters()}
+
+
 def assert_spread(config: ModelConfig, kind: str, ranks: list[dict[str, Tensor]]) -> None:
     """Fail unless each of two ranks found what one does."""
-    model = HybridModel(config, single_rank_groups(), seed=1).double()
-    expected = run_model(model) | {f"weight of {key}": weight.detach() for key, weight in model.named_parameters()}
+    expected = alone(config)
     for rank, actual in enumerate(ranks):
         logits_BTV = expected["logits"]
         if kind == "context":

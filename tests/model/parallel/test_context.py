@@ -87,29 +87,49 @@ def assert_exchange_is_that_of_autograd(groups):
     assert torch.equal(exchange.states_back(d_states, kept), d_final)
 
 
-def run_cut(num_ranks, compiled):
+def run_cut(num_ranks, compiled, dtypes=(torch.float64,), cases=CASES):
     parallel = initialize_parallel(ParallelConfig(context=num_ranks), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     assert_exchange_is_that_of_autograd(parallel.groups)
     if compiled:
         results = {"compiled": run_model(COMPILED, parallel.groups, compiled=True)}
     else:
-        results = {(case, dtype): run_model(case, parallel.groups, dtype) for case in CASES for dtype in TOLERANCES}
+        results = {(case, dtype): run_model(case, parallel.groups, dtype) for case in cases for dtype in dtypes}
     for result in results.values():
         for value in [result["loss"], *result["gradients"].values(), *result["counts"].values()]:
             dist.all_reduce(value, group=parallel.groups.cp)
     return results
 
 
+def run_and_count(num_ranks):
+    return run_cut(num_ranks, False), count_bytes(num_ranks)
+
+
 @functools.cache
 def cut_results(num_ranks):
-    return run_ranks(run_cut, num_ranks, False, num_ranks=num_ranks)
+    return run_ranks(run_and_count, num_ranks, num_ranks=num_ranks)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@functools.cache
+def alone(case):
+    return run_model(case, single_rank_groups())
+
+
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_context_ranks_compute_what_one_does(num_ranks, case, dtype):
-    assert_same(case, [results[case, dtype] for results in cut_results(num_ranks)], TOLERANCES[dtype])
+def test_context_ranks_compute_what_one_does(num_ranks, case):
+    assert_same(
+        case, [results[case, torch.float64] for results, _ in cut_results(num_ranks)], TOLERANCES[torch.float64]
+    )
+
+
+# One case in the number format of most runs; all of them are slow.
+@pytest.mark.parametrize(
+    ("num_ranks", "cases"), [(2, CASES[2:3]), *(pytest.param(n, CASES, marks=pytest.mark.slow) for n in (2, 4))]
+)
+def test_context_ranks_compute_in_float32_what_one_does_in_float64(num_ranks, cases):
+    ranks = run_ranks(run_cut, num_ranks, False, (torch.float32,), tuple(cases), num_ranks=num_ranks)
+    for case in cases:
+        assert_same(case, [results[case, torch.float32] for results in ranks], TOLERANCES[torch.float32])
 
 
 @pytest.mark.slow
@@ -119,7 +139,7 @@ def test_compiled_and_recomputed_blocks_exchange_alike():
 
 
 def assert_same(case, ranks, tolerance):
-    wanted = run_model(case, single_rank_groups())
+    wanted = alone(case)
     ids_BT = packed_batch(DOCUMENTS[case[1]])[2]
     num_ranks = len(ranks)
     for rank, got in enumerate(ranks):
@@ -199,7 +219,7 @@ def count_bytes(num_ranks):
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_row_of_any_length_costs_a_mamba_block_the_same_bytes(num_ranks):
-    ranks = run_ranks(count_bytes, num_ranks, num_ranks=num_ranks)
+    ranks = [counts for _, counts in cut_results(num_ranks)]
     mamba, attention = small_config("M").mamba, small_config("*").attention
     for length in LENGTHS:
         # Once forward and once backward: the states of all segments, and the inputs before them.
