@@ -35,9 +35,28 @@ def append_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
     events.close()
 
 
+# `time.time() - read_steady()` when this process began to log.
+_offsets: list[float] = []
+
+
+def read_steady() -> float:
+    """Seconds of a clock that no one sets, which also counts while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+def log_time() -> float:
+    """Seconds since 1970, by the clock as it was when this process first asked.
+
+    Differences between two lines of a log that one process wrote are durations, also where the clock was set meanwhile.
+    """
+    if not _offsets:
+        _offsets.append(time.time() - read_steady())
+    return _offsets[0] + read_steady()
+
+
 def describe_event(event: str, step: int, **details: Any) -> dict[str, Any]:
     """An event as a line of events.jsonl has it, of this moment."""
-    return {"time": in_iso(time.time()), "event": event, "step": step, **details}
+    return {"time": in_iso(log_time()), "event": event, "step": step, **details}
 
 
 def in_iso(seconds: float) -> str:

@@ -1,7 +1,8 @@
 """Compute steps of a finished run again from a checkpoint, and compare what they gave with the run's records, to the bit.
 
 The steps are trained by the loop as it is, in another run directory, from the newest checkpoint before the step that was
-asked for, with the configuration of the start that trained it; the run stays as it is. The line of each step in
+asked for, or from the beginning where there is none, with the configuration and the ranks of each start that trained some of
+them; the run stays as it is. The line of each step in
 metrics.jsonl has the loss and the gradient norm with all their digits, and where the run has a checkpoint of the last step,
 every number of it is compared. Equal code, libraries and ranks give equal bits on a CPU, and on GPUs with
 `train.deterministic`.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.progress import Report, silent
 from amfm.pretrain.checkpoint.fork import fork_run
 from amfm.pretrain.checkpoint.inspect import require_sound
 from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints, step_of
 from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
-from amfm.pretrain.config.file import load_config
+from amfm.pretrain.config.file import load_config, resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.report.attempts import Attempt, list_attempts
 from amfm.pretrain.report.data import read_run
@@ -42,13 +44,27 @@ ALONE = (
 
 
 @dataclass(frozen=True)
+class Leg:
+    """Steps that starts with equal settings and ranks trained, up to `last`."""
+
+    last: int
+    world_size: int
+    config: RunConfig
+
+    def write(self, path: Path) -> None:
+        """Write the configuration that ends with the leg."""
+        train = self.config.train.model_copy(update={"stop_after_steps": self.last})
+        path.write_text(resolved_yaml(self.config.model_copy(update={"train": train})), encoding="utf-8")
+
+
+@dataclass(frozen=True)
 class Replay:
-    """Steps `first` to `last` are to be trained in `path` by `world_size` ranks. remarks: what may change bits."""
+    """Steps `first` to `last` are to be trained in `path`, leg after leg. remarks: what may change bits."""
 
     path: Path
     first: int
     last: int
-    world_size: int
+    legs: tuple[Leg, ...]
     remarks: tuple[str, ...]
 
 
@@ -88,45 +104,60 @@ def prepare_replay(
 ) -> Replay:
     """Make `out` a run that trains up to this step from the checkpoint before it; num_ranks: None as it was.
 
-    Raises ValueError for a step that the run did not train, has no checkpoint from before, or trained with settings that
-    changed since that checkpoint; RuntimeError where the checkpoint is damaged.
+    Raises ValueError for a step that the run did not train, and where its records do not show how; RuntimeError where the
+    checkpoint is damaged.
     """
     record = read_run(run_dir)
     if step not in {line["step"] for line in record.metrics}:
         raise ValueError(f"--step {step}: {run_dir} has steps 1 to {record.last_step()}")
     saved = sorted(step_of(path) for path in list_checkpoints(run_dir / "checkpoints"))
-    before = max((each for each in saved if each < step), default=None)
-    if before is None:
-        found = ", ".join(map(str, saved)) or "none"
-        raise ValueError(
-            f"--step {step}: a step is computed from a checkpoint before it, and {run_dir} has {found}; "
-            "give a later step, and keep more by train.keep_last or train.keep_every_steps"
-        )
+    before = max((each for each in saved if each < step), default=0)
     starts = list_attempts(record.events, record.last_step())
-    kept = [start for start in starts if any(start.keeps(each) for each in range(before + 1, step + 1))]
-    if not kept:
-        raise ValueError(f"--step {step}: the events of {run_dir} do not show which start trained it")
-    configs = [read_config(run_dir, start, step, out) for start in kept]
-    sizes = [int(start.event["world_size"]) for start in kept]
-    if any((config, size) != (configs[-1], sizes[-1]) for config, size in zip(configs, sizes)):
-        numbers = ", ".join(str(start.number) for start in kept)
+    turns = find_turns(starts, before + 1, step)
+    if not turns:
         raise ValueError(
-            f"--step {step}: steps {before + 1} to {step} were trained by starts {numbers} (amfm inspect {run_dir} --step {step}), "
-            "with other settings or ranks, and there is no checkpoint between them; give another step"
+            f"--step {step}: the events of {run_dir} do not show which starts trained steps {before + 1:,} to {step:,}"
         )
-    fork_run(run_dir, before, configs[-1], report)
-    num_ranks = num_ranks or sizes[-1]
-    return Replay(out, before + 1, step, num_ranks, tuple(describe_changes(kept[-1].event, num_ranks)))
+    legs: list[Leg] = []
+    for start, last in turns:
+        leg = Leg(last, num_ranks or int(start.event["world_size"]), read_config(run_dir, start, step, out))
+        # Of equal settings and ranks one start does the steps of both.
+        is_same = legs and (legs[-1].world_size, legs[-1].config) == (leg.world_size, leg.config)
+        legs[-1 if is_same else len(legs) :] = [leg]
+    if before:
+        fork_run(run_dir, before, legs[0].config, report)
+    else:
+        check_free(out)
+        out.mkdir(parents=True, exist_ok=True)
+    remarks = dict.fromkeys(each for start, _ in turns for each in describe_changes(start.event, num_ranks))
+    return Replay(out, before + 1, step, tuple(legs), tuple(remarks))
+
+
+def find_turns(starts: Sequence[Attempt], first: int, last: int) -> list[tuple[Attempt, int]]:
+    """Starts that trained these steps, in order, each with the last step of its turn; empty where a step has none."""
+    turns: list[tuple[Attempt, int]] = []
+    for step in range(first, last + 1):
+        start = next((start for start in starts if start.keeps(step)), None)
+        if start is None:
+            return []
+        if turns and turns[-1][0] is start:
+            turns.pop()
+        turns.append((start, step))
+    return turns
 
 
 def read_config(run_dir: Path, start: Attempt, step: int, out: Path) -> RunConfig:
     """The configuration of a start, for a run in `out` that ends at this step and does nothing besides."""
     recorded = run_dir / str(start.event.get("config") or "config.yaml")
+    if not recorded.is_file():
+        raise ValueError(
+            f"--step {step}: {recorded}, the configuration of start {start.number}, is missing; put it back"
+        )
     own = [f"run.dir={json.dumps(str(out))}", f"train.stop_after_steps={step}"]
     return load_config(recorded, [*ALONE, *own])
 
 
-def describe_changes(event: Mapping[str, Any], num_ranks: int) -> Iterator[str]:
+def describe_changes(event: Mapping[str, Any], num_ranks: int | None) -> Iterator[str]:
     """What is not as it was when the run trained these steps, as sentences."""
     now = collect_versions()
     then = {**(event.get("versions") or {}), OWN_CODE: event.get("code")}
@@ -136,7 +167,7 @@ def describe_changes(event: Mapping[str, Any], num_ranks: int) -> Iterator[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if event.get("device") not in (None, device):
         yield f"the run was trained on {event['device']}, this is {device}"
-    if event.get("world_size") != num_ranks:
+    if num_ranks not in (None, event.get("world_size")):
         yield f"the run had {event.get('world_size')} ranks, this has {num_ranks}"
 
 

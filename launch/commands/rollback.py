@@ -124,7 +124,7 @@ def replay(
 ) -> None:
     """The verb `replay`.
 
-    Starts from the newest checkpoint before step N, with the configuration of then; the run stays as it is. Exit code 3:
+    Starts from the newest checkpoint before step N, or from the beginning, with the configurations of then; the run stays as it is. Exit code 3:
     something differs, and the first rank, tensor or number is named.
     """
     if not (run_dir / "config.yaml").is_file():
@@ -137,16 +137,21 @@ def replay(
             from amfm.pretrain.replay import compare_replay, prepare_replay
 
             prepared = prepare_replay(run_dir, step, place, num_ranks=ranks, report=waiting)
-        arguments = ["train", str(place / "config.yaml"), "--nproc", str(prepared.world_size), "--force"]
-        if code := context.obj(arguments):
-            raise typer.Exit(code)
+        for leg in prepared.legs:
+            leg.write(place / "config.yaml")
+            arguments = ["train", str(place / "config.yaml"), "--nproc", str(leg.world_size), "--force"]
+            if code := context.obj(arguments):
+                raise typer.Exit(code)
         with Waiting("amfm replay") as waiting:
             outcome = compare_replay(run_dir, prepared, waiting)
     finally:
         if out is None:
             shutil.rmtree(place, ignore_errors=True)
     if as_json:
-        print_json(asdict(prepared) | asdict(outcome) | {"path": out and str(out), "equal": outcome.difference is None})
+        facts = {name: getattr(prepared, name) for name in ("first", "last", "remarks")}
+        legs = [{"last": leg.last, "world_size": leg.world_size} for leg in prepared.legs]
+        equal = {"path": out and str(out), "equal": outcome.difference is None}
+        print_json(facts | {"legs": legs} | asdict(outcome) | equal)
     else:
         print_outcome(run_dir, prepared, outcome)
     if outcome.difference is not None:

@@ -7,7 +7,6 @@ Now and then, the ranks that compute much longer than the others (monitor/stragg
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from amfm.data_pipeline.loader.loader import SourceUse
 from amfm.model.flops import flops_per_token
+from amfm.pretrain.event_log import log_time
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.monitor.environment import describe_allocator, read_peak_memory
 from amfm.pretrain.monitor.experts import EXPERT_STEPS, find_collapsed
@@ -116,7 +116,7 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
     flops = sum(flops_per_token(run.model.config, result.sequence_length).values())
     metrics: dict[str, Any] = {
         "step": run.progress.step,
-        "time": round(time.time(), 3),
+        "time": round(log_time(), 3),
         "loss": finite(result.loss),
         "grad_norm": finite(result.grad_norm),
         "lr": result.learning_rate,

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from amfm.data_pipeline.durable.lines import LineFile, read_lines
+from amfm.pretrain.event_log import log_time
 from amfm.pretrain.monitor.starting import process_began
 
 NAME = "launch/held.jsonl"
@@ -29,20 +29,20 @@ def holding(run_dir: Path) -> Iterator[None]:
 
     def give_signs() -> None:
         while not ended.wait(SIGN_SECONDS):
-            extend_held(run_dir, time.time())
+            extend_held(run_dir, log_time())
 
     with suppress(OSError):
         before = path.stat().st_mtime if path.is_file() else None
         lines = LineFile(path)
         lines.write({"began_at": process_began(), "before_until": before})
         lines.close()
-    extend_held(run_dir, time.time())
+    extend_held(run_dir, log_time())
     threading.Thread(target=give_signs, name="launcher-signs", daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-        extend_held(run_dir, time.time())
+        extend_held(run_dir, log_time())
 
 
 def extend_held(run_dir: Path, until: float) -> None:

@@ -18,18 +18,18 @@ from typing import Any
 
 from amfm.data_pipeline.durable.lines import LineFile, read_lines
 from amfm.data_pipeline.progress import Report
-from amfm.pretrain.event_log import in_iso
+from amfm.pretrain.event_log import in_iso, log_time
 
 NAME = "starting.jsonl"
 NOTE_SECONDS = 1.0  # between two lines, also while a library loads or compiles
-IMPORTED = time.time()
+IMPORTED = log_time()
 
 
 def process_began() -> float:
     """When this process began, in seconds since 1970: by the kernel, or when this file was imported."""
     try:
         ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
-        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+        return log_time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
     except (OSError, AttributeError, ValueError):  # not Linux
         return IMPORTED
 
@@ -42,7 +42,7 @@ class Starting:
     """A start that has the run's lock and no log yet; exists on the main rank alone."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.began = next(_beginnings) or time.time()
+        self.began = next(_beginnings) or log_time()
         self.path = run_dir / NAME
         self.at = "begin"
         self._lines = LineFile(self.path)
@@ -54,7 +54,7 @@ class Starting:
     def note(self) -> None:
         """Append what the start is at; a full disk is for what follows to report."""
         with suppress(OSError):
-            self._lines.write({"began_at": self.began, "time": time.time(), "at": self.at})
+            self._lines.write({"began_at": self.began, "time": log_time(), "at": self.at})
 
     def hearing(self, report: Report) -> Report:
         """Make a report that notes what it hears."""

@@ -8,6 +8,7 @@ step counts.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,10 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as its directory tells it: metrics by step, events and environment; `notes` says what was unreadable."""
+    """A run as its directory tells it: metrics by step, events and environment; `notes` says what was unreadable.
+
+    gap: which steps its logs lack; sums over steps are then not those of the run.
+    """
 
     directory: Path
     config: RunConfig
@@ -34,6 +38,7 @@ class RunRecord:
     events: tuple[dict[str, Any], ...]
     environment: dict[str, Any]
     notes: tuple[str, ...]
+    gap: str | None = None
 
     @cached_property
     def stages(self) -> tuple[RunStage, ...]:
@@ -145,14 +150,37 @@ def read_run(directory: str | Path) -> RunRecord:
     events_path, environment_path = folder / "events.jsonl", folder / "environment.json"
     events, event_notes = read_json_lines(events_path) if events_path.is_file() else ([], [])
     environment = read_object(environment_path) if environment_path.is_file() else {}
+    steps = sorted(by_step)
+    gap = find_gap(steps, events)
     return RunRecord(
         directory=folder,
         config=load_config(config_path),
-        metrics=tuple(by_step[step] for step in sorted(by_step)),
+        metrics=tuple(by_step[step] for step in steps),
         events=tuple(events),
         environment=environment,
-        notes=(*notes, *event_notes),
+        notes=(*notes, *event_notes, *([gap] if gap else [])),
+        gap=gap,
     )
+
+
+def find_gap(steps: Sequence[int], events: Sequence[Mapping[str, Any]]) -> str | None:
+    """Which steps metrics.jsonl lacks of those that starts in events.jsonl trained, or the other way round; None: neither.
+
+    A log that was renamed or emptied while the run wrote to it leaves such a gap.
+    """
+    found = [event.get("step") for event in events if event.get("event") == "start"]
+    starts = [step for step in found if isinstance(step, int)]
+    if not starts or len(starts) < len(found):
+        return None  # written by a release that recorded less
+    first = min(starts) + 1
+    missing = sorted(set(range(first, steps[-1] + 1)).difference(steps))
+    if missing:
+        where = f"metrics.jsonl has no lines of {len(missing):,} of the steps {first:,} to {steps[-1]:,}, the first is {missing[0]:,}"
+    elif steps[0] < first:
+        where = f"events.jsonl has no start that trained steps {steps[0]:,} to {first - 1:,}"
+    else:
+        return None
+    return f"{where}: was it renamed or emptied? Times are sums over the steps that are there, and goodput is not known"
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

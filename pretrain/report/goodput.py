@@ -98,7 +98,9 @@ class Span:
 
 
 def measure_goodput(record: RunRecord) -> TimeUse | None:
-    """Measure where the time went, from events and metrics; None where no start with its time was recorded."""
+    """Measure where the time went, from events and metrics; None where no start with its time was recorded, or a log has a gap."""
+    if record.gap is not None:
+        return None
     spans = find_spans(record)
     if not spans or spans[-1].end <= spans[0].start:
         return None

@@ -107,19 +107,41 @@ def test_what_cannot_be_computed_again_is_one_message(
     data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished(data, tmp_path / "run")
-    for step, message in ((2, "and {run} has 2, 3, 4, 5; give a later step"), (9, "--step 9: {run} has steps 1 to 5")):
-        assert run_cli(["replay", str(run), "--step", str(step)]) == 2
-        assert message.format(run=run) in " ".join(capsys.readouterr().err.split())
+    assert run_cli(["replay", str(run), "--step", "9"]) == 2
+    assert f"--step 9: {run} has steps 1 to 5" in " ".join(capsys.readouterr().err.split())
     assert run_cli(["replay", str(tmp_path), "--step", "2"]) == 2
     events = (run / "events.jsonl").read_text()
     (run / "events.jsonl").write_text(events.replace('"code": "', '"code": "x'))
     assert run_cli(["replay", str(run), "--step", "3"]) == 0
     assert "amfm's source files was x" in " ".join(capsys.readouterr().out.split())
-    # Two starts whose ranks differ, without a checkpoint between them.
-    (run / "events.jsonl").write_text(events.replace('"world_size": 1', '"world_size": 2', 1))
-    (run / "checkpoints" / checkpoint_name(3)).rename(tmp_path / "moved")
+    # A record of how a step was trained that is gone.
+    recorded = {json.loads(line).get("config") for line in events.splitlines()} - {None}
+    for name in recorded:
+        (run / name).rename(tmp_path / Path(name).name)
     assert run_cli(["replay", str(run), "--step", "4"]) == 2
-    assert "steps 3 to 4 were trained by starts 1, 2" in " ".join(capsys.readouterr().err.split())
+    assert "the configuration of start 2, is missing" in " ".join(capsys.readouterr().err.split())
+    (run / "events.jsonl").write_text("")
+    assert run_cli(["replay", str(run), "--step", "4"]) == 2
+    assert "do not show which starts trained steps 4 to 4" in " ".join(capsys.readouterr().err.split())
+
+
+def test_steps_before_the_first_checkpoint_are_computed_from_the_beginning_start_after_start(
+    data: DataConfig, tmp_path: Path, replay: Replayed
+) -> None:
+    """Three starts with unlike settings, of which no checkpoint but the last is left."""
+    for last, recompute in ((1, "none"), (3, "full"), (None, "none")):
+        settings = {"train__steps": 5, "train__stop_after_steps": last, "train__recompute": recompute}
+        assert train(tiny_config(data, tmp_path / "run", **settings)) == 0
+    run = tmp_path / "run"
+    for step in (1, 3):
+        (run / "checkpoints" / checkpoint_name(step)).rename(tmp_path / str(step))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for step, legs in ((1, [1]), (5, [1, 3, 5])):
+        code, found = replay(run, step)
+        assert code == 0 and found["equal"] and found["first"] == 1, found
+        assert [leg["last"] for leg in found["legs"]] == legs
+        assert (found["loss"], found["grad_norm"]) == (lines[step - 1]["loss"], lines[step - 1]["grad_norm"])
+        assert found["has_checkpoint"] == (step == 5)
 
 
 def train_on_two(data: DataConfig, run_dir: str) -> None:
@@ -134,5 +156,5 @@ def test_a_run_of_two_ranks_names_the_rank_that_wrote_the_number(
     run = tmp_path / "run"
     rewrite(run, 4, partial(flip, bit=0), rank=1)
     code, found = replay(run, 4)
-    assert code == 3 and found["world_size"] == 2 and found["tensors"] == 1
+    assert code == 3 and found["legs"] == [{"last": 4, "world_size": 2}] and found["tensors"] == 1
     assert found["difference"]["rank"] == 1

@@ -7,13 +7,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
+from amfm.pretrain.checkpoint.manifest_file import read_manifest
+from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
 from amfm.pretrain.monitor.follow import FollowedRun
+from amfm.pretrain.report.data import read_run
+from amfm.pretrain.report.goodput import measure_goodput
 from amfm.pretrain.report.report import write_report
 from tests.faults.disk import ROOT, build_library
 from tests.pretrain.conftest import data
@@ -53,7 +58,15 @@ def test_a_clock_that_is_set_back_and_on_changes_nothing(place: Path) -> None:
     assert losses(place / "clock") == losses(place / "straight")
     assert all(line["seconds"] > 0 and line["tokens_per_second"] > 0 for line in read_metrics(place / "clock"))
     times = [line["time"] for line in read_events(place / "clock")]
-    assert times != sorted(times), "the clock was not set back"
+    assert times == sorted(times)
+    saved = read_manifest(list_checkpoints(place / "clock" / "checkpoints")[0])["saved_at"]
+    ahead = datetime.fromisoformat(saved) - datetime.fromisoformat(times[-1])
+    assert ahead.total_seconds() > 80_000, "the clock was not set"
+    record = read_run(place / "clock")
+    use = measure_goodput(record)
+    spent = (datetime.fromisoformat(times[-1]) - datetime.fromisoformat(record.events[0]["began_at"])).total_seconds()
+    assert use is not None and use.held() == pytest.approx(spent, abs=1.0) and use.away == 0
+    assert record.metrics[-1]["time"] - record.metrics[0]["time"] < use.held()
     assert FollowedRun(place / "clock").look().state == "finished"
     assert write_report([place / "clock"]).exists()
 

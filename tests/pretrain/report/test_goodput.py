@@ -1,6 +1,7 @@
 """Where the time of a run went: what resumes cut out, loading, failed starts and restarts by hand are counted."""
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -132,3 +133,30 @@ def test_a_start_that_fails_before_its_log_is_in_the_next_ones_event(tmp_path: P
     assert found["seconds"] == before["time"] - before["began_at"] >= 0 and start.began > failed.began
     start.finish()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "begins_at", "note"),
+    [
+        (range(15, 21), 0, "metrics.jsonl has no lines of 14 of the steps 1 to 20, the first is 1"),
+        ([*range(1, 8), *range(11, 21)], 0, "metrics.jsonl has no lines of 3 of the steps 1 to 20, the first is 8"),
+        (range(1, 21), 12, "events.jsonl has no start that trained steps 1 to 12"),
+    ],
+)
+def test_a_log_that_was_renamed_or_emptied_is_named_and_hides_the_goodput(
+    tmp_path: Path, steps: Sequence[int], begins_at: int, note: str
+) -> None:
+    run = make_run(tmp_path, [line(step, seconds=1.0, time=ORIGIN + step) for step in steps])
+    write_events(
+        run,
+        {"event": "start", "step": begins_at, "time": at(begins_at), "began_at": at(begins_at)},
+        {"event": "end", "step": 20, "time": at(21)},
+    )
+    record = read_run(run)
+    assert record.gap is not None and note in record.gap and measure_goodput(record) is None
+    page = write_report([run]).read_text()
+    assert note in page and "Goodput" not in page
+    # Of an unharmed run, and of one whose first steps another folder has (the state was imported).
+    whole = [line(step, seconds=1.0, time=ORIGIN + step) for step in range(13, 21)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in whole))
+    assert (read_run(run).gap is None) == (begins_at == 12)
