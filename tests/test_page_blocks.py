@@ -2,12 +2,12 @@
 
 A fenced `sh` or `python` block of `PAGES` runs as it is, unless a comment in the page's source stands before it:
 `<!-- not run: REASON -->` with one of `REASONS`, `<!-- run: OLD => NEW; OLD => NEW -->` where a name or size is the reader's
-choice, or `<!-- run in the background -->` for a server that later blocks ask.
+choice, or `<!-- run in the background -->` for a server that later blocks ask. A `text` block after one is its output: each
+line must be printed, with numbers within `TOLERANCE`.
 """
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -26,18 +26,25 @@ PAGES = (
     "recipes/README.md",
 )
 REASONS = ("GPU", "network", "cluster", "another program", "the suite itself")
-FENCE = re.compile(r"(?:^<!-- (?P<mark>.*?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"(?:^<!-- (?P<mark>.*?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$"
+    r"(?:\n\n```text\n(?P<stated>.*?)^```$)?",
+    re.MULTILINE | re.DOTALL,
+)
 ADDRESS = "http://127.0.0.1:8000/"
 PATIENCE_SECONDS = 900
+TOLERANCE = 0.05
+NUMBER = re.compile(r"-?\d[\d.]*(?:e-?\d+)?%?")
 
 
 class Block(NamedTuple):
-    """A fenced block: the page and line where it begins, its language and code, and the comment before it."""
+    """A fenced block: the page and line where it begins, its language and code, the comment before it, and the output after it."""
 
     place: str
     language: str
     code: str
     mark: str
+    stated: str
 
     @property
     def runs(self) -> bool:
@@ -53,14 +60,18 @@ class Block(NamedTuple):
         return code
 
 
-def read_blocks() -> list[Block]:
+def read_blocks(*pages: str) -> list[Block]:
     found = []
-    for page in PAGES:
+    for page in pages or PAGES:
         text = (ROOT / page).read_text()
         for match in FENCE.finditer(text):
             if match["language"] in ("sh", "python"):
                 line = text[: match.start("language")].count("\n") + 1
-                found.append(Block(f"{page}:{line}", match["language"], match["code"], match["mark"] or ""))
+                found.append(
+                    Block(
+                        f"{page}:{line}", match["language"], match["code"], match["mark"] or "", match["stated"] or ""
+                    )
+                )
     return found
 
 
@@ -73,51 +84,93 @@ def test_a_block_runs_or_names_a_known_reason() -> None:
     assert sum(block.runs for block in read_blocks()) >= 12
 
 
+def test_no_commands_are_in_a_block_without_a_language() -> None:
+    bare = [
+        f"{page}: {match['code'].splitlines()[0]}"
+        for page in PAGES
+        for match in FENCE.finditer((ROOT / page).read_text())
+        if match["language"] == "" and re.match(r"amfm |python |pip |make |PYTHON", match["code"])
+    ]
+    assert not bare, f"write ```sh, so that they run or state why they do not: {bare}"
+
+
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pages") / "amfm"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
-    environment = Path(sys.prefix)
-    (folder / ".venv").symlink_to(environment)
-    os.utime(folder / "pyproject.toml", (0, 0))  # older than .venv/.installed: `make` installs nothing again
+def clone(tmp_path_factory) -> Path:
+    """A clone in which the quickstart has run: one of an earlier call if `PAGES_CLONE` names its folder."""
+    folder = Path(os.environ.get("PAGES_CLONE") or tmp_path_factory.mktemp("pages") / "amfm")
+    if not folder.exists():
+        subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
+        (folder / ".venv").symlink_to(Path(sys.prefix))
+        os.utime(folder / "pyproject.toml", (0, 0))  # older than .venv/.installed: `make` installs nothing again
+    if not (folder / "exports" / "tiny_cpu").exists():
+        subprocess.run(["make", "quickstart"], cwd=folder, env=variables_of(folder), check=True, timeout=3600)
     return folder
+
+
+def variables_of(clone: Path) -> dict[str, str]:
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    return variables | {"PATH": f"{clone / '.venv' / 'bin'}:{variables['PATH']}"}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(14_400)
-def test_every_block_that_can_run_here_does(clone: Path) -> None:
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    variables["PATH"] = f"{clone / '.venv' / 'bin'}:{variables['PATH']}"
-    subprocess.run(["make", "quickstart"], cwd=clone, env=variables, check=True, timeout=3600)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_a_page_that_can_run_here_does(clone: Path, page: str) -> None:
     failing, servers = [], []
     try:
-        for block in read_blocks():
+        for block in read_blocks(page):
             if not block.runs:
                 continue
             program = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
+            command, variables = [*program, block.as_run()], variables_of(clone)
             if block.mark == "run in the background":
-                servers.append(subprocess.Popen([*program, block.code], cwd=clone, env=variables))
+                servers.append(subprocess.Popen(command, cwd=clone, env=variables))
                 wait_for_server(servers[-1])
                 continue
             done = subprocess.run(
-                [*program, block.as_run()],
-                check=False,
-                cwd=clone,
-                env=variables,
-                capture_output=True,
-                text=True,
-                timeout=3600,
+                command, check=False, cwd=clone, env=variables, capture_output=True, text=True, timeout=3600
             )
             if done.returncode:
-                failing.append(
-                    f"{block.place}: exit code {done.returncode}\n{done.stdout[-500:]}\n{done.stderr[-1500:]}"
-                )
+                said = f"{done.stdout[-500:]}\n{done.stderr[-1500:]}"
+                failing.append(f"{block.place}: exit code {done.returncode}\n{said}")
+            failing += [f"{block.place}: {line}" for line in differing_lines(block.stated, done.stdout + done.stderr)]
     finally:
         for server in servers:
             server.terminate()
             server.wait(PATIENCE_SECONDS)
-        shutil.rmtree(clone / "runs", ignore_errors=True)
     assert not failing, "\n\n".join(failing)
+
+
+def differing_lines(stated: str, printed: str) -> list[str]:
+    """Lines of a page's `text` block that no printed line equals, numbers within `TOLERANCE` of each other."""
+    found = [as_words(line) for line in printed.splitlines()]
+    return [
+        f"no line like {line!r} was printed"
+        for line in stated.splitlines()
+        if line.strip() and not any(is_alike(as_words(line), other) for other in found)
+    ]
+
+
+def as_words(line: str) -> list[str]:
+    return re.sub(r"[│|,]", "", line).split()
+
+
+def is_alike(stated: list[str], printed: list[str]) -> bool:
+    return len(stated) == len(printed) and all(
+        one == other
+        or (
+            bool(NUMBER.fullmatch(one) and NUMBER.fullmatch(other))
+            and float(one.rstrip("%")) == pytest.approx(float(other.rstrip("%")), rel=TOLERANCE)
+        )
+        for one, other in zip(stated, printed)
+    )
+
+
+def test_a_stated_line_is_found_with_numbers_within_the_tolerance() -> None:
+    printed = "│ loss    │ 3.41 │\ndone"
+    assert not differing_lines("loss 3.46\ndone\n", printed)
+    assert differing_lines("loss 4.41\n", printed) == ["no line like 'loss 4.41' was printed"]
+    assert differing_lines("step 3.41\n", printed)
 
 
 def wait_for_server(server: subprocess.Popen) -> None:
