@@ -14,7 +14,7 @@
 | clients | other programs on our exports |
 | state_check | a step whose state is checked for silent corruption, vs. one that is not |
 
-They import amfm and packages that amfm doesn't need; amfm imports nothing of them. What a machine with GPUs needs on the
+They import amfm and packages that amfm does not need; amfm imports nothing of them. What a machine with GPUs needs on the
 spot is in the command itself: `amfm bench`.
 """
 

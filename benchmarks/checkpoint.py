@@ -104,7 +104,7 @@ class Trainer:
         return {"state": {}, "config": self.config, "identities": {}}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Masters and moments as a plain state dict, for torch's checkpoints."""
+        """Master weights and moments as a plain state dict, for torch's checkpoints."""
         fragments = collect_fragments(self.engine.deepspeed, list_parts(self.engine.deepspeed))
         return {f"{kind}/{part.name}": tensor for part in fragments for kind, tensor in part.tensors.items()}
 

@@ -184,7 +184,7 @@ def export(
 
     numbers = [int(text) if text.isdecimal() else 0 for text in times.split(",")]
     if not all(numbers):
-        raise ValueError(f"--times {times} must be whole numbers from 1 on with commas between them, such as 1,3")
+        raise ValueError(f"--times {times} must be integers from 1 on with commas between them, such as 1,3")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     run = None if file_format == "huggingface" else load_config(path / "config.yaml" if path.is_dir() else path)

@@ -22,7 +22,7 @@ TITLES = {
 
 
 def choose_treatments() -> tuple[tuple[str, ...], list[str]]:
-    """Treatments that this machine can compare, and a remark where there is only one.
+    """Treatments that this machine can compare, and a warning where there is only one.
 
     Only one: the environment sets the allocator itself, or the C library is not glibc.
     """
@@ -30,7 +30,7 @@ def choose_treatments() -> tuple[tuple[str, ...], list[str]]:
     if own:
         return (" ".join(own),), [f"memory is treated one way, as the environment says in {', '.join(own)}"]
     if platform.libc_ver()[0] != "glibc":
-        return (RETURNED,), ["freed memory is kept where the C library is glibc, which it isn't here"]
+        return (RETURNED,), ["freed memory is kept where the C library is glibc, which it is not here"]
     return (RETURNED, KEPT), []
 
 

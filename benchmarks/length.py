@@ -71,7 +71,7 @@ def choose_lengths(text: str | None) -> tuple[int, ...]:
         return LENGTHS
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"--lengths {text} must be whole numbers with commas between; use 1024,4096")
+        raise ValueError(f"--lengths {text} must be integers with commas between; use 1024,4096")
     lengths = sorted({int(part) for part in parts})
     uneven = [length for length in lengths if lengths[-1] % length]
     if uneven or len(lengths) < 2:

@@ -170,7 +170,7 @@ def simulate(actors: int, hosts: int, number: int, seconds: float, work: Path, p
         meter.begin()
         began = time.monotonic()
         for unit, report in results:
-            assert isinstance(report, UnitReport), "a seat's disk can't fail"
+            assert isinstance(report, UnitReport), "a seat's disk cannot fail"
             before = time.monotonic()
             journal.append(unit, report)
             appended += time.monotonic() - before

@@ -68,7 +68,7 @@ class PhaseConfig(Section):
     weights: dict[str, float] | None = Field(
         None,
         min_length=1,
-        description="Weight by source name; a source that isn't named isn't drawn in the phase. null: as before.",
+        description="Weight by source name; a source that is not named is not drawn in the phase. null: as before.",
     )
     sequence_length: int | None = Field(
         None, gt=0, description="Tokens per row; null: as before. The phase then starts at a whole global batch."
@@ -182,7 +182,7 @@ class DataConfig(Section):
         "full", description="`block` reads long runs in order, for object stores."
     )
     mask_document_boundaries: bool = Field(
-        True, description="Documents in a row don't see each other, and no label crosses between them."
+        True, description="Documents in a row do not see each other, and no label crosses between them."
     )
     num_workers: int = Field(1, ge=0, description="Processes that read ahead; 0: read in the training process.")
     on_corruption: Literal["raise", "quarantine"] = Field(

@@ -2,7 +2,7 @@
 
 Reading a checkpoint, building a model or verifying an export take a blink on a laptop and many minutes at size. So
 nothing is said of what ends soon; after that there is a line now and then on standard error, plain on a terminal and in
-a log file alike. The work itself only calls a `Report`; a thread speaks, so that work which can't report (a library's)
+a log file alike. The work itself only calls a `Report`; a thread speaks, so that work which cannot report (a library's)
 is named too.
 """
 

@@ -2,7 +2,7 @@
 
 Names of files, events and messages of runs come from folders that others may write, and a terminal takes escape sequences in
 them for orders (its title, its colours, its screen). And standard error is a log on a disk that fills up, or a pipe to a
-program that ends: a remark that can't be written there must not end a run, whose own log is what counts.
+program that ends: a warning that cannot be written there must not end a run, whose own log is what counts.
 """
 
 from __future__ import annotations

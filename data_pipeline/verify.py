@@ -1,8 +1,8 @@
 """Look into a store: is every part as it was written, and what text does a given sample of a run hold.
 
 Reading checks what it reads (crc32c of chunks and indices), so training never uses damaged tokens. `verify_store` answers
-before a run, for all parts, and checks what reading can't: rules between arrays, and the digests of whole parts. It gives
-all findings and doesn't stop at the first, so that a store is repaired once. `sample_text` uses the reader of the run
+before a run, for all parts, and checks what reading cannot: rules between arrays, and the digests of whole parts. It gives
+all findings and does not stop at the first, so that a store is repaired once. `sample_text` uses the reader of the run
 itself, which makes it an answer about what was trained on and not about what should have been.
 """
 
@@ -56,12 +56,12 @@ def verify_store(path: str | Path, *, full: bool = True, report: Report = silent
 
 
 def _verify_part(store: TokenStore, part: Part, *, full: bool) -> list[str]:
-    """Check one part; findings, or DamagedError for what can't be read."""
+    """Check one part; findings, or DamagedError for what cannot be read."""
     folder = f"{store.location}/{part.path}"
     ends = store.document_ends(part).astype(np.int64)
     problems = []
     if not (np.diff(ends, prepend=0) > 0).all():
-        problems.append(f"{folder}: its document ends don't rise; prepare the part again")
+        problems.append(f"{folder}: its document ends do not rise; prepare the part again")
     if not full:
         store.read_tokens(part, part.num_tokens - 1, part.num_tokens)  # opens the last shard: its index is checked
         return problems
@@ -71,14 +71,14 @@ def _verify_part(store: TokenStore, part: Part, *, full: bool) -> list[str]:
         largest = max(largest, int(tokens.max()))
         begins = np.arange(-(-start // chunk) * chunk, start + len(tokens), chunk)
         if (tokens[begins - start] != heads[begins // chunk]).any():
-            problems.append(f"{folder}: its chunk heads aren't the first tokens of its chunks; prepare the part again")
+            problems.append(f"{folder}: its chunk heads are not the first tokens of its chunks; prepare the part again")
         inside = ends[(ends > start) & (ends <= start + len(tokens))] - start - 1
         if (tokens[inside] != store.eos_id).any():
             problems.append(f"{folder}: a document ends without the end token {store.eos_id}; prepare the part again")
     if largest >= store.vocab_size:
         problems.append(f"{folder}: token id {largest} is outside the vocabulary of {store.vocab_size}")
     if store.digest_part(part) != part.digest:
-        problems.append(f"{folder}: its files aren't those of the manifest (digest); delete it and prepare again")
+        problems.append(f"{folder}: its files are not those of the manifest (digest); delete it and prepare again")
     return problems
 
 

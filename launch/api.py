@@ -1,7 +1,7 @@
 """amfm from Python: load a configuration, plan it, prepare its data, train it, read its run, and generate with its model.
 
 For notebooks, tests and scripts on one machine; docs/python.md shows each function. They are thin: what they do is what the
-verb of the same name does, with objects in the place of printed tables, and they raise ValueError for settings and files that
+verb of the same name does, with objects instead of printed tables, and they raise ValueError for settings and files that
 are wrong, RuntimeError for the machine's state. A run on several ranks or hosts is started by `amfm train --nproc` and
 `amfm launch`, from a notebook through `subprocess`.
 """

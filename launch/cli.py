@@ -100,7 +100,7 @@ def format_warning(
 
 
 def quiet_libraries() -> None:
-    """Leave out what libraries below us say at each start, of things that we don't use or can't change."""
+    """Leave out what libraries below us say at each start, of things that we do not use or cannot change."""
     warnings.filterwarnings("ignore", message=UNUSED_LIBRARIES)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # Of a setting under its old name: once, in the words of a message of ours, by the first rank.

@@ -1,4 +1,4 @@
-"""Console output of verbs: results on standard output, progress and remarks on standard error.
+"""Console output of verbs: results on standard output, progress and warnings on standard error.
 
 Kept apart so that results can be piped while a person still sees what happens; `--json` verbs print one object only.
 """
@@ -19,9 +19,9 @@ from rich.table import Column, Table
 from amfm.data_pipeline.progress import format_seconds
 from amfm.data_pipeline.terminal import printable
 
-# How a warning of megatron-core begins, at each import, about libraries that we don't use.
+# How a warning of megatron-core begins, at each import, about libraries that we do not use.
 UNUSED_LIBRARIES = "Transformer Engine and Apex are not installed"
-BAR_WIDTH = 16  # of a progress bar, also where the remark next to it is long
+BAR_WIDTH = 16  # of a progress bar, also where the warning next to it is long
 
 
 def print_json(value: object) -> None:
@@ -32,7 +32,7 @@ def print_json(value: object) -> None:
 
 
 def say(text: str) -> None:
-    """Print a remark for a person on standard error; square brackets in it are text, control characters are written out."""
+    """Print a warning for a person on standard error; square brackets in it are text, control characters are written out."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(plain(text))
 
 
@@ -72,7 +72,7 @@ def output() -> Console:
 
 
 class ShowProgress(Protocol):
-    """What work calls with units done and in all, a remark, and the seconds left where it knows better than the clock."""
+    """What work calls with units done and in all, a warning, and the seconds left where it knows better than the clock."""
 
     def __call__(self, done: int, total: int, remark: str, seconds_left: float | None = None) -> None:
         """Show the present state."""
@@ -80,9 +80,9 @@ class ShowProgress(Protocol):
 
 @contextmanager
 def show_progress(name: str, *, every_seconds: float = 1.0, console: Console | None = None) -> Iterator[ShowProgress]:
-    """Yield a function of (done, total, remark) that shows progress and the time left on standard error.
+    """Yield a function of (done, total, warning) that shows progress and the time left on standard error.
 
-    A bar on a terminal, where a remark that is too long for the line is cut and the bar is not; elsewhere at most a line
+    A bar on a terminal, where a warning that is too long for the line is cut and the bar is not; elsewhere at most a line
     every `every_seconds`, and one at the end.
     """
     console = console or Console(stderr=True, highlight=False, soft_wrap=True)

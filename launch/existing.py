@@ -12,11 +12,12 @@ URL = re.compile(r"[a-z][a-z0-9+.-]+:/")  # a Path has one slash after the colon
 
 
 def require(path: Path, remedy: str) -> Path:
-    """Return a path that exists, or a URL. Raises FileNotFoundError with the nearest name, else with the remedy."""
+    """Return a path that exists, or a URL. Raises FileNotFoundError with the nearest name, else with the fix."""
     if URL.match(str(path)) or path.exists():
         return path
     near = nearest_paths(path)
-    raise FileNotFoundError(f"{path} does not exist; {f'did you mean {near[0]}?' if near else remedy}")
+    advice = f"did you mean {near[0]}?" if near else remedy
+    raise FileNotFoundError(f"{path} does not exist; {advice}")
 
 
 def require_exists(path: Path) -> Path:
@@ -68,6 +69,6 @@ def rank_names(name: str, names: Sequence[str]) -> list[str]:
 
 
 def nearest_or_all(name: str, names: Collection[str]) -> str:
-    """What to write in the place of a name that is unknown: the nearest of those that are known, or all of them."""
+    """What to write instead of a name that is unknown: the nearest of those that are known, or all of them."""
     near = difflib.get_close_matches(name, names, n=1)
     return f"do you mean {near[0]}?" if near else f"use one of {', '.join(names)}"

@@ -37,7 +37,7 @@ TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a name in a head: RFC 9110
 
 
 class HttpServer(ThreadingHTTPServer):
-    """Listens at once; answers when `serve_forever` runs. Raises OSError where the address can't be had."""
+    """Listens at once; answers when `serve_forever` runs. Raises OSError where the address cannot be had."""
 
     daemon_threads = True
     request_queue_size = 128

@@ -1,7 +1,7 @@
 """The program that the launcher runs on a node: it starts the node's ranks, attempt after attempt, without loading anything twice.
 
 It imports PyTorch, DeepSpeed and what else ranks need once, and forks the ranks of each attempt from that (forked.py). A rank
-computes and ends; this process never computes and has one thread, so that it can be forked again. Where it can't be (a library
+computes and ends; this process never computes and has one thread, so that it can be forked again. Where it cannot be (a library
 has started threads, a GPU's driver is awake), or `launch.warm_restarts` is false, ranks are separate processes, and
 only this one stays.
 
@@ -42,7 +42,7 @@ RESETS = WATCHED
 
 
 def load() -> str:
-    """Import what ranks need, once; returns why they can't be forked from here, empty where they can."""
+    """Import what ranks need, once; returns why they cannot be forked from here, empty where they can."""
     reason = why_not_fork()
     if reason:
         return reason

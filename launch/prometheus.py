@@ -125,7 +125,7 @@ def escape(text: str) -> str:
 
 
 def make_server(verdicts: Verdicts, host: str, port: int) -> HttpServer:
-    """A server that answers `/metrics`. Raises OSError where the address can't be had."""
+    """A server that answers `/metrics`. Raises OSError where the address cannot be had."""
     lock = threading.Lock()  # a look changes what the run remembers
 
     class Metrics(HttpHandler):

@@ -17,7 +17,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 class Hub:
     """A repository of the Hub, OWNER/NAME, that can be written: a new one is private.
 
-    Made before an export takes its time. Raises ValueError for another name and where the Hub refuses, RuntimeError where it can't
+    Made before an export takes its time. Raises ValueError for another name and where the Hub refuses, RuntimeError where it cannot
     be reached.
     """
 

@@ -50,7 +50,7 @@ VERBS = {
     ),
     "replay": (
         "rollback",
-        "Compute a step of a run again from the checkpoint before it, and compare loss, gradient norm and weights to the bit.",
+        "Compute a step of a run again from the checkpoint before it, and compare loss, gradient norm and weights bitwise.",
     ),
     "watch": (
         "watch",

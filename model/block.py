@@ -8,7 +8,7 @@ states) collects in `Stream` on the way.
 Makes a tensor again in backward passes that forward passes would keep for them.
 
 What is cheap to make out of what is kept anyway need not be kept: the norm in front of a block is one pass over the residual
-stream, which the norm keeps for its own gradient. Operations that read it keep it as ever, and do not know that they
+stream, which the norm keeps for its own gradient. Operations that read it keep it as before, and do not know that they
 keep a note instead (`torch.autograd.graph.saved_tensors_hooks`).
 """
 
@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
 
 class Recomputed:
-    """A context in which nothing keeps `tensor`, nor views of it: `make` makes it again, with the same bits.
+    """A context in which nothing keeps `tensor`, nor views of it: `make` makes it again, bitwise identical.
 
     It is made once for all who kept it, when the first of them asks, and let go with the last. The context may be entered
     more than once, and none may be open around it, whose tensors would not reach it.

@@ -1,4 +1,4 @@
-"""A head of an installed package: what gives probabilities of tokens in the place of one matrix and a softmax.
+"""A head of an installed package: what gives probabilities of tokens instead of one matrix and a softmax.
 
 Its kind is a row of the table like a mixer's, with `mixes="logits"` (config/kinds.py), and `model.head` names it. Everything
 that is special to the matrix (ties, shards of the vocabulary, the fused loss) does not apply: the head sees whole rows of

@@ -2,7 +2,7 @@
 
 Pattern and settings decide (model/config/low_precision.py), and a recipe hangs on its weight as an attribute, as its gradient
 sum does: an operation that multiplies by a weight asks the weight (kernels/low_precision/recipe.py). So neither blocks nor
-mixers know of recipes, nothing is saved, and a model on which none hangs computes as before, to the bit and to the launch.
+mixers know of recipes, nothing is saved, and a model on which none hangs computes as before, bitwise and to the launch.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ one. Which rows are which, and how many heads each has, the `Shard`s say already
     one matrix a head               with `per_head`, where a segment has units of more than one row
     one matrix an expert            and segment of it, in stacks [experts, rows, columns]
 
-A segment lies in consecutive rows, so what belongs together is a contiguous range of the flattened parameter.
+A segment is in consecutive rows, so what belongs together is a contiguous range of the flattened parameter.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
 Embedding and head are the main model's. The loss makes the main model's states useful for more than the next token, and a
 serving engine drafts with the depths. Source: DeepSeek-AI 2024, arXiv 2412.19437, section 2.2.
 
-Documents: x_(t+k) and the label must lie in the document of t, else the place has no label; blocks get the layout of the
+Documents: x_(t+k) and the label must be in the document of t, else the place has no label; blocks get the layout of the
 main ones and reset like them. What a depth reads is shifted on whole rows, before these are cut over context ranks
 (`Ahead.of_rows`), so that a place at the end of a rank's segment needs nothing of another rank.
 

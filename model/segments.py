@@ -133,7 +133,7 @@ class Segments:
         return torch.stack([ordered[: self.num_ranks], ordered[self.num_ranks :].flip(0)], dim=1)
 
     def window_mask(self, width: int) -> Tensor:
-        """Mask of the `width` tokens before each of this rank's segments that lie in its first document: [B, 2, width].
+        """Mask of the `width` tokens before each of this rank's segments that are in its first document: [B, 2, width].
 
         bool; all False before the row's first segment. width must be at most `length`.
         """

@@ -234,7 +234,7 @@ def orthonormal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def dense_singular_values(rows: int, columns: int, count: int) -> Tensor:
     """The largest `count` singular values that a matrix of standard normal numbers has, as quantiles of their law.
 
-    Source: Marchenko and Pastur 1967. With z = min / max of the sizes, squares over max lie in [(1 - sqrt z)^2, (1 + sqrt
+    Source: Marchenko and Pastur 1967. With z = min / max of the sizes, squares over max are in [(1 - sqrt z)^2, (1 + sqrt
     z)^2]; written with an angle the density has no poles, and sums of its values at many angles are its integral.
     """
     least, most = sorted((rows, columns))

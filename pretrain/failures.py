@@ -28,7 +28,7 @@ LESS_MEMORY = "lower train.micro_batch_size, or see docs/debugging.md#out-of-mem
 NO_MEMORY = ("failed to map segment", "cannot allocate memory")
 
 # What Python and native libraries say where the system refuses a thread or a process.
-NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")
+NO_THREADS = ("cannot start new thread", "Resource temporarily unavailable")
 
 
 class OwnCodeError(RuntimeError):
@@ -61,7 +61,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe(error: Exception) -> str:
-    """Describe an error by its message, with the notes on where it came up; one of the operating system with path and remedy."""
+    """Describe an error by its message, with the notes on where it came up; one of the operating system with path and fix."""
     where = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, RuntimeError) and is_out_of_memory(error) and LESS_MEMORY not in str(error):
         cause = str(error).strip().splitlines()[0]
@@ -87,7 +87,7 @@ def describe_alone(error: Exception) -> str:
 def choose_remedy(number: int | None) -> str:
     """Choose what helps against an error of the operating system, by its number."""
     if number in FULL:
-        return "make room and continue"
+        return "free space and continue"
     if number in CORRECTABLE:
         return "name another path, or make this one readable and writable"
     return "the storage failed; continue when it answers again"

@@ -1,7 +1,7 @@
 """A hook: something that a run does besides training, at a few moments.
 
 Hooks know the run; the step and the loop know no hook. Every rank builds the same ones and calls them in the same order
-(hooks/build.py), so a hook may use collectives. What it keeps is a function of the step and the masters: a checkpoint
+(hooks/build.py), so a hook may use collectives. What it keeps is a function of the step and the master weights: a checkpoint
 has no place for it. What it finds after a step goes into `result.found`, and so into the step's line of metrics.jsonl.
 """
 
@@ -33,7 +33,7 @@ class Hook:
         """After the step's line is in metrics.jsonl: the main rank alone calls it, with what the line holds."""
 
     def after_edit(self) -> None:
-        """After masters or weights were written to between steps."""
+        """After master weights or weights were written to between steps."""
 
     def after_rollback(self) -> None:
         """After the weights of an older checkpoint were restored."""

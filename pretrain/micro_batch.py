@@ -126,7 +126,7 @@ class LossShare:
 
     The loss is a sum over tokens divided by the global batch's valid tokens, and so is that of each depth of
     multi-token prediction by its own, of whose mean a weighted part is taken (`mtp_factors`, a number a depth); each
-    auxiliary loss is a mean over its micro-batches, of all data ranks. The numbers lie on the device: the host need not
+    auxiliary loss is a mean over its micro-batches, of all data ranks. The numbers are on the device: the host need not
     know them.
     """
 

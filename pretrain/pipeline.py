@@ -204,7 +204,7 @@ class PieceStage(pipelining.PipelineStage):
                 entry.buffer = torch.empty_like(self.stream_BTD, device=self.device, requires_grad=False)
 
     def _let_go(self, received: Sequence[Any]) -> None:
-        """Let buffers go; an empty one stays in the place of each."""
+        """Let buffers go; an empty one stays instead of each."""
         for entry in received:
             buffer = getattr(entry, "buffer", None)
             if isinstance(buffer, Tensor) and buffer.numel():

@@ -1,4 +1,4 @@
-"""Compute steps of a finished run again from a checkpoint, and compare what they gave with the run's records, to the bit.
+"""Compute steps of a finished run again from a checkpoint, and compare what they gave with the run's records, bitwise.
 
 The steps are trained by the loop as it is, in another run directory, from the newest checkpoint before the step that was
 asked for, or from the beginning where there is none, with the configuration and the ranks of each start that trained some of
@@ -59,7 +59,7 @@ class Leg:
 
 @dataclass(frozen=True)
 class Replay:
-    """Steps `first` to `last` are to be trained in `path`, leg after leg. remarks: what may change bits."""
+    """Steps `first` to `last` are to be trained in `path`, leg after leg. warnings: what may change bits."""
 
     path: Path
     first: int

@@ -3,7 +3,7 @@
 Nothing is deleted. The checkpoints of later steps move into a folder `rolled-back-K`, in the run directory and in
 `train.checkpoint_store` alike, where no start, fetch or pruning looks. Lines of metrics.jsonl that the run drops go to
 `metrics.before-rollback-K.jsonl`. The checkpoint that was named is marked, so that it is never pruned. Replicas in the
-memory of nodes can't be reached from here: the run directory gets another owner, so that no start takes them for
+memory of nodes cannot be reached from here: the run directory gets another owner, so that no start takes them for
 its newest state, and the next start moves the newest one to the others (saving.py).
 
 Order: the record, the copy of the metrics, the store, the run directory, newest step first, then metrics.jsonl and the

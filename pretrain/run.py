@@ -91,7 +91,7 @@ class Run:
     stages; stage: the one the model is set to. built: what ranks, model and engine were built by. phases: the clock of
     a step. profiler: traces the steps that `train.profile` names. pipeline: runs the schedule where the model is cut
     over ranks. hooks: what it does besides training, in the order of hooks/build.py. saved_step: of the newest
-    checkpoint that was begun, None after a rollback. remarks: events of its start, each with its text. keeps_freed_memory:
+    checkpoint that was begun, None after a rollback. warnings: events of its start, each with its text. keeps_freed_memory:
     whether this process does.
     """
 
@@ -150,19 +150,19 @@ class Run:
         return self.phases.enter(self.progress.step + (phase in UNTIL_UPDATE), phase)
 
     def open_masters(self) -> MasterView:
-        """The masters, to look at and to edit between steps; say `note_edit` after an edit.
+        """The master weights, to look at and to edit between steps; say `note_edit` after an edit.
 
         Every rank must call this.
         """
         return MasterView(self.saver.layout, self.saver.writers, self.parallel.rank)
 
     def note_edit(self) -> None:
-        """Tell every hook that masters or weights were written to between steps: it is not a silent corruption."""
+        """Tell every hook that master weights or weights were written to between steps: it is not a silent corruption."""
         for hook in self.hooks:
             hook.after_edit()
 
     def say(self, text: str) -> None:
-        """Print a remark on the main rank; nothing on the others."""
+        """Print a warning on the main rank; nothing on the others."""
         if self.files.display is not None:
             self.files.display.say(text)
 

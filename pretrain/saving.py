@@ -55,7 +55,7 @@ def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
         run.progress = Progress(**loaded.state["progress"])
         run.saved_step = loaded.step
     if run.saver.replicas is not None:
-        # What was there is on the disk now, or can't be had.
+        # What was there is on the disk now, or cannot be had.
         run.saver.replicas.remarks += run.saver.replicas.clear()
         run.saver.replicas.check_room(run.saver.measure(run.config), run.saver.ranks)
     return loaded
@@ -74,7 +74,7 @@ def recover_replicas(run: Run, replicas: NodeMemory) -> None:
 
         with problem.caught():
             last = find_new_rollback(run.directory)
-    run.saver.ranks.raise_together(problem.text, "what was set aside can't be read")
+    run.saver.ranks.raise_together(problem.text, "what was set aside cannot be read")
     last = run.saver.ranks.broadcast(last)
     if last is not None:
         replicas.remarks.append(f"what was in memory before the rollback to step {last.step} goes to {last.folder}")

@@ -16,7 +16,7 @@ def learning_rate(step: int, config: ScheduleConfig, *, peak: float, total_steps
     A schedule of a package gives the share of the peak after warm-up.
     `inverse_sqrt` (Vaswani et al. 2017, arXiv 1706.03762, section 5.3) falls no lower than `min_ratio * peak`.
     """
-    assert 1 <= step <= total_steps, f"step {step} lies outside 1..{total_steps}"
+    assert 1 <= step <= total_steps, f"step {step} is outside 1..{total_steps}"
     warmup_steps = config.warmup_length(total_steps)
     if step <= warmup_steps:
         return peak * step / warmup_steps

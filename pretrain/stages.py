@@ -248,7 +248,7 @@ def step_of_sample(stages: tuple[RunStage, ...], sample: int) -> tuple[int, int]
     starts = [stage.first_sample for stage in stages]
     stage = stages[bisect_right(starts, sample) - 1]
     inside = sample - stage.first_sample
-    # Batches never shrink inside a stage, so the number of the step lies between these two.
+    # Batches never shrink inside a stage, so the number of the step is between these two.
     low, high = inside // stage.train.global_batch_size + 1, inside // stage.batch_size(stage.first_step + 1) + 1
     number = bisect_right(
         range(low, high + 1), inside, key=lambda number: stage.samples_before(stage.first_step + number)

@@ -48,7 +48,7 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a file: its dtype and shape, and the byte at which it begins."""
+    """Where a tensor is in a file: its dtype and shape, and the byte at which it begins."""
 
     dtype: torch.dtype
     shape: Shape

@@ -6,7 +6,7 @@
 Every rank runs the same lines. What one rank alone knows (a signal, a NaN, a damaged sample) is reduced or gathered
 inside the step, before anything branches on it: ranks that branched differently would wait in different collectives.
 
-A run resumes bit for bit because all that changes lies in four places, and each is in every checkpoint: `Progress`, the
+A run resumes with bitwise identical results because all that changes is in four places, and each is in every checkpoint: `Progress`, the
 loader's cursor, the engine and the random generators. Learning rate, batch size, stage and order of samples are
 functions of the step, so the loop has no state of its own.
 

@@ -1,4 +1,4 @@
-"""Two commits train alike: short runs of tiny models in each, compared to the bit. For changes that are to change nothing.
+"""Two commits train alike: short runs of tiny models in each, compared bitwise. For changes that are to change nothing.
 
     python -m tests.equal_runs OLD [NEW] [--keep FOLDER]    # each a commit or the folder of a checkout
 
@@ -166,7 +166,7 @@ def main() -> int:
         train_side(root, resumed, STEPS)
         expected, found = describe_side(old), describe_side(new)
         problems = list(compare("", expected, found))
-        # Less the remarks of a resume, among them that the program's files are others since.
+        # Less the warnings of a resume, among them that the program's files are others since.
         whole, goes_on = without_resumes(found), without_resumes(describe_side(resumed))
         problems += [f"resumed from old: {text}" for text in compare("", goes_on, whole)]
     for text in problems[:MAX_SHOWN]:

@@ -30,8 +30,14 @@ PAGES = ("*.md", "docs/**/*.md", "examples/**/*.md", "recipes/**/*.md")
 COMMENTED = ("**/*.yaml", "**/*.yml", "**/*.sh", "Makefile", "Dockerfile", "pyproject.toml")
 # Texts that models continue in tests and checks.
 PROMPTS = ("pretrain/export/clients/check.py", "tests/pretrain/export/habits/trainer.py")
-# Of a month, which stay as they were written.
-EXEMPT = ("docs/log/", "tests/prose.py", "tests/test_prose.py", *PROMPTS)
+# Of a month, and a tokenizer's text, which stay as they were written.
+EXEMPT = (
+    "docs/log/",
+    "tests/data_pipeline/tokenizer/test_tiktoken.py",
+    "tests/prose.py",
+    "tests/test_prose.py",
+    *PROMPTS,
+)
 LONGEST = 700  # about six lines of a browser
 HEADING = "## Words"
 PAGES_ALONE = "*pages*"

@@ -43,7 +43,7 @@ def clients(
 
     names = choose_models(only or ())
     old = read_page(out.read_text(encoding="utf-8")) if only and out is not None and out.is_file() else None
-    # Not resolved: an environment's interpreter is a link, and what it finds depends on where the link lies.
+    # Not resolved: an environment's interpreter is a link, and what it finds depends on where the link is.
     environments = Environments(str(readers.absolute()), str(vllm.absolute()))
     for client in CLIENTS:
         check_installed(client, environments.of(client))

@@ -115,7 +115,7 @@ def _training_texts(source: SourceConfig, settings: BenchData) -> Iterator[str]:
 def _open_readers(
     settings: BenchData, stores: dict[str, TokenStore], prefix: Path, num_bytes: int
 ) -> tuple[list[Reader], list[str]]:
-    """All readers that can run here, and a remark for each that is missing."""
+    """All readers that can run here, and a warning for each that is missing."""
     store = stores["fast"]
     readers = [our_reader(settings, stores[preset]) for preset in PRESETS]
     readers += megatron_readers(settings, store, prefix, num_bytes)
@@ -123,7 +123,7 @@ def _open_readers(
     readers += [streaming] if streaming else []
     readers.append(memmap_reader(settings, store, prefix.with_suffix(".bin")))
     readers += [zarr_reader(settings, stores[preset]) for preset in ("fast", "small")]
-    missing = "MosaicML streaming isn't installed: pip install mosaicml-streaming, in a separate environment"
+    missing = "MosaicML streaming is not installed: pip install mosaicml-streaming, in a separate environment"
     return readers, [] if streaming else [missing]
 
 

@@ -120,7 +120,7 @@ class _MegatronTokenizer:
 
 
 def streaming_reader(settings: BenchData, store: TokenStore, folder: Path) -> Reader | None:
-    """MosaicML streaming over local uncompressed shards; None where it isn't installed.
+    """MosaicML streaming over local uncompressed shards; None where it is not installed.
 
     Its samples are read in a shuffled order made here, as its own shuffle would be another one.
     """

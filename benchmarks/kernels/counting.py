@@ -67,7 +67,7 @@ class _Region:
         self.written = np.zeros(self.size, dtype=bool)
 
     def holds(self, address: int) -> bool:
-        """Whether an address lies in this memory."""
+        """Whether an address is in this memory."""
         return self.begin <= address < self.begin + self.size
 
 

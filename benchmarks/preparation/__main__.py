@@ -104,7 +104,7 @@ def print_tables(result: dict[str, Any]) -> None:
             (f"{row['seconds']:.0f}", *(f"{row[f'{who}_bytes'] / 2**20:,.0f}" for who in ("driver", "actor", "total")))
             for row in of["memory"]
         ]
-        print_rows(f"Memory, {name}, MiB", ("from s", "driver", "fullest actor", "all processes"), memory)
+        print_rows(f"Memory, {name}, MiB", ("from s", "driver", "most loaded actor", "all processes"), memory)
     print_pairs(
         "Preparation at size",
         [

@@ -55,7 +55,7 @@ def resident_bytes(pid: int) -> int:
 
 @dataclass(frozen=True)
 class Sample:
-    """Memory at one moment, bytes: of the driver, of the fullest actor, of all processes together (shared pages often)."""
+    """Memory at one moment, bytes: of the driver, of the most loaded actor, of all processes together (shared pages often)."""
 
     seconds: float
     driver: int

@@ -5,7 +5,7 @@ hardware. What differs from a plan of amfm is in the run's row (`runs.py`) and h
 Transformer Engine multiply experts, FlashAttention-3 attends, and DeepEP sends. The published systems dispatch with DeepEP or
 HybridEP, which send a token once to each node that has some of its experts (to each rank inside a node, as amfm always does).
 What is computed meanwhile, what recomputation sends again, how often a pipeline drains and to what experts are padded follow from
-the recipe and the code of the run. And natural routing is planned with the fullest rank at 1.2 times the mean.
+the recipe and the code of the run. And natural routing is planned with the most loaded rank at 1.2 times the mean.
 
 `fit_halves` fits the efficiencies of the hardware on every other run and plans the rest with them, then the other way round:
 what it prints of a run never comes from a fit that knew this run.
@@ -76,7 +76,7 @@ class Anchor:
 
     @cached_property
     def memory(self) -> Memory:
-        """Memory of the fullest rank, which no efficiency changes."""
+        """Memory of the most loaded rank, which no efficiency changes."""
         return memory_of(self.config, self.layout, self.assumptions, THEIRS)
 
     def plan(self, hardware: Hardware) -> Estimate:
@@ -156,7 +156,7 @@ def fit_halves(anchors: list[Anchor]) -> tuple[tuple[Hardware, Hardware], list[f
 def fit_anchors(anchors: list[Anchor]) -> Hardware:
     """H100 with the efficiencies at which the sum of |log(planned / published)| is least.
 
-    Absolute and not squared: a run that was slow for a reason the plan doesn't know must not bend the others.
+    Absolute and not squared: a run that was slow for a reason the plan does not know must not bend the others.
     """
 
     def loss(hardware: Hardware) -> float:

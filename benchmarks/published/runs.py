@@ -1,7 +1,7 @@
 """Training runs on H100 whose speed is published, as rows that the plan can be compared with.
 
 How it works: a row names a preset, the published layout, batch and recomputation, and tokens and model FLOPs per second and
-GPU. Rows are all BF16 on H100; each says whether its router was balanced by force, because natural routing keeps the fullest
+GPU. Rows are all BF16 on H100; each says whether its router was balanced by force, because natural routing keeps the most loaded
 rank busy longer. A model that is planned with another one's blocks is marked: then the FLOPs per second are compared, not the
 tokens.
 

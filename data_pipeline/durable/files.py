@@ -16,10 +16,10 @@ judged by age. The file stays after the lock is freed; deleting it would let two
 
 Deletion in one place: only of files and folders with a name that this program gives, and never through a link.
 
-Stores and checkpoints lie in folders that a user names, next to files of the user. So the caller passes the pattern of the
-names that it writes, and a path that doesn't match is our bug and not deleted. A link with such a name is removed itself;
+Stores and checkpoints are in folders that a user names, next to files of the user. So the caller passes the pattern of the
+names that it writes, and a path that does not match is our bug and not deleted. A link with such a name is removed itself;
 what it points to is not ours. Where something complete stands already (a checkpoint after its commit, a store after its
-manifest), a leftover that can't be deleted is a remark and no failure: `try_to_delete`.
+manifest), a leftover that cannot be deleted is a warning and no failure: `try_to_delete`.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ def delete(path: Path, own_name: re.Pattern[str]) -> None:
 
 
 def try_to_delete(path: Path, own_name: re.Pattern[str]) -> list[str]:
-    """Delete as `delete` does where a failure does no harm; returns a remark about what stays, or an empty list."""
+    """Delete as `delete` does where a failure does no harm; returns a warning about what stays, or an empty list."""
     try:
         delete(path, own_name)
     except OSError as error:
-        return [f"{path} can't be deleted ({error.strerror or error}); it does no harm, delete it by hand"]
+        return [f"{path} cannot be deleted ({error.strerror or error}); it does no harm, delete it by hand"]
     return []
 
 

@@ -47,7 +47,7 @@ def open_regular(path: Path) -> IO[bytes]:
 
 
 def read_bounded(path: Path, max_bytes: int = MAX_JSON_BYTES, error: Error = ValueError) -> bytes:
-    """Read a file of at most `max_bytes`, whose size is checked before. Raises OSError with the path when it can't be read."""
+    """Read a file of at most `max_bytes`, whose size is checked before. Raises OSError with the path when it cannot be read."""
     with named(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
@@ -58,7 +58,7 @@ def read_bounded(path: Path, max_bytes: int = MAX_JSON_BYTES, error: Error = Val
 
 
 def read_word(path: Path) -> str:
-    """Read a file that holds one name or number. Raises OSError when it can't be read, ValueError when it is not text."""
+    """Read a file that holds one name or number. Raises OSError when it cannot be read, ValueError when it is not text."""
     try:
         return read_bounded(path, MAX_WORD_BYTES).decode().strip()
     except UnicodeDecodeError as problem:
@@ -77,7 +77,7 @@ def parse_object(content: bytes, path: Path | str, error: Error = ValueError) ->
 
 
 def read_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES, error: Error = ValueError) -> dict[str, Any]:
-    """Read and parse a file that holds a JSON object. Raises OSError when it can't be read, else `error`."""
+    """Read and parse a file that holds a JSON object. Raises OSError when it cannot be read, else `error`."""
     return parse_object(read_bounded(path, max_bytes, error), path, error)
 
 

@@ -1,7 +1,7 @@
 """Files of JSON lines that a crash may cut anywhere: appended whole or not at all, repaired when they are opened again.
 
 Journals and logs are written while a run may be killed at any byte. A line is one record, so damage is confined to a line:
-a reader takes what it can parse and reports the number of what it can't. Only the end can be cut by a crash of ours, and
+a reader takes what it can parse and reports the number of what it cannot. Only the end can be cut by a crash of ours, and
 only it is repaired; a damaged line in the middle is someone else's, and stays to be seen.
 """
 
@@ -23,7 +23,7 @@ FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW  # a
 class LineFile:
     """A file to append lines to; one process writes it.
 
-    What a crash cut short at the end is dropped when it is opened, so that the next line does not continue it. A line
+    What a crash truncated at the end is dropped when it is opened, so that the next line does not continue it. A line
     that the disk did not take is taken back as far as it came. Raises OSError with the path, for a link too.
     """
 

@@ -53,12 +53,12 @@ class PretrainLoader:
 
     A global batch is samples g, g + 1, ... in global order, cut into blocks of micro_batch_size samples; rank r of
     data_world_size takes the blocks j with j % data_world_size == r. So the set of micro-batches, and with it every
-    loss that is computed a micro-batch, doesn't depend on the world size, which a stride of single samples would not
+    loss that is computed a micro-batch, does not depend on the world size, which a stride of single samples would not
     give. The cursor counts delivered samples, not those read ahead. Every rank makes its own loader with the same
     arguments but data_rank; ranks never talk.
 
-    Errors: ValueError when the store isn't prepared, lacks a source, has no rows of this length, or a batch size
-    doesn't divide; DamagedError (a RuntimeError) for a missing or damaged part unless data.on_corruption is quarantine.
+    Errors: ValueError when the store is not prepared, lacks a source, has no rows of this length, or a batch size
+    does not divide; DamagedError (a RuntimeError) for a missing or damaged part unless data.on_corruption is quarantine.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class PretrainLoader:
         if past != now:
             raise ValueError(
                 f"the data state was made with {in_words(past)} up to sample {cursor}, this run has {in_words(now)}; past "
-                f"weights and samples left out can't change: restore them and append the change to data.phases with start_sample {cursor} or later"
+                f"weights and samples left out cannot change: restore them and append the change to data.phases with start_sample {cursor} or later"
             )
         for source in sorted({name for phase in past for name in phase[1]}):
             before, after = state["sources"].get(source), mine["sources"].get(source)

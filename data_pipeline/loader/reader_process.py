@@ -5,7 +5,7 @@ numpy, not torch, and nothing of the working directory (`-P`). Its answers wait 
 
 A thread of a reading process that brings blocks of a remote store to the node long before their rows are due.
 
-When a shuffle window begins, nearly every row lies in a block that no one has read yet: without this the trainer would
+When a shuffle window begins, nearly every row is in a block that no one has read yet: without this the trainer would
 wait for a request per row, and then for none. The order of samples is known, so what will be due is read and not
 guessed. A thread is enough, because it waits for the network.
 """
@@ -147,7 +147,7 @@ def load_message(stream: IO[bytes]) -> Any:
     try:
         return pickle.load(stream)  # noqa: S301 - a pipe of the process that it started
     except pickle.UnpicklingError as error:
-        raise EOFError("the message is cut short") from error
+        raise EOFError("the message is truncated") from error
 
 
 def serve() -> None:

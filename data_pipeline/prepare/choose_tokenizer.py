@@ -1,6 +1,6 @@
 """The tokenizer of a store: the one that is there, the file that is given, or one trained on the sources.
 
-A store has one tokenizer, because ids of two mean nothing next to each other. What it was asked for lies next to it, so
+A store has one tokenizer, because ids of two mean nothing next to each other. What it was asked for is next to it, so
 that a second preparation can tell whether it is still the same.
 """
 
@@ -102,7 +102,7 @@ def choose_tokenizer(
                 f"{_describe_tokenizer(before, settings)}; one store has one tokenizer: name another data.store, or delete "
                 "this one to prepare it again"
             )
-        # The given file knows its end token by what lies next to it, which the store's copy does not have.
+        # The given file knows its end token by what is next to it, which the store's copy does not have.
         return given or read_tokenizer_file(files[0], wanted.eos_token), None
     if given is None:
         begin_training()

@@ -20,7 +20,7 @@ def read_footer(file: InputFile) -> tuple[Any, pyarrow.Schema]:
     except (pyarrow.ArrowException, OSError) as error:
         if is_of_the_disk(error):
             raise
-        raise ValueError(f"{file.shown} isn't a whole parquet file; restore or remove it") from error
+        raise ValueError(f"{file.shown} is not a whole parquet file; restore or remove it") from error
 
 
 def check_column(files: Sequence[InputFile], text_column: str) -> None:
@@ -56,7 +56,7 @@ def holds_tokens(files: Sequence[InputFile], text_column: str) -> bool:
 
 
 def holds_ids(kind: pyarrow.DataType) -> bool:
-    """Whether cells of a column are lists of whole numbers."""
+    """Whether cells of a column are lists of integers."""
     is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
     return is_list and pyarrow.types.is_integer(kind.value_type)
 
@@ -70,7 +70,7 @@ def column_problem(schema: pyarrow.Schema, text_column: str) -> str | None:
 
 
 def check_offsets(column: Any) -> None:
-    """Raise ArrowInvalid for a column whose cells lie outside of its bytes: to look at one would end the process.
+    """Raise ArrowInvalid for a column whose cells are outside of its bytes: to look at one would end the process.
 
     Cells that are not UTF-8 pass, because each of them is a reject of its own.
     """

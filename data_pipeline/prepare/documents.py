@@ -1,4 +1,4 @@
-"""Readers: files, byte ranges and row groups become documents, and what can't be used becomes a reject with a reason.
+"""Readers: files, byte ranges and row groups become documents, and what cannot be used becomes a reject with a reason.
 
 A source of terabytes has damaged lines, so a bad record never stops a preparation: it is a reject with its position, and the
 rest continues. What is not the record's fault stops it: errors of the disk carry an errno and are raised, while those
@@ -194,7 +194,7 @@ class SegmentReader:
             yield Reject(f"{file.name}:line {number + 1}", f"{DAMAGED} compressed file, the rest is lost: {error}")
 
     def _lines(self, stream: IO[bytes]) -> Iterator[tuple[int | None, bytes]]:
-        """Iterate over (offset, line) of lines whose first byte lies in the segment; offset None in compressed files.
+        """Iterate over (offset, line) of lines whose first byte is in the segment; offset None in compressed files.
 
         Of a line that is longer than MAX_DOCUMENT_BYTES one byte more than that is given, and the rest read over.
         """
@@ -259,7 +259,7 @@ class SegmentReader:
             yield Reject(file.name, f"damaged parquet: {error}")
 
     def _arrow(self) -> Iterator[Record]:
-        """A Hugging Face dataset saved to disk is one or more Arrow streams; `datasets` isn't needed to read them."""
+        """A Hugging Face dataset saved to disk is one or more Arrow streams; `datasets` is not needed to read them."""
         file = self.segment.file
         try:
             with open_seekable(file) as opened, pyarrow.ipc.open_stream(opened) as stream:

@@ -92,7 +92,7 @@ def load_skips(store: Path, unit: Unit) -> frozenset[int]:
 
 
 def _load_hashes(path: Path) -> Hashes:
-    """Mapped, because all files together may be larger than memory; a file without documents can't be mapped."""
+    """Mapped, because all files together may be larger than memory; a file without documents cannot be mapped."""
     try:
         return np.load(path, mmap_mode="r")
     except ValueError:

@@ -45,4 +45,4 @@ def _compile(pattern: str | None, where: str) -> re.Pattern[str] | None:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{where}={pattern!r} isn't a regular expression ({error}); correct it") from error
+        raise ValueError(f"{where}={pattern!r} is not a regular expression ({error}); correct it") from error

@@ -91,7 +91,7 @@ def headers_for(url: str) -> dict[str, str]:
 def pin_revisions(paths: Iterable[str], pinned: Mapping[str, str]) -> dict[str, str]:
     """The commit of each path that names a data set: as pinned, or as the Hub has it now.
 
-    Raises ValueError for a name that is none, is not there or not for this user, and where the Hub can't be reached.
+    Raises ValueError for a name that is none, is not there or not for this user, and where the Hub cannot be reached.
     """
     commits = {}
     for given in paths:
@@ -209,7 +209,7 @@ def _ask(path: HubPath, url: str) -> tuple[Any, str | None]:
             remedy = f"there is no such data set, revision or folder: look at {endpoint()}/datasets/{path.repository}"
         else:
             remedy = f"check the network, HTTPS_PROXY and HF_ENDPOINT, or {_elsewhere(path)}"
-        raise ValueError(f"{path.given} can't be looked up ({error}); {remedy}") from error
+        raise ValueError(f"{path.given} cannot be looked up ({error}); {remedy}") from error
 
 
 def _elsewhere(path: HubPath) -> str:

@@ -1,6 +1,6 @@
 """The append-only record of finished units: what makes a second preparation do only what is missing.
 
-Parts alone would not do: a part on the disk doesn't say whether its unit wrote all that it should, or from which inputs. A
+Parts alone would not do: a part on the disk does not say whether its unit wrote all that it should, or from which inputs. A
 line has the unit's key, a digest of everything that decides its output, so a changed file or setting finds no line and the
 unit is written again. One process writes the journal, the one that holds the store's lock; actors only report.
 """
@@ -26,7 +26,7 @@ JOURNAL = "journal.jsonl"
 class Journal:
     """A line a finished unit, fsynced, with its own digest; of two lines of a unit the last counts.
 
-    A line that a crash cut short or that changed since it was written counts as none: its unit is written again.
+    A line that a crash truncated or that changed since it was written counts as none: its unit is written again.
     """
 
     def __init__(self, store: Path) -> None:

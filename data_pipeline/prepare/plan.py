@@ -189,7 +189,7 @@ def _choose_validation(source: SourceConfig, files: Sequence[InputFile], config:
 def make_units(source: str, segments: Sequence[Segment], settings: UnitSettings) -> list[Unit]:
     """Gather segments into units of up to part_bytes of text, smaller ones towards the end.
 
-    Smallest: part_bytes / SEGMENTS_PER_PART. The sizes don't depend on the number of actors, nor do the bytes.
+    Smallest: part_bytes / SEGMENTS_PER_PART. The sizes do not depend on the number of actors, nor do the bytes.
     """
     groups: list[list[Segment]] = []
     filled, limit, left = 0, 0, sum(segment.text_bytes for segment in segments)

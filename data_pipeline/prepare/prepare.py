@@ -81,7 +81,7 @@ def prepare(
     try:
         make_folders(store)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise ValueError(f"data.store={place!r} can't be made ({error.strerror}); name a writable folder") from error
+        raise ValueError(f"data.store={place!r} cannot be made ({error.strerror}); name a writable folder") from error
     with _only_writer(store):
         with _explain_full_disk(store, 0, 0):
             write_pins(store, pins)
@@ -253,7 +253,7 @@ def _raise_failure(failure: UnitFailure, store: Path, done: int, total: int) -> 
     what = "the disk is full" if failure.reason == "disk_full" else "the disk failed"
     raise RuntimeError(
         f"{what} while writing {store}: {failure.message}; {done} of {total} missing parts are done and kept: "
-        "make room and run the same command to continue"
+        "free space and run the same command to continue"
     )
 
 
@@ -320,7 +320,7 @@ def _finish(
     source_names: set[str],
     revisions: Mapping[str, str],
 ) -> tuple[str, list[str]]:
-    """Write the manifest if it isn't there already, then delete what we wrote and no part holds; identity and remarks.
+    """Write the manifest if it is not there already, then delete what we wrote and no part holds; identity and warnings.
 
     source_names: those whose parts may be ours, also of earlier configurations.
     """

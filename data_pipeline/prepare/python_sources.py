@@ -60,7 +60,7 @@ def collect_python_sources(folder: str | Path, megabytes: int) -> list[Path]:
 
 
 def _find_sources() -> dict[str, Path]:
-    """Find the installed .py files, by their path relative to the root that they lie under."""
+    """Find the installed .py files, by their path relative to the root that they are under."""
     roots = sorted({Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
     found: dict[str, Path] = {}
     for root in roots:

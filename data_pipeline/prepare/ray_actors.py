@@ -168,7 +168,7 @@ def start_ray(address: str | None, report: Report = silent, **options: Any) -> N
 
     Workers import nothing from the working directory of this process, and have our packages' folder as theirs. Raises ValueError for an address at which no
     cluster answers: asked before Ray is, which tries for a minute and prints what its own libraries think of it.
-    RuntimeError where Ray's processes end while they start, or don't answer for a quarter of an hour.
+    RuntimeError where Ray's processes end while they start, or do not answer for a quarter of an hour.
     """
     report("starting Ray" if address is None else f"joining the Ray cluster at {address}")
     import ray
@@ -276,7 +276,7 @@ class Dispatcher:
             self.failed_starts += 1
             if self.failed_starts >= MAX_FAILED_STARTS:
                 raise RuntimeError(
-                    f"processes that write parts can't start on the Ray cluster ({str(error).splitlines()[-1]}); its nodes need this package "
+                    f"processes that write parts cannot start on the Ray cluster ({str(error).splitlines()[-1]}); its nodes need this package "
                     "and its requirements at the same versions"
                 ) from error
             self._start_actor()  # its node went while it started: the next one starts elsewhere

@@ -1,6 +1,6 @@
 """The record of what gave no document: a file of JSON lines a unit below STORE/rejects, and the first of them in words.
 
-A position names the file as the plan does (`0/a.jsonl`: below the source's first path), so that the bytes of a store don't
+A position names the file as the plan does (`0/a.jsonl`: below the source's first path), so that the bytes of a store do not
 depend on where its text lay. For a person the path as it is here stands in its place, and the line of a byte.
 
 A file of something else than JSON lines gives as many rejects as lines, more than memory and disk may hold: they are written
@@ -82,7 +82,7 @@ def _describe_first(store: Path, units: Sequence[Unit], reason: str) -> str | No
 
 
 def place_of(position: str, segments: Sequence[Segment]) -> str:
-    """A position with the path of its file in the place of the plan's name for it, and the line of a byte."""
+    """A position with the path of its file instead of the plan's name for it, and the line of a byte."""
     for segment in segments:
         file = segment.file
         if position == file.name or position.startswith(f"{file.name}:"):

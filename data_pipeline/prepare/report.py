@@ -52,7 +52,7 @@ ShowProgress = Callable[[Progress], None] | None
 class PrepareReport:
     """What a preparation found and did. tokens and documents: by source and split, of the whole store.
 
-    first_rejects: of each source that has any, where the first is and why. remarks: on leftovers that could not be deleted, and on sources with too little text.
+    first_rejects: of each source that has any, where the first is and why. warnings: on leftovers that could not be deleted, and on sources with too little text.
     """
 
     store: str

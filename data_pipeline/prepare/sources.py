@@ -1,6 +1,6 @@
 """The files of a source: local files, folders and globs, the same below a URL or in a data set of the Hub; and their kinds.
 
-A file's name in the plan is the number of the path that found it and what follows below it, so a plan doesn't depend on
+A file's name in the plan is the number of the path that found it and what follows below it, so a plan does not depend on
 where a source is mounted, and its order is that of the names. The kind follows from the suffix alone and no file is opened.
 A path that is named directly must be usable; of a folder or a glob the files of known kinds are taken.
 """
@@ -101,7 +101,7 @@ def list_files(source: SourceConfig, pins: Mapping[str, str] = {}) -> list[Input
     """Find the files of a source, sorted by name; of data sets of the Hub at the commits that `pins` has for them.
 
     ValueError for a path, glob or URL that matches nothing, a file of unknown kind, an empty file named directly, or
-    a dataset of several splits, and where a web server or the Hub can't be reached; RuntimeError when an object store can't be reached.
+    a dataset of several splits, and where a web server or the Hub cannot be reached; RuntimeError when an object store cannot be reached.
     """
     files: list[InputFile] = []
     for number, given in enumerate(source.paths):
@@ -157,12 +157,12 @@ def _match(path: Path, where: str) -> list[Path]:
 def _walk(folder: Path, where: str) -> list[Path]:
     """List the files below a folder. Raises ValueError for text that would be left out silently.
 
-    That is below a folder that can't be read, or behind a link. Hidden folders and `lost+found` hold no text of the source.
+    That is below a folder that cannot be read, or behind a link. Hidden folders and `lost+found` hold no text of the source.
     """
 
     def refuse(error: OSError) -> None:
         remedy = "make it readable, or name what is wanted in paths"
-        raise ValueError(f"{where}: {error.filename} can't be read ({error.strerror}); {remedy}") from error
+        raise ValueError(f"{where}: {error.filename} cannot be read ({error.strerror}); {remedy}") from error
 
     found = []
     for current, folders, names in os.walk(folder, onerror=refuse):
@@ -185,7 +185,7 @@ def _refuse_linked_folder(path: Path, where: str, *, but: Path | None = None) ->
 def _refuse_dead_link(path: Path, name: str, where: str) -> None:
     """Refuse a link to nothing that has the name of a file of text."""
     if path.is_symlink() and not path.exists() and _is_data(name):
-        raise ValueError(f"{where}: {path} is a link to {path.readlink()}, which isn't there; fix or remove it")
+        raise ValueError(f"{where}: {path} is a link to {path.readlink()}, which is not there; fix or remove it")
 
 
 def _list_hub(given: str, commit: str, where: str) -> list[_Found]:
@@ -206,13 +206,13 @@ def _list_hub(given: str, commit: str, where: str) -> list[_Found]:
 
 
 def _look_up(given: str, where: str) -> _Found:
-    """Describe one file of a web server. Raises ValueError where it can't be had."""
+    """Describe one file of a web server. Raises ValueError where it cannot be had."""
     name = urllib.parse.unquote(urllib.parse.urlsplit(given).path.rpartition("/")[2])
     try:
         file = HttpFile.look_up(given, headers_for(given))
     except HttpError as error:
         raise ValueError(
-            f"{where} can't be read ({error}); check the address, the network and HTTPS_PROXY, or name a local file"
+            f"{where} cannot be read ({error}); check the address, the network and HTTPS_PROXY, or name a local file"
         ) from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -220,7 +220,7 @@ def _look_up(given: str, where: str) -> _Found:
 
 
 def _version_number(version: str) -> int:
-    """A number in the place of a time of change."""
+    """A number instead of a time of change."""
     return int.from_bytes(hashlib.blake2b(version.encode(), digest_size=7).digest(), "big")
 
 
@@ -228,7 +228,7 @@ def _stat(path: Path, name: str, where: str) -> _Found:
     facts = path.stat()
     if not stat.S_ISREG(facts.st_mode):
         raise ValueError(
-            f"{where}: {path} is not a regular file, and a pipe or device can't be read twice; name a file"
+            f"{where}: {path} is not a regular file, and a pipe or device cannot be read twice; name a file"
         )
     return _Found(name, str(path.resolve()), facts.st_size, facts.st_mtime_ns)
 
@@ -251,7 +251,7 @@ def _list_remote(given: str, where: str) -> list[_Found]:
     try:
         facts = RemoteFolder(folder).look_up(name)
     except FileNotFoundError as error:
-        raise ValueError(f"{where} doesn't exist; {_REMEDY}") from error
+        raise ValueError(f"{where} does not exist; {_REMEDY}") from error
     return _choose_one(_Found(name, given, facts.num_bytes, facts.modified_ns), where)
 
 
@@ -279,7 +279,7 @@ def _choose_matches(found: Sequence[_Found], where: str, given: str) -> list[_Fo
     names_all = _kind_of(given) == NAMED_ALONE
     matches = [item for item in found if names_all or _is_data(item.name)]
     if not matches:
-        raise ValueError(f"{where} doesn't exist; {_REMEDY}")
+        raise ValueError(f"{where} does not exist; {_REMEDY}")
     return matches
 
 

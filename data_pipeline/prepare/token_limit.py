@@ -59,7 +59,7 @@ def take_tokens(
 ) -> list[Unit]:
     """Choose the shortest prefix of `units` with `max_tokens` tokens, or all of them if there are fewer; writes what is missing.
 
-    find: the report of a unit that is done. write: does units, and raises where it can't.
+    find: the report of a unit that is done. write: does units, and raises where it cannot.
     """
     asked = 0
     while True:

@@ -55,7 +55,7 @@ class UnitReport:
 
 @dataclass(frozen=True)
 class UnitFailure:
-    """Why a unit can't be written now; the disk's error, not a bug."""
+    """Why a unit cannot be written now; the disk's error, not a bug."""
 
     reason: Literal["disk_full", "disk_error"]
     message: str
@@ -201,7 +201,7 @@ class _UnitWriter:
         ends: npt.NDArray[np.int64],
         text_bytes: Sequence[int],
     ) -> None:
-        """Keep documents, which lie one after another in `ids`, as views of one array of the store's dtype."""
+        """Keep documents, which are one after another in `ids`, as views of one array of the store's dtype."""
         settings = self.unit.settings
         if ids.view(f"u{ids.itemsize}").max() >= settings.vocab_size:  # negative ids are the largest unsigned ones
             smallest, largest = int(ids.min()), int(ids.max())

@@ -29,7 +29,7 @@ def make_quotas(weights: Sequence[float]) -> tuple[int, ...]:
     """Turn weights into integers that sum to the samples of a mixture block (largest remainder).
 
     The block has 4096 samples, or the power of two of at least 8 / (smallest share), so that each source gets 8 or
-    more and no share is off by more than one sample a block. Raises ValueError for a weight that isn't positive.
+    more and no share is off by more than one sample a block. Raises ValueError for a weight that is not positive.
     """
     for weight in weights:
         if not weight > 0 or not np.isfinite(weight):

@@ -211,7 +211,7 @@ class Bins:
 def fit_documents(document_ends: npt.NDArray[np.integer], capacity: int) -> Bins:
     """Best-fit-decreasing of a part's documents into rows of `capacity` tokens.
 
-    Longer documents are cut into full rows and a rest. Each piece goes to the fullest row that still holds it (Ding
+    Longer documents are cut into full rows and a rest. Each piece goes to the most loaded row that still holds it (Ding
     et al. 2024, arXiv 2404.10830, section 3): free space is found in a bit set, so the cost is near-linear.
     Empty part: no bins.
     """
@@ -226,7 +226,7 @@ def fit_documents(document_ends: npt.NDArray[np.integer], capacity: int) -> Bins
         size = int(length[piece])
         candidates = spaces >> size
         if candidates:
-            # The lowest set bit is the least free space that suffices: the fullest row.
+            # The lowest set bit is the least free space that suffices: the most loaded row.
             space = size + (candidates & -candidates).bit_length() - 1
             chosen = open_by_space[space].pop()
             if not open_by_space[space]:

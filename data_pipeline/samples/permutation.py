@@ -152,7 +152,7 @@ def permute_in_blocks(positions: npt.ArrayLike, size: int, key: bytes, layout: B
     layout = layout or BlockLayout.for_size(size)
     flat = np.array(positions, dtype=np.int64, copy=True, ndmin=1).reshape(-1)
     if flat.size and (int(flat.max()) >= size or int(flat.min()) < 0):
-        raise ValueError(f"positions {int(flat.min())} to {int(flat.max())} must lie in range({size})")
+        raise ValueError(f"positions {int(flat.min())} to {int(flat.max())} must be in range({size})")
     num_blocks = size // layout.block_windows
     group_windows = layout.block_windows * layout.blocks_per_group
     last_group = max(0, -(-num_blocks // layout.blocks_per_group) - 1)

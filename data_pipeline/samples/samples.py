@@ -77,7 +77,7 @@ class SampleSettings:
 
     @staticmethod
     def from_config(config: DataConfig, *, split: Split, sequence_length: int, seed: int) -> SampleSettings:
-        """Settings of a run; ValueError for a phase that weighs a source the configuration doesn't have.
+        """Settings of a run; ValueError for a phase that weighs a source the configuration does not have.
 
         sequence_length: of the first phase. Validation is the first phase alone, so that its losses stay comparable.
         """
@@ -101,7 +101,7 @@ class SampleSettings:
 def phases_of(config: DataConfig, sequence_length: int) -> tuple[PhaseSettings, ...]:
     """List the phases: the sources' own weights from sample 0, unless a given phase starts there, then the given ones.
 
-    A synthetic task is its own source. ValueError for a phase that weighs a source the configuration doesn't have.
+    A synthetic task is its own source. ValueError for a phase that weighs a source the configuration does not have.
     """
     known = {source.name: source.weight for source in config.sources}
     if config.synthetic is not None:
@@ -140,7 +140,7 @@ class CorruptSample:
 
 
 class SampleLocation(NamedTuple):
-    """Where a sample lies: row `row` of a part cut into rows of a length, drawn in an epoch of its source."""
+    """Where a sample is: row `row` of a part cut into rows of a length, drawn in an epoch of its source."""
 
     source: str
     epoch: int
@@ -403,7 +403,7 @@ class SampleReader:
         return int(ends[np.searchsorted(ends, offset)]) == offset
 
     def _empty_row(self, place: SampleLocation, sample: int, source: int) -> Row:
-        """Make a row without labels in the place of a damaged one: one token is valid, and it has no next one."""
+        """Make a row without labels instead of a damaged one: one token is valid, and it has no next one."""
         tokens = np.full(place.sequence_length + 1, self._fill_id(), dtype=self.store.layout.dtype)
         return Row(tokens, np.zeros(1, np.int32), 1, sample, source)
 

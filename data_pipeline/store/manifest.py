@@ -85,7 +85,7 @@ class Part:
         """
         if not PART_PATH.fullmatch(str(record["path"])):
             raise DamagedError(
-                f"a part lies at {str(record['path'])!r:.200}, which is not a place of a part below a store"
+                f"a part is at {str(record['path'])!r:.200}, which is not a place of a part below a store"
             )
         return Part(
             record["path"],

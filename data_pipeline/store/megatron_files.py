@@ -69,7 +69,7 @@ class MegatronIndex:
             first += reach
 
     def check(self) -> None:
-        """Read all of it, a piece at a time. Raises ValueError where it is damaged or doesn't fit the .bin."""
+        """Read all of it, a piece at a time. Raises ValueError where it is damaged or does not fit the .bin."""
         end, itemsize = 0, np.dtype(self.dtype).itemsize
         for start in range(0, self.num_sequences, SPAN_TOKENS):
             stop = min(start + SPAN_TOKENS, self.num_sequences)
@@ -112,12 +112,12 @@ class MegatronIndex:
 
 
 def read_megatron_index(path: Path) -> MegatronIndex:
-    """Read the head of an .idx file; ValueError when it isn't one. `check` reads the rest."""
+    """Read the head of an .idx file; ValueError when it is not one. `check` reads the rest."""
     with path.open("rb") as file:
         header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
     if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
         raise ValueError(
-            f"{path} isn't a Megatron index (no {MAGIC[:7].decode()} at its start); name the .idx of a dataset"
+            f"{path} is not a Megatron index (no {MAGIC[:7].decode()} at its start); name the .idx of a dataset"
         )
     _, version, code, num_sequences, num_bounds = HEADER.unpack(header)
     if version != 1 or code not in DTYPE_BY_CODE:
@@ -126,7 +126,7 @@ def read_megatron_index(path: Path) -> MegatronIndex:
         raise ValueError(f"{path} is damaged: it has no end of its documents; restore it from a copy")
     expected = HEADER.size + num_sequences * 12 + num_bounds * 8
     if size < expected:
-        raise ValueError(f"{path} is cut short: {size} bytes of {expected}; restore it from a copy")
+        raise ValueError(f"{path} is truncated: {size} bytes of {expected}; restore it from a copy")
     num_bytes = path.with_suffix(".bin").stat().st_size
     return MegatronIndex(path, DTYPE_BY_CODE[code], num_sequences, num_bounds - 1, num_bytes)
 
@@ -145,7 +145,7 @@ def export_megatron(store: TokenStore, source: str, split: Split, prefix: str | 
     """Write a source as PREFIX.bin and PREFIX.idx, a document a sequence with its end token; returns the documents.
 
     uint16 stays uint16; uint32 becomes int32, Megatron's other token type. Both are written under random names, synced and
-    renamed, the .idx last. ValueError when an id doesn't fit int32.
+    renamed, the .idx last. ValueError when an id does not fit int32.
     """
     bin_path, index_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     dtype = "uint16" if store.layout.dtype == "uint16" else "int32"

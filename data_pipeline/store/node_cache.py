@@ -1,6 +1,6 @@
 """Parts of a remote store on this node's disk: fetched by blocks, checked by digest, the least recently used go first.
 
-All processes of a node share the folder. A block is fetched once per node and serves the windows that lie in it, so a
+All processes of a node share the folder. A block is fetched once per node and serves the windows that are in it, so a
 sample costs a request only when it opens a new block.
 
 There is no index to keep consistent: a block's file is named by a digest of what it holds (URL, content, block size,
@@ -130,14 +130,14 @@ class BlockCache:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise RuntimeError(
-                f"data.cache.folder={self.settings.folder} can't take a block ({error.strerror}); make room, lower "
+                f"data.cache.folder={self.settings.folder} cannot take a block ({error.strerror}); free space, lower "
                 "data.cache.max_bytes, or name another folder"
             ) from error
         self._bytes += len(block)
         return descriptor
 
     def _count_fetch(self) -> None:
-        """Measure the folder now and then and whenever this process alone filled it, and make room."""
+        """Measure the folder now and then and whenever this process alone filled it, and free space."""
         self._fetches += 1
         if self._fetches % FETCHES_PER_SCAN == 1 or self._bytes > self.settings.max_bytes:
             with self._locked("evict"):
@@ -171,7 +171,7 @@ class BlockCache:
             lock = take_lock(self._folder / f".lock-{name}", wait=True)
         except OSError as error:
             raise RuntimeError(
-                f"data.cache.folder={self.settings.folder} can't be used ({error.strerror}); name a writable folder"
+                f"data.cache.folder={self.settings.folder} cannot be used ({error.strerror}); name a writable folder"
             ) from error
         assert lock is not None, "waited for"
         with lock:
@@ -181,14 +181,14 @@ class BlockCache:
 def own_folder(folder: Path, setting: str = "data.cache.folder") -> None:
     """Make a folder that no one else can write to, or require that of an existing one; `setting` is the key that chose it.
 
-    What is in it is checked by digests that lie next to it, which find damage, not malice: whoever can write here
+    What is in it is checked by digests that are next to it, which find damage, not malice: whoever can write here
     decides what a run reads. Raises RuntimeError for a folder of someone else, a link, or one that others may write to.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = os.lstat(folder)
     except OSError as error:
-        raise RuntimeError(f"{setting}: {folder} can't be used ({error.strerror}); name a writable folder") from error
+        raise RuntimeError(f"{setting}: {folder} cannot be used ({error.strerror}); name a writable folder") from error
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
         raise RuntimeError(
             f"{setting}: {folder} must be a folder of this user that no one else can write to (chmod 700); what others put "
@@ -249,7 +249,7 @@ class CachedFiles:
         return self._handles[handle][1]
 
     def pread(self, handle: int, size: int, offset: int, /) -> bytes:
-        """Bytes [offset, offset + size), fewer where the file ends; blocks that aren't here are fetched."""
+        """Bytes [offset, offset + size), fewer where the file ends; blocks that are not here are fetched."""
         name, whole, content = self._handles[handle]
         stop, pieces = min(offset + size, whole), []
         while offset < stop:
@@ -277,7 +277,7 @@ def keep_small_files(
 ) -> Path:
     """Fill the folder of the node cache that stands for a store with these files and return it; content None: fetch it.
 
-    DamagedError when a file is missing, RuntimeError when the cache's folder can't be used.
+    DamagedError when a file is missing, RuntimeError when the cache's folder cannot be used.
     """
     key = hashlib.blake2b(f"{remote.url}\n{identity}".encode(), digest_size=16).hexdigest()
     folder = Path(cache.folder).expanduser() / "stores" / key
@@ -291,6 +291,6 @@ def keep_small_files(
         raise DamagedError(f"{error}; copy the store to its place again") from error
     except OSError as error:
         raise RuntimeError(
-            f"data.cache.folder={cache.folder} can't be used ({error.strerror}); name a writable folder with room"
+            f"data.cache.folder={cache.folder} cannot be used ({error.strerror}); name a writable folder with room"
         ) from error
     return folder

@@ -42,12 +42,12 @@ class ObjectFacts:
 class RemoteFolder:
     """Objects below a URL. Not for forked processes: the client library has threads. Pickles to the URL.
 
-    FileNotFoundError for an object that isn't there; RuntimeError when the store can't be reached or refuses,
+    FileNotFoundError for an object that is not there; RuntimeError when the store cannot be reached or refuses,
     NoCredentialsError where this machine has no credentials.
     """
 
     def __init__(self, url: str) -> None:
-        """ValueError for a scheme that isn't known; nothing is asked of the network yet."""
+        """ValueError for a scheme that is not known; nothing is asked of the network yet."""
         scheme = url.partition("://")[0]
         if scheme not in SCHEMES:
             raise ValueError(f"{url} must begin with {', '.join(f'{name}://' for name in SCHEMES)}, or be a local path")
@@ -134,7 +134,7 @@ class RemoteFolder:
         from obstore.store import from_url
 
         if os.getpid() != self._process:
-            raise RuntimeError(f"{self.url} can't be read in a forked process; start the process by spawn")
+            raise RuntimeError(f"{self.url} cannot be read in a forked process; start the process by spawn")
         try:
             self._client = self._client or from_url(self.url)
             yield obstore, self._client
@@ -144,12 +144,12 @@ class RemoteFolder:
             place = f"{self.url}/{name}".rstrip("/")
             if METADATA_REQUEST in str(error):  # the library asks it last, where it found no others
                 raise NoCredentialsError(
-                    f"{place} can't be {what}: no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run on a "
+                    f"{place} cannot be {what}: no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run on a "
                     "machine with a role, and run the same command to continue"
                 ) from error
             reason = str(error).split("\n")[0]
             raise RuntimeError(
-                f"{place} can't be {what}: {reason}; check the network, the credentials and the endpoint, "
+                f"{place} cannot be {what}: {reason}; check the network, the credentials and the endpoint, "
                 "and run the same command to continue"
             ) from error
 

@@ -62,7 +62,7 @@ def _compress(values: npt.NDArray[np.generic], compression: Compression) -> byte
 
 
 class DamagedError(RuntimeError):
-    """A part is missing, cut short or altered; `data.on_corruption: quarantine` skips the samples that meet it."""
+    """A part is missing, truncated or altered; `data.on_corruption: quarantine` skips the samples that meet it."""
 
 
 class ShardFiles(Protocol):
@@ -112,7 +112,7 @@ def _zstd_decompressor() -> zstandard.ZstdDecompressor:
 class ShardedArray:
     """A 1-D Zarr v3 array in a folder, read by ranges with every chunk verified.
 
-    Opens shard files at the first read and keeps their index. Raises DamagedError for anything that isn't as written.
+    Opens shard files at the first read and keeps their index. Raises DamagedError for anything that is not as written.
     heads: the first value of every chunk, if they are known; a read that wants no more of its last chunk than that
     leaves it alone. Rows need one token more than their length, and it is often such a one.
     """
@@ -147,7 +147,7 @@ class ShardedArray:
         return self._read_chunks(start, stop)
 
     def _read_chunks(self, start: int, stop: int) -> npt.NDArray[np.generic]:
-        """Read a range shard by shard; nearly all lie in one shard, and are not copied."""
+        """Read a range shard by shard; nearly all are in one shard, and are not copied."""
         shard = self.shard
         pieces = []
         while start < stop:
@@ -170,7 +170,7 @@ class ShardedArray:
         self._files.clear()
 
     def _read_in_shard(self, shard: int, start: int, stop: int) -> npt.NDArray[np.generic]:
-        """Read values [start, stop) of one shard with one pread: its chunks lie one after another in the file."""
+        """Read values [start, stop) of one shard with one pread: its chunks are one after another in the file."""
         descriptor, index = self._files.get(shard) or self._open(shard)
         chunk_length = self.chunk
         first, last = start // chunk_length, (stop - 1) // chunk_length
@@ -180,7 +180,7 @@ class ShardedArray:
         data = self._pread(descriptor, size, offset)
         if len(data) != size:
             raise DamagedError(
-                f"{self._file(shard)} is cut short: chunk {last} ends at byte {offset + size}, {_REMEDY}"
+                f"{self._file(shard)} is truncated: chunk {last} ends at byte {offset + size}, {_REMEDY}"
             )
         if first == last:
             return self._decode(data, 0, size, shard, first)[start - first * chunk_length : stop - first * chunk_length]
@@ -236,7 +236,7 @@ class ShardedArray:
         size = self.files.size(descriptor)
         data = self._pread(descriptor, index_bytes + 4, max(0, size - index_bytes - 4))
         if len(data) != index_bytes + 4:
-            raise DamagedError(f"{path} is cut short: {size} bytes hold no index of {index_bytes} bytes, {_REMEDY}")
+            raise DamagedError(f"{path} is truncated: {size} bytes hold no index of {index_bytes} bytes, {_REMEDY}")
         if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
             raise DamagedError(f"{path} is damaged: its index fails its crc32c, {_REMEDY}")
         index = np.frombuffer(data[:-4], dtype="<u8").reshape(-1, 2).astype(np.uint64, copy=False)
@@ -246,4 +246,4 @@ class ShardedArray:
         return index
 
 
-_REMEDY = "so the part can't be used; delete the part's folder and run `amfm prepare CONFIG` to write it again"
+_REMEDY = "so the part cannot be used; delete the part's folder and run `amfm prepare CONFIG` to write it again"

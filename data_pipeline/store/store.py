@@ -49,7 +49,7 @@ class TokenStore:
     """A prepared store, open for reading. No threads, nothing shared between processes; pickles to its location.
 
     location: as given, a folder or a URL. path: the folder; for a URL one in the node cache, where the manifest, the
-    tokenizer and what is derived from the parts lie. At most 256 parts are open at a time; each keeps its shard index
+    tokenizer and what is derived from the parts are. At most 256 parts are open at a time; each keeps its shard index
     and document ends in memory.
     """
 
@@ -74,8 +74,8 @@ class TokenStore:
     def open(cls, path: str | Path, cache: CacheSettings = DEFAULT_CACHE) -> TokenStore:
         """Read the manifest of a store in a folder or behind a URL; parts are opened when they are read.
 
-        ValueError when it isn't a prepared store or has a newer format; DamagedError when the manifest doesn't match
-        its own identity; RuntimeError when an object store can't be reached.
+        ValueError when it is not a prepared store or has a newer format; DamagedError when the manifest does not match
+        its own identity; RuntimeError when an object store cannot be reached.
         """
         remote = RemoteFolder(str(path)) if is_url(str(path)) else None
         file = f"{path}/{MANIFEST}"
@@ -165,7 +165,7 @@ class TokenStore:
         return tuple(sorted(self._sources))
 
     def parts(self, source: str, split: Split) -> Sequence[Part]:
-        """Parts of a source in order; ValueError for a source that the store doesn't have."""
+        """Parts of a source in order; ValueError for a source that the store does not have."""
         if source not in self._sources:
             raise ValueError(
                 f"source {source!r} must be one of the store's {', '.join(self.source_names)}; "
@@ -287,7 +287,7 @@ class TokenStore:
 
 
 def _reopen(path: str, identity: str, cache: CacheSettings) -> TokenStore:
-    """Open a pickled store in another process; DamagedError if another one lies there by now."""
+    """Open a pickled store in another process; DamagedError if another one is there by now."""
     store = TokenStore.open(path, cache)
     if store.identity() != identity:
         raise DamagedError(
@@ -310,7 +310,7 @@ def _shard_files(part: Part) -> Iterator[tuple[str, int]]:
 def _check_opening(folder: str, part: Part, ends: npt.NDArray[Any], heads: npt.NDArray[np.generic]) -> None:
     """Raise DamagedError where document ends and chunk heads are not those of the part that the manifest names."""
     if len(ends) == 0 or int(ends[-1]) != part.num_tokens:
-        raise DamagedError(f"{folder} is damaged: its documents don't end at its {part.num_tokens} tokens")
+        raise DamagedError(f"{folder} is damaged: its documents do not end at its {part.num_tokens} tokens")
     if part.opening_digest and digest_opening(ends, heads) != part.opening_digest:
         raise DamagedError(
             f"{folder} is not the part that the manifest names: it is of another store, or was prepared again under this "

@@ -134,7 +134,7 @@ def read_flat_documents(
 def _between_ends(
     flat: FlatTokens, start: int, stop: int, end_id: int, file: IO[bytes]
 ) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    """Documents whose first token lies in [start, stop), each with its end token."""
+    """Documents whose first token is in [start, stop), each with its end token."""
     file.seek(flat.start_byte + 2 * max(0, start - 1))
     skips = start > 0 and int(_take(flat, file, 1)[0]) != end_id
     begin, position, pieces = start, start, list[npt.NDArray[Any]]()

@@ -1,6 +1,6 @@
 """Build the synthetic task that `data.synthetic` configures.
 
-All tasks share one flat section, so that a benchmark can vary the task by one key. A setting that the chosen task doesn't
+All tasks share one flat section, so that a benchmark can vary the task by one key. A setting that the chosen task does not
 read is refused, because a run with it would look like another experiment than it is.
 """
 
@@ -30,7 +30,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 def build_task(config: SyntheticConfig) -> SyntheticTask:
     """Build the task of a configuration.
 
-    Raises ValueError for settings that don't fit together, and for one that is set but not read by the task.
+    Raises ValueError for settings that do not fit together, and for one that is set but not read by the task.
     """
     unread = [
         name

@@ -24,7 +24,7 @@ from amfm.data_pipeline.synthetic.draws import NOISE, Draws, Int64, SyntheticRow
 if TYPE_CHECKING:
     from amfm.data_pipeline.config import SyntheticConfig  # pydantic takes longer to import than everything here
 
-NO_TOKENIZER = "none"  # in the place of a tokenizer's identity
+NO_TOKENIZER = "none"  # instead of a tokenizer's identity
 GENERATOR_VERSION = 1  # of what a sample number gives: another one refuses to resume
 SPLIT_PARTS = 8  # of this many equal parts of all rows one validates
 MAX_DRAWS = 8192  # a split that holds rows at all gives one with far fewer
@@ -49,7 +49,7 @@ class SyntheticSettings:
     def from_config(
         config: SyntheticConfig, phases: tuple[PhaseSettings, ...], *, split: Split, seed: int
     ) -> SyntheticSettings:
-        """Derive the settings of a run. Raises ValueError for settings of the task that don't fit together."""
+        """Derive the settings of a run. Raises ValueError for settings of the task that do not fit together."""
         return SyntheticSettings(
             config.task, build_task(config), split, seed, phases if split == "train" else phases[:1]
         )

@@ -90,7 +90,7 @@ COPY = NOISE + 1  # the token that stands where a copied token is to be predicte
 class SelectiveCopying:
     """`num_copied` tokens at random places among noise, then as many copy marks, each labelled with the next of them.
 
-    The distances vary from row to row, so a mixer must select by content what it keeps; a time-invariant one can't (Gu
+    The distances vary from row to row, so a mixer must select by content what it keeps; a time-invariant one cannot (Gu
     and Dao 2023, arXiv 2312.00752, section 3.1). Tokens: noise, the copy mark, `num_symbols` tokens to copy.
     """
 

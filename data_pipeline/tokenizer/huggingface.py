@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json with the id of its end-of-text token, which the file itself doesn't name.
+    """A tokenizer.json with the id of its end-of-text token, which the file itself does not name.
 
-    Special tokens written out in a text are encoded as plain text: a document can't end itself. Nothing is added in
+    Special tokens written out in a text are encoded as plain text: a document cannot end itself. Nothing is added in
     front or behind, and truncation or padding that the file asks for is off.
     """
 
@@ -32,7 +32,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # Ids may have holes, so the number of entries isn't the range of ids.
+        # Ids may have holes, so the number of entries is not the range of ids.
         self._vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         if not 0 <= eos_id < self._vocab_size:
             raise ValueError(f"end-of-text id {eos_id} must be in range({self._vocab_size}), the vocabulary")
@@ -120,13 +120,13 @@ def read_tokenizer_json(path: Path, eos: str | int | None) -> HuggingFaceTokeniz
         vocabulary = parse_tokenizer(content).get_vocab(with_added_tokens=True)
     except ValueError as error:
         cause = "" if "Cannot instantiate" in str(error) else f" ({error})"
-        raise ValueError(f"{path} isn't a tokenizer.json{cause}; name a file of the tokenizers library") from error
+        raise ValueError(f"{path} is not a tokenizer.json{cause}; name a file of the tokenizers library") from error
     if isinstance(eos, int):
         return HuggingFaceTokenizer(content, eos)
     token = eos or _configured_eos(path.with_name("tokenizer_config.json"))
     if token is None:
         raise ValueError(
-            f"{path} doesn't name its end-of-text token; set data.tokenizer.eos_token, or put tokenizer_config.json "
+            f"{path} does not name its end-of-text token; set data.tokenizer.eos_token, or put tokenizer_config.json "
             "with an eos_token next to it"
         )
     if token not in vocabulary:

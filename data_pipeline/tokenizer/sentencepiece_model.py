@@ -1,7 +1,7 @@
 """Parse a SentencePiece model file, and round its scores so that they add up exactly.
 
 The classes are generated from `sentencepiece_model.proto` and come with the library. They need the protobuf package,
-which the library itself doesn't.
+which the library itself does not.
 """
 
 from __future__ import annotations

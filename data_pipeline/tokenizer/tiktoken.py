@@ -78,7 +78,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             encoded, rank = line.split()
             ranks[base64.b64decode(encoded, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise ValueError(f"{path}: line {number} isn't `base64 rank` ({error}); restore the file") from error
+            raise ValueError(f"{path}: line {number} is not `base64 rank` ({error}); restore the file") from error
     if not ranks or len(set(ranks.values())) != len(ranks):
         raise ValueError(f"{path} has {len(ranks)} tokens of {len(set(ranks.values()))} ranks; restore the file")
     missing = sorted(set(range(256)) - {token[0] for token in ranks if len(token) == 1})

@@ -274,7 +274,7 @@ def read_tokenizer_file(path: Path, eos: str | int | None = None) -> Tokenizer:
     """
     if not path.is_file():
         raise ValueError(
-            f"tokenizer file {path} doesn't exist; name a SentencePiece .model file, a tokenizer.json or a prepared store"
+            f"tokenizer file {path} does not exist; name a SentencePiece .model file, a tokenizer.json or a prepared store"
         )
     if path.suffix == ".json":
         return read_tokenizer_json(path, eos)
@@ -287,7 +287,7 @@ def read_tokenizer_file(path: Path, eos: str | int | None = None) -> Tokenizer:
         remedy = "name a .model file"
         if suffix != "model":
             remedy += f", or install the package that registers {suffix!r} under the entry point group {ENTRY_POINTS}"
-        raise ValueError(f"{path} isn't a SentencePiece model, or is damaged; {remedy}") from error
+        raise ValueError(f"{path} is not a SentencePiece model, or is damaged; {remedy}") from error
 
 
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -318,7 +318,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePi
     byte pieces, so decoding gives the text back. Ids 0 to 3: unknown, begin, end, padding.
     ValueError when the text is too small for the vocabulary.
     """
-    # Needs protobuf: reading tokenizers doesn't, so a run on a prepared store goes without.
+    # Needs protobuf: reading tokenizers does not, so a run on a prepared store goes without.
     from amfm.data_pipeline.tokenizer.sentencepiece_model import round_scores
 
     model = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The update is that of the paper's algorithm, and an installed package's optimizer trains and resumes bit for bit under ZeRO."""
+"""The update is that of the paper's algorithm, and an installed package's optimizer trains and resumes with bitwise identical results under ZeRO."""
 
 from __future__ import annotations
 

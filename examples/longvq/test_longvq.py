@@ -125,7 +125,7 @@ def test_training_follows_a_teacher_and_leaves_a_quarter_of_the_codes_in_use() -
     with torch.no_grad():
         chosen = torch.cat([mixer.choose(parts_of(mixer, row)[2][None]).argmax(-1) for row in x_BTD])
     assert losses[-1] < 0.8 * losses[0]
-    # 4, 10 and 7 of the heads' 16, where the first values use 12, 12 and 15: keys of one projection lie close together.
+    # 4, 10 and 7 of the heads' 16, where the first values use 12, 12 and 15: keys of one projection are close together.
     assert min(len(chosen[:, :, head].unique()) for head in range(H)) >= 4
 
 

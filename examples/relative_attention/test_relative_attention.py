@@ -1,4 +1,4 @@
-"""Relative positions are the sums of their formula, keep documents apart, decode with a cache, and refuse what they can't do."""
+"""Relative positions are the sums of their formula, keep documents apart, decode with a cache, and refuse what they cannot do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The update is that of the paper's algorithms, and an installed package's optimizer of matrices trains and resumes bit for bit."""
+"""The update is that of the paper's algorithms, and an installed package's optimizer of matrices trains and resumes with bitwise identical results."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_cells_are_ordinary_runs_with_equal_tokens_in_folders_of_their_own(folde
             "ratios.0 = 6:1: a group of 7 mixers does not fit num_mixers=4 a whole number of times; "
             "use 3:1 or 1:1, or num_mixers=7",
         ),
-        ({"ratios": ("0:1",)}, "ratios.0 = 0:1: must be none, all, or LINEAR:ATTENTION in whole numbers from 1"),
+        ({"ratios": ("0:1",)}, "ratios.0 = 0:1: must be none, all, or LINEAR:ATTENTION in integers from 1"),
         ({"ratios": ("none", "none")}, "ratios = none: must differ; keep one"),
         ({"seeds": (1, 1)}, "seeds = 1: must differ; keep one"),
     ],

@@ -4,7 +4,7 @@ It needs torch, triton and numpy alone. Four stages, each for one operation afte
 processes, `check` every output and gradient against float64 (twice, for equal bits; once under torch.compile), `sanitize` under
 compute-sanitizer where it is installed, `time` vs. PyTorch and installed packages. Each operation runs in a separate
 process with a limit on its time, and the report is written after each. Exit code 3 for any fault, 2 where the machine
-can't serve.
+cannot serve.
 """
 
 from __future__ import annotations

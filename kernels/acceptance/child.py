@@ -6,7 +6,7 @@ and `tune` the `names` of problems, all where there are none; `cases` is the mod
 
 Times an operation on a GPU vs. PyTorch and the public packages that are installed, each variant judged first.
 
-A peer that cannot run is a remark; one of our own kernels that cannot run, or has a tensor that is too far from float32, is a
+A peer that cannot run is a warning; one of our own kernels that cannot run, or has a tensor that is too far from float32, is a
 fault. Figures are medians of forward, of backward and of both, and shares of an H100's roofline.
 """
 

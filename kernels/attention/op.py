@@ -146,7 +146,7 @@ def fastest_backend(
         if reason is None:
             _note_choice("varlen", "PyTorch's FlashAttention takes documents laid end to end")
             return "varlen"
-        _note_choice("triton", f"PyTorch's variable-length attention can't serve: {reason}")
+        _note_choice("triton", f"PyTorch's variable-length attention cannot serve: {reason}")
         return backend
     if has_documents or tokens not in (1, keys):
         _note_choice("triton", "a mask would keep PyTorch's attention from FlashAttention; ours skips hidden tiles")
@@ -168,7 +168,7 @@ def _log_choice(backend: str, reason: str) -> None:
 
 
 def _check(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BS: Tensor | None) -> None:
-    """Raise ValueError for shapes or dtypes that don't fit; no backend checks them again."""
+    """Raise ValueError for shapes or dtypes that do not fit; no backend checks them again."""
     check_shape("q_BTHK", q_BTHK, (-1, -1, -1, -1))
     check_float("q_BTHK", q_BTHK)
     batch, tokens, heads, size = q_BTHK.shape

@@ -81,7 +81,7 @@ def _attend_documents(
     """Attention document by document, [B, T, H, K], for CPU.
 
     Reads the ids on the host, which is free there and would wait for the device on a GPU; the length of the
-    loop is the number of documents in all rows, so the operation can't be traced by a compiler.
+    loop is the number of documents in all rows, so the operation cannot be traced by a compiler.
     """
     batch, tokens, keys = *q_BTHK.shape[:2], k_BSJK.shape[1]
     starts = torch.ones_like(document_ids_BS, dtype=torch.bool)
@@ -108,6 +108,6 @@ def _attend_last(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, scale: float, s
     """Causal attention without documents, the queries being those of the last keys."""
     tokens, keys = q_BTHK.shape[1], k_BSJK.shape[1]
     # A single query sees every key and T = S is `is_causal`; only a cached prefix needs a mask. PyTorch aligns
-    # `is_causal` with the first key, not with the last, so it can't be used there.
+    # `is_causal` with the first key, not with the last, so it cannot be used there.
     mask = None if tokens in (1, keys) else _causal_mask(tokens, keys, q_BTHK.device)
     return _attend(q_BTHK, k_BSJK, v_BSJK, mask, scale, sinks_H, causal=tokens == keys and tokens > 1)

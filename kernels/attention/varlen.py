@@ -131,7 +131,7 @@ def _refuse_own_release() -> str | None:
 def _load() -> None:
     """Import PyTorch's function once: its module imports half a compiler, which a CPU has no use for.
 
-    Its place is a global, which torch.compile reads; into an import it can't look.
+    Its place is a global, which torch.compile reads; into an import it cannot look.
     """
     global _varlen_attention  # noqa: PLW0603
     _varlen_attention = importlib.import_module(_MODULE).varlen_attn

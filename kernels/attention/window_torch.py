@@ -1,7 +1,7 @@
 """Sliding-window attention by PyTorch's scaled_dot_product_attention, in blocks that see themselves and the block before.
 
-A block has as many queries as the window has keys, so that its keys lie in two blocks: work and memory grow with
-tokens x window. What documents and windows hide is masked; a masked weight is zero to the bit.
+A block has as many queries as the window has keys, so that its keys are in two blocks: work and memory grow with
+tokens x window. What documents and windows hide is masked; a masked weight is zero bitwise.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def documents(inputs: Inputs, tokens: int, *lengths: int, rows: int = 1) -> Tens
 
 
 def slices(wide: Tensor, *widths: int) -> list[Tensor]:
-    """Slices of the last dimension as leaves that lie apart in memory, as those of one projection do."""
+    """Slices of the last dimension as leaves that are apart in memory, as those of one projection do."""
     return [part.detach().requires_grad_() for part in wide.detach().split(widths, dim=-1)]
 
 

@@ -1,6 +1,6 @@
 """Causal depthwise convolution, with SiLU or without, as one convolution of PyTorch's, with a hand-written backward.
 
-oneDNN convolves rows whose channels lie together in one pass, at a tenth of what W multiply-adds cost; what it knows
+oneDNN convolves rows whose channels are together in one pass, at a tenth of what W multiply-adds cost; what it knows
 nothing of, documents and the gradient of the weight, is done here.
 """
 
@@ -65,7 +65,7 @@ def _repair_edges(
 ) -> None:
     """Make again, from their own documents alone, the sums of tokens whose window reaches into another document.
 
-    step: -1 where a token's window lies before it, 1 where it lies behind it; the weight's last column meets the token.
+    step: -1 where a token's window is before it, 1 where it is behind it; the weight's last column meets the token.
     """
     T, W = document_ids_BT.shape[1], weight_CW.shape[1]
     crossing_BT = torch.zeros_like(document_ids_BT, dtype=torch.bool)

@@ -48,7 +48,7 @@ def convolve_triton(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Channels packed; rows and tokens may lie apart, as slices of a wider projection do."""
+    """Channels packed; rows and tokens may be apart, as slices of a wider projection do."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -116,7 +116,7 @@ def convolve_rows_backward(
     *,
     silu: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch the backward kernel: write d_x [B, T, C], whose tokens may lie apart at one distance over all rows.
+    """Launch the backward kernel: write d_x [B, T, C], whose tokens may be apart at one distance over all rows.
 
     Returns the gradients of weight and bias, one after the other, [C * W + C] in the dtype of the weight, and that of the window.
     """

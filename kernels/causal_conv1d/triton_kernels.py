@@ -40,7 +40,7 @@ def _load_inputs(x, window, t, T, stride, column, C, W: tl.constexpr, WINDOW: tl
 
 @triton.jit
 def _reach(ids, t, source, T, DOCUMENTS: tl.constexpr):
-    """1 where tokens t and source lie in one document, [BLOCK_T, 1].
+    """1 where tokens t and source are in one document, [BLOCK_T, 1].
 
     Places outside the row are clamped: a window belongs to the document of the row's first token, and all else reads as zero.
     """
@@ -121,7 +121,7 @@ def convolution_backward_kernel(
 ):  # fmt: skip
     """d_x [B, T, C], and a part of the gradients of weight and bias for each strip of tokens.
 
-    Tokens of d_x lie `stride_dx` apart over all rows; strides are in multiples of UNIT. Parts are [B, strips, C * W + C]: laid out as the weight, then the bias.
+    Tokens of d_x are `stride_dx` apart over all rows; strides are in multiples of UNIT. Parts are [B, strips, C * W + C]: laid out as the weight, then the bias.
     With WINDOW d_window [B, W - 1, C] too, in a block of places before the row, which have inputs and no outputs.
     """
     batch, strip = (tl.program_id(0) // strips).to(tl.int64), tl.program_id(0) % strips

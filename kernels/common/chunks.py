@@ -18,7 +18,7 @@ from torch import Tensor
 class Chunks:
     """Sizes of a scan in chunks of Q tokens: B rows, T tokens, H heads in G groups of R, state K x V.
 
-    The `count` (n) chunks of all rows lie in the order [chunks, B]: those that follow another one in their row, and those
+    The `count` (n) chunks of all rows are in the order [chunks, B]: those that follow another one in their row, and those
     that another one follows, are one piece each.
 
     Chunk c of row b is number c * B + b.
@@ -48,7 +48,7 @@ class Documents:
     """Masks of the documents in each chunk; the masks are None where every row holds one document.
 
     bias: [Q, Q] or [n, 1, Q, Q], 0 where token j may reach token i and -inf elsewhere.
-    inside: [n, Q, Q], 1 where j <= i and both lie in one document.
+    inside: [n, Q, Q], 1 where j <= i and both are in one document.
     first: [n, 1, Q], 1 for tokens of the document that owns the state entering the chunk.
     last: [n, 1, Q], 0 for tokens of the chunk's last document and -inf for the others, like bias.
     carry: [n, 1], 1 where that is one document, so the entering state reaches the chunk's end.
@@ -125,7 +125,7 @@ def cut_documents(document_ids_BT: Tensor | None, s: Chunks, like: Tensor) -> Do
 def heads_first(x_BTH: Tensor, s: Chunks) -> Tensor:
     """Rows [B, T, heads, ...] cut into chunks, the tokens of a head side by side: [n, heads, Q, ...].
 
-    Contiguous, because a batched product takes its fast path only where every matrix lies in one piece.
+    Contiguous, because a batched product takes its fast path only where every matrix is in one piece.
     """
     x = pad_tokens(x_BTH, s.padding).unflatten(1, (s.chunks, s.Q))
     return x.transpose(0, 1).transpose(2, 3).contiguous().flatten(0, 1)

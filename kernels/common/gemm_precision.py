@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Asked once: torch.compile can't look into the question, and would cut a block's graph at every product.
+# Asked once: torch.compile cannot look into the question, and would cut a block's graph at every product.
 _MULTIPLIES_BF16 = torch.cpu._is_avx512_bf16_supported()
 
 

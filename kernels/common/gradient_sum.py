@@ -66,7 +66,7 @@ def gradient_sums_of(*weights: Tensor) -> list[GradientSum] | None:
 
 
 def accumulate(totals: Sequence[GradientSum], write: Callable[[Sequence[Tensor]], None]) -> None:
-    """Let `write` make gradients over the places of sums, or over tensors like them that are added to what lies there."""
+    """Let `write` make gradients over the places of sums, or over tensors like them that are added to what is there."""
     taken = [total.take() for total in totals]
     made = [torch.empty_like(place) if adds else place for place, adds in taken]
     write(made)

@@ -24,7 +24,7 @@ LARGEST_TILE = {"BLOCK_P": 16, "BLOCK_C": 64} if INTERPRETED else {"BLOCK_P": 32
 def sum_parts_kernel(parts, total, count, columns, stride_p, stride_o, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """total [outer, columns] of parts [count, outer, columns], added in float32 and in one order, rounded once.
 
-    Grid: outer times blocks of columns, the blocks innermost. Parts lie `stride_p` apart, rows of the total `stride_o`.
+    Grid: outer times blocks of columns, the blocks innermost. Parts are `stride_p` apart, rows of the total `stride_o`.
     """
     blocks = tl.cdiv(columns, BLOCK_C)
     column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -48,7 +48,7 @@ def grid_of(outer: int, columns: int) -> tuple[int]:
 
 
 def sum_parts(parts: Tensor, total: Tensor) -> Tensor:
-    """Add parts [P, outer, columns] (float32, packed) into total [outer, columns], rows of which may lie apart; returns it."""
+    """Add parts [P, outer, columns] (float32, packed) into total [outer, columns], rows of which may be apart; returns it."""
     count, outer, columns = parts.shape
     if total.numel():
         tile = LARGEST_TILE | {"BLOCK_P": min(LARGEST_TILE["BLOCK_P"], triton.next_power_of_2(count))}

@@ -87,7 +87,7 @@ def differentiated(*tensors: Tensor | None) -> bool:
 def cut_segments(chunks: int, segment_chunks: int, programs: int, device: torch.device) -> tuple[int, int]:
     """Choose (segments of a row, chunks of a segment).
 
-    `segment_chunks` > 0 decides; 0 cuts `chunks` only where `programs`, those of an uncut launch, don't fill the GPU.
+    `segment_chunks` > 0 decides; 0 cuts `chunks` only where `programs`, those of an uncut launch, do not fill the GPU.
 
     Cutting costs a second walk, so a full GPU is never cut.
     """

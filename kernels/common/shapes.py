@@ -24,7 +24,7 @@ def agreed(*sizes: tuple[int, ...]) -> tuple[int, ...]:
 def check_shape(
     name: str, tensor: Tensor, expected: tuple[int, ...], like: Tensor | None = None, fits: str = ""
 ) -> None:
-    """Raise ValueError unless `tensor` has the expected shape (-1 allows any size) and lies on the device of `like`.
+    """Raise ValueError unless `tensor` has the expected shape (-1 allows any size) and is on the device of `like`.
 
     The message names the argument with its shape letters, the expected sizes and those it got; fits: the argument that
     some of the expected sizes are from, which may be the wrong one of the two.
@@ -36,7 +36,7 @@ def check_shape(
             f"{name} must have shape [{wanted}]; got {list(shape)}{f', which does not fit {fits}' if fits else ''}"
         )
     if like is not None and tensor.device != like.device:
-        raise ValueError(f"{name} must lie on {like.device}, with the other inputs; got {tensor.device}")
+        raise ValueError(f"{name} must be on {like.device}, with the other inputs; got {tensor.device}")
 
 
 def check_float(name: str, tensor: Tensor, like: Tensor | None = None) -> None:

@@ -66,7 +66,7 @@ def compute_later(weights: Sequence[Tensor], compute: Callable[[], Sequence[Tens
 def compute_now(later: Later, collect: Callable[[Tensor], None]) -> None:
     """Compute what was left, add it to the weights' gradients, and empty the list as it goes.
 
-    `collect` is called with each weight as soon as all of this pass is in its gradient, so that few of them lie there.
+    `collect` is called with each weight as soon as all of this pass is in its gradient, so that few of them are there.
     """
     uses = Counter(id(weight) for half in later for weight in half.weights)
     later.reverse()

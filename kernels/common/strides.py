@@ -24,7 +24,7 @@ def first_tokens(document_ids_BT: Tensor) -> Tensor:
 
 
 def pack_inner(x: Tensor, dims: int = 1) -> Tensor:
-    """Return `x` with its last `dims` dimensions contiguous, copied only where they are not; outer ones may lie apart.
+    """Return `x` with its last `dims` dimensions contiguous, copied only where they are not; outer ones may be apart.
 
     A copy costs a pass over the tensor; slices of a projection are packed in their own heads and channels and
     pass.

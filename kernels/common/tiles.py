@@ -1,7 +1,7 @@
 """Tiles of [T, size] matrices inside Triton kernels: as operands of products, or as float32 values.
 
-Rows are tokens, which may lie apart (`stride`); columns are packed. What lies outside the matrix reads as zero. A tile of a
-product is added to what lies in memory a part of its columns at a time.
+Rows are tokens, which may be apart (`stride`); columns are packed. What is outside the matrix reads as zero. A tile of a
+product is added to what is in memory a part of its columns at a time.
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.
@@ -43,7 +43,7 @@ def halves(tile):
 def add_tile(corner, total, rows, columns, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Add a tile [BLOCK_M, BLOCK_N] to the float32 numbers from `corner` on, whose rows are `stride` apart.
 
-    `rows`, `columns`: how many of the tile's are inside. What lies there is read a quarter of a tile at a time: a whole one, or
+    `rows`, `columns`: how many of the tile's are inside. What is there is read a quarter of a tile at a time: a whole one, or
     half of it on sm_100, would leave room for one program on a multiprocessor instead of two.
     """
     left, right = halves(total)

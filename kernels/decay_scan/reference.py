@@ -24,7 +24,7 @@ def scan_by_steps(
     The gate is one number a head, [B, T, H], or one for each key channel (row of the state), [B, T, H, K].
 
     Returns o [B, T, H, V], the last state [B, H, K, V], and the factor ([B, H] or [B, H, K]) by which the initial state
-    enters the last one (0 where the row's last token lies in another document than its first).
+    enters the last one (0 where the row's last token is in another document than its first).
     """
     B, T, H, K = q_BTHK.shape
     state = q_BTHK.new_zeros(B, H, K, v_BTHV.shape[-1]) if initial_state_BHKV is None else initial_state_BHKV

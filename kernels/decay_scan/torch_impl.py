@@ -311,7 +311,7 @@ def _through_states(
     Nothing enters a row's first chunk unless it was given, nothing that leaves its last one counts unless it has a gradient.
     """
     s, n = setup.sizes, setup.sizes.count
-    # Chunks lie as [chunks, B], so leaving out each row's first or last chunk is one slice.
+    # Chunks are as [chunks, B], so leaving out each row's first or last chunk is one slice.
     first, last = 0 if has_initial else s.B, n if d_final is not None else n - s.B
     states = setup.room(n + s.B, s.G, s.K, s.R * s.V)
     dq, dk, dv = setup.room(*setup.q.shape), setup.room(*setup.k.shape), torch.empty_like(dy)

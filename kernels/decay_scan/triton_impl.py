@@ -2,8 +2,8 @@
 
 How: `_forward` and `_backward` are custom operations with fake implementations, so that torch.compile treats
 each as one node and meta tensors give shapes. Launches are decided in `launch.py`: a row's chunks, the columns of V a
-program takes, and segments where rows and heads alone don't fill the GPU. States and gradients are summed by
-PyTorch in a fixed order; there are no atomics, so every run gives the same bits.
+program takes, and segments where rows and heads alone do not fill the GPU. States and gradients are summed by
+PyTorch in a fixed order; there are no atomics, so every run gives bitwise identical results.
 """
 
 from __future__ import annotations

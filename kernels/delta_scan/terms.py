@@ -166,11 +166,11 @@ class Terms(ChunkedRows):
         return self._sum_group(self.weigh(self._grouped(gradient_cBHXM)))
 
     def from_start(self, x_cBGXK: Tensor) -> Tensor:
-        """Queries or keys times e^b where their token lies in the document that owns the entering state, for each head."""
+        """Queries or keys times e^b where their token is in the document that owns the entering state, for each head."""
         return self._by_head(x_cBGXK.unsqueeze(3) * self._grouped(self._start_weights(x_cBGXK)))
 
     def to_end(self, x_cBGMK: Tensor) -> Tensor:
-        """Keys times e^(b_end - b) where their token lies in the chunk's last document, for each head."""
+        """Keys times e^(b_end - b) where their token is in the chunk's last document, for each head."""
         return self._by_head(x_cBGMK.unsqueeze(3) * self._grouped(self._end_weights(x_cBGMK)))
 
     def from_start_gradient(self, gradient_cBHXK: Tensor) -> Tensor:

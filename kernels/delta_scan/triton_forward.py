@@ -53,7 +53,7 @@ def read_reach(
     firsts, row, start, T,
     Q: tl.constexpr, QT: tl.constexpr, N: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """reach[i, j]: whether the i-th token whose last step lies in the chunk reads what step j of the chunk wrote.
+    """reach[i, j]: whether the i-th token whose last step is in the chunk reads what step j of the chunk wrote.
 
     [QT, Q]; QT is the number of tokens padded to what products take.
     """
@@ -97,7 +97,7 @@ def load_tokens(
     base, start, T, stride, size,
     Q: tl.constexpr, QT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a [T, size] matrix for the tokens whose last step lies in the chunk, zeros where there are fewer than QT."""
+    """Rows of a [T, size] matrix for the tokens whose last step is in the chunk, zeros where there are fewer than QT."""
     lane, column = tl.arange(0, QT)[:, None], tl.arange(0, BLOCK)[None, :]
     inside = (lane < chunk_tokens(start, T, Q, N)) & (column < size)
     first = base + tl.cast(start // N, tl.int64) * stride
@@ -114,7 +114,7 @@ def chunk_tokens(start, T, Q: tl.constexpr, N: tl.constexpr):
 def join_blocks(strict, inverse, Q: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     """From inverses X and Z of neighbouring blocks of SIZE those of blocks twice as large: [[X, 0], [-Z Y X, Z]].
 
-    Products of whole matrices: what lies outside the blocks is zero.
+    Products of whole matrices: what is outside the blocks is zero.
 
     PRECISION is "tf32" for inputs of 16 bits, whose own rounding is not finer, else "tf32x3".
     """

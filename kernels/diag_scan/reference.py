@@ -26,7 +26,7 @@ def diag_by_steps(
     softplus(dt + dt_bias) and A = -exp(A_log).
 
     Returns y [B, T, C], the last state [B, C, N], and the factor [B, C, N] by which the initial state enters the last
-    one (0 where the row's last token lies in another document than its first).
+    one (0 where the row's last token is in another document than its first).
 
     x and dt [B, T, C], A_log [C, N], B and C [B, T, N], D and dt_bias [C]; all in one dtype, float64 in tests.
     """

@@ -1,7 +1,7 @@
 """The selective scan as Triton kernels: the states of a block of channels stay on chip while its program walks a row.
 
 Names and formulas: README.md here. Tensors of a tile are [Q, N, channels], so that neighbouring threads hold neighbouring
-channels, and the tokens of one lie in one thread: a walk over them needs no exchange.
+channels, and the tokens of one are in one thread: a walk over them needs no exchange.
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.

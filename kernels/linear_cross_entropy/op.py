@@ -111,7 +111,7 @@ def _check_labels(labels_R: Tensor, vocab: int, ignore_index: int) -> None:
     wrong = ((labels_R < 0) | (labels_R >= vocab)) & (labels_R != ignore_index)
     if bool(wrong.any()):
         raise ValueError(
-            f"labels_R must lie in [0, {vocab}) or be ignore_index={ignore_index}; got {labels_R[wrong][0].item()}"
+            f"labels_R must be in [0, {vocab}) or be ignore_index={ignore_index}; got {labels_R[wrong][0].item()}"
         )
 
 

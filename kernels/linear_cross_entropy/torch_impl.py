@@ -119,7 +119,7 @@ def _statistics(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, first_ro
 
 
 def _walk(rows: int, vocab: int, labels_R: Tensor, first_row: int) -> list[tuple[slice, Tensor, Tensor]]:
-    """Slices of tokens, whether each label lies in this shard, and its row there (0 where it does not)."""
+    """Slices of tokens, whether each label is in this shard, and its row there (0 where it does not)."""
     local_R = labels_R - first_row
     mine_R = (local_R >= 0) & (local_R < vocab)
     local_R = local_R.where(mine_R, torch.zeros_like(local_R))[:, None]

@@ -40,7 +40,7 @@ def _statistics_of(
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and label's logit [R] float32 of one slice; writes the logits where a buffer for them is given.
 
-    The vocabulary is split over programs where row blocks alone don't fill the GPU; partial sums are joined by
+    The vocabulary is split over programs where row blocks alone do not fill the GPU; partial sums are joined by
     a log-sum-exp of the splits.
     """
     rows, model = hidden_RD.shape
@@ -86,7 +86,7 @@ def _forward(
             d_logits = _gradient_of(logits, labels, log_sum_R[part], d_log_sum, -kept_R[part], hidden)
             torch.mm(d_logits, weight_VD, out=d_hidden_RD[part])
             d_weight_VD = _accumulate(d_weight_VD, d_logits, hidden)
-            del d_logits  # or two slices' would lie there while the next one's is made
+            del d_logits  # or two slices' would be there while the next one's is made
     nll_R = (log_sum_R - target_R) * kept_R
     total = nll_R.sum() + z_loss_weight * (log_sum_R.square() * kept_R).sum()
     if d_weight_VD is None:

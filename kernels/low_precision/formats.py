@@ -1,11 +1,11 @@
-"""The number formats of three recipes in PyTorch: the definition that kernels are compared with, bit for bit.
+"""The number formats of three recipes in PyTorch: the definition that kernels are compared with, bitwise.
 
     fp8_block  codes e4m3; a power of two as float32 for each run of 128 numbers, of a weight for each block of 128 x 128
     mxfp8      codes e4m3; a power of two for each run of 32 numbers, whose exponent is the e8m0 byte
     nvfp4      codes e2m1; an e4m3 scale for each run of 16 numbers, of a weight for each block of 16 x 16, and one float32 scale
                for the whole tensor
 
-Runs lie along the last dimension, over which a product sums, so an operand of a product along its rows is quantised from the
+Runs are along the last dimension, over which a product sums, so an operand of a product along its rows is quantised from the
 transpose, and always from the wide numbers. Scales are powers of two such that the largest number of a block is at most the
 format's largest: scaling rounds nothing, and decoded numbers of e4m3 are bfloat16 exactly.
 

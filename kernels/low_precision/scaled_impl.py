@@ -1,6 +1,6 @@
 """mxfp8 and nvfp4 on Blackwell: operands as codes, and the three products.
 
-Operands of all kinds are `Codes`; scaled_kernels.py says where codes and scales lie. Products of whole matrices are torch's `scaled_mm`, which
+Operands of all kinds are `Codes`; scaled_kernels.py says where codes and scales are. Products of whole matrices are torch's `scaled_mm`, which
 takes them by cuBLASLt, and add to float32 sums by `scaled_addmm_`; those of experts, whose rows do not begin where torch's
 grouped product wants them, are ours, and so is all in Triton's interpreter.
 """

@@ -1,9 +1,9 @@
 """mxfp8 and nvfp4 in Triton: the pass that quantises, and the products of experts, by block scales in Blackwell's tensor cores.
 
 As for fp8_block (triton_kernels.py), a program takes a tile of 128 rows that spans no two experts, and makes codes along rows and along
-columns. What differs is where scales lie: a byte for each run of 32 or 16 numbers, in the order in which tensor cores take them and
+columns. What differs is where scales are: a byte for each run of 32 or 16 numbers, in the order in which tensor cores take them and
 torch's `scaled_mm` wants them. 128 rows times four runs are 512 bytes: that of row m and run s is number (m % 32) 16 + (m / 32) 4 + s, and
-such pieces lie along the sum first (NVIDIA's cuBLAS documentation, "1D block scaling factors layout"). Codes along columns are
+such pieces are along the sum first (NVIDIA's cuBLAS documentation, "1D block scaling factors layout"). Codes along columns are
 one matrix [width, 128 tiles], so an expert's part of it begins at a whole piece, wherever its rows begin. Two e2m1 codes share a byte.
 
 nvfp4 needs what a tile does not show: the largest number of an expert's matrix, as it is and turned by Hadamard matrices along the
@@ -182,7 +182,7 @@ def _runs(value, RUN: tl.constexpr, AXIS: tl.constexpr):
 
 @triton.jit
 def _scales_place(row, run, row_block, pieces):
-    """Where the scales of rows of one block of 128 and of runs lie."""
+    """Where the scales of rows of one block of 128 and of runs are."""
     inner = (row % 32) * 16 + (row % 128) // 32 * 4
     outer = (row_block * pieces + run // 4) * PIECE + run % 4
     return inner, outer

@@ -226,7 +226,7 @@ def quantize_weight_kernel(
 def multiply_codes(
     left, left_scales, right, right_scales, row, is_row, column, is_column, rows, inner, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Rows of codes times the transpose of columns' codes, [128, BLOCK_N] float32. The columns lie in one block of scales."""
+    """Rows of codes times the transpose of columns' codes, [128, BLOCK_N] float32. The columns are in one block of scales."""
     lane = tl.arange(0, RUN)
     left_place = row[:, None] * inner + lane[None, :]
     right_place = column[None, :] * inner + lane[:, None]

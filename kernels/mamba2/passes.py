@@ -1,6 +1,6 @@
 """The passes of Mamba2's mixer over rows, out of the kernels of its parts: of whole rows and of segments of rows alike.
 
-Gradients of z, x, B, C and dt are written where they lie in the gradient of the projection, so that nothing is copied together.
+Gradients of z, x, B, C and dt are written where they are in the gradient of the projection, so that nothing is copied together.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Rows:
 
     @property
     def gates(self) -> Gates:
-        """dt as it lies in the projection, with A_log and bias."""
+        """dt as it is in the projection, with A_log and bias."""
         return Gates(self.projected[..., -self.sizes.heads :], None, self.A_log, self.dt_bias)
 
     @property

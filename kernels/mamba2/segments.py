@@ -2,7 +2,7 @@
 
 The state that enters a segment is known when all before it have been walked, on other ranks. So forward walks each segment from
 zero first, on chip, for what leaves it alone; an `Exchange` makes of these states those that enter; and what follows is what whole
-rows take, from them. Backward has the same problem the other way round and takes the same remedy: a walk back from zero for the
+rows take, from them. Backward has the same problem the other way round and takes the same fix: a walk back from zero for the
 gradient of the state that enters, the exchange, and the whole of it from the gradient of the state that leaves.
 
 Two walks for one, as where rows of one GPU are cut (common/scan_launch.py); the first reads x, B and dt, or the gradient of y, C

@@ -139,7 +139,7 @@ def slots_problem(inputs: Inputs, tokens: int, model: int, experts: int, width: 
     """
     inner = experts_problem(inputs, tokens, model, experts, width, top_k)
     ids = torch.randn(tokens, experts, device=inputs.device).topk(top_k).indices
-    # The order in which rows of several senders lie: every second row first.
+    # The order in which rows of several senders are: every second row first.
     arrived = torch.arange(tokens * top_k, device=inputs.device).view(-1, 2).t().flatten()
 
     def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:

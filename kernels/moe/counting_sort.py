@@ -1,7 +1,7 @@
 """Sort (token, choice) pairs by expert in two launches, and list the tiles that a layer's grouped products take.
 
 A counting sort: blocks of pairs count their experts, then each block knows where its pairs go from the counts of all blocks
-before it. Stable and without atomics, so the order is that of `grouping.group_by_expert` bit for bit. PyTorch's sort is a
+before it. Stable and without atomics, so the order is that of `grouping.group_by_expert` bitwise. PyTorch's sort is a
 radix sort over 64-bit numbers, and the counts, ends and inverse around it are ten launches more.
 """
 

@@ -1,4 +1,4 @@
-"""Sort (token, choice) pairs by expert, so that each expert's rows lie together.
+"""Sort (token, choice) pairs by expert, so that each expert's rows are together.
 
 Losses that keep experts evenly used and router logits small. Plain functions of what `route` returns.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grouping:
-    """Where the rows of each expert lie after sorting the R x K pairs by expert, ties in their first order.
+    """Where the rows of each expert are after sorting the R x K pairs by expert, ties in their first order.
 
     `order` [R*K] int64: pair (token * K + choice) at each sorted row. `token_ids` [R*K] int64: its token.
     `counts_E` int64: rows of each expert. `offsets_E` int32: row after each expert's last.
@@ -75,7 +75,7 @@ def balance_loss(
     if counts_E.shape != (num_experts,):
         raise ValueError(f"counts_E must have shape [{num_experts}]; got {list(counts_E.shape)}")
     if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k={top_k} must lie between 1 and the {num_experts} experts")
+        raise ValueError(f"top_k={top_k} must be between 1 and the {num_experts} experts")
     chosen_E = counts_E.to(scores_RE.dtype)
     share_E = chosen_E / chosen_E.sum().clamp(min=1)
     shares_RE = _row_shares(scores_RE)

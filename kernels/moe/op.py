@@ -1,7 +1,7 @@
 """Mixture of experts: choose experts, group tokens by expert, run the experts, sum their weighted outputs.
 
 How: three steps that can be used apart. `route` chooses experts and their weights; `group_by_expert` sorts
-(token, choice) pairs so that an expert's rows lie together; the feed-forward runs over sorted rows as grouped
+(token, choice) pairs so that an expert's rows are together; the feed-forward runs over sorted rows as grouped
 products. `expert_feed_forward` joins the last two and gathers rows inside the product, without a sorted copy of
 x; `grouped_feed_forward` takes rows that expert parallelism has already sorted and exchanged. No ranks
 communicate here. Ties go to the lower id in every backend, so that all choose alike.
@@ -133,10 +133,10 @@ def grouped_feed_forward(
     sources_R: Tensor | None = None,
     backend: str = "torch",
 ) -> Tensor:
-    """Feed-forward of rows that lie sorted by expert: down_e(activation(up_e(x))).
+    """Feed-forward of rows that are sorted by expert: down_e(activation(up_e(x))).
 
     Rows in another order come with `sources_R`, the row at each sorted place (`amfm.kernels.moe.rows.op.sort_rows`); results keep
-    their order. Triton reads and writes them where they lie.
+    their order. Triton reads and writes them where they are.
 
     Shapes: x [R, D]; counts [E] integers that add up to R; up [E, F, D] with F = 2 * hidden for gated units (gate rows
     first) and hidden for "squared_relu"; down [E, D, hidden] -> [R, D]. Experts without rows get zero gradients.
@@ -262,7 +262,7 @@ def _multiplies_by_torch(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor, rows: i
 def _check_route(
     logits_RE: Tensor, expert_bias_E: Tensor | None, score: str, top_k: int, num_groups: int, group_top_k: int
 ) -> None:
-    """Raise ValueError for shapes, or for settings of scores and groups that can't choose `top_k` experts."""
+    """Raise ValueError for shapes, or for settings of scores and groups that cannot choose `top_k` experts."""
     check_shape("logits_RE", logits_RE, (-1, -1))
     check_float("logits_RE", logits_RE)
     num_experts = logits_RE.shape[1]
@@ -272,11 +272,11 @@ def _check_route(
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}; got {score!r}")
     if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k={top_k} must lie between 1 and the {num_experts} experts")
+        raise ValueError(f"top_k={top_k} must be between 1 and the {num_experts} experts")
     if num_groups < 1 or num_experts % num_groups:
         raise ValueError(f"num_groups={num_groups} must divide the {num_experts} experts")
     if not 1 <= group_top_k <= num_groups:
-        raise ValueError(f"group_top_k={group_top_k} must lie between 1 and num_groups={num_groups}")
+        raise ValueError(f"group_top_k={group_top_k} must be between 1 and num_groups={num_groups}")
     if group_top_k * (num_experts // num_groups) < top_k:
         raise ValueError(
             f"group_top_k={group_top_k} groups of {num_experts // num_groups} experts hold fewer than top_k={top_k}; "

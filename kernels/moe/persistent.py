@@ -2,7 +2,7 @@
 
 A candidate of the tuner next to `triton_kernels.grouped_product_kernel`, not the default: what it wins or loses only a
 GPU can say. Each program takes tile after tile, so that the next tile's operands are on their way while the last one is
-stored, and descriptors compute addresses that the other kernel computes in registers. TMA wants rows that lie in order
+stored, and descriptors compute addresses that the other kernel computes in registers. TMA wants rows that are in order
 at multiples of 16
 bytes: rows that are gathered stay with the other kernel. GPUs before Hopper have no such engine.
 """
@@ -63,7 +63,7 @@ def persistent_product_kernel(
 
 
 def takes_descriptors(x: Tensor, weight_EBA: Tensor) -> bool:
-    """Whether the GPU has TMA, and rows and matrices lie as it wants them."""
+    """Whether the GPU has TMA, and rows and matrices are as it wants them."""
     if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] < HOPPER:
         return False
     _, columns, inner = weight_EBA.shape

@@ -1,4 +1,4 @@
-"""Recycled choices in three launches: the draw of `capacity.recycle_overflow`, bit for bit.
+"""Recycled choices in three launches: the draw of `capacity.recycle_overflow`, bitwise.
 
 Blocks of choices count their experts and hash what they chose. Then each block knows from the counts of all blocks which of its
 choices are over capacity, and lists them in order, while other programs put each free seat to its place in the random order:
@@ -161,7 +161,7 @@ def draw_seats_kernel(
             for choice in range(choices):
                 has = tl.load(kept + pair // choices * choices + choice, mask=inside, other=-1).to(tl.int32)
                 given &= has != offered
-            # What waits lies in order, so choices of the same token that come first are just before.
+            # What waits is in order, so choices of the same token that come first are just before.
             for back in range(1, choices):
                 first = tl.load(waiting + number - back, mask=inside & (number >= back), other=-1)
                 same = (first >= 0) & (first // choices == pair // choices)
@@ -197,7 +197,7 @@ def draw_seats_kernel(
 
 @torch.library.custom_op("amfm::recycle_pairs_triton", mutates_args=())
 def recycle_pairs(expert_ids_RK: Tensor, num_experts: int, capacity: int, seed: Tensor, rounds: int) -> Tensor:
-    """As `capacity.recycle_overflow`, in three launches; the seed is read here, so it lies on the CPU."""
+    """As `capacity.recycle_overflow`, in three launches; the seed is read here, so it is on the CPU."""
     ids = expert_ids_RK.contiguous()
     kept, size, seats = torch.empty_like(ids), ids.numel(), num_experts * capacity
     if not size:

@@ -70,7 +70,7 @@ def activate_reference(hidden_RF: Tensor, activation: str) -> Tensor:
 def grouped_feed_forward_reference(
     x_RD: Tensor, counts_E: Tensor, up_EFD: Tensor, down_EDF: Tensor, *, activation: str
 ) -> Tensor:
-    """Feed-forward of rows that lie sorted by expert: counts_E[0] rows of expert 0, and so on."""
+    """Feed-forward of rows that are sorted by expert: counts_E[0] rows of expert 0, and so on."""
     outputs = []
     for expert, rows in enumerate(x_RD.split(counts_E.tolist())):
         outputs.append(activate_reference(rows @ up_EFD[expert].T, activation) @ down_EDF[expert].T)

@@ -74,7 +74,7 @@ def open_kernel(
     SWIGLU: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr,
     WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """As `down_backward_kernel`, where v [S, width], the gradient times down, lies in memory. Partials lie by sorted row."""
+    """As `down_backward_kernel`, where v [S, width], the gradient times down, is in memory. Partials are by sorted row."""
     blocks = tl.cdiv(width, BLOCK_N)
     expert, begin, end = load_tile(tiles, tl.program_id(0) // blocks)
     if expert < experts:

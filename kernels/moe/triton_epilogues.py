@@ -6,7 +6,7 @@ after the other, since sums of both at once would spill registers. `open_codes`:
 activation again go to the next products as codes, along rows and along columns, and are never stored wide.
 
 A tile of 128 x 128 is one block of codes in both directions. A gated unit's second half begins at a block where the width is a
-multiple of 128; elsewhere `low_precision.makes_codes` says no, and separate passes make the same bits (triton_codes.py).
+multiple of 128; elsewhere `low_precision.makes_codes` says no, and separate passes make bitwise identical results (triton_codes.py).
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.
@@ -68,7 +68,7 @@ def _store_hidden(value, hidden, scales, begin, lane, block, rows, features, is_
 
 @triton.jit
 def _load_hidden(hidden, scales, begin, lane, column, block, rows, features, is_row, inside, SAVED: tl.constexpr):
-    """Some rows and columns of what `_store_hidden` stored, float32; the columns lie in a block of 128."""
+    """Some rows and columns of what `_store_hidden` stored, float32; the columns are in a block of 128."""
     found = tl.load(hidden + begin * features + lane[:, None] * features + column[None, :], mask=inside, other=0)
     if SAVED:
         scale = tl.load(scales + block.to(tl.int64) * rows + begin + lane, mask=is_row, other=0.0)

@@ -7,7 +7,7 @@ The host knows how many pairs there are, not how they fall on experts: reading t
 wait for the device. Grids take the upper bound of tiles instead, one more for each expert, and programs without
 a tile end at once. Which rows a tile has is listed once per layer, for all products of both passes.
 
-Rows come in one of three ways: of tokens, gathered by sorted pair, whose results are summed by weight; of rows that lie in
+Rows come in one of three ways: of tokens, gathered by sorted pair, whose results are summed by weight; of rows that are in
 another order, to which results return (those that ranks sent, sorted by sender); or sorted already.
 """
 
@@ -141,7 +141,7 @@ def _open(
     """Gradient of the hidden rows, activations that hold the choice's weight already, and gradients of weights (or empty)."""
     weights_RK = None if weights_RK is None else weights_RK.contiguous()
     rows, (experts, model, width) = len(hidden), down_EDF.shape
-    # Of lost pairs there are no rows: parts of the others lie by row, and their sums are put to their pairs.
+    # Of lost pairs there are no rows: parts of the others are by row, and their sums are put to their pairs.
     has_lost = weights_RK is not None and weights_RK.numel() > rows
     tile = narrow_tile(rows, experts)
     unit, blocks = unit_constants(activation), triton.cdiv(width, tile["BLOCK_N"])
@@ -162,7 +162,7 @@ def _open(
     return d_hidden, active, d_weights.view_as(weights_RK)
 
 
-# Of up, then of down: the sum in which a gradient lands, if it does, and whether it is added to what lies there.
+# Of up, then of down: the sum in which a gradient lands, if it does, and whether it is added to what is there.
 Into = tuple[Tensor | None, bool, Tensor | None, bool]
 
 
@@ -273,7 +273,7 @@ def grouped_feed_forward_triton(
     """Feed-forward of rows by expert: [R, D], for float32, bfloat16 and float16.
 
     x [R, D], offsets [E] int32 (sorted row after each expert's last), up [E, F, D], down [E, D, hidden]. sources [R] int32: the
-    row of x at each sorted place, whose result returns there; None where rows lie sorted by expert.
+    row of x at each sorted place, whose result returns there; None where rows are sorted by expert.
     """
     dot_dtype(x_RD.dtype)  # refuses float64
     return _forward(x_RD, None, None, sources, None, offsets_E, up_EFD, down_EDF, activation, len(x_RD))[0]

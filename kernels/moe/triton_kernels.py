@@ -200,7 +200,7 @@ def down_backward_kernel(
 ):  # fmt: skip
     """d_hidden [S, F], the weighted activation [S, width] again, and one partial of d_weights [blocks, S] a column block.
 
-    Partials lie by pair, with BY_ROW by sorted row.
+    Partials are by pair, with BY_ROW by sorted row.
 
     With v = d_y[sorted rows] down: d_weight is the row sum of v * activation, and weight * v goes through its gradient. That is
     done half a tile after the other, so that two programs find room in a multiprocessor's registers.

@@ -99,7 +99,7 @@ def multiply_outer(
 ) -> Tensor:
     """left^T right over each expert's rows: [E, A, B]; one of the two is gathered where there are sources.
 
-    Where there is a place it is written there, or added to what lies there, and the result is empty.
+    Where there is a place it is written there, or added to what is there, and the result is empty.
     """
     experts, lefts, rights = offsets_E.shape[0], left.shape[1], right.shape[1]
     result = left.new_empty(experts, lefts, rights) if place is None else place

@@ -54,7 +54,7 @@ def _check(x: Tensor, size: int) -> None:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """View a tensor as [rows, D] with packed columns; rows may lie apart."""
+    """View a tensor as [rows, D] with packed columns; rows may be apart."""
     return pack_inner(x.reshape(-1, x.shape[-1]))
 
 
@@ -87,7 +87,7 @@ def _(given: Any) -> tuple[Tensor, ...]:
 def norm_rows(
     x: Tensor, other: Tensor | None, weight: Tensor, epsilon: float, num_groups: int, *, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward kernel: what `_norm` returns. Rows of x [..., D] and of `other` may lie apart."""
+    """Launch the forward kernel: what `_norm` returns. Rows of x [..., D] and of `other` may be apart."""
     flat, weight = _flat(x), weight.contiguous()
     second = None if other is None else _flat(other)
     rows, width = flat.shape
@@ -130,7 +130,7 @@ def norm_rows_backward(
     d_z: Tensor,
     out: Tensor | None,
 ) -> Tensor:
-    """Launch the backward kernel on one row at least: write d_x, d_z (rows of which may lie apart) and, where it is given, out.
+    """Launch the backward kernel on one row at least: write d_x, d_z (rows of which may be apart) and, where it is given, out.
 
     Returns the gradient of the weight.
     """

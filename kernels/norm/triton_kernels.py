@@ -25,7 +25,7 @@ def norm_forward_kernel(
 ):  # fmt: skip
     """out = a r w over groups of `size` columns; a is x, x + other (stored in h), or x silu(other).
 
-    Rows of `other` lie `stride_other` times UNIT apart.
+    Rows of `other` are `stride_other` times UNIT apart.
 
     One program per block of rows and a group; reciprocal [rows, groups] receives r.
     """
@@ -61,7 +61,7 @@ def norm_backward_kernel(
     """d_x and d_z [rows, groups * size], and one partial d_weight [programs, groups * size] a program.
 
     Each program walks blocks of rows of one group. d_h is added to d_x where the normed sum is an output too. Rows of d_z
-    lie `stride_dz` apart, and both strides of z are in multiples of UNIT. With OUT the norm's output is written again, for a
+    are `stride_dz` apart, and both strides of z are in multiples of UNIT. With OUT the norm's output is written again, for a
     product that did not keep it.
 
     With n = a r: da = r (w d_out - n mean(w d_out n)), d_weight = sum over rows of d_out n.

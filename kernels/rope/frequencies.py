@@ -93,7 +93,7 @@ def _check(
     yarn_factor: float | None,
     yarn_original_length: int | None,
 ) -> None:
-    """Raise ValueError for settings that don't go together or that no scaling reads."""
+    """Raise ValueError for settings that do not go together or that no scaling reads."""
     if not 0 < dim <= head_dim or dim % 2:
         raise ValueError(f"head_dim * fraction must be even and in 1..head_dim; got {dim} of head_dim={head_dim}")
     if theta <= 1:

@@ -69,7 +69,7 @@ def _check(
     q_weight_K: Tensor | None,
     k_weight_K: Tensor | None,
 ) -> None:
-    """Raise ValueError for shapes or dtypes that don't fit.
+    """Raise ValueError for shapes or dtypes that do not fit.
 
     Frequencies may rotate fewer channels than a head has, never more.
     """

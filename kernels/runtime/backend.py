@@ -182,7 +182,7 @@ def _refuse_operation(operation: str, device: torch.device) -> str | None:
 def judge_miscompile(fault: str, version: tuple[int, int, int], *, allowed: bool) -> str | None:
     """The refusal of a Triton with a known fault, with what pip can install instead; None, and a warning, where allowed.
 
-    PyTorch pins its Triton, so that the remedy is a release of torch: 2.15 brings Triton 3.9.0, which is good on all GPUs.
+    PyTorch pins its Triton, so that the fix is a release of torch: 2.15 brings Triton 3.9.0, which is good on all GPUs.
     """
     shown = ".".join(map(str, version))
     if allowed:

@@ -81,7 +81,7 @@ def use_deterministic_algorithms(mode: bool, *, warn_only: bool) -> None:
 
 @contextmanager
 def nothing_compiled(*absent: str) -> Iterator[None]:
-    """Inside the block `torch.compile` decorates nothing, and modules `absent` can't be imported, unless they are already.
+    """Inside the block `torch.compile` decorates nothing, and modules `absent` cannot be imported, unless they are already.
 
     For libraries that compile functions where they define them, of which we call none, and that do without these modules.
     """

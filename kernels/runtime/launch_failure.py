@@ -16,7 +16,7 @@ _OPTIONS = ("num_warps", "num_stages")
 
 
 def describe_launch_failure(error: BaseException) -> str | None:
-    """Kernel, tile, cause and remedy of an error that Triton raised; None for any other error.
+    """Kernel, tile, cause and fix of an error that Triton raised; None for any other error.
 
     Out of shared memory or registers, a compiler that refuses the kernel, an assembler that fails.
     """

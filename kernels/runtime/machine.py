@@ -1,4 +1,4 @@
-"""Whether this machine can run the kernels: GPU, driver, torch and Triton, answered in one message with a remedy.
+"""Whether this machine can run the kernels: GPU, driver, torch and Triton, answered in one message with a fix.
 
 docs/gpu.md has the same table of versions for people.
 """

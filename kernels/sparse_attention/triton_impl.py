@@ -4,7 +4,7 @@ How: forward keeps each query's log-sum-exp; a second pass over the chosen keys 
 Backward goes by blocks of queries whose pairs of query and key have room in `_NUMBERS` numbers: one launch writes the weights
 and the gradients of scores of a block's pairs, one multiplies them with keys for the queries' gradients, one with queries for
 what each pair adds to its key. A stable sort of the block's keys then lists the pairs of each, and a last launch adds them up
-in that order. So every number has one writer at a time, and each run gives the same bits.
+in that order. So every number has one writer at a time, and each run gives bitwise identical results.
 """
 
 from __future__ import annotations

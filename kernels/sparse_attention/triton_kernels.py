@@ -1,4 +1,4 @@
-"""Attention to chosen keys: each query reads its own keys where they lie, all heads of a key head at once.
+"""Attention to chosen keys: each query reads its own keys where they are, all heads of a key head at once.
 
 A program has one query, so what it multiplies is a tile of its heads and a tile of its keys: with the 64 or 128 heads of
 latent attention as much work per number read as dense attention has, with the 4 of grouped queries little. Tiles of scores

@@ -1,4 +1,4 @@
-"""The whole job on a GPU: losses vs. a CPU's and of two GPUs vs. one's, a resume bit for bit, memory vs. the plan, speed.
+"""The whole job on a GPU: losses vs. a CPU's and of two GPUs vs. one's, a resume with bitwise identical results, memory vs. the plan, speed.
 
 How: every stage starts `amfm train` or a benchmark as a separate process, so that one that fails takes no other along,
 and the report is written after each. The CPU's side of a comparison is the same command with the GPU hidden. Rehearsed
@@ -151,7 +151,7 @@ def judge_losses(card: list[float], cpu: list[float], limits: tuple[float, float
 
 
 def compare_two(job: Job) -> dict[str, Any]:
-    """Losses of two GPUs in bf16 vs. those of one, by what the two exchange, and a resume of two, to the bit."""
+    """Losses of two GPUs in bf16 vs. those of one, by what the two exchange, and a resume of two, bitwise."""
     if job.device == "cuda":
         import torch
 
@@ -171,7 +171,7 @@ def compare_two(job: Job) -> dict[str, Any]:
 
 
 def compare_resume(job: Job, *layout: str, num_ranks: int = 1) -> dict[str, Any]:
-    """A run that stops half-way and continues, vs. one that does not: losses and gradient norms, to the bit."""
+    """A run that stops half-way and continues, vs. one that does not: losses and gradient norms, bitwise."""
     name, own = next(iter(job.configs)), f"resume_{num_ranks}"
     sizes = (*SMALL, f"train.steps={job.steps}", *_short_schedule(job.steps), "train.deterministic=true", *layout)
     whole = job.train(name, f"{own}_whole", *sizes, num_ranks=num_ranks)

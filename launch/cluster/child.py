@@ -22,7 +22,7 @@ class Child:
     """`python -m MODULE ARGUMENTS` behind pipes, killed where the `with` block ends, or where this process does.
 
     Make it in the main thread. It gets a line for each `start` and answers with lines of JSON. RuntimeError where it ends
-    instead. `quiet`: what it prints to standard error is shown only then. `root`: where its package lies, if it isn't installed.
+    instead. `quiet`: what it prints to standard error is shown only then. `root`: where its package is, if it is not installed.
     """
 
     def __init__(self, module: str, *arguments: str, quiet: bool = False, root: Path | None = None) -> None:

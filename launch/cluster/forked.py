@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-AMD_DRIVER = Path("/dev/kfd")  # which can't be asked whether it is awake
+AMD_DRIVER = Path("/dev/kfd")  # which cannot be asked whether it is awake
 NOT_INITIALIZED = 3  # CUDA's answer before anyone has woken its driver
 SETTLE_SECONDS = 0.25
 BUG = 1  # the interpreter's own exit code for an exception
@@ -59,7 +59,7 @@ def has_other_threads() -> bool:
     """Whether this process has threads that a fork would cut off, of any library. Linux only.
 
     numpy's BLAS starts some at its import, ends them before each fork, and starts them again when it needs them. So a fork that does nothing
-    leaves those alone that don't know of it.
+    leaves those alone that do not know of it.
     """
     if count_threads() == 1:
         return False

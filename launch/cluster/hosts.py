@@ -44,7 +44,7 @@ STOP_SECONDS = 10.0  # for a server to end its ranks when told to
 READY_SECONDS = 600.0  # to log in, and to load PyTorch from storage that all nodes ask at once
 CHECK_SECONDS = 120.0
 MAX_CAUSE = 800  # a terminal takes lines of 4,095 characters
-HERE = ("sh", "-c", 'exec sh -c "$1"')  # in the place of a remote shell, for the host that we are on
+HERE = ("sh", "-c", 'exec sh -c "$1"')  # instead of a remote shell, for the host that we are on
 KEPT_LINES = 60
 POLL_SECONDS = 0.05
 
@@ -218,7 +218,7 @@ class RemoteHosts:
         return server.is_ready
 
     def _refill(self) -> None:
-        """Start servers in the place of those that are gone, without waiting: spares for the attempt after this one."""
+        """Start servers instead of those that are gone, without waiting: spares for the attempt after this one."""
         alive = [host for host, server in self.servers.items() if server.process.poll() is None]
         left = [host for host in self.hosts if host not in alive and host not in self.left_out.reasons]
         for host in left[: max(0, self.nodes + self.spares - len(alive))]:

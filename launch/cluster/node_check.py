@@ -66,7 +66,7 @@ def make_request(
 
 
 def token_file(run_dir: Path) -> Path:
-    """Where the launcher's token lies."""
+    """Where the launcher's token is."""
     return run_dir / "launch" / "check-token"
 
 
@@ -162,7 +162,7 @@ def check_devices(ranks: int) -> Iterator[str]:
         yield f"it has {count} GPUs for {ranks} ranks"
         return
     left = torch.randint(-4, 5, (DEVICE_DIM, DEVICE_DIM)).float()
-    expected = left @ left  # whole numbers below 2**24: exact in every order
+    expected = left @ left  # integers below 2**24: exact in every order
     for index in range(min(count, ranks)):
         try:
             found = (left.to(f"cuda:{index}") @ left.to(f"cuda:{index}")).cpu()

@@ -63,7 +63,7 @@ def write_script(
     """The text of the batch script: it runs `amfm launch` again, which finds itself inside the allocation.
 
     `arguments` is the `amfm launch` command line, `rank_arguments` that of the ranks, whose srun line stands in the script
-    as a remark. Slurm signals the ranks before the time limit; they save and end, and
+    as a warning. Slurm signals the ranks before the time limit; they save and end, and
     the job is queued again until the run is finished. Raises ValueError for a setting that would become another line.
     """
     slurm = config.launch.slurm

@@ -88,6 +88,6 @@ class StorageWait:
             )
         if now >= self.deadline:
             raise RuntimeError(
-                f"{words}, for {self.limit:.0f} s (launch.storage_wait_seconds); make room, or mount the storage again"
+                f"{words}, for {self.limit:.0f} s (launch.storage_wait_seconds); free space, or mount the storage again"
             ) from error
         time.sleep(min(LOOK_SECONDS, self.deadline - now))

@@ -166,7 +166,7 @@ def check_rows(config: RunConfig) -> None:
 
 
 def describe_progress(now: Progress) -> tuple[int, int, str, float | None]:
-    """(done, total, remark, seconds left) of a preparation, for a progress bar."""
+    """(done, total, warning, seconds left) of a preparation, for a progress bar."""
     if now.stage == "tokenizer":
         return now.units_done, now.units_total, "training the tokenizer", None
     if now.stage == "duplicates":

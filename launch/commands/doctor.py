@@ -93,9 +93,9 @@ def print_findings(title: str, findings: Sequence[Finding], *, as_json: bool) ->
     else:
         marks = {"ok": "ok", "warn": "WARN", "fail": "FAIL"}
         rows = [(marks[item.status], item.name, item.found, item.remedy) for item in findings]
-        print_rows(title, ("", "what", "found", "remedy"), rows)
+        print_rows(title, ("", "check", "found", "fix"), rows)
     if failed:
-        say(f"amfm: {len(failed)} thing(s) that amfm needs are missing or wrong; the remedies are in the table")
+        say(f"amfm: {len(failed)} thing(s) that amfm needs are missing or wrong; the fixes are in the table")
     return bool(failed)
 
 

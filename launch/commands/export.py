@@ -222,7 +222,7 @@ NAMES: dict[str, Literal["pipeline", "plain"] | None] = {
 
 
 def export_state(checkpoint: Path, out: Path, file_format: str, *, as_json: bool) -> None:
-    """Write masters and moments for torch Distributed Checkpoint or DeepSpeed's loader, and print what was written."""
+    """Write master weights and moments for torch Distributed Checkpoint or DeepSpeed's loader, and print what was written."""
     from amfm.pretrain.exchange.dcp import export_dcp
     from amfm.pretrain.exchange.universal import export_universal
 

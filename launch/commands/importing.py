@@ -166,7 +166,7 @@ def import_tokenizer(source: Path, out: Path, pattern: str | None, special: list
     from amfm.data_pipeline.tokenizer.tiktoken import convert_tiktoken
 
     if pattern is None:
-        raise ValueError(f"{source} doesn't hold the pattern that cuts texts into pieces; give it with --pattern")
+        raise ValueError(f"{source} does not hold the pattern that cuts texts into pieces; give it with --pattern")
     pairs = [text.rpartition("=") for text in special]
     wrong = [text for text, (name, _, index) in zip(special, pairs) if not name or not index.isdecimal()]
     if wrong:

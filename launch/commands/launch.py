@@ -184,7 +184,7 @@ def check_options(
     address: str | None,
     dry_run: bool,
 ) -> None:
-    """Refuse options that cannot take effect with the chosen launcher. Raises ValueError with the remedy."""
+    """Refuse options that cannot take effect with the chosen launcher. Raises ValueError with the fix."""
     given = {"--hosts": hosts, "--node-rank": node_rank, "--master": master}
     if on != "torchrun":
         for name, value in given.items():
@@ -224,7 +224,7 @@ def check_spares(spares: int, on: str, *, nodes: int, node_rank: int | None, for
 
 
 def check_kubernetes(on: str, form: str | None, *, dry_run: bool, doctor: bool) -> None:
-    """Refuse what cannot take effect with Kubernetes, or without. Raises ValueError with the remedy."""
+    """Refuse what cannot take effect with Kubernetes, or without. Raises ValueError with the fix."""
     if on != "kubernetes":
         if form is not None:
             raise ValueError(f"--form {form} belongs to --on kubernetes; leave it out with --on {on}")

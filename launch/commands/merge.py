@@ -85,10 +85,10 @@ def merge(
 
 
 def numbers(option: str, text: str | None) -> list[int]:
-    """Whole numbers above 0 with commas. Raises ValueError."""
+    """Integers above 0 with commas. Raises ValueError."""
     words = [] if text is None else text.split(",")
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-        raise ValueError(f"{option} {text} must be whole numbers above 0, with commas between them")
+        raise ValueError(f"{option} {text} must be integers above 0, with commas between them")
     return [int(word) for word in words]
 
 

@@ -44,7 +44,7 @@ OverlapOption = Annotated[
     typer.Option(min=0, max=1, help="Fraction of ZeRO-3's gathers and of pipeline sends that overlaps with compute."),
 ]
 ImbalanceOption = Annotated[
-    float, typer.Option(min=1, help="Routed rows of the fullest expert rank, relative to the mean.")
+    float, typer.Option(min=1, help="Routed rows of the most loaded expert rank, relative to the mean.")
 ]
 FailuresOption = Annotated[
     float | None,
@@ -274,7 +274,7 @@ def print_plan(made: Plan, title: str) -> None:
     print_rows(f"Model of {title}", ("part", "parameters", "active", "FLOPs per token"), rows)
     parts = [(name, f"{size / GIB:,.2f} GiB") for name, size in own.memory.parts.items()]
     parts.append(("all", f"{own.memory.total() / GIB:,.2f} of {made.hardware.memory_gib:,.1f} GiB"))
-    print_pairs(f"Peak memory of the fullest rank, in the {own.memory.phase}: {own.layout.describe()}", parts)
+    print_pairs(f"Peak memory of the most loaded rank, in the {own.memory.phase}: {own.layout.describe()}", parts)
     times = describe_step(own)
     times.append(("tokens per day", count(made.tokens / made.seconds() * SECONDS_A_DAY)))
     print_pairs(f"Step time on {own.layout.ranks} x {made.hardware.name}", times)

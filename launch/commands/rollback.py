@@ -161,7 +161,7 @@ def replay(
 def print_outcome(run_dir: Path, prepared: Replay, outcome: Outcome) -> None:
     """Print what was compared and the first difference."""
     first = outcome.difference
-    verdict = "equal to the bit"
+    verdict = "bitwise equal"
     if first is not None:
         place = "" if first.rank is None else f", written by rank {first.rank}, its number {first.index}"
         verdict = f"{first.name} of step {first.step}{place}: {first.recorded} in the run, {first.computed} here"

@@ -45,7 +45,7 @@ def runs(
         raise ValueError(f"{folder} holds no run directory; give the folder above run.dir of runs that were started")
     rows = sort_rows(found, sort, reverse=reverse)
     for each in damaged:
-        say(f"amfm: {each['run']} can't be read: {each['error']}")
+        say(f"amfm: {each['run']} cannot be read: {each['error']}")
     if as_json:
         print_json({"runs": [row.to_json() for row in rows], "damaged": damaged})
         return

@@ -148,7 +148,7 @@ def report(
 ) -> None:
     """The verb `report`.
 
-    Several runs lie over each other, with the settings in which they differ.
+    Several runs are over each other, with the settings in which they differ.
     """
     if picture is not None:
         check_picture(picture)

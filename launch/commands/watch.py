@@ -74,7 +74,7 @@ def watch(
 
 
 def serve_metrics(verdicts: Verdicts, address: str) -> None:
-    """Serve a run's numbers until Ctrl-C. Raises ValueError for what is not an address, RuntimeError for one that can't
+    """Serve a run's numbers until Ctrl-C. Raises ValueError for what is not an address, RuntimeError for one that cannot
     be had.
     """
     from amfm.launch.prometheus import make_server
@@ -129,7 +129,7 @@ def post_metrics(verdicts: Verdicts, address: str) -> None:
 
 
 def show_live(verdicts: Verdicts, *, stays: bool) -> None:
-    """Show a run until it ends: a panel on a terminal, lines anywhere else, remarks about events and the verdict in both."""
+    """Show a run until it ends: a panel on a terminal, lines anywhere else, warnings about events and the verdict in both."""
     from rich.console import Console
 
     from amfm.pretrain.monitor.follow import follow

@@ -141,7 +141,7 @@ def compare_disks(reports: Sequence[RankReport]) -> Finding:
     ]
     short = [text for free, text in room if free < MIN_FREE_GIB]
     if short:
-        return Finding("disk", "warn", shorten(short), "make room, or TMPDIR=FOLDER on a larger disk in launch.setup")
+        return Finding("disk", "warn", shorten(short), "free space, or TMPDIR=FOLDER on a larger disk in launch.setup")
     return Finding("disk", "ok", f"at least {min(room)[0]:.1f} GiB free on every host")
 
 

@@ -1,6 +1,6 @@
-"""What this machine has and can run: a finding a line, each with a remedy where something is amiss.
+"""What this machine has and can run: a finding a line, each with a fix where something is amiss.
 
-How it works: every `examine_*` function looks at one thing and returns findings (name, status, found, remedy). None of
+How it works: every `examine_*` function looks at one thing and returns findings (name, status, found, fix). None of
 them raises: a machine that lacks something is what the doctor is for. `cluster.py` asks every host of a run, where
 `rank.py` describes a host, `compare.py` says which hosts differ, `links.py` times the links between them and `storage.py`
 asks whether a file written on one is seen by all.

@@ -39,7 +39,7 @@ NETWORK_FILE_SYSTEMS = {
 class CacheFolder:
     """Triton's cache of compiled kernels on this host.
 
-    `file_system`: by the kernel's name for its type. `problem`: why the folder can't be written, None when it can.
+    `file_system`: by the kernel's name for its type. `problem`: why the folder cannot be written, None when it can.
     """
 
     path: str

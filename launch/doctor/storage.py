@@ -130,5 +130,5 @@ def examine_storage(folder: Path, test: StorageTest, hosts: Sequence[str]) -> Fi
             return Finding("shared storage", "fail", found, remedy)
     found = f"{folder}: seen by all after at most {test.slowest_seconds:.2f} s, {test.free_gib:.1f} GiB free"
     if test.free_gib < MIN_FREE_GIB:
-        return Finding("shared storage", "warn", found, "make room, or set run.dir to a larger disk")
+        return Finding("shared storage", "warn", found, "free space, or set run.dir to a larger disk")
     return Finding("shared storage", "ok", found)

@@ -10,9 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-SWIGLU_SHARE = (
-    2 / 3
-)  # of the width of squared ReLU: three matrices in the place of two (Shazeer 2020, arXiv 2002.05202)
+SWIGLU_SHARE = 2 / 3  # of the width of squared ReLU: three matrices instead of two (Shazeer 2020, arXiv 2002.05202)
 
 SHORT_RUN_STEPS = 1_000
 
@@ -135,7 +133,7 @@ STYLES = {
     "turbos": "Mamba2 and attention with rotary positions and normed queries and keys, SwiGLU experts",
 }
 
-# Granite 4.0 H-Small (its public config.json), in the place of the 30B of the table.
+# Granite 4.0 H-Small (its public config.json), instead of the 30B of the table.
 _GRANITE_30B: dict[str, Any] = {
     "pattern": "(ME)*5 *E ((ME)*9 *E)*3 (ME)*4",
     "vocab_size": 100_352,

@@ -57,7 +57,7 @@ def look_at(data: str) -> Text:
 def count_documents(files: Sequence[InputFile]) -> float:
     """About how many documents files hold: one each of text, records by the length of those that the first begins with.
 
-    Infinite for Megatron's files, which are made of large texts, and where the first file can't be read.
+    Infinite for Megatron's files, which are made of large texts, and where the first file cannot be read.
     """
     texts = sum(file.kind == "text" and file.num_bytes > 0 for file in files)
     records = [file for file in files if file.kind != "text"]
@@ -91,8 +91,8 @@ def bytes_per_record(file: InputFile) -> float:
 def find_text_column(files: Sequence[InputFile], data: str) -> str:
     """Name of the column with the text: `text` where the first record has it, else that of its longest text.
 
-    Raises ValueError, with the names available, where the record has no text. Files that aren't records have `text`,
-    which no one reads. A record that can't be read is left to `amfm prepare`, which says what is wrong with it.
+    Raises ValueError, with the names available, where the record has no text. Files that are not records have `text`,
+    which no one reads. A record that cannot be read is left to `amfm prepare`, which says what is wrong with it.
     """
     first = next((file for file in files if file.kind in ("jsonl", "parquet", "arrow")), None)
     if first is None:
@@ -112,7 +112,7 @@ def find_text_column(files: Sequence[InputFile], data: str) -> str:
 
 
 def read_record(file: InputFile) -> dict[str, object]:
-    """The first record of a file; empty where there is none. Raises OSError and ValueError where it can't be read."""
+    """The first record of a file; empty where there is none. Raises OSError and ValueError where it cannot be read."""
     if file.kind == "jsonl":
         with open_input(file) as stream:
             record = load_json(stream.readline(LONGEST_RECORD) or b"{}")

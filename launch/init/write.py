@@ -76,7 +76,7 @@ def write_config(answers: Answers) -> Written:
         tree["train"] |= {"recompute": "full"} if choice.config.train.recompute == "full" else {}
         tree["parallel"] = changed_settings(choice)
         written = explain(answers, choice, tree)
-        # The text that is written, remarks included, is what is checked, not the dictionary it came from.
+        # The text that is written, warnings included, is what is checked, not the dictionary it came from.
         draft.write_text(written, encoding="utf-8")
         load_checked(draft, world_size=answers.machine.ranks)
     answers.folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def lay_out(tree: dict[str, Any], machine: Machine, draft: Path) -> Choice | Non
 
 
 def name_enough(answers: Answers, text: Text, draft: Path) -> str:
-    """Remedy that names the first larger machine on which the model fits; empty where none is found."""
+    """Fix that names the first larger machine on which the model fits; empty where none is found."""
     for machine in larger_machines(answers.machine):
         if lay_out(compose(replace(answers, machine=machine), text), machine, draft) is not None:
             return f", or --hardware {machine.name}"
@@ -211,13 +211,13 @@ REMARKS = {
 
 
 def explain(answers: Answers, choice: Choice, tree: dict[str, Any]) -> str:
-    """Text of the file: a head that says what it is and what to run next, then sections with remarks."""
+    """Text of the file: a head that says what it is and what to run next, then sections with warnings."""
     memory, hardware = choice.estimate.memory.total() / 2**30, answers.machine.hardware
     counts = count_parameters(choice.config.model)
     head = [
         f"A model of {counts.total / 1e6:,.1f}M parameters ({counts.active / 1e6:,.1f}M active per token), size "
         f"{answers.size} in the style of {answers.style}: {STYLES[answers.style]}.",
-        f"Planned for {answers.machine.name}: {memory:.1f} of {hardware.memory_gib:.1f} GiB on the fullest rank.",
+        f"Planned for {answers.machine.name}: {memory:.1f} of {hardware.memory_gib:.1f} GiB on the most loaded rank.",
         *describe_time(answers, choice),
         "Paths are relative to where amfm is called. Next:",
         *(f"  {command}" for command in next_commands(answers)),
@@ -269,7 +269,7 @@ def next_commands(answers: Answers) -> list[str]:
 
 
 def to_yaml(tree: dict[str, Any], remarks: dict[str, str]) -> str:
-    """Sections as blocks with one key a line, deeper mappings in braces, remarks behind their keys."""
+    """Sections as blocks with one key a line, deeper mappings in braces, warnings behind their keys."""
     lines = []
     for section, keys in tree.items():
         lines.append(f"{section}:")

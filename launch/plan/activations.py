@@ -36,7 +36,7 @@ class BlockBytes:
 @dataclass(frozen=True)
 class Storage:
     """Precision and kernels of a run: `element_bytes` of a weight or activation (4 or 2), `backend` triton or torch,
-    `state_bytes` of a master or moment, of which a weight that Muon does not step has `num_moments`, and `lands`: products add weight gradients to the float32 sums of ZeRO 1 and 2. keeps_average: a moving average of weights lies next to the masters.
+    `state_bytes` of a master or moment, of which a weight that Muon does not step has `num_moments`, and `lands`: products add weight gradients to the float32 sums of ZeRO 1 and 2. keeps_average: a moving average of weights is next to the master weights.
 
     The backend matters because Triton and PyTorch implementations save different tensors and slice the head
     differently.
@@ -94,7 +94,7 @@ def head_bytes(
     rows: float = max(LOGITS_LEAST_ROWS[backend], LOGITS_SLICE[backend] // vocab)
     if backend == "triton":
         rows = max(LOGITS_LEAST_ROWS[backend], min(4096, rows // 128 * 128))  # whole tiles
-    # Triton's first slice is the sum itself; at the second the float32 sum lies next to both products.
+    # Triton's first slice is the sum itself; at the second the float32 sum is next to both products.
     is_summed = e < FLOAT32_BYTES and (backend == "torch" or tokens > rows)
     product: float = vocab * hidden * e
     sums: float = vocab * hidden * FLOAT32_BYTES if is_summed else 0.0

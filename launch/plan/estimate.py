@@ -23,7 +23,7 @@ class Assumptions:
     """Inputs of the estimates that no configuration states, all fractions or ratios.
 
     `margin`: memory added for fragmentation and small allocations. `overlap`: part of ZeRO-3's gathers and of pipeline
-    sends that hides behind compute. `imbalance`: routed rows of the fullest expert rank over the mean. `sent_rows`: of the
+    sends that hides behind compute. `imbalance`: routed rows of the most loaded expert rank over the mean. `sent_rows`: of the
     rows that amfm sends to experts, a token's to each rank once, the part that travels; less than 1 where a dispatcher sends
     it once to a node. `beside_experts`: what is computed while they travel, of amfm the shared expert. `repeats`: exchanges of a
     forward pass that recomputation makes again, 0 to 2. `drains`: times that a pipeline fills and drains in a step.
@@ -76,12 +76,12 @@ class Estimate:
     mfu_mixed: float | None = None
 
     def fits(self) -> bool:
-        """Whether the fullest rank's bytes fit the device's memory."""
+        """Whether the most loaded rank's bytes fit the device's memory."""
         return not self.reason
 
 
 def memory_of(config: RunConfig, layout: Layout, assumptions: Assumptions, hardware: Hardware | None = None) -> Memory:
-    """Peak memory of the fullest rank of a run that is one training stage."""
+    """Peak memory of the most loaded rank of a run that is one training stage."""
     storage = storage_of(config)
     margin, imbalance = assumptions.margin, assumptions.imbalance
     return estimate_memory(config, layout, storage, margin=margin, imbalance=imbalance, hardware=hardware)
@@ -146,7 +146,7 @@ def mfu_range(
         machine = hardware.scaled(factor)
         item = estimate(config, layout, machine, replace(assumptions, imbalance=imbalance))
         products, grouped = machine.product_efficiency, machine.grouped_efficiency
-        words = f"products at {products:.0%} of the peak, grouped ones at {grouped:.0%}, the fullest rank at {imbalance:.2f}"
+        words = f"products at {products:.0%} of the peak, grouped ones at {grouped:.0%}, the most loaded rank at {imbalance:.2f}"
         found.append(Scenario(name, item.mfu, item.step.total(), words))
     return found[0], found[1], found[2]
 

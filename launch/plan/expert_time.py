@@ -57,7 +57,7 @@ def expert_exchange_seconds(
     if traffic is None:
         return 0.0, 0.0
     details = traffic.details
-    # Slots and places are sent whoever fills them; of other rows the fullest rank's link has the most.
+    # Slots and places are sent whoever fills them; of other rows the most loaded rank's link has the most.
     uneven = sent_rows * (imbalance if details and layout.expert_buffer_factor is None else 1.0)
     travel = uneven * exchange_seconds(traffic.rows, layout, hardware) / blocks / 4
     beside_rows = uneven * exchange_seconds(details, layout, hardware) / blocks / 2 if details else 0.0

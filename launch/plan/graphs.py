@@ -9,7 +9,7 @@ from amfm.launch.plan.exchanges.buckets import bucketed_bytes
 from amfm.launch.plan.layout import Layout, StageShare
 from amfm.pretrain.config.schema import RunConfig
 
-# Of a pass that is replayed: two copies at most, where what flows in lies elsewhere, and the graph.
+# Of a pass that is replayed: two copies at most, where what flows in is elsewhere, and the graph.
 REPLAY_LAUNCHES = 3
 
 Parts = dict[str, float]
@@ -35,7 +35,7 @@ def with_graphs(
     """Parts of passes and of the optimizer's step, with what graphs hold in both.
 
     Sums of gradients are there from the first pass on and stay, where else each step makes them and lets go of them. What
-    captured passes keep and work with lies in a pool that nothing else gets.
+    captured passes keep and work with is in a pool that nothing else gets.
     """
     if config.train.cuda_graphs == "none":
         return passes, step

@@ -3,7 +3,7 @@
 How it works: `Layout` is a plain value that a search can vary by the thousand; it mirrors the `parallel` section and
 adds the rank count, micro-batch size and recomputed blocks. `StageShare` counts parameters that one rank of a pipeline
 stage holds, from the same cut into pieces that training uses (`model/pipeline_split.py`), so that the plan and the run
-cannot disagree about which blocks lie where. Counts are cached by the fields that cut the model: the others don't
+cannot disagree about which blocks are where. Counts are cached by the fields that cut the model: the others do not
 change them.
 """
 

@@ -76,7 +76,7 @@ def _by_letter(model: ModelConfig, muon: MuonConfig | PackageMatrices) -> dict[s
             continue
         flops, numel = float(muon.rounds * stack.count * cost(stack.shape)), float(stack.numel)
         kept = float(stack.count * sum(math.prod(shape) for shape in muon.state_shapes(*stack.shape).values()))
-        # An update and its result, or weights, gradient and new weights in the dtype of the masters, twice as wide on GPUs.
+        # An update and its result, or weights, gradient and new weights in the dtype of the master weights, twice as wide on GPUs.
         sent = (6.0 if muon.keeps_state_at_owners else 2.0) * numel
         share = [value for pair in zip((numel, flops, kept, sent), (0.0, 0.0, 0.0, 0.0)) for value in pair]
         if ".experts." in stack.name:

@@ -1,13 +1,13 @@
-"""Peak memory of one rank: persistent states, plus the fullest of building, the passes and the optimizer's step.
+"""Peak memory of one rank: persistent states, plus the most loaded of building, the passes and the optimizer's step.
 
-How it works: each phase is a table of named parts in bytes. Weights, masters and moments persist, sharded
+How it works: each phase is a table of named parts in bytes. Weights, master weights and moments persist, sharded
 by ZeRO. The passes are walked backwards block by block, as activations shrink while gradients grow, to find their
-fullest moment. The optimizer phase adds what DeepSpeed allocates to reduce gradients and to step. Building is counted
-as well: a rank's model is made whole, in float32, on the device. Every pipeline stage is estimated; the fullest
+most loaded moment. The optimizer phase adds what DeepSpeed allocates to reduce gradients and to step. Building is counted
+as well: a rank's model is made whole, in float32, on the device. Every pipeline stage is estimated; the most loaded
 decides.
 
-Under ZeRO-1 gradients are float32 sums that lie whole on every rank until the last backward pass of a step; ZeRO-2 reduces
-them in every pass and keeps this rank's share and the buckets under way. Under ZeRO-0 and 3 they lie whole in the dtype of
+Under ZeRO-1 gradients are float32 sums that are whole on every rank until the last backward pass of a step; ZeRO-2 reduces
+them in every pass and keeps this rank's share and the buckets under way. Under ZeRO-0 and 3 they are whole in the dtype of
 the weights, with bf16 and several micro-batches also as float32 sums. tests/launch/plan/real_memory.py measures the estimates against real steps.
 """
 
@@ -83,11 +83,11 @@ def estimate_memory(
     imbalance: float = 1.0,
     hardware: Hardware | None = None,
 ) -> Memory:
-    """Peak bytes of the fullest rank. `margin`: fraction added for fragmentation and small allocations.
+    """Peak bytes of the most loaded rank. `margin`: fraction added for fragmentation and small allocations.
 
     `hardware`: of which context and communicators take memory too; None: what PyTorch allocates alone.
 
-    `imbalance`: routed rows of the fullest rank over the mean, where experts are spread.
+    `imbalance`: routed rows of the most loaded rank over the mean, where experts are spread.
     """
     stages = distinct_stages(
         held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.matrix_settings()),
@@ -149,7 +149,7 @@ def estimate_stage(
     *,
     is_captured: bool = True,
 ) -> Memory:
-    """Peak bytes of a rank of one pipeline stage, without margin: the fullest of its three phases.
+    """Peak bytes of a rank of one pipeline stage, without margin: the most loaded of its three phases.
 
     `sizes`: those of `block_sizes`, where they are known. `is_captured`: whether passes under `train.cuda_graphs` are captured.
     """
@@ -187,7 +187,7 @@ def building_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[s
 
 
 def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
-    """Parts that live as long as the run: weights, masters, moments (two of AdamW's, one of Muon's, a package's own), ZeRO-3's buffers."""
+    """Parts that live as long as the run: weights, master weights, moments (two of AdamW's, one of Muon's, a package's own), ZeRO-3's buffers."""
     e, stage = storage.element_bytes, layout.zero_stage
     share = held.share(layout) if stage else held.parameters
     matrices = held.own_matrices(layout) if stage else held.matrices
@@ -210,10 +210,10 @@ def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict
 def busiest_pass(
     config: RunConfig, layout: Layout, storage: Storage, held: StageShare, sizes: Mapping[str, BlockBytes]
 ) -> dict[str, float]:
-    """Parts at the fullest moment of forward and backward of a rank, whose blocks have these sizes.
+    """Parts at the most loaded moment of forward and backward of a rank, whose blocks have these sizes.
 
     Walks from the head to the first block: each block's backward pass frees its activations and adds its gradients, so
-    the peak lies where their sum with the block's working space is largest. A pass that is cut in two leaves what the
+    the peak is where their sum with the block's working space is largest. A pass that is cut in two leaves what the
     gradients of weights are made of.
     """
     model, tokens, e = config.model, layout.tokens(config), storage.element_bytes
@@ -230,7 +230,7 @@ def busiest_pass(
     kept_head *= held.heads  # the losses of prediction depths stay until the backward pass begins with them
     gathered, arriving = gathered_bytes(layout, storage, held)
     # Of routed experts all gradients are made at once, in the dtype of the weights, before they join the sums; those of halves
-    # lie next to each other. Where products add to the sums nothing lies next to them.
+    # are next to each other. Where products add to the sums nothing is next to them.
     stored = held.routed_blocks - count_routed(model, repeated_letters(model, held))
     is_apart = storage.backend == "triton" and not lands
     expert_gradients = e * held.routed / max(1, stored) if is_apart else 0.0
@@ -253,7 +253,7 @@ def busiest_pass(
     most: dict[tuple[int, bool, tuple[bool, ...]], float] = {}
     for (piece, is_forward, _, _, passed), activations in activations_of(config, layout, storage, held, sizes):
         most[piece, is_forward, passed] = max(activations, most.get((piece, is_forward, passed), 0.0))
-    # Gradients, activations, working space, logits and gathered weights at the fullest moment.
+    # Gradients, activations, working space, logits and gathered weights at the most loaded moment.
     fullest, fullest_sum = (0.0, 0.0, 0.0, 0.0, 0.0), -1.0
     for (piece, is_forward, passed), activations in most.items():
         if is_forward:
@@ -294,7 +294,7 @@ def waiting_gradients(
     expert_gradients: float,
     kept_head: float,
 ) -> list[float]:
-    """Bytes that lie at each block of the last piece until gradients of the same weights join them.
+    """Bytes that are at each block of the last piece until gradients of the same weights join them.
 
     Of prediction depths, whose backward passes come before the main model's: the head's gradient and what its pass for the
     main loss keeps; and those of the embedding and of a shared depth's experts, until the first depth has passed.
@@ -322,7 +322,7 @@ def activations_of(
 ) -> Iterator[tuple[Moment, float]]:
     """Bytes of activations at each kind of pass of a rank.
 
-    In a pipeline the stream that a piece sends on lies there until its backward pass, and one that will be received next lies
+    In a pipeline the stream that a piece sends on is there until its backward pass, and one that will be received next is
     there already. Passes that are cut in two leave what the gradients of weights are made of.
     """
     tokens, stage = layout.tokens(config), held.stage
@@ -388,7 +388,7 @@ def update_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str
         # For bf16 weights a float32 copy to step with, and one from which the norm is taken.
         return {"gradients": (e + 2 * wide) * held.parameters} | products
     if storage.state_bytes < FLOAT32_BYTES:
-        # DeepSpeed hands gradients over in the masters' dtype, one group after the other under ZeRO-1 and 2.
+        # DeepSpeed hands gradients over in the master weights' dtype, one group after the other under ZeRO-1 and 2.
         rounded = storage.state_bytes * (share if stage == 3 else min(share, BUCKET_ELEMENTS + held.largest_block))
         return {"gradients": FLOAT32_BYTES * share + rounded, "rounding": float(CHUNK_ELEMENTS * CHUNK_BYTES)}
     return {"gradients": FLOAT32_BYTES * share} | products

@@ -107,7 +107,7 @@ def choose_layouts(plan: Plan, assumptions: Assumptions) -> list[tuple[str, Esti
 
 
 def draw_memory(axes: Any, plan: Plan, shown: list[tuple[str, Estimate]]) -> None:
-    """Draw memory of the fullest rank by part, a bar a layout, against the device's memory."""
+    """Draw memory of the most loaded rank by part, a bar a layout, against the device's memory."""
     parts = dict.fromkeys(name for _, item in shown for name in item.memory.parts)
     names = [*(name for name in MEMORY_COLOURS if _memory_name(name, parts)), *(p for p in parts if _spelt(p) not in MEMORY_COLOURS)]  # fmt: skip
     more = iter(MORE_MEMORY * 4)
@@ -126,7 +126,7 @@ def draw_memory(axes: Any, plan: Plan, shown: list[tuple[str, Estimate]]) -> Non
         colour = "black" if total <= limit else "#b2182b"
         axes.text(total, place, f" {total:,.1f}", va="center", color=colour)
     axes.set_xlim(0, 1.1 * max(*bases, limit))
-    axes.set_xlabel("GiB on the fullest rank")
+    axes.set_xlabel("GiB on the most loaded rank")
     _finish(axes, shown, "Memory")
 
 

@@ -1,7 +1,7 @@
 """What a run will cost before anything is rented: its size, memory, time, and which layouts fit.
 
 How it works: a layout (`layout.py`) says how many ranks each axis has and what one rank of every pipeline stage holds.
-From that and the configuration alone `memory.py` adds up the bytes of the fullest rank and `time.py` the seconds of the
+From that and the configuration alone `memory.py` adds up the bytes of the most loaded rank and `time.py` the seconds of the
 slowest stage: operations at their roofline (`hardware.py`), collectives by the bytes of `exchanges/` on the declared
 links. `search.py` lists layouts that obey every rule of a run; here they are estimated, ranked and explained.
 
@@ -34,7 +34,7 @@ from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.stages import RunStage, resolve_stages
 
 SECONDS_A_DAY = 86_400
-Progress = Callable[[int, int, str], None]  # done, all, a remark
+Progress = Callable[[int, int, str], None]  # done, all, a warning
 SHOWN_LAYOUTS = 8
 
 
@@ -125,7 +125,7 @@ def make_plan(
     stages = resolve_stages(config)
     if any(stage.config.parallel.offload_optimizer for stage in stages):
         raise ValueError(
-            "parallel.offload_optimizer=true is not modelled: the plan counts masters, moments and the optimizer's step on "
+            "parallel.offload_optimizer=true is not modelled: the plan counts master weights, moments and the optimizer's step on "
             "the device; plan with false"
         )
     runs = [stage.config for stage in stages]
@@ -183,7 +183,7 @@ def lay_out(
 
 
 def with_range(run: RunConfig, layout: Layout, hardware: Hardware, assumptions: Assumptions) -> Estimate:
-    """The estimate of a layout together with the range that its MFU lies in."""
+    """The estimate of a layout together with the range that its MFU is in."""
     item = estimate(run, layout, hardware, assumptions)
     return replace(item, mfu_range=mfu_range(run, layout, hardware, assumptions))
 

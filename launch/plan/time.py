@@ -166,7 +166,7 @@ def estimate_step(
 
     `overlap`: part of ZeRO-3's gathers and of pipeline sends that may run in parallel with compute. Reductions run in
     parallel with the last backward pass under ZeRO-1 (each under ZeRO-2), gathers of weights next to the first forward
-    pass. `imbalance`: routed rows of the fullest rank over the mean. `sent_rows`: the part of rows that travels to
+    pass. `imbalance`: routed rows of the most loaded rank over the mean. `sent_rows`: the part of rows that travels to
     experts, of those that amfm sends.
     `beside_experts`: what is computed while they travel. `repeats`: of `expert_exchange_seconds`. `drains`: times that a
     pipeline fills and drains.

@@ -1,4 +1,4 @@
-"""Requests as clients of OpenAI's completions send them, checked: what can't take effect is refused, not ignored."""
+"""Requests as clients of OpenAI's completions send them, checked: what cannot take effect is refused, not ignored."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ READ = {"model", "prompt", "messages", "max_tokens", "max_completion_tokens", "t
 
 
 class RefusedError(ValueError):
-    """A request that can't be served as it is; `status` and `code` are those of the HTTP answer, `key` names the field."""
+    """A request that cannot be served as it is; `status` and `code` are those of the HTTP answer, `key` names the field."""
 
     def __init__(self, message: str, *, key: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
@@ -63,7 +63,7 @@ def parse_request(kind: Kind, body: dict[str, Any], model_name: str) -> Request:
     if limit is None and kind == "completion":
         limit = COMPLETION_TOKENS
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise RefusedError(f"max_tokens={limit!r:.100} must be a whole number of at least 1", key="max_tokens")
+        raise RefusedError(f"max_tokens={limit!r:.100} must be an integer of at least 1", key="max_tokens")
     options = body.get("stream_options") or {}
     return Request(
         kind=kind,

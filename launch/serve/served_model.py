@@ -52,7 +52,7 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class ChatTemplate:
-    """A chat template with the special tokens of its tokenizer. Raises ValueError for one that Jinja can't read."""
+    """A chat template with the special tokens of its tokenizer. Raises ValueError for one that Jinja cannot read."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -60,7 +60,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except (TemplateError, RecursionError, MemoryError) as error:
-            raise ValueError(f"the model's chat template can't be read: {error}") from error
+            raise ValueError(f"the model's chat template cannot be read: {error}") from error
         self._special_tokens = special_tokens
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:

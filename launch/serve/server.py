@@ -32,7 +32,7 @@ class ModelServer(HttpServer):
         try:
             super().__init__(host, port, Handler)
         except OSError as error:
-            reason = "is in use" if error.errno == errno.EADDRINUSE else f"can't be had: {error.strerror}"
+            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be had: {error.strerror}"
             raise ValueError(f"port {port} of {host} {reason}; give another one by --port, or 0 for any") from error
 
     def page(self) -> str:

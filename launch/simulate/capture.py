@@ -55,7 +55,7 @@ class CaptureCheck:
     ) -> None:
         """Note a launch: its scalars, sizes of tensors among them, and of its results, which are allocated for it.
 
-        `other_memory` says where a tensor lies that its pass neither makes nor is given: " in memory ADDRESS of LINE".
+        `other_memory` says where a tensor is that its pass neither makes nor is given: " in memory ADDRESS of LINE".
         """
         key = kind, which
         entry = name, (*(describe(value, other_memory) for value in given), *describe_results(results))

@@ -68,5 +68,5 @@ class Pointer:
 
 
 def stand_in(value: Any) -> Any:
-    """What is given to the binder in the place of an argument."""
+    """What is given to the binder instead of an argument."""
     return Pointer(value) if isinstance(value, Tensor) else value

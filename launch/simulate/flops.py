@@ -75,7 +75,7 @@ def _seen(window: int, queries: int, keys: int) -> int:
 
 
 def _chosen(given: Named, *, backward: bool) -> int:
-    """Attention to chosen keys, of as many as queries of one document see; scores made again for the weights aren't counted."""
+    """Attention to chosen keys, of as many as queries of one document see; scores made again for the weights are not counted."""
     (batch, queries, heads, size), keys = given["q_BTHK"].shape, given["k_BSJK"].shape[1]
     pairs = batch * _seen(given["places_BTN"].shape[2], queries, keys)
     return sparse_flops(pairs, heads, size, given["value_size"], backward=backward)

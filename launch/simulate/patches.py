@@ -102,7 +102,7 @@ def install_fake_tensors() -> None:
 
 
 def move_fake(tensor: Any, *args: Any, **keywords: Any) -> Any:
-    """`Tensor.to` for a fake tensor, in which a move to the GPU where it already lies is not a move."""
+    """`Tensor.to` for a fake tensor, in which a move to the GPU where it already is is not a move."""
     if tensor.fake_device.type != "cuda":
         return torch.Tensor.to(tensor, *args, **keywords)
     copy = keywords.pop("copy", False)

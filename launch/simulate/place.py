@@ -56,7 +56,7 @@ def shown_file(name: str) -> str | None:
 class BlockTracker:
     """Tells which kind of block an operation belongs to, and which pass of one, in forward and in backward.
 
-    Autograd numbers its nodes in the order of the forward pass: those of a block lie between the numbers at its
+    Autograd numbers its nodes in the order of the forward pass: those of a block are between the numbers at its
     entrance and its exit, and a node that runs names its number. `note_given` is called with the number of a pass and each
     tensor that it is given: arguments, and gradients of results.
     """

@@ -63,7 +63,7 @@ def trace_rank(config: RunConfig, settings: dict[str, Any], report: Callable[[st
     what the simulation cannot run.
     """
     rank, ranks, node = settings["rank"], settings["ranks"], settings["gpus_per_node"]
-    # The first GPU of its node whatever the rank: what is made on "cuda" without a number lies there.
+    # The first GPU of its node whatever the rank: what is made on "cuda" without a number is there.
     tracer = Tracer(torch.device("cuda", 0))
     card = SimulatedCard(0, node, tracer.note_wait, is_blackwell=settings["is_blackwell"])
     patches.install(card, tracer.note_launch, tracer.read_list)
@@ -122,7 +122,7 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     run = build_run(config, parallel, tracer, report)
     held = tracer.memory.held
     if config.train.cuda_graphs == "blocks":
-        # Blocks are passed as ever, which is what the check of captures is about, but with what their graphs would read.
+        # Blocks are passed as before, which is what the check of captures is about, but with what their graphs would read.
         run.engine.buckets.keep_sums()
         read_fixed_layout(run.model)
     compile_first(run, tracer)

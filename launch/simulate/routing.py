@@ -2,7 +2,7 @@
 
 How it works: each block of as many tokens as there are expert ranks draws K different experts, and each of its tokens has
 them moved on by as many ranks as its place says, around the end. So every rank gets equally many tokens, no token has an
-expert twice, and how many ranks a token's choices lie on, which is how many rows travel, is that of random draws. A step
+expert twice, and how many ranks a token's choices are on, which is how many rows travel, is that of random draws. A step
 has few blocks where ranks are many: then more sets are drawn, sorted by the ranks that they reach, and every k-th is
 taken, so that the mean is that of many; and they are put in an order in which the mean of every stretch is near that, since
 tensor ranks and halves take stretches. Seeds are fixed: a trace gives the same numbers again.
@@ -25,7 +25,7 @@ LEAST_DRAWS = 2048  # then the mean number of ranks is within some tenths of a p
 def spread_choices(
     tokens: int, top_k: int, num_experts: int, expert_ranks: int = 1, num_groups: int = 1, group_top_k: int = 1
 ) -> Tensor:
-    """Expert ids [tokens, K] int64; with router groups of experts those of a token lie in `group_top_k` of them."""
+    """Expert ids [tokens, K] int64; with router groups of experts those of a token are in `group_top_k` of them."""
     group_size, held = num_experts // num_groups, num_experts // expert_ranks
     blocks = -(-tokens // expert_ranks)
     every = -(-LEAST_DRAWS // blocks)

@@ -114,7 +114,7 @@ def predicted_memory(config: RunConfig, ranks: int, rank: int) -> Memory:
 
 
 def check_torch(version: str) -> None:
-    """Refuse releases of torch whose private parts the patches don't know. Raises ValueError."""
+    """Refuse releases of torch whose private parts the patches do not know. Raises ValueError."""
     if ".".join(version.split(".")[:2]) not in TORCH_RELEASES:
         raise ValueError(
             f"--trace is written for torch {', '.join(TORCH_RELEASES)}, and this is {version}: it replaces private parts of "

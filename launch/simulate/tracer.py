@@ -124,7 +124,7 @@ class Tracer(TorchDispatchMode):
             self.capture.launch(kind, self._direction(), name, given, results, partial(self._other_memory, number))
 
     def _other_memory(self, number: int, tensor: Tensor) -> str:
-        """Which memory a tensor lies in, of one that this pass of a block neither makes nor is given; else nothing."""
+        """Which memory a tensor is in, of one that this pass of a block neither makes nor is given; else nothing."""
         found = self.memory.find(tensor)
         if found is None or found.made_in == number or found.number in self.given.get(number, ()):
             return ""

@@ -2,7 +2,7 @@
 
 pydantic checks each field on its own (type, bounds, unknown keys). What relates one field to another is checked here,
 and not in validators of the sections: a rule may need the pattern or the registry of mixers, and every message can name the
-full key as it stands in the file (`model.moe.top_k`), its value and the remedy. No torch is imported, so a bad file is
+full key as it stands in the file (`model.moe.top_k`), its value and the fix. No torch is imported, so a bad file is
 refused before a device is touched. Rules that depend on the number of ranks are checked where shards are made
 (parallel/shards.py).
 """
@@ -24,7 +24,7 @@ from amfm.model.config.section import Section
 @until_registered
 @lru_cache(maxsize=256)
 def check_model(config: ModelConfig) -> None:
-    """Raise ValueError with value, rule and remedy for the first broken rule; a configuration that passed is not read again.
+    """Raise ValueError with value, rule and fix for the first broken rule; a configuration that passed is not read again.
 
     A section whose letter the pattern lacks is not read, so that one file can serve several patterns; its own rules are
     checked anyway.

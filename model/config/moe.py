@@ -237,7 +237,7 @@ class MoeConfig(MixerOptions):
         )
 
     def _keeps_experts(self) -> Iterator[tuple[str, str]]:
-        """Rules, each with a remedy, that keep experts from being pruned."""
+        """Rules, each with a fix, that keep experts from being pruned."""
         if not self.expert_bias:
             rule = "needs model.moe.expert_bias=true (with router: sigmoid): a router without a bias would still choose them"
             yield rule, "set it"

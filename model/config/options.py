@@ -29,7 +29,7 @@ class Prunable:
     sizes: the settings that become smaller with them, the one that counts groups first, each with its units a group. dims: of
     each parameter that is divided into groups, by its name behind `place`, the dim, its period and the width of a group.
     rows: further tensors with one row per group. least: a setting that says how many must stay. refused: rules, each
-    with a remedy, by which these options cannot lose such groups.
+    with a fix, by which these options cannot lose such groups.
     """
 
     sizes: Mapping[str, int]
@@ -48,7 +48,7 @@ class MixerOptions(Section):
     training_only: ClassVar[frozenset[str]] = frozenset(("chunk_size", "balance_loss_weight"))
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
-        """Fields (dotted inside of a section) that do not go with the others, each with the rule and a remedy."""
+        """Fields (dotted inside of a section) that do not go with the others, each with the rule and a fix."""
         yield from ()
 
     def broken_widths(self, hidden_size: int) -> Iterator[tuple[str, str]]:
@@ -57,7 +57,7 @@ class MixerOptions(Section):
             yield from part.broken_rules(hidden_size)
 
     def broken_training(self) -> Iterator[tuple[str, str, str]]:
-        """Fields by which something would never be trained, each with the rule and a remedy; a trained model is read."""
+        """Fields by which something would never be trained, each with the rule and a fix; a trained model is read."""
         yield from ()
 
     def cut_evenly(self) -> dict[Axis, dict[str, int]]:

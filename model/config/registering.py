@@ -41,7 +41,7 @@ PRESENT = Present()
 def register(*specs: Registered) -> None:
     """Register kinds of block, hooks, schedules and optimizers in this process, by their specs.
 
-    A spec may have the class or function itself in the place of an import path. Raises ValueError for a name that is not
+    A spec may have the class or function itself instead of an import path. Raises ValueError for a name that is not
     lower case, or that amfm or an installed package has.
     """
     for spec in specs:

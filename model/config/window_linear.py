@@ -1,4 +1,4 @@
-"""The options of the mixer that a conversion puts in the place of softmax attention, and its presets. No torch here."""
+"""The options of the mixer that a conversion puts instead of softmax attention, and its presets. No torch here."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ LIMITED = "group_limited_greedy"
 
 
 def unfit_for_deepseek_v2(config: ModelConfig) -> list[str]:
-    """List every choice that the class cannot hold, as value, rule and remedy."""
+    """List every choice that the class cannot hold, as value, rule and fix."""
     reasons = unfit_layers(config, KIND) + unfit_blocks(config, KIND)
     # The class looks at neighbors as complex numbers, in rows of which others come first.
     mla = mla_options(config) if "+" in config.letters else None

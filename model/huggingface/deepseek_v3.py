@@ -46,7 +46,7 @@ KIND = LatentClass(
 
 
 def unfit_for_deepseek_v3(config: ModelConfig) -> list[str]:
-    """List every choice that the class cannot hold, as value, rule and remedy."""
+    """List every choice that the class cannot hold, as value, rule and fix."""
     return unfit_layers(config, KIND) + unfit_blocks(config, KIND)
 
 

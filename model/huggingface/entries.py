@@ -167,7 +167,7 @@ class WeightMap:
             if any(bool(torch.count_nonzero(rows)) for _, rows in given.blocks(name)):
                 raise ValueError(
                     f"{name} is not zero, and the model that the configuration describes has no such weight; where "
-                    "amfm_model.json lies next to the weights, remove it to read config.json instead"
+                    "amfm_model.json is next to the weights, remove it to read config.json instead"
                 )
         sources: dict[str, Source] = {}
         for entry in self.entries:

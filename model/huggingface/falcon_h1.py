@@ -58,7 +58,7 @@ ONES: dict[str, Any] = {
 
 
 def unfit_for_falcon_h1(config: ModelConfig) -> list[str]:
-    """List every choice that the class cannot hold, as value, rule and remedy."""
+    """List every choice that the class cannot hold, as value, rule and fix."""
     letters = config.letters
     mixers, seconds = letters[0::2], letters[1::2]
     if not (len(mixers) == len(seconds) and mixers[0] in HEADS and {*mixers} == {mixers[0]} and {*seconds} == {"-"}):

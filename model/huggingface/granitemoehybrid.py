@@ -59,7 +59,7 @@ EXPERTS: Wanted = {
 
 
 def unfit_for_granite(config: ModelConfig) -> list[str]:
-    """List every choice that the class cannot hold, as value, rule and remedy."""
+    """List every choice that the class cannot hold, as value, rule and fix."""
     letters = config.letters
     reasons = unfit_mixers(config, "granitemoehybrid") or _unfit_pairs(letters)
     reasons += unfit_gates(config, "granitemoehybrid")

@@ -49,7 +49,7 @@ KIND = LatentClass(
 
 
 def unfit_for_kimi_linear(config: ModelConfig) -> list[str]:
-    """List every choice that the class cannot hold, as value, rule and remedy."""
+    """List every choice that the class cannot hold, as value, rule and fix."""
     delta = _unfit_delta(kda_options(config)) if "K" in config.letters else []
     return unfit_layers(config, KIND) + delta + unfit_blocks(config, KIND)
 

@@ -44,7 +44,7 @@ def conv_options(config: ModelConfig) -> ShortConvOptions:
 
 
 def unfit_for_lfm2(config: ModelConfig) -> list[str]:
-    """List every choice that the class cannot hold, as value, rule and remedy."""
+    """List every choice that the class cannot hold, as value, rule and fix."""
     letters = config.letters
     mixers, seconds = letters[0::2], letters[1::2]
     reasons = unfit_layers(config, "lfm2")

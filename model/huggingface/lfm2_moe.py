@@ -28,7 +28,7 @@ EXPERTS: Wanted = {
 
 
 def unfit_for_lfm2_moe(config: ModelConfig) -> list[str]:
-    """List every choice that the class cannot hold, as value, rule and remedy."""
+    """List every choice that the class cannot hold, as value, rule and fix."""
     letters = config.letters
     reasons = unfit_layers(config, "lfm2_moe")
     mixers, seconds = letters[0::2], letters[1::2]

@@ -58,7 +58,7 @@ POSITIONS: Wanted = {"positions": ("none", "attention has no positions")}
 
 
 def unfit_for_nemotron_h(config: ModelConfig) -> list[str]:
-    """List every choice that the class cannot hold, as value, rule and remedy."""
+    """List every choice that the class cannot hold, as value, rule and fix."""
     letters = config.letters
     reasons = unfit_mixers(config, "nemotron_h") + unfit_gates(config, "nemotron_h")
     reasons += unfit_multipliers(config, "nemotron_h", other=EITHER)

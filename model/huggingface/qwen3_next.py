@@ -47,7 +47,7 @@ LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}
 
 
 def unfit_for_qwen3_next(config: ModelConfig) -> list[str]:
-    """List every choice that the class cannot hold, as value, rule and remedy."""
+    """List every choice that the class cannot hold, as value, rule and fix."""
     letters = config.letters
     reasons = _unfit_pairs(letters) + unfit_multipliers(config, "qwen3_next")
     if "G" in letters:

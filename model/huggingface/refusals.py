@@ -24,7 +24,7 @@ NO_SQUARED_RELU_EXPERTS = 'experts of squared ReLU end with "is_act_and_mul=Fals
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a program does not take, as program, rule and remedy.
+    """What a program does not take, as program, rule and fix.
 
     by_setting: a setting helps, which `--check` gives it. misreads: it computes something else without a word.
     """

@@ -24,7 +24,7 @@ def find_target(name: str) -> HfTarget:
 
 
 def explain_unfit(config: ModelConfig, target: str) -> list[str]:
-    """List every choice of `config` that `target` cannot hold, each as value, rule and remedy; empty: it fits.
+    """List every choice of `config` that `target` cannot hold, each as value, rule and fix; empty: it fits.
 
     `own` holds all but mixers of other packages, `auto` what `choose_target` finds. Raises ValueError for an unknown target.
     """

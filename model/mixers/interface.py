@@ -127,7 +127,7 @@ class Mixer(Float32Buffers):
 
 
 class PlainMixer(Mixer):
-    """Any module of x [B, T, D] -> y [B, T, D] in the place of a mixer, as `block.mixer = module` makes it.
+    """Any module of x [B, T, D] -> y [B, T, D] instead of a mixer, as `block.mixer = module` makes it.
 
     It is not told where documents begin: give it rows of one document if it reads other tokens. Decoding keeps its inputs and
     computes all of a text again for each token, so the module must be causal.

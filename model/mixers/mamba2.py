@@ -9,7 +9,7 @@ scan, where tensors of their products need not be written to memory.
 
 On the Triton backend all that follows the first projection is one operation (kernels/mamba2), which keeps less for backward
 and launches fewer kernels; rows that are cut over context ranks hand it an exchange of states. Decode states and a norm whose
-group lies on several tensor ranks enter between its parts: there, and on the torch backend, the parts run as separate operations.
+group is on several tensor ranks enter between its parts: there, and on the torch backend, the parts run as separate operations.
 """
 
 from __future__ import annotations

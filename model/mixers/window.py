@@ -146,7 +146,7 @@ class WindowMixer(SoftmaxMixer, SequenceMixer):
         before_RWX = receive_windows(both_RLX, kept, segments, self.build.groups)
         both_RSJK = torch.cat([before_RWX, both_RLX], dim=1).unflatten(2, (-1, self.options.head_dim))
         k_RSJK, v_RSJK = both_RSJK.chunk(2, dim=2)
-        # What the mask of windows hides lies in another document, or before the row.
+        # What the mask of windows hides is in another document, or before the row.
         own_RL = segments.as_rows(segments.take(segments.document_ids_BT))
         seen_RW = segments.window_mask(kept).flatten(0, 1)
         ids_RS = torch.cat([torch.where(seen_RW, own_RL[:, :1], -1), own_RL], dim=1)

@@ -1,7 +1,7 @@
 """Softmax attention over a window and linear attention over older tokens: what a conversion puts in softmax attention's place.
 
 It keeps the weights of softmax attention (q, k, v, o, under the same names), and with a window as long as the row it
-computes the same. What lies behind the window costs a state of fixed size. With s the scaled scores of the window, m the
+computes the same. What is behind the window costs a state of fixed size. With s the scaled scores of the window, m the
 largest of them, and l = phi(q_i) phi(k_j) e^(g_(j+1) + ... + g_i) for older tokens of the same document:
 
     joint      o = (a sum e^(s - m) v + sum l v) / (a sum e^(s - m) + sum l), a = sigmoid of one number a head
@@ -366,7 +366,7 @@ class WindowLinearMixer(SequenceMixer):
         if own.decay is not None:
             decay = receive_windows(own.decay.flatten(2), self.kept, segments, groups).unflatten(2, own.decay.shape[2:])
         ids_RL = segments.as_rows(meta.document_ids_BT)
-        # What the mask hides lies in another document, or before the row.
+        # What the mask hides is in another document, or before the row.
         ids_RW = torch.where(segments.window_mask(self.kept).flatten(0, 1), ids_RL[:, :1], -1)
         how = self._settings(meta)._replace(document_ids_BT=None if meta.single_document else ids_RL)
         past = Past(k, v, features, decay, ids_RW)

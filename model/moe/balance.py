@@ -1,4 +1,4 @@
-"""Auxiliary losses that balance the load of experts, over all tokens of a micro-batch wherever they lie.
+"""Auxiliary losses that balance the load of experts, over all tokens of a micro-batch wherever they are.
 
 Three losses, each with its own weight (kernels/moe/grouping.py has their formulas): `balance` over the micro-batch,
 `sequence_balance` within each row, `router_z` on the size of the logits. They are computed in training only. The loss-free

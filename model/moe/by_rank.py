@@ -4,7 +4,7 @@ A token of 22 choices among 512 experts on 8 ranks goes to 7.6 of them on averag
 choice would be. With a row go the weights and the numbers of its token's choices, and the rank that gets them sums its
 experts' results by weight; at home a token's sums of all ranks are added up, in the order of the ranks whatever arrives
 first. How many rows go where follows from the router: ranks tell each other, which waits for the device once per layer. With room
-(model/parallel/groups.py) rows lie in places whose number follows from sizes, some of them empty, and nothing waits.
+(model/parallel/groups.py) rows are in places whose number follows from sizes, some of them empty, and nothing waits.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Every rank comes with its own tokens and their choices. Rows travel to the ranks of `groups.ep` that hold the experts,
 where each rank of `groups.expt_tp` with the same experts gets the rows of all, computes its part of the inner width,
 and gives back sums; then home. Without a capacity a row goes to each rank that a token has chosen an expert of
-(`by_rank.py`), and nothing is dropped or computed in vain; under a capacity factor rows lie in slots whose number is
+(`by_rank.py`), and nothing is dropped or computed in vain; under a capacity factor rows are in slots whose number is
 known, and nothing waits. An expert, or a rank, that gets nothing is not an exception. Results do not
 depend on the order of arrival.
 

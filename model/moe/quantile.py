@@ -79,7 +79,7 @@ class RequiredBiases(nn.Module):
 
 
 def bounds(bias_E: Tensor, is_living_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower end of the first bin, and a bin's width: whatever scores between 0 and 1 require lies inside."""
+    """Lower end of the first bin, and a bin's width: whatever scores between 0 and 1 require is inside."""
     low = bias_E.masked_fill(~is_living_E, torch.inf).min() - 1
     high = bias_E.masked_fill(~is_living_E, -torch.inf).max() + 1
     return low, (high - low) / NUM_BINS

@@ -24,7 +24,7 @@ from amfm.model.parallel.waits import waiting
 
 @lru_cache(maxsize=256)
 def expected_ranks(moe: MoeConfig, expert_ranks: int) -> float:
-    """Ranks on which the experts of a token's choices lie, as expected of an even router: rows that a token sends.
+    """Ranks on which the experts of a token's choices are, as expected of an even router: rows that a token sends.
 
     K different experts out of E leave out the e of one rank with probability C(E - e, K) / C(E, K), since this many of all
     sets have none of them; P ranks are each reached with the rest of it. A router that draws from g of n groups of experts

@@ -112,7 +112,7 @@ class _ReceiveTails(torch.autograd.Function):
 
 
 def _pass_tails(tails_B2WC: Tensor, segments: Segments, group: Any) -> Tensor:
-    """Give segment z + 1 the tail of segment z, which lies on a neighbouring rank, or on the same one at the row's middle."""
+    """Give segment z + 1 the tail of segment z, which is on a neighbouring rank, or on the same one at the row's middle."""
     first, second = tails_B2WC.unbind(1)
     from_lower, from_higher = _swap_with_neighbours(second, first, segments, group)
     return torch.stack([from_lower, first if _is_middle(segments) else from_higher], dim=1)

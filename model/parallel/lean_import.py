@@ -16,7 +16,7 @@ from typing import Any
 from amfm.kernels.runtime.compiling import nothing_compiled
 
 PARENT, PACKAGE = "megatron", "megatron.core"
-# What Megatron-core does without where it can't be imported.
+# What Megatron-core does without where it cannot be imported.
 ABSENT = ("torch.distributed._tensor", "triton", "torch.utils.tensorboard")
 
 

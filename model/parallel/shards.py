@@ -1,7 +1,7 @@
 """Sharding of parameters: the one source for initial values, checkpoints, norms and gradients.
 
 A module says in `shards` how each of its parameters is cut over ranks. Four things follow from it and cannot disagree:
-which slice of the initial value a rank takes (init.py), where its slice lies in a checkpoint (checkpoint/placement.py), how
+which slice of the initial value a rank takes (init.py), where its slice is in a checkpoint (checkpoint/placement.py), how
 often an element counts in the gradient norm (engine/grad_norm.py), and over which ranks a gradient must still be summed
 (engine/gradients.py). A cut is described by sizes of the whole parameter and never by a number of ranks, so it is the same
 on every layout, and a checkpoint of one layout can be read by another.

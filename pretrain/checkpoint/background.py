@@ -39,7 +39,7 @@ Saved = SavedCheckpoint | SavedReplica | SentCopy
 class BackgroundSaver:
     """Writes one checkpoint at a time in a separate thread; the guarantees are those of `save_checkpoint`.
 
-    The copy stays in memory between saves: 12 bytes for each number whose masters this rank holds.
+    The copy stays in memory between saves: 12 bytes for each number whose master weights this rank holds.
 
     The thread talks to the other ranks over its own gloo group, so that its messages never mix with training's. A save
     that fails raises, on every rank alike, at the next `save` or `wait`. All ranks must make one and call its methods

@@ -5,8 +5,8 @@ and about to be replaced. A name changes by one rename, the only operation of a 
 at all, and is forced to the disk by an fsync of the parent. `latest` is a hint for people: loading looks at all folders,
 newest first, and verifies them.
 
-Before the commit every failure is an error. After it the checkpoint stands, so what fails then (an old folder that can't be
-deleted, for example) is a remark for the log and ends no run.
+Before the commit every failure is an error. After it the checkpoint stands, so what fails then (an old folder that cannot be
+deleted, for example) is a warning for the log and ends no run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from amfm.pretrain.checkpoint.manifest_file import EVERY, MANIFEST_NAME, MARK_NA
 from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, checkpoint_name, list_checkpoints
 
 LATEST_NAME = "latest"
-# Numbered where one of the name can't be deleted.
+# Numbered where one of the name cannot be deleted.
 TEMPORARY_NAME = re.compile(r"step-\d{8,}(\.old)?(\.\d+)?\.tmp")
 MAX_LEFTOVERS = 100
 
@@ -63,7 +63,7 @@ def make_checkpoints_folder(checkpoints_dir: Path) -> None:
 
 
 def remove_temporary(checkpoints_dir: Path) -> list[str]:
-    """Remove what an interrupted save left behind, and remark on what can't be. One rank calls it, while no one
+    """Remove what an interrupted save left behind, and warning on what cannot be. One rank calls it, while no one
     saves.
     """
     found = [path for path in checkpoints_dir.iterdir() if TEMPORARY_NAME.fullmatch(path.name)]
@@ -71,14 +71,14 @@ def remove_temporary(checkpoints_dir: Path) -> list[str]:
 
 
 def make_temporary(checkpoints_dir: Path, step: int) -> Path:
-    """Make the folder in which a checkpoint is written, numbered when an older one of its name can't be removed."""
+    """Make the folder in which a checkpoint is written, numbered when an older one of its name cannot be removed."""
     for path in temporary_paths(checkpoints_dir / checkpoint_name(step)):
         try:
             path.mkdir()
         except FileExistsError:
             continue
         return path
-    raise RuntimeError(f"{checkpoints_dir} is full of leftovers of step {step} that can't be deleted; delete *.tmp")
+    raise RuntimeError(f"{checkpoints_dir} is full of leftovers of step {step} that cannot be deleted; delete *.tmp")
 
 
 def temporary_paths(checkpoint_dir: Path) -> Iterator[Path]:
@@ -89,9 +89,9 @@ def temporary_paths(checkpoint_dir: Path) -> Iterator[Path]:
 
 
 def discard(checkpoint_dir: Path) -> list[str]:
-    """Remove a checkpoint, and remark on what stays; renamed first, so that a kill leaves no broken one of its name.
+    """Remove a checkpoint, and warning on what stays; renamed first, so that a kill leaves no broken one of its name.
 
-    Raises OSError when it can't even be renamed.
+    Raises OSError when it cannot even be renamed.
     """
     doomed_dir = next(path for path in temporary_paths(checkpoint_dir) if not os.path.lexists(path))
     os.rename(checkpoint_dir, doomed_dir)
@@ -115,7 +115,7 @@ def is_named(checkpoint_dir: Path) -> bool:
 
 
 def give_way(checkpoint_dir: Path) -> list[str]:
-    """Take a checkpoint out of the way of another of its step; returns remarks. One that someone marked only gets another name."""
+    """Take a checkpoint out of the way of another of its step; returns warnings. One that someone marked only gets another name."""
     if not is_named(checkpoint_dir):
         return discard(checkpoint_dir)
     step = checkpoint_dir.name.removesuffix(".old")
@@ -172,7 +172,7 @@ def commit(temporary_dir: Path, manifest: dict[str, Any]) -> SavedCheckpoint:
 
     Order: manifest in place (written aside, fsync, rename), folder renamed, parent fsync'ed, `latest` renamed. Killed
     anywhere in between, the folder is either not a checkpoint or a whole one. A checkpoint of the same step steps
-    aside as `.old`, still loadable, until the new one stands, which inherits its mark; one that someone marked is kept under another name. What fails after that is a remark.
+    aside as `.old`, still loadable, until the new one stands, which inherits its mark; one that someone marked is kept under another name. What fails after that is a warning.
     """
     checkpoints_dir = temporary_dir.parent
     final_dir = checkpoints_dir / checkpoint_name(manifest["step"])
@@ -197,7 +197,7 @@ def commit(temporary_dir: Path, manifest: dict[str, Any]) -> SavedCheckpoint:
 
 @contextmanager
 def remarked(remarks: list[str], consequence: str) -> Iterator[None]:
-    """After the commit: an error of the disk is a remark, because the checkpoint stands."""
+    """After the commit: an error of the disk is a warning, because the checkpoint stands."""
     try:
         yield
     except OSError as error:
@@ -205,10 +205,10 @@ def remarked(remarks: list[str], consequence: str) -> Iterator[None]:
 
 
 def remove_older(checkpoints_dir: Path, step: int, keep_last: int) -> list[str]:
-    """Remove all but the newest `keep_last` whole checkpoints up to `step`; returns remarks on those that can't be.
+    """Remove all but the newest `keep_last` whole checkpoints up to `step`; returns warnings on those that cannot be.
 
     Marked ones neither count nor go, nor do links: who moved a checkpoint elsewhere and left a link wants to keep it. A
-    folder with a broken manifest or a file of the wrong size neither counts nor goes: it can't serve as a predecessor,
+    folder with a broken manifest or a file of the wrong size neither counts nor goes: it cannot serve as a predecessor,
     and it may be what someone has to look at. Those of later steps stay too (a run that fell back to an older
     checkpoint will write them again). Rank 0 calls it, after the commit.
     """

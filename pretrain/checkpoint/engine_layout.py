@@ -25,11 +25,11 @@ class EngineLayout:
     """The state of an engine on this rank; building it communicates nothing.
 
     parts: the tensors that the optimizer steps, with the parameter ranges inside each. group_labels: of the optimizer's
-    parameter groups, in its order. placements: where this rank's shard of each parameter lies in the whole one.
+    parameter groups, in its order. placements: where this rank's shard of each parameter is in the whole one.
     coordinates: its place on each axis that cuts the parameter. dtypes: of the parameters. All by global name.
     buffer_names: of the buffers that belong to the state (router bias and the like), and of the states of whole matrices that
     this rank owns. frozen: parameters that nothing
-    steps, with the ranks that hold the same shard of each. averages: flat float32 averages of the masters of parts, by the
+    steps, with the ranks that hold the same shard of each. averages: flat float32 averages of the master weights of parts, by the
     part's number, which a hook keeps (hooks/ema.py); saved and restored like moments.
     """
 

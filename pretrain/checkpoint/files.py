@@ -4,7 +4,7 @@ Each rank writes one safetensors file, whose format any library reads without ou
 `save_file`, because the digest is then computed in the one pass that writes, and memory holds one tensor at a time. Files
 next to those that the manifest lists (`manifest_file.py`) are a fault if they hold tensors, else a warning.
 
-A file lies in the folder of its block of ranks, so that no folder of a checkpoint has thousands of files that all ranks create at
+A file is in the folder of its block of ranks, so that no folder of a checkpoint has thousands of files that all ranks create at
 once: a file system takes such entries one after the other. The first block's folder is the checkpoint itself.
 """
 
@@ -41,7 +41,7 @@ class FileEntry:
 
 
 def file_names_by_rank(manifest: Mapping[str, Any]) -> dict[int, str]:
-    """Names of a checkpoint's files by the rank that wrote them; older ones lie in no folders of blocks."""
+    """Names of a checkpoint's files by the rank that wrote them; older ones are in no folders of blocks."""
     found = {name: RANK_FILE.fullmatch(name) for name in manifest["files"]}
     return {int(match[1]): name for name, match in found.items() if match is not None}
 
@@ -168,7 +168,7 @@ def find_fault(
     with path.open("rb", buffering=0) as file:
 
         def blocks(stop: int) -> Iterator[Tensor]:
-            """The bytes up to `stop`, hashed, in blocks of whole numbers."""
+            """The bytes up to `stop`, hashed, in blocks of integers."""
             nonlocal before
             while file.tell() < stop:
                 wanted, got = memory[: stop - file.tell()], 0

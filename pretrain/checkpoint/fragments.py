@@ -1,6 +1,6 @@
-"""The optimizer's state on one rank, as ranges of named parameters: masters, moments and settings, to save and to fill.
+"""The optimizer's state on one rank, as ranges of named parameters: master weights, moments and settings, to save and to fill.
 
-The parts of the state (pretrain/engine/parts.py) say which range of which parameter lies where; here their moments join
+The parts of the state (pretrain/engine/parts.py) say which range of which parameter is where; here their moments join
 them, AdamW's two or Muon's one, by the group of the parameter.
 """
 
@@ -85,7 +85,7 @@ def collect_fragments(
 ) -> list[Fragment]:
     """Collect views (no copies) of all parameter state on this rank, from the parts of `list_parts`.
 
-    averages: of the masters of parts, by the part's number, where a run keeps them.
+    averages: of the master weights of parts, by the part's number, where a run keeps them.
 
     A part that was never stepped has no moments yet; it gets zeros and step 0, which is what the optimizer starts from.
     """
@@ -165,7 +165,7 @@ def create_state(engine: Any, part: Part, optimizer_step: int) -> dict[str, Tens
 
 @torch.no_grad()
 def refresh_working_weights(engine: Any) -> None:
-    """Derive the weights that the model computes with from the restored masters, as DeepSpeed does after a step.
+    """Derive the weights that the model computes with from the restored master weights, as DeepSpeed does after a step.
 
     All data ranks must call it: ZeRO gathers the ranges.
     """

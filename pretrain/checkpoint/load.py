@@ -2,8 +2,8 @@
 
 The checkpoint may have been saved by another number of ranks, another ZeRO stage and other parallel axes. It stores each
 parameter as shards that say which intervals of the whole parameter they hold (placement.py), so loading asks one question
-per range of masters and moments that this rank steps: which saved ranges overlap it? At last the working weights are derived
-from the masters, as after an optimizer step.
+per range of master weights and moments that this rank steps: which saved ranges overlap it? At last the model weights are derived
+from the master weights, as after an optimizer step.
 
 Each file is verified by one rank, which reads it once: the digest is computed while the numbers go to their places
 (restore.py). A checkpoint that turns out to be damaged has then been restored in part; the one before fills the same places,

@@ -19,7 +19,7 @@ from amfm.data_pipeline.durable.foreign_files import inside, parse_object, read_
 FORMAT = "amfm-checkpoint"
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-# A checkpoint with a file of this name is never pruned; what is in it doesn't matter.
+# A checkpoint with a file of this name is never pruned; what is in it does not matter.
 MARK_NAME = "keep"
 EVERY = b"train.keep_every_steps\n"  # in a mark that a setting made; one with other content, or none, is someone's
 # What a manifest has besides its step.
@@ -99,12 +99,12 @@ def read_manifest(checkpoint_dir: Path) -> dict[str, Any]:
         check_manifest(checkpoint_dir, manifest)
     named_step = checkpoint_dir.name.removesuffix(".old").removeprefix("step-")
     if named_step.isdigit() and int(named_step) != manifest["step"]:
-        raise RuntimeError(f"{path}: is of step {manifest['step']} but lies in {checkpoint_dir.name}")
+        raise RuntimeError(f"{path}: is of step {manifest['step']} but is in {checkpoint_dir.name}")
     return manifest
 
 
 def check_manifest(checkpoint_dir: Path, manifest: dict[str, Any]) -> None:
-    """Hold a manifest to its form: every key is there, and every file that it names lies in the folder and is listed."""
+    """Hold a manifest to its form: every key is there, and every file that it names is in the folder and is listed."""
     path = checkpoint_dir / MANIFEST_NAME
     take(manifest, "step", int, path, RuntimeError)
     for key in MAPPINGS:

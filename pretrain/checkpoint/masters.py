@@ -1,9 +1,9 @@
-"""Masters and moments as a run may look at and edit them between steps, whatever ZeRO made of them.
+"""Master weights and moments as a run may look at and edit them between steps, whatever ZeRO made of them.
 
-Between steps the numbers that count are the float32 masters, and they lie in flat ranges that are cut by tensor, expert,
-pipeline and data ranks. `MasterView` says of each element in them where it lies in the whole parameter. So norms of rows,
+Between steps the numbers that count are the float32 master weights, and they are in flat ranges that are cut by tensor, expert,
+pipeline and data ranks. `MasterView` says of each element in them where it is in the whole parameter. So norms of rows,
 columns, heads or experts are sums over what is here, joined in one reduction, and setting a group to zero needs no message at
-all. After an edit the working weights follow, as they do after a load (`refresh`).
+all. After an edit the model weights follow, as they do after a load (`refresh`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Grouping:
 
 
 class MasterView:
-    """The masters of an engine on this rank, by place in the whole parameters; for between two steps.
+    """The master weights of an engine on this rank, by place in the whole parameters; for between two steps.
 
     Every rank must make one alike and call its methods in the same order. `writers` choose one rank for what several hold.
     """
@@ -50,7 +50,7 @@ class MasterView:
 
     @torch.no_grad()
     def sum_groups(self, groupings: Mapping[str, Grouping], num_groups: int) -> Tensor:
-        """Squares of the masters summed by group, [num_groups] float64 on the CPU; the same on all ranks.
+        """Squares of the master weights summed by group, [num_groups] float64 on the CPU; the same on all ranks.
 
         `groupings`: of parameters by name. One reduction over all ranks.
         """
@@ -70,7 +70,7 @@ class MasterView:
 
     @torch.no_grad()
     def zero_groups(self, groupings: Mapping[str, Grouping], chosen: Tensor) -> None:
-        """Set masters and moments of the chosen groups to zero, [num_groups] bool; working weights follow."""
+        """Set master weights and moments of the chosen groups to zero, [num_groups] bool; model weights follow."""
         for flats, low, high, kept in self._by_group(groupings, ~chosen):
             for flat in flats.values():
                 flat[low:high].mul_(kept)
@@ -78,14 +78,14 @@ class MasterView:
 
     @torch.no_grad()
     def scale_groups(self, groupings: Mapping[str, Grouping], factors: Tensor) -> None:
-        """Multiply the masters of each group by its factor, [num_groups], and leave moments; working weights follow."""
+        """Multiply the master weights of each group by its factor, [num_groups], and leave moments; model weights follow."""
         for flats, low, high, factor in self._by_group(groupings, factors):
             flats["weight"][low:high].mul_(factor.to(flats["weight"].dtype))
         self.refresh()
 
     @torch.no_grad()
     def write(self, values: Mapping[str, Tensor]) -> None:
-        """Put whole tensors in the place of these masters, with zero moments; working weights follow."""
+        """Put whole tensors instead of these master weights, with zero moments; model weights follow."""
         module, groups = self.layout.engine.module, self.layout.engine.groups
         shards = {name: shard for name, _, shard in parameter_shards(module)}
         for fragment in self.fragments:
@@ -99,7 +99,7 @@ class MasterView:
         self.refresh()
 
     def refresh(self) -> None:
-        """Let the working weights follow the masters; data ranks gather them."""
+        """Let the model weights follow the master weights; data ranks gather them."""
         refresh_working_weights(self.layout.engine.deepspeed)
 
     def _by_group(

@@ -1,6 +1,6 @@
-"""Where a shard lies in a whole parameter, and which parts the shards of two layouts share.
+"""Where a shard is in a whole parameter, and which parts the shards of two layouts share.
 
-A shard is described by what it holds, not by how many ranks cut it: along each dim, the intervals of the whole that lie
+A shard is described by what it holds, not by how many ranks cut it: along each dim, the intervals of the whole that are
 one after the other in it. So shards of any two layouts compare directly, and equal ones are replicas.
 
 Several intervals along a dim are the rule, not the exception: a fused matrix (q, k and v; gate and up) is cut inside each of
@@ -67,7 +67,7 @@ def placement_from_json(shape: Sequence[int], where: dict[str, list[list[int]]])
 
 
 def place_shard(local_shape: Sequence[int], shard: Shard, groups: ProcessGroupCollection) -> Placement:
-    """Find where this rank's shard of a parameter lies. No communication."""
+    """Find where this rank's shard of a parameter is. No communication."""
     whole, intervals = list(local_shape), [whole_dim(size) for size in local_shape]
     for cut in shard.cuts:
         group = getattr(groups, cut.axis)

@@ -34,7 +34,7 @@ def kinds_of(manifest: dict[str, Any], name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class SavedShard:
-    """One saved shard of a parameter: where it lies, and which flat range (start, numel) is in which file."""
+    """One saved shard of a parameter: where it is, and which flat range (start, numel) is in which file."""
 
     placement: Placement
     ranges: tuple[tuple[int, int, str], ...]

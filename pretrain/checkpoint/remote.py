@@ -11,7 +11,7 @@ other (load.py). A damaged step is passed over for the one before, and a store t
 numbers must not be trained on because of a network. A step that was saved here and is gone from here was taken away by
 someone, and is not brought back unasked.
 
-A copy that can't be sent is a remark, because the checkpoint of the run directory stands; the next save sends the next one.
+A copy that cannot be sent is a warning, because the checkpoint of the run directory stands; the next save sends the next one.
 The last one of a run has no next: it is tried once more, and a start sends what the store lacks of the checkpoint that it
 continues from.
 
@@ -103,7 +103,7 @@ OBJECT_NAME = re.compile(r"(step-\d{8,})/(manifest\.json|keep|(?:ranks-\d{5}/)?r
 
 @dataclass(frozen=True)
 class SentCopy:
-    """A copy of an earlier checkpoint that was sent later, and remarks on what went wrong (on all ranks)."""
+    """A copy of an earlier checkpoint that was sent later, and warnings on what went wrong (on all ranks)."""
 
     step: int
     remarks: tuple[str, ...]
@@ -152,7 +152,7 @@ class RemoteCheckpoints:
     def rename(self, name: str, target: str, objects: Sequence[str]) -> None:
         """Give a step another place below the URL; killed anywhere, one of both is whole. One rank calls it.
 
-        Stores can't rename: copied, the manifest last, then removed, the manifest first.
+        Stores cannot rename: copied, the manifest last, then removed, the manifest first.
         """
         ordered = sorted(objects, key=lambda file: file == MANIFEST_NAME)
         for file in ordered:
@@ -168,7 +168,7 @@ class RemoteCheckpoints:
         return not ranks.broadcast(found)
 
     def push(self, checkpoint_dir: Path, ranks: RankGroup, keep_last: int) -> list[str]:
-        """Copy a committed checkpoint and prune the store to `keep_last`; returns remarks. All ranks must call it."""
+        """Copy a committed checkpoint and prune the store to `keep_last`; returns warnings. All ranks must call it."""
         problem, name = RankFailure(), checkpoint_dir.name
         files: list[str] = []
         if ranks.rank == 0:

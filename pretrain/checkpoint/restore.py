@@ -1,6 +1,6 @@
 """Fill an engine from the files of a checkpoint, each of which is read once: hashed while its numbers go to their places.
 
-Every rank verifies a share of the files, those that lie where its own file would: with as many ranks as saved, its own, with
+Every rank verifies a share of the files, those that are where its own file would: with as many ranks as saved, its own, with
 half as many, two next to each other. What it needs from these it takes while they pass. Needs in other files, and
 shards that were cut otherwise when they were saved, are read by ranges afterwards, when every file is known to be
 sound.

@@ -2,7 +2,7 @@
 
 The commit protocol, for step N. Every rank takes part:
 
-1. Each rank takes a snapshot: views of the ranges of float32 masters and moments that it writes (writers.py chooses one
+1. Each rank takes a snapshot: views of the ranges of float32 master weights and moments that it writes (writers.py chooses one
    writer for every shard), its buffers and its random state. The background saver copies the views, so that training may
    continue.
 2. Rank 0 removes what interrupted saves left, checks the free space for all, and makes the folder `step-N.tmp`.
@@ -94,8 +94,8 @@ def save_checkpoint(
 
     All ranks must call it, at a step boundary (no gradients pending), with the same `state` (JSON: data cursor,
     counters). Raises RuntimeError on every rank when any rank fails (disk full, read-only folder, NaN in a tensor):
-    then the temporary folder is gone and older checkpoints are untouched. Returns once the folder is durable; whatever can't
-    be cleared away after that is a remark.
+    then the temporary folder is gone and older checkpoints are untouched. Returns once the folder is durable; whatever cannot
+    be cleared away after that is a warning.
     """
     ranks = ranks_of(engine)
     layout = EngineLayout.of(engine)
@@ -121,7 +121,7 @@ def take_snapshot(
 ) -> Snapshot:
     """Collect views of the state that this rank writes (step 1 of the protocol). Communicates nothing.
 
-    The tensors alias masters and moments: the next optimizer step changes them, so write or copy them before it.
+    The tensors alias master weights and moments: the next optimizer step changes them, so write or copy them before it.
     """
     engine = layout.engine
     held = [
@@ -234,7 +234,7 @@ def write_snapshot(
                     fence()
                 saved = commit(temporary_dir, complete_manifest(snapshot.manifest, joined))
                 remarks += [*saved.remarks, *remove_older(checkpoints_dir, snapshot.step, keep_last)]
-        # Still there only after a failure, on any rank; no one leaves before it is gone, or can't be.
+        # Still there only after a failure, on any rank; no one leaves before it is gone, or cannot be.
         remarks += try_to_delete(temporary_dir, TEMPORARY_NAME)
     ranks.raise_together(problem.text, doing)
     if remote is not None:

@@ -1,7 +1,7 @@
 """Checks of a whole run: rules that tie sections of a configuration together, before anything is allocated.
 
 The schema checks one field at a time; here are the rules that read two or more sections. Each is a generator of
-`Problem`s (key, rule, remedy, value), and `check_run` raises one error with all of them, so that a file is corrected in
+`Problem`s (key, rule, fix, value), and `check_run` raises one error with all of them, so that a file is corrected in
 one pass. A rule may rely on others: stages are resolved only after their declaration is sound, export and pipeline rules
 run only on a model whose own rules hold, and rules on micro-batches only when the ranks share the batch. That order
 keeps one mistake from being reported five times.
@@ -140,7 +140,7 @@ def depth_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def whole_message(text: str) -> Problem:
-    """Build a problem from a message that says value, rule and remedy itself; the first key it names gives the place.
+    """Build a problem from a message that says value, rule and fix itself; the first key it names gives the place.
 
     Without a key it is filed under `model`.
     """

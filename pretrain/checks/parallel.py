@@ -5,7 +5,7 @@ can check them on a laptop. Those of `world_problems` need the number of ranks, 
 batch is shared evenly. Nothing here opens a device or a process group: every rank computes the same answer from the
 configuration, before anything is allocated.
 
-Each problem states a remedy that works, where one can be computed: the divisors of the size, or the nearest multiples.
+Each problem states a fix that works, where one can be computed: the divisors of the size, or the nearest multiples.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def ranks(count: int) -> str:
 
 
 def divisors(number: int) -> str:
-    """List the divisors of a number as a remedy names them: the first twelve, smallest first."""
+    """List the divisors of a number as a fix names them: the first twelve, smallest first."""
     found = [str(part) for part in range(1, number + 1) if number % part == 0]
     return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
 

@@ -1,4 +1,4 @@
-"""Rules of pruning, forgetting, QK-clip and hooks: groups that the model has and can lose, in whole numbers, in steps of the run."""
+"""Rules of pruning, forgetting, QK-clip and hooks: groups that the model has and can lose, in integers, in steps of the run."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def qk_clip_problems(config: RunConfig, limit: float) -> Iterator[Problem]:
         rule = "scales the queries' weights, and model.lora_mixer adds updates to queries that it does not scale"
         yield Problem("qk_clip", rule, "remove it, or q from model.lora_mixer.targets")
     if config.optimizer.state_dtype == "bf16":
-        rule = "scales masters by factors near 1, and bf16 masters have no number between 0.996 and 1"
+        rule = "scales master weights by factors near 1, and bf16 master weights have no number between 0.996 and 1"
         yield Problem("qk_clip", rule, "remove it, or use optimizer.state_dtype=float32")
 
 
@@ -83,11 +83,11 @@ def group_problems(config: RunConfig, prune: PruneConfig) -> Iterator[Problem]:
         setting = f"{key}.{next(iter(groups.sizes))}={groups.count}"
         if abs(kept - round(kept)) > 1e-6 or round(kept) < 1:
             remedy = f"use {max(1, round(kept)) / groups.count:.6g}"
-            yield Problem("prune.keep", f"of {setting} is not a whole number", remedy, str(prune.keep))
+            yield Problem("prune.keep", f"of {setting} is not an integer", remedy, str(prune.keep))
         for part in options.feed_forwards():
             if prune.groups == "channels" and part.structure != DENSE:
                 owner = f"{key}.{part.prefix}".rstrip("._")
-                rule = f"needs dense matrices, and {owner} has {part.structure.kind} ones, whose channels lie in blocks"
+                rule = f"needs dense matrices, and {owner} has {part.structure.kind} ones, whose channels are in blocks"
                 yield Problem("prune.groups", rule, "prune another kind of group, or use dense", prune.groups)
         for rule, remedy in groups.refused:
             yield Problem("prune.groups", rule, remedy, prune.groups)

@@ -132,10 +132,12 @@ def unmatched(factors: RateFactors | DecayFactors, config: RunConfig) -> Iterato
 
 
 def _bf16_state_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse what bf16 masters and moments do not go with, each with its reason."""
+    """Refuse what bf16 master weights and moments do not go with, each with its reason."""
     key, parallel = "optimizer.state_dtype", config.parallel
     if config.train.precision != "bf16":
-        rule = f"keeps masters in bf16, and train.precision={config.train.precision} computes with float32 weights"
+        rule = (
+            f"keeps master weights in bf16, and train.precision={config.train.precision} computes with float32 weights"
+        )
         yield Problem(key, rule, "use train.precision=bf16, or float32 states", "bf16")
     if config.optimizer.kind in optimizer_specs():
         rule = f"is AdamW's alone, and optimizer.kind is {config.optimizer.kind}"
@@ -144,7 +146,7 @@ def _bf16_state_problems(config: RunConfig) -> Iterator[Problem]:
         rule = "is AdamW's alone: Muon would orthogonalise a momentum that was rounded, which has not been tried"
         yield Problem(key, rule, "use optimizer.kind=adamw, or float32", "bf16")
     if parallel.zero_stage == 0:
-        rule = "is not for parallel.zero_stage=0, where DeepSpeed makes float32 masters whatever is asked"
+        rule = "is not for parallel.zero_stage=0, where DeepSpeed makes float32 master weights whatever is asked"
         yield Problem(key, rule, "use parallel.zero_stage=1, which does on one rank too, or float32", "bf16")
     if parallel.offload_optimizer:
         rule = "is not for parallel.offload_optimizer: DeepSpeed keeps bf16 states on the host with its compiled AdamW alone"

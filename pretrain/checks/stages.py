@@ -18,7 +18,7 @@ from amfm.pretrain.stages import RunStage
 
 # What a stage without its own value takes from outside of the stages, and not from the stage before.
 NOT_INHERITED = ("learning_rate", "schedule", "weights")
-# What decides how a stage lies on the ranks.
+# What decides how a stage is on the ranks.
 LAYOUT = ("parallel", "recompute", "recompute_blocks")
 
 
@@ -60,7 +60,7 @@ def declaration_problems(config: RunConfig) -> Iterator[Problem]:
 def ramp_problems(config: RunConfig, first: RunStage) -> Iterator[Problem]:
     """Check that the batch ramp leads in equal increments to the full batch of the first stage, and ends before the stage.
 
-    Sizes are in rows. The remedy names the increment nearest to the one given that does divide the way.
+    Sizes are in rows. The fix names the increment nearest to the one given that does divide the way.
     """
     ramp = config.train.batch_ramp
     if ramp is None:

@@ -51,7 +51,7 @@ def synthetic_problems(config: RunConfig) -> Iterator[Problem]:
     try:
         task = build_task(settings)
     except ValueError as error:
-        # The task's message states value, rule and remedy itself, and its vocabulary is unknown: nothing more to check.
+        # The task's message states value, rule and fix itself, and its vocabulary is unknown: nothing more to check.
         yield Problem("data.synthetic", f"data.synthetic.{error}", "")
         return
     if task.vocab_size > config.model.vocab_size:

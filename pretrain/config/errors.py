@@ -1,4 +1,4 @@
-"""The one error of configurations: every problem of a file in one message, each with place, value, rule and remedy."""
+"""The one error of configurations: every problem of a file in one message, each with place, value, rule and fix."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The fields of the configuration, read off the schema: for tables of help, for the docs, for near-miss keys.
 
 The pydantic classes are the only source: their annotations, bounds, defaults and descriptions give the tables of `amfm
-config`, docs/configuration.md and the remedies of errors, so none of these can go stale. A section is a nested class, or
+config`, docs/configuration.md and the fixes of errors, so none of these can go stale. A section is a nested class, or
 a tuple of them, whose items share one row under the position `*`.
 """
 
@@ -158,9 +158,9 @@ def reference_page() -> str:
         "  or a plain value replaces what was below, `null` removes an optional section.",
         "- Dotted overrides come last: `amfm train run.yaml train.steps=20 model.moe.top_k=2 data.sources.0.weight=2`.",
         "- A path that begins with `~` is in the home folder; relative paths start where the command is called.",
-        "- `1e-3` is a number, `1e6` a whole number, `no` and `on` are text; quote a text that looks like a number.",
+        "- `1e-3` is a number, `1e6` an integer, `no` and `on` are strings; quote a string that looks like a number.",
         "- An unknown key, a wrong type or a value out of range stops before anything starts (exit code 2), with the",
-        "  file, line, key, value, rule and remedy of every problem at once.",
+        "  file, line, key, value, rule and fix of every problem at once.",
         "- `amfm config run.yaml` prints the resolved file, `--diff OTHER` what two runs differ in, `--ranks 8` checks",
         "  that this many ranks can share its batch.",
         "- Editors complete and check keys with `configs/schema.json`: put the line",

@@ -3,7 +3,7 @@
 Loading has three steps. The file and all that it extends become one tree of entries that remember file and line
 (yaml_tree.py). Overrides are laid over the tree, before validation, so they follow the same rules as the file. Then
 pydantic validates the plain tree in strict mode, and each of its findings is put into our words: dotted key, value, rule
-and remedy, with the place where the key was written.
+and fix, with the place where the key was written.
 
 Problems are collected, not raised one by one: a user who starts a job from a queue should correct a file once. pydantic's
 own messages are a last resort, because they name Python types and not what to write in YAML.
@@ -37,7 +37,7 @@ Parts = tuple[str | int, ...]
 
 _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*\Z")
 _KINDS = {
-    "int_type": ("must be a whole number", "write it without quotes, fraction or unit"),
+    "int_type": ("must be an integer", "write it without quotes, fraction or unit"),
     "float_type": ("must be a number", "write it without quotes or unit"),
     "bool_type": ("must be true or false", "write `true` or `false` without quotes"),
     "string_type": ("must be text", "put it in quotes if it looks like a number or starts with {"),
@@ -254,7 +254,7 @@ def first_causes(details: Sequence[Any]) -> list[Any]:
 
 
 def explain(detail: Any, schema: Schema) -> Problem:
-    """Translate one finding of pydantic into a problem with rule and remedy; unknown kinds keep its message."""
+    """Translate one finding of pydantic into a problem with rule and fix; unknown kinds keep its message."""
     parts: tuple[str | int, ...] = detail["loc"]
     key = ".".join(str(part) for part in parts)
     value = shown(detail["input"])
@@ -294,7 +294,7 @@ def explain_missing(parts: Parts, schema: Schema) -> Problem:
 def explain_choice(parts: Parts, given: object, value: str, schema: Schema) -> Problem:
     """Describe a value that is not among the allowed ones.
 
-    The remedy is ours for a value of other programs, the nearest in spelling, `auto` where there is one, or the first.
+    The fix is ours for a value of other programs, the nearest in spelling, `auto` where there is one, or the first.
     """
     parent = section_at(parts[:-1], schema)
     assert parent is not None, f"no section holds {parts}"
@@ -317,7 +317,7 @@ def literal_values(annotation: Any) -> list[object]:
 
 
 def nearest_key(parts: Parts, schema: Schema) -> str:
-    """Find the remedy for an unknown key: a near miss in its section, the section where the key exists, or all keys here.
+    """Find the fix for an unknown key: a near miss in its section, the section where the key exists, or all keys here.
 
     A near miss must be nearer where the very word exists elsewhere: then a wrong section is likelier than a typo.
     """

@@ -5,7 +5,7 @@ the section `hooks.NAME`. Ours, `prune`, `forget`, `qk_clip` and `ema`, have the
 by its import path, because configurations are read where torch is not imported.
 
 A hook is a subclass of `amfm.pretrain.hook.Hook`, built as `Class(options, run)` on every rank at every start. Nothing
-of it is saved: what it does is a function of the step and the masters.
+of it is saved: what it does is a function of the step and the master weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class HookOptions(Section):
     """The base of a hook's options."""
 
     def broken_rules(self, config: Any, steps: int) -> Iterator[tuple[str, str, str]]:
-        """Fields that do not go with a RunConfig of this many steps: each with the rule and a remedy."""
+        """Fields that do not go with a RunConfig of this many steps: each with the rule and a fix."""
         yield from ()
 
 
@@ -35,7 +35,7 @@ INTERFACE = 2
 CHANGES = {
     2: "a hook is a subclass of amfm.pretrain.hook.Hook, built as Class(options, run) and no longer as "
     "Class(options, config); "
-    "its after_step(result) opens the masters by run.open_masters(), calls run.note_edit() after an edit, and "
+    "its after_step(result) opens the master weights by run.open_masters(), calls run.note_edit() after an edit, and "
     "records by run.tell()",
 }
 
@@ -72,7 +72,7 @@ class HookSpec:
         return f"{written}: {changes}. Install a newer version of the package"
 
 
-# In the order in which they edit the masters; sections of a RunConfig under their names.
+# In the order in which they edit the master weights; sections of a RunConfig under their names.
 BUILT_IN = (
     HookSpec("prune", "amfm.pretrain.hooks.prune:Prune", PruneConfig, INTERFACE),
     HookSpec("forget", "amfm.pretrain.hooks.prune:Forget", ForgetConfig, INTERFACE),

@@ -11,7 +11,7 @@ decay). It must depend on nothing else: a run that resumes has only these.
 A `MatrixOptimizerSpec` steps whole matrices, those that Muon would (model/matrices.py), and AdamW the rest of the model. Its
 function `update(weights, gradients, state, step, group, options)` gets N matrices of one shape at once, [N, R, C] each, and
 returns the new weights, [N, R, C]; it changes the tensors of `state`, [N, *shape], in place. These have the dtype of the
-masters, float32, and start as zeros. What it does to one matrix must not depend on the others. A second function,
+master weights, float32, and start as zeros. What it does to one matrix must not depend on the others. A second function,
 `shapes(rows, columns, options)`, gives the shapes of the state of one matrix, by name.
 """
 

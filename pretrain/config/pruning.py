@@ -36,7 +36,7 @@ class ForgetConfig(Section):
 
 
 class EmaConfig(Section):
-    """An exponential moving average of the weights, in float32 next to the masters: 4 bytes more per parameter, cut as they are."""
+    """An exponential moving average of the weights, in float32 next to the master weights: 4 bytes more per parameter, cut as they are."""
 
     decay: float = Field(0.999, ge=0, lt=1, description="Of the average at each update; the rest is the new weight's.")
     every_steps: int = Field(1, gt=0, description="Steps from one update to the next.")

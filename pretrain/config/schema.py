@@ -2,7 +2,7 @@
 
 Sections are frozen pydantic models that refuse unknown keys, so that a misspelt setting stops the run instead of leaving a
 default in force. Bounds of one field stand here, in its declaration; rules between fields stand in pretrain/checks, because
-they need the whole run and give better remedies than a validator of one section could. The descriptions are the
+they need the whole run and give better fixes than a validator of one section could. The descriptions are the
 documentation: docs/configuration.md and the editors' JSON Schema are generated from them. Model and data own their
 sections (model/config/schema.py, data_pipeline/config.py), since both work without this package.
 """
@@ -77,7 +77,7 @@ class OptimizerConfig(Section):
     muon: MuonConfig | None = Field(None, description="Settings of kind muon; null: its defaults.")
     state_dtype: Literal["float32", "bf16"] = Field(
         "float32",
-        description="Of masters and moments; bf16: 6 bytes per parameter instead of 12, with stochastic rounding (train.precision=bf16, ZeRO 1 to 3, adamw).",
+        description="Of master weights and moments; bf16: 6 bytes per parameter instead of 12, with stochastic rounding (train.precision=bf16, ZeRO 1 to 3, adamw).",
     )
     options: RegisteredOptimizers = RegisteredOptimizers()
 

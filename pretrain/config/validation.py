@@ -34,7 +34,7 @@ class ValidationSet(Section):
 
 
 def with_sources(sets: tuple[ValidationSet, ...], data: DataConfig) -> tuple[tuple[ValidationSet, ...], DataConfig]:
-    """The same with a source of weight 0, all held out, in the place of the paths of each set."""
+    """The same with a source of weight 0, all held out, instead of the paths of each set."""
     added = tuple(
         SourceConfig(name=each.name, paths=each.paths, weight=0.0, validation_fraction=1.0)
         for each in sets
@@ -48,7 +48,7 @@ def with_sources(sets: tuple[ValidationSet, ...], data: DataConfig) -> tuple[tup
 def validation_problems(
     sets: tuple[ValidationSet, ...], data: DataConfig, mixtures: Iterable[Mapping[str, float] | None]
 ) -> Iterator[tuple[str, str, str]]:
-    """Settings of validation sets that cannot take effect: key, rule and remedy. `mixtures`: weights of later parts of a run."""
+    """Settings of validation sets that cannot take effect: key, rule and fix. `mixtures`: weights of later parts of a run."""
     sources = {source.name: source for source in data.sources}
     weighed = {name for name, source in sources.items() if source.weight}
     weighed |= {name for weights in mixtures for name, weight in (weights or {}).items() if weight}

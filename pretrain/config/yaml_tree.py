@@ -1,7 +1,7 @@
 """Reads YAML into a tree that keeps the file and line of every key, and merges such trees.
 
 Scalars follow the YAML 1.2 core rules rather than PyYAML's 1.1: `1e-3` is a number, `on`, `no` and `2026-01-01` are
-text. A whole number in exponent form (`1e6`) is an integer, so that counts can be written short.
+text. An integer in exponent form (`1e6`) is an integer, so that counts can be written short.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _COLONLESS = re.compile(r"\s*[A-Za-z_]\w*(:\S[^{}\[\]\"']*|\s+[\w.+-]+)?\s*\Z") 
 MAX_NODES = 100_000
 MAX_DEPTH = 64
 MAX_BYTES = 1 << 20
-MAX_DIGITS = 100  # of a whole number; what has more is text, and refused where a number must be
+MAX_DIGITS = 100  # of an integer; what has more is text, and refused where a number must be
 _TAG = "a tag"
 _SPECIAL = {".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
 

@@ -72,7 +72,7 @@ def converted_blocks(config: RunConfig) -> tuple[int, ...]:
 
 
 def converted_model(config: RunConfig) -> ModelConfig:
-    """The model with the new mixer in the place of these blocks; cuts of a pipeline stay where they are."""
+    """The model with the new mixer instead of these blocks; cuts of a pipeline stay where they are."""
     symbol, blocks = find_kind(conversion_of(config).to).symbol, converted_blocks(config)
     pattern = config.model.parsed_pattern
     letters = tuple(symbol if index in blocks else letter for index, letter in enumerate(pattern.letters))

@@ -97,7 +97,7 @@ def upcycle(config: RunConfig, report: Report = silent) -> UpcycleReport:
 
 
 def upcycled_model(model: ModelConfig, settings: UpcycleConfig, blocks: tuple[int, ...]) -> ModelConfig:
-    """The configuration with experts in the place of these feed-forwards."""
+    """The configuration with experts instead of these feed-forwards."""
     dense, pattern = model.feed_forward, model.parsed_pattern
     assert dense is not None, "the pattern has -, the configuration no feed_forward section"
     letters = tuple(EXPERTS if index in blocks else symbol for index, symbol in enumerate(pattern.letters))

@@ -1,6 +1,6 @@
 """One block whose passes are replayed: a graph of its forward pass, and one of its backward pass.
 
-A graph reads and writes the memory that it was captured with, so everything lies at addresses that stay:
+A graph reads and writes the memory that it was captured with, so everything is at addresses that stay:
 
     what flows in      is copied to the graph's inputs. Behind another graph these are that one's outputs, and nothing is copied
     documents          are copied once per micro-batch (layout.py)
@@ -9,7 +9,7 @@ A graph reads and writes the memory that it was captured with, so everything lie
                        those that autograd is given come in memory of the graph, and are added before it is replayed again
 
 Autograd sees one node per block. Its backward pass replays, and tells the buckets which sums products have added to; hooks of
-parameters then fire as ever. What a forward pass keeps for its backward pass is in the graph's memory, so one micro-batch is
+parameters then fire as before. What a forward pass keeps for its backward pass is in the graph's memory, so one micro-batch is
 in flight at a time.
 
 Capturing launches on a GPU.
@@ -91,7 +91,7 @@ class SumInGraph:
 
 
 class GraphedBlock:
-    """Stands for a block's forward method: in training it replays, else the block computes as ever.
+    """Stands for a block's forward method: in training it replays, else the block computes as before.
 
     shape: of the stream, [B, T, D]. dtypes: of the residual and of the delta, which the first block of a model does not
     get. `before`: the graph of the block before this one, if it has one. Capture forward passes in the order of the blocks, then
@@ -207,7 +207,7 @@ class _Replay(torch.autograd.Function):
 
 
 def _copy(given: Sequence[Tensor], places: Sequence[Tensor]) -> None:
-    """Copy tensors to their places; what lies there already, as the output of the graph before, is left."""
+    """Copy tensors to their places; what is there already, as the output of the graph before, is left."""
     for tensor, place in zip(given, places, strict=True):
         assert tensor.shape == place.shape and tensor.dtype == place.dtype, "graphs are captured again for other rows"
         if tensor.data_ptr() != place.data_ptr():

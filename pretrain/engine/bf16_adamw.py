@@ -1,14 +1,14 @@
-"""AdamW whose masters and moments are bf16: 6 bytes per parameter instead of 12, rounded so that small steps are not
+"""AdamW whose master weights and moments are bf16: 6 bytes per parameter instead of 12, rounded so that small steps are not
 lost.
 
 bf16 keeps 8 bits of a number. A step smaller than a 256th of a weight would vanish in rounding to the nearest, every time,
 and a second moment that decays by a thousandth would never fall. So a chunk of a flat master at a time is widened to
 float32, stepped there as torch's AdamW does, and what comes out is rounded up or down by chance, in proportion to how near
-it lies: on average nothing is lost (stochastic rounding, Gupta et al. 2015, arXiv 1502.02551, section 3).
+it is: on average nothing is lost (stochastic rounding, Gupta et al. 2015, arXiv 1502.02551, section 3).
 
 The chance is not a generator but a hash of the parameter's name, the place in this rank's shard, and the step. So
-nothing has to be saved for a run to continue bit for bit, ranks that hold copies round alike, and ZeRO may cut the
-masters anywhere.
+nothing has to be saved for a run to continue with bitwise identical results, ranks that hold copies round alike, and ZeRO may cut the
+master weights anywhere.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111
 
 
 class Bf16AdamW(torch.optim.AdamW):
-    """Steps bf16 masters with bf16 moments; `attach` tells it what its flat masters hold, and a step before does nothing."""
+    """Steps bf16 master weights with bf16 moments; `attach` tells it what its flat master weights hold, and a step before does nothing."""
 
     def __init__(self, groups: list[dict[str, Any]], **adamw: Any) -> None:
         super().__init__(groups, **adamw | {"fused": False})
         self.salts: dict[int, list[tuple[int, int, int | Tensor]]] = {}
 
     def attach(self, parts: Sequence[Part]) -> None:
-        """Learn which ranges of which parameters lie in the masters. No communication."""
+        """Learn which ranges of which parameters are in the master weights. No communication."""
         self.salts = {id(part.master): list(_list_salts(part)) for part in parts}
 
     @torch.no_grad()

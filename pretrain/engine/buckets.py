@@ -14,7 +14,7 @@ what it steps, and can start as soon as the last backward pass has left those bl
                              next forward pass first uses its weights (`wait_for`)
 
 Reductions start in one order on all ranks, that of the backward pass: a group that is ready early waits for those before it.
-DeepSpeed keeps masters, moments, clipping, the step and the fragments of checkpoints; its own reduction is not used.
+DeepSpeed keeps master weights, moments, clipping, the step and the fragments of checkpoints; its own reduction is not used.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup  # noq
 
 @dataclass
 class Bucket:
-    """One parameter group: where its parameters lie in the flat sum, and how far its reduction is.
+    """One parameter group: where its parameters are in the flat sum, and how far its reduction is.
 
     `places`: of its parameters in the module's order.
     `is_partial`: its gradients are summed over other ranks before those that share the weights. `wanted`: hooks that fire
@@ -75,7 +75,7 @@ class Bucket:
         return min(self.places)
 
     def view(self, number: int) -> Tensor:
-        """The place of its parameter of that number in the sum, whatever lies there."""
+        """The place of its parameter of that number in the sum, whatever is there."""
         parameter = self.parameters[number]
         if self.sums is None:
             self.filled.clear()
@@ -111,7 +111,7 @@ class Bucket:
         """The place in which a product leaves a gradient, and whether it adds to what is there.
 
         On a CPU gradients of a pass join each other before they join the sum, as autograd has them: so layouts and ways to
-        sum compare to the bit. It is a tensor next to the sum then, where the sum holds something already.
+        sum compare bitwise. It is a tensor next to the sum then, where the sum holds something already.
         """
         place, is_filled = self.view(number), number in self.filled
         beside = self.landed.get(number)
@@ -211,7 +211,7 @@ class GradientBuckets:
 
     def prepare(self, bucket: Bucket) -> None:
         """Make ready for a gradient: a sum of the pass before has travelled in parallel with a forward pass, and two
-        need not lie there.
+        need not be there.
         """
         assert self.is_open, "a backward pass outside of ZeroEngine.accumulate"
         if bucket.sums is None:
@@ -251,7 +251,7 @@ class GradientBuckets:
             self.ready.discard(bucket.index)
             self._reduce(bucket)
             if self.every_pass and len(self.order) > 1:
-                # Or the sums of every bucket would lie there until it comes to its next pass: of no more than one they do.
+                # Or the sums of every bucket would be there until it comes to its next pass: of no more than one they do.
                 self._settle(self.order[self.next - 1])
             self.next = (self.next + 1) % len(self.order)
 

@@ -25,8 +25,8 @@ What happens to a gradient in a step:
     global norm, clipping               `GlobalNorm`: every element of the model counts once, however many ranks hold it
         |
         v
-    AdamW on float32 masters            each data rank its range (ZeRO 1-3); weights follow from the masters. Muon's
-                                        matrices meet at their owners in between (engine/muon); masters may be bf16
+    AdamW on float32 master weights            each data rank its range (ZeRO 1-3); weights follow from the master weights. Muon's
+                                        matrices meet at their owners in between (engine/muon); master weights may be bf16
                                         (engine/bf16_adamw.py), and DeepSpeed then hands over gradients rounded to bf16
 
 DeepSpeed's own accumulation is not used (it sees one micro-batch a step): it would reduce after every micro-batch under
@@ -280,8 +280,8 @@ def build_engine(
 ) -> ZeroEngine:
     """Put a module, built in float32 and identically on all data ranks, under DeepSpeed. Every rank must call this.
 
-    With bf16 the weights become bf16 copies of float32 masters; buffers (such as the router's balancing bias) stay
-    float32, because they are state that small steps move. `offload_optimizer` (ZeRO 1-3): masters and moments stay in
+    With bf16 the weights become bf16 copies of float32 master weights; buffers (such as the router's balancing bias) stay
+    float32, because they are state that small steps move. `offload_optimizer` (ZeRO 1-3): master weights and moments stay in
     the memory of the host, where torch's fused AdamW steps them. `bucket_elements` (ZeRO 1 and 2): gradients that are
     reduced together, at least, `sums_in_products`: products add their weights' gradients to those sums, and `record` is told
     of the reductions and gathers (`GradientBuckets`).

@@ -1,6 +1,6 @@
 """The global gradient norm under any layout: every element of the model counts once, however many ranks hold it.
 
-DeepSpeed's wrappers compute norms of what lies on a rank. With tensor, expert and pipeline ranks that counts elements twice
+DeepSpeed's wrappers compute norms of what is on a rank. With tensor, expert and pipeline ranks that counts elements twice
 that several ranks hold (norms, routers, key-value heads, tied embeddings), and ranks that clip by different norms drift
 apart. So each rank divides the squares of its elements by the number of ranks that hold a copy (`count_copies`, from the
 shards), one all-reduce adds them up, and `install` puts the result where DeepSpeed would compute its own.
@@ -46,7 +46,7 @@ class GlobalNorm:
         return self._reduce(pieces, self.parallel.groups.mp if self.parallel.groups.mp.size() > 1 else None)
 
     def of_ranges(self, pieces: Sequence[Piece]) -> Tensor:
-        """Compute the norm where each element lies on one data rank: (parameter, range of its gradient, where it starts)."""
+        """Compute the norm where each element is on one data rank: (parameter, range of its gradient, where it starts)."""
         return self._reduce(pieces, torch.distributed.group.WORLD if self.parallel.world_size > 1 else None)
 
     def _reduce(self, pieces: Sequence[Piece], group: Any) -> Tensor:

@@ -101,9 +101,9 @@ def sum_partial_gradients(
 ) -> None:
     """Sum these gradients over ranks in place, in float32 or wider, with one reduction for each axis and dtype.
 
-    `gradient_of`: where a parameter's gradient lies; by default in `grad`, made of zeros where there is none.
+    `gradient_of`: where a parameter's gradient is; by default in `grad`, made of zeros where there is none.
     Every rank must call this, after the last backward pass and before gradients are reduced over data ranks. The two ends
-    of a pipeline must get the same bits for what they both hold, or it would drift apart; but each end has its own order
+    of a pipeline must get bitwise identical results for what they both hold, or it would drift apart; but each end has its own order
     of summing three and more data ranks. So these gradients are summed over data ranks here, and one rank alone hands the
     sum on.
     """

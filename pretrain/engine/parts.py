@@ -1,8 +1,8 @@
-"""What of the optimizer's state lies on this rank, whatever DeepSpeed has made of it: parts, and ranges of parameters inside.
+"""What of the optimizer's state is on this rank, whatever DeepSpeed has made of it: parts, and ranges of parameters inside.
 
-DeepSpeed keeps masters in its own shapes. ZeRO 0: a tensor for each parameter. ZeRO 1 and 2: one flat tensor for
+DeepSpeed keeps master weights in its own shapes. ZeRO 0: a tensor for each parameter. ZeRO 1 and 2: one flat tensor for
 each group, cut by rank wherever that falls inside a parameter. ZeRO 3: every parameter cut into equal ranges. Here each
-becomes `Part`s (a master tensor) with `Span`s (which range of which parameter lies where in it). Checkpoints and Muon know
+becomes `Part`s (a master tensor) with `Span`s (which range of which parameter is where in it). Checkpoints and Muon know
 nothing else: that is why a checkpoint of one ZeRO stage loads under another, and why Muon steps alike under all.
 """
 
@@ -107,7 +107,7 @@ def list_parts(engine: Any) -> list[Part]:
 
 
 def _list_stage3(optimizer: Any, names: dict[int, str]) -> Iterator[Part]:
-    """ZeRO 3: each parameter is cut into equal ranges, and a sub-group's ranges of this rank lie in one flat tensor."""
+    """ZeRO 3: each parameter is cut into equal ranges, and a sub-group's ranges of this rank are in one flat tensor."""
     group = optimizer.dp_process_group
     for index, members in enumerate(optimizer.fp16_groups):
         ranges = []
@@ -156,7 +156,7 @@ def _list_partitions(
 
 
 def cut_evenly(lengths: Sequence[tuple[str, int]], share: int, rank: int) -> tuple[Span, ...]:
-    """Cut parameters that lie one behind the other, (name, length), into shares; the ranges of one rank's share."""
+    """Cut parameters that are one behind the other, (name, length), into shares; the ranges of one rank's share."""
     spans = []
     ends = accumulate(length for _, length in lengths)
     for (name, length), end in zip(lengths, ends):

@@ -60,7 +60,7 @@ def check_adoptable(config: RunConfig) -> None:
     found = [name for name, is_set in refused.items() if is_set]
     if found:
         raise ValueError(
-            f"{', '.join(found)}: a state of another program holds AdamW's float32 masters and moments of a plain model; leave it out, "
+            f"{', '.join(found)}: a state of another program holds AdamW's float32 master weights and moments of a plain model; leave it out, "
             "or begin with the weights alone (import a checkpoint without an optimizer)"
         )
 

@@ -1,6 +1,6 @@
 """Reads what Megatron-Core and DeepSpeed save apart from tensors, without running code: a pickle of many types.
 
-torch's `weights_only` refuses a whole file for one argument of an unknown type. Here every name that it doesn't know becomes
+torch's `weights_only` refuses a whole file for one argument of an unknown type. Here every name that it does not know becomes
 an empty stand-in, and the numbers that an import needs are read. TorchScript archives, which torch would run, are refused.
 
 Fits tensors of another format to the parameters of a model: all of them are there, in their shapes, and nothing else is.
@@ -25,7 +25,7 @@ BUFFER = "buffer"
 MAX_FAULTS = 8
 # From kind (`weight`, a moment, `buffer`) and name to the key that a format has for it.
 KeyOf = Callable[[str, str], str]
-# Masters and moments by kind and name, and buffers.
+# Master weights and moments by kind and name, and buffers.
 Fitted = tuple[dict[str, dict[str, Source]], dict[str, Source]]
 
 
@@ -39,7 +39,7 @@ def fit_tensors(
     buffers: Mapping[str, Shape],
     ignored: Collection[str] = (),
 ) -> Fitted:
-    """Find masters and moments, by kind and name, and buffers under the keys of a format.
+    """Find master weights and moments, by kind and name, and buffers under the keys of a format.
 
     `labels`: of the parameters' groups, which say what moments each has. Raises ValueError naming what is missing, surplus
     (`ignored` aside) or of another shape, in the format's keys.

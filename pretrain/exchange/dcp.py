@@ -1,6 +1,6 @@
 """Training states as torch Distributed Checkpoint, by torch's own writer, in the names of torch's own state dicts.
 
-    model.NAME                            float32 masters and buffers
+    model.NAME                            float32 master weights and buffers
     optimizer.state.NAME.exp_avg          moments (Muon: .momentum), and .step, as torch's AdamW keeps them
     optimizer.param_groups.INDEX.KEY      settings of the groups; `params` names the members
     amfm.record, amfm.random.KEY          what a run needs to continue, and no other program looks at
@@ -97,7 +97,7 @@ def export_dcp(checkpoint: str | Path, out_dir: str | Path, report: Report = sil
 
 
 def state_dict(state: TrainingState) -> dict[str, Any]:
-    """Arrange a state as torch's state dicts of a model and its optimizer, with sources in the place of tensors."""
+    """Arrange a state as torch's state dicts of a model and its optimizer, with sources instead of tensors."""
     parameters = state.record["parameters"]
     if MATRICES in state.record["groups"]:
         raise ValueError(

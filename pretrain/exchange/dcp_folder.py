@@ -181,7 +181,7 @@ class DcpFolder:
         corner: Sequence[int],
         shape: tuple[int, ...],
     ) -> Tensor:
-        """Read numbers of a chunk that lie behind each other, from a corner of its first dimensions on."""
+        """Read numbers of a chunk that are behind each other, from a corner of its first dimensions on."""
         index, dtype = MetadataIndex(name, chunk.offsets), found.properties.dtype
         if index not in self.begins:
             where = f"{self.path}: {name}"
@@ -226,7 +226,7 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def _holds(chunk: ChunkStorageMetadata, lead: tuple[int, ...]) -> bool:
-    """Whether a chunk has a part of what lies at these places of a stack."""
+    """Whether a chunk has a part of what is at these places of a stack."""
     return all(first <= place < first + size for place, first, size in zip(lead, chunk.offsets, chunk.sizes))
 
 

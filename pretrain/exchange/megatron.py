@@ -9,10 +9,10 @@ of models/, ssm/ and transformer/):
 - A norm before a matrix has the name that Transformer Engine's fused layer gives it (`linear_qkv.layer_norm_weight`).
 - `linear_qkv` has, for each key-value head, its query heads, its key and its value; `linear_fc1` of gated layers is gate
   and up, `in_proj` and `conv1d` of Mamba are cut into `z x B C dt` and `x B C`.
-- Moments have the model's keys behind `optimizer.state.exp_avg.`; float32 masters of bf16 weights behind
+- Moments have the model's keys behind `optimizer.state.exp_avg.`; float32 master weights of bf16 weights behind
   `optimizer.state.fp32_param.`. The counter is in `common.pt`.
 
-Every tensor must be taken, or it is refused by name: biases, other positions, depths of prediction.
+Every tensor must be taken, or it is rejected with an error: biases, other positions, depths of prediction.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Reading:
 
     def __init__(self, megatron: MegatronFolder, kind: str) -> None:
         self.folder, self.model = megatron.folder, megatron.model
-        # Masters in float32 stand for the weights that they step.
+        # Master weights in float32 stand for the weights that they step.
         self.keys = megatron.keys[kind] | (megatron.keys.get(MASTERS, {}) if kind == "weight" else {})
         self.is_pairs = "decoder.final_layernorm.weight" in megatron.keys["weight"]
         self.taken: set[str] = set()

@@ -5,7 +5,7 @@ Every format goes through this one form. Writing: a verified checkpoint of any l
 form, and `write_run` puts it into a run directory, as the checkpoint of one rank. So what is read enters training by
 the door that every resume takes, with its digests and its checks, and the training loop knows nothing of other formats.
 
-The `record` is the manifest of a checkpoint without what says where tensors lie. Formats that have a place for it carry
+The `record` is the manifest of a checkpoint without what says where tensors are. Formats that have a place for it carry
 it, and a run then continues as if it had never left. For those without, `adopt.py` makes one from a configuration.
 """
 
@@ -37,14 +37,14 @@ from amfm.pretrain.config.saved import read_saved_config
 from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
 from amfm.pretrain.tensor_files import TensorFile, TensorWriter
 
-# Of a manifest: where tensors lie, and what protects the file that it is.
+# Of a manifest: where tensors are, and what protects the file that it is.
 PLACES = ("format", "format_version", "sha256", "files", "shards", "layout")
 ONE_RANK = {"world_size": 1, "axes": {"dp": 1}, "zero_stage": 0}
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Masters and moments by kind (`weight`, `exp_avg`, ...) and name, buffers, rank 0's generators, and the record."""
+    """Master weights and moments by kind (`weight`, `exp_avg`, ...) and name, buffers, rank 0's generators, and the record."""
 
     origin: str
     tensors: Mapping[str, Mapping[str, Source]]
@@ -53,17 +53,17 @@ class TrainingState:
     record: dict[str, Any]
 
     def keyed(self) -> Iterator[tuple[str, str, Source]]:
-        """Iterate over kind, name and source of all masters and moments."""
+        """Iterate over kind, name and source of all master weights and moments."""
         for kind, sources in self.tensors.items():
             for name, source in sources.items():
                 yield kind, name, source
 
     def num_tensors(self) -> int:
-        """Count masters, moments and buffers."""
+        """Count master weights, moments and buffers."""
         return len(self.buffers) + sum(len(sources) for sources in self.tensors.values())
 
     def num_bytes(self) -> int:
-        """Bytes of masters, moments and buffers."""
+        """Bytes of master weights, moments and buffers."""
         sources = [source for _, _, source in self.keyed()] + list(self.buffers.values())
         return sum(math.prod(source.shape) * source.dtype.itemsize for source in sources)
 

@@ -107,7 +107,7 @@ def check_exportable(state: TrainingState) -> None:
 
 
 def write_parameters(folder: Path, state: TrainingState, names: OwnNames, report: Report) -> None:
-    """Write float32 masters, moments and step of every parameter, each in a folder of its name."""
+    """Write float32 master weights, moments and step of every parameter, each in a folder of its name."""
     steps = {names.theirs(name): entry["optimizer_step"] for name, entry in state.record["parameters"].items()}
     tensors = {file_name: names.write(state.tensors[kind]) for file_name, kind in STATES.items()}
     for number, (name, step) in enumerate(steps.items()):

@@ -84,7 +84,7 @@ class ExportReport:
 
     class_name: of transformers, or AmfmForCausalLM. reasons: why no native class holds the model, a line per class, where one was
     looked for. compared: on what text the logits were compared. refusals: other programs that are known to refuse the folder,
-    with rule and remedy. left_out: why it has no prediction depths, where the model has some. kept: what the released model brought along.
+    with rule and fix. left_out: why it has no prediction depths, where the model has some. kept: what the released model brought along.
     """
 
     path: Path

@@ -6,7 +6,7 @@ the model, for a later import: some settings have no field in config.json. The c
 
 The folder is written under a hidden temporary name next to its place (`begin_export`), so the final rename stays inside
 one file system and is atomic; `put_in_place` does it once the caller is satisfied. Weights are written in float32, the
-dtype of the masters, so that an import of an export gives equal bits.
+dtype of the master weights, so that an import of an export gives equal bits.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class ExportPlan:
         return ["; ".join(found) for found in near or reasons]
 
     def refusals(self) -> list[str]:
-        """Programs that are known to refuse this export, with rule and remedy."""
+        """Programs that are known to refuse this export, with rule and fix."""
         return [str(found) for found in export_refusals(self.weights.model, self.target, self.weights.tokenizer.kind)]
 
 
@@ -182,7 +182,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def sync_files(folder: Path) -> None:
     """Force every file of a folder, its folders, and itself to the disk.
 
-    Reverse order puts what lies in a folder before the folder, whose entries must not outlive their content.
+    Reverse order puts what is in a folder before the folder, whose entries must not outlive their content.
     """
     for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
         descriptor = os.open(path, os.O_RDONLY)
@@ -235,7 +235,7 @@ def hold_place(out: Path, path: Path) -> Iterator[None]:
 
 
 def put_in_place(temporary: Path, out: Path) -> None:
-    """Rename a finished folder to OUT, where an empty folder may lie, and make the name durable.
+    """Rename a finished folder to OUT, where an empty folder may be, and make the name durable.
 
     Raises OSError when something was put into OUT meanwhile.
     """

@@ -66,7 +66,7 @@ class ImportReport:
 
 
 def import_huggingface(hf_dir: str | Path, out_dir: str | Path, report: Report = silent) -> ImportReport:
-    """Read a folder of a class that we read and write a weights folder; the import of an export is bit-equal.
+    """Read a folder of a class that we read and write a weights folder; the import of an export is bitwise equal.
 
     A run starts from it with `run.initial_weights: OUT` and `extends: OUT/model.yaml`. Raises ValueError for another class, a choice that our model
     does not have, tensors that do not fit, a missing tokenizer or an OUT that is in use.
@@ -230,7 +230,7 @@ def _same_config_json(described: ModelConfig, read: ModelConfig, target: Target)
 def read_tensors(source: Path) -> OnDemand:
     """Open the safetensors files: all tensors by name, each read when it is asked for.
 
-    Raises ValueError when a file of the index is missing, damaged or lies outside of the folder.
+    Raises ValueError when a file of the index is missing, damaged or is outside of the folder.
     """
     index = source / INDEX
     if index.is_file():

@@ -42,7 +42,7 @@ def read_quantized(tensors: OnDemand, quantization: Any, source: Path) -> OnDema
     block = quantization.get("weight_block_size")
     if not (isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
         raise ValueError(
-            f"{source}/config.json: quantization_config.weight_block_size={block}, and must be two whole numbers, as [128, 128]; "
+            f"{source}/config.json: quantization_config.weight_block_size={block}, and must be two integers, as [128, 128]; "
             "take the release in bf16"
         )
 

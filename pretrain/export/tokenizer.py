@@ -1,7 +1,7 @@
 """The tokenizer of an export: files from which AutoTokenizer gives the ids that training used.
 
 A SentencePiece model becomes a `tokenizer.json` of the tokenizers library, so that reading it needs no SentencePiece; a
-tokenizer that came as `tokenizer.json` loses only what would add tokens to a text. The file that training used lies
+tokenizer that came as `tokenizer.json` loses only what would add tokens to a text. The file that training used is
 next to it for readers that want it, our import among them.
 """
 

@@ -82,7 +82,7 @@ class Blame:
 def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
     """Build what the run does besides training. Every rank must call this.
 
-    Those that edit masters come first, so that all others see the weights of the next step; the log comes after all that
+    Those that edit master weights come first, so that all others see the weights of the next step; the log comes after all that
     add to its line. suite: the tasks of `evaluate`, on the main rank alone.
     """
     tasks: list[Hook] = []

@@ -32,7 +32,7 @@ class CudaGraphs(Hook):
         self.addresses: tuple[int, ...] = ()
 
     def before_passes(self, micro_batches: Sequence[MicroBatch], share: LossShare) -> None:
-        """Capture, where there are no graphs for what lies in memory now."""
+        """Capture, where there are no graphs for what is in memory now."""
         addresses = self.find_addresses(micro_batches[0])
         if addresses != self.addresses:
             self.close()
@@ -49,7 +49,7 @@ class CudaGraphs(Hook):
         pass_once(config, run.parallel, run.model, (rows, tokens), lambda part: run.heartbeat.at(step, "compile"))
 
     def find_addresses(self, batch: MicroBatch) -> tuple[int, ...]:
-        """What graphs hold that is not theirs: sizes of rows, and where weights and buffers lie."""
+        """What graphs hold that is not theirs: sizes of rows, and where weights and buffers are."""
         tensors: list[Tensor] = [*self.run.model.parameters(), *self.run.model.buffers()]
         return (*batch.tokens_BT.shape, *(tensor.data_ptr() for tensor in tensors))
 
@@ -80,7 +80,7 @@ class CudaGraphs(Hook):
             _LOG.info("%d of %d blocks are CUDA graphs", len(self.graphs), len(model.blocks))
 
     def close(self) -> None:
-        """Let go of all graphs and their memory; blocks compute as ever."""
+        """Let go of all graphs and their memory; blocks compute as before."""
         for index in self.graphs:
             put_forward(self.run.model.blocks[index], None)
         self.graphs.clear()

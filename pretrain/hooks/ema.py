@@ -1,4 +1,4 @@
-"""A moving average of the weights (section `ema`), kept on each rank for the masters that it steps."""
+"""A moving average of the weights (section `ema`), kept on each rank for the master weights that it steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from amfm.pretrain.step_sums import StepResult
 class Ema(Hook):
     """average = decay * average + (1 - decay) * weight, after every `every_steps` steps; until `start`, the weight itself.
 
-    Averages lie where the masters lie and are cut as they are, whatever layout and ZeRO stage; checkpoints hold them like
+    Averages are where the master weights are and are cut as they are, whatever layout and ZeRO stage; checkpoints hold them like
     moments (`EngineLayout.averages`). One that a checkpoint lacks begins as the weights.
     """
 

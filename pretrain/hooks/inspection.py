@@ -6,7 +6,7 @@ those of one rank under every layout, and a pipeline's stages each bring their b
     before the passes     outputs of blocks and entropies of routers are noted in every forward pass, heads raise their largest logit
     before the update     squares of the reduced gradients, before clipping
     around the optimizer  each master is copied, one call of the optimizer at a time, for the length of its update
-    after the step        squares of the masters, biases of routers, loads of experts
+    after the step        squares of the master weights, biases of routers, loads of experts
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Inspection(Hook):
 
     @torch.no_grad()
     def take_updates(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add the updates of the masters that this call has stepped; a nested call has taken its own already."""
+        """Add the updates of the master weights that this call has stepped; a nested call has taken its own already."""
         for group in optimizer.param_groups:
             for master in group["params"]:
                 before = self.before.pop(id(master), None)
@@ -221,7 +221,7 @@ class NotedAdvance:
         return done
 
     def remove(self) -> None:
-        """Let the block advance as ever."""
+        """Let the block advance as before."""
         vars(self.block).pop("advance", None)
 
 

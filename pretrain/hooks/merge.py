@@ -61,7 +61,7 @@ class MergedValidation(Hook):
 
 @contextmanager
 def holding(model: HybridModel, state: OnDemand) -> Iterator[None]:
-    """Inside the block a rank's model holds its part of these weights; afterwards its own again, to the bit."""
+    """Inside the block a rank's model holds its part of these weights; afterwards its own again, bitwise."""
     with torch.no_grad():
         own = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
         try:

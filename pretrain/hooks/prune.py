@@ -63,7 +63,7 @@ class Prune(Hook):
         share = pruned_share(self.section, run.progress.step)
         view = run.open_masters()
         squares = view.sum_groups(plan.groupings, plan.num_groups)
-        # Chosen once for all ranks: a reduction need not give all of them the same bits.
+        # Chosen once for all ranks: a reduction need not give all of them bitwise identical results.
         chosen = ranks_of(run.engine).broadcast(choose_groups(plan, squares, share).tolist())
         chosen_G = torch.tensor(chosen, dtype=torch.bool)
         if not chosen_G.any():

@@ -2,8 +2,8 @@
 
 Forward passes note the largest log-sum-exp of each head (kernels/attention/log_sums.py), a bound of its scores; one MAX over all
 ranks makes it that of the whole step. A head that is above the limit has its scores multiplied by limit over that: exactly,
-because scores are linear in the rows of weights that the mixer names. It happens to the masters right after the
-optimizer has stepped them, before ZeRO gathers working weights. So it sends nothing more, moments stay as they are, and a step
+because scores are linear in the rows of weights that the mixer names. It happens to the master weights right after the
+optimizer has stepped them, before ZeRO gathers model weights. So it sends nothing more, moments stay as they are, and a step
 that is skipped clips nothing. Nothing is saved: what the next step clips is its own function scores.
 
 Source: Kimi Team 2025 (arXiv 2507.20534), section 2.1, algorithm 1, by log-sum-exp in place of the largest score.
@@ -64,7 +64,7 @@ class QkClip(Hook):
 
     @torch.no_grad()
     def scale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Scale the masters that this call of the optimizer has stepped; a step may take several, and come by one twice."""
+        """Scale the master weights that this call of the optimizer has stepped; a step may take several, and come by one twice."""
         stepped = {id(master) for group in optimizer.param_groups for master in group["params"]} & self.waiting
         self.waiting -= stepped
         for part in self.parts:

@@ -169,7 +169,7 @@ def measure_store(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a row lies: tokens `start` to `start + size` of a part, whose documents end at `ends`."""
+    """Where a row is: tokens `start` to `start + size` of a part, whose documents end at `ends`."""
 
     part: Part
     ends: Int64

@@ -104,5 +104,5 @@ def choose_task(weights: Weights, task: TaskName, overrides: Sequence[str]) -> S
     trained = weights.run.data.synthetic if weights.run is not None else None
     config = change_section(trained if trained and trained.task == task else SyntheticConfig(task=task), overrides)
     if config.task != task:
-        raise ValueError(f"task={config.task} can't be set on the synthetic task {task}; name the task itself")
+        raise ValueError(f"task={config.task} cannot be set on the synthetic task {task}; name the task itself")
     return config

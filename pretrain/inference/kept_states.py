@@ -1,7 +1,7 @@
 """Text generation for several askers, with the decode states of texts that may continue kept between requests.
 
 A conversation sends its whole text again with every turn. A decode state is what a model knows of the tokens so far, so
-it is kept under exactly those tokens, and a request that begins with them pays only for the rest. A recurrent state can't
+it is kept under exactly those tokens, and a request that begins with them pays only for the rest. A recurrent state cannot
 be shortened: a kept one serves when all its tokens are at the beginning of the request. States are kept a little before
 the end of a prompt (the last piece may be split otherwise when text follows), at its end and after the answer. The least
 recently used ones go first. A kept state changes the speed of an answer, not the answer.
@@ -60,7 +60,7 @@ class KeptStates:
         return len(longest), self._kept[longest]
 
     def keep(self, ids: Sequence[int], state: DecodeState, logits_V: Tensor) -> None:
-        """Keep a state; the least recently used ones make room. One that alone is too large is not kept."""
+        """Keep a state; the least recently used ones free space. One that alone is too large is not kept."""
         key, size = tuple(ids), state_bytes(state) + logits_V.numel() * logits_V.element_size()
         if size > self.max_bytes:
             return

@@ -4,7 +4,7 @@ A weights folder is what `amfm import` writes: `weights.safetensors` (our names,
 configuration, where it came from, digests) and the tokenizer's file. `run.initial_weights` starts a run from one.
 
 Weights from any source become one `Weights` object, so generation, evaluation, export and a run's start need no second
-path for imports. All are float32 on the CPU: bf16 copies would lose what the optimizer's masters know. Tensors are read
+path for imports. All are float32 on the CPU: bf16 copies would lose what the optimizer's master weights know. Tensors are read
 when they are asked for (model/on_demand.py): whoever needs a part of a model, or one tensor after the other, never holds
 the whole.
 """

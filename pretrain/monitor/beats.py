@@ -32,7 +32,7 @@ class Beat:
 
 
 def read_beats(directory: Path) -> list[Beat]:
-    """Read the last beat of every rank that has not ended in good order, in rank order; what can't be read is left out."""
+    """Read the last beat of every rank that has not ended in good order, in rank order; what cannot be read is left out."""
     found: dict[int, Beat] = {}
     for path in directory.glob("rank-*.json"):
         for beat in read_node(path):

@@ -5,12 +5,12 @@
 Memory and processors that are going bad give wrong numbers without an error. Four comparisons find them; each is a
 digest of every bit, and costs a pass over the state of the rank.
 
-    at rest      weights, masters, moments and buffers right after an update and right before the next one: nothing writes
+    at rest      weights, master weights, moments and buffers right after an update and right before the next one: nothing writes
                  to them in between, forward and backward passes included. Names rank and tensor, in every layout.
-    masters      working weights are the rounded float32 masters of the rank that owns them (ZeRO 0-2)
-    replicas     what data ranks hold alike: working weights under ZeRO 0-2, masters and moments under ZeRO 0. The owner's
-                 masters, else the majority, tell which rank is wrong; of two without either, both are named.
-    recomputed   the first micro-batch of a step, run twice before it counts, gives the same bits: loss, and gradients too
+    master weights      model weights are the rounded float32 master weights of the rank that owns them (ZeRO 0-2)
+    replicas     what data ranks hold alike: model weights under ZeRO 0-2, master weights and moments under ZeRO 0. The owner's
+                 master weights, else the majority, tell which rank is wrong; of two without either, both are named.
+    recomputed   the first micro-batch of a step, run twice before it counts, gives bitwise identical results: loss, and gradients too
                  without a pipeline and ZeRO 3. It finds processors, whatever they hold.
 
 What is wrong in an update that one rank alone makes (ZeRO 1-3) reaches all others as a sound number: only the second
@@ -35,7 +35,7 @@ from amfm.pretrain.parallel import Parallel
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNK_ELEMENTS = 1 << 22
-WORKING = "working weights"
+WORKING = "model weights"
 MAX_NAMED = 3
 REMEDY = "nothing of it was saved; take that machine out, and start again from the newest checkpoint"
 
@@ -70,7 +70,7 @@ def fetch(digests: dict[Range, Tensor]) -> dict[Range, int]:
 class StateWatch:
     """Digests of this rank's state, kept from one comparison to the next. Every rank makes one and calls its methods.
 
-    `ranges`: of every data rank's masters, by the ranks that share them. `at_rest`: digests since the last step, if
+    `ranges`: of every data rank's master weights, by the ranks that share them. `at_rest`: digests since the last step, if
     any.
     """
 
@@ -92,7 +92,7 @@ class StateWatch:
                     known.extend(found for found in ranges if found not in known)
 
     def examine(self, step: int) -> None:
-        """After a step, or before a save: compare replicas and masters, and remember the state as it rests.
+        """After a step, or before a save: compare replicas and master weights, and remember the state as it rests.
 
         Every rank must call this. Raises RuntimeError on all ranks, naming those that are wrong.
         """
@@ -102,7 +102,7 @@ class StateWatch:
         masters = self._digest_masters()
         for digests in working.values():
             wrong += [
-                f"{name} [{start}:{start + count}]: the working weights are not the rounded masters"
+                f"{name} [{start}:{start + count}]: the model weights are not the rounded master weights"
                 for (kind, name, start, count), value in masters.items()
                 if digests.get((kind, name, start, count), value) != value
             ]
@@ -164,7 +164,7 @@ class StateWatch:
                 yield names[id(parameter)], parameter.detach().reshape(-1)
 
     def _digest_working(self, ranges: list[Range]) -> dict[Range, int]:
-        """Digest the working weights of ranges that this rank and its data ranks own."""
+        """Digest the model weights of ranges that this rank and its data ranks own."""
         weights = dict(self._working_weights())
         return fetch(
             {
@@ -175,7 +175,7 @@ class StateWatch:
         )
 
     def _digest_masters(self) -> dict[Range, int]:
-        """Digest this rank's masters, rounded to the model's dtype, under the keys of the working weights."""
+        """Digest this rank's master weights, rounded to the model's dtype, under the keys of the model weights."""
         if self.layout.engine.zero_stage == 3:
             return {}
         return fetch(
@@ -227,9 +227,9 @@ def fetch_named(tensors: dict[str, Tensor]) -> dict[str, int]:
 def judge_replicas(
     told: list[tuple[dict[tuple[int, ...], dict[Range, int]], dict[Range, int]]],
 ) -> dict[int, list[str]]:
-    """Find which ranks differ, given every rank's replicas and masters: rank -> what is wrong with it, in words.
+    """Find which ranks differ, given every rank's replicas and master weights: rank -> what is wrong with it, in words.
 
-    The owner's masters are right, without them the majority; on a tie all ranks are named.
+    The owner's master weights are right, without them the majority; on a tie all ranks are named.
     """
     wrong: dict[int, list[str]] = {}
     for data_ranks in sorted(set().union(*(replicas for replicas, _ in told))):

@@ -28,7 +28,7 @@ class EnergyMeter:
         try:
             library = ctypes.CDLL(LIBRARY)
         except OSError as error:
-            raise RuntimeError(f"{LIBRARY} can't be opened") from error
+            raise RuntimeError(f"{LIBRARY} cannot be opened") from error
         return cls(f"GPU-{torch.cuda.get_device_properties(device).uuid}", library)
 
     def total(self) -> int:

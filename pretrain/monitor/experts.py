@@ -33,7 +33,7 @@ def describe_unbalanced(model: ModelConfig) -> str | None:
 
 
 def find_collapsed(expert_counts: Mapping[int, Sequence[int]], top_k: int) -> dict[int, float]:
-    """Find the MoE blocks that collapsed in a step, with the share of tokens (0 to 1) that chose their fullest expert.
+    """Find the MoE blocks that collapsed in a step, with the share of tokens (0 to 1) that chose their most loaded expert.
 
     expert_counts: choices by expert, for each block.
     """

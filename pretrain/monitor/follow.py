@@ -1,6 +1,6 @@
 """Follows a run from outside, by what it writes into its directory: metrics.jsonl, events.jsonl and heartbeats.
 
-Nothing is asked of the run, so any machine that sees the directory can watch, and a watcher can't disturb. Files are
+Nothing is asked of the run, so any machine that sees the directory can watch, and a watcher cannot disturb. Files are
 read while they grow: a line counts when its newline is there, and a file that shrank or was replaced (a run that
 resumes drops the steps that it does again) is read again. Whether a run lives is told by its heartbeats: fresh ones, or
 ones that change while we look, because clocks of two machines may differ.

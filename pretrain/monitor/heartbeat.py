@@ -7,7 +7,7 @@ thread that ends the process when the phase has not changed for `launch.heartbea
 the attempt and starts the next one from the newest checkpoint. They are two, because storage may hang as well: the one
 that ends the process touches no file before its time is over, and then waits a few seconds at most for what the files of
 the others say. The first of them also asks the fence, if there is one, whether this start has been replaced by another
-(ownership.py), and ends the process then. A file that can't be written (full disk, folder removed) is tried again at the next beat.
+(ownership.py), and ends the process then. A file that cannot be written (full disk, folder removed) is tried again at the next beat.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Heartbeat:
         self._looker = threading.Thread(target=self._watch_neighbours, name="neighbours", daemon=True)
 
     def start(self) -> None:
-        """Begin to write and to watch. Raises OSError where the first beat can't be written."""
+        """Begin to write and to watch. Raises OSError where the first beat cannot be written."""
         self._write()
         self._writer.start()
         self._watcher.start()

@@ -1,13 +1,13 @@
-"""A panel at the foot of a terminal, redrawn in place four times a second, with remarks scrolling above it.
+"""A panel at the foot of a terminal, redrawn in place four times a second, with warnings scrolling above it.
 
 A terminal that changes its width folds or cuts the lines of the panel that stands, so that no one knows any more how
 far up it begins, and every redraw would leave a torn copy. After a change of size the screen is therefore cleared and
-the newest remarks are printed again above a fresh panel. The thread that redraws notices it, however long a step takes.
+the newest warnings are printed again above a fresh panel. The thread that redraws notices it, however long a step takes.
 
 Progress display: a live panel on a terminal, plain lines anywhere else, all on standard error.
 
 Standard output belongs to results, which other programs read. A log file of a cluster job gets a line every
-`log_every_steps` steps, without control characters; a terminal gets a panel that is redrawn in place, with remarks
+`log_every_steps` steps, without control characters; a terminal gets a panel that is redrawn in place, with warnings
 scrolling above it. Both show the same numbers, those of metrics.jsonl, and the display keeps nothing that a run needs.
 """
 
@@ -52,13 +52,13 @@ class LivePanel:
         self._thread.start()
 
     def print(self, markup: str) -> None:
-        """Print a remark above the panel."""
+        """Print a warning above the panel."""
         with self._lock:
             self._remarks.append(markup)
             self.console.print(markup)
 
     def redraw(self) -> None:
-        """Draw the panel now; after a change of the terminal's size on a cleared screen, below the newest remarks."""
+        """Draw the panel now; after a change of the terminal's size on a cleared screen, below the newest warnings."""
         with self._lock:
             if self.console.size == self._size:
                 self._live.refresh()
@@ -116,7 +116,7 @@ class Display:
             self.live.start()
 
     def say(self, text: str) -> None:
-        """Print a remark between steps; on a terminal it scrolls above the panel."""
+        """Print a warning between steps; on a terminal it scrolls above the panel."""
         printer = self.live or self.console
         printer.print(escape(printable(text)))
 

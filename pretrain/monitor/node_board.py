@@ -1,7 +1,7 @@
 """Where the ranks of a node are, in memory that they share, so that one of them writes a file for all.
 
 A file per rank, written every two seconds, is thousands of writes a second to shared storage at a thousand ranks, and
-as many opens for whoever looks. So ranks of a node note their places in a small file that lies in the node's memory,
+as many opens for whoever looks. So ranks of a node note their places in a small file that is in the node's memory,
 and one of them, the writer, puts all of them into the run directory. No one is appointed: who published last continues,
 and where nothing was published for a while (the writer died, or is stopped) whoever finds out continues in its place.
 Ranks that share no memory, each in its own container, are writers each for itself.

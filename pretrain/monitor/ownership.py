@@ -49,7 +49,7 @@ class Ownership:
         return owner
 
     def check(self) -> None:
-        """Raise RuntimeError when another start has become the owner; OSError when that can't be read.
+        """Raise RuntimeError when another start has become the owner; OSError when that cannot be read.
 
         A file that someone removed names no one else.
         """

@@ -226,7 +226,7 @@ class RunState:
         if metrics["expert_load"]:
             loads = "  ".join(f"{block}: {load:.2f}" for block, load in metrics["expert_load"].items())
             rows.append(
-                Text(f"fullest expert / mean by block  {loads}", style="dim", overflow="ellipsis", no_wrap=True)
+                Text(f"most loaded expert / mean by block  {loads}", style="dim", overflow="ellipsis", no_wrap=True)
             )
         return rows
 

@@ -101,7 +101,7 @@ def pass_once(
 ) -> None:
     """Pass numbers through each kind of block that this rank holds, forward and backward.
 
-    real: the model of the run, whose weights lie as those here will be laid. shape: of a micro-batch. Blocks communicate over `parallel.groups`: of
+    real: the model of the run, whose weights are as those here will be laid. shape: of a micro-batch. Blocks communicate over `parallel.groups`: of
     groups that answer alone, a rank may call this on its own.
     """
     with torch.random.fork_rng(devices=[]):

@@ -117,7 +117,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
     for remark in run.loader.describe_repeats(run.stages[-1].first_sample + run.stages[-1].num_samples()):
         run.say(remark)
     if log.cut.damaged:
-        run.say(f"metrics.jsonl: {plural(log.cut.damaged, 'line')} cut short or damaged, left out")
+        run.say(f"metrics.jsonl: {plural(log.cut.damaged, 'line')} truncated or damaged, left out")
     run.record_event(
         "start",
         world_size=run.parallel.world_size,

@@ -1,6 +1,6 @@
 """Lets all ranks of a run launch our kernels with the same tuned tiles.
 
-A table of tiles lies in each machine's cache, and machines are tuned one by one; tiles change the order of additions.
+A table of tiles is in each machine's cache, and machines are tuned one by one; tiles change the order of additions.
 So every rank says what it has, and all take rank 0's, or, where GPUs or compilers differ, the kernels' own tiles.
 """
 

@@ -105,7 +105,7 @@ def usual_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
 
 
 def cap_outliers(values: Sequence[float]) -> tuple[float | None, str]:
-    """Choose where an axis ends that a few spikes would rule, and say in words how many lie above; None: all fit.
+    """Choose where an axis ends that a few spikes would rule, and say in words how many are above; None: all fit.
 
     A spike is above twice the value that 95 of 100 stay below: a first step that compiled, a step after a pause of the host.
     """

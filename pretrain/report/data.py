@@ -1,7 +1,7 @@
 """Reads a run directory into what a report shows; works while the run is still going.
 
-Needs config.yaml and metrics.jsonl; events and environment may be missing. A run that was killed leaves a last line cut
-short, and one that resumed repeats steps: both are normal here, so damaged lines become notes and the newest line of a
+Needs config.yaml and metrics.jsonl; events and environment may be missing. A run that was killed leaves a truncated last
+line, and one that resumed repeats steps: both are normal here, so damaged lines become notes and the newest line of a
 step counts.
 """
 
@@ -133,7 +133,7 @@ def read_run(directory: str | Path) -> RunRecord:
     """Read a run directory.
 
     Raises FileNotFoundError if it is not a run directory, ValueError if no step was logged yet or the configuration in
-    it can't be read. A step that was logged twice (a resumed run repeats the steps after its checkpoint) counts once,
+    it cannot be read. A step that was logged twice (a resumed run repeats the steps after its checkpoint) counts once,
     as logged last.
     """
     folder = Path(directory)
@@ -184,12 +184,12 @@ def find_gap(steps: Sequence[int], events: Sequence[Mapping[str, Any]]) -> str |
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """(objects, notes) of a file with one JSON object a line; a line cut short by a kill is left out and noted."""
+    """(objects, notes) of a file with one JSON object a line; a line truncated by a kill is left out and noted."""
     objects: list[dict[str, Any]] = []
     notes: list[str] = []
     for number, record in read_lines(path):
         if record is not None:
             objects.append(record)
         else:
-            notes.append(f"{path.name}: line {number} is cut short or damaged and left out")
+            notes.append(f"{path.name}: line {number} is truncated or damaged and left out")
     return objects, notes

@@ -42,7 +42,7 @@ class TickLabels(Formatter):
 
 
 def draw_plot(plot: Plot, axes: Any, colours: Colours) -> None:
-    """Draw a plot on a pair of axes; the horizontal one is steps, in whole numbers."""
+    """Draw a plot on a pair of axes; the horizontal one is steps, in integers."""
     if plot.heat is not None:
         draw_heat(plot.heat, plot.unit, axes)
     else:

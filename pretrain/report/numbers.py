@@ -4,7 +4,7 @@ The colours of a report: light and dark for the page, light for pictures, and st
 
 Makes long series short for a page, without losing what a person looks for in them.
 
-A spike of one step is the reason to open a report, so a mean over neighbours won't do: of each span of steps the first,
+A spike of one step is the reason to open a report, so a mean over neighbours will not do: of each span of steps the first,
 last, lowest and highest value are kept, at their own steps: what a line shows does not change as long as a span is at
 most a pixel wide (M4, Jugel et al. 2014, PVLDB 7). Of a noisy series a span keeps its ends for the envelope and its mean for
 smoothing. Maps keep means, since their cells stand for a span.

@@ -69,7 +69,7 @@ MEASURES = (
     Measure("gradient", "Gradient norm", "Before clipping, smoothed.", "", read_key("grad_norm"), is_log=True),
     Measure("throughput", "Throughput", "All ranks together, smoothed.", "tokens per second", read_key("tokens_per_second"), lowest=0),
     Measure("mfu", "MFU", "Model FLOPs over the peak of each run's devices, smoothed.", "%", read_key("mfu", 100.0), lowest=0),
-    Measure("experts", "Expert load", "Tokens of the fullest expert over the mean, in the worst block, smoothed.", "fullest / mean", read_fullest),
+    Measure("experts", "Expert load", "Tokens of the most loaded expert over the mean, in the worst block, smoothed.", "most loaded / mean", read_fullest),
 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 @dataclass(frozen=True)
 class Card:
-    """One figure of the summary: what it is, the value as text with its unit, and a remark below it."""
+    """One figure of the summary: what it is, the value as text with its unit, and a warning below it."""
 
     label: str
     value: str
@@ -198,13 +198,13 @@ def flatten(value: object, prefix: str = "") -> Iterable[tuple[str, object]]:
 
 
 def render_pairs(pairs: Iterable[tuple[str, object]]) -> str:
-    """Render a table of names and values; a remark when there are none."""
+    """Render a table of names and values; a warning when there are none."""
     rows = [f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in pairs if name]
     return f"<table>{''.join(rows)}</table>" if rows else '<p class="none">Nothing was recorded.</p>'
 
 
 def render_note(text: str) -> str:
-    """Render a remark about what could not be read."""
+    """Render a warning about what could not be read."""
     return f'<p class="note">{escape(text)}</p>'
 
 

@@ -26,7 +26,7 @@ LEFT_OUT = ("rate", "mfu")  # the schedule is known, and MFU follows throughput
 def draw_picture(records: Sequence[RunRecord], path: Path) -> None:
     """Write the first four of the report's plots as one picture; its format follows the suffix of `path`.
 
-    Learning rate and MFU give way to the others. Several runs lie over each other. The same runs give the same SVG.
+    Learning rate and MFU give way to the others. Several runs are over each other. The same runs give the same SVG.
     """
     made = make_plots(records[0]) if len(records) == 1 else overlay_plots(records)
     plots = [plot for plot in made if plot.name not in LEFT_OUT][:MAX_PANELS]

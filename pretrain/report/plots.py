@@ -183,7 +183,7 @@ def mfu_plot(record: RunRecord) -> Plot | None:
 
 
 def expert_load_plot(record: RunRecord) -> Plot | None:
-    """Map the tokens of the fullest expert over the mean: a row for each MoE block, a column for each span of steps.
+    """Map the tokens of the most loaded expert over the mean: a row for each MoE block, a column for each span of steps.
 
     1 is even load. The largest value possible is experts / choices per token: every token takes the same ones.
     """
@@ -198,12 +198,12 @@ def expert_load_plot(record: RunRecord) -> Plot | None:
     rows = tuple(tuple(mean_of_spans(*loads[block], edges)) for block in blocks)
     moe = record.config.model.moe
     most = "" if moe is None else f"; {moe.num_experts / moe.top_k:g}, the most possible, is collapse"
-    caption = f"Tokens of the fullest expert over the mean, by MoE block: 1 is even{most}."
+    caption = f"Tokens of the most loaded expert over the mean, by MoE block: 1 is even{most}."
     # A fixed scale, so that a colour means the same in every run; by ratios, or all that is usual would be the darkest.
     most_possible = 0.0 if moe is None else moe.num_experts / moe.top_k
     highest = max(1.2, most_possible or max(value for row in rows for value in row if value is not None))
     heat = HeatMap(tuple(f"block {block}" for block in blocks), tuple(edges), rows, 1.0, highest, is_log=True)
-    return Plot("experts", "Expert load", caption, "fullest / mean", heat=heat)
+    return Plot("experts", "Expert load", caption, "most loaded / mean", heat=heat)
 
 
 def auxiliary_plot(record: RunRecord) -> Plot | None:

@@ -54,7 +54,7 @@ def write_report(run_dirs: Sequence[str | Path], out: Path | None = None) -> Pat
 
     `out`: default `report.html` in the directory of the one run, or in the folder that holds all of several. Raises
     FileNotFoundError for something that is not a run directory, ValueError before the first step, for a run that is
-    given twice, for too many, and where several lie in different folders and `out` is not given.
+    given twice, for too many, and where several are in different folders and `out` is not given.
     """
     place = out or choose_place([Path(folder) for folder in run_dirs])
     records = [read_run(folder) for folder in run_dirs]
@@ -65,7 +65,7 @@ def write_report(run_dirs: Sequence[str | Path], out: Path | None = None) -> Pat
 
 
 def choose_place(folders: Sequence[Path]) -> Path:
-    """Choose where the page goes. Raises ValueError for runs that can't be on one page, or have no folder in common."""
+    """Choose where the page goes. Raises ValueError for runs that cannot be on one page, or have no folder in common."""
     if len(folders) == 1:
         return folders[0] / "report.html"
     resolved = [folder.resolve() for folder in folders]
@@ -76,7 +76,7 @@ def choose_place(folders: Sequence[Path]) -> Path:
         raise ValueError(f"{len(folders)} runs are more than the {MAX_RUNS} that a page can tell apart; leave some out")
     parents = {path.parent for path in resolved}
     if len(parents) > 1:
-        raise ValueError("the runs lie in different folders, so their page has no place of its own; name one by --out")
+        raise ValueError("the runs are in different folders, so their page has no place of its own; name one by --out")
     return folders[0].parent / "report.html"
 
 

@@ -58,7 +58,7 @@ def find_runs(folder: Path) -> Iterator[Path]:
 
 
 def read_row(directory: Path, folder: Path) -> RunRow:
-    """Read a run directory. Raises ValueError for files in it that can't be read."""
+    """Read a run directory. Raises ValueError for files in it that cannot be read."""
     followed = FollowedRun(directory)
     seen = followed.look()
     name = str(directory.relative_to(folder)) if directory != folder else directory.resolve().name

@@ -24,7 +24,7 @@ def test_a_deeper_model_has_the_blocks_several_times() -> None:
 
 def test_numbers_that_are_none_are_refused(base: Path, capsys) -> None:
     assert run(export, [str(base), "--times", "1,x"]) == 2
-    assert "--times 1,x must be whole numbers" in capsys.readouterr().err
+    assert "--times 1,x must be integers" in capsys.readouterr().err
 
 
 @pytest.mark.slow

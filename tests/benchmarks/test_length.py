@@ -77,7 +77,7 @@ def test_tiny_rows_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         (["--mixers", "glaa"], "no mixer is called 'glaa'"),
         (["--lengths", "1024,3000"], "must be two or more that divide the longest"),
         (["--lengths", "1024"], "must be two or more that divide the longest"),
-        (["--lengths", "1K,2K"], "must be whole numbers with commas between"),
+        (["--lengths", "1K,2K"], "must be integers with commas between"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_timed(

@@ -43,7 +43,7 @@ LogFile=$DIR/slurmdbd.log
 PidFile=$DIR/slurmdbd.pid
 CONF
   )
-  # slurmdbd would create its database itself, but can't read an answer after that (libmariadb 11.8.9).
+  # slurmdbd would create its database itself, but cannot read an answer after that (libmariadb 11.8.9).
   until_ok mariadb-admin "${sql[@]}" create slurm_acct_db
   "$net" enter "$DIR" 0 setsid slurmdbd </dev/null >/dev/null 2>&1
   until_ok "$net" enter "$DIR" 0 sacctmgr -i add cluster test

@@ -128,7 +128,7 @@ def test_a_job_whose_limit_is_near_is_queued_again_instead_of_started(
 def test_the_signal_before_a_time_limit_costs_no_step_and_the_next_job_goes_on(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
-    """Slurm's own clock sends it: ranks are stopped so that they don't reach the last step before."""
+    """Slurm's own clock sends it: ranks are stopped so that they do not reach the last step before."""
     with training(
         folder, 2, "launch.slurm.time_limit=60", launch__heartbeat_seconds=900.0, train__timeout_seconds=900.0
     ) as (nodes, job, log):

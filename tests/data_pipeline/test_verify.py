@@ -38,7 +38,7 @@ def test_full_finds_what_quick_cannot_and_both_find_missing_and_short_files(conf
     (renamed / "zarr.json").write_text((renamed / "zarr.json").read_text() + " ")
     quick, full = verify_store(store.path, full=False), verify_store(store.path, full=True)
     assert len(quick) == 2 and "the manifest says" in quick[0] and "is missing" in quick[1]
-    assert len(full) == 4 and "fails its crc32c" in full[0] and "aren't those of the manifest" in full[3]
+    assert len(full) == 4 and "fails its crc32c" in full[0] and "are not those of the manifest" in full[3]
 
 
 def test_chunk_heads_that_are_not_those_of_the_tokens_are_a_finding(config, tmp_path):
@@ -54,14 +54,14 @@ def test_chunk_heads_that_are_not_those_of_the_tokens_are_a_finding(config, tmp_
     manifest = store.path / "manifest.json"
     manifest.write_text(re.sub(r'("opening_digest": )"\w+"', r'\1""', manifest.read_text()))  # as before parts had one
     findings = verify_store(store.path, full=True)
-    assert "its chunk heads aren't the first tokens of its chunks" in findings[0]
+    assert "its chunk heads are not the first tokens of its chunks" in findings[0]
 
 
 def test_a_replaced_tokenizer_and_an_edited_manifest_are_findings(config, tmp_path):
     shutil.copytree(config.store, tmp_path / "store")
     (tmp_path / "store" / "tokenizer.model").write_bytes(b"other")
     (finding,) = verify_store(tmp_path / "store", full=False)
-    assert "isn't a SentencePiece model" in finding
+    assert "is not a SentencePiece model" in finding
     (tmp_path / "store" / "manifest.json").write_text("{")
     (finding,) = verify_store(tmp_path / "store")
     assert "manifest.json is damaged" in finding

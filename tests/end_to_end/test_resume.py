@@ -1,4 +1,4 @@
-"""A run that stops and continues equals one that never stopped, bit for bit."""
+"""A run that stops and continues equals one that never stopped, bitwise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ablation of selection: Mamba2's recurrence with constants in the place of its time step, B and C, and no gate.
+"""The ablation of selection: Mamba2's recurrence with constants instead of its time step, B and C, and no gate.
 
 What is left of it is a convolution whose kernel is learned. The gate goes too because it selects by content as well. A
 plugin, as docs/mixers.md describes them: no one would train a model of it, so it is not a mixer of ours.

@@ -101,7 +101,7 @@ def spoil_one_expert(run: Run) -> None:
 
 
 def overflow(run: Run) -> None:
-    """Working weights beyond what products of bfloat16 can hold, until they are written again from their masters."""
+    """Model weights beyond what products of bfloat16 can hold, until they are written again from their master weights."""
     for weight in run.model.parameters():
         weight.data.fill_(3e38)
 

@@ -30,7 +30,7 @@ class Row:
 
 F, P, L, D = "tests/faults/", "tests/pretrain/", "tests/launch/", "tests/data_pipeline/"
 TABLE = (
-    Row(1, "stop and resume", "bit for bit", ("tests/end_to_end/test_resume.py::", "tests/parallel/test_reshard.py::")),
+    Row(1, "stop and resume", "bitwise", ("tests/end_to_end/test_resume.py::", "tests/parallel/test_reshard.py::")),
     Row(2, "kill -9 of a rank in a step", "named, restarted, same end", (F + "test_lost_rank.py::", F + "test_kill_anywhere.py::")),
     Row(3, "kill -9 before each disk operation of a save", "old or new checkpoint", (F + "test_kill_while_saving.py::",)),
     Row(4, "power lost: unsynced bytes and names gone in any order, where a stage begins too", "nothing durable lost", (F + "crash/test_states.py::", F + "test_kill_anywhere.py::")),
@@ -51,7 +51,7 @@ TABLE = (
     Row(19, "another layout at the resume", "equal", ("tests/parallel/test_reshard.py::",)),
     Row(20, "parameter groups at another layout", "equal by name", ("tests/parallel/test_reshard.py::",)),
     Row(21, "gradients and norms of layouts", "those of one rank", ("tests/parallel/test_layouts.py::",)),
-    Row(22, "other settings at the resume", "refused by name", (P + "checkpoint/test_save.py::test_another_run_is_refused",)),
+    Row(22, "other settings at the resume", "rejected with an error", (P + "checkpoint/test_save.py::test_another_run_is_refused",)),
     Row(23, "another tokenizer or store; a damaged tokenizer", "refused", (P + "test_train.py::test_a_damaged_tokenizer", P + "checkpoint/test_save.py::test_another_run_is_refused")),
     Row(24, "a node lost; two launchers on two hosts; a host that comes back", "waited for, then fewer; one trains, the other ends", (L + "cluster/test_supervise.py::", L + "cluster/test_ray.py::", F + "test_two_launchers.py::")),
     Row(25, "damaged shards of the store; tokens outside the vocabulary", "named, skipped and counted, or stopped", (F + "test_damaged_text.py::", D + "store/test_store.py::", D + "test_verify.py::")),
@@ -66,7 +66,7 @@ TABLE = (
     Row(34, "a lock or a deletion through a link; a cache of others", "refused", (D + "durable/test_locks.py::", D + "durable/test_deletion.py::", D + "store/test_node_cache.py::")),
     Row(35, "a flipped bit in memory, in an update, in a computation", "rank named, code 3, nothing of it saved", (P + "monitor/test_corruption.py::",)),
     Row(36, "an object store damaged, away, or left at any request", "old or new checkpoint", (P + "checkpoint/test_remote.py::",)),
-    Row(37, "all of these at random", "the losses of an undisturbed run, bit for bit", ("tests/soak/test_soak.py::",)),
+    Row(37, "all of these at random", "the losses of an undisturbed run, bitwise", ("tests/soak/test_soak.py::",)),
     Row(39, "a process that has computed with several threads starts ranks", "not forked: no hang", (L + "cluster/test_local.py::test_a_process_that_has_computed", "tests/recipes/test_recipes.py::test_a_softmax_model")),
     Row(40, "a call that keeps Python's lock; a start that does not end; SIGTERM in it; a rank that is stopped for a while", "ended with its stacks; left alone", (P + "monitor/test_guard.py::", F + "test_in_a_run.py::test_a_hook_that_keeps")),
     Row(41, "no checkpoint where the events report one", "refused, metrics untouched", (P + "checkpoint/test_damage.py::test_checkpoints_that_are_gone",)),
@@ -79,7 +79,7 @@ TABLE = (
     Row(55, "a thread or process that the system refuses", "code 3 with the limits to raise, same end", (F + "test_in_a_run.py::test_a_rank_that_gets_no_further_thread", P + "test_failures.py::test_a_thread_or_process")),
     Row(48, "2,000 steps", "no more memory, descriptors, threads, processes", (F + "test_in_a_run.py::test_two_thousand_steps",)),
     Row(49, "a checkpoint of the oldest format", "loaded", (P + "checkpoint/test_damage.py::test_a_checkpoint_of_version_1",)),
-    Row(50, "a link in the place of a log, a temporary name, a board; plots on a full disk; a run directory that was moved", "nothing of others written; a warning; named", (P + "monitor/test_metrics.py::test_a_link", P + "monitor/test_metrics.py::test_plots", P + "monitor/test_metrics.py::test_a_run_directory", P + "monitor/test_node_board.py::test_what_others", P + "report/test_report.py::test_a_link_in_the_place", D + "store/test_megatron_files.py::test_links_in", L + "cluster/test_ray.py::test_the_log_of_a_rank", "tests/test_untrusted.py::test_files_get_their_names")),
+    Row(50, "a link instead of a log, a temporary name, a board; plots on a full disk; a run directory that was moved", "nothing of others written; a warning; named", (P + "monitor/test_metrics.py::test_a_link", P + "monitor/test_metrics.py::test_plots", P + "monitor/test_metrics.py::test_a_run_directory", P + "monitor/test_node_board.py::test_what_others", P + "report/test_report.py::test_a_link_in_the_place", D + "store/test_megatron_files.py::test_links_in", L + "cluster/test_ray.py::test_the_log_of_a_rank", "tests/test_untrusted.py::test_files_get_their_names")),
     Row(51, "files of Python's and our names in the working directory, under readers too", "not run", (D + "loader/test_reader_process.py::test_files_of_the_working_directory", L + "test_rank_command.py::test_every_process", D + "prepare/test_ray_actors.py::test_actors_of_a_ray")),
     Row(52, "standard error that takes nothing; control characters; another encoding", "same exit code; written out; explained", (L + "test_cli.py::test_standard_error", L + "test_console.py::test_names_from_elsewhere", L + "commands/test_watch.py::test_events_give", L + "test_cli.py::test_an_override_in")),
     Row(53, "a document without an end, packed small; one of 10^7 tokens, 10^6 tiny ones", "a reject; the tokens of the text", (D + "prepare/test_documents.py::test_a_document_beyond", F + "test_sizes_of_documents.py::")),
@@ -89,10 +89,10 @@ TABLE = (
     Row(62, "sources of many row groups, documents, rejects, or one line", "read once, however large; rejects leave memory", (D + "prepare/test_documents.py::test_bytes_that_are_read", D + "prepare/test_rejects.py::")),
     Row(63, "shared memory of a node that is full", "a private board, no SIGBUS", (P + "monitor/test_node_board.py::test_the_board_s_memory",)),
     Row(64, "SIGTERM of a preparation", "code 3, the same command does what is missing", (L + "commands/test_data.py::test_sigterm", D + "prepare/test_ray_actors.py::test_actors_of_a_ray")),
-    Row(65, "a pipe or device in the place of a file", "refused, not waited for", (D + "durable/test_foreign_files.py::test_a_pipe", D + "prepare/test_sources.py::test_a_pipe")),
-    Row(66, "code in a file that is read: TorchScript, pickles, types of Arrow, tags, templates, a transformers folder", "not run; refused by name", ("tests/test_hostile_files.py::", P + "exchange/test_hostile.py::", "tests/test_untrusted.py::test_no_file")),
+    Row(65, "a pipe or device instead of a file", "refused, not waited for", (D + "durable/test_foreign_files.py::test_a_pipe", D + "prepare/test_sources.py::test_a_pipe")),
+    Row(66, "code in a file that is read: TorchScript, pickles, types of Arrow, tags, templates, a transformers folder", "not run; rejected with an error", ("tests/test_hostile_files.py::", P + "exchange/test_hostile.py::", "tests/test_untrusted.py::test_no_file")),
     Row(67, "a part of another store with files of equal sizes, before or while a run reads", "named when it is opened", (D + "store/test_store.py::test_a_part_of_another_store",)),
-    Row(68, "weights beyond float32; chunks that overlap and leave a gap; documents that leave out sequences", "refused by name, nothing written", (P + "export/test_import_huggingface.py::test_weights_that_are_no_sound", P + "exchange/test_dcp.py::test_weights_beyond", P + "exchange/test_hostile.py::test_chunks_that", D + "store/test_megatron_files.py::test_documents_that_are_none")),
+    Row(68, "weights beyond float32; chunks that overlap and leave a gap; documents that leave out sequences", "rejected with an error, nothing written", (P + "export/test_import_huggingface.py::test_weights_that_are_no_sound", P + "exchange/test_dcp.py::test_weights_beyond", P + "exchange/test_hostile.py::test_chunks_that", D + "store/test_megatron_files.py::test_documents_that_are_none")),
     Row(69, "links to folders under a glob, a file twice in a source, an empty path", "refused; a warning; refused", (D + "prepare/test_sources.py::test_a_glob", D + "prepare/test_prepare.py::test_a_file_that_a_source_has_twice", D + "prepare/test_sources.py::test_an_empty_path")),
     Row(70, "200 clients at once, heads that programs read differently, addresses that are none", "all answered; refused; refused", (L + "test_http_server.py::test_200_clients", L + "test_http_server.py::test_a_head", L + "test_http_server.py::test_an_address")),
     Row(71, "text that once gave a traceback: patterns of 5,000 parentheses, a column twice, records without a field, empty lists, model types that hold no such model, damaged findings of duplicates, times of 10^308, numbers of 5,000 digits, NUL in a name, negative lengths", "one message, code 2", ("tests/model/config/test_pattern.py::test_parentheses_nest", D + "prepare/test_documents.py::test_two_columns", P + "exchange/test_hostile.py::test_a_tensor_without", P + "export/test_import_huggingface.py::test_a_description_that_no_longer", D + "prepare/test_duplicates.py::test_what_was_found", P + "report/test_report.py::test_times_are_shown", P + "config/test_yaml_tree.py::test_a_number_of_thousands", P + "config/test_yaml_tree.py::test_an_extended_name", D + "store/test_megatron_files.py::test_a_sequence_of_negative")),
@@ -135,7 +135,7 @@ def run_tests(marks: str, report: Path) -> None:
     """Run all tests that the table names, with a JUnit report."""
     command = [sys.executable, "-m", "pytest", "-vv", "-m", marks, "--timeout", "3600", f"--junitxml={report}"]
     code = subprocess.run([*command, *find_tests()], cwd=ROOT, check=False, stdout=sys.stderr).returncode
-    if code not in (0, 1):  # a file that can't be imported would look like tests that were not run
+    if code not in (0, 1):  # a file that cannot be imported would look like tests that were not run
         sys.exit(f"pytest ended with {code}: no verdict")
 
 

@@ -57,7 +57,7 @@ def test_skipped_samples_are_counted_in_metrics_also_across_a_resume(data: DataC
 
 
 def test_damages_that_several_ranks_know_of_are_joined_once_and_in_order() -> None:
-    loaded, own = [7, "a", "crc32c"], [30, "b", "cut short"]
+    loaded, own = [7, "a", "crc32c"], [30, "b", "truncated"]
     assert join_damages([[loaded, own], [loaded], [loaded, own]]) == [loaded, own]
 
 

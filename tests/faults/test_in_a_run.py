@@ -41,7 +41,7 @@ ENDED = {
     # Which library meets its closed file first is not ours to say: Python raises, gloo's thread aborts.
     "close_descriptors": (FAILED + ABORTED, "Bad file descriptor"),
     "lower_descriptors": (FAILED, ""),  # no file to write its words to
-    "lower_memory": (FAILED, "can't allocate memory"),
+    "lower_memory": (FAILED, "cannot allocate memory"),
     "move_away": (FAILED, "is not the folder any more that this run writes to"),
     "remove_gradients": (FAILED, "does not require grad"),
 }
@@ -143,7 +143,7 @@ def test_numbers_that_overflow_are_skipped_and_changed_defaults_change_nothing(t
     (codes, _), losses, skipped = found["overflow"]
     assert codes == [RUN_FAILED] and skipped == [4, 5, 6][: len(skipped)] and losses[:3] == found["bf16"][1][:3]
     (codes, said), losses, skipped = found["overflow again"]
-    assert (codes, said) == ([DONE], "") and None not in losses[-2:], "its masters were never wrong"
+    assert (codes, said) == ([DONE], "") and None not in losses[-2:], "its master weights were never wrong"
 
 
 def meet_other_stores(place: str) -> dict[str, Any]:

@@ -23,6 +23,6 @@ class Place:
         return place
 
     def take(self) -> tuple[Tensor, bool]:
-        """The sum, and whether an earlier gradient lies there."""
+        """The sum, and whether an earlier gradient is there."""
         self.passes += 1
         return self.sum, self.passes > 1

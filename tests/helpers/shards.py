@@ -13,7 +13,7 @@ from amfm.model.parallel.shards import Shard
 def join_parts(part: Tensor, shard: Shard, groups: ProcessGroupCollection, *, alike: bool = True) -> Tensor:
     """The whole tensor from all ranks' parts. Every rank of the cut axes must call this.
 
-    `alike`: fail where copies of the same values are not the same to the bit.
+    `alike`: fail where copies of the same values are not the same bitwise.
     """
     for cut in reversed(shard.cuts):
         group = getattr(groups, cut.axis)

@@ -116,7 +116,7 @@ def test_no_gradients_are_computed_where_none_are_asked_for():
 
 def test_bad_input_is_refused_with_what_was_expected():
     hidden, weight, labels = make_inputs(5, 7, 4, torch.float32, ignored="none")
-    with pytest.raises(ValueError, match=r"labels_R must lie in \[0, 7\)"):
+    with pytest.raises(ValueError, match=r"labels_R must be in \[0, 7\)"):
         linear_cross_entropy(hidden, weight, labels + 7)
     with pytest.raises(ValueError, match="weight_VD must have shape"):
         linear_cross_entropy(hidden, weight.T, labels)

@@ -113,7 +113,7 @@ def test_settings_that_cannot_choose_are_refused_with_what_was_expected():
     good = {"score": "softmax", "top_k": 2, "normalize": True, "scaling": 1.0}
     for change, message in (
         ({"score": "tanh"}, "score must be one of"),
-        ({"top_k": 7}, "top_k=7 must lie between 1 and the 6 experts"),
+        ({"top_k": 7}, "top_k=7 must be between 1 and the 6 experts"),
         ({"num_groups": 4}, "num_groups=4 must divide"),
         ({"num_groups": 3, "group_top_k": 4}, "group_top_k=4"),
         ({"num_groups": 6, "group_top_k": 1}, "fewer than top_k=2"),

@@ -10,7 +10,7 @@ from amfm.kernels.norm.op import gated_rms_norm, rms_norm
 from tests.helpers.numbers import assert_all_near, assert_near
 
 FLOAT64 = 1e-13  # means over at most some hundred values, in another order
-FLOAT32 = 1e-5  # what lies along the normed row is taken away: a difference of larger numbers
+FLOAT32 = 1e-5  # what is along the normed row is taken away: a difference of larger numbers
 BFLOAT16 = 1e-2  # inputs and outputs carry 2^-9 each
 
 

@@ -179,7 +179,7 @@ def test_errors_of_the_system_name_path_and_remedy():
     denied = PermissionError(13, "Permission denied", "runs/x")
     assert describe(denied) == "runs/x: Permission denied; name another path, or make this one readable and writable"
     full = OSError(28, "No space left on device", "runs/x")
-    assert describe(full) == "runs/x: No space left on device; make room and continue"
+    assert describe(full) == "runs/x: No space left on device; free space and continue"
     assert describe(RuntimeError()) == "RuntimeError"
 
 

@@ -1,4 +1,4 @@
-"""Ranks run our packages, whatever lies in the working directory."""
+"""Ranks run our packages, whatever is in the working directory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SOURCE = Path(amfm.__path__[0]).parent
 ROOT = Path(__file__).parents[2]
 # benchmarks/ is left out: a clone is its working directory, without which `python -m benchmarks.NAME` finds nothing.
 PACKAGES = ("launch", "pretrain", "data_pipeline", "model", "kernels")
-PLANTED = "raise SystemExit('a file of the working directory ran in the place of ours')"
+PLANTED = "raise SystemExit('a file of the working directory ran instead of ours')"
 
 
 @pytest.fixture

@@ -144,5 +144,5 @@ def test_a_rank_draws_only_the_pieces_that_it_holds(monkeypatch):
     shard = Shard((ShardSpec(0, "tp", (404,)),))
     with NormalDraws() as draws:
         filled_part("embedding.weight", (404, 64), shard, rank=3, ranks=4)
-    # Rows 303 to 404 lie in the last three pieces of 50, the last of them of 4 rows.
+    # Rows 303 to 404 are in the last three pieces of 50, the last of them of 4 rows.
     assert draws.shapes == [(50, 64), (50, 64), (4, 64)]

@@ -1,4 +1,4 @@
-"""Blocks that are computed again in the backward pass: the same bits, less memory kept."""
+"""Blocks that are computed again in the backward pass: bitwise identical results, less memory kept."""
 
 import pytest
 import torch

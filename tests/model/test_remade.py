@@ -1,4 +1,4 @@
-"""Norms that backward passes make again in place of keeping them: the same bits, and nothing keeps them meanwhile."""
+"""Norms that backward passes make again in place of keeping them: bitwise identical results, and nothing keeps them meanwhile."""
 
 import gc
 import weakref

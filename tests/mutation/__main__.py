@@ -44,7 +44,7 @@ class Result:
 
     @property
     def reason(self) -> str | None:
-        """Why the change can't be seen, for those known as equivalent."""
+        """Why the change cannot be seen, for those known as equivalent."""
         return reason_of(self.source, self.code, self.mutant)
 
 

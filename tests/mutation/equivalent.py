@@ -92,5 +92,5 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         'job["export"], trust_remote_code=job["remote_code"], local_files_only=True',
         "True",
         "False",
-    ): "what is read is a folder, and a folder is read where it lies",
+    ): "what is read is a folder, and a folder is read where it is",
 }

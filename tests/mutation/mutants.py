@@ -84,7 +84,7 @@ def _places(tree: ast.AST) -> Iterator[ast.expr | ast.stmt]:
 
 
 def _changes(node: ast.expr | ast.stmt) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
-    """What to put in the place of a node, or of a part of it."""
+    """What to put instead of a node, or of a part of it."""
     match node:
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in COMPARISONS:
             yield node, f"({ast.unparse(ast.Compare(left, [COMPARISONS[type(op)]()], [right]))})"

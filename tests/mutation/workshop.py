@@ -74,7 +74,7 @@ class Verdict:
 
 
 class Workshop:
-    """`folder`: where the copy lies; made again."""
+    """`folder`: where the copy is; made again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder / "amfm", folder / "log"

@@ -217,7 +217,7 @@ def run_layout(config: RunConfig) -> Outcome:
 def gather_weights(run: Run) -> dict[str, Tensor]:
     """Whole weights and buffers by global name. Every rank must call this.
 
-    Fails where two ranks that should hold the same values do not, to the bit.
+    Fails where two ranks that should hold the same values do not, bitwise.
     """
     run.engine.wait_for_weights()
     parameters = list(run.model.parameters())

@@ -1,4 +1,4 @@
-"""Recipes of low precision under layouts of ranks: a pipeline rounds to the bit as one rank, cuts of matrices nearly."""
+"""Recipes of low precision under layouts of ranks: a pipeline rounds bitwise as one rank, cuts of matrices nearly."""
 
 from __future__ import annotations
 

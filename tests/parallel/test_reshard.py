@@ -164,7 +164,7 @@ def move_all(data: DataConfig, root: Path, pairs: list[tuple[str, str]]) -> None
 
 
 def check_loaded_exactly(root: Path, source: str, target: str) -> None:
-    """Weights, moments, counters, group settings and buffers, saved again after loading, are the source's bit for bit."""
+    """Weights, moments, counters, group settings and buffers, saved again after loading, are the source's bitwise."""
     name = f"step-{SAVED:08d}"
     difference = diff_checkpoints(root / source / "checkpoints" / name, root / f"again-{source}-{target}" / name)
     for found in ("tensors", "only_in_first", "only_in_second", "groups", "optimizer_steps"):

@@ -40,7 +40,7 @@ FOUR: list[dict[str, Any]] = [
 
 
 def staged_config(data: DataConfig, run_dir: Path, layouts: list[dict[str, Any]] | None, count: int) -> RunConfig:
-    """A run of this many stages, which lie on the ranks as `layouts` say; None: all of them on one rank."""
+    """A run of this many stages, which are on the ranks as `layouts` say; None: all of them on one rank."""
     tree = layout_config(Layout(1, {}, "latent"), data, run_dir).model_dump(mode="json", exclude_unset=True)
     tree["train"].pop("steps")
     tree["schedule"] = {"kind": "constant", "warmup_steps": 0}

@@ -46,7 +46,9 @@ def test_memory_that_is_used_up_can_be_resumed() -> None:
     assert exit_code(raised.value) == 3
 
 
-@pytest.mark.parametrize("refusal", [RuntimeError("can't start new thread"), BlockingIOError(errno.EAGAIN, "Resource")])
+@pytest.mark.parametrize(
+    "refusal", [RuntimeError("cannot start new thread"), BlockingIOError(errno.EAGAIN, "Resource")]
+)
 def test_a_thread_or_process_that_the_system_refuses_is_said_with_the_limits_to_raise(refusal: Exception) -> None:
     assert "allows no further process or thread here" in describe(refusal) and "`ulimit -u`" in describe(refusal)
 

@@ -1,4 +1,4 @@
-"""Guides of factored matrices vanish in the middle of a run: with a fresh start, the same bits however often it is cut."""
+"""Guides of factored matrices vanish in the middle of a run: with a fresh start, bitwise identical results however often it is cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs whose indexers learn from dense attention and then choose: the same bits wherever they are cut, and what is refused."""
+"""Runs whose indexers learn from dense attention and then choose: bitwise identical results wherever they are cut, and what is refused."""
 
 from __future__ import annotations
 

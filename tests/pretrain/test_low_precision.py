@@ -1,4 +1,4 @@
-"""Runs by recipes of low precision, emulated: they learn, resume and recompute to the bit, and may change their recipe."""
+"""Runs by recipes of low precision, emulated: they learn, resume and recompute bitwise, and may change their recipe."""
 
 from __future__ import annotations
 

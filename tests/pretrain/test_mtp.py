@@ -20,7 +20,7 @@ from tests.pretrain.test_micro_batch import make_batch
 from tests.pretrain.tiny_run import MODEL, read_events, read_metrics, tiny_config, train_and_collect
 
 SMALL = {**MODEL, "hidden_size": 16}
-# What else a resumed run must continue with to the bit: gates, Kimi Delta Attention and latent attention.
+# What else a resumed run must continue with bitwise: gates, Kimi Delta Attention and latent attention.
 GATED = {
     **SMALL,
     "pattern": "K+*/*E/*E",

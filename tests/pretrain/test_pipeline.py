@@ -71,7 +71,7 @@ def test_a_run_of_two_stages_is_the_run_of_one_rank(data: DataConfig, one_rank: 
     for name in SCHEDULES:
         stages = [rank[name] for rank in ranks]
         assert_same_run(join(stages), one_rank)
-        assert not set(stages[0].weights) & set(stages[1].weights), "a weight lies on both stages"
+        assert not set(stages[0].weights) & set(stages[1].weights), "a weight is on both stages"
         assert stages[1].metrics == [], "only the main rank, where no loss is computed, writes"
 
 

@@ -1,4 +1,4 @@
-"""Steps of a finished run are computed again to the bit, and what does not agree is named: number, rank and tensor."""
+"""Steps of a finished run are computed again bitwise, and what does not agree is named: number, rank and tensor."""
 
 from __future__ import annotations
 

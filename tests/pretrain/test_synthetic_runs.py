@@ -1,4 +1,4 @@
-"""Runs on a synthetic task: they learn, continue bit for bit, and measure the same accuracy on any ranks and outside of
+"""Runs on a synthetic task: they learn, continue with bitwise identical results, and measure the same accuracy on any ranks and outside of
 the run.
 """
 
@@ -185,7 +185,7 @@ def test_a_task_beyond_the_vocabulary_or_of_another_name_is_refused(data: DataCo
         ValueError, match=r"the synthetic task mqar has 1033 tokens with these settings, and .* model\.vocab_size="
     ):
         evaluate_synthetic(folder, "mqar", overrides=["num_keys=1000"])
-    with pytest.raises(ValueError, match=r"task=s3 can't be set on the synthetic task parity"):
+    with pytest.raises(ValueError, match=r"task=s3 cannot be set on the synthetic task parity"):
         evaluate_synthetic(folder, "parity", overrides=["task=s3"])
     with pytest.raises(ValueError, match=r"override keys=3: unknown key; did you mean num_keys"):
         evaluate_synthetic(folder, "mqar", overrides=["keys=3"])

@@ -122,7 +122,7 @@ def test_a_source_joins_a_run_that_has_begun(tmp_path: Path) -> None:
     reweighed = joined.model_copy(update={"sources": (both.sources[0], both.sources[1]), "phases": ()})
     words = r"with the weights source0 1 in rows of 48; from sample 8 source0 1, source1 1 in rows of 48 up to sample \d+, this run"
     with pytest.raises(
-        ValueError, match=words + r" has the weights .*; past weights and samples left out can't change"
+        ValueError, match=words + r" has the weights .*; past weights and samples left out cannot change"
     ):
         train(tiny_config(reweighed, tmp_path / "run"))
 

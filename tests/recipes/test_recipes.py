@@ -1,4 +1,4 @@
-"""The recipes: each parses, refuses what it can't do, and runs whole at toy size on a CPU; called again it
+"""The recipes: each parses, refuses what it cannot do, and runs whole at toy size on a CPU; called again it
 continues.
 """
 
@@ -31,7 +31,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "PATH": path,
         "PYTHONPATH": str(RECIPES.parent),
         "PYTHON": sys.executable,
-        "OMP_NUM_THREADS": "2",  # as users do: a process that has computed with several threads can't be forked
+        "OMP_NUM_THREADS": "2",  # as users do: a process that has computed with several threads cannot be forked
     }
 
 
@@ -110,7 +110,7 @@ def test_without_a_network_a_budget_ends_with_one_message(tmp_path: Path, enviro
     closed = environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     done = play("one_gpu.sh", str(tmp_path / "work"), "20m", environment=closed)
     assert done.returncode == 2
-    assert "hub:HuggingFaceFW/fineweb-edu/sample-10BT can't be looked up" in done.stderr
+    assert "hub:HuggingFaceFW/fineweb-edu/sample-10BT cannot be looked up" in done.stderr
     source = yaml.safe_load((tmp_path / "work" / "run.yaml").read_text())["data"]["sources"][0]
     assert source["name"] == "fineweb-edu" and source["max_tokens"] >= 10**8
 

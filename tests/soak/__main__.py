@@ -41,7 +41,7 @@ def soak(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Kill, stop, hang and damage a small run on 2 to 4 ranks, and compare its losses with an undisturbed one, bit for bit.
+    """Kill, stop, hang and damage a small run on 2 to 4 ranks, and compare its losses with an undisturbed one, bitwise.
 
     Ends with 3 when a round's losses differ, or a start does not end as its fault says. Needs Linux, a C compiler, two cores.
     """
@@ -84,7 +84,7 @@ def soak(
 def check_options(
     minutes: float | None, seed: int | None, only_round: int | None, folder: Path | None, picture: Path | None
 ) -> None:
-    """Refuse what can't take effect. Raises ValueError."""
+    """Refuse what cannot take effect. Raises ValueError."""
     if only_round is not None and seed is None:
         raise ValueError(f"--round {only_round} is a round of a seed; name it: --seed N")
     if only_round is not None and minutes is not None:
@@ -118,7 +118,7 @@ def summarize(rounds: list[Round], seed: int, failure: str) -> dict[str, Any]:
         "equal": not failure,
         "verdict": f"FAILED: {failure}"
         if failure
-        else f"{plural(ended, 'round')}, {plural(len(strikes), 'fault')}, equal to the bit",
+        else f"{plural(ended, 'round')}, {plural(len(strikes), 'fault')}, bitwise equal",
         "seconds": sum(found.seconds for found in rounds),
         "starts": sum(found.starts for found in rounds),
         "faults": {kind: describe_kind(kind, strikes) for kind, _ in counts.most_common()},
@@ -157,7 +157,7 @@ def print_soak(rounds: list[Round], result: dict[str, Any]) -> None:
             len(found.strikes),
             found.starts,
             f"{found.seconds / 60:.1f}",
-            found.differences[0] if found.differences else "equal to the bit" if found.ended else "went wrong",
+            found.differences[0] if found.differences else "bitwise equal" if found.ended else "went wrong",
         )
         for found in rounds
     ]

@@ -19,7 +19,7 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def compare(straight: Path, hurt: Path, steps: int = STEPS) -> list[str]:
-    """Compare two finished runs, and return where they differ, in words; empty for equality to the bit."""
+    """Compare two finished runs, and return where they differ, in words; empty for equality bitwise."""
     last = f"checkpoints/{checkpoint_name(steps)}"
     difference = diff_checkpoints(straight / last, hurt / last)
     kinds = ("only_in_first", "only_in_second", "tensors", "state", "optimizer_steps")

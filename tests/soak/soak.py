@@ -4,7 +4,7 @@ A round trains one layout. Faults strike it one after the other, each start ends
 and the next start continues from what is there; no one helps. When the time is up the round continues undisturbed to
 its end. Then every step's loss, gradient norm, learning rate and tokens, and every number of the last checkpoint, must
 be those
-of a run that no one hurt: equal to the bit.
+of a run that no one hurt: bitwise equal.
 
 Everything is drawn from the seed and the round's number, so a round can be done again alone. The clock stands still while
 a layout runs undisturbed: the time asked for is time under faults.
@@ -108,7 +108,7 @@ class Soak:
         found.ended = True
         found.seconds = time.monotonic() - began
         look_back(found, layout, run_dir)
-        verdict = "; ".join(found.differences) or "equal to the bit"
+        verdict = "; ".join(found.differences) or "bitwise equal"
         self.report(f"round {number} ({layout.name}): {len(found.strikes)} faults, {found.starts} starts: {verdict}")
 
     def hurt(self, start: Start, faults: Iterator[Fault], found: Round) -> None:

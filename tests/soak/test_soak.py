@@ -88,7 +88,7 @@ def test_the_table_says_how_each_kind_ended_and_what_was_done_again(tmp_path: Pa
         "kill a rank": {"count": 2, "exit_codes": {"0": 1, "3": 1}, "most_steps_again": 3},
         "pause a rank": {"count": 1, "exit_codes": {}, "most_steps_again": None},
     }
-    assert result["equal"] and result["verdict"] == "1 round, 3 faults, equal to the bit"
+    assert result["equal"] and result["verdict"] == "1 round, 3 faults, bitwise equal"
     assert not summarize([found], 7, "rank 1 stayed")["equal"]
     draw_soak([found], "Soak", tmp_path / "soak.svg")
     assert "kill a rank (2)" in (tmp_path / "soak.svg").read_text()

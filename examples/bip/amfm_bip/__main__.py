@@ -32,7 +32,7 @@ def places(model: ModelConfig, letter: str) -> Iterator[str]:
 
 
 def start(weights: Weights, keep: float, gamma: float) -> Weights:
-    """Put BiP's blocks in the place of feed-forwards, with the norms of their channels as scores."""
+    """Put BiP's blocks instead of feed-forwards, with the norms of their channels as scores."""
     model, section, state = weights.model, weights.model.feed_forward, dict(weights.state)
     found = list(places(model, "-"))
     assert section is not None, "a model with such blocks has their section"
@@ -52,7 +52,7 @@ def start(weights: Weights, keep: float, gamma: float) -> Weights:
 
 
 def cut(weights: Weights) -> Weights:
-    """Put feed-forwards of the channels that compute in the place of BiP's blocks."""
+    """Put feed-forwards of the channels that compute instead of BiP's blocks."""
     model, state = weights.model, dict(weights.state)
     found, options = list(places(model, SPEC.symbol)), model.block_options(SPEC.symbol)
     assert isinstance(options, BipOptions), "the pattern has such blocks"

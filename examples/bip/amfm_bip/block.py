@@ -2,7 +2,7 @@
 
 A step solves both, each on its half of a micro-batch's rows: the first rows train the weights under the mask, the others
 move the scores, whose best `keep` are the mask. The scores are parameters like any other, so an optimizer trains them, a
-checkpoint has them, and a run that was interrupted continues with the same bits.
+checkpoint has them, and a run that was interrupted continues bitwise identical.
 """
 
 from __future__ import annotations

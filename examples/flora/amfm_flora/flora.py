@@ -88,7 +88,7 @@ class Flora:
         return found
 
     def merge_update(self, state: Mapping[str, Tensor], *, rank: int, alpha: float) -> OnDemand:
-        """Put the sums in the place of the stacks: the model has its names again."""
+        """Put the sums instead of the stacks: the model has its names again."""
         given = on_demand(state)
         merged = given.without(lambda name: ".experts.flora_" in name)
         for name in given:

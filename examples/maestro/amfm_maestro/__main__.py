@@ -56,7 +56,7 @@ def cut(weights: Weights) -> Weights:
 
 
 def multiply_out(weights: Weights) -> Weights:
-    """Put dense feed-forwards of the core in the place of factors. Raises ValueError where others are in the way."""
+    """Put dense feed-forwards of the core instead of factors. Raises ValueError where others are in the way."""
     model, options = weights.model, options_of(weights.model)
     section = FeedForwardConfig(hidden_size=options.hidden_size, activation=options.activation)
     if model.feed_forward not in (None, section) and "-" in model.letters:

@@ -14,7 +14,7 @@ from amfm_maestro.spec import SPEC, CutOptions, MaestroOptions
 
 
 class MaestroHook(Hook):
-    """Cuts ranks in steps that are due. What is cut is a function of the masters: nothing is saved."""
+    """Cuts ranks in steps that are due. What is cut is a function of the master weights: nothing is saved."""
 
     def __init__(self, options: CutOptions, run: Run) -> None:
         self.options, self.run = options, run

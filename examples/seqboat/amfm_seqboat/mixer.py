@@ -204,6 +204,6 @@ class SeqBoatMixer(SequenceMixer):
 
 
 def as_slots(segments: Segments, number: int) -> Segments:
-    """The same cut of rows that have this many slots a segment in the place of tokens."""
+    """The same cut of rows that have this many slots a segment instead of tokens."""
     ids_BS = segments.document_ids_BT.new_zeros(len(segments.document_ids_BT), segments.count * number)
     return replace(segments, document_ids_BT=ids_BS, document_ends=())

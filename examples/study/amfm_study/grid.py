@@ -39,7 +39,7 @@ class Cell:
 
     @property
     def attention_share(self) -> float:
-        """Attention blocks over all sequence mixers, 0 to 1; channel mixers don't count."""
+        """Attention blocks over all sequence mixers, 0 to 1; channel mixers do not count."""
         letters = [letter for letter in self.config.model.letters if kind_of(letter).mixes == "sequence"]
         return letters.count(ATTENTION) / len(letters)
 
@@ -189,7 +189,7 @@ def ratio_problems(config: StudyConfig) -> list[Problem]:
     for index, ratio in enumerate(config.ratios):
         key = f"ratios.{index}"
         if ratio not in (NO_ATTENTION, ONLY_ATTENTION) and not _RATIO.fullmatch(ratio):
-            rule = "must be none, all, or LINEAR:ATTENTION in whole numbers from 1"
+            rule = "must be none, all, or LINEAR:ATTENTION in integers from 1"
             problems.append(Problem(key, rule, "write for example 3:1", ratio))
             continue
         group = sum(split_ratio(ratio))

@@ -19,7 +19,7 @@ from amfm.pretrain.report.numbers import short
 from amfm_study.grid import ONLY_ATTENTION
 from amfm_study.table import ACCURACY, Measure, Row, show_ratio
 
-# Told apart by people who don't see all colours (Wong 2011, Nature Methods 8, 441), and by marker.
+# Told apart by people who do not see all colours (Wong 2011, Nature Methods 8, 441), and by marker.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 MARKERS = "osv^DPX*"
 STYLE = {
@@ -93,7 +93,7 @@ def draw_panel(axes: Any, rows: Sequence[Row], places: Mapping[str, int], point:
         is_attention = all(row.ratio == ONLY_ATTENTION for row in rows if row.mixer == mixer)
         beside = (
             0.0 if is_attention else 0.05 * (index - (len(mixers) - 1) / 2)
-        )  # bars of several don't hide each other
+        )  # bars of several do not hide each other
         found = [(places[row.ratio], point(row)) for row in rows if row.mixer == mixer]
         measured = sorted((place, value) for place, value in found if value is not None)
         if not measured:

@@ -78,7 +78,7 @@ def run_cells(
     """Run every cell to its end, a failed one too; returns False when a signal asked to stop before that.
 
     `begins` and `ends` hear of each cell, `polls` about twice a second. A signal continues to the running cells, which
-    save and end; the rest don't start. Starts and stops its own Ray.
+    save and end; the rest do not start. Starts and stops its own Ray.
     """
     try:
         with Waiting("amfm study") as waiting:

@@ -180,7 +180,7 @@ def run_missing(
     """Run unfinished cells under a live view.
 
     Returns how failed cells ended, by name, and False where a signal cut the study short. Raises ValueError before
-    anything starts when a task's text isn't prepared.
+    anything starts when a task's text is not prepared.
     """
     from amfm.data_pipeline.store.store import TokenStore
     from amfm_study.run import run_cells
@@ -247,7 +247,7 @@ def write_settings_results(plan: Study[SettingsStudyConfig], cells: Sequence[Cel
 
 
 def replace_files(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write files of a folder, each in the place of the last one in a rename."""
+    """Write files of a folder, each instead of the last one in a rename."""
     from amfm.data_pipeline.durable.files import write_file_atomically
 
     folder.mkdir(parents=True, exist_ok=True)

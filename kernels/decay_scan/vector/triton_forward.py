@@ -63,7 +63,7 @@ def join_halves(starts, ends, half, Q: tl.constexpr, PART: tl.constexpr):
 def last_row(x, Q: tl.constexpr):
     """The last row of a tile, [1, columns].
 
-    A masked sum: a tile in registers can't be indexed by row.
+    A masked sum: a tile in registers cannot be indexed by row.
     """
     return tl.sum(tl.where(tl.arange(0, Q)[:, None] == Q - 1, x, 0.0), axis=0)[None, :]
 

@@ -23,7 +23,7 @@ def calibrate(
     The plan of steps that were not fitted is printed next to their measured time.
     """
     if path.suffix not in (".yaml", ".yml") or not path.parent.is_dir():
-        raise ValueError(f"{path} must end in .yaml and lie in a folder that exists; use hardware.yaml")
+        raise ValueError(f"{path} must end in .yaml and be in a folder that exists; use hardware.yaml")
     from amfm.launch.bench.calibration import calibrate as measure
     from amfm.launch.bench.calibration import write_hardware
 

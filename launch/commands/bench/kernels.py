@@ -55,7 +55,7 @@ def print_kernel_table(result: dict[str, Any]) -> None:
 
 
 def print_shapes(result: dict[str, Any]) -> None:
-    """Print the sizes of each operation, remarks, and what they were measured on."""
+    """Print the sizes of each operation, warnings, and what they were measured on."""
     for op, shape in {row["op"]: row["shape"] for row in result["rows"]}.items():
         say(f"{op}: {shape}")
     for remark in result.get("remarks", ()):

@@ -76,7 +76,7 @@ def sent_rows(config: RunConfig, layout: Layout) -> float:
 
 
 def has_certain_ranks(moe: MoeConfig, expert_ranks: int) -> bool:
-    """Whether a token's choices lie on equally many ranks whatever a router chooses.
+    """Whether a token's choices are on equally many ranks whatever a router chooses.
 
     So they do with one choice, with one expert per rank, and with this many choices that no rank is left out.
     """

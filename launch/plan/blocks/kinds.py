@@ -45,7 +45,7 @@ class PlannedMamba2(PlannedBlock):
             line.mixing(*walk, backward=1)
 
     def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """One region, and mean squares of a norm whose group lies on several ranks."""
+        """One region, and mean squares of a norm whose group is on several ranks."""
         yield from super().tensor_exchanges(layout, times)
         if self.options.num_groups < layout.tensor:
             numbers = layout.stage_ranks * layout.tokens(self.config) * self.options.num_groups
@@ -82,7 +82,7 @@ def exchanged_windows(mamba: Mamba2Config, rows: int, context: int, tensor: int,
 def conv_channels(mamba: Mamba2Config, tensor: int) -> int:
     """Channels C of the convolution on a tensor rank: x, B and C.
 
-    A group of B and C that several tensor ranks share lies whole on each of them.
+    A group of B and C that several tensor ranks share is whole on each of them.
     """
     return mamba.inner_size() // tensor + 2 * max(1, mamba.num_groups // tensor) * mamba.state_size
 

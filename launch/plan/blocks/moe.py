@@ -56,7 +56,7 @@ class PlannedMoe(PlannedBlock):
             arrived = layout.expert_tensor * (imbalance * moe.top_k + uneven * sent)
             line.passes(2 * routed * (3 * sent + empty + arrived + 1) * width * e)
         elif not is_spread and storage.backend == "triton":
-            # Sums over choices of products in expert order, of results and of gradients; rows are read where they lie.
+            # Sums over choices of products in expert order, of results and of gradients; rows are read where they are.
             line.passes(2 * tokens * (moe.top_k + 1) * width * e)
         else:
             # Into expert order, back, and both gradients.

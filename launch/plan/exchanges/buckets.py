@@ -1,4 +1,4 @@
-"""Buckets of gradients under ZeRO-1 and 2: their sizes, as `group_parameters` closes them, and what of them lies on a rank."""
+"""Buckets of gradients under ZeRO-1 and 2: their sizes, as `group_parameters` closes them, and what of them is on a rank."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Seconds of collectives on the declared links: rings for gathers and reductions, all ranks at once for all-to-all.
 
 How it works: `stage.py` says which bytes one stage hands to which collective; here each row is timed with the links
-between the ranks of its axis. Ranks are numbered with the tensor axis innermost, so an axis of `ranks` neighbours lies
+between the ranks of its axis. Ranks are numbered with the tensor axis innermost, so an axis of `ranks` neighbours is
 `stride` ranks apart, which decides whether it stays inside a node. Nothing overlaps but what `overlap` says; of the expert
 axis `../expert_time.py` says more.
 """
@@ -81,7 +81,7 @@ def exchange_seconds(exchange: Exchange, layout: Layout, hardware: Hardware) -> 
 def collective_seconds(
     collective: str, handed: float, ranks: int, stride: int, hardware: Hardware, *, calls: int = 1
 ) -> float:
-    """Seconds of `calls` calls over ranks that lie `stride` apart, of which each hands in `handed` bytes in all.
+    """Seconds of `calls` calls over ranks that are `stride` apart, of which each hands in `handed` bytes in all.
 
     A send goes over the network: pipeline is the outermost axis, so its neighbours are taken to be on different nodes.
     """

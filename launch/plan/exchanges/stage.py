@@ -106,7 +106,7 @@ def reduction_exchanges(
 ) -> Iterator[Exchange]:
     """Once a step for one parameter group of a rank: gradients are reduced, and in ZeRO-1 and 2 weights gathered.
 
-    `is_spread`: experts that lie on different ranks of the expert axis. `passes`: reductions per step. Sums are float32.
+    `is_spread`: experts that are on different ranks of the expert axis. `passes`: reductions per step. Sums are float32.
     Under ZeRO-1 and 2 each rank is left with its range, and DeepSpeed pads a group to a multiple of twice the ranks that
     share its state. ZeRO-3 reduce-scatters too, and gathers weights in the passes instead.
     """

@@ -67,7 +67,7 @@ def stage_bytes(config: RunConfig, layout: Layout, stage: int) -> Counter[Key]:
 
 
 def check_countable(config: RunConfig, layout: Layout) -> None:
-    """Refuse settings whose traffic has no closed formula. Raises ValueError with the reason and a remedy."""
+    """Refuse settings whose traffic has no closed formula. Raises ValueError with the reason and a fix."""
     stage, moe = config.parallel.zero_stage, config.model.moe
     if stage == 3:
         raise ValueError(
@@ -107,7 +107,7 @@ def check_countable(config: RunConfig, layout: Layout) -> None:
 
 
 def depends_on_router(config: RunConfig, layout: Layout) -> bool:
-    """Whether how many rows travel to experts depends on which the router chooses: not where they lie in slots or places."""
+    """Whether how many rows travel to experts depends on which the router chooses: not where they are in slots or places."""
     moe = config.model.moe
     if (
         moe is None
@@ -120,7 +120,7 @@ def depends_on_router(config: RunConfig, layout: Layout) -> bool:
 
 
 def check_exact(config: RunConfig, layout: Layout) -> None:
-    """Refuse what `check_countable` does, and what has expected bytes alone. Raises ValueError with reason and remedy."""
+    """Refuse what `check_countable` does, and what has expected bytes alone. Raises ValueError with reason and fix."""
     check_countable(config, layout)
     moe = config.model.moe
     if moe is not None and depends_on_router(config, layout):
@@ -187,7 +187,7 @@ def gradient_exchanges(config: RunConfig, layout: Layout, model: HybridModel) ->
             reduce(axis, parameter.numel())
             partial.append(parameter)
             if axis == "embd" and layout.dense_sharers > 2:
-                # Over data ranks too, so that both ends of the pipeline get the same bits.
+                # Over data ranks too, so that both ends of the pipeline get bitwise identical results.
                 reduce("dp_cp", parameter.numel())
         for cut in shard.cuts:
             size = getattr(model.groups, cut.axis).size()

@@ -3,9 +3,9 @@
 A save is a copy in the host's memory, which a thread writes while training continues, and which stays for the next save
 (checkpoint/background.py): 12 bytes for each parameter whose master the rank holds, in pinned memory.
 
-A rank puts into a replica what it puts into a checkpoint: float32 masters and moments, its share of what several ranks hold.
+A rank puts into a replica what it puts into a checkpoint: float32 master weights and moments, its share of what several ranks hold.
 Each node keeps its own ranks' files and those of the node before, in two generations while a new one is written. The rank of
-the fullest pipeline stage stands for all, so that this is what a host must have at most. Hashing and sockets are assumed at
+the most loaded pipeline stage stands for all, so that this is what a host must have at most. Hashing and sockets are assumed at
 what one core does; both run in parallel with training.
 """
 
@@ -91,7 +91,7 @@ def estimate_host(config: RunConfig, item: Estimate, hardware: Hardware) -> Host
 
 
 def saved_bytes_by_stage(config: RunConfig, layout: Layout) -> list[float]:
-    """Bytes that a rank of each pipeline stage writes into a checkpoint: float32 masters, moments and averages, its share of them."""
+    """Bytes that a rank of each pipeline stage writes into a checkpoint: float32 master weights, moments and averages, its share of them."""
     stages = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.matrix_settings())
     matrices = [held.own_matrices(layout) for held in stages]
     tensors = 3 + (config.ema is not None)

@@ -41,7 +41,7 @@ NAMES = {
 
 
 def unfit_for_indexed(kind: LatentClass, config: ModelConfig) -> list[str]:
-    """List every choice that a class with indexers cannot hold, as value, rule and remedy."""
+    """List every choice that a class with indexers cannot hold, as value, rule and fix."""
     name = kind.name
     reasons = unfit_layers(config, kind) + unfit_blocks(config, kind)
     if "+" not in config.letters:

@@ -72,7 +72,7 @@ def window_options(config: ModelConfig) -> WindowOptions:
 
 
 def unfit_for_gpt_oss(config: ModelConfig) -> list[str]:
-    """List every choice that the class cannot hold, as value, rule and remedy."""
+    """List every choice that the class cannot hold, as value, rule and fix."""
     letters = config.letters
     mixers, seconds = letters[0::2], letters[1::2]
     reasons = unfit_multipliers(config, "gpt_oss")

@@ -218,7 +218,7 @@ def _window(config: ModelConfig) -> WindowOptions:
 
 
 def unfit_for_plain(family: Family, config: ModelConfig) -> list[str]:
-    """List every choice that the class cannot hold, as value, rule and remedy."""
+    """List every choice that the class cannot hold, as value, rule and fix."""
     reasons = _unfit_pattern(family, config) or list(_changed_settings(family, config))
     reasons += unfit_multipliers(config, family.name)
     if family.mamba is not None and config.mamba is not None and config.mamba.inner_size() % config.hidden_size:

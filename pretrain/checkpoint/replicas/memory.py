@@ -1,4 +1,4 @@
-"""The folder of one start of a run in the memory of one node: its name, its room, what lies in it, and its removal.
+"""The folder of one start of a run in the memory of one node: its name, its room, what is in it, and its removal.
 
     train.replica_folder/amfm-HOST AND RUN-START/step-N/   files of this node's ranks, copies for the node before, manifest
 
@@ -8,7 +8,7 @@ a start remove what those before it left on its node, and nothing else.
 
 Which ranks share a node, which node keeps whose copies, and who copies what back to the disk. Arithmetic alone.
 
-Nodes form a ring in the order of their lowest ranks: each keeps copies for the one before. So every file lies on two nodes,
+Nodes form a ring in the order of their lowest ranks: each keeps copies for the one before. So every file is on two nodes,
 each node holds twice what its ranks write, and the loss of any node, or of any that are not neighbours, loses nothing.
 """
 
@@ -162,7 +162,7 @@ class NodeMemory:
         return found, remarks
 
     def clear(self) -> list[str]:
-        """Remove what this start of the run and those before it left on this node; returns remarks."""
+        """Remove what this start of the run and those before it left on this node; returns warnings."""
         if not self.leads or not self.folder.is_dir():
             return []
         doomed = [path for path in self.folder.glob(f"{self.prefix}*") if OWN_NAME.fullmatch(path.name)]
@@ -185,7 +185,7 @@ class NodeMemory:
                         f"the node before take {needed:,}; free some, name another folder, or remove "
                         "train.replica_every_steps"
                     )
-        ranks.raise_together(problem.text, f"train.replica_folder={self.folder} can't keep replicas")
+        ranks.raise_together(problem.text, f"train.replica_folder={self.folder} cannot keep replicas")
 
     def describe(self) -> list[str]:
         """What to say of what was found in the memory of the nodes, and of what is kept there."""

@@ -68,7 +68,7 @@ def fetch(
     found: Mapping[int, Generation],
     ranks: RankGroup,
 ) -> str | None:
-    """Copy one replica to the disk; returns why it can't be had, None when it stands there. All ranks must call it."""
+    """Copy one replica to the disk; returns why it cannot be had, None when it stands there. All ranks must call it."""
     first_node, entry = next(iter(found.items()))  # every node has the manifest; this one's is copied
     holders = find_holders(entry.num_files, {node: generation.held for node, generation in found.items()})
     name, problem = checkpoint_name(step), RankFailure()

@@ -6,7 +6,7 @@
 4. When all nodes have committed, each removes what is older.
 
 Killed before the last of them commits, the older generation is whole on all nodes; killed after, the new one is. What fails
-on a node (memory that others filled) is a remark on all ranks and leaves the older generation, because the checkpoints on
+on a node (memory that others filled) is a warning on all ranks and leaves the older generation, because the checkpoints on
 the disk stand; a rank that is lost ends the run as anywhere else.
 """
 

@@ -3,7 +3,7 @@
 Every matrix has one owner among the data ranks that hold its ranges. Owners are dealt by cost, the heaviest matrices first,
 each to the rank with the least so far: a function of names, shapes and the number of ranks, so that all ranks know it without
 a word. One all-to-all brings the ranges of the updates to the owners, one brings the results back: 2 x 2 bytes per
-parameter and step in bf16. The owner's numbers are those that everyone steps with, so replicas stay equal to the bit.
+parameter and step in bf16. The owner's numbers are those that everyone steps with, so replicas stay bitwise equal.
 
 Without ZeRO every rank has all updates already, and one all-gather of the owners' results remains.
 """
@@ -130,7 +130,7 @@ def _joined_spans(parts: Sequence[Part], rank: int) -> Iterator[Span]:
 
 
 def _overlaps(spans: Sequence[Span], stacks: Sequence[MatrixStack]) -> list[Overlap]:
-    """Find what of these stacks lies in these ranges, in the order of the stacks."""
+    """Find what of these stacks is in these ranges, in the order of the stacks."""
     by_name: dict[str, list[Span]] = {}
     for span in spans:
         by_name.setdefault(span.name, []).append(span)

@@ -60,7 +60,7 @@ class Muon(AdamW):
                 del group["betas"], group["eps"]
 
     def attach(self, parts: Sequence[Part], stacks: Sequence[MatrixStack], groups: ProcessGroupCollection) -> None:
-        """Learn which ranges of which matrices lie in the tensors that are stepped. No communication."""
+        """Learn which ranges of which matrices are in the tensors that are stepped. No communication."""
         by_label = [part for part in parts if self.param_groups[part.group]["label"] in (MUON, MATRICES)]
         together: dict[int, list[Part]] = {}
         for part in by_label:
@@ -113,11 +113,11 @@ class MatrixStep:
         self.batches = [(members[0][0], [place for _, place in members]) for members in alike_batches(self.exchange)]
 
     def owned_states(self) -> dict[str, Tensor]:
-        """Nothing: the momentum is where ZeRO left the masters."""
+        """Nothing: the momentum is where ZeRO left the master weights."""
         return {}
 
     def run(self, states: dict[Tensor, dict[str, Tensor]], group: dict[str, Any]) -> None:
-        """Update momentum and masters in place. Every data rank, and every rank of the cuts, must call this."""
+        """Update momentum and master weights in place. Every data rank, and every rank of the cuts, must call this."""
         rate, weight_decay = group["lr"], group["weight_decay"]
         # bf16 is enough for a direction, and half of the traffic; processors multiply float32 as fast.
         master = self.parts[0].master

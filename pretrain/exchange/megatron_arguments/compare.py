@@ -38,7 +38,7 @@ def check_recorded(path: Path, config: RunConfig, *, has_moments: bool, changed:
     surplus = sorted(names - {name for name, _ in found})
     if surplus:
         raise ValueError(
-            f"--changed {surplus[0]}: {given.where} and the configuration don't differ in it; leave it out"
+            f"--changed {surplus[0]}: {given.where} and the configuration do not differ in it; leave it out"
         )
     left = [text for name, text in found if name not in names]
     if left:
@@ -57,7 +57,7 @@ def differences(given: Arguments, config: RunConfig, effects: set[Effect]) -> It
         known["hybrid_layer_pattern"] = config.model.pattern
     if config.model.attention is not None:
         known["num_attention_heads"] = config.model.attention.num_heads
-    # What a record lacks can't contradict.
+    # What a record lacks cannot contradict.
     translated = translate(replace(given, given=known | dict(given.given)))
     for found in translated.lines.values():
         # Arguments that were recorded; settings that come of defaults alone are guesses.

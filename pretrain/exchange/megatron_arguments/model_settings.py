@@ -86,7 +86,7 @@ def gpt_pattern(given: Arguments) -> str:
 
 
 def is_linear(given: Arguments) -> bool:
-    """Whether some layers have Gated DeltaNet in the place of attention."""
+    """Whether some layers have Gated DeltaNet instead of attention."""
     return given["experimental_attention_variant"] in ("gated_delta_net", "gdn")
 
 

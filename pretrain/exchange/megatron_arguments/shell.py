@@ -138,7 +138,7 @@ def expand(text: str, values: dict[str, str]) -> str:
 
 
 def add(text: str, otherwise: str) -> str:
-    """The value of a sum of whole numbers, else the text as it was."""
+    """The value of a sum of integers, else the text as it was."""
     if not re.fullmatch(r"[\d\s+*/()-]{1,200}", text):
         return otherwise
     try:
@@ -148,7 +148,7 @@ def add(text: str, otherwise: str) -> str:
 
 
 def _whole(node: ast.expr) -> int:
-    """The value of a tree of whole numbers."""
+    """The value of a tree of integers."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):

@@ -111,7 +111,7 @@ def as_own_cache(cache: Any, num_blocks: int) -> AmfmCache:
 
 
 def empty_rows(like: Tensor, rows: int, *dims: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Zeros [rows, *dims] where `like` lies, in its dtype if none is named.
+    """Zeros [rows, *dims] where `like` is, in its dtype if none is named.
 
     States are made like activations and not like weights, which may be on another device until their module runs.
     """

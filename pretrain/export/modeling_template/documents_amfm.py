@@ -1,7 +1,7 @@
 """Rows that hold several documents: where they begin, and the stretches of tokens that blocks mix.
 
 A packed row names its documents by `position_ids` that do not continue by one, by `seq_idx`, or by `cu_seq_lens_q`.
-Blocks then compute each document on its own, so that it gets the numbers that it gets alone: to the bit, because every
+Blocks then compute each document on its own, so that it gets the numbers that it gets alone: bitwise, because every
 product has the shape that it has alone. Padding, which `attention_mask` leaves out, begins no document.
 """
 

@@ -31,7 +31,7 @@ def measure(work) -> float:
 
 @pytest.mark.parametrize("op", ON_CARD)
 def test_cases_for_cards_compute_what_float32_does(op: str) -> None:
-    """On CPU through the torch backend; what needs a GPU or a package stays out, named in the remarks."""
+    """On CPU through the torch backend; what needs a GPU or a package stays out, named in the warnings."""
     found = time_problem(op, ON_CARD[op], torch.device("cpu"), SMALL, measure)
     assert {row["op"] for row in found["rows"]} == {op}
     for row in found["rows"]:

@@ -35,7 +35,7 @@ def soak(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Hurt runs on four nodes of real Slurm, and compare each with an undisturbed one to the bit, and its goodput with a clock.
+    """Hurt runs on four nodes of real Slurm, and compare each with an undisturbed one bitwise, and its goodput with a clock.
 
     Ends with 3 where losses differ, something is left, a run stands still, or goodput is off by more than 2%. Needs what
     `make test-cluster` needs.
@@ -90,7 +90,7 @@ def summarize(rounds: list[Round], seed: int, failure: str) -> dict[str, Any]:
     facts = f"{sum(found.ended for found in rounds)} runs, {minutes:.0f} minutes, {strikes} faults"
     return {
         "seed": seed,
-        "verdict": f"{facts}; FAILED: {failure}" if failure else f"{facts}, equal to the bit",
+        "verdict": f"{facts}; FAILED: {failure}" if failure else f"{facts}, bitwise equal",
         "minutes": minutes,
         "num_faults": strikes,
         "submitted_again": sum(bool(struck.submitted) for found in rounds for struck in found.strikes),
@@ -124,7 +124,7 @@ def print_soak(rounds: list[Round], result: dict[str, Any]) -> None:
             f"{found.seconds / 60:.1f}",
             *describe_goodput(found),
             ", ".join(found.left) or "nothing",
-            (found.differences or ["equal to the bit"])[0] if found.ended else "not ended",
+            (found.differences or ["bitwise equal"])[0] if found.ended else "not ended",
         )
         for found in rounds
     ]

@@ -22,7 +22,7 @@ SAVED_EVERY_STEPS = 10
 
 
 def write_run(folder: Path, run_dir: Path, pause: float) -> RunConfig:
-    """The configuration of a run for two ranks; run.yaml lies next to its directory."""
+    """The configuration of a run for two ranks; run.yaml is next to its directory."""
     clock = f"LD_PRELOAD={FAKE_CLOCK} FAKETIME_TIMESTAMP_FILE={folder}/clock FAKETIME_DONT_FAKE_MONOTONIC=1"
     clock += " FAKETIME_DISABLE_SHM=1"  # whose name srun would carry to nodes that do not have it, where ranks would wait for good
     config = tiny_config(

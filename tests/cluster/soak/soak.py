@@ -1,7 +1,7 @@
 """Runs one after the other on a cluster of four nodes, hurt every two minutes; an operator repairs nodes and submits again.
 
 A run ends when Slurm says so. Then each step's loss, and every number of the last checkpoint, must be those of a run of two
-ranks that nothing disturbed, to the bit; nothing may be left; and the goodput that the run reports is compared with what an
+ranks that nothing disturbed, bitwise; nothing may be left; and the goodput that the run reports is compared with what an
 onlooker saw. What the operator had to submit again is in the table.
 """
 
@@ -183,7 +183,7 @@ class Soak:
             found.differences.append(f"{len(metrics(site.run_dir))} of {STEPS} steps are logged")
         found.left = site.leftovers()
         found.goodput, found.ended = compare_goodput(site, onlooker), True
-        verdict = "; ".join(found.differences) or "equal to the bit"
+        verdict = "; ".join(found.differences) or "bitwise equal"
         self.report(
             f"run {found.number}: {len(found.strikes)} faults, {found.starts} starts, {verdict}; left: {found.left}; {found.goodput}"
         )

@@ -40,5 +40,5 @@ def test_what_cannot_be_deleted_is_a_remark(tmp_path: Path) -> None:
     path = tmp_path / "file" / "step-1.tmp"
     (tmp_path / "file").write_text("not a folder")
     assert try_to_delete(path, OWN) == [
-        f"{path} can't be deleted (Not a directory); it does no harm, delete it by hand"
+        f"{path} cannot be deleted (Not a directory); it does no harm, delete it by hand"
     ]

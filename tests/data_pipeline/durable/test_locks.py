@@ -13,12 +13,12 @@ from amfm.data_pipeline.durable.lines import LineFile
 
 def test_a_lock_has_one_holder_and_keeps_what_is_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    path.write_text("a remark")
+    path.write_text("a warning")
     first = take_lock(path, wait=False)
     assert first is not None and take_lock(path, wait=False) is None
     first.close()
     second = take_lock(path, wait=True)
-    assert second is not None and path.read_text() == "a remark"
+    assert second is not None and path.read_text() == "a warning"
     second.close()
 
 

@@ -1,4 +1,4 @@
-"""Which file system a folder lies on."""
+"""Which file system a folder is on."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_a_new_row_length_begins_a_complete_epoch_and_says_what_it_repeats(confi
         assert len(first) == len(set(first)) == count
     drawn = loader.reader.mixture.draws_before(24)[0]
     remarks = loader.describe_repeats(32)
-    assert loader.describe_repeats(24) == [], "the change lies beyond the run"
+    assert loader.describe_repeats(24) == [], "the change is beyond the run"
     for name, remark in zip(loader.source_names, remarks, strict=True):
         share = drawn[name] / loader.reader.rows_per_epoch(name)
         assert f"source {name!r}: rows of 80 tokens begin epoch 1 when {share:.1%}" in remark

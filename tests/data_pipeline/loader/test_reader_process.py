@@ -64,7 +64,7 @@ def read_in_a_child(config, results):
     ("method", "workers"), [("fork", 0), ("fork", 1), ("spawn", 1), pytest.param("spawn", 0, marks=pytest.mark.slow)]
 )
 def test_a_loader_in_a_forked_or_spawned_process_gives_the_same_rows(config, method, workers):
-    """Also after the parent has read: open files and reading processes of its own don't get in the way."""
+    """Also after the parent has read: open files and reading processes of its own do not get in the way."""
     config = config.model_copy(update={"num_workers": workers})
     parent = load(config)
     parent.take(8)

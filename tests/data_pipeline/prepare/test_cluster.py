@@ -117,7 +117,9 @@ def test_actors_that_cannot_start_are_one_message(reference, cluster, tmp_path, 
     tokenizer._model = b"not a model"
     settings = UnitSettings("text", FilterConfig(), 0.0, 0, 1000, Layout("uint16", 512, "fast"), "", 400, 2)
     (unit, *_) = make_units("web", plan_source(reference.sources[0], reference), settings)
-    with pytest.raises(RuntimeError, match=r"can't start on the Ray cluster .* need this package and its requirements"):
+    with pytest.raises(
+        RuntimeError, match=r"cannot start on the Ray cluster .* need this package and its requirements"
+    ):
         list(run_on_ray([unit], tmp_path, tokenizer, reference, address=made.address))
 
 

@@ -148,7 +148,7 @@ def test_bytes_that_are_read_grow_with_the_file_and_no_faster(tmp_path, kind, na
 
 
 def test_a_hugging_face_dataset_on_disk_is_read(tmp_path):
-    """save_to_disk writes data-*.arrow streams next to two .json files that aren't text."""
+    """save_to_disk writes data-*.arrow streams next to two .json files that are not text."""
     table = pyarrow.table({"text": ["one", "two", None, "three"]})
     for number in range(2):
         with pyarrow.ipc.new_stream(tmp_path / f"data-0000{number}-of-00002.arrow", table.schema) as stream:
@@ -283,7 +283,7 @@ def test_parquet_without_text_in_the_column_is_refused_by_its_footer(tmp_path):
 
 def test_a_broken_parquet_file_is_an_error_that_names_it(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(ValueError, match=r"a.parquet isn't a whole parquet file"):
+    with pytest.raises(ValueError, match=r"a.parquet is not a whole parquet file"):
         read_all(list_files(source_of(tmp_path / "a.parquet")), 1000)
 
 
@@ -301,8 +301,8 @@ def test_folders_and_globs_give_names_that_do_not_depend_on_where_they_are(tmp_p
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda root: root / "missing.txt", r"source 'web': path '.*missing.txt' doesn't exist; name a file"),
-        (lambda root: root / "no*.txt", "doesn't exist; name a file, a folder or a glob"),
+        (lambda root: root / "missing.txt", r"source 'web': path '.*missing.txt' does not exist; name a file"),
+        (lambda root: root / "no*.txt", "does not exist; name a file, a folder or a glob"),
         (lambda root: root / "empty", r"holds no .txt, .md, .jsonl"),
         (lambda root: root / "a.docx", "must end in .txt, .md, .jsonl"),
         (lambda root: root / "zero.txt", "is an empty file; remove it from data.sources or put text into it"),

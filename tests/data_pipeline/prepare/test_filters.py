@@ -58,7 +58,7 @@ def test_filters_drop_documents_with_the_rule_and_limits_take_a_share(tmp_path):
     stricter = config.sources[0].model_copy(update={"filters": FilterConfig(min_characters=26)})
     assert in_process(config.model_copy(update={"sources": (stricter, config.sources[1])})).units_written == 1
     bad = config.sources[0].model_copy(update={"filters": FilterConfig(drop_pattern="(")})
-    with pytest.raises(ValueError, match=r"source 'few': filters.drop_pattern='\(' isn't a regular expression"):
+    with pytest.raises(ValueError, match=r"source 'few': filters.drop_pattern='\(' is not a regular expression"):
         in_process(config.model_copy(update={"sources": (bad,)}))
 
 

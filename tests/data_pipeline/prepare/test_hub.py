@@ -178,7 +178,7 @@ def test_a_name_that_is_none_is_refused_with_the_form(path: str):
 
 def test_what_is_not_there_is_named(hub: Hub):
     hub.commit(NAME, shards(), CARD)
-    with pytest.raises(ValueError, match=r"can't be looked up .*HTTP 404.*no such data set, revision or folder"):
+    with pytest.raises(ValueError, match=r"cannot be looked up .*HTTP 404.*no such data set, revision or folder"):
         names("hub:owner/other")
     with pytest.raises(ValueError, match="no such data set, revision or folder"):
         names(f"hub:{NAME}@{'0' * 40}")
@@ -204,7 +204,7 @@ def test_without_a_network_there_is_one_message_after_few_tries(tmp_path, monkey
     for address in (f"http://127.0.0.1:{port}", "http://name.invalid", dead_end):
         monkeypatch.setenv("HF_ENDPOINT", address)
         with pytest.raises(
-            ValueError, match=r"can't be looked up .* HTTPS_PROXY and HF_ENDPOINT, or fetch it where .*hf download"
+            ValueError, match=r"cannot be looked up .* HTTPS_PROXY and HF_ENDPOINT, or fetch it where .*hf download"
         ):
             in_process(config_of(tmp_path, f"hub:{NAME}"))
     assert len(callers) == ATTEMPTS

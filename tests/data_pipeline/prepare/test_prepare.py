@@ -101,7 +101,7 @@ def test_a_full_disk_is_one_clear_message_and_the_next_call_goes_on(reference, t
         largest_file(),
         pytest.raises(
             RuntimeError,
-            match=r"the disk is full while writing .*; 3 of \d+ missing parts are done and kept: make room",
+            match=r"the disk is full while writing .*; 3 of \d+ missing parts are done and kept: free space",
         ),
     ):
         in_process(config, progress=tighten)
@@ -184,7 +184,7 @@ def test_a_source_whose_name_is_no_folder_is_refused(name):
 
 def test_a_store_path_that_is_a_file_is_refused(reference, tmp_path):
     (tmp_path / "store").write_text("in the way")
-    with pytest.raises(ValueError, match=r"can't be made \(File exists\); name a writable folder"):
+    with pytest.raises(ValueError, match=r"cannot be made \(File exists\); name a writable folder"):
         in_process(elsewhere(reference, tmp_path))
 
 

@@ -31,7 +31,7 @@ def test_a_link_to_nothing_is_named(folder, given):
     (folder / "other").symlink_to("nothing")  # has no name of text
     assert "0/a.txt" in files_of(folder / given)
     (folder / "link.txt").symlink_to("nothing")
-    with pytest.raises(ValueError, match=r"link\.txt is a link to nothing, which isn't there; fix or remove it"):
+    with pytest.raises(ValueError, match=r"link\.txt is a link to nothing, which is not there; fix or remove it"):
         files_of(folder / given)
 
 
@@ -81,7 +81,7 @@ def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
         return listed(path)
 
     monkeypatch.setattr(sources.os, "scandir", scandir)  # root, who may run the tests, can read every folder
-    with pytest.raises(ValueError, match=r"sub can't be read \(Permission denied\); make it readable"):
+    with pytest.raises(ValueError, match=r"sub cannot be read \(Permission denied\); make it readable"):
         files_of(folder)
 
 

@@ -82,5 +82,5 @@ def test_block_shuffle_reads_neighbours_within_a_bounded_stretch():
 def test_position_outside_the_epoch_is_refused():
     with pytest.raises(ValueError, match="position 10 must be below the number of elements 10"):
         permute([3, 10], 10, derive_key(0))
-    with pytest.raises(ValueError, match="must lie in range"):
+    with pytest.raises(ValueError, match="must be in range"):
         permute_in_blocks(10, 10, derive_key(0))

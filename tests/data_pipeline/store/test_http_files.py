@@ -50,7 +50,7 @@ def test_a_server_without_ranges_a_wrong_name_and_a_dead_address_are_refused_wit
     server.ranges = True
     with pytest.raises(ValueError, match=r"must end in .txt, .md, .jsonl"):
         documents(serve(server, "a.zip", b"a"))
-    with pytest.raises(ValueError, match=r"can't be read .*; check the address, the network and HTTPS_PROXY"):
+    with pytest.raises(ValueError, match=r"cannot be read .*; check the address, the network and HTTPS_PROXY"):
         documents("http://127.0.0.1:9/a.jsonl")
     with pytest.raises(ValueError) as caught:
         documents(f"{server.endpoint}/datasets/files/none/resolve/main/a.jsonl?signature=secret")

@@ -116,10 +116,10 @@ def test_bad_megatron_input_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="source 'web' has token id 4000, but the tokenizer's vocabulary is 400"):
         prepare(import_config(tiny, tmp_path, index), runner=run_in_process)
     index.write_bytes(index.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"a.idx is cut short"):
+    with pytest.raises(ValueError, match=r"a.idx is truncated"):
         read_megatron_index(index)
     index.write_bytes(b"something else that is not an index at all, long enough")
-    with pytest.raises(ValueError, match=r"a.idx isn't a Megatron index"):
+    with pytest.raises(ValueError, match=r"a.idx is not a Megatron index"):
         read_megatron_index(index)
     tokens.unlink()
     with pytest.raises(ValueError, match=r"needs a.bin next to it"):

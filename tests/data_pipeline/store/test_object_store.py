@@ -93,7 +93,7 @@ def test_a_block_is_requested_once_a_node_and_not_once_a_sample(server, local, r
     server.seen.clear()
     expected = rows(local)
     assert rows(remote) == expected and len(expected) == 32
-    # 256 samples; a window of 64 tokens may lie in two blocks. Next to them the manifest, the tokenizer, the listing.
+    # 256 samples; a window of 64 tokens may be in two blocks. Next to them the manifest, the tokenizer, the listing.
     assert 0 < server.gets("/tokens/") <= num_blocks < 40
     assert server.gets("manifest.json") == server.gets("tokenizer.model") == 1
     server.seen.clear()
@@ -185,7 +185,7 @@ def test_an_altered_object_is_an_error_and_does_not_stay_in_the_cache(copied):
     with pytest.raises(DamagedError, match=rf"{shard} is damaged: chunk 0 fails its crc32c"):
         store.read_tokens(part, 0, 1000)
     assert any(
-        f"{part.path}: its files aren't those of the manifest" in text or "crc32c" in text
+        f"{part.path}: its files are not those of the manifest" in text or "crc32c" in text
         for text in verify_store(config.store)
     )
     obstore.put(client, shard, content)
@@ -224,7 +224,7 @@ def test_a_store_that_cannot_be_reached_is_one_message_and_no_damage(monkeypatch
         folder = RemoteFolder(remote.store)
         monkeypatch.setattr("obstore.store.from_url", lambda url: from_url(url, retry_config={"max_retries": 0}))
         with pytest.raises(
-            RuntimeError, match=r"manifest.json can't be read: .*; check the network, the credentials"
+            RuntimeError, match=r"manifest.json cannot be read: .*; check the network, the credentials"
         ) as caught:
             folder.read("manifest.json")
         assert not isinstance(caught.value, DamagedError | NoCredentialsError)
@@ -280,8 +280,8 @@ def test_sources_behind_a_url_are_read_as_local_ones(server, tmp_path, pattern):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("none", "doesn't exist; name a file, a folder or a glob"),
-        ("*.txt", "doesn't exist; name a file, a folder or a glob"),
+        ("none", "does not exist; name a file, a folder or a glob"),
+        ("*.txt", "does not exist; name a file, a folder or a glob"),
         ("a.zip", "must end in .txt, .md, .jsonl"),
         ("x.idx", "must be a local file: copy the .idx and the .bin here"),
     ],
@@ -318,5 +318,5 @@ def test_a_forked_process_is_told_to_be_spawned(remote):
 
     process = context.Process(target=read)
     process.start()
-    assert "can't be read in a forked process; start the process by spawn" in answers.get(timeout=PATIENCE_SECONDS)
+    assert "cannot be read in a forked process; start the process by spawn" in answers.get(timeout=PATIENCE_SECONDS)
     process.join()

@@ -95,9 +95,9 @@ def test_a_store_gives_its_tokenizer_and_notices_another(tmp_path):
 
 def test_a_file_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "x.model").write_text("no model")
-    with pytest.raises(ValueError, match=r"x.model isn't a SentencePiece model"):
+    with pytest.raises(ValueError, match=r"x.model is not a SentencePiece model"):
         load_tokenizer(tmp_path / "x.model")
-    with pytest.raises(ValueError, match=r"doesn't exist; name a SentencePiece .model file"):
+    with pytest.raises(ValueError, match=r"does not exist; name a SentencePiece .model file"):
         load_tokenizer(tmp_path / "y.model")
     with pytest.raises(ValueError, match="run `amfm prepare CONFIG` first"):
         load_tokenizer(tmp_path)
@@ -139,14 +139,14 @@ def test_a_tokenizer_json_gives_every_text_back_and_lets_no_text_end_itself(toke
 
 
 def test_the_end_token_of_a_tokenizer_json_must_be_known(tokenizer_json):
-    with pytest.raises(ValueError, match=r"doesn't name its end-of-text token; set data.tokenizer.eos_token"):
+    with pytest.raises(ValueError, match=r"does not name its end-of-text token; set data.tokenizer.eos_token"):
         read_tokenizer_file(tokenizer_json)
     with pytest.raises(ValueError, match=r"eos_token='</s>' must be a token of"):
         read_tokenizer_file(tokenizer_json, "</s>")
     tokenizer_json.with_name("tokenizer_config.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
     assert read_tokenizer_file(tokenizer_json).eos_id == 0
     tokenizer_json.write_text("{}")
-    with pytest.raises(ValueError, match=r"isn't a tokenizer.json"):
+    with pytest.raises(ValueError, match=r"is not a tokenizer.json"):
         read_tokenizer_file(tokenizer_json)
 
 

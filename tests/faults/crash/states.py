@@ -36,7 +36,7 @@ class Operation:
 
 
 def read_record(content: bytes, under: Path) -> list[Operation]:
-    """The operations of a record that lie below a folder."""
+    """The operations of a record that are below a folder."""
     operations, at, prefix = [], 0, f"{under}/"
     while at < len(content):
         kind, (length,) = chr(content[at]), struct.unpack_from("<I", content, at + 1)

@@ -1,4 +1,4 @@
-"""Wrong command lines of every verb, and outputs in the place of which there is a link or something of others."""
+"""Wrong command lines of every verb, and outputs instead of which there is a link or something of others."""
 
 from __future__ import annotations
 

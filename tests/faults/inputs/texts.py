@@ -74,7 +74,7 @@ def bomb(levels: int) -> str:
 
 
 def contents(base: str) -> dict[str, bytes | str]:
-    """Texts in the place of a configuration, by name."""
+    """Texts instead of a configuration, by name."""
     changed = {
         "BOM": "\ufeff" + base,
         "CRLF": base.replace("\n", "\r\n"),

@@ -20,7 +20,7 @@ scaled_products = pytest.mark.skipif(
 
 @contextmanager
 def multiply_term_by_term() -> Iterator[None]:
-    """Inside, each number of `tl.dot` is the sum of its terms in their order, wherever in its tile it lies."""
+    """Inside, each number of `tl.dot` is the sum of its terms in their order, wherever in its tile it is."""
 
     def product(left: Any, right: Any, added: Any, *_: Any) -> Any:
         total = added.data.copy()

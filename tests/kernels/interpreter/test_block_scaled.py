@@ -1,4 +1,4 @@
-"""Kernels of mxfp8 and nvfp4 in the interpreter: codes to the bit of formats.py, products of decoded operands, all three products."""
+"""Kernels of mxfp8 and nvfp4 in the interpreter: codes bitwise of formats.py, products of decoded operands, all three products."""
 
 import pytest
 import torch

@@ -26,7 +26,7 @@ GATES = pytest.mark.parametrize("channels", [False, True], ids=["heads", "channe
 
 CASES = [
     DeltaCase(B=1, T=1, G=1, H=1, chunk=16, initial=True),
-    # Tokens whose steps lie in two chunks, and a chunk in which no token ends.
+    # Tokens whose steps are in two chunks, and a chunk in which no token ends.
     DeltaCase(B=1, T=1, N=3, G=1, H=2, chunk=16, transfer=True),
     DeltaCase(B=1, T=2, N=19, G=1, H=1, chunk=16, initial=True),
     pytest.param(

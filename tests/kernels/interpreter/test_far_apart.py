@@ -1,4 +1,4 @@
-"""Rows and tokens that lie further apart than 2^31 numbers are read where they lie: products of offsets are 64 bits wide."""
+"""Rows and tokens that are further apart than 2^31 numbers are read where they are: products of offsets are 64 bits wide."""
 
 from __future__ import annotations
 

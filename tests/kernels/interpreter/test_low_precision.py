@@ -1,4 +1,4 @@
-"""fp8_block's kernels in the interpreter: codes to the bit of formats.py, products of decoded operands, linear in all three."""
+"""fp8_block's kernels in the interpreter: codes bitwise of formats.py, products of decoded operands, linear in all three."""
 
 import pytest
 import torch

@@ -40,7 +40,7 @@ def test_operation_equals_the_definition_twice_bitwise(case: MixerCase, poisoned
         assert_bitwise(again[name], value, f"{name} repeated")
 
 
-# Borders lie after each L tokens: documents end at them, and one token before or behind.
+# Borders are after each L tokens: documents end at them, and one token before or behind.
 SEGMENTS = {
     "documents_at_and_next_to_borders": (MixerCase(T=99, P=20, N=12, lengths=(32, 1, 33, 1, 32)), 3),
     "a_document_of_many_segments": (MixerCase(T=52, H=4, G=2, P=8, N=8, norm_groups=2, lengths=(3, 44, 5)), 4),

@@ -203,7 +203,7 @@ def test_rows_in_another_order_are_read_and_written_where_they_lie(poisoned_memo
         assert_bitwise(one, other)
 
 
-@pytest.mark.skipif(triton_version() < (3, 7, 0), reason="this Triton's interpreter can't load by descriptors")
+@pytest.mark.skipif(triton_version() < (3, 7, 0), reason="this Triton's interpreter cannot load by descriptors")
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("scatters", [False, True])
 def test_the_persistent_product_equals_the_one_of_the_default(is_transposed, scatters, poisoned_memory):

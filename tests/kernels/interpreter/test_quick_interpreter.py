@@ -1,4 +1,4 @@
-"""Kernels give the same bits, and the same messages for wrong shapes, with and without `quick_interpreter`."""
+"""Kernels give bitwise identical results, and the same messages for wrong shapes, with and without `quick_interpreter`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The second half of a feed-forward that keeps hidden rows as codes: forward to the bit, gradients of decoded rows, memory."""
+"""The second half of a feed-forward that keeps hidden rows as codes: forward bitwise, gradients of decoded rows, memory."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Number formats of the recipes: rounding to the bit, scales, what is not finite, random rounding, Hadamard."""
+"""Number formats of the recipes: rounding bitwise, scales, what is not finite, random rounding, Hadamard."""
 
 import pytest
 import torch

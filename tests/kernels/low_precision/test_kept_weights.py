@@ -1,4 +1,4 @@
-"""Weights quantised once per step: the same bits, one pass over each, and nothing kept outside of the block."""
+"""Weights quantised once per step: bitwise identical results, one pass over each, and nothing kept outside of the block."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The first use of a kernel on a GPU, with Triton's interpreter as the GPU: checked once, and refused by name where
+"""The first use of a kernel on a GPU, with Triton's interpreter as the GPU: checked once, and rejected with an error where
 wrong.
 """
 

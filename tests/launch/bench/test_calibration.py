@@ -83,8 +83,8 @@ def test_the_file_is_one_that_the_plan_reads(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["own.txt"], "own.txt must end in .yaml and lie in a folder that exists; use hardware.yaml"),
-        (["nowhere/own.yaml"], "must end in .yaml and lie in a folder that exists"),
+        (["own.txt"], "own.txt must end in .yaml and be in a folder that exists; use hardware.yaml"),
+        (["nowhere/own.yaml"], "must end in .yaml and be in a folder that exists"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_timed(arguments, message, capsys):

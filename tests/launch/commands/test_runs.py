@@ -59,7 +59,7 @@ def test_a_damaged_run_is_named_and_hides_no_other(folder: Path, capsys) -> None
     output = capsys.readouterr()
     found = one_object(output.out)
     assert [row["run"] for row in found["runs"]] == ["ended/run", "new"]
-    assert found["damaged"][0]["run"] == "deep/killed/run" and "deep/killed/run can't be read" in output.err
+    assert found["damaged"][0]["run"] == "deep/killed/run" and "deep/killed/run cannot be read" in output.err
 
 
 def test_a_folder_without_runs_or_no_folder_is_bad_input(tmp_path: Path, capsys) -> None:

@@ -1,4 +1,4 @@
-"""The doctor: a finding for everything amfm needs, a remedy wherever something is amiss."""
+"""The doctor: a finding for everything amfm needs, a fix wherever something is amiss."""
 
 import importlib.metadata
 import json

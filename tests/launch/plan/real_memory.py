@@ -3,7 +3,7 @@
 `python -m tests.launch.plan.real_memory` prints the table. On GPUs `amfm bench gpu` does it for the job it trains.
 
 How it works: a rank's peak is the rise of its resident memory (of its allocated memory on a CUDA GPU) from before the
-model is built. A narrow model trains first, so that lazily loaded libraries and connections don't count. Caches that
+model is built. A narrow model trains first, so that lazily loaded libraries and connections do not count. Caches that
 CPU libraries keep next to tensors are switched off (`WITHOUT_CACHES`). Loader, log and checkpoints of a run are left
 out: the plan counts none of them.
 """
@@ -69,7 +69,7 @@ CASES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
 
 
 def bench_memory(config: RunConfig) -> dict[str, Any]:
-    """Train two steps and return predicted bytes, measured bytes of the fullest rank, and the error of the prediction.
+    """Train two steps and return predicted bytes, measured bytes of the most loaded rank, and the error of the prediction.
 
     Every rank must call this; all get the same. Raises RuntimeError where the system does not tell a process its peak.
     """
@@ -183,8 +183,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         )
         for row in rows
     ]
-    columns = ("model", "precision", "ranks", "layout", "fullest in", "predicted MB", "measured MB", "error")
-    print_rows("Peak memory of the fullest rank", columns, lines)
+    columns = ("model", "precision", "ranks", "layout", "most loaded in", "predicted MB", "measured MB", "error")
+    print_rows("Peak memory of the most loaded rank", columns, lines)
     say(rows[0]["hardware"])
 
 

@@ -55,7 +55,7 @@ def test_activations_grow_with_rows_and_one_micro_batch_needs_no_float32_sums():
     alone = estimate_memory(single, Layout(8, 2, 1), storage_of(single), margin=0.0)
     assert alone.total() < one.total()
     total = count_parameters(config.model).total
-    # Under ZeRO 0 sums of float32 lie next to gradients of bf16; one micro-batch has no sums.
+    # Under ZeRO 0 sums of float32 are next to gradients of bf16; one micro-batch has no sums.
     (held,) = held_by_stages(config.model, Layout(8, 0, 1), config.train.sequence_length)
     layout, storage = Layout(8, 0, 1), storage_of(config)
     sizes = block_sizes(config, layout, storage, 1.0, held.letters)
@@ -124,7 +124,7 @@ def test_a_single_rank_gathers_no_weights_under_zero_3():
     alone, two = (estimate_memory(config, Layout(ranks, 3, 1), storage_of(config), margin=0.0) for ranks in (1, 2))
     assert "gathered weights" not in alone.parts
     total = count_parameters(config.model).total
-    assert two.parts["gathered weights"] == pytest.approx(2 * total)  # fullest at the head: all have arrived
+    assert two.parts["gathered weights"] == pytest.approx(2 * total)  # most loaded at the head: all have arrived
 
 
 def test_pipelines_hold_what_their_schedule_has_in_flight():
@@ -217,7 +217,7 @@ def test_gradients_that_others_of_the_same_weight_join_wait_beside_prediction_de
     last = held_by_stages(plain.model, Layout.of(plain, 64), plain.train.sequence_length)[-1]
     assert not any(waiting_gradients(plain.model, Layout.of(plain, 64), last, 2, 5.0, 3.0))
 
-    # The fullest moment is in an expert block of the first depth, where experts work with more than anything else takes.
+    # The most loaded moment is in an expert block of the first depth, where experts work with more than anything else takes.
     storage = storage_of(config)
     assert storage.lands, "experts leave no gradients of their own"
     sizes = block_sizes(config, layout, storage, 1.0, held.letters)
@@ -278,7 +278,7 @@ def test_building_needs_the_whole_model_in_float32_before_it_is_spread():
     (held,) = held_by_stages(config.model, layout, config.train.sequence_length)
     parts = building_bytes(held, layout, storage_of(config))
     assert parts == {"weights in float32": 4 * held.parameters}
-    # ZeRO 1: the bf16 weights, DeepSpeed's joined copy of them, and this rank's masters.
+    # ZeRO 1: the bf16 weights, DeepSpeed's joined copy of them, and this rank's master weights.
     alone = building_bytes(held, Layout(1, 1, 1, tensor=8), storage_of(config))
     assert sum(alone.values()) == 8 * held.parameters
 

@@ -108,7 +108,7 @@ def test_wrong_input_is_told_the_rule_and_the_nearest_value(arguments, message, 
 def test_a_save_that_the_hosts_do_not_have_is_refused_with_its_bytes(capsys):
     overrides = ["train.replica_every_steps=50"]
     plan = plan_of("ladder_8b_a1b", ranks=64)
-    # Masters and two moments of an eighth of all weights, in tensors that are rounded up.
+    # Master weights and two moments of an eighth of all weights, in tensors that are rounded up.
     assert plan.host.save_bytes == pytest.approx(1.44 * 12 * plan.counts.total / 8, rel=0.01)
     assert plan.host.problem() is None and advise(plan) == ""
     averaged = plan_of("ladder_8b_a1b", "ema={}", ranks=64).host
@@ -131,7 +131,7 @@ def test_replicas_cost_memory_of_two_nodes_and_are_printed(capsys):
     plan = plan_of("ladder_8b_a1b", *overrides, ranks=64)
     cost, step = plan.replicas, plan.own.step.total()
     assert cost.nodes == 8
-    # Masters and two moments of all weights, on two nodes, in two generations, over eight nodes.
+    # Master weights and two moments of all weights, on two nodes, in two generations, over eight nodes.
     assert cost.node_bytes == pytest.approx(2 * 2 * 12 * plan.counts.total / 8, rel=0.01)
     assert (cost.staged_bytes, cost.sent_bytes) == (cost.node_bytes / 4, cost.node_bytes / 4)
     assert 50 * step < cost.most_lost_seconds < cost.most_lost_without_seconds == 1000 * step

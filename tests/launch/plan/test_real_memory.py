@@ -31,7 +31,7 @@ TWO_THREADS = {**os.environ, "OMP_NUM_THREADS": "2"}  # as users do
     ],
 )
 def test_predicted_memory_is_within_a_tenth_of_real_steps(ranks, overrides):
-    # Around the tensors lie pages of the allocator and buffers of gloo; docs/benchmarks/planning.md has the whole table.
+    # Around the tensors are pages of the allocator and buffers of gloo; docs/benchmarks/planning.md has the whole table.
     settings = [*ROWS, f"train.global_batch_size={4 * ranks}", "train.precision=float32", *overrides]
     done = start_ranks(CONFIGS / "ladder_20m.yaml", ranks, settings, TWO_THREADS)
     assert done.returncode == 0, done.stderr[-2000:]

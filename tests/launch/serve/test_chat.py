@@ -44,5 +44,5 @@ def test_what_a_template_refuses_or_may_not_do_is_one_message(source):
 
 
 def test_a_template_that_is_none_is_named():
-    with pytest.raises(ValueError, match="chat template can't be read"):
+    with pytest.raises(ValueError, match="chat template cannot be read"):
         ChatTemplate("{% for %}", {})

@@ -1,4 +1,4 @@
-"""The server speaks OpenAI's protocol, refuses what it can't do, and lets no one in through a browser."""
+"""The server speaks OpenAI's protocol, refuses what it cannot do, and lets no one in through a browser."""
 
 from __future__ import annotations
 
@@ -108,11 +108,11 @@ def test_a_model_without_a_template_refuses_to_chat(server):
         ({"temprature": 1}, 400, "temprature is not known here"),
         ({"temperature": -1}, 400, "temperature=-1 must be at least 0"),
         ({"top_p": "x"}, 400, "top_p='x' must be a number"),
-        ({"max_tokens": 0}, 400, "max_tokens=0 must be a whole number of at least 1"),
+        ({"max_tokens": 0}, 400, "max_tokens=0 must be an integer of at least 1"),
         ({"max_tokens": 600}, 400, "more than the 512 that this server takes"),
         ({"prompt": ""}, 400, "prompt must be one text"),
         ({"prompt": "a" * 10**6}, 400, "1000000 characters of prompt are more than the"),
-        ({"prompt": "cut \ud83d"}, 400, "is not valid JSON: 'utf-8' codec can't encode character '\\ud83d'"),
+        ({"prompt": "cut \ud83d"}, 400, "is not valid JSON: 'utf-8' codec cannot encode character '\\ud83d'"),
         ({"prompt": [1, 10**9]}, 400, "with ids of at least 0 and below"),
         ({"stop": ["a"] * 5}, 400, "stop must be a text or up to four"),
     ],

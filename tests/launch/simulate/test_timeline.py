@@ -127,7 +127,7 @@ def test_the_parts_of_both_sides_add_up():
 def assert_trace_events(document):
     """Hold a file to the rules of Chrome's trace event format (JSON object form), which Perfetto reads.
 
-    Every event names its phase and process; complete ones (X) have a time and a duration and, on one thread, lie in each
+    Every event names its phase and process; complete ones (X) have a time and a duration and, on one thread, are in each
     other or apart; instants (i) have a scope; metadata (M) names a process or a thread.
     """
     assert document.keys() <= {"traceEvents", "displayTimeUnit", "otherData"}

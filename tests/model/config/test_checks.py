@@ -1,4 +1,4 @@
-"""Rules between the fields of a model's configuration: each broken one is named with value, rule and remedy."""
+"""Rules between the fields of a model's configuration: each broken one is named with value, rule and fix."""
 
 import pytest
 

@@ -49,7 +49,7 @@ def test_a_model_of_transformers_is_ours(kind: str, changes: dict[str, Any], tmp
     found = find_differences(ours.eval(), theirs, kind)
     assert found.logits < 2 * RELATIVE_TOLERANCE and found.gradients < GRADIENT_TOLERANCE, found
 
-    # Back: the tensors are theirs bit for bit, and config.json says the same model to their class.
+    # Back: the tensors are theirs bitwise, and config.json says the same model to their class.
     again = mapping.to_theirs(read)
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], state[name]) for name in state)

@@ -257,7 +257,7 @@ def test_each_choice_a_class_cannot_hold_is_named_with_a_remedy(target: str, exp
     assert explain_unfit(base(), target) == []
     (reason,) = explain_unfit(base(**changes), target)
     assert expected in reason
-    assert "; " in reason, "a remedy is missing"
+    assert "; " in reason, "a fix is missing"
     assert "own" in reason
     assert choose_target(base(**changes)) != target
     assert explain_unfit(base(**changes), "own") == []

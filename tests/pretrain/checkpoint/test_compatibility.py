@@ -55,7 +55,7 @@ def load_into_other_stages(folder: str, target: str) -> list[str]:
 
 
 def check_exact(results: list[dict[str, Any]]) -> None:
-    """Every rank: the state at the save, and losses, norms and state of the steps after it, bit for bit."""
+    """Every rank: the state at the save, and losses, norms and state of the steps after it, bitwise."""
     for result in results:
         assert len(result) == 8
         for case, (state_same, course_same, facts) in result.items():

@@ -159,7 +159,7 @@ def swap_shards(folder: Path) -> str:
 def swap_folders(folder: Path) -> str:
     shutil.rmtree(step_dir(folder, 3))
     shutil.copytree(step_dir(folder, 1), step_dir(folder, 3))
-    return "is of step 1 but lies in step-00000003"
+    return "is of step 1 but is in step-00000003"
 
 
 def add_foreign_shard(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Files of a checkpoint lie in folders of blocks of ranks, and those of older checkpoints in none."""
+"""Files of a checkpoint are in folders of blocks of ranks, and those of older checkpoints in none."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def test_a_fork_trains_on_as_the_run_did_and_another_branch_as_it_is_told(
     assert run_cli(["fork", str(run), str(tmp_path / "same"), "--step", "2"]) == 0
     assert f"amfm train {tmp_path}/same/config.yaml" in capsys.readouterr().out.replace("\n", "")
     assert train(load_config(tmp_path / "same/config.yaml")) == 0
-    assert losses(tmp_path / "same") == losses(run), "to the bit"
+    assert losses(tmp_path / "same") == losses(run), "bitwise"
     stages = "stages=[{name: stable, steps: 2}, {name: anneal, steps: 2, learning_rate: 1e-3}]"
     branch = [str(tmp_path / "branch"), "train.steps=null", stages, "train.checkpoint_every_steps=null"]
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""State as ranges of parameters: shares of what ranks hold alike, state before a first step, settings as JSON, masters put back."""
+"""State as ranges of parameters: shares of what ranks hold alike, state before a first step, settings as JSON, master weights put back."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def wanted(name: str, numel: int) -> Tensor:
 
 
 def put_back(stage: int, precision: str) -> list[str]:
-    """New masters after a step, and the parameters that the model then computes with as they were."""
+    """New master weights after a step, and the parameters that the model then computes with as they were."""
     parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     engine = make_engine(parallel, stage=stage, precision=precision)
     run_steps(engine, 0, 1)

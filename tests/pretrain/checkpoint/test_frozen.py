@@ -1,4 +1,4 @@
-"""Weights that nothing steps: saved without moments, resumed bit for bit, and never taken for trained ones."""
+"""Weights that nothing steps: saved without moments, resumed bitwise, and never taken for trained ones."""
 
 from __future__ import annotations
 

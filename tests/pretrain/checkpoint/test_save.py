@@ -268,8 +268,8 @@ def test_what_cannot_be_cleared_away_is_a_remark_and_saving_goes_on(engine: Zero
         # A mounted folder can be neither removed nor renamed, by no one.
         first = save_whole(folder, 1, engine, keep_last=1)
         second = save_whole(folder, 2, engine, keep_last=1)
-        assert any("step-00000001.tmp can't be deleted" in remark for remark in first.remarks)
-        assert any("step-00000002.tmp can't be deleted" in remark for remark in second.remarks)
+        assert any("step-00000001.tmp cannot be deleted" in remark for remark in first.remarks)
+        assert any("step-00000002.tmp cannot be deleted" in remark for remark in second.remarks)
         loaded = load(folder, engine)
         assert loaded is not None and loaded.step == 2
         assert [path.name for path in list_checkpoints(folder)] == ["step-00000002"]

@@ -97,7 +97,7 @@ def run_steps(engine: ZeroEngine, first: int, last: int) -> list[tuple[float, fl
 
 
 def digest_state(engine: ZeroEngine) -> str:
-    """SHA-256 of all that this rank holds: masters, moments, counters, working weights, buffers, random state."""
+    """SHA-256 of all that this rank holds: master weights, moments, counters, model weights, buffers, random state."""
     engine.wait_for_weights()
     digest = hashlib.sha256()
     for fragment in collect_fragments(engine.deepspeed, list_parts(engine.deepspeed)):
@@ -122,7 +122,7 @@ def save(folder: Path, step: int, engine: ZeroEngine, *, keep_last: int = 9, **c
 
 
 def save_whole(folder: Path, step: int, engine: ZeroEngine, *, keep_last: int = 9, **changes: Any) -> SavedCheckpoint:
-    """The same, with remarks."""
+    """The same, with warnings."""
     return save_checkpoint(
         folder,
         step,

@@ -1,4 +1,4 @@
-"""Rules across sections: each broken one names value, rule and remedy, and the line where the value stands."""
+"""Rules across sections: each broken one names value, rule and fix, and the line where the value stands."""
 
 from pathlib import Path
 

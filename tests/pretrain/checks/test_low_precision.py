@@ -1,4 +1,4 @@
-"""Recipes of low precision that cannot take effect, or that no one has shown to be right, are refused with a remedy."""
+"""Recipes of low precision that cannot take effect, or that no one has shown to be right, are refused with a fix."""
 
 from __future__ import annotations
 

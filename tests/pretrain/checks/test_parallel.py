@@ -1,4 +1,4 @@
-"""Rules of the parallel section: each refusal names value, rule and remedy."""
+"""Rules of the parallel section: each refusal names value, rule and fix."""
 
 import pytest
 
@@ -127,7 +127,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         ),
         (
             ["train.precision=float32", "optimizer.state_dtype=bf16"],
-            "optimizer.state_dtype = bf16: keeps masters in bf16, and train.precision=float32 computes with float32 weights; use",
+            "optimizer.state_dtype = bf16: keeps master weights in bf16, and train.precision=float32 computes with float32 weights; use",
         ),
         (
             [*BF16_STATES, "optimizer.kind=muon"],
@@ -135,7 +135,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         ),
         (
             [*BF16_STATES, "parallel.zero_stage=0"],
-            "optimizer.state_dtype = bf16: is not for parallel.zero_stage=0, where DeepSpeed makes float32 masters whatever",
+            "optimizer.state_dtype = bf16: is not for parallel.zero_stage=0, where DeepSpeed makes float32 master weights whatever",
         ),
         (
             [*BF16_STATES, "parallel.offload_optimizer=true"],

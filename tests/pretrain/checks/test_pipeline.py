@@ -1,4 +1,4 @@
-"""Rules of a pipeline: each refusal names value, rule and remedy."""
+"""Rules of a pipeline: each refusal names value, rule and fix."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Rules of a run on a synthetic task: each broken one names value, rule and remedy."""
+"""Rules of a run on a synthetic task: each broken one names value, rule and fix."""
 
 from __future__ import annotations
 

@@ -36,9 +36,9 @@ def test_a_dotted_key_in_a_file_is_told_to_nest(base, tmp_path):
 @pytest.mark.parametrize(
     ("override", "rule"),
     [
-        ('train.steps="20"', "must be a whole number; write it without quotes"),
-        ("train.steps=20.5", "must be a whole number"),
-        ("train.steps=true", "must be a whole number"),
+        ('train.steps="20"', "must be an integer; write it without quotes"),
+        ("train.steps=20.5", "must be an integer"),
+        ("train.steps=true", "must be an integer"),
         ("train.compile=1", "must be true or false; write `true` or `false`"),
         ("optimizer.learning_rate=fast", "must be a number; write it as a plain number such as 0.001 or 1e-3"),
         ("run.dir=20", "must be text; put it in quotes"),
@@ -141,7 +141,7 @@ def test_broken_yaml_names_the_line(tmp_path):
         ("train:\n  steps: 3\n    seed: 1\n", 3, "a colon where no key can be); indent the line as its neighbours are"),
         ("run:\n  dir: a\n name: b\n", 3, "indented otherwise than the lines that it belongs to"),
         ("run:\n  dir: a\ntrain:\n  steps 400\n  seed: 1\n", 4, "no `: ` between key and value); write `key: value`"),
-        ("train:\n  seed: 1\n  steps:400\n\n  # a remark\n  keep_last: 2\n", 3, "no `: ` between key and value"),
+        ("train:\n  seed: 1\n  steps:400\n\n  # a warning\n  keep_last: 2\n", 3, "no `: ` between key and value"),
         ("train\n  seed: 1\n", 1, "no `: ` between key and value"),
         ("run:\n\tdir: a\n", 2, "indented with a tab); use spaces"),
     ],

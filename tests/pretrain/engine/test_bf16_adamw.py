@@ -1,5 +1,5 @@
-"""bf16 masters and moments: rounding loses nothing on average, depends on places alone, and a run continues bit for
-bit.
+"""bf16 master weights and moments: rounding loses nothing on average, depends on places alone, and a run continues
+bitwise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""torch Distributed Checkpoint: plain torch reads it, what comes back is bit-equal, and a run continues as if it had
+"""torch Distributed Checkpoint: plain torch reads it, what comes back is bitwise equal, and a run continues as if it had
 never left.
 """
 

@@ -194,7 +194,7 @@ def test_a_round_trip_is_bit_equal_and_what_is_not_whole_is_named(
         file.truncate(300)
     assert run(["import", str(copy), str(tmp_path / "none")]) == 2
     assert "fp32.pt is not a whole file of torch.save" in capsys.readouterr().err
-    (zero / "embedding.weight" / "fp32.pt").write_text("text in the place of numbers")
+    (zero / "embedding.weight" / "fp32.pt").write_text("text instead of numbers")
     assert run(["import", str(copy), str(tmp_path / "none")]) == 2
     assert "fp32.pt is not a whole file of torch.save" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

@@ -87,7 +87,7 @@ def test_the_best_of_several_merges_is_written(
         (["OUT", "--last", "2", "--weights", "nan,1"], "add up to nan"),
         (["OUT", "--last", "2", "--weights", "1"], "has 1 numbers for 2 checkpoints"),
         (["OUT", "--last", "2", "--weights", "cosine"], "is none of uniform, wsm, linear, nor numbers"),
-        (["OUT", "--last", "0"], "must be whole numbers above 0"),
+        (["OUT", "--last", "0"], "must be integers above 0"),
         (["OUT", "--last", "2,3"], "names several merges; with --evaluate the best is chosen"),
         (["OUT"], "give --last N or --steps A,B,C"),
         (["--last", "2"], "OUT is missing"),

@@ -1,7 +1,7 @@
 """A CUDA graph's rules on a CPU: a list of operations that is run again on the tensors that it was recorded with.
 
 What PyTorch dispatches is recorded: operations of its own, and ours whole. Python is not run again. A result is written where
-the result of the recorded run lies, so that whoever reads another place reads what was there before. A number that is read
+the result of the recorded run is, so that whoever reads another place reads what was there before. A number that is read
 from a tensor ends a recording, as it does a capture.
 """
 

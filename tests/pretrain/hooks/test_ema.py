@@ -1,4 +1,4 @@
-"""The moving average of weights: by its formula, bit for bit over a resume, and as one rank's under every layout."""
+"""The moving average of weights: by its formula, bitwise over a resume, and as one rank's under every layout."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_a_driver_that_does_not_count_says_its_code_and_one_that_is_not_there_it
     with pytest.raises(RuntimeError, match=r"NVML has no energy of this GPU \(code 3\)"):
         EnergyMeter("GPU-1234", Driver(code=3))
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match=r"libnvidia-ml.so.1 can't be opened"):
+        with pytest.raises(RuntimeError, match=r"libnvidia-ml.so.1 cannot be opened"):
             EnergyMeter.of(torch.device("cuda", 0))
 
 

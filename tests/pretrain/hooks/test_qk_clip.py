@@ -192,7 +192,7 @@ def test_every_layout_clips_as_one_rank_does(
         ({"qk_clip": {"limit": 3.8}}, r"qk_clip.limit = 3.8: is not above 3.87, the log-sum-exp of 48 scores of 0"),
         (
             {"train": {"precision": "bf16"}, "optimizer": {"state_dtype": "bf16"}},
-            r"bf16 masters have no number between",
+            r"bf16 master weights have no number between",
         ),
         ({"model": MODEL | {"lora_mixer": {"num_experts": 2}}}, r"adds updates to queries that it does not scale"),
     ],

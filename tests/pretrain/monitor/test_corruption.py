@@ -52,9 +52,9 @@ def test_every_flipped_bit_changes_a_digest(dtype: torch.dtype) -> None:
 
 
 def test_the_owner_then_the_majority_says_which_replica_is_wrong() -> None:
-    key = ("working weights", "a", 0, 4)
+    key = ("model weights", "a", 0, 4)
     three = [({(0, 1, 2): {key: value}}, {}) for value in (7, 8, 7)]
-    assert judge_replicas(three) == {1: ["a [0:4]: working weights differ from those of the other data ranks"]}
+    assert judge_replicas(three) == {1: ["a [0:4]: model weights differ from those of the other data ranks"]}
     owned = [({(0, 1): {key: value}}, masters) for value, masters in ((7, {}), (8, {key: 8}))]
     assert list(judge_replicas(owned)) == [0]
     two = judge_replicas([({(0, 1): {key: value}}, {}) for value in (7, 8)])
@@ -63,7 +63,7 @@ def test_the_owner_then_the_majority_says_which_replica_is_wrong() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_working_weight_that_is_not_its_rounded_master_is_found_at_the_first_look(stage: int) -> None:
-    """Nothing was noted at rest before, and one rank has no replicas: the masters alone tell."""
+    """Nothing was noted at rest before, and one rank has no replicas: the master weights alone tell."""
     parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     engine = make_engine(parallel, stage=stage, precision="bf16")
     run_steps_of_toy(engine, 0, 1)
@@ -71,7 +71,7 @@ def test_a_working_weight_that_is_not_its_rounded_master_is_found_at_the_first_l
     StateWatch(layout, parallel).examine(1)
     name, weight = next(iter(engine.module.named_parameters()))
     weight.data.view(-1).view(torch.int16)[0] ^= 1
-    with pytest.raises(RuntimeError, match=rf"{name} .*the working weights are not the rounded masters"):
+    with pytest.raises(RuntimeError, match=rf"{name} .*the model weights are not the rounded master weights"):
         StateWatch(layout, parallel).examine(1)
 
 
@@ -172,7 +172,7 @@ def test_a_flipped_bit_on_one_of_two_ranks_is_named_where_zero_spreads(
         "exp_avg_sq": "exp_avg_sq changed in memory",
         "master": "weight changed in memory",
         "forward": "gave other bits",
-    } | ({"working": "working weights changed in memory"} if zero_stage < 3 else {})
+    } | ({"working": "model weights changed in memory"} if zero_stage < 3 else {})
     said = run_ranks(train_and_hurt, data, str(tmp_path), {"parallel__zero_stage": zero_stage}, list(texts))
     check_named(said, tmp_path, texts)
 

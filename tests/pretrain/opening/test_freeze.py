@@ -1,4 +1,4 @@
-"""Parameters that `train.freeze` names stay as they are to the bit, on one rank and on several, and when a run resumes."""
+"""Parameters that `train.freeze` names stay as they are bitwise, on one rank and on several, and when a run resumes."""
 
 from __future__ import annotations
 

@@ -141,9 +141,9 @@ def test_forgetting_gives_the_embedding_new_first_values_and_no_moments(data: Da
     [
         (
             {"prune": pruning("channels", 0.3)},
-            r"prune.keep = 0.3: of model.feed_forward.hidden_size=48 is not a whole number",
+            r"prune.keep = 0.3: of model.feed_forward.hidden_size=48 is not an integer",
         ),
-        ({"prune": pruning("heads", 0.4)}, r"of model.attention.num_kv_heads=2 is not a whole number; use 0.5"),
+        ({"prune": pruning("heads", 0.4)}, r"of model.attention.num_kv_heads=2 is not an integer; use 0.5"),
         ({"prune": pruning("experts", 0.25)}, r"leaves fewer than model.moe.top_k=2; use at least 0.5"),
         ({"prune": pruning("channels") | {"end_step": 9}}, r"prune.end_step = 9: is beyond the 6 steps"),
         (

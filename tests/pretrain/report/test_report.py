@@ -1,4 +1,4 @@
-"""The report: one self-contained page of any run directory, finished, unfinished or cut short."""
+"""The report: one self-contained page of any run directory, finished, unfinished or truncated."""
 
 import json
 import re
@@ -175,7 +175,7 @@ def test_a_line_cut_by_a_kill_is_left_out_and_said(tmp_path):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     page = write_report([run]).read_text()
-    assert "metrics.jsonl: line 3 is cut short or damaged and left out" in page
+    assert "metrics.jsonl: line 3 is truncated or damaged and left out" in page
     assert "unfinished: step 2 of 100" in page
 
 

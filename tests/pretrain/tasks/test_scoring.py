@@ -55,7 +55,7 @@ def test_batches_score_what_each_row_scores_alone() -> None:
 
 def test_questions_are_packed_whole_and_labelled_where_they_are_scored() -> None:
     rows, owners_BT = pack_questions(LikelihoodJob(ROWS, COUNTS), 40)
-    assert [row.num_valid for row in rows] == [33 + 6 + 2, 17 + 5]  # of 41: longest first, into the fullest row
+    assert [row.num_valid for row in rows] == [33 + 6 + 2, 17 + 5]  # of 41: longest first, into the most loaded row
     for row, owners_T in zip(rows, owners_BT):
         starts = [*row.starts.tolist(), row.num_valid]
         documents = [tuple(row.tokens[begin:end].tolist()) for begin, end in pairwise(starts)]

@@ -47,7 +47,7 @@ def draw_shares(panel: Axes, found: Found) -> None:
     places = np.arange(len(search.sources))
     panel.bar(places - 0.2, search.configured, 0.38, color="#bbbbbb", label="configured")
     panel.bar(places + 0.2, proposal.mixture, 0.38, color=COLOURS[0], label="proposed")
-    # The mean of candidates may lie outside of the resamples' interval: a bar of length 0 there.
+    # The mean of candidates may be outside of the resamples' interval: a bar of length 0 there.
     below, above = (proposal.mixture - proposal.low).clip(0), (proposal.high - proposal.mixture).clip(0)
     panel.errorbar(places + 0.2, proposal.mixture, [below, above], fmt="none", color="black", capsize=3)
     panel.set_xticks(places, search.sources)

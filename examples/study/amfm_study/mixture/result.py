@@ -137,4 +137,4 @@ def say_gain(label: str, gains: Array) -> str:
         return f"The proposal is better than {weights} with every seed ({numbers} nats)."
     if (gains < 0).all():
         return f"The proposal is worse than {weights} with every seed ({numbers} nats): do not take it."
-    return f"Whether the proposal is better than {weights} depends on the seed ({numbers} nats): the study can't tell."
+    return f"Whether the proposal is better than {weights} depends on the seed ({numbers} nats): the study cannot tell."

@@ -5,7 +5,7 @@ It was copied into the export with them; nothing is installed:
     PYTHONPATH=EXPORT/vllm_plugin vllm serve EXPORT --enforce-eager
 
 Blocks run on vLLM's own parts, so that its caches, batches and kernels are those of its other models (`model.py`). A block that
-vLLM has no part for is refused by name (`served.py`). Written for vLLM 0.32.
+vLLM has no part for is rejected with an error (`served.py`). Written for vLLM 0.32.
 """
 
 from __future__ import annotations

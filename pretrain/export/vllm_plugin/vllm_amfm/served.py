@@ -53,7 +53,7 @@ def block_names(fields: Mapping[str, Any]) -> list[str]:
 
 
 def unserved(fields: Mapping[str, Any]) -> list[str]:
-    """List what keeps vLLM from serving the model, block by block, each as block, rule and remedy; empty: it is served."""
+    """List what keeps vLLM from serving the model, block by block, each as block, rule and fix; empty: it is served."""
     names = set(block_names(fields))
     mixers = fields.get("mixers") or {}
     reasons = [f"the block {name}: vLLM has no part that it could run on" for name in sorted(names - {*SERVED, "kda"})]
@@ -72,7 +72,7 @@ def unserved(fields: Mapping[str, Any]) -> list[str]:
         if options["value_head_dim"] > size:
             reasons.append(
                 f"the block mla: value_head_dim={options['value_head_dim']} is above the {size} of its keys, and its keys and "
-                "values lie in one cache; use narrower values"
+                "values are in one cache; use narrower values"
             )
     return reasons
 

@@ -1,4 +1,4 @@
-"""Buckets of gradients, and what of them lies on a rank."""
+"""Buckets of gradients, and what of them is on a rank."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def test_a_share_and_two_buckets_of_gradients_lie_there_under_zero_2():
     assert resting_bytes(held, replace(layout, zero_stage=1)) == 4 * held.parameters
     small = preset("ladder_20m")
     (alone,) = held_by_stages(small.model, layout, small.train.sequence_length)
-    # Of one bucket, too, the share of the passes before lies next to the sum.
+    # Of one bucket, too, the share of the passes before is next to the sum.
     assert bucketed_bytes(alone, layout) == resting_bytes(alone, layout) == pytest.approx(4.5 * alone.parameters)
     dense, spread = bucket_sizes(held, replace(layout, expert=4))
     assert sum(dense) + sum(spread) == pytest.approx(held.parameters)

@@ -135,7 +135,7 @@ def test_a_replica_that_fails_is_a_remark_and_leaves_the_one_before(tmp_path: Pa
     with pytest.raises(RuntimeError, match="that no one else can write to"):
         memory.list_generations(memory.token, 0)
     with pytest.raises(
-        RuntimeError, match=r"replica_folder=.* can't keep replicas: rank 0: .* bytes free, and two replicas"
+        RuntimeError, match=r"replica_folder=.* cannot keep replicas: rank 0: .* bytes free, and two replicas"
     ):
         memory.check_room(1 << 60, saver.ranks)
     (tmp_path / memory.directory().name.replace("0" * 32, "1" * 32)).mkdir()
@@ -161,7 +161,7 @@ def test_settings_without_effect_are_refused(data: DataConfig, changes: dict[str
 
 def test_a_folder_that_is_not_there_is_refused_before_the_first_step(data: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(
-        RuntimeError, match=r"train.replica_folder=.* can't keep replicas: rank 0: No such file .*/none"
+        RuntimeError, match=r"train.replica_folder=.* cannot keep replicas: rank 0: No such file .*/none"
     ):
         train(tiny_config(data, tmp_path / "run", **settings(tmp_path / "none")))
     assert not (tmp_path / "run" / "events.jsonl").exists()

@@ -130,7 +130,7 @@ def fill(part: Part, parameters: dict[str, Tensor]) -> None:
 
 
 def join_ranges(parts: list[Part], weights: dict[str, Tensor], group: Any) -> dict[str, Tensor]:
-    """This rank's whole parameters from the ranges of its data ranks; replicas must agree to the bit."""
+    """This rank's whole parameters from the ranges of its data ranks; replicas must agree bitwise."""
     joined = {}
     for name, weight in weights.items():
         own = torch.zeros(weight.numel(), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A checkpoint of a Muon run continues bit for bit, and under another layout from the same numbers."""
+"""A checkpoint of a Muon run continues with bitwise identical results, and under another layout from the same numbers."""
 
 from __future__ import annotations
 

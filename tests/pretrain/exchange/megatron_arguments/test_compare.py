@@ -71,7 +71,7 @@ def test_training_is_compared_where_moments_continue(tmp_path: Path) -> None:
 
 def test_a_change_on_purpose_is_named_and_one_that_is_none_is_refused(tmp_path: Path) -> None:
     check(tmp_path, softmax_scale=0.5, changed=("--softmax-scale",))
-    with pytest.raises(ValueError, match=r"moe_router_topk: .* don't differ in it"):
+    with pytest.raises(ValueError, match=r"moe_router_topk: .* do not differ in it"):
         check(tmp_path, changed=("moe_router_topk",))
 
 

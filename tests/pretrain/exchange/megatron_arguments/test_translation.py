@@ -86,7 +86,7 @@ def test_layers_of_gpt_models_are_written_out(tmp_path: Path) -> None:
 
 def test_a_script_is_followed_and_not_run(tmp_path: Path) -> None:
     script = f"""#!/bin/bash
-    touch {tmp_path}/ran; SCALE="big"   # a remark --hidden-size 7
+    touch {tmp_path}/ran; SCALE="big"   # a warning --hidden-size 7
     case "${{SCALE}}" in
         "small")
             WIDTH=16
