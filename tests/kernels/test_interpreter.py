@@ -20,8 +20,8 @@ from amfm.kernels.runtime.backend import INTERPRETED
 FOLDER = Path(__file__).parent / "interpreter"
 ROOT = Path(__file__).parents[2]
 
-# Takes a file's name and marks of pytest.
-Interpreted = Callable[[str, str], tuple[int, str]]
+# Takes a file's name and options of pytest.
+Interpreted = Callable[..., tuple[int, str]]
 
 # For each line [arguments of pytest, log] a fork runs pytest; the answer is its exit code.
 SERVER = """
@@ -46,7 +46,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def run_interpreted(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Interpreted]:
-    """Exit code and output of a file's tests with certain marks in a fork that interprets."""
+    """Exit code and output of a file's tests with certain options in a fork that interprets."""
     log = tmp_path_factory.mktemp("interpreter") / "log"
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", SERVER]
@@ -55,10 +55,10 @@ def run_interpreted(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pyte
     ) as server:
         assert server.stdin is not None and server.stdout is not None
 
-        def run(file: str, marks: str) -> tuple[int, str]:
+        def run(file: str, *options: str) -> tuple[int, str]:
             log.write_text("")
             seeds = ["--seed-offset", str(pytestconfig.getoption("seed_offset"))]
-            arguments = ["-x", "-p", "no:cacheprovider", "-m", marks, *seeds, str(FOLDER / file)]
+            arguments = ["-x", "-p", "no:cacheprovider", *options, *seeds, str(FOLDER / file)]
             server.stdin.write(json.dumps([arguments, str(log)]) + "\n")
             server.stdin.flush()
             answer = server.stdout.readline()
@@ -71,7 +71,7 @@ def run_interpreted(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pyte
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
 @pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
 def test_triton_kernels_hold_in_the_interpreter(run_interpreted: Interpreted, file: str) -> None:
-    code, output = run_interpreted(file, "not slow")
+    code, output = run_interpreted(file, "-m", "not slow")
     assert code == 0, output
 
 
@@ -81,5 +81,15 @@ def test_triton_kernels_hold_in_the_interpreter(run_interpreted: Interpreted, fi
     "file", sorted(path.name for path in FOLDER.glob("test_*.py") if "pytest.mark.slow" in path.read_text())
 )
 def test_the_long_tests_of_kernels_hold_in_the_interpreter(run_interpreted: Interpreted, file: str) -> None:
-    code, output = run_interpreted(file, "slow")
+    code, output = run_interpreted(file, "-m", "slow", "--twice")
+    assert code == 0, output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
+@pytest.mark.parametrize(
+    "file", sorted(path.name for path in FOLDER.glob("test_*.py") if "twice_bitwise" in path.read_text())
+)
+def test_every_case_has_the_same_bits_twice_in_the_interpreter(run_interpreted: Interpreted, file: str) -> None:
+    code, output = run_interpreted(file, "-m", "not slow", "-k", "twice_bitwise", "--twice")
     assert code == 0, output

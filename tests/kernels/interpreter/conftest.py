@@ -6,21 +6,17 @@ with a GPU `pytest -m gpu tests/kernels/interpreter` runs the same tests on it: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from triton import language
-from triton.runtime import interpreter
 
 from amfm.kernels.runtime.backend import INTERPRETED
-from amfm.kernels.runtime.interpreter import replace_methods
 from tests.helpers.made_on import MadeOn
 from tests.kernels.interpreter.quick_interpreter import quick_interpreter
+from tests.kernels.interpreter.twice import Twice, compute_once, compute_twice
 
 ON_CARD = not INTERPRETED and torch.cuda.is_available()
 # What is about the interpreter itself: its counts, its races, its rounding, its speed, tiles timed by a given clock.
@@ -48,39 +44,6 @@ def made_on_the_card() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def patched_once_a_launch() -> Iterator[None]:
-    """Put the interpreter's functions into Triton's modules once a launch, not again at every call of a device function.
-
-    The interpreter does the latter (Triton 3.4 to 3.9), finds everything in its place, and takes two fifths of the time of
-    these tests for it. A kernel sees `triton.language`; functions of Triton's own library see `triton.language.core`.
-    """
-    if not INTERPRETED:
-        yield
-        return
-    patch = interpreter._patch_lang
-    patched: set[str] = set()  # in the launch that runs; empty between launches
-
-    def patch_once(function: Callable[..., None]) -> interpreter._LangPatchScope:
-        seen = _language_modules(function)
-        if patched and seen <= patched:
-            return interpreter._LangPatchScope()  # nothing to restore
-        scope = patch(function)
-        if not patched:
-            restore = scope.restore
-
-            def end() -> None:
-                patched.clear()
-                restore()
-
-            scope.restore = end
-        patched.update(seen)
-        return scope
-
-    with replace_methods(interpreter, {"_patch_lang": patch_once}):
-        yield
-
-
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
     """Interpret with less bookkeeping; `test_quick_interpreter.py` compares with and without."""
@@ -88,11 +51,22 @@ def quick() -> Iterator[None]:
         yield
 
 
-@cache
-def _language_modules(function: Callable[..., None]) -> frozenset[str]:
-    """Which of the modules that the interpreter changes a function can name."""
-    modules = (value for value in function.__globals__.values() if isinstance(value, ModuleType))
-    return frozenset(module.__name__ for module in modules if module in (language, language.core))
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Ask for a second computation of every case."""
+    parser.addoption("--twice", action="store_true", help="compute every case of the interpreter's tests twice")
+
+
+@pytest.fixture
+def twice(request: pytest.FixtureRequest) -> Twice:
+    """Computes something, and in some cases once more to the same bits.
+
+    The interpreter runs programs one after the other in one order, and what they leave unwritten is poisoned: a second
+    time shows what a launcher remembers from the first, which a third of the cases shows. On a GPU, and with --twice,
+    each case is computed twice.
+    """
+    case = getattr(request.node, "callspec", None)
+    third = case is None or sum(case.indices.values()) % 3 == 1
+    return compute_twice if third or ON_CARD or request.config.getoption("--twice", default=False) else compute_once
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,11 @@
 """Triton's interpreter with less bookkeeping: the same operations of numpy on the same numbers, in about half of the time.
 
 Nearly all of its time is Python that makes types. Each result has a `block_type`, whose shape is checked once more, and a
-`tensor`, which wraps each length once more. Shapes are few, so what follows from one is kept here. And for each sum,
-difference and product of integers the interpreter computes in int64 whether it overflows, for an assertion that it leaves
-out (`device_assert` without `InterpreterOptions.debug`): eight further operations without an effect.
+`tensor`, which wraps each length once more. Shapes are few, so what follows from one is kept here. So are blocks of a number
+of the kernel's text, of which each operation made a new one. For each sum, difference and product of integers the
+interpreter computes in int64 whether it overflows, for an assertion that it leaves out (`device_assert` without
+`InterpreterOptions.debug`): eight further operations without an effect. And it puts its functions into Triton's modules at
+every launch and at every call of a device function; here they stay there to the end of the block.
 
 Nothing here knows a kernel. A part whose name a version of Triton lacks is left out. `test_quick_interpreter.py` compares
 bits and messages with those of the interpreter as it is installed.
@@ -14,9 +16,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+from triton import language
 from triton.language import core, semantic
 from triton.runtime import interpreter
 
@@ -27,6 +32,9 @@ Make = Callable[[Callable[..., Any]], Callable[..., Any]]
 # Values that need no unwrapping.
 _PLAIN = frozenset({int, float, bool, str, type(None), core.tensor, core.dtype, core.pointer_type, core.block_type})
 _BUILTIN = core.builtin(lambda: None).__code__  # of what the decorator of Triton's builtins returns
+
+# Types that stay what they are when both operands of an operation have them, also of a division.
+_KEPT = frozenset({"fp32", "fp64", "int1", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))})
 
 
 class _Shape:
@@ -107,6 +115,77 @@ def _np_dtype(slowly: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return find
 
 
+def _validate_size(slowly: Callable[..., bool]) -> Callable[..., bool]:
+    plain = core.dtype
+    bytes_of: dict[str, int] = {}
+
+    def validate(array: Any, dtype: Any) -> bool:
+        if type(dtype) is not plain:
+            return slowly(array, dtype)
+        most = bytes_of.get(dtype.name)
+        if most is None:
+            most = bytes_of[dtype.name] = max(8, dtype.primitive_bitwidth) // 8
+        return array.itemsize <= most
+
+    return validate
+
+
+def _to_ir(slowly: Callable[..., Any]) -> Callable[..., Any]:
+    known: set[str] = set()
+
+    def to_ir(self: Any, builder: Any) -> Any:
+        if type(self.element_ty) is not core.dtype:
+            return slowly(self, builder)
+        if self.element_ty.name not in known:
+            slowly(self, builder)  # which refuses what there is no type of numpy for
+            known.add(self.element_ty.name)
+        return self
+
+    return to_ir
+
+
+def _operands(slowly: Callable[..., Any]) -> Callable[..., Any]:
+    """Operands of one type need no cast, and a number becomes a block once for each shape and type of the other operand."""
+    tensor = core.tensor
+    blocks: dict[Any, Any] = {}
+
+    def block_of(self: Any, number: Any, other: Any, number_first: bool, how: tuple[Any, ...], named: Any) -> Any:
+        exact = number if number or type(number) is int else str(number)  # -0.0 is not 0.0
+        key = (
+            other.dtype.name,
+            getattr(other.type, "quick", None),
+            type(number),
+            exact,
+            number_first,
+            how,
+            *named.items(),
+        )
+        found = blocks.get(key)
+        if found is not None:
+            return other, found
+        pair = (
+            slowly(self, number, other, *how, **named) if number_first else slowly(self, other, number, *how, **named)
+        )
+        other_now, found = pair[::-1] if number_first else pair
+        if other_now is other and number == number:  # was not cast, and no NaN, which is never found
+            found.handle.data.flags.writeable = False
+            blocks[key] = found
+        return other_now, found
+
+    def operands(self: Any, left: Any, right: Any, *how: Any, **named: Any) -> Any:
+        first, second = type(left), type(right)
+        if first is tensor and second is tensor:
+            if left.dtype.name in _KEPT and left.dtype.name == right.dtype.name:
+                return self.broadcast_impl_value(left, right)
+        elif first is tensor and (second is int or second is float):
+            return block_of(self, right, left, False, how, named)
+        elif second is tensor and (first is int or first is float):
+            return block_of(self, left, right, True, how, named)[::-1]
+        return slowly(self, left, right, *how, **named)
+
+    return operands
+
+
 def _same_or(equal: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return lambda self, other: True if self is other else equal(self, other)
 
@@ -114,10 +193,24 @@ def _same_or(equal: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 def _broadcast(slowly: Callable[..., Any]) -> Callable[..., Any]:
     block_type, tensor = core.block_type, core.tensor
 
+    def full(self: Any, scalar: Any, block: Any) -> Any:
+        found = scalar.handle
+        if type(found.dtype) is block_type:
+            handle = self.builder.create_splat(block_type(scalar.dtype, block.shape), found)
+            return tensor(handle, block_type(scalar.dtype, block.shape))
+        data = np.empty(block.shape.values, dtype=interpreter._get_np_dtype(found.dtype))
+        data[...] = found.data
+        return tensor(interpreter.TensorHandle(data, found.dtype), block_type(scalar.dtype, block.shape))
+
+    def splat(self: Any, lhs: Any, rhs: Any) -> Any:
+        if type(rhs.type) is block_type:
+            return (lhs, rhs) if type(lhs.type) is block_type else (full(self, lhs, rhs.type), rhs)
+        return (lhs, full(self, rhs, lhs.type)) if type(lhs.type) is block_type else (lhs, rhs)
+
     def broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
         left, right = lhs.type, rhs.type
         if type(left) is not block_type or type(right) is not block_type:
-            return slowly(self, lhs, rhs)
+            return splat(self, lhs, rhs)
         if left.shape is right.shape:
             return lhs, rhs
         ours, theirs = left.shape.values, right.shape.values
@@ -156,15 +249,39 @@ def _patch_attr(slowly: Callable[..., None]) -> Callable[..., None]:
     return patch
 
 
+def _patch_lang(patch: Callable[..., Any], stack: ExitStack) -> Callable[..., Any]:
+    """A kernel sees `triton.language`; functions of Triton's own library see `triton.language.core`."""
+    patched: set[str] = set()
+
+    def patch_once(function: Callable[..., None]) -> Any:
+        seen = _language_modules(function)
+        if not seen or not seen <= patched:
+            stack.callback(patch(function).restore)
+            patched.update(seen)
+        return interpreter._LangPatchScope()  # nothing to restore before the end
+
+    return patch_once
+
+
+@cache
+def _language_modules(function: Callable[..., None]) -> frozenset[str]:
+    """Which of the modules that the interpreter changes a function can name."""
+    modules = (value for value in function.__globals__.values() if isinstance(value, ModuleType))
+    return frozenset(module.__name__ for module in modules if module in (language, core))
+
+
 _PARTS: list[tuple[Any, str, Make]] = [
     (core, "_unwrap_if_constexpr", _unwrap),
     (core.block_type, "__init__", _block_type),
+    (core.block_type, "to_ir", _to_ir),
     (core.tensor, "__init__", _tensor),
     (core.dtype, "__eq__", _same_or),
     (core.pointer_type, "__eq__", _same_or),
     (interpreter, "_get_np_dtype", _np_dtype),
     (interpreter, "_patch_attr", _patch_attr),
+    (interpreter, "_validate_np_data_size", _validate_size),
     (semantic.TritonSemantic, "broadcast_impl_value", _broadcast),
+    (semantic.TritonSemantic, "binary_op_type_checking_impl", _operands),
 ]
 
 
@@ -179,4 +296,6 @@ def quick_interpreter() -> Iterator[None]:
         if hasattr(builder.options, "sanitize_overflow"):
             options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
             stack.enter_context(replace_methods(builder, {"options": options}))
+        patch_once = _patch_lang(interpreter._patch_lang, stack)
+        stack.enter_context(replace_methods(interpreter, {"_patch_lang": patch_once}))
         yield

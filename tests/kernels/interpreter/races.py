@@ -47,21 +47,27 @@ class _Accesses:
     """Which program touched each element of a memory in this launch, and when last."""
 
     def __init__(self, size: int) -> None:
-        self.program = np.full(size, _NOBODY)
-        self.time = np.zeros(size, dtype=np.int64)
+        self.size = size
+        self.program: _Integers | None = None  # until the first access: most memories see one kind of access alone
+        self.time: _Integers | None = None
 
-    def by_others(self, at: _Integers, program: int) -> bool:
-        """Whether another program touched any of these elements."""
-        return bool(np.any((self.program[at] != _NOBODY) & (self.program[at] != program)))
-
-    def unordered(self, at: _Integers, program: int, time: int) -> bool:
-        """Whether this program touched any of them since its last barrier."""
-        return bool(np.any((self.program[at] == program) & (self.time[at] == time)))
+    def unordered(self, at: _Integers, program: int, time: int) -> tuple[bool, bool]:
+        """Whether another program touched any of these elements, and whether this one did since its last barrier."""
+        if self.program is None or self.time is None:
+            return False, False
+        before = self.program[at]
+        own = before == program
+        by_others = bool(np.any(~own & (before != _NOBODY)))
+        return by_others, bool(np.any(own & (self.time[at] == time)))
 
     def note(self, at: _Integers, program: int, time: int) -> None:
         """Remember this program's access; elements that several programs touched are marked as such."""
-        before = self.program[at]
-        self.program[at] = np.where((before == _NOBODY) | (before == program), program, _SEVERAL)
+        if self.program is None or self.time is None:
+            self.program, self.time = np.full(self.size, _NOBODY), np.zeros(self.size, dtype=np.int64)
+            self.program[at] = program
+        else:
+            before = self.program[at]
+            self.program[at] = np.where((before == _NOBODY) | (before == program), program, _SEVERAL)
         self.time[at] = time
 
 
@@ -97,11 +103,12 @@ class _Watch:
         """Report what nothing orders before this access (a key of _CONFLICTS; writes have a value), and note it."""
         for memory, at, lanes in self._lanes(pointers, mask):
             for did in _CONFLICTS[does]:
-                if memory.accesses[did].by_others(at, self.program):
+                by_others, by_itself = memory.accesses[did].unordered(at, self.program, self.time)
+                if by_others:
                     self._report(memory, f"{does} what another program {did}")
-                if memory.accesses[did].unordered(at, self.program, self.time):
+                if by_itself:
                     self._report(memory, f"{does} what it {did} itself, with no barrier between")
-            if value is not None:
+            if value is not None and not (at[1:] > at[:-1]).all():  # ascending ones are different
                 _, first, same = np.unique(at, return_index=True, return_inverse=True)
                 values = np.broadcast_to(value.data, pointers.data.shape).ravel()[lanes]
                 if values[first][same].tobytes() != values.tobytes():
@@ -110,11 +117,15 @@ class _Watch:
 
     def _lanes(self, pointers: Any, mask: Any) -> Iterator[tuple[_Memory, _Integers, _Integers]]:
         """For each memory touched: its elements, and the flat lanes of the block that touch them."""
-        lanes = np.flatnonzero(np.broadcast_to(mask.data.astype(bool), pointers.data.shape))
+        lanes = np.flatnonzero(np.broadcast_to(mask.data, pointers.data.shape))
         addresses = pointers.data.ravel()[lanes].astype(np.int64)
         left = len(lanes)
-        for memory in self.memories:
-            inside = (addresses >= memory.begin) & (addresses < memory.begin + memory.size)
+        for memory in self.memories if left else ():
+            end = memory.begin + memory.size
+            if memory.begin <= addresses.min() and addresses.max() < end:  # the usual case
+                yield memory, addresses - memory.begin, lanes
+                return
+            inside = (addresses >= memory.begin) & (addresses < end)
             if inside.any():
                 left -= int(inside.sum())
                 yield memory, addresses[inside] - memory.begin, lanes[inside]

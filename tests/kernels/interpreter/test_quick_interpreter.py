@@ -70,6 +70,38 @@ def test_integers_wrap_in_place_of_an_assertion() -> None:
 
 
 @triton.jit
+def _numbers(x, n, out, B: tl.constexpr):
+    """Numbers of the text on both sides of blocks and of scalars, of their type and of others; zeros of both signs."""
+    at = tl.arange(0, B)
+    a, i, j = tl.load(x + at), at - 3, (at + 2).to(tl.int64)
+    tl.store(out + at, a * -0.0)
+    tl.store(out + B + at, a * 0.0)
+    tl.store(out + 2 * B + at, a * 0)
+    tl.store(out + 3 * B + at, 1 - a * 1 + (1.0 - a * 1.0) + 2 * i + i / 2 + 0.5 * i + i // 2 + i % 3)
+    tl.store(out + 4 * B + at, tl.where((i > 1) | (j < 2), tl.maximum(a, 0.25), n * 2 + 1 / (n + 1)) + j * 2 + 2.5 * n)
+    tl.store(out + 5 * B + at, (a.to(tl.bfloat16) * 0.3).to(tl.float32) + (a.to(tl.bfloat16) / 3).to(tl.float32))
+    tl.store(out + 6 * B + at, tl.minimum(a, float("nan")) + a * float("nan"))
+
+
+def test_a_number_becomes_the_block_that_the_interpreter_makes() -> None:
+    x = torch.tensor([0.0, -0.0, 1.0, -2.5, 3.0, 1e38, -1e38, 1e-40])
+
+    def run() -> torch.Tensor:
+        out = torch.zeros(7, 8)
+        for _ in range(2):  # the second time numbers are blocks already
+            _numbers[(1,)](x, 5, out, B=8)
+        return out.view(torch.int32)
+
+    before, quick, after = both_ways(run)
+    assert len(before.unique()) > 20 and quick.equal(before) and after.equal(before)
+
+
+@triton.jit
+def _below_zero(out, B: tl.constexpr):
+    tl.store(out + tl.arange(0, B), tl.arange(0, B).to(tl.uint8) + -1)
+
+
+@triton.jit
 def _unequal(out, B: tl.constexpr, C: tl.constexpr):
     tl.store(out + tl.arange(0, B), tl.arange(0, B) + tl.arange(0, C))
 
@@ -79,8 +111,12 @@ def _not_a_power(out, B: tl.constexpr):
     tl.store(out + tl.arange(0, 4), tl.sum(tl.zeros((4, B), tl.float32), 1))
 
 
-@pytest.mark.parametrize(("kernel", "sizes"), [(_unequal, {"B": 4, "C": 8}), (_not_a_power, {"B": 3})])
-def test_shapes_that_do_not_fit_are_refused_with_the_same_message(kernel: object, sizes: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "sizes"), [(_unequal, {"B": 4, "C": 8}), (_not_a_power, {"B": 3}), (_below_zero, {"B": 4})]
+)
+def test_shapes_and_numbers_that_do_not_fit_are_refused_with_the_same_message(
+    kernel: object, sizes: dict[str, int]
+) -> None:
     def run() -> str:
         with pytest.raises(interpreter.InterpreterError) as error:
             kernel[(1,)](torch.zeros(8), **sizes)

@@ -5,7 +5,7 @@ import torch
 
 from amfm.kernels.swiglu import triton_impl
 from amfm.kernels.swiglu.op import squared_relu, swiglu
-from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
+from tests.helpers.numbers import assert_all_near, assert_near
 from tests.helpers.registration import assert_registered
 from tests.kernels.test_swiglu import limited, limited_silu
 
@@ -22,13 +22,11 @@ def run(activation, x, backend):
 
 @pytest.mark.parametrize("shape", [(1, 2), (63, 10), (2, 3, 150)])
 @pytest.mark.parametrize("activation", [swiglu, limited, limited_silu, squared_relu])
-def test_kernels_equal_the_formulas_twice_bitwise(activation, shape, poisoned_memory):
+def test_kernels_equal_the_formulas_twice_bitwise(activation, shape, twice, poisoned_memory):
     torch.manual_seed(0)
     x = torch.randn(shape) * 3
-    once, again = run(activation, x, "triton"), run(activation, x, "triton")
+    once = twice(lambda: run(activation, x, "triton"))
     assert_all_near(once, run(activation, x.double(), "reference"), FLOAT32)
-    for one, other in zip(once, again):
-        assert_bitwise(one, other)
 
 
 @pytest.mark.parametrize("activation", [swiglu, squared_relu])
