@@ -143,7 +143,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 class Layout:
     """One way to spread a run: how many ranks, the `parallel` section, the model, and other settings (`train__x`).
 
-    `quick` ones run in `make test`, the rest in `make test-slow`.
+    `quick` ones run in `make test`, two steps of them, the rest in `make test-slow`.
     """
 
     num_ranks: int
@@ -151,6 +151,11 @@ class Layout:
     model: str = "core"
     settings: dict[str, Any] = field(default_factory=dict)
     quick: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Of training: the second is that of the first one's moments, and the last that is inspected."""
+        return STEPS - self.quick
 
     @property
     def name(self) -> str:
@@ -173,16 +178,17 @@ class Outcome:
 
 
 def layout_config(layout: Layout, data: DataConfig, run_dir: Path) -> RunConfig:
-    """The run of a layout: three steps of four micro-batches of packed documents, in float32."""
+    """The run of a layout: two or three steps of four micro-batches of packed documents, in float32."""
     settings = {
         "train__global_batch_size": 8,
         "train__sequence_length": 64,
-        "train__steps": STEPS,
+        "train__steps": layout.steps,
         "train__timeout_seconds": TIMEOUT_SECONDS,
         "optimizer__learning_rate": LEARNING_RATE,
         # AdamW would make a step of full length of a gradient that is nothing but rounding; of sums that cancel, too.
         "optimizer__epsilon": 1e-3,
         "train__inspect_every_steps": 2,
+        "schedule__warmup_steps": layout.steps - 1,
     }
     settings |= SETTINGS.get(layout.model, {}) | layout.settings
     config = tiny_config(data, run_dir, **settings)
@@ -200,7 +206,7 @@ def run_layout(config: RunConfig) -> Outcome:
         for hook in run.hooks:
             if isinstance(hook, Inspection):
                 hook.after_step(results[1])
-        results += [train_step(run) for _ in range(STEPS - 2)]
+        results += [train_step(run) for _ in range(config.train.steps - 2)]
         weights = gather_weights(run)
         close_run(run)
     return Outcome(
@@ -267,9 +273,10 @@ def outcomes_between(num_ranks: int, quick: bool, first: int, end: int) -> list[
 
 
 @cache
-def one_rank() -> dict[str, Outcome]:
-    """What one rank computes, by model."""
-    return dict(zip(VARIANTS, outcomes_of([Layout(1, model=model) for model in VARIANTS])))
+def one_rank(quick: bool) -> dict[str, Outcome]:
+    """What one rank computes, by the models of the quick layouts, or of the others."""
+    models = sorted({layout.model for layout in LAYOUTS if layout.quick == quick})
+    return dict(zip(models, outcomes_of([Layout(1, model=model, quick=quick) for model in models])))
 
 
 LAYOUTS = [
@@ -330,13 +337,13 @@ LAYOUTS = [
     ),
     Layout(4, {"context": 2, "expert": 2, "expert_buffer_factor": 1.05}, settings={"train__recompute": "full"}),
     # Rows with padding.
-    Layout(4, {"context": 2, "expert": 2}, "padded", quick=True),
+    Layout(4, {"context": 2, "expert": 2}, "padded"),
     Layout(2, {"tensor": 2, "sequence_parallel": True}, "padded"),
     Layout(4, {"pipeline": 2, "expert": 2, "schedule": "zero_bubble"}, "padded"),
     Layout(2, {"expert": 2, "overlap_experts": "rows"}, "padded", {"train__micro_batch_size": 4}),
     Layout(4, {"expert": 4, "expert_buffer_factor": 2.0}, "padded"),
     Layout(2, {"expert": 2, "zero_stage": 2}, "padded_recycle"),
-    Layout(4, {"context": 2, "expert": 2}, "padded_recycle", {"train__recompute": "full"}),
+    Layout(4, {"context": 2, "expert": 2}, "padded_recycle", {"train__recompute": "full"}, quick=True),
     # Pipeline.
     Layout(2, {"pipeline": 2}, quick=True),
     Layout(2, {"pipeline": 2, "zero_stage": 0}),
@@ -363,7 +370,7 @@ LAYOUTS = [
     Layout(4, {"context": 2, "zero_stage": 2}),
     Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}),
     Layout(4, {"context": 2, "tensor": 2}, "latent"),
-    Layout(4, {"context": 2, "expert": 2}, "recycle", quick=True),
+    Layout(4, {"context": 2, "expert": 2}, "recycle"),
     Layout(4, {"context": 2, "expert": 4}),
     Layout(4, {"context": 2, "pipeline": 2}, "latent"),
     Layout(4, {"context": 2, "pipeline": 2, "schedule": "zero_bubble", "zero_stage": 2}),

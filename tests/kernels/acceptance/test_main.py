@@ -13,6 +13,7 @@ from amfm.kernels.acceptance.__main__ import main
 from amfm.kernels.acceptance.process import run_child
 from amfm.kernels.acceptance.report import Report
 from amfm.kernels.runtime.backend import INTERPRETED
+from tests.helpers.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the command starts interpreters of its own")
 
@@ -23,19 +24,30 @@ PLANTED = ["--cases", "tests.kernels.acceptance.planted", "--device", "cpu"]
 Planted = tuple[int, str, dict]
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
-    """One run over the operations with a wrong gradient and with a crash, each behind a right trial."""
-    out = tmp_path_factory.mktemp("acceptance") / "report.json"
-    words = [*PLANTED, "--out", str(out), "--jobs", "1", "--op", "wrong", "--op", "crash"]
+def accept(folder: Path, *operations: str) -> Planted:
+    """One run over planted operations."""
+    out = folder / "report.json"
+    asked = [word for operation in operations for word in ("--op", operation)]
     with redirect_stderr(io.StringIO()) as said:
-        code = main(words)
+        code = main([*PLANTED, "--out", str(out), "--jobs", "1", *asked])
     return code, said.getvalue(), json.loads(out.read_text())
 
 
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    """One run over the operation with a wrong gradient behind a right trial."""
+    return accept(tmp_path_factory.mktemp("acceptance"), "wrong")
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    """And over one that crashes behind a right trial."""
+    return accept(tmp_path_factory.mktemp("acceptance"), "wrong", "crash")
+
+
 @pytest.mark.slow
-def test_any_fault_ends_with_three_and_is_named(planted: Planted) -> None:
-    code, said, _ = planted
+def test_any_fault_ends_with_three_and_is_named(crashed: Planted) -> None:
+    code, said, _ = crashed
     assert code == 3, said
     assert "check wrong: the wrong one: d_x is off by" in said
     assert "check crash: the crash one: ended with signal SIGSEGV" in said
@@ -43,7 +55,8 @@ def test_any_fault_ends_with_three_and_is_named(planted: Planted) -> None:
 
 
 def test_a_right_trial_has_no_fault_and_numbers_of_every_tensor(planted: Planted) -> None:
-    _, _, report = planted
+    code, _, report = planted
+    assert code == 3 and report["machine"]["versions"]["triton"]
     right = report["check"]["wrong"]["trials"][0]
     assert right["faults"] == []
     assert {tensor["name"] for tensor in right["tensors"]} == {"y", "d_x"}
@@ -51,12 +64,18 @@ def test_a_right_trial_has_no_fault_and_numbers_of_every_tensor(planted: Planted
     assert [row["spill_bytes"] for name, row in report["compile"].items() if name.startswith("_triple_kernel:")] == [0]
 
 
-def test_what_was_found_before_a_crash_stands(planted: Planted) -> None:
-    _, _, report = planted
-    crashed = report["check"]["crash"]
-    assert [trial["trial"] for trial in crashed["trials"]] == ["a right one"]
-    assert crashed["trials"][0]["faults"] == []
-    assert report["machine"]["versions"]["triton"]
+@pytest.mark.slow
+def test_what_was_found_before_a_crash_stands(crashed: Planted) -> None:
+    _, _, report = crashed
+    (trial,) = report["check"]["crash"]["trials"]
+    assert (trial["trial"], trial["faults"]) == ("a right one", [])
+
+
+def test_a_child_that_crashes_is_a_fault_of_its_trial_and_what_it_wrote_before_is_kept() -> None:
+    lines = [{"trial": "a right one"}, {"begun": "the crash one"}]
+    crash = "; ".join([*(f"echo '{json.dumps(line)}'" for line in lines), "kill -SEGV $$"])
+    finished = run_child({"do": "run", "device": "cpu"}, PATIENCE_SECONDS, before=["sh", "-c", crash])
+    assert (finished.lines, finished.fault) == (lines, "the crash one: ended with signal SIGSEGV")
 
 
 def test_one_wrong_gradient_among_right_tensors_decides(planted: Planted) -> None:

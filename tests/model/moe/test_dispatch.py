@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -139,6 +142,12 @@ def reduce_outcome(outcome: Outcome, model: HybridModel, groups: ProcessGroupCol
         outcome.gradients[name] = join_parts(gradient, shard, groups)
 
 
+@cache
+def alone(config: str, shunned: tuple[int, ...]) -> Outcome:
+    """What one rank computes."""
+    return run_batches(CONFIGS[config], Layout(ParallelConfig(), shunned=shunned), single_rank_groups())
+
+
 def run_layouts() -> dict[tuple[str, str], Outcome]:
     results = {}
     for name, layout in LAYOUTS.items():
@@ -148,14 +157,30 @@ def run_layouts() -> dict[tuple[str, str], Outcome]:
     return results
 
 
+def call_each(functions: list[Callable[[], Any]]) -> list[Any]:
+    return [function() for function in functions]
+
+
 @pytest.fixture(scope="module")
-def four_ranks() -> list[dict[tuple[str, str], Outcome]]:
-    return run_ranks(run_layouts, num_ranks=4)
+def four_in_turn() -> list[list[Any]]:
+    """What each of four ranks found in layouts, and of rows with room, one after the other in one set of processes."""
+    return run_ranks(call_each, [run_layouts, compare_room], num_ranks=4)
+
+
+@pytest.fixture
+def four_ranks(four_in_turn: list[list[Any]]) -> list[dict[tuple[str, str], Outcome]]:
+    return [found[0] for found in four_in_turn]
+
+
+@pytest.fixture(scope="module")
+def two_in_turn() -> list[list[Any]]:
+    """Of each of two ranks: bytes that are sent, the order of events, and rows that travel."""
+    return run_ranks(call_each, [count_bytes, order_of_events, transfer_rows], num_ranks=2)
 
 
 @pytest.mark.parametrize(("name", "config"), [(name, config) for name in LAYOUTS for config in LAYOUTS[name].configs])
 def test_ranks_compute_what_one_does(name: str, config: str, four_ranks: list[dict[tuple[str, str], Outcome]]) -> None:
-    expected = run_batches(CONFIGS[config], LAYOUTS[name], single_rank_groups())
+    expected = alone(config, LAYOUTS[name].shunned)
     for ranks in four_ranks:
         actual = ranks[name, config]
         # float64: only the order of sums differs.
@@ -228,8 +253,10 @@ def count_ranks(mixer: MoeMixer, x_BTD: torch.Tensor) -> int:
     return sum(len({expert // 4 for expert in experts}) for experts in routing.expert_ids_RK.tolist())
 
 
-def test_a_row_goes_once_to_each_rank_of_a_token_and_bytes_shrink_exactly_with_the_width() -> None:
-    ranks = run_ranks(count_bytes, num_ranks=2)
+def test_a_row_goes_once_to_each_rank_of_a_token_and_bytes_shrink_exactly_with_the_width(
+    two_in_turn: list[list[Any]],
+) -> None:
+    ranks = [found[0] for found in two_in_turn]
     for name, width in (("plain", 12), ("latent", 6)):
         rows, counts = sum_traffic([counted[name][0] for counted in ranks])
         sent = sum(counted[name][1] for counted in ranks)
@@ -270,8 +297,10 @@ def compare_room() -> list[tuple[str, bool, int, int, list[str]]]:
     return found
 
 
-def test_rows_with_room_are_those_that_are_counted_to_the_bit_and_what_has_no_room_is_noted() -> None:
-    ranks = run_ranks(compare_room, num_ranks=4)
+def test_rows_with_room_are_those_that_are_counted_to_the_bit_and_what_has_no_room_is_noted(
+    four_in_turn: list[list[Any]],
+) -> None:
+    ranks = [found[1] for found in four_in_turn]
     for number, (name, is_enough, *_) in enumerate(ranks[0]):
         used, told = (sum(found[number][place] for found in ranks) for place in (2, 3))
         # What rows with room miss is known before the host counts: where they will, a step begins again.
@@ -307,8 +336,8 @@ class ExpertEvents(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_half_of_the_rows_travel_while_experts_compute_the_other_half() -> None:
-    for found in run_ranks(order_of_events, num_ranks=2):
+def test_half_of_the_rows_travel_while_experts_compute_the_other_half(two_in_turn: list[list[Any]]) -> None:
+    for _, found, _ in two_in_turn:
         forward = ["rows", "rows", "experts", "rows", "experts", "rows"]
         assert found == 2 * forward, found
 
@@ -328,8 +357,8 @@ def transfer_rows() -> tuple[list[bool], torch.Tensor, torch.Tensor]:
     return states, arrived_SD.detach(), rows_SD.grad
 
 
-def test_rows_travel_while_other_work_is_done_and_gradients_travel_back() -> None:
-    (states, first, first_grad), (other_states, second, second_grad) = run_ranks(transfer_rows, num_ranks=2)
+def test_rows_travel_while_other_work_is_done_and_gradients_travel_back(two_in_turn: list[list[Any]]) -> None:
+    (states, first, first_grad), (other_states, second, second_grad) = (found[2] for found in two_in_turn)
     assert states == other_states == [True, False, False]
     assert first.tolist() == [[0.0, 1.0], [2.0, 3.0]]
     assert second.tolist() == [[4.0, 5.0], [10.0, 11.0], [12.0, 13.0]]
