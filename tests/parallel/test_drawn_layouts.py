@@ -44,13 +44,13 @@ def test_drawn_layouts_of_two_ranks_compute_what_one_does(two: Ranks, case: Case
 
 @pytest.mark.slow
 @given(case=cases(2))
-@settings(DRAWN, max_examples=100)
+@settings(DRAWN, max_examples=150)
 def test_many_drawn_layouts_of_two_ranks_compute_what_one_does(two: Ranks, case: Case) -> None:
     assert_as_one_rank(case, two)
 
 
 @pytest.mark.slow
 @given(case=cases(4))
-@settings(DRAWN, max_examples=100)
+@settings(DRAWN, max_examples=150)
 def test_many_drawn_layouts_of_four_ranks_compute_what_one_does(four: Ranks, case: Case) -> None:
     assert_as_one_rank(case, four)
